@@ -1,0 +1,76 @@
+"""Numbers as text, one way for every rendering: the digits follow the standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NOT_AVAILABLE = "n/a"
+NOT_DEFINED = "not defined"
+MAX_DECIMALS = 8
+
+
+def format_estimate(
+    estimate: Mapping[str, Any] | None,
+    *,
+    factor: float = 1.0,
+    signed: bool = False,
+    unit: str = "",
+    interval: bool = True,
+) -> str:
+    """{"value", "se", "low", "high"} -> "3.498 [3.461, 3.537]", to two significant digits of the standard
+    error.
+
+    factor: 100 to print a share in percent. unit: set after the value, e.g. " %". None -> "not defined".
+    """
+    if estimate is None:
+        return NOT_DEFINED
+    se = _times(estimate.get("se"), factor)
+    value = format_value(_times(estimate.get("value"), factor), se, signed=signed) + unit
+    ends = [_times(estimate.get(end), factor) for end in ("low", "high")]
+    if not interval or None in ends:
+        return value
+    low, high = (format_value(end, se, signed=signed) for end in ends)
+    return f"{value} [{low}, {high}]"
+
+
+def format_value(value: float | None, se: float | None = None, *, signed: bool = False) -> str:
+    """`value` to two significant digits of `se`, or to four of its own where `se` is unknown or 0; zero has
+    no sign.
+    """
+    if value is None or not math.isfinite(value):
+        return NOT_AVAILABLE
+    sign = "+" if signed else ""
+    known = se is not None and math.isfinite(se) and se > 0
+    text = f"{value:{sign}.{decimals(se)}f}" if known and se else f"{value:{sign}.4g}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def decimals(se: float) -> int:
+    """Decimals that show two significant digits of `se` > 0."""
+    exponent = int(f"{se:.1e}".split("e")[1])
+    return min(max(1 - exponent, 0), MAX_DECIMALS)
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units, three significant digits: 123456789 -> "123 MB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> "1 h 2 min", 83 -> "1 min 23 s", 4.2 -> "4.2 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

@@ -1,0 +1,241 @@
+"""Document-clustered estimates, pure maths: numpy in, numbers out. No model, no file, no config.
+
+Tokens of one document are correlated, so the document is the unit: everything here is a ratio of two document
+sums, sum(a_i) / sum(b_i), with a cluster-robust standard error and an interval from resampling whole
+documents. Below `FEW_DOCUMENTS` documents the interval is Student's t instead.
+
+Units are nats unless said otherwise. Source of the ratio estimator: Cochran, Sampling Techniques, section
+6.4; of the bootstrap over clusters: Davison & Hinkley, Bootstrap Methods, section 3.8.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FEW_DOCUMENTS = 20
+RESAMPLES = 10_000
+LEVEL = 0.95
+_CHUNK_DRAWS = 2_000_000
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its standard error and its 95 % interval, in one unit; NaN but the value with one document."""
+
+    value: float
+    se: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Estimate:
+        """In another unit; `factor` > 0."""
+        return Estimate(self.value * factor, self.se * factor, self.low * factor, self.high * factor)
+
+    def exp(self) -> Estimate:
+        """exp of the value and of the ends; the standard error by the delta method."""
+        value = _exp(self.value)
+        return Estimate(value, value * self.se, _exp(self.low), _exp(self.high))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Per-document sums of one variant: nll float64 [G] (nats), n float64 [G] (scored tokens, all > 0)."""
+
+    nll: Floats
+    n: Floats
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Variant against reference on the same tokens.
+
+    delta: mean of x_V - x_R, nats per token = ln(ppl_V / ppl_R). loss_percent: 100 * (exp(delta) - 1).
+    """
+
+    delta: Estimate
+    loss_percent: Estimate
+    n_documents: int
+    few_documents: bool
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(R || V) per token: clustered mean and the ladder of its distribution, nats."""
+
+    mean: Estimate
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    p99_9: float
+    max: float
+
+
+def document_sums(values: npt.ArrayLike, document: npt.NDArray[np.int32]) -> Floats:
+    """Sums per-token `values` [n] over documents numbered 0..G-1: float64 [G].
+
+    Raises:
+        ValueError: lengths differ, or a number in 0..G-1 has no token.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != document.shape:
+        raise ValueError(f"{array.shape} values for {document.shape} document numbers")
+    if not len(document) or (np.bincount(document) == 0).any():
+        raise ValueError("documents must be numbered 0..G-1 without gaps, each with a token")
+    out: Floats = np.bincount(document, weights=array).astype(np.float64, copy=False)
+    return out
+
+
+def sums(nll: npt.NDArray[np.float64], document: npt.NDArray[np.int32]) -> Sums:
+    """Per-document sums of per-token nll [n]."""
+    return Sums(document_sums(nll, document), document_sums(np.ones(len(nll)), document))
+
+
+def ratio(numerator: Floats, denominator: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """sum(a) / sum(b) over G documents, with SE = sqrt(G/(G-1) * sum (a_i - r b_i)^2) / |sum b|.
+
+    numerator, denominator: float64 [G]. The same seed and G give the same resamples, so estimates are
+    comparable.
+    """
+    count, total = len(numerator), float(denominator.sum())
+    value = float(numerator.sum()) / total
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, math.nan)
+    residual = numerator - value * denominator
+    se = math.sqrt(count / (count - 1) * float(residual @ residual)) / abs(total)
+    if count < FEW_DOCUMENTS:
+        half = t_quantile(0.5 + LEVEL / 2, count - 1) * se
+        return Estimate(value, se, value - half, value + half)
+    resampled = bootstrap_sums(np.stack([numerator, denominator], axis=1), seed=seed, resamples=resamples)
+    low, high = np.quantile(resampled[:, 0] / resampled[:, 1], [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return Estimate(value, se, float(low), float(high))
+
+
+def bootstrap_sums(columns: Floats, *, seed: int, resamples: int) -> Floats:
+    """Column sums of `resamples` draws of G documents with replacement: columns [G, k] -> [resamples, k].
+
+    Multinomial counts, drawn in chunks of about 2 million: memory does not grow with `resamples`.
+    """
+    count = len(columns)
+    rng = np.random.default_rng(seed)
+    out = np.empty((resamples, columns.shape[1]))
+    step = max(1, _CHUNK_DRAWS // count)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        draws = rng.integers(count, size=(rows, count), dtype=np.int64)
+        draws += (np.arange(rows) * count)[:, None]
+        counts = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
+        out[start : start + rows] = counts @ columns
+    return out
+
+
+def mean_nll(variant: Sums) -> Estimate:
+    """Nats per token; `.exp()` is the perplexity."""
+    return ratio(variant.nll, variant.n)
+
+
+def bits_per_byte(variant: Sums, n_bytes: int) -> Estimate:
+    """Total nll in bits over the UTF-8 bytes of the scored text: comparable across tokenizers."""
+    return mean_nll(variant).scaled(float(variant.n.sum()) / (math.log(2) * n_bytes))
+
+
+def paired(variant: Sums, reference: Sums) -> Paired:
+    """delta(V|R) = sum D_i / sum n_i with D_i = nll_V,i - nll_R,i.
+
+    Raises:
+        ValueError: the two were not scored on the same documents and tokens.
+    """
+    if not np.array_equal(variant.n, reference.n):
+        raise ValueError("variant and reference have different documents or token counts: not paired")
+    delta = ratio(variant.nll - reference.nll, reference.n)
+    factor = delta.exp()
+    loss = Estimate(
+        100 * (factor.value - 1), 100 * factor.se, 100 * (factor.low - 1), 100 * (factor.high - 1)
+    )
+    return Paired(delta, loss, len(variant.n), len(variant.n) < FEW_DOCUMENTS)
+
+
+def naive_se(values: npt.ArrayLike) -> float:
+    """Standard error of a mean if tokens were independent (they are not): sd / sqrt(n); NaN for one token."""
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+
+
+def design_effect(clustered_se: float, independent_se: float) -> float:
+    """(clustered SE / naive SE)^2: how many times fewer tokens the sample is worth. NaN if undefined."""
+    return (clustered_se / independent_se) ** 2 if independent_se > 0 else math.nan
+
+
+def share(flags: npt.ArrayLike, document: npt.NDArray[np.int32]) -> Estimate:
+    """Share of tokens where `flags` bool [n] holds."""
+    return ratio(document_sums(flags, document), document_sums(np.ones(len(document)), document))
+
+
+def divergence(kl: npt.NDArray[np.float64], document: npt.NDArray[np.int32]) -> Divergence:
+    """Mean and ladder of per-token KL [n]."""
+    ladder = [float(q) for q in np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999, 1.0])]
+    return Divergence(share(kl, document), *ladder)
+
+
+def flips(
+    reference: npt.NDArray[np.bool_], variant: npt.NDArray[np.bool_], document: npt.NDArray[np.int32]
+) -> tuple[Estimate, Estimate]:
+    """(right -> wrong, wrong -> right): shares of all tokens, from top-1 correctness bool [n]."""
+    return share(reference & ~variant, document), share(~reference & variant, document)
+
+
+def retention(variant: Sums, *, base: Sums, adapter: Sums) -> Estimate | None:
+    """1 - delta(V|adapter) / delta(base|adapter): how much of what fine-tuning gained is left (1 = all).
+
+    None ("not defined") unless the base loses significantly against the adapter: the lower end of the
+    interval of delta(base|adapter) is above 0.
+    """
+    gain = paired(base, adapter)
+    if not gain.delta.low > 0:
+        return None
+    paired(variant, adapter)
+    lost = ratio(variant.nll - adapter.nll, base.nll - adapter.nll)
+    return Estimate(1 - lost.value, lost.se, 1 - lost.high, 1 - lost.low)
+
+
+def t_quantile(probability: float, df: int) -> float:
+    """Quantile of Student's t with integer `df` >= 1, by bisection on the exact CDF; 0 < probability < 1."""
+    if probability < 0.5:
+        return -t_quantile(1 - probability, df)
+    low, high = 0.0, 1.0
+    while t_cdf(high, df) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if t_cdf(middle, df) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def t_cdf(t: float, df: int) -> float:
+    """P(T <= t) for integer df: the finite trigonometric sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    theta = math.atan2(t, math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = df % 2 == 1
+    term, total = (cosine, cosine) if odd else (1.0, 1.0)
+    for k in range(3 if odd else 2, df - 1, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    if not odd:
+        return 0.5 + sine * total / 2
+    return 0.5 + (theta + (sine * total if df > 1 else 0.0)) / math.pi
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,209 @@
+"""The report's tables as rows of text. Markdown, terminal and model card print these, so their numbers can't
+differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from requant_eval.digits import format_bytes, format_estimate, format_seconds, format_value
+
+WORST_MODULES = 10
+KINDS = {
+    "learned": "what training learned",
+    "merge": "merge + cast",
+    "quantize": "quantization",
+    "heal": "healing",
+    "total": "whole way",
+    "control": "control",
+    "fork": "merged onto the original base",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column names, rows of as many cells each, and a line under it.
+
+    text: how many leading columns are words; the others are numbers.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    text: int = 1
+
+    def select(self, *columns: str) -> Table:
+        """The same table with only these columns."""
+        kept = [self.columns.index(name) for name in columns]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, columns=columns, rows=rows)
+
+    def markdown(self) -> str:
+        """A pipe table with its title above and its note below."""
+        align = ["---:" if i >= self.text else "---" for i in range(len(self.columns))]
+        lines = [self.columns, align, *([escape(cell) for cell in row] for row in self.rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"### {self.title}\n\n{table}" + (f"\n\n{self.note}" if self.note else "")
+
+
+def set_tables(s: Mapping[str, Any]) -> list[Table]:
+    """All tables of one evaluation set of the report, empty ones left out."""
+    tables = [variants_table(s), waterfall_table(s), divergence_table(s), flips_table(s), retention_table(s)]
+    return [table for table in tables if table.rows]
+
+
+def variants_table(s: Mapping[str, Any]) -> Table:
+    """Perplexity of every variant."""
+    rows = [
+        (
+            v["name"],
+            format_estimate(v["ppl"]),
+            format_estimate(v["mean_nll"]),
+            format_estimate(v["bits_per_byte"]) if v["bits_per_byte"] else "unknown",
+            format_estimate(v["top1_accuracy"], factor=100, unit=" %", interval=False),
+            str(v["n"]),
+        )
+        for v in s["variants"]
+    ]
+    columns = ("variant", "perplexity", "nats/token", "bits/byte", "top-1 right", "tokens")
+    note = f"{protocol(s)}; {s['n_documents']} documents; brackets are 95 % intervals."
+    return Table(f"{s['name']}: perplexity", columns, tuple(rows), note)
+
+
+def waterfall_table(s: Mapping[str, Any]) -> Table:
+    """What each step costs, paired on the same tokens."""
+    rows = [
+        (
+            f"{e['from']} -> {e['to']}",
+            KINDS[e["kind"]],
+            format_estimate(e["delta"], signed=True),
+            format_estimate(e["loss_percent"], signed=True, unit=" %"),
+        )
+        for e in s["edges"]
+    ]
+    columns = ("step", "what", "ln perplexity", "perplexity")
+    return Table(
+        f"{s['name']}: what each step costs",
+        columns,
+        tuple(rows),
+        "Paired; steps add up in ln perplexity, negative is better.",
+        text=2,
+    )
+
+
+def divergence_table(s: Mapping[str, Any]) -> Table:
+    """KL(reference || variant) and top-1 agreement with the reference."""
+    rows = []
+    for e in s["edges"]:
+        if (kl := e["kl"]) is None:
+            continue
+        ladder = tuple(format_value(kl[k]) for k in ("median", "p90", "p95", "p99", "p99_9", "max"))
+        agreement = format_estimate(e["agreement"], factor=100, unit=" %")
+        rows.append((e["to"], format_estimate(kl["mean"]), *ladder, agreement))
+    columns = ("variant", "mean KL", "median", "p90", "p95", "p99", "p99.9", "max", "same top-1")
+    note = f"KL({s['reference']} || variant) per token, nats."
+    return Table(f"{s['name']}: distance from {s['reference']}", columns, tuple(rows), note)
+
+
+def flips_table(s: Mapping[str, Any]) -> Table:
+    """Tokens whose top-1 prediction became wrong or right."""
+    rows = [
+        (
+            f"{e['from']} -> {e['to']}",
+            format_estimate(e["right_to_wrong"], factor=100, unit=" %"),
+            format_estimate(e["wrong_to_right"], factor=100, unit=" %"),
+        )
+        for e in s["edges"]
+    ]
+    columns = ("step", "right -> wrong", "wrong -> right")
+    return Table(
+        f"{s['name']}: flips", columns, tuple(rows), "Share of scored tokens, top-1 against the text."
+    )
+
+
+def retention_table(s: Mapping[str, Any]) -> Table:
+    """How much of what the adapter learned is left."""
+    rows = [(name, format_estimate(kept, factor=100, unit=" %")) for name, kept in s["retention"].items()]
+    note = "1 - ln(ppl variant / adapter) / ln(ppl base / adapter); not defined if the adapter gains nothing."
+    return Table(f"{s['name']}: retention", ("variant", "of what the adapter learned"), tuple(rows), note)
+
+
+def modules_table(facts: Mapping[str, Any]) -> Table:
+    """The modules with the largest relative output error, worst first."""
+    modules = (facts.get("quantize") or {}).get("modules") or []
+    known = [m for m in modules if m.get("relative_error") is not None]
+    known.sort(key=lambda m: -float(m["relative_error"]))
+    worst = known[:WORST_MODULES]
+    optional = {
+        "bits": "bits",
+        "group_size": "group",
+        "relative_error": "relative error",
+        "rtn_error": "RTN's",
+        "signal_to_noise": "adapter/noise",
+        "loss": "loss",
+        "damp": "damp",
+        "fallback": "fallback",
+    }
+    shown = [key for key in optional if any(m.get(key) is not None for m in worst)]
+    rows = tuple((str(m.get("name", "?")), *(_cell(m.get(key)) for key in shown)) for m in worst)
+    title = f"The {len(rows)} worst of {len(modules)} modules"
+    note = "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data."
+    return Table(title, ("module", *(optional[key] for key in shown)), rows, note)
+
+
+def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
+    """Bytes of every artifact; seconds and peak memory of every stage."""
+    cost = facts.get("cost") or {}
+    sizes = tuple((name, format_bytes(n)) for name, n in (cost.get("bytes") or {}).items() if n is not None)
+    seconds, peaks = cost.get("seconds") or {}, cost.get("peak_rss") or {}
+    stages = tuple(
+        (
+            name,
+            format_seconds(seconds[name]) if seconds.get(name) is not None else "",
+            format_bytes(peaks[name]) if peaks.get(name) is not None else "",
+        )
+        for name in dict.fromkeys([*seconds, *peaks])
+    )
+    tables = [
+        Table("Size", ("artifact", "bytes"), sizes),
+        Table("Time and memory", ("stage", "time", "peak memory"), stages),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def facts_table(title: str, facts: Any, *, skip: Sequence[str] = ()) -> Table:
+    """Any mapping as name and value; nested names are joined with a dot."""
+    rows = tuple((name, text) for name, text in _flat(facts) if name.split(".")[0] not in skip)
+    return Table(title, ("fact", "value"), rows, text=2)
+
+
+def escape(text: str) -> str:
+    """`text` on one line, safe inside a pipe table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def protocol(s: Mapping[str, Any]) -> str:
+    """The protocol of a set and its fingerprint, one short phrase."""
+    bos = "BOS in every window" if s["bos"] else "no BOS added"
+    return f"Protocol {s['protocol']}, windows of {s['window']}, {bos}, fingerprint {s['fingerprint']}"
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        return [
+            row
+            for key, item in value.items()
+            for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if value is None or value == "" or value == []:
+        return []
+    return [(prefix, ", ".join(_cell(v) for v in value) if isinstance(value, list) else _cell(value))]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

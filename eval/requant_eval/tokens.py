@@ -1,0 +1,86 @@
+"""What scoring one variant on one set leaves behind: a few numbers per token, saved without pickle."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_eval.errors import EvaluationError
+
+FORMAT = "requant-scores-1"
+
+
+@dataclass
+class TokenScores:
+    """Scores of n tokens in window order.
+
+    nll: float64 [n], -ln p(token), nats. document: int32 [n], cluster number. top1: bool [n], argmax is the
+    token. kl: float64 [n], KL(reference || this) in nats, or None without a reference. agree: bool [n],
+    argmax is the reference's argmax, or None. nonfinite: tokens with NaN/inf logits (`score` raises on any,
+    so 0 in what it returns). digest: of the evaluation set. seconds: wall time.
+    """
+
+    nll: npt.NDArray[np.float64]
+    document: npt.NDArray[np.int32]
+    top1: npt.NDArray[np.bool_]
+    kl: npt.NDArray[np.float64] | None
+    agree: npt.NDArray[np.bool_] | None
+    nonfinite: int
+    digest: str
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file under a temporary name and renames it."""
+        from safetensors.numpy import save_file
+
+        columns: dict[str, npt.NDArray[Any]] = {"nll": self.nll, "document": self.document, "top1": self.top1}
+        columns |= {} if self.kl is None else {"kl": self.kl}
+        columns |= {} if self.agree is None else {"agree": self.agree}
+        metadata = {
+            "format": FORMAT,
+            "digest": self.digest,
+            "nonfinite": str(self.nonfinite),
+            "seconds": repr(self.seconds),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(columns, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> TokenScores:
+        """Reads what `save` wrote.
+
+        Raises:
+            EvaluationError: the file is missing, damaged or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise EvaluationError(f"{path}: no readable scores ({error}): score the variant again") from error
+        if metadata.get("format") != FORMAT:
+            raise EvaluationError(
+                f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: score it again"
+            )
+        return cls(
+            nll=columns["nll"],
+            document=columns["document"],
+            top1=columns["top1"],
+            kl=columns.get("kl"),
+            agree=columns.get("agree"),
+            nonfinite=int(metadata["nonfinite"]),
+            digest=metadata["digest"],
+            seconds=float(metadata["seconds"]),
+        )

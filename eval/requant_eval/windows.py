@@ -1,0 +1,224 @@
+"""Token ids in, windows to score out: the protocols, and the digest that names the result. No text, no model.
+
+- `documents`: every document is a cluster of consecutive windows without overlap. With a `bos_id`, every
+  window starts with it (a BOS that a document already starts with is not doubled). All tokens but the first
+  of a window are scored. A tail shorter than `tail` tokens is dropped, but a document's first window is kept
+  whatever its length: short documents count.
+- `gptq-2048` (GPTQ's `datautils.py`): one joined document, windows of 2048, tail dropped, no BOS of ours,
+  every window a cluster. `window` is ignored.
+- `llamacpp-512` (llama.cpp `perplexity`): one joined document, windows of 512, tail dropped, first token of
+  every window overwritten by `bos_id`, tokens 257..511 scored, every window a cluster. `window` is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from requant_eval.errors import EvaluationError
+
+Protocol = Literal["documents", "gptq-2048", "llamacpp-512"]
+FIXED_WINDOW: dict[Protocol, int] = {"gptq-2048": 2048, "llamacpp-512": 512}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text as token ids.
+
+    ids: token ids, with or without the tokenizer's BOS in front.
+    scored: one flag per id, e.g. True on completion tokens only; None scores all.
+    n_bytes: UTF-8 bytes of the scored text (for bits per byte); 0 = unknown.
+    """
+
+    ids: tuple[int, ...]
+    scored: tuple[bool, ...] | None = None
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass. `scored[t]`: token t is predicted from tokens 0..t-1 and counted; `scored[0]` is
+    always False.
+
+    document: number of the cluster it belongs to. ids: int64 [T]. scored: bool [T].
+    """
+
+    document: int
+    ids: Tensor
+    scored: Tensor
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """What every variant is scored on. Two sets with equal `digest` are the same tokens, masks and documents.
+
+    n_documents: clusters with at least one scored token, numbered 0..n_documents-1 in `Window.document`.
+    n_bytes: UTF-8 bytes of the scored text, 0 = unknown; where a document is scored in part, its bytes are
+    counted in proportion to its scored tokens. dropped: tokens in dropped tails. window: tokens per window,
+    BOS included. bos: a BOS stands in every window.
+    """
+
+    name: str
+    windows: tuple[Window, ...]
+    digest: str
+    n_documents: int
+    n_scored: int
+    n_bytes: int
+    dropped: int
+    protocol: Protocol
+    window: int
+    bos: bool
+
+
+@dataclass
+class _Cut:
+    """The windows of one document (or of the joined text) and what its tail lost."""
+
+    windows: list[tuple[Tensor, Tensor]]
+    dropped: int
+
+
+def make_set(
+    name: str,
+    documents: Sequence[Document],
+    *,
+    window: int = 2048,
+    protocol: Protocol = "documents",
+    bos_id: int | None,
+    tokens: int | None = None,
+    tail: int = 64,
+) -> EvalSet:
+    """Cuts `documents` into windows by one of the protocols above.
+
+    Windows and documents with nothing to score are left out. bos_id: None = the tokenizer adds no BOS.
+    tokens: stop after the window that reaches that many scored tokens. tail: shorter tails of a document are
+    dropped.
+
+    Raises:
+        EvaluationError: nothing to score, or the arguments don't fit each other.
+    """
+    window = FIXED_WINDOW.get(protocol, window)
+    _check(name, documents, window, protocol, tokens)
+    windows: list[Window] = []
+    scored = dropped = clusters = 0
+    n_bytes: float = 0.0
+    for document in documents:
+        cut = _cut(document, window, protocol, bos_id, tail)
+        taken = 0
+        for ids, mask in cut.windows:
+            if tokens is not None and scored + taken >= tokens:
+                break
+            windows.append(Window(clusters, ids, mask))
+            taken += int(mask.sum())
+            clusters += protocol != "documents"
+        else:
+            dropped += cut.dropped
+        if taken:
+            n_bytes = _add_bytes(n_bytes, document, taken)
+            clusters += protocol == "documents"
+        scored += taken
+        if tokens is not None and scored >= tokens:
+            break
+    if not windows:
+        raise EvaluationError(
+            f"set '{name}': nothing to score in {len(documents)} documents (protocol {protocol}, window "
+            f"{window}, {dropped} tokens in dropped tails): give longer texts, or check the `score` mask"
+        )
+    bos = bos_id is not None and protocol != "gptq-2048"
+    size = 0 if math.isnan(n_bytes) else round(n_bytes)
+    sha = digest(windows)
+    return EvalSet(name, tuple(windows), sha, clusters, scored, size, dropped, protocol, window, bos)
+
+
+def digest(windows: Sequence[Window]) -> str:
+    """sha256 (hex) over document number, length, int64 ids and mask of every window, in order."""
+    sha = hashlib.sha256()
+    for w in windows:
+        sha.update(torch.tensor([w.document, len(w.ids)], dtype=torch.int64).numpy().astype("<i8").tobytes())
+        sha.update(w.ids.numpy().astype("<i8").tobytes())
+        sha.update(w.scored.numpy().astype("u1").tobytes())
+    return sha.hexdigest()
+
+
+def _check(
+    name: str, documents: Sequence[Document], window: int, protocol: Protocol, tokens: int | None
+) -> None:
+    if protocol not in get_args(Protocol):
+        raise EvaluationError(f"set '{name}': unknown protocol '{protocol}', use one of {get_args(Protocol)}")
+    if window < 2:
+        raise EvaluationError(f"set '{name}': window is {window}, needs at least 2 tokens")
+    if tokens is not None and tokens < 1:
+        raise EvaluationError(f"set '{name}': tokens is {tokens}, needs at least 1 or none for all")
+    if protocol != "documents" and len(documents) != 1:
+        raise EvaluationError(
+            f"set '{name}': protocol {protocol} scores one joined text, got {len(documents)} documents"
+        )
+    for i, d in enumerate(documents):
+        if d.scored is not None and len(d.scored) != len(d.ids):
+            raise EvaluationError(
+                f"set '{name}': document {i} has {len(d.ids)} ids but {len(d.scored)} scored flags"
+            )
+
+
+def _add_bytes(total: float, document: Document, taken: int) -> float:
+    """Adds the share of the document's bytes that was scored; NaN once a document's bytes are unknown."""
+    if document.n_bytes <= 0:
+        return float("nan")
+    scorable = len(document.ids) if document.scored is None else sum(document.scored)
+    return total + document.n_bytes * min(1.0, taken / scorable)
+
+
+def _cut(document: Document, window: int, protocol: Protocol, bos_id: int | None, tail: int) -> _Cut:
+    ids = torch.tensor(document.ids, dtype=torch.int64)
+    mask = torch.ones(len(ids), dtype=torch.bool)
+    if document.scored is not None:
+        mask = torch.tensor(document.scored, dtype=torch.bool)
+    if protocol == "documents":
+        return _cut_document(ids, mask, window, bos_id, tail)
+    return _cut_joined(ids, mask, window, protocol, bos_id)
+
+
+def _cut_document(ids: Tensor, mask: Tensor, window: int, bos_id: int | None, tail: int) -> _Cut:
+    cut = _Cut([], 0)
+    if bos_id is not None and len(ids) and int(ids[0]) == bos_id:
+        ids, mask = ids[1:], mask[1:]
+    step = window if bos_id is None else window - 1
+    for start, part in _slices(ids, step):
+        if start and len(part) < tail and len(part) < step:
+            cut.dropped += len(part)
+            continue
+        scored = mask[start : start + step].clone()
+        if bos_id is None:
+            scored[0] = False
+        else:
+            part = torch.cat([torch.tensor([bos_id]), part])
+            scored = torch.cat([torch.tensor([False]), scored])
+        if scored.any():
+            cut.windows.append((part, scored))
+    return cut
+
+
+def _cut_joined(ids: Tensor, mask: Tensor, window: int, protocol: Protocol, bos_id: int | None) -> _Cut:
+    cut = _Cut([], len(ids) % window)
+    for start, part in _slices(ids[: len(ids) - cut.dropped], window):
+        scored = mask[start : start + window].clone()
+        if protocol == "llamacpp-512":
+            part = part.clone()
+            if bos_id is not None:
+                part[0] = bos_id
+            scored[: window // 2 + 1] = False
+        scored[0] = False
+        if scored.any():
+            cut.windows.append((part, scored))
+    return cut
+
+
+def _slices(ids: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(ids), step):
+        yield start, ids[start : start + step].clone()

@@ -1,0 +1,39 @@
+"""The exception tree.
+
+    RequantError
+    +-- RecipeError   the recipe or the command line is wrong: exit code 2, nothing was read
+    +-- InputError    a model, adapter or dataset cannot be used as given, seen from headers: exit code 2
+    +-- StageError    only the data itself showed it (NaN, overflow, full disk): exit code 1
+
+Every message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RequantError(Exception):
+    """Base of every error that requant raises on purpose."""
+
+    exit_code = 1
+
+
+class RecipeError(RequantError):
+    """The recipe or the command line is wrong; `problems` holds one line for each thing found."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class InputError(RequantError):
+    """A model, adapter or dataset cannot be used as given; known before any weight is read."""
+
+    exit_code = 2
+
+
+class StageError(RequantError):
+    """A stage failed on its data: non-finite values, overflow, a full disk, a failed self-test."""

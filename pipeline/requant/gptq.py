@@ -1,0 +1,295 @@
+"""GPTQ: Hessian, factor, grid, solve. Tensors in, tensors out, nothing else.
+
+Frantar et al., GPTQ (arXiv:2210.17323), in its equal LDLQ form (Chee et al., QuIP, arXiv:2307.13304, theorem 6):
+with H = U D U', U unit upper triangular, the columns are rounded left to right,
+
+    target_j = W_j + sum_{i<j} (W_i - Q_i) U_ij,     Q_j = round(target_j),     loss = sum_j (target_j - Q_j)^2 D_j
+
+which needs one Cholesky factorization (of H flipped) where the usual route needs two and an inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Order = Literal["natural", "activation", "group"]
+Search = Literal["hessian", "minmax"]
+MAX_DAMP = 0.64
+BLOCK = 128
+_PANEL = 512
+_SEARCH_ELEMENTS = 2**17  # weights searched at a time: the working set of a candidate stays in cache
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers a weight may take: `bits` wide codes, one scale (and zero) for each `group_size` inputs of a row.
+
+    group_size -1 means one group a row. `signed` allows negative scales, so that the wide side of the symmetric
+    range (-2^(b-1)) can serve the larger tail. `search` picks the scale: `hessian` minimises the error weighted by
+    the Hessian's diagonal, `minmax` spans the largest weight.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    signed: bool = False
+    search: Search = "hessian"
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of `columns` inputs."""
+        return 1 if self.group_size == -1 else columns // self.group_size
+
+
+def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
+    """hessian (fp32 [n, n], upper triangle only) += inputs' @ inputs, inputs [..., n]. Panels below the diagonal are skipped."""
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    for start in range(0, x.shape[1], _PANEL):
+        stop = start + _PANEL
+        hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def symmetrize(hessian: Tensor) -> Tensor:
+    """Mirror the upper triangle into the lower one, in place."""
+    upper = hessian.triu(1)
+    return hessian.triu_().add_(upper.T)
+
+
+def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
+    """Order in which columns are rounded, int64 [n]; it leaves no trace in the result's layout.
+
+    activation: largest Hessian diagonal first. group: groups by their mean diagonal, and inside each likewise (GAR).
+    """
+    n = diagonal.numel()
+    if order == "natural":
+        return torch.arange(n, device=diagonal.device)
+    if order == "activation" or group_size == -1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    table = diagonal.reshape(-1, group_size)
+    inside = torch.argsort(table, dim=1, descending=True, stable=True)
+    groups = torch.argsort(table.mean(dim=1), descending=True, stable=True)
+    return (inside + torch.arange(table.shape[0], device=diagonal.device)[:, None] * group_size)[groups].reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """U (unit upper, fp32 [n, n]) of the permuted, damped Hessian; `damp` as used, `diagonal` when no factor was found."""
+
+    upper: Tensor
+    order: Tensor
+    damp: float
+    diagonal: bool = False
+
+
+def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
+    """H[order, order] + damp * mean(diag) * I = U D U'. Doubles `damp` up to 0.64, then gives up coupling (U = I).
+
+    Raises ValueError when the Hessian itself is not finite.
+    """
+    mean = hessian.diagonal().mean()
+    if not torch.isfinite(mean):
+        raise ValueError("the Hessian holds NaN or infinity")
+    permuted = hessian[order][:, order]
+    n = permuted.shape[0]
+    while mean > 0 and damp <= MAX_DAMP:
+        damped = permuted.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            root = lower.flip(0, 1)
+            return Factor(root / root.diagonal(), order, damp)
+        damp *= 2
+    return Factor(torch.eye(n, device=hessian.device), order, damp, diagonal=True)
+
+
+def deployable(scale: Tensor) -> Tensor:
+    """The nearest value exact in both bfloat16 and float16 (fp32 in and out), never zero: what every server will use."""
+    rounded = scale.bfloat16().half().float()
+    smallest = torch.full_like(rounded, 2.0**-24)
+    return torch.where(rounded == 0, torch.where(scale < 0, -smallest, smallest), rounded)
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """scale fp32 [rows, groups], already deployable; zero fp32 [rows, groups], integers."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def select(self, rows: slice) -> Scales:
+        return Scales(self.scale[rows], self.zero[rows])
+
+
+def find_scales(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
+    """Choose every group's scale on the original weights, before the column loop.
+
+    weight: fp32 [rows, n]. importance: fp32 [n], the Hessian's diagonal (floored by the damping).
+    Minimises sum_j importance_j (w_j - s (clip(round(w_j / s) + z) - z))^2 over a coarse-to-fine list of
+    shrunk ranges; `minmax` takes the full range.
+    """
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    step = max(1, _SEARCH_ELEMENTS // columns)
+    parts = [
+        _search(weight[i : i + step].reshape(-1, groups, columns // groups), importance.reshape(groups, -1), grid)
+        for i in range(0, rows, step)
+    ]
+    return Scales(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
+
+
+def _range_scales(grid: Grid, low: Tensor, high: Tensor, shrink: Tensor | float) -> Scales:
+    """Scale and zero that span [low, high] * shrink; the sign of `shrink` becomes the scale's when symmetric."""
+    if grid.symmetric:
+        half = grid.levels // 2
+        largest = torch.maximum(-low, high)
+        denominator = half - 0.5 if grid.search == "minmax" else float(half)
+        return Scales(deployable(largest * shrink / denominator), torch.full_like(low, half))
+    scale = deployable((high - low) * abs(shrink) / (grid.levels - 1))
+    # A zero of 0 cannot be stored minus one (format v1) without a borrow from its neighbour: 1 is the least.
+    return Scales(scale, torch.round(-low * abs(shrink) / scale).clamp(1, grid.levels - 1))
+
+
+def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
+    """weight [rows, groups, g] -> the best Scales [rows, groups]."""
+    low, high = weight.amin(dim=2).clamp(max=0), weight.amax(dim=2).clamp(min=0)
+    if grid.search == "minmax":
+        return _range_scales(grid, low, high, 1.0)
+    coarse = torch.linspace(1.1, 0.42, 13, device=weight.device)
+    signs = (1.0, -1.0) if grid.signed else (1.0,)
+    best = torch.full_like(low, torch.inf)
+    shrink = torch.ones_like(low)
+    for sign in signs:
+        for value in coarse.tolist():
+            best, shrink = _try(weight, importance, grid, (low, high), torch.full_like(low, sign * value), best, shrink)
+    width = float(coarse[0] - coarse[1])
+    centre = shrink
+    for offset in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):
+        best, shrink = _try(weight, importance, grid, (low, high), centre + offset * width, best, shrink)
+    return _range_scales(grid, low, high, shrink)
+
+
+def _try(
+    weight: Tensor, importance: Tensor, grid: Grid, ends: tuple[Tensor, Tensor], candidate: Tensor, best: Tensor, shrink: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keep `candidate` wherever its weighted error is smaller than `best`."""
+    scales = _range_scales(grid, *ends, candidate)
+    scale, zero = scales.scale[..., None], scales.zero[..., None]
+    error = (weight / scale).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(scale).sub_(weight)
+    loss = torch.einsum("rgj,gj->rg", error.square_(), importance)
+    better = loss < best
+    return torch.where(better, loss, best), torch.where(better, candidate, shrink)
+
+
+def round_to_grid(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """Round to nearest: fp32 [rows, n] -> codes uint8 [rows, n]."""
+    width = weight.shape[1] // scales.scale.shape[1]
+    scale, zero = (t.repeat_interleave(width, dim=1) for t in (scales.scale, scales.zero))
+    return (weight / scale).round_().add_(zero).clamp_(0, grid.levels - 1).to(torch.uint8)
+
+
+def dequantize_codes(codes: Tensor, scales: Scales) -> Tensor:
+    """codes [rows, n] -> fp32 [rows, n]: scale * (code - zero)."""
+    width = codes.shape[1] // scales.scale.shape[1]
+    scale, zero = (t.repeat_interleave(width, dim=1) for t in (scales.scale, scales.zero))
+    return (codes.float() - zero) * scale
+
+
+def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> Tensor:
+    """The column loop: fp32 [rows, n] -> codes uint8 [rows, n] in the weight's own column order.
+
+    Left-looking: each block of 128 columns takes the feedback of all earlier ones in one product, then its columns
+    one after another. The block size does not change the result beyond fp32 rounding.
+    """
+    n = weight.shape[1]
+    width = n // scales.scale.shape[1]
+    group = factor.order // width
+    columns = weight.T[factor.order].contiguous()  # (n, rows): a column of the weight is contiguous
+    scale = scales.scale.T[group].contiguous()
+    zero = scales.zero.T[group].contiguous()
+    low, high = -zero, grid.levels - 1 - zero
+    error = torch.empty_like(columns)
+    codes = torch.empty_like(columns)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        target = columns[start:stop]
+        if start:
+            target = torch.addmm(target, factor.upper[:start, start:stop].T, error[:start])
+        _solve_block(target, columns, factor.upper, scale, (low, high), error, codes, start)
+    codes.add_(zero)
+    out = torch.empty_like(codes, dtype=torch.uint8)
+    out[factor.order] = codes.to(torch.uint8)
+    return out.T.contiguous()
+
+
+def _solve_block(
+    target: Tensor, columns: Tensor, upper: Tensor, scale: Tensor, ends: tuple[Tensor, Tensor], error: Tensor, codes: Tensor, start: int
+) -> None:
+    """The sequential columns of one block; fills `error` and `codes` (without the zero) for its rows."""
+    feedback = upper.T[start : start + len(target), start : start + len(target)].contiguous()
+    for k in range(len(target)):
+        j = start + k
+        wanted = torch.addmv(target[k], error[start:j].T, feedback[k, :k]) if k else target[k]
+        code = codes[j]
+        torch.div(wanted, scale[j], out=code)
+        code.round_()
+        torch.clamp(code, ends[0][j], ends[1][j], out=code)
+        torch.addcmul(columns[j], code, scale[j], value=-1, out=error[j])
+
+
+def output_error(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E'), fp32 [rows, n] against the undamped, symmetric H [n, n]."""
+    return float(torch.einsum("rn,rn->", error @ hessian, error))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One weight's result. loss = tr(E H E'), relative = sqrt(loss / tr(W H W')), both against the undamped Hessian."""
+
+    codes: Tensor
+    scales: Scales
+    grid: Grid
+    loss: float
+    relative: float
+    rtn_relative: float
+    damp: float
+    order: Order
+    fallback: bool
+
+    def weight(self) -> Tensor:
+        """fp32 [rows, n], exactly what a server dequantizes."""
+        return dequantize_codes(self.codes, self.scales)
+
+
+def quantize_weight(
+    weight: Tensor, hessian: Tensor, grid: Grid, *, order: Order, damp: float, factors: dict[tuple[str, int], Factor] | None = None
+) -> Solution:
+    """Quantize one weight (fp32 [rows, n]) against a symmetric Hessian (fp32 [n, n]).
+
+    Weights that share their input share `factors`, keyed by order and group size: pass the same dict for each.
+    Falls back to round-to-nearest, and says so, when the column loop would lose against it.
+    """
+    diagonal = hessian.diagonal()
+    factors = {} if factors is None else factors
+    key = (order, grid.group_size)
+    if key not in factors:
+        factors[key] = factorize(hessian, column_order(diagonal, order, grid.group_size), damp)
+    factor = factors[key]
+    mean = float(diagonal.mean())
+    scales = find_scales(weight, diagonal + (factor.damp * mean if mean > 0 else 1.0), grid)
+    codes = solve(weight, factor, scales, grid)
+    plain = replace(grid, search="minmax", signed=False)
+    plain_scales = find_scales(weight, diagonal, plain)
+    control = output_error(weight - dequantize_codes(round_to_grid(weight, plain_scales, plain), plain_scales), hessian)
+    loss = output_error(weight - dequantize_codes(codes, scales), hessian)
+    whole = max(output_error(weight, hessian), torch.finfo(torch.float32).tiny)
+    return Solution(
+        codes, scales, grid, loss, (max(loss, 0.0) / whole) ** 0.5, (max(control, 0.0) / whole) ** 0.5,
+        factor.damp, order, factor.diagonal,
+    )  # fmt: skip

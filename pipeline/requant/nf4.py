@@ -1,0 +1,183 @@
+"""bitsandbytes 4-bit weights, bytes <-> fp32: the maths only, without bitsandbytes, a GPU or any file.
+
+Layout and semantics: Dettmers et al., QLoRA (arXiv:2305.14314), section 3, as stored by bitsandbytes:
+
+    absmax[i] = nested_map[absmax_u8[i]] * nested_absmax[i // 256] + nested_offset     (double quantization)
+    code[2j], code[2j+1] = byte[j] >> 4, byte[j] & 15
+    w.flat[e] = table[code[e]] * absmax[e // blocksize]                                e over row-major [out, in]
+
+All of it in fp32. Blocks run over the flattened matrix and cross rows when `in % blocksize != 0`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+QuantType = Literal["nf4", "fp4"]
+NESTED_BLOCK = 256
+_CHUNK = 2**20  # bytes decoded at a time: the pairs of one chunk stay in cache for the multiplication
+
+NF4 = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+)  # fmt: skip
+_FP4_HALF = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
+FP4 = torch.tensor(_FP4_HALF + [-v for v in _FP4_HALF])  # in bit-pattern order, not sorted
+
+
+class Nf4Error(ValueError):
+    """The bytes do not follow the layout; the message says what was found and what was expected."""
+
+
+def table(quant_type: QuantType) -> Tensor:
+    """The 16 fp32 values of a 4-bit type, indexed by code."""
+    return NF4 if quant_type == "nf4" else FP4
+
+
+@dataclass(frozen=True, slots=True)
+class QuantState:
+    """What `M.weight.quant_state.bitsandbytes__*` says: how the bytes of one weight are to be read."""
+
+    quant_type: QuantType
+    blocksize: int
+    shape: tuple[int, ...]
+    dtype: str
+    nested_offset: float | None = None
+    nested_blocksize: int = NESTED_BLOCK
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def blocks(self) -> int:
+        """Number of first-level scales."""
+        return -(-self.numel // self.blocksize)
+
+
+def parse_state(data: bytes) -> QuantState:
+    """Read the quant_state JSON; raises Nf4Error for anything missing, mistyped or unknown."""
+    try:
+        raw: dict[str, Any] = json.loads(data)
+        quant_type, blocksize = raw["quant_type"], int(raw["blocksize"])
+        shape, dtype = tuple(int(n) for n in raw["shape"]), str(raw["dtype"])
+        offset = float(raw["nested_offset"]) if "nested_blocksize" in raw else None
+        nested_blocksize = int(raw.get("nested_blocksize", NESTED_BLOCK))
+    except KeyError as error:
+        raise Nf4Error(f"quant_state has no {error.args[0]!r}") from error
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise Nf4Error(f"quant_state is not the expected JSON ({error})") from error
+    if quant_type not in ("nf4", "fp4"):
+        raise Nf4Error(f"quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
+    if blocksize < 1 or nested_blocksize < 1 or not shape or min(shape) < 1:
+        raise Nf4Error(f"impossible blocksize {blocksize}, nested_blocksize {nested_blocksize} or shape {shape}")
+    return QuantState(quant_type, blocksize, shape, dtype, offset, nested_blocksize)
+
+
+def check_table(stored: Tensor, quant_type: QuantType) -> None:
+    """Raise Nf4Error unless the stored `quant_map` is the known table (kernels use a built-in one)."""
+    if stored.shape != (16,) or not torch.allclose(stored.float(), table(quant_type), rtol=0, atol=1e-6):
+        raise Nf4Error(f"quant_map is not the {quant_type} table: {stored.flatten()[:16].tolist()}")
+
+
+def unnest(absmax_u8: Tensor, nested_map: Tensor, nested_absmax: Tensor, state: QuantState) -> Tensor:
+    """Second level of double quantization: uint8 [blocks] -> fp32 [blocks]."""
+    if state.nested_offset is None:
+        raise Nf4Error("absmax is uint8 but quant_state has no nested_offset")
+    values = nested_map.float()[absmax_u8.long()]
+    scale = nested_absmax.float().repeat_interleave(state.nested_blocksize)[: values.numel()]
+    return values * scale + torch.tensor(state.nested_offset, dtype=torch.float32)
+
+
+def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
+    """Bytes -> weight.
+
+    packed: any dtype, a bit pattern of ceil(numel / 2) bytes (padded up to its item size). absmax: fp32 [blocks].
+    Returns fp32 of `state.shape`, bit-identical to bitsandbytes where bitsandbytes is right. Raises Nf4Error when
+    the sizes disagree.
+    """
+    data = packed.contiguous().reshape(-1).view(torch.uint8).numpy()
+    need = -(-state.numel // 2)
+    if not need <= data.size < need + packed.element_size() + 1:
+        raise Nf4Error(f"{data.size} packed bytes, but shape {state.shape} needs {need}")
+    if absmax.numel() != state.blocks:
+        raise Nf4Error(f"{absmax.numel()} scales, but shape {state.shape} in blocks of {state.blocksize} needs {state.blocks}")
+    values = table(state.quant_type).numpy()
+    byte = np.arange(256)
+    pairs = np.stack([values[byte >> 4], values[byte & 15]], axis=1).view(np.float64).reshape(-1)  # two fp32 a byte
+    out = np.empty(need, dtype=np.float64)
+    for start in range(0, need, _CHUNK):
+        stop = min(start + _CHUNK, need)
+        np.take(pairs, data[start:stop], out=out[start:stop], mode="clip")
+        _scale(out.view(np.float32)[2 * start : 2 * stop], absmax.numpy(), 2 * start, state.blocksize)
+    return torch.from_numpy(out.view(np.float32))[: state.numel].reshape(state.shape)
+
+
+def _scale(values: Any, absmax: Any, first: int, blocksize: int) -> None:
+    """Multiply `values`, whose element 0 is element `first` of the weight, by its block's scale, in place."""
+    whole = len(values) - len(values) % blocksize
+    if first % blocksize:  # a blocksize that does not divide the chunk
+        values *= absmax[np.minimum(np.arange(first, first + len(values)) // blocksize, len(absmax) - 1)]
+        return
+    block = first // blocksize
+    values[:whole].reshape(-1, blocksize)[...] *= absmax[block : block + whole // blocksize, None]
+    values[whole:] *= absmax[block + whole // blocksize] if whole < len(values) else 1
+
+
+def encode(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantize as bitsandbytes' `quantize_4bit` does: fp32 [...] -> (bytes uint8 [ceil(numel/2)], absmax fp32 [blocks]).
+
+    Each value times the reciprocal of its block's largest magnitude goes to the nearest table entry, ties down.
+    """
+    flat = weight.float().reshape(-1)
+    pad = -flat.numel() % blocksize
+    blocks = torch.nn.functional.pad(flat, (0, pad)).reshape(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1).clamp(min=1e-38)
+    scaled = (blocks * (1.0 / absmax)[:, None]).clamp(-1, 1).reshape(-1)[: flat.numel()]
+    values = table(quant_type)
+    order = torch.argsort(values)
+    midpoints = (values[order[:-1]] + values[order[1:]]) / 2
+    codes = torch.bucketize(torch.nn.functional.pad(scaled, (0, flat.numel() % 2)), midpoints, out_int32=True)
+    codes = order[codes.long()].to(torch.uint8)
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def dynamic_map() -> Tensor:
+    """The signed dynamic 8-bit table, fp32 [256], sorted (Dettmers, arXiv:1511.04561; 7 exponent bits)."""
+    values: list[float] = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**i + 1)
+        means = ((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (i - 6)).tolist()
+        values += means + [-m for m in means]
+    return torch.tensor(sorted(values))
+
+
+def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Double quantization of the scales: fp32 [blocks] -> (uint8 [blocks], nested_absmax fp32, offset)."""
+    offset = absmax.mean()
+    shifted = absmax - offset
+    pad = -shifted.numel() % NESTED_BLOCK
+    blocks = torch.nn.functional.pad(shifted, (0, pad)).reshape(-1, NESTED_BLOCK)
+    scale = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)[: shifted.numel()]
+    values = dynamic_map()
+    codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
+    return codes.to(torch.uint8), scale, float(offset)
+
+
+def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, double_quant: bool) -> Tensor:
+    """The fp32 weight that training saw: quantize as bitsandbytes would, then decode. Shape and order are kept."""
+    packed, absmax = encode(weight, quant_type, blocksize)
+    state = QuantState(quant_type, blocksize, tuple(weight.shape), "float32")
+    if double_quant:
+        codes, nested_absmax, offset = nest(absmax)
+        state = QuantState(quant_type, blocksize, tuple(weight.shape), "float32", nested_offset=offset)
+        absmax = unnest(codes, dynamic_map(), nested_absmax, state)
+    return decode(packed, absmax, state)

@@ -1,0 +1,300 @@
+"""Stage: block by block calibrate, solve, replace, carry on, write a GPTQ checkpoint.
+
+One block is resident. Each finished block is on disk before the next begins, and is a resume point: a killed run
+replays the finished blocks from their own files and goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from requant import artifacts, gptq, pack, skeleton
+from requant.blocks import BlockInput, Stage, Walk, block_linears, block_list, find_stages, step
+from requant.checkpoint import Checkpoint, CheckpointWriter, Slot, read_json, write_text
+from requant.errors import InputError, StageError
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+JOURNAL = "blocks.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to quantize. overrides: (fnmatch pattern of a module name, changed Grid fields or None to leave in 16 bit)."""
+
+    grid: gptq.Grid = gptq.Grid()
+    order: Literal["auto", "natural", "activation", "group"] = "auto"
+    damp: float | None = None  # None: 0.01 when there are 16 tokens for each input feature, else 0.05
+    overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+
+    def grid_of(self, module: str) -> gptq.Grid | None:
+        """The grid of one module by its full name, None when it is left in 16 bit; the last matching override wins."""
+        grid: gptq.Grid | None = self.grid
+        for pattern, own in self.overrides:
+            if fnmatch.fnmatchcase(module, pattern):
+                grid = None if own is None else replace(self.grid, **own)
+        return grid
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """What quantizing one linear cost. relative: sqrt(tr(E H E') / tr(W H W')), of the calibration text."""
+
+    name: str
+    bits: int
+    group_size: int
+    loss: float
+    relative_error: float
+    rtn_error: float
+    damp: float
+    order: str
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written where, from headers: slots of the output, the grid of every quantized linear."""
+
+    slots: tuple[Slot, ...]
+    block_slots: tuple[tuple[str, ...], ...]  # output tensor names of each block
+    grids: Mapping[str, gptq.Grid]
+    left: tuple[str, ...]  # linears of blocks left in 16 bit
+    bits_per_weight: float
+
+
+def plan(checkpoint: Checkpoint, model: nn.Module, settings: Settings, dtype: torch.dtype) -> Plan:
+    """Lay out the quantized checkpoint; raises InputError listing every linear that cannot be packed as asked."""
+    prefix, blocks = block_list(model)
+    names = skeleton.tensor_names(model, checkpoint)
+    linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
+    if not linears:
+        raise InputError(f"{checkpoint.path}: the blocks of {type(model).__name__} hold no nn.Linear to quantize")
+    grids: dict[str, gptq.Grid] = {}
+    problems: list[str] = []
+    replaced: dict[str, list[Slot]] = {}
+    for name, module in linears.items():
+        grid = settings.grid_of(name)
+        if grid is None:
+            continue
+        try:
+            layout = pack.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
+        except pack.PackError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        grids[name] = grid
+        stored = names[f"{name}.weight"]
+        replaced[stored] = [Slot(f"{stored.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
+    if problems:
+        raise InputError("\n".join([f"{checkpoint.path}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+    slots = [s for name in checkpoint for s in replaced.get(name, [_kept(checkpoint, name, dtype)])]
+    stored_prefix = _stored_prefix(names, prefix)
+    per_block = tuple(tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks)))
+    weights = sum(linears[n].weight.numel() for n in grids)
+    packed_bytes = sum(s.nbytes for many in replaced.values() for s in many)
+    left = tuple(n for n in linears if n not in grids)
+    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1))
+
+
+def _kept(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Slot:
+    info = checkpoint[name]
+    return Slot(name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+
+
+def _stored_prefix(names: Mapping[str, str], prefix: str) -> str:
+    """The blocks' prefix as the checkpoint spells it."""
+    name = next(n for n in names if n.startswith(prefix + ".0."))
+    return names[name].removesuffix(name.removeprefix(prefix)) if names[name].endswith(name.removeprefix(prefix)) else prefix
+
+
+class Quantizer:
+    """The walk over one model; holds what every block needs. Use `quantize`."""
+
+    def __init__(self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, tokens: int) -> None:
+        self.walk, self.plan, self.settings, self.writer, self.tokens = walk, plan, settings, writer, tokens
+        self.stages: dict[tuple[str, ...], list[Stage]] = {}
+        self.results: list[ModuleResult] = []
+
+    def block(self, index: int, items: Sequence[BlockInput]) -> None:
+        """Quantize one block and write it; `items` come out as the quantized block's output."""
+        block = self.walk.load(index)
+        prefix = f"{self.walk.prefix}.{index}."
+        linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
+        if linears and linears not in self.stages:
+            self.stages[linears] = find_stages(self.walk, index, items[0], linears)
+
+        def reach(stage: Stage, inputs: Iterator[Tensor]) -> None:
+            self._stage(block, prefix, stage, inputs)
+
+        step(self.walk, index, items, self.stages.get(linears, []), reach)
+        self._check_finite(prefix, items)
+        self._write_rest(index)
+        self.walk.release(block)
+
+    def replay(self, index: int, items: Sequence[BlockInput]) -> None:
+        """Run a block that was finished before an interruption, from its own files."""
+        block = self.walk.load(index)
+        prefix = f"{self.walk.prefix}.{index}."
+        for name, linear in block_linears(block).items():
+            grid = self.plan.grids.get(prefix + name)
+            if grid is not None:
+                stored = self._stored(prefix + name)
+                tensors = {s: self.writer.read(f"{stored}.{s}") for s in pack.SUFFIXES}
+                linear.weight.copy_(pack.dequantize(tensors, grid.bits).to(self.walk.dtype))
+        for item in items:
+            item.hidden = self.walk.run(index, item)
+        self.walk.release(block)
+
+    def _stored(self, module: str) -> str:
+        return self.walk.names[f"{module}.weight"].removesuffix(".weight")
+
+    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[Tensor]) -> None:
+        """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
+        first: Any = block.get_submodule(stage.linears[0])
+        n = first.in_features
+        hessian = torch.zeros(n, n, device=self.walk.device)
+        for x in inputs:
+            gptq.add_to_hessian(hessian, x)
+        gptq.symmetrize(hessian).div_(self.tokens)
+        if not torch.isfinite(hessian.diagonal()).all():
+            raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
+        factors: dict[tuple[str, int], gptq.Factor] = {}
+        for name in stage.linears:
+            linear: Any = block.get_submodule(name)
+            solution = self._solve(prefix + name, linear.weight.float(), hessian, factors)
+            linear.weight.copy_(solution.weight().to(self.walk.dtype))
+
+    def _solve(self, name: str, weight: Tensor, hessian: Tensor, factors: dict[tuple[str, int], gptq.Factor]) -> gptq.Solution:
+        grid = self.plan.grids[name]
+        damp = self.settings.damp if self.settings.damp is not None else 0.01 if self.tokens >= 16 * weight.shape[1] else 0.05
+        order: gptq.Order = "activation" if self.settings.order == "auto" else self.settings.order
+        solution = gptq.quantize_weight(weight, hessian, grid, order=order, damp=damp, factors=factors)
+        if solution.fallback:
+            log.warning("%s: no Cholesky factor up to damp %.2f: rounded without coupling", name, gptq.MAX_DAMP)
+        for suffix, tensor in pack.pack(solution.codes, solution.scales.scale, solution.scales.zero, grid.bits).items():
+            self.writer.write(f"{self._stored(name)}.{suffix}", tensor)
+        self.results.append(
+            ModuleResult(
+                name, grid.bits, grid.group_size, solution.loss, solution.relative, solution.rtn_relative,
+                solution.damp, solution.order, solution.fallback,
+            )  # fmt: skip
+        )
+        return solution
+
+    def _check_finite(self, prefix: str, items: Sequence[BlockInput]) -> None:
+        for item in items:
+            if not torch.isfinite(item.hidden).all():
+                raise StageError(f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})")
+
+    def _write_rest(self, index: int) -> None:
+        """The block's tensors that are not quantized, in the serving dtype."""
+        slots = {s.name: s for s in self.plan.slots}
+        for name in self.plan.block_slots[index]:
+            if name in self.walk.checkpoint:
+                self.writer.write(name, convert(name, self.walk.checkpoint.read(name), slots[name].dtype))
+
+
+def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit."""
+    out = tensor.to(dtype)
+    if dtype.is_floating_point and not torch.isfinite(out).all():
+        raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")
+    return out
+
+
+@torch.no_grad()
+def quantize(
+    source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
+    batch: int = 1, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
+    """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
+
+    windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
+    Blocks compute in fp32 on the CPU and in `dtype` on a GPU. `out` must belong to the same source, windows and
+    settings: the caller names it after their digest.
+    """
+    checkpoint = Checkpoint(source)
+    model = skeleton.build(skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+    layout = plan(checkpoint, model, settings, dtype)
+    walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    journal = _read_journal(out)
+    with CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=bool(journal)) as writer:
+        quantizer = Quantizer(walk, layout, settings, writer, windows.numel())
+        items = walk.embed(windows, batch)
+        for index in range(len(walk)):
+            started = time.monotonic()
+            if index < len(journal):
+                quantizer.replay(index, items)
+                quantizer.results += [ModuleResult(**m) for m in journal[index]]
+                writer.mark_written(layout.block_slots[index])
+            else:
+                before = len(quantizer.results)
+                quantizer.block(index, items)
+                writer.sync()
+                journal.append([asdict(m) for m in quantizer.results[before:]])
+                write_text(out / JOURNAL, json.dumps(journal))
+            if progress:
+                progress(index + 1, len(walk), f"{time.monotonic() - started:.1f} s a block")
+        inside = {n for names in layout.block_slots for n in names}
+        for slot in layout.slots:
+            if slot.name not in inside:
+                writer.write(slot.name, convert(slot.name, checkpoint.read(slot.name), slot.dtype))
+        writer.close()
+    _write_small_files(checkpoint, out, layout, settings, dtype, quantizer.results, meta or {}, walk.prefix)
+    (out / JOURNAL).unlink()
+    return layout, quantizer.results
+
+
+def _read_journal(out: Path) -> list[list[dict[str, Any]]]:
+    """Results of the blocks finished before an interruption."""
+    file = out / JOURNAL
+    if not file.exists():
+        return []
+    journal: list[list[dict[str, Any]]] = json.loads(file.read_text())
+    return journal
+
+
+def _write_small_files(
+    checkpoint: Checkpoint, out: Path, layout: Plan, settings: Settings, dtype: torch.dtype,
+    results: Sequence[ModuleResult], meta: Mapping[str, Any], prefix: str,
+) -> None:  # fmt: skip
+    overrides: dict[str, Mapping[str, Any] | None] = dict.fromkeys(layout.left)
+    for name, grid in layout.grids.items():
+        if grid != settings.grid:
+            overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    inside = sorted({n.removeprefix(prefix).split(".", 2)[2] for n in layout.grids})
+    quantization = pack.quantization_config(
+        bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
+        damp=settings.damp or min((r.damp for r in results), default=0.01), overrides=overrides, quantized=inside, meta=meta,
+    )  # fmt: skip
+    config = artifacts.edit_config(checkpoint.config, dtype=str(dtype).removeprefix("torch."))
+    artifacts.write_json(out / "config.json", config | {"quantization_config": quantization})
+    artifacts.write_json(out / "quantize_config.json", quantization)
+    artifacts.copy_small_files(checkpoint.path, out)
+
+
+def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a GPTQ checkpoint with quantized linears dequantized to fp32 `.weight`, one at a time."""
+    checkpoint = Checkpoint(path)
+    config = read_json(path / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != "gptq":
+        raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'")
+    v2 = config.get("checkpoint_format") == "gptq_v2"
+    for name in checkpoint:
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            tensors = {s: checkpoint.read(f"{stem}.{s}") for s in pack.SUFFIXES}
+            bits = 32 * tensors["qweight"].shape[0] // tensors["g_idx"].shape[0]
+            yield f"{stem}.weight", pack.dequantize(tensors, bits, v2=v2)
+        elif suffix not in pack.SUFFIXES:
+            yield name, checkpoint.read(name)

@@ -1,0 +1,307 @@
+"""The recipe's sections about models: base, adapter, merge, quantize, output; and what every section shares.
+
+Frozen, strict pydantic models: unknown keys are errors and nothing is coerced. A check of two keys stands at
+the later one, so that it runs whatever else is wrong in the section. Loading and messages are `recipe`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from requant.yaml_source import KeyPath, show_value
+
+SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
+SIZE = r"^(0*[1-9][0-9]*(\.[0-9]+)?) ?([KMG]i?B)$"
+PATTERNS = {
+    SLUG: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
+    DEVICE: "one of auto, cpu, cuda, cuda:N",
+    SIZE: "a size such as 5GB or 500MB",
+}
+"""Each regular expression of the schema, in words for error messages."""
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_LAST_WORD = re.compile(r"([A-Za-z0-9_]*)\Z")
+_FUSED = {("q_proj", "k_proj", "v_proj"): "[qkv]_proj", ("gate_proj", "up_proj"): "[gu]*_proj"}
+
+Text = Annotated[str, Field(min_length=1)]
+Slug = Annotated[str, Field(pattern=SLUG)]
+Positive = Annotated[int, Field(gt=0)]
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+
+def fail(*problems: tuple[KeyPath, str]) -> NoReturn:
+    """Reject the value under validation; each problem is (steps from that value, message)."""
+    raise PydanticCustomError("requant", "{text}", {"problems": problems, "text": problems[0][1]})
+
+
+def unique(values: Sequence[str]) -> None:
+    """Reject a list that names something twice."""
+    twice = [(i, value) for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        fail(*(((i,), f"{value} is already in the list") for i, value in twice))
+
+
+def absolute(path: str, directory: Path) -> Path:
+    """`path` as seen from `directory`, `~` expanded, without touching the disk."""
+    return Path(os.path.abspath(directory / os.path.expanduser(path)))
+
+
+def looks_local(path: str) -> bool:
+    """Whether the spelling alone says that this is a path and not a hub id."""
+    return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
+
+
+def check_source(key: str, path: str, revision: str | None, info: ValidationInfo) -> None:
+    """Reject a revision of a local path and, when the recipe's directory is known, what is no hub id."""
+    if looks_local(path):
+        if revision is not None:
+            fail((("revision",), f"only a hub id has one, and {key} {path!r} is a local path: remove it"))
+        return
+    if not isinstance(info.context, Path) or os.path.exists(info.context / path):
+        return
+    if not _HUB_ID.fullmatch(path):
+        fail(
+            ((key,), f"{path!r} is neither an existing path nor a hub id (owner/name): begin a path with ./")
+        )
+
+
+def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]:
+    """Patterns that set one part of a fused projection (q/k/v, gate/up) and not the others alike."""
+    problems: list[tuple[KeyPath, str]] = []
+    for pattern, setting in overrides.items():
+        stem, part = _LAST_WORD.split(pattern)[:2]
+        for parts, cover in _FUSED.items():
+            if part in parts and any(overrides.get(stem + other) != setting for other in parts):
+                example = f"{stem.rstrip('.')}.{cover}".lstrip(".")
+                message = (
+                    f"engines fuse {', '.join(parts)}, so they share one setting: use a pattern covering all"
+                )
+                problems.append(((pattern,), f"{message}, such as {example!r}"))
+    return problems
+
+
+def _whole(value: object) -> object:
+    """A `Literal` of numbers alone would take 4.0 for 4 and true for 1."""
+    if isinstance(value, bool | float):
+        fail(((), f"{show_value(value)} is not a whole number"))
+    return value
+
+
+Whole = BeforeValidator(_whole)
+Bits = Annotated[Literal[2, 3, 4, 8], Whole]
+GroupSize = Annotated[Literal[32, 64, 128, -1], Whole]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, nothing is coerced, nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """A model or an adapter: a local directory or a Hugging Face hub id. A plain string is the path."""
+
+    path: Text = Field(
+        description="Directory (relative to the recipe, if it exists there or begins with . / ~) or hub id."
+    )
+    revision: str | None = Field(
+        default=None, description="Hub branch, tag or commit; default: the main branch."
+    )
+
+    def is_local(self, directory: Path) -> bool:
+        """Whether `path` is meant as, or exists as, a path seen from `directory`."""
+        return looks_local(self.path) or os.path.exists(directory / self.path)
+
+    def resolve(self, directory: Path) -> str:
+        """Absolute path of a local source, or the hub id as it is."""
+        return str(absolute(self.path, directory)) if self.is_local(directory) else self.path
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> Self:
+        check_source("path", self.path, self.revision, info)
+        return self
+
+
+AnySource = Annotated[
+    Source,
+    BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value,
+        json_schema_input_type=str | Source,
+    ),
+]
+
+
+class Nf4(Section):
+    """How a 16-bit base was quantized on the fly for training; adapter_config.json doesn't record it."""
+
+    quant_type: Literal["nf4", "fp4"] = Field(
+        description="bnb_4bit_quant_type. No default: transformers' own is fp4, and hardly anyone means that."
+    )
+    double_quant: bool = Field(description="bnb_4bit_use_double_quant of the training run.")
+    blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], Whole] = Field(
+        default=64, description="Weights per absmax."
+    )
+    load_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="bfloat16", description="dtype the weights were cast to before they were quantized."
+    )
+    skip: Annotated[tuple[Text, ...], AsTuple] = Field(
+        default=(), description="Module names or name suffixes that stayed in 16 bit; lm_head always does."
+    )
+
+
+class Base(Section):
+    """The model that the adapter was trained on."""
+
+    model: Text = Field(
+        description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model with nf4."
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit of model.")
+    nf4: Literal["auto"] | Nf4 = Field(
+        default="auto", description="auto: read from the 4-bit checkpoint. A section: model is 16-bit."
+    )
+    original: AnySource | None = Field(
+        default=None, description="The 16-bit model behind a 4-bit checkpoint."
+    )
+
+    @property
+    def source(self) -> Source:
+        """`model` and `revision` as one source."""
+        return Source(path=self.model, revision=self.revision)
+
+    @property
+    def sixteen_bit(self) -> Source | None:
+        """The 16-bit base: `original`, or `model` itself when `nf4` is a section."""
+        return self.original or (self.source if isinstance(self.nf4, Nf4) else None)
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> Self:
+        check_source("model", self.model, self.revision, info)
+        return self
+
+
+class Merge(Section):
+    """How the adapter is folded into the base."""
+
+    onto: Literal["dequantized", "original"] = Field(
+        default="dequantized", description="dequantized: what training saw."
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Stored dtype; auto: float16 where every weight fits it, and says what it chose.",
+    )
+    max_shard: Annotated[str, Field(pattern=SIZE)] = Field(
+        default="5GB", description="Largest safetensors file."
+    )
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard` in bytes: GB is 10^9, GiB is 2^30."""
+        unit = self.max_shard.lstrip("0123456789. ")
+        return int(float(self.max_shard.removesuffix(unit)) * _UNITS[unit])
+
+
+class Override(Section):
+    """Settings of the modules that match one pattern; what is not set is as in `quantize`."""
+
+    bits: Bits | None = Field(default=None, description="Bits a weight.")
+    group_size: GroupSize | None = Field(
+        default=None, description="Input columns that share a scale; -1: the whole row."
+    )
+    symmetric: bool | None = Field(default=None, description="Whether the zero point is fixed at the middle.")
+    skip: bool = Field(default=False, description="Leave these modules in 16 bit.")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        settings = [key for key in ("bits", "group_size", "symmetric") if getattr(self, key) is not None]
+        if self.skip and settings:
+            fail((("skip",), f"a skipped module has no {settings[0]}: keep one of the two"))
+        if not self.skip and not settings:
+            fail(((), "sets nothing: give it bits, group_size, symmetric or skip: true"))
+        return self
+
+
+class Quantize(Section):
+    """The GPTQ settings."""
+
+    bits: Bits = Field(default=4, description="Bits a weight; vLLM and SGLang load 4 and 8.")
+    group_size: GroupSize = Field(
+        default=128, description="Input columns that share a scale; -1: the whole row."
+    )
+    symmetric: bool = Field(
+        default=True, description="Zero point fixed at the middle; false is refused by vLLM and SGLang."
+    )
+    signed_scales: bool = Field(
+        default=False, description="Let scales be negative: a little better, GPU kernels unproven."
+    )
+    scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")
+    order: Literal["auto", "natural", "activation", "group"] = Field(
+        default="auto",
+        description="Order in which columns are solved, invisible in the file; auto: the better, per module.",
+    )
+    damp: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        default="auto",
+        description="Share of the mean diagonal added to the Hessian; auto: 0.01, or 0.05 with few tokens.",
+    )
+    dtype: Literal["auto", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="dtype the server will run in: of config.json and of the tensors left unquantized.",
+    )
+    overrides: dict[str, Override] = Field(
+        default={}, description="Full module name pattern (fnmatch) -> what differs; the last match wins."
+    )
+
+    @field_validator("signed_scales")
+    @classmethod
+    def _signed_is_symmetric(cls, signed: bool, info: ValidationInfo) -> bool:
+        if signed and info.data.get("symmetric") is False:
+            fail(((), "true needs symmetric: true: with a zero point the sign of a scale means nothing"))
+        return signed
+
+    @field_validator("overrides")
+    @classmethod
+    def _servable(cls, overrides: dict[str, Override], info: ValidationInfo) -> dict[str, Override]:
+        problems = _fused_parts(overrides)
+        if info.data.get("signed_scales"):
+            clash = "false cannot go with quantize.signed_scales: true"
+            problems += [
+                ((key, "symmetric"), clash) for key, item in overrides.items() if item.symmetric is False
+            ]
+        if problems:
+            fail(*problems)
+        return overrides
+
+
+class Output(Section):
+    """Where results go and which checkpoints stay."""
+
+    dir: Text = Field(
+        default="runs", description="Directory of run directories, relative to the current directory."
+    )
+    keep: Annotated[tuple[Literal["merged", "gptq"], ...], AsTuple] = Field(
+        default=("merged", "gptq"), description="Checkpoints kept after the run."
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _product(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        unique(keep)
+        if "gptq" not in keep:
+            fail(((), "gptq is missing: it is what the run is for"))
+        return keep

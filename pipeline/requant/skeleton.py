@@ -1,0 +1,107 @@
+"""A model's structure without its weights: the modules transformers would build, on the meta device.
+
+Answers what file names and shapes alone cannot: which module is a Linear and which a Conv1D, what
+bitsandbytes would have quantized, which weights are tied, where the blocks are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from requant.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a local model directory, without any `quantization_config`."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal LM of `config` with parameters on the meta device; buffers (rotary tables) are real, on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise InputError(f"model_type {config.model_type!r} has no causal language model in transformers: {error}") from error
+    model.tie_weights()  # building on meta parts them
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def quantizable(model: nn.Module, skip: Iterable[str]) -> set[str]:
+    """Module names that transformers 5 + bitsandbytes would hold in 4 bits.
+
+    nn.Linear exactly, or Conv1D, except `_keep_in_fp32_modules` and the names in `skip` (what was given as
+    `llm_int8_skip_modules`); with an empty `skip`, transformers' own list instead: the output embedding, tied
+    weights and the last module. Source: transformers quantizers/base.py `get_modules_to_not_convert`,
+    integrations/bitsandbytes.py `replace_with_bnb_linear`.
+    """
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [*(skip or get_keys_to_not_convert(model)), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+    return {
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    }
+
+
+def conv1d_modules(model: nn.Module) -> set[str]:
+    """Names of GPT-2 style Conv1D modules: their 16-bit weight is stored [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name for name, module in model.named_modules() if type(module) is Conv1D}
+
+
+def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Parameter name of the model -> name in the checkpoint (they differ by the base model's prefix at most)."""
+    have = set(stored)
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    names = {}
+    for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
+        bare = name.removeprefix(prefix)
+        found = next((n for n in (name, bare, prefix + name) if n in have), None)
+        if found is not None:
+            names[name] = found
+    return names
+
+
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """(input embedding, output embedding) parameter names when the config ties them, else None."""
+    config: Any = model.config
+    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    if ends[1] is None:
+        return None
+    return f"{names[id(ends[0])]}.weight", f"{names[id(ends[1])]}.weight"
+
+
+def place(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put real tensors where the model has meta parameters, by parameter name."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

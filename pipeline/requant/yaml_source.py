@@ -1,0 +1,278 @@
+"""YAML text -> plain data that remembers where each key came from, and its problem lines.
+
+Knows YAML 1.2, `--set` overrides and `${env:VAR}`. Knows no key of the recipe.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+
+from requant.errors import RecipeError
+
+KeyPath = tuple[str | int, ...]
+
+# YAML 1.2 core schema (section 10.3.2): nothing else is anything but text.
+_NULL = re.compile(r"null|Null|NULL|~|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+
+_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_STEP = r'(?:"[^"]+"|[^".=\s]+)'
+_SET = re.compile(rf"({_STEP}(?:\.{_STEP})*)=(.*)", re.DOTALL)
+
+
+class Document:
+    """A YAML mapping as plain dicts, lists and scalars, with the line or `--set` each key came from.
+
+    `data` may be changed by `override` and `interpolate`; what is wrong is collected, not raised.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.data: Any = {}
+        self._marks: dict[KeyPath, tuple[int, str]] = {(): (1, f"{source}:1")}
+        self._problems: list[tuple[int, str]] = []
+
+    @property
+    def problems(self) -> list[str]:
+        """Every problem so far, in the order of the file, overrides last."""
+        return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
+
+    def report(self, path: KeyPath, message: str, line: int | None = None) -> None:
+        """Add the problem `where: key.path: message`, at `line` or where the nearest key was written."""
+        nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in self._marks)
+        order, label = self._marks[nearest] if line is None else (line, f"{self.source}:{line}")
+        key = show_path(path)
+        prefix = label if not key or label == f"--set {key}" else f"{label}: {key}"
+        self._problems.append((order, f"{prefix}: {message}"))
+
+    def mark(self, path: KeyPath, node: Node) -> None:
+        """Remember the line (from 1) on which the key or item at `path` starts."""
+        line = node.start_mark.line + 1
+        self._marks[path] = (line, f"{self.source}:{line}")
+
+    def override(self, setting: str) -> None:
+        """Apply one `--set key.path=value`: YAML; a key that holds a dot stands in double quotes."""
+        match = _SET.fullmatch(setting)
+        if match is None:
+            self._problems.append(
+                (_LAST, f"--set {setting}: expected key.path=value, such as --set quantize.bits=3")
+            )
+            return
+        label = f"--set {match[1]}"
+        steps = re.findall(r'"([^"]+)"|([^".]+)', match[1])
+        try:
+            value = _value(match[2], label)
+        except RecipeError as error:
+            self._problems += [(_LAST, problem) for problem in error.problems]
+            return
+        message = self._assign([quoted or plain for quoted, plain in steps], value, label)
+        if message:
+            self._problems.append((_LAST, f"{label}: {message}"))
+
+    def _assign(self, steps: list[str], value: Any, label: str) -> str:
+        """Put `value` at the end of `steps`, making sections on the way; returns what is wrong, or ''."""
+        holder, path = self.data, KeyPath()
+        for depth, step in enumerate(steps):
+            key: str | int = step
+            if isinstance(holder, list):
+                if not step.isdecimal() or int(step) >= len(holder):
+                    count = f"{len(holder)} item{'s' if len(holder) != 1 else ''}"
+                    return f"{show_path(path)} has {count}, numbered from 0: there is no item {step!r}"
+                key = int(step)
+            elif not isinstance(holder, dict):
+                return f"{show_path(path)} is {show_value(holder)}, not a section: it has no key {step!r}"
+            path = (*path, key)
+            if depth == len(steps) - 1:
+                self._forget(path)
+                holder[key] = value
+                self._marks[path] = (_LAST, label)
+            elif isinstance(holder, dict) and holder.get(step) is None:
+                holder[step] = {}
+                self._marks[path] = (_LAST, label)
+            holder = holder[key]
+        return ""
+
+    def _forget(self, path: KeyPath) -> None:
+        """Drop the lines of everything below `path`: an override replaces it."""
+        self._marks = {known: mark for known, mark in self._marks.items() if known[: len(path)] != path}
+
+    def interpolate(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Replace `${env:VAR}` and `${env:VAR:-default}` in every text value; any other `${` is a problem."""
+        self.data = self._interpolated(self.data, (), environment)
+
+    def _interpolated(self, value: Any, path: KeyPath, environment: Mapping[str, str]) -> Any:
+        if isinstance(value, dict):
+            return {key: self._interpolated(item, (*path, key), environment) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._interpolated(item, (*path, i), environment) for i, item in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+
+        def replace(match: re.Match[str]) -> str:
+            name, default = match[1], match[2]
+            if name not in environment and default is None:
+                self.report(
+                    path, f"environment variable {name} is not set: set it or write ${{env:{name}:-default}}"
+                )
+            return environment.get(name, default or "")
+
+        text = _ENV.sub(replace, value)
+        if "${" in text:
+            self.report(path, f"{show_value(text)}: only ${{env:VAR}} and ${{env:VAR:-default}} are replaced")
+        return text
+
+
+_LAST = 1 << 62  # overrides sort after every line of the file
+
+
+def read(text: str, source: str) -> Document:
+    """Parse one YAML 1.2 mapping.
+
+    Duplicate keys and foreign tags become problems of the returned document.
+
+    Raises:
+        RecipeError: the text is not YAML, is empty, or is not a mapping.
+    """
+    root = _compose(text, source)
+    if root is None or (isinstance(root, ScalarNode) and _scalar(root) is None):
+        raise RecipeError(f"{source}: empty file: `requant init ADAPTER` writes a recipe to start from")
+    if not isinstance(root, MappingNode):
+        kind = show_value(_scalar(root)) if isinstance(root, ScalarNode) else "a list"
+        raise RecipeError(f"{source}:1: not a mapping: expected `key: value` lines, got {kind}")
+    document = Document(source)
+    document.data = _plain(root, (), document, ())
+    return document
+
+
+def write(data: Mapping[str, Any]) -> str:
+    """Plain data -> YAML 1.2 text in block style, keys in the given order."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None there
+    yaml.width = 1 << 20
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def _compose(text: str, source: str) -> Node | None:
+    try:
+        node: Node | None = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        hint = ": put quotes around text that begins with *" if "alias" in str(error.problem) else ""
+        raise RecipeError(
+            f"{source}:{line}: not valid YAML: {error.problem or error.context}{hint}"
+        ) from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{source}:{line}: not valid YAML: {error.reason}") from error
+    except YAMLError as error:
+        raise RecipeError(f"{source}: not valid YAML: {error}") from error
+    return node
+
+
+def _value(text: str, label: str) -> Any:
+    """The YAML value of a `--set`."""
+    try:
+        node = _compose(text, label)
+    except RecipeError as error:
+        message = error.problems[0].split("not valid YAML: ", 1)[-1]
+        raise RecipeError(f"{label}: {show_value(text)} is not valid YAML: {message}") from error
+    if node is None:
+        return None
+    holder = Document(label)
+    value = _plain(node, (), holder, ())
+    if holder.problems:
+        raise RecipeError([f"{label}: {problem.split(': ', 1)[1]}" for problem in holder.problems])
+    return value
+
+
+def _plain(node: Node, path: KeyPath, document: Document, parents: tuple[Node, ...]) -> Any:
+    """One node -> dict, list or scalar; marks lines and reports duplicates in `document`."""
+    if any(node is parent for parent in parents):
+        document.report(path, "an alias may not stand inside what it names")
+        return None
+    if not (node.tag or "").startswith("tag:yaml.org,2002:"):
+        document.report(path, f"unknown tag {node.tag}: leave it out")
+    parents = (*parents, node)
+    if isinstance(node, MappingNode):
+        return _mapping(node, path, document, parents)
+    if isinstance(node, SequenceNode):
+        items = []
+        for index, item in enumerate(node.value):
+            document.mark((*path, index), item)
+            items.append(_plain(item, (*path, index), document, parents))
+        return items
+    return _scalar(node) if isinstance(node, ScalarNode) else None
+
+
+def _mapping(
+    node: MappingNode, path: KeyPath, document: Document, parents: tuple[Node, ...]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = _scalar(key_node) if isinstance(key_node, ScalarNode) else None
+        if not isinstance(key, str):
+            shown = key_node.value if isinstance(key_node, ScalarNode) else "(a list or mapping)"
+            document.mark((*path, shown), key_node)
+            document.report((*path, shown), "this key is not text: put it in quotes")
+        elif key in result:
+            message = f"duplicate key, first given on line {lines[key]}: keep one of them"
+            document.report((*path, key), message, line=line)
+        else:
+            document.mark((*path, key), key_node)
+            lines[key] = line
+            result[key] = _plain(value_node, (*path, key), document, parents)
+    return result
+
+
+def _scalar(node: ScalarNode) -> Any:
+    """Core-schema value of a scalar: quoted text stays text; `no`, `off` and dates are text."""
+    text: str = node.value
+    if node.style or node.tag == "tag:yaml.org,2002:str":
+        return text
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text.replace(".", "") if "n" in text.lower() else text)
+    return text
+
+
+def show_path(path: KeyPath) -> str:
+    """`quantize.overrides."*.down_proj".bits`: steps that hold a dot are quoted, as `--set` wants them."""
+    return ".".join(f'"{step}"' if "." in str(step) else str(step) for step in path)
+
+
+def show_value(value: Any) -> str:
+    """A short YAML-like spelling of a value for a message."""
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]}...'"

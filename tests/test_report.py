@@ -1,0 +1,314 @@
+"""The report from made-up scores: what it says, and that every rendering says the same numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from requant_eval import markdown, terminal
+from requant_eval import report as rp
+from requant_eval.digits import format_bytes, format_estimate, format_seconds, format_value
+from requant_eval.errors import EvaluationError
+from requant_eval.tables import divergence_table, modules_table, variants_table
+from requant_eval.tokens import TokenScores
+
+# Nats that each variant adds to what the adapter scores: the base loses 0.5, GPTQ a tenth of that.
+SHIFT = {"base": 0.5, "adapter": 0.0, "merged": 0.001, "rtn": 0.1, "gptq": 0.05}
+
+FACTS: dict[str, Any] = {
+    "name": "pico|w4g64",
+    "created": "2026-01-02",
+    "recipe": "name: pico\nquantize: {bits: 4}",
+    "base": {"name": "org/pico-nf4"},
+    "adapter": "my-adapter",
+    "merge": {"dtype": "float16", "ledger": {"merged": 14, "copied": 3}},
+    "quantize": {
+        "settings": {"bits": 4, "group_size": 64},
+        "bits_per_weight": np.float64(4.25),
+        "modules": [
+            {"name": f"layers.{i}.down_proj", "bits": 4, "relative_error": 0.01 * i, "loss": 0.5}
+            for i in range(1, 15)
+        ],
+    },
+    "calibration": {"windows": 128, "overlap": {"in-domain": 0.0, "general": 0.03}},
+    "cost": {
+        "bytes": {"merged": 300_000_000, "gptq": 100_000_000},
+        "seconds": {"merge": 3.0, "quantize": 83.0},
+        "peak_rss": {"quantize": 2_000_000_000},
+    },
+    "versions": {"torch": "2.13"},
+    "hardware": {"gpu": "none"},
+    "warnings": ["damp was raised for 1 module"],
+}
+
+
+def scores(
+    shift: float, *, documents: int = 30, reference: bool = False, digest: str = "d" * 64
+) -> TokenScores:
+    common, own = np.random.default_rng(0), np.random.default_rng(int(1000 * shift) + 1)
+    document = np.repeat(np.arange(documents, dtype=np.int32), 40)
+    nll = common.gamma(2.0, size=len(document)) + shift * (1 + 0.2 * own.normal(size=len(document)))
+    kl = np.abs(shift * own.normal(size=len(document))) if reference else None
+    agree = own.random(len(document)) > shift if reference else None
+    return TokenScores(nll, document, nll < 1.5, kl, agree, 0, digest, 1.5)
+
+
+def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: int = 30) -> rp.SetResult:
+    made = {
+        v: scores(SHIFT[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants
+    }
+    return rp.SetResult(
+        name, "d" * 64, "documents", 2048, True, documents, documents * 40, documents * 160, 7, made
+    )
+
+
+def built(facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    return rp.build(sets=[result("general"), result("in-domain")], facts=FACTS if facts is None else facts)
+
+
+def edge(s: dict[str, Any], start: str, end: str) -> dict[str, Any]:
+    return next(e for e in s["edges"] if (e["from"], e["to"]) == (start, end))
+
+
+def test_headline_answers_in_one_sentence() -> None:
+    report = built()
+    number = r"[+-]?\d+(\.\d+)?"
+    assert re.fullmatch(
+        rf"GPTQ 4-bit g64 keeps {number} % \(95 % CI {number} to {number}\) of what the adapter learned; "
+        rf"in-domain perplexity {number} % \[{number}, {number}\], general {number} % \[{number}, {number}\] "
+        r"against base\+adapter; checkpoint 100 MB, 3\.0 times smaller than the merged one\.",
+        report["headline"],
+    )
+
+
+def test_the_numbers_are_the_estimates() -> None:
+    s = built()["sets"][1]
+    assert s["in_domain"]
+    total = edge(s, "adapter", "gptq")
+    nll = {v["name"]: v["mean_nll"]["value"] for v in s["variants"]}
+    assert total["delta"]["value"] == pytest.approx(nll["gptq"] - nll["adapter"])
+    assert total["loss_percent"]["value"] == pytest.approx(100 * np.expm1(total["delta"]["value"]))
+    steps = edge(s, "adapter", "merged")["delta"]["value"] + edge(s, "merged", "gptq")["delta"]["value"]
+    assert steps == pytest.approx(total["delta"]["value"])
+    assert edge(s, "base", "adapter")["delta"]["value"] == pytest.approx(-0.5, abs=0.02)
+    assert s["retention"]["gptq"]["value"] == pytest.approx(0.9, abs=0.02)
+    assert set(s["retention"]) == {"merged", "rtn", "gptq"}
+    assert built()["sets"][0]["retention"] == {}
+
+
+def test_kl_belongs_to_the_reference_only() -> None:
+    s = built()["sets"][0]
+    assert s["reference"] == "adapter"
+    assert edge(s, "adapter", "gptq")["kl"]["mean"]["value"] > 0
+    assert edge(s, "merged", "gptq")["kl"] is None
+    assert edge(s, "merged", "gptq")["agreement"] is None
+    assert {row[0] for row in divergence_table(s).rows} == {"merged", "gptq", "rtn"}
+
+
+def test_documents_let_a_later_comparison_pair_without_a_gpu() -> None:
+    s = json.loads(rp.dumps(built()))["sets"][0]
+    kept = {name: np.array(d["nll"]) for name, d in s["documents"].items()}
+    n = np.array(s["documents"]["gptq"]["n"])
+    assert n.tolist() == [40] * 30
+    delta = (kept["gptq"] - kept["adapter"]).sum() / n.sum()
+    assert delta == pytest.approx(edge(s, "adapter", "gptq")["delta"]["value"])
+
+
+def test_json_holds_no_nan_and_keeps_the_facts() -> None:
+    facts = FACTS | {
+        "merge": {"error": float("nan"), "worst": np.inf, "path": Path("x"), "kinds": {"b", "a"}}
+    }
+    one = result("in-domain", ("base", "adapter", "gptq"), documents=1)
+    report = rp.build(sets=[one], facts=facts)
+    back = json.loads(rp.dumps(report))
+    assert back == report
+    assert back["facts"]["merge"] == {"error": None, "worst": None, "path": "x", "kinds": ["a", "b"]}
+    assert back["facts"]["quantize"]["bits_per_weight"] == 4.25
+    assert back["sets"][0]["variants"][0]["ppl"]["se"] is None
+    assert back["sets"][0]["retention"] == {"gptq": None}
+    assert "retention is not defined" in back["headline"]
+    assert "n/a" not in back["headline"]
+    with pytest.raises(ValueError, match="Out of range"):
+        rp.dumps({"x": float("nan")})
+
+
+def test_every_rendering_prints_the_same_numbers() -> None:
+    report = built()
+    text = markdown.render(report)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(terminal.table(report))
+    seen = console.export_text()
+    card = markdown.model_card(report)
+    for s in report["sets"]:
+        for v in s["variants"]:
+            number = format_estimate(v["ppl"])
+            assert number in text
+            assert number in seen
+            assert number in card
+        for e in s["edges"]:
+            number = format_estimate(e["loss_percent"], signed=True, unit=" %")
+            assert number in text
+            assert number in seen
+    assert report["headline"] in card
+
+
+def test_terminal_cuts_nothing_at_80_columns() -> None:
+    report = built()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal.table(report))
+    seen = console.export_text()
+    assert "…" not in seen
+    for s in report["sets"]:
+        for e in s["edges"]:
+            assert format_estimate(e["loss_percent"], signed=True, unit=" %") in seen
+
+
+def test_markdown_opens_with_the_answer_and_is_well_formed() -> None:
+    report = built()
+    text = markdown.render(report)
+    assert text.splitlines()[0] == report["headline"]
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
+        assert len(widths) == 1, block
+    for words in (
+        "What this cannot tell you",
+        "quantize: {bits: 4}",
+        "damp was raised",
+        "1 min 23 s",
+        "ledger.merged",
+    ):
+        assert words in text
+
+
+def test_the_ten_worst_modules_come_worst_first() -> None:
+    rows = modules_table(FACTS).rows
+    assert [row[0] for row in rows] == [f"layers.{i}.down_proj" for i in range(14, 4, -1)]
+
+
+def test_missing_facts_are_left_out() -> None:
+    report = rp.build(sets=[result("wiki", ("adapter", "gptq"))], facts={})
+    assert report["headline"].startswith("GPTQ: wiki perplexity +")
+    text = markdown.render(report) + markdown.model_card(report)
+    assert "None" not in text
+    assert "## Cost" not in text
+    alone = rp.build(sets=[result("wiki", ("gptq",))], facts={})
+    assert alone["headline"] == "GPTQ was scored alone: there is no loss to report."
+    assert rp.build(sets=[result("wiki", ("base",))], facts={})["headline"].startswith("No merged")
+
+
+def test_merged_is_the_reference_without_an_adapter_run() -> None:
+    report = rp.build(sets=[result("wiki", ("merged", "rtn", "gptq"))], facts=FACTS)
+    assert [(e["from"], e["to"]) for e in report["sets"][0]["edges"]] == [
+        ("merged", "gptq"),
+        ("merged", "rtn"),
+    ]
+    assert "against the merged model" in report["headline"]
+
+
+def test_unknown_variants_are_compared_with_the_reference() -> None:
+    base = result("wiki", ("adapter", "gptq"))
+    more = replace(base, scores=dict(base.scores) | {"awq": scores(0.2, reference=True)})
+    report = rp.build(sets=[more], facts={})
+    assert edge(report["sets"][0], "adapter", "awq")["kind"] == "total"
+
+
+def test_warnings_name_few_documents_overlap_and_a_twice_measured_model() -> None:
+    few = result("in-domain", documents=5)
+    few.scores["merged"].nll[:] = few.scores["adapter"].nll  # type: ignore[index]
+    few.scores["merged"].kl[:] = 0  # type: ignore[index]
+    warnings = "\n".join(rp.build(sets=[few], facts=FACTS)["warnings"])
+    assert "only 5 documents" in warnings
+    assert "general: 3.0 %" in warnings
+    assert "'merged' scores exactly like 'adapter'" in warnings
+    assert "in-domain: 0" not in warnings
+
+
+def test_other_tokens_are_never_compared() -> None:
+    base = result("wiki", ("adapter", "gptq"))
+    mixed = replace(base, scores=dict(base.scores) | {"rtn": scores(0.1, digest="e" * 64)})
+    with pytest.raises(EvaluationError, match="'rtn' was scored on eeeeeeeeeeee"):
+        rp.build(sets=[mixed], facts={})
+    with pytest.raises(EvaluationError, match="nothing to report"):
+        rp.build(sets=[], facts={})
+
+
+def test_fingerprint_follows_protocol_and_tokens() -> None:
+    base = result("a")
+    assert rp.fingerprint(base) == rp.fingerprint(replace(base, name="b"))
+    changed = [{"window": 512}, {"bos": False}, {"digest": "e" * 64}, {"protocol": "gptq-2048"}]
+    assert len({rp.fingerprint(replace(base, **c)) for c in [{}, *changed]}) == 5  # type: ignore[arg-type]
+
+
+def test_model_card_is_one_the_hub_accepts() -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(markdown.model_card(built())).data
+    assert data.base_model == "org/pico-nf4"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.tags == ["gptq", "requant"]
+    assert data.model_name == "pico|w4g64"
+    expected = {s["name"]: s["variants"][-1]["ppl"]["value"] for s in built()["sets"]}
+    assert {r.dataset_name: r.metric_value for r in data.eval_results} == pytest.approx(expected, rel=1e-5)
+    local = ModelCard(markdown.model_card(built(FACTS | {"base": "./base-nf4"}))).data
+    assert local.get("base_model") is None
+
+
+def test_save_writes_what_dumps_says(tmp_path: Path) -> None:
+    report = built()
+    rp.save(report, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "signed", "text"),
+    [
+        (25.41234, 0.123, False, "25.41"),
+        (25.41234, 0.0996, False, "25.41"),
+        (3.4, 12.0, True, "+3"),
+        (1234.5, 345.0, False, "1234"),
+        (-0.00001, 0.1, True, "0.00"),
+        (0.00123456, 0.0000123, True, "+0.001235"),
+        (3.14159, None, False, "3.142"),
+        (0.0, 0.0, True, "0"),
+        (None, 1.0, False, "n/a"),
+        (float("inf"), 1.0, False, "n/a"),
+    ],
+)
+def test_digits_follow_the_standard_error(value: float, se: float, signed: bool, text: str) -> None:
+    assert format_value(value, se, signed=signed) == text
+
+
+def test_estimates_bytes_and_seconds_as_text() -> None:
+    estimate = {"value": 0.931, "se": 0.012, "low": 0.9, "high": 0.95}
+    assert format_estimate(estimate, factor=100, unit=" %") == "93.1 % [90.0, 95.0]"
+    assert format_estimate(estimate, interval=False) == "0.931"
+    assert format_estimate(None) == "not defined"
+    assert format_estimate({"value": 1.5, "se": None, "low": None, "high": None}) == "1.5"
+    assert [format_bytes(n) for n in (5, 1500, 123456789, 4.12e9)] == ["5 B", "1.50 kB", "123 MB", "4.12 GB"]
+    assert [format_seconds(s) for s in (4.2, 83, 3725)] == ["4.2 s", "1 min 23 s", "1 h 2 min"]
+
+
+def test_rendering_needs_no_torch() -> None:
+    code = (
+        "import sys; from requant_eval import report, markdown, terminal, statistics;"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "eval"}, cwd=root, check=False)
+    assert done.returncode == 0
+
+
+def test_variants_table_names_its_protocol() -> None:
+    s = built()["sets"][0]
+    assert s["fingerprint"] in variants_table(s).note

@@ -1,0 +1,186 @@
+"""Formulas against direct loops, scipy and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from requant_eval import statistics as st
+
+
+def tokens(documents: int, length: int, *, between: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal values with mean 1 that share a shift within a document, and the document numbers."""
+    rng = np.random.default_rng(seed)
+    document = np.repeat(np.arange(documents, dtype=np.int32), length)
+    shift = rng.normal(scale=between, size=documents)
+    return 1 + shift[document] + rng.normal(size=len(document)), document
+
+
+def test_sums_are_per_document() -> None:
+    got = st.sums(np.array([1.0, 2.0, 4.0]), np.array([0, 1, 0], dtype=np.int32))
+    assert got.nll.tolist() == [5.0, 2.0]
+    assert got.n.tolist() == [2.0, 1.0]
+
+
+def test_sums_refuse_gaps() -> None:
+    with pytest.raises(ValueError, match="without gaps"):
+        st.document_sums(np.ones(2), np.array([0, 2], dtype=np.int32))
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 18, 19, 60])
+def test_t_quantile_is_scipys(df: int) -> None:
+    for p in (0.025, 0.4, 0.9, 0.975, 0.999):
+        assert st.t_quantile(p, df) == pytest.approx(scipy.stats.t.ppf(p, df), rel=1e-10)
+    for t in (-3.0, -0.1, 0.0, 2.5):
+        assert st.t_cdf(t, df) == pytest.approx(scipy.stats.t.cdf(t, df), abs=1e-13)
+
+
+def test_ratio_matches_the_formula_written_out() -> None:
+    a, b = np.array([3.0, 1.0, 7.0]), np.array([2.0, 2.0, 3.0])
+    r = 11 / 7
+    residual = sum((x - r * n) ** 2 for x, n in zip(a, b, strict=True))
+    se = math.sqrt(3 / 2 * residual) / 7
+    got = st.ratio(a, b)
+    assert got.value == pytest.approx(r)
+    assert got.se == pytest.approx(se)
+    half = scipy.stats.t.ppf(0.975, 2) * se
+    assert (got.low, got.high) == pytest.approx((r - half, r + half))
+
+
+def test_one_document_has_a_value_and_no_interval() -> None:
+    got = st.ratio(np.array([3.0]), np.array([2.0]))
+    assert got.value == 1.5
+    assert all(math.isnan(x) for x in (got.se, got.low, got.high))
+
+
+def test_equal_documents_give_the_classical_standard_error() -> None:
+    x = np.random.default_rng(0).normal(size=50)
+    got = st.ratio(x, np.ones(50))
+    assert got.se == pytest.approx(x.std(ddof=1) / math.sqrt(50))
+
+
+def test_bootstrap_interval_is_seeded_and_near_the_normal_one() -> None:
+    values, document = tokens(400, 5, between=0.3, seed=1)
+    sums = st.sums(values, document)
+    got = st.mean_nll(sums)
+    assert got == st.mean_nll(sums)
+    assert (got.low, got.high) == pytest.approx(
+        (got.value - 1.96 * got.se, got.value + 1.96 * got.se), abs=0.1 * got.se
+    )
+
+
+def test_bootstrap_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = np.random.default_rng(0).normal(size=(30, 2))
+    whole = st.bootstrap_sums(columns, seed=3, resamples=100)
+    monkeypatch.setattr(st, "_CHUNK_DRAWS", 70)
+    assert np.allclose(st.bootstrap_sums(columns, seed=3, resamples=100), whole)
+
+
+@pytest.mark.parametrize("documents", [8, 40])
+def test_clustered_interval_covers_and_the_token_one_does_not(documents: int) -> None:
+    """200 worlds with correlated documents: coverage of a true 95 % interval lies in 0.90..0.99 (3 sigma)."""
+    clustered = naive = 0
+    for seed in range(200):
+        values, document = tokens(documents, 50, between=0.5, seed=seed)
+        sums = st.sums(values, document)
+        got = st.ratio(sums.nll, sums.n, resamples=500)
+        clustered += got.low <= 1 <= got.high
+        naive += abs(got.value - 1) <= 1.96 * st.naive_se(values)
+    assert 0.90 <= clustered / 200 <= 0.99
+    assert naive / 200 < 0.6
+
+
+def test_design_effect_is_one_without_correlation() -> None:
+    values, document = tokens(2000, 5, between=0.0, seed=0)
+    clustered = st.share(values, document)
+    assert st.design_effect(clustered.se, st.naive_se(values)) == pytest.approx(1, abs=0.15)
+    assert math.isnan(st.design_effect(0.1, 0.0))
+
+
+def test_paired_cancels_what_both_share() -> None:
+    rng = np.random.default_rng(0)
+    document = np.repeat(np.arange(60, dtype=np.int32), 20)
+    reference = rng.gamma(2.0, size=len(document))
+    variant = reference + 0.02 + 0.01 * rng.normal(size=len(document))
+    got = st.paired(st.sums(variant, document), st.sums(reference, document))
+    assert got.delta.value == pytest.approx(np.mean(variant - reference))
+    assert got.loss_percent.value == pytest.approx(100 * (math.exp(got.delta.value) - 1))
+    assert got.loss_percent.low == pytest.approx(100 * math.expm1(got.delta.low))
+    assert got.delta.se < st.mean_nll(st.sums(variant, document)).se / 20
+    assert not got.few_documents
+
+
+def test_paired_refuses_other_tokens() -> None:
+    a = st.Sums(np.ones(2), np.array([2.0, 3.0]))
+    with pytest.raises(ValueError, match="not paired"):
+        st.paired(a, st.Sums(np.ones(2), np.array([3.0, 2.0])))
+
+
+def test_few_documents_are_flagged_at_the_border() -> None:
+    for count, few in ((19, True), (20, False)):
+        sums = st.Sums(np.ones(count), np.ones(count))
+        assert st.paired(sums, sums).few_documents is few
+
+
+def test_perplexity_and_bits_per_byte() -> None:
+    sums = st.Sums(np.array([2.0, 4.0]) * math.log(2), np.array([2.0, 4.0]))
+    assert st.mean_nll(sums).exp().value == pytest.approx(2)
+    assert st.bits_per_byte(sums, 12).value == pytest.approx(0.5)
+
+
+def test_divergence_ladder() -> None:
+    kl = np.arange(1001) / 1000
+    got = st.divergence(kl, np.arange(1001, dtype=np.int32) // 10)
+    assert (got.median, got.p90, got.p95, got.p99, got.p99_9, got.max) == pytest.approx(
+        (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
+    )
+    assert got.mean.value == pytest.approx(0.5)
+
+
+def test_flips_are_shares_of_all_tokens() -> None:
+    before = np.array([True, True, False, False])
+    after = np.array([False, True, True, False])
+    lost, won = st.flips(before, after, np.array([0, 0, 1, 1], dtype=np.int32))
+    assert (lost.value, won.value) == (0.25, 0.25)
+
+
+def worlds(documents: int, gain: float, loss: float) -> tuple[st.Sums, st.Sums, st.Sums]:
+    """(base, adapter, variant): the adapter gains `gain` nats, the variant gives `loss` of it back."""
+    rng = np.random.default_rng(0)
+    n = rng.integers(50, 150, size=documents).astype(float)
+    adapter = n * rng.gamma(4.0, 0.5, size=documents)
+    noise = 0.02 * n * rng.normal(size=documents)
+    return st.Sums(adapter + gain * n + noise, n), st.Sums(adapter, n), st.Sums(adapter + loss * n, n)
+
+
+@pytest.mark.parametrize("documents", [10, 100])
+def test_retention_is_the_share_of_the_gain_that_is_left(documents: int) -> None:
+    base, adapter, variant = worlds(documents, gain=0.5, loss=0.1)
+    got = st.retention(variant, base=base, adapter=adapter)
+    assert got is not None
+    assert got.value == pytest.approx(0.8, abs=0.01)
+    assert got.low < got.value < got.high
+    whole = st.retention(adapter, base=base, adapter=adapter)
+    none = st.retention(base, base=base, adapter=adapter)
+    assert whole is not None
+    assert none is not None
+    assert (whole.value, none.value) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("gain", [0.0, -0.5])
+def test_retention_is_not_defined_without_a_gain(gain: float) -> None:
+    base, adapter, variant = worlds(100, gain=gain, loss=0.1)
+    assert st.retention(variant, base=base, adapter=adapter) is None
+
+
+def test_retention_is_not_defined_when_the_gain_is_within_the_noise() -> None:
+    n = np.full(40, 100.0)
+    adapter = st.Sums(2 * n, n)
+    noise = np.random.default_rng(0).normal(size=40)
+    base = st.Sums(adapter.nll + 10 * (noise - noise.mean()) + 0.5, n)
+    gain = st.paired(base, adapter).delta
+    assert gain.low < 0 < gain.value
+    assert st.retention(adapter, base=base, adapter=adapter) is None
