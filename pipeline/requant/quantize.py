@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,22 @@ class Plan:
     bits_per_weight: float
 
 
-def plan(checkpoint: Checkpoint, model: nn.Module, settings: Settings, dtype: torch.dtype) -> Plan:
+class Layout(Protocol):
+    """Dtype and shape of a tensor that exists or will: `TensorInfo` or `Slot`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def plan(tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path) -> Plan:
     """Lay out the quantized checkpoint; raises InputError listing every linear that cannot be packed as asked."""
     prefix, blocks = block_list(model)
-    names = skeleton.tensor_names(model, checkpoint)
+    names = skeleton.tensor_names(model, tensors)
     linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
     if not linears:
-        raise InputError(f"{checkpoint.path}: the blocks of {type(model).__name__} hold no nn.Linear to quantize")
+        raise InputError(f"{where}: the blocks of {type(model).__name__} hold no nn.Linear to quantize")
     grids: dict[str, gptq.Grid] = {}
     problems: list[str] = []
     replaced: dict[str, list[Slot]] = {}
@@ -95,8 +104,8 @@ def plan(checkpoint: Checkpoint, model: nn.Module, settings: Settings, dtype: to
         stored = names[f"{name}.weight"]
         replaced[stored] = [Slot(f"{stored.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
     if problems:
-        raise InputError("\n".join([f"{checkpoint.path}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
-    slots = [s for name in checkpoint for s in replaced.get(name, [_kept(checkpoint, name, dtype)])]
+        raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+    slots = [s for name, info in tensors.items() for s in replaced.get(name, [_kept(name, info, dtype)])]
     stored_prefix = _stored_prefix(names, prefix)
     per_block = tuple(tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks)))
     weights = sum(linears[n].weight.numel() for n in grids)
@@ -105,8 +114,7 @@ def plan(checkpoint: Checkpoint, model: nn.Module, settings: Settings, dtype: to
     return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1))
 
 
-def _kept(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Slot:
-    info = checkpoint[name]
+def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
     return Slot(name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
 
 
@@ -225,7 +233,7 @@ def quantize(
     """
     checkpoint = Checkpoint(source)
     model = skeleton.build(skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
-    layout = plan(checkpoint, model, settings, dtype)
+    layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     journal = _read_journal(out)
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=bool(journal)) as writer:

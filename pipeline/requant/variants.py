@@ -1,0 +1,165 @@
+"""A name -> a model that can be scored. Each is built when asked for and owned by the caller alone.
+
+`base` and `adapter` run through the real bitsandbytes and PEFT; the others are plain models of the given dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from requant import gptq, merge, nf4, skeleton
+from requant.checkpoint import Checkpoint
+from requant.dequantize import Nf4Settings
+from requant.errors import StageError
+from requant.quantize import load_quantized
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where variants are made from. `original` is a merge plan onto the 16-bit base, when there is one."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    gptq: Path
+    simulate: Nf4Settings | None
+    grids: Mapping[str, gptq.Grid]
+    original: merge.MergePlan | None = None
+    trust_remote_code: bool = False
+
+
+@torch.no_grad()
+def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of one variant on `device`, computing in `dtype`, in eval mode."""
+    if name in ("base", "adapter"):
+        return _quantized_base(places, device, dtype, with_adapter=name == "adapter")
+    if name == "merged":
+        return _pretrained(places, device, dtype)
+    if name == "rtn":
+        return _rounded(_pretrained(places, device, dtype), places.grids)
+    if name == "gptq":
+        return _filled(places.gptq, load_quantized(places.gptq), places, device, dtype)
+    if name == "original" and places.original is not None:
+        plan = places.original
+        tensors = ((op.name, merge.compute(plan, op)[0]) for op in plan.ops)
+        return _filled(places.merged, tensors, places, device, dtype)
+    raise ValueError(f"no variant {name!r}")
+
+
+def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(places.merged), dtype=dtype, trust_remote_code=places.trust_remote_code)
+    return model.to(device).eval()
+
+
+def _filled(path: Path, tensors: Iterable[tuple[str, Tensor]], places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of `path`'s config with these tensors, by checkpoint name."""
+    model = skeleton.build(
+        skeleton.load_config(path, trust_remote_code=places.trust_remote_code), trust_remote_code=places.trust_remote_code
+    )
+    owners: dict[str, list[str]] = {}
+    pending = {n for n, _ in model.named_parameters()}
+    stored = list(Checkpoint(places.merged))
+    for parameter, name in skeleton.tensor_names(model, stored).items():
+        owners.setdefault(name, []).append(parameter)
+    for name, tensor in tensors:
+        for parameter in owners.get(name, []):
+            skeleton.place(model, {parameter: tensor.to(device, dtype)})
+            pending.discard(parameter)
+    if pending:
+        raise StageError(f"{path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
+    model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    return model
+
+
+def _rounded(model: Any, grids: Mapping[str, gptq.Grid]) -> Any:
+    """The control: plain round-to-nearest, min-max scales, on the same bits and groups."""
+    for name, grid in grids.items():
+        linear = model.get_submodule(name)
+        plain = gptq.Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
+        weight = linear.weight.float()
+        scales = gptq.find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
+        rounded = gptq.dequantize_codes(gptq.round_to_grid(weight, scales, plain), scales)
+        linear.weight.copy_(rounded.to(linear.weight.dtype))
+    return model
+
+
+def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
+    """The 4-bit base as training loaded it, through bitsandbytes; with the adapter unmerged on top through PEFT."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if places.simulate is not None:
+        s = places.simulate
+        options["dtype"] = merge.DTYPES[s.load_dtype]
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=s.quant_type, bnb_4bit_use_double_quant=s.double_quant,
+            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(s.skip) or None,
+        )  # fmt: skip
+    else:
+        options["dtype"] = dtype
+    model = AutoModelForCausalLM.from_pretrained(
+        str(places.base), device_map={"": device}, trust_remote_code=places.trust_remote_code, **options
+    )
+    _compute_in(model, dtype)
+    if with_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(places.adapter))
+    return model.eval()
+
+
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let 4-bit layers decode to and multiply in `dtype`; check bitsandbytes' decoder where it is known to be wrong.
+
+    bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not a whole number of blocks.
+    """
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.nn import Linear4bit
+
+    checked: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            if any(p.dtype.is_floating_point for p in module._parameters.values() if p is not None):
+                _cast_own(module, dtype)
+            continue
+        module.compute_dtype = dtype
+        state = module.weight.quant_state
+        state.dtype = dtype
+        shape = tuple(state.shape)
+        if module.weight.device.type == "cpu" and shape[-1] % state.blocksize and shape not in checked:
+            checked.add(shape)
+            _check_decoder(name, module.weight, state, bnb)
+
+
+def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
+    """Raise StageError when bitsandbytes decodes this layer differently from its own stored bytes."""
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    ours = nf4.decode(weight.data, absmax.float(), nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32"))
+    theirs = bnb.dequantize_4bit(weight.data, state).float()
+    error = float((ours - theirs).norm() / ours.norm())
+    if error > 0.01:
+        raise StageError(
+            f"{name}: bitsandbytes decodes {tuple(state.shape)} wrongly on this CPU (off by {error:.0%}), so base and adapter "
+            "cannot be measured here: use a GPU. The merge does not use it and is not affected"
+        )
