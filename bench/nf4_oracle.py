@@ -1,6 +1,6 @@
 """Is our NF4/FP4 maths bit-exact against bitsandbytes on this device? Prints one line a case and a verdict.
 
-    python bench/nf4_oracle.py [--device cuda]
+python bench/nf4_oracle.py [--device cuda]
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pipeline"))
 from requant import nf4
 
 
-def case(quant_type: nf4.QuantType, nested: bool, blocksize: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> dict[str, object]:
+def case(
+    quant_type: nf4.QuantType,
+    nested: bool,
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+) -> dict[str, object]:
     """Quantize the same values with both; count differing bytes, scale codes and decoded values."""
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(blocksize + shape[1])) * 0.05).to(dtype)
-    packed, state = bnb.quantize_4bit(weight.to(device), quant_type=quant_type, blocksize=blocksize, compress_statistics=nested)
+    packed, state = bnb.quantize_4bit(
+        weight.to(device), quant_type=quant_type, blocksize=blocksize, compress_statistics=nested
+    )
     ours, absmax = nf4.encode(weight, quant_type, blocksize)
     scale_codes = 0
     if nested:
@@ -56,10 +65,26 @@ def main() -> None:
                 for shape in ((2048, 2048), (96, 80), (576, 1536)):
                     for dtype in (torch.bfloat16, torch.float16, torch.float32):
                         row = case(quant_type, nested, blocksize, shape, dtype, args.device)
-                        rows.append({"type": quant_type, "nested": nested, "blocksize": blocksize, "shape": shape, "dtype": str(dtype)} | row)
+                        rows.append(
+                            {
+                                "type": quant_type,
+                                "nested": nested,
+                                "blocksize": blocksize,
+                                "shape": shape,
+                                "dtype": str(dtype),
+                            }
+                            | row
+                        )
     totals = {k: sum(int(r[k]) for r in rows) for k in ("bytes_differ", "scale_codes_differ", "decoded_differ")}  # type: ignore[call-overload]
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    result = {"device": device, "torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__, "cases": len(rows), "totals": totals, "rows": rows}
+    result = {
+        "device": device,
+        "torch": torch.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+        "cases": len(rows),
+        "totals": totals,
+        "rows": rows,
+    }
     for r in rows:
         if r["bytes_differ"] or r["scale_codes_differ"] or r["decoded_differ"]:
             print(r)

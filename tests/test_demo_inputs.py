@@ -106,9 +106,7 @@ def test_general_sets_repeat_no_conversation(general: tuple[Rows, Rows]) -> None
     assert repeated / len(talks) < 0.05  # short code comments inside `coding` answers repeat; talks don't
 
 
-def test_split_does_not_depend_on_the_order_of_topics(
-    split: dict[str, list[str]], rows: tuple[Rows, Rows]
-) -> None:
+def test_split_does_not_depend_on_the_order_of_topics(split: dict[str, list[str]], rows: tuple[Rows, Rows]) -> None:
     backwards = dict(reversed(pydoc_topics.items()))
     again = texts.pydoc_rows(backwards, reversed(split["heldout"]))
     assert json.dumps(again) == json.dumps(rows)

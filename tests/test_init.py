@@ -179,9 +179,7 @@ def test_invalid_json_names_the_line() -> None:
 def test_bad_places(here: Path) -> None:
     (here / "empty").mkdir()
     (here / "file").touch()
-    assert refusal("empty").startswith(
-        "empty/adapter_config.json: no such file: expected the directory that PEFT's"
-    )
+    assert refusal("empty").startswith("empty/adapter_config.json: no such file: expected the directory that PEFT's")
     assert refusal("file") == "file: is a file: expected the directory that holds adapter_config.json"
     for name in ("./nope", "nope", "a/b/c", "../x"):
         expected = f"{name}: no such directory: expected a PEFT directory or a hub id (owner/name)"

@@ -79,9 +79,7 @@ def test_recipe_is_frozen() -> None:
 
 def test_all_problems_at_once_in_file_order() -> None:
     text = GOOD.replace("name: tiny", "name: ti ny").replace("model:", "modl:")
-    extra = (
-        "quantize:\n  group_sze: 64\n  bits: 5\n  symmetric: yes\ndevice: gpu\ngates: []\nheal: {steps: 1}\n"
-    )
+    extra = "quantize:\n  group_sze: 64\n  bits: 5\n  symmetric: yes\ndevice: gpu\ngates: []\nheal: {steps: 1}\n"
     top = ", ".join(Recipe.model_fields)
     assert problems(text + extra) == [
         "recipe.yaml:1: name: 'ti ny' is not a name of letters, digits, '.', '_' and '-' that begins with a "
@@ -123,8 +121,7 @@ def test_all_problems_at_once_in_file_order() -> None:
         ),
         (
             'quantize: {overrides: {"*.o_proj": {}}}',
-            '11: quantize.overrides."*.o_proj": sets nothing: give it bits, group_size, symmetric '
-            "or skip: true",
+            '11: quantize.overrides."*.o_proj": sets nothing: give it bits, group_size, symmetric or skip: true',
         ),
         (
             'quantize: {overrides: {"*.o_proj": {skip: true, bits: 8}}}',
@@ -202,9 +199,7 @@ def test_calibration_needs_data_or_mix_and_not_both() -> None:
     mix = "calibration.mix=[{data: {path: ./x.txt}}]"
     assert said("", mix) == ["recipe.yaml:5: calibration: expected either data or mix, got both"]
     stray = GOOD.replace("  data: {path: ./train.jsonl}", "  format: text\n  mix: [{data: {path: ./x.txt}}]")
-    assert problems(stray) == [
-        "recipe.yaml:6: calibration.format: belongs to data: write it in the entries of mix"
-    ]
+    assert problems(stray) == ["recipe.yaml:6: calibration.format: belongs to data: write it in the entries of mix"]
 
 
 def test_entries_are_the_same_for_shorthand_and_mix() -> None:
@@ -218,8 +213,7 @@ def test_entries_are_the_same_for_shorthand_and_mix() -> None:
 
 def test_missing_sections_are_reported_where_they_belong() -> None:
     assert problems("# a comment\nname: x\n") == [
-        f"recipe.yaml:1: {key}: required key is missing"
-        for key in ("base", "adapter", "calibration", "evaluate")
+        f"recipe.yaml:1: {key}: required key is missing" for key in ("base", "adapter", "calibration", "evaluate")
     ]
 
 
@@ -295,16 +289,13 @@ def test_completion_needs_prompts() -> None:
 
 def test_published_protocols_have_their_own_window() -> None:
     assert said("", "evaluate.protocol=llamacpp-512", "evaluate.window=1024") == [
-        "--set evaluate.window: protocol llamacpp-512 has its own window: remove the key, or use protocol "
-        "documents"
+        "--set evaluate.window: protocol llamacpp-512 has its own window: remove the key, or use protocol documents"
     ]
     for window in ("512", "2048"):  # 2048: the default, which dump writes out
         recipe("", "evaluate.protocol=llamacpp-512", f"evaluate.window={window}")
 
 
-FUSED_QKV = (
-    "engines fuse q_proj, k_proj, v_proj, so they share one setting: use a pattern covering all, such as "
-)
+FUSED_QKV = "engines fuse q_proj, k_proj, v_proj, so they share one setting: use a pattern covering all, such as "
 
 
 @pytest.mark.parametrize(
@@ -384,8 +375,7 @@ def test_yaml_1_2_scalars(text: str, value: Any) -> None:
         ("a: 1\nb: \x00\n", "recipe.yaml:2: not valid YAML: special characters are not allowed"),
         (
             "a:\n  *.q: 1\n",
-            "recipe.yaml:2: not valid YAML: found undefined alias '.q:': put quotes around text that begins "
-            "with *",
+            "recipe.yaml:2: not valid YAML: found undefined alias '.q:': put quotes around text that begins with *",
         ),
     ],
 )
@@ -408,16 +398,12 @@ def test_keys_must_be_text_and_tags_are_refused() -> None:
 
 
 def test_an_alias_inside_its_own_anchor_ends() -> None:
-    assert "recipe.yaml:11: merge.onto: an alias may not stand inside what it names" in said(
-        "merge: &m {onto: *m}\n"
-    )
+    assert "recipe.yaml:11: merge.onto: an alias may not stand inside what it names" in said("merge: &m {onto: *m}\n")
 
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    with pytest.raises(
-        RecipeError, match=r"r\.yaml: no such file: `requant init ADAPTER > r\.yaml` writes one$"
-    ):
+    with pytest.raises(RecipeError, match=r"r\.yaml: no such file: `requant init ADAPTER > r\.yaml` writes one$"):
         load(path)
     with pytest.raises(RecipeError, match=r": cannot be read: Is a directory$"):
         load(tmp_path)
@@ -513,9 +499,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- dump, paths, schema ---
 
-NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
-    lambda text: "${" not in text
-)
+NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: "${" not in text)
 
 
 @settings(max_examples=60, deadline=None)

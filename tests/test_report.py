@@ -36,8 +36,7 @@ FACTS: dict[str, Any] = {
         "settings": {"bits": 4, "group_size": 64},
         "bits_per_weight": np.float64(4.25),
         "modules": [
-            {"name": f"layers.{i}.down_proj", "bits": 4, "relative_error": 0.01 * i, "loss": 0.5}
-            for i in range(1, 15)
+            {"name": f"layers.{i}.down_proj", "bits": 4, "relative_error": 0.01 * i, "loss": 0.5} for i in range(1, 15)
         ],
     },
     "calibration": {"windows": 128, "overlap": {"in-domain": 0.0, "general": 0.03}},
@@ -52,9 +51,7 @@ FACTS: dict[str, Any] = {
 }
 
 
-def scores(
-    shift: float, *, documents: int = 30, reference: bool = False, digest: str = "d" * 64
-) -> TokenScores:
+def scores(shift: float, *, documents: int = 30, reference: bool = False, digest: str = "d" * 64) -> TokenScores:
     common, own = np.random.default_rng(0), np.random.default_rng(int(1000 * shift) + 1)
     document = np.repeat(np.arange(documents, dtype=np.int32), 40)
     nll = common.gamma(2.0, size=len(document)) + shift * (1 + 0.2 * own.normal(size=len(document)))
@@ -64,12 +61,8 @@ def scores(
 
 
 def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: int = 30) -> rp.SetResult:
-    made = {
-        v: scores(SHIFT[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants
-    }
-    return rp.SetResult(
-        name, "d" * 64, "documents", 2048, True, documents, documents * 40, documents * 160, 7, made
-    )
+    made = {v: scores(SHIFT[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants}
+    return rp.SetResult(name, "d" * 64, "documents", 2048, True, documents, documents * 40, documents * 160, 7, made)
 
 
 def built(facts: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -125,9 +118,7 @@ def test_documents_let_a_later_comparison_pair_without_a_gpu() -> None:
 
 
 def test_json_holds_no_nan_and_keeps_the_facts() -> None:
-    facts = FACTS | {
-        "merge": {"error": float("nan"), "worst": np.inf, "path": Path("x"), "kinds": {"b", "a"}}
-    }
+    facts = FACTS | {"merge": {"error": float("nan"), "worst": np.inf, "path": Path("x"), "kinds": {"b", "a"}}}
     one = result("in-domain", ("base", "adapter", "gptq"), documents=1)
     report = rp.build(sets=[one], facts=facts)
     back = json.loads(rp.dumps(report))

@@ -135,9 +135,7 @@ def test_kl_and_agreement_are_the_slow_loops(kind: str, eval_set: EvalSet, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_model_against_itself_through_the_disk_is_zero(
-    dtype: torch.dtype, eval_set: EvalSet, tmp_path: Path
-) -> None:
+def test_a_model_against_itself_through_the_disk_is_zero(dtype: torch.dtype, eval_set: EvalSet, tmp_path: Path) -> None:
     model = pico("gemma2").to(dtype)
     path = tmp_path / "reference.safetensors"
     score(model, eval_set, batch=2, device="cpu", write_reference=path)

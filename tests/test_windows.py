@@ -123,8 +123,6 @@ def test_digest_sees_ids_masks_and_borders_but_not_the_name() -> None:
         ([replace(doc(5, 6), scored=(True,))], {}, "scored flags"),
     ],
 )
-def test_what_cannot_be_scored_says_so(
-    documents: list[Document], options: dict[str, object], words: str
-) -> None:
+def test_what_cannot_be_scored_says_so(documents: list[Document], options: dict[str, object], words: str) -> None:
     with pytest.raises(EvaluationError, match=words):
         make_set("s", documents, bos_id=None, **options)  # type: ignore[arg-type]

@@ -48,10 +48,17 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] in any float dtype -> fp32 [n, vocab]; 16-bit weights are widened a slice at a time."""
         hidden = hidden.float()
+        if self.weight.dtype == torch.float32:
+            out = hidden @ self.weight.T
+            return self._post(out)
         out = torch.empty(len(hidden), self.vocab, dtype=torch.float32, device=hidden.device)
         for start in range(0, self.vocab, VOCAB_SLICE):
             rows = self.weight[start : start + VOCAB_SLICE].float()
             out[:, start : start + VOCAB_SLICE] = hidden @ rows.T
+        return self._post(out)
+
+    def _post(self, out: Tensor) -> Tensor:
+        """Bias, scale and softcap, in place where possible."""
         if self.bias is not None:
             out += self.bias.float()
         if self.scale != 1.0:
@@ -75,9 +82,7 @@ class HeadTap:
     def __init__(self, model: Any) -> None:
         module = model.get_output_embeddings()
         if module is None:
-            raise EvaluationError(
-                f"{model_type(model)}: no output embedding found: not a causal language model"
-            )
+            raise EvaluationError(f"{model_type(model)}: no output embedding found: not a causal language model")
         self.module: nn.Module = module
 
     def run(self, model: Any, ids: Tensor, keep: int = 1) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown. The first line is the headline."""
     parts = [report["headline"], f"# {report['name'] or 'Quality report'}"]
     if report["created"]:
-        parts.append(
-            f"Measured {report['created']}. Perplexities and losses on the same tokens for every variant."
-        )
+        parts.append(f"Measured {report['created']}. Perplexities and losses on the same tokens for every variant.")
     if report["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {warning}" for warning in report["warnings"])]
     for s in report["sets"]:

@@ -37,14 +37,10 @@ class Reference:
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise EvaluationError(
-                f"{path}: no readable reference ({error}): score the reference first"
-            ) from error
+            raise EvaluationError(f"{path}: no readable reference ({error}): score the reference first") from error
         meta = file.metadata() or {}
         if meta.get("format") != FORMAT:
-            raise EvaluationError(
-                f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}: write it anew"
-            )
+            raise EvaluationError(f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}: write it anew")
         if meta["digest"] != digest:
             raise EvaluationError(
                 f"{path}: written for evaluation set {meta['digest'][:12]}, this one is {digest[:12]}: "

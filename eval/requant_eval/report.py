@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from requant_eval.windows import EvalSet
 
 SCHEMA_VERSION = 1
-IN_DOMAIN = "in-domain"
 OVERLAP_LIMIT = 0.01
 REFERENCES = ("adapter", "merged")
 # (from, to, kind): the way from the base to what ships, then the controls.
@@ -85,19 +84,18 @@ class SetResult:
         )
 
 
-def build(*, sets: Sequence[SetResult], facts: Mapping[str, Any]) -> dict[str, Any]:
+def build(*, sets: Sequence[SetResult], facts: Mapping[str, Any], in_domain: str | None = None) -> dict[str, Any]:
     """The report. KL and agreement of every variant are against `adapter`, or `merged` where that was not
     scored.
 
-    The in-domain set is the one named "in-domain", else the first; retention is computed there.
+    in_domain: name of the set on which retention is computed; default: the first.
 
     Raises:
         EvaluationError: no set, or variants of a set scored on different tokens.
     """
     if not sets:
         raise EvaluationError("no evaluation set was scored: nothing to report")
-    names = [s.name for s in sets]
-    home = IN_DOMAIN if IN_DOMAIN in names else names[0]
+    home = in_domain or sets[0].name
     rendered = [_set(s, in_domain=s.name == home) for s in sets]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

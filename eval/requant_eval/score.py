@@ -2,7 +2,7 @@
 
 Windows of equal length run together; there is no padding, so the batch size changes nothing but rounding.
 Logits are recomputed in fp32 from the final hidden states, a chunk of positions at a time: peak memory is
-about eight times chunk_tokens * vocabulary * 4 bytes, whatever the window.
+a few times CHUNK_LOGITS * 4 bytes, whatever the window.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from requant_eval.reference import Reference, ReferenceWriter
 from requant_eval.tokens import TokenScores
 from requant_eval.windows import EvalSet, Window
 
-__all__ = ["CHUNK_TOKENS", "Reference", "TokenScores", "score"]
+__all__ = ["CHUNK_LOGITS", "Reference", "TokenScores", "score"]
 
-CHUNK_TOKENS = 256
+CHUNK_LOGITS = {
+    "cpu": 2**22,
+    "cuda": 2**26,
+}  # logits alive at a time: on a CPU small enough to be reused by malloc
+FAR = 80.0  # nats; e^80 is still far from fp32's end
 
 
 def score(
@@ -38,13 +42,13 @@ def score(
     device: torch.device | str,
     reference: Path | None = None,
     write_reference: Path | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenScores:
     """Scores `model` (a transformers or PEFT causal LM, put in eval mode) on every scored token of
     `eval_set`.
 
-    batch: windows per forward pass. device: where token ids go. reference: a file that an earlier call wrote;
+    batch: windows per forward pass. chunk_tokens: positions whose logits are alive at a time. device: where token ids go. reference: a file that an earlier call wrote;
     fills `kl` and `agree`. write_reference: make this model the reference. on_progress: (windows done,
     windows).
 
@@ -60,7 +64,8 @@ def score(
     tap = HeadTap(model)
     with torch.inference_mode(), ExitStack() as stack:
         head = prove_head(model, tap, windows[0].ids[None].to(device))
-        judge = _Judge(head, _open(reference, eval_set, head), chunk_tokens)
+        chunk = chunk_tokens or max(16, CHUNK_LOGITS[torch.device(device).type] // head.vocab)
+        judge = _Judge(head, _open(reference, eval_set, head), chunk)
         sink: ReferenceWriter | None = None
         for numbers in _batches(windows, batch):
             hidden, _ = tap.run(model, torch.stack([windows[i].ids for i in numbers]).to(device))
@@ -103,9 +108,7 @@ class _Columns:
         return cls(n, starts, real, flag, flag.clone(), real.clone(), flag.clone())
 
     def scores(self, eval_set: EvalSet, seconds: float) -> TokenScores:
-        document = np.repeat(
-            np.array([w.document for w in eval_set.windows], dtype=np.int32), np.diff(self.starts)
-        )
+        document = np.repeat(np.array([w.document for w in eval_set.windows], dtype=np.int32), np.diff(self.starts))
         return TokenScores(
             nll=self.nll.numpy(),
             document=document,
@@ -152,12 +155,14 @@ def _kl(log_r: Tensor, log_p: Tensor) -> Tensor:
     Summed as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
     term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7.
     """
-    d, r = log_p - log_r, log_r.exp()
-    near = d.clamp(max=1.0)
-    terms = near.expm1().sub_(near).mul_(r)
+    d = log_p.sub(log_r)
+    r = log_r.exp()
+    if float(d.max()) <= FAR:
+        return d.expm1().sub_(d).mul_(r).sum(-1, dtype=torch.float64)
     # Far above, e^d may overflow where r underflows: r * e^d is p.
-    terms = torch.where(d > 1.0, log_p.exp() - r - r * d, terms)
-    return terms.sum(-1, dtype=torch.float64)
+    near = d.clamp(max=FAR)
+    terms = near.expm1().sub_(near).mul_(r)
+    return torch.where(d > FAR, log_p.exp() - r - r * d, terms).sum(-1, dtype=torch.float64)
 
 
 def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[int]]:

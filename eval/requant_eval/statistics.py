@@ -155,9 +155,7 @@ def paired(variant: Sums, reference: Sums) -> Paired:
         raise ValueError("variant and reference have different documents or token counts: not paired")
     delta = ratio(variant.nll - reference.nll, reference.n)
     factor = delta.exp()
-    loss = Estimate(
-        100 * (factor.value - 1), 100 * factor.se, 100 * (factor.low - 1), 100 * (factor.high - 1)
-    )
+    loss = Estimate(100 * (factor.value - 1), 100 * factor.se, 100 * (factor.low - 1), 100 * (factor.high - 1))
     return Paired(delta, loss, len(variant.n), len(variant.n) < FEW_DOCUMENTS)
 
 

@@ -119,9 +119,7 @@ def flips_table(s: Mapping[str, Any]) -> Table:
         for e in s["edges"]
     ]
     columns = ("step", "right -> wrong", "wrong -> right")
-    return Table(
-        f"{s['name']}: flips", columns, tuple(rows), "Share of scored tokens, top-1 against the text."
-    )
+    return Table(f"{s['name']}: flips", columns, tuple(rows), "Share of scored tokens, top-1 against the text.")
 
 
 def retention_table(s: Mapping[str, Any]) -> Table:
@@ -193,11 +191,7 @@ def protocol(s: Mapping[str, Any]) -> str:
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
-        return [
-            row
-            for key, item in value.items()
-            for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
+        return [row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
     if value is None or value == "" or value == []:
         return []
     return [(prefix, ", ".join(_cell(v) for v in value) if isinstance(value, list) else _cell(value))]

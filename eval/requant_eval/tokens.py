@@ -71,9 +71,7 @@ class TokenScores:
         except (SafetensorError, OSError) as error:
             raise EvaluationError(f"{path}: no readable scores ({error}): score the variant again") from error
         if metadata.get("format") != FORMAT:
-            raise EvaluationError(
-                f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: score it again"
-            )
+            raise EvaluationError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: score it again")
         return cls(
             nll=columns["nll"],
             document=columns["document"],

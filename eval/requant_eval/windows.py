@@ -146,9 +146,7 @@ def digest(windows: Sequence[Window]) -> str:
     return sha.hexdigest()
 
 
-def _check(
-    name: str, documents: Sequence[Document], window: int, protocol: Protocol, tokens: int | None
-) -> None:
+def _check(name: str, documents: Sequence[Document], window: int, protocol: Protocol, tokens: int | None) -> None:
     if protocol not in get_args(Protocol):
         raise EvaluationError(f"set '{name}': unknown protocol '{protocol}', use one of {get_args(Protocol)}")
     if window < 2:
@@ -161,9 +159,7 @@ def _check(
         )
     for i, d in enumerate(documents):
         if d.scored is not None and len(d.scored) != len(d.ids):
-            raise EvaluationError(
-                f"set '{name}': document {i} has {len(d.ids)} ids but {len(d.scored)} scored flags"
-            )
+            raise EvaluationError(f"set '{name}': document {i} has {len(d.ids)} ids but {len(d.scored)} scored flags")
 
 
 def _add_bytes(total: float, document: Document, taken: int) -> float:

@@ -173,7 +173,9 @@ def _assemble(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     return Adapter(path, config, folds, replaced, tensors)
 
 
-_PART = re.compile(r"^(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?$")
+_PART = re.compile(
+    r"^(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?$"
+)
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -204,7 +206,9 @@ def _fold(path: Path, config: Mapping[str, Any], module: str, found: Mapping[str
     if a is None or b is None:
         raise InputError(f"{file}: {module} has {', '.join(sorted(found))} but not both lora_A and lora_B")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise InputError(f"{file}: {module}: lora_A {a.shape} and lora_B {b.shape} do not multiply (linear layers only)")
+        raise InputError(
+            f"{file}: {module}: lora_A {a.shape} and lora_B {b.shape} do not multiply (linear layers only)"
+        )
     rank = a.shape[0]
     expected = pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
     if expected != rank:

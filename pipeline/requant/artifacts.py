@@ -18,10 +18,18 @@ TOKENIZER = (
     *VOCABULARY, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_SAMPLING = {"temperature": (None, 1.0), "top_p": (None, 1.0), "top_k": (None, 50), "min_p": (None,), "typical_p": (None, 1.0)}
+_SAMPLING = {
+    "temperature": (None, 1.0),
+    "top_p": (None, 1.0),
+    "top_k": (None, 50),
+    "min_p": (None,),
+    "typical_p": (None, 1.0),
+}
 
 
-def edit_config(config: Mapping[str, Any], *, dtype: str, untie: bool = False, vocab_size: int | None = None) -> dict[str, Any]:
+def edit_config(
+    config: Mapping[str, Any], *, dtype: str, untie: bool = False, vocab_size: int | None = None
+) -> dict[str, Any]:
     """A copy of config.json for unquantized weights of `dtype`, with what the merge changed."""
     edited = {k: v for k, v in config.items() if k not in ("quantization_config", "_pre_quantization_dtype")}
     sections = [edited]

@@ -151,7 +151,9 @@ class Walk:
             args = (kwargs.pop("hidden_states"),)
         return args[0], (args[1:], kwargs)
 
-    def _record(self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _record(
+        self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every block, seen while each is replaced by one that passes its input on."""
         output = first(hidden, *arguments[0], **arguments[1])
         recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -214,12 +216,18 @@ def find_stages(walk: Walk, index: int, item: BlockInput, linears: Sequence[str]
             handle.remove()
     seen = {n for group in groups.values() for n in group}
     if seen != set(linears):
-        raise StageError(f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - seen))} was never called on the calibration text")
+        raise StageError(
+            f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - seen))} was never called on the calibration text"
+        )
     return [Stage(tuple(dict.fromkeys(names))) for names in groups.values()]
 
 
 def step(
-    walk: Walk, index: int, items: Sequence[BlockInput], stages: Sequence[Stage], reach: Callable[[Stage, Iterator[Tensor]], None]
+    walk: Walk,
+    index: int,
+    items: Sequence[BlockInput],
+    stages: Sequence[Stage],
+    reach: Callable[[Stage, Iterator[Tensor]], None],
 ) -> None:
     """Run one block on every batch, pausing all of them before each stage; hidden states are replaced by the block's output.
 
@@ -243,7 +251,13 @@ def step(
     try:
         for position, stage in enumerate(stages):
             starting = position == 0
-            reach(stage, (_advance(run, (index, item) if starting else (), stage) for run, item in zip(runs, items, strict=True)))
+            reach(
+                stage,
+                (
+                    _advance(run, (index, item) if starting else (), stage)
+                    for run, item in zip(runs, items, strict=True)
+                ),
+            )
         for run, item in zip(runs, items, strict=True):
             item.hidden = run.switch() if stages else walk.run(index, item)
     finally:

@@ -27,7 +27,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. quantize.bits=3.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. quantize.bits=3."),
+]
 
 
 def main() -> None:
@@ -44,9 +47,6 @@ def main() -> None:
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _version(shown: bool) -> None:
@@ -56,7 +56,11 @@ def _version(shown: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -131,8 +135,12 @@ def _run(path: Path, overrides: list[str], until: Any) -> None:
     from requant.progress import ConsoleWatcher
     from requant.run import run as run_recipe
 
-    with ConsoleWatcher() as watcher, _quiet():
-        outcome = run_recipe(wanted, until=until, watcher=watcher)
+    try:
+        with ConsoleWatcher() as watcher, _quiet():
+            outcome = run_recipe(wanted, until=until, watcher=watcher)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     if outcome.report is not None:
         from rich.console import Console
 
@@ -149,11 +157,17 @@ def _print_check(prepared: Prepared, need: int, free: int) -> None:
     ledger, layout = prepared.merge.ledger, prepared.quantize
     c = prepared.calibration_facts
     print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
-    print(f"adapter   {ledger['adapter']['consumed']} tensors, every one used: {ledger['adapter']['folds']} LoRA, {ledger['adapter']['replaced']} replaced")
-    print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {sum(s.nbytes for s in layout.slots) / 1e6:.1f} MB")
+    print(
+        f"adapter   {ledger['adapter']['consumed']} tensors, every one used: {ledger['adapter']['folds']} LoRA, {ledger['adapter']['replaced']} replaced"
+    )
+    print(
+        f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {sum(s.nbytes for s in layout.slots) / 1e6:.1f} MB"
+    )
     print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
     for s in prepared.sets:
-        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {c['overlap'][s.name]:.2%} of its 13-grams in the calibration text")
+        print(
+            f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
+        )
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     for warning in prepared.warnings:
         print(f"warning   {warning}")

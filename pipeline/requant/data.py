@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,20 @@ Format = Literal["auto", "text", "chat", "completion"]
 Row = Mapping[str, Any]
 TEXT_KEYS = ("text", "content")
 CHAT_KEYS = ("messages", "conversations")
-COMPLETION_KEYS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+COMPLETION_KEYS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+)
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 NGRAM = 13
 
 
@@ -44,7 +57,11 @@ class Source:
 
     def __str__(self) -> str:
         """How a report names it: never a local path, only a file name."""
-        return self.path.name if self.path else self.builtin or ":".join(filter(None, (self.dataset, self.config, self.split)))
+        return (
+            self.path.name
+            if self.path
+            else self.builtin or ":".join(filter(None, (self.dataset, self.config, self.split)))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +96,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
             yield from pq.read_table(path).to_pylist()
             return
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig", newline="") as f:
+            text = f.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
@@ -87,11 +105,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if path.suffix == ".txt":
         yield from [{"text": text}] if text.strip() else []
     elif path.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines())
+        yield from csv.DictReader(io.StringIO(text, newline=""))
     elif path.suffix == ".json":
         yield from _json_rows(path, text)
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield from _json_rows(path, line, number)
 
@@ -124,7 +142,13 @@ def row_format(source: Source, row: Row, asked: Format) -> Format:
     if source.column is not None and source.column not in row:
         raise InputError(f"{source}: no column {source.column!r}; it has {columns}")
     if asked == "auto":
-        asked = "chat" if _chat_key(row) and not source.column else "completion" if _completion_keys(row) and not source.column else "text"
+        asked = (
+            "chat"
+            if _chat_key(row) and not source.column
+            else "completion"
+            if _completion_keys(row) and not source.column
+            else "text"
+        )
     if asked == "text" and not (source.column or any(k in row for k in TEXT_KEYS)):
         raise InputError(f"{source}: no text column ({' or '.join(TEXT_KEYS)}); it has {columns}: set data.column")
     if asked == "chat" and not (source.column or _chat_key(row)):
@@ -159,7 +183,7 @@ def tokenize(source: Source, tokenizer: Any, asked: Format = "auto") -> list[Tok
         try:
             text, spans = _render(source, row, kind, tokenizer)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{source}: row {number} is not a {kind} row: {error}") from error
+            raise InputError(f"{source}: row {number} is not a {kind} row: {type(error).__name__} {error}") from error
         document = _encode(tokenizer, text, spans)
         if document.ids:
             documents.append(document)
@@ -171,7 +195,7 @@ def tokenize(source: Source, tokenizer: Any, asked: Format = "auto") -> list[Tok
 def _render(source: Source, row: Row, kind: Format, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """(text, spans of it that count as completion)."""
     if kind == "text":
-        key = source.column or next(k for k in TEXT_KEYS if k in row)
+        key = source.column or next((k for k in TEXT_KEYS if k in row), TEXT_KEYS[0])
         text = str(row[key] or "")
         return text, [(0, len(text))]
     if kind == "chat":
@@ -181,7 +205,10 @@ def _render(source: Source, row: Row, kind: Format, tokenizer: Any) -> tuple[str
         raise ValueError("no prompt and completion columns")
     prompt = str(row[pair[0]]) + (f"\n{row['input']}" if row.get("input") else "")
     if tokenizer.chat_template:
-        return _render_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": str(row[pair[1]])}], tokenizer)
+        return _render_chat(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": str(row[pair[1]])}],
+            tokenizer,
+        )
     return prompt + str(row[pair[1]]), [(len(prompt), len(prompt) + len(str(row[pair[1]])))]
 
 
@@ -221,7 +248,13 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def calibration_windows(
-    entries: Sequence[tuple[str, Sequence[Tokens], float]], *, samples: int, length: int, seed: int, bos: int | None, eos: int | None
+    entries: Sequence[tuple[str, Sequence[Tokens], float]],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    eos: int | None,
 ) -> Tensor:
     """Packed windows int64 [samples, length], `share` of them from each (name, documents, share) entry, shuffled.
 
@@ -250,7 +283,9 @@ def calibration_windows(
 
 def digest(windows: Tensor) -> str:
     """sha256 of token ids and their layout, hex."""
-    return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{tuple(windows.shape)}".encode() + windows.contiguous().numpy().astype("<i8").tobytes()
+    ).hexdigest()
 
 
 def overlap(calibration: Tensor, documents: Sequence[Sequence[int]], n: int = NGRAM) -> float:
@@ -258,3 +293,9 @@ def overlap(calibration: Tensor, documents: Sequence[Sequence[int]], n: int = NG
     known = {tuple(row[i : i + n]) for row in calibration.tolist() for i in range(len(row) - n + 1)}
     grams = [tuple(ids[i : i + n]) for ids in documents for i in range(len(ids) - n + 1)]
     return sum(g in known for g in grams) / len(grams) if grams else 0.0
+
+
+def shared_documents(calibration: Sequence[Sequence[Tokens]], documents: Sequence[Tokens]) -> float:
+    """Share of `documents` that stand whole in a calibration source, drawn into a window or not."""
+    known = {d.ids for source in calibration for d in source}
+    return sum(d.ids in known for d in documents) / max(len(documents), 1)

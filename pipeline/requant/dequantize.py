@@ -76,7 +76,9 @@ class Base:
                 "only 4-bit (NF4/FP4) and 16-bit bases can be merged exactly"
             )
         if states and simulate:
-            raise InputError(f"{checkpoint.path}: already 4-bit on disk; remove base.nf4 from the recipe, its settings are stored")
+            raise InputError(
+                f"{checkpoint.path}: already 4-bit on disk; remove base.nf4 from the recipe, its settings are stored"
+            )
         self.auxiliary = frozenset(
             n for n in checkpoint if STATE in n or any(n.endswith(s) and n.removesuffix(s) in states for s in AUXILIARY)
         )
@@ -94,7 +96,9 @@ class Base:
         conv1d = name in self.conv1d
         if state_name is None:
             if info.dtype in (torch.uint8, torch.int8) and name.endswith(".weight"):
-                raise InputError(f"{info.file}: {name} is {info.dtype} but has no quant_state: not a bitsandbytes 4-bit weight")
+                raise InputError(
+                    f"{info.file}: {name} is {info.dtype} but has no quant_state: not a bitsandbytes 4-bit weight"
+                )
             if simulated:
                 return Weight(name, "simulated", info.shape, torch.float32, transposed=conv1d)
             loads_as = LOAD_DTYPES[self.simulate.load_dtype] if self.simulate else info.dtype
@@ -109,10 +113,14 @@ class Base:
 
     def _check_parts(self, name: str, state: nf4.QuantState) -> None:
         """The headers of a packed weight's parts must agree with its quant_state."""
-        need = {".absmax", ".quant_map"} | ({".nested_absmax", ".nested_quant_map"} if state.nested_offset is not None else set())
+        need = {".absmax", ".quant_map"} | (
+            {".nested_absmax", ".nested_quant_map"} if state.nested_offset is not None else set()
+        )
         lost = sorted(s for s in need if name + s not in self.checkpoint)
         if lost:
-            raise InputError(f"{self.checkpoint.path}: {name} is 4-bit but {name}{lost[0]} is missing: the checkpoint is incomplete")
+            raise InputError(
+                f"{self.checkpoint.path}: {name} is 4-bit but {name}{lost[0]} is missing: the checkpoint is incomplete"
+            )
         scales = self.checkpoint[name + ".absmax"]
         packed = self.checkpoint[name]
         half = -(-state.numel // 2)

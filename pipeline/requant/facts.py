@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("requant", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "datasets")
+PACKAGES = (
+    "requant",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+)
 
 
 @dataclass

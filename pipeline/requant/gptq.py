@@ -10,6 +10,7 @@ which needs one Cholesky factorization (of H flipped) where the usual route need
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +22,7 @@ Search = Literal["hessian", "minmax"]
 MAX_DAMP = 0.64
 BLOCK = 128
 _PANEL = 512
-_SEARCH_ELEMENTS = 2**17  # weights searched at a time: the working set of a candidate stays in cache
+_SEARCH_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}  # weights searched at a time: a CPU's working set stays in cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def find_scales(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
     """
     rows, columns = weight.shape
     groups = grid.groups(columns)
-    step = max(1, _SEARCH_ELEMENTS // columns)
+    step = max(1, _SEARCH_ELEMENTS[weight.device.type] // columns)
     parts = [
         _search(weight[i : i + step].reshape(-1, groups, columns // groups), importance.reshape(groups, -1), grid)
         for i in range(0, rows, step)
@@ -176,7 +177,13 @@ def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
 
 
 def _try(
-    weight: Tensor, importance: Tensor, grid: Grid, ends: tuple[Tensor, Tensor], candidate: Tensor, best: Tensor, shrink: Tensor
+    weight: Tensor,
+    importance: Tensor,
+    grid: Grid,
+    ends: tuple[Tensor, Tensor],
+    candidate: Tensor,
+    best: Tensor,
+    shrink: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Keep `candidate` wherever its weighted error is smaller than `best`."""
     scales = _range_scales(grid, *ends, candidate)
@@ -229,7 +236,14 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> Tensor:
 
 
 def _solve_block(
-    target: Tensor, columns: Tensor, upper: Tensor, scale: Tensor, ends: tuple[Tensor, Tensor], error: Tensor, codes: Tensor, start: int
+    target: Tensor,
+    columns: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    ends: tuple[Tensor, Tensor],
+    error: Tensor,
+    codes: Tensor,
+    start: int,
 ) -> None:
     """The sequential columns of one block; fills `error` and `codes` (without the zero) for its rows."""
     feedback = upper.T[start : start + len(target), start : start + len(target)].contiguous()
@@ -241,6 +255,37 @@ def _solve_block(
         code.round_()
         torch.clamp(code, ends[0][j], ends[1][j], out=code)
         torch.addcmul(columns[j], code, scale[j], value=-1, out=error[j])
+
+
+def refine(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid: Grid, sweeps: int) -> Tensor:
+    """Coordinate descent on the codes from a solution, `sweeps` times over all columns: codes uint8 [rows, n].
+
+    Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj), so
+    tr(E H E') never grows. The column loop can only answer to columns before it. Source: Behdin et al., QuantEase
+    (arXiv:2309.01885). `hessian` must have a positive diagonal (damped).
+    """
+    n = weight.shape[1]
+    width = n // scales.scale.shape[1]
+    scale = scales.scale.T.repeat_interleave(width, dim=0)  # (n, rows)
+    zero = scales.zero.T.repeat_interleave(width, dim=0)
+    low, high = -zero, grid.levels - 1 - zero
+    level = codes.T.float().sub_(zero)
+    gradient = hessian @ (weight.T - level * scale)  # (E H)', columns first
+    inverse = 1 / hessian.diagonal()
+    for _ in range(sweeps):
+        for start in range(0, n, BLOCK):
+            stop = min(start + BLOCK, n)
+            moved = torch.empty_like(gradient[start:stop])  # change of E in this block
+            inside = hessian[start:stop, start:stop].contiguous()
+            for k in range(stop - start):
+                j = start + k
+                pull = torch.addmv(gradient[j], moved[:k].T, inside[k, :k]) if k else gradient[j]
+                best = torch.addcdiv(level[j], pull, scale[j], value=float(inverse[j])).round_()
+                best = torch.clamp(best, low[j], high[j])
+                torch.mul(level[j] - best, scale[j], out=moved[k])
+                level[j] = best
+            gradient.addmm_(hessian[:, start:stop], moved)
+    return level.add_(zero).to(torch.uint8).T.contiguous()
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
@@ -268,12 +313,19 @@ class Solution:
 
 
 def quantize_weight(
-    weight: Tensor, hessian: Tensor, grid: Grid, *, order: Order, damp: float, factors: dict[tuple[str, int], Factor] | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    *,
+    order: Order,
+    damp: float,
+    sweeps: int = 0,
+    factors: dict[tuple[str, int], Factor] | None = None,
 ) -> Solution:
     """Quantize one weight (fp32 [rows, n]) against a symmetric Hessian (fp32 [n, n]).
 
     Weights that share their input share `factors`, keyed by order and group size: pass the same dict for each.
-    Falls back to round-to-nearest, and says so, when the column loop would lose against it.
+    `fallback` says that rounding to nearest on the same scales lost less, or that no factor was found.
     """
     diagonal = hessian.diagonal()
     factors = {} if factors is None else factors
@@ -283,13 +335,41 @@ def quantize_weight(
     factor = factors[key]
     mean = float(diagonal.mean())
     scales = find_scales(weight, diagonal + (factor.damp * mean if mean > 0 else 1.0), grid)
-    codes = solve(weight, factor, scales, grid)
-    plain = replace(grid, search="minmax", signed=False)
-    plain_scales = find_scales(weight, diagonal, plain)
-    control = output_error(weight - dequantize_codes(round_to_grid(weight, plain_scales, plain), plain_scales), hessian)
+    codes, worse = solve(weight, factor, scales, grid), False
+    if sweeps and mean > 0:
+        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (factor.damp * mean)
+        codes = refine(weight, codes, damped, scales, grid, sweeps)
     loss = output_error(weight - dequantize_codes(codes, scales), hessian)
+    rounded = round_to_grid(weight, scales, grid)
+    rounded_loss = output_error(weight - dequantize_codes(rounded, scales), hessian)
+    if rounded_loss < loss:
+        codes, loss, worse = rounded, rounded_loss, True
     whole = max(output_error(weight, hessian), torch.finfo(torch.float32).tiny)
-    return Solution(
-        codes, scales, grid, loss, (max(loss, 0.0) / whole) ** 0.5, (max(control, 0.0) / whole) ** 0.5,
-        factor.damp, order, factor.diagonal,
-    )  # fmt: skip
+    relative, control = ((max(x, 0.0) / whole) ** 0.5 for x in (loss, _rtn_loss(weight, hessian, grid)))
+    return Solution(codes, scales, grid, loss, relative, control, factor.damp, order, factor.diagonal or worse)
+
+
+def _rtn_loss(weight: Tensor, hessian: Tensor, grid: Grid) -> float:
+    """The control: min-max scales, round to nearest."""
+    plain = replace(grid, search="minmax", signed=False)
+    scales = find_scales(weight, hessian.diagonal(), plain)
+    return output_error(weight - dequantize_codes(round_to_grid(weight, scales, plain), scales), hessian)
+
+
+def better_order(
+    weights: Sequence[Tensor], train: Tensor, held: Tensor, grid: Grid, orders: Sequence[Order], damp: float
+) -> Order:
+    """The order whose solutions on the Hessian `train` lose least on the Hessian `held` of other text.
+
+    weights: fp32 [rows, n] of linears that share their input. Activation and group-aware order trade places from
+    module to module; their codes look alike to a server.
+    """
+    importance = train.diagonal() + damp * train.diagonal().mean()
+    scales = [find_scales(w, importance, grid) for w in weights]
+
+    def held_loss(order: Order) -> float:
+        factor = factorize(train, column_order(train.diagonal(), order, grid.group_size), damp)
+        codes = [solve(w, factor, s, grid) for w, s in zip(weights, scales, strict=True)]
+        return sum(output_error(w - dequantize_codes(c, s), held) for w, c, s in zip(weights, codes, scales, strict=True))
+
+    return min(orders, key=held_loss)

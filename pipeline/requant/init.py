@@ -85,9 +85,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file}: cannot be read as text: {error}: save the file again from PEFT") from error
     if not isinstance(value, dict):
-        raise InputError(
-            f"{file}: expected a JSON object, got {type(value).__name__}: save the file again from PEFT"
-        )
+        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}: save the file again from PEFT")
     return value
 
 
@@ -138,12 +136,8 @@ def _pre_quantized(model: str) -> str:
 def _summary(config: dict[str, Any]) -> str:
     """One line on the adapter, of what its configuration has."""
     facts = [str(config.get("peft_type") or "adapter")]
-    facts += [
-        f"{label} {config[key]}" for key, label in (("r", "r"), ("lora_alpha", "alpha")) if key in config
-    ]
-    facts += [
-        label for key, label in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key) is True
-    ]
+    facts += [f"{label} {config[key]}" for key, label in (("r", "r"), ("lora_alpha", "alpha")) if key in config]
+    facts += [label for key, label in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if config.get(key) is True]
     targets = config.get("target_modules")
     names = sorted(map(str, targets)) if isinstance(targets, list) else [str(targets)] if targets else []
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -159,16 +153,12 @@ def _as_path(text: str) -> str:
     """A hub id as it is, a path so that it is read as one."""
     if _is_path(text) or text in (".", ".."):
         return text
-    local = os.path.exists(text) or not re.fullmatch(
-        r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII
-    )
+    local = os.path.exists(text) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII)
     return f"./{text}" if local else text
 
 
 def _slug(adapter: str) -> str:
-    name = (
-        Path(os.path.expanduser(adapter)).absolute().name if adapter.strip("./") == "" else Path(adapter).name
-    )
+    name = Path(os.path.expanduser(adapter)).absolute().name if adapter.strip("./") == "" else Path(adapter).name
     return (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "adapter") + "-w4g128"
 
 

@@ -64,7 +64,11 @@ class MergePlan:
         """Counts on both sides: what became of base tensors, and of adapter tensors."""
         return {
             "base": dict(Counter(op.action for op in self.ops)) | {"dropped": len(self.base.auxiliary)},
-            "adapter": {"consumed": len(self.adapter.tensors), "folds": len(self.adapter.folds), "replaced": len(self.adapter.replaced)},
+            "adapter": {
+                "consumed": len(self.adapter.tensors),
+                "folds": len(self.adapter.folds),
+                "replaced": len(self.adapter.replaced),
+            },
             "untied_embeddings": self.untied,
         }
 
@@ -112,7 +116,15 @@ def plan(base: Base, adapter: Adapter, structure: Structure) -> MergePlan:
             "Is this the adapter's base?"
         )
     ops = tuple(
-        _op(adapter, name, source, pending_folds.get(name), replaced.get(name), biases.get(name), name in conv1d)
+        _op(
+            adapter,
+            name,
+            source,
+            pending_folds.get(name),
+            replaced.get(name),
+            biases.get(name),
+            name in conv1d,
+        )
         for name, source in sources.items()
     )
     embedding = _tensor(structure, structure.embedding)
@@ -126,7 +138,11 @@ def _tensor(structure: Structure, parameter: str) -> str:
 
 
 def _untie(
-    structure: Structure, adapter: Adapter, sources: dict[str, Weight], folds: dict[str, Fold], replaced: dict[str, TensorInfo]
+    structure: Structure,
+    adapter: Adapter,
+    sources: dict[str, Weight],
+    folds: dict[str, Fold],
+    replaced: dict[str, TensorInfo],
 ) -> tuple[bool, dict[str, Weight]]:
     """Decide about tied embeddings: once the adapter makes the two ends differ, both are written."""
     if structure.tied is None:
@@ -137,7 +153,11 @@ def _untie(
     touched = [n for n in (inner, outer) if n in folds or n in replaced]
     if not touched:
         return False, sources
-    same = inner in replaced and outer in replaced and torch.equal(read_tensor(replaced[inner]), read_tensor(replaced[outer]))
+    same = (
+        inner in replaced
+        and outer in replaced
+        and torch.equal(read_tensor(replaced[inner]), read_tensor(replaced[outer]))
+    )
     if same or adapter.ties_weights:
         for table in (folds, replaced):
             if outer in table:
@@ -148,13 +168,21 @@ def _untie(
 
 
 def _op(
-    adapter: Adapter, name: str, source: Weight, fold: Fold | None, new: TensorInfo | None, bias_of: Fold | None, conv1d: bool
+    adapter: Adapter,
+    name: str,
+    source: Weight,
+    fold: Fold | None,
+    new: TensorInfo | None,
+    bias_of: Fold | None,
+    conv1d: bool,
 ) -> Op:
     """One output tensor; raises InputError when the adapter's shapes do not fit the base's."""
     shape = source.shape
     if new is not None:
         if new.shape[1:] != shape[1:] or (len(shape) < 2 and new.shape != shape):
-            raise InputError(f"{adapter.path}: {name} has shape {new.shape}, the base's is {shape}: this adapter belongs to another base")
+            raise InputError(
+                f"{adapter.path}: {name} has shape {new.shape}, the base's is {shape}: this adapter belongs to another base"
+            )
         if fold is not None:
             raise InputError(f"{adapter.path}: {name} is both replaced and adapted by LoRA")
         return Op(name, new.shape, source, None, new)
@@ -257,7 +285,9 @@ def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Te
                 f"{op.name}: {max(abs(low), abs(high)):.4g} overflows {str(dtype).removeprefix('torch.')}: "
                 "set merge.dtype to bfloat16 or auto"
             )
-        raise StageError(f"{op.name}: NaN or infinity in the {'adapter or base' if op.fold or op.replacement else 'base'} weights")
+        raise StageError(
+            f"{op.name}: NaN or infinity in the {'adapter or base' if op.fold or op.replacement else 'base'} weights"
+        )
     result.max_abs = max(result.max_abs, largest)
     return rounded
 

@@ -108,7 +108,9 @@ def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
     if not need <= data.size < need + packed.element_size() + 1:
         raise Nf4Error(f"{data.size} packed bytes, but shape {state.shape} needs {need}")
     if absmax.numel() != state.blocks:
-        raise Nf4Error(f"{absmax.numel()} scales, but shape {state.shape} in blocks of {state.blocksize} needs {state.blocks}")
+        raise Nf4Error(
+            f"{absmax.numel()} scales, but shape {state.shape} in blocks of {state.blocksize} needs {state.blocks}"
+        )
     values = table(state.quant_type).numpy()
     byte = np.arange(256)
     pairs = np.stack([values[byte >> 4], values[byte & 15]], axis=1).view(np.float64).reshape(-1)  # two fp32 a byte

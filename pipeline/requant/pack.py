@@ -1,9 +1,9 @@
 """Integer codes <-> the GPTQ on-disk tensors (format v1, as gptqmodel, vLLM, SGLang and transformers read it).
 
-    qweight int32 [in*bits/32, out]      codes packed along the inputs, lowest bits first
-    qzeros  int32 [groups, out*bits/32]  zero points, stored minus one
-    scales  fp16  [groups, out]          W[o, i] = scales[g, o] * (code[i, o] - zero[g, o]),  g = g_idx[i]
-    g_idx   int32 [in]                   i // group_size
+qweight int32 [in*bits/32, out]      codes packed along the inputs, lowest bits first
+qzeros  int32 [groups, out*bits/32]  zero points, stored minus one
+scales  fp16  [groups, out]          W[o, i] = scales[g, o] * (code[i, o] - zero[g, o]),  g = g_idx[i]
+g_idx   int32 [in]                   i // group_size
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tup
     group = columns if group_size == -1 else group_size
     if columns % group:
         fits = [g for g in (128, 64, 32) if columns % g == 0]
-        raise PackError(f"group_size {group_size} does not divide its {columns} inputs; use {' or '.join(map(str, [*fits, -1]))}")
+        raise PackError(
+            f"group_size {group_size} does not divide its {columns} inputs; use {' or '.join(map(str, [*fits, -1]))}"
+        )
     if columns % _WORD or rows % _WORD:
-        raise PackError(f"its shape [{rows}, {columns}] is not a multiple of {_WORD} both ways; skip it with an override")
+        raise PackError(
+            f"its shape [{rows}, {columns}] is not a multiple of {_WORD} both ways; skip it with an override"
+        )
     return {
         "qweight": ((columns * bits // _WORD, rows), torch.int32),
         "qzeros": ((columns // group, rows * bits // _WORD), torch.int32),
@@ -92,7 +96,9 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Ten
     if not torch.equal(half.float(), scale) or not torch.isfinite(half).all():
         raise PackError("a scale is not exact in float16")
     if float(zero.min()) < 1 or float(zero.max()) > 2**bits - 1:
-        raise PackError(f"zero points span {float(zero.min())} to {float(zero.max())}, format v1 stores 1 to {2**bits - 1}")
+        raise PackError(
+            f"zero points span {float(zero.min())} to {float(zero.max())}, format v1 stores 1 to {2**bits - 1}"
+        )
     g_idx = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // groups)
     return {
         "qweight": pack_rows(codes.T, bits),

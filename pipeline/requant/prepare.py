@@ -60,7 +60,9 @@ def prepare(recipe: Recipe) -> Prepared:
     simulate = _settings(recipe.base.nf4)
     loaded = adapters.load(adapter_path)
     onto_original = recipe.merge.onto == "original"
-    plan, model = plan_merge(original if onto_original and original else base, loaded, None if onto_original else simulate, trust)
+    plan, model = plan_merge(
+        original if onto_original and original else base, loaded, None if onto_original else simulate, trust
+    )
     fork = None
     if "original" in recipe.evaluate.variants and original is not None:
         fork = plan_merge(original, loaded, None, trust)[0]
@@ -70,11 +72,24 @@ def prepare(recipe: Recipe) -> Prepared:
     layout = plan_quantize(plan, model, settings, dtype)
     warnings += deployment_warnings(settings, layout)
     tokenizer = load_tokenizer(base, adapter_path, plan)
-    windows, facts = calibration(recipe, tokenizer)
-    sets = tuple(evaluation_set(recipe, item.name, tokenizer) for item in recipe.evaluate.sets)
+    seen, windows, facts = calibration(recipe, tokenizer)
+    sets = tuple(evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = overlaps(windows, sets, warnings)
     return Prepared(
-        recipe, base, adapter_path, original, simulate, plan, fork, layout, settings, dtype, windows, facts, sets, tuple(warnings)
+        recipe,
+        base,
+        adapter_path,
+        original,
+        simulate,
+        plan,
+        fork,
+        layout,
+        settings,
+        dtype,
+        windows,
+        facts,
+        sets,
+        tuple(warnings),
     )
 
 
@@ -104,7 +119,9 @@ def _settings(nf4: Nf4 | str) -> Nf4Settings | None:
     return Nf4Settings(nf4.quant_type, nf4.double_quant, nf4.blocksize, nf4.load_dtype, nf4.skip)
 
 
-def plan_merge(base: Path, loaded: adapters.Adapter, simulate: Nf4Settings | None, trust: bool) -> tuple[merge.MergePlan, Any]:
+def plan_merge(
+    base: Path, loaded: adapters.Adapter, simulate: Nf4Settings | None, trust: bool
+) -> tuple[merge.MergePlan, Any]:
     """(merge plan, model skeleton) of one adapter on one base, from headers."""
     checkpoint = Checkpoint(base)
     model = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
@@ -125,7 +142,9 @@ def _base_name(recipe: Recipe, loaded: adapters.Adapter) -> list[str]:
     named = loaded.base_name
     ours = [Path(s.path).name.lower() for s in (recipe.base.source, recipe.base.original) if s]
     if named and Path(named).name.lower() not in ours:
-        return [f"the adapter was trained on {Path(named).name}, the recipe's base is {Path(recipe.base.model).name}: make sure they are the same"]
+        return [
+            f"the adapter was trained on {Path(named).name}, the recipe's base is {Path(recipe.base.model).name}: make sure they are the same"
+        ]
     return []
 
 
@@ -159,11 +178,15 @@ def deployment_warnings(settings: quantize.Settings, layout: quantize.Plan) -> l
     warnings = []
     odd = sorted({g.bits for g in grids} - {4, 8})
     if odd:
-        warnings.append(f"vLLM and SGLang refuse {' and '.join(map(str, odd))} bits: only transformers with gptqmodel loads this")
+        warnings.append(
+            f"vLLM and SGLang refuse {' and '.join(map(str, odd))} bits: only transformers with gptqmodel loads this"
+        )
     if any(not g.symmetric for g in grids):
         warnings.append("vLLM and SGLang refuse asymmetric GPTQ: only transformers with gptqmodel loads this")
     if len({(g.bits, g.group_size, g.symmetric) for g in grids}) > 1 or layout.left:
-        warnings.append("overrides are read by vLLM, SGLang and gptqmodel; plain transformers ignores `dynamic`, only skipped modules work there")
+        warnings.append(
+            "overrides are read by vLLM, SGLang and gptqmodel; plain transformers ignores `dynamic`, only skipped modules work there"
+        )
     return warnings
 
 
@@ -174,14 +197,21 @@ def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan) -> Any:
     files = artifacts.tokenizer_files(base, adapter)
     if not files:
         raise InputError(f"{base}: no tokenizer files, and none beside the adapter")
-    rows = next((op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))), None)
+    rows = next(
+        (op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))),
+        None,
+    )
     vocabulary = artifacts.vocabulary_size(files["tokenizer.json"]) if "tokenizer.json" in files else 0
     if rows is not None and vocabulary > rows:
         raise InputError(
             f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
             "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
         )
-    home = adapter if any(f.parent == adapter for f in files.values()) and (adapter / "tokenizer_config.json").exists() else base
+    home = (
+        adapter
+        if any(f.parent == adapter for f in files.values()) and (adapter / "tokenizer_config.json").exists()
+        else base
+    )
     try:
         return AutoTokenizer.from_pretrained(str(home))
     except (OSError, ValueError) as error:
@@ -224,7 +254,11 @@ def evaluation_set(recipe: Recipe, name: str, tokenizer: Any) -> EvalSet:
         return ev.make_set(name, [ev.Document(tuple(ids))], protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     cut = item.document_tokens
     documents = [
-        ev.Document(d.ids[:cut], d.scored[:cut] if item.score == "completion" else None, d.n_bytes if cut is None else 0)
+        ev.Document(
+            d.ids[:cut],
+            d.scored[:cut] if item.score == "completion" else None,
+            d.n_bytes if cut is None else 0,
+        )
         for d in data.tokenize(source, tokenizer, item.format)
     ]
     return ev.make_set(name, documents, window=e.window, protocol="documents", bos_id=bos, tokens=item.tokens)
@@ -253,5 +287,7 @@ def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
     existing = next(p for p in (where, *where.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
-        raise InputError(f"{existing}: {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: free space or set output.dir")
+        raise InputError(
+            f"{existing}: {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: free space or set output.dir"
+        )
     return need, free

@@ -21,7 +21,14 @@ class ConsoleWatcher(Watcher):
         self.task: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
             self.bar = Progress(
                 TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -40,7 +47,9 @@ class ConsoleWatcher(Watcher):
     def stage(self, name: str, done: bool) -> None:
         self.name, self.started, self.said = name, time.monotonic(), time.monotonic()
         if self.bar:
-            self.task = self.bar.add_task(name, total=1 if done else None, completed=int(done), note="up to date" if done else "")
+            self.task = self.bar.add_task(
+                name, total=1 if done else None, completed=int(done), note="up to date" if done else ""
+            )
         else:
             print(f"{name}: {'up to date' if done else 'started'}", file=sys.stderr, flush=True)
 
@@ -52,4 +61,8 @@ class ConsoleWatcher(Watcher):
         if now - self.said >= PLAIN_EVERY or done == total:
             self.said = now
             left = (now - self.started) / done * (total - done)
-            print(f"{self.name}: {done}/{total} {note} ({now - self.started:.0f} s, about {left:.0f} s left)", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {done}/{total} {note} ({now - self.started:.0f} s, about {left:.0f} s left)",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -26,6 +26,7 @@ from requant.errors import InputError, StageError
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 JOURNAL = "blocks.json"
+HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Settings:
 
     grid: gptq.Grid = gptq.Grid()
     order: Literal["auto", "natural", "activation", "group"] = "auto"
+    sweeps: int = 0
     damp: float | None = None  # None: 0.01 when there are 16 tokens for each input feature, else 0.05
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
 
@@ -81,7 +83,9 @@ class Layout(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def plan(tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path) -> Plan:
+def plan(
+    tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path
+) -> Plan:
     """Lay out the quantized checkpoint; raises InputError listing every linear that cannot be packed as asked."""
     prefix, blocks = block_list(model)
     names = skeleton.tensor_names(model, tensors)
@@ -107,7 +111,9 @@ def plan(tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dt
         raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
     slots = [s for name, info in tensors.items() for s in replaced.get(name, [_kept(name, info, dtype)])]
     stored_prefix = _stored_prefix(names, prefix)
-    per_block = tuple(tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks)))
+    per_block = tuple(
+        tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
+    )
     weights = sum(linears[n].weight.numel() for n in grids)
     packed_bytes = sum(s.nbytes for many in replaced.values() for s in many)
     left = tuple(n for n in linears if n not in grids)
@@ -121,14 +127,20 @@ def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
 def _stored_prefix(names: Mapping[str, str], prefix: str) -> str:
     """The blocks' prefix as the checkpoint spells it."""
     name = next(n for n in names if n.startswith(prefix + ".0."))
-    return names[name].removesuffix(name.removeprefix(prefix)) if names[name].endswith(name.removeprefix(prefix)) else prefix
+    return (
+        names[name].removesuffix(name.removeprefix(prefix))
+        if names[name].endswith(name.removeprefix(prefix))
+        else prefix
+    )
 
 
 class Quantizer:
     """The walk over one model; holds what every block needs. Use `quantize`."""
 
-    def __init__(self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, tokens: int) -> None:
-        self.walk, self.plan, self.settings, self.writer, self.tokens = walk, plan, settings, writer, tokens
+    def __init__(self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, size: tuple[int, int]) -> None:
+        """size: calibration tokens, and the batches they come in."""
+        self.walk, self.plan, self.settings, self.writer = walk, plan, settings, writer
+        self.tokens, self.batches = size
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
 
@@ -167,41 +179,62 @@ class Quantizer:
 
     def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[Tensor]) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
-        first: Any = block.get_submodule(stage.linears[0])
-        n = first.in_features
-        hessian = torch.zeros(n, n, device=self.walk.device)
-        for x in inputs:
-            gptq.add_to_hessian(hessian, x)
-        gptq.symmetrize(hessian).div_(self.tokens)
+        linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
+        n = next(iter(linears.values())).in_features
+        train, held = (torch.zeros(n, n, device=self.walk.device) for _ in range(2))
+        last = self.batches - max(1, self.batches // HELD_SHARE)
+        for i, x in enumerate(inputs):
+            gptq.add_to_hessian(held if i >= last else train, x)
+        hessian = gptq.symmetrize(train + held).div_(self.tokens)
         if not torch.isfinite(hessian.diagonal()).all():
             raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
+        damp = self._damp(n)
+        if self.settings.order == "auto" and self.batches > 1:
+            weights = [linear.weight.float() for linear in linears.values()]
+            grid = self.plan.grids[next(iter(linears))]
+            train, held = gptq.symmetrize(train), gptq.symmetrize(held)
+            order = gptq.better_order(weights, train, held, grid, ("activation", "group"), damp)
+        else:
+            order = "activation" if self.settings.order == "auto" else self.settings.order
         factors: dict[tuple[str, int], gptq.Factor] = {}
-        for name in stage.linears:
-            linear: Any = block.get_submodule(name)
-            solution = self._solve(prefix + name, linear.weight.float(), hessian, factors)
+        for name, linear in linears.items():
+            solution = gptq.quantize_weight(
+                linear.weight.float(), hessian, self.plan.grids[name], order=order, damp=damp, sweeps=self.settings.sweeps, factors=factors
+            )
+            self._keep(name, solution)
             linear.weight.copy_(solution.weight().to(self.walk.dtype))
 
-    def _solve(self, name: str, weight: Tensor, hessian: Tensor, factors: dict[tuple[str, int], gptq.Factor]) -> gptq.Solution:
-        grid = self.plan.grids[name]
-        damp = self.settings.damp if self.settings.damp is not None else 0.01 if self.tokens >= 16 * weight.shape[1] else 0.05
-        order: gptq.Order = "activation" if self.settings.order == "auto" else self.settings.order
-        solution = gptq.quantize_weight(weight, hessian, grid, order=order, damp=damp, factors=factors)
+    def _damp(self, n: int) -> float:
+        """The recipe's damping, or 0.01 with at least 16 tokens for each of `n` inputs, else 0.05."""
+        return self.settings.damp or (0.01 if self.tokens >= 16 * n else 0.05)
+
+    def _keep(self, name: str, solution: gptq.Solution) -> None:
+        """Write one linear's tensors and remember what it cost."""
+        grid = solution.grid
         if solution.fallback:
-            log.warning("%s: no Cholesky factor up to damp %.2f: rounded without coupling", name, gptq.MAX_DAMP)
+            log.warning("%s: rounded without error feedback (damp %.2f)", name, solution.damp)
         for suffix, tensor in pack.pack(solution.codes, solution.scales.scale, solution.scales.zero, grid.bits).items():
             self.writer.write(f"{self._stored(name)}.{suffix}", tensor)
         self.results.append(
             ModuleResult(
-                name, grid.bits, grid.group_size, solution.loss, solution.relative, solution.rtn_relative,
-                solution.damp, solution.order, solution.fallback,
+                name,
+                grid.bits,
+                grid.group_size,
+                solution.loss,
+                solution.relative,
+                solution.rtn_relative,
+                solution.damp,
+                solution.order,
+                solution.fallback,
             )  # fmt: skip
         )
-        return solution
 
     def _check_finite(self, prefix: str, items: Sequence[BlockInput]) -> None:
         for item in items:
             if not torch.isfinite(item.hidden).all():
-                raise StageError(f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})")
+                raise StageError(
+                    f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
+                )
 
     def _write_rest(self, index: int) -> None:
         """The block's tensors that are not quantized, in the serving dtype."""
@@ -232,13 +265,15 @@ def quantize(
     settings: the caller names it after their digest.
     """
     checkpoint = Checkpoint(source)
-    model = skeleton.build(skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+    model = skeleton.build(
+        skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
     layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     journal = _read_journal(out)
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=bool(journal)) as writer:
-        quantizer = Quantizer(walk, layout, settings, writer, windows.numel())
         items = walk.embed(windows, batch)
+        quantizer = Quantizer(walk, layout, settings, writer, (windows.numel(), len(items)))
         for index in range(len(walk)):
             started = time.monotonic()
             if index < len(journal):
@@ -296,7 +331,9 @@ def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
     checkpoint = Checkpoint(path)
     config = read_json(path / "config.json").get("quantization_config") or {}
     if config.get("quant_method") != "gptq":
-        raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'")
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'"
+        )
     v2 = config.get("checkpoint_format") == "gptq_v2"
     for name in checkpoint:
         stem, _, suffix = name.rpartition(".")

@@ -74,9 +74,7 @@ class Recipe(Section):
     device: Annotated[str, Field(pattern=DEVICE)] = Field(
         default="auto", description="auto: the first GPU, else the CPU."
     )
-    trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with the model repository."
-    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model repository.")
     _directory: Path = PrivateAttr(default=Path())
 
     @property
@@ -96,16 +94,12 @@ class Recipe(Section):
     def _judged_on_other_text(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
         problems: list[tuple[KeyPath, str]] = []
         if "original" in evaluate.variants and _lacks_original(info):
-            problems.append(
-                (("variants", evaluate.variants.index("original")), f"original {_NEEDS_ORIGINAL}")
-            )
+            problems.append((("variants", evaluate.variants.index("original")), f"original {_NEEDS_ORIGINAL}"))
         calibration = info.data.get("calibration")
         if calibration is not None:
             directory = info.context if isinstance(info.context, Path) else Path()
             seen = {
-                entry.data.identity(directory): f"calibration.mix.{i}.data"
-                if calibration.mix
-                else "calibration.data"
+                entry.data.identity(directory): f"calibration.mix.{i}.data" if calibration.mix else "calibration.data"
                 for i, entry in enumerate(calibration.entries)
             }
             for i, item in enumerate(evaluate.sets):
@@ -143,9 +137,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(text, source=str(path), overrides=overrides, directory=path.parent)
 
 
-def parse(
-    text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = (), directory: Path
-) -> Recipe:
+def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = (), directory: Path) -> Recipe:
     """Read a recipe from text; `source` is its name in messages, `directory` where its relative inputs start.
 
     Raises:
@@ -230,11 +222,7 @@ def _known_keys(path: KeyPath) -> list[str]:
 def _unknown_key(key: str, known: Sequence[str]) -> str:
     """Message for a key that the section doesn't have."""
     close = difflib.get_close_matches(key, known, n=1)
-    return (
-        f"unknown key, did you mean {close[0]!r}?"
-        if close
-        else f"unknown key, known here: {', '.join(known)}"
-    )
+    return f"unknown key, did you mean {close[0]!r}?" if close else f"unknown key, known here: {', '.join(known)}"
 
 
 _PHRASES: dict[str, str] = {

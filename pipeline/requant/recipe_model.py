@@ -77,9 +77,7 @@ def check_source(key: str, path: str, revision: str | None, info: ValidationInfo
     if not isinstance(info.context, Path) or os.path.exists(info.context / path):
         return
     if not _HUB_ID.fullmatch(path):
-        fail(
-            ((key,), f"{path!r} is neither an existing path nor a hub id (owner/name): begin a path with ./")
-        )
+        fail(((key,), f"{path!r} is neither an existing path nor a hub id (owner/name): begin a path with ./"))
 
 
 def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]:
@@ -90,9 +88,7 @@ def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]
         for parts, cover in _FUSED.items():
             if part in parts and any(overrides.get(stem + other) != setting for other in parts):
                 example = f"{stem.rstrip('.')}.{cover}".lstrip(".")
-                message = (
-                    f"engines fuse {', '.join(parts)}, so they share one setting: use a pattern covering all"
-                )
+                message = f"engines fuse {', '.join(parts)}, so they share one setting: use a pattern covering all"
                 problems.append(((pattern,), f"{message}, such as {example!r}"))
     return problems
 
@@ -121,9 +117,7 @@ class Source(Section):
     path: Text = Field(
         description="Directory (relative to the recipe, if it exists there or begins with . / ~) or hub id."
     )
-    revision: str | None = Field(
-        default=None, description="Hub branch, tag or commit; default: the main branch."
-    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit; default: the main branch.")
 
     def is_local(self, directory: Path) -> bool:
         """Whether `path` is meant as, or exists as, a path seen from `directory`."""
@@ -169,16 +163,12 @@ class Nf4(Section):
 class Base(Section):
     """The model that the adapter was trained on."""
 
-    model: Text = Field(
-        description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model with nf4."
-    )
+    model: Text = Field(description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model with nf4.")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit of model.")
     nf4: Literal["auto"] | Nf4 = Field(
         default="auto", description="auto: read from the 4-bit checkpoint. A section: model is 16-bit."
     )
-    original: AnySource | None = Field(
-        default=None, description="The 16-bit model behind a 4-bit checkpoint."
-    )
+    original: AnySource | None = Field(default=None, description="The 16-bit model behind a 4-bit checkpoint.")
 
     @property
     def source(self) -> Source:
@@ -206,9 +196,7 @@ class Merge(Section):
         default="auto",
         description="Stored dtype; auto: float16 where every weight fits it, and says what it chose.",
     )
-    max_shard: Annotated[str, Field(pattern=SIZE)] = Field(
-        default="5GB", description="Largest safetensors file."
-    )
+    max_shard: Annotated[str, Field(pattern=SIZE)] = Field(default="5GB", description="Largest safetensors file.")
 
     @property
     def max_shard_bytes(self) -> int:
@@ -241,9 +229,7 @@ class Quantize(Section):
     """The GPTQ settings."""
 
     bits: Bits = Field(default=4, description="Bits a weight; vLLM and SGLang load 4 and 8.")
-    group_size: GroupSize = Field(
-        default=128, description="Input columns that share a scale; -1: the whole row."
-    )
+    group_size: GroupSize = Field(default=128, description="Input columns that share a scale; -1: the whole row.")
     symmetric: bool = Field(
         default=True, description="Zero point fixed at the middle; false is refused by vLLM and SGLang."
     )
@@ -280,9 +266,7 @@ class Quantize(Section):
         problems = _fused_parts(overrides)
         if info.data.get("signed_scales"):
             clash = "false cannot go with quantize.signed_scales: true"
-            problems += [
-                ((key, "symmetric"), clash) for key, item in overrides.items() if item.symmetric is False
-            ]
+            problems += [((key, "symmetric"), clash) for key, item in overrides.items() if item.symmetric is False]
         if problems:
             fail(*problems)
         return overrides
@@ -291,9 +275,7 @@ class Quantize(Section):
 class Output(Section):
     """Where results go and which checkpoints stay."""
 
-    dir: Text = Field(
-        default="runs", description="Directory of run directories, relative to the current directory."
-    )
+    dir: Text = Field(default="runs", description="Directory of run directories, relative to the current directory.")
     keep: Annotated[tuple[Literal["merged", "gptq"], ...], AsTuple] = Field(
         default=("merged", "gptq"), description="Checkpoints kept after the run."
     )

@@ -22,9 +22,7 @@ class Data(Section):
 
     path: Text | None = Field(default=None, description="Local txt, jsonl, json, csv or parquet file.")
     dataset: Text | None = Field(default=None, description="Hub id of a dataset.")
-    builtin: Literal["python-reference"] | None = Field(
-        default=None, description="A text that comes with requant."
-    )
+    builtin: Literal["python-reference"] | None = Field(default=None, description="A text that comes with requant.")
     config: Text | None = Field(default=None, description="Configuration of the dataset.")
     split: Text = Field(default="train", description="Split of the dataset.")
     revision: Text | None = Field(default=None, description="Hub branch, tag or commit of the dataset.")
@@ -39,9 +37,7 @@ class Data(Section):
         """Equal for two sources that read the same text."""
         if self.path is not None:
             return ("path", os.path.realpath(absolute(self.path, directory)))
-        return (
-            ("dataset", self.dataset, self.config, self.split) if self.dataset else ("builtin", self.builtin)
-        )
+        return ("dataset", self.dataset, self.config, self.split) if self.dataset else ("builtin", self.builtin)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -81,9 +77,7 @@ class Calibration(Section):
     )
     samples: Annotated[int, Field(gt=0, le=65536)] = Field(default=128, description="Windows in all.")
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=2048, description="Tokens a window.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="Seed of the choice of windows."
-    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Seed of the choice of windows.")
 
     @property
     def entries(self) -> tuple[MixEntry, ...]:
@@ -112,9 +106,7 @@ class EvalSet(Section):
         default="all", description="completion: prompts are context, not scored."
     )
     tokens: Positive | None = Field(default=None, description="Stop after so many scored tokens.")
-    document_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="Cut each document to this."
-    )
+    document_tokens: Annotated[int, Field(ge=2)] | None = Field(default=None, description="Cut each document to this.")
 
     @field_validator("score")
     @classmethod
@@ -131,24 +123,18 @@ class Evaluate(Section):
         default="documents",
         description="documents: each text on its own. The others reproduce published perplexities.",
     )
-    window: Annotated[int, Field(ge=16)] = Field(
-        default=2048, description="Tokens a window of protocol documents."
-    )
+    window: Annotated[int, Field(ge=16)] = Field(default=2048, description="Tokens a window of protocol documents.")
     sets: Annotated[tuple[EvalSet, ...], AsTuple, Field(min_length=1)] = Field(description="The texts.")
     variants: Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default=("base", "adapter", "merged", "rtn", "gptq"),
         description="The models; adapter is the reference.",
     )
     kl: bool = Field(default=True, description="Also measure the KL divergence from the reference.")
-    batch: Literal["auto"] | Positive = Field(
-        default="auto", description="Windows at a time; changes no result."
-    )
+    batch: Literal["auto"] | Positive = Field(default="auto", description="Windows at a time; changes no result.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of the forward pass."
     )
-    in_domain: str | None = Field(
-        default=None, description="Set on which retention is computed; default: the first."
-    )
+    in_domain: str | None = Field(default=None, description="Set on which retention is computed; default: the first.")
 
     @field_validator("sets")
     @classmethod

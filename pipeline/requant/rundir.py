@@ -35,25 +35,32 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def check(self) -> None:
+        """Raise InputError when the directory exists and is not ours."""
+        if self.path.exists() and not (self.path / MARKER).exists():
+            if not self.path.is_dir():
+                raise InputError(f"{self.path}: is a file: choose another name or output.dir")
+            if any(self.path.iterdir()):
+                raise InputError(f"{self.path}: exists and was not made by requant: choose another name or output.dir")
+
     @contextmanager
     def open(self) -> Iterator[RunDirectory]:
         """Create or take the directory and hold its lock; a second run of the same name is refused meanwhile."""
-        marker = self.path / MARKER
+        self.check()
         try:
-            if self.path.exists() and not marker.exists() and any(self.path.iterdir()):
-                raise InputError(f"{self.path}: exists and was not made by requant: choose another name or output.dir")
             self.path.mkdir(parents=True, exist_ok=True)
-            with marker.open("a+") as handle:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(f"{self.path}: another requant is running here: wait for it or stop it") from None
-                if not marker.stat().st_size:
-                    handle.write('{"made_by": "requant", "layout": 1}\n')
-                    handle.flush()
-                yield self
-        except PermissionError as error:
+            handle = (self.path / MARKER).open("a+")
+        except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}): choose another output.dir") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.path}: another requant is running here: wait for it or stop it") from None
+            if not (self.path / MARKER).stat().st_size:
+                handle.write('{"made_by": "requant", "layout": 1}\n')
+                handle.flush()
+            yield self
 
     @property
     def cache(self) -> Path:
@@ -94,7 +101,11 @@ class RunDirectory:
 
     def fingerprint(self, directory: Path) -> str:
         """Digest of a model or adapter directory: every file that a run reads, by name and content."""
-        files = sorted(f for f in directory.iterdir() if f.is_file() and f.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"))
+        files = sorted(
+            f
+            for f in directory.iterdir()
+            if f.is_file() and f.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+        )
         return key_of([(f.name, self.digest(f)) for f in files])
 
 
@@ -109,7 +120,10 @@ class Artifact:
         manifest = self._manifest(self.path)
         if manifest is None or manifest["key"] != key:
             return False
-        return all((self.path / n).is_file() and (self.path / n).stat().st_size == size for n, size in manifest["files"].items())
+        return all(
+            (self.path / n).is_file() and (self.path / n).stat().st_size == size
+            for n, size in manifest["files"].items()
+        )
 
     def begin(self, key: str) -> Path:
         """The directory to write into: what an interrupted run left for the same key, or a new one."""

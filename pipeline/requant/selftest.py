@@ -44,10 +44,14 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
         actual = written.read(op.name).double()
         for row in draw.sample(range(op.shape[0]), min(rows, op.shape[0])):
             exact, slack = _row(plan, op, row)
-            bound = slack + exact.abs() * torch.finfo(written[op.name].dtype).eps + torch.finfo(written[op.name].dtype).tiny
+            bound = (
+                slack + exact.abs() * torch.finfo(written[op.name].dtype).eps + torch.finfo(written[op.name].dtype).tiny
+            )
             share = float(((actual[row] - exact).abs() / bound).max())
             if not share <= 1:
-                raise StageError(f"{out}: {op.name} row {row} differs from base + adapter by {share:.3g} times the allowed rounding")
+                raise StageError(
+                    f"{out}: {op.name} row {row} differs from base + adapter by {share:.3g} times the allowed rounding"
+                )
             worst, checked = max(worst, share), checked + 1
     return SelfTest(len(sample), checked, worst)
 

@@ -41,7 +41,9 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
-            raise InputError(f"model_type {config.model_type!r} has no causal language model in transformers: {error}") from error
+            raise InputError(
+                f"model_type {config.model_type!r} has no causal language model in transformers: {error}"
+            ) from error
     model.tie_weights()  # building on meta parts them
     model.eval()
     return model  # type: ignore[no-any-return]

@@ -58,14 +58,23 @@ def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype)
 def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(places.merged), dtype=dtype, trust_remote_code=places.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(places.merged), dtype=dtype, trust_remote_code=places.trust_remote_code
+    )
     return model.to(device).eval()
 
 
-def _filled(path: Path, tensors: Iterable[tuple[str, Tensor]], places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+def _filled(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    places: Places,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
     """The model of `path`'s config with these tensors, by checkpoint name."""
     model = skeleton.build(
-        skeleton.load_config(path, trust_remote_code=places.trust_remote_code), trust_remote_code=places.trust_remote_code
+        skeleton.load_config(path, trust_remote_code=places.trust_remote_code),
+        trust_remote_code=places.trust_remote_code,
     )
     owners: dict[str, list[str]] = {}
     pending = {n for n, _ in model.named_parameters()}
@@ -138,6 +147,8 @@ def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
                 _cast_own(module, dtype)
             continue
         module.compute_dtype = dtype
+        if dtype == torch.float32:
+            module.support_avx512bf16_for_cpu = False  # else its first forward repacks the scales to bfloat16
         state = module.weight.quant_state
         state.dtype = dtype
         shape = tuple(state.shape)
@@ -155,7 +166,11 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
 def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
     """Raise StageError when bitsandbytes decodes this layer differently from its own stored bytes."""
     absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    ours = nf4.decode(weight.data, absmax.float(), nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32"))
+    ours = nf4.decode(
+        weight.data,
+        absmax.float(),
+        nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32"),
+    )
     theirs = bnb.dequantize_4bit(weight.data, state).float()
     error = float((ours - theirs).norm() / ours.norm())
     if error > 0.01:

@@ -24,9 +24,7 @@ KeyPath = tuple[str | int, ...]
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(
-    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _STEP = r'(?:"[^"]+"|[^".=\s]+)'
@@ -67,9 +65,7 @@ class Document:
         """Apply one `--set key.path=value`: YAML; a key that holds a dot stands in double quotes."""
         match = _SET.fullmatch(setting)
         if match is None:
-            self._problems.append(
-                (_LAST, f"--set {setting}: expected key.path=value, such as --set quantize.bits=3")
-            )
+            self._problems.append((_LAST, f"--set {setting}: expected key.path=value, such as --set quantize.bits=3"))
             return
         label = f"--set {match[1]}"
         steps = re.findall(r'"([^"]+)"|([^".]+)', match[1])
@@ -124,9 +120,7 @@ class Document:
         def replace(match: re.Match[str]) -> str:
             name, default = match[1], match[2]
             if name not in environment and default is None:
-                self.report(
-                    path, f"environment variable {name} is not set: set it or write ${{env:{name}:-default}}"
-                )
+                self.report(path, f"environment variable {name} is not set: set it or write ${{env:{name}:-default}}")
             return environment.get(name, default or "")
 
         text = _ENV.sub(replace, value)
@@ -175,9 +169,7 @@ def _compose(text: str, source: str) -> Node | None:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         hint = ": put quotes around text that begins with *" if "alias" in str(error.problem) else ""
-        raise RecipeError(
-            f"{source}:{line}: not valid YAML: {error.problem or error.context}{hint}"
-        ) from error
+        raise RecipeError(f"{source}:{line}: not valid YAML: {error.problem or error.context}{hint}") from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{source}:{line}: not valid YAML: {error.reason}") from error
@@ -221,9 +213,7 @@ def _plain(node: Node, path: KeyPath, document: Document, parents: tuple[Node, .
     return _scalar(node) if isinstance(node, ScalarNode) else None
 
 
-def _mapping(
-    node: MappingNode, path: KeyPath, document: Document, parents: tuple[Node, ...]
-) -> dict[str, Any]:
+def _mapping(node: MappingNode, path: KeyPath, document: Document, parents: tuple[Node, ...]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:

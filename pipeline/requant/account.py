@@ -1,0 +1,66 @@
+"""What a report says besides scores: the facts of a run, with names instead of local paths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from requant import facts, recipe
+from requant.prepare import Prepared
+
+MEASURED = ("seconds", "peak_rss")
+
+
+def account(prepared: Prepared, stages: Mapping[str, Mapping[str, Any]], run: Path, *, device: str, dtype: str) -> dict[str, Any]:
+    """The facts of one run. stages: what each stage's `remember` kept. run: its directory, for sizes."""
+    r, merged, quantized = prepared.recipe, stages["merge"], stages["quantize"]
+    modules = quantized.get("modules", [])
+    return {
+        "name": r.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": recipe.dump(r),
+        "base": {
+            "name": public_name(r.base.model),
+            "nf4": asdict(prepared.simulate) if prepared.simulate else "pre-quantized",
+        },
+        "adapter": {"name": public_name(r.adapter.path)},
+        "merge": {k: v for k, v in merged.items() if k not in MEASURED},
+        "quantize": {
+            "settings": r.quantize.model_dump(),
+            "bits_per_weight": quantized.get("bits_per_weight"),
+            "modules": modules,
+            "left_in_16_bit": quantized.get("left", []),
+        },
+        "calibration": prepared.calibration_facts,
+        "cost": {
+            "bytes": {"merged": merged.get("bytes"), "gptq": _size(run / "gptq")},
+            "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
+            "peak_rss": {n: s["peak_rss"] for n, s in stages.items() if "peak_rss" in s},
+        },
+        "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
+        "versions": facts.versions(),
+        "hardware": facts.hardware(device),
+        "warnings": [*prepared.warnings, *merged.get("warnings", []), *_untrained(merged), *_fallbacks(modules)],
+    }
+
+
+def public_name(name: str) -> str:
+    """A hub id as it is, of a local path the last part only."""
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else Path(name).name
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+
+
+def _untrained(merged: Mapping[str, Any]) -> list[str]:
+    zero = merged.get("untrained") or []
+    return [f"{len(zero)} LoRA deltas are exactly zero, e.g. {zero[0]}: they were never trained"] if zero else []
+
+
+def _fallbacks(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    lost = [m["name"] for m in modules if m["fallback"]]
+    return [f"{len(lost)} linears were rounded without error feedback, e.g. {lost[0]}"] if lost else []

@@ -1,0 +1,75 @@
+"""Slow, obvious twins of the product's maths: fp64, loops, no shared code. Only tests import this."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def decode_4bit(data: bytes, absmax: list[float], values: list[float], blocksize: int, numel: int) -> Tensor:
+    """One element at a time: high nibble first, one fp32 product an element. Returns fp32 [numel]."""
+    out = torch.empty(numel)
+    for e in range(numel):
+        byte = data[e // 2]
+        code = byte >> 4 if e % 2 == 0 else byte & 15
+        out[e] = torch.tensor(values[code]) * torch.tensor(absmax[e // blocksize])
+    return out
+
+
+def distance_to_nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """fp64 distance of each value to the nearest of `levels`, by looking at all of them."""
+    return (values.double()[:, None] - levels.double()[None]).abs().amin(dim=1)
+
+
+def classic_gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor, damp: float
+) -> Tensor:
+    """GPTQ as published (arXiv:2210.17323, algorithm 1), fp64: the Cholesky factor of the inverse Hessian, one column
+    after another, each error spread at once over all later columns. scale, zero: [rows, groups]. Returns codes."""
+    w = weight.double()[:, order].clone()
+    h = hessian.double()[order][:, order].clone()
+    h += damp * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    width = weight.shape[1] // scale.shape[1]
+    codes = torch.empty(weight.shape, dtype=torch.int64)
+    for j, column in enumerate(order.tolist()):
+        s, z = scale[:, column // width].double(), zero[:, column // width].double()
+        q = torch.clamp(torch.round(w[:, j] / s) + z, 0, 2**bits - 1)
+        error = (w[:, j] - s * (q - z)) / upper[j, j]
+        w[:, j:] -= error[:, None] * upper[j, j:][None]
+        codes[:, column] = q.long()
+    return codes
+
+
+def codes_to_weight(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """fp64 scale * (code - zero), one column at a time."""
+    width = codes.shape[1] // scale.shape[1]
+    columns = [
+        (codes[:, j].double() - zero[:, j // width].double()) * scale[:, j // width].double()
+        for j in range(codes.shape[1])
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def hessian_loss(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E') in fp64, row by row."""
+    h = hessian.double()
+    return math.fsum(float(row @ h @ row) for row in error.double())
+
+
+def pack_column(codes: list[int], bits: int) -> list[int]:
+    """Codes as one long little-endian number, cut into signed 32-bit words."""
+    number = sum(code << (bits * i) for i, code in enumerate(codes))
+    words = [(number >> (32 * i)) & 0xFFFFFFFF for i in range(len(codes) * bits // 32)]
+    return [w - 2**32 if w >= 2**31 else w for w in words]
+
+
+def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353, eq. 5) of one linear weight [out, in], fp64."""
+    out = weight.double() + scaling * (b.double() @ a.double())
+    if magnitude is None:
+        return out
+    norms = torch.sqrt((out * out).sum(dim=1))
+    return out * (magnitude.double().reshape(-1) / norms)[:, None]

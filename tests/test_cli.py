@@ -1,0 +1,257 @@
+"""Tests of the command line: exit codes, what is printed where, and that a light command stays light."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e import copied, edit_json, edit_tensors, one_thread, visible, write_recipe
+
+from requant import __version__, cli
+from requant import recipe as recipes
+
+pytest_plugins = ("e2e",)
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "numpy", "datasets"}
+
+
+def requant(*arguments: str, cwd: Path, code: str = "main()") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    roots = os.pathsep.join(str(ROOT / p) for p in ("pipeline", "eval"))
+    script = f"import sys; sys.argv[0] = 'requant'; from requant.cli import main; {code}"
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=cwd, env=os.environ | {"PYTHONPATH": roots}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+class Here:
+    """The command in this process: exit code, stdout and stderr of the last call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: str) -> int:
+        self.monkeypatch.setattr("sys.argv", ["requant", *arguments])
+        self.capsys.readouterr()
+        with one_thread(), pytest.raises(SystemExit) as stopped:
+            cli.main()
+        self.out, self.err = self.capsys.readouterr()
+        assert isinstance(stopped.value.code, int | None)
+        return stopped.value.code or 0
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Here:
+    monkeypatch.chdir(tmp_path)
+    return Here(monkeypatch, capsys)
+
+
+# --- light commands, in a process of their own ---
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import atexit; atexit.register(lambda: print('LOADED', *{m.split('.')[0] for m in sys.modules})); main()"
+    done = requant("--help", cwd=tmp_path, code=code)
+    assert done.returncode == 0
+    text, _, loaded = done.stdout.partition("LOADED")
+    assert not HEAVY & set(loaded.split())
+    assert "typer" in loaded.split(), "the list of modules is real"
+    for command in ("init", "check", "run", "merge", "quantize", "evaluate", "report", "schema"):
+        assert re.search(rf"^ +{command} ", text, re.MULTILINE), command
+
+
+def test_version(tmp_path: Path) -> None:
+    done = requant("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"requant {__version__}\n", "")
+
+
+def test_recipe_errors_are_all_printed_and_cost_no_heavy_import(tmp_path: Path) -> None:
+    text = "name: x\nbase: {model: ./base}\nadapter: ./adapter\nquantize:\n  bits: 5\n  group_sze: 64\nname: y\n"
+    (tmp_path / "r.yaml").write_text(text)
+    code = "import atexit; atexit.register(lambda: print(*{m.split('.')[0] for m in sys.modules})); main()"
+    done = requant("run", "r.yaml", cwd=tmp_path, code=code)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("r.yaml:5: quantize.bits: 5 is not one of 2, 3, 4, 8") for line in lines)
+    assert "r.yaml:6: quantize.group_sze: unknown key, did you mean 'group_size'?" in lines
+    assert any(line.startswith("r.yaml:7: name:") for line in lines), "a duplicate key"
+    assert any("calibration: required key is missing" in line for line in lines)
+    assert any("evaluate: required key is missing" in line for line in lines)
+    assert not HEAVY & set(done.stdout.split())
+    assert [f.name for f in tmp_path.iterdir()] == ["r.yaml"]
+
+
+# --- the rest in this process ---
+
+
+def test_no_command_and_a_wrong_one(here: Here) -> None:
+    assert here("frobnicate") == 2
+    assert "frobnicate" in here.err
+    assert here("run") == 2
+    assert "RECIPE" in here.err
+    assert here("run", "nothing.yaml") == 2
+    assert here.err.startswith("nothing.yaml: no such file: `requant init ADAPTER > nothing.yaml` writes one")
+
+
+def test_schema_is_a_json_schema_of_the_recipe(here: Here, project: Path) -> None:
+    assert here("schema") == 0
+    schema = json.loads(here.out)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["required"]) == {"name", "base", "adapter", "calibration", "evaluate"}
+    assert schema["additionalProperties"] is False
+    assert all(schema["properties"][key] for key in recipes.Recipe.model_fields)
+    references = re.findall(r'"\$ref": "#/\$defs/(\w+)"', here.out)
+    assert references
+    assert set(references) <= set(schema["$defs"])
+
+
+def test_schema_accepts_the_recipe_and_refuses_others(here: Here, project: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from ruamel.yaml import YAML
+
+    here("schema")
+    validator = jsonschema.Draft202012Validator(json.loads(here.out))
+    jsonschema.Draft202012Validator.check_schema(validator.schema)
+    document = YAML(typ="safe").load(project / "recipe.yaml")
+    assert list(validator.iter_errors(document)) == []
+    assert list(validator.iter_errors({**document, "quantize": {"bits": 5}}))
+    assert list(validator.iter_errors({**document, "quantise": {}}))
+
+
+def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Path, tmp_path: Path) -> None:
+    before = sorted(project.rglob("*"))
+    assert here("check", str(project / "recipe.yaml")) == 0
+    lines = dict(line.split(maxsplit=1) for line in here.out.splitlines() if " " in line)
+    assert lines["base"] == "7 copied, 14 decoded+folded, 70 dropped"
+    assert lines["adapter"] == "28 tensors, every one used: 14 LoRA, 0 replaced"
+    assert lines["quantize"].startswith("14 linears, ")
+    assert lines["calibrate"] == "8 windows of 64 tokens from train.jsonl"
+    assert "evaluate  in-domain: 24 documents, 744 tokens" in here.out
+    assert here.out.splitlines()[-1] == "ok"
+    assert sorted(project.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "warning"),
+    [
+        ("quantize.bits=3", "vLLM and SGLang refuse 3 bits"),
+        ("quantize.bits=2", "vLLM and SGLang refuse 2 bits"),
+        ("quantize.symmetric=false", "vLLM and SGLang refuse asymmetric GPTQ"),
+        ('quantize.overrides={"*.down_proj": {bits: 8}}', "plain transformers ignores `dynamic`"),
+    ],
+)
+def test_check_warns_of_what_servers_refuse(here: Here, project: Path, setting: str, warning: str) -> None:
+    assert here("check", str(project / "recipe.yaml"), "--set", setting) == 0
+    assert [line for line in here.out.splitlines() if line.startswith("warning") and warning in line]
+    assert here("check", str(project / "recipe.yaml")) == 0
+    assert warning not in here.out
+
+
+def test_check_warns_of_another_base_name(here: Here, project: Path, tmp_path: Path) -> None:
+    mine = copied(project, tmp_path / "p", "adapter")
+    edit_json(mine / "adapter" / "adapter_config.json", base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    assert here("check", str(mine / "recipe.yaml")) == 0
+    assert "warning   the adapter was trained on Llama-3.1-8B, the recipe's base is base" in here.out
+    assert here("check", str(project / "recipe.yaml")) == 0
+    assert "the adapter was trained on" not in here.out
+
+
+def test_set_reaches_the_recipe_and_has_its_checks(here: Here, project: Path) -> None:
+    file = str(project / "recipe.yaml")
+    assert here("check", file, "--set", "calibration.samples=4", "--set", "calibration.length=32") == 0
+    assert "calibrate 4 windows of 32 tokens" in here.out
+    assert here("check", file, "--set", "quantize.bits=5", "--set", "quantize.group_sze=64") == 2
+    assert "quantize.bits: 5 is not one of 2, 3, 4, 8" in here.err
+    assert "did you mean 'group_size'?" in here.err
+    assert here.out == ""
+    assert here("check", file, "--set", "quantize.bits") == 2
+    assert "quantize.bits" in here.err
+
+
+def test_init_writes_a_recipe_that_check_accepts(here: Here, project: Path, tmp_path: Path) -> None:
+    """As a user would: texts put where the recipe says, the hub's data set replaced (there is no network here)."""
+    mine = copied(project, tmp_path / "p", "adapter")
+    here.monkeypatch.chdir(mine)
+    assert here("init", "./adapter") == 0
+    assert here.err == ""
+    assert "base_model_name_or_path" not in here.out
+    text = here.out.replace("samples: 128", "samples: 8").replace("length: 2048", "length: 64")
+    text = text.replace("group_size: 128", "group_size: 64")
+    hub = re.compile(r"dataset: Salesforce/wikitext\n +config: wikitext-2-raw-v1\n +split: (train|test)[^\n]*\n")
+    assert len(hub.findall(text)) == 2
+    (mine / "other.jsonl").write_text((mine / "general.jsonl").read_text().replace("1", "9"))
+    text = hub.sub(lambda m: f"path: ./{'other' if m[1] == 'train' else 'general'}.jsonl\n", text)
+    (mine / "mine.yaml").write_text(text)
+    assert here("check", "mine.yaml") == 0
+    assert here.out.endswith("ok\n")
+    loaded = recipes.load(mine / "mine.yaml")
+    assert loaded.base.source.resolve(loaded.directory) == str(mine / "base") or loaded.base.model == str(
+        project / "base"
+    )
+    assert loaded.base.nf4 == "auto", "the local base is a 4-bit checkpoint"
+
+
+def test_init_of_nothing(here: Here) -> None:
+    assert here("init", "./nothing") == 2
+    assert here.err.startswith("error: ./nothing: no such directory")
+    assert here.out == ""
+
+
+def test_run_shows_the_report_and_the_second_says_nothing_to_do(here: Here, project: Path, tmp_path: Path) -> None:
+    changes = {"evaluate.variants": ["adapter", "gptq"], "name": "shown"}
+    mine = copied(project, tmp_path / "p")
+    file = str(write_recipe(mine, changes))
+    assert here("merge", file) == 0
+    assert here.out == "merge done: runs/shown\n"
+    assert here("quantize", file) == 0
+    assert here.out == "quantize done: runs/shown\n"
+    assert here("evaluate", file) == 0
+    assert here.out == "evaluate done: runs/shown\n"
+    assert here("run", file) == 0
+    headline = json.loads((tmp_path / "runs/shown/report.json").read_text())["headline"]
+    assert " ".join(here.out.split()).startswith(headline)
+    assert here.out.endswith("report done: runs/shown\n")
+    assert here.err.splitlines() == [
+        "merge: up to date",
+        "quantize: up to date",
+        "evaluate: up to date",
+        "report: started",
+    ]
+    shown = here.out.removesuffix("report done: runs/shown\n")
+    for command in ("run", "report"):
+        assert here(command, file) == 0
+        assert here.out == shown + "nothing to do: everything in runs/shown is up to date\n"
+
+
+def test_exit_code_1_when_the_data_is_bad(here: Here, project: Path, tmp_path: Path) -> None:
+    mine = copied(project, tmp_path / "p", "adapter")
+    weights = mine / "adapter" / "adapter_model.safetensors"
+    edit_tensors(weights, lambda t: {n: v * float("nan") for n, v in t.items()})
+    assert here("check", str(mine / "recipe.yaml")) == 0, "headers are fine"
+    assert here("run", str(mine / "recipe.yaml")) == 1
+    assert re.search(r"^error: .*NaN or infinity in the adapter or base weights$", here.err, re.MULTILINE)
+    assert "merged" not in visible(tmp_path / "runs" / "pico")
+
+
+def test_exit_code_when_the_output_cannot_be_written(here: Here, project: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    assert here("run", str(project / "recipe.yaml"), "--set", "output.dir=file/runs") in (1, 2)
+    assert re.fullmatch(r"error: .*file/runs.*\n", here.err)
+    assert (tmp_path / "file").read_text() == "not a directory"
+
+
+def test_interrupted(here: Here, project: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    here.monkeypatch.setattr("requant.run.run", stop)
+    assert here("run", str(project / "recipe.yaml")) == 130
+    assert "the same command goes on from here" in here.err

@@ -1,0 +1,282 @@
+"""`requant.quantize`: files that transformers loads, with our numbers; the same bytes after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from torch import Tensor
+
+from requant import gptq, pack, skeleton
+from requant.checkpoint import Checkpoint, file_digest
+from requant.errors import InputError, StageError
+from requant.quantize import JOURNAL, Settings, load_quantized, plan, quantize
+
+GRID = gptq.Grid(4, 32)
+CPU = torch.device("cpu")
+
+
+def windows(count: int = 8, length: int = 32) -> Tensor:
+    return pico.ids(count, length, seed=3)
+
+
+def model_dir(tmp: Path, kind: str = "llama", **changes: Any) -> Path:
+    return pico.save(pico.model(kind, **changes), tmp / "merged", torch.float16)
+
+
+def run(source: Path, out: Path, settings: Settings | None = None, **options: Any) -> Any:
+    out.mkdir(exist_ok=True)
+    options = {"dtype": torch.float16, "device": CPU, "batch": 2} | options
+    return quantize(source, out, options.pop("windows", windows()), settings or Settings(GRID), **options)
+
+
+def ours(source: Path, out: Path) -> Any:
+    """The model as `load_quantized` reads it, fp32."""
+    made = skeleton.build(skeleton.load_config(source))
+    stored = dict(load_quantized(out))
+    names = skeleton.tensor_names(made, stored)
+    skeleton.place(made, {parameter: stored[name].float() for parameter, name in names.items()})
+    made.tie_weights()
+    return made
+
+
+def test_the_written_weights_are_on_their_grid(tmp_path: Path) -> None:
+    source = model_dir(tmp_path)
+    layout, results = run(source, tmp_path / "out")
+    written = Checkpoint(tmp_path / "out")
+    before = Checkpoint(source)
+    assert set(written) == {s.name for s in layout.slots}
+    assert len(layout.grids) == len(results) == 14
+    for name, weight in load_quantized(tmp_path / "out"):
+        module = name.removesuffix(".weight")
+        if module not in layout.grids:
+            assert torch.equal(weight, before.read(name)), name
+            continue
+        scale = written.read(f"{module}.scales").float().T.repeat_interleave(32, dim=1)
+        codes = weight / scale
+        assert torch.equal(codes, codes.round()), name
+        assert (int(codes.min()) >= -8, int(codes.max()) <= 7) == (True, True)
+        assert torch.equal(scale.bfloat16().float(), scale), "scales are exact in bfloat16 too"
+        error = weight - before.read(name).float()
+        assert float(error.norm() / before.read(name).float().norm()) < 0.25
+    assert layout.bits_per_weight == pytest.approx(4 + 20 / 32 + 32 / 64, abs=0.5)
+
+
+def test_errors_are_reported_and_below_round_to_nearest(tmp_path: Path) -> None:
+    _, results = run(model_dir(tmp_path), tmp_path / "out")
+    assert [r.name for r in results][:4] == [f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
+    assert sum(r.relative_error < r.rtn_error for r in results) >= 13
+    assert all(0 < r.relative_error < 0.2 for r in results)
+    assert {r.damp for r in results} == {0.05}, "256 tokens are fewer than 16 for each of 64 inputs"
+    assert not any(r.fallback for r in results)
+
+
+def test_the_walk_ends_in_the_quantized_models_own_states(tmp_path: Path) -> None:
+    """8 bits lose almost nothing: logits of the file are those of the model within the weights' rounding."""
+    source = model_dir(tmp_path)
+    run(source, tmp_path / "out", Settings(gptq.Grid(8, 32)))
+    expected = pico.logits(pico.reload(source))
+    got = pico.logits(ours(source, tmp_path / "out"))
+    assert 0 < pico.relative(got, expected) < 0.03
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("survived", [1, 2])
+@pytest.mark.parametrize("shard", [5 * 10**9, 30_000])
+def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, survived: int, shard: int) -> None:
+    source = model_dir(tmp_path, num_hidden_layers=3)
+    _, expected = run(source, tmp_path / "whole", max_shard=shard)
+
+    def kill(done: int, _total: int, _note: str) -> None:
+        if done == survived:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(source, tmp_path / "cut", max_shard=shard, progress=kill)
+    assert len(json.loads((tmp_path / "cut" / JOURNAL).read_text())) == survived
+    _, results = run(source, tmp_path / "cut", max_shard=shard)
+    assert results == expected
+    names = sorted(f.name for f in (tmp_path / "whole").iterdir())
+    assert sorted(f.name for f in (tmp_path / "cut").iterdir()) == names
+    assert JOURNAL not in names
+    for name in names:
+        assert file_digest(tmp_path / "cut" / name) == file_digest(tmp_path / "whole" / name), name
+
+
+def test_killed_before_the_first_block_starts_anew(tmp_path: Path) -> None:
+    source = model_dir(tmp_path)
+    run(source, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"half a header")
+    run(source, tmp_path / "cut")
+    assert file_digest(tmp_path / "cut" / "model.safetensors") == file_digest(tmp_path / "whole" / "model.safetensors")
+
+
+def test_batch_size_hardly_matters(tmp_path: Path) -> None:
+    """Sums of the same outer products in another order: nearly all codes agree."""
+    source = model_dir(tmp_path)
+    settings = Settings(GRID, order="activation")
+    run(source, tmp_path / "a", settings, batch=1)
+    run(source, tmp_path / "b", settings, batch=8)
+    a, b = dict(load_quantized(tmp_path / "a")), dict(load_quantized(tmp_path / "b"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert float((a[name] != b[name]).double().mean()) < 0.01
+
+
+LOADS = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gpt_neox": {},
+    "opt": {},
+}
+
+
+@pytest.mark.parametrize("case", LOADS)
+def test_every_architecture_is_quantized(tmp_path: Path, case: str) -> None:
+    """Biases, tied heads, fused projections, parallel blocks: 8 bits keep the logits."""
+    source = model_dir(tmp_path, case.split()[0], **LOADS[case])
+    layout, _ = run(source, tmp_path / "out", Settings(gptq.Grid(8, 32)))
+    assert not layout.left
+    assert pico.relative(pico.logits(ours(source, tmp_path / "out")), pico.logits(pico.reload(source))) < 0.03
+    assert ("lm_head.weight" in Checkpoint(tmp_path / "out")) == ("lm_head.weight" in Checkpoint(source))
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [
+        ("llama", GRID),
+        ("llama", gptq.Grid(4, 64, signed=True)),
+        ("llama", gptq.Grid(4, -1, symmetric=False)),
+        ("llama", gptq.Grid(8, 32)),
+        ("qwen2", GRID),
+    ],
+    ids=["4 bit", "signed", "asymmetric", "8 bit", "biases"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_loads_it_with_our_numbers(tmp_path: Path, kind: str, grid: gptq.Grid) -> None:
+    """gptqmodel and optimum read the file as we mean it: fp32 logits differ by the order of sums only."""
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    import transformers
+
+    source = model_dir(tmp_path, kind)
+    run(source, tmp_path / "out", Settings(grid))
+    # The plain torch kernel: the one chosen by itself on a CPU multiplies in int4 with a 16-bit accumulator.
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        quantization_config=transformers.GPTQConfig(bits=grid.bits, backend="gptq_torch"),
+    ).eval()
+    assert not any(type(m) is torch.nn.Linear for m in skeleton_blocks(loaded).modules()), "really quantized modules"
+    # It forms scale * (code - zero) in float16: exact for |code - zero| <= 8 with the 8-bit mantissas of our scales,
+    # else rounded to 11 bits.
+    bound = 1e-5 if grid.bits == 4 and grid.symmetric else 2**-10
+    assert pico.relative(pico.logits(loaded), pico.logits(ours(source, tmp_path / "out"))) < bound
+
+
+def skeleton_blocks(made: Any) -> Any:
+    from requant.blocks import block_list
+
+    return block_list(made)[1]
+
+
+def test_overrides_and_what_the_config_says(tmp_path: Path) -> None:
+    source = model_dir(tmp_path)
+    overrides = (("*.down_proj", {"bits": 8, "group_size": 64}), ("model.layers.0.self_attn.o_proj", None))
+    layout, results = run(source, tmp_path / "out", Settings(GRID, overrides=overrides), meta={"tool": "requant"})
+    assert layout.left == ("model.layers.0.self_attn.o_proj",)
+    assert {r.name: (r.bits, r.group_size) for r in results if r.bits == 8} == {
+        f"model.layers.{i}.mlp.down_proj": (8, 64) for i in (0, 1)
+    }
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    q = config["quantization_config"]
+    assert q == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert (q["bits"], q["group_size"], q["sym"], q["desc_act"], q["lm_head"]) == (4, 32, True, False, False)
+    assert (q["quant_method"], q["checkpoint_format"], q["meta"]) == ("gptq", "gptq", {"tool": "requant"})
+    assert 0 < q["damp_percent"] < 1
+    assert q["dynamic"] == {
+        r"-:^model\.layers\.0\.self_attn\.o_proj$": {},
+        r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": 64, "sym": True},
+        r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": 64, "sym": True},
+    }
+    assert config["dtype"] == "float16"
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    written = Checkpoint(tmp_path / "out")
+    kept = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(written.read(kept), Checkpoint(source).read(kept))
+    assert written["model.layers.0.mlp.down_proj.qweight"].shape == (128 * 8 // 32, 64)
+    stored = dict(load_quantized(tmp_path / "out"))
+    assert stored["model.layers.1.mlp.down_proj.weight"].shape == (64, 128)
+
+
+def test_everything_skipped_in_one_block(tmp_path: Path) -> None:
+    source = model_dir(tmp_path)
+    layout, results = run(source, tmp_path / "out", Settings(GRID, overrides=(("model.layers.0.*", None),)))
+    assert len(layout.left) == len(results) == 7
+    assert pico.logits(ours(source, tmp_path / "out")).isfinite().all()
+
+
+def test_a_group_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> None:
+    source = model_dir(tmp_path, hidden_size=96, num_attention_heads=6)
+    with pytest.raises(InputError) as caught:
+        run(source, tmp_path / "out", Settings(gptq.Grid(4, 128)))
+    message = str(caught.value)
+    assert "12 linears cannot be quantized as asked" in message
+    assert "model.layers.0.self_attn.q_proj: group_size 128 does not divide its 96 inputs; use 32 or -1" in message
+    assert not list((tmp_path / "out").iterdir()), "known from headers: nothing was written"
+
+
+def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
+    source = model_dir(tmp_path, "gpt2")
+    with pytest.raises(InputError, match=r"hold no nn.Linear to quantize"):
+        run(source, tmp_path / "out")
+
+
+def test_nan_activations_stop_the_run(tmp_path: Path) -> None:
+    source = model_dir(tmp_path)
+    name = "model.layers.1.input_layernorm.weight"
+    pico.edit_tensors(source / "model.safetensors", change={name: lambda t: t * float("nan")})
+    with pytest.raises(StageError, match=r"model.layers.1.self_attn.q_proj: its calibration inputs hold NaN"):
+        run(source, tmp_path / "out")
+
+
+def test_unquantized_tensors_that_do_not_fit_the_serving_dtype(tmp_path: Path) -> None:
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float32)
+    pico.edit_tensors(source / "model.safetensors", change={"lm_head.weight": lambda t: t * 1e9})
+    with pytest.raises(StageError, match=r"lm_head.weight does not fit float16: set quantize.dtype to bfloat16"):
+        run(source, tmp_path / "out")
+
+
+def test_the_plan_is_the_file(tmp_path: Path) -> None:
+    """What `requant check` promises from headers is what is written."""
+    source = model_dir(tmp_path)
+    made = skeleton.build(skeleton.load_config(source))
+    promised = plan(Checkpoint(source), made, Settings(GRID), torch.bfloat16, where=source)
+    run(source, tmp_path / "out", dtype=torch.bfloat16)
+    written = Checkpoint(tmp_path / "out")
+    assert {s.name: (s.dtype, s.shape) for s in promised.slots} == {n: (i.dtype, i.shape) for n, i in written.items()}
+    shapes = pack.shapes(64, 128, 4, 32)
+    assert written["model.layers.0.mlp.down_proj.qzeros"].shape == shapes["qzeros"][0]
+
+
+def test_load_quantized_refuses_other_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"quant_method is None, expected 'gptq'"):
+        list(load_quantized(model_dir(tmp_path)))
+
+
+def test_the_last_matching_override_wins() -> None:
+    settings = Settings(GRID, overrides=(("*", {"bits": 8}), ("*.o_proj", None), ("a.*", {"group_size": 64})))
+    assert settings.grid_of("b.q_proj") == gptq.Grid(8, 32)
+    assert settings.grid_of("b.o_proj") is None
+    assert settings.grid_of("a.o_proj") == gptq.Grid(4, 64)
