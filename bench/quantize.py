@@ -28,15 +28,15 @@ os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
 
 def windows(recipe_path: Path, overrides: list[str]) -> tuple[Any, Any, Any]:
     """(recipe, calibration windows, evaluation sets) of a recipe."""
-    from requant import prepare, recipe
+    from requant import prepare, recipe, texts
 
     wanted = recipe.load(recipe_path, overrides)
     base = prepare.fetch(wanted.base.source, wanted.directory, False)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base))
-    calibration, _ = prepare.calibration(wanted, tokenizer)
-    return wanted, calibration, [prepare.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
+    _, calibration, _ = texts.calibration(wanted, tokenizer)
+    return wanted, calibration, [texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
 
 
 def ours(args: argparse.Namespace) -> None:
@@ -87,7 +87,6 @@ def score(args: argparse.Namespace) -> None:
     import torch
 
     from requant import variants
-    from requant.quantize import load_quantized
     from requant_eval.score import score as score_set
 
     _, _, sets = windows(args.recipe, args.set)
@@ -96,16 +95,26 @@ def score(args: argparse.Namespace) -> None:
     if args.work == args.merged:
         model = variants.load("merged", places, device=device, dtype=torch.float32)
     else:
-        model = variants._filled(args.merged, load_quantized(args.work), places, device, torch.float32)
+        model = variants.quantized(args.work, places, device, torch.float32)
     nll = {s.name: float(score_set(model, s, batch=4, device=device).nll.mean()) for s in sets}
     print("RESULT " + json.dumps(nll))
 
 
 def child(role: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run one role in a process of its own and read its result line."""
-    command = [sys.executable, __file__, str(args.recipe), "--merged", str(args.merged), "--role", role, "--work", str(work)]
+    command = [
+        sys.executable,
+        __file__,
+        str(args.recipe),
+        "--merged",
+        str(args.merged),
+        "--role",
+        role,
+        "--work",
+        str(work),
+    ]
     command += ["--peer-dtype", args.peer_dtype, *(x for s in args.set for x in ("--set", s))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         raise SystemExit(f"{role} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -19,13 +19,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
-from requant import adapter, data, gptq, merge, prepare, quantize, variants
+from requant import adapter, data, layout, merge, prepare, quantize, variants
+from requant.grid import Grid
 from requant_eval import windows as ev
 from requant_eval.score import score
 
-G = gptq.Grid
+G = Grid
 # name: (grid, order, damp, calibration windows, sweeps of coordinate descent)
-SETTINGS: dict[str, tuple[gptq.Grid, str, float | None, int, int]] = {
+SETTINGS: dict[str, tuple[Grid, str, float | None, int, int]] = {
     "activation": (G(4, 64), "activation", None, 48, 0),
     "activation, 1 sweep": (G(4, 64), "activation", None, 48, 1),
     "activation, 3 sweeps": (G(4, 64), "activation", None, 48, 3),
@@ -46,6 +47,7 @@ SETTINGS: dict[str, tuple[gptq.Grid, str, float | None, int, int]] = {
 
 def texts(folder: Path, tokenizer: Any) -> tuple[list[tuple[str, Any, float]], list[ev.EvalSet]]:
     """(calibration entries, evaluation sets) of the demo."""
+
     def read(name: str) -> Any:
         return data.tokenize(data.Source(path=folder / name), tokenizer)
 
@@ -80,18 +82,22 @@ def main() -> None:
     for name, (grid, order, damp, samples, sweeps) in SETTINGS.items():
         if args.only not in name:
             continue
-        windows = data.calibration_windows(entries, samples=samples, length=512, seed=0, bos=None, eos=tokenizer.eos_token_id)
+        windows = data.calibration_windows(
+            entries, samples=samples, length=512, seed=0, bos=None, eos=tokenizer.eos_token_id
+        )
         out = args.work / str(len(rows))
         out.mkdir(exist_ok=True)
         started = time.perf_counter()
-        settings = quantize.Settings(grid, order, sweeps, damp)  # type: ignore[arg-type]
+        settings = layout.Settings(grid, order, sweeps, damp)  # type: ignore[arg-type]
         quantize.quantize(merged, out, windows, settings, dtype=torch.bfloat16, device=device, batch=4)
         seconds = time.perf_counter() - started
-        model = variants._filled(out, quantize.load_quantized(out), places, device, torch.float32)
+        model = variants.quantized(out, places, device, torch.float32)
         loss = {s.name: float(score(model, s, batch=16, device=device).nll.mean()) - floor[s.name] for s in sets}
         rows.append({"setting": name, "seconds": round(seconds, 1)} | loss)
         print(f"{name:28} {loss['in-domain']:.4f} {loss['general']:.4f}  {seconds:.1f} s", flush=True)
-        args.out.write_text(json.dumps({"device": str(device), "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"device": str(device), "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

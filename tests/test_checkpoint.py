@@ -15,21 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from requant import checkpoint
-from requant.checkpoint import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    CheckpointWriter,
-    Slot,
-    file_digest,
-    plan_shards,
-    read_header,
-    read_json,
-    write_text,
-)
+from requant import writer
+from requant.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, file_digest, read_header, read_json, write_text
 from requant.errors import InputError, StageError
+from requant.writer import CheckpointWriter, Slot, plan_shards
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -221,7 +210,7 @@ def test_full_disk_while_writing(tmp_path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(StageError, match=r"write failed .No space left on device.: free disk space and run again"):
-        checkpoint._write_at(Full(), 0, b"12")  # type: ignore[arg-type]
+        writer._write_at(Full(), 0, b"12")  # type: ignore[arg-type]
 
 
 def test_short_writes_are_continued(tmp_path: Path) -> None:
@@ -235,7 +224,7 @@ def test_short_writes_are_continued(tmp_path: Path) -> None:
             got.extend(view[:3])
             return len(view[:3])
 
-    checkpoint._write_at(Slow(), 0, b"0123456789")  # type: ignore[arg-type]
+    writer._write_at(Slow(), 0, b"0123456789")  # type: ignore[arg-type]
     assert bytes(got) == b"0123456789"
 
 

@@ -97,7 +97,7 @@ def test_completions_without_a_template(tmp_path: Path, tokenizer: Any, monkeypa
     (document,) = data.tokenize(rows(tmp_path, {"prompt": "2+2=", "completion": "4."}), tokenizer)
     assert (whole(tokenizer, document), marked(tokenizer, document)) == ("2+2=4.", "4.")
     chat = rows(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
-    assert "row 1 is not a chat row: the tokenizer has no chat template" in refused(chat, tokenizer)
+    assert "row 1 is not a chat row: ValueError the tokenizer has no chat template" in refused(chat, tokenizer)
 
 
 def test_an_empty_message_is_a_message(tmp_path: Path, tokenizer: Any) -> None:

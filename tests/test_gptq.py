@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from requant import gptq
-from requant.gptq import Grid
+from requant import grid as grid_module
+from requant.grid import Grid
 
 ROWS, COLUMNS = 48, 256
 
@@ -40,7 +41,7 @@ def test_solve_is_classic_gptq(order: gptq.Order, grid: Grid) -> None:
     weight, hessian = problem()
     columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
     factor = gptq.factorize(hessian, columns, 0.01)
-    scales = gptq.find_scales(weight, hessian.diagonal(), grid)
+    scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
     codes = gptq.solve(weight, factor, scales, grid)
     classic = oracle.classic_gptq(weight, hessian, scales.scale, scales.zero, grid.bits, columns, 0.01)
     assert float((codes.long() == classic).double().mean()) >= 0.999
@@ -74,8 +75,8 @@ def test_identity_hessian_is_round_to_nearest(order: gptq.Order, grid: Grid) -> 
     weight, _ = problem()
     hessian = torch.eye(COLUMNS) * 3.0
     factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), order, grid.group_size), 0.01)
-    scales = gptq.find_scales(weight, hessian.diagonal(), grid)
-    assert torch.equal(gptq.solve(weight, factor, scales, grid), gptq.round_to_grid(weight, scales, grid))
+    scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
+    assert torch.equal(gptq.solve(weight, factor, scales, grid), grid_module.round_to_grid(weight, scales, grid))
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 200, 256, 1000])
@@ -84,7 +85,7 @@ def test_block_size_does_not_change_the_codes(block: int, monkeypatch: pytest.Mo
     weight, hessian = problem()
     grid = Grid(4, 64)
     factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 64), 0.01)
-    scales = gptq.find_scales(weight, hessian.diagonal(), grid)
+    scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
     reference = gptq.solve(weight, factor, scales, grid)
     monkeypatch.setattr(gptq, "BLOCK", block)
     assert float((gptq.solve(weight, factor, scales, grid) != reference).double().mean()) <= 0.001
@@ -96,11 +97,11 @@ def test_block_size_does_not_change_the_codes(block: int, monkeypatch: pytest.Mo
 )
 def test_loss_is_below_round_to_nearest_with_the_same_scales(seed: int, grid: Grid) -> None:
     weight, hessian = problem(seed=seed)
-    scales = gptq.find_scales(weight, hessian.diagonal(), grid)
-    rounded = gptq.dequantize_codes(gptq.round_to_grid(weight, scales, grid), scales)
+    scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
+    rounded = grid_module.dequantize_codes(grid_module.round_to_grid(weight, scales, grid), scales)
     for order in ("natural", "activation", "group"):
         factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), order, grid.group_size), 0.01)
-        result = gptq.dequantize_codes(gptq.solve(weight, factor, scales, grid), scales)
+        result = grid_module.dequantize_codes(gptq.solve(weight, factor, scales, grid), scales)
         assert gptq.output_error(weight - result, hessian) <= gptq.output_error(weight - rounded, hessian)
 
 
@@ -141,7 +142,7 @@ def test_hessian_does_not_depend_on_the_batch_split(width: int) -> None:
 @given(st.floats(1e-12, 6e4), st.booleans())
 def test_deployable_scales_are_exact_in_both_16_bit_types(value: float, negative: bool) -> None:
     scale = torch.tensor([-value if negative else value])
-    out = gptq.deployable(scale)
+    out = grid_module.deployable(scale)
     assert torch.equal(out.half().float(), out)
     assert torch.equal(out.bfloat16().float(), out)
     assert bool((out != 0).all())
@@ -162,8 +163,8 @@ def test_weighted_search_is_no_worse_than_minmax(bits: int, group: int, symmetri
         "hessian": Grid(bits, group, symmetric),
         "signed": Grid(bits, group, symmetric, signed=True),
     }.items():
-        scales = gptq.find_scales(weight, importance, grid)
-        rounded = gptq.dequantize_codes(gptq.round_to_grid(weight, scales, grid), scales)
+        scales = grid_module.find_scales(weight, importance, grid)
+        rounded = grid_module.dequantize_codes(grid_module.round_to_grid(weight, scales, grid), scales)
         errors[name] = float(((weight - rounded) ** 2 @ importance).sum())
         assert bool(torch.isfinite(scales.scale).all())
         assert bool((scales.scale > 0).all()) or name == "signed"
@@ -173,9 +174,9 @@ def test_weighted_search_is_no_worse_than_minmax(bits: int, group: int, symmetri
 
 def test_a_scale_does_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem()
-    whole = gptq.find_scales(weight, hessian.diagonal(), Grid(4, 64))
-    monkeypatch.setattr(gptq, "_SEARCH_ELEMENTS", {"cpu": 3 * COLUMNS})
-    cut = gptq.find_scales(weight, hessian.diagonal(), Grid(4, 64))
+    whole = grid_module.find_scales(weight, hessian.diagonal(), Grid(4, 64))
+    monkeypatch.setattr(grid_module, "_SEARCH_ELEMENTS", {"cpu": 3 * COLUMNS})
+    cut = grid_module.find_scales(weight, hessian.diagonal(), Grid(4, 64))
     # Sums of another shape round differently: two candidates that tie in fp32 may swap.
     assert float((whole.scale != cut.scale).double().mean()) < 0.02
 
@@ -185,8 +186,8 @@ def test_scales_are_found_by_brute_force_too() -> None:
     weight, hessian = problem(rows=16, columns=64)
     importance = hessian.diagonal()
     grid = Grid(4, 32)
-    scales = gptq.find_scales(weight, importance, grid)
-    rounded = gptq.dequantize_codes(gptq.round_to_grid(weight, scales, grid), scales)
+    scales = grid_module.find_scales(weight, importance, grid)
+    rounded = grid_module.dequantize_codes(grid_module.round_to_grid(weight, scales, grid), scales)
     ours = ((weight - rounded) ** 2 * importance).reshape(16, 2, 32).sum(2).double()
     best = torch.full((16, 2), float("inf"), dtype=torch.float64)
     groups, h = weight.double().reshape(16, 2, 32), importance.double().reshape(2, 32)
@@ -204,7 +205,7 @@ def test_asymmetric_zeros_can_be_stored() -> None:
     weight, hessian = problem()
     weight[0], weight[1] = weight[0].abs() + 0.2, -weight[1].abs() - 0.2
     for bits, search in itertools.product((2, 4, 8), ("hessian", "minmax")):
-        scales = gptq.find_scales(weight, hessian.diagonal(), Grid(bits, 64, symmetric=False, search=search))
+        scales = grid_module.find_scales(weight, hessian.diagonal(), Grid(bits, 64, symmetric=False, search=search))
         assert torch.equal(scales.zero, scales.zero.round())
         assert (float(scales.zero.min()), float(scales.zero.max())) >= (1.0, 1.0)
         assert float(scales.zero.max()) <= 2**bits - 1
@@ -270,7 +271,7 @@ def test_fallback_is_round_to_nearest() -> None:
     hessian[0, 1] = hessian[1, 0] = 3.0
     weight = torch.randn(4, 64)
     solution = solved(weight, hessian, Grid(4, 32), "natural")
-    assert torch.equal(solution.codes, gptq.round_to_grid(weight, solution.scales, solution.grid))
+    assert torch.equal(solution.codes, grid_module.round_to_grid(weight, solution.scales, solution.grid))
 
 
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])

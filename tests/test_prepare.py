@@ -11,6 +11,7 @@ import torch
 from e2e import copied, edit_json, edit_tensors, recipe, texts, write_rows
 
 from requant import adapter, checkpoint, data, dequantize, merge, prepare
+from requant import texts as text_module
 from requant.checkpoint import Checkpoint, TensorInfo
 from requant.errors import InputError
 
@@ -121,7 +122,7 @@ def test_a_mix_takes_its_shares(project: Path, tmp_path: Path) -> None:
         {"data": {"path": str(tmp_path / "digits.jsonl")}, "share": 1.0},
     ]
     plan = prepared(project, {"calibration": {"mix": mix, "samples": 8, "length": 64}})
-    seven = prepare.load_tokenizer(plan.base, plan.adapter, plan.merge)("7")["input_ids"][0]
+    seven = text_module.load_tokenizer(plan.base, plan.adapter, plan.merge)("7")["input_ids"][0]
     assert sorted(bool((row == seven).float().mean() > 0.9) for row in plan.calibration) == [False] * 6 + [True] * 2
     assert plan.calibration_facts["data"] == ["train.jsonl", "digits.jsonl"], "names, no local paths"
 
@@ -153,7 +154,7 @@ def test_completions_are_scored_and_prompts_are_not(project: Path, tmp_path: Pat
     source = {"path": str(tmp_path / "qa.jsonl")}
     sets = [{"name": n, "data": source, "score": n} for n in ("all", "completion")]
     whole, answers = prepared(project, {"evaluate.sets": sets}).sets
-    tokenizer = prepare.load_tokenizer(project / "base", project / "adapter", prepared(project).merge)
+    tokenizer = text_module.load_tokenizer(project / "base", project / "adapter", prepared(project).merge)
     assert answers.n_scored < whole.n_scored
     for window in answers.windows:
         text = tokenizer.decode(window.ids[window.scored])
@@ -170,7 +171,7 @@ def test_the_adapters_own_tokenizer_comes_first(project: Path, tmp_path: Path) -
     raw["model"]["merges"] = []
     (mine / "adapter" / "tokenizer.json").write_text(json.dumps(raw))
     plan = prepared(mine)
-    longer, shorter = (len(prepare.load_tokenizer(plan.base, a, plan.merge)("the import statement")["input_ids"])
+    longer, shorter = (len(text_module.load_tokenizer(plan.base, a, plan.merge)("the import statement")["input_ids"])
                        for a in (plan.adapter, project / "adapter"))  # fmt: skip
     assert longer == len("the import statement") > shorter
 

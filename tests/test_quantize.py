@@ -14,7 +14,8 @@ from torch import Tensor
 from requant import gptq, pack, skeleton
 from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
-from requant.quantize import JOURNAL, Settings, load_quantized, plan, quantize
+from requant.layout import Settings, load_quantized, plan
+from requant.quantize import JOURNAL, quantize
 
 GRID = gptq.Grid(4, 32)
 CPU = torch.device("cpu")

@@ -66,7 +66,9 @@ def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: in
 
 
 def built(facts: dict[str, Any] | None = None) -> dict[str, Any]:
-    return rp.build(sets=[result("general"), result("in-domain")], facts=FACTS if facts is None else facts)
+    return rp.build(
+        sets=[result("general"), result("in-domain")], facts=FACTS if facts is None else facts, in_domain="in-domain"
+    )
 
 
 def edge(s: dict[str, Any], start: str, end: str) -> dict[str, Any]:

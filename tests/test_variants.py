@@ -178,9 +178,10 @@ def test_rtn_rounds_the_merged_weights_and_not_their_cast(places: variants.Place
 
 
 def test_a_checkpoint_without_one_of_its_tensors(places: variants.Places) -> None:
-    tensors = ((n, t) for n, t in load_file(places.merged / "model.safetensors").items() if n != "model.norm.weight")
+    stored = load_file(places.merged / "model.safetensors")
+    tensors = ((n, t) for n, t in stored.items() if n != "model.norm.weight")
     with pytest.raises(StageError, match=r"1 tensors of the model are missing, e.g. model.norm.weight"):
-        variants._filled(places.merged, tensors, places, CPU, torch.float32)
+        variants._filled(places.merged, stored, tensors, places, CPU, torch.float32)
 
 
 def test_an_unknown_name(places: variants.Places) -> None:

@@ -27,10 +27,8 @@ from requant_eval.windows import EvalSet, Window
 
 __all__ = ["CHUNK_LOGITS", "Reference", "TokenScores", "score"]
 
-CHUNK_LOGITS = {
-    "cpu": 2**22,
-    "cuda": 2**26,
-}  # logits alive at a time: on a CPU small enough to be reused by malloc
+# Logits alive at a time: on a CPU few enough for malloc to use their memory again.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 FAR = 80.0  # nats; e^80 is still far from fp32's end
 
 
@@ -45,16 +43,14 @@ def score(
     chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenScores:
-    """Scores `model` (a transformers or PEFT causal LM, put in eval mode) on every scored token of
-    `eval_set`.
+    """Scores `model` (a transformers or PEFT causal LM, put in eval mode) on every scored token of `eval_set`.
 
-    batch: windows per forward pass. chunk_tokens: positions whose logits are alive at a time. device: where token ids go. reference: a file that an earlier call wrote;
-    fills `kl` and `agree`. write_reference: make this model the reference. on_progress: (windows done,
-    windows).
+    batch: windows per forward pass. chunk_tokens: positions whose logits are alive at a time. device: where
+    token ids go. reference: a file that an earlier call wrote; fills `kl` and `agree`. write_reference: make
+    this model the reference. on_progress: (windows done, windows).
 
     Raises:
-        EvaluationError: NaN/inf in logits, a head that can't be read, a reference of another set or
-        vocabulary.
+        EvaluationError: NaN/inf in logits, a head that can't be read, a reference of another set or vocabulary.
     """
     started = time.perf_counter()
     windows = eval_set.windows

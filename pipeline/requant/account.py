@@ -14,7 +14,9 @@ from requant.prepare import Prepared
 MEASURED = ("seconds", "peak_rss")
 
 
-def account(prepared: Prepared, stages: Mapping[str, Mapping[str, Any]], run: Path, *, device: str, dtype: str) -> dict[str, Any]:
+def account(
+    prepared: Prepared, stages: Mapping[str, Mapping[str, Any]], run: Path, *, device: str, dtype: str
+) -> dict[str, Any]:
     """The facts of one run. stages: what each stage's `remember` kept. run: its directory, for sizes."""
     r, merged, quantized = prepared.recipe, stages["merge"], stages["quantize"]
     modules = quantized.get("modules", [])
@@ -36,7 +38,7 @@ def account(prepared: Prepared, stages: Mapping[str, Mapping[str, Any]], run: Pa
         },
         "calibration": prepared.calibration_facts,
         "cost": {
-            "bytes": {"merged": merged.get("bytes"), "gptq": _size(run / "gptq")},
+            "bytes": {"merged": _size(run / "merged") or merged.get("bytes"), "gptq": _size(run / "gptq")},
             "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
             "peak_rss": {n: s["peak_rss"] for n, s in stages.items() if "peak_rss" in s},
         },

@@ -36,12 +36,14 @@ _REFUSED = {
     "velora_config": "VeLoRA adapters are not merged yet",
     "monteclora_config": "MonteCLoRA samples its weights and has no single merged form",
 }
-_KNOWN = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config "
-    "corda_config lora_ga_config use_dora qalora_group_size runtime_config lora_bias ensure_weight_tying".split()
-)
+_KNOWN = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
+    "ensure_weight_tying",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,8 @@ def _fold(path: Path, config: Mapping[str, Any], module: str, found: Mapping[str
     magnitude = found.get("lora_magnitude_vector")
     if bool(config.get("use_dora")) != (magnitude is not None):
         raise InputError(f"{file}: use_dora is {config.get('use_dora')} but {module} has {sorted(found)}")
+    if magnitude is not None and magnitude.nbytes != b.shape[0] * magnitude.dtype.itemsize:
+        raise InputError(f"{file}: {module}: magnitude has shape {magnitude.shape}, lora_B has {b.shape[0]} rows")
     if magnitude is not None and embedding:
         raise InputError(f"{file}: {module}: DoRA on an embedding is not merged yet")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

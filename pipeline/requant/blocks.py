@@ -108,7 +108,7 @@ class Walk:
         first = self.load(0)
         recorded: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         inputs = []
-        for ids in windows.split(batch):
+        for ids in torch.split(windows, batch):
             ids = ids.to(self.device)
             hidden, arguments = self._capture(ids)
             if len(ids) not in recorded:
@@ -168,13 +168,13 @@ class Walk:
             head.register_forward_pre_hook(_stop)
         try:
             for block in self.blocks:
-                block.forward = passing  # type: ignore[assignment]
+                block.forward = passing
             self.model(input_ids=ids, use_cache=False)
         except _Captured:
             pass
         finally:
             for block, forward in forwards:
-                block.forward = forward  # type: ignore[assignment]
+                block.forward = forward
             if head is not None:
                 head._forward_pre_hooks.clear()
         if len(recorded) != len(self.blocks):
@@ -185,7 +185,8 @@ class Walk:
         """One block on one batch: the next hidden states."""
         args, kwargs = item.arguments[index]
         out = self.blocks[index](item.hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
 
 
 def _stop(*_: Any) -> None:

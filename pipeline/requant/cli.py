@@ -154,20 +154,15 @@ def _run(path: Path, overrides: list[str], until: Any) -> None:
 
 
 def _print_check(prepared: Prepared, need: int, free: int) -> None:
-    ledger, layout = prepared.merge.ledger, prepared.quantize
-    c = prepared.calibration_facts
+    ledger, layout, c = prepared.merge.ledger, prepared.quantize, prepared.calibration_facts
+    done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
     print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
-    print(
-        f"adapter   {ledger['adapter']['consumed']} tensors, every one used: {ledger['adapter']['folds']} LoRA, {ledger['adapter']['replaced']} replaced"
-    )
-    print(
-        f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {sum(s.nbytes for s in layout.slots) / 1e6:.1f} MB"
-    )
+    print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
+    print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
     print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
     for s in prepared.sets:
-        print(
-            f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
-        )
+        known = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
+        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {known}")
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     for warning in prepared.warnings:
         print(f"warning   {warning}")

@@ -216,7 +216,10 @@ def _render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple
     """Render by the tokenizer's template; a span runs from the generation prompt to the end of the assistant's turn."""
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
-    turns = [{"role": _ROLES[m.get("role") or m["from"]], "content": m.get("content") or m["value"]} for m in messages]
+    turns = [
+        {"role": _ROLES[m.get("role") or m["from"]], "content": m["content"] if "content" in m else m["value"]}
+        for m in messages
+    ]
     text: str = tokenizer.apply_chat_template(turns, tokenize=False)
     spans = []
     for i, turn in enumerate(turns):

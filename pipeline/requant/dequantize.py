@@ -123,6 +123,10 @@ class Base:
             )
         scales = self.checkpoint[name + ".absmax"]
         packed = self.checkpoint[name]
+        if state.nested_offset is not None:
+            second, blocks = self.checkpoint[name + ".nested_absmax"], -(-state.blocks // state.nested_blocksize)
+            if second.shape != (blocks,):
+                raise InputError(f"{second.file}: {second.name} has shape {second.shape}, {name} needs {(blocks,)}")
         half = -(-state.numel // 2)
         item = packed.dtype.itemsize
         if scales.shape != (state.blocks,) or packed.nbytes != -(-half // item) * item:
@@ -137,8 +141,11 @@ class Base:
         stored = self.checkpoint.read(weight.name + ".absmax")
         if stored.dtype != torch.uint8:
             return stored.float()
-        parts = (self.checkpoint.read(weight.name + s) for s in (".nested_quant_map", ".nested_absmax"))
-        return nf4.unnest(stored, *parts, weight.state)
+        table, scales = (self.checkpoint.read(weight.name + s) for s in (".nested_quant_map", ".nested_absmax"))
+        try:
+            return nf4.unnest(stored, table, scales, weight.state)
+        except nf4.Nf4Error as error:
+            raise StageError(f"{self.checkpoint[weight.name].file}: {weight.name}: {error}") from error
 
     def read(self, name: str) -> Tensor:
         """The values of one weight in `Weight.dtype` and `Weight.shape`; raises StageError when bytes and state disagree."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from requant import artifacts
 from requant.adapter import Adapter, Fold
-from requant.checkpoint import CheckpointWriter, Slot, TensorInfo, read_tensor
+from requant.checkpoint import TensorInfo, read_tensor
 from requant.dequantize import Base, Weight
 from requant.errors import InputError, StageError
+from requant.writer import CheckpointWriter, Slot
 
 log = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -43,7 +44,7 @@ class Op:
     @property
     def action(self) -> str:
         if self.replacement is not None:
-            return "replaced"
+            return "replaced+folded" if self.fold else "replaced"
         verb = "copied" if self.source is None or self.source.kind == "stored" else "decoded"
         return f"{verb}+folded" if self.fold or self.bias_of else verb
 
@@ -110,22 +111,15 @@ def plan(base: Base, adapter: Adapter, structure: Structure) -> MergePlan:
     untied, sources = _untie(structure, adapter, sources, pending_folds, replaced)
     lost = [n for n in (*pending_folds, *biases, *replaced) if n not in sources]
     if lost:
+        count = len(pending_folds) + len(biases) + len(replaced)
+        theirs, ours = (", ".join(sorted(names)[:3]) for names in (lost, sources))
         raise InputError(
-            f"{adapter.path}: {len(lost)} of {len(pending_folds) + len(biases) + len(replaced)} adapted tensors do not exist in the base "
-            f"{base.checkpoint.path}: e.g. {', '.join(sorted(lost)[:3])}; the base has e.g. {', '.join(sorted(sources)[:3])}. "
-            "Is this the adapter's base?"
+            f"{adapter.path}: {len(lost)} of {count} adapted tensors do not exist in the base {base.checkpoint.path}: "
+            f"e.g. {theirs}; the base has e.g. {ours}. Is this the adapter's base?"
         )
     ops = tuple(
-        _op(
-            adapter,
-            name,
-            source,
-            pending_folds.get(name),
-            replaced.get(name),
-            biases.get(name),
-            name in conv1d,
-        )
-        for name, source in sources.items()
+        _op(adapter, Op(n, w.shape, w, pending_folds.get(n), replaced.get(n), biases.get(n), n in conv1d))
+        for n, w in sources.items()
     )
     embedding = _tensor(structure, structure.embedding)
     rows = next((op.shape[0] for op in ops if op.name == embedding), None)
@@ -153,47 +147,36 @@ def _untie(
     touched = [n for n in (inner, outer) if n in folds or n in replaced]
     if not touched:
         return False, sources
-    same = (
-        inner in replaced
-        and outer in replaced
-        and torch.equal(read_tensor(replaced[inner]), read_tensor(replaced[outer]))
-    )
+    folded = inner in folds or outer in folds
+    both = inner in replaced and outer in replaced
+    same = both and not folded and torch.equal(read_tensor(replaced[inner]), read_tensor(replaced[outer]))
     if same or adapter.ties_weights:
-        for table in (folds, replaced):
-            if outer in table:
-                value = table.pop(outer)  # type: ignore[attr-defined]
-                table.setdefault(inner, value)  # type: ignore[attr-defined]
+        if outer in folds:
+            folds.setdefault(inner, folds.pop(outer))
+        if outer in replaced:
+            replaced.setdefault(inner, replaced.pop(outer))
         return False, sources
     return True, sources | {outer: sources[inner]}
 
 
-def _op(
-    adapter: Adapter,
-    name: str,
-    source: Weight,
-    fold: Fold | None,
-    new: TensorInfo | None,
-    bias_of: Fold | None,
-    conv1d: bool,
-) -> Op:
-    """One output tensor; raises InputError when the adapter's shapes do not fit the base's."""
-    shape = source.shape
+def _op(adapter: Adapter, op: Op) -> Op:
+    """Check one output tensor's shapes; a replacement may have other rows than the base (a resized vocabulary)."""
+    shape, new, fold = op.shape, op.replacement, op.fold
     if new is not None:
         if new.shape[1:] != shape[1:] or (len(shape) < 2 and new.shape != shape):
             raise InputError(
-                f"{adapter.path}: {name} has shape {new.shape}, the base's is {shape}: this adapter belongs to another base"
+                f"{adapter.path}: {op.name} has shape {new.shape}, the base's is {shape}: "
+                "this adapter belongs to another base"
             )
-        if fold is not None:
-            raise InputError(f"{adapter.path}: {name} is both replaced and adapted by LoRA")
-        return Op(name, new.shape, source, None, new)
+        shape = new.shape
     if fold is not None:
-        expected = fold.shape[::-1] if conv1d else fold.shape
+        expected = fold.shape[::-1] if op.conv1d else fold.shape
         if shape != expected:
             raise InputError(
                 f"{adapter.path}: LoRA of {fold.module} makes a {expected} delta, the base's weight is {shape}: "
                 "this adapter belongs to another base"
             )
-    return Op(name, shape, source, fold, None, bias_of, conv1d)
+    return replace(op, shape=shape)
 
 
 def _target(op: Op, dtype: torch.dtype) -> torch.dtype:
@@ -204,10 +187,8 @@ def _target(op: Op, dtype: torch.dtype) -> torch.dtype:
 
 def compute(plan: MergePlan, op: Op) -> tuple[Tensor, bool]:
     """The value of one output tensor before rounding, and whether the adapter meant to change it (False: a zero delta)."""
-    if op.replacement is not None:
-        return read_tensor(op.replacement), True
     assert op.source is not None
-    value = plan.base.read(op.source.name)
+    value = read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name)
     if op.fold is not None:
         value = value.float()
         oriented = value.T.contiguous() if op.conv1d else value
@@ -230,10 +211,10 @@ def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
 
 def _bound(plan: MergePlan, op: Op) -> float:
     """An upper bound of max|w| without decoding: scales bound packed weights, norms bound a delta."""
-    if op.replacement is not None:
-        return float(read_tensor(op.replacement).abs().max())
     assert op.source is not None
-    if op.source.kind == "packed":
+    if op.replacement is not None:
+        bound = float(read_tensor(op.replacement).abs().max())
+    elif op.source.kind == "packed":
         bound = float(plan.base.absmax(op.source).abs().max())
     else:
         bound = float(plan.base.checkpoint.read(op.source.name).abs().max())

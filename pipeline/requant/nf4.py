@@ -76,7 +76,7 @@ def parse_state(data: bytes) -> QuantState:
         raise Nf4Error(f"quant_state is not the expected JSON ({error})") from error
     if quant_type not in ("nf4", "fp4"):
         raise Nf4Error(f"quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
-    if blocksize < 1 or nested_blocksize < 1 or not shape or min(shape) < 1:
+    if blocksize < 2 or blocksize % 2 or nested_blocksize < 1 or not shape or min(shape) < 1:
         raise Nf4Error(f"impossible blocksize {blocksize}, nested_blocksize {nested_blocksize} or shape {shape}")
     return QuantState(quant_type, blocksize, shape, dtype, offset, nested_blocksize)
 
@@ -91,6 +91,11 @@ def unnest(absmax_u8: Tensor, nested_map: Tensor, nested_absmax: Tensor, state: 
     """Second level of double quantization: uint8 [blocks] -> fp32 [blocks]."""
     if state.nested_offset is None:
         raise Nf4Error("absmax is uint8 but quant_state has no nested_offset")
+    blocks = -(-absmax_u8.numel() // state.nested_blocksize)
+    if nested_map.numel() != 256 or nested_absmax.numel() != blocks:
+        raise Nf4Error(
+            f"{nested_absmax.numel()} nested scales and a map of {nested_map.numel()}, expected {blocks} and 256"
+        )
     values = nested_map.float()[absmax_u8.long()]
     scale = nested_absmax.float().repeat_interleave(state.nested_blocksize)[: values.numel()]
     return values * scale + torch.tensor(state.nested_offset, dtype=torch.float32)
@@ -107,6 +112,8 @@ def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
     need = -(-state.numel // 2)
     if not need <= data.size < need + packed.element_size() + 1:
         raise Nf4Error(f"{data.size} packed bytes, but shape {state.shape} needs {need}")
+    if state.blocksize % 2:
+        raise Nf4Error(f"blocksize {state.blocksize} is odd: a byte would belong to two blocks")
     if absmax.numel() != state.blocks:
         raise Nf4Error(
             f"{absmax.numel()} scales, but shape {state.shape} in blocks of {state.blocksize} needs {state.blocks}"

@@ -69,11 +69,12 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`: int32 [k, m] -> uint8 [k*32/bits, m]."""
-    k, m = words.shape
+    m = words.shape[1]
     mask = 2**bits - 1
     if _WORD % bits == 0:
         shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)[None, :, None]
-        return ((words[:, None] >> shifts) & mask).to(torch.uint8).reshape(-1, m)
+        codes: Tensor = (words[:, None] >> shifts) & mask
+        return codes.to(torch.uint8).reshape(-1, m)
     wide = (words.to(torch.int64) & 0xFFFFFFFF).reshape(-1, bits, m)
     out = torch.empty(wide.shape[0], _WORD, m, dtype=torch.uint8, device=words.device)
     for i in range(_WORD):

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from requant import adapter as adapters
-from requant import artifacts, data, gptq, merge, quantize, skeleton
+from requant import artifacts, layout, merge, skeleton, texts
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
-from requant.recipe import Data, Nf4, Recipe, Source
+from requant.grid import Grid
+from requant.merge import MergePlan
+from requant.recipe import Nf4, Recipe, Source
 
 if TYPE_CHECKING:
     from requant_eval.windows import EvalSet
 
 log = logging.getLogger(__name__)
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-IDENTICAL, OVERLAPS = 0.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Prepared:
     adapter: Path
     original: Path | None
     simulate: Nf4Settings | None
-    merge: merge.MergePlan
-    original_merge: merge.MergePlan | None
-    quantize: quantize.Plan
-    settings: quantize.Settings
+    merge: MergePlan
+    original_merge: MergePlan | None
+    quantize: layout.Plan
+    settings: layout.Settings
     serving_dtype: torch.dtype
     calibration: Tensor
     calibration_facts: dict[str, Any]
@@ -69,12 +70,12 @@ def prepare(recipe: Recipe) -> Prepared:
     warnings = [*plan.warnings, *_base_name(recipe, loaded)]
     dtype = serving_dtype(recipe, plan)
     settings = quantize_settings(recipe)
-    layout = plan_quantize(plan, model, settings, dtype)
-    warnings += deployment_warnings(settings, layout)
-    tokenizer = load_tokenizer(base, adapter_path, plan)
-    seen, windows, facts = calibration(recipe, tokenizer)
-    sets = tuple(evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
-    facts["overlap"] = overlaps(windows, sets, warnings)
+    planned = plan_quantize(plan, model, settings, dtype)
+    warnings += deployment_warnings(planned)
+    tokenizer = texts.load_tokenizer(base, adapter_path, plan)
+    seen, windows, facts = texts.calibration(recipe, tokenizer)
+    sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
+    facts["overlap"] = texts.overlaps(windows, sets, warnings)
     return Prepared(
         recipe,
         base,
@@ -83,7 +84,7 @@ def prepare(recipe: Recipe) -> Prepared:
         simulate,
         plan,
         fork,
-        layout,
+        planned,
         settings,
         dtype,
         windows,
@@ -121,10 +122,10 @@ def _settings(nf4: Nf4 | str) -> Nf4Settings | None:
 
 def plan_merge(
     base: Path, loaded: adapters.Adapter, simulate: Nf4Settings | None, trust: bool
-) -> tuple[merge.MergePlan, Any]:
+) -> tuple[MergePlan, Any]:
     """(merge plan, model skeleton) of one adapter on one base, from headers."""
     checkpoint = Checkpoint(base)
-    model = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
+    model: Any = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
     names = skeleton.tensor_names(model, checkpoint)
     modules = skeleton.quantizable(model, simulate.skip) if simulate else set()
     conv1d = frozenset(skeleton.conv1d_modules(model))
@@ -143,12 +144,13 @@ def _base_name(recipe: Recipe, loaded: adapters.Adapter) -> list[str]:
     ours = [Path(s.path).name.lower() for s in (recipe.base.source, recipe.base.original) if s]
     if named and Path(named).name.lower() not in ours:
         return [
-            f"the adapter was trained on {Path(named).name}, the recipe's base is {Path(recipe.base.model).name}: make sure they are the same"
+            f"the adapter was trained on {Path(named).name}, "
+            f"the recipe's base is {Path(recipe.base.model).name}: make sure they are the same"
         ]
     return []
 
 
-def serving_dtype(recipe: Recipe, plan: merge.MergePlan) -> torch.dtype:
+def serving_dtype(recipe: Recipe, plan: MergePlan) -> torch.dtype:
     """The dtype servers will run in: the recipe's, or the base's own 16-bit type."""
     asked = recipe.quantize.dtype
     if asked == "auto":
@@ -156,25 +158,25 @@ def serving_dtype(recipe: Recipe, plan: merge.MergePlan) -> torch.dtype:
     return torch.float16 if asked == "float16" else torch.bfloat16
 
 
-def quantize_settings(recipe: Recipe) -> quantize.Settings:
+def quantize_settings(recipe: Recipe) -> layout.Settings:
     q = recipe.quantize
     overrides: list[tuple[str, Mapping[str, Any] | None]] = []
     for pattern, own in q.overrides.items():
         changed = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(own, k)) is not None}
         overrides.append((pattern, None if own.skip else changed))
-    grid = gptq.Grid(q.bits, q.group_size, q.symmetric, q.signed_scales, q.scale_search)
-    return quantize.Settings(grid, q.order, None if q.damp == "auto" else float(q.damp), tuple(overrides))
+    grid = Grid(q.bits, q.group_size, q.symmetric, q.signed_scales, q.scale_search)
+    return layout.Settings(grid, q.order, q.sweeps, None if q.damp == "auto" else float(q.damp), tuple(overrides))
 
 
-def plan_quantize(plan: merge.MergePlan, model: Any, settings: quantize.Settings, dtype: torch.dtype) -> quantize.Plan:
+def plan_quantize(plan: MergePlan, model: Any, settings: layout.Settings, dtype: torch.dtype) -> layout.Plan:
     """The quantized layout of a checkpoint that is not written yet."""
     slots = {s.name: s for s in plan.slots(torch.float16)}
-    return quantize.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
+    return layout.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
 
 
-def deployment_warnings(settings: quantize.Settings, layout: quantize.Plan) -> list[str]:
+def deployment_warnings(planned: layout.Plan) -> list[str]:
     """What engines will refuse, said before the work."""
-    grids = set(layout.grids.values())
+    grids = set(planned.grids.values())
     warnings = []
     odd = sorted({g.bits for g in grids} - {4, 8})
     if odd:
@@ -183,101 +185,12 @@ def deployment_warnings(settings: quantize.Settings, layout: quantize.Plan) -> l
         )
     if any(not g.symmetric for g in grids):
         warnings.append("vLLM and SGLang refuse asymmetric GPTQ: only transformers with gptqmodel loads this")
-    if len({(g.bits, g.group_size, g.symmetric) for g in grids}) > 1 or layout.left:
+    if len({(g.bits, g.group_size, g.symmetric) for g in grids}) > 1 or planned.left:
         warnings.append(
-            "overrides are read by vLLM, SGLang and gptqmodel; plain transformers ignores `dynamic`, only skipped modules work there"
+            "overrides are read by vLLM, SGLang and gptqmodel; "
+            "plain transformers ignores `dynamic`, only skipped modules work there"
         )
     return warnings
-
-
-def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan) -> Any:
-    """The tokenizer the merged model will have; refuses one with more tokens than the model has embeddings."""
-    from transformers import AutoTokenizer
-
-    files = artifacts.tokenizer_files(base, adapter)
-    if not files:
-        raise InputError(f"{base}: no tokenizer files, and none beside the adapter")
-    rows = next(
-        (op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))),
-        None,
-    )
-    vocabulary = artifacts.vocabulary_size(files["tokenizer.json"]) if "tokenizer.json" in files else 0
-    if rows is not None and vocabulary > rows:
-        raise InputError(
-            f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
-            "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
-        )
-    home = (
-        adapter
-        if any(f.parent == adapter for f in files.values()) and (adapter / "tokenizer_config.json").exists()
-        else base
-    )
-    try:
-        return AutoTokenizer.from_pretrained(str(home))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{home}: transformers cannot load the tokenizer: {error}") from error
-
-
-def source_of(item: Data, directory: Path) -> data.Source:
-    return data.Source(
-        path=item.resolve(directory), dataset=item.dataset, builtin=item.builtin, config=item.config, split=item.split,
-        revision=item.revision, column=item.column, documents=item.documents,
-    )  # fmt: skip
-
-
-def calibration(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
-    """(windows int64 [samples, length], facts for the report)."""
-    c = recipe.calibration
-    sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
-    entries = [(str(s), data.tokenize(s, tokenizer, e.format), e.share) for s, e in sources]
-    bos = tokenizer.bos_token_id if data.adds_bos(tokenizer) else None
-    windows = data.calibration_windows(
-        entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
-    )
-    facts = {
-        "data": [name for name, _, _ in entries], "documents": sum(len(d) for _, d, _ in entries),
-        "windows": c.samples, "length": c.length, "tokens": windows.numel(), "seed": c.seed, "digest": data.digest(windows),
-    }  # fmt: skip
-    return windows, facts
-
-
-def evaluation_set(recipe: Recipe, name: str, tokenizer: Any) -> EvalSet:
-    """One evaluation set, cut into windows by the recipe's protocol."""
-    from requant_eval import windows as ev
-
-    e = recipe.evaluate
-    item = next(s for s in e.sets if s.name == name)
-    source = source_of(item.data, recipe.directory)
-    bos = tokenizer.bos_token_id if data.adds_bos(tokenizer) else None
-    if e.protocol != "documents":
-        ids = tokenizer("\n\n".join(data.read_texts(source)), verbose=False)["input_ids"]
-        return ev.make_set(name, [ev.Document(tuple(ids))], protocol=e.protocol, bos_id=bos, tokens=item.tokens)
-    cut = item.document_tokens
-    documents = [
-        ev.Document(
-            d.ids[:cut],
-            d.scored[:cut] if item.score == "completion" else None,
-            d.n_bytes if cut is None else 0,
-        )
-        for d in data.tokenize(source, tokenizer, item.format)
-    ]
-    return ev.make_set(name, documents, window=e.window, protocol="documents", bos_id=bos, tokens=item.tokens)
-
-
-def overlaps(windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str]) -> dict[str, float]:
-    """Share of each set's 13-grams that the calibration text holds; raises InputError when it is mostly the same text."""
-    shares = {}
-    for s in sets:
-        share = data.overlap(windows, [w.ids.tolist() for w in s.windows])
-        if share >= IDENTICAL:
-            raise InputError(
-                f"evaluation set {s.name}: {share:.0%} of its 13-token runs are in the calibration text: "
-                "the quantizer would be judged on what it has seen; use other text"
-            )
-        if share > OVERLAPS:
-            warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the calibration text")
-        shares[s.name] = share
-    return shares
 
 
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:

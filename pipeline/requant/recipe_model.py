@@ -241,6 +241,9 @@ class Quantize(Section):
         default="auto",
         description="Order in which columns are solved, invisible in the file; auto: the better, per module.",
     )
+    sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=4, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
+    )
     damp: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         default="auto",
         description="Share of the mean diagonal added to the Hessian; auto: 0.01, or 0.05 with few tokens.",

@@ -7,6 +7,7 @@ and fp64. The tolerance is derived: fp32 products and sums, then one rounding to
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from requant import nf4
 from requant.adapter import Fold
 from requant.checkpoint import Checkpoint, read_tensor
-from requant.dequantize import Base, Weight
 from requant.errors import StageError
 from requant.merge import MergePlan, Op
+
+EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,15 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
     if set(written) != expected:
         raise StageError(f"{out}: holds {len(written)} tensors, the plan has {len(expected)}")
     draw = random.Random(seed)
-    changed = [op for op in plan.ops if op.action != "copied" and len(op.shape) == 2]
+    changed = [op for op in plan.ops if op.action != "copied"]
     sample = draw.sample(changed, min(tensors, len(changed)))
     worst, checked = 0.0, 0
     for op in sample:
-        actual = written.read(op.name).double()
+        actual, exact_row = written.read(op.name).double(), _rows(plan, op)
+        kind = torch.finfo(written[op.name].dtype)
         for row in draw.sample(range(op.shape[0]), min(rows, op.shape[0])):
-            exact, slack = _row(plan, op, row)
-            bound = (
-                slack + exact.abs() * torch.finfo(written[op.name].dtype).eps + torch.finfo(written[op.name].dtype).tiny
-            )
+            exact, slack = exact_row(row)
+            bound = slack + exact.abs() * kind.eps + kind.tiny * kind.eps  # half an ulp twice over, subnormals too
             share = float(((actual[row] - exact).abs() / bound).max())
             if not share <= 1:
                 raise StageError(
@@ -56,48 +57,59 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
     return SelfTest(len(sample), checked, worst)
 
 
-def _row(plan: MergePlan, op: Op, row: int) -> tuple[Tensor, Tensor]:
-    """(exact row in fp64, allowed fp32 arithmetic error) of one output tensor."""
-    if op.replacement is not None:
-        value = read_tensor(op.replacement)[row].double()
-        return value, torch.zeros_like(value)
-    assert op.source is not None
-    if op.conv1d:
-        whole, slack = _folded(plan.base.read(op.source.name).double().T, op.fold)
-        return whole[:, row], slack[:, row]
-    whole, slack = _folded(_base_row(plan.base, op.source, row)[None], op.fold, row)
-    return whole[0], slack[0]
+def _rows(plan: MergePlan, op: Op) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """row -> (exact row in fp64, allowed fp32 arithmetic error) of one output tensor."""
+    start = _start(plan, op)
+    if op.bias_of is not None and op.bias_of.bias is not None:
+        added = op.bias_of.scaling * read_tensor(op.bias_of.bias).double()
+        return lambda row: (start(row) + added[row], (start(row).abs() + added[row].abs()) * 4 * EPS)
+    if op.conv1d and op.fold is not None:
+        whole, slack = _folded(torch.stack([start(i) for i in range(op.shape[0])]).T, op.fold)
+        return lambda row: (whole[:, row], slack[:, row])
+
+    def folded(row: int) -> tuple[Tensor, Tensor]:
+        value = start(row)
+        if value.ndim == 0 or op.fold is None:
+            return value, value.abs() * 4 * EPS
+        exact, slack = _folded(value[None], op.fold, row)
+        return exact[0], slack[0]
+
+    return folded
 
 
-def _folded(rows: Tensor, fold: Fold | None, row: int | None = None) -> tuple[Tensor, Tensor]:
+def _folded(rows: Tensor, fold: Fold, row: int | None = None) -> tuple[Tensor, Tensor]:
     """Fold into fp64 rows [n, columns]; `row` says which single row of the weight it is (None: all of them)."""
-    eps = torch.finfo(torch.float32).eps
-    slack = rows.abs() * 4 * eps
-    if fold is None:
-        return rows, slack
     left, right = (f.double() for f in fold.factors())
     left = left if row is None else left[row : row + 1]
     size = rows.abs() + abs(fold.scaling) * left.abs() @ right.abs()
-    out, slack = rows + fold.scaling * (left @ right), size * (left.shape[1] + 4) * eps
+    out, slack = rows + fold.scaling * (left @ right), size * (left.shape[1] + 4) * EPS
     if fold.magnitude is None:
         return out, slack
     magnitude = read_tensor(fold.magnitude).double().reshape(-1, 1)
     scale = (magnitude if row is None else magnitude[row : row + 1]) / out.norm(dim=1, keepdim=True)
-    return out * scale, slack * scale.abs() + (out * scale).abs() * (eps * 8 + eps * out.shape[1] ** 0.5)
+    return out * scale, slack * scale.abs() + (out * scale).abs() * (EPS * 8 + EPS * out.shape[1] ** 0.5)
 
 
-def _base_row(base: Base, weight: Weight, row: int) -> Tensor:
-    """One row of a base weight in fp64, element by element for packed ones."""
-    if weight.kind != "packed":
-        return base.read(weight.name)[row].double()
-    assert weight.state is not None
-    state = weight.state
-    data = base.checkpoint.read(weight.name).reshape(-1).view(torch.uint8)
-    absmax = base.absmax(weight).double().tolist()
+def _start(plan: MergePlan, op: Op) -> Callable[[int], Tensor]:
+    """row -> the fp64 row that the adapter's delta is added to; packed ones are decoded element by element."""
+    if op.replacement is not None:
+        replaced = read_tensor(op.replacement)
+        return lambda row: replaced[row].double()
+    assert op.source is not None
+    state = op.source.state
+    if state is None or op.source.transposed:
+        whole = plan.base.read(op.source.name)
+        return lambda row: whole[row].double()
+    data = plan.base.checkpoint.read(op.source.name).reshape(-1).view(torch.uint8)
+    absmax = plan.base.absmax(op.source).double()
     values = nf4.table(state.quant_type).double().tolist()
-    columns = state.shape[-1]
-    out = []
-    for e in range(row * columns, (row + 1) * columns):
-        byte = int(data[e // 2])
-        out.append(values[byte >> 4 if e % 2 == 0 else byte & 15] * absmax[e // state.blocksize])
-    return torch.tensor(out, dtype=torch.float64)
+    columns, blocksize = state.shape[-1], state.blocksize
+
+    def decode(row: int) -> Tensor:
+        out = []
+        for e in range(row * columns, (row + 1) * columns):
+            byte = int(data[e // 2])
+            out.append(values[byte >> 4 if e % 2 == 0 else byte & 15] * float(absmax[e // blocksize]))
+        return torch.tensor(out, dtype=torch.float64)
+
+    return decode

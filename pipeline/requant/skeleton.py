@@ -77,16 +77,39 @@ def conv1d_modules(model: nn.Module) -> set[str]:
 
 
 def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Parameter name of the model -> name in the checkpoint (they differ by the base model's prefix at most)."""
-    have = set(stored)
+    """Parameter name of the model -> name in the checkpoint.
+
+    They differ by the base model's prefix, or by the renamings that transformers applies when it loads this model.
+    """
     prefix = getattr(model, "base_model_prefix", "") + "."
+    have = {_renamed(model, name): name for name in stored}
     names = {}
     for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
         bare = name.removeprefix(prefix)
         found = next((n for n in (name, bare, prefix + name) if n in have), None)
         if found is not None:
-            names[name] = found
+            names[name] = have[found]
     return names
+
+
+def _renamed(model: nn.Module, name: str) -> str:
+    """A checkpoint's tensor name as the model of today calls it."""
+    for rule in _renamings(model):
+        name = rule.rename_source_key(name)[0]
+    return name
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """transformers' one-to-one renamings for this model, without the ones of its PyTorch parametrizations."""
+    rules: list[Any] | None = getattr(model, "_requant_renamings", None)
+    if rules is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        rules = [rule for rule in every if type(rule) is WeightRenaming]
+        model._requant_renamings = rules  # type: ignore[assignment]
+    return rules
 
 
 def tied_pair(model: nn.Module) -> tuple[str, str] | None:

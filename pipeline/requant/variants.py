@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant import gptq, merge, nf4, skeleton
+from requant import merge, nf4, skeleton
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Nf4Settings
 from requant.errors import StageError
-from requant.quantize import load_quantized
+from requant.grid import Grid, dequantize_codes, find_scales, round_to_grid
+from requant.layout import load_quantized
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Places:
     merged: Path
     gptq: Path
     simulate: Nf4Settings | None
-    grids: Mapping[str, gptq.Grid]
+    grids: Mapping[str, Grid]
     original: merge.MergePlan | None = None
     trust_remote_code: bool = False
 
@@ -45,14 +46,20 @@ def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype)
     if name == "merged":
         return _pretrained(places, device, dtype)
     if name == "rtn":
-        return _rounded(_pretrained(places, device, dtype), places.grids)
+        return _rounded(places, device, dtype)
     if name == "gptq":
-        return _filled(places.gptq, load_quantized(places.gptq), places, device, dtype)
+        return quantized(places.gptq, places, device, dtype)
     if name == "original" and places.original is not None:
         plan = places.original
         tensors = ((op.name, merge.compute(plan, op)[0]) for op in plan.ops)
-        return _filled(places.merged, tensors, places, device, dtype)
+        return _filled(places.merged, [op.name for op in plan.ops], tensors, places, device, dtype)
     raise ValueError(f"no variant {name!r}")
+
+
+def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of a GPTQ checkpoint, dequantized by `layout.load_quantized`."""
+    names = [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in Checkpoint(path)]
+    return _filled(path, names, load_quantized(path), places, device, dtype)
 
 
 def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
@@ -66,28 +73,26 @@ def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any
 
 def _filled(
     path: Path,
+    names: Iterable[str],
     tensors: Iterable[tuple[str, Tensor]],
     places: Places,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """The model of `path`'s config with these tensors, by checkpoint name."""
-    model = skeleton.build(
-        skeleton.load_config(path, trust_remote_code=places.trust_remote_code),
-        trust_remote_code=places.trust_remote_code,
-    )
+    """The model of `path`'s config with these tensors, by checkpoint name; `names` are all of theirs."""
+    trust = places.trust_remote_code
+    model: Any = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
     owners: dict[str, list[str]] = {}
-    pending = {n for n, _ in model.named_parameters()}
-    stored = list(Checkpoint(places.merged))
-    for parameter, name in skeleton.tensor_names(model, stored).items():
+    for parameter, name in skeleton.tensor_names(model, names).items():
         owners.setdefault(name, []).append(parameter)
+    pending = {n for n, _ in model.named_parameters()}
     for name, tensor in tensors:
         for parameter in owners.get(name, []):
             skeleton.place(model, {parameter: tensor.to(device, dtype)})
             pending.discard(parameter)
     if pending:
         raise StageError(f"{path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -95,16 +100,26 @@ def _filled(
     return model
 
 
-def _rounded(model: Any, grids: Mapping[str, gptq.Grid]) -> Any:
-    """The control: plain round-to-nearest, min-max scales, on the same bits and groups."""
-    for name, grid in grids.items():
-        linear = model.get_submodule(name)
-        plain = gptq.Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
-        weight = linear.weight.float()
-        scales = gptq.find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
-        rounded = gptq.dequantize_codes(gptq.round_to_grid(weight, scales, plain), scales)
-        linear.weight.copy_(rounded.to(linear.weight.dtype))
-    return model
+def _rounded(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+    """The control: plain round-to-nearest in fp32, min-max scales, on the same bits and groups."""
+    checkpoint = Checkpoint(places.merged)
+    trust = places.trust_remote_code
+    model = skeleton.build(skeleton.load_config(places.merged, trust_remote_code=trust), trust_remote_code=trust)
+    names = skeleton.tensor_names(model, checkpoint)
+    grids = {names[f"{module}.weight"]: grid for module, grid in places.grids.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in checkpoint:
+            value = checkpoint.read(name)
+            yield name, _round(value.to(device).float(), grids[name]) if name in grids else value
+
+    return _filled(places.merged, checkpoint, tensors(), places, device, dtype)
+
+
+def _round(weight: Tensor, grid: Grid) -> Tensor:
+    plain = Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
+    scales = find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
+    return dequantize_codes(round_to_grid(weight, scales, plain), scales)
 
 
 def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:

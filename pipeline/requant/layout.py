@@ -1,0 +1,155 @@
+"""What a GPTQ checkpoint of a model holds: planned from headers, its small files, and reading one back."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from requant import artifacts, pack, skeleton
+from requant.blocks import block_linears, block_list
+from requant.checkpoint import Checkpoint, read_json
+from requant.errors import InputError
+from requant.grid import Grid
+from requant.writer import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to quantize. overrides: (fnmatch pattern of a module name, changed Grid fields or None to leave in 16 bit)."""
+
+    grid: Grid = Grid()  # noqa: RUF009 - frozen
+    order: Literal["auto", "natural", "activation", "group"] = "auto"
+    sweeps: int = 0
+    damp: float | None = None  # None: 0.01 when there are 16 tokens for each input feature, else 0.05
+    overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+
+    def grid_of(self, module: str) -> Grid | None:
+        """The grid of one module by its full name, None when it is left in 16 bit; the last matching override wins."""
+        grid: Grid | None = self.grid
+        for pattern, own in self.overrides:
+            if fnmatch.fnmatchcase(module, pattern):
+                grid = None if own is None else replace(self.grid, **own)
+        return grid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written where, from headers: slots of the output, the grid of every quantized linear."""
+
+    slots: tuple[Slot, ...]
+    block_slots: tuple[tuple[str, ...], ...]  # output tensor names of each block
+    grids: Mapping[str, Grid]
+    left: tuple[str, ...]  # linears of blocks left in 16 bit
+    bits_per_weight: float
+    prefix: str  # module name of the list of blocks
+
+
+class Layout(Protocol):
+    """Dtype and shape of a tensor that exists or will: `TensorInfo` or `Slot`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def plan(
+    tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path
+) -> Plan:
+    """Lay out the quantized checkpoint; raises InputError listing every linear that cannot be packed as asked."""
+    prefix, blocks = block_list(model)
+    names = skeleton.tensor_names(model, tensors)
+    linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
+    if not linears:
+        raise InputError(f"{where}: the blocks of {type(model).__name__} hold no nn.Linear to quantize")
+    grids: dict[str, Grid] = {}
+    problems: list[str] = []
+    replaced: dict[str, list[Slot]] = {}
+    for name, module in linears.items():
+        grid = settings.grid_of(name)
+        if grid is None:
+            continue
+        try:
+            layout = pack.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
+        except pack.PackError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        grids[name] = grid
+        stored = names[f"{name}.weight"]
+        replaced[stored] = [Slot(f"{stored.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
+    if problems:
+        raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+    slots = [s for name, info in tensors.items() for s in replaced.get(name, [_kept(name, info, dtype)])]
+    stored_prefix = _stored_prefix(names, prefix)
+    per_block = tuple(
+        tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
+    )
+    weights = sum(linears[n].weight.numel() for n in grids)
+    packed_bytes = sum(s.nbytes for many in replaced.values() for s in many)
+    left = tuple(n for n in linears if n not in grids)
+    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1), prefix)
+
+
+def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
+    return Slot(name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+
+
+def _stored_prefix(names: Mapping[str, str], prefix: str) -> str:
+    """The blocks' prefix as the checkpoint spells it."""
+    name = next(n for n in names if n.startswith(prefix + ".0."))
+    return (
+        names[name].removesuffix(name.removeprefix(prefix))
+        if names[name].endswith(name.removeprefix(prefix))
+        else prefix
+    )
+
+
+def write_small_files(
+    source: Path,
+    out: Path,
+    layout: Plan,
+    settings: Settings,
+    *,
+    dtype: torch.dtype,
+    damp: float,
+    meta: Mapping[str, Any],
+) -> None:
+    """config.json, quantize_config.json, tokenizer and generation config of a GPTQ checkpoint. damp: as it was used."""
+    overrides: dict[str, Mapping[str, Any] | None] = dict.fromkeys(layout.left)
+    for name, grid in layout.grids.items():
+        if grid != settings.grid:
+            overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    inside = sorted({n.removeprefix(layout.prefix).split(".", 2)[2] for n in layout.grids})
+    quantization = pack.quantization_config(
+        bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
+        damp=damp, overrides=overrides, quantized=inside, meta=meta,
+    )  # fmt: skip
+    config = artifacts.edit_config(read_json(source / "config.json"), dtype=str(dtype).removeprefix("torch."))
+    artifacts.write_json(out / "config.json", config | {"quantization_config": quantization})
+    artifacts.write_json(out / "quantize_config.json", quantization)
+    artifacts.copy_small_files(source, out)
+
+
+def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a GPTQ checkpoint with quantized linears dequantized to fp32 `.weight`, one at a time."""
+    checkpoint = Checkpoint(path)
+    config = read_json(path / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != "gptq":
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'"
+        )
+    v2 = config.get("checkpoint_format") == "gptq_v2"
+    for name in checkpoint:
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            tensors = {s: checkpoint.read(f"{stem}.{s}") for s in pack.SUFFIXES}
+            bits = 32 * tensors["qweight"].shape[0] // tensors["g_idx"].shape[0]
+            yield f"{stem}.weight", pack.dequantize(tensors, bits, v2=v2)
+        elif suffix not in pack.SUFFIXES:
+            yield name, checkpoint.read(name)

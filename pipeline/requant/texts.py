@@ -1,0 +1,123 @@
+"""The texts of a recipe: tokenizer, calibration windows, evaluation sets, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from requant import artifacts, data, merge
+from requant.errors import InputError
+from requant.recipe import Data, Recipe
+
+if TYPE_CHECKING:
+    from requant_eval.windows import EvalSet
+
+IDENTICAL, OVERLAPS = 0.5, 0.01
+
+
+def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan) -> Any:
+    """The tokenizer the merged model will have; refuses one with more tokens than the model has embeddings."""
+    from transformers import AutoTokenizer
+
+    files = artifacts.tokenizer_files(base, adapter)
+    if not files:
+        raise InputError(f"{base}: no tokenizer files, and none beside the adapter")
+    rows = next(
+        (op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))),
+        None,
+    )
+    vocabulary = artifacts.vocabulary_size(files["tokenizer.json"]) if "tokenizer.json" in files else 0
+    if rows is not None and vocabulary > rows:
+        raise InputError(
+            f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
+            "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
+        )
+    home = (
+        adapter
+        if any(f.parent == adapter for f in files.values()) and (adapter / "tokenizer_config.json").exists()
+        else base
+    )
+    try:
+        return AutoTokenizer.from_pretrained(str(home))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{home}: transformers cannot load the tokenizer: {error}") from error
+
+
+def source_of(item: Data, directory: Path) -> data.Source:
+    return data.Source(
+        path=item.resolve(directory), dataset=item.dataset, builtin=item.builtin, config=item.config, split=item.split,
+        revision=item.revision, column=item.column, documents=item.documents,
+    )  # fmt: skip
+
+
+def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[data.Tokens]], Tensor, dict[str, Any]]:
+    """(all documents of each source, windows int64 [samples, length] drawn from them, facts for the report)."""
+    c = recipe.calibration
+    sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
+    entries = [(str(s), data.tokenize(s, tokenizer, e.format), e.share) for s, e in sources]
+    bos = tokenizer.bos_token_id if data.adds_bos(tokenizer) else None
+    windows = data.calibration_windows(
+        entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
+    )
+    facts = {
+        "data": [name for name, _, _ in entries], "documents": sum(len(d) for _, d, _ in entries),
+        "windows": c.samples, "length": c.length, "tokens": windows.numel(), "seed": c.seed, "digest": data.digest(windows),
+    }  # fmt: skip
+    return [documents for _, documents, _ in entries], windows, facts
+
+
+def evaluation_set(
+    recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequence[Sequence[data.Tokens]] = ()
+) -> EvalSet:
+    """One evaluation set, cut into windows by the recipe's protocol.
+
+    calibrated: the documents of the calibration sources. Raises InputError when most of the set's documents are
+    among them, drawn into a window or not, or when nothing is left to score.
+    """
+    from requant_eval import windows as ev
+    from requant_eval.errors import EvaluationError
+
+    e = recipe.evaluate
+    item = next(s for s in e.sets if s.name == name)
+    source = source_of(item.data, recipe.directory)
+    bos = tokenizer.bos_token_id if data.adds_bos(tokenizer) else None
+    if e.protocol != "documents":
+        ids = tokenizer("\n\n".join(data.read_texts(source)), verbose=False)["input_ids"]
+        documents = [ev.Document(tuple(ids))]
+    else:
+        rows = data.tokenize(source, tokenizer, item.format)
+        _refuse_identical(name, data.shared_documents(calibrated, rows), "documents")
+        documents = [_document(row, item.document_tokens, item.score == "completion") for row in rows]
+    try:
+        return ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
+    except EvaluationError as error:
+        raise InputError(f"evaluate.sets: {error}") from error
+
+
+def _document(row: data.Tokens, cut: int | None, completion: bool) -> Any:
+    from requant_eval.windows import Document
+
+    return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
+
+
+def _refuse_identical(name: str, share: float, what: str) -> None:
+    if share >= IDENTICAL:
+        raise InputError(
+            f"evaluation set {name}: {share:.0%} of its {what} are in the calibration text: "
+            "the quantizer would be judged on what it has seen; use other text"
+        )
+
+
+def overlaps(windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str]) -> dict[str, float]:
+    """Share of each set's 13-grams that the calibration text holds; raises InputError when it is mostly the same text."""
+    shares = {}
+    for s in sets:
+        share = data.overlap(windows, [w.ids.tolist() for w in s.windows])
+        _refuse_identical(s.name, share, "13-token runs")
+        if share > OVERLAPS:
+            warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the calibration text")
+        shares[s.name] = share
+    return shares
