@@ -73,3 +73,21 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor
         return out
     norms = torch.sqrt((out * out).sum(dim=1))
     return out * (magnitude.double().reshape(-1) / norms)[:, None]
+
+
+def coordinate_descent(
+    weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, levels: int, sweeps: int
+) -> Tensor:
+    """Set one code after another to its best value given all others, in fp64, trying every level. [rows, n] each."""
+    w, h, out = weight.double(), hessian.double(), codes.clone().long()
+    for _ in range(sweeps):
+        for j in range(w.shape[1]):
+            for r in range(w.shape[0]):
+                losses = []
+                for level in range(levels):
+                    trial = out[r].clone()
+                    trial[j] = level
+                    e = w[r] - (trial - zero[r]) * scale[r]
+                    losses.append(float(e @ h @ e))
+                out[r, j] = min(range(levels), key=losses.__getitem__)
+    return out.to(torch.uint8)

@@ -325,3 +325,46 @@ def test_solution_is_deterministic() -> None:
     first, second = (solved(weight.clone(), hessian.clone(), Grid(4, 64), "activation") for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert first.loss == second.loss
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refining_is_coordinate_descent(symmetric: bool) -> None:
+    """Against trying every level of every code in fp64; the update formula may differ where two levels tie."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 32) @ torch.randn(32, 32)
+    hessian, weight, grid = x.T @ x / 200, torch.randn(4, 32), Grid(3, 32, symmetric)
+    hessian.diagonal().add_(0.01)
+    scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
+    start = grid_module.round_to_grid(weight, scales, grid)
+    wide = [t.repeat_interleave(32, dim=1) for t in (scales.scale.double(), scales.zero.double())]
+    expected = oracle.coordinate_descent(weight, start, hessian, *wide, grid.levels, sweeps=2)
+    assert (gptq.refine(weight, start, hessian, scales, grid, 2) != expected).sum() <= 1
+
+
+def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem()
+    grid = Grid(4, 64)
+    scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
+    codes = [grid_module.round_to_grid(weight, scales, grid)]
+    for _ in range(4):
+        codes.append(gptq.refine(weight, codes[-1], hessian, scales, grid, 1))
+    losses = [gptq.output_error(weight - grid_module.dequantize_codes(c, scales), hessian) for c in codes]
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
+    assert losses[-1] < 0.7 * losses[0]
+    assert torch.equal(gptq.refine(weight, codes[0], hessian, scales, grid, 0), codes[0])
+    monkeypatch.setattr(gptq, "BLOCK", 48)
+    other = gptq.refine(weight, codes[0], hessian, scales, grid, 1)
+    assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently
+
+
+def test_corrected_weights_are_the_least_squares_answer() -> None:
+    """Without damping: the weight that maps the inputs as they are to the outputs as they were."""
+    torch.manual_seed(0)
+    before = torch.randn(400, 24)
+    now = before + 0.1 * torch.randn(400, 24)
+    weight = torch.randn(8, 24)
+    drift = (before - now).T @ now
+    exact = torch.linalg.lstsq(now.double(), (before @ weight.T).double()).solution.T
+    ours = gptq.correct(weight, now.T @ now, drift, 0.0, 1.0)
+    assert torch.allclose(ours.double(), exact, atol=1e-4)
+    assert torch.equal(gptq.correct(weight, now.T @ now, torch.zeros(24, 24), 0.01, 1.0), weight)

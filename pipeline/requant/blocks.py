@@ -33,6 +33,7 @@ class BlockInput:
 
     hidden: Tensor  # [batch, length, width]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    exact: Tensor | None = None  # what `hidden` would be had no earlier block been quantized
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -221,6 +222,28 @@ def find_stages(walk: Walk, index: int, item: BlockInput, linears: Sequence[str]
             f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - seen))} was never called on the calibration text"
         )
     return [Stage(tuple(dict.fromkeys(names))) for names in groups.values()]
+
+
+def exact_inputs(walk: Walk, index: int, items: Sequence[BlockInput], stages: Sequence[Stage]) -> list[list[Tensor]]:
+    """Inputs of every stage, per batch, when nothing was quantized yet; advances `exact` by this block.
+
+    The block must hold its original weights.
+    """
+    block = walk.blocks[index]
+    seen: list[list[Tensor]] = [[] for _ in stages]
+
+    def keep(position: int) -> Callable[..., None]:
+        return lambda _, args: seen[position].append(args[0])
+
+    handles = [block.get_submodule(s.linears[0]).register_forward_pre_hook(keep(i)) for i, s in enumerate(stages)]
+    try:
+        for item in items:
+            source = item.hidden if item.exact is None else item.exact
+            item.exact = walk.run(index, BlockInput(source, item.arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def step(

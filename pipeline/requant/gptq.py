@@ -166,6 +166,21 @@ def refine(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid:
     return level.add_(zero).to(torch.uint8).T.contiguous()
 
 
+def correct(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float, share: float) -> Tensor:
+    """The weight whose output on the inputs as they are comes closest to the original's on the inputs as they were.
+
+    weight: fp32 [rows, n]. hessian: X' X of the inputs X after earlier layers were quantized. drift: (X0 - X)' X, X0 the
+    inputs before. Returns W + share * W drift (H + damp * mean(diag) * I)^-1. Source: Arai & Ichikawa, QEP
+    (arXiv:2504.09629), and Li et al., GPTAQ (arXiv:2504.02692).
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * hessian.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        return weight
+    return weight + share * torch.cholesky_solve((weight @ drift).T, factor).T
+
+
 def output_error(error: Tensor, hessian: Tensor) -> float:
     """tr(E H E'), fp32 [rows, n] against the undamped, symmetric H [n, n]."""
     return float(torch.einsum("rn,rn->", error @ hessian, error))

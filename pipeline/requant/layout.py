@@ -26,6 +26,7 @@ class Settings:
     grid: Grid = Grid()  # noqa: RUF009 - frozen
     order: Literal["auto", "natural", "activation", "group"] = "auto"
     sweeps: int = 0
+    correct: float = 0.0
     damp: float | None = None  # None: 0.01 when there are 16 tokens for each input feature, else 0.05
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from requant import gptq, pack, skeleton
-from requant.blocks import BlockInput, Stage, Walk, block_linears, find_stages, step
+from requant.blocks import BlockInput, Stage, Walk, block_linears, exact_inputs, find_stages, step
 from requant.checkpoint import Checkpoint, write_text
 from requant.errors import StageError
 from requant.layout import Plan, Settings, plan, write_small_files
@@ -65,10 +65,13 @@ class Quantizer:
         if linears and linears not in self.stages:
             self.stages[linears] = find_stages(self.walk, index, items[0], linears)
 
-        def reach(stage: Stage, inputs: Iterator[Tensor]) -> None:
-            self._stage(block, prefix, stage, inputs)
+        stages = self.stages.get(linears, [])
+        exact = exact_inputs(self.walk, index, items, stages) if self.settings.correct else [[]] * len(stages)
 
-        step(self.walk, index, items, self.stages.get(linears, []), reach)
+        def reach(stage: Stage, inputs: Iterator[Tensor]) -> None:
+            self._stage(block, prefix, stage, inputs, exact[stages.index(stage)])
+
+        step(self.walk, index, items, stages, reach)
         self._check_finite(prefix, items)
         self._write_rest(index)
         self.walk.release(block)
@@ -90,14 +93,21 @@ class Quantizer:
     def _stored(self, module: str) -> str:
         return self.walk.names[f"{module}.weight"].removesuffix(".weight")
 
-    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[Tensor]) -> None:
+    def _stage(
+        self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[Tensor], exact: list[Tensor]
+    ) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         n = next(iter(linears.values())).in_features
         train, held = (torch.zeros(n, n, device=self.walk.device) for _ in range(2))
         last = self.batches - max(1, self.batches // HELD_SHARE)
+        drift = torch.zeros(n, n, device=self.walk.device)
         for i, x in enumerate(inputs):
             gptq.add_to_hessian(held if i >= last else train, x)
+            if exact:
+                flat = x.reshape(-1, n).float()
+                drift.addmm_((exact[i].reshape(-1, n).float() - flat).T, flat)
+                exact[i] = torch.empty(0)
         hessian = gptq.symmetrize(train + held).div_(self.tokens)
         if not torch.isfinite(hessian.diagonal()).all():
             raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
@@ -111,14 +121,11 @@ class Quantizer:
             order = "activation" if self.settings.order == "auto" else self.settings.order
         factors: dict[tuple[str, int], gptq.Factor] = {}
         for name, linear in linears.items():
+            weight = linear.weight.float()
+            if exact:
+                weight = gptq.correct(weight, hessian, drift / self.tokens, damp, self.settings.correct)
             solution = gptq.quantize_weight(
-                linear.weight.float(),
-                hessian,
-                self.plan.grids[name],
-                order=order,
-                damp=damp,
-                sweeps=self.settings.sweeps,
-                factors=factors,
+                weight, hessian, self.plan.grids[name], order=order, damp=damp, sweeps=self.settings.sweeps, factors=factors
             )
             self._keep(name, solution)
             linear.weight.copy_(solution.weight().to(self.walk.dtype))
