@@ -46,7 +46,9 @@ def build(work: Path, layers: int, shape: dict[str, int]) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=16000, num_hidden_layers=layers, tie_word_embeddings=False, dtype="bfloat16", **shape)
+    config = LlamaConfig(
+        vocab_size=16000, num_hidden_layers=layers, tie_word_embeddings=False, dtype="bfloat16", **shape
+    )
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(work / "base-16bit")
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(work / "base-16bit", quantization_config=four, dtype=torch.bfloat16)
@@ -59,10 +61,10 @@ def build(work: Path, layers: int, shape: dict[str, int]) -> None:
 
 
 def ours(work: Path, out: Path) -> tuple[float, int]:
-    from requant import adapter, merge, prepare, selftest
-
     import peft  # noqa: F401
     import transformers  # noqa: F401
+
+    from requant import adapter, merge, prepare, selftest
 
     before, started = peak(), time.perf_counter()
     plan, _model = prepare.plan_merge(work / "base-nf4", adapter.load(work / "adapter"), None, False)
@@ -134,7 +136,11 @@ def compare(root: Path, repeats: int) -> dict[str, Any]:
     cases = {"wide-12": 12, "narrow-12": -12, "narrow-48": -48}
     for name, layers in cases.items():
         (root / name).mkdir(parents=True)
-        subprocess.run([sys.executable, __file__, "--build", str(layers), "--work", str(root / name)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, __file__, "--build", str(layers), "--work", str(root / name)],
+            check=True,
+            capture_output=True,
+        )
     runs: dict[str, list[dict[str, Any]]] = {m: [] for m in METHODS}
     for _ in range(repeats):
         for method in METHODS:

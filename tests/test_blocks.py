@@ -89,8 +89,10 @@ def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path
         block = walk.load(index)
         stages = find_stages(walk, index, items[0], tuple(block_linears(block)))
 
-        def reach(stage: Stage, inputs: Iterator[Tensor], index: int = index, block: Any = block) -> None:
-            seen[f"{index}.{stage.linears[0]}"] = torch.cat(list(inputs))
+        def reach(
+            stage: Stage, inputs: Iterator[tuple[Tensor, Tensor]], index: int = index, block: Any = block
+        ) -> None:
+            seen[f"{index}.{stage.linears[0]}"] = torch.cat([x for x, _ in inputs])
             for name in stage.linears:
                 block.get_submodule(name).weight.mul_(0.5)
 

@@ -281,3 +281,30 @@ def test_the_last_matching_override_wins() -> None:
     assert settings.grid_of("b.q_proj") == gptq.Grid(8, 32)
     assert settings.grid_of("b.o_proj") is None
     assert settings.grid_of("a.o_proj") == gptq.Grid(4, 64)
+
+
+def test_correcting_keeps_the_model_closer_to_itself(tmp_path: Path) -> None:
+    """Each layer makes up for part of what earlier ones lost: the last hidden states end nearer to the original's."""
+    source = model_dir(tmp_path)
+    windows = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
+
+    def distance(correct: float) -> float:
+        out = tmp_path / f"out-{correct}"
+        out.mkdir()
+        settings = Settings(GRID, "activation", correct=correct)
+        quantize(source, out, windows, settings, dtype=torch.float16, device=torch.device("cpu"), batch=4)
+        return hidden_error(source, dict(load_quantized(out)), windows)
+
+    assert distance(1.0) < 0.95 * distance(0.0)
+
+
+def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> float:
+    """Relative distance of the last hidden states of a model with `stored` weights from those of `source`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).model
+    with torch.no_grad():
+        exact = model(windows).last_hidden_state
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored[f"model.{name}"].float())
+        return float((model(windows).last_hidden_state - exact).norm() / exact.norm())

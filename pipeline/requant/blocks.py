@@ -33,7 +33,7 @@ class BlockInput:
 
     hidden: Tensor  # [batch, length, width]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    exact: Tensor | None = None  # what `hidden` would be had no earlier block been quantized
+    exact: Tensor | None = None  # what `hidden` would be had no earlier block been quantized, where that is wanted
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -184,10 +184,14 @@ class Walk:
 
     def run(self, index: int, item: BlockInput) -> Tensor:
         """One block on one batch: the next hidden states."""
-        args, kwargs = item.arguments[index]
-        out = self.blocks[index](item.hidden, *args, **kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        return self.forward(self.blocks[index], item.hidden, item.arguments[index])
+
+    @staticmethod
+    def forward(block: Any, hidden: Tensor | None, others: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """A block's hidden states out of hidden states in, whichever way it wraps them."""
+        out = block(hidden, *others[0], **others[1])
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
 
 def _stop(*_: Any) -> None:
@@ -224,43 +228,48 @@ def find_stages(walk: Walk, index: int, item: BlockInput, linears: Sequence[str]
     return [Stage(tuple(dict.fromkeys(names))) for names in groups.values()]
 
 
-def exact_inputs(walk: Walk, index: int, items: Sequence[BlockInput], stages: Sequence[Stage]) -> list[list[Tensor]]:
-    """Inputs of every stage, per batch, when nothing was quantized yet; advances `exact` by this block.
-
-    The block must hold its original weights.
-    """
-    block = walk.blocks[index]
-    seen: list[list[Tensor]] = [[] for _ in stages]
-
-    def keep(position: int) -> Callable[..., None]:
-        return lambda _, args: seen[position].append(args[0])
-
-    handles = [block.get_submodule(s.linears[0]).register_forward_pre_hook(keep(i)) for i, s in enumerate(stages)]
-    try:
-        for item in items:
-            source = item.hidden if item.exact is None else item.exact
-            item.exact = walk.run(index, BlockInput(source, item.arguments))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
 def step(
     walk: Walk,
     index: int,
     items: Sequence[BlockInput],
     stages: Sequence[Stage],
-    reach: Callable[[Stage, Iterator[Tensor]], None],
+    reach: Callable[[Stage, Iterator[tuple[Tensor, Tensor]]], None],
+    twin: nn.Module | None = None,
 ) -> None:
-    """Run one block on every batch, pausing all of them before each stage; hidden states are replaced by the block's output.
+    """Run one block on every batch, pausing all of them before each stage; `hidden` becomes the block's output.
 
-    reach(stage, inputs) is called once a stage with an iterator over the batches' inputs [batch, length, in]; it may
-    replace the weights of the stage's linears before the batches go on.
+    reach(stage, inputs) is called once a stage with an iterator over the batches' (input, exact input), each
+    [batch, length, in]; it may replace the weights of the stage's linears before the batches go on. `twin` is the block
+    with its original weights: it runs in step on `exact` and gives the exact inputs; without it both are the same.
     """
     block = walk.blocks[index]
-    first = {stage.linears[0]: stage for stage in stages}
     alive = [True]
+    handles = [h for m in (block, twin) if m is not None for h in _pauses(m, stages, alive)]
+    runs = [greenlet(walk.forward) for _ in items]
+    exact = [greenlet(walk.forward) for _ in items] if twin is not None else [None] * len(items)
+
+    def inputs(stage: Stage, starting: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        for run, other, item in zip(runs, exact, items, strict=True):
+            others = item.arguments[index]
+            x = _advance(run, (block, item.hidden, others) if starting else (), stage)
+            yield x, x if other is None else _advance(other, (twin, item.exact, others) if starting else (), stage)
+
+    try:
+        for position, stage in enumerate(stages):
+            reach(stage, inputs(stage, position == 0))
+        for run, other, item in zip(runs, exact, items, strict=True):
+            others = item.arguments[index]
+            item.hidden = run.switch() if stages else walk.forward(block, item.hidden, others)
+            if other is not None:
+                item.exact = other.switch() if stages else walk.forward(twin, item.exact, others)
+    finally:
+        alive[0] = False
+        for handle in handles:
+            handle.remove()
+
+
+def _pauses(block: nn.Module, stages: Sequence[Stage], alive: list[bool]) -> list[Any]:
+    """Hooks that hand the input of each stage's first linear to whoever runs the greenlet, and wait."""
 
     def pause(stage: Stage) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -270,24 +279,7 @@ def step(
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(pause(stage)) for name, stage in first.items()]
-    runs = [greenlet(walk.run) for _ in items]
-    try:
-        for position, stage in enumerate(stages):
-            starting = position == 0
-            reach(
-                stage,
-                (
-                    _advance(run, (index, item) if starting else (), stage)
-                    for run, item in zip(runs, items, strict=True)
-                ),
-            )
-        for run, item in zip(runs, items, strict=True):
-            item.hidden = run.switch() if stages else walk.run(index, item)
-    finally:
-        alive[0] = False
-        for handle in handles:
-            handle.remove()
+    return [block.get_submodule(s.linears[0]).register_forward_pre_hook(pause(s)) for s in stages]
 
 
 def _advance(run: Any, arguments: tuple[Any, ...], expected: Stage) -> Tensor:

@@ -166,6 +166,12 @@ def refine(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid:
     return level.add_(zero).to(torch.uint8).T.contiguous()
 
 
+def add_drift(drift: Tensor, inputs: Tensor, exact: Tensor) -> None:
+    """drift (fp32 [n, n]) += (exact - inputs)' @ inputs, both [..., n]."""
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    drift.addmm_((exact.reshape(x.shape).float() - x).T, x)
+
+
 def correct(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float, share: float) -> Tensor:
     """The weight whose output on the inputs as they are comes closest to the original's on the inputs as they were.
 
@@ -173,6 +179,8 @@ def correct(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float, share: 
     inputs before. Returns W + share * W drift (H + damp * mean(diag) * I)^-1. Source: Arai & Ichikawa, QEP
     (arXiv:2504.09629), and Li et al., GPTAQ (arXiv:2504.02692).
     """
+    if not share or not drift.any():
+        return weight
     damped = hessian.clone()
     damped.diagonal().add_(damp * hessian.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(damped)

@@ -25,9 +25,9 @@ class Settings:
 
     grid: Grid = Grid()  # noqa: RUF009 - frozen
     order: Literal["auto", "natural", "activation", "group"] = "auto"
-    sweeps: int = 0
-    correct: float = 0.0
-    damp: float | None = None  # None: 0.01 when there are 16 tokens for each input feature, else 0.05
+    sweeps: int = 0  # of coordinate descent after the column loop
+    correct: float = 0.0  # share of earlier layers' error that each layer makes up for
+    damp: float | None = None  # None: 0.02 when there are 16 tokens for each input feature, else 0.05
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
 
     def grid_of(self, module: str) -> Grid | None:

@@ -165,7 +165,10 @@ def quantize_settings(recipe: Recipe) -> layout.Settings:
         changed = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(own, k)) is not None}
         overrides.append((pattern, None if own.skip else changed))
     grid = Grid(q.bits, q.group_size, q.symmetric, q.signed_scales, q.scale_search)
-    return layout.Settings(grid, q.order, q.sweeps, None if q.damp == "auto" else float(q.damp), tuple(overrides))
+    damp = None if q.damp == "auto" else float(q.damp)
+    return layout.Settings(
+        grid=grid, order=q.order, sweeps=q.sweeps, correct=q.correct, damp=damp, overrides=tuple(overrides)
+    )
 
 
 def plan_quantize(plan: MergePlan, model: Any, settings: layout.Settings, dtype: torch.dtype) -> layout.Plan:

@@ -6,6 +6,7 @@ replays the finished blocks from their own files and goes on with the same numbe
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from requant import gptq, pack, skeleton
-from requant.blocks import BlockInput, Stage, Walk, block_linears, exact_inputs, find_stages, step
+from requant.blocks import BlockInput, Stage, Walk, block_linears, find_stages, step
 from requant.checkpoint import Checkpoint, write_text
 from requant.errors import StageError
+from requant.grid import Grid
 from requant.layout import Plan, Settings, plan, write_small_files
 from requant.writer import CheckpointWriter
 
@@ -64,14 +66,12 @@ class Quantizer:
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.stages:
             self.stages[linears] = find_stages(self.walk, index, items[0], linears)
+        twin = copy.deepcopy(block) if self.settings.correct else None
 
-        stages = self.stages.get(linears, [])
-        exact = exact_inputs(self.walk, index, items, stages) if self.settings.correct else [[]] * len(stages)
+        def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor]]) -> None:
+            self._stage(block, prefix, stage, inputs)
 
-        def reach(stage: Stage, inputs: Iterator[Tensor]) -> None:
-            self._stage(block, prefix, stage, inputs, exact[stages.index(stage)])
-
-        step(self.walk, index, items, stages, reach)
+        step(self.walk, index, items, self.stages.get(linears, []), reach, twin)
         self._check_finite(prefix, items)
         self._write_rest(index)
         self.walk.release(block)
@@ -80,6 +80,9 @@ class Quantizer:
         """Run a block that was finished before an interruption, from its own files."""
         block = self.walk.load(index)
         prefix = f"{self.walk.prefix}.{index}."
+        if self.settings.correct:
+            for item in items:
+                item.exact = self.walk.forward(block, item.exact, item.arguments[index])
         for name, linear in block_linears(block).items():
             grid = self.plan.grids.get(prefix + name)
             if grid is not None:
@@ -93,48 +96,54 @@ class Quantizer:
     def _stored(self, module: str) -> str:
         return self.walk.names[f"{module}.weight"].removesuffix(".weight")
 
-    def _stage(
-        self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[Tensor], exact: list[Tensor]
-    ) -> None:
+    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         n = next(iter(linears.values())).in_features
         train, held = (torch.zeros(n, n, device=self.walk.device) for _ in range(2))
         last = self.batches - max(1, self.batches // HELD_SHARE)
         drift = torch.zeros(n, n, device=self.walk.device)
-        for i, x in enumerate(inputs):
+        for i, (x, exact) in enumerate(inputs):
             gptq.add_to_hessian(held if i >= last else train, x)
-            if exact:
-                flat = x.reshape(-1, n).float()
-                drift.addmm_((exact[i].reshape(-1, n).float() - flat).T, flat)
-                exact[i] = torch.empty(0)
-        hessian = gptq.symmetrize(train + held).div_(self.tokens)
+            if exact is not x:
+                gptq.add_drift(drift, x, exact)
+        hessian, drift = gptq.symmetrize(train + held).div_(self.tokens), drift.div_(self.tokens)
         if not torch.isfinite(hessian.diagonal()).all():
             raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
         damp = self._damp(n)
-        if self.settings.order == "auto" and self.batches > 1:
-            weights = [linear.weight.float() for linear in linears.values()]
-            grid = self.plan.grids[next(iter(linears))]
-            train, held = gptq.symmetrize(train), gptq.symmetrize(held)
-            order = gptq.better_order(weights, train, held, grid, ("activation", "group"), damp)
-        else:
-            order = "activation" if self.settings.order == "auto" else self.settings.order
+        weights = {name: linear.weight.float() for name, linear in linears.items()}
+        grid = self.plan.grids[next(iter(linears))]
+        order = self._order(list(weights.values()), (train, held), grid, damp)
         factors: dict[tuple[str, int], gptq.Factor] = {}
         for name, linear in linears.items():
-            weight = linear.weight.float()
-            if exact:
-                weight = gptq.correct(weight, hessian, drift / self.tokens, damp, self.settings.correct)
+            weight = gptq.correct(weights[name], hessian, drift, damp, self.settings.correct)
             solution = gptq.quantize_weight(
-                weight, hessian, self.plan.grids[name], order=order, damp=damp, sweeps=self.settings.sweeps, factors=factors
+                weight,
+                hessian,
+                self.plan.grids[name],
+                order=order,
+                damp=damp,
+                sweeps=self.settings.sweeps,
+                factors=factors,
             )
             self._keep(name, solution)
             linear.weight.copy_(solution.weight().to(self.walk.dtype))
 
     def _damp(self, n: int) -> float:
-        """The recipe's damping, or 0.01 with at least 16 tokens for each of `n` inputs, else 0.05."""
+        """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
         if self.settings.damp is not None:
             return self.settings.damp
-        return 0.01 if self.tokens >= 16 * n else 0.05
+        return 0.02 if self.tokens >= 16 * n else 0.05
+
+    def _order(self, weights: Sequence[Tensor], halves: tuple[Tensor, Tensor], grid: Grid, damp: float) -> gptq.Order:
+        """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow: they leave nothing to decide."""
+        asked = self.settings.order
+        if asked != "auto":
+            return asked
+        if self.settings.sweeps or self.batches == 1:
+            return "activation"
+        train, held = gptq.symmetrize(halves[0]), gptq.symmetrize(halves[1])
+        return gptq.better_order(weights, train, held, grid, ("activation", "group"), damp)
 
     def _keep(self, name: str, solution: gptq.Solution) -> None:
         """Write one linear's tensors and remember what it cost."""
@@ -201,6 +210,9 @@ def quantize(
     journal = _read_journal(out)
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=bool(journal)) as writer:
         items = walk.embed(windows, batch)
+        if settings.correct:
+            for item in items:
+                item.exact = item.hidden
         quantizer = Quantizer(walk, layout, settings, writer, (windows.numel(), len(items)))
         for index in range(len(walk)):
             started = time.monotonic()

@@ -239,14 +239,18 @@ class Quantize(Section):
     scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")
     order: Literal["auto", "natural", "activation", "group"] = Field(
         default="auto",
-        description="Order in which columns are solved, invisible in the file; auto: the better, per module.",
+        description="Order in which columns are solved, invisible in the file; auto: by activation, "
+        "or without sweeps the better for each module.",
     )
     sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
-        default=4, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
+        default=3, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
+    )
+    correct: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5, description="Share of the error of earlier layers that each layer's weights make up for; 0: none."
     )
     damp: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         default="auto",
-        description="Share of the mean diagonal added to the Hessian; auto: 0.01, or 0.05 with few tokens.",
+        description="Share of the mean diagonal added to the Hessian; auto: 0.02, or 0.05 with few tokens.",
     )
     dtype: Literal["auto", "float16", "bfloat16"] = Field(
         default="auto",

@@ -90,7 +90,7 @@ class Keys:
         onto = (original, None) if p.recipe.merge.onto == "original" else (base, simulate)
         merged = key_of(LAYOUT, "merge", onto, adapter, p.recipe.merge.model_dump())
         grids = {name: asdict(grid) for name, grid in p.quantize.grids.items()}
-        settings = (p.settings.order, p.settings.sweeps, p.settings.damp, str(p.serving_dtype))
+        settings = (p.settings.order, p.settings.sweeps, p.settings.correct, p.settings.damp, str(p.serving_dtype))
         quantized = key_of(merged, "quantize", grids, settings, p.calibration_facts["digest"], device.type)
         every = {
             "base": key_of(LAYOUT, "base", base, simulate),
