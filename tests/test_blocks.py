@@ -90,7 +90,7 @@ def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path
         stages = find_stages(walk, index, items[0], tuple(block_linears(block)))
 
         def reach(
-            stage: Stage, inputs: Iterator[tuple[Tensor, Tensor]], index: int = index, block: Any = block
+            stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], index: int = index, block: Any = block
         ) -> None:
             seen[f"{index}.{stage.linears[0]}"] = torch.cat([x for x, _ in inputs])
             for name in stage.linears:

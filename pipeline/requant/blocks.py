@@ -233,26 +233,27 @@ def step(
     index: int,
     items: Sequence[BlockInput],
     stages: Sequence[Stage],
-    reach: Callable[[Stage, Iterator[tuple[Tensor, Tensor]]], None],
+    reach: Callable[[Stage, Iterator[tuple[Tensor, Tensor | None]]], None],
     twin: nn.Module | None = None,
 ) -> None:
     """Run one block on every batch, pausing all of them before each stage; `hidden` becomes the block's output.
 
     reach(stage, inputs) is called once a stage with an iterator over the batches' (input, exact input), each
     [batch, length, in]; it may replace the weights of the stage's linears before the batches go on. `twin` is the block
-    with its original weights: it runs in step on `exact` and gives the exact inputs; without it both are the same.
+    with its original weights: it runs in step on the batches that have `exact` and gives their exact inputs; for the
+    others, and without it, the exact input is None.
     """
     block = walk.blocks[index]
     alive = [True]
     handles = [h for m in (block, twin) if m is not None for h in _pauses(m, stages, alive)]
     runs = [greenlet(walk.forward) for _ in items]
-    exact = [greenlet(walk.forward) for _ in items] if twin is not None else [None] * len(items)
+    exact = [greenlet(walk.forward) if twin is not None and item.exact is not None else None for item in items]
 
-    def inputs(stage: Stage, starting: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def inputs(stage: Stage, starting: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         for run, other, item in zip(runs, exact, items, strict=True):
             others = item.arguments[index]
             x = _advance(run, (block, item.hidden, others) if starting else (), stage)
-            yield x, x if other is None else _advance(other, (twin, item.exact, others) if starting else (), stage)
+            yield x, None if other is None else _advance(other, (twin, item.exact, others) if starting else (), stage)
 
     try:
         for position, stage in enumerate(stages):

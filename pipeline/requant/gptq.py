@@ -241,13 +241,15 @@ def quantize_weight(
         damped = hessian + torch.eye(len(hessian), device=hessian.device) * (factor.damp * mean)
         codes = refine(weight, codes, damped, scales, grid, sweeps)
     loss = output_error(weight - dequantize_codes(codes, scales), hessian)
-    rounded = round_to_grid(weight, scales, grid)
-    rounded_loss = output_error(weight - dequantize_codes(rounded, scales), hessian)
-    if rounded_loss < loss:
-        codes, loss, worse = rounded, rounded_loss, True
+    control = _rtn_loss(weight, hessian, grid)
+    if loss > control:  # else rounding on better scales cannot be worth a look
+        rounded = round_to_grid(weight, scales, grid)
+        rounded_loss = output_error(weight - dequantize_codes(rounded, scales), hessian)
+        if rounded_loss < loss:
+            codes, loss, worse = rounded, rounded_loss, True
     whole = max(output_error(weight, hessian), torch.finfo(torch.float32).tiny)
-    relative, control = ((max(x, 0.0) / whole) ** 0.5 for x in (loss, _rtn_loss(weight, hessian, grid)))
-    return Solution(codes, scales, grid, loss, relative, control, factor.damp, order, factor.diagonal or worse)
+    relative, plain = ((max(x, 0.0) / whole) ** 0.5 for x in (loss, control))
+    return Solution(codes, scales, grid, loss, relative, plain, factor.damp, order, factor.diagonal or worse)
 
 
 def _rtn_loss(weight: Tensor, hessian: Tensor, grid: Grid) -> float:

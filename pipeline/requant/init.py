@@ -210,7 +210,7 @@ quantize:
   scale_search: hessian     # hessian | minmax, default hessian; minmax is the classic, and worse
   order: auto               # auto | natural | activation | group, default auto; leaves no trace in the file
   correct: 0.5              # share of earlier layers' error that each layer makes up for, default 0.5; 0 is none
-  sweeps: 3                 # passes of coordinate descent over the codes, default 3; 0 is plain GPTQ
+  sweeps: 2                 # passes of coordinate descent over the codes, default 2; 0 is plain GPTQ
   damp: auto                # auto | 0 < number < 1, default auto; raise it if a factorization fails
   dtype: auto               # auto | float16 | bfloat16, default auto; what the server will run in
   overrides: {{}}             # pattern -> settings, such as "*.down_proj": {{bits: 8}}; default none

@@ -29,6 +29,7 @@ from requant.writer import CheckpointWriter
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 JOURNAL = "blocks.json"
+EXACT_SHARE = 2  # one in so many batches also runs unquantized, to know what earlier layers lost
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
@@ -68,7 +69,7 @@ class Quantizer:
             self.stages[linears] = find_stages(self.walk, index, items[0], linears)
         twin = copy.deepcopy(block) if self.settings.correct else None
 
-        def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor]]) -> None:
+        def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
             self._stage(block, prefix, stage, inputs)
 
         step(self.walk, index, items, self.stages.get(linears, []), reach, twin)
@@ -82,7 +83,8 @@ class Quantizer:
         prefix = f"{self.walk.prefix}.{index}."
         if self.settings.correct:
             for item in items:
-                item.exact = self.walk.forward(block, item.exact, item.arguments[index])
+                if item.exact is not None:
+                    item.exact = self.walk.forward(block, item.exact, item.arguments[index])
         for name, linear in block_linears(block).items():
             grid = self.plan.grids.get(prefix + name)
             if grid is not None:
@@ -96,18 +98,22 @@ class Quantizer:
     def _stored(self, module: str) -> str:
         return self.walk.names[f"{module}.weight"].removesuffix(".weight")
 
-    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _stage(
+        self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]
+    ) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         n = next(iter(linears.values())).in_features
         train, held = (torch.zeros(n, n, device=self.walk.device) for _ in range(2))
         last = self.batches - max(1, self.batches // HELD_SHARE)
         drift = torch.zeros(n, n, device=self.walk.device)
+        drifting = 0
         for i, (x, exact) in enumerate(inputs):
             gptq.add_to_hessian(held if i >= last else train, x)
-            if exact is not x:
+            if exact is not None:
                 gptq.add_drift(drift, x, exact)
-        hessian, drift = gptq.symmetrize(train + held).div_(self.tokens), drift.div_(self.tokens)
+                drifting += x.shape[:-1].numel()
+        hessian, drift = gptq.symmetrize(train + held).div_(self.tokens), drift.div_(max(drifting, 1))
         if not torch.isfinite(hessian.diagonal()).all():
             raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
         damp = self._damp(n)
@@ -211,7 +217,7 @@ def quantize(
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=bool(journal)) as writer:
         items = walk.embed(windows, batch)
         if settings.correct:
-            for item in items:
+            for item in items[::EXACT_SHARE]:
                 item.exact = item.hidden
         quantizer = Quantizer(walk, layout, settings, writer, (windows.numel(), len(items)))
         for index in range(len(walk)):

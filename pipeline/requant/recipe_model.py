@@ -243,7 +243,7 @@ class Quantize(Section):
         "or without sweeps the better for each module.",
     )
     sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
-        default=3, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
+        default=2, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
     )
     correct: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.5, description="Share of the error of earlier layers that each layer's weights make up for; 0: none."
