@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,12 +24,12 @@ def account(
     return {
         "name": r.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe": recipe.dump(r),
+        "recipe": public_recipe(r),
         "base": {
-            "name": public_name(r.base.model),
+            "name": public_name(r.base.source, r.directory),
             "nf4": asdict(prepared.simulate) if prepared.simulate else "pre-quantized",
         },
-        "adapter": {"name": public_name(r.adapter.path)},
+        "adapter": {"name": public_name(r.adapter, r.directory)},
         "merge": {k: v for k, v in merged.items() if k not in MEASURED},
         "quantize": {
             "settings": r.quantize.model_dump(),
@@ -49,9 +50,14 @@ def account(
     }
 
 
-def public_name(name: str) -> str:
+def public_name(source: recipe.Source, directory: Path) -> str:
     """A hub id as it is, of a local path the last part only."""
-    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else Path(name).name
+    return Path(source.resolve(directory)).name if source.is_local(directory) else source.path
+
+
+def public_recipe(r: recipe.Recipe) -> str:
+    """The recipe without the directories of this machine: absolute paths are cut to their last part."""
+    return re.sub(r"(?m)^(\s*(?:- )?(?:path|model): )(['\"]?)(?:/|~)\S*/([^/\s'\"]+)", r"\1\2\3", recipe.dump(r))
 
 
 def _size(path: Path) -> int:

@@ -31,7 +31,9 @@ def edit_config(
     config: Mapping[str, Any], *, dtype: str, untie: bool = False, vocab_size: int | None = None
 ) -> dict[str, Any]:
     """A copy of config.json for unquantized weights of `dtype`, with what the merge changed."""
-    edited = {k: v for k, v in config.items() if k not in ("quantization_config", "_pre_quantization_dtype")}
+    edited = {
+        k: v for k, v in config.items() if k not in ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
+    }
     sections = [edited]
     if isinstance(edited.get("text_config"), dict):
         edited["text_config"] = dict(edited["text_config"])

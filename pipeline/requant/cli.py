@@ -90,7 +90,7 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 
     with _quiet():
         prepared = prepare.prepare(wanted)
-    need, free = prepare.check_disk(prepared, Path(wanted.output.dir))
+    need, free = prepare.check_disk(prepared, Path(wanted.output.dir) / wanted.name)
     _print_check(prepared, need, free)
 
 

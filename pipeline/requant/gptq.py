@@ -75,13 +75,15 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         raise ValueError("the Hessian holds NaN or infinity")
     permuted = hessian[order][:, order]
     n = permuted.shape[0]
-    while mean > 0 and damp <= MAX_DAMP:
+    while mean > 0:
         damped = permuted.clone()
         damped.diagonal().add_(damp * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
             root = lower.flip(0, 1)
             return Factor(root / root.diagonal(), order, damp)
+        if 2 * damp > MAX_DAMP:
+            break
         damp *= 2
     return Factor(torch.eye(n, device=hessian.device), order, damp, diagonal=True)
 

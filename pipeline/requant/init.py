@@ -181,7 +181,7 @@ _ON_THE_FLY = """\
     double_quant: true      # bool; bnb_4bit_use_double_quant (transformers' own default is false)
     blocksize: 64           # 32 ... 4096, default 64; bitsandbytes' default too
     load_dtype: bfloat16    # float16 | bfloat16 | float32, default bfloat16; dtype it was loaded in
-    skip: []                # names, default []; llm_int8_skip_modules (lm_head always stays in 16 bit)
+    skip: []                # names, default []; llm_int8_skip_modules as given; a list must name lm_head too
 """
 
 _PRE_QUANTIZED = """\

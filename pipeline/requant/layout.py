@@ -18,6 +18,8 @@ from requant.errors import InputError
 from requant.grid import Grid
 from requant.writer import Slot
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -49,6 +51,12 @@ class Plan:
     left: tuple[str, ...]  # linears of blocks left in 16 bit
     bits_per_weight: float
     prefix: str  # module name of the list of blocks
+
+    @property
+    def partly_left(self) -> list[str]:
+        """Names inside a block that are left in 16 bit in some blocks and quantized in others."""
+        done, left = ({_inner(n, self.prefix) for n in names} for names in (self.grids, self.left))
+        return sorted(done & left)
 
 
 class Layout(Protocol):
@@ -126,7 +134,8 @@ def write_small_files(
     for name, grid in layout.grids.items():
         if grid != settings.grid:
             overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
-    inside = sorted({n.removeprefix(layout.prefix).split(".", 2)[2] for n in layout.grids})
+    overrides |= _fused(overrides)
+    inside = [] if layout.partly_left else sorted({_inner(n, layout.prefix) for n in layout.grids})
     quantization = pack.quantization_config(
         bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
         damp=damp, overrides=overrides, quantized=inside, meta=meta,
@@ -135,6 +144,22 @@ def write_small_files(
     artifacts.write_json(out / "config.json", config | {"quantization_config": quantization})
     artifacts.write_json(out / "quantize_config.json", quantization)
     artifacts.copy_small_files(source, out)
+
+
+def _inner(name: str, prefix: str) -> str:
+    """A linear's name inside its block."""
+    return name.removeprefix(prefix).split(".", 2)[2]
+
+
+def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The same rules under the names of engines that fuse q/k/v and gate/up, where all parts share one."""
+    extra = {}
+    for fused, parts in FUSED.items():
+        for name, own in overrides.items():
+            stem = name.removesuffix(parts[0])
+            if name.endswith("." + parts[0]) and all(overrides.get(stem + p, ...) == own for p in parts):
+                extra[stem + fused] = own
+    return extra
 
 
 def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:

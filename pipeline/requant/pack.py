@@ -132,7 +132,8 @@ def quantization_config(
 
     overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names inside a
     block of the linears that are quantized. Both `dynamic` (gptqmodel, vLLM, SGLang) and
-    `modules_in_block_to_quantize` (transformers with optimum) are written when something is left out.
+    `modules_in_block_to_quantize` (transformers with optimum) are written when something is left out; the latter not
+    when `quantized` is empty.
     """
     config: dict[str, Any] = {
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": symmetric,
@@ -142,7 +143,7 @@ def quantization_config(
     if overrides:
         rules = {("-:" if own is None else "+:") + _exactly(name): dict(own or {}) for name, own in overrides.items()}
         config["dynamic"] = rules
-    if any(own is None for own in overrides.values()):
+    if quantized and any(own is None for own in overrides.values()):
         config["modules_in_block_to_quantize"] = [list(quantized)]
     return config
 

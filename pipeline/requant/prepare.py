@@ -72,7 +72,7 @@ def prepare(recipe: Recipe) -> Prepared:
     settings = quantize_settings(recipe)
     planned = plan_quantize(plan, model, settings, dtype)
     warnings += deployment_warnings(planned)
-    tokenizer = texts.load_tokenizer(base, adapter_path, plan)
+    tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)
     seen, windows, facts = texts.calibration(recipe, tokenizer)
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = texts.overlaps(windows, sets, warnings)
@@ -193,13 +193,20 @@ def deployment_warnings(planned: layout.Plan) -> list[str]:
             "overrides are read by vLLM, SGLang and gptqmodel; "
             "plain transformers ignores `dynamic`, only skipped modules work there"
         )
+    if planned.partly_left:
+        warnings.append(
+            f"{', '.join(planned.partly_left)} is skipped in some blocks only: transformers with optimum cannot load that"
+        )
     return warnings
 
 
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
-    """(bytes that will be written, bytes free); raises InputError when they do not fit."""
+    """(bytes still to be written, bytes free) for the run directory `where`; raises InputError when they do not fit."""
     dtype = merge.DTYPES.get(prepared.recipe.merge.dtype, torch.float16)
     need = sum(s.nbytes for s in prepared.merge.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.slots)
+    written = [f for name in ("merged", "gptq") for f in where.glob(f"*{name}*/*.safetensors")]
+    written += [f for name in ("merged", "gptq") for f in where.glob(f".{name}.partial-*/*.safetensors")]
+    need = max(0, need - sum(f.stat().st_size for f in set(written)))  # of this run, or replaced by it
     existing = next(p for p in (where, *where.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:

@@ -35,7 +35,11 @@ HELD_SHARE = 8  # one in so many batches judges the column order, the others mak
 
 @dataclass(frozen=True, slots=True)
 class ModuleResult:
-    """What quantizing one linear cost. relative: sqrt(tr(E H E') / tr(W H W')), of the calibration text."""
+    """What quantizing one linear cost on the calibration text, against the weight it was solved for.
+
+    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). With `correct`, W is the corrected weight: what it makes
+    up for is not counted as an error. rtn_error: the same for rounding W to nearest on min-max scales.
+    """
 
     name: str
     bits: int

@@ -156,7 +156,9 @@ class Nf4(Section):
         default="bfloat16", description="dtype the weights were cast to before they were quantized."
     )
     skip: Annotated[tuple[Text, ...], AsTuple] = Field(
-        default=(), description="Module names or name suffixes that stayed in 16 bit; lm_head always does."
+        default=(),
+        description="llm_int8_skip_modules of the training run, as given (module names or suffixes): "
+        "empty keeps lm_head in 16 bit, a list must name it.",
     )
 
 

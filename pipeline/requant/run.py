@@ -190,7 +190,7 @@ class Runner:
         if not todo:
             self.watcher.stage("evaluate", True)
             return
-        if "merged" in todo or "rtn" in todo:
+        if {"merged", "rtn", "original"} & todo.keys():
             self.merge(needed=True)
         places = variants.Places(
             self.p.base, self.p.adapter, self.dir.path / "merged", self.dir.path / "gptq", self.p.simulate,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 IDENTICAL, OVERLAPS = 0.5, 0.01
 
 
-def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan) -> Any:
+def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan, trust_remote_code: bool = False) -> Any:
     """The tokenizer the merged model will have; refuses one with more tokens than the model has embeddings."""
     from transformers import AutoTokenizer
 
@@ -35,15 +37,13 @@ def load_tokenizer(base: Path, adapter: Path, plan: merge.MergePlan) -> Any:
             f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
             "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
         )
-    home = (
-        adapter
-        if any(f.parent == adapter for f in files.values()) and (adapter / "tokenizer_config.json").exists()
-        else base
-    )
-    try:
-        return AutoTokenizer.from_pretrained(str(home))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{home}: transformers cannot load the tokenizer: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:  # exactly the files that will be shipped
+        for name, file in {"config.json": base / "config.json", **files}.items():
+            shutil.copyfile(file, Path(folder) / name)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{base}: transformers cannot load the tokenizer ({', '.join(files)}): {error}") from error
 
 
 def source_of(item: Data, directory: Path) -> data.Source:

@@ -139,7 +139,7 @@ def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *,
     model = AutoModelForCausalLM.from_pretrained(
         str(places.base), device_map={"": device}, trust_remote_code=places.trust_remote_code, **options
     )
-    _compute_in(model, dtype)
+    _compute_in(model, dtype, places.simulate.blocksize if places.simulate else None)
     if with_adapter:
         from peft import PeftModel
 
@@ -147,7 +147,7 @@ def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *,
     return model.eval()
 
 
-def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
     """Let 4-bit layers decode to and multiply in `dtype`; check bitsandbytes' decoder where it is known to be wrong.
 
     bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not a whole number of blocks.
@@ -161,10 +161,15 @@ def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             if any(p.dtype.is_floating_point for p in module._parameters.values() if p is not None):
                 _cast_own(module, dtype)
             continue
+        state = module.weight.quant_state
+        if blocksize not in (None, state.blocksize):
+            raise StageError(
+                f"{name}: bitsandbytes quantizes in blocks of {state.blocksize}, base.nf4.blocksize is {blocksize}: "
+                "base and adapter cannot be measured as trained; quantize the base once with that block size and use it"
+            )
         module.compute_dtype = dtype
         if dtype == torch.float32:
             module.support_avx512bf16_for_cpu = False  # else its first forward repacks the scales to bfloat16
-        state = module.weight.quant_state
         state.dtype = dtype
         shape = tuple(state.shape)
         if module.weight.device.type == "cpu" and shape[-1] % state.blocksize and shape not in checked:
