@@ -38,11 +38,12 @@ def test_no_weight_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all("quant_state" in name for name in seen)
 
 
-def test_the_disk_needed_is_what_the_run_writes(project: Path, finished: Path) -> None:
-    need, free = prepare.check_disk(prepared(project), finished)
+def test_the_disk_needed_is_what_the_run_still_writes(project: Path, finished: Path, tmp_path: Path) -> None:
+    need, free = prepare.check_disk(prepared(project), tmp_path / "new")
     written = sum(info.nbytes for name in ("merged", "gptq") for info in Checkpoint(finished / name).values())
     assert need == written
     assert free > need
+    assert prepare.check_disk(prepared(project), finished)[0] == 0, "a finished run needs no more"
 
 
 def test_the_plan_is_what_the_run_writes(project: Path, finished: Path) -> None:
