@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -235,15 +236,20 @@ def merge(
     target = DTYPES[chosen]
     result = MergeResult(chosen, why, plan.ledger, warnings=list(plan.warnings))
     total = len(plan.ops)
-    with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer:
+    with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer, ThreadPoolExecutor(1) as disk:
+        writing: Future[None] | None = None
         for done, op in enumerate(plan.ops):
             value, changes = compute(plan, op)
             if not changes and op.fold:
                 result.untrained.append(op.fold.module)
             rounded = _round(op, value, _target(op, target), result)
-            writer.write(op.name, rounded)
+            if writing is not None:
+                writing.result()  # one tensor is written while the next is made, never more
+            writing = disk.submit(writer.write, op.name, rounded)
             if progress:
                 progress(done + 1, total)
+        if writing is not None:
+            writing.result()
         writer.close()
         result.bytes = writer.total_size
     if result.untrained and len(result.untrained) == len(plan.adapter.folds) and not plan.adapter.replaced:
