@@ -31,6 +31,7 @@ _SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _OTHER: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_neox": {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"},
@@ -38,8 +39,15 @@ _OTHER: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64, "word_embed_proj_dim": 64, "pad_token_id": 0,
     },
+    "gemma": _SMALL | {"head_dim": 16},
     "gemma2": _SMALL | {"head_dim": 16, "sliding_window": 8},
+    "gemma3_text": _SMALL | {"head_dim": 16, "sliding_window": 8},
     "qwen3": _SMALL | {"head_dim": 16},
+    "cohere2": _SMALL | {"head_dim": 16, "sliding_window": 8},
+    "mixtral": _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _SMALL | _EXPERTS | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": _SMALL | _EXPERTS | {"head_dim": 16},
+    "olmoe": _SMALL | _EXPERTS,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import bitsandbytes.functional as bnb
 import pico
 import pytest
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit
 
 from requant import nf4, skeleton
@@ -69,7 +70,9 @@ def test_simulated_weights_are_cast_to_the_load_dtype_first(tmp_path: Path) -> N
     assert torch.equal(base.read(norm), checkpoint.read(norm).bfloat16())
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt_neox", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "opt", "gpt_neox", "gpt2", "gemma2", "falcon", "qwen2_moe", "mixtral"]
+)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("skip", [(), ("lm_head", "v_proj"), ("layers.0",)])
 @pytest.mark.filterwarnings("ignore")
@@ -77,17 +80,18 @@ def test_quantizable_modules_are_those_of_transformers(
     tmp_path: Path, kind: str, tied: bool, skip: tuple[str, ...]
 ) -> None:
     """The real replacement, on the meta device, is the oracle."""
-    import transformers
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
 
     config: Any = pico.model(kind, tie_word_embeddings=tied).config
     skeleton_model = skeleton.build(config)
     ours = skeleton.quantizable(skeleton_model, skip)
-    live = skeleton.build(config)
+    with torch.device("meta"):
+        live = transformers.AutoModelForCausalLM.from_config(config)
+    live.tie_weights()
     settings = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(skip) or None)
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     kept = quantizer.get_modules_to_not_convert(live, settings.llm_int8_skip_modules, live._keep_in_fp32_modules)
     live = replace_with_bnb_linear(live, modules_to_not_convert=kept, quantization_config=settings)
     assert ours == {name for name, module in live.named_modules() if isinstance(module, Linear4bit)}
-    assert ours or skip
+    assert ours or skip or kind == "falcon", "Falcon's Linear is a class of its own, which bitsandbytes passes over"

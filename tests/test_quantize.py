@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import gptq, pack, skeleton
+from requant import gptq, pack, skeleton, variants
 from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
 from requant.layout import Settings, load_quantized, plan
@@ -37,12 +37,8 @@ def run(source: Path, out: Path, settings: Settings | None = None, **options: An
 
 def ours(source: Path, out: Path) -> Any:
     """The model as `load_quantized` reads it, fp32."""
-    made = skeleton.build(skeleton.load_config(source))
-    stored = dict(load_quantized(out))
-    names = skeleton.tensor_names(made, stored)
-    skeleton.place(made, {parameter: stored[name].float() for parameter, name in names.items()})
-    made.tie_weights()
-    return made
+    places = variants.Places(source, source, source, out, None, {})
+    return variants.load("gptq", places, device=CPU, dtype=torch.float32)
 
 
 def test_the_written_weights_are_on_their_grid(tmp_path: Path) -> None:
@@ -239,9 +235,10 @@ def test_a_group_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> None
 
 
 def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
-    source = model_dir(tmp_path, "gpt2")
-    with pytest.raises(InputError, match=r"hold no nn.Linear to quantize"):
-        run(source, tmp_path / "out")
+    made = torch.nn.Module()
+    made.blocks = torch.nn.ModuleList([torch.nn.LayerNorm(4)])
+    with pytest.raises(InputError, match=r"the blocks of Module hold no Linear to quantize"):
+        plan({}, made, Settings(GRID), torch.float16, where=tmp_path)
 
 
 def test_nan_activations_stop_the_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from requant import skeleton
+from requant import linears, skeleton
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
 
@@ -48,9 +48,9 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear of a block by its name inside the block."""
-    return {name: m for name, m in block.named_modules() if type(m) is nn.Linear}
+def block_linears(block: nn.Module) -> dict[str, Any]:
+    """Every Linear of a block by its name inside the block."""
+    return {name: m for name, m in block.named_modules() if linears.is_linear(m)}
 
 
 class _Captured(Exception):

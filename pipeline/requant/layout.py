@@ -76,7 +76,7 @@ def plan(
     names = skeleton.tensor_names(model, tensors)
     linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
     if not linears:
-        raise InputError(f"{where}: the blocks of {type(model).__name__} hold no nn.Linear to quantize")
+        raise InputError(f"{where}: the blocks of {type(model).__name__} hold no Linear to quantize")
     grids: dict[str, Grid] = {}
     problems: list[str] = []
     replaced: dict[str, list[Slot]] = {}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,10 @@ def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype)
 
 def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dtype) -> Any:
     """The model of a GPTQ checkpoint, dequantized by `layout.load_quantized`."""
-    names = [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in Checkpoint(path)]
-    return _filled(path, names, load_quantized(path), places, device, dtype)
+    checkpoint = Checkpoint(path)
+    names = [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in checkpoint]
+    packed = {n for n in names if n not in checkpoint}
+    return _filled(path, names, load_quantized(path), places, device, dtype, packed)
 
 
 def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
@@ -78,8 +80,12 @@ def _filled(
     places: Places,
     device: torch.device,
     dtype: torch.dtype,
+    oriented: Container[str] = (),
 ) -> Any:
-    """The model of `path`'s config with these tensors, by checkpoint name; `names` are all of theirs."""
+    """The model of `path`'s config with these tensors, by checkpoint name; `names` are all of theirs.
+
+    oriented: names of matrices that come as [out, in] whatever the 16-bit checkpoint's layout.
+    """
     trust = places.trust_remote_code
     model: Any = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
     owners: dict[str, list[str]] = {}
@@ -88,7 +94,7 @@ def _filled(
     pending = {n for n, _ in model.named_parameters()}
     for name, tensor in tensors:
         for parameter in owners.get(name, []):
-            skeleton.place(model, {parameter: tensor.to(device, dtype)})
+            skeleton.place(model, {parameter: tensor.to(device, dtype)}, turn=name not in oriented)
             pending.discard(parameter)
     if pending:
         raise StageError(f"{path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
@@ -107,13 +113,17 @@ def _rounded(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
     model = skeleton.build(skeleton.load_config(places.merged, trust_remote_code=trust), trust_remote_code=trust)
     names = skeleton.tensor_names(model, checkpoint)
     grids = {names[f"{module}.weight"]: grid for module, grid in places.grids.items()}
+    turned = {names[f"{module}.weight"] for module in skeleton.conv1d_modules(model)}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in checkpoint:
             value = checkpoint.read(name)
-            yield name, _round(value.to(device).float(), grids[name]) if name in grids else value
+            if name in grids:
+                value = value.T if name in turned else value
+                value = _round(value.to(device).float().contiguous(), grids[name])
+            yield name, value
 
-    return _filled(places.merged, checkpoint, tensors(), places, device, dtype)
+    return _filled(places.merged, checkpoint, tensors(), places, device, dtype, grids)
 
 
 def _round(weight: Tensor, grid: Grid) -> Tensor:

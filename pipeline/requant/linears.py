@@ -1,0 +1,164 @@
+"""Every matrix of a model as a Linear: GPT-2's Conv1D turned, fused experts split into one Linear for each of theirs.
+
+Makes a model that other code can walk without special cases: a quantizable weight is the `weight` [out, in] of a module
+that `is_linear`, called once in every forward, in a fixed order, on the rows that it acts on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# nn.Linear under another name: its own forward is the same product. bitsandbytes does not know it as a Linear.
+_LINEAR_LIKE = frozenset({"FalconLinear"})
+ROLES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Turned(nn.Linear):
+    """A GPT-2 style Conv1D, whose 16-bit checkpoint holds [in, out], as a Linear that holds [out, in]."""
+
+
+class Expert(nn.Module):
+    """One gated expert: down(act(gate(x)) * up(x)), with its family's own way to combine gate and up."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        both, inner = fused.gate_up_proj.shape[-2], fused.down_proj.shape[-1]
+        self.gate_proj = _meta_linear(fused.gate_up_proj.shape[-1], both // 2)
+        self.up_proj = _meta_linear(fused.gate_up_proj.shape[-1], both // 2)
+        self.down_proj = _meta_linear(inner, fused.down_proj.shape[-2])
+        self._combine = fused._apply_gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self._combine(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1))
+        result: Tensor = self.down_proj(hidden)
+        return result
+
+
+class SplitExperts(nn.Module):
+    """transformers' fused experts as one module of three Linears for each expert, named 0, 1, 2 ... like before fusing.
+
+    Every expert is called once in every forward, on the rows (tokens) routed to it, also when there are none.
+
+    floor: while calibrating, an expert gets at least this share of the rows it would get if all were chosen alike:
+    tokens routed elsewhere are added to its input, their outputs are dropped. `added` counts them by expert.
+    leader: the experts that run ahead on the same tokens with other hidden states; their rows come first in each
+    input here, so that the two inputs can be compared row by row. What this forward returns is not changed by either.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.count = int(fused.gate_up_proj.shape[0])
+        for index in range(self.count):
+            self.add_module(str(index), Expert(fused))
+        self.floor = 0.0
+        self.leader: SplitExperts | None = None
+        self.rows: tuple[Tensor, ...] = ()
+        self.routed, self.added = [0] * self.count, [0] * self.count
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, k]; an index of `count` means no expert."""
+        rows = self._rows(top_k_index, hidden_states.shape[0])
+        weights = top_k_weights.new_zeros(hidden_states.shape[0], self.count + 1).scatter_(
+            1, top_k_index, top_k_weights
+        )
+        out = torch.zeros_like(hidden_states)
+        for index, own in enumerate(rows):
+            expert: nn.Module = self._modules[str(index)]  # type: ignore[assignment]
+            share = weights[own, index, None]
+            result = (expert(hidden_states[own]) * share).masked_fill_(share == 0, 0)
+            out.index_add_(0, own, result.to(out.dtype))
+        return out
+
+    def _rows(self, top_k_index: Tensor, tokens: int) -> tuple[Tensor, ...]:
+        """The token rows of each expert's input."""
+        k = top_k_index.shape[1]
+        flat = top_k_index.reshape(-1)
+        counts = torch.bincount(flat, minlength=self.count + 1).tolist()
+        order = torch.argsort(flat, stable=True) // k
+        rows: tuple[Tensor, ...] = torch.split(order, counts)[: self.count]
+        if self.leader is not None:
+            return tuple(_first(own, ahead) for own, ahead in zip(rows, self.leader.rows, strict=True))
+        if self.floor:
+            least = min(tokens, -(-int(self.floor * tokens * k) // self.count))
+            filled = tuple(_fill(own, least, tokens) for own in rows)
+            for index, (own, full) in enumerate(zip(rows, filled, strict=True)):
+                self.routed[index] += len(own)
+                self.added[index] += len(full) - len(own)
+            rows = filled
+        self.rows = rows
+        return rows
+
+
+def _first(own: Tensor, ahead: Tensor) -> Tensor:
+    """`ahead`, then what only `own` has."""
+    return torch.cat((ahead, own[~torch.isin(own, ahead)]))
+
+
+def _fill(own: Tensor, least: int, tokens: int) -> Tensor:
+    """`own` rows, and others evenly spread over all tokens until there are `least`."""
+    lacking = least - len(own)
+    if lacking <= 0:
+        return own
+    others = torch.ones(tokens, dtype=torch.bool, device=own.device)
+    others[own] = False
+    free = others.nonzero()[:, 0]
+    return torch.cat((own, free[torch.arange(lacking, device=own.device) * len(free) // lacking]))
+
+
+def _meta_linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device="meta")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its `weight` [out, in] and adds its `bias`, nothing else."""
+    return type(module) in (nn.Linear, Turned) or type(module).__name__ in _LINEAR_LIKE
+
+
+def expose(model: nn.Module) -> None:
+    """Replace Conv1D and fused experts of a model on the meta device, in place."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if type(module) is Conv1D:
+            inputs, outputs = module.weight.shape
+            _replace(model, name, Turned(inputs, outputs, bias=module.bias is not None, device="meta"))
+        elif _splittable(module):
+            _replace(model, name, SplitExperts(module))
+            module._parameters.clear()  # the module lives on for its way to combine gate and up
+
+
+def _splittable(module: Any) -> bool:
+    """Fused experts of transformers 5 (integrations/moe.py `use_experts_implementation`) in the layout [gate; up], no biases."""
+    if not fused_experts(module):
+        return False
+    plain = not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
+    return bool(plain and module.has_gate and module.is_concatenated)
+
+
+def fused_experts(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' containers of fused experts."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+
+
+def left_fused(model: nn.Module) -> list[str]:
+    """Names of three-dimensional expert weights that stay as they are: no Linear is quantized in their place."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and "expert" in (name + type(module).__name__).lower()
+    ]
+
+
+def split_experts(module: nn.Module) -> Iterator[tuple[str, SplitExperts]]:
+    """The split experts inside a module, by name."""
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, SplitExperts))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
