@@ -26,7 +26,8 @@ KINDS = {
 class Table:
     """A title, column names, rows of as many cells each, and a line under it.
 
-    text: how many leading columns are words; the others are numbers.
+    text: how many leading columns are words; the others are numbers. key: names the table for whoever draws a figure
+    of it.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text: int = 1
+    key: str = ""
 
     def select(self, *columns: str) -> Table:
         """The same table with only these columns."""
@@ -91,6 +93,7 @@ def waterfall_table(s: Mapping[str, Any]) -> Table:
         tuple(rows),
         "Paired; steps add up in ln perplexity, negative is better.",
         text=2,
+        key="steps",
     )
 
 
@@ -105,7 +108,7 @@ def divergence_table(s: Mapping[str, Any]) -> Table:
         rows.append((e["to"], format_estimate(kl["mean"]), *ladder, agreement))
     columns = ("variant", "mean KL", "median", "p90", "p95", "p99", "p99.9", "max", "same top-1")
     note = f"KL({s['reference']} || variant) per token, nats."
-    return Table(f"{s['name']}: distance from {s['reference']}", columns, tuple(rows), note)
+    return Table(f"{s['name']}: distance from {s['reference']}", columns, tuple(rows), note, key="kl")
 
 
 def flips_table(s: Mapping[str, Any]) -> Table:
@@ -119,7 +122,8 @@ def flips_table(s: Mapping[str, Any]) -> Table:
         for e in s["edges"]
     ]
     columns = ("step", "right -> wrong", "wrong -> right")
-    return Table(f"{s['name']}: flips", columns, tuple(rows), "Share of scored tokens, top-1 against the text.")
+    note = "Share of scored tokens, top-1 against the text."
+    return Table(f"{s['name']}: flips", columns, tuple(rows), note, key="flips")
 
 
 def retention_table(s: Mapping[str, Any]) -> Table:
@@ -149,7 +153,7 @@ def modules_table(facts: Mapping[str, Any]) -> Table:
     rows = tuple((str(m.get("name", "?")), *(_cell(m.get(key)) for key in shown)) for m in worst)
     title = f"The {len(rows)} worst of {len(modules)} modules"
     note = "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data."
-    return Table(title, ("module", *(optional[key] for key in shown)), rows, note)
+    return Table(title, ("module", *(optional[key] for key in shown)), rows, note, key="modules")
 
 
 def cost_tables(facts: Mapping[str, Any]) -> list[Table]:

@@ -1,0 +1,133 @@
+"""What a report says, in order, free of any format: report.md and report.html print this and nothing else.
+
+A section is a title and blocks: tables, lists, code, and figures. A figure only names what is to be drawn and from
+which part of the report; renderings without pictures leave it out, so nothing may be said in a figure alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from requant_eval.tables import Table, cost_tables, facts_table, modules_table, set_tables
+
+LIMITS = (
+    "Losses hold for these texts, this tokenizer and this window length; another domain may lose more.",
+    "Scoring is teacher-forced: every token is predicted from the true text. Errors that pile up while generating, "
+    "and task accuracy, are not measured: run a task benchmark on the checkpoint.",
+    "The weights were scored with this machine's kernels; a serving engine's kernels round differently.",
+    "KL does not add up along the steps; ln perplexity does.",
+)
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Sentences in a row."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """Sentences, one a line."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be shown as it is. title: a heading of its own."""
+
+    title: str
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of numbers that a table beside it also gives. data: the part of the report it is drawn from."""
+
+    kind: Literal["steps", "kl", "flips", "modules"]
+    data: Mapping[str, Any]
+
+
+Block = Table | Paragraph | Bullets | Code | Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """headline: the answer in one sentence. verdict: how the gates stand, said before everything else; "" without
+    gates. about: what was measured when.
+    """
+
+    headline: str
+    title: str
+    about: str
+    sections: tuple[Section, ...]
+    verdict: str = ""
+
+
+def document(report: Mapping[str, Any]) -> Document:
+    """The whole report; sections without content are left out."""
+    created = report["created"]
+    return Document(
+        headline=report["headline"],
+        title=str(report["name"] or "Quality report"),
+        about=f"Measured {created}. Perplexities and losses on the same tokens for every variant." if created else "",
+        sections=tuple(s for s in _sections(report) if s.blocks),
+    )
+
+
+def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
+    facts = report["facts"]
+    yield Section("Warnings", (Bullets(tuple(report["warnings"])),) if report["warnings"] else ())
+    for s in report["sets"]:
+        yield _set(s)
+    modules = modules_table(facts)
+    yield Section("Modules", (Figure("modules", facts), modules) if modules.rows else ())
+    yield Section("Cost", tuple(cost_tables(facts)))
+    described = (
+        facts_table("Merge", facts.get("merge")),
+        facts_table("Quantization", facts.get("quantize"), skip=("modules",)),
+        facts_table("Calibration", facts.get("calibration")),
+    )
+    yield Section("Merge, quantization, calibration", tuple(t for t in described if t.rows))
+    yield Section("Reproduce", tuple(_reproduce(report)))
+    yield Section("What this cannot tell you", (Bullets(LIMITS),))
+
+
+def _set(s: Mapping[str, Any]) -> Section:
+    """One evaluation set, each figure before the table with its numbers."""
+    mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
+    figures: dict[str, Figure] = {kind: Figure(kind, s) for kind in ("steps", "kl", "flips")}
+    blocks: list[Block] = []
+    for table in set_tables(s):
+        if table.key in figures:
+            blocks.append(figures[table.key])
+        blocks.append(table)
+    return Section(f"{s['name']}{mark}", tuple(blocks))
+
+
+def _reproduce(report: Mapping[str, Any]) -> Iterator[Block]:
+    facts = report["facts"]
+    inputs = {key: facts.get(key) for key in ("base", "adapter")}
+    sets = {s["name"]: f"sha256 {s['digest']}, fingerprint {s['fingerprint']}" for s in report["sets"]}
+    for t in (
+        facts_table("Inputs", inputs),
+        facts_table("Evaluation tokens", sets),
+        facts_table("Versions", facts.get("versions")),
+        facts_table("Hardware", facts.get("hardware")),
+    ):
+        if t.rows:
+            yield t
+    if facts.get("recipe"):
+        yield Code("Recipe", "yaml", str(facts["recipe"]).strip())
