@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "grid": set(),
     "gptq": {"grid"},
     "pack": set(),
+    "survival": set(),
     "facts": set(),
     "checkpoint": set(),
     "yaml_source": set(),
@@ -33,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "dequantize": {"checkpoint", "nf4"},
     "writer": {"checkpoint"},
     "merge": {"checkpoint", "adapter", "artifacts", "dequantize", "writer"},
+    "deltas": {"adapter", "merge", "survival"},
     "selftest": {"checkpoint", "adapter", "dequantize", "merge", "nf4"},
     "blocks": {"checkpoint", "linears", "skeleton"},
     "layout": {"artifacts", "blocks", "checkpoint", "grid", "pack", "skeleton", "writer"},
-    "quantize": {"blocks", "checkpoint", "gptq", "grid", "layout", "pack", "skeleton", "writer"},
+    "quantize": {"blocks", "checkpoint", "gptq", "grid", "layout", "pack", "skeleton", "survival", "writer"},
     "heal": {"blocks", "checkpoint", "pack", "skeleton", "quantize", "gptq"},
     "variants": {"checkpoint", "dequantize", "grid", "layout", "merge", "nf4", "skeleton"},
     "evaluate": {"rundir", "variants"},
@@ -70,7 +72,7 @@ def test_the_import_table(name: str) -> None:
 
 
 def test_maths_files_know_nothing_of_ours_or_of_models() -> None:
-    for file in (*(PIPELINE / f"{n}.py" for n in ("nf4", "grid", "gptq", "pack")), EVAL / "statistics.py"):
+    for file in (*(PIPELINE / f"{n}.py" for n in ("nf4", "grid", "gptq", "pack", "survival")), EVAL / "statistics.py"):
         text = file.read_text()
         assert imports(file, "requant") <= {"grid"}, file.name
         for package in ("transformers", "bitsandbytes", "peft", "safetensors", "pathlib"):

@@ -24,6 +24,7 @@ from requant.checkpoint import Checkpoint, write_text
 from requant.errors import StageError
 from requant.grid import Grid
 from requant.layout import Plan, Settings, plan, write_small_files
+from requant.survival import Deltas, survival
 from requant.writer import CheckpointWriter
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class ModuleResult:
 
     loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). With `correct`, W is the corrected weight: what it makes
     up for is not counted as an error. rtn_error: the same for rounding W to nearest on min-max scales.
+    The rest, of the adapter's delta against the same error, is described in `survival`; None without a delta.
     """
 
     name: str
@@ -50,17 +52,24 @@ class ModuleResult:
     damp: float
     order: str
     fallback: bool
+    delta_norm: float | None = None
+    signal: float | None = None
+    signal_to_noise: float | None = None
+    retention: float | None = None
+    output_retention: float | None = None
 
 
 class Quantizer:
     """The walk over one model; holds what every block needs. Use `quantize`."""
 
     def __init__(
-        self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, size: tuple[int, int]
-    ) -> None:
-        """size: calibration tokens, and the batches they come in."""
+        self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, size: tuple[int, int],
+        deltas: Deltas,
+    ) -> None:  # fmt: skip
+        """size: calibration tokens, and the batches they come in. deltas: by the name of the tensor in the checkpoint."""
         self.walk, self.plan, self.settings, self.writer = walk, plan, settings, writer
         self.tokens, self.batches = size
+        self.deltas = deltas
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
 
@@ -136,8 +145,14 @@ class Quantizer:
                 sweeps=self.settings.sweeps,
                 factors=factors,
             )
-            self._keep(name, solution)
-            linear.weight.copy_(solution.weight().to(self.walk.dtype))
+            quantized = solution.weight()
+            self._keep(name, solution, self._survival(name, quantized - weight, hessian, solution.loss))
+            linear.weight.copy_(quantized.to(self.walk.dtype))
+
+    def _survival(self, name: str, error: Tensor, hessian: Tensor, loss: float) -> dict[str, float | None]:
+        """What is left of the adapter's delta in one module, {} where it has none."""
+        delta = self.deltas(f"{self._stored(name)}.weight")
+        return {} if delta is None else asdict(survival(delta.to(error.device), error, hessian, loss))
 
     def _damp(self, n: int) -> float:
         """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
@@ -155,7 +170,7 @@ class Quantizer:
         train, held = gptq.symmetrize(halves[0]), gptq.symmetrize(halves[1])
         return gptq.better_order(weights, train, held, grid, ("activation", "group"), damp)
 
-    def _keep(self, name: str, solution: gptq.Solution) -> None:
+    def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, float | None]) -> None:
         """Write one linear's tensors and remember what it cost."""
         grid = solution.grid
         if solution.fallback:
@@ -173,6 +188,7 @@ class Quantizer:
                 solution.damp,
                 solution.order,
                 solution.fallback,
+                **adapted,
             )
         )
 
@@ -203,12 +219,13 @@ def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(
     source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
     batch: int = 1, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    deltas: Deltas | None = None, progress: Progress | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
 
     windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
-    Blocks compute in fp32 on the CPU and in `dtype` on a GPU. `out` must belong to the same source, windows and
+    Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
+    to measure what comes through. `out` must belong to the same source, windows and
     settings: the caller names it after their digest.
     """
     checkpoint = Checkpoint(source)
@@ -223,7 +240,8 @@ def quantize(
         if settings.correct:
             for item in items[::EXACT_SHARE]:
                 item.exact = item.hidden
-        quantizer = Quantizer(walk, layout, settings, writer, (windows.numel(), len(items)))
+        size = (windows.numel(), len(items))
+        quantizer = Quantizer(walk, layout, settings, writer, size, deltas or (lambda _: None))
         for index in range(len(walk)):
             started = time.monotonic()
             if index < len(journal):

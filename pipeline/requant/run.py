@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from requant import __version__, account, facts, merge, prepare, quantize, recipe, selftest, variants
+from requant import __version__, account, deltas, facts, merge, prepare, quantize, recipe, selftest, variants
 from requant import evaluate as evaluation
 from requant.checkpoint import write_text
 from requant.prepare import Prepared
@@ -173,7 +173,8 @@ class Runner:
                 self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
                 device=self.device, batch=max(1, 2048 // self.p.calibration.shape[1]),
                 trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
-                meta={"quantizer": [f"requant:{__version__}"]}, progress=self.watcher.progress,
+                meta={"quantizer": [f"requant:{__version__}"]}, deltas=deltas.deltas(self.p.merge),
+                progress=self.watcher.progress,
             )  # fmt: skip
             artifact.finish(self.keys.quantize, {"stage": "quantize", "requant": __version__})
             return {

@@ -1,0 +1,83 @@
+"""How much of the adapter's delta comes through a change of its weight, and how loud it is against it. Tensors only.
+
+With W = D + dW the merged weight, Q what is stored for it and E = Q - W, on inputs whose second moment is H:
+
+    signal to noise    tr(dW H dW') / tr(E H E')             below 1 the error is louder than what training added
+    retention          <Q - D, dW> / <dW, dW>                1: the whole delta is in Q, 0: Q is as if there were none
+    output retention   tr((Q - D) H dW') / tr(dW H dW')      the same for the delta's output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What the adapter adds to one weight, fp32 [rows, n]: `left @ right` of rank r, or `left` alone when it has no factors."""
+
+    left: Tensor
+    right: Tensor | None = None
+
+    def to(self, device: torch.device) -> Delta:
+        return Delta(self.left.to(device), None if self.right is None else self.right.to(device))
+
+    def rows(self, which: Tensor) -> Delta:
+        """The same for some rows (int64)."""
+        return Delta(self.left[which], self.right)
+
+    def dense(self) -> Tensor:
+        return self.left if self.right is None else self.left @ self.right
+
+    def inner(self, other: Tensor) -> float:
+        """<other, dW>, other fp32 [rows, n]; costs a product with r columns, not n."""
+        return _sum(other, self.left) if self.right is None else _sum(other @ self.right.T, self.left)
+
+    def square(self, hessian: Tensor | None = None) -> float:
+        """tr(dW H dW'), or <dW, dW> without `hessian` (symmetric, [n, n])."""
+        if self.right is None:
+            return _sum(self.left, self.left if hessian is None else self.left @ hessian)
+        right = self.right if hessian is None else self.right @ hessian
+        return _sum(self.left.T @ self.left, self.right @ right.T)
+
+    def through(self, hessian: Tensor) -> Delta:
+        """dW H, by its factors."""
+        return Delta(self.left @ hessian) if self.right is None else Delta(self.left, self.right @ hessian)
+
+
+Deltas = Callable[[str], Delta | None]
+"""Name of a tensor of the merged checkpoint -> what the adapter added to it, None where it added nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """One module's numbers; see the top of the file. delta_norm: sqrt(<dW, dW>). signal: tr(dW H dW'), H a mean per token.
+
+    signal_to_noise is None when the error is exactly zero, the retentions when the delta is.
+    """
+
+    delta_norm: float
+    signal: float
+    signal_to_noise: float | None
+    retention: float | None
+    output_retention: float | None
+
+
+def survival(delta: Delta, error: Tensor, hessian: Tensor, noise: float) -> Survival:
+    """error: Q - W, fp32 [rows, n]. hessian: symmetric fp32 [n, n], undamped. noise: tr(E H E') for that error."""
+    square, signal = max(delta.square(), 0.0), max(delta.square(hessian), 0.0)
+    return Survival(
+        delta_norm=square**0.5,
+        signal=signal,
+        signal_to_noise=signal / noise if noise > 0 else None,
+        retention=1 + delta.inner(error) / square if square > 0 else None,
+        output_retention=1 + delta.through(hessian).inner(error) / signal if signal > 0 else None,
+    )
+
+
+def _sum(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))
