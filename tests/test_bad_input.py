@@ -383,3 +383,17 @@ def test_text_with_nothing_to_score(
     error = capsys.readouterr().err
     assert "set 'in-domain': nothing to score" in error
     assert "Traceback" not in error
+
+
+def test_too_few_documents_for_an_interval(project: Path, tmp_path: Path) -> None:
+    error = refusal(project, tmp_path, {"evaluate.sets.1.data": {"path": "./general.jsonl", "documents": 2}})
+    assert isinstance(error, InputError)
+    assert "set 'general' has 2 documents with something to score: an interval needs at least 3" in str(error)
+
+
+def test_an_empty_evaluation_set(project: Path, tmp_path: Path) -> None:
+    mine = copied(project, tmp_path / "p", "general.jsonl")
+    (mine / "general.jsonl").write_text("")
+    error = refusal(mine, tmp_path)
+    assert error.exit_code == 2
+    assert "general.jsonl" in str(error)

@@ -255,3 +255,110 @@ def test_interrupted(here: Here, project: Path) -> None:
     here.monkeypatch.setattr("requant.run.run", stop)
     assert here("run", str(project / "recipe.yaml")) == 130
     assert "the same command goes on from here" in here.err
+
+
+# --- reports without a run ---
+
+GATES = ("ppl_increase in-domain 500%", "ppl_increase in-domain 0.001%")
+
+
+def test_gate_answers_from_the_file_alone(here: Here, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes((finished / "report.json").read_bytes())
+    assert here("gate", "report.json", "--gate", GATES[0]) == 0
+    assert here.out.startswith(
+        "PASS: GPTQ 4-bit g32 keeps its gate: ppl_increase on in-domain at most 500 %, measured +"
+    )
+    assert here("gate", str(finished), "--gate", GATES[0], "--gate", GATES[1], "--junit", "gates.xml") == 3
+    assert here.out.startswith("FAIL: ")
+    assert '<failure type="fail"' in (tmp_path / "gates.xml").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    edges = report["sets"][0]["edges"]
+    value = next(e for e in edges if (e["from"], e["to"]) == ("adapter", "gptq"))["loss_percent"]["value"]
+    assert here("gate", "report.json", "--gate", f"ppl_increase in-domain {value:.6f}%") == 4
+    assert here.out.startswith("INCONCLUSIVE: ")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["gates.xml", "report.json"], "reports are only read"
+
+
+def test_gate_needs_gates_and_a_report(here: Here, finished: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((str(finished),), "no gates in it: add them to the recipe, or give --gate"),
+        ((str(finished), "--gate", "ppl_increase in-domain"), "is not a gate: write"),
+        (
+            (str(finished), "--gate", "ppl_increase nowhere 5%"),
+            "the report has no set 'nowhere', only in-domain, general",
+        ),
+        (("nothing.json",), "nothing.json: cannot be read"),
+    ):
+        assert here("gate", *arguments) == 2
+        assert message in " ".join(here.err.split())
+        assert here.out == ""
+    (tmp_path / "report.json").write_text('{"schema_version": 2, "sets": []}')
+    assert here("gate", "report.json", "--junit", "gates.xml") == 2
+    assert "report.json: does not match the schema" in here.err
+    assert not (tmp_path / "gates.xml").exists()
+
+
+def test_run_ends_with_the_exit_code_of_its_gates(
+    here: Here, project: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    file = write_recipe(copied(project, tmp_path / "p"), {"output.dir": str(ran)})
+    for limit, code in (("0.001%", 3), ("500%", 0)):
+        gates = f"gates=[{{metric: ppl_increase, set: in-domain, max: {limit}}}]"
+        assert here("run", str(file), "--set", gates, "--junit", str(tmp_path / "gates.xml")) == code
+        assert here.out.endswith("report done: " + str(ran / "pico") + "\n")
+        report = json.loads((ran / "pico" / "report.json").read_text())
+        assert report["verdict"]["line"] in (tmp_path / "summary.md").read_text()
+        assert ('failures="1"' in (tmp_path / "gates.xml").read_text()) == (code == 3)
+        assert here("run", str(file), "--set", gates) == code, "also when there is nothing to do"
+        assert here("gate", str(ran / "pico")) == code
+    assert here("run", str(file)) == 0, "no gates, no verdict"
+
+
+def test_gate_is_light(finished: Path, tmp_path: Path) -> None:
+    code = "import atexit; atexit.register(lambda: print('LOADED', *{m.split('.')[0] for m in sys.modules})); main()"
+    done = requant("gate", str(finished), "--gate", GATES[0], cwd=tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    assert not (HEAVY - {"numpy"}) & set(done.stdout.partition("LOADED")[2].split())
+
+
+def test_schema_of_reports_accepts_a_report(here: Here, finished: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    assert here("schema", "--report") == 0
+    validator = jsonschema.Draft202012Validator(json.loads(here.out))
+    report = json.loads((finished / "report.json").read_text())
+    assert list(validator.iter_errors(report)) == []
+    assert list(validator.iter_errors(report | {"sets": 1}))
+
+
+def test_compare_says_who_is_better_without_a_model(here: Here, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_bytes((finished / "report.json").read_bytes())
+    options = ("--json", "c.json", "--markdown", "c.md")
+    assert here("compare", str(finished), "other/report.json:rtn", *options) == 0
+    comparison = json.loads((tmp_path / "c.json").read_text())
+    assert [run["name"] for run in comparison["runs"]] == ["pico", "other:rtn"]
+    assert comparison["sets"][0]["pairs"][0]["better"] == "pico"
+    assert here.out.startswith("in-domain: pico is best")
+    assert (tmp_path / "c.md").read_text().startswith("in-domain: pico is best")
+    assert here("compare", str(finished), "other", str(finished) + ":merged") == 0
+    assert "equal" in here.out
+    same = tmp_path / "same" / "pico"
+    same.mkdir(parents=True)
+    (same / "report.json").write_bytes((finished / "report.json").read_bytes())
+    assert here("compare", str(finished), "same/pico") == 0
+    assert "same/pico against" in here.out, "runs of one name are told apart by their paths"
+
+
+def test_compare_refuses_other_tokens(here: Here, finished: Path, tmp_path: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    report["sets"][1]["digest"] = "0" * 64
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert here("compare", str(finished), "report.json", "--json", "c.json") == 2
+    assert "set 'general':" in here.err
+    assert "scored on other tokens" in here.err
+    assert here("compare", str(finished)) == 2
+    assert "name at least two runs" in here.err
+    assert here("compare", str(finished), "nothing") == 2
+    assert "nothing/report.json" in here.err or "nothing: cannot be read" in here.err
+    assert not (tmp_path / "c.json").exists()

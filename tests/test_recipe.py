@@ -607,3 +607,92 @@ def test_import_is_light() -> None:
 
 
 PIPELINE = str(Path(__file__).parents[1] / "pipeline")
+
+
+# --- gates ---
+
+GATE = "gates:\n  - {metric: ppl_increase, set: in-domain, max: 5%}\n"
+
+
+def test_gates_are_read_and_kept() -> None:
+    r = recipe(
+        GATE + "  - {metric: kl, set: in-domain, max: 0.1}\n  - {metric: retention, set: in-domain, min: 90 %}\n"
+    )
+    assert [gate.rule().text for gate in r.gates] == [
+        "ppl_increase on in-domain at most 5 %",
+        "kl on in-domain at most 0.1 nats",
+        "retention on in-domain at least 90 %",
+    ]
+    assert parse(dump(r), directory=HERE) == r
+    assert recipe().gates == ()
+
+
+@pytest.mark.parametrize(
+    ("gate", "line"),
+    [
+        (
+            "{metric: ppl, set: in-domain, max: 5%}",
+            "recipe.yaml:12: gates.0.metric: 'ppl' is not one of ppl_increase, ",
+        ),
+        ("{metric: ppl_increase, set: code, max: 5%}", "gates.0.set: 'code' is not the name of a set: in-domain"),
+        ("{metric: ppl_increase, set: in-domain, max: 5}", "gates.0.max: 5.0 is not a percentage: write 5%"),
+        (
+            "{metric: ppl_increase, set: in-domain, min: 5%}",
+            "gates.0.min: ppl_increase is good when it is small: use max",
+        ),
+        ("{metric: ppl_increase, set: in-domain}", "gates.0.max: required key is missing"),
+        (
+            "{metric: ppl_increase, set: in-domain, max: 5%, relative_to: merged}",
+            "gates.0.relative_to: 'merged' is not rtn",
+        ),
+        ("{metric: ppl_increase, set: in-domain, maks: 5%}", "gates.0.maks: unknown key, did you mean 'max'?"),
+        (
+            "{metric: retention, set: in-domain, min: 50%, relative_to: rtn}",
+            "gates.0.relative_to: only ppl_increase, kl",
+        ),
+    ],
+)
+def test_a_gate_that_means_nothing(gate: str, line: str) -> None:
+    found = said(f"gates:\n  - {gate}\n")
+    assert len(found) == 1
+    assert line in found[0]
+    assert found[0].startswith("recipe.yaml:12: ")
+
+
+@pytest.mark.parametrize(
+    ("gate", "evaluate", "line"),
+    [
+        ("{metric: kl, set: in-domain, max: 0.1}", "kl: false", "gates.0.metric: kl needs evaluate.kl: true"),
+        ("{metric: agreement, set: in-domain, min: 90%}", "kl: false", "agreement needs evaluate.kl: true"),
+        (
+            "{metric: retention, set: in-domain, min: 90%}",
+            "variants: [adapter, gptq]",
+            "gates.0.metric: retention compares with base: add it to evaluate.variants",
+        ),
+        (
+            "{metric: ppl_increase, set: in-domain, max: 50%, relative_to: rtn}",
+            "variants: [adapter, gptq]",
+            "gates.0.relative_to: rtn is not scored: add it to evaluate.variants",
+        ),
+        (
+            "{metric: ppl_increase, set: in-domain, max: 5%}",
+            "variants: [adapter, merged]",
+            "gates.0: gptq is what ships and is judged: add it to evaluate.variants",
+        ),
+    ],
+)
+def test_a_gate_that_nothing_will_decide(gate: str, evaluate: str, line: str) -> None:
+    text = GOOD.replace("evaluate:\n", f"evaluate:\n  {evaluate}\n") + f"gates:\n  - {gate}\n"
+    found = problems(text)
+    assert len(found) == 1
+    assert line in found[0]
+
+
+def test_retention_belongs_to_the_in_domain_set() -> None:
+    other = "    - name: general\n      data: {path: ./general.jsonl}\n"
+    found = said(other + "gates:\n  - {metric: retention, set: general, min: 90%}\n")
+    assert found == [
+        "recipe.yaml:14: gates.0.set: retention is measured on the in-domain set, 'in-domain': evaluate.in_domain"
+    ]
+    text = GOOD + other + "  in_domain: general\ngates:\n  - {metric: retention, set: general, min: 90%}\n"
+    assert parse(text, directory=HERE).gates

@@ -19,6 +19,7 @@ from requant_eval import markdown, terminal
 from requant_eval import report as rp
 from requant_eval.digits import format_bytes, format_estimate, format_seconds, format_value
 from requant_eval.errors import EvaluationError
+from requant_eval.gate import parse
 from requant_eval.tables import divergence_table, modules_table, variants_table
 from requant_eval.tokens import TokenScores
 
@@ -41,7 +42,7 @@ FACTS: dict[str, Any] = {
     },
     "calibration": {"windows": 128, "overlap": {"in-domain": 0.0, "general": 0.03}},
     "cost": {
-        "bytes": {"merged": 300_000_000, "gptq": 100_000_000},
+        "bytes": {"base": 90_000_000, "adapter": 10_000_000, "merged": 300_000_000, "gptq": 100_000_000},
         "seconds": {"merge": 3.0, "quantize": 83.0},
         "peak_rss": {"quantize": 2_000_000_000},
     },
@@ -65,9 +66,15 @@ def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: in
     return rp.SetResult(name, "d" * 64, "documents", 2048, True, documents, documents * 40, documents * 160, 7, made)
 
 
-def built(facts: dict[str, Any] | None = None) -> dict[str, Any]:
+GATES = ("ppl_increase in-domain 8%", "ppl_increase general 50% of rtn", "retention in-domain 80%")
+
+
+def built(facts: dict[str, Any] | None = None, gates: tuple[str, ...] = GATES) -> dict[str, Any]:
     return rp.build(
-        sets=[result("general"), result("in-domain")], facts=FACTS if facts is None else facts, in_domain="in-domain"
+        sets=[result("general"), result("in-domain")],
+        facts=FACTS if facts is None else facts,
+        in_domain="in-domain",
+        gates=[parse(text) for text in gates],
     )
 
 
@@ -121,13 +128,14 @@ def test_documents_let_a_later_comparison_pair_without_a_gpu() -> None:
 
 def test_json_holds_no_nan_and_keeps_the_facts() -> None:
     facts = FACTS | {"merge": {"error": float("nan"), "worst": np.inf, "path": Path("x"), "kinds": {"b", "a"}}}
-    one = result("in-domain", ("base", "adapter", "gptq"), documents=1)
+    one = result("in-domain", ("base", "adapter", "gptq"), documents=3)
+    one.scores["base"].nll[:] = one.scores["adapter"].nll  # type: ignore[index]
     report = rp.build(sets=[one], facts=facts)
     back = json.loads(rp.dumps(report))
     assert back == report
     assert back["facts"]["merge"] == {"error": None, "worst": None, "path": "x", "kinds": ["a", "b"]}
     assert back["facts"]["quantize"]["bits_per_weight"] == 4.25
-    assert back["sets"][0]["variants"][0]["ppl"]["se"] is None
+    assert back["sets"][0]["edges"][0]["design_effect"] is None, "two models that are the same"
     assert back["sets"][0]["retention"] == {"gptq": None}
     assert "retention is not defined" in back["headline"]
     assert "n/a" not in back["headline"]
@@ -169,7 +177,8 @@ def test_terminal_cuts_nothing_at_80_columns() -> None:
 def test_markdown_opens_with_the_answer_and_is_well_formed() -> None:
     report = built()
     text = markdown.render(report)
-    assert text.splitlines()[0] == report["headline"]
+    assert text.splitlines()[0] == report["verdict"]["line"]
+    assert text.splitlines()[2] == report["headline"]
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
         assert len(widths) == 1, block
@@ -235,6 +244,12 @@ def test_other_tokens_are_never_compared() -> None:
         rp.build(sets=[], facts={})
 
 
+@pytest.mark.parametrize("documents", [1, 2])
+def test_an_interval_needs_three_documents(documents: int) -> None:
+    with pytest.raises(EvaluationError, match=f"set 'wiki' has {documents} documents: an interval needs at least 3"):
+        rp.build(sets=[result("wiki", ("adapter", "gptq"), documents=documents)], facts={})
+
+
 def test_fingerprint_follows_protocol_and_tokens() -> None:
     base = result("a")
     assert rp.fingerprint(base) == rp.fingerprint(replace(base, name="b"))
@@ -250,8 +265,15 @@ def test_model_card_is_one_the_hub_accepts() -> None:
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert data.tags == ["gptq", "requant"]
     assert data.model_name == "pico|w4g64"
-    expected = {s["name"]: s["variants"][-1]["ppl"]["value"] for s in built()["sets"]}
-    assert {r.dataset_name: r.metric_value for r in data.eval_results} == pytest.approx(expected, rel=1e-5)
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
+    expected = {}
+    for s in built()["sets"]:
+        ppl, loss = s["variants"][-1]["ppl"], edge(s, "adapter", "gptq")["loss_percent"]
+        expected[s["name"], "perplexity"] = float(format_value(ppl["value"], ppl["se"]))
+        expected[s["name"], "perplexity_increase"] = float(format_value(loss["value"], loss["se"]))
+    kept = built()["sets"][1]["retention"]["gptq"]
+    expected["in-domain", "retention"] = float(format_value(100 * kept["value"], 100 * kept["se"]))
+    assert found == expected, "the digits of the report"
     local = ModelCard(markdown.model_card(built(FACTS | {"base": "./base-nf4"}))).data
     assert local.get("base_model") is None
 

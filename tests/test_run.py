@@ -250,6 +250,29 @@ def test_in_domain_is_the_first_set_by_default(project: Path, ran: Path) -> None
     assert [s["in_domain"] for s in report["sets"]] == [True, False], "as the recipe's schema and `init` say"
 
 
+def test_other_gates_redo_only_the_report(project: Path, ran: Path) -> None:
+    out = ran / "pico"
+    before = {k: v for k, v in times(out).items() if "report" not in k and k not in ("gptq/README.md", ".stages.json")}
+    strict = {"gates": [{"metric": "ppl_increase", "set": "in-domain", "max": "0.01%"}]}
+    outcome = run(project, ran, strict)
+    assert outcome.ran == ["report"]
+    assert outcome.report == read(out / "report.json")
+    assert (outcome.report["verdict"]["status"], outcome.report["gates"][0]["limit"]) == ("fail", 0.01)
+    assert (out / "report.md").read_text().startswith("FAIL: GPTQ 4-bit g32 breaks its gate: ppl_increase on in-domain")
+    assert before.items() <= times(out).items(), "no checkpoint and no score was touched"
+    assert run(project, ran, strict).ran == []
+    assert run(project, ran).ran == ["report"]
+    assert read(out / "report.json")["verdict"]["status"] == "none"
+
+
+def test_the_ways_to_deploy_have_the_sizes_of_the_files(finished: Path, project: Path) -> None:
+    report = read(finished / "report.json")
+    sizes = {o["name"]: o["bytes"] for o in report["recommendation"]["options"]}
+    files = {p: sum(f.stat().st_size for f in p.glob(WEIGHTS)) for p in (finished / "gptq", finished / "merged")}
+    apart = sum(f.stat().st_size for part in ("base", "adapter") for f in (project / part).glob(WEIGHTS))
+    assert [sizes["requantized"], sizes["merged"], sizes["separate"]] == [*files.values(), apart]
+
+
 # --- keeping only the product ---
 
 

@@ -293,3 +293,35 @@ def test_kl_survives_underflow_and_keeps_tiny_values() -> None:
     assert _kl(r, v)[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
     # KL of a small shift s of uniform logits is var(s) / 2 to second order.
     assert _kl(r, v)[1].item() == pytest.approx((2e-8 / 3) / 2, rel=1e-2)
+
+
+def test_a_documents_sums_do_not_depend_on_the_others_or_on_the_batch(tmp_path: Path) -> None:
+    """Another order of the documents, another batch: the same numbers for each document, KL included."""
+    rng = np.random.default_rng(3)
+    documents = [Document(tuple(rng.integers(3, VOCAB, size=n).tolist())) for n in (30, 16, 9, 16, 21)]
+    order = [3, 0, 4, 1, 2]
+    found = []
+    for name, chosen, batch in (("one", range(5), 1), ("two", order, 4), ("three", order, 3)):
+        made = make_set(name, [documents[i] for i in chosen], window=16, bos_id=1, tail=3)
+        path = tmp_path / name
+        score(pico(seed=0), made, batch=batch, device="cpu", write_reference=path)
+        got = score(pico(seed=1), made, batch=batch, device="cpu", reference=path)
+        assert got.kl is not None
+        at = {i: got.document == k for k, i in enumerate(chosen)}
+        found.append([(got.nll[at[i]].sum(), got.kl[at[i]].sum()) for i in range(5)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5)
+
+
+def test_the_same_model_scored_twice_differs_by_exactly_zero(eval_set: EvalSet, tmp_path: Path) -> None:
+    from requant_eval import statistics as st
+
+    path = tmp_path / "reference.safetensors"
+    one = score(pico(), eval_set, batch=2, device="cpu", write_reference=path)
+    two = score(pico(), eval_set, batch=2, device="cpu", reference=path)
+    pair = st.paired(st.sums(two.nll, two.document), st.sums(one.nll, one.document))
+    assert pair.delta == st.Estimate(0.0, 0.0, 0.0, 0.0)
+    assert two.agree is not None
+    assert two.agree.all()
+    lost, won = st.flips(one.top1, two.top1, two.document)
+    assert (lost.value, lost.high, won.value, won.high) == (0, 0, 0, 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from requant_eval.headline import final_variant, method
-from requant_eval.tables import facts_table, retention_table, variants_table, waterfall_table
+from requant_eval.digits import format_value
+from requant_eval.headline import SPOKEN, final_variant, method
+from requant_eval.tables import facts_table, protocol, retention_table, variants_table, waterfall_table
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -42,6 +43,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     parts = [
         _front_matter(report, name),
         f"# {name}",
+        *([report["verdict"]["line"]] if report["gates"] else []),
         report["headline"],
         "## Quality",
         *(
@@ -87,20 +89,43 @@ def _front_matter(report: Mapping[str, Any], name: str) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:
+    """model-index entries of the variant that ships: a data set each, with the report's numbers and digits."""
     final = final_variant(report)
     lines = []
     for s in report["sets"]:
-        for v in s["variants"]:
-            if v["name"] != final or v["ppl"]["value"] is None:
-                continue
-            metric = f"perplexity ({s['protocol']}, window {s['window']}, fingerprint {s['fingerprint']})"
-            lines += [
-                "  - task: {type: text-generation, name: Text Generation}",
-                f"    dataset: {{type: {_quoted(s['name'])}, name: {_quoted(s['name'])}}}",
-                "    metrics:",
-                f"    - {{type: perplexity, name: {_quoted(metric)}, value: {v['ppl']['value']:.6g}}}",
-            ]
+        metrics = list(_metrics(s, final))
+        if not metrics:
+            continue
+        lines += [
+            "  - task: {type: text-generation, name: Text Generation}",
+            f"    dataset: {{type: {_quoted(s['name'])}, name: {_quoted(s['name'])}}}",
+            "    metrics:",
+            *(f"    - {{type: {kind}, name: {_quoted(name)}, value: {value}}}" for kind, name, value in metrics),
+        ]
     return lines
+
+
+def _metrics(s: Mapping[str, Any], final: str | None) -> Iterator[tuple[str, str, str]]:
+    """(type, name, value) of one set: perplexity, what it costs against the reference, retention."""
+    ppl = next((v["ppl"] for v in s["variants"] if v["name"] == final), None)
+    if ppl is None or ppl["value"] is None:
+        return
+    yield "perplexity", f"perplexity ({protocol(s)}){_interval(ppl)}", format_value(ppl["value"], ppl["se"])
+    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == final), None)
+    if edge is not None and edge["loss_percent"]["value"] is not None:
+        loss = edge["loss_percent"]
+        name = f"perplexity increase against {SPOKEN[s['reference']]}, %{_interval(loss)}"
+        yield "perplexity_increase", name, format_value(loss["value"], loss["se"])
+    kept = s["retention"].get(final)
+    if kept is not None:
+        kept = {key: None if value is None else 100 * value for key, value in kept.items()}
+        name = f"of what the adapter learned, kept, %{_interval(kept)}"
+        yield "retention", name, format_value(kept["value"], kept["se"])
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    low, high = (format_value(estimate[end], estimate["se"]) for end in ("low", "high"))
+    return "" if estimate["low"] is None else f", 95 % interval {low} to {high}"
 
 
 def _hub_id(base: Any) -> str | None:

@@ -17,109 +17,78 @@ nothing) too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from requant_eval import statistics as st
 from requant_eval.errors import EvaluationError
+from requant_eval.gate import Gate
 from requant_eval.headline import headline
-from requant_eval.tokens import TokenScores
+from requant_eval.measures import SetResult, fingerprint, section
+from requant_eval.recommend import recommend
+from requant_eval.verdict import judge, verdict
 
-if TYPE_CHECKING:
-    from requant_eval.windows import EvalSet
+__all__ = ["SCHEMA_VERSION", "SetResult", "build", "conclude", "dumps", "fingerprint", "plain", "save", "save_text"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: no gates, verdict, recommendation and tails; document sums of n and nll alone
 OVERLAP_LIMIT = 0.01
-REFERENCES = ("adapter", "merged")
-# (from, to, kind): the way from the base to what ships, then the controls.
-EDGES = (
-    ("base", "adapter", "learned"),
-    ("adapter", "merged", "merge"),
-    ("merged", "gptq", "quantize"),
-    ("gptq", "healed", "heal"),
-    ("adapter", "gptq", "total"),
-    ("adapter", "healed", "total"),
-    ("merged", "rtn", "control"),
-    ("adapter", "rtn", "control"),
-    ("adapter", "original", "fork"),
-)
 
 
-@dataclass(frozen=True)
-class SetResult:
-    """The facts of one evaluation set (see `EvalSet`) and the scores of every variant on it."""
-
-    name: str
-    digest: str
-    protocol: str
-    window: int
-    bos: bool
-    n_documents: int
-    n_scored: int
-    n_bytes: int
-    dropped: int
-    scores: Mapping[str, TokenScores]
-
-    @classmethod
-    def of(cls, eval_set: EvalSet, scores: Mapping[str, TokenScores]) -> SetResult:
-        """From the set that was scored."""
-        return cls(
-            name=eval_set.name,
-            digest=eval_set.digest,
-            protocol=eval_set.protocol,
-            window=eval_set.window,
-            bos=eval_set.bos,
-            n_documents=eval_set.n_documents,
-            n_scored=eval_set.n_scored,
-            n_bytes=eval_set.n_bytes,
-            dropped=eval_set.dropped,
-            scores=scores,
-        )
-
-
-def build(*, sets: Sequence[SetResult], facts: Mapping[str, Any], in_domain: str | None = None) -> dict[str, Any]:
+def build(
+    *,
+    sets: Sequence[SetResult],
+    facts: Mapping[str, Any],
+    in_domain: str | None = None,
+    gates: Sequence[Gate] = (),
+) -> dict[str, Any]:
     """The report. KL and agreement of every variant are against `adapter`, or `merged` where that was not
     scored.
 
-    in_domain: name of the set on which retention is computed; default: the first.
+    in_domain: name of the set on which retention is computed; default: the first. gates: what decides the verdict.
 
     Raises:
-        EvaluationError: no set, or variants of a set scored on different tokens.
+        EvaluationError: no set, variants of a set scored on different tokens, a gate on a set that is not there.
     """
     if not sets:
         raise EvaluationError("no evaluation set was scored: nothing to report")
     home = in_domain or sets[0].name
-    rendered = [_set(s, in_domain=s.name == home) for s in sets]
+    rendered = [section(s, in_domain=s.name == home) for s in sets]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": facts.get("name"),
         "created": facts.get("created"),
+        "verdict": {},
         "headline": "",
+        "gates": [],
+        "recommendation": {},
         "sets": rendered,
         "facts": dict(facts),
         "warnings": [*(facts.get("warnings") or []), *_warnings(rendered, facts)],
     }
     cleaned: dict[str, Any] = plain(report)
-    cleaned["headline"] = headline(cleaned)
-    return cleaned
+    return conclude(cleaned, gates)
+
+
+def conclude(report: dict[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
+    """The same report with headline, gates, verdict and recommendation drawn from its numbers."""
+    judged = judge(report, gates)
+    drawn = {
+        "headline": headline(report),
+        "gates": judged,
+        "verdict": verdict(report, judged),
+        "recommendation": recommend(report, gates),
+    }
+    return report | {key: plain(value) for key, value in drawn.items()}
 
 
 def dumps(report: Mapping[str, Any]) -> str:
     """The report as JSON text; raises ValueError rather than write NaN or Infinity."""
     return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def fingerprint(result: SetResult) -> str:
-    """Eight hex digits of protocol and tokens: numbers with the same fingerprint may be compared."""
-    text = f"{result.protocol}|{result.window}|{int(result.bos)}|{result.digest}"
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def plain(value: Any) -> Any:
@@ -139,98 +108,13 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _set(result: SetResult, *, in_domain: bool) -> dict[str, Any]:
-    _check(result)
-    sums = {name: st.sums(s.nll, s.document) for name, s in result.scores.items()}
-    reference = next((name for name in REFERENCES if name in sums), None)
-    facts = {key: value for key, value in vars(result).items() if key != "scores"}
-    return facts | {
-        "in_domain": in_domain,
-        "fingerprint": fingerprint(result),
-        "few_documents": result.n_documents < st.FEW_DOCUMENTS,
-        "reference": reference,
-        "variants": [_variant(name, result, sums[name]) for name in sums],
-        "edges": [_edge(result, sums, edge, reference) for edge in _edges(list(sums), reference)],
-        "retention": _retention(sums) if in_domain else {},
-        "documents": {name: {"n": s.n.astype(int), "nll": s.nll} for name, s in sums.items()},
-    }
-
-
-def _check(result: SetResult) -> None:
-    if not result.scores:
-        raise EvaluationError(f"set '{result.name}': no variant was scored")
-    for name, scores in result.scores.items():
-        if scores.digest != result.digest:
-            raise EvaluationError(
-                f"set '{result.name}': '{name}' was scored on {scores.digest[:12]}, the set is "
-                f"{result.digest[:12]}: other tokens are never compared, score the variant again"
-            )
-        if scores.nonfinite:
-            raise EvaluationError(f"set '{result.name}': '{name}' has {scores.nonfinite} NaN/inf tokens")
-
-
-def _variant(name: str, result: SetResult, sums: st.Sums) -> dict[str, Any]:
-    scores = result.scores[name]
-    mean = st.mean_nll(sums)
-    return {
-        "name": name,
-        "n": len(scores.nll),
-        "mean_nll": asdict(mean),
-        "ppl": asdict(mean.exp()),
-        "bits_per_byte": asdict(st.bits_per_byte(sums, result.n_bytes)) if result.n_bytes else None,
-        "top1_accuracy": asdict(st.share(scores.top1, scores.document)),
-        "seconds": scores.seconds,
-    }
-
-
-def _edges(names: list[str], reference: str | None) -> list[tuple[str, str, str]]:
-    edges = [edge for edge in EDGES if edge[0] in names and edge[1] in names]
-    if reference is not None:
-        reached = {end for start, end, _ in edges if start == reference} | {reference, "base"}
-        edges += [(reference, name, "total") for name in names if name not in reached]
-    return edges
-
-
-def _edge(
-    result: SetResult, sums: Mapping[str, st.Sums], edge: tuple[str, str, str], reference: str | None
-) -> dict[str, Any]:
-    start, end, kind = edge
-    before, after = result.scores[start], result.scores[end]
-    pair = st.paired(sums[end], sums[start])
-    independent = st.naive_se(after.nll - before.nll)
-    lost, won = st.flips(before.top1, after.top1, after.document)
-    kl, agree = (after.kl, after.agree) if start == reference else (None, None)
-    return {
-        "from": start,
-        "to": end,
-        "kind": kind,
-        "delta": asdict(pair.delta),
-        "loss_percent": asdict(pair.loss_percent),
-        "naive_se": independent,
-        "design_effect": st.design_effect(pair.delta.se, independent),
-        "kl": None if kl is None else asdict(st.divergence(kl, after.document)),
-        "agreement": None if agree is None else asdict(st.share(agree, after.document)),
-        "right_to_wrong": asdict(lost),
-        "wrong_to_right": asdict(won),
-    }
-
-
-def _retention(sums: Mapping[str, st.Sums]) -> dict[str, Any]:
-    """By variant; None = not defined. Empty unless both `base` and `adapter` were scored."""
-    if "base" not in sums or "adapter" not in sums:
-        return {}
-    others = [name for name in sums if name not in ("base", "adapter")]
-    kept = {name: st.retention(sums[name], base=sums["base"], adapter=sums["adapter"]) for name in others}
-    return {name: None if estimate is None else asdict(estimate) for name, estimate in kept.items()}
-
-
 def _warnings(sets: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
     found = []
     for s in sets:
         if s["few_documents"]:
             found.append(
                 f"{s['name']}: only {s['n_documents']} documents; below {st.FEW_DOCUMENTS} "
-                "intervals use Student's t and are rough"
+                "intervals are wide and only roughly 95 % ones"
             )
         found += [
             f"{s['name']}: '{e['to']}' scores exactly like '{e['from']}': was the same model measured twice?"
@@ -247,7 +131,12 @@ def _warnings(sets: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> li
 
 
 def save(report: Mapping[str, Any], path: Path) -> None:
-    """Writes `report.json` under a temporary name and renames it."""
+    """Writes `report.json`, whole or not at all."""
+    save_text(path, dumps(report))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(dumps(report), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -11,6 +11,7 @@ from typing import Any
 from requant_eval.digits import format_bytes, format_estimate, format_seconds, format_value
 
 WORST_MODULES = 10
+OPTIONS = {"requantized": "requantized", "merged": "merged 16-bit", "separate": "base + adapter apart"}
 KINDS = {
     "learned": "what training learned",
     "merge": "merge + cast",
@@ -54,7 +55,44 @@ class Table:
 def set_tables(s: Mapping[str, Any]) -> list[Table]:
     """All tables of one evaluation set of the report, empty ones left out."""
     tables = [variants_table(s), waterfall_table(s), divergence_table(s), flips_table(s), retention_table(s)]
+    tables += [groups_table(s), reverted_table(s)]
     return [table for table in tables if table.rows]
+
+
+def gates_table(report: Mapping[str, Any]) -> Table:
+    """Every gate: what it demands, what was measured, how it stands."""
+    rows = []
+    for g in report["gates"]:
+        unit = f" {g['unit']}" if g["unit"] else ""
+        whose = f" of {g['relative_to']}'s" if g["relative_to"] else ""
+        bound = f"{'<=' if g['side'] == 'max' else '>='} {g['limit']:g}{unit}{whose}"
+        value = format_estimate(g["estimate"], unit=unit) if g["estimate"] else "not measured"
+        more = f", about {g['more_documents']} more documents" if g["more_documents"] else ""
+        rows.append((g["metric"], g["set"], str(g["variant"]), g["status"].upper() + more, bound, value))
+    note = "A gate passes when its whole 95 % interval keeps the limit, fails when the whole interval breaks it."
+    return Table("Gates", ("metric", "set", "variant", "status", "limit", "measured"), tuple(rows), note, text=4)
+
+
+def options_table(report: Mapping[str, Any]) -> Table:
+    """The ways to deploy beside each other."""
+    options = report["recommendation"]["options"]
+    names = [s["name"] for s in report["sets"]]
+    with_speed = any(o["tokens_per_second"] for o in options)
+    rows = [
+        (
+            OPTIONS[o["name"]] + (" (recommended)" if o["name"] == report["recommendation"]["choice"] else ""),
+            o["needs"],
+            o["multi_adapter"],
+            format_bytes(o["bytes"]) if o["bytes"] else "unknown",
+            *(_option_loss(o["loss"].get(name)) for name in names),
+            *([_speed(o["tokens_per_second"])] if with_speed else []),
+        )
+        for o in options
+    ]
+    losses = tuple(f"perplexity, {name}" for name in names)
+    columns = ("way", "needs to serve", "many adapters", "weights", *losses, *(["tokens/s"] if with_speed else []))
+    note = "Weights: bytes on disk, and about that in memory; the cache for the context comes on top in all three."
+    return Table("Ways to deploy", columns, tuple(rows), note, text=3)
 
 
 def variants_table(s: Mapping[str, Any]) -> Table:
@@ -133,6 +171,37 @@ def retention_table(s: Mapping[str, Any]) -> Table:
     return Table(f"{s['name']}: retention", ("variant", "of what the adapter learned"), tuple(rows), note)
 
 
+def groups_table(s: Mapping[str, Any]) -> Table:
+    """Loss of each variant by how much the adapter changed the token."""
+    tails = s["tails"]
+    if not tails:
+        return Table(f"{s['name']}: loss by what the adapter changed", (), ())
+    shown = [name for name in tails["variants"] if name not in ("merged", "original")]
+    rows = tuple(
+        (
+            f"{i + 1} of {len(tails['groups'])}",
+            f"{group['low']:.3g} to {group['high']:.3g}",
+            str(group["n"]),
+            *(format_estimate(tails["variants"][name]["loss"][i], signed=True) for name in shown),
+        )
+        for i, group in enumerate(tails["groups"])
+    )
+    columns = ("tokens by change", "ln p changed by", "tokens", *(f"{name}: nats/token lost" for name in shown))
+    note = "Tokens sorted by |ln p adapter - ln p base|, least changed first; loss against the adapter."
+    return Table(f"{s['name']}: loss by what the adapter changed", columns, rows, note)
+
+
+def reverted_table(s: Mapping[str, Any]) -> Table:
+    """Whether what a variant lost is what the adapter learned, or noise."""
+    variants = s["tails"]["variants"] if s["tails"] else {}
+    rows = tuple((name, format_estimate(v["reverted"], factor=100, unit=" %")) for name, v in variants.items())
+    note = (
+        "Slope of the variant's change of each token on minus the adapter's: 0 % is noise that has nothing to do with "
+        "what was learned, 100 % is the base again."
+    )
+    return Table(f"{s['name']}: taken back of the adapter's changes", ("variant", "taken back"), rows, note)
+
+
 def modules_table(facts: Mapping[str, Any]) -> Table:
     """The modules with the largest relative output error, worst first."""
     modules = (facts.get("quantize") or {}).get("modules") or []
@@ -191,6 +260,21 @@ def protocol(s: Mapping[str, Any]) -> str:
     """The protocol of a set and its fingerprint, one short phrase."""
     bos = "BOS in every window" if s["bos"] else "no BOS added"
     return f"Protocol {s['protocol']}, windows of {s['window']}, {bos}, fingerprint {s['fingerprint']}"
+
+
+def _option_loss(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return "not measured"
+    if estimate["value"] == estimate["se"] == 0:
+        return "0 % (the reference)"
+    return format_estimate(estimate, signed=True, unit=" %")
+
+
+def _speed(speed: Any) -> str:
+    """A number, or one for each engine."""
+    if isinstance(speed, Mapping):
+        return ", ".join(f"{engine} {_cell(value)}" for engine, value in speed.items())
+    return "not measured" if speed is None else _cell(speed)
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:

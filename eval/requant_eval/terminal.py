@@ -10,24 +10,51 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from requant_eval.tables import Table, divergence_table, retention_table, variants_table, waterfall_table
+from requant_eval.tables import (
+    Table,
+    divergence_table,
+    gates_table,
+    options_table,
+    retention_table,
+    variants_table,
+    waterfall_table,
+)
+
+STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "none": "dim"}
 
 
 def table(report: Mapping[str, Any]) -> Group:
-    """Headline, warnings, and for every set perplexity, steps, KL and retention; fits 80 columns."""
-    parts: list[RenderableType] = [Text(report["headline"], style="bold")]
+    """Verdict, warnings, and for every set perplexity, steps, KL and retention; fits 80 columns."""
+    parts: list[RenderableType] = [decision(report)]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report["warnings"]]
     for s in report["sets"]:
-        tables = (
+        parts += shown(
             variants_table(s).select("variant", "perplexity", "top-1 right", "tokens"),
             waterfall_table(s).select("step", "what", "perplexity"),
             divergence_table(s).select("variant", "mean KL", "p99", "same top-1"),
             retention_table(s),
         )
-        for content in tables:
-            if content.rows:
-                parts += [Text(), _rich(content)]
     return Group(*parts)
+
+
+def decision(report: Mapping[str, Any]) -> Group:
+    """Verdict and headline, the gates, the ways to deploy and which one to take; fits 80 columns."""
+    verdict = report["verdict"]
+    losses = (f"perplexity, {s['name']}" for s in report["sets"])
+    return Group(
+        Text(verdict["line"], style=STYLES[verdict["status"]]),
+        Text(report["headline"], style="bold"),
+        *shown(
+            gates_table(report).select("metric", "set", "status", "limit", "measured"),
+            options_table(report).select("way", "weights", *losses),
+        ),
+        Text(report["recommendation"]["text"]),
+    )
+
+
+def shown(*tables: Table) -> list[RenderableType]:
+    """Those with rows, each after an empty line."""
+    return [part for content in tables if content.rows for part in (Text(), _rich(content))]
 
 
 def _rich(content: Table) -> RichTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,12 @@ def account(
         },
         "calibration": prepared.calibration_facts,
         "cost": {
-            "bytes": {"merged": _size(run / "merged") or merged.get("bytes"), "gptq": _size(run / "gptq")},
+            "bytes": {
+                "base": _base_bytes(prepared),
+                "adapter": _size(prepared.adapter),
+                "merged": _size(run / "merged") or merged.get("bytes"),
+                "gptq": _size(run / "gptq"),
+            },
             "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
             "peak_rss": {n: s["peak_rss"] for n, s in stages.items() if "peak_rss" in s},
         },
@@ -62,6 +68,23 @@ def public_recipe(r: recipe.Recipe) -> str:
 
 def _size(path: Path) -> int:
     return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+
+
+def _base_bytes(p: Prepared) -> int | None:
+    """Bytes of the 4-bit base as it is served: its files, or what quantizing a 16-bit model on the fly leaves."""
+    if p.simulate is None:
+        return _size(p.base)
+    base, nf4 = p.merge.base, p.simulate
+    if base.simulate is None:
+        return None  # merged onto the 16-bit original: how the 4-bit base was made of it is not planned
+    total = 0
+    for weight in base.weights.values():
+        count = math.prod(weight.shape)
+        blocks = math.ceil(count / nf4.blocksize)
+        absmax = blocks + 4 * math.ceil(blocks / 256) if nf4.double_quant else 4 * blocks
+        packed = math.ceil(count / 2) + absmax
+        total += packed if weight.kind == "simulated" else count * weight.dtype.itemsize
+    return total
 
 
 def _untrained(merged: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from requant import __version__
+from requant import __version__, cli_reports
+from requant.cli_reports import Junit
 from requant.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:
@@ -72,10 +73,19 @@ def init(adapter: Annotated[str, typer.Argument(help="PEFT directory or hub id."
     print(starter(adapter), end="")
 
 
+app.command()(cli_reports.gate)
+app.command()(cli_reports.compare)
+
+
 @app.command()
-def schema() -> None:
+def schema(
+    report: Annotated[bool, typer.Option("--report", help="The schema of report.json instead.")] = False,
+) -> None:
     """Print the recipe's JSON Schema."""
     import json
+
+    if report:
+        return cli_reports.schema_of_reports()
 
     from requant.recipe import json_schema
 
@@ -95,9 +105,9 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Dequantize, merge, quantize, evaluate, report; goes on where an earlier run stopped."""
-    _run(recipe, overrides, "report")
+def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
+    """Dequantize, merge, quantize, evaluate, report; goes on where an earlier run stopped. Exit code as `gate`."""
+    _run(recipe, overrides, "report", junit)
 
 
 @app.command()
@@ -119,9 +129,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
 
 
 @app.command()
-def report(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Write the report from saved scores, scoring what is missing, and show it."""
-    _run(recipe, overrides, "report")
+def report(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
+    """Write the report from saved scores, scoring what is missing, and show it. Exit code as `gate`."""
+    _run(recipe, overrides, "report", junit)
 
 
 def _load(path: Path, overrides: list[str]) -> Recipe:
@@ -130,7 +140,7 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     return recipe.load(path, overrides)
 
 
-def _run(path: Path, overrides: list[str], until: Any) -> None:
+def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None) -> None:
     wanted = _load(path, overrides)
     from requant.progress import ConsoleWatcher
     from requant.run import run as run_recipe
@@ -151,6 +161,8 @@ def _run(path: Path, overrides: list[str], until: Any) -> None:
         print(f"nothing to do: everything in {outcome.path} is up to date")
     else:
         print(f"{', '.join(dict.fromkeys(outcome.ran))} done: {outcome.path}")
+    if outcome.report is not None:
+        cli_reports.finish(outcome.report, junit)
 
 
 def _print_check(prepared: Prepared, need: int, free: int) -> None:

@@ -252,6 +252,11 @@ evaluate:
   batch: auto               # auto | count, default auto; changes no result
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
 
+gates:                      # default none; `requant run` ends with exit code 3 or 4 unless all hold on the 95 % interval
+  - {{metric: ppl_increase, set: in-domain, max: 5%}}   # also perplexity, kl, right_to_wrong, retention, agreement
+  - {{metric: ppl_increase, set: general, max: 10%}}
+  - {{metric: ppl_increase, set: in-domain, max: 50%, relative_to: rtn}}   # half of what rounding to nearest costs
+
 output:
   dir: runs                 # directory, default runs; relative to where requant is started
   keep: [merged, gptq]      # default both; [gptq] saves the disk space of the 16-bit model

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationI
 
 from requant import yaml_source
 from requant.errors import RecipeError
+from requant.recipe_gates import Gate, Gates, undecidable
 from requant.recipe_model import (
     DEVICE,
     PATTERNS,
@@ -43,6 +44,7 @@ __all__ = [
     "EvalSet",
     "Evaluate",
     "Format",
+    "Gate",
     "Merge",
     "MixEntry",
     "Nf4",
@@ -70,6 +72,9 @@ class Recipe(Section):
     quantize: Quantize = Field(default=Quantize(), description="The GPTQ settings.")
     calibration: Calibration = Field(description="The text on which the quantizer looks.")
     evaluate: Evaluate = Field(description="The text on which the result is judged.")
+    gates: Gates = Field(
+        default=(), description="How much loss is acceptable: run's exit code says whether it is kept."
+    )
     output: Output = Field(default=Output(), description="Where results go.")
     device: Annotated[str, Field(pattern=DEVICE)] = Field(
         default="auto", description="auto: the first GPU, else the CPU."
@@ -110,6 +115,15 @@ class Recipe(Section):
         if problems:
             fail(*problems)
         return evaluate
+
+    @field_validator("gates")
+    @classmethod
+    def _decidable(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
+        evaluate = info.data.get("evaluate")
+        found = undecidable(gates, evaluate) if isinstance(evaluate, Evaluate) else []
+        if found:
+            fail(*found)
+        return gates
 
 
 _NEEDS_ORIGINAL = "needs the 16-bit base: set base.original, or base.nf4 if base.model itself is 16-bit"

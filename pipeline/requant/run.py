@@ -210,7 +210,9 @@ class Runner:
         from requant_eval import report as reports
 
         in_domain = self.recipe.evaluate.in_domain or self.p.sets[0].name
-        key = key_of(self.keys.merge, self.keys.quantize, self.scores.key, in_domain, __version__)
+        gates = [gate.rule() for gate in self.recipe.gates]
+        asked = (in_domain, [gate.rule() for gate in gates], reports.SCHEMA_VERSION, __version__)
+        key = key_of(self.keys.merge, self.keys.quantize, self.scores.key, *asked)
         path = self.dir.path
         written = all((path / name).exists() for name in ("report.json", "report.md", "gptq/README.md"))
         if written and not self.outcome.ran and self.dir.result("report", key) is not None:
@@ -223,7 +225,7 @@ class Runner:
         stages = {name: self.dir.result(name, stage_key) or {} for name, stage_key in wanted.items()}
         dtype = str(self.scores.dtype).removeprefix("torch.")
         told = account.account(self.p, stages, path, device=str(self.device), dtype=dtype)
-        self.outcome.report = report = reports.build(sets=results, facts=told, in_domain=in_domain)
+        self.outcome.report = report = reports.build(sets=results, facts=told, in_domain=in_domain, gates=gates)
 
         def work() -> dict[str, Any]:
             reports.save(report, path / "report.json")

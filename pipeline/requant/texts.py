@@ -79,6 +79,7 @@ def evaluation_set(
     """
     from requant_eval import windows as ev
     from requant_eval.errors import EvaluationError
+    from requant_eval.measures import MIN_DOCUMENTS
 
     e = recipe.evaluate
     item = next(s for s in e.sets if s.name == name)
@@ -92,9 +93,15 @@ def evaluation_set(
         _refuse_identical(name, data.shared_documents(calibrated, rows), "documents")
         documents = [_document(row, item.document_tokens, item.score == "completion") for row in rows]
     try:
-        return ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
+        made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
         raise InputError(f"evaluate.sets: {error}") from error
+    if made.n_documents < MIN_DOCUMENTS:
+        raise InputError(
+            f"evaluate.sets: set '{name}' has {made.n_documents} documents with something to score: an interval needs "
+            f"at least {MIN_DOCUMENTS}, and 20 or more to be worth much; give it more or shorter texts"
+        )
+    return made
 
 
 def _document(row: data.Tokens, cut: int | None, completion: bool) -> Any:

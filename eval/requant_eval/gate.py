@@ -1,0 +1,138 @@
+"""What a gate is: a metric on an evaluation set and the limit it must keep. Pure data, no numbers of a report.
+
+In a recipe `{metric: ppl_increase, set: in-domain, max: 5%}`, on the command line `ppl_increase in-domain 5%`.
+`relative_to: rtn` (`50% of rtn`) puts the limit on the share of what rounding to nearest would cost.
+`verdict` holds gates against a report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Metric = Literal["ppl_increase", "perplexity", "kl", "right_to_wrong", "retention", "agreement"]
+Side = Literal["max", "min"]
+Control = Literal["rtn"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a metric measures. unit: "%", "nats" or none. relative: may be a share of the control's."""
+
+    words: str
+    unit: str
+    side: Side
+    relative: bool = False
+
+
+METRICS: dict[str, Quantity] = {
+    "ppl_increase": Quantity("perplexity against the reference", "%", "max", relative=True),
+    "perplexity": Quantity("perplexity", "", "max"),
+    "kl": Quantity("mean KL divergence from the reference", "nats", "max", relative=True),
+    "right_to_wrong": Quantity("tokens whose top-1 prediction became wrong", "%", "max", relative=True),
+    "retention": Quantity("of what the adapter learned, kept", "%", "min"),
+    "agreement": Quantity("tokens with the reference's top-1 prediction", "%", "min"),
+}
+
+_PERCENT = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?) ?%")
+_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_HOW = '"METRIC SET LIMIT" such as "ppl_increase in-domain 5%", or "... 50% of rtn"'
+
+
+class GateError(ValueError):
+    """A gate that means nothing; `key` is the part of it that is wrong."""
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One rule. limit: in the metric's unit, or in percent of the control's where `relative_to` is set."""
+
+    metric: Metric
+    set: str
+    limit: float
+    relative_to: Control | None = None
+
+    @property
+    def side(self) -> Side:
+        """Whether the limit is the largest or the smallest good value."""
+        return METRICS[self.metric].side
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.relative_to else METRICS[self.metric].unit
+
+    @property
+    def text(self) -> str:
+        """ "ppl_increase on in-domain at most 5 %"."""
+        bound = f"{self.limit:g} {self.unit}".rstrip()
+        whose = f" of {self.relative_to}'s" if self.relative_to else ""
+        return f"{self.metric} on {self.set} at {'most' if self.side == 'max' else 'least'} {bound}{whose}"
+
+    def rule(self) -> dict[str, Any]:
+        """As the report keeps it."""
+        return asdict(self) | {"side": self.side, "unit": self.unit}
+
+
+def make(
+    metric: str, on: str, *, most: float | str | None = None, least: float | str | None = None, relative_to: str | None
+) -> Gate:
+    """A gate from the keys of a recipe; `most` and `least` are its `max` and `min`.
+
+    Raises:
+        GateError: an unknown metric or control, the wrong side, no limit or a limit without its unit.
+    """
+    quantity = METRICS.get(metric)
+    if quantity is None:
+        raise GateError("metric", f"{metric!r} is not one of {', '.join(METRICS)}")
+    given: dict[Side, float | str | None] = {"max": most, "min": least}
+    other: Side = "min" if quantity.side == "max" else "max"
+    if given[other] is not None:
+        good = "small" if quantity.side == "max" else "large"
+        raise GateError(other, f"{metric} is good when it is {good}: use {quantity.side}")
+    if relative_to is not None and relative_to not in get_args(Control):
+        raise GateError("relative_to", f"{relative_to!r} is not {get_args(Control)[0]}, the control")
+    if relative_to is not None and not quantity.relative:
+        those = ", ".join(name for name, q in METRICS.items() if q.relative)
+        raise GateError("relative_to", f"only {those} can be a share of the control's, not {metric}")
+    percent = quantity.unit == "%" or relative_to is not None
+    limit = _limit(quantity.side, given[quantity.side], percent=percent)
+    return Gate(metric, on, limit, relative_to)  # type: ignore[arg-type]  # both looked up above
+
+
+def parse(text: str) -> Gate:
+    """A gate from the command line.
+
+    Raises:
+        GateError: not METRIC SET LIMIT, or a gate that means nothing.
+    """
+    words = text.replace(" %", "%").split()
+    relative_to = words[4] if len(words) == 5 and words[3] == "of" else None
+    if len(words) != 3 and relative_to is None:
+        raise GateError("", f"{text!r} is not a gate: write {_HOW}")
+    metric, on, limit = words[:3]
+    low = metric in METRICS and METRICS[metric].side == "min"
+    return make(metric, on, most=None if low else limit, least=limit if low else None, relative_to=relative_to)
+
+
+def from_rule(rule: Mapping[str, Any]) -> Gate:
+    """A gate as a report keeps it (`Gate.rule`)."""
+    if rule["metric"] not in METRICS:
+        raise GateError("metric", f"{rule['metric']!r} is not one of {', '.join(METRICS)}")
+    return Gate(rule["metric"], rule["set"], float(rule["limit"]), rule["relative_to"])
+
+
+def _limit(side: Side, value: float | str | None, *, percent: bool) -> float:
+    if value is None:
+        raise GateError(side, "required key is missing")
+    text = str(value).strip()
+    match = (_PERCENT if percent else _NUMBER).fullmatch(text)
+    if match is None:
+        wanted = "a percentage: write 5%" if percent else "a number"
+        raise GateError(side, f"{text} is not {wanted}")
+    return float(match[match.re.groups])
