@@ -31,7 +31,7 @@ def test_exit_codes() -> None:
 
 
 def test_junit_has_a_case_a_gate() -> None:
-    report = built(FACTS | {"name": '<&"run">'}, gates=(PASSING, FAILING, doubtful(), "kl general 50% of rtn"))
+    report = built(FACTS | {"name": '<&"run">'}, gates=(PASSING, FAILING, doubtful(), "kl general 90% of rtn"))
     text = ci.junit(report)
     assert text.startswith("<?xml")
     root = ET.fromstring(text)
@@ -42,7 +42,7 @@ def test_junit_has_a_case_a_gate() -> None:
     kinds = [next(iter(case)).tag for case in suite]
     assert kinds == ["system-out", "failure", "error", "system-out"]
     assert [case.get("name") for case in suite][1] == "ppl_increase in-domain max 1%"
-    assert [case.get("name") for case in suite][3] == "kl general max 50% of rtn"
+    assert [case.get("name") for case in suite][3] == "kl general max 90% of rtn"
     for case, gate in zip(suite, report["gates"], strict=True):
         said = case[0].get("message") or case[0].text
         assert said == gate["text"]

@@ -216,8 +216,8 @@ def test_run_shows_the_report_and_the_second_says_nothing_to_do(here: Here, proj
     assert here("evaluate", file) == 0
     assert here.out == "evaluate done: runs/shown\n"
     assert here("run", file) == 0
-    headline = json.loads((tmp_path / "runs/shown/report.json").read_text())["headline"]
-    assert " ".join(here.out.split()).startswith(headline)
+    report = json.loads((tmp_path / "runs/shown/report.json").read_text())
+    assert " ".join(here.out.split()).startswith(f"{report['verdict']['line']} {report['headline']}")
     assert here.out.endswith("report done: runs/shown\n")
     assert here.err.splitlines() == [
         "merge: up to date",
@@ -259,14 +259,14 @@ def test_interrupted(here: Here, project: Path) -> None:
 
 # --- reports without a run ---
 
-GATES = ("ppl_increase in-domain 500%", "ppl_increase in-domain 0.001%")
+GATES = ("ppl_increase in-domain 500%", "ppl_increase in-domain -90%")
 
 
 def test_gate_answers_from_the_file_alone(here: Here, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_bytes((finished / "report.json").read_bytes())
     assert here("gate", "report.json", "--gate", GATES[0]) == 0
     assert here.out.startswith(
-        "PASS: GPTQ 4-bit g32 keeps its gate: ppl_increase on in-domain at most 500 %, measured +"
+        "PASS: GPTQ 4-bit g32 keeps its gate: ppl_increase on in-domain at most 500 %, measured "
     )
     assert here("gate", str(finished), "--gate", GATES[0], "--gate", GATES[1], "--junit", "gates.xml") == 3
     assert here.out.startswith("FAIL: ")
@@ -303,7 +303,7 @@ def test_run_ends_with_the_exit_code_of_its_gates(
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     file = write_recipe(copied(project, tmp_path / "p"), {"output.dir": str(ran)})
-    for limit, code in (("0.001%", 3), ("500%", 0)):
+    for limit, code in (("-90%", 3), ("500%", 0)):
         gates = f"gates=[{{metric: ppl_increase, set: in-domain, max: {limit}}}]"
         assert here("run", str(file), "--set", gates, "--junit", str(tmp_path / "gates.xml")) == code
         assert here.out.endswith("report done: " + str(ran / "pico") + "\n")
@@ -335,9 +335,9 @@ def test_compare_says_who_is_better_without_a_model(here: Here, finished: Path, 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.json").write_bytes((finished / "report.json").read_bytes())
     options = ("--json", "c.json", "--markdown", "c.md")
-    assert here("compare", str(finished), "other/report.json:rtn", *options) == 0
+    assert here("compare", str(finished), "other/report.json:base", *options) == 0
     comparison = json.loads((tmp_path / "c.json").read_text())
-    assert [run["name"] for run in comparison["runs"]] == ["pico", "other:rtn"]
+    assert [run["name"] for run in comparison["runs"]] == ["pico", "other:base"]
     assert comparison["sets"][0]["pairs"][0]["better"] == "pico"
     assert here.out.startswith("in-domain: pico is best")
     assert (tmp_path / "c.md").read_text().startswith("in-domain: pico is best")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_report import FACTS, result, scores
 
-from requant_eval import compare_view, schema
+from requant_eval import compare_view, markdown, schema
 from requant_eval import report as rp
 from requant_eval.compare import Entrant, compare
 from requant_eval.errors import EvaluationError
@@ -129,7 +129,7 @@ def test_what_cannot_be_compared() -> None:
 def test_sets_that_not_all_have_are_left_out_and_said() -> None:
     comparison = compared(a=run(0.05), b=run(0.06, sets=("in-domain",)))
     assert ([s["name"] for s in comparison["sets"]], comparison["left_out"]) == (["in-domain"], ["general"])
-    assert "Not in all runs, left out: general." in compare_view.markdown(comparison)
+    assert "## Not in all runs, left out\n\n- general\n" in markdown.page(compare_view.document(comparison))
 
 
 def test_the_pareto_front_is_size_and_every_set() -> None:

@@ -21,8 +21,8 @@ def test_every_figure_stands_before_the_table_that_gives_its_numbers() -> None:
 def test_the_order_is_answer_quality_causes_costs_origin_limits() -> None:
     titles = [section.title for section in document(built()).sections]
     assert titles == [
-        "Warnings", "general", "in-domain", "Modules", "Cost", "Merge, quantization, calibration", "Reproduce",
-        "What this cannot tell you",
+        "Warnings", "Gates", "Recommendation", "general", "in-domain", "Modules", "Cost",
+        "Merge, quantization, calibration", "Reproduce", "What this cannot tell you",
     ]  # fmt: skip
 
 

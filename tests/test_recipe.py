@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_recipe_is_frozen() -> None:
 
 def test_all_problems_at_once_in_file_order() -> None:
     text = GOOD.replace("name: tiny", "name: ti ny").replace("model:", "modl:")
-    extra = "quantize:\n  group_sze: 64\n  bits: 5\n  symmetric: yes\ndevice: gpu\ngates: []\nheal: {steps: 1}\n"
+    extra = "quantize:\n  group_sze: 64\n  bits: 5\n  symmetric: yes\ndevice: gpu\ngate: []\nheal: {steps: 1}\n"
     top = ", ".join(Recipe.model_fields)
     assert problems(text + extra) == [
         "recipe.yaml:1: name: 'ti ny' is not a name of letters, digits, '.', '_' and '-' that begins with a "
@@ -90,7 +91,7 @@ def test_all_problems_at_once_in_file_order() -> None:
         "recipe.yaml:13: quantize.bits: 5 is not one of 2, 3, 4, 8",
         "recipe.yaml:14: quantize.symmetric: 'yes' is not true or false",
         "recipe.yaml:15: device: 'gpu' is not one of auto, cpu, cuda, cuda:N",
-        f"recipe.yaml:16: gates: unknown key, known here: {top}",
+        "recipe.yaml:16: gate: unknown key, did you mean 'gates'?",
         f"recipe.yaml:17: heal: unknown key, known here: {top}",
     ]
 
@@ -601,12 +602,12 @@ def test_json_schema_knows_every_key_and_describes_it() -> None:
 def test_import_is_light() -> None:
     code = "import requant.recipe, sys; print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": PIPELINE}
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ROOTS}
     )
     assert done.stdout == "set()\n"
 
 
-PIPELINE = str(Path(__file__).parents[1] / "pipeline")
+ROOTS = os.pathsep.join(str(Path(__file__).parents[1] / root) for root in ("pipeline", "eval"))
 
 
 # --- gates ---
@@ -645,7 +646,7 @@ def test_gates_are_read_and_kept() -> None:
             "{metric: ppl_increase, set: in-domain, max: 5%, relative_to: merged}",
             "gates.0.relative_to: 'merged' is not rtn",
         ),
-        ("{metric: ppl_increase, set: in-domain, maks: 5%}", "gates.0.maks: unknown key, did you mean 'max'?"),
+        ("{metric: ppl_increase, set: in-domain, maxx: 5%}", "gates.0.maxx: unknown key, did you mean 'max'?"),
         (
             "{metric: retention, set: in-domain, min: 50%, relative_to: rtn}",
             "gates.0.relative_to: only ppl_increase, kl",

@@ -56,7 +56,7 @@ def test_without_gates_the_limit_is_said() -> None:
 
 
 def test_the_rule_is_printed_with_the_table() -> None:
-    report = built()
+    report = built(gates=("ppl_increase in-domain 8%",))
     text = render(report)
     assert RULE in text
     assert report["recommendation"]["text"] in text
@@ -75,7 +75,7 @@ def test_the_losses_are_those_of_the_steps() -> None:
 
 
 def test_sizes_and_the_number_of_adapters_from_which_apart_is_smaller() -> None:
-    report = built()
+    report = built(gates=("ppl_increase in-domain 8%",))
     sizes = {name: o["bytes"] for name, o in options(report).items()}
     assert sizes == {"requantized": 100_000_000, "merged": 300_000_000, "separate": 100_000_000}
     many = report["recommendation"]["adapters_from"]

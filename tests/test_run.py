@@ -253,11 +253,11 @@ def test_in_domain_is_the_first_set_by_default(project: Path, ran: Path) -> None
 def test_other_gates_redo_only_the_report(project: Path, ran: Path) -> None:
     out = ran / "pico"
     before = {k: v for k, v in times(out).items() if "report" not in k and k not in ("gptq/README.md", ".stages.json")}
-    strict = {"gates": [{"metric": "ppl_increase", "set": "in-domain", "max": "0.01%"}]}
+    strict = {"gates": [{"metric": "ppl_increase", "set": "in-domain", "max": "-90%"}]}
     outcome = run(project, ran, strict)
     assert outcome.ran == ["report"]
     assert outcome.report == read(out / "report.json")
-    assert (outcome.report["verdict"]["status"], outcome.report["gates"][0]["limit"]) == ("fail", 0.01)
+    assert (outcome.report["verdict"]["status"], outcome.report["gates"][0]["limit"]) == ("fail", -90)
     assert (out / "report.md").read_text().startswith("FAIL: GPTQ 4-bit g32 breaks its gate: ppl_increase on in-domain")
     assert before.items() <= times(out).items(), "no checkpoint and no score was touched"
     assert run(project, ran, strict).ran == []

@@ -69,7 +69,7 @@ def test_groups_add_up_to_the_loss_and_are_sorted_by_change() -> None:
     assert sum(g["n"] for g in groups) == N
     assert len(groups) == len(own["loss"]) == len(own["kl"]) == len(own["disagreement"]) == GROUPS
     assert all(a["high"] <= b["low"] for a, b in pairwise(groups))
-    assert (groups[0]["low"], groups[-1]["high"]) == (np.abs(change).min(), np.abs(change).max())
+    assert (groups[0]["low"], groups[-1]["high"]) == pytest.approx((np.abs(change).min(), np.abs(change).max()))
     lost = made["gptq"].nll - made["adapter"].nll
     assert sum(g["n"] * e["value"] for g, e in zip(groups, own["loss"], strict=True)) == pytest.approx(lost.sum())
     kl, agree = made["gptq"].kl, made["gptq"].agree

@@ -131,8 +131,8 @@ def _run(entrant: Entrant, shared: Sequence[str]) -> dict[str, Any]:
 
 def _bytes(sizes: Mapping[str, Any], variant: str) -> int | None:
     if variant == "adapter":
-        parts = (sizes.get("base"), sizes.get("adapter"))
-        return None if None in parts else sum(parts)
+        base, adapter = sizes.get("base"), sizes.get("adapter")
+        return None if base is None or adapter is None else int(base + adapter)
     size = sizes.get(variant) or (sizes.get("gptq") if variant in ("healed", "rtn") else None)
     return None if size is None else int(size)
 

@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.text import Text
 
 from requant_eval.digits import format_bytes, format_estimate, format_seconds
-from requant_eval.tables import Table, escape
+from requant_eval.document import Bullets, Document, Section
+from requant_eval.tables import Table
 from requant_eval.terminal import shown
 
 UNDECIDED = "cannot be told apart"
@@ -65,27 +66,30 @@ def line(comparison: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
-def markdown(comparison: Mapping[str, Any]) -> str:
-    """The comparison as Markdown."""
-    names = " / ".join(escape(run["name"]) for run in comparison["runs"])
-    parts = [line(comparison), f"# {names}"]
-    parts += [f"- warning: {warning}" for warning in comparison["warnings"]]
-    parts += [pairs_table(comparison).markdown(), runs_table(comparison).markdown()]
-    if comparison["left_out"]:
-        parts.append(_left_out(comparison))
-    return "\n\n".join(parts) + "\n"
+def document(comparison: Mapping[str, Any]) -> Document:
+    """The comparison for Markdown and HTML."""
+    tokens = ", ".join(f"{s['name']}: {s['n_documents']} documents, {s['n_scored']} tokens" for s in comparison["sets"])
+    left = (Bullets(tuple(comparison["left_out"])),) if comparison["left_out"] else ()
+    sections = (
+        Section("Warnings", (Bullets(tuple(comparison["warnings"])),) if comparison["warnings"] else ()),
+        Section("Who is better", (pairs_table(comparison),)),
+        Section("Runs", (runs_table(comparison),)),
+        Section("Not in all runs, left out", left),
+    )
+    return Document(
+        headline=line(comparison),
+        title=" / ".join(run["name"] for run in comparison["runs"]),
+        about=f"Paired on the same tokens; {tokens}.",
+        sections=tuple(s for s in sections if s.blocks),
+    )
 
 
 def terminal(comparison: Mapping[str, Any]) -> Group:
     """The comparison on a terminal."""
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in comparison["warnings"]]
-    left = [Text(_left_out(comparison))] if comparison["left_out"] else []
+    left = [Text(f"Not in all runs, left out: {', '.join(comparison['left_out'])}.")] if comparison["left_out"] else []
     tables = shown(pairs_table(comparison), runs_table(comparison))
     return Group(Text(line(comparison), style="bold"), *warnings, *tables, *left)
-
-
-def _left_out(comparison: Mapping[str, Any]) -> str:
-    return f"Not in all runs, left out: {', '.join(comparison['left_out'])}."
 
 
 def _best(names: list[str], pairs: list[Mapping[str, Any]]) -> str | None:

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from requant_eval.tables import Table, cost_tables, facts_table, modules_table, set_tables
+from requant_eval.tables import (
+    Table,
+    cost_tables,
+    facts_table,
+    gates_table,
+    modules_table,
+    options_table,
+    set_tables,
+)
 
 LIMITS = (
     "Losses hold for these texts, this tokenizer and this window length; another domain may lose more.",
@@ -65,8 +73,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """headline: the answer in one sentence. verdict: how the gates stand, said before everything else; "" without
-    gates. about: what was measured when.
+    """headline: the answer in one sentence. verdict: how the gates stand, said before everything else.
+    about: what was measured when.
     """
 
     headline: str
@@ -84,12 +92,16 @@ def document(report: Mapping[str, Any]) -> Document:
         title=str(report["name"] or "Quality report"),
         about=f"Measured {created}. Perplexities and losses on the same tokens for every variant." if created else "",
         sections=tuple(s for s in _sections(report) if s.blocks),
+        verdict=report["verdict"]["line"],
     )
 
 
 def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     facts = report["facts"]
     yield Section("Warnings", (Bullets(tuple(report["warnings"])),) if report["warnings"] else ())
+    gates, way = gates_table(report), report["recommendation"]
+    yield Section("Gates", (gates,) if gates.rows else ())
+    yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
         yield _set(s)
     modules = modules_table(facts)

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from requant_eval.card import model_card
-from requant_eval.document import Block, Bullets, Code, Figure, Paragraph, document
+from requant_eval.document import Block, Bullets, Code, Document, Figure, Paragraph, document
 from requant_eval.tables import Table
 
-__all__ = ["model_card", "render"]
+__all__ = ["model_card", "page", "render"]
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The whole report as Markdown; figures are left out, their numbers stand in the tables."""
-    d = document(report)
+    """The whole report as Markdown."""
+    return page(document(report))
+
+
+def page(d: Document) -> str:
+    """Any document as Markdown; figures are left out, their numbers stand in the tables."""
     parts = [d.verdict, d.headline, f"# {d.title}", d.about]
     for section in d.sections:
         parts += [f"## {section.title}", *(_block(block) for block in section.blocks)]

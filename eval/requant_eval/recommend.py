@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,9 +97,10 @@ def _loss(s: Mapping[str, Any], variant: str | None) -> dict[str, Any] | None:
 def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | None:
     sizes = (facts.get("cost") or {}).get("bytes") or {}
     if name == "separate":
-        parts = (sizes.get("base"), sizes.get("adapter"))
-        return None if None in parts else sum(parts)
-    return sizes.get(variant) or (sizes.get("gptq") if variant == "healed" else None)
+        base, adapter = sizes.get("base"), sizes.get("adapter")
+        return None if base is None or adapter is None else int(base + adapter)
+    size = sizes.get(variant) or (sizes.get("gptq") if variant == "healed" else None)
+    return None if size is None else int(size)
 
 
 def _adapters_from(options: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> int | None:
@@ -109,7 +109,7 @@ def _adapters_from(options: Sequence[Mapping[str, Any]], report: Mapping[str, An
     own, base, adapter = options[0]["bytes"], sizes.get("base"), sizes.get("adapter")
     if not own or not base or not adapter or own <= adapter:
         return None
-    return math.floor(base / (own - adapter)) + 1
+    return int(base // (own - adapter)) + 1
 
 
 def _text(options: Sequence[Mapping[str, Any]], choice: str | None, many: int | None, *, own_gates: bool) -> str:

@@ -91,6 +91,6 @@ def _by_group(
         if not at.any():
             continue
         n = np.bincount(document[at], minlength=count).astype(np.float64)
-        total = np.bincount(document[at], weights=values[at].astype(np.float64), minlength=count)
+        total = np.bincount(document[at], weights=values[at], minlength=count).astype(np.float64)
         found.append(asdict(st.ratio(total[n > 0], n[n > 0])))
     return found

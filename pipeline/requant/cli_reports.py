@@ -56,6 +56,7 @@ def compare(
     from rich.console import Console
 
     from requant_eval import compare_view
+    from requant_eval import markdown as md
     from requant_eval import report as reports
     from requant_eval.compare import compare as compared
 
@@ -64,7 +65,7 @@ def compare(
     if json_file is not None:
         reports.save(comparison, json_file)
     if markdown is not None:
-        reports.save_text(markdown, compare_view.markdown(comparison))
+        reports.save_text(markdown, md.page(compare_view.document(comparison)))
     Console(width=None if sys.stdout.isatty() else 120).print(compare_view.terminal(comparison))
 
 
