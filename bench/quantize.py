@@ -1,6 +1,6 @@
 """Our GPTQ against gptqmodel on the same merged model, calibration tokens, bits, group and symmetry, in one run.
 
-    python bench/quantize.py RECIPE --merged runs/NAME/merged [--out FILE] [--peer-dtype float32|bfloat16] [--set ...]
+    python bench/quantize.py RECIPE --merged runs/NAME/merged [--out FILE] [--peer-dtype default|float32] [--set ...]
 
 Each side runs alone in a process of its own, from loading to the written checkpoint. Both checkpoints are then
 dequantized by the same code and scored on the recipe's evaluation sets in fp32. Prints the ratio of times and of losses
@@ -66,7 +66,8 @@ def gptqmodel(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
     config = QuantizeConfig(bits=q.bits, group_size=q.group_size, sym=q.symmetric, desc_act=False, device=device)
-    model = GPTQModel.load(str(args.merged), config, dtype=getattr(torch, args.peer_dtype))
+    dtype = {} if args.peer_dtype == "default" else {"dtype": getattr(torch, args.peer_dtype)}
+    model = GPTQModel.load(str(args.merged), config, **dtype)
     rows = [{"input_ids": w[None], "attention_mask": torch.ones_like(w[None])} for w in calibration]
     model.quantize(rows, batch_size=max(1, 2048 // calibration.shape[1]))
     model.save(str(args.work))
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--merged", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--only", choices=("ours", "gptqmodel"))
-    parser.add_argument("--peer-dtype", default="float32")
+    parser.add_argument("--peer-dtype", default="default")
     parser.add_argument("--role", choices=("ours", "gptqmodel", "score"))
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)

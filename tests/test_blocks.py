@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from requant import skeleton
-from requant.blocks import BlockInput, Stage, Walk, block_linears, block_list, find_stages, step
+from requant.blocks import BlockInput, Walk, block_linears, block_list
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
+from requant.stages import Stage, find_stages, held_bytes, step
 
 STAGES = {
     "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
@@ -78,9 +80,10 @@ def test_stages_are_linears_that_share_their_input(tmp_path: Path, kind: str) ->
     assert [list(s.linears) for s in stages] == STAGES[kind]
 
 
+@pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2"])
-def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path: Path, kind: str) -> None:
-    """Each stage's inputs must come from the already replaced stages before it, and nothing may run twice."""
+def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path: Path, kind: str, hold: bool) -> None:
+    """Each stage's inputs must come from the already replaced stages before it, whether batches wait or start anew."""
     made, walk = walk_of(tmp_path, kind)
     tokens = pico.ids(4, 16)
     items = walk.embed(tokens, 3)
@@ -96,7 +99,7 @@ def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path
             for name in stage.linears:
                 block.get_submodule(name).weight.mul_(0.5)
 
-        step(walk, index, items, stages, reach)
+        step(walk, index, items, stages, reach, hold=hold)
         walk.release(block)
     blocks = block_list(made)[1]
     expected: dict[str, Tensor] = {}
@@ -127,7 +130,44 @@ def test_one_block_is_resident(tmp_path: Path) -> None:
     assert all(p.is_meta for n, p in walk.model.named_parameters() if ".layers." not in n), "nor embeddings and head"
 
 
-def test_a_failing_stage_leaves_no_hooks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hold", [True, False])
+def test_the_twin_runs_the_original_block_in_step(tmp_path: Path, hold: bool) -> None:
+    """Its inputs stay those of the unquantized model while the block's own weights are halved under way."""
+    made, walk = walk_of(tmp_path, "llama")
+    tokens = pico.ids(4, 16)
+    expected: dict[str, Tensor] = {}
+    for name, linear in block_linears(block_list(made)[1][0]).items():
+        linear.register_forward_pre_hook(lambda _m, args, key=name: expected.update({key: args[0].clone()}))
+    final = seen_by_model(made, tokens)
+    items = walk.embed(tokens, 4)
+    items[0].exact = items[0].hidden
+    block = walk.load(0)
+    twin = copy.deepcopy(block)
+    stages = find_stages(walk, 0, items[0], tuple(block_linears(block)))
+
+    def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+        ((_, exact),) = inputs
+        assert exact is not None
+        assert torch.allclose(exact, expected[stage.linears[0]], rtol=1e-5, atol=1e-5)
+        for name in stage.linears:
+            block.get_submodule(name).weight.mul_(0.5)
+
+    step(walk, 0, items, stages, reach, twin=twin, hold=hold)
+    assert items[0].exact is not None
+    assert torch.allclose(items[0].exact, final[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(items[0].hidden, final[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_waits_is_counted(tmp_path: Path) -> None:
+    """Every linear's input and output, 2 bytes each, 10 tokens."""
+    _, walk = walk_of(tmp_path, "llama")
+    linears = block_linears(walk.load(0))
+    wide = sum(m.in_features + m.out_features for m in linears.values())
+    assert held_bytes(walk.blocks[0], tuple(linears), 10, 2) == 20 * wide
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_failing_stage_leaves_no_hooks(tmp_path: Path, hold: bool) -> None:
     _, walk = walk_of(tmp_path)
     (item,) = walk.embed(pico.ids(), 2)
     block = walk.load(0)
@@ -138,7 +178,7 @@ def test_a_failing_stage_leaves_no_hooks(tmp_path: Path) -> None:
         raise StageError("stop")
 
     with pytest.raises(StageError, match="stop"):
-        step(walk, 0, [item], stages, fail)
+        step(walk, 0, [item], stages, fail, hold=hold)
     assert all(not m._forward_pre_hooks for m in block.modules())
     assert torch.isfinite(walk.run(0, item)).all()
 

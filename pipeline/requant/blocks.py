@@ -1,30 +1,20 @@
-"""Run a causal LM one block at a time, one block resident; every batch of a block in step, stage by stage.
+"""Run a causal LM one block at a time, one block resident, the next one on its way.
 
-Structure is found, not tabulated: the blocks are the largest list of like modules, the stages are the linears that
-receive the same input tensor, in the order in which they are called. Each batch's forward runs in a greenlet that
-pauses at the first linear of a stage, so that weights can be replaced between stages and nothing runs twice.
+Structure is found, not tabulated: the blocks are the largest list of like modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from requant import linears, skeleton
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linears of a block (names inside it) that share their input."""
-
-    linears: tuple[str, ...]
 
 
 @dataclass
@@ -66,6 +56,9 @@ class Walk:
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
         self.prefix, self.blocks = block_list(model)
+        self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.names = skeleton.tensor_names(model, checkpoint)
         lost = [n for n, _ in model.named_parameters() if n not in self.names]
         if lost:
@@ -79,10 +72,26 @@ class Walk:
         return len(self.blocks)
 
     def load(self, index: int) -> nn.Module:
-        """Give block `index` its weights."""
+        """Give block `index` its weights; on a device the next block's begin their journey."""
         block = self.blocks[index]
-        self._fill(block, f"{self.prefix}.{index}.")
+        coming = self._coming.pop(index, None)
+        if coming:
+            tensors = coming.result()
+            for tensor in tensors.values():  # made on another stream: not to be reused there while this one needs it
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        else:
+            tensors = self._read(block, f"{self.prefix}.{index}.")
+        skeleton.place(block, tensors)
+        if self._reader and index + 1 < len(self):
+            self._coming[index + 1] = self._reader.submit(self._read_ahead, index + 1)
         return block
+
+    def _read_ahead(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors, copied to the device beside what it computes."""
+        with torch.cuda.stream(self._stream):
+            tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.")
+            torch.cuda.current_stream(self.device).synchronize()
+        return tensors
 
     def release(self, module: nn.Module) -> None:
         """Take the weights away again."""
@@ -91,12 +100,12 @@ class Walk:
                 if parameter is not None:
                     sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        tensors = {
+    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """A module's parameters by their names inside it, on the device."""
+        return {
             name: self.checkpoint.read(self.names[prefix + name]).to(self.device, self.dtype)
             for name, _ in module.named_parameters()
         }
-        skeleton.place(module, tensors)
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
         """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch.
@@ -105,7 +114,7 @@ class Walk:
         """
         outside = self._outside()
         for name, module in outside:
-            self._fill(module, name + ".")
+            skeleton.place(module, self._read(module, name + "."))
         first = self.load(0)
         recorded: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         inputs = []
@@ -196,97 +205,3 @@ class Walk:
 
 def _stop(*_: Any) -> None:
     raise _Captured
-
-
-def find_stages(walk: Walk, index: int, item: BlockInput, linears: Sequence[str]) -> list[Stage]:
-    """Group `linears` of a block by the input they receive, in call order, from one forward of one batch.
-
-    Raises StageError when a linear is not called: nothing would be known about its input.
-    """
-    block = walk.blocks[index]
-    groups: dict[tuple[int, int], list[str]] = {}
-    keep: list[Tensor] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            keep.append(args[0])  # alive until the end, so that no address is used twice
-            groups.setdefault((args[0].data_ptr(), args[0]._version), []).append(name)
-
-        return hook
-
-    handles = [block.get_submodule(n).register_forward_pre_hook(watch(n)) for n in linears]
-    try:
-        walk.run(index, item)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = {n for group in groups.values() for n in group}
-    if seen != set(linears):
-        raise StageError(
-            f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - seen))} was never called on the calibration text"
-        )
-    return [Stage(tuple(dict.fromkeys(names))) for names in groups.values()]
-
-
-def step(
-    walk: Walk,
-    index: int,
-    items: Sequence[BlockInput],
-    stages: Sequence[Stage],
-    reach: Callable[[Stage, Iterator[tuple[Tensor, Tensor | None]]], None],
-    twin: nn.Module | None = None,
-) -> None:
-    """Run one block on every batch, pausing all of them before each stage; `hidden` becomes the block's output.
-
-    reach(stage, inputs) is called once a stage with an iterator over the batches' (input, exact input), each
-    [batch, length, in]; it may replace the weights of the stage's linears before the batches go on. `twin` is the block
-    with its original weights: it runs in step on the batches that have `exact` and gives their exact inputs; for the
-    others, and without it, the exact input is None.
-    """
-    block = walk.blocks[index]
-    alive = [True]
-    handles = [h for m in (block, twin) if m is not None for h in _pauses(m, stages, alive)]
-    runs = [greenlet(walk.forward) for _ in items]
-    exact = [greenlet(walk.forward) if twin is not None and item.exact is not None else None for item in items]
-
-    def inputs(stage: Stage, starting: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for run, other, item in zip(runs, exact, items, strict=True):
-            others = item.arguments[index]
-            x = _advance(run, (block, item.hidden, others) if starting else (), stage)
-            yield x, None if other is None else _advance(other, (twin, item.exact, others) if starting else (), stage)
-
-    try:
-        for position, stage in enumerate(stages):
-            reach(stage, inputs(stage, position == 0))
-        for run, other, item in zip(runs, exact, items, strict=True):
-            others = item.arguments[index]
-            item.hidden = run.switch() if stages else walk.forward(block, item.hidden, others)
-            if other is not None:
-                item.exact = other.switch() if stages else walk.forward(twin, item.exact, others)
-    finally:
-        alive[0] = False
-        for handle in handles:
-            handle.remove()
-
-
-def _pauses(block: nn.Module, stages: Sequence[Stage], alive: list[bool]) -> list[Any]:
-    """Hooks that hand the input of each stage's first linear to whoever runs the greenlet, and wait."""
-
-    def pause(stage: Stage) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            parent = getcurrent().parent
-            if alive[0] and parent is not None:
-                parent.switch(stage, args[0])
-
-        return hook
-
-    return [block.get_submodule(s.linears[0]).register_forward_pre_hook(pause(s)) for s in stages]
-
-
-def _advance(run: Any, arguments: tuple[Any, ...], expected: Stage) -> Tensor:
-    """Let one batch run to its next pause, which must be at `expected`."""
-    stage, inputs = run.switch(*arguments)
-    if stage is not expected:
-        raise StageError(f"batches call their linears in different orders: {stage.linears} before {expected.linears}")
-    result: Tensor = inputs
-    return result

@@ -1,15 +1,18 @@
-"""GPTQ: Hessian, factor, grid, solve. Tensors in, tensors out, nothing else.
+"""GPTQ: factor, solve, refine. Tensors in, tensors out, nothing else.
 
 Frantar et al., GPTQ (arXiv:2210.17323), in its equal LDLQ form (Chee et al., QuIP, arXiv:2307.13304, theorem 6):
-with H = U D U', U unit upper triangular, the columns are rounded left to right,
+with H = L D L', L unit lower triangular, the columns are rounded from the last to the first,
 
-    target_j = W_j + sum_{i<j} (W_i - Q_i) U_ij,     Q_j = round(target_j),     loss = sum_j (target_j - Q_j)^2 D_j
+    target_j = W_j + sum_{i>j} (W_i - Q_i) L_ij,     Q_j = round(target_j),     loss = sum_j (target_j - Q_j)^2 D_j
 
-which needs one Cholesky factorization (of H flipped) where the usual route needs two and an inverse.
+which needs one Cholesky factorization where the usual route needs two and an inverse. Matrices of weights, codes and
+errors are kept columns first, [n, rows]: a column of the weight is contiguous, and so is what is done to it.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,26 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from requant import kernels
 from requant.grid import Grid, Scales, dequantize_codes, find_scales, round_to_grid
 
 Order = Literal["natural", "activation", "group"]
 MAX_DAMP = 0.64
 BLOCK = 128
-_PANEL = 512
-
-
-def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
-    """hessian (fp32 [n, n], upper triangle only) += inputs' @ inputs, inputs [..., n]. Panels below the diagonal are skipped."""
-    x = inputs.reshape(-1, inputs.shape[-1]).float()
-    for start in range(0, x.shape[1], _PANEL):
-        stop = start + _PANEL
-        hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-
-
-def symmetrize(hessian: Tensor) -> Tensor:
-    """Mirror the upper triangle into the lower one, in place."""
-    upper = hessian.triu(1)
-    return hessian.triu_().add_(upper.T)
+_ROWS = 8192  # of a weight at a time, where only sums are wanted
 
 
 def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
@@ -57,208 +47,233 @@ def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """U (unit upper, fp32 [n, n]) of the permuted, damped Hessian; `damp` as used, `diagonal` when no factor was found."""
+    """Cholesky factor of the permuted, damped Hessian: lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
 
-    upper: Tensor
+    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. `diagonal` when no factor was found: `lower`
+    is then the identity, and nothing is compensated.
+    """
+
+    lower: Tensor
     order: Tensor
     damp: float
     diagonal: bool = False
 
 
 def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
-    """H[order, order] + damp * mean(diag) * I = U D U'. Doubles `damp` up to 0.64, then gives up coupling (U = I).
+    """Factor H for rounding its columns in `order` (int64 [n], first to last). hessian: fp32 [n, n], symmetric.
 
-    Raises ValueError when the Hessian itself is not finite.
+    Doubles `damp` up to 0.64, then gives up coupling. Raises ValueError when the Hessian is not finite.
     """
-    mean = hessian.diagonal().mean()
-    if not torch.isfinite(mean):
+    mean = float(hessian.diagonal().mean())
+    if not math.isfinite(mean):
         raise ValueError("the Hessian holds NaN or infinity")
-    permuted = hessian[order][:, order]
-    n = permuted.shape[0]
+    backwards = order.flip(0)
     while mean > 0:
-        damped = permuted.clone()
+        damped = hessian[backwards[:, None], backwards]
         damped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            root = lower.flip(0, 1)
-            return Factor(root / root.diagonal(), order, damp)
+            return Factor(lower, backwards, damp)
         if 2 * damp > MAX_DAMP:
             break
         damp *= 2
-    return Factor(torch.eye(n, device=hessian.device), order, damp, diagonal=True)
+    return Factor(torch.eye(len(order), device=hessian.device), backwards, damp, diagonal=True)
 
 
-def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> Tensor:
-    """The column loop: fp32 [rows, n] -> codes uint8 [rows, n] in the weight's own column order.
+def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The column loop: fp32 [rows, n] -> codes uint8 [n, rows] and the error (W - Q)' fp32 [n, rows], columns as in W.
 
-    Left-looking: each block of 128 columns takes the feedback of all earlier ones in one product, then its columns
+    Each block of 128 columns takes the feedback of all that were rounded before it in one product, then its columns
     one after another. The block size does not change the result beyond fp32 rounding.
     """
     n = weight.shape[1]
-    width = n // scales.scale.shape[1]
-    group = factor.order // width
-    columns = weight.T[factor.order].contiguous()  # (n, rows): a column of the weight is contiguous
-    scale = scales.scale.T[group].contiguous()
-    zero = scales.zero.T[group].contiguous()
-    low, high = -zero, grid.levels - 1 - zero
-    error = torch.empty_like(columns)
-    codes = torch.empty_like(columns)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        target = columns[start:stop]
-        if start:
-            target = torch.addmm(target, factor.upper[:start, start:stop].T, error[:start])
-        _solve_block(target, columns, factor.upper, scale, (low, high), error, codes, start)
-    codes.add_(zero)
-    out = torch.empty_like(codes, dtype=torch.uint8)
-    out[factor.order] = codes.to(torch.uint8)
-    return out.T.contiguous()
+    columns = weight.T[factor.order]  # (n, rows), the column to round first at the end
+    group = factor.order // (n // scales.scale.shape[1])
+    scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
+    pivots = factor.lower.diagonal()
+    error, codes = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.uint8)
+    for stop in range(n, 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        here = slice(start, stop)
+        target = columns[here]
+        if stop < n:
+            target = torch.addmm(target, (factor.lower[stop:, here] / pivots[here]).T, error[stop:])
+        feedback = (factor.lower[here, here] / pivots[here]).tril_(-1)
+        block = kernels.Block(scale[group[here]], zero[group[here]], grid.levels, error[here], codes[here])
+        loop = kernels.round_columns if kernels.usable(weight) else _round_columns
+        loop(target, columns[here], feedback, block)
+    out_error, out_codes = torch.empty_like(error), torch.empty_like(codes)
+    out_error[factor.order], out_codes[factor.order] = error, codes
+    return out_codes, out_error
 
 
-def _solve_block(
-    target: Tensor,
-    columns: Tensor,
-    upper: Tensor,
-    scale: Tensor,
-    ends: tuple[Tensor, Tensor],
-    error: Tensor,
-    codes: Tensor,
-    start: int,
-) -> None:
-    """The sequential columns of one block; fills `error` and `codes` (without the zero) for its rows."""
-    feedback = upper.T[start : start + len(target), start : start + len(target)].contiguous()
-    for k in range(len(target)):
-        j = start + k
-        wanted = torch.addmv(target[k], error[start:j].T, feedback[k, :k]) if k else target[k]
-        code = codes[j]
-        torch.div(wanted, scale[j], out=code)
+def _round_columns(target: Tensor, columns: Tensor, feedback: Tensor, block: kernels.Block) -> None:
+    """Round the columns of one block, last first. target, columns: [k, rows]. feedback: [k, k], strictly lower."""
+    low, high = -block.zero, block.levels - 1 - block.zero
+    backwards = feedback.T.contiguous()
+    code = torch.empty_like(columns[0])
+    for j in range(len(target) - 1, -1, -1):
+        wanted = torch.addmv(target[j], block.error[j + 1 :].T, backwards[j, j + 1 :])
+        torch.div(wanted, block.scale[j], out=code)
         code.round_()
-        torch.clamp(code, ends[0][j], ends[1][j], out=code)
-        torch.addcmul(columns[j], code, scale[j], value=-1, out=error[j])
+        torch.clamp(code, low[j], high[j], out=code)
+        torch.addcmul(columns[j], code, block.scale[j], value=-1, out=block.error[j])
+        block.codes[j] = code.add_(block.zero[j])
 
 
-def refine(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid: Grid, sweeps: int) -> Tensor:
-    """Coordinate descent on the codes from a solution, `sweeps` times over all columns: codes uint8 [rows, n].
+def refine(
+    codes: Tensor, error: Tensor, hessian: Tensor, ridge: float, scales: Scales, grid: Grid, sweeps: int
+) -> None:
+    """Coordinate descent on a solution of `solve`, in place, `sweeps` times over all columns.
 
-    Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj), so
-    tr(E H E') never grows. The column loop can only answer to columns before it. Source: Behdin et al., QuantEase
-    (arXiv:2309.01885). `hessian` must have a positive diagonal (damped).
+    Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj) with
+    H = hessian + ridge * I, so tr(E H E') never grows. The column loop can only answer to columns before it. Source:
+    Behdin et al., QuantEase (arXiv:2309.01885).
     """
-    n = weight.shape[1]
-    width = n // scales.scale.shape[1]
-    scale = scales.scale.T.repeat_interleave(width, dim=0)  # (n, rows)
-    zero = scales.zero.T.repeat_interleave(width, dim=0)
-    low, high = -zero, grid.levels - 1 - zero
-    level = codes.T.float().sub_(zero)
-    gradient = hessian @ (weight.T - level * scale)  # (E H)', columns first
-    inverse = 1 / hessian.diagonal()
-    for _ in range(sweeps):
-        for start in range(0, n, BLOCK):
-            stop = min(start + BLOCK, n)
-            moved = torch.empty_like(gradient[start:stop])  # change of E in this block
-            inside = hessian[start:stop, start:stop].contiguous()
-            for k in range(stop - start):
-                j = start + k
-                pull = torch.addmv(gradient[j], moved[:k].T, inside[k, :k]) if k else gradient[j]
-                best = torch.addcdiv(level[j], pull, scale[j], value=float(inverse[j])).round_()
-                best = torch.clamp(best, low[j], high[j])
-                torch.mul(level[j] - best, scale[j], out=moved[k])
-                level[j] = best
-            gradient.addmm_(hessian[:, start:stop], moved)
-    return level.add_(zero).to(torch.uint8).T.contiguous()
+    n = codes.shape[0]
+    group = torch.arange(n, device=codes.device) // (n // scales.scale.shape[1])
+    scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
+    sweep = kernels.sweep_columns if kernels.usable(error) else _sweep_columns
+    for start in [s for _ in range(sweeps) for s in range(0, n, BLOCK)]:
+        here = slice(start, min(start + BLOCK, n))
+        block = kernels.Block(scale[group[here]], zero[group[here]], grid.levels, error[here], codes[here])
+        pull = torch.addmm(block.error, hessian[here], error, beta=ridge)  # (E H)', these columns
+        inside = hessian[here, here].clone(memory_format=torch.contiguous_format)
+        inside.diagonal().add_(ridge)
+        sweep(pull, inside, block)
 
 
-def add_drift(drift: Tensor, inputs: Tensor, exact: Tensor) -> None:
-    """drift (fp32 [n, n]) += (exact - inputs)' @ inputs, both [..., n]."""
-    x = inputs.reshape(-1, inputs.shape[-1]).float()
-    drift.addmm_((exact.reshape(x.shape).float() - x).T, x)
+def _sweep_columns(pull: Tensor, inside: Tensor, block: kernels.Block) -> None:
+    """Set each column of one block to its best code. pull: [k, rows]. inside: [k, k] of the Hessian."""
+    low, high = -block.zero, block.levels - 1 - block.zero
+    level = block.codes.float().sub_(block.zero)
+    moved = torch.empty_like(pull)
+    for j, inverse in enumerate((1 / inside.diagonal()).tolist()):
+        wanted = torch.addmv(pull[j], moved[:j].T, inside[j, :j])
+        best = torch.addcdiv(level[j], wanted, block.scale[j], value=inverse).round_()
+        best = torch.clamp(best, low[j], high[j])
+        torch.mul(level[j].sub_(best), block.scale[j], out=moved[j])
+        level[j] = best
+    block.error.add_(moved)
+    block.codes.copy_(level.add_(block.zero))
 
 
-def correct(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float, share: float) -> Tensor:
+def correct(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
     """The weight whose output on the inputs as they are comes closest to the original's on the inputs as they were.
 
-    weight: fp32 [rows, n]. hessian: X' X of the inputs X after earlier layers were quantized. drift: (X0 - X)' X, X0 the
-    inputs before. Returns W + share * W drift (H + damp * mean(diag) * I)^-1. Source: Arai & Ichikawa, QEP
+    weight: fp32 [rows, n]. drift: (X0 - X)' X, X the inputs after earlier layers were quantized and X0 those before, in the
+    measure of the Hessian X' X that `factor` is of. Returns W + share * W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP
     (arXiv:2504.09629), and Li et al., GPTAQ (arXiv:2504.02692).
     """
-    if not share or not drift.any():
+    if not share or factor.diagonal:
         return weight
-    damped = hessian.clone()
-    damped.diagonal().add_(damp * hessian.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        return weight
-    return weight + share * torch.cholesky_solve((weight @ drift).T, factor).T
+    wanted = (weight @ drift).T[factor.order]
+    moved = torch.cholesky_solve(wanted, factor.lower)
+    wanted[factor.order] = moved
+    return torch.add(weight, wanted.T, alpha=share)
+
+
+def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
+    """diag(E H E'), fp32 [rows], of E' [n, rows] against the undamped, symmetric H [n, n]: what each row loses."""
+    return torch.cat([torch.einsum("nr,nr->r", hessian @ e, e) for e in torch.split(error, _ROWS, dim=1)])
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
-    """tr(E H E'), fp32 [rows, n] against the undamped, symmetric H [n, n]."""
-    return float(torch.einsum("rn,rn->", error @ hessian, error))
+    """tr(E H E') of E fp32 [rows, n]."""
+    return float(row_errors(error.T, hessian).sum())
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One weight's result. loss = tr(E H E'), relative = sqrt(loss / tr(W H W')), both against the undamped Hessian."""
+    """The result for one weight, or for several with the same input and grid one below the other (`split`).
 
-    codes: Tensor
+    errors: fp32 [3, rows]: diag(E H E') of the result, of rounding to nearest on min-max scales, and diag(W H W').
+    rounded: bool [rows], rows where rounding to nearest on the same scales lost less and was taken.
+    """
+
+    codes: Tensor  # uint8 [rows, n]
     scales: Scales
     grid: Grid
-    loss: float
-    relative: float
-    rtn_relative: float
+    errors: Tensor
+    rounded: Tensor
     damp: float
     order: Order
-    fallback: bool
+    uncoupled: bool
 
     def weight(self) -> Tensor:
         """fp32 [rows, n], exactly what a server dequantizes."""
         return dequantize_codes(self.codes, self.scales)
 
+    def split(self, sizes: Sequence[int]) -> list[Solution]:
+        """One Solution for each of `sizes` rows."""
+        stops = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        return [self._select(slice(a, b)) for a, b in itertools.pairwise(stops)]
+
+    def _select(self, rows: slice) -> Solution:
+        scales, errors = self.scales.select(rows), self.errors[:, rows]
+        return replace(self, codes=self.codes[rows], scales=scales, errors=errors, rounded=self.rounded[rows])
+
+    @property
+    def loss(self) -> float:
+        """tr(E H E') against the undamped Hessian."""
+        return float(self.errors[0].sum())
+
+    @property
+    def relative(self) -> float:
+        """sqrt(tr(E H E') / tr(W H W'))."""
+        return self._relative(0)
+
+    @property
+    def rtn_relative(self) -> float:
+        """The same for rounding to nearest on min-max scales."""
+        return self._relative(1)
+
+    @property
+    def fallback(self) -> bool:
+        """Whether this is no better than rounding: no factor was found, or most rows were rounded."""
+        return self.uncoupled or bool(self.rounded.float().mean() > 0.5)
+
+    def _relative(self, row: int) -> float:
+        mine, whole = self.errors[row].sum(), self.errors[2].sum()
+        return math.sqrt(max(float(mine), 0.0) / max(float(whole), torch.finfo(torch.float32).tiny))
+
 
 def quantize_weight(
-    weight: Tensor,
-    hessian: Tensor,
-    grid: Grid,
-    *,
-    order: Order,
-    damp: float,
-    sweeps: int = 0,
-    factors: dict[tuple[str, int], Factor] | None = None,
+    weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, order: Order = "activation", sweeps: int = 0
 ) -> Solution:
-    """Quantize one weight (fp32 [rows, n]) against a symmetric Hessian (fp32 [n, n]).
+    """Quantize one weight (fp32 [rows, n]) against a symmetric Hessian (fp32 [n, n]) and its factor.
 
-    Weights that share their input share `factors`, keyed by order and group size: pass the same dict for each.
-    `fallback` says that rounding to nearest on the same scales lost less, or that no factor was found.
+    Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded.
     """
-    diagonal = hessian.diagonal()
-    factors = {} if factors is None else factors
-    key = (order, grid.group_size)
-    if key not in factors:
-        factors[key] = factorize(hessian, column_order(diagonal, order, grid.group_size), damp)
-    factor = factors[key]
-    mean = float(diagonal.mean())
-    scales = find_scales(weight, diagonal + (factor.damp * mean if mean > 0 else 1.0), grid)
-    codes, worse = solve(weight, factor, scales, grid), False
+    mean = float(hessian.diagonal().mean())
+    ridge = factor.damp * mean
+    scales = find_scales(weight, hessian.diagonal() + (ridge if mean > 0 else 1.0), grid)
+    codes, error = solve(weight, factor, scales, grid)
     if sweeps and mean > 0:
-        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (factor.damp * mean)
-        codes = refine(weight, codes, damped, scales, grid, sweeps)
-    loss = output_error(weight - dequantize_codes(codes, scales), hessian)
-    control = _rtn_loss(weight, hessian, grid)
-    if loss > control:  # else rounding on better scales cannot be worth a look
-        rounded = round_to_grid(weight, scales, grid)
-        rounded_loss = output_error(weight - dequantize_codes(rounded, scales), hessian)
-        if rounded_loss < loss:
-            codes, loss, worse = rounded, rounded_loss, True
-    whole = max(output_error(weight, hessian), torch.finfo(torch.float32).tiny)
-    relative, plain = ((max(x, 0.0) / whole) ** 0.5 for x in (loss, control))
-    return Solution(codes, scales, grid, loss, relative, plain, factor.damp, order, factor.diagonal or worse)
+        refine(codes, error, hessian, ridge, scales, grid, sweeps)
+    loss = row_errors(error, hessian)
+    del error
+    control = _rounding_errors(weight, hessian, replace(grid, search="minmax", signed=False))
+    codes = codes.T.contiguous()
+    rounded = loss > control  # else rounding on better scales cannot be worth a look
+    rows = rounded.nonzero()[:, 0]
+    if len(rows):
+        plain = round_to_grid(weight[rows], scales.select(rows), grid)
+        losses = row_errors((weight[rows] - dequantize_codes(plain, scales.select(rows))).T, hessian)
+        rounded[rows] = losses < loss[rows]
+        codes[rows] = torch.where(rounded[rows, None], plain, codes[rows])
+        loss[rows] = torch.minimum(loss[rows], losses)
+    errors = torch.stack([loss, control, row_errors(weight.T, hessian)])
+    return Solution(codes, scales, grid, errors, rounded, factor.damp, order, factor.diagonal)
 
 
-def _rtn_loss(weight: Tensor, hessian: Tensor, grid: Grid) -> float:
-    """The control: min-max scales, round to nearest."""
-    plain = replace(grid, search="minmax", signed=False)
-    scales = find_scales(weight, hessian.diagonal(), plain)
-    return output_error(weight - dequantize_codes(round_to_grid(weight, scales, plain), scales), hessian)
+def _rounding_errors(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """diag(E H E') of rounding to nearest on the grid's own scales."""
+    parts = []
+    for part in torch.split(weight, _ROWS):
+        scales = find_scales(part, hessian.diagonal(), grid)
+        parts.append(row_errors((part - dequantize_codes(round_to_grid(part, scales, grid), scales)).T, hessian))
+    return torch.cat(parts)
 
 
 def better_order(
@@ -274,9 +289,7 @@ def better_order(
 
     def held_loss(order: Order) -> float:
         factor = factorize(train, column_order(train.diagonal(), order, grid.group_size), damp)
-        codes = [solve(w, factor, s, grid) for w, s in zip(weights, scales, strict=True)]
-        return sum(
-            output_error(w - dequantize_codes(c, s), held) for w, c, s in zip(weights, codes, scales, strict=True)
-        )
+        errors = [solve(w, factor, s, grid)[1] for w, s in zip(weights, scales, strict=True)]
+        return sum(float(row_errors(e, held).sum()) for e in errors)
 
     return min(orders, key=held_loss)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from requant import kernels
+
 Search = Literal["hessian", "minmax"]
 _SEARCH_ELEMENTS = {"cpu": 2**17}  # weights searched at a time: a CPU's working set stays in its cache
 _SEARCH_ELEMENTS_ELSE = 2**26
@@ -51,7 +53,7 @@ class Scales:
     scale: Tensor
     zero: Tensor
 
-    def select(self, rows: slice) -> Scales:
+    def select(self, rows: slice | Tensor) -> Scales:
         return Scales(self.scale[rows], self.zero[rows])
 
 
@@ -90,16 +92,19 @@ def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
     if grid.search == "minmax":
         return _range_scales(grid, low, high, torch.ones_like(low))
     coarse = torch.linspace(1.1, 0.42, 13, device=weight.device)
-    signs = (1.0, -1.0) if grid.signed else (1.0,)
+    fine = (coarse[0] - coarse[1]) * torch.tensor((-0.75, -0.5, -0.25, 0.25, 0.5, 0.75), device=weight.device)
+    if grid.signed:
+        coarse = torch.cat([coarse, -coarse])
+    if kernels.usable(weight):
+        shrink = kernels.search(weight, importance, coarse, fine, grid.symmetric, grid.levels)
+        return _range_scales(grid, low, high, shrink)
     best = torch.full_like(low, torch.inf)
     shrink = torch.ones_like(low)
-    for sign in signs:
-        for value in coarse.tolist():
-            best, shrink = _try(weight, importance, grid, (low, high), torch.full_like(low, sign * value), best, shrink)
-    width = float(coarse[0] - coarse[1])
+    for value in coarse.tolist():
+        best, shrink = _try(weight, importance, grid, (low, high), torch.full_like(low, value), best, shrink)
     centre = shrink
-    for offset in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):
-        best, shrink = _try(weight, importance, grid, (low, high), centre + offset * width, best, shrink)
+    for offset in fine.tolist():
+        best, shrink = _try(weight, importance, grid, (low, high), centre + offset, best, shrink)
     return _range_scales(grid, low, high, shrink)
 
 

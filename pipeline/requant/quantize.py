@@ -7,11 +7,11 @@ replays the finished blocks from their own files and goes on with the same numbe
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from requant import gptq, pack, skeleton
-from requant.blocks import BlockInput, Stage, Walk, block_linears, find_stages, step
-from requant.checkpoint import Checkpoint, write_text
+from requant.blocks import BlockInput, Walk, block_linears
+from requant.checkpoint import Checkpoint
 from requant.errors import StageError
 from requant.grid import Grid
+from requant.hessian import Moments, gather
 from requant.layout import Plan, Settings, plan, write_small_files
+from requant.stages import Stage, find_stages, held_bytes, step
 from requant.survival import Deltas, survival
-from requant.writer import CheckpointWriter
+from requant.writer import CheckpointWriter, Journal
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -64,12 +66,17 @@ class Quantizer:
 
     def __init__(
         self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, size: tuple[int, int],
-        deltas: Deltas,
+        deltas: Deltas, disk: Executor,
     ) -> None:  # fmt: skip
-        """size: calibration tokens, and the batches they come in. deltas: by the name of the tensor in the checkpoint."""
-        self.walk, self.plan, self.settings, self.writer = walk, plan, settings, writer
+        """size: calibration tokens, and the batches they come in. deltas: by the name of the tensor in the checkpoint.
+
+        disk: one thread, which writes what is finished while the next is solved.
+        """
+        self.walk, self.plan, self.settings, self.writer, self.disk = walk, plan, settings, writer, disk
         self.tokens, self.batches = size
         self.deltas = deltas
+        self.writing: list[Future[None]] = []
+        self.unread: list[tuple[str, gptq.Solution, Mapping[str, float | None]]] = []
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
 
@@ -80,15 +87,26 @@ class Quantizer:
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.stages:
             self.stages[linears] = find_stages(self.walk, index, items[0], linears)
-        twin = copy.deepcopy(block) if self.settings.correct else None
+        shared = {
+            id(p): p for p in block.parameters()
+        }  # replaced here, never changed in place: the twin keeps the originals
+        twin = copy.deepcopy(block, shared) if self.settings.correct else None
 
         def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
             self._stage(block, prefix, stage, inputs)
 
-        step(self.walk, index, items, self.stages.get(linears, []), reach, twin)
+        step(self.walk, index, items, self.stages.get(linears, []), reach, twin=twin, hold=self._hold(block, linears))
         self._check_finite(prefix, items)
-        self._write_rest(index)
+        self._settle()
+        self.writing.append(self.disk.submit(self._write_rest, index))
         self.walk.release(block)
+
+    def _hold(self, block: nn.Module, linears: Sequence[str]) -> bool:
+        """Whether the batches may wait in memory: always on the CPU, on a device when they take an eighth of what is free."""
+        if self.walk.device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self.walk.device)
+        return held_bytes(block, linears, self.tokens, self.walk.dtype.itemsize) < free // 8
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
@@ -116,43 +134,54 @@ class Quantizer:
     ) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
-        n = next(iter(linears.values())).in_features
-        train, held = (torch.zeros(n, n, device=self.walk.device) for _ in range(2))
-        last = self.batches - max(1, self.batches // HELD_SHARE)
-        drift = torch.zeros(n, n, device=self.walk.device)
-        drifting = 0
-        for i, (x, exact) in enumerate(inputs):
-            gptq.add_to_hessian(held if i >= last else train, x)
-            if exact is not None:
-                gptq.add_drift(drift, x, exact)
-                drifting += x.shape[:-1].numel()
-        hessian, drift = gptq.symmetrize(train + held).div_(self.tokens), drift.div_(max(drifting, 1))
-        if not torch.isfinite(hessian.diagonal()).all():
-            raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
-        damp = self._damp(n)
         weights = {name: linear.weight.float() for name, linear in linears.items()}
-        grid = self.plan.grids[next(iter(linears))]
-        order = self._order(list(weights.values()), (train, held), grid, damp)
+        moments = gather(
+            inputs, next(iter(weights.values())).shape[1], self.tokens, self.walk.device,
+            drifting=bool(self.settings.correct),
+            held_from=self.batches - max(1, self.batches // HELD_SHARE) if self._deciding else None,
+        )  # fmt: skip
+        if not torch.isfinite(moments.hessian.diagonal()).all():
+            raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
+        order = self._order(list(weights.values()), moments, self.plan.grids[next(iter(linears))])
+        like: dict[Grid, list[str]] = {}
+        for name in linears:
+            like.setdefault(self.plan.grids[name], []).append(name)
         factors: dict[tuple[str, int], gptq.Factor] = {}
-        for name, linear in linears.items():
-            weight = gptq.correct(weights[name], hessian, drift, damp, self.settings.correct)
+        for grid, names in like.items():
+            factor = self._factor(moments.hessian, order, grid, factors)
+            stacked = torch.cat([weights.pop(name) for name in names])
+            if moments.drift is not None:
+                stacked = gptq.correct(stacked, moments.drift, factor, self.settings.correct)
             solution = gptq.quantize_weight(
-                weight,
-                hessian,
-                self.plan.grids[name],
-                order=order,
-                damp=damp,
-                sweeps=self.settings.sweeps,
-                factors=factors,
+                stacked, moments.hessian, factor, grid, order=order, sweeps=self.settings.sweeps
             )
-            quantized = solution.weight()
-            self._keep(name, solution, self._survival(name, quantized - weight, hessian, solution.loss))
-            linear.weight.copy_(quantized.to(self.walk.dtype))
+            sizes = [linears[n].out_features for n in names]
+            for name, wanted, part in zip(names, torch.split(stacked, sizes), solution.split(sizes), strict=True):
+                quantized = part.weight()
+                self._keep(name, part, self._survival(name, quantized - wanted, moments.hessian, part))
+                linears[name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
-    def _survival(self, name: str, error: Tensor, hessian: Tensor, loss: float) -> dict[str, float | None]:
+    def _survival(
+        self, name: str, error: Tensor, hessian: Tensor, solution: gptq.Solution
+    ) -> Mapping[str, float | None]:
         """What is left of the adapter's delta in one module, {} where it has none."""
         delta = self.deltas(f"{self._stored(name)}.weight")
-        return {} if delta is None else asdict(survival(delta.to(error.device), error, hessian, loss))
+        return {} if delta is None else asdict(survival(delta.to(error.device), error, hessian, solution.loss))
+
+    @property
+    def _deciding(self) -> bool:
+        """Whether held-out batches decide the column order; after sweeps there is nothing left to decide."""
+        return self.settings.order == "auto" and not self.settings.sweeps and self.batches > 1
+
+    def _factor(
+        self, hessian: Tensor, order: gptq.Order, grid: Grid, factors: dict[tuple[str, int], gptq.Factor]
+    ) -> gptq.Factor:
+        """The Hessian's factor for one order and group size, made once a stage."""
+        key = (order, grid.group_size if order == "group" else 0)
+        if key not in factors:
+            columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
+            factors[key] = gptq.factorize(hessian, columns, self._damp(len(hessian)))
+        return factors[key]
 
     def _damp(self, n: int) -> float:
         """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
@@ -160,37 +189,39 @@ class Quantizer:
             return self.settings.damp
         return 0.02 if self.tokens >= 16 * n else 0.05
 
-    def _order(self, weights: Sequence[Tensor], halves: tuple[Tensor, Tensor], grid: Grid, damp: float) -> gptq.Order:
-        """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow: they leave nothing to decide."""
+    def _order(self, weights: Sequence[Tensor], moments: Moments, grid: Grid) -> gptq.Order:
+        """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow."""
         asked = self.settings.order
         if asked != "auto":
             return asked
-        if self.settings.sweeps or self.batches == 1:
+        if moments.halves is None:
             return "activation"
-        train, held = gptq.symmetrize(halves[0]), gptq.symmetrize(halves[1])
-        return gptq.better_order(weights, train, held, grid, ("activation", "group"), damp)
+        damp = self._damp(weights[0].shape[1])
+        return gptq.better_order(weights, *moments.halves, grid, ("activation", "group"), damp)
 
     def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, float | None]) -> None:
-        """Write one linear's tensors and remember what it cost."""
-        grid = solution.grid
-        if solution.fallback:
-            log.warning("%s: rounded without error feedback (damp %.2f)", name, solution.damp)
-        for suffix, tensor in pack.pack(solution.codes, solution.scales.scale, solution.scales.zero, grid.bits).items():
-            self.writer.write(f"{self._stored(name)}.{suffix}", tensor)
-        self.results.append(
-            ModuleResult(
-                name,
-                grid.bits,
-                grid.group_size,
-                solution.loss,
-                solution.relative,
-                solution.rtn_relative,
-                solution.damp,
-                solution.order,
-                solution.fallback,
-                **adapted,
-            )
-        )
+        """Have one linear's tensors written; what it cost is read at the block's end, where the device is waited for once."""
+        self.unread.append((name, replace(solution, codes=solution.codes[:0]), adapted))
+        self.writing.append(self.disk.submit(self._write_packed, self._stored(name), solution))
+
+    def _write_packed(self, stored: str, solution: gptq.Solution) -> None:
+        scales = solution.scales
+        for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
+            self.writer.write(f"{stored}.{suffix}", tensor)
+
+    def _settle(self) -> None:
+        """Turn what the block's linears cost into numbers."""
+        for name, done, adapted in self.unread:
+            if done.fallback:
+                log.warning("%s: rounded without error feedback (damp %.2f)", name, done.damp)
+            grid = done.grid
+            self.results.append(
+                ModuleResult(
+                    name, grid.bits, grid.group_size, done.loss, done.relative, done.rtn_relative, done.damp, done.order,
+                    done.fallback, **adapted,
+                )
+            )  # fmt: skip
+        self.unread.clear()
 
     def _check_finite(self, prefix: str, items: Sequence[BlockInput]) -> None:
         for item in items:
@@ -225,8 +256,8 @@ def quantize(
 
     windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
     Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
-    to measure what comes through. `out` must belong to the same source, windows and
-    settings: the caller names it after their digest.
+    to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
+    their digest.
     """
     checkpoint = Checkpoint(source)
     model = skeleton.build(
@@ -234,28 +265,19 @@ def quantize(
     )
     layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
-    journal = _read_journal(out)
-    with CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=bool(journal)) as writer:
+    journal = Journal(out / JOURNAL)
+    resume = bool(journal.blocks)
+    with (
+        CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=resume) as writer,
+        ThreadPoolExecutor(1) as disk,  # ends first: what was solved is committed even when the walk is stopped
+    ):
         items = walk.embed(windows, batch)
         if settings.correct:
             for item in items[::EXACT_SHARE]:
                 item.exact = item.hidden
         size = (windows.numel(), len(items))
-        quantizer = Quantizer(walk, layout, settings, writer, size, deltas or (lambda _: None))
-        for index in range(len(walk)):
-            started = time.monotonic()
-            if index < len(journal):
-                quantizer.replay(index, items)
-                quantizer.results += [ModuleResult(**m) for m in journal[index]]
-                writer.mark_written(layout.block_slots[index])
-            else:
-                before = len(quantizer.results)
-                quantizer.block(index, items)
-                writer.sync()
-                journal.append([asdict(m) for m in quantizer.results[before:]])
-                write_text(out / JOURNAL, json.dumps(journal))
-            if progress:
-                progress(index + 1, len(walk), f"{time.monotonic() - started:.1f} s a block")
+        quantizer = Quantizer(walk, layout, settings, writer, size, deltas or (lambda _: None), disk)
+        _walk(quantizer, items, journal, progress)
         inside = {n for names in layout.block_slots for n in names}
         for slot in layout.slots:
             if slot.name not in inside:
@@ -263,14 +285,30 @@ def quantize(
         writer.close()
     damp = min((m.damp for m in quantizer.results), default=0.01)
     write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
-    (out / JOURNAL).unlink()
+    journal.file.unlink(missing_ok=True)
     return layout, quantizer.results
 
 
-def _read_journal(out: Path) -> list[list[dict[str, Any]]]:
-    """Results of the blocks finished before an interruption."""
-    file = out / JOURNAL
-    if not file.exists():
-        return []
-    journal: list[list[dict[str, Any]]] = json.loads(file.read_text())
-    return journal
+def _walk(quantizer: Quantizer, items: Sequence[BlockInput], journal: Journal, progress: Progress | None) -> None:
+    """Quantize every block, or replay it where the journal has it; a block is written while the next is solved."""
+    writer, count = quantizer.writer, len(quantizer.walk)
+    finished = list(journal.blocks)
+    committed: Future[None] | None = None
+    for index in range(count):
+        started = time.monotonic()
+        if index < len(finished):
+            quantizer.replay(index, items)
+            quantizer.results += [ModuleResult(**m) for m in finished[index]]
+            writer.mark_written(quantizer.plan.block_slots[index])
+        else:
+            before = len(quantizer.results)
+            quantizer.block(index, items)
+            if committed:
+                committed.result()
+            results = [asdict(m) for m in quantizer.results[before:]]
+            committed = quantizer.disk.submit(journal.commit, writer, quantizer.writing, results)
+            quantizer.writing = []
+        if progress:
+            progress(index + 1, count, f"{time.monotonic() - started:.1f} s a block")
+    if committed:
+        committed.result()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -148,6 +149,22 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.abandon()
+
+
+class Journal:
+    """Results of the blocks that are whole on disk: what an interrupted run need not do again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.blocks: list[list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else []
+
+    def commit(self, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]) -> None:
+        """One more block, once everything of it has reached the disk."""
+        for future in writing:
+            future.result()
+        writer.sync()
+        self.blocks.append(results)
+        write_text(self.file, json.dumps(self.blocks))
 
 
 def _reserve(handle: BinaryIO, size: int, file: Path) -> None:

@@ -1,0 +1,89 @@
+"""Second moments of what a linear receives: X' X, and how far the inputs have drifted. Tensors in, tensors out.
+
+On the CPU everything is fp32. On a GPU 16-bit inputs are multiplied as they are and summed in fp32: products of two
+bf16 or fp16 numbers are exact there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PANEL = {"cpu": 512}
+_PANEL_ELSE = 2048
+
+
+def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
+    """hessian (fp32 [n, n], upper triangle only) += inputs' @ inputs, inputs [..., n]. Panels below the diagonal are skipped."""
+    x = _rows(inputs)
+    panel = _PANEL.get(x.device.type, _PANEL_ELSE)
+    for start in range(0, x.shape[1], panel):
+        _add_product(hessian[start : start + panel, start:], x[:, start : start + panel], x[:, start:])
+
+
+def add_drift(drift: Tensor, inputs: Tensor, exact: Tensor) -> None:
+    """drift (fp32 [n, n]) += (exact - inputs)' @ inputs, both [..., n]."""
+    x, was = _rows(inputs), _rows(exact)
+    _add_product(drift, (was.float() - x.float()).to(x.dtype), x)
+
+
+def symmetrize(hessian: Tensor) -> Tensor:
+    """Mirror the upper triangle into the lower one, in place."""
+    n = hessian.shape[0]
+    for start in range(0, n, _PANEL_ELSE):
+        stop = min(start + _PANEL_ELSE, n)
+        corner = hessian[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
+    return hessian
+
+
+def _rows(inputs: Tensor) -> Tensor:
+    """[..., n] -> [tokens, n], in fp32 where the device has no 16-bit product with an fp32 sum."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else x.float()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (fp32) += left' @ right."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    else:
+        total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What a stage's inputs say: the Hessian X'X / tokens, the drift (X0 - X)'X / tokens, the Hessians of two parts."""
+
+    hessian: Tensor
+    drift: Tensor | None
+    halves: tuple[Tensor, Tensor] | None
+
+
+def gather(
+    inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, tokens: int, device: torch.device,
+    *, drifting: bool = False, held_from: int | None = None,
+) -> Moments:  # fmt: skip
+    """Sum up batches of (input, exact input), each [..., n], of `tokens` tokens in all.
+
+    drifting: whether the drift is wanted, from the batches that have an exact input. held_from: the first batch of the
+    second of the two parts, None when one Hessian of everything will do.
+    """
+    total = torch.zeros(n, n, device=device)
+    held = total if held_from is None else torch.zeros_like(total)
+    drift = torch.zeros_like(total) if drifting else None
+    compared = 0
+    for i, (x, exact) in enumerate(inputs):
+        add_to_hessian(total if held_from is None or i < held_from else held, x)
+        if exact is not None and drift is not None:
+            add_drift(drift, x, exact)
+            compared += x.shape[:-1].numel()
+    halves = None
+    if held_from is not None:
+        halves = (symmetrize(total.clone()), symmetrize(held))
+        total.add_(held)
+    return Moments(symmetrize(total).div_(tokens), drift.div_(max(compared, 1)) if drift is not None else None, halves)
