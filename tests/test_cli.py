@@ -331,6 +331,23 @@ def test_schema_of_reports_accepts_a_report(here: Here, finished: Path) -> None:
     assert list(validator.iter_errors(report | {"sets": 1}))
 
 
+def test_an_old_report_is_rendered_again(here: Here, tmp_path: Path) -> None:
+    old = (ROOT / "tests" / "data" / "report-v1.json").read_bytes()
+    (tmp_path / "report.json").write_bytes(old)
+    assert here("report", "report.json") == 0
+    headline = json.loads(old)["headline"]
+    assert headline in " ".join(here.out.split())
+    assert (tmp_path / "report.md").read_text().splitlines()[2] == headline
+    assert (tmp_path / "report.json").read_bytes() == old
+    (tmp_path / "report.json").write_text('{"schema_version": 1}')
+    before = (tmp_path / "report.md").read_text()
+    assert here("report", "report.json") == 2
+    assert "report.json: schema version 1, but KeyError('sets') is missing or damaged" in here.err
+    assert (tmp_path / "report.md").read_text() == before, "nothing is overwritten"
+    assert here("report", "report.json", "--set", "name=x") == 2
+    assert "--set name=x: changes a recipe, and report.json is a finished report" in here.err
+
+
 def test_compare_says_who_is_better_without_a_model(here: Here, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.json").write_bytes((finished / "report.json").read_bytes())

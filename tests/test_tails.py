@@ -89,7 +89,13 @@ def test_erased_learning_is_in_the_last_group_and_noise_in_all() -> None:
     assert noisy is not None
     by_group = [e["value"] for e in erased["variants"]["gptq"]["loss"]]
     assert by_group[-1] > 10 * by_group[2]
-    assert by_group[-1] > 0.3 * sum(by_group)
+    share = erased["variants"]["gptq"]["last_share"]
+    assert share["value"] == pytest.approx(by_group[-1] / sum(by_group))
+    assert share["value"] > 0.3
+    assert noisy["variants"]["gptq"]["last_share"]["value"] == pytest.approx(0.1)
+    none = tails(made | {"gptq": scores(made["adapter"].nll - 0.05)})
+    assert none is not None
+    assert none["variants"]["gptq"]["last_share"] is None, "a gain is no loss to share out"
     assert [e["value"] for e in noisy["variants"]["gptq"]["loss"]] == pytest.approx([0.05] * GROUPS)
 
 

@@ -151,6 +151,10 @@ def test_one_failure_fails_and_one_doubt_leaves_in_doubt() -> None:
         assert found["verdict"]["status"] == status
         assert found["verdict"]["line"].startswith(f"{status.upper()}: GPTQ 4-bit g64 ")
     assert "breaks 1 of 3 gates: ppl_increase on in-domain at most 1 %, measured +" in found["verdict"]["line"]
+    line = built(gates=("ppl_increase in-domain 50%", "ppl_increase in-domain 6%"))["verdict"]["line"]
+    assert line.startswith(
+        "PASS: GPTQ 4-bit g64 keeps 2 of 2 gates; nearest to its limit: ppl_increase on in-domain at most 6 %"
+    )
     none = verdict(report, [])
     assert (none["status"], none["line"][:11]) == ("none", "No verdict:")
 

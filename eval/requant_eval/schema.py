@@ -142,9 +142,12 @@ class Group(TypedDict):
 
 @with_config(OPEN)
 class VariantTails(TypedDict):
-    """reverted: share of the adapter's changes taken back. The rest by group: nats a token, a share."""
+    """reverted: share of the adapter's changes taken back. last_share: of the loss, what is in the last group. The rest
+    by group: nats a token, a share.
+    """
 
     reverted: Estimate | None
+    last_share: Estimate | None
     loss: list[Estimate]
     kl: list[Estimate] | None
     disagreement: list[Estimate] | None

@@ -194,12 +194,20 @@ def groups_table(s: Mapping[str, Any]) -> Table:
 def reverted_table(s: Mapping[str, Any]) -> Table:
     """Whether what a variant lost is what the adapter learned, or noise."""
     variants = s["tails"]["variants"] if s["tails"] else {}
-    rows = tuple((name, format_estimate(v["reverted"], factor=100, unit=" %")) for name, v in variants.items())
-    note = (
-        "Slope of the variant's change of each token on minus the adapter's: 0 % is noise that has nothing to do with "
-        "what was learned, 100 % is the base again."
+    rows = tuple(
+        (
+            name,
+            format_estimate(v["reverted"], factor=100, unit=" %"),
+            format_estimate(v["last_share"], factor=100, unit=" %") if v["last_share"] else "no sure loss",
+        )
+        for name, v in variants.items()
     )
-    return Table(f"{s['name']}: taken back of the adapter's changes", ("variant", "taken back"), rows, note)
+    note = (
+        "Taken back: how much of the adapter's change of each token's ln p the variant undoes (least squares); 0 % is noise "
+        "that has nothing to do with what was learned, 100 % is the base again. A loss spread evenly has 10 % on the tenth."
+    )
+    columns = ("variant", "adapter's changes taken back", "of its loss on the most changed tenth")
+    return Table(f"{s['name']}: learned behaviour or noise", columns, rows, note)
 
 
 def modules_table(facts: Mapping[str, Any]) -> Table:

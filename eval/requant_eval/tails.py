@@ -23,9 +23,10 @@ def tails(scores: Mapping[str, TokenScores]) -> dict[str, Any] | None:
     """The groups of one evaluation set, and every variant on them; None unless base and adapter were scored.
 
     groups: tokens and range of |ln p_adapter - ln p_base| (nats) of each, least changed first.
-    variants: name -> {"reverted", "loss", "kl", "disagreement"}. reverted: the share of the adapter's change of each
-    token that the variant took back (`reverted`). The others: one clustered estimate a group, None where it has no token;
-    loss: nats a token against the adapter, kl and disagreement None without a reference.
+    variants: name -> {"reverted", "last_share", "loss", "kl", "disagreement"}. reverted: the share of the adapter's change
+    of each token that the variant took back (`reverted`). last_share: of the whole loss, what falls on the last group; None
+    unless there surely is a loss. The others: one clustered estimate a group; loss: nats a token against the adapter, kl
+    and disagreement None without a reference.
     """
     if "base" not in scores or "adapter" not in scores:
         return None
@@ -74,10 +75,20 @@ def _variant(
     different = None if scores.agree is None else ~scores.agree
     return {
         "reverted": None if slope is None else asdict(slope),
+        "last_share": _last_share(lost, scores.document, groups),
         "loss": _by_group(lost, scores.document, groups),
         "kl": None if scores.kl is None else _by_group(scores.kl, scores.document, groups),
         "disagreement": None if different is None else _by_group(different, scores.document, groups),
     }
+
+
+def _last_share(
+    lost: npt.NDArray[np.float64], document: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]
+) -> dict[str, float] | None:
+    if not st.mean(lost, document).low > 0:
+        return None
+    last = np.where(groups == groups.max(), lost, 0.0)
+    return asdict(st.ratio(st.document_sums(last, document), st.document_sums(lost, document)))
 
 
 def _by_group(

@@ -59,12 +59,21 @@ def verdict(report: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> d
     status: Status = "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
     telling = [g for g in judged if g["status"] == status]
     more = [g["more_documents"] for g in telling if g["more_documents"]]
-    spoken = method(report, str(judged[0]["variant"]))
-    count = f"{len(telling)} of {len(judged)} gates" if len(judged) > 1 else "its gate"
+    count = "its gate" if len(judged) == 1 else f"{len(telling)} of {len(judged)} gates"
     what = {"pass": "keeps", "fail": "breaks", "inconclusive": "cannot be judged yet on"}[status]
-    reasons = "; ".join(g["text"] for g in telling)
-    line = f"{status.upper()}: {spoken} {what} {count}: {reasons}."
+    said = f"{status.upper()}: {method(report, str(judged[0]['variant']))} {what} {count}"
+    if status == "pass" and len(judged) > 1:
+        line = f"{said}; nearest to its limit: {min(telling, key=_margin)['text']}."
+    else:
+        line = f"{said}: {'; '.join(g['text'] for g in telling)}."
     return {"status": status, "line": line, "more_documents": max(more) if more else None}
+
+
+def _margin(gate: Mapping[str, Any]) -> float:
+    """How far a kept limit is from the interval, in half intervals; infinite for an interval without a width."""
+    end, value = gate["estimate"]["high" if gate["side"] == "max" else "low"], gate["estimate"]["value"]
+    half = abs(end - value)
+    return abs(gate["limit"] - end) / half if half > 0 else math.inf
 
 
 def _judge(report: Mapping[str, Any], gate: Gate, variant: str | None) -> dict[str, Any]:

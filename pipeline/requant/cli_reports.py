@@ -45,6 +45,21 @@ def gate(
     finish(concluded, junit)
 
 
+def render(file: Path, junit: Path | None = None) -> None:
+    """Render a report.json of this or an older version again, beside it, and show it; the file itself stays as it is."""
+    from rich.console import Console
+
+    from requant_eval import markdown, schema, terminal
+    from requant_eval.report import save_text
+
+    with readable_errors():
+        loaded = schema.load(file)
+    save_text(file.with_suffix(".md"), markdown.render(loaded))
+    Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(loaded))
+    print(f"written: {file.with_suffix('.md')}")
+    finish(loaded, junit)
+
+
 def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Runs or report.json files; RUN:VARIANT for one.")
