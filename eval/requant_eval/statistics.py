@@ -2,7 +2,7 @@
 
 Tokens of one document are correlated, so the document is the unit: everything here is a ratio of two document
 sums, sum(a_i) / sum(b_i), with a jackknifed cluster-robust standard error and Student's t with one degree of freedom
-less than there are documents. That keeps 95 % coverage where the percentile bootstrap does not: `bench/NOTES.md`.
+less than there are documents. That comes nearer to 95 % than the percentile bootstrap does: `bench/NOTES.md`.
 
 Units are nats unless said otherwise. Source of the ratio estimator: Cochran, Sampling Techniques, section
 6.4; of its jackknife (CR3 among the cluster-robust errors): Bell & McCaffrey, Survey Methodology 28, 2002.
