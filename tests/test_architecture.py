@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "gptq",
         "grid",
         "hessian",
+        "kernels",
         "layout",
         "pack",
         "skeleton",

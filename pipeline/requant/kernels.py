@@ -5,6 +5,8 @@ Without Triton (any CPU, and builds of torch that lack it) nothing here runs and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,17 @@ GROUPS = 16
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels run where `tensor` is."""
     return triton is not None and tensor.is_cuda
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products of fp32 matrices run on a GPU's tensor cores inside: TF32, 10 bits of mantissa, sums in fp32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from requant import artifacts, pack, skeleton
 from requant.blocks import block_linears, block_list
 from requant.checkpoint import Checkpoint, read_json
-from requant.errors import InputError
+from requant.errors import InputError, StageError
 from requant.grid import Grid
 from requant.writer import Slot
 
@@ -179,3 +179,11 @@ def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield f"{stem}.weight", pack.dequantize(tensors, bits, v2=v2)
         elif suffix not in pack.SUFFIXES:
             yield name, checkpoint.read(name)
+
+
+def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit."""
+    out = tensor.to(dtype)
+    if dtype.is_floating_point and not torch.isfinite(out).all():
+        raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")
+    return out

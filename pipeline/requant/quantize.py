@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant import gptq, pack, skeleton
+from requant import gptq, kernels, pack, skeleton
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
 from requant.errors import StageError
 from requant.grid import Grid
 from requant.hessian import Moments, gather
-from requant.layout import Plan, Settings, plan, write_small_files
+from requant.layout import Plan, Settings, convert, plan, write_small_files
 from requant.stages import Stage, find_stages, held_bytes, step
 from requant.survival import Deltas, survival
 from requant.writer import CheckpointWriter, Journal
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 JOURNAL = "blocks.json"
 EXACT_SHARE = 2  # one in so many batches also runs unquantized, to know what earlier layers lost
+TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
@@ -134,32 +135,39 @@ class Quantizer:
     ) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
-        weights = {name: linear.weight.float() for name, linear in linears.items()}
         moments = gather(
-            inputs, next(iter(weights.values())).shape[1], self.tokens, self.walk.device,
+            inputs, next(iter(linears.values())).in_features, self.tokens, self.walk.device,
             drifting=bool(self.settings.correct),
             held_from=self.batches - max(1, self.batches // HELD_SHARE) if self._deciding else None,
         )  # fmt: skip
         if not torch.isfinite(moments.hessian.diagonal()).all():
             raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
-        order = self._order(list(weights.values()), moments, self.plan.grids[next(iter(linears))])
         like: dict[Grid, list[str]] = {}
         for name in linears:
             like.setdefault(self.plan.grids[name], []).append(name)
-        factors: dict[tuple[str, int], gptq.Factor] = {}
-        for grid, names in like.items():
-            factor = self._factor(moments.hessian, order, grid, factors)
-            stacked = torch.cat([weights.pop(name) for name in names])
-            if moments.drift is not None:
-                stacked = gptq.correct(stacked, moments.drift, factor, self.settings.correct)
-            solution = gptq.quantize_weight(
-                stacked, moments.hessian, factor, grid, order=order, sweeps=self.settings.sweeps
-            )
-            sizes = [linears[n].out_features for n in names]
-            for name, wanted, part in zip(names, torch.split(stacked, sizes), solution.split(sizes), strict=True):
-                quantized = part.weight()
-                self._keep(name, part, self._survival(name, quantized - wanted, moments.hessian, part))
-                linears[name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
+        with kernels.tensor_cores():
+            order = self._order(linears, moments, next(iter(like)))
+            factors: dict[tuple[str, int], gptq.Factor] = {}
+            for grid, names in like.items():
+                factor = self._factor(moments.hessian, order, grid, factors)
+                self._solve({name: linears[name] for name in names}, moments, factor, grid, order)
+
+    def _solve(
+        self, linears: Mapping[str, Any], moments: Moments, factor: gptq.Factor, grid: Grid, order: gptq.Order
+    ) -> None:
+        """Quantize linears of one input and one grid, stacked, and put the results in their places."""
+        stacked = torch.cat([linear.weight.float() for linear in linears.values()])
+        if moments.drift is not None:
+            stacked = gptq.correct(stacked, moments.drift, factor, self.settings.correct)
+        solution = gptq.quantize_weight(
+            stacked, moments.hessian, factor, grid, order=order, sweeps=self.settings.sweeps
+        )
+        sizes = [linear.out_features for linear in linears.values()]
+        parts = zip(linears.items(), torch.split(stacked, sizes), solution.split(sizes), strict=True)
+        for (name, linear), wanted, part in parts:
+            quantized = part.weight()
+            self._keep(name, part, self._survival(name, quantized - wanted, moments.hessian, part))
+            linear.weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
     def _survival(
         self, name: str, error: Tensor, hessian: Tensor, solution: gptq.Solution
@@ -189,15 +197,17 @@ class Quantizer:
             return self.settings.damp
         return 0.02 if self.tokens >= 16 * n else 0.05
 
-    def _order(self, weights: Sequence[Tensor], moments: Moments, grid: Grid) -> gptq.Order:
+    def _order(self, linears: Mapping[str, Any], moments: Moments, grid: Grid) -> gptq.Order:
         """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow."""
         asked = self.settings.order
         if asked != "auto":
             return asked
         if moments.halves is None:
             return "activation"
-        damp = self._damp(weights[0].shape[1])
-        return gptq.better_order(weights, *moments.halves, grid, ("activation", "group"), damp)
+        weights = [linear.weight.float() for linear in linears.values()]
+        return gptq.better_order(
+            weights, *moments.halves, grid, ("activation", "group"), self._damp(weights[0].shape[1])
+        )
 
     def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, float | None]) -> None:
         """Have one linear's tensors written; what it cost is read at the block's end, where the device is waited for once."""
@@ -238,23 +248,16 @@ class Quantizer:
                 self.writer.write(name, convert(name, self.walk.checkpoint.read(name), slots[name].dtype))
 
 
-def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit."""
-    out = tensor.to(dtype)
-    if dtype.is_floating_point and not torch.isfinite(out).all():
-        raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")
-    return out
-
-
 @torch.no_grad()
 def quantize(
     source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
-    batch: int = 1, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
+    batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
     deltas: Deltas | None = None, progress: Progress | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
 
     windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
+    batch: windows at a time, by default about 2048 tokens on the CPU and 8192 on a GPU.
     Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
     to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
     their digest.
@@ -271,7 +274,7 @@ def quantize(
         CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=resume) as writer,
         ThreadPoolExecutor(1) as disk,  # ends first: what was solved is committed even when the walk is stopped
     ):
-        items = walk.embed(windows, batch)
+        items = walk.embed(windows, batch or max(1, TOKENS[device.type] // windows.shape[1]))
         if settings.correct:
             for item in items[::EXACT_SHARE]:
                 item.exact = item.hidden

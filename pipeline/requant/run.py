@@ -171,7 +171,7 @@ class Runner:
             out = artifact.begin(self.keys.quantize)
             layout, modules = quantize.quantize(
                 self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
-                device=self.device, batch=max(1, 2048 // self.p.calibration.shape[1]),
+                device=self.device,
                 trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
                 meta={"quantizer": [f"requant:{__version__}"]}, deltas=deltas.deltas(self.p.merge),
                 progress=self.watcher.progress,

@@ -1,0 +1,278 @@
+"""GPTQ of a big model's shape with random weights, ours and gptqmodel in one run: time, peak memory, time by phase.
+
+    python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
+        [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 2] [--out FILE]
+
+Each side runs alone in a process of its own, from loading to the written checkpoint. Weights are bf16 and random, tokens
+are random: the work does not depend on them. Two depths give a slope, from which a whole model's time follows (said so).
+--ranks starts ours through torchrun on so many GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+
+SHAPES = {  # hidden, intermediate, heads, key-value heads, vocabulary, layers of the whole model
+    "llama-3-8b": (4096, 14336, 32, 8, 128256, 32),
+    "llama-3-70b": (8192, 28672, 64, 8, 128256, 80),
+    "pico": (256, 512, 4, 2, 512, 2),
+}
+PHASES = {  # function of ours -> phase
+    ("hessian", "gather"): "forward + hessian", ("hessian", "add_to_hessian"): "hessian", ("hessian", "add_drift"): "drift",
+    ("gptq", "factorize"): "factor", ("gptq", "find_scales"): "scale search", ("gptq", "solve"): "column loop",
+    ("gptq", "refine"): "sweeps", ("gptq", "correct"): "correction", ("gptq", "row_errors"): "losses",
+    ("pack", "pack"): "pack",
+}  # fmt: skip
+
+
+def build(folder: Path, shape: str, layers: int) -> None:
+    """A Llama checkpoint of random bf16 weights, one shard a block, written without ever being whole in memory."""
+    import torch
+    from transformers import LlamaConfig
+
+    from requant.writer import CheckpointWriter, Slot
+
+    hidden, inner, heads, kv, vocab, _ = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=False, dtype="bfloat16",
+        max_position_embeddings=8192, rope_theta=500000.0, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    wide = kv * hidden // heads
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (wide, hidden), "self_attn.v_proj": (wide, hidden),
+              "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+              "mlp.down_proj": (hidden, inner)}  # fmt: skip
+    names = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for i in range(layers):
+        names |= {f"model.layers.{i}.{n}.weight": s for n, s in shapes.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        names |= {f"model.layers.{i}.{n}.weight": (hidden,) for n in norms}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    with CheckpointWriter(folder, [Slot(n, torch.bfloat16, s) for n, s in names.items()], max_bytes=10**9) as writer:
+        for name, size in names.items():
+            tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
+            writer.write(name, tensor.fill_(1) if len(size) == 1 else tensor.normal_(0, 0.02, generator=generator))
+        writer.close()
+
+
+def windows(args: argparse.Namespace) -> Any:
+    import torch
+
+    vocab = SHAPES[args.shape][4]
+    return torch.randint(0, vocab, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
+
+
+class Phases:
+    """Device time spent in our functions, by events on the stream: nothing waits while it runs."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def watch(self) -> None:
+        import requant.gptq
+        import requant.hessian
+        import requant.pack
+        import requant.quantize
+
+        for (module, name), phase in PHASES.items():
+            holder = getattr(requant, module)
+            original = getattr(holder, name)
+            wrapped = self._wrapped(original, phase)
+            setattr(holder, name, wrapped)
+            if getattr(requant.quantize, name, None) is original:
+                setattr(requant.quantize, name, wrapped)
+
+    def _wrapped(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._mark()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.spans[phase].append((start, self._mark()))
+
+        return timed
+
+    @staticmethod
+    def _mark() -> Any:
+        import torch
+
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        out = {}
+        for phase, spans in self.spans.items():
+            out[phase] = sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans)
+        if "forward + hessian" in out:
+            out["forward to the stages"] = out.pop("forward + hessian") - out.get("hessian", 0) - out.get("drift", 0)
+        return out
+
+
+def ours(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from requant import quantize
+    from requant.grid import Grid
+    from requant.layout import Settings
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
+    phases = Phases()
+    phases.watch()
+    tokens = windows(args)
+    seen: list[float] = []
+    args.work.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    profiler = torch.profiler.profile() if args.profile else None
+    if profiler:
+        profiler.start()
+    quantize.quantize(
+        args.model, args.work, tokens, settings, dtype=torch.bfloat16, device=device,
+        progress=lambda *_: seen.append(time.perf_counter() - started),
+    )  # fmt: skip
+    result = finish(started, device)
+    if profiler:
+        profiler.stop()
+        table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60)
+        print(table)
+        result["profile"] = table
+    return result | {"phases": phases.seconds(), "blocks_done_at": seen}
+
+
+def gptqmodel(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = windows(args)
+    started = time.perf_counter()
+    config = QuantizeConfig(bits=4, group_size=args.group, sym=True, desc_act=False, device=device)
+    model = GPTQModel.load(str(args.model), config)
+    rows = [{"input_ids": w[None], "attention_mask": torch.ones_like(w[None])} for w in tokens]
+    model.quantize(rows, batch_size=args.peer_batch)
+    model.save(str(args.work))
+    return finish(started, torch.device(device))
+
+
+def finish(started: float, device: Any) -> dict[str, Any]:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak_device": peak, "peak_reserved": reserved, "peak_rss": rss}
+
+
+def child(role: str, model: Path, work: Path, argv: list[str], ranks: int) -> dict[str, Any]:
+    start = [sys.executable]
+    if role == "ours" and ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*start, __file__, *argv, "--role", role, "--model", str(model), "--work", str(work)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        return {"failed": (done.stdout[-1500:] + done.stderr[-2500:])}
+    print(done.stdout if "--profile" in argv else "", flush=True)
+    return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--sweeps", type=int, default=2)
+    parser.add_argument("--correct", type=float, default=0.5)
+    parser.add_argument("--peer-batch", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--only", choices=("ours", "gptqmodel"))
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="folder for models (kept there between calls)")
+    parser.add_argument("--role", choices=("ours", "gptqmodel"))
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.role:
+        result = {"ours": ours, "gptqmodel": gptqmodel}[args.role](args)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("RESULT " + json.dumps(result))
+        return
+    result = compare(args, sys.argv[1:])
+    print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def compare(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    import torch
+
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "arguments": argv, "runs": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.scratch or Path(temporary)
+        for layers in args.layers:
+            model = folder / f"{args.shape}-{layers}"
+            if not model.exists():
+                build(model, args.shape, layers)
+            for role in [r for r in ("ours", "gptqmodel") if args.only in (None, r)]:
+                run = child(role, model, Path(temporary) / f"{role}-{layers}", argv, args.ranks)
+                result["runs"][f"{role}, {layers} layers"] = run
+                print(role, layers, json.dumps({k: v for k, v in run.items() if k != "profile"}, indent=1), flush=True)
+    return result | summary(args, result["runs"])
+
+
+def summary(args: argparse.Namespace, runs: dict[str, Any]) -> dict[str, Any]:
+    """Ratios at the largest depth, and the whole model's time from the slope between two depths."""
+    out: dict[str, Any] = {}
+    for role in ("ours", "gptqmodel"):
+        times = {n: runs[f"{role}, {n} layers"].get("seconds") for n in args.layers if f"{role}, {n} layers" in runs}
+        if len(times) > 1 and all(times.values()):
+            few, many = min(times), max(times)
+            slope = (times[many] - times[few]) / (many - few)
+            whole = SHAPES[args.shape][5]
+            out[f"{role}: seconds a layer"] = slope
+            out[f"{role}: whole model ({whole} layers), extrapolated, seconds"] = times[many] + slope * (whole - many)
+    a, b = (runs.get(f"{r}, {max(args.layers)} layers", {}) for r in ("ours", "gptqmodel"))
+    if "seconds" in a and "seconds" in b:
+        out["times faster"] = b["seconds"] / a["seconds"]
+        out["peak device memory ratio"] = a["peak_device"] / max(b["peak_device"], 1)
+    return out
+
+
+if __name__ == "__main__":
+    main()
