@@ -1,7 +1,7 @@
 """Reopen a merged checkpoint and recompute random rows from base and adapter in fp64, by other code.
 
 Shares no arithmetic with `nf4.decode` or `Fold.apply`: codes are looked up one row at a time in Python integers
-and fp64. The tolerance is derived: fp32 products and sums, then one rounding to the stored dtype.
+and fp64, formulas are those of `selftest_twins`. The tolerance is derived: fp32 products and sums, then one rounding to the stored dtype.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from requant import nf4
-from requant.adapter import Fold
+from requant import selftest_twins as twins
+from requant.adapter_formulas import Fold, Lora
+from requant.adapter_kinds import Ia3
 from requant.checkpoint import Checkpoint, read_tensor
 from requant.errors import StageError
 from requant.merge import MergePlan, Op
 
-EPS = torch.finfo(torch.float32).eps
+EPS = twins.EPS
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,42 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
 def _rows(plan: MergePlan, op: Op) -> Callable[[int], tuple[Tensor, Tensor]]:
     """row -> (exact row in fp64, allowed fp32 arithmetic error) of one output tensor."""
     start = _start(plan, op)
-    if op.bias_of is not None and op.bias_of.bias is not None:
-        added = op.bias_of.scaling * read_tensor(op.bias_of.bias).double()
-        return lambda row: (start(row) + added[row], (start(row).abs() + added[row].abs()) * 4 * EPS)
-    if op.conv1d and op.fold is not None:
-        whole, slack = _folded(torch.stack([start(i) for i in range(op.shape[0])]).T, op.fold)
+    if op.bias_of:
+        return lambda row: _bias(start(row), op.bias_of, row)
+    if op.conv1d and op.folds:
+        stored = torch.stack([start(i) for i in range(op.shape[0])]).T
+        whole, slack = _folded(stored, op.folds, list(range(op.shape[1])))
         return lambda row: (whole[:, row], slack[:, row])
 
     def folded(row: int) -> tuple[Tensor, Tensor]:
         value = start(row)
-        if value.ndim == 0 or op.fold is None:
+        if not op.folds:
             return value, value.abs() * 4 * EPS
-        exact, slack = _folded(value[None], op.fold, row)
+        exact, slack = _folded(value[None], op.folds, [row])
         return exact[0], slack[0]
 
     return folded
 
 
-def _folded(rows: Tensor, fold: Fold, row: int | None = None) -> tuple[Tensor, Tensor]:
-    """Fold into fp64 rows [n, columns]; `row` says which single row of the weight it is (None: all of them)."""
-    left, right = (f.double() for f in fold.factors())
-    left = left if row is None else left[row : row + 1]
-    size = rows.abs() + abs(fold.scaling) * left.abs() @ right.abs()
-    out, slack = rows + fold.scaling * (left @ right), size * (left.shape[1] + 4) * EPS
-    if fold.magnitude is None:
-        return out, slack
-    magnitude = read_tensor(fold.magnitude).double().reshape(-1, 1)
-    scale = (magnitude if row is None else magnitude[row : row + 1]) / out.norm(dim=1, keepdim=True)
-    return out * scale, slack * scale.abs() + (out * scale).abs() * (EPS * 8 + EPS * out.shape[1] ** 0.5)
+def _bias(value: Tensor, folds: tuple[Fold, ...], row: int) -> tuple[Tensor, Tensor]:
+    """One element of a bias, fp64, and its slack."""
+    size = value.abs()
+    for fold in folds:
+        if isinstance(fold, Ia3):
+            value = value * read_tensor(fold.scale).double().flatten()[row]
+        elif isinstance(fold, Lora) and fold.bias_delta is not None:
+            value = value + fold.scaling * read_tensor(fold.bias_delta).double()[row]
+        size = size + value.abs()
+    return value, 2 * size * 4 * EPS
+
+
+def _folded(rows: Tensor, folds: tuple[Fold, ...], index: list[int]) -> tuple[Tensor, Tensor]:
+    """Fold into fp64 rows [n, columns], which are rows `index` of the weight; returns them and the slack."""
+    slack = torch.zeros_like(rows)
+    for fold in folds:
+        rows, own = twins.folded(rows, fold, index)
+        slack = slack + own
+    return rows, slack
 
 
 def _start(plan: MergePlan, op: Op) -> Callable[[int], Tensor]:

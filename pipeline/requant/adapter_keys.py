@@ -1,0 +1,188 @@
+"""Adapter keys, as trainers and wrappers spell them, and the one spelling that they all mean.
+
+PEFT writes `base_model.model.<module>.<part>`. Around that, torch.compile, FSDP, activation checkpointing and DDP leave
+wrapper names, doubled wrapping doubles the prefix, whole state dicts carry the adapter's name and PEFT's inner
+modules. `normalise` removes exactly this noise; what can mean two things is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from requant.errors import InputError
+
+PREFIX = "base_model.model."
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+PARTS = (
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "oft_R", "trainable_tokens_delta",
+)  # fmt: skip
+"""Names under which PEFT keeps an adapter's own tensors."""
+_MODULES = frozenset({"lora_A", "lora_B", "oft_R"})  # these are modules with a .weight; the others are parameters
+_COPIES = ("original_module", "trainable_tokens_original")  # the base's own values, kept for switching the adapter off
+_OUTER = frozenset({"model", "language_model", "text_model"})
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One adapter tensor: `part` of `module`.
+
+    part: one of PARTS, with `.bias` for lora_B's; or None: the tensor `module`.`leaf` replaces the base's own.
+    wrapped: how many `base_layer` lie between module and part: how PEFT nests LoRA on several parameters of one module.
+    """
+
+    module: str
+    part: str | None
+    leaf: str = ""
+    wrapped: int = 0
+
+    @property
+    def replaces(self) -> str:
+        """Name of the tensor of the base that this one replaces."""
+        return f"{self.module}.{self.leaf}"
+
+
+def normalise(key: str, names: Collection[str] = ("default",)) -> Key | None:
+    """What a key of an adapter file means; None for a copy of the base's own values that some trainers save along.
+
+    names: the adapter names that the file uses (`adapter_names`). Raises InputError for a key that can mean two things.
+    """
+    steps = _bare(key)
+    if any(copy in steps for copy in _COPIES):
+        return None
+    part = next((i for i, step in enumerate(steps) if step in PARTS), None)
+    if part is not None:
+        return _own(key, steps, part, names)
+    if "modules_to_save" in steps:
+        steps = _saved(key, steps, names)
+    steps = [s for s in steps if s not in ("base_layer", "token_adapter")]
+    if len(steps) < 2:
+        raise InputError(f"{key!r} is not a key of an adapter file: expected {PREFIX}<module>.<tensor>")
+    return Key(".".join(steps[:-1]), None, steps[-1])
+
+
+def spell(key: Key) -> str:
+    """The key as PEFT's save_pretrained writes it; `normalise(spell(k)) == k`."""
+    inner = ".base_layer" * key.wrapped
+    if key.part is None:
+        return f"{PREFIX}{key.replaces}"
+    name, _, leaf = key.part.partition(".")
+    if name.startswith(("vera_A", "vera_B")):
+        return f"base_model.{name}"
+    if name == "trainable_tokens_delta":
+        inner += ".token_adapter"
+    return f"{PREFIX}{key.module}{inner}.{name}" + (f".{leaf or 'weight'}" if name in _MODULES else "")
+
+
+def clean(key: str, names: Collection[str] = ("default",)) -> str | None:
+    """The key without noise but with PEFT's own inner modules: one that PEFT's loader finds; None for a copy."""
+    steps = _bare(key)
+    if any(copy in steps for copy in _COPIES):
+        return None
+    part = next((i for i, step in enumerate(steps) if step in PARTS), None)
+    if part is None:
+        return PREFIX + ".".join(_saved(key, steps, names) if "modules_to_save" in steps else steps)
+    own = spell(_own(key, steps, part, names))
+    inner = "." + ".".join(s for s in steps[:part] if s in ("base_layer", "token_adapter"))
+    return own.replace(".token_adapter", inner if len(inner) > 1 else "") if ".token_adapter" in own else own
+
+
+def adapter_names(keys: Iterable[str]) -> frozenset[str]:
+    """The adapter names inside the keys (`lora_A.<name>.weight`), with "default", which PEFT uses when none was given."""
+    found = {"default"}
+    for key in keys:
+        steps = _bare(key)
+        part = next((i for i, step in enumerate(steps) if step in PARTS), None)
+        if part is not None:
+            found.update(s for s in steps[part + 1 : part + 2] if s not in ("weight", "bias"))
+    return frozenset(found)
+
+
+def normalise_all(keys: Iterable[str]) -> dict[str, Key | None]:
+    """`normalise` for all keys of one file; raises InputError when two of them mean the same tensor or two adapters mix."""
+    keys = list(keys)
+    names = adapter_names(keys)
+    if len(names - {"default"}) > 1:
+        raise InputError(f"holds several adapters ({', '.join(sorted(names))}): save each one to its own directory")
+    found = {key: normalise(key, names) for key in keys}
+    seen: dict[Key, str] = {}
+    for spelled, key in found.items():
+        if key is not None and seen.setdefault(key, spelled) != spelled:
+            raise InputError(f"{seen[key]!r} and {spelled!r} are both {spell(key)!r}: which one counts? Remove one of them")
+    return found
+
+
+def locate(module: str, modules: Collection[str], by_stem: Mapping[str, Collection[str]]) -> str:
+    """The base's name of an adapter's module: its own, or else the only one that differs in outer names alone.
+
+    `model.language_model.layers.0.mlp` and `model.layers.0.mlp` are the same module of a model loaded with and without
+    its other towers. A module that is not found comes back as it is. Raises InputError when two would fit.
+    """
+    if module in modules:
+        return module
+    fits = sorted(by_stem.get(stem(module), ()))
+    if len(fits) > 1:
+        raise InputError(f"{module} may be {' or '.join(fits)} of the base: rename it in the adapter's file")
+    return fits[0] if fits else module
+
+
+def stem(module: str) -> str:
+    """A module's name without the outer names that change with the class it was loaded with."""
+    steps = module.split(".")
+    first = next((i for i, step in enumerate(steps) if step not in _OUTER), len(steps) - 1)
+    return ".".join(steps[first:])
+
+
+def stems(modules: Iterable[str]) -> dict[str, set[str]]:
+    """stem -> modules, for `locate`."""
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        found.setdefault(stem(module), set()).add(module)
+    return found
+
+
+def _bare(key: str) -> list[str]:
+    """The steps of a key without wrappers and prefixes."""
+    steps = [s for s in key.split(".") if s not in WRAPPERS]
+    while True:
+        if steps[:2] == ["base_model", "model"]:
+            steps = steps[2:]
+        elif steps[:1] == ["module"] and len(steps) > 1:
+            steps = steps[1:]
+        elif steps[:1] == ["base_model"] and len(steps) > 1 and steps[1] in ("vera_A", "vera_B"):
+            steps = steps[1:]
+        else:
+            return steps
+
+
+def _own(key: str, steps: list[str], at: int, names: Collection[str]) -> Key:
+    """A key of one of the adapter's own tensors, whose part is step `at`."""
+    module, rest = steps[:at], steps[at + 1 :]
+    if rest and rest[0] in names and rest[0] not in ("weight", "bias"):
+        rest = rest[1:]
+    if len(rest) > 1 or (rest and rest[0] not in ("weight", "bias")):
+        raise InputError(f"{key!r}: what is {'.'.join(rest)!r} after {steps[at]}? Expected weight or bias")
+    module = [s for s in module if s != "token_adapter"]
+    wrapped = 0
+    while module and module[-1] == "base_layer":
+        module, wrapped = module[:-1], wrapped + 1
+    shared = steps[at] in ("vera_A", "vera_B")
+    if not module and not shared:
+        raise InputError(f"{key!r} names no module: expected {PREFIX}<module>.{steps[at]}")
+    part = f"{steps[at]}.bias" if rest == ["bias"] else steps[at]
+    return Key("" if shared else ".".join(module), part, wrapped=wrapped)
+
+
+def _saved(key: str, steps: list[str], names: Collection[str]) -> list[str]:
+    """A key of modules_to_save without that step and the adapter's name after it."""
+    at = steps.index("modules_to_save")
+    after = steps[at + 1 :]
+    if after and after[0] in names:
+        after = after[1:]
+    elif len(after) > 1:
+        raise InputError(f"{key!r}: is {after[0]!r} the adapter's name or a module? Rename it to modules_to_save.default")
+    return [*steps[:at], *after]
