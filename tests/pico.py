@@ -87,10 +87,12 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def train(base: Any, path: Path, *, scale: float = 0.05, **lora: Any) -> Any:
+def train(
+    base: Any, path: Path, *, scale: float = 0.05, config: peft.PeftConfig | None = None, seed: int = 11, **lora: Any
+) -> Any:
     """Put a random, 'trained' adapter on `base` in place, save it to `path` and return the PEFT model.
 
-    alpha != r always: a wrong scaling must show.
+    A LoRA of these options, or any `config`. alpha != r always: a wrong scaling must show.
     """
     options: dict[str, Any] = {
         "r": 4,
@@ -98,8 +100,8 @@ def train(base: Any, path: Path, *, scale: float = 0.05, **lora: Any) -> Any:
         "target_modules": ["q_proj", "v_proj"],
         "task_type": "CAUSAL_LM",
     }
-    wrapped = peft.get_peft_model(base, peft.LoraConfig(**(options | lora)))
-    torch.manual_seed(11)
+    wrapped = peft.get_peft_model(base, config or peft.LoraConfig(**(options | lora)))
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if not parameter.requires_grad:
@@ -133,10 +135,16 @@ def edit_tensors(file: Path, **changes: Any) -> None:
 
 
 def merged(
-    base: Path, adapter: Path, out: Path, *, dtype: Any = "float32", simulate: Nf4Settings | None = None
+    base: Path,
+    adapter: Path | list[tuple[Path, float]],
+    out: Path,
+    *,
+    dtype: Any = "float32",
+    simulate: Nf4Settings | None = None,
 ) -> tuple[merge.MergePlan, merge.MergeResult, selftest.SelfTest]:
     """Plan, merge and self-test everything, as `requant run` does."""
-    plan, _ = prepare.plan_merge(base, adapters.load(adapter), simulate, False)
+    weighted = adapter if isinstance(adapter, list) else [(adapter, 1.0)]
+    plan, _ = prepare.plan_merge(base, [adapters.load(a, weight=w) for a, w in weighted], simulate, False)
     out.mkdir(exist_ok=True)
     result = merge.merge(plan, out, dtype=dtype)
     return plan, result, selftest.self_test(plan, out, tensors=1000, rows=4)

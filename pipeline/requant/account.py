@@ -30,7 +30,7 @@ def account(
             "name": public_name(r.base.source, r.directory),
             "nf4": asdict(prepared.simulate) if prepared.simulate else "pre-quantized",
         },
-        "adapter": {"name": public_name(r.adapter, r.directory)},
+        "adapter": _adapters(r),
         "merge": {k: v for k, v in merged.items() if k not in MEASURED},
         "quantize": {
             "settings": r.quantize.model_dump(),
@@ -59,6 +59,17 @@ def account(
 def public_name(source: recipe.Source, directory: Path) -> str:
     """A hub id as it is, of a local path the last part only."""
     return Path(source.resolve(directory)).name if source.is_local(directory) else source.path
+
+
+def _adapters(r: recipe.Recipe) -> dict[str, Any]:
+    """The name of the adapter, or of all with their weights."""
+    every = [(public_name(source, r.directory), weight) for source, weight in r.weighted_adapters]
+    if len(every) == 1 and every[0][1] == 1:
+        return {"name": every[0][0]}
+    return {
+        "name": " + ".join(f"{weight:g} x {name}" for name, weight in every),
+        "parts": [{"name": name, "weight": weight} for name, weight in every],
+    }
 
 
 def public_recipe(r: recipe.Recipe) -> str:

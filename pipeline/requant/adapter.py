@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from requant import adapter_kinds
 from requant.adapter_formulas import Fold, Lora, Rows
-from requant.adapter_keys import PREFIX, Key, normalise_all, spell
+from requant.adapter_keys import PREFIX, Key, normalise_all
 from requant.adapter_refusals import refuse
-from requant.checkpoint import TensorInfo, read_header, read_json
+from requant.checkpoint import TensorInfo, read_header, read_json, read_tensor
 from requant.errors import InputError
 
 __all__ = ["PREFIX", "WEIGHTS", "Adapter", "ExpertPair", "Fold", "Lora", "load", "pattern_value"]
@@ -112,10 +114,14 @@ def load(path: Path, *, weight: float = 1.0) -> Adapter:
     if not tensors:
         raise InputError(f"{weights}: holds no tensors")
     try:
-        keys = normalise_all(tensors)
+        keys = normalise_all(tensors, lambda a, b: _equal(tensors[a], tensors[b]))
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
     return _assemble(Adapter(path, config, {}, {}, tensors, keys, weight=weight))
+
+
+def _equal(a: TensorInfo, b: TensorInfo) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(read_tensor(a), read_tensor(b))
 
 
 def _assemble(empty: Adapter) -> Adapter:
@@ -212,7 +218,9 @@ def _lora(adapter: Adapter, module: str, found: Mapping[str, TensorInfo]) -> Lor
             f"{file}: {module}: lora_A {a.shape} and lora_B {b.shape} do not multiply (linear layers only)"
         )
     if adapter.rank(module) != a.shape[0]:
-        raise InputError(f"{adapter.path / CONFIG}: rank of {module} is {adapter.rank(module)} there, {a.shape[0]} in {WEIGHTS}")
+        raise InputError(
+            f"{adapter.path / CONFIG}: rank of {module} is {adapter.rank(module)} there, {a.shape[0]} in {WEIGHTS}"
+        )
     magnitude = found.get("lora_magnitude_vector")
     if bool(config.get("use_dora")) != (magnitude is not None):
         raise InputError(f"{file}: use_dora is {config.get('use_dora')} but {module} has {sorted(found)}")

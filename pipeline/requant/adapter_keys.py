@@ -7,7 +7,7 @@ modules. `normalise` removes exactly this noise; what can mean two things is ref
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from requant.errors import InputError
@@ -102,17 +102,23 @@ def adapter_names(keys: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def normalise_all(keys: Iterable[str]) -> dict[str, Key | None]:
-    """`normalise` for all keys of one file; raises InputError when two of them mean the same tensor or two adapters mix."""
+def normalise_all(keys: Iterable[str], same: Callable[[str, str], bool] = lambda a, b: False) -> dict[str, Key | None]:
+    """`normalise` for all keys of one file; raises InputError when two of them mean the same tensor or two adapters mix.
+
+    same: whether two keys hold the same values; then the second is only a copy (PEFT saves resized embeddings so).
+    """
     keys = list(keys)
     names = adapter_names(keys)
     if len(names - {"default"}) > 1:
         raise InputError(f"holds several adapters ({', '.join(sorted(names))}): save each one to its own directory")
-    found = {key: normalise(key, names) for key in keys}
+    found: dict[str, Key | None] = {}
     seen: dict[Key, str] = {}
-    for spelled, key in found.items():
-        if key is not None and seen.setdefault(key, spelled) != spelled:
-            raise InputError(f"{seen[key]!r} and {spelled!r} are both {spell(key)!r}: which one counts? Remove one of them")
+    for spelled in keys:
+        key = normalise(spelled, names)
+        first = seen.setdefault(key, spelled) if key else spelled
+        if key and first != spelled and not same(first, spelled):
+            raise InputError(f"{first!r} and {spelled!r} are both {spell(key)!r}: which one counts? Remove one of them")
+        found[spelled] = key if first == spelled else None
     return found
 
 
@@ -148,15 +154,14 @@ def stems(modules: Iterable[str]) -> dict[str, set[str]]:
 def _bare(key: str) -> list[str]:
     """The steps of a key without wrappers and prefixes."""
     steps = [s for s in key.split(".") if s not in WRAPPERS]
-    while True:
+    while len(steps) > 1:
         if steps[:2] == ["base_model", "model"]:
             steps = steps[2:]
-        elif steps[:1] == ["module"] and len(steps) > 1:
-            steps = steps[1:]
-        elif steps[:1] == ["base_model"] and len(steps) > 1 and steps[1] in ("vera_A", "vera_B"):
+        elif steps[0] == "module" or (steps[0] == "base_model" and steps[1] in ("vera_A", "vera_B")):
             steps = steps[1:]
         else:
-            return steps
+            break
+    return steps
 
 
 def _own(key: str, steps: list[str], at: int, names: Collection[str]) -> Key:
@@ -184,5 +189,7 @@ def _saved(key: str, steps: list[str], names: Collection[str]) -> list[str]:
     if after and after[0] in names:
         after = after[1:]
     elif len(after) > 1:
-        raise InputError(f"{key!r}: is {after[0]!r} the adapter's name or a module? Rename it to modules_to_save.default")
+        raise InputError(
+            f"{key!r}: is {after[0]!r} the adapter's name or a module? Rename it to modules_to_save.default"
+        )
     return [*steps[:at], *after]

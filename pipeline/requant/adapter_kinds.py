@@ -1,10 +1,10 @@
 """PEFT's types other than LoRA that a weight can absorb: their formulas, and how their tensors are read from the file.
 
-    loha     W + s * (A1 @ B1) * (A2 @ B2)      arXiv:2108.06098, elementwise product
-    lokr     W + s * kron(W1, W2)               arXiv:2212.10650
-    vera     W + diag(b) @ B @ diag(d) @ A      arXiv:2310.11454, A and B shared by all modules and cut to size
-    ia3      W * l                              arXiv:2205.05638, l scales inputs or outputs
-    oft      W @ R'                             arXiv:2306.07280, R block-diagonal, near orthogonal
+loha     W + s * (A1 @ B1) * (A2 @ B2)      arXiv:2108.06098, elementwise product
+lokr     W + s * kron(W1, W2)               arXiv:2212.10650
+vera     W + diag(b) @ B @ diag(d) @ A      arXiv:2310.11454, A and B shared by all modules and cut to size
+ia3      W * l                              arXiv:2205.05638, l scales inputs or outputs
+oft      W @ R'                             arXiv:2306.07280, R block-diagonal, near orthogonal
 """
 
 from __future__ import annotations
@@ -261,7 +261,9 @@ def _vera(module: str, found: Parts, shared: Parts) -> Fold:
         )
     a, b = shared["vera_A"], shared["vera_B"]
     if b.shape[0] < lambda_b.shape[0] or min(a.shape[0], b.shape[1]) < lambda_d.shape[0]:
-        raise InputError(f"{module}: projections {a.shape}, {b.shape} are smaller than {lambda_b.shape}, {lambda_d.shape}")
+        raise InputError(
+            f"{module}: projections {a.shape}, {b.shape} are smaller than {lambda_b.shape}, {lambda_d.shape}"
+        )
     return Vera(module, a, b, lambda_b, lambda_d)
 
 

@@ -30,6 +30,7 @@ class Nf4Settings:
     blocksize: int = 64
     load_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
     skip: tuple[str, ...] = ()
+    version: Literal[4, 5] = 5  # of transformers: which modules it quantized
 
 
 @dataclass(frozen=True, slots=True)

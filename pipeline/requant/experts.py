@@ -36,9 +36,7 @@ class Fused:
     pieces: tuple[Piece, ...]
 
 
-def place(
-    adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], str]
-) -> Iterator[tuple[str, Experts]]:
+def place(adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], str]) -> Iterator[tuple[str, Experts]]:
     """(stored tensor name, fold) of every pair on stacked experts; raises InputError when a layout is not proven."""
     if not adapter.experts:
         return
@@ -60,8 +58,19 @@ def place(
                 "for the transposed stack: that is not merged. Load and save the adapter with PEFT 0.19 or later"
             )
         for p in there.pieces:
-            yield p.name, Experts(
-                pair.module, pair.a, pair.b, adapter.scaling(name), there.shape[0], turned, p.expert, p.first, p.last
+            yield (
+                p.name,
+                Experts(
+                    pair.module,
+                    pair.a,
+                    pair.b,
+                    adapter.scaling(name),
+                    there.shape[0],
+                    turned,
+                    p.expert,
+                    p.first,
+                    p.last,
+                ),
             )
 
 

@@ -201,8 +201,9 @@ def _untie(
     if inner not in wanted and outer not in wanted:
         return False, sources
     folds, replaced = wanted.folds, wanted.replaced
-    if outer not in wanted and inner not in replaced and all(isinstance(f, Rows) for f in folds.get(inner, ())):
-        return False, sources  # PEFT keeps trained tokens tied
+    if _same_rows(folds.get(inner, []), folds.get(outer, [])) and inner not in replaced and outer not in replaced:
+        folds.pop(outer, None)
+        return False, sources
     both = inner in replaced and outer in replaced
     folded = inner in folds or outer in folds
     same = both and not folded and torch.equal(read_tensor(replaced[inner]), read_tensor(replaced[outer]))
@@ -213,6 +214,16 @@ def _untie(
             replaced.setdefault(inner, replaced.pop(outer))
         return False, sources
     return True, sources | {outer: sources[inner]}
+
+
+def _same_rows(inner: list[Fold], outer: list[Fold]) -> bool:
+    """Whether only trained tokens touch a tied pair, and the same for both ends: PEFT keeps these tied."""
+    if len(inner) != 1 or len(outer) > 1:
+        return False
+    (one,), (other,) = inner, outer or inner
+    if not isinstance(one, Rows) or not isinstance(other, Rows) or one.indices != other.indices:
+        return False
+    return torch.equal(read_tensor(one.rows), read_tensor(other.rows))
 
 
 def _op(adapters: Sequence[Adapter], op: Op) -> Op:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from requant import adapter as adapters
-from requant import artifacts, layout, merge, skeleton, texts
+from requant import artifacts, fused, layout, merge, skeleton, texts
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
@@ -55,11 +55,11 @@ def prepare(recipe: Recipe) -> Prepared:
     """Resolve and cross-check everything a recipe names, from headers and texts only."""
     trust = recipe.trust_remote_code
     base = fetch(recipe.base.source, recipe.directory, trust)
-    adapter_path = fetch(recipe.adapter, recipe.directory, trust)
+    loaded = [adapters.load(fetch(s, recipe.directory, trust), weight=w) for s, w in recipe.weighted_adapters]
+    adapter_path = loaded[0].path
     sixteen = recipe.base.sixteen_bit
     original = fetch(sixteen, recipe.directory, trust) if sixteen else None
     simulate = _settings(recipe.base.nf4)
-    loaded = adapters.load(adapter_path)
     onto_original = recipe.merge.onto == "original"
     plan, model = plan_merge(
         original if onto_original and original else base, loaded, None if onto_original else simulate, trust
@@ -117,25 +117,40 @@ def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
 def _settings(nf4: Nf4 | str) -> Nf4Settings | None:
     if isinstance(nf4, str):
         return None
-    return Nf4Settings(nf4.quant_type, nf4.double_quant, nf4.blocksize, nf4.load_dtype, nf4.skip)
+    return Nf4Settings(nf4.quant_type, nf4.double_quant, nf4.blocksize, nf4.load_dtype, nf4.skip, nf4.transformers)
 
 
 def plan_merge(
-    base: Path, loaded: adapters.Adapter, simulate: Nf4Settings | None, trust: bool
+    base: Path, loaded: adapters.Adapter | Sequence[adapters.Adapter], simulate: Nf4Settings | None, trust: bool
 ) -> tuple[MergePlan, Any]:
-    """(merge plan, model skeleton) of one adapter on one base, from headers."""
+    """(merge plan, model skeleton) of one adapter, or several that add up, on one base, from headers."""
     checkpoint = Checkpoint(base)
+    refuse_quantized(checkpoint)
     model: Any = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
     names = skeleton.tensor_names(model, checkpoint)
-    modules = skeleton.quantizable(model, simulate.skip) if simulate else set()
+    modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
     conv1d = frozenset(skeleton.conv1d_modules(model))
     stored = Base(
         checkpoint, simulate=simulate, quantized=frozenset(names[f"{m}.weight"] for m in modules if f"{m}.weight" in names),
         conv1d=frozenset(names[f"{m}.weight"] for m in conv1d if f"{m}.weight" in names),
     )  # fmt: skip
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    structure = merge.Structure(names, conv1d, skeleton.tied_pair(model), f"{embedding}.weight")
+    experts = fused.stacked(model, names, {w.name: w.shape for w in stored.weights.values()})
+    structure = merge.Structure(
+        names, conv1d, skeleton.tied_pair(model), f"{embedding}.weight", experts, lambda n: skeleton.renamed(model, n)
+    )
     return merge.plan(stored, loaded, structure), model
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a base in a quantized format other than bitsandbytes 4-bit."""
+    file = checkpoint.path / "config.json"
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise InputError(
+            f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit bases. "
+            "Use the 16-bit model that it was made from"
+        )
 
 
 def _base_name(recipe: Recipe, loaded: adapters.Adapter) -> list[str]:

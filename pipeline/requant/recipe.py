@@ -21,6 +21,7 @@ from requant.recipe_model import (
     DEVICE,
     PATTERNS,
     AnySource,
+    AsTuple,
     Base,
     Merge,
     Nf4,
@@ -30,6 +31,7 @@ from requant.recipe_model import (
     Section,
     Slug,
     Source,
+    WeightedAdapter,
     Whole,
     absolute,
     fail,
@@ -54,6 +56,7 @@ __all__ = [
     "Recipe",
     "Source",
     "Variant",
+    "WeightedAdapter",
     "dump",
     "json_schema",
     "load",
@@ -67,7 +70,12 @@ class Recipe(Section):
     version: Annotated[Literal[1], Whole] = Field(default=1, description="Version of this schema.")
     name: Slug = Field(description="Name of the run and of its directory.")
     base: Base = Field(description="The model that the adapter was trained on.")
-    adapter: AnySource = Field(description="The PEFT adapter: directory or hub id.")
+    adapters: Annotated[tuple[WeightedAdapter, ...], AsTuple] = Field(
+        default=(), description="Instead of adapter: several LoRA adapters, whose deltas are added up."
+    )
+    adapter: AnySource | None = Field(
+        default=None, validate_default=True, description="The PEFT adapter: directory or hub id."
+    )
     merge: Merge = Field(default=Merge(), description="How the adapter is folded in.")
     quantize: Quantize = Field(default=Quantize(), description="The GPTQ settings.")
     calibration: Calibration = Field(description="The text on which the quantizer looks.")
@@ -86,6 +94,22 @@ class Recipe(Section):
     def directory(self) -> Path:
         """Directory that relative input paths are relative to: the recipe file's."""
         return self._directory
+
+    @property
+    def weighted_adapters(self) -> tuple[tuple[Source, float], ...]:
+        """(adapter, weight) of every adapter; at least one."""
+        one = ((self.adapter, 1.0),) if self.adapter else ()
+        return one or tuple((a, a.weight) for a in self.adapters)
+
+    @field_validator("adapter")
+    @classmethod
+    def _one_or_several(cls, adapter: Source | None, info: ValidationInfo) -> Source | None:
+        several = info.data.get("adapters")
+        if adapter is None and several == ():
+            fail((("adapter",), "required key is missing"))
+        if adapter is not None and several:
+            fail(((), "adapters is set too: keep one of the two keys"))
+        return adapter
 
     @field_validator("merge")
     @classmethod

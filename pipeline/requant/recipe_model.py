@@ -142,6 +142,21 @@ AnySource = Annotated[
 ]
 
 
+class WeightedAdapter(Source):
+    """One of several adapters whose deltas are added up."""
+
+    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        default=1.0, description="What this adapter's delta is multiplied by; may be negative."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _not_nothing(cls, weight: float) -> float:
+        if weight == 0:
+            fail(((), "0 leaves this adapter out: remove it from the list"))
+        return weight
+
+
 class Nf4(Section):
     """How a 16-bit base was quantized on the fly for training; adapter_config.json doesn't record it."""
 
@@ -159,6 +174,11 @@ class Nf4(Section):
         default=(),
         description="llm_int8_skip_modules of the training run, as given (module names or suffixes): "
         "empty keeps lm_head in 16 bit, a list must name it.",
+    )
+    transformers: Annotated[Literal[4, 5], Whole] = Field(
+        default=5,
+        description="Major version of transformers in training. 4 quantized single experts and routers of MoE models; "
+        "5 keeps experts fused and in 16 bit.",
     )
 
 

@@ -84,7 +84,9 @@ class Keys:
     @classmethod
     def of(cls, p: Prepared, directory: RunDirectory, device: torch.device) -> Keys:
         """From the content of all inputs and the settings that matter to each."""
-        base, adapter = directory.fingerprint(p.base), directory.fingerprint(p.adapter)
+        base = directory.fingerprint(p.base)
+        prints = [(directory.fingerprint(a.path), a.weight) for a in p.merge.adapters]
+        adapter = prints[0][0] if len(prints) == 1 and prints[0][1] == 1 else key_of(prints)
         original = directory.fingerprint(p.original) if p.original else None
         simulate = asdict(p.simulate) if p.simulate else None
         onto = (original, None) if p.recipe.merge.onto == "original" else (base, simulate)
@@ -195,7 +197,7 @@ class Runner:
             self.merge(needed=True)
         places = variants.Places(
             self.p.base, self.p.adapter, self.dir.path / "merged", self.dir.path / "gptq", self.p.simulate,
-            self.p.quantize.grids, self.p.original_merge, self.recipe.trust_remote_code,
+            self.p.quantize.grids, self.p.original_merge, self.recipe.trust_remote_code, self.p.merge,
         )  # fmt: skip
 
         def work() -> dict[str, Any]:

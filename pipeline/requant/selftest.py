@@ -1,7 +1,8 @@
 """Reopen a merged checkpoint and recompute random rows from base and adapter in fp64, by other code.
 
 Shares no arithmetic with `nf4.decode` or `Fold.apply`: codes are looked up one row at a time in Python integers
-and fp64, formulas are those of `selftest_twins`. The tolerance is derived: fp32 products and sums, then one rounding to the stored dtype.
+and fp64, formulas are those of `selftest_twins`. The tolerance is derived: fp32 products and sums, then one rounding to the
+stored dtype.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def folded(rows: Tensor, fold: Fold, index: list[int]) -> Result:
         return rows * scale, (rows * scale).abs() * 2 * EPS
     if isinstance(fold, Rows):
         new = _read(fold.rows)
-        out = torch.stack([new[fold.indices.index(i)] if i in fold.indices else r for i, r in zip(index, rows, strict=True)])
+        out = torch.stack(
+            [new[fold.indices.index(i)] if i in fold.indices else r for i, r in zip(index, rows, strict=True)]
+        )
         return out, out.abs() * EPS
     raise TypeError(f"no twin of {type(fold).__name__}")
 

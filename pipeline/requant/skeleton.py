@@ -94,7 +94,7 @@ def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     They differ by the base model's prefix, or by the renamings that transformers applies when it loads this model.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
-    have = {_renamed(model, name): name for name in stored}
+    have = {renamed(model, name): name for name in stored}
     names = {}
     for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
         bare = name.removeprefix(prefix)
@@ -104,7 +104,7 @@ def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _renamed(model: nn.Module, name: str) -> str:
+def renamed(model: nn.Module, name: str) -> str:
     """A checkpoint's tensor name as the model of today calls it."""
     renamings, experts = _rules(model)
     for rule in renamings:

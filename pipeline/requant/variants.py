@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant import merge, nf4, skeleton
+from requant import merge, nf4, peft_runtime, skeleton
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Nf4Settings
 from requant.errors import StageError
@@ -36,6 +37,7 @@ class Places:
     grids: Mapping[str, Grid]
     original: merge.MergePlan | None = None
     trust_remote_code: bool = False
+    plan: merge.MergePlan | None = None  # whose adapters make the variant adapter; None: the directory `adapter`
 
 
 @torch.no_grad()
@@ -142,7 +144,7 @@ def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *,
         options["dtype"] = merge.DTYPES[s.load_dtype]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=s.quant_type, bnb_4bit_use_double_quant=s.double_quant,
-            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(s.skip) or None,
+            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(places.base, s, places.trust_remote_code),
         )  # fmt: skip
     else:
         options["dtype"] = dtype
@@ -153,8 +155,25 @@ def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *,
     if with_adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(places.adapter))
+        plan = places.plan
+        model = peft_runtime.attach(model, plan) if plan else PeftModel.from_pretrained(model, str(places.adapter))
     return model.eval()
+
+
+def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:
+    """`llm_int8_skip_modules` with which transformers 5 quantizes what the training's version did."""
+    if simulate.version == 5:
+        return list(simulate.skip) or None
+    model = skeleton.build(
+        skeleton.load_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    wanted, now = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
+    if not wanted <= now:
+        raise StageError(
+            f"{sorted(wanted - now)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter cannot be "
+            "measured here. Quantize the base once with transformers 4, save it, and use that as base.model"
+        )
+    return [f"{re.escape(name)}$" for name in sorted(now - wanted)]
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
