@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,7 +131,7 @@ def plan(base: Base, adapters: Adapter | Sequence[Adapter], structure: Structure
     embedding = _tensor(structure, structure.embedding)
     rows = next((op.shape[0] for op in ops if op.name == embedding), None)
     resized = rows if rows is not None and rows != sources[embedding].shape[0] else None
-    return MergePlan(base, every, ops, untied, resized, wanted.located)
+    return MergePlan(base, every, ops, untied, resized, wanted.located, _warnings(every))
 
 
 def _want(wanted: _Wanted, adapter: Adapter, structure: Structure, sources: Mapping[str, Weight]) -> None:
@@ -178,6 +179,19 @@ def _refuse_combinations(adapters: Sequence[Adapter], wanted: _Wanted) -> None:
         )  # fmt: skip
         if why:
             raise InputError(f"{adapter.path}: this adapter {why}; only plain LoRA can be weighted or added to another")
+
+
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$")
+
+
+def _warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Where PEFT itself is wrong, so that comparing with it will show a difference."""
+    wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
+    return tuple(
+        f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so it "
+        "will differ from the variant adapter"
+        for a in wrong
+    )
 
 
 def _paths(adapters: Sequence[Adapter]) -> str:
