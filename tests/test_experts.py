@@ -86,6 +86,26 @@ def test_stacked_on_disk_too(tmp_path: Path) -> None:
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out")), expected) < FP32
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_the_layout_of_peft_0_18(tmp_path: Path, kind: str) -> None:
+    """Before 0.19 PEFT took every stack for [experts, in, out]: delta[e] = (B_e @ A_e)'. The fp64 formula is the judge."""
+    made, base = saved(tmp_path, kind)
+    pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS[:1])
+    stack = made.get_submodule("model.layers.1.mlp").experts
+    count, rows, columns = getattr(stack, "get_base_layer", lambda: stack)().gate_up_proj.shape
+    a, b = torch.randn(count * 4, rows) * 0.05, torch.randn(columns, 4 * count) * 0.05
+    key = "base_model.model.model.layers.1.mlp.experts"
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "adapter" / adapters.WEIGHTS)
+    pico.edit_adapter(tmp_path / "adapter", peft_version="0.18.1")
+    pico.merged(base, tmp_path / "adapter", tmp_path / "out")
+    got, before = (
+        pico.reload(p).get_parameter("model.layers.1.mlp.experts.gate_up_proj") for p in (tmp_path / "out", base)
+    )
+    for e in range(count):
+        exact = before[e].double() + 6 / 4 * (b[:, e::count].double() @ a[e * 4 : e * 4 + 4].double()).T
+        assert torch.allclose(got[e].double(), exact, rtol=0, atol=1e-6)
+
+
 # Adapters of single experts, as transformers 4 had them ------------------------------------------------------------
 
 

@@ -149,7 +149,8 @@ class Experts(Fold):
     """LoRA on stacked experts, PEFT's `target_parameters`, or on the slice of them that one stored tensor holds.
 
     `a` is [experts * r, in], expert after expert; `b` [out, r * experts], the expert changing fastest. expert: which one,
-    None: all, stacked. first, last: the rows of [out, in] that the tensor holds. transposed: stored as [in, out].
+    None: all, stacked. transposed: PEFT took the parameter for [experts, in, out]. first, last: which rows of one
+    expert's matrix, as it is stored, the tensor holds; last -1: all.
     """
 
     a: TensorInfo
@@ -163,29 +164,35 @@ class Experts(Fold):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        last = self.b.shape[0] if self.last < 0 else self.last
-        one = (last - self.first, self.a.shape[1])
-        one = one[::-1] if self.transposed else one
-        return one if self.expert is not None else (self.experts, *one)
+        rows, columns = self.b.shape[0], self.a.shape[1]
+        if self.transposed:
+            rows, columns = columns, rows
+        rows = rows if self.last < 0 else self.last - self.first
+        return (rows, columns) if self.expert is not None else (self.experts, rows, columns)
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         return (self.a, self.b)
 
     def factors(self, expert: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """(left [rows, r], right [r, in]) of one expert; `b` is `read_b()`."""
+        """(left [rows, r], right [r, columns]) of one expert as it is stored; `b` is `read_b()`."""
         rank = self.a.shape[0] // self.experts
-        return b[:, expert :: self.experts], read_rows(self.a, expert * rank, (expert + 1) * rank)
+        own_b, own_a = b[:, expert :: self.experts], read_rows(self.a, expert * rank, (expert + 1) * rank)
+        if not self.transposed:
+            return own_b, own_a
+        return (own_a if self.last < 0 else own_a[:, self.first : self.last]).T, own_b.T
 
     def read_b(self) -> Tensor:
         """The rows of B that concern this tensor, fp32."""
-        return read_rows(self.b, self.first, self.b.shape[0] if self.last < 0 else self.last)
+        if self.transposed or self.last < 0:
+            return read(self.b)
+        return read_rows(self.b, self.first, self.last)
 
     def apply(self, weight: Tensor) -> bool:
         b, changed = self.read_b(), False
-        for expert, target in self._each(weight):
+        for expert, target in [(self.expert, weight)] if self.expert is not None else enumerate(weight):
             left, right = self.factors(expert, b)
-            (target.T if self.transposed else target).addmm_(left, right, alpha=self.scaling)
+            target.addmm_(left, right, alpha=self.scaling)
             changed |= bool(left.any()) and bool(right.any())
         return changed
 
@@ -193,9 +200,6 @@ class Experts(Fold):
         b = self.read_b()
         chosen = range(self.experts) if self.expert is None else (self.expert,)
         return largest + abs(self.scaling) * max(product_bound(*self.factors(e, b)) for e in chosen)
-
-    def _each(self, weight: Tensor) -> list[tuple[int, Tensor]]:
-        return [(self.expert, weight)] if self.expert is not None else list(enumerate(weight))
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:

@@ -187,7 +187,8 @@ class Oft(Fold):
         skew = skew - skew.transpose(1, 2)
         eye = torch.eye(self.block).expand_as(skew)
         if self.terms is None:
-            return torch.linalg.solve(eye + skew, eye - skew, left=False)
+            exact: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+            return exact
         total, power = eye.clone(), eye
         for term in range(1, self.terms):
             power = power @ skew

@@ -52,11 +52,6 @@ def place(adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], 
         taken.add(name)
         there = fused[name]
         turned = _turned(there, version)
-        if turned and any(p.expert is not None for p in there.pieces):
-            raise InputError(
-                f"{adapter.path}: {name} is stored expert by expert in the base, and PEFT {_shown(adapter)} laid its LoRA out "
-                "for the transposed stack: that is not merged. Load and save the adapter with PEFT 0.19 or later"
-            )
         for p in there.pieces:
             yield (
                 p.name,

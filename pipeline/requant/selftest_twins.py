@@ -70,13 +70,13 @@ def _experts(rows: Tensor, fold: Experts, index: list[int]) -> Result:
         columns = [r * fold.experts + expert for r in range(rank)]
         return b[:, columns], a[[expert * rank + r for r in range(rank)]]
 
-    if fold.expert is None:
-        each = [factors(e) for e in index]
-        pairs = [(right.T, left.T) if fold.transposed else (left, right) for left, right in each]
-        done = [_sum(row, left, right, fold.scaling) for row, (left, right) in zip(rows, pairs, strict=True)]
-        return torch.stack([d[0] for d in done]), torch.stack([d[1] for d in done])
-    left, right = factors(fold.expert)
-    return _sum(rows, left[[fold.first + i for i in index]], right, fold.scaling)
+    each = [factors(e) for e in (index if fold.expert is None else [fold.expert])]
+    pairs = [(right.T, left.T) if fold.transposed else (left, right) for left, right in each]
+    if fold.expert is not None:
+        (left, right), chosen = pairs[0], [fold.first + i for i in index]
+        return _sum(rows, left[chosen], right, fold.scaling)
+    done = [_sum(row, left, right, fold.scaling) for row, (left, right) in zip(rows, pairs, strict=True)]
+    return torch.stack([d[0] for d in done]), torch.stack([d[1] for d in done])
 
 
 def _loha(rows: Tensor, fold: Loha, index: list[int]) -> Result:
