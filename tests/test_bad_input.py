@@ -203,7 +203,7 @@ def test_a_corrupt_quant_state_is_refused(project: Path, tmp_path: Path, state: 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("init_lora_weights", kind) for kind in ("pissa", "pissa_niter_16", "olora", "loftq", "corda")]
-    + [("peft_type", "IA3"), ("layer_replication", [[0, 2], [1, 2]]), ("some_new_feature", True)],
+    + [("peft_type", "PREFIX_TUNING"), ("layer_replication", [[0, 2], [1, 2]]), ("some_new_feature", True)],
 )
 def test_an_adapter_that_has_no_exact_merge_is_refused(project: Path, tmp_path: Path, setting: str, value: Any) -> None:
     mine = copied(project, tmp_path / "p", "adapter")

@@ -104,7 +104,8 @@ def test_schema_is_a_json_schema_of_the_recipe(here: Here, project: Path) -> Non
     assert here("schema") == 0
     schema = json.loads(here.out)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["required"]) == {"name", "base", "adapter", "calibration", "evaluate"}
+    assert set(schema["required"]) == {"name", "base", "calibration", "evaluate"}
+    assert schema["oneOf"] == [{"required": ["adapter"]}, {"required": ["adapters"]}]
     assert schema["additionalProperties"] is False
     assert all(schema["properties"][key] for key in recipes.Recipe.model_fields)
     references = re.findall(r'"\$ref": "#/\$defs/(\w+)"', here.out)

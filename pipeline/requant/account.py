@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from requant import facts, recipe
+from requant import facts, match, recipe
 from requant.prepare import Prepared
 
 MEASURED = ("seconds", "peak_rss")
@@ -30,7 +30,8 @@ def account(
             "name": public_name(r.base.source, r.directory),
             "nf4": asdict(prepared.simulate) if prepared.simulate else "pre-quantized",
         },
-        "adapter": _adapters(r),
+        "adapter": _adapters(r)
+        | {"match": [_match(m) for m in prepared.matches], "probe": stages.get("probe", {}).get("probes", [])},
         "merge": {k: v for k, v in merged.items() if k not in MEASURED},
         "quantize": {
             "settings": r.quantize.model_dump(),
@@ -52,7 +53,13 @@ def account(
         "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
         "versions": facts.versions(),
         "hardware": facts.hardware(device),
-        "warnings": [*prepared.warnings, *merged.get("warnings", []), *_untrained(merged), *_fallbacks(modules)],
+        "warnings": [
+            *prepared.warnings,
+            *stages.get("probe", {}).get("warnings", []),
+            *merged.get("warnings", []),
+            *_untrained(merged),
+            *_fallbacks(modules),
+        ],
     }
 
 
@@ -70,6 +77,12 @@ def _adapters(r: recipe.Recipe) -> dict[str, Any]:
         "name": " + ".join(f"{weight:g} x {name}" for name, weight in every),
         "parts": [{"name": name, "weight": weight} for name, weight in every],
     }
+
+
+def _match(m: match.Match) -> dict[str, Any]:
+    """The adapter-base match: signs that agree, of how many, and each of them."""
+    agree, known = m.score
+    return {"agree": agree, "of": known, "signs": [asdict(s) for s in m.signs]}
 
 
 def public_recipe(r: recipe.Recipe) -> str:

@@ -172,6 +172,12 @@ def _tables(path: Path) -> dict[str, TensorInfo]:
             f"{path}: only pickled weights ({pickles[0].name}); requant never loads pickles. "
             "Convert them to safetensors first (transformers: save_pretrained)"
         )
+    gguf = sorted(path.glob("*.gguf"))
+    if gguf:
+        raise InputError(
+            f"{path}: only GGUF weights ({gguf[0].name}): no adapter was trained on these. "
+            "Use the 16-bit or bitsandbytes model that the adapter names as its base"
+        )
     raise InputError(f"{path}: no safetensors weights found")
 
 

@@ -177,6 +177,8 @@ def _print_check(prepared: Prepared, need: int, free: int) -> None:
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
     print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
     print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
+    for m in prepared.matches:
+        print(f"match     {m}")
     print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
     print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
     for s in prepared.sets:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from requant.adapter import Fold
+import torch
+
+from requant.adapter import Lora
 from requant.merge import MergePlan, Op, compute
 from requant.survival import Delta, Deltas
 
 
 def deltas(plan: MergePlan) -> Deltas:
     """Name of a tensor of the merged checkpoint -> its delta to the base it was merged onto, None when untouched."""
-    touched = {op.name: op for op in plan.ops if op.fold is not None or op.replacement is not None}
+    touched = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
 
     def delta(name: str) -> Delta | None:
         return of(plan, touched[name]) if name in touched else None
@@ -23,14 +25,13 @@ def of(plan: MergePlan, op: Op) -> Delta:
     Raises ValueError for a replacement that has other rows than the base: there is no delta to a row that was not there.
     """
     assert op.source is not None
-    if op.fold is not None and _factored(op, op.fold):
-        left, right = op.fold.factors()
-        return Delta(left * op.fold.scaling, right)
+    plain = [f for f in op.folds if isinstance(f, Lora) and f.magnitude is None]
+    if plain and len(plain) == len(op.folds) and op.replacement is None:
+        factors = [(f.scaling, *f.factors()) for f in plain]
+        return Delta(
+            torch.cat([s * left for s, left, _ in factors], dim=1), torch.cat([right for *_, right in factors])
+        )
     if op.shape != op.source.shape:
         raise ValueError(f"{op.name}: resized from {op.source.shape} to {op.shape}")
     whole = compute(plan, op)[0].float() - plan.base.read(op.source.name).float()
     return Delta(whole.T.contiguous() if op.conv1d else whole)
-
-
-def _factored(op: Op, fold: Fold) -> bool:
-    return fold.magnitude is None and op.replacement is None

@@ -44,7 +44,7 @@ class Match:
 
     @property
     def warnings(self) -> list[str]:
-        return [f"{s.what}: {s.note}" for s in self.signs if s.agrees is False]
+        return [s.note if s.what == "base name" else f"{s.what}: {s.note}" for s in self.signs if s.agrees is False]
 
     def __str__(self) -> str:
         """`4 of 5 agree (...); differs: ...; unknown: ...`."""
@@ -103,7 +103,9 @@ def _vocabulary(base: Path, adapter: Path) -> Sign:
     moved = [t for t, i in of_base.items() if of_adapter.get(t) != i]
     added = len(of_adapter.keys() - of_base.keys())
     if moved:
-        note = f"{len(moved)} of the base's {len(of_base)} tokens are others in the adapter's tokenizer, e.g. {moved[0]!r}"
+        note = (
+            f"{len(moved)} of the base's {len(of_base)} tokens are others in the adapter's tokenizer, e.g. {moved[0]!r}"
+        )
         return Sign("vocabulary", False, f"{note}: it was trained with another base's tokenizer")
     return Sign("vocabulary", True, f"the base's, and {added} added tokens" if added else "the same tokens")
 
@@ -125,7 +127,9 @@ def _template(base: Path, adapter: Path) -> Sign:
     if of_base is None:
         note = "the adapter's tokenizer has one, the base's has none: was it trained on the instruct model?"
     elif of_adapter is None:
-        note = "the base has one, the adapter's tokenizer has none: was it trained on the base model without instructions?"
+        note = (
+            "the base has one, the adapter's tokenizer has none: was it trained on the base model without instructions?"
+        )
     else:
         note = "the adapter's differs from the base's; the adapter's is shipped"
     return Sign("chat template", False, note)

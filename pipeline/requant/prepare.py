@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from requant import adapter as adapters
-from requant import artifacts, fused, layout, merge, skeleton, texts
+from requant import artifacts, fused, layout, match, merge, probe, skeleton, texts
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
@@ -49,6 +49,8 @@ class Prepared:
     calibration_facts: dict[str, Any]
     sets: tuple[EvalSet, ...]
     warnings: tuple[str, ...]
+    matches: tuple[match.Match, ...]  # one for each adapter
+    probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -67,7 +69,9 @@ def prepare(recipe: Recipe) -> Prepared:
     fork = None
     if "original" in recipe.evaluate.variants and original is not None:
         fork = plan_merge(original, loaded, None, trust)[0]
-    warnings = [*plan.warnings, *_base_name(recipe, loaded)]
+    bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
+    matches = tuple(match.match(a, plan, bases) for a in loaded)
+    warnings = [*plan.warnings, *(w for m in matches for w in m.warnings), *_hints(recipe)]
     dtype = serving_dtype(recipe, plan)
     settings = quantize_settings(recipe)
     planned = plan_quantize(plan, model, settings, dtype)
@@ -91,7 +95,18 @@ def prepare(recipe: Recipe) -> Prepared:
         facts,
         sets,
         tuple(warnings),
+        matches,
+        probe.rows(facts["data"], seen),
     )
+
+
+def _hints(recipe: Recipe) -> list[str]:
+    """What the recipe leaves unused."""
+    if recipe.base.original and recipe.merge.onto == "dequantized" and "original" not in recipe.evaluate.variants:
+        return [
+            "base.original is set and not measured: the variant original says which base is the better one to merge onto"
+        ]
+    return []
 
 
 def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
@@ -151,18 +166,6 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit bases. "
             "Use the 16-bit model that it was made from"
         )
-
-
-def _base_name(recipe: Recipe, loaded: adapters.Adapter) -> list[str]:
-    """A warning when the adapter names another base than the recipe."""
-    named = loaded.base_name
-    ours = [Path(s.path).name.lower() for s in (recipe.base.source, recipe.base.original) if s]
-    if named and Path(named).name.lower() not in ours:
-        return [
-            f"the adapter was trained on {Path(named).name}, "
-            f"the recipe's base is {Path(recipe.base.model).name}: make sure they are the same"
-        ]
-    return []
 
 
 def serving_dtype(recipe: Recipe, plan: MergePlan) -> torch.dtype:

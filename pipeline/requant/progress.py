@@ -53,6 +53,12 @@ class ConsoleWatcher(Watcher):
         else:
             print(f"{name}: {'up to date' if done else 'started'}", file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(f"warning: {text}", markup=False)
+        else:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def progress(self, done: int, total: int, note: str = "") -> None:
         if self.bar:
             self.bar.update(self.task, completed=done, total=total, note=note)

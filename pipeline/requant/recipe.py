@@ -6,20 +6,19 @@ The sections are in `recipe_model` and `recipe_text`, YAML in `yaml_source`.
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from requant import yaml_source
 from requant.errors import RecipeError
+from requant.recipe_errors import add_validation_errors
 from requant.recipe_gates import Gate, Gates, undecidable
 from requant.recipe_model import (
     DEVICE,
-    PATTERNS,
     AnySource,
     AsTuple,
     Base,
@@ -37,7 +36,7 @@ from requant.recipe_model import (
     fail,
 )
 from requant.recipe_text import Calibration, Data, EvalSet, Evaluate, Format, MixEntry, Variant
-from requant.yaml_source import Document, KeyPath, show_value
+from requant.yaml_source import KeyPath
 
 __all__ = [
     "Base",
@@ -191,7 +190,7 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = 
     try:
         recipe = Recipe.model_validate(document.data, context=directory)
     except ValidationError as error:
-        _add_validation_errors(document, error.errors(include_url=False))
+        add_validation_errors(document, Recipe, error.errors(include_url=False))
     if document.problems:
         raise RecipeError(document.problems)
     recipe._directory = directory
@@ -227,6 +226,7 @@ def _moved(value: Any, old: Path, new: Path) -> Any:
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, for editors."""
     schema = Recipe.model_json_schema(mode="validation")
+    schema["oneOf"] = [{"required": [key]} for key in ("adapter", "adapters")]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "requant recipe"}
 
 
@@ -236,95 +236,3 @@ def _spell_out_sources(data: dict[str, Any]) -> None:
     for section, key in ((data, "adapter"), (base, "original")):
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = {"path": section[key]}
-
-
-# --- pydantic's errors as problem lines ---
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The one section class inside a field's annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_of, get_args(annotation))), None)
-
-
-def _known_keys(path: KeyPath) -> list[str]:
-    """The keys of the section at `path`; list positions and module patterns are stepped over."""
-    section: type[BaseModel] = Recipe
-    for step in path:
-        field = section.model_fields.get(str(step))
-        section = (_section_of(field.annotation) if field else None) or section
-    return list(section.model_fields)
-
-
-def _unknown_key(key: str, known: Sequence[str]) -> str:
-    """Message for a key that the section doesn't have."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key, did you mean {close[0]!r}?" if close else f"unknown key, known here: {', '.join(known)}"
-
-
-_PHRASES: dict[str, str] = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "string_too_short": "non-empty text",
-    "tuple_type": "a list",
-    "too_short": "a list of at least one item",
-    "dict_type": "a section (key: value lines)",
-    "model_type": "a section (key: value lines)",
-    "model_attributes_type": "a section (key: value lines)",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number of at most {le}",
-}
-
-
-def _add_validation_errors(document: Document, errors: Sequence[Mapping[str, Any]]) -> None:
-    """Turn pydantic's error dicts into problem lines of `document`."""
-    wanted: dict[KeyPath, tuple[Any, list[str]]] = {}
-    located = [(_locate(document.data, error), error) for error in errors]
-    for path, error in located:
-        kind, context = error["type"], error.get("ctx", {})
-        if "problems" in context:
-            for steps, message in context["problems"]:
-                document.report((*path, *steps), message)
-        elif kind == "extra_forbidden":
-            document.report(path, _unknown_key(str(path[-1]), _known_keys(path[:-1])))
-        elif kind == "missing":
-            document.report(path, "required key is missing")
-        elif kind == "literal_error" and any(other[: len(path)] == path != other for other, _ in located):
-            pass  # the other arm of a union was meant, and has its own errors
-        else:
-            wanted.setdefault(path, (error["input"], []))[1].append(_expectation(error))
-    for path, (value, phrases) in wanted.items():
-        expected = " or ".join(dict.fromkeys(phrases))
-        document.report(
-            path, f"empty, expected {expected}" if value is None else f"{show_value(value)} is not {expected}"
-        )
-
-
-def _locate(data: Any, error: Mapping[str, Any]) -> KeyPath:
-    """The error's location without the names of union members, which are not keys of the document."""
-    path: KeyPath = ()
-    for step in error["loc"]:
-        inside = isinstance(data, dict) and step in data
-        inside = inside or (isinstance(data, list) and isinstance(step, int) and step < len(data))
-        if inside:
-            data = data[step]
-            path = (*path, step)
-    return (*path, error["loc"][-1]) if error["type"] == "missing" else path
-
-
-def _expectation(error: Mapping[str, Any]) -> str:
-    context = error.get("ctx", {})
-    if error["type"] == "literal_error":
-        values = context["expected"].replace(" or ", ", ")
-        return values.replace("'", "") if ", " not in values else f"one of {values}".replace("'", "")
-    if error["type"] == "string_pattern_mismatch":
-        return PATTERNS[context["pattern"]]
-    phrase = _PHRASES.get(error["type"])
-    return phrase.format(**context) if phrase else f"accepted: {error['msg']}"

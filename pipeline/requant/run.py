@@ -20,7 +20,10 @@ import torch
 
 from requant import __version__, account, deltas, facts, merge, prepare, quantize, recipe, selftest, variants
 from requant import evaluate as evaluation
+from requant import probe as probing
 from requant.checkpoint import write_text
+from requant.data import digest
+from requant.errors import StageError
 from requant.prepare import Prepared
 from requant.rundir import RunDirectory, key_of
 
@@ -38,6 +41,9 @@ class Watcher:
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Steps of the current stage."""
+
+    def warn(self, text: str) -> None:
+        """Something a user should know before the long work ends."""
 
 
 @dataclass
@@ -60,6 +66,8 @@ def run(wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | No
         with _Log(directory.path / "log.txt"):
             write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
             for stage in STAGES[: STAGES.index(until) + 1]:
+                if stage == "quantize":
+                    runner.probe()
                 getattr(runner, stage)()
             if until == "report":
                 runner.tidy()
@@ -113,6 +121,7 @@ class Runner:
         self.recipe = prepared.recipe
         self.device = pick_device(self.recipe.device)
         self.outcome = Outcome(directory.path)
+        self.probed: dict[str, Any] = {}
         self.keys = Keys.of(prepared, directory, self.device)
         self.scores = evaluation.Scores(
             directory.cache, prepared.sets, self.keys.variants, self.device, self._dtype(), self.recipe.evaluate.kl
@@ -160,6 +169,28 @@ class Runner:
 
         return self._do("merge", self.keys.merge, work)
 
+    def probe(self) -> None:
+        """Before the long work: does the adapter lower the loss on its own text? Warns when it does not."""
+        digests = {name: [digest(r[None]) for r in rows] for name, rows in self.p.probes.items()}
+        key = key_of(
+            LAYOUT, "probe", self.keys.variants[evaluation.REFERENCE], digests, str(self._dtype()), self.device.type
+        )
+        known = self.dir.result("probe", key)
+        if known is None:
+            try:
+                model = variants.load(evaluation.REFERENCE, self._places(), device=self.device, dtype=self._dtype())
+                probes = probing.measure(model, self.p.probes, self.device)
+                said, warnings = probing.verdict(probes)
+                known = {"probes": [asdict(p) for p in probes], "said": said, "warnings": warnings}
+            except StageError as error:
+                known = {"probes": [], "said": f"the adapter's loss was not measured: {error}", "warnings": []}
+            self.dir.remember("probe", key, known)
+        log.info("probe: %s", known["said"])
+        for warning in known["warnings"]:
+            log.warning("probe: %s", warning)
+            self.watcher.warn(warning)
+        self.probed = known
+
     def quantize(self) -> dict[str, Any]:
         """The GPTQ checkpoint."""
         artifact = self.dir.artifact("gptq")
@@ -195,13 +226,9 @@ class Runner:
             return
         if {"merged", "rtn", "original"} & todo.keys():
             self.merge(needed=True)
-        places = variants.Places(
-            self.p.base, self.p.adapter, self.dir.path / "merged", self.dir.path / "gptq", self.p.simulate,
-            self.p.quantize.grids, self.p.original_merge, self.recipe.trust_remote_code, self.p.merge,
-        )  # fmt: skip
 
         def work() -> dict[str, Any]:
-            ran = evaluation.evaluate(self.scores, places, batch=self._batch(), progress=self.watcher.progress)
+            ran = evaluation.evaluate(self.scores, self._places(), batch=self._batch(), progress=self.watcher.progress)
             return {"variants": ran}
 
         self._do("evaluate", self.scores.key, work)
@@ -224,7 +251,9 @@ class Runner:
         scores = self.scores.load()
         results = [reports.SetResult.of(s, scores[s.name]) for s in self.p.sets]
         wanted = {"merge": self.keys.merge, "quantize": self.keys.quantize, "evaluate": self.scores.key}
-        stages = {name: self.dir.result(name, stage_key) or {} for name, stage_key in wanted.items()}
+        stages = {name: self.dir.result(name, stage_key) or {} for name, stage_key in wanted.items()} | {
+            "probe": self.probed
+        }
         dtype = str(self.scores.dtype).removeprefix("torch.")
         told = account.account(self.p, stages, path, device=str(self.device), dtype=dtype)
         self.outcome.report = report = reports.build(sets=results, facts=told, in_domain=in_domain, gates=gates)
@@ -242,6 +271,13 @@ class Runner:
         """Remove the artifacts that the recipe does not keep."""
         if "merged" not in self.recipe.output.keep:
             self.dir.artifact("merged").remove()
+
+    def _places(self) -> variants.Places:
+        """Where variants are made from."""
+        return variants.Places(
+            self.p.base, self.p.adapter, self.dir.path / "merged", self.dir.path / "gptq", self.p.simulate,
+            self.p.quantize.grids, self.p.original_merge, self.recipe.trust_remote_code, self.p.merge,
+        )  # fmt: skip
 
     def _dtype(self) -> torch.dtype:
         """The forward pass: fp32 on a CPU, the serving dtype on a GPU, unless asked otherwise."""
