@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from requant_eval import markdown, terminal
+from requant_eval import ci, markdown, terminal
 from requant_eval import report as rp
 from requant_eval.digits import format_bytes, format_estimate, format_seconds, format_value
 from requant_eval.errors import EvaluationError
@@ -161,6 +161,38 @@ def test_every_rendering_prints_the_same_numbers() -> None:
             assert number in text
             assert number in seen
     assert report["headline"] in card
+
+
+def test_every_rendering_prints_the_same_gates_and_recommendation() -> None:
+    report = built()
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(terminal.table(report))
+    seen = console.export_text()
+    texts = {"markdown": markdown.render(report), "terminal": seen, "summary": ci.summary(report)}
+    assert len(report["gates"]) == 3
+    for g in report["gates"]:
+        number = format_estimate(g["estimate"], unit=f" {g['unit']}")
+        assert [name for name, text in texts.items() if number not in text] == []
+    for o in report["recommendation"]["options"]:
+        for loss in o["loss"].values():
+            number = "0 % (the reference)" if loss["se"] == 0 else format_estimate(loss, signed=True, unit=" %")
+            assert [name for name, text in texts.items() if number not in text] == []
+    for line in (report["verdict"]["line"], report["recommendation"]["text"]):
+        assert [name for name, text in texts.items() if line not in " ".join(text.split())] == []
+    assert report["verdict"]["line"] in markdown.model_card(report)
+    bare = built(gates=())
+    assert bare["verdict"]["line"] not in markdown.model_card(bare), "a card needs no missing verdict"
+
+
+def test_the_fork_onto_the_original_base_is_in_the_waterfall() -> None:
+    base = result("wiki", ("base", "adapter", "merged", "gptq"))
+    more = replace(base, scores=dict(base.scores) | {"original": scores(0.07, reference=True)})
+    report = rp.build(sets=[more], facts={})
+    fork = edge(report["sets"][0], "adapter", "original")
+    assert fork["kind"] == "fork"
+    assert fork["delta"]["value"] == pytest.approx(0.07, abs=0.01)
+    assert fork["kl"] is not None
+    assert "| adapter -> original | merged onto the original base |" in markdown.render(report)
 
 
 def test_terminal_cuts_nothing_at_80_columns() -> None:
