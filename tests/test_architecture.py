@@ -89,7 +89,7 @@ JUDGE: dict[str, set[str]] = {
     "report": {"gate", "headline", "measures", "recommend", "statistics", "verdict"},
     "schema": {"gate", "report", "verdict"},
     "ci": {"tables"},
-    "compare": {"headline", "report", "statistics"},
+    "compare": {"headline", "report", "statistics", "verdict"},
 }
 STAGES = {"checkpoint", "dequantize", "merge", "quantize", "blocks", "adapter", "data", "variants", "selftest"}
 

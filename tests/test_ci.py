@@ -48,6 +48,14 @@ def test_junit_has_a_case_a_gate() -> None:
         assert said == gate["text"]
 
 
+def test_a_case_is_named_by_its_rule_alone() -> None:
+    names = [
+        ci.title(g)
+        for g in built(gates=("kl general 0.12", "perplexity general 9", "retention in-domain 90%"))["gates"]
+    ]
+    assert names == ["kl general max 0.12 nats", "perplexity general max 9", "retention in-domain min 90%"]
+
+
 def test_the_summary_opens_with_the_verdict() -> None:
     report = built(gates=(PASSING, FAILING))
     lines = ci.summary(report).splitlines()

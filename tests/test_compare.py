@@ -15,6 +15,7 @@ from requant_eval import compare_view, markdown, schema
 from requant_eval import report as rp
 from requant_eval.compare import Entrant, compare
 from requant_eval.errors import EvaluationError
+from requant_eval.gate import parse
 
 
 def run(shift: float, *, size: int = 100, seconds: float = 10, sets: tuple[str, ...] = ("in-domain", "general")) -> Any:
@@ -24,7 +25,10 @@ def run(shift: float, *, size: int = 100, seconds: float = 10, sets: tuple[str, 
         own = result(name)
         own.scores["gptq"] = scores(shift, reference=True)  # type: ignore[index]
         made.append(own)
-    cost = {"bytes": {"merged": 300, "gptq": size, "base": 90, "adapter": 5}, "seconds": {"quantize": seconds}}
+    cost = {
+        "bytes": {"merged": 300, "gptq": size, "base": 90, "adapter": 5},
+        "seconds": {"merge": 3, "quantize": seconds, "evaluate": 99},
+    }
     facts = FACTS | {"cost": cost}
     return json.loads(rp.dumps(rp.build(sets=made, facts=facts)))
 
@@ -151,8 +155,16 @@ def test_variants_of_one_run_are_entrants_too() -> None:
     comparison = compare([Entrant.of(f"a:{name}", one, name) for name in names])
     sizes = {row["variant"]: row["bytes"] for row in comparison["runs"]}
     assert sizes == {"adapter": 95, "merged": 300, "rtn": 100, "gptq": 100}
+    assert [row["seconds"] for row in comparison["runs"]] == [0, 3, 3, 13], "what each variant needs is counted"
     edge = next(e for e in one["sets"][0]["edges"] if (e["from"], e["to"]) == ("merged", "gptq"))
     assert pair(comparison, "a:merged", "a:gptq")["delta"] == pytest.approx(edge["delta"])
+
+
+def test_each_variant_is_held_against_its_reports_gates() -> None:
+    one = rp.conclude(run(0.05), [parse("ppl_increase in-domain 8%")])
+    comparison = compare([Entrant.of(name, one, name) for name in ("adapter", "merged", "rtn", "gptq")])
+    assert [row["status"] for row in comparison["runs"]] == ["reference", "pass", "fail", "pass"]
+    assert {row["status"] for row in compared(a=run(0.05), b=run(0.06))["runs"]} == {"none"}
 
 
 def test_other_references_and_machines_are_said() -> None:

@@ -41,4 +41,5 @@ def summary(report: Mapping[str, Any]) -> str:
 def title(gate: Mapping[str, Any]) -> str:
     """A judged gate's rule, without its numbers: the same in every run."""
     whose = f" of {gate['relative_to']}" if gate["relative_to"] else ""
-    return f"{gate['metric']} {gate['set']} {gate['side']} {gate['limit']:g}{gate['unit']}{whose}"
+    unit = gate["unit"] if gate["unit"] == "%" else f" {gate['unit']}".rstrip()
+    return f"{gate['metric']} {gate['set']} {gate['side']} {gate['limit']:g}{unit}{whose}"

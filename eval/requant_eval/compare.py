@@ -16,8 +16,16 @@ from requant_eval import statistics as st
 from requant_eval.errors import EvaluationError
 from requant_eval.headline import final_variant
 from requant_eval.report import plain
+from requant_eval.verdict import judge, saved_gates, verdict
 
-MAKING = ("merge", "quantize", "heal")
+# The stages that make a variant; the others are used as they came.
+MAKING = {
+    "merged": ("merge",),
+    "original": ("merge",),
+    "rtn": ("merge",),
+    "gptq": ("merge", "quantize"),
+    "healed": ("merge", "quantize", "heal"),
+}
 IDENTITY = ("digest", "fingerprint")
 
 
@@ -52,7 +60,8 @@ class Entrant:
 def compare(entrants: Sequence[Entrant]) -> dict[str, Any]:
     """The comparison as plain data (see `README`, "requant compare").
 
-    runs: one entry an entrant: name, variant, bytes, seconds (merge, quantize, heal), machine, status of its own gates,
+    runs: one entry an entrant: name, variant, bytes, seconds (merge, quantize, heal: what the variant needs), machine,
+    status against its report's gates ("none": no gates, "reference": they are relative to it),
     sets {name: {"ppl", "loss_percent"}}, dominated_by (None: on the Pareto front of bytes and perplexity on every shared
     set; "unknown": no size). sets: name, n_documents, pairs [{"a", "b", "delta", "percent", "better"}], delta = ln
     perplexity of b minus a, better: a name, or None where the interval holds 0. left_out: sets that not all runs have.
@@ -115,18 +124,26 @@ def _sums(entrant: Entrant, name: str) -> st.Sums:
 
 
 def _run(entrant: Entrant, shared: Sequence[str]) -> dict[str, Any]:
-    facts, report = entrant.report["facts"], entrant.report
+    facts = entrant.report["facts"]
     cost = facts.get("cost") or {}
-    seconds = [s for stage in MAKING if (s := (cost.get("seconds") or {}).get(stage)) is not None]
+    times = cost.get("seconds") or {}
+    seconds = [times.get(stage) for stage in MAKING.get(entrant.variant, ())]
     return {
         "name": entrant.name,
         "variant": entrant.variant,
         "bytes": _bytes(cost.get("bytes") or {}, entrant.variant),
-        "seconds": sum(seconds) if seconds else None,
+        "seconds": None if None in seconds else float(sum(s for s in seconds if s is not None)),
         "machine": _machine(facts),
-        "status": report["verdict"]["status"],
+        "status": _status(entrant),
         "sets": {name: _numbers(entrant.set(name) or {}, entrant.variant) for name in shared},
     }
+
+
+def _status(entrant: Entrant) -> str:
+    report = entrant.report
+    if any(s["reference"] == entrant.variant for s in report["sets"]):
+        return "reference"
+    return str(verdict(report, judge(report, saved_gates(report), entrant.variant))["status"])
 
 
 def _bytes(sizes: Mapping[str, Any], variant: str) -> int | None:
