@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export GPTQMODEL_CPU_WORKERS ?= 2
 export GPTQMODEL_DISABLE_PACK_EXT ?= 1
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check clean browser
 
 setup: .venv/.ready
 
@@ -31,7 +31,16 @@ demo: $(DEMO)/work/.ready
 	$(BIN)/requant run $(DEMO)/recipe.yaml
 	@echo "report: runs/smollm2-pydocs-w4g64/report.md    checkpoint: runs/smollm2-pydocs-w4g64/gptq"
 
-test: .venv/.ready
+# A Chromium for the tests that open report.html: taken from the system's packages where we may; without one they skip.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { timeout 120 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1; \
+	fi; \
+	command -v chromium >/dev/null || echo "no Chromium: tests that open report.html in a browser will be skipped"
+
+test: .venv/.ready browser
 	$(BIN)/python -m pytest
 
 check: .venv/.ready

@@ -64,7 +64,16 @@ def numbers(report: dict[str, Any]) -> list[Any]:
 
 
 def test_a_run_directory_holds_what_the_manual_says(finished: Path, project: Path) -> None:
-    assert visible(finished) == {"recipe.yaml", "merged", "gptq", "report.json", "report.md", "log.txt", "events.jsonl"}
+    assert visible(finished) == {
+        "recipe.yaml",
+        "merged",
+        "gptq",
+        "report.json",
+        "report.md",
+        "report.html",
+        "log.txt",
+        "events.jsonl",
+    }
     assert {"README.md", "config.json", "quantize_config.json", "manifest.json"} <= visible(finished / "gptq")
     assert not [f for f in finished.rglob("*") if "partial" in f.name or ".tmp" in f.name or ".old" in f.name]
     for artifact in ("merged", "gptq"):
@@ -307,7 +316,16 @@ def whole_or_absent(out: Path, finished: Path) -> None:
             assert (out / name / "manifest.json").exists()
             assert digests(out / name, WEIGHTS) == digests(finished / name, WEIGHTS)
     named = {name for name in visible(out) if not name.endswith(".tmp")}
-    assert named <= {"recipe.yaml", "merged", "gptq", "report.json", "report.md", "log.txt", "events.jsonl"}
+    assert named <= {
+        "recipe.yaml",
+        "merged",
+        "gptq",
+        "report.json",
+        "report.md",
+        "report.html",
+        "log.txt",
+        "events.jsonl",
+    }
 
 
 @pytest.mark.parametrize(
@@ -329,7 +347,7 @@ def test_a_killed_run_goes_on(project: Path, tmp_path: Path, finished: Path, whe
     watcher = Recorder()
     assert run(project, tmp_path, SMALL, watcher=watcher).ran == left
     whole_or_absent(out, finished)
-    assert {"merged", "gptq", "report.json", "report.md"} <= visible(out)
+    assert {"merged", "gptq", "report.json", "report.md", "report.html"} <= visible(out)
     assert not [f for f in out.iterdir() if "partial" in f.name]
     assert run(project, tmp_path, SMALL).ran == []
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 NOT_AVAILABLE = "n/a"
 NOT_DEFINED = "not defined"
 MAX_DECIMALS = 8
+UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "s": 1.0, "min": 60.0, "h": 3600.0}
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+MEASURED = re.compile(rf"({NUMBER.pattern}) ({'|'.join(UNITS)})\b")
 
 
 def format_estimate(
@@ -70,6 +74,20 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def read_number(text: str) -> float | None:
+    """The number a text of this file begins with, in bytes or seconds where it has such units: to sort by.
+
+    "115 MB" -> 115e6, "1 min 47 s" -> 107, "3.498 [3.461, 3.537]" -> 3.498; None where no number stands in front.
+    """
+    found = NUMBER.match(text)
+    if found is None:
+        return None
+    parts = MEASURED.findall(text)
+    if parts and MEASURED.sub("", text).strip() == "":
+        return sum(float(value) * UNITS[unit] for value, unit in parts)
+    return float(found[0])
 
 
 def _times(value: float | None, factor: float) -> float | None:

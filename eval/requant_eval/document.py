@@ -20,6 +20,7 @@ from requant_eval.tables import (
     set_tables,
 )
 
+LONGEST = 300  # rows of a folded table
 LIMITS = (
     "Losses hold for these texts, this tokenizer and this window length; another domain may lose more.",
     "Scoring is teacher-forced: every token is predicted from the true text. Errors that pile up while generating, "
@@ -60,7 +61,14 @@ class Figure:
     data: Mapping[str, Any]
 
 
-Block = Table | Paragraph | Bullets | Code | Figure
+@dataclass(frozen=True)
+class Folded:
+    """A long table, for renderings that can fold it away; the others show only the table before it."""
+
+    table: Table
+
+
+Block = Table | Paragraph | Bullets | Code | Figure | Folded
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
         yield _set(s)
-    modules = modules_table(facts)
-    yield Section("Modules", (Figure("modules", facts), modules) if modules.rows else ())
+    yield Section("Modules", tuple(_modules(facts)))
     yield Section("Cost", tuple(cost_tables(facts)))
     described = (
         facts_table("Merge", facts.get("merge")),
@@ -127,6 +134,16 @@ def _set(s: Mapping[str, Any]) -> Section:
             blocks.append(figures[table.key])
         blocks.append(table)
     return Section(f"{s['name']}{mark}", tuple(blocks))
+
+
+def _modules(facts: Mapping[str, Any]) -> Iterator[Block]:
+    worst = modules_table(facts)
+    if worst.rows:
+        yield Figure("modules", facts)
+        yield worst
+        longer = modules_table(facts, most=LONGEST)
+        if len(longer.rows) > len(worst.rows):
+            yield Folded(longer)
 
 
 def _reproduce(report: Mapping[str, Any]) -> Iterator[Block]:

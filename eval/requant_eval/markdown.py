@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from requant_eval.card import model_card
-from requant_eval.document import Block, Bullets, Code, Document, Figure, Paragraph, document
+from requant_eval.document import Block, Bullets, Code, Document, Figure, Folded, Paragraph, document
 from requant_eval.tables import Table
 
 __all__ = ["model_card", "page", "render"]
@@ -21,7 +21,7 @@ def page(d: Document) -> str:
     """Any document as Markdown; figures are left out, their numbers stand in the tables."""
     parts = [d.verdict, d.headline, f"# {d.title}", d.about]
     for section in d.sections:
-        parts += [f"## {section.title}", *(_block(block) for block in section.blocks)]
+        parts += [f"## {section.title}", *map(_block, section.blocks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -35,5 +35,5 @@ def _block(block: Block) -> str:
             return "\n".join(f"- {item}" for item in items)
         case Code():
             return f"### {block.title}\n\n```{block.language}\n{block.text}\n```"
-        case Figure():
+        case Figure() | Folded():
             return ""

@@ -211,12 +211,12 @@ def reverted_table(s: Mapping[str, Any]) -> Table:
     return Table(f"{s['name']}: learned behaviour or noise", columns, rows, note)
 
 
-def modules_table(facts: Mapping[str, Any]) -> Table:
-    """The modules with the largest relative output error, worst first."""
+def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Table:
+    """The modules with the largest relative output error, worst first, at most so many."""
     modules = (facts.get("quantize") or {}).get("modules") or []
     known = [m for m in modules if m.get("relative_error") is not None]
     known.sort(key=lambda m: -float(m["relative_error"]))
-    worst = known[:WORST_MODULES]
+    worst = known[:most]
     optional = {
         "bits": "bits",
         "group_size": "group",
@@ -229,7 +229,8 @@ def modules_table(facts: Mapping[str, Any]) -> Table:
     }
     shown = [key for key in optional if any(m.get(key) is not None for m in worst)]
     rows = tuple((str(m.get("name", "?")), *(_cell(m.get(key)) for key in shown)) for m in worst)
-    title = f"The {len(rows)} worst of {len(modules)} modules"
+    every = len(rows) == len(modules) > WORST_MODULES
+    title = f"All {len(rows)} modules" if every else f"The {len(rows)} worst of {len(modules)} modules"
     note = "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data."
     return Table(title, ("module", *(optional[key] for key in shown)), rows, note, key="modules")
 

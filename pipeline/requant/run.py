@@ -234,8 +234,8 @@ class Runner:
         self._do("evaluate", self.scores.key, work)
 
     def report(self) -> None:
-        """report.json, report.md and the model card, from saved scores."""
-        from requant_eval import markdown
+        """report.json, report.md, report.html and the model card, from saved scores."""
+        from requant_eval import html, markdown
         from requant_eval import report as reports
 
         in_domain = self.recipe.evaluate.in_domain or self.p.sets[0].name
@@ -243,7 +243,7 @@ class Runner:
         asked = (in_domain, [gate.rule() for gate in gates], reports.SCHEMA_VERSION, __version__)
         key = key_of(self.keys.merge, self.keys.quantize, self.scores.key, *asked)
         path = self.dir.path
-        written = all((path / name).exists() for name in ("report.json", "report.md", "gptq/README.md"))
+        written = all((path / name).exists() for name in ("report.json", "report.md", "report.html", "gptq/README.md"))
         if written and not self.outcome.ran and self.dir.result("report", key) is not None:
             self.watcher.stage("report", True)
             self.outcome.report = json.loads((path / "report.json").read_text())
@@ -261,6 +261,7 @@ class Runner:
         def work() -> dict[str, Any]:
             reports.save(report, path / "report.json")
             write_text(path / "report.md", markdown.render(report))
+            write_text(path / "report.html", html.render(report))
             write_text(path / "gptq" / "README.md", markdown.model_card(report))
             return {}
 

@@ -1,0 +1,81 @@
+"""`report.html`: the document as one page that needs nothing else: no network, no fonts, no library.
+
+The page's own policy forbids every request and every script but ours (named by its digest), so a hostile name in a
+report can neither run nor call. `page` is the shell; other commands put documents of their own into it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from requant_eval.charts import charts
+from requant_eval.digits import read_number
+from requant_eval.document import Document, document
+
+UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|s|min|h)(?!\w))")
+INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])(.*)", re.DOTALL)
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The whole report as one HTML page."""
+    return page(document(report))
+
+
+def page(content: Document) -> str:
+    """Any document as one HTML page: verdict, contents, sections with figures and sortable tables."""
+    style, script = _source("style.css"), _source("script.js")
+    return _environment().get_template("page.html").render(
+        d=content, style=Markup(style), script=Markup(script),
+        style_digest=_digest(style), script_digest=_digest(script),
+    )  # fmt: skip
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("requant_eval"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"kind": lambda block: type(block).__name__, "cell": _cell, "order": _order, "tie": _tie}
+    environment.globals |= {"charts": charts}
+    return environment
+
+
+def _source(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _cell(text: str) -> Markup:
+    """A table's cell: the interval after a value is set apart; the text itself is unchanged."""
+    found = INTERVAL.fullmatch(text)
+    if found is None:
+        return Markup("{}").format(text)
+    return Markup("{} <span>{}</span>{}").format(*found.groups())
+
+
+def _order(text: str) -> str:
+    """The number a cell sorts by, where it is not the text itself."""
+    number = read_number(text)
+    try:
+        return "" if float(text) == number else f"{number:.10g}"
+    except ValueError:
+        return "" if number is None else f"{number:.10g}"
+
+
+def _tie(text: str) -> str:
+    """A sentence in which no number is parted from its unit at the end of a line."""
+    return UNIT.sub("\u00a0", text)

@@ -1,0 +1,275 @@
+"""The HTML report as text: same numbers, nothing hostile gets through, small, accessible in its markup, self-contained."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import FACTS, built
+
+from requant_eval import html
+from requant_eval.charts import charts
+from requant_eval.digits import format_bytes, format_seconds, read_number
+from requant_eval.document import Bullets, Code, Document, Figure, Paragraph, Section, document
+from requant_eval.tables import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+LIMIT = 300_000
+HOSTILE = "\"'><script>hacked=1</script><img src=x onerror=hacked=1></style></title>{{ 7*7 }}{% raw %}&amp;"
+
+
+class Markup(HTMLParser):
+    """A page as a flat list of elements and its text, and a check that every element is closed where it should be."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {tag} {attrs}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def modules(layers: int) -> list[dict[str, Any]]:
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    return [
+        {"name": f"model.layers.{i}.{kind}", "bits": 4, "group_size": 64, "loss": 0.1 * i, "damp": 0.01,
+         "relative_error": 0.01 + 0.0001 * i * (n + 1), "rtn_error": 0.1, "fallback": False}
+        for i in range(layers) for n, kind in enumerate(kinds)
+    ]  # fmt: skip
+
+
+def full(layers: int = 30) -> dict[str, Any]:
+    """A report with a whole model's modules."""
+    return built(FACTS | {"quantize": FACTS["quantize"] | {"modules": modules(layers)}})
+
+
+def test_every_word_of_the_document_is_on_the_page() -> None:
+    d = document(full())
+    text = Markup(html.page(d)).text
+    assert d.headline in text
+    for section in d.sections:
+        assert section.title in text
+        for block in section.blocks:
+            match block:
+                case Table():
+                    cells = [*block.columns, *(cell for row in block.rows for cell in row), block.title, block.note]
+                    assert [cell for cell in cells if " ".join(cell.split()) not in text] == []
+                case Bullets(items):
+                    assert all(item in text for item in items)
+                case Code() | Paragraph():
+                    assert " ".join(block.text.split()) in text
+                case Figure():
+                    drawn = charts(block)
+                    assert drawn
+                    assert all(row.value in text and row.label in text for chart in drawn for row in chart.rows)
+
+
+def test_a_figure_says_no_number_that_no_table_beside_it_says() -> None:
+    """The module map alone goes beyond its table, which holds the ten worst."""
+    for section in document(full()).sections:
+        cells = " ".join(cell for t in section.blocks if isinstance(t, Table) for row in t.rows for cell in row)
+        for figure in section.blocks:
+            if isinstance(figure, Figure) and figure.kind != "modules":
+                rows = [row for chart in charts(figure) for row in chart.rows]
+                said = " ".join(f"{row.value} {row.aside}" for row in rows)
+                numbers = re.findall(r"[+-]?\d+\.\d+", said)
+                assert numbers
+                assert [n for n in numbers if n not in cells] == []
+
+
+def test_the_answer_is_the_first_thing_on_the_page() -> None:
+    report = built()
+    body = html.render(report).split("<main>")[1]
+    assert Markup(f"<main>{body.split('</header>')[0]}</header></main>").text.startswith(report["headline"])
+
+
+def test_the_page_needs_nothing_else_and_allows_nothing_else() -> None:
+    page = html.render(full())
+    markup = Markup(page)
+    assert not re.search(r"(?i)https?://|@import|src=|//[a-z]+\.[a-z]", page.replace("//www.w3.org", ""))
+    assert list(markup.all("link")) == [{"rel": "icon", "href": "data:,"}]
+    policy = next(a["content"] for a in markup.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    for kind in ("style", "script"):
+        inside = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        assert len(inside) == 1
+        digest = base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert not any(name.startswith("on") or name == "style" for _, a in markup.elements for name in a)
+
+
+def hostile() -> dict[str, Any]:
+    """A report in which everything that a user or a file can name is hostile."""
+
+    def spoil(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {
+                (k + HOSTILE if key in ("bytes", "versions", "retention") else k): spoil(v, k) for k, v in value.items()
+            }
+        if isinstance(value, list):
+            return [spoil(v, key) for v in value]
+        names = (
+            "name",
+            "from",
+            "to",
+            "reference",
+            "recipe",
+            "adapter",
+            "warnings",
+            "gpu",
+            "protocol",
+            "created",
+            "headline",
+        )
+        return value + HOSTILE if isinstance(value, str) and key in names else value
+
+    spoilt: dict[str, Any] = spoil(json.loads(json.dumps(full(2))))
+    return spoilt
+
+
+def test_hostile_names_are_text() -> None:
+    report = hostile()
+    clean, spoilt = Markup(html.render(full(2))), Markup(html.render(report))
+    assert [tag for tag, _ in spoilt.elements] == [tag for tag, _ in clean.elements]
+    assert [sorted(a) for _, a in spoilt.elements] == [sorted(a) for _, a in clean.elements]
+    assert " ".join(HOSTILE.split()) in spoilt.text
+    assert "49" not in HOSTILE
+    assert "hacked=1" in spoilt.text
+
+
+@pytest.mark.parametrize("layers", [1, 30, 126])
+def test_small_enough_to_mail(layers: int) -> None:
+    """126 layers of 7 linears are the largest dense model there is a recipe for."""
+    report = full(layers)
+    report["sets"] = [report["sets"][0] | {"name": f"set {n}"} for n in range(6)]
+    assert len(html.render(report).encode()) < LIMIT
+
+
+def test_markup_is_accessible() -> None:
+    markup = Markup(html.render(full()))
+    ids = [a["id"] for _, a in markup.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for attributes in markup.all("a"):
+        assert (attributes["href"] or "").removeprefix("#") in ids
+    assert all(a.get("scope") in ("col", "row") for a in markup.all("th"))
+    assert len(markup.all("caption")) == len(markup.all("table")) > 5
+    assert all("aria-hidden" in a or a.get("aria-label") for a in markup.all("svg"))
+    levels = [int(tag[1]) for tag, _ in markup.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    assert markup.all("html") == [{"lang": "en"}]
+
+
+def test_templates_travel_in_the_wheel(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+    here = {f"requant_eval/templates/{p.name}" for p in (ROOT / "eval/requant_eval/templates").iterdir()}
+    assert len(here) >= 4
+    assert here <= names
+
+
+def test_any_document_fits_the_shell() -> None:
+    table = Table("Ways", ("way", "size"), (("a", "115 MB"), ("b", "1.19 GB")))
+    page = html.page(Document("A beats B.", "compare", "", (Section("Runs", (table, Bullets(("x < y",)))),)))
+    assert "x &lt; y" in page
+    assert re.findall(r'data-k="([^"]*)"', page) == ["115000000", "1190000000"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3.498 [3.461, 3.537]", 3.498), ("-0.580 [-0.6, -0.5]", -0.58), ("+3.66 % [+2.67, +4.65]", 3.66),
+        ("1.2e-07", 1.2e-7), ("not defined", None), ("n/a", None), ("", None), ("False", None), ("5 B", 5.0),
+        ("1 min 47 s", 107.0), ("1 h 2 min", 3720.0), ("4.2 s", 4.2), ("18/20", 18.0),
+    ],
+)  # fmt: skip
+def test_cells_sort_by_the_number_they_begin_with(text: str, number: float | None) -> None:
+    assert read_number(text) == number
+
+
+@pytest.mark.parametrize("value", [5.0, 1500.0, 123456789.0, 4.12e9])
+def test_sizes_and_times_are_read_back_to_the_digits_they_show(value: float) -> None:
+    assert read_number(format_bytes(value)) == pytest.approx(value, rel=0.005)
+    assert read_number(format_seconds(value)) == pytest.approx(value, rel=0.02)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2.2, 1.4.3."""
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_told_apart_in_light_dark_and_print() -> None:
+    style = (ROOT / "eval/requant_eval/templates/style.css").read_text()
+    schemes = [
+        dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]{3,6});", root))
+        for root in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(schemes) == 3
+    for scheme in schemes:
+        c = {name: "#" + "".join(2 * h for h in code[1:]) if len(code) == 4 else code for name, code in scheme.items()}
+        for ground in ("paper", "wash"):
+            assert contrast(c["ink"], c[ground]) >= 7
+            assert contrast(c["soft"], c[ground]) >= 4.5
+        for name in ("better", "worse", "control"):
+            assert contrast(c[name], c["paper"]) >= 3
+        shades = [luminance(c[f"q{n}"]) for n in range(1, 6)]
+        assert shades == sorted(shades) or shades == sorted(shades, reverse=True)
+
+
+def test_a_report_without_optional_parts_renders() -> None:
+    markup = Markup(html.render(built({})))
+    assert "None" not in markup.text
+    assert "Cost" not in markup.text
