@@ -134,7 +134,7 @@ def test_the_report_agrees_with_the_files(finished: Path) -> None:
 def test_every_rendering_shows_the_same_perplexity_and_no_local_path(finished: Path, project: Path) -> None:
     report = read(finished / "report.json")
     shown = f"{next(v for v in report['sets'][0]['variants'] if v['name'] == 'gptq')['ppl']['value']:.1f}"
-    for file in ("report.md", "gptq/README.md"):
+    for file in ("report.md", "report.html", "gptq/README.md"):
         text = (finished / file).read_text()
         assert shown in text
         assert str(project) not in text
@@ -233,7 +233,7 @@ def test_another_adapter_redoes_all_but_the_base(project: Path, ran: Path, tmp_p
     assert abs(edge(outcome.report, "adapter", "merged")["delta"]["value"]) < 1e-4
 
 
-@pytest.mark.parametrize("lost", ["report.md", "report.json", "gptq/README.md"])
+@pytest.mark.parametrize("lost", ["report.md", "report.html", "report.json", "gptq/README.md"])
 def test_a_lost_report_is_written_again(project: Path, ran: Path, lost: str) -> None:
     (ran / "pico" / lost).unlink()
     assert run(project, ran).ran == ["report"]
