@@ -118,7 +118,8 @@ def test_a_figure_says_no_number_that_no_table_beside_it_says() -> None:
 def test_the_answer_is_the_first_thing_on_the_page() -> None:
     report = built()
     body = html.render(report).split("<main>")[1]
-    assert Markup(f"<main>{body.split('</header>')[0]}</header></main>").text.startswith(report["headline"])
+    first = f"{report['verdict']['line']} {report['headline']}"
+    assert Markup(f"<main>{body.split('</header>')[0]}</header></main>").text.startswith(first)
 
 
 def test_the_page_needs_nothing_else_and_allows_nothing_else() -> None:
@@ -142,6 +143,8 @@ def hostile() -> dict[str, Any]:
     """A report in which everything that a user or a file can name is hostile."""
 
     def spoil(value: Any, key: str = "") -> Any:
+        if key == "options" and isinstance(value, dict):  # named by us
+            return value | {"loss": {name + HOSTILE: loss for name, loss in value["loss"].items()}}
         if isinstance(value, dict):
             return {
                 (k + HOSTILE if key in ("bytes", "versions", "retention") else k): spoil(v, k) for k, v in value.items()

@@ -20,6 +20,7 @@ from requant.rundir import RunDirectory
 
 pytest_plugins = ("e2e",)
 WEIGHTS = "*.safetensors"
+HELD = {"recipe.yaml", "merged", "gptq", "report.json", "report.md", "report.html", "log.txt", "events.jsonl"}
 
 
 class Recorder(runs.Watcher):
@@ -64,16 +65,7 @@ def numbers(report: dict[str, Any]) -> list[Any]:
 
 
 def test_a_run_directory_holds_what_the_manual_says(finished: Path, project: Path) -> None:
-    assert visible(finished) == {
-        "recipe.yaml",
-        "merged",
-        "gptq",
-        "report.json",
-        "report.md",
-        "report.html",
-        "log.txt",
-        "events.jsonl",
-    }
+    assert visible(finished) == HELD
     assert {"README.md", "config.json", "quantize_config.json", "manifest.json"} <= visible(finished / "gptq")
     assert not [f for f in finished.rglob("*") if "partial" in f.name or ".tmp" in f.name or ".old" in f.name]
     for artifact in ("merged", "gptq"):
@@ -316,16 +308,7 @@ def whole_or_absent(out: Path, finished: Path) -> None:
             assert (out / name / "manifest.json").exists()
             assert digests(out / name, WEIGHTS) == digests(finished / name, WEIGHTS)
     named = {name for name in visible(out) if not name.endswith(".tmp")}
-    assert named <= {
-        "recipe.yaml",
-        "merged",
-        "gptq",
-        "report.json",
-        "report.md",
-        "report.html",
-        "log.txt",
-        "events.jsonl",
-    }
+    assert named <= HELD
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 QUANTILES = (("median", "median"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
 ASIDE = ("control", "fork")
 STRIP = 30  # pixels of a row of the module map
-SHADES = 5
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a chart. note: set small after the label. value, aside: the number it shows, a second one set softer.
-    said: what the drawing shows, where those don't.
+    said: what the drawing shows, where those don't. places, values: of a strip of so many places, those that are filled,
+    for the script to tell.
     """
 
     label: str
@@ -41,6 +41,8 @@ class Row:
     note: str = ""
     said: str = ""
     height: int = svg.HEIGHT
+    places: int = 0
+    values: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,12 @@ def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str) -> Cha
         return Chart("", ())
     rows = []
     for kind, row in found.items():
-        drawn = Markup("").join(_cell(layer, layers, value, top) for layer, value in sorted(row.items()))
+        drawn = svg.strip({layer: value / top for layer, value in row.items()}, layers, height=STRIP)
+        values = tuple((layer, format_value(value)) for layer, value in sorted(row.items()))
         worst = max(row, key=lambda layer: row[layer])
         middle = format_value(statistics.median(row.values()))
         said = f"{len(row)} layers, median {middle}, largest {format_value(row[worst])} in layer {worst}"
-        rows.append(Row(kind, drawn, f"{middle} .. {format_value(row[worst])}", said=said, height=STRIP))
+        rows.append(Row(kind, drawn, f"{middle} .. {format_value(row[worst])}", "", "", said, STRIP, layers, values))
     first = [layer for layer in Scale(0, layers).ticks() if layer < layers and layer == int(layer)]
     axis = Markup("").join(svg.label(100 * (layer + 0.44) / layers, f"{layer:.0f}") for layer in first)
     caption = f"{what.capitalize()} of every quantized linear, first layer left, last right; full height and darkest is"
@@ -232,15 +235,6 @@ def _places(modules: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[in
         row[int(place[1])] = max(value, row.get(int(place[1]), 0.0))
     last = [kind.rsplit(".", 1)[-1] for kind in full]
     return {(end if last.count(end) == 1 else kind): row for (kind, row), end in zip(full.items(), last, strict=True)}
-
-
-def _cell(layer: int, layers: int, value: float, top: float) -> Markup:
-    height = max(1.0, (STRIP - 4) * value / top)
-    shade = min(SHADES, 1 + int(SHADES * value / top))
-    return svg.element(
-        "rect", svg.element("title", f"layer {layer}: {format_value(value)}"), class_=f"m q{shade}",
-        x=f"{100 * layer / layers:.2f}%", y=STRIP - height, height=height, width=f"{88 / layers:.2f}%",
-    )  # fmt: skip
 
 
 def _ppl(s: Mapping[str, Any], name: str) -> str:

@@ -44,7 +44,13 @@ def _environment() -> Environment:
         loader=PackageLoader("requant_eval"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"kind": lambda block: type(block).__name__, "cell": _cell, "order": _order, "tie": _tie}
+    environment.filters |= {
+        "kind": lambda block: type(block).__name__,
+        "cell": _cell,
+        "order": _order,
+        "tie": _tie,
+        "verdict": _verdict,
+    }
     environment.globals |= {"charts": charts}
     return environment
 
@@ -79,3 +85,11 @@ def _order(text: str) -> str:
 def _tie(text: str) -> str:
     """A sentence in which no number is parted from its unit at the end of a line."""
     return UNIT.sub("\u00a0", text)
+
+
+def _verdict(text: str) -> Markup:
+    """PASS, FAIL or INCONCLUSIVE in front is set apart."""
+    word, colon, rest = text.partition(":")
+    if not colon or word not in ("PASS", "FAIL", "INCONCLUSIVE"):
+        return Markup("{}").format(_tie(text))
+    return Markup('<strong class="{}">{}</strong>:{}').format(word.lower(), word, _tie(rest))

@@ -7,13 +7,14 @@ Colours are not named here: classes are, and the page's style sheet knows them i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 HEIGHT = 26
 MARGIN = 0.04
+SHADES = 5
 SERIES = (
     (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9),
     (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
@@ -122,6 +123,20 @@ def upright(scale: Scale, value: float, class_: str, *, height: float = HEIGHT) 
 def grid(scale: Scale, *, height: float = HEIGHT) -> Markup:
     """The vertical lines of the ticks, behind a row's marks."""
     return Markup("").join(upright(scale, value, "grid", height=height) for value in scale.ticks())
+
+
+def strip(parts: Mapping[int, float], places: int, *, height: float) -> Markup:
+    """One bar a place; height and shade both tell the part (0..1) of the largest value. One path a shade: a model has
+    hundreds of bars.
+    """
+    paths: dict[int, str] = {}
+    for place, part in sorted(parts.items()):
+        shade = min(SHADES, 1 + int(SHADES * part))
+        top = height - max(1.0, (height - 4) * part)
+        paths[shade] = paths.get(shade, "") + f"M{place} {_text(height)}V{_text(top)}h.88V{_text(height)}"
+    drawn = (element("path", d=d, class_=f"q{shade}") for shade, d in sorted(paths.items()))
+    box = {"viewBox": f"0 0 {places} {_text(height)}", "preserveAspectRatio": "none"}
+    return element("svg", *drawn, aria_hidden="true", **box)
 
 
 def axis(scale: Scale, unit: str = "") -> Markup:

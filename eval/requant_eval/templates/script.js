@@ -29,6 +29,22 @@ for (const table of document.querySelectorAll("table")) {
   });
 }
 
+// Strips of many bars are drawn as a few paths; every bar gets a mark of its own here.
+const draw = (name, attributes) => {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+};
+for (const strip of document.querySelectorAll("svg[data-v]")) {
+  const places = Number(strip.dataset.n), height = strip.getAttribute("height");
+  for (const pair of strip.dataset.v.trim().split(" ")) {
+    const [at, value] = pair.split(":"), mark = draw("g", {class: "m hit"}), title = draw("title", {});
+    title.textContent = `layer ${at}: ${value}`;
+    mark.append(title, draw("rect", {x: `${100 * at / places}%`, width: `${88 / places}%`, height}));
+    strip.append(mark);
+  }
+}
+
 // Figures: the value of the mark under the pointer, or of the one that the arrow keys have reached, below the figure.
 for (const chart of document.querySelectorAll(".chart")) {
   const marks = [...chart.querySelectorAll(".m")], read = document.createElement("p");
