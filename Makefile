@@ -1,5 +1,6 @@
 # make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
 # make test   the tests          make check   format, lint, types          make setup   only the installation
+# make test-vllm   our checkpoints in a real vLLM (make setup-vllm installs it in an environment of its own)
 PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 BIN := .venv/bin
@@ -9,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export GPTQMODEL_CPU_WORKERS ?= 2
 export GPTQMODEL_DISABLE_PACK_EXT ?= 1
 
-.PHONY: setup demo test check clean browser
+.PHONY: setup setup-vllm demo test test-vllm check clean browser
 
 setup: .venv/.ready
 
@@ -31,6 +32,20 @@ demo: $(DEMO)/work/.ready
 	$(BIN)/requant run $(DEMO)/recipe.yaml
 	@echo "report: runs/smollm2-pydocs-w4g64/report.md    checkpoint: runs/smollm2-pydocs-w4g64/gptq"
 
+# vLLM brings a torch of its own, so it gets an environment of its own; what it installs beside torch is of another
+# release and keeps it from starting.
+setup-vllm: .venv-vllm/.ready
+
+.venv-vllm/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The checkpoint of `make demo` is served too, when it is there.
+test-vllm: .venv/.ready .venv-vllm/.ready
+	$(BIN)/python -m pytest -m vllm -rs
+
 # A Chromium for the tests that open report.html: taken from the system's packages where we may; without one they skip.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -49,4 +64,4 @@ check: .venv/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(DEMO)/work
+	rm -rf .venv .venv-vllm $(DEMO)/work

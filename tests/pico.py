@@ -15,8 +15,11 @@ import transformers
 from torch import Tensor, nn
 
 from requant import adapter as adapters
-from requant import merge, prepare, selftest
+from requant import layout, merge, pack, prepare, selftest, skeleton
+from requant.checkpoint import Checkpoint
 from requant.dequantize import Nf4Settings
+from requant.grid import Grid, find_scales, round_to_grid
+from requant.writer import CheckpointWriter
 
 VOCABULARY = 96
 _SMALL: dict[str, Any] = {
@@ -195,3 +198,27 @@ def live_4bit(made: Any) -> Any:
 
 def linears(made: nn.Module) -> list[str]:
     return [name for name, module in made.named_modules() if type(module) is nn.Linear]
+
+
+def packed(source: Path, out: Path, grid: Grid, *, dtype: torch.dtype = torch.float16, **options: Any) -> layout.Plan:
+    """A GPTQ checkpoint of a saved model, rounded to nearest: the real files without the minutes of calibration."""
+    checkpoint = Checkpoint(source)
+    made = skeleton.build(skeleton.load_config(source))
+    settings = layout.Settings(grid, overrides=options.pop("overrides", ()))
+    planned = layout.plan(checkpoint, made, settings, dtype, where=source)
+    names = skeleton.tensor_names(made, checkpoint)
+    out.mkdir(exist_ok=True)
+    with CheckpointWriter(out, planned.slots, **options) as writer:
+        slots = {s.name: s for s in planned.slots}
+        for module, own in planned.grids.items():
+            stored = names[f"{module}.weight"]
+            weight = checkpoint.read(stored).float()
+            scales = find_scales(weight, torch.ones(weight.shape[1]), own)
+            codes = round_to_grid(weight, scales, own)
+            for suffix, tensor in pack.pack(codes, scales.scale, scales.zero, own.bits).items():
+                writer.write(f"{stored.removesuffix('weight')}{suffix}", tensor)
+        for name in set(slots) & set(checkpoint):
+            writer.write(name, checkpoint.read(name).to(slots[name].dtype))
+        writer.close()
+    layout.write_small_files(source, out, planned, settings, dtype=dtype, damp=0.01, meta={"tool": "requant"})
+    return planned

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from requant_eval.checks import checks_table
 from requant_eval.digits import format_value
 from requant_eval.headline import SPOKEN, final_variant, method
 from requant_eval.tables import facts_table, protocol, retention_table, variants_table, waterfall_table
@@ -61,6 +62,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     inputs = {key: facts.get(key) for key in ("base", "adapter", "created")}
     settings = (facts.get("quantize") or {}).get("settings")
     for t in (
+        checks_table(facts),
         facts_table("Inputs", inputs),
         facts_table("Quantization", settings),
         facts_table("Versions", facts.get("versions")),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from requant_eval.checks import checks_table
 from requant_eval.tables import (
     Table,
     cost_tables,
@@ -113,6 +114,8 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     for s in report["sets"]:
         yield _set(s)
     yield Section("Modules", tuple(_modules(facts)))
+    read_back = checks_table(facts)
+    yield Section("Read back", (read_back,) if read_back.rows else ())
     yield Section("Cost", tuple(cost_tables(facts)))
     described = (
         facts_table("Merge", facts.get("merge")),

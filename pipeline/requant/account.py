@@ -39,6 +39,7 @@ def account(
             "modules": modules,
             "left_in_16_bit": quantized.get("left", []),
         },
+        "verify": quantized.get("verify"),
         "calibration": prepared.calibration_facts,
         "cost": {
             "bytes": {

@@ -63,7 +63,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     infos = {name: _info(file, name, entry, 8 + length) for name, entry in table.items()}
     end = max((i.offset + i.nbytes for i in infos.values()), default=8 + length)
     if end > size:
-        raise InputError(f"{file}: truncated: {size} bytes, its header describes {end}; download it again")
+        cut = next(n for n, i in infos.items() if i.offset + i.nbytes > size)
+        raise InputError(
+            f"{file}: truncated: {size} bytes, its header describes {end} ({cut!r} is cut): download it again"
+        )
     return infos
 
 

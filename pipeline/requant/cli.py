@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from requant import __version__, cli_reports
+from requant import __version__, cli_deploy, cli_reports
 from requant.cli_reports import Junit
 from requant.errors import RecipeError, RequantError
 
@@ -97,8 +94,9 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a recipe against its model, adapter and texts, from headers; no weights are read."""
     wanted = _load(recipe, overrides)
     from requant import prepare
+    from requant.progress import quiet
 
-    with _quiet():
+    with quiet():
         prepared = prepare.prepare(wanted)
     need, free = prepare.check_disk(prepared, Path(wanted.output.dir) / wanted.name)
     _print_check(prepared, need, free)
@@ -141,6 +139,10 @@ def report(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -
     _run(recipe, overrides, "report", junit)
 
 
+app.command()(cli_deploy.verify)
+app.command()(cli_deploy.push)
+
+
 def _load(path: Path, overrides: list[str]) -> Recipe:
     from requant import recipe
 
@@ -149,11 +151,11 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
 
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None) -> None:
     wanted = _load(path, overrides)
-    from requant.progress import ConsoleWatcher
+    from requant.progress import ConsoleWatcher, quiet
     from requant.run import run as run_recipe
 
     try:
-        with ConsoleWatcher() as watcher, _quiet():
+        with ConsoleWatcher() as watcher, quiet():
             outcome = run_recipe(wanted, until=until, watcher=watcher)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -188,21 +190,3 @@ def _print_check(prepared: Prepared, need: int, free: int) -> None:
     for warning in prepared.warnings:
         print(f"warning   {warning}")
     print("ok")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libraries from drawing bars and notices of their own over ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -22,6 +22,7 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
     "datasets",
+    "gptqmodel",
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from requant import adapter as adapters
-from requant import artifacts, fused, layout, match, merge, probe, skeleton, texts
+from requant import artifacts, fused, layout, match, merge, probe, quantize_gptqmodel, skeleton, texts
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
@@ -74,6 +74,8 @@ def prepare(recipe: Recipe) -> Prepared:
     warnings = [*plan.warnings, *(w for m in matches for w in m.warnings), *_hints(recipe)]
     dtype = serving_dtype(recipe, plan)
     settings = quantize_settings(recipe)
+    if recipe.quantize.engine == "gptqmodel":
+        quantize_gptqmodel.check(settings)
     planned = plan_quantize(plan, model, settings, dtype)
     warnings += deployment_warnings(planned)
     tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)

@@ -258,6 +258,7 @@ class Quantize(Section):
     signed_scales: bool = Field(
         default=False, description="Let scales be negative: a little better, GPU kernels unproven."
     )
+    engine: Literal["requant", "gptqmodel"] = Field(default="requant", description="Whose solver: ours or gptqmodel's.")
     scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")
     order: Literal["auto", "natural", "activation", "group"] = Field(
         default="auto",

@@ -13,19 +13,21 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from requant import __version__, account, deltas, facts, merge, prepare, quantize, recipe, selftest, variants
+from requant import __version__, account, deltas, facts, merge, prepare, quantize, recipe, selftest, variants, verify
 from requant import evaluate as evaluation
 from requant import probe as probing
+from requant import quantize_gptqmodel as peer
 from requant.checkpoint import write_text
 from requant.data import digest
 from requant.errors import StageError
 from requant.prepare import Prepared
-from requant.rundir import RunDirectory, key_of
+from requant.rundir import LogFile, RunDirectory, key_of
 
 log = logging.getLogger(__name__)
 Stage = Literal["merge", "quantize", "evaluate", "report"]
@@ -63,7 +65,7 @@ def run(wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | No
     prepare.check_disk(prepared, directory.path)
     with directory.open():
         runner = Runner(prepared, directory, watcher or Watcher())
-        with _Log(directory.path / "log.txt"):
+        with LogFile(directory.path / "log.txt"):
             write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
             for stage in STAGES[: STAGES.index(until) + 1]:
                 if stage == "quantize":
@@ -101,7 +103,9 @@ class Keys:
         merged = key_of(LAYOUT, "merge", onto, adapter, p.recipe.merge.model_dump())
         grids = {name: asdict(grid) for name, grid in p.quantize.grids.items()}
         settings = (p.settings.order, p.settings.sweeps, p.settings.correct, p.settings.damp, str(p.serving_dtype))
-        quantized = key_of(merged, "quantize", grids, settings, p.calibration_facts["digest"], device.type)
+        engine = p.recipe.quantize.engine
+        stage = "quantize" if engine == "requant" else f"quantize by {engine}"
+        quantized = key_of(merged, stage, grids, settings, p.calibration_facts["digest"], device.type)
         every = {
             "base": key_of(LAYOUT, "base", base, simulate),
             "adapter": key_of(LAYOUT, "adapter", base, simulate, adapter),
@@ -202,21 +206,29 @@ class Runner:
 
         def work() -> dict[str, Any]:
             out = artifact.begin(self.keys.quantize)
-            layout, modules = quantize.quantize(
+            by = {"requant": quantize.quantize, "gptqmodel": peer.quantize}[self.recipe.quantize.engine]
+            layout, modules = by(
                 self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
                 device=self.device,
                 trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
-                meta={"quantizer": [f"requant:{__version__}"]}, deltas=deltas.deltas(self.p.merge),
-                progress=self.watcher.progress,
+                meta={"quantizer": [f"{self.recipe.quantize.engine}:{self._quantizer_version()}"]},
+                deltas=deltas.deltas(self.p.merge), progress=self.watcher.progress,
             )  # fmt: skip
+            proof = verify.demand(
+                verify.verify(out, source=self.dir.path / "merged", trust_remote_code=self.recipe.trust_remote_code)
+            )
             artifact.finish(self.keys.quantize, {"stage": "quantize", "requant": __version__})
             return {
                 "modules": [asdict(m) for m in modules],
                 "bits_per_weight": layout.bits_per_weight,
                 "left": list(layout.left),
+                "verify": proof.facts(),
             }
 
         return self._do("quantize", self.keys.quantize, work)
+
+    def _quantizer_version(self) -> str:
+        return __version__ if self.recipe.quantize.engine == "requant" else version(self.recipe.quantize.engine)
 
     def evaluate(self) -> None:
         """Scores of every variant on every set."""
@@ -241,8 +253,9 @@ class Runner:
         in_domain = self.recipe.evaluate.in_domain or self.p.sets[0].name
         gates = [gate.rule() for gate in self.recipe.gates]
         asked = (in_domain, [gate.rule() for gate in gates], reports.SCHEMA_VERSION, __version__)
-        key = key_of(self.keys.merge, self.keys.quantize, self.scores.key, *asked)
         path = self.dir.path
+        proof = verify.remembered(path, self.keys.quantize)
+        key = key_of(self.keys.merge, self.keys.quantize, self.scores.key, *asked, proof)
         written = all((path / name).exists() for name in ("report.json", "report.md", "report.html", "gptq/README.md"))
         if written and not self.outcome.ran and self.dir.result("report", key) is not None:
             self.watcher.stage("report", True)
@@ -254,6 +267,8 @@ class Runner:
         stages = {name: self.dir.result(name, stage_key) or {} for name, stage_key in wanted.items()} | {
             "probe": self.probed
         }
+        if proof is not None:
+            stages["quantize"] = {**(stages["quantize"] or {}), "verify": proof}
         dtype = str(self.scores.dtype).removeprefix("torch.")
         told = account.account(self.p, stages, path, device=str(self.device), dtype=dtype)
         self.outcome.report = report = reports.build(sets=results, facts=told, in_domain=in_domain, gates=gates)
@@ -291,22 +306,3 @@ class Runner:
         asked = self.recipe.evaluate.batch
         tokens = 2048 if self.device.type == "cpu" else 16384
         return max(1, tokens // self.p.sets[0].window) if asked == "auto" else asked
-
-
-class _Log:
-    """Attach a file handler to our loggers for the time of a `with`."""
-
-    def __init__(self, file: Path) -> None:
-        self.handler = logging.FileHandler(file, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self.logger = logging.getLogger("requant")
-
-    def __enter__(self) -> None:
-        self.logger.setLevel(logging.INFO)
-        self.logger.addHandler(self.handler)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
-        if error is not None:
-            self.logger.error("stopped: %s", error)
-        self.logger.removeHandler(self.handler)
-        self.handler.close()

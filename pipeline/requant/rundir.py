@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -167,3 +168,22 @@ class Artifact:
             return None
         manifest = read_json(file)
         return manifest if {"key", "files"} <= manifest.keys() else None
+
+
+class LogFile:
+    """Attach a file handler to our loggers for the time of a `with`."""
+
+    def __init__(self, file: Path) -> None:
+        self.handler = logging.FileHandler(file, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.logger = logging.getLogger("requant")
+
+    def __enter__(self) -> None:
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self.handler)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
+        if error is not None:
+            self.logger.error("stopped: %s", error)
+        self.logger.removeHandler(self.handler)
+        self.handler.close()

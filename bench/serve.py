@@ -1,0 +1,88 @@
+"""Load time and speed of the merged 16-bit checkpoint against the GPTQ one, in one engine, in one run.
+
+    python bench/serve.py --merged runs/NAME/merged --gptq runs/NAME/gptq --engine vllm [--device cuda] [--dtype bfloat16]
+                          [--backend gptq_marlin] [--prompt 128] [--new 64] [--batch 1] [--rounds 2] [--out FILE]
+
+Each load is a process of its own; the two take turns, and the best of each counts. The same prompt, greedy, exactly
+--new tokens. Ratios are what holds on another machine; absolute CPU numbers do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from requant import engines
+
+
+def measure(path: Path, args: argparse.Namespace, backend: str | None) -> dict[str, Any]:
+    """One load, one prompt timed --repeat times."""
+    answer = engines.ask(
+        args.engine, path.absolute(), [list(range(100, 100 + 64))], dtype=args.dtype, device=args.device, backend=backend,
+        speed={"prompt": args.prompt, "new": args.new, "batch": args.batch, "repeat": args.repeat}, threads=args.threads,
+    )  # fmt: skip
+    if answer.error is not None or answer.speed is None:
+        raise SystemExit(f"{path}: {answer.error}")
+    size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    return {
+        "load_seconds": answer.load_seconds, **answer.speed, "bytes": size, "kernels": list(answer.kernels),
+        "versions": dict(answer.versions),
+    }  # fmt: skip
+
+
+def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest of each number."""
+    out = dict(runs[-1])
+    for key in ("load_seconds", "prefill_seconds"):
+        out[key] = min(r[key] for r in runs)
+    out["decode_tokens_per_second"] = max(r["decode_tokens_per_second"] for r in runs)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merged", type=Path, required=True)
+    parser.add_argument("--gptq", type=Path, required=True)
+    parser.add_argument("--engine", choices=engines.ENGINES, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--backend", help="gptqmodel's kernel; default: the one it picks")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path)
+    for name, value in (("prompt", 128), ("new", 64), ("batch", 1), ("repeat", 3), ("rounds", 2)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    runs: dict[str, list[dict[str, Any]]] = {"merged": [], "gptq": []}
+    for turn in range(args.rounds):
+        for name, path, backend in (("merged", args.merged, None), ("gptq", args.gptq, args.backend)):
+            runs[name].append(measure(path, args, backend))
+            shown = {k: round(v, 3) for k, v in runs[name][-1].items() if isinstance(v, float)}
+            print(f"{turn + 1} {name}: {shown}", flush=True)
+    a, b = best(runs["merged"]), best(runs["gptq"])
+    keys = ("load_seconds", "prefill_seconds", "decode_tokens_per_second", "bytes")
+    result = {
+        "date": time.strftime("%Y-%m-%d"), "engine": args.engine, "device": device_name(args.device), "dtype": args.dtype,
+        "prompt": args.prompt, "new": args.new, "batch": args.batch, "rounds": args.rounds,
+        "merged": a, "gptq": b, "gptq_over_merged": {k: b[k] / a[k] for k in keys},
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's kind and cores."""
+    if device.startswith("cuda"):
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()

