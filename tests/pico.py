@@ -54,11 +54,15 @@ _OTHER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def config(kind: str = "llama", **changes: Any) -> Any:
+    """The transformers config of a pico model."""
+    return transformers.AutoConfig.for_model(kind, **(_OTHER.get(kind, _SMALL) | changes))
+
+
 def model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
     """A random fp32 causal LM in eval mode; norms and biases are random too, so that losing one shows."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(kind, **(_OTHER.get(kind, _SMALL) | changes))
-    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    made = transformers.AutoModelForCausalLM.from_config(config(kind, **changes), dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim == 1:
@@ -151,6 +155,14 @@ def merged(
     out.mkdir(exist_ok=True)
     result = merge.merge(plan, out, dtype=dtype)
     return plan, result, selftest.self_test(plan, out, tensors=1000, rows=4)
+
+
+def save_tokenizer(path: Path) -> None:
+    """A tokenizer of as many words as the models know, for loaders that insist on one."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="2").save_pretrained(path)
 
 
 def reload(path: Path) -> Any:

@@ -51,8 +51,9 @@ ALLOWED: dict[str, set[str]] = {
     "selftest_twins": {"adapter_formulas", "adapter_kinds", "checkpoint"},
     "selftest": {"adapter_formulas", "adapter_kinds", "checkpoint", "merge", "nf4", "selftest_twins"},
     "blocks": {"checkpoint", "linears", "skeleton"},
-    "stages": {"blocks"},
+    "stages": {"blocks", "linears"},
     "layout": {"artifacts", "blocks", "checkpoint", "grid", "pack", "skeleton", "writer"},
+    "targets": {"blocks", "grid", "layout", "linears"},
     "quantize": {
         "blocks",
         "checkpoint",
@@ -61,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "hessian",
         "kernels",
         "layout",
+        "linears",
         "pack",
         "skeleton",
         "stages",

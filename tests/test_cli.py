@@ -143,10 +143,16 @@ def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Pa
 @pytest.mark.parametrize(
     ("setting", "warning"),
     [
-        ("quantize.bits=3", "vLLM and SGLang refuse 3 bits"),
-        ("quantize.bits=2", "vLLM and SGLang refuse 2 bits"),
-        ("quantize.symmetric=false", "vLLM and SGLang refuse asymmetric GPTQ"),
-        ('quantize.overrides={"*.down_proj": {bits: 8}}', "plain transformers ignores `dynamic`"),
+        ("quantize.bits=3", "vllm does not load this: model.layers.0.self_attn.qkv_proj: no 3-bit weights"),
+        ("quantize.bits=2", "vllm does not load this: model.layers.0.self_attn.qkv_proj: no 2-bit weights"),
+        (
+            "quantize.symmetric=false",
+            "vllm does not load this: model.layers.0.self_attn.qkv_proj: no asymmetric weights",
+        ),
+        (
+            'quantize.overrides={"*.down_proj": {bits: 8}}',
+            "transformers does not load this: it ignores settings of single modules",
+        ),
     ],
 )
 def test_check_warns_of_what_servers_refuse(here: Here, project: Path, setting: str, warning: str) -> None:

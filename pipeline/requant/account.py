@@ -38,6 +38,9 @@ def account(
             "bits_per_weight": quantized.get("bits_per_weight"),
             "modules": modules,
             "left_in_16_bit": quantized.get("left", []),
+            "engines": {
+                v.target.name: {"loads": v.loads, "says": str(v), "source": v.target.source} for v in prepared.targets
+            },
         },
         "verify": quantized.get("verify"),
         "calibration": prepared.calibration_facts,
@@ -60,6 +63,7 @@ def account(
             *merged.get("warnings", []),
             *_untrained(merged),
             *_fallbacks(modules),
+            *_starved(modules),
         ],
     }
 
@@ -120,3 +124,14 @@ def _untrained(merged: Mapping[str, Any]) -> list[str]:
 def _fallbacks(modules: Sequence[Mapping[str, Any]]) -> list[str]:
     lost = [m["name"] for m in modules if m["fallback"]]
     return [f"{len(lost)} linears were rounded without error feedback, e.g. {lost[0]}"] if lost else []
+
+
+def _starved(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning about experts that the calibration text hardly uses."""
+    starved = [m["name"] for m in modules if m.get("added", 0) > 0.5]
+    if not starved:
+        return []
+    return [
+        f"{len(starved)} matrices of experts were calibrated mostly on tokens routed elsewhere, e.g. {starved[0]}: "
+        "the calibration text hardly uses these experts"
+    ]

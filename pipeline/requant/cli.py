@@ -186,6 +186,8 @@ def _print_check(prepared: Prepared, need: int, free: int) -> None:
     for s in prepared.sets:
         known = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
         print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {known}")
+    for verdict in prepared.targets:
+        print(f"serve     {verdict.target.name} {verdict}")
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     for warning in prepared.warnings:
         print(f"warning   {warning}")

@@ -62,13 +62,14 @@ class Moments:
     hessian: Tensor
     drift: Tensor | None
     halves: tuple[Tensor, Tensor] | None
+    tokens: int  # that the stage saw: an expert sees a part of the text
 
 
 def gather(
-    inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, tokens: int, device: torch.device,
+    inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, device: torch.device,
     *, drifting: bool = False, held_from: int | None = None,
 ) -> Moments:  # fmt: skip
-    """Sum up batches of (input, exact input), each [..., n], of `tokens` tokens in all.
+    """Sum up batches of (input, exact input), each [..., n].
 
     drifting: whether the drift is wanted, from the batches that have an exact input. held_from: the first batch of the
     second of the two parts, None when one Hessian of everything will do.
@@ -76,8 +77,9 @@ def gather(
     total = torch.zeros(n, n, device=device)
     held = total if held_from is None else torch.zeros_like(total)
     drift = torch.zeros_like(total) if drifting else None
-    compared = 0
+    compared = tokens = 0
     for i, (x, exact) in enumerate(inputs):
+        tokens += x.shape[:-1].numel()
         add_to_hessian(total if held_from is None or i < held_from else held, x)
         if exact is not None and drift is not None:
             add_drift(drift, x, exact)
@@ -86,4 +88,5 @@ def gather(
     if held_from is not None:
         halves = (symmetrize(total.clone()), symmetrize(held))
         total.add_(held)
-    return Moments(symmetrize(total).div_(tokens), drift.div_(max(compared, 1)) if drift is not None else None, halves)
+    hessian = symmetrize(total).div_(max(tokens, 1))
+    return Moments(hessian, drift.div_(max(compared, 1)) if drift is not None else None, halves, tokens)

@@ -19,6 +19,7 @@ from requant.grid import Grid
 from requant.writer import Slot
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def plan(
     replaced: dict[str, list[Slot]] = {}
     for name, module in linears.items():
         grid = settings.grid_of(name)
-        if grid is None:
+        if grid is None or module.out_features < NARROW:
             continue
         try:
             layout = pack.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)

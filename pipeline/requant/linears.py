@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 # nn.Linear under another name: its own forward is the same product. bitsandbytes does not know it as a Linear.
 _LINEAR_LIKE = frozenset({"FalconLinear"})
+FLOOR = 0.25  # of the rows each expert would see if all were chosen alike: it calibrates on at least so many
 ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -45,7 +46,7 @@ class SplitExperts(nn.Module):
 
     floor: while calibrating, an expert gets at least this share of the rows it would get if all were chosen alike:
     tokens routed elsewhere are added to its input, their outputs are dropped. `added` counts them by expert.
-    leader: the experts that run ahead on the same tokens with other hidden states; their rows come first in each
+    leader: (at most one) the experts that run ahead on the same tokens with other hidden states; their rows come first in each
     input here, so that the two inputs can be compared row by row. What this forward returns is not changed by either.
     """
 
@@ -55,7 +56,7 @@ class SplitExperts(nn.Module):
         for index in range(self.count):
             self.add_module(str(index), Expert(fused))
         self.floor = 0.0
-        self.leader: SplitExperts | None = None
+        self.leader: tuple[SplitExperts, ...] = ()  # not a submodule
         self.rows: tuple[Tensor, ...] = ()
         self.routed, self.added = [0] * self.count, [0] * self.count
 
@@ -73,6 +74,10 @@ class SplitExperts(nn.Module):
             out.index_add_(0, own, result.to(out.dtype))
         return out
 
+    def share_added(self, index: int) -> float:
+        """Added rows of one expert as a share of all rows that it has seen while calibrating."""
+        return self.added[index] / max(1, self.added[index] + self.routed[index])
+
     def _rows(self, top_k_index: Tensor, tokens: int) -> tuple[Tensor, ...]:
         """The token rows of each expert's input."""
         k = top_k_index.shape[1]
@@ -80,8 +85,9 @@ class SplitExperts(nn.Module):
         counts = torch.bincount(flat, minlength=self.count + 1).tolist()
         order = torch.argsort(flat, stable=True) // k
         rows: tuple[Tensor, ...] = torch.split(order, counts)[: self.count]
-        if self.leader is not None:
-            return tuple(_first(own, ahead) for own, ahead in zip(rows, self.leader.rows, strict=True))
+        if self.leader:
+            (leader,) = self.leader
+            return tuple(_first(own, ahead) for own, ahead in zip(rows, leader.rows, strict=True))
         if self.floor:
             least = min(tokens, -(-int(self.floor * tokens * k) // self.count))
             filled = tuple(_fill(own, least, tokens) for own in rows)
@@ -91,6 +97,24 @@ class SplitExperts(nn.Module):
             rows = filled
         self.rows = rows
         return rows
+
+
+def calibrate_experts(block: nn.Module, twin: nn.Module | None, floor: float = FLOOR) -> None:
+    """Prepare a block's experts, and those of its twin that runs one step behind, for calibration."""
+    for name, experts in split_experts(block):
+        experts.floor = floor
+        experts.routed, experts.added = [0] * experts.count, [0] * experts.count
+        if twin is not None:
+            follower: Any = twin.get_submodule(name)
+            follower.leader = (experts,)
+
+
+def share_added(block: nn.Module, linear: str) -> float:
+    """Added rows as a share of all that a Linear of a block has seen while calibrating; 0 outside of experts."""
+    for name, experts in split_experts(block):
+        if linear.startswith(f"{name}."):
+            return experts.share_added(int(linear.removeprefix(f"{name}.").split(".")[0]))
+    return 0.0
 
 
 def _first(own: Tensor, ahead: Tensor) -> Tensor:

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from requant import adapter as adapters
-from requant import artifacts, fused, layout, match, merge, probe, quantize_gptqmodel, skeleton, texts
+from requant import (
+    artifacts,
+    fused,
+    layout,
+    linears,
+    match,
+    merge,
+    probe,
+    quantize_gptqmodel,
+    skeleton,
+    targets,
+    texts,
+)
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
@@ -48,6 +60,7 @@ class Prepared:
     calibration: Tensor
     calibration_facts: dict[str, Any]
     sets: tuple[EvalSet, ...]
+    targets: tuple[targets.Verdict, ...]
     warnings: tuple[str, ...]
     matches: tuple[match.Match, ...]  # one for each adapter
     probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
@@ -77,7 +90,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.quantize.engine == "gptqmodel":
         quantize_gptqmodel.check(settings)
     planned = plan_quantize(plan, model, settings, dtype)
-    warnings += deployment_warnings(planned)
+    verdicts = tuple(targets.judge(planned, model, target) for target in targets.TARGETS.values())
+    warnings += _deployment(recipe, verdicts) + _left_fused(model)
     tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)
     seen, windows, facts = texts.calibration(recipe, tokenizer)
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
@@ -96,6 +110,7 @@ def prepare(recipe: Recipe) -> Prepared:
         windows,
         facts,
         sets,
+        verdicts,
         tuple(warnings),
         matches,
         probe.rows(facts["data"], seen),
@@ -197,27 +212,25 @@ def plan_quantize(plan: MergePlan, model: Any, settings: layout.Settings, dtype:
     return layout.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
 
 
-def deployment_warnings(planned: layout.Plan) -> list[str]:
-    """What engines will refuse, said before the work."""
-    grids = set(planned.grids.values())
-    warnings = []
-    odd = sorted({g.bits for g in grids} - {4, 8})
-    if odd:
-        warnings.append(
-            f"vLLM and SGLang refuse {' and '.join(map(str, odd))} bits: only transformers with gptqmodel loads this"
-        )
-    if any(not g.symmetric for g in grids):
-        warnings.append("vLLM and SGLang refuse asymmetric GPTQ: only transformers with gptqmodel loads this")
-    if len({(g.bits, g.group_size, g.symmetric) for g in grids}) > 1 or planned.left:
-        warnings.append(
-            "overrides are read by vLLM, SGLang and gptqmodel; "
-            "plain transformers ignores `dynamic`, only skipped modules work there"
-        )
-    if planned.partly_left:
-        warnings.append(
-            f"{', '.join(planned.partly_left)} is skipped in some blocks only: transformers with optimum cannot load that"
-        )
-    return warnings
+def _deployment(recipe: Recipe, verdicts: tuple[targets.Verdict, ...]) -> list[str]:
+    """Warnings about engines that will not load the checkpoint; for those in `deploy` it is an InputError."""
+    refusals = {v.target.name: str(v) for v in verdicts if not v.loads}
+    asked = [
+        f"deploy: {name} {refusals[name]} ({targets.TARGETS[name].source})"
+        for name in recipe.deploy
+        if name in refusals
+    ]
+    if asked:
+        raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
+    return [] if recipe.deploy else [f"{name} {says}" for name, says in refusals.items()]
+
+
+def _left_fused(model: Any) -> list[str]:
+    """A warning about expert weights that no Linear stands for."""
+    left = linears.left_fused(model)
+    if not left:
+        return []
+    return [f"{len(left)} fused expert weights stay in 16 bit, e.g. {left[0]}: this family's layout is not split"]
 
 
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:

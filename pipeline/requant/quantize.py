@@ -25,6 +25,7 @@ from requant.errors import StageError
 from requant.grid import Grid
 from requant.hessian import Moments, gather
 from requant.layout import Plan, Settings, convert, plan, write_small_files
+from requant.linears import calibrate_experts, share_added
 from requant.stages import Stage, find_stages, held_bytes, step
 from requant.survival import Deltas, survival
 from requant.writer import CheckpointWriter, Journal
@@ -43,6 +44,7 @@ class ModuleResult:
 
     loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). With `correct`, W is the corrected weight: what it makes
     up for is not counted as an error. rtn_error: the same for rounding W to nearest on min-max scales.
+    added: share of an expert's calibration rows that were not routed to it, because too few were.
     The rest, of the adapter's delta against the same error, is described in `survival`; None without a delta.
     """
 
@@ -60,6 +62,7 @@ class ModuleResult:
     signal_to_noise: float | None = None
     retention: float | None = None
     output_retention: float | None = None
+    added: float = 0.0
 
 
 class Quantizer:
@@ -77,7 +80,7 @@ class Quantizer:
         self.tokens, self.batches = size
         self.deltas = deltas
         self.writing: list[Future[None]] = []
-        self.unread: list[tuple[str, gptq.Solution, Mapping[str, float | None]]] = []
+        self.unread: list[tuple[str, gptq.Solution, Mapping[str, Any]]] = []
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
 
@@ -88,17 +91,16 @@ class Quantizer:
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.stages:
             self.stages[linears] = find_stages(self.walk, index, items[0], linears)
-        shared = {
-            id(p): p for p in block.parameters()
-        }  # replaced here, never changed in place: the twin keeps the originals
+        shared = {id(p): p for p in block.parameters()}  # replaced, never changed in place: the twin keeps them
         twin = copy.deepcopy(block, shared) if self.settings.correct else None
+        calibrate_experts(block, twin)
 
         def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
             self._stage(block, prefix, stage, inputs)
 
         step(self.walk, index, items, self.stages.get(linears, []), reach, twin=twin, hold=self._hold(block, linears))
         self._check_finite(prefix, items)
-        self._settle()
+        self._settle(block, prefix)
         self.writing.append(self.disk.submit(self._write_rest, index))
         self.walk.release(block)
 
@@ -136,7 +138,7 @@ class Quantizer:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         moments = gather(
-            inputs, next(iter(linears.values())).in_features, self.tokens, self.walk.device,
+            inputs, next(iter(linears.values())).in_features, self.walk.device,
             drifting=bool(self.settings.correct),
             held_from=self.batches - max(1, self.batches // HELD_SHARE) if self._deciding else None,
         )  # fmt: skip
@@ -149,7 +151,7 @@ class Quantizer:
             order = self._order(linears, moments, next(iter(like)))
             factors: dict[tuple[str, int], gptq.Factor] = {}
             for grid, names in like.items():
-                factor = self._factor(moments.hessian, order, grid, factors)
+                factor = self._factor(moments, order, grid, factors)
                 self._solve({name: linears[name] for name in names}, moments, factor, grid, order)
 
     def _solve(
@@ -182,20 +184,20 @@ class Quantizer:
         return self.settings.order == "auto" and not self.settings.sweeps and self.batches > 1
 
     def _factor(
-        self, hessian: Tensor, order: gptq.Order, grid: Grid, factors: dict[tuple[str, int], gptq.Factor]
+        self, moments: Moments, order: gptq.Order, grid: Grid, factors: dict[tuple[str, int], gptq.Factor]
     ) -> gptq.Factor:
         """The Hessian's factor for one order and group size, made once a stage."""
         key = (order, grid.group_size if order == "group" else 0)
         if key not in factors:
-            columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
-            factors[key] = gptq.factorize(hessian, columns, self._damp(len(hessian)))
+            columns = gptq.column_order(moments.hessian.diagonal(), order, grid.group_size)
+            factors[key] = gptq.factorize(moments.hessian, columns, self._damp(moments))
         return factors[key]
 
-    def _damp(self, n: int) -> float:
-        """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
+    def _damp(self, moments: Moments) -> float:
+        """The recipe's damping, or 0.02 with at least 16 tokens for each input, else 0.05."""
         if self.settings.damp is not None:
             return self.settings.damp
-        return 0.02 if self.tokens >= 16 * n else 0.05
+        return 0.02 if moments.tokens >= 16 * len(moments.hessian) else 0.05
 
     def _order(self, linears: Mapping[str, Any], moments: Moments, grid: Grid) -> gptq.Order:
         """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow."""
@@ -205,11 +207,9 @@ class Quantizer:
         if moments.halves is None:
             return "activation"
         weights = [linear.weight.float() for linear in linears.values()]
-        return gptq.better_order(
-            weights, *moments.halves, grid, ("activation", "group"), self._damp(weights[0].shape[1])
-        )
+        return gptq.better_order(weights, *moments.halves, grid, ("activation", "group"), self._damp(moments))
 
-    def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, float | None]) -> None:
+    def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, Any]) -> None:
         """Have one linear's tensors written; what it cost is read at the block's end, where the device is waited for once."""
         self.unread.append((name, replace(solution, codes=solution.codes[:0]), adapted))
         self.writing.append(self.disk.submit(self._write_packed, self._stored(name), solution))
@@ -219,7 +219,7 @@ class Quantizer:
         for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
             self.writer.write(f"{stored}.{suffix}", tensor)
 
-    def _settle(self) -> None:
+    def _settle(self, block: nn.Module, prefix: str) -> None:
         """Turn what the block's linears cost into numbers."""
         for name, done, adapted in self.unread:
             if done.fallback:
@@ -228,7 +228,7 @@ class Quantizer:
             self.results.append(
                 ModuleResult(
                     name, grid.bits, grid.group_size, done.loss, done.relative, done.rtn_relative, done.damp, done.order,
-                    done.fallback, **adapted,
+                    done.fallback, **adapted, added=share_added(block, name.removeprefix(prefix)),
                 )
             )  # fmt: skip
         self.unread.clear()

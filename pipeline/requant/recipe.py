@@ -28,6 +28,7 @@ from requant.recipe_model import (
     Override,
     Quantize,
     Section,
+    Server,
     Slug,
     Source,
     WeightedAdapter,
@@ -83,6 +84,10 @@ class Recipe(Section):
         default=(), description="How much loss is acceptable: run's exit code says whether it is kept."
     )
     output: Output = Field(default=Output(), description="Where results go.")
+    deploy: Annotated[tuple[Server, ...], AsTuple] = Field(
+        default=(),
+        description="Engines that must load the checkpoint: what one cannot load is an error, not a warning.",
+    )
     device: Annotated[str, Field(pattern=DEVICE)] = Field(
         default="auto", description="auto: the first GPU, else the CPU."
     )

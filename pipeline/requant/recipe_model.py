@@ -43,6 +43,7 @@ _FUSED = {("q_proj", "k_proj", "v_proj"): "[qkv]_proj", ("gate_proj", "up_proj")
 Text = Annotated[str, Field(min_length=1)]
 Slug = Annotated[str, Field(pattern=SLUG)]
 Positive = Annotated[int, Field(gt=0)]
+Server = Literal["vllm", "sglang", "transformers", "gptqmodel"]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from requant.blocks import BlockInput, Walk
 from requant.errors import StageError
+from requant.linears import split_experts
 
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
@@ -32,13 +33,14 @@ def find_stages(walk: Walk, index: int, item: BlockInput, linears: Sequence[str]
     Raises StageError when a linear is not called: nothing would be known about its input.
     """
     block = walk.blocks[index]
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[tuple[int, ...], list[str]] = {}
     keep: list[Tensor] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             keep.append(args[0])  # alive until the end, so that no address is used twice
-            groups.setdefault((args[0].data_ptr(), args[0]._version), []).append(name)
+            same = (args[0].data_ptr(), args[0]._version) if args[0].numel() else (id(args[0]),)  # no rows, no address
+            groups.setdefault(same, []).append(name)
 
         return hook
 
@@ -71,7 +73,7 @@ def step(
     reach(stage, inputs) is called once a stage with an iterator over the batches' (input, exact input), each
     [batch, length, in]; it may replace the weights of the stage's linears before the batches go on. `twin` is the block
     with its original weights: it runs in step on the batches that have `exact` and gives their exact inputs; for the
-    others, and without it, the exact input is None.
+    others, and without it, the exact input is None. An expert's inputs are [rows, in]: see `linears.SplitExperts`.
 
     hold: each batch's forward waits at the stage with all that it has in memory, and nothing runs twice. Otherwise each
     stage runs the block anew from its start: about twice the work, but no memory beyond one batch's.
@@ -92,7 +94,10 @@ def _again(
     def inputs(stage: Stage) -> Inputs:
         for item, other in zip(items, others, strict=True):
             x = _until(block, item.hidden, other, stage)
-            yield x, None if twin is None or item.exact is None else _until(twin, item.exact, other, stage)
+            yield (
+                x,
+                _comparable(x, None if twin is None or item.exact is None else _until(twin, item.exact, other, stage)),
+            )
 
     for stage in stages:
         reach(stage, inputs(stage))
@@ -100,6 +105,11 @@ def _again(
         item.hidden = Walk.forward(block, item.hidden, other)
         if twin is not None and item.exact is not None:
             item.exact = Walk.forward(twin, item.exact, other)
+
+
+def _comparable(x: Tensor, exact: Tensor | None) -> Tensor | None:
+    """The rows of the exact input that belong to those of `x`: an expert's own rows in the twin come after them."""
+    return None if exact is None else exact[: len(x)]
 
 
 class _Reached(Exception):
@@ -138,17 +148,18 @@ def _held(
     alive = [True]
     handles = [h for m in (block, twin) if m is not None for h in _pauses(m, stages, alive)]
     runs = [greenlet(Walk.forward) for _ in items]
-    exact = [greenlet(Walk.forward) if twin is not None and item.exact is not None else None for item in items]
+    seconds = [greenlet(Walk.forward) if twin is not None and item.exact is not None else None for item in items]
 
     def inputs(stage: Stage, starting: bool) -> Inputs:
-        for run, second, item, other in zip(runs, exact, items, others, strict=True):
+        for run, second, item, other in zip(runs, seconds, items, others, strict=True):
             x = _advance(run, (block, item.hidden, other) if starting else (), stage)
-            yield x, None if second is None else _advance(second, (twin, item.exact, other) if starting else (), stage)
+            exact = None if second is None else _advance(second, (twin, item.exact, other) if starting else (), stage)
+            yield x, _comparable(x, exact)
 
     try:
         for position, stage in enumerate(stages):
             reach(stage, inputs(stage, position == 0))
-        for run, second, item in zip(runs, exact, items, strict=True):
+        for run, second, item in zip(runs, seconds, items, strict=True):
             item.hidden = run.switch()
             if second is not None:
                 item.exact = second.switch()
@@ -160,8 +171,12 @@ def _held(
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:
     """An upper guess of what all batches of a block hold while they wait: every linear's input and output."""
-    modules: list[Any] = [block.get_submodule(name) for name in linears]
-    return tokens * itemsize * sum(sum(m.weight.shape) for m in modules)
+    experts = dict(split_experts(block))
+    inside = tuple(f"{name}." for name in experts)
+    modules: list[Any] = [block.get_submodule(name) for name in linears if not name.startswith(inside)]
+    downs: list[Any] = [m.get_submodule("0.down_proj") for m in experts.values()]  # an expert holds few rows at a time
+    held = [*(sum(m.weight.shape) for m in modules), *(4 * m.out_features for m in downs)]
+    return tokens * itemsize * int(sum(held))
 
 
 def _pauses(block: nn.Module, stages: Sequence[Stage], alive: list[bool]) -> list[Any]:

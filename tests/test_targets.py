@@ -1,0 +1,176 @@
+"""`requant.targets`: the verdict on a plan, engine by engine; the table against the engines' own where they are installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pico
+import pytest
+import torch
+import transformers
+from e2e import recipe
+from families import FAMILIES, Family
+
+from requant import prepare, skeleton, targets
+from requant.errors import InputError
+from requant.grid import Grid
+from requant.layout import Plan, Settings, plan
+from requant.writer import Slot
+
+pytest_plugins = ("e2e",)
+LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def planned(kind: str = "llama", settings: Settings | None = None, **changes: Any) -> tuple[Plan, Any]:
+    """The plan of a model that exists only as a config, under the names a checkpoint of it would have."""
+    config = pico.config(kind, **changes)
+    model: Any = skeleton.build(config)
+    with torch.device("meta"):
+        stored = transformers.AutoModelForCausalLM.from_config(config)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = revert_weight_conversion(stored, stored.state_dict())
+    slots = {n: Slot(n, torch.bfloat16, tuple(t.shape)) for n, t in tensors.items()}
+    return plan(slots, model, settings or Settings(Grid(4, 32)), torch.bfloat16, where=Path("here")), model
+
+
+def verdict(
+    name: targets.Name, kind: str = "llama", settings: Settings | None = None, **changes: Any
+) -> targets.Verdict:
+    return targets.judge(*planned(kind, settings, **changes), targets.TARGETS[name])
+
+
+def test_which_kernel_on_which_hardware() -> None:
+    """Machete from groups of 64 on and for outputs in units of 128 (as fused); everything else is Marlin's."""
+    settings = Settings(Grid(4, 64))
+    got = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 48}))
+    assert got.loads
+    # a block: qkv 192 + 2 * 96 outputs, o_proj, gate_up, down; the 384 of qkv are 3 * 128
+    assert got.kernels["Hopper"] == {"Machete": 8}
+    assert got.kernels["other NVIDIA GPU"] == {"Marlin": 8}
+    assert got.kernels["CPU"] == {"CPUWNA16": 8}
+    assert str(got).startswith("loads; Hopper: Machete 8; ")
+    narrow = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 16, "num_key_value_heads": 1}))
+    assert narrow.kernels["Hopper"] == {"Machete": 6, "Marlin": 2}, "qkv has 96 outputs"
+    assert verdict("vllm", "llama", Settings(Grid(4, 32)), **LLAMA).kernels["Hopper"] == {"Marlin": 8}
+
+
+def test_8_bits_have_no_kernel_on_vllms_cpu() -> None:
+    got = verdict("vllm", "llama", Settings(Grid(8, 32)), **LLAMA)
+    assert got.loads
+    assert got.lacking == {"CPU": "model.layers.0.self_attn.qkv_proj: no 8-bit weights"}
+    assert "not on CPU: model.layers.0.self_attn.qkv_proj: no 8-bit weights" in str(got)
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"), [(Grid(3, 32), "no 3-bit weights"), (Grid(4, 32, symmetric=False), "no asymmetric weights")]
+)
+def test_what_vllm_refuses_and_others_load(grid: Grid, says: str) -> None:
+    got = verdict("vllm", "llama", Settings(grid), **LLAMA)
+    assert not got.loads
+    assert says in str(got)
+    assert verdict("transformers", "llama", Settings(grid), **LLAMA).loads
+    sglang = verdict("sglang", "llama", Settings(grid), **LLAMA)
+    assert list(sglang.kernels) == ["NVIDIA GPU with --quantization gptq --dtype half"]
+
+
+def test_sglang_does_not_pad() -> None:
+    got = verdict("sglang", "llama", Settings(Grid(4, 64)), **(LLAMA | {"hidden_size": 192, "head_dim": 64}))
+    assert got.lacking == {
+        "NVIDIA GPU from Ampere on": "model.layers.0.self_attn.qkv_proj: its 192 inputs are no multiple of 128"
+    }
+
+
+def test_overrides() -> None:
+    """Servers read them, transformers does not; parts that are fused must agree."""
+    one = Settings(Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}),))
+    assert verdict("vllm", "llama", one, **LLAMA).loads
+    assert verdict("gptqmodel", "llama", one, **LLAMA).loads
+    assert "ignores settings of single modules (model.layers.0.mlp.down_proj)" in str(
+        verdict("transformers", "llama", one, **LLAMA)
+    )
+    uneven = Settings(Grid(4, 32), overrides=(("*.k_proj", {"bits": 8}),))
+    says = "the parts of model.layers.0.self_attn.qkv_proj differ in their settings"
+    assert says in str(verdict("vllm", "llama", uneven, **LLAMA))
+    assert says in str(verdict("sglang", "llama", uneven, **LLAMA))
+    skipped = Settings(Grid(4, 32), overrides=(("*.0.mlp.up_proj", None),))
+    assert "the parts of model.layers.0.mlp.gate_up_proj differ" in str(verdict("vllm", "llama", skipped, **LLAMA))
+    assert "mlp.up_proj stays in 16 bit in some blocks only" in str(verdict("transformers", "llama", skipped, **LLAMA))
+    whole = Settings(Grid(4, 32), overrides=(("*.o_proj", None),))
+    assert verdict("transformers", "llama", whole, **LLAMA).loads
+
+
+def test_experts() -> None:
+    """All matrices of a layer's experts are one for a server; Marlin needs the model's width in units of 128."""
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 64}
+    got = verdict("vllm", "qwen3_moe", **wide)
+    assert got.kernels["Hopper"] == {"Marlin": 4, "Marlin MoE": 2}
+    narrow = verdict("vllm", "qwen3_moe")
+    assert narrow.kernels["Hopper"] == {"Marlin": 4, "MoeWNA16": 2}
+    uneven = Settings(Grid(4, 32), overrides=(("*.experts.3.*", {"bits": 8}),))
+    assert "model.layers.0.mlp.experts differ in their settings" in str(verdict("vllm", "qwen3_moe", uneven))
+    assert "keeps experts fused" in str(verdict("transformers", "qwen3_moe"))
+    assert verdict("gptqmodel", "qwen3_moe").loads
+    assert (
+        "looks for model.layers.0.mlp.gate.weight, which the original checkpoint, and so ours, calls otherwise"
+        in str(verdict("gptqmodel", "mixtral"))
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.kind)
+def test_the_verdict_agrees_with_what_the_loading_tests_find(family: Family) -> None:
+    """`test_families` loads each family with what its entry names: the table must say the same."""
+    for name in ("transformers", "gptqmodel"):
+        got = verdict(name, family.kind, **family.changes)
+        assert got.loads == (name in family.loads), f"{name}: {got}"
+
+
+def test_the_documented_table_is_current() -> None:
+    assert families.DOCUMENT.read_text() == families.document(), "run: python tests/families.py"
+
+
+def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
+    def prepared(**changes: Any) -> prepare.Prepared:
+        return prepare.prepare(recipe(project, Path("runs"), changes))
+
+    asymmetric = {"quantize.symmetric": False}
+    assert any(w.startswith("vllm does not load this: ") for w in prepared(**asymmetric).warnings)
+    assert not any("does not load" in w for w in prepared().warnings)
+    with pytest.raises(InputError) as caught:
+        prepared(**asymmetric, deploy=["transformers", "vllm"])
+    message = str(caught.value)
+    assert "deploy: vllm does not load this: model.layers.0.self_attn.qkv_proj: no asymmetric weights" in message
+    assert "(vLLM 0.32.0" in message
+    assert "deploy: transformers" not in message
+    assert message.endswith("change quantize, or take it out of deploy")
+    assert not any("does not load" in w for w in prepared(**asymmetric, deploy=["transformers"]).warnings)
+
+
+def test_the_table_is_gptqmodels_own() -> None:
+    """bits, groups and symmetry of each kernel as the installed gptqmodel states them."""
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_aten_kernel import TorchAtenLinear
+    from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
+
+    theirs = {"Marlin": MarlinLinear, "Torch": TorchLinear, "TorchAten": TorchAtenLinear, "Triton": TritonV2Linear}
+    for kernels in targets.TARGETS["gptqmodel"].hardware.values():
+        for kernel in kernels:
+            own: Any = theirs[kernel.name]
+            assert set(kernel.bits) <= set(own.SUPPORTS_BITS)
+            assert set(kernel.groups) <= set(own.SUPPORTS_GROUP_SIZE)
+            assert ([True] if kernel.symmetric else [True, False]) == own.SUPPORTS_SYM
+
+
+def test_where_optimum_looks_for_blocks() -> None:
+    pytest.importorskip("optimum")
+    from optimum.gptq.constants import BLOCK_PATTERNS
+
+    assert set(targets._BLOCKS) <= set(BLOCK_PATTERNS)
+    assert "does not look for blocks in transformer.blocks" in str(verdict("transformers", "mpt", **MPT))
+
+
+MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 96}
