@@ -185,7 +185,7 @@ class Judge:
                 stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], block: Any = block, prefix: str = prefix
             ) -> None:
                 n = block.get_submodule(stage.linears[0]).in_features
-                hessian = gather(inputs, n, windows.numel(), self.walk.device).hessian
+                hessian = gather(inputs, n, self.walk.device).hessian
                 results.extend(self.cost(prefix + n, block.get_submodule(n), hessian) for n in stage.linears)
 
             step(self.walk, index, items, stages, reach, hold=False)
