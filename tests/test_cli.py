@@ -346,6 +346,9 @@ def test_an_old_report_is_rendered_again(here: Here, tmp_path: Path) -> None:
     assert headline in " ".join(here.out.split())
     assert (tmp_path / "report.md").read_text().splitlines()[2] == headline
     assert (tmp_path / "report.json").read_bytes() == old
+    (tmp_path / "report.html").unlink()
+    assert here("report", ".") == 0, "the directory of a run will do"
+    assert headline.split(";")[0] in (tmp_path / "report.html").read_text().replace("\u00a0", " ")
     (tmp_path / "report.json").write_text('{"schema_version": 1}')
     before = (tmp_path / "report.md").read_text()
     assert here("report", "report.json") == 2
@@ -358,13 +361,14 @@ def test_an_old_report_is_rendered_again(here: Here, tmp_path: Path) -> None:
 def test_compare_says_who_is_better_without_a_model(here: Here, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.json").write_bytes((finished / "report.json").read_bytes())
-    options = ("--json", "c.json", "--markdown", "c.md")
+    options = ("--json", "c.json", "--markdown", "c.md", "--html", "c.html")
     assert here("compare", str(finished), "other/report.json:base", *options) == 0
     comparison = json.loads((tmp_path / "c.json").read_text())
     assert [run["name"] for run in comparison["runs"]] == ["pico", "other:base"]
     assert comparison["sets"][0]["pairs"][0]["better"] == "pico"
     assert here.out.startswith("in-domain: pico is best")
     assert (tmp_path / "c.md").read_text().startswith("in-domain: pico is best")
+    assert '<p class="verdict">in-domain: pico is best' in (tmp_path / "c.html").read_text()
     assert here("compare", str(finished), "other", str(finished) + ":merged") == 0
     assert "equal" in here.out
     same = tmp_path / "same" / "pico"

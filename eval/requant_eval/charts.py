@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,8 @@ def charts(figure: Figure) -> list[Chart]:
             found = [ladder(figure.data)]
         case "flips":
             found = [flips(figure.data)]
+        case "tails":
+            found = tails(figure.data)
         case "modules":
             found = module_maps(figure.data)
     return [chart for chart in found if chart.rows]
@@ -125,21 +127,26 @@ def losses(s: Mapping[str, Any]) -> Chart:
     ends = [e["loss_percent"][k] for e in near for k in ("value", "low", "high") if e["loss_percent"][k] is not None]
     if not near:
         return Chart("", ())
-    scale = Scale.around([0.0, *ends])
+    limits = [g["limit"] for g in s["gates"] if g["metric"] == "ppl_increase" and g["relative_to"] is None]
+    scale = Scale.around([0.0, *ends, *limits])
+    behind = svg.grid(scale) + svg.upright(scale, 0, "zero")
+    behind += Markup("").join(svg.upright(scale, limit, "limit") for limit in limits)
     rows = []
     for e in edges:
         loss, text = e["loss_percent"], format_estimate(e["loss_percent"], signed=True, unit=" %")
-        drawn = svg.grid(scale) + svg.upright(scale, 0, "zero")
         if loss["value"] > scale.high or loss["value"] < scale.low:
             shape = svg.element("text", "off the scale ->", x="100%", y=17, text_anchor="end")
         else:
             shape = svg.dot(scale, loss["value"], "level")
             if loss["low"] is not None:
                 shape = svg.whisker(scale, loss["low"], loss["high"]) + shape
-        drawn += svg.mark(shape, f"{e['to']} against {s['reference']}: perplexity {text}")
+        drawn = behind + svg.mark(shape, f"{e['to']} against {s['reference']}: perplexity {text}")
         rows.append(Row(e["to"], drawn, text))
-    caption = f"The loss against {s['reference']} enlarged: point and 95 % interval; an interval that touches the zero"
-    return Chart(f"{caption} line is no proven loss.", tuple(rows), svg.axis(scale, " %"), "change of perplexity")
+    caption = (
+        f"The loss against {s['reference']} enlarged: point and 95 % interval; an interval that touches the zero line"
+    )
+    caption += " is no proven loss." + (" Dashed: the gate's limit." if limits else "")
+    return Chart(caption, tuple(rows), svg.axis(scale, " %"), "change of perplexity")
 
 
 def ladder(s: Mapping[str, Any]) -> Chart:
@@ -194,37 +201,69 @@ def flips(s: Mapping[str, Any]) -> Chart:
     return Chart(caption, tuple(rows), svg.axis(scale, " %"), "of the scored tokens", legend)
 
 
+def tails(s: Mapping[str, Any]) -> list[Chart]:
+    """Loss of each tenth of the tokens, of what ships; of the control only where nothing else was scored."""
+    names = [name for name in s["tails"]["variants"] if name not in ("merged", "original")]
+    return [_tails(s, name) for name in names if name != "rtn" or len(names) == 1]
+
+
+def _tails(s: Mapping[str, Any], name: str) -> Chart:
+    groups, losses = s["tails"]["groups"], s["tails"]["variants"][name]["loss"]
+    ends = [loss[k] for loss in losses for k in ("value", "low", "high") if loss[k] is not None]
+    scale = Scale.around([0.0, *ends])
+    rows = []
+    for number, (group, loss) in enumerate(zip(groups, losses, strict=True), 1):
+        text = format_estimate(loss, signed=True)
+        shape = svg.bar(scale, 0, loss["value"], "worse" if loss["value"] > 0 else "better")
+        if loss["low"] is not None:
+            shape += svg.whisker(scale, loss["low"], loss["high"])
+        label = f"{number} of {len(groups)}"
+        said = f"{name}, tokens {label}, ln p changed by {group['low']:.3g} to {group['high']:.3g}: {text} nats a token"
+        drawn = svg.grid(scale) + svg.upright(scale, 0, "zero") + svg.mark(shape, said)
+        rows.append(Row(label, drawn, text))
+    caption = f"{name}: loss of the tokens by how much the adapter had changed them, least changed first. Long bars at the end"
+    caption += " are learned behaviour that was lost, equal bars are general noise."
+    return Chart(caption, tuple(rows), svg.axis(scale), f"nats a token against {s['reference']}")
+
+
 def module_maps(facts: Mapping[str, Any]) -> list[Chart]:
-    """Layer x module: relative output error of every quantized linear."""
+    """Layer x module of every quantized linear: relative output error, and the adapter's signal against it."""
     modules = (facts.get("quantize") or {}).get("modules") or []
-    return [module_map(modules, "relative_error", "relative output error")]
+    error = "Relative output error of every quantized linear"
+    signal = "How loud the adapter is against the quantization error of its linear (1: as loud), on a log scale"
+    return [module_map(modules, "relative_error", error), module_map(modules, "signal_to_noise", signal, log=True)]
 
 
-def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str) -> Chart:
+def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str, *, log: bool = False) -> Chart:
     """One row a kind of linear, one bar a layer: height and shade both tell the value. Where several modules share a
-    place (experts), the largest stands for them.
+    place (experts), the worst stands for them: the largest error, the smallest signal.
     """
-    found = _places(modules, key)
-    layers = max((layer for row in found.values() for layer in row), default=-1) + 1
-    top = max((value for row in found.values() for value in row.values()), default=0.0)
-    if not layers or top <= 0:
+    found = _places(modules, key, worst=min if log else max)
+    every = [value for row in found.values() for value in row.values() if value > 0]
+    if not every:
         return Chart("", ())
+    layers, top = max(layer for row in found.values() for layer in row) + 1, max(every)
+    scale = Scale(min(every) / 2, top, log=True) if log else Scale(0.0, top)
     rows = []
     for kind, row in found.items():
-        drawn = svg.strip({layer: value / top for layer, value in row.items()}, layers, height=STRIP)
+        drawn = svg.strip({layer: scale.at(value) / 100 for layer, value in row.items()}, layers, height=STRIP)
         values = tuple((layer, format_value(value)) for layer, value in sorted(row.items()))
-        worst = max(row, key=lambda layer: row[layer])
+        worst = (min if log else max)(row, key=lambda layer: row[layer])
         middle = format_value(statistics.median(row.values()))
-        said = f"{len(row)} layers, median {middle}, largest {format_value(row[worst])} in layer {worst}"
+        said = f"{len(row)} layers, median {middle}, worst {format_value(row[worst])} in layer {worst}"
         rows.append(Row(kind, drawn, f"{middle} .. {format_value(row[worst])}", "", "", said, STRIP, layers, values))
     first = [layer for layer in Scale(0, layers).ticks() if layer < layers and layer == int(layer)]
     axis = Markup("").join(svg.label(100 * (layer + 0.44) / layers, f"{layer:.0f}") for layer in first)
-    caption = f"{what.capitalize()} of every quantized linear, first layer left, last right; full height and darkest is"
-    caption += f" {format_value(top)}. Beside each row its median and its largest."
+    caption = (
+        f"{what}, first layer left, last right; full height and darkest is {format_value(top)}. Beside each row its"
+    )
+    caption += " median and its worst."
     return Chart(caption, tuple(rows), axis, "layer")
 
 
-def _places(modules: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[int, float]]:
+def _places(
+    modules: Sequence[Mapping[str, Any]], key: str, *, worst: Callable[[float, float], float]
+) -> dict[str, dict[int, float]]:
     """{kind: {layer: value}} in the order of the model; kinds by their last name where that is unique."""
     full: dict[str, dict[int, float]] = {}
     for m in modules:
@@ -232,7 +271,7 @@ def _places(modules: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[in
         if place is None or not isinstance(value, int | float) or value < 0:
             continue
         row = full.setdefault(EXPERT.sub("*", f".{place[2]}")[1:], {})
-        row[int(place[1])] = max(value, row.get(int(place[1]), 0.0))
+        row[int(place[1])] = worst(value, row.get(int(place[1]), value))
     last = [kind.rsplit(".", 1)[-1] for kind in full]
     return {(end if last.count(end) == 1 else kind): row for (kind, row), end in zip(full.items(), last, strict=True)}
 

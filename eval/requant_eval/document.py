@@ -6,7 +6,7 @@ which part of the report; renderings without pictures leave it out, so nothing m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class Code:
 class Figure:
     """A picture of numbers that a table beside it also gives. data: the part of the report it is drawn from."""
 
-    kind: Literal["steps", "kl", "flips", "modules"]
+    kind: Literal["steps", "kl", "flips", "tails", "modules"]
     data: Mapping[str, Any]
 
 
@@ -112,7 +112,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("Gates", (gates,) if gates.rows else ())
     yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
-        yield _set(s)
+        yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
     yield Section("Modules", tuple(_modules(facts)))
     read_back = checks_table(facts)
     yield Section("Read back", (read_back,) if read_back.rows else ())
@@ -127,10 +127,11 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("What this cannot tell you", (Bullets(LIMITS),))
 
 
-def _set(s: Mapping[str, Any]) -> Section:
-    """One evaluation set, each figure before the table with its numbers."""
+def _set(s: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Section:
+    """One evaluation set, each figure before the table with its numbers; figures also see the set's gates."""
     mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
-    figures: dict[str, Figure] = {kind: Figure(kind, s) for kind in ("steps", "kl", "flips")}
+    data = {**s, "gates": gates}
+    figures: dict[str, Figure] = {kind: Figure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
     blocks: list[Block] = []
     for table in set_tables(s):
         if table.key in figures:

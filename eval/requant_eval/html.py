@@ -10,6 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,10 @@ from markupsafe import Markup
 
 from requant_eval.charts import charts
 from requant_eval.digits import read_number
-from requant_eval.document import Document, document
+from requant_eval.document import Document, Figure, Folded, document
 
+LIMIT = 300_000
+LEFT_OUT = (("The longest tables were", (Folded,)), ("The longest tables and all figures were", (Folded, Figure)))
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|s|min|h)(?!\w))")
 INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])(.*)", re.DOTALL)
 
@@ -30,11 +33,26 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def page(content: Document) -> str:
-    """Any document as one HTML page: verdict, contents, sections with figures and sortable tables."""
+    """Any document as one HTML page: verdict, contents, sections with figures and sortable tables.
+
+    What does not fit into `LIMIT` bytes is left out, the longest tables first, then the figures, and the page says so.
+    """
+    text = _page(content, "")
+    for names, kinds in LEFT_OUT:
+        if len(text.encode()) > LIMIT:
+            sections = (
+                replace(s, blocks=tuple(b for b in s.blocks if not isinstance(b, kinds))) for s in content.sections
+            )
+            shorter = replace(content, sections=tuple(s for s in sections if s.blocks))
+            text = _page(shorter, f"{names} left out to keep this page under {LIMIT // 1000} kB; report.json has them.")
+    return text
+
+
+def _page(content: Document, note: str) -> str:
     style, script = _source("style.css"), _source("script.js")
     return _environment().get_template("page.html").render(
-        d=content, style=Markup(style), script=Markup(script),
-        style_digest=_digest(style), script_digest=_digest(script),
+        d=content, note=note, style=Markup(style), script=Markup(script), style_digest=_digest(style),
+        script_digest=_digest(script),
     )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def groups_table(s: Mapping[str, Any]) -> Table:
     )
     columns = ("tokens by change", "ln p changed by", "tokens", *(f"{name}: nats/token lost" for name in shown))
     note = "Tokens sorted by |ln p adapter - ln p base|, least changed first; loss against the adapter."
-    return Table(f"{s['name']}: loss by what the adapter changed", columns, rows, note)
+    return Table(f"{s['name']}: loss by what the adapter changed", columns, rows, note, key="tails")
 
 
 def reverted_table(s: Mapping[str, Any]) -> Table:

@@ -130,9 +130,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
 def report(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
     """Write the report from saved scores, scoring what is missing, and show it. Exit code as `gate`.
 
-    A report.json instead of a recipe is rendered again as it is.
+    A report.json or a run's directory instead of a recipe is rendered again as it is.
     """
-    if recipe.suffix == ".json":
+    if recipe.suffix == ".json" or recipe.is_dir():
         if overrides:
             raise RecipeError(f"--set {overrides[0]}: changes a recipe, and {recipe} is a finished report")
         return cli_reports.render(recipe, junit)

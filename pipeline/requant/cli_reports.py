@@ -46,17 +46,22 @@ def gate(
 
 
 def render(file: Path, junit: Path | None = None) -> None:
-    """Render a report.json of this or an older version again, beside it, and show it; the file itself stays as it is."""
+    """Render a report.json of this or an older version again, beside it, and show it; the file itself stays as it is.
+
+    file: the report.json, or the directory of its run.
+    """
     from rich.console import Console
 
-    from requant_eval import markdown, schema, terminal
+    from requant_eval import html, markdown, schema, terminal
     from requant_eval.report import save_text
 
     with readable_errors():
         loaded = schema.load(file)
+    file = file / "report.json" if file.is_dir() else file
     save_text(file.with_suffix(".md"), markdown.render(loaded))
+    save_text(file.with_suffix(".html"), html.render(loaded))
     Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(loaded))
-    print(f"written: {file.with_suffix('.md')}")
+    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.html')}")
     finish(loaded, junit)
 
 
@@ -66,11 +71,13 @@ def compare(
     ],
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the data.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
 ) -> None:
     """Say which run is better on which set, from their reports alone: no GPU, no model."""
     from rich.console import Console
 
     from requant_eval import compare_view
+    from requant_eval import html as pages
     from requant_eval import markdown as md
     from requant_eval import report as reports
     from requant_eval.compare import compare as compared
@@ -81,6 +88,8 @@ def compare(
         reports.save(comparison, json_file)
     if markdown is not None:
         reports.save_text(markdown, md.page(compare_view.document(comparison)))
+    if html is not None:
+        reports.save_text(html, pages.page(compare_view.document(comparison)))
     Console(width=None if sys.stdout.isatty() else 120).print(compare_view.terminal(comparison))
 
 
