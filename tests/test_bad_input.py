@@ -397,3 +397,14 @@ def test_an_empty_evaluation_set(project: Path, tmp_path: Path) -> None:
     error = refusal(mine, tmp_path)
     assert error.exit_code == 2
     assert "general.jsonl" in str(error)
+
+
+def test_damaged_scores_are_named_and_scored_again(project: Path, ran: Path) -> None:
+    report = (ran / "pico" / "report.json").read_bytes()
+    file = next((ran / "pico" / ".cache").glob("rtn-in-domain-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    gates = {"gates": [{"metric": "ppl_increase", "set": "in-domain", "max": "90%"}]}
+    with pytest.raises(StageError, match=r"rtn-in-domain-.*: no readable scores .*the same command scores it again"):
+        run(project, ran, gates)
+    assert (ran / "pico" / "report.json").read_bytes() == report, "the old report stays whole"
+    assert run(project, ran, gates).ran == ["evaluate", "report"]

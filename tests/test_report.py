@@ -310,6 +310,15 @@ def test_model_card_is_one_the_hub_accepts() -> None:
     assert local.get("base_model") is None
 
 
+def test_document_sums_stand_on_one_line_each() -> None:
+    report = built(FACTS | {"odd": ["[\n1, 2\n]", [], [1], [-1.5e-7, 2], [None, 1], [[1, 2], [3]]]})
+    text = rp.dumps(report)
+    assert json.loads(text) == report
+    sums = [line for line in text.splitlines() if '"nll": [' in line]
+    assert len(sums) == 2 * len(SHIFT)
+    assert all(line.rstrip(",").endswith("]") for line in sums)
+
+
 def test_save_writes_what_dumps_says(tmp_path: Path) -> None:
     report = built()
     rp.save(report, tmp_path / "report.json")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = ["SCHEMA_VERSION", "SetResult", "build", "conclude", "dumps", "fingerp
 
 SCHEMA_VERSION = 2  # 1: no gates, verdict, recommendation and tails; document sums of n and nll alone
 OVERLAP_LIMIT = 0.01
+NUMBERS = re.compile(r"\[\n[-+.,\deE\s]*\]")  # in JSON a line break is never inside a string
 
 
 def build(
@@ -87,8 +89,9 @@ def conclude(report: dict[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
 
 
 def dumps(report: Mapping[str, Any]) -> str:
-    """The report as JSON text; raises ValueError rather than write NaN or Infinity."""
-    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """The report as JSON text, a list of numbers on one line; raises ValueError rather than write NaN or Infinity."""
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    return NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def plain(value: Any) -> Any:

@@ -65,10 +65,19 @@ class Scores:
         return {v: sets for v, sets in todo.items() if sets}
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
-        """Everything, {set: {variant: scores}}."""
+        """Everything, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
+        return {s.name: {v: self._load(self.file(v, s)) for v in self.keys} for s in self.sets}
+
+    @staticmethod
+    def _load(file: Path) -> TokenScores:
+        from requant_eval.errors import EvaluationError
         from requant_eval.score import TokenScores
 
-        return {s.name: {v: TokenScores.load(self.file(v, s)) for v in self.keys} for s in self.sets}
+        try:
+            return TokenScores.load(file)
+        except EvaluationError as error:
+            file.unlink(missing_ok=True)
+            raise StageError(f"{error}; it was removed, the same command scores it again") from error
 
 
 def evaluate(scores: Scores, places: variants.Places, *, batch: int, progress: Progress | None = None) -> list[str]:
