@@ -345,6 +345,8 @@ def test_an_old_report_is_rendered_again(here: Here, tmp_path: Path) -> None:
     headline = json.loads(old)["headline"]
     assert headline in " ".join(here.out.split())
     assert (tmp_path / "report.md").read_text().splitlines()[2] == headline
+    assert here.out.endswith("written: report.md, report.html\n")
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "report.json").read_bytes() == old
     (tmp_path / "report.html").unlink()
     assert here("report", ".") == 0, "the directory of a run will do"

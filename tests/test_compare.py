@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import html
+import io
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_report import FACTS, result, scores
 
 from requant_eval import compare_view, markdown, schema
 from requant_eval import report as rp
 from requant_eval.compare import Entrant, compare
+from requant_eval.digits import format_estimate
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import parse
+from requant_eval.html import page
 
 
 def run(shift: float, *, size: int = 100, seconds: float = 10, sets: tuple[str, ...] = ("in-domain", "general")) -> Any:
@@ -147,6 +153,23 @@ def test_the_pareto_front_is_size_and_every_set() -> None:
     del lost["facts"]["cost"]["bytes"]["gptq"]
     comparison = compared(a=run(0.05), lost=lost)
     assert [row["dominated_by"] for row in comparison["runs"]] == [None, "unknown"]
+
+
+def test_every_rendering_of_a_comparison_has_the_same_numbers() -> None:
+    comparison = compared(a=run(0.02, size=80), b=run(0.05), c=run(0.09))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(compare_view.terminal(comparison))
+    content = compare_view.document(comparison)
+    text = re.sub(r"<[^>]*>", "", html.unescape(page(content))).replace("\N{NO-BREAK SPACE}", " ")
+    for seen in (console.export_text(), markdown.page(content), text):
+        assert compare_view.line(comparison) in " ".join(seen.split())
+        for s in comparison["sets"]:
+            for p in s["pairs"]:
+                for number in (f"{p['b']} against {p['a']}", format_estimate(p["percent"], signed=True, unit=" %")):
+                    assert number in " ".join(seen.split())
+        for row in comparison["runs"]:
+            for s in comparison["sets"]:
+                assert format_estimate(row["sets"][s["name"]]["ppl"]) in seen
 
 
 def test_variants_of_one_run_are_entrants_too() -> None:

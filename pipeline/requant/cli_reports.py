@@ -57,11 +57,12 @@ def render(file: Path, junit: Path | None = None) -> None:
 
     with readable_errors():
         loaded = schema.load(file)
+        written = {".md": markdown.render(loaded), ".html": html.render(loaded)}
     file = file / "report.json" if file.is_dir() else file
-    save_text(file.with_suffix(".md"), markdown.render(loaded))
-    save_text(file.with_suffix(".html"), html.render(loaded))
+    for suffix, text in written.items():
+        save_text(file.with_suffix(suffix), text)
     Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(loaded))
-    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.html')}")
+    print(f"written: {', '.join(str(file.with_suffix(suffix)) for suffix in written)}")
     finish(loaded, junit)
 
 
@@ -71,7 +72,7 @@ def compare(
     ],
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the data.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write Markdown.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write one HTML page.")] = None,
 ) -> None:
     """Say which run is better on which set, from their reports alone: no GPU, no model."""
     from rich.console import Console
@@ -86,10 +87,11 @@ def compare(
         comparison = compared(_entrants(runs))
     if json_file is not None:
         reports.save(comparison, json_file)
+    document = compare_view.document(comparison)
     if markdown is not None:
-        reports.save_text(markdown, md.page(compare_view.document(comparison)))
+        reports.save_text(markdown, md.page(document))
     if html is not None:
-        reports.save_text(html, pages.page(compare_view.document(comparison)))
+        reports.save_text(html, pages.page(document))
     Console(width=None if sys.stdout.isatty() else 120).print(compare_view.terminal(comparison))
 
 
