@@ -63,7 +63,7 @@ def test_the_rule_is_printed_with_the_table() -> None:
     rows = {row[0]: row for row in options_table(report).rows}
     assert set(rows) == {"requantized (recommended)", "merged 16-bit", "base + adapter apart"}
     assert "0 % (the reference)" in rows["base + adapter apart"]
-    assert "yes: one base, many adapters" in rows["base + adapter apart"]
+    assert "one base for all" in rows["base + adapter apart"]
 
 
 def test_the_losses_are_those_of_the_steps() -> None:

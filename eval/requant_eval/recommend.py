@@ -18,16 +18,8 @@ RULE = (
     f"the limit is {DEFAULT_LIMIT} more perplexity on the in-domain set. Who serves many adapters of one base looks at "
     "the number of adapters first: from there on, apart takes less memory."
 )
-NEEDS = {
-    "requantized": "vLLM, SGLang, or transformers with gptqmodel",
-    "merged": "any engine for 16-bit checkpoints",
-    "separate": "bitsandbytes and PEFT, or an engine with both",
-}
-SERVES = {
-    "requantized": "no: one checkpoint a fine-tune",
-    "merged": "no: one checkpoint a fine-tune",
-    "separate": "yes: one base, many adapters",
-}
+NEEDS = {"requantized": "vLLM or SGLang", "merged": "any engine", "separate": "bitsandbytes, PEFT"}
+SERVES = {"requantized": "one checkpoint each", "merged": "one checkpoint each", "separate": "one base for all"}
 
 
 def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:

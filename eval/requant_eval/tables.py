@@ -91,7 +91,10 @@ def options_table(report: Mapping[str, Any]) -> Table:
     ]
     losses = tuple(f"perplexity, {name}" for name in names)
     columns = ("way", "needs to serve", "many adapters", "weights", *losses, *(["tokens/s"] if with_speed else []))
-    note = "Weights: bytes on disk, and about that in memory; the cache for the context comes on top in all three."
+    note = (
+        "Perplexity against base + adapter. Weights: bytes on disk, and about that in memory; the cache for the context comes "
+        "on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
+    )
     return Table("Ways to deploy", columns, tuple(rows), note, text=3)
 
 
