@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as hst
 from test_report import FACTS, built, result, scores
 
 from requant_eval import report as rp
@@ -72,6 +74,31 @@ def test_so_many_more_documents_do_decide() -> None:
         decided += st.ratio(everything[:count], np.ones(count)).high <= limit
     assert asked > 20
     assert decided / asked > 0.6
+
+
+NUMBERS = hst.floats(-1e3, 1e3, allow_nan=False)
+
+
+@given(ends=hst.tuples(NUMBERS, NUMBERS, NUMBERS), limit=NUMBERS)
+def test_the_three_answers_exclude_each_other_and_both_sides_mirror(ends: Any, limit: float) -> None:
+    low, value, high = sorted(ends)
+    report: Any = {
+        "sets": [{"name": "s", "n_documents": 30, "documents": {"gptq": {}}, "variants": [], "retention": {}}]
+    }
+
+    def asked(metric: Any, estimate: dict[str, float], where: float) -> dict[str, Any]:
+        report["sets"][0]["variants"] = [{"name": "gptq", "ppl": estimate}]
+        report["sets"][0]["retention"] = {"gptq": {key: number / 100 for key, number in estimate.items()}}
+        return judge(report, [Gate(metric, "s", where)], "gptq")[0]
+
+    found = asked("perplexity", {"value": value, "se": 1.0, "low": low, "high": high}, limit)
+    assert (found["status"] == "pass") == (high <= limit)
+    assert (found["status"] == "fail") == (low > limit)
+    assert found["more_documents"] is None or (found["status"] == "inconclusive" and found["more_documents"] > 0)
+    # Above a largest value is below the smallest of the mirror image: retention's limit is a smallest value.
+    assume(min(abs(end - limit) for end in (low, high)) > 1e-6)
+    mirror = asked("retention", {"value": -value, "se": 1.0, "low": -high, "high": -low}, -limit)
+    assert mirror["status"] == found["status"]
 
 
 def test_relative_to_the_control_is_a_paired_ratio() -> None:

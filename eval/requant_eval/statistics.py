@@ -194,13 +194,12 @@ def t_quantile(probability: float, df: int) -> float:
     low, high = 0.0, 1.0
     while t_cdf(high, df) < probability:
         high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         if t_cdf(middle, df) < probability:
             low = middle
         else:
             high = middle
-    return (low + high) / 2
+    return high
 
 
 def t_cdf(t: float, df: int) -> float:
