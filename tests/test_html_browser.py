@@ -157,6 +157,8 @@ def test_no_page_wider_than_a_phone(page: Page, url: str) -> None:
             ".filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).length"
         )
         assert small == 0
+        tall = page.run("[...document.querySelectorAll('td, tbody th')].filter(e => e.offsetHeight > 120).length")
+        assert tall == 0, "a column is so narrow that it breaks words"
     assert page.console == []
 
 

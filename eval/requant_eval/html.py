@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from requant_eval.charts import charts
 from requant_eval.digits import read_number
@@ -24,6 +24,7 @@ from requant_eval.document import Document, Figure, Folded, document
 LIMIT = 300_000
 LEFT_OUT = (("The longest tables were", (Folded,)), ("The longest tables and all figures were", (Folded, Figure)))
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|s|min|h)(?!\w))")
+NAME = re.compile(r"`([^`]+)`")
 INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])(.*)", re.DOTALL)
 
 
@@ -67,7 +68,7 @@ def _environment() -> Environment:
         "cell": _cell,
         "order": _order,
         "tie": _tie,
-        "verdict": _verdict,
+        "status": _status,
     }
     environment.globals |= {"charts": charts}
     return environment
@@ -100,14 +101,12 @@ def _order(text: str) -> str:
         return "" if number is None else f"{number:.10g}"
 
 
-def _tie(text: str) -> str:
-    """A sentence in which no number is parted from its unit at the end of a line."""
-    return UNIT.sub("\u00a0", text)
+def _tie(text: str) -> Markup:
+    """A sentence in which no number is parted from its unit at the end of a line, and `names` are set as such."""
+    return Markup(NAME.sub(r"<code>\1</code>", str(escape(UNIT.sub("\u00a0", text)))))
 
 
-def _verdict(text: str) -> Markup:
-    """PASS, FAIL or INCONCLUSIVE in front is set apart."""
-    word, colon, rest = text.partition(":")
-    if not colon or word not in ("PASS", "FAIL", "INCONCLUSIVE"):
-        return Markup("{}").format(_tie(text))
-    return Markup('<strong class="{}">{}</strong>:{}').format(word.lower(), word, _tie(rest))
+def _status(verdict: str) -> str:
+    """The word in front of a verdict, "" where there is none."""
+    word, colon, _ = verdict.partition(":")
+    return word if colon and word in ("PASS", "FAIL", "INCONCLUSIVE") else ""
