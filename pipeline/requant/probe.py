@@ -1,7 +1,8 @@
-"""Does the adapter help on this base? The loss on a few calibration rows without it, with half of it, and with all of it.
+"""Does the adapter help on this base? The loss on a few calibration rows with and without it, and how far it moved.
 
-Right shape and wrong base shows nowhere in files. On the base it was trained on an adapter lowers the loss on its own
-text, and all of it lowers it more than half: training went on until a longer step no longer paid.
+Right shape and wrong base shows nowhere in files. But on text that the adapted model has learned, the mean gain in log
+probability is the divergence KL(adapted || base) itself: E[ln p_a / p_b] under p_a. On another base the adapter still
+moves the predictions, and gains little by it.
 """
 
 from __future__ import annotations
@@ -18,22 +19,29 @@ from requant.data import Tokens
 
 log = logging.getLogger(__name__)
 ROWS, LENGTH, LEAST = 6, 256, 16
-OVERSHOOT = 0.01  # nats by which half of the adapter must be better than all of it to be worth a word
+# Gain per nat of movement. The demo's adapter has 0.96 on held-out text of its kind, 0.26 and 0.32 on other text; an
+# adapter on another base of the same shape has 0.24 in the tests.
+POOR = 0.35
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Mean loss in nats a token on the rows of one calibration source; half is None for adapters that cannot be scaled."""
+    """On the rows of one calibration source, in nats a token: mean losses, and mean KL(with the adapter || without)."""
 
     source: str
     without: float
-    half: float | None
-    whole: float
+    with_adapter: float
+    moved: float
 
     @property
     def gain(self) -> float:
         """How much the adapter lowers the loss."""
-        return self.without - self.whole
+        return self.without - self.with_adapter
+
+    @property
+    def efficiency(self) -> float:
+        """Gain per nat of movement: about 1 on text that the adapter has learned; 0 when nothing moved."""
+        return self.gain / self.moved if self.moved > 0 else 0.0
 
 
 def rows(names: Sequence[str], documents: Sequence[Sequence[Tokens]]) -> dict[str, tuple[Tensor, ...]]:
@@ -48,55 +56,38 @@ def rows(names: Sequence[str], documents: Sequence[Sequence[Tokens]]) -> dict[st
 
 @torch.inference_mode()
 def measure(model: Any, samples: Mapping[str, Sequence[Tensor]], device: torch.device) -> list[Probe]:
-    """The losses of a PEFT model on each source's rows."""
+    """The losses of a PEFT model on each source's rows, with its adapters on and off."""
 
-    def loss(source: str) -> float:
-        total, count = 0.0, 0
-        for ids in samples[source]:
-            logits = model(input_ids=ids[None].to(device)).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, ids[1:].to(device), reduction="sum"))
-            count += len(ids) - 1
-        return total / count
+    def log_probabilities(ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids[None].to(device)).logits[0, :-1]
+        return logits.float().log_softmax(dim=-1)
 
     found = []
-    for source in samples:
-        with model.disable_adapter():
-            without = loss(source)
-        found.append(Probe(source, without, _halved(model, lambda s=source: loss(s)), loss(source)))
+    for source, many in samples.items():
+        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        for ids in many:
+            on = log_probabilities(ids)
+            with model.disable_adapter():
+                off = log_probabilities(ids)
+            target = ids[1:, None].to(device)
+            losses = [-p.gather(1, target).double().sum() for p in (off, on)]
+            sums += torch.stack([*losses, (on.exp() * (on - off)).double().sum()]).cpu()
+            count += len(ids) - 1
+        found.append(Probe(source, *(sums / count).tolist()))
     return found
-
-
-def _halved(model: Any, loss: Any) -> float | None:
-    """The loss with every LoRA at half its scale; None when there is none that can be scaled."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not any(m.use_dora.values())]
-    if not layers or any(v for m in layers for v in m.merged_adapters):
-        return None
-    before = [dict(m.scaling) for m in layers]
-    try:
-        for layer in layers:
-            for name in layer.scaling:
-                layer.scaling[name] *= 0.5
-        return float(loss())
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
 
 
 def verdict(probes: Sequence[Probe]) -> tuple[str, list[str]]:
     """(one line of what was measured, warnings). The source that the adapter helps most counts: a mix holds general text."""
-    best = max(probes, key=lambda p: p.gain)
-    said = f"loss on {best.source}: {best.without:.3f} without the adapter, {best.whole:.3f} with it"
-    if best.gain <= 0:
-        every = "its rows" if len(probes) == 1 else "rows of any calibration source"
-        return said, [
-            f"the adapter does not lower the loss on {every} ({said}): right shape, but is this the base it was trained on, "
-            "and is this its kind of text? An adapter for an instruct model on the base model looks like this"
-        ]
-    if best.half is not None and best.half < best.whole - OVERSHOOT:
-        return said, [
-            f"half of the adapter is better than all of it ({said}, {best.half:.3f} with half): it overshoots, as adapters do on "
-            "a base that is not the one they were trained on, or on text unlike their own"
-        ]
-    return said, []
+    best = max(probes, key=lambda p: p.efficiency)
+    said = (
+        f"loss on {best.source}: {best.without:.3f} without the adapter, {best.with_adapter:.3f} with it, "
+        f"predictions moved by {best.moved:.3f} nats"
+    )
+    if best.efficiency >= POOR:
+        return said, []
+    found = "does not lower the loss" if best.gain <= 0 else "moves predictions far and gains little"
+    return said, [
+        f"the adapter {found} on calibration text ({said}): right shape, but is this the base it was trained on (an instruct "
+        "model's adapter on the base model looks like this), and is this its kind of text?"
+    ]
