@@ -697,3 +697,32 @@ def test_retention_belongs_to_the_in_domain_set() -> None:
     ]
     text = GOOD + other + "  in_domain: general\ngates:\n  - {metric: retention, set: general, min: 90%}\n"
     assert parse(text, directory=HERE).gates
+
+
+# several adapters ---------------------------------------------------------------------------------------------
+
+
+SEVERAL = GOOD.replace("adapter: ./adapter", "adapters: [{path: ./a}, {path: owner/b, weight: -0.5, revision: v2}]")
+
+
+def test_several_adapters_with_weights() -> None:
+    r = parse(SEVERAL, directory=HERE)
+    assert [(s.path, s.revision, w) for s, w in r.weighted_adapters] == [("./a", None, 1.0), ("owner/b", "v2", -0.5)]
+    assert parse(dump(r), directory=HERE) == r
+    assert recipe().weighted_adapters == ((Source(path="./adapter"), 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (SEVERAL + "adapter: ./c\n", "adapter: adapters is set too: keep one of the two keys"),
+        (SEVERAL.replace("weight: -0.5", "weight: 0"), "adapters.1.weight: 0 leaves this adapter out: remove it"),
+        (SEVERAL.replace("weight: -0.5", "weight: .inf"), "adapters.1.weight: "),
+        (SEVERAL.replace("weight: -0.5", "wieght: 1.0"), "unknown key, did you mean 'weight'?"),
+        (GOOD.replace("adapter: ./adapter", "adapters: []"), "adapter: required key is missing"),
+    ],
+)
+def test_wrong_lists_of_adapters(text: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, directory=HERE)
+    assert says in str(caught.value)
