@@ -55,6 +55,11 @@ def build(folder: Path, shape: str, layers: int) -> None:
     )  # fmt: skip
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    from tokenizers import Tokenizer, models  # gptqmodel does not load a model without one
+
+    Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab)}, "t0")).save(str(folder / "tokenizer.json"))
+    text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t1", "pad_token": "t2", "unk_token": "t0"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(text))
     wide = kv * hidden // heads
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (wide, hidden), "self_attn.v_proj": (wide, hidden),
               "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
@@ -135,6 +140,7 @@ class Phases:
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
     from requant import quantize
     from requant.grid import Grid
@@ -148,6 +154,14 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     seen: list[float] = []
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    prepared: list[float] = []
+    walk = quantize._walk
+
+    def walking(*a: Any) -> None:
+        prepared.append(time.perf_counter() - started)
+        walk(*a)
+
+    quantize._walk = walking
     profiler = torch.profiler.profile() if args.profile else None
     if profiler:
         profiler.start()
@@ -161,7 +175,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60)
         print(table)
         result["profile"] = table
-    return result | {"phases": phases.seconds(), "blocks_done_at": seen}
+    return result | {"phases": phases.seconds(), "prepared_at": prepared[0], "blocks_done_at": seen}
 
 
 def gptqmodel(args: argparse.Namespace) -> dict[str, Any]:

@@ -393,7 +393,8 @@ def test_corrected_weights_are_the_least_squares_answer() -> None:
     drift = (before - now).T @ now
     exact = torch.linalg.lstsq(now.double(), (before @ weight.T).double()).solution.T
     factor = gptq.factorize(now.T @ now, torch.randperm(24), 0.0)
-    ours = gptq.correct(weight, drift, factor, 1.0)
+    ours = gptq.correct(weight, weight @ drift, factor, 1.0)
     assert torch.allclose(ours.double(), exact, atol=1e-4)
-    assert torch.equal(gptq.correct(weight, torch.zeros(24, 24), factor, 1.0), weight)
-    assert torch.equal(gptq.correct(weight, drift, replace(factor, diagonal=True), 1.0), weight)
+    assert torch.equal(gptq.correct(weight, weight @ torch.zeros(24, 24), factor, 1.0), weight)
+    assert gptq.correct(weight, None, factor, 1.0) is weight
+    assert torch.equal(gptq.correct(weight, weight @ drift, replace(factor, diagonal=True), 1.0), weight)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from requant import linears, skeleton
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
+from requant.shelf import Shelf
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Walk:
         self.prefix, self.blocks = block_list(model)
         self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.shelf = Shelf(device)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.names = skeleton.tensor_names(model, checkpoint)
         lost = [n for n, _ in model.named_parameters() if n not in self.names]
@@ -123,7 +125,7 @@ class Walk:
             hidden, arguments = self._capture(ids)
             if len(ids) not in recorded:
                 recorded[len(ids)] = self._record(ids, first, hidden, arguments)
-            inputs.append(BlockInput(hidden, recorded[len(ids)]))
+            inputs.append(BlockInput(self.shelf.put(hidden), recorded[len(ids)]))
         for _, module in outside:
             self.release(module)
         return inputs
@@ -193,7 +195,7 @@ class Walk:
 
     def run(self, index: int, item: BlockInput) -> Tensor:
         """One block on one batch: the next hidden states."""
-        return self.forward(self.blocks[index], item.hidden, item.arguments[index])
+        return self.forward(self.blocks[index], item.hidden.to(self.device), item.arguments[index])
 
     @staticmethod
     def forward(block: Any, hidden: Tensor | None, others: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:

@@ -87,37 +87,37 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     one after another. The block size does not change the result beyond fp32 rounding.
     """
     n = weight.shape[1]
-    columns = weight.T[factor.order]  # (n, rows), the column to round first at the end
+    error = weight.T[factor.order]  # (n, rows), the column to round first at the end; until then the weight itself
     group = factor.order // (n // scales.scale.shape[1])
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     pivots = factor.lower.diagonal()
-    error, codes = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.uint8)
+    codes = torch.empty_like(error, dtype=torch.uint8)
     for stop in range(n, 0, -BLOCK):
         start = max(0, stop - BLOCK)
         here = slice(start, stop)
-        target = columns[here]
+        target = error[here]
         if stop < n:
             target = torch.addmm(target, (factor.lower[stop:, here] / pivots[here]).T, error[stop:])
         feedback = (factor.lower[here, here] / pivots[here]).tril_(-1)
         block = kernels.Block(scale[group[here]], zero[group[here]], grid.levels, error[here], codes[here])
         loop = kernels.round_columns if kernels.usable(weight) else _round_columns
-        loop(target, columns[here], feedback, block)
+        loop(target.clone() if stop == n else target, feedback, block)
     out_error, out_codes = torch.empty_like(error), torch.empty_like(codes)
     out_error[factor.order], out_codes[factor.order] = error, codes
     return out_codes, out_error
 
 
-def _round_columns(target: Tensor, columns: Tensor, feedback: Tensor, block: kernels.Block) -> None:
-    """Round the columns of one block, last first. target, columns: [k, rows]. feedback: [k, k], strictly lower."""
+def _round_columns(target: Tensor, feedback: Tensor, block: kernels.Block) -> None:
+    """Round the columns of one block, last first. target: [k, rows]. feedback: [k, k], strictly lower. block.error: the weight."""
     low, high = -block.zero, block.levels - 1 - block.zero
     backwards = feedback.T.contiguous()
-    code = torch.empty_like(columns[0])
+    code = torch.empty_like(target[0])
     for j in range(len(target) - 1, -1, -1):
         wanted = torch.addmv(target[j], block.error[j + 1 :].T, backwards[j, j + 1 :])
         torch.div(wanted, block.scale[j], out=code)
         code.round_()
         torch.clamp(code, low[j], high[j], out=code)
-        torch.addcmul(columns[j], code, block.scale[j], value=-1, out=block.error[j])
+        block.error[j].addcmul_(code, block.scale[j], value=-1)
         block.codes[j] = code.add_(block.zero[j])
 
 
@@ -158,19 +158,20 @@ def _sweep_columns(pull: Tensor, inside: Tensor, block: kernels.Block) -> None:
     block.codes.copy_(level.add_(block.zero))
 
 
-def correct(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
+def correct(weight: Tensor, pulled: Tensor | None, factor: Factor, share: float) -> Tensor:
     """The weight whose output on the inputs as they are comes closest to the original's on the inputs as they were.
 
-    weight: fp32 [rows, n]. drift: (X0 - X)' X, X the inputs after earlier layers were quantized and X0 those before, in the
-    measure of the Hessian X' X that `factor` is of. Returns W + share * W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP
-    (arXiv:2504.09629), and Li et al., GPTAQ (arXiv:2504.02692).
+    weight: fp32 [rows, n]. pulled: fp32 [rows, n], weight @ drift with drift = (X0 - X)' X, X the inputs after earlier layers
+    were quantized and X0 those before, in the measure of the Hessian X' X that `factor` is of; None for no drift. Returns
+    W + share * W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et al., GPTAQ
+    (arXiv:2504.02692).
     """
-    if not share or factor.diagonal:
+    if not share or pulled is None or factor.diagonal:
         return weight
-    wanted = (weight @ drift).T[factor.order]
-    moved = torch.cholesky_solve(wanted, factor.lower)
-    wanted[factor.order] = moved
-    return torch.add(weight, wanted.T, alpha=share)
+    pulled = pulled.T[factor.order]
+    moved = torch.cholesky_solve(pulled, factor.lower)
+    pulled[factor.order] = moved
+    return torch.add(weight, pulled.T, alpha=share)
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:

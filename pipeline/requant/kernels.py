@@ -52,11 +52,14 @@ class Block:
     codes: Tensor
 
 
-def round_columns(target: Tensor, columns: Tensor, feedback: Tensor, block: Block) -> None:
-    """Round the columns of one block, last first. target, columns: fp32 [k, rows]. feedback: [k, k], strictly lower."""
+def round_columns(target: Tensor, feedback: Tensor, block: Block) -> None:
+    """Round the columns of one block, last first. target: fp32 [k, rows]. feedback: [k, k], strictly lower.
+
+    block.error holds the weight's columns and takes their errors.
+    """
     count, rows = target.shape
     _round_columns[(triton.cdiv(rows, ROWS),)](
-        target, columns.contiguous(), feedback.contiguous(), block.scale, block.zero, block.error, block.codes,
+        target, feedback.contiguous(), block.scale, block.zero, block.error, block.codes,
         rows, block.levels, COUNT=count, K=triton.next_power_of_2(count), ROWS=ROWS, num_warps=1,
     )  # fmt: skip
 
@@ -106,7 +109,7 @@ if triton is not None:
 
     @triton.jit
     def _round_columns(
-        target_ptr, columns_ptr, feedback_ptr, scale_ptr, zero_ptr, error_ptr, codes_ptr, rows, levels,
+        target_ptr, feedback_ptr, scale_ptr, zero_ptr, error_ptr, codes_ptr, rows, levels,
         COUNT: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -117,14 +120,14 @@ if triton is not None:
         last = (COUNT - 1) * rows.to(tl.int64) + row
         scale = tl.load(scale_ptr + last, mask=real, other=1.0)
         zero = tl.load(zero_ptr + last, mask=real, other=0.0)
-        weight = tl.load(columns_ptr + last, mask=real, other=0.0)
+        weight = tl.load(error_ptr + last, mask=real, other=0.0)
         for step in range(COUNT):
             j = COUNT - 1 - step
             here = j * rows.to(tl.int64) + row
             before = tl.maximum(j - 1, 0) * rows.to(tl.int64) + row  # the next column's numbers travel meanwhile
             scale_next = tl.load(scale_ptr + before, mask=real, other=1.0)
             zero_next = tl.load(zero_ptr + before, mask=real, other=0.0)
-            weight_next = tl.load(columns_ptr + before, mask=real, other=0.0)
+            weight_next = tl.load(error_ptr + before, mask=real, other=0.0)
             backwards = tl.load(feedback_ptr + j * COUNT + k, mask=k < COUNT, other=0.0)
             wanted = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
             code = _nearest(tl.div_rn(wanted, scale))

@@ -26,14 +26,15 @@ from requant.grid import Grid
 from requant.hessian import Moments, gather
 from requant.layout import Plan, Settings, convert, plan, write_small_files
 from requant.linears import calibrate_experts, share_added
-from requant.stages import Stage, find_stages, held_bytes, step
+from requant.shelf import Shelf
+from requant.stages import Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
 from requant.writer import CheckpointWriter, Journal
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 JOURNAL = "blocks.json"
-EXACT_SHARE = 2  # one in so many batches also runs unquantized, to know what earlier layers lost
+EXACT_TOKENS = 8  # for each input of the widest linear also run unquantized, to know what earlier layers lost
 TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
@@ -98,35 +99,25 @@ class Quantizer:
         def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
             self._stage(block, prefix, stage, inputs)
 
-        step(self.walk, index, items, self.stages.get(linears, []), reach, twin=twin, hold=self._hold(block, linears))
-        self._check_finite(prefix, items)
+        step(self.walk, index, items, self.stages.get(linears, []), reach, twin=twin, hold=not self.walk.shelf.on_host)
+        self._check_finite(prefix)
         self._settle(block, prefix)
         self.writing.append(self.disk.submit(self._write_rest, index))
         self.walk.release(block)
-
-    def _hold(self, block: nn.Module, linears: Sequence[str]) -> bool:
-        """Whether the batches may wait in memory: always on the CPU, on a device when they take an eighth of what is free."""
-        if self.walk.device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(self.walk.device)
-        return held_bytes(block, linears, self.tokens, self.walk.dtype.itemsize) < free // 8
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
         block = self.walk.load(index)
         prefix = f"{self.walk.prefix}.{index}."
-        if self.settings.correct:
-            for item in items:
-                if item.exact is not None:
-                    item.exact = self.walk.forward(block, item.exact, item.arguments[index])
+        others = [item.arguments[index] for item in items]
+        pass_on(self.walk, block, items, others, exact=True)
         for name, linear in block_linears(block).items():
             grid = self.plan.grids.get(prefix + name)
             if grid is not None:
                 stored = self._stored(prefix + name)
                 tensors = {s: self.writer.read(f"{stored}.{s}") for s in pack.SUFFIXES}
                 linear.weight.copy_(pack.dequantize(tensors, grid.bits).to(self.walk.dtype))
-        for item in items:
-            item.hidden = self.walk.run(index, item)
+        pass_on(self.walk, block, items, others)
         self.walk.release(block)
 
     def _stored(self, module: str) -> str:
@@ -148,27 +139,38 @@ class Quantizer:
         for name in linears:
             like.setdefault(self.plan.grids[name], []).append(name)
         with kernels.tensor_cores():
-            order = self._order(linears, moments, next(iter(like)))
+            stacked = {g: torch.cat([linears[n].weight.float() for n in names]) for g, names in like.items()}
+            damp = self._damp(moments.tokens, len(moments.hessian))
+            order = self._order(list(stacked.values()), moments, next(iter(like)), damp)
+            pulled = {g: w @ moments.drift if moments.drift is not None else None for g, w in stacked.items()}
+            hessian = moments.hessian
+            del moments  # the drift and the halves are as large as the Hessian
             factors: dict[tuple[str, int], gptq.Factor] = {}
             for grid, names in like.items():
-                factor = self._factor(moments, order, grid, factors)
-                self._solve({name: linears[name] for name in names}, moments, factor, grid, order)
+                key = (order, grid.group_size if order == "group" else 0)
+                if key not in factors:
+                    columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
+                    factors[key] = gptq.factorize(hessian, columns, damp)
+                factor = factors[key]
+                weight = gptq.correct(stacked.pop(grid), pulled.pop(grid), factor, self.settings.correct)
+                self._solve({name: linears[name] for name in names}, weight, hessian, factor, grid, order)
 
     def _solve(
-        self, linears: Mapping[str, Any], moments: Moments, factor: gptq.Factor, grid: Grid, order: gptq.Order
+        self,
+        linears: Mapping[str, Any],
+        weight: Tensor,
+        hessian: Tensor,
+        factor: gptq.Factor,
+        grid: Grid,
+        order: gptq.Order,
     ) -> None:
-        """Quantize linears of one input and one grid, stacked, and put the results in their places."""
-        stacked = torch.cat([linear.weight.float() for linear in linears.values()])
-        if moments.drift is not None:
-            stacked = gptq.correct(stacked, moments.drift, factor, self.settings.correct)
-        solution = gptq.quantize_weight(
-            stacked, moments.hessian, factor, grid, order=order, sweeps=self.settings.sweeps
-        )
+        """Quantize linears of one input and one grid, stacked in `weight`, and put the results in their places."""
+        solution = gptq.quantize_weight(weight, hessian, factor, grid, order=order, sweeps=self.settings.sweeps)
         sizes = [linear.out_features for linear in linears.values()]
-        parts = zip(linears.items(), torch.split(stacked, sizes), solution.split(sizes), strict=True)
+        parts = zip(linears.items(), torch.split(weight, sizes), solution.split(sizes), strict=True)
         for (name, linear), wanted, part in parts:
             quantized = part.weight()
-            self._keep(name, part, self._survival(name, quantized - wanted, moments.hessian, part))
+            self._keep(name, part, self._survival(name, quantized - wanted, hessian, part))
             linear.weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
     def _survival(
@@ -183,31 +185,20 @@ class Quantizer:
         """Whether held-out batches decide the column order; after sweeps there is nothing left to decide."""
         return self.settings.order == "auto" and not self.settings.sweeps and self.batches > 1
 
-    def _factor(
-        self, moments: Moments, order: gptq.Order, grid: Grid, factors: dict[tuple[str, int], gptq.Factor]
-    ) -> gptq.Factor:
-        """The Hessian's factor for one order and group size, made once a stage."""
-        key = (order, grid.group_size if order == "group" else 0)
-        if key not in factors:
-            columns = gptq.column_order(moments.hessian.diagonal(), order, grid.group_size)
-            factors[key] = gptq.factorize(moments.hessian, columns, self._damp(moments))
-        return factors[key]
-
-    def _damp(self, moments: Moments) -> float:
-        """The recipe's damping, or 0.02 with at least 16 tokens for each input, else 0.05."""
+    def _damp(self, tokens: int, n: int) -> float:
+        """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
         if self.settings.damp is not None:
             return self.settings.damp
-        return 0.02 if moments.tokens >= 16 * len(moments.hessian) else 0.05
+        return 0.02 if tokens >= 16 * n else 0.05
 
-    def _order(self, linears: Mapping[str, Any], moments: Moments, grid: Grid) -> gptq.Order:
+    def _order(self, weights: Sequence[Tensor], moments: Moments, grid: Grid, damp: float) -> gptq.Order:
         """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow."""
         asked = self.settings.order
         if asked != "auto":
             return asked
         if moments.halves is None:
             return "activation"
-        weights = [linear.weight.float() for linear in linears.values()]
-        return gptq.better_order(weights, *moments.halves, grid, ("activation", "group"), self._damp(moments))
+        return gptq.better_order(weights, *moments.halves, grid, ("activation", "group"), damp)
 
     def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, Any]) -> None:
         """Have one linear's tensors written; what it cost is read at the block's end, where the device is waited for once."""
@@ -233,12 +224,11 @@ class Quantizer:
             )  # fmt: skip
         self.unread.clear()
 
-    def _check_finite(self, prefix: str, items: Sequence[BlockInput]) -> None:
-        for item in items:
-            if not torch.isfinite(item.hidden).all():
-                raise StageError(
-                    f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
-                )
+    def _check_finite(self, prefix: str) -> None:
+        if not self.walk.shelf.all_finite():
+            raise StageError(
+                f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
+            )
 
     def _write_rest(self, index: int) -> None:
         """The block's tensors that are not quantized, in the serving dtype."""
@@ -274,10 +264,12 @@ def quantize(
         CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=resume) as writer,
         ThreadPoolExecutor(1) as disk,  # ends first: what was solved is committed even when the walk is stopped
     ):
+        walk.shelf = Shelf(device, on_host=not may_wait(walk, windows.numel()))
         items = walk.embed(windows, batch or max(1, TOKENS[device.type] // windows.shape[1]))
         if settings.correct:
-            for item in items[::EXACT_SHARE]:
-                item.exact = item.hidden
+            widest = max(m.in_features for m in block_linears(walk.blocks[0]).values())
+            for item in items[:: max(1, windows.numel() // (EXACT_TOKENS * widest))]:
+                item.exact = walk.shelf.put(item.hidden.to(device))
         size = (windows.numel(), len(items))
         quantizer = Quantizer(walk, layout, settings, writer, size, deltas or (lambda _: None), disk)
         _walk(quantizer, items, journal, progress)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from requant.blocks import BlockInput, Walk
+from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
 from requant.linears import split_experts
 
@@ -76,14 +77,16 @@ def step(
     others, and without it, the exact input is None. An expert's inputs are [rows, in]: see `linears.SplitExperts`.
 
     hold: each batch's forward waits at the stage with all that it has in memory, and nothing runs twice. Otherwise each
-    stage runs the block anew from its start: about twice the work, but no memory beyond one batch's.
+    stage runs the block anew from its start: about twice the work, but no memory beyond a batch's, and hidden states may
+    wait on the host.
     """
     block = walk.blocks[index]
     run = _held if hold and stages else _again
-    run(block, twin, items, [item.arguments[index] for item in items], stages, reach)
+    run(walk, block, twin, items, [item.arguments[index] for item in items], stages, reach)
 
 
 def _again(
+    walk: Walk,
     block: nn.Module,
     twin: nn.Module | None,
     items: Sequence[BlockInput],
@@ -92,19 +95,33 @@ def _again(
     reach: Callable[[Stage, Inputs], None],
 ) -> None:
     def inputs(stage: Stage) -> Inputs:
-        for item, other in zip(items, others, strict=True):
-            x = _until(block, item.hidden, other, stage)
-            yield (
-                x,
-                _comparable(x, None if twin is None or item.exact is None else _until(twin, item.exact, other, stage)),
-            )
+        hidden = walk.shelf.take([item.hidden for item in items])
+        exact = walk.shelf.take([item.exact for item in items if twin is not None and item.exact is not None])
+        for item, start, other in zip(items, hidden, others, strict=True):
+            compared = twin is not None and item.exact is not None
+            was = _until(twin, next(exact), other, stage) if twin is not None and compared else None
+            x = _until(block, start, other, stage)
+            yield x, _comparable(x, was)
 
     for stage in stages:
         reach(stage, inputs(stage))
-    for item, other in zip(items, others, strict=True):
-        item.hidden = Walk.forward(block, item.hidden, other)
-        if twin is not None and item.exact is not None:
-            item.exact = Walk.forward(twin, item.exact, other)
+    if twin is not None:
+        pass_on(walk, twin, items, others, exact=True)
+    pass_on(walk, block, items, others)
+
+
+def pass_on(
+    walk: Walk, block: nn.Module, items: Sequence[BlockInput], others: Sequence[Any], *, exact: bool = False
+) -> None:
+    """Run a block on every batch: its output becomes `hidden`, or `exact` where there is one."""
+    chosen = [(i, o) for i, o in zip(items, others, strict=True) if not exact or i.exact is not None]
+    kept = [item.exact if exact else item.hidden for item, _ in chosen]
+    for (item, other), x in zip(chosen, walk.shelf.take([k for k in kept if k is not None]), strict=True):
+        out = Walk.forward(block, x, other)
+        if exact:
+            item.exact = walk.shelf.put(out, item.exact)
+        else:
+            item.hidden = walk.shelf.put(out, item.hidden)
 
 
 def _comparable(x: Tensor, exact: Tensor | None) -> Tensor | None:
@@ -137,6 +154,7 @@ def _until(block: nn.Module, hidden: Tensor, others: Any, stage: Stage) -> Tenso
 
 
 def _held(
+    walk: Walk,
     block: nn.Module,
     twin: nn.Module | None,
     items: Sequence[BlockInput],
@@ -160,13 +178,22 @@ def _held(
         for position, stage in enumerate(stages):
             reach(stage, inputs(stage, position == 0))
         for run, second, item in zip(runs, seconds, items, strict=True):
-            item.hidden = run.switch()
+            item.hidden = walk.shelf.put(run.switch())
             if second is not None:
-                item.exact = second.switch()
+                item.exact = walk.shelf.put(second.switch())
     finally:
         alive[0] = False
         for handle in handles:
             handle.remove()
+
+
+def may_wait(walk: Walk, tokens: int) -> bool:
+    """Whether all batches may wait inside a block: always on the CPU, on a GPU if they take an eighth of what is free."""
+    if walk.device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(walk.device)
+    block = walk.blocks[0]
+    return held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize) < free // 8
 
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:
