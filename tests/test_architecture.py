@@ -71,7 +71,14 @@ ALLOWED: dict[str, set[str]] = {
         "survival",
         "writer",
     },
-    "heal": {"blocks", "checkpoint", "pack", "skeleton", "quantize", "gptq"},
+    "distil": set(),
+    "fit": {"blocks", "distil", "grid"},
+    "student": {"checkpoint", "grid", "pack", "skeleton"},
+    "teacher": {"student"},
+    "trainer": {"blocks", "distil", "student", "teacher"},
+    "blockwise": {"blocks", "checkpoint", "distil", "fit", "skeleton", "student", "teacher", "trainer"},
+    "heal": {"artifacts", "blockwise", "checkpoint", "data", "fit", "skeleton", "student", "teacher", "trainer"},
+    "heal_text": {"data"},
     "variants": {"checkpoint", "dequantize", "grid", "layout", "merge", "nf4", "peft_runtime", "skeleton"},
     "evaluate": {"rundir", "variants"},
     "structure": {"artifacts", "blocks", "checkpoint", "pack", "skeleton"},
@@ -95,7 +102,8 @@ ALLOWED: dict[str, set[str]] = {
         "survival",
         "writer",
     },
-    "texts": {"artifacts", "data", "merge", "recipe"},
+    "texts": {"artifacts", "data", "heal_text", "merge", "recipe"},
+    "recipe_heal": {"recipe_model", "recipe_text"},
     "recipe_gates": {"recipe_model", "recipe_text", "yaml_source"},
     "cli_reports": set(),
 }
@@ -109,6 +117,7 @@ JUDGE: dict[str, set[str]] = {
     "measures": {"statistics", "tails", "tokens", "windows"},
     "headline": {"digits"},
     "tables": {"digits"},
+    "heal_tables": {"digits", "tables"},
     "verdict": {"digits", "gate", "headline", "statistics"},
     "recommend": {"digits", "gate", "headline", "tables", "verdict"},
     "report": {"gate", "headline", "measures", "recommend", "statistics", "verdict"},
@@ -116,7 +125,9 @@ JUDGE: dict[str, set[str]] = {
     "ci": {"tables"},
     "compare": {"headline", "report", "statistics", "verdict"},
 }
-STAGES = {"checkpoint", "dequantize", "merge", "quantize", "blocks", "adapter", "data", "variants", "selftest"}
+STAGES = {"checkpoint", "dequantize", "merge", "quantize", "blocks", "adapter", "data", "variants", "selftest"} | {
+    "heal", "blockwise", "trainer", "student", "teacher",
+}  # fmt: skip
 
 
 def imports(file: Path, package: str) -> set[str]:

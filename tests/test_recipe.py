@@ -80,7 +80,7 @@ def test_recipe_is_frozen() -> None:
 
 def test_all_problems_at_once_in_file_order() -> None:
     text = GOOD.replace("name: tiny", "name: ti ny").replace("model:", "modl:")
-    extra = "quantize:\n  group_sze: 64\n  bits: 5\n  symmetric: yes\ndevice: gpu\ngate: []\nheal: {steps: 1}\n"
+    extra = "quantize:\n  group_sze: 64\n  bits: 5\n  symmetric: yes\ndevice: gpu\ngate: []\ndistil: {steps: 1}\n"
     top = ", ".join(Recipe.model_fields)
     assert problems(text + extra) == [
         "recipe.yaml:1: name: 'ti ny' is not a name of letters, digits, '.', '_' and '-' that begins with a "
@@ -92,7 +92,7 @@ def test_all_problems_at_once_in_file_order() -> None:
         "recipe.yaml:14: quantize.symmetric: 'yes' is not true or false",
         "recipe.yaml:15: device: 'gpu' is not one of auto, cpu, cuda, cuda:N",
         "recipe.yaml:16: gate: unknown key, did you mean 'gates'?",
-        f"recipe.yaml:17: heal: unknown key, known here: {top}",
+        f"recipe.yaml:17: distil: unknown key, known here: {top}",
     ]
 
 
@@ -111,6 +111,16 @@ def test_all_problems_at_once_in_file_order() -> None:
         ("quantize: []", "11: quantize: an empty list is not a section (key: value lines)"),
         ("merge: {max_shard: 0GB}", "11: merge.max_shard: '0GB' is not a size such as 5GB or 500MB"),
         ("merge: {max_shard: 5}", "11: merge.max_shard: 5 is not text"),
+        ("heal: {steps: 0}", "11: heal.steps: 0 is not a number above 0"),
+        ("heal: {lr: 2}", "11: heal.lr: 2 is not a number of at most 1.0"),
+        ("heal: {tune: []}", "11: heal.tune: an empty list is not a list of at least one item"),
+        ("heal: {tune: [codes]}", "11: heal.tune.0: 'codes' is not one of scales, norms"),
+        ("heal: {tune: [scales, scales]}", "11: heal.tune.1: scales is already in the list"),
+        ("heal: {format: chat}", "11: heal.format: belongs to data: write it in the entries of mix, or remove it"),
+        (
+            "heal: {mode: blocks, target: adapter}",
+            "11: heal.target: adapter needs mode whole: block by block a student follows the merged model's blocks",
+        ),
         ("merge: {dtype: fp16}", "11: merge.dtype: 'fp16' is not one of auto, float16, bfloat16, float32"),
         ("trust_remote_code: 1", "11: trust_remote_code: 1 is not true or false"),
         ("output: {keep: [merged]}", "11: output.keep: gptq is missing: it is what the run is for"),

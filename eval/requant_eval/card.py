@@ -9,7 +9,7 @@ from typing import Any
 
 from requant_eval.checks import checks_table
 from requant_eval.digits import format_value
-from requant_eval.headline import SPOKEN, final_variant, method
+from requant_eval.headline import SPOKEN, final_variant, headline, method
 from requant_eval.tables import facts_table, protocol, retention_table, variants_table, waterfall_table
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,10 +35,11 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `PATH` is this directory or its id on a hub."""
 
 
-def model_card(report: Mapping[str, Any]) -> str:
+def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
     """Front matter (base model, tags, model-index), the headline, what it costs, how to serve, where it comes
-    from.
+    from. without: a variant that this checkpoint is not and does not come from.
     """
+    report = report if without is None else _without(report, without)
     facts = report["facts"]
     name = str(report["name"] or "gptq-checkpoint")
     parts = [
@@ -70,6 +71,21 @@ def model_card(report: Mapping[str, Any]) -> str:
         if t.rows:
             parts.append(t.markdown())
     return "\n\n".join(parts) + "\n"
+
+
+def _without(report: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """The report as it would be had `variant` not been scored."""
+    kept: dict[str, Any] = dict(report)
+    kept["sets"] = [
+        dict(s)
+        | {
+            "variants": [v for v in s["variants"] if v["name"] != variant],
+            "edges": [e for e in s["edges"] if variant not in (e["from"], e["to"])],
+            "retention": {name: value for name, value in s["retention"].items() if name != variant},
+        }
+        for s in report["sets"]
+    ]
+    return kept | {"headline": headline(kept), "gates": []}  # the gates judged what ships
 
 
 def _verb(report: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from requant_eval.checks import checks_table
+from requant_eval.heal_tables import heal_tables
 from requant_eval.tables import (
     Table,
     cost_tables,
@@ -113,6 +114,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
         yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
+    yield Section("Healing", tuple(heal_tables(report)))
     yield Section("Modules", tuple(_modules(facts)))
     read_back = checks_table(facts)
     yield Section("Read back", (read_back,) if read_back.rows else ())

@@ -124,6 +124,11 @@ def _warnings(sets: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> li
             for e in s["edges"]
             if e["kl"] is not None and e["kl"]["max"] == 0 and e["delta"]["value"] == 0
         ]
+        found += [
+            f"{s['name']}: healing made it worse, ln perplexity {e['delta']['value']:+.4f}: heal on more such text"
+            for e in s["edges"]
+            if e["kind"] == "heal" and (e["delta"]["low"] or 0) > 0
+        ]
     overlap = (facts.get("calibration") or {}).get("overlap") or {}
     found += [
         f"{name}: {100 * value:.1f} % of its 13-grams are in the calibration data: its loss is understated"

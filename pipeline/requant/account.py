@@ -44,13 +44,15 @@ def account(
         },
         "verify": quantized.get("verify"),
         "calibration": prepared.calibration_facts,
+        "heal": _healing(prepared, stages.get("heal")),
         "cost": {
             "bytes": {
                 "base": _base_bytes(prepared),
                 "adapter": _size(prepared.adapter),
                 "merged": _size(run / "merged") or merged.get("bytes"),
                 "gptq": _size(run / "gptq"),
-            },
+            }
+            | _healed_size(run, prepared),
             "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
             "peak_rss": {n: s["peak_rss"] for n, s in stages.items() if "peak_rss" in s},
         },
@@ -66,6 +68,17 @@ def account(
             *_starved(modules),
         ],
     }
+
+
+def _healing(prepared: Prepared, told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What healing did; None where it was not asked for or `auto` left it out."""
+    if prepared.heal is None or not told:
+        return None
+    return {k: v for k, v in told.items() if k not in MEASURED} | {"overlap": prepared.heal.facts.get("overlap", {})}
+
+
+def _healed_size(run: Path, prepared: Prepared) -> dict[str, int]:
+    return {"healed": _size(run / "healed")} if prepared.heal else {}
 
 
 def public_name(source: recipe.Source, directory: Path) -> str:

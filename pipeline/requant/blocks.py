@@ -130,6 +130,17 @@ class Walk:
             self.release(module)
         return inputs
 
+    def fill_rest(self) -> None:
+        """Give everything outside the blocks its weights, the output embedding too."""
+        for name, module in self._outside():
+            skeleton.place(module, self._read(module, name + "."))
+        self.model.tie_weights()  # type: ignore[operator]
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta and not name.startswith(self.prefix + "."):
+                owner = name.rpartition(".")[0]
+                module = self.model.get_submodule(owner)
+                skeleton.place(module, self._read(module, owner + "."))
+
     def _outside(self) -> list[tuple[str, nn.Module]]:
         """Modules with weights of their own that are neither in a block nor the output embedding."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]

@@ -104,7 +104,7 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
-    """Dequantize, merge, quantize, evaluate, report; goes on where an earlier run stopped. Exit code as `gate`."""
+    """Dequantize, merge, quantize, heal, evaluate, report; goes on where an earlier run stopped. Exit code as `gate`."""
     _run(recipe, overrides, "report", junit)
 
 
@@ -118,6 +118,51 @@ def merge(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 def quantize(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Merge, then quantize with GPTQ."""
     _run(recipe, overrides, "quantize")
+
+
+@app.command()
+def heal(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; or use the options.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    checkpoint: Annotated[Path | None, typer.Option(help="A GPTQ checkpoint, written by any tool.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The 16-bit model that it was made from.")] = None,
+    data: Annotated[list[Path], typer.Option(help="Text to heal on; may be given again.")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="New directory; default: CHECKPOINT-healed.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 150,
+    batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
+    lr: Annotated[float, typer.Option(min=1e-9, max=1.0)] = 0.01,
+    norms: Annotated[bool, typer.Option("--norms", help="Let norm weights move too.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Distil the scales of a quantized checkpoint: of a recipe's run, or of any (--checkpoint, --teacher, --data)."""
+    alone = {"--checkpoint": checkpoint, "--teacher": teacher, "--data": data}
+    if recipe is not None:
+        given = [name for name, value in alone.items() if value]
+        if given:
+            raise RecipeError(f"a recipe says what {given[0]} says: give one of them")
+        _run(recipe, overrides, "heal")
+        return
+    if checkpoint is None or teacher is None or not data:
+        missing = ", ".join(name for name, value in alone.items() if not value)
+        raise RecipeError(f"healing needs a RECIPE, or {missing} too")
+    from requant.fit import pick_device
+    from requant.heal import summary
+    from requant.progress import ConsoleWatcher, quiet
+    from requant.standalone import heal_checkpoint
+    from requant.trainer import Settings
+
+    settings = Settings(steps, batch, length, lr, ("scales", "norms") if norms else ("scales",), seed)
+    target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
+    with ConsoleWatcher() as watcher, quiet():
+        watcher.stage("heal", False)
+        told = heal_checkpoint(
+            checkpoint, teacher, data, target, settings, device=pick_device(device),
+            trust_remote_code=trust_remote_code, progress=watcher.progress,
+        )  # fmt: skip
+    print(f"{summary(told)}: {target}")
 
 
 @app.command()
@@ -189,6 +234,18 @@ def _print_check(prepared: Prepared, need: int, free: int) -> None:
     for verdict in prepared.targets:
         print(f"serve     {verdict.target.name} {verdict}")
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
+    print(f"heal      {_healing(prepared)}")
     for warning in prepared.warnings:
         print(f"warning   {warning}")
     print("ok")
+
+
+def _healing(prepared: Prepared) -> str:
+    from requant.fit import pick_device
+
+    if prepared.heal is None:
+        asked = prepared.recipe.heal
+        return "off" if asked == "off" else "off: auto heals on a GPU only; give heal settings of its own to heal here"
+    s = prepared.heal.section
+    way = prepared.heal.fit(pick_device(prepared.recipe.device))
+    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {way}"

@@ -265,9 +265,7 @@ def calibration_windows(
     Raises InputError when an entry is too short for its share: nothing is repeated to fill up.
     """
     draw = random.Random(seed)
-    total = sum(share for _, _, share in entries)
-    counts = [int(samples * share / total) for _, _, share in entries]
-    counts[0] += samples - sum(counts)
+    counts = shares([share for _, _, share in entries], samples)
     chosen: list[list[int]] = []
     for (name, documents, _), count in zip(entries, counts, strict=True):
         stream: list[int] = []
@@ -282,6 +280,13 @@ def calibration_windows(
         chosen += [stream[i * length : (i + 1) * length] for i in draw.sample(range(available), count)]
     draw.shuffle(chosen)
     return torch.tensor(chosen, dtype=torch.int64)
+
+
+def shares(weights: Sequence[float], count: int) -> list[int]:
+    """`count` split by weight, the remainder to the first."""
+    counts = [int(count * w / sum(weights)) for w in weights]
+    counts[0] += count - sum(counts)
+    return counts
 
 
 def digest(windows: Tensor) -> str:

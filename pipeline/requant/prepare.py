@@ -32,7 +32,9 @@ from requant import (
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
+from requant.fit import Shape
 from requant.grid import Grid
+from requant.healing import Healing, plan_healing
 from requant.merge import MergePlan
 from requant.recipe import Nf4, Recipe, Source
 
@@ -64,6 +66,15 @@ class Prepared:
     warnings: tuple[str, ...]
     matches: tuple[match.Match, ...]  # one for each adapter
     probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
+    heal: Healing | None  # None: not asked for, or left out by `auto`
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is scored: as asked for, and healed where gptq is, if healing is done at all."""
+        asked: list[str] = [v for v in self.recipe.evaluate.variants if v != "healed"]
+        if self.heal and ("gptq" in asked or "healed" in self.recipe.evaluate.variants):
+            asked.append("healed")
+        return tuple(asked)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -94,8 +105,12 @@ def prepare(recipe: Recipe) -> Prepared:
     warnings += _deployment(recipe, verdicts) + _left_fused(model)
     tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)
     seen, windows, facts = texts.calibration(recipe, tokenizer)
+    probes = probe.rows(facts["data"], seen)
+    healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = texts.overlaps(windows, sets, warnings)
+    if healing:
+        healing.facts["overlap"] = texts.overlaps(torch.unique(healing.windows, dim=0), sets, warnings, "healing")
     return Prepared(
         recipe,
         base,
@@ -113,7 +128,8 @@ def prepare(recipe: Recipe) -> Prepared:
         verdicts,
         tuple(warnings),
         matches,
-        probe.rows(facts["data"], seen),
+        probes,
+        healing,
     )
 
 
@@ -237,8 +253,9 @@ def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
     """(bytes still to be written, bytes free) for the run directory `where`; raises InputError when they do not fit."""
     dtype = merge.DTYPES.get(prepared.recipe.merge.dtype, torch.float16)
     need = sum(s.nbytes for s in prepared.merge.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.slots)
-    written = [f for name in ("merged", "gptq") for f in where.glob(f"*{name}*/*.safetensors")]
-    written += [f for name in ("merged", "gptq") for f in where.glob(f".{name}.partial-*/*.safetensors")]
+    need += sum(s.nbytes for s in prepared.quantize.slots) if prepared.heal else 0
+    written = [f for name in ("merged", "gptq", "healed") for f in where.glob(f"*{name}*/*.safetensors")]
+    written += [f for name in ("merged", "gptq", "healed") for f in where.glob(f".{name}.partial-*/*.safetensors")]
     need = max(0, need - sum(f.stat().st_size for f in set(written)))  # of this run, or replaced by it
     existing = next(p for p in (where, *where.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free

@@ -17,6 +17,7 @@ from requant import yaml_source
 from requant.errors import RecipeError
 from requant.recipe_errors import add_validation_errors
 from requant.recipe_gates import Gate, Gates, undecidable
+from requant.recipe_heal import Heal
 from requant.recipe_model import (
     DEVICE,
     AnySource,
@@ -47,6 +48,7 @@ __all__ = [
     "Evaluate",
     "Format",
     "Gate",
+    "Heal",
     "Merge",
     "MixEntry",
     "Nf4",
@@ -79,6 +81,9 @@ class Recipe(Section):
     merge: Merge = Field(default=Merge(), description="How the adapter is folded in.")
     quantize: Quantize = Field(default=Quantize(), description="The GPTQ settings.")
     calibration: Calibration = Field(description="The text on which the quantizer looks.")
+    heal: Literal["auto", "off"] | Heal = Field(
+        default="auto", description="Distil the scales after quantizing; auto: on a GPU, with the defaults."
+    )
     evaluate: Evaluate = Field(description="The text on which the result is judged.")
     gates: Gates = Field(
         default=(), description="How much loss is acceptable: run's exit code says whether it is kept."
@@ -128,18 +133,20 @@ class Recipe(Section):
         problems: list[tuple[KeyPath, str]] = []
         if "original" in evaluate.variants and _lacks_original(info):
             problems.append((("variants", evaluate.variants.index("original")), f"original {_NEEDS_ORIGINAL}"))
-        calibration = info.data.get("calibration")
-        if calibration is not None:
-            directory = info.context if isinstance(info.context, Path) else Path()
-            seen = {
-                entry.data.identity(directory): f"calibration.mix.{i}.data" if calibration.mix else "calibration.data"
-                for i, entry in enumerate(calibration.entries)
-            }
-            for i, item in enumerate(evaluate.sets):
-                key = seen.get(item.data.identity(directory))
-                if key:
-                    message = f"is the same text as {key}: judge on text that the quantizer has not seen"
-                    problems.append((("sets", i, "data"), message))
+        if "healed" in evaluate.variants and info.data.get("heal") == "off":
+            problems.append((("variants", evaluate.variants.index("healed")), "healed is not made with heal: off"))
+        directory = info.context if isinstance(info.context, Path) else Path()
+        seen = {
+            entry.data.identity(directory): f"{section}.mix.{i}.data" if source.mix else f"{section}.data"
+            for section in ("heal", "calibration")
+            if isinstance(source := info.data.get(section), Heal | Calibration)
+            for i, entry in enumerate(source.entries)
+        }
+        for i, item in enumerate(evaluate.sets):
+            key = seen.get(item.data.identity(directory))
+            if key:
+                message = f"is the same text as {key}: judge on text that the quantizer has not seen"
+                problems.append((("sets", i, "data"), message))
         if problems:
             fail(*problems)
         return evaluate

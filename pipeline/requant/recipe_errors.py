@@ -67,7 +67,7 @@ def add_validation_errors(document: Document, root: type[BaseModel], errors: Seq
             document.report(path, _unknown_key(str(path[-1]), _known_keys(root, path[:-1])))
         elif kind == "missing":
             document.report(path, "required key is missing")
-        elif kind == "literal_error" and any(other[: len(path)] == path != other for other, _ in located):
+        elif kind == "literal_error" and any(_meant(path, *other) for other in located):
             pass  # the other arm of a union was meant, and has its own errors
         else:
             wanted.setdefault(path, (error["input"], []))[1].append(_expectation(error))
@@ -76,6 +76,11 @@ def add_validation_errors(document: Document, root: type[BaseModel], errors: Seq
         document.report(
             path, f"empty, expected {expected}" if value is None else f"{show_value(value)} is not {expected}"
         )
+
+
+def _meant(path: KeyPath, other: KeyPath, error: Mapping[str, Any]) -> bool:
+    """Whether another error shows that a section was meant at `path`."""
+    return other[: len(path)] == path and (other != path or "problems" in error.get("ctx", {}))
 
 
 def _locate(data: Any, error: Mapping[str, Any]) -> KeyPath:

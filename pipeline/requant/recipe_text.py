@@ -13,7 +13,7 @@ from requant.yaml_source import KeyPath
 
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
-Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq"]
+Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq", "healed"]
 Format = Literal["auto", "text", "chat", "completion"]
 
 
@@ -127,7 +127,7 @@ class Evaluate(Section):
     sets: Annotated[tuple[EvalSet, ...], AsTuple, Field(min_length=1)] = Field(description="The texts.")
     variants: Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default=("base", "adapter", "merged", "rtn", "gptq"),
-        description="The models; adapter is the reference.",
+        description="The models; adapter is the reference. With gptq comes healed where healing is done.",
     )
     kl: bool = Field(default=True, description="Also measure the KL divergence from the reference.")
     batch: Literal["auto"] | Positive = Field(default="auto", description="Windows at a time; changes no result.")

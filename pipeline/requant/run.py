@@ -1,6 +1,6 @@
 """The stages in order; skips what is whole and matches.
 
-    merge -> quantize -> evaluate -> report
+    merge -> quantize -> (heal) -> evaluate -> report
 
 Only here are a recipe's values turned into the stages' plain arguments. Each stage has a key, the digest of all that it
 depends on; a stage whose key is unchanged is not run again, and a killed run goes on where it stopped.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,14 +26,17 @@ from requant import probe as probing
 from requant import quantize_gptqmodel as peer
 from requant.checkpoint import write_text
 from requant.data import digest
-from requant.errors import StageError
+from requant.errors import InputError, StageError
+from requant.fit import pick_device
+from requant.healing import Healing, heal_stage
+from requant.keys import LAYOUT, Keys
 from requant.prepare import Prepared
 from requant.rundir import LogFile, RunDirectory, key_of
 
 log = logging.getLogger(__name__)
-Stage = Literal["merge", "quantize", "evaluate", "report"]
-STAGES: tuple[Stage, ...] = ("merge", "quantize", "evaluate", "report")
-LAYOUT = 1  # raised when a stage's files change their meaning
+Stage = Literal["merge", "quantize", "heal", "evaluate", "report"]
+STAGES: tuple[Stage, ...] = ("merge", "quantize", "evaluate", "report")  # of every run
+WITH_HEAL: tuple[Stage, ...] = ("merge", "quantize", "heal", "evaluate", "report")
 
 
 class Watcher:
@@ -63,58 +67,20 @@ def run(wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | No
     directory.check()
     prepared = prepare.prepare(wanted)
     prepare.check_disk(prepared, directory.path)
+    stages = WITH_HEAL if prepared.heal else STAGES
+    if until not in stages:
+        raise InputError(f"heal is {wanted.heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
     with directory.open():
         runner = Runner(prepared, directory, watcher or Watcher())
         with LogFile(directory.path / "log.txt"):
             write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
-            for stage in STAGES[: STAGES.index(until) + 1]:
+            for stage in stages[: stages.index(until) + 1]:
                 if stage == "quantize":
                     runner.probe()
                 getattr(runner, stage)()
             if until == "report":
                 runner.tidy()
     return runner.outcome
-
-
-def pick_device(asked: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU."""
-    if asked == "auto":
-        asked = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What each stage and variant depends on, as digests."""
-
-    merge: str
-    quantize: str
-    variants: dict[str, str]
-
-    @classmethod
-    def of(cls, p: Prepared, directory: RunDirectory, device: torch.device) -> Keys:
-        """From the content of all inputs and the settings that matter to each."""
-        base = directory.fingerprint(p.base)
-        prints = [(directory.fingerprint(a.path), a.weight) for a in p.merge.adapters]
-        adapter = prints[0][0] if len(prints) == 1 and prints[0][1] == 1 else key_of(prints)
-        original = directory.fingerprint(p.original) if p.original else None
-        simulate = asdict(p.simulate) if p.simulate else None
-        onto = (original, None) if p.recipe.merge.onto == "original" else (base, simulate)
-        merged = key_of(LAYOUT, "merge", onto, adapter, p.recipe.merge.model_dump())
-        grids = {name: asdict(grid) for name, grid in p.quantize.grids.items()}
-        settings = (p.settings.order, p.settings.sweeps, p.settings.correct, p.settings.damp, str(p.serving_dtype))
-        engine = p.recipe.quantize.engine
-        stage = "quantize" if engine == "requant" else f"quantize by {engine}"
-        quantized = key_of(merged, stage, grids, settings, p.calibration_facts["digest"], device.type)
-        every = {
-            "base": key_of(LAYOUT, "base", base, simulate),
-            "adapter": key_of(LAYOUT, "adapter", base, simulate, adapter),
-            "merged": merged,
-            "original": key_of(LAYOUT, "original", original, adapter),
-            "rtn": key_of(merged, "rtn", grids),
-            "gptq": quantized,
-        }
-        return cls(merged, quantized, {v: every[v] for v in p.recipe.evaluate.variants})
 
 
 class Runner:
@@ -230,6 +196,26 @@ class Runner:
     def _quantizer_version(self) -> str:
         return __version__ if self.recipe.quantize.engine == "requant" else version(self.recipe.quantize.engine)
 
+    def heal(self) -> dict[str, Any]:
+        """The healed checkpoint, beside the one that it was made from."""
+        artifact, asked, key = self.dir.artifact("healed"), self.p.heal, self.keys.heal
+        known = self.dir.result("heal", key)
+        if asked is None or (known is not None and artifact.whole(key)):
+            self.watcher.stage("heal", True)
+            return known or {}
+        self.merge(needed=True)
+        work = self.dir.scratch("heal", key)
+
+        def run(plan: Healing = asked) -> dict[str, Any]:
+            out = artifact.begin(key)
+            told = heal_stage(plan, self._places(), out, key, work, self.device, self.watcher.progress)
+            artifact.finish(key, {"stage": "heal", "requant": __version__})
+            return told
+
+        result = self._do("heal", key, run)
+        shutil.rmtree(work, ignore_errors=True)
+        return result
+
     def evaluate(self) -> None:
         """Scores of every variant on every set."""
         todo = self.scores.missing()
@@ -255,8 +241,10 @@ class Runner:
         asked = (in_domain, [gate.rule() for gate in gates], reports.SCHEMA_VERSION, __version__)
         path = self.dir.path
         proof = verify.remembered(path, self.keys.quantize)
-        key = key_of(self.keys.merge, self.keys.quantize, self.scores.key, *asked, proof)
-        written = all((path / name).exists() for name in ("report.json", "report.md", "report.html", "gptq/README.md"))
+        key = key_of(self.keys.merge, self.keys.quantize, self.keys.heal, self.scores.key, *asked, proof)
+        cards = {"gptq": "healed", "healed": None} if self.p.heal else {"gptq": None}  # directory: variant left out
+        needed = ("report.json", "report.md", "report.html", *(f"{name}/README.md" for name in cards))
+        written = all((path / name).exists() for name in needed)
         if written and not self.outcome.ran and self.dir.result("report", key) is not None:
             self.watcher.stage("report", True)
             self.outcome.report = json.loads((path / "report.json").read_text())
@@ -264,6 +252,7 @@ class Runner:
         scores = self.scores.load()
         results = [reports.SetResult.of(s, scores[s.name]) for s in self.p.sets]
         wanted = {"merge": self.keys.merge, "quantize": self.keys.quantize, "evaluate": self.scores.key}
+        wanted |= {"heal": self.keys.heal} if self.p.heal else {}
         stages = {name: self.dir.result(name, stage_key) or {} for name, stage_key in wanted.items()} | {
             "probe": self.probed
         }
@@ -277,7 +266,8 @@ class Runner:
             reports.save(report, path / "report.json")
             write_text(path / "report.md", markdown.render(report))
             write_text(path / "report.html", html.render(report))
-            write_text(path / "gptq" / "README.md", markdown.model_card(report))
+            for name, left_out in cards.items():
+                write_text(path / name / "README.md", markdown.model_card(report, without=left_out))
             return {}
 
         self.dir.remember("report", "being written", {})
@@ -290,9 +280,10 @@ class Runner:
 
     def _places(self) -> variants.Places:
         """Where variants are made from."""
+        path = self.dir.path
         return variants.Places(
-            self.p.base, self.p.adapter, self.dir.path / "merged", self.dir.path / "gptq", self.p.simulate,
-            self.p.quantize.grids, self.p.original_merge, self.recipe.trust_remote_code, self.p.merge,
+            self.p.base, self.p.adapter, path / "merged", path / "gptq", self.p.simulate, self.p.quantize.grids,
+            self.p.original_merge, self.recipe.trust_remote_code, self.p.merge, path / "healed",
         )  # fmt: skip
 
     def _dtype(self) -> torch.dtype:

@@ -70,6 +70,14 @@ class RunDirectory:
         path.mkdir(exist_ok=True)
         return path
 
+    def scratch(self, stage: str, key: str) -> Path:
+        """Where a stage keeps what it goes on from after a kill; that of other keys is removed. Not made."""
+        path = self.cache / f"{stage}-{key[:16]}"
+        for other in self.cache.glob(f"{stage}-*/"):
+            if other != path:
+                shutil.rmtree(other)
+        return path
+
     def artifact(self, name: str) -> Artifact:
         return Artifact(self.path, name)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from requant import artifacts, data, merge
+from requant import artifacts, data, heal_text, merge
 from requant.errors import InputError
-from requant.recipe import Data, Recipe
+from requant.recipe import Data, Heal, Recipe
 
 if TYPE_CHECKING:
     from requant_eval.windows import EvalSet
@@ -69,6 +69,26 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[data.Toke
     return [documents for _, documents, _ in entries], windows, facts
 
 
+def healing(
+    recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[data.Tokens]]
+) -> tuple[list[Sequence[data.Tokens]], Tensor, int, dict[str, Any]]:
+    """(documents of its own sources, windows int64, how many of them at the end are held out, facts for the report).
+
+    calibrated: the documents of the calibration sources, which are the text when the section names none.
+    """
+    own = [(source_of(e.data, recipe.directory), e) for e in section.entries]
+    if own:
+        entries = [(str(s), data.tokenize(s, tokenizer, e.format), e.share) for s, e in own]
+    else:
+        named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
+        entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
+    windows, held = heal_text.draw(
+        entries, tokenizer, steps=section.steps, batch=section.batch, length=section.length, seed=section.seed
+    )
+    facts = {"data": [name for name, _, _ in entries], "digest": data.digest(windows)}
+    return [documents for _, documents, _ in entries] if own else [], windows, held, facts
+
+
 def evaluation_set(
     recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequence[Sequence[data.Tokens]] = ()
 ) -> EvalSet:
@@ -110,21 +130,23 @@ def _document(row: data.Tokens, cut: int | None, completion: bool) -> Any:
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
 
 
-def _refuse_identical(name: str, share: float, what: str) -> None:
+def _refuse_identical(name: str, share: float, what: str, where: str = "calibration") -> None:
     if share >= IDENTICAL:
         raise InputError(
-            f"evaluation set {name}: {share:.0%} of its {what} are in the calibration text: "
+            f"evaluation set {name}: {share:.0%} of its {what} are in the {where} text: "
             "the quantizer would be judged on what it has seen; use other text"
         )
 
 
-def overlaps(windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str]) -> dict[str, float]:
+def overlaps(
+    windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str], where: str = "calibration"
+) -> dict[str, float]:
     """Share of each set's 13-grams that the calibration text holds; raises InputError when it is mostly the same text."""
     shares = {}
     for s in sets:
         share = data.overlap(windows, [w.ids.tolist() for w in s.windows])
-        _refuse_identical(s.name, share, "13-token runs")
+        _refuse_identical(s.name, share, "13-token runs", where)
         if share > OVERLAPS:
-            warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the calibration text")
+            warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the {where} text")
         shares[s.name] = share
     return shares

@@ -38,6 +38,7 @@ class Places:
     original: merge.MergePlan | None = None
     trust_remote_code: bool = False
     plan: merge.MergePlan | None = None  # whose adapters make the variant adapter; None: the directory `adapter`
+    healed: Path | None = None
 
 
 @torch.no_grad()
@@ -51,11 +52,21 @@ def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype)
         return _rounded(places, device, dtype)
     if name == "gptq":
         return quantized(places.gptq, places, device, dtype)
+    if name == "healed" and places.healed is not None:
+        return quantized(places.healed, places, device, dtype)
     if name == "original" and places.original is not None:
         plan = places.original
         tensors = ((op.name, merge.compute(plan, op)[0]) for op in plan.ops)
         return _filled(places.merged, [op.name for op in plan.ops], tensors, places, device, dtype)
     raise ValueError(f"no variant {name!r}")
+
+
+def teacher(name: str, places: Places, *, device: torch.device, stored: torch.dtype | None) -> Any:
+    """What healing imitates, `merged` or `adapter`: fp32 on a CPU, else 16 bit, the merged model as it is `stored`."""
+    if device.type == "cpu":
+        return load(name, places, device=device, dtype=torch.float32)
+    exact = name == "merged" and stored in (torch.float16, torch.bfloat16)
+    return load(name, places, device=device, dtype=stored if exact and stored else torch.bfloat16)
 
 
 def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,0 +1,183 @@
+"""What a healing step costs at the size of an 8B model: seconds and peak memory with random weights of Llama-3-8B's shape.
+
+    python bench/heal_shape.py --out FILE [--layers 32]
+
+End to end with a resident and with a stored teacher, and block by block; 16 x 512 tokens a step, all of them at once or a
+few windows at a time. FILE is rewritten after every row. On a CPU the widths are tiny: only to try the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from heal import DEVICE, peak, phase, reset_peak, save, sync
+
+from requant import distil, skeleton, student, teacher, trainer
+from requant.blocks import block_linears, block_list
+from requant.trainer import EndToEnd, Settings, Trainer
+
+LAYERS = 32
+
+
+class Bench:
+    """Settings, rows so far, and where they go."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.settings = args, Settings(steps=args.steps, batch=args.batch, length=args.window)
+        self.seconds: dict[str, float] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(self, mode: str, runs: Trainer, micro: int, whole: Callable[[float], float]) -> None:
+        """Two steps after a first one; `whole` makes the seconds of everything of those of a step."""
+        batch = self.settings.batch
+        runs.micro = micro
+        reset_peak()
+        runs.step(0, range(batch))
+        sync()
+        started = time.perf_counter()
+        for i in (1, 2):
+            runs.step(i, range(i * batch, (i + 1) * batch))
+        sync()
+        each = (time.perf_counter() - started) / 2
+        row = {"mode": mode, "micro": micro, "seconds_a_step": each, "peak_gb": peak(), "seconds_whole": whole(each)}
+        self.rows.append(row)
+        print(f"  {row}", flush=True)
+        about = {"layers": self.args.layers, "settings": asdict(self.settings)}
+        save(self.args.out, about | {"rows": self.rows, "seconds": self.seconds})
+
+
+class Known:
+    """A teacher whose hidden states are at hand."""
+
+    def __init__(self, states: torch.Tensor, head: Any) -> None:
+        self.states, self.head = states, head
+
+    def hidden(self, numbers: Any) -> torch.Tensor:
+        return self.states[list(numbers)].to(DEVICE)
+
+
+def end_to_end(bench: Bench, config: Any) -> None:
+    """Resident teacher, then the same hidden states from before."""
+    s = bench.settings
+    windows = torch.randint(0, config.vocab_size, (3 * s.batch, s.length))
+    with phase("random student", bench.seconds):
+        pupil = random_student(random_model(config, quantized=True))
+        student.widen(pupil.model)
+        trainer.thrifty(pupil.model)
+    with phase("random teacher", bench.seconds):
+        big = random_model(config, quantized=False)
+        taught = teacher.Resident(big, windows, DEVICE)
+
+    def measure(mode: str, source: Any, micro: int, before: float) -> None:
+        with phase(f"{mode}, {micro} windows at a time", bench.seconds):
+            runs = Trainer(pupil, EndToEnd(pupil, source, windows, s.batch, DEVICE), 2 * s.batch, s.batch, s)
+            bench.measure(mode, runs, micro, lambda each: before + each * s.steps)
+
+    for micro in (s.batch, max(1, s.batch // 4)):
+        measure("resident teacher", taught, micro, 0.0)
+    with phase("teacher's forward", bench.seconds):
+        sync()
+        started = time.perf_counter()
+        at = range(0, len(windows), s.batch)
+        states = [taught.hidden(range(i, i + s.batch)).to(teacher.product_dtype(DEVICE)).cpu() for i in at]
+        before = (time.perf_counter() - started) / len(at) * s.steps
+    known = Known(torch.cat(states), taught.head)
+    del big, taught
+    for micro in (s.batch, max(1, s.batch // 4), 1):
+        measure("stored teacher", known, micro, before)
+
+
+def block_by_block(bench: Bench, config: Any) -> None:
+    """A block's student and teacher: three forwards of every window, and the student's steps."""
+    s, one = bench.settings, copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    ours, theirs = random_model(one, quantized=True), random_model(one, quantized=False)
+    pupil = random_student(ours)
+    at = torch.arange(s.length, device=DEVICE)[None]
+    rotary = ours.model.rotary_emb(torch.zeros(1, 1, config.hidden_size, device=DEVICE), at)
+    shape = (3 * s.batch, s.length, config.hidden_size)
+    states = torch.randn(shape, device=DEVICE, dtype=teacher.product_dtype(DEVICE))
+
+    def run(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        with teacher.precision(DEVICE):
+            out = block_list(model)[1][0](hidden.float(), position_embeddings=rotary)
+        return out[0] if isinstance(out, tuple) else out
+
+    def loss(numbers: Any) -> torch.Tensor:
+        chosen = list(numbers)
+        return len(chosen) * distil.relative_error(run(ours, states[chosen]), states[chosen])
+
+    sync()
+    started = time.perf_counter()
+    with torch.no_grad():
+        run(theirs, states)
+    sync()
+    forward = (time.perf_counter() - started) / 3
+    for micro in (s.batch, max(1, s.batch // 4)):
+        with phase(f"block by block, {micro} windows at a time", bench.seconds):
+            runs = Trainer(pupil, loss, 2 * s.batch, s.batch, s)
+            bench.measure(
+                "block by block", runs, micro,
+                lambda each: bench.args.layers * (each * s.steps + 3 * forward * s.steps),
+            )  # fmt: skip
+
+
+def random_model(config: Any, *, quantized: bool) -> Any:
+    """A model on the device: random 16-bit weights, or random 4-bit codes in groups of 128 in its blocks."""
+    model: Any = skeleton.build(config)
+    dtype = teacher.product_dtype(DEVICE)
+    prefix, items = block_list(model)
+    for index, block in enumerate(items if quantized else []):
+        for name, linear in block_linears(block).items():
+            new = random_linear(linear.out_features, linear.in_features, dtype)
+            model.set_submodule(f"{prefix}.{index}.{name}", new)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            value = torch.ones(parameter.shape, device=DEVICE)
+            if parameter.ndim > 1:
+                value = torch.randn(parameter.shape, device=DEVICE, dtype=dtype) * 0.02
+            skeleton.place(model, {name: value})
+    return model.to(DEVICE)
+
+
+def random_linear(rows: int, columns: int, dtype: torch.dtype) -> student.ScaledLinear:
+    group = min(128, columns // 2)
+    packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=DEVICE)
+    scale = torch.full((rows, columns // group), 2.0**-8, device=DEVICE)
+    zero = torch.full(scale.shape, 8, dtype=torch.uint8, device=DEVICE)
+    return student.ScaledLinear(student.Codes(packed, scale, zero, columns), None, dtype)
+
+
+def random_student(model: Any) -> student.Student:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, student.ScaledLinear)}
+    return student.Student(model, [student.movable_scales(layers, teacher.product_dtype(DEVICE))])
+
+
+def main() -> None:
+    from transformers import LlamaConfig
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, default in {"layers": LAYERS, "steps": 150, "batch": 16, "window": 512}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    bench = Bench(parser.parse_args())
+    tiny = DEVICE.type == "cpu"
+    config = LlamaConfig(
+        hidden_size=64 if tiny else 4096, intermediate_size=128 if tiny else 14336, num_hidden_layers=bench.args.layers,
+        num_attention_heads=4 if tiny else 32, num_key_value_heads=2 if tiny else 8, vocab_size=96 if tiny else 128256,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    end_to_end(bench, config)
+    reset_peak()
+    block_by_block(bench, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A recipe's healing: its text, whether it fits the machine, and the stage run on a run directory's checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant import __version__, data, fit, heal, texts, variants
+from requant.checkpoint import Checkpoint
+from requant.merge import DTYPES
+from requant.recipe import Heal, Recipe
+from requant.teacher import Progress
+from requant.trainer import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How and on what a checkpoint will be healed; the last `held` of the windows are not trained on."""
+
+    section: Heal
+    shape: fit.Shape
+    windows: Tensor
+    held: int
+    facts: dict[str, Any]
+
+    @property
+    def settings(self) -> Settings:
+        s = self.section
+        return Settings(s.steps, s.batch, s.length, s.lr, s.tune, s.seed)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the result depends on besides the models."""
+        return (self.section.model_dump(exclude={"data", "mix", "format"}), self.facts["digest"])
+
+    def fit(self, device: torch.device) -> fit.Fit:
+        """How it fits the device; raises InputError when it does not."""
+        s = self.section
+        return fit.choose(
+            self.shape, steps=s.steps, batch=s.batch, length=s.length, unique=len(self.windows), held=self.held,
+            looks=len(self.settings.looks()), device=device, asked="whole" if s.target == "adapter" else s.mode,
+        )  # fmt: skip
+
+
+def plan_healing(recipe: Recipe, tokenizer: Any, seen: list[Sequence[data.Tokens]], shape: fit.Shape) -> Healing | None:
+    """The healing that a recipe asks for, None for none; `seen` grows by documents that no evaluation set may hold."""
+    section = recipe.heal
+    if section == "auto":
+        section = Heal() if fit.pick_device(recipe.device).type == "cuda" else "off"
+    if not isinstance(section, Heal):
+        return None
+    documents, windows, held, facts = texts.healing(recipe, section, tokenizer, seen)
+    seen += documents
+    return Healing(section, shape, windows, held, facts)
+
+
+def heal_stage(
+    asked: Healing,
+    places: variants.Places,
+    out: Path,
+    key: str,
+    work: Path,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Heal `places.gptq` into the empty directory `out`; what is returned goes into the report."""
+    way, target = asked.fit(device), asked.section.target
+    log.info("heal: %s", way)
+    stored = DTYPES.get(str(Checkpoint(places.merged).config.get("dtype")))
+    told = heal.heal(
+        places.gptq, out, asked.windows, asked.held, asked.settings, way,
+        teacher=lambda: variants.teacher(target, places, device=device, stored=stored), teacher_path=places.merged,
+        key=key, work=work, device=device, trust_remote_code=places.trust_remote_code,
+        meta={"healer": [f"requant:{__version__}"]}, progress=progress,
+    )  # fmt: skip
+    return told | {"data": asked.facts["data"], "target": target}
