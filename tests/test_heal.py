@@ -256,7 +256,7 @@ def test_block_by_block_comes_near_end_to_end(pair: tuple[Path, Path], tmp_path:
     fresh = pico.ids(16, LENGTH, seed=3)
     assert told["healed"]
     assert divergence(tmp_path / "out", merged, fresh) < 0.97 * divergence(source, merged, fresh)
-    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, windows()[-8:]), rel=1e-3)
+    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, windows()[-8:]), rel=5e-3)
     assert told["kl_start"] == pytest.approx(divergence(source, merged, windows()[-8:]), rel=5e-3), (
         "merged's final norm"
     )

@@ -109,8 +109,7 @@ def prepare(recipe: Recipe) -> Prepared:
     healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = texts.overlaps(windows, sets, warnings)
-    if healing:
-        healing.facts["overlap"] = texts.overlaps(torch.unique(healing.windows, dim=0), sets, warnings, "healing")
+    _healing_overlaps(healing, sets, warnings)
     return Prepared(
         recipe,
         base,
@@ -131,6 +130,12 @@ def prepare(recipe: Recipe) -> Prepared:
         probes,
         healing,
     )
+
+
+def _healing_overlaps(healing: Healing | None, sets: tuple[EvalSet, ...], warnings: list[str]) -> None:
+    if healing:
+        windows = torch.unique(healing.windows, dim=0)
+        healing.facts["overlap"] = texts.overlaps(windows, sets, warnings, "healing")
 
 
 def _hints(recipe: Recipe) -> list[str]:
