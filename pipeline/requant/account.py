@@ -46,13 +46,7 @@ def account(
         "calibration": prepared.calibration_facts,
         "heal": _healing(prepared, stages.get("heal")),
         "cost": {
-            "bytes": {
-                "base": _base_bytes(prepared),
-                "adapter": _size(prepared.adapter),
-                "merged": _size(run / "merged") or merged.get("bytes"),
-                "gptq": _size(run / "gptq"),
-            }
-            | _healed_size(run, prepared),
+            "bytes": _bytes(prepared, run, merged),
             "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
             "peak_rss": {n: s["peak_rss"] for n, s in stages.items() if "peak_rss" in s},
         },
@@ -70,15 +64,22 @@ def account(
     }
 
 
+def _bytes(prepared: Prepared, run: Path, merged: Mapping[str, Any]) -> dict[str, int | None]:
+    """Weights of every artifact; None where it is not known."""
+    sizes = {
+        "base": _base_bytes(prepared),
+        "adapter": _size(prepared.adapter),
+        "merged": _size(run / "merged") or merged.get("bytes"),
+        "gptq": _size(run / "gptq"),
+    }
+    return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {})
+
+
 def _healing(prepared: Prepared, told: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What healing did; None where it was not asked for or `auto` left it out."""
     if prepared.heal is None or not told:
         return None
     return {k: v for k, v in told.items() if k not in MEASURED} | {"overlap": prepared.heal.facts.get("overlap", {})}
-
-
-def _healed_size(run: Path, prepared: Prepared) -> dict[str, int]:
-    return {"healed": _size(run / "healed")} if prepared.heal else {}
 
 
 def public_name(source: recipe.Source, directory: Path) -> str:
