@@ -83,16 +83,14 @@ def prepare(recipe: Recipe) -> Prepared:
     base = fetch(recipe.base.source, recipe.directory, trust)
     loaded = [adapters.load(fetch(s, recipe.directory, trust), weight=w) for s, w in recipe.weighted_adapters]
     adapter_path = loaded[0].path
-    sixteen = recipe.base.sixteen_bit
-    original = fetch(sixteen, recipe.directory, trust) if sixteen else None
+    original = fetch(s, recipe.directory, trust) if (s := recipe.base.sixteen_bit) else None
     simulate = _settings(recipe.base.nf4)
     onto_original = recipe.merge.onto == "original"
     plan, model = plan_merge(
         original if onto_original and original else base, loaded, None if onto_original else simulate, trust
     )
-    fork = None
-    if "original" in recipe.evaluate.variants and original is not None:
-        fork = plan_merge(original, loaded, None, trust)[0]
+    forked = original is not None and "original" in recipe.evaluate.variants
+    fork = plan_merge(original, loaded, None, trust)[0] if original and forked else None
     bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
     matches = tuple(match.match(a, plan, bases) for a in loaded)
     warnings = [*plan.warnings, *(w for m in matches for w in m.warnings), *_hints(recipe)]
@@ -108,8 +106,7 @@ def prepare(recipe: Recipe) -> Prepared:
     probes = probe.rows(facts["data"], seen)
     healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
-    facts["overlap"] = texts.overlaps(windows, sets, warnings)
-    _healing_overlaps(healing, sets, warnings)
+    facts["overlap"] = _overlaps(windows, healing, sets, warnings)
     return Prepared(
         recipe,
         base,
@@ -132,10 +129,14 @@ def prepare(recipe: Recipe) -> Prepared:
     )
 
 
-def _healing_overlaps(healing: Healing | None, sets: tuple[EvalSet, ...], warnings: list[str]) -> None:
+def _overlaps(
+    windows: Tensor, healing: Healing | None, sets: tuple[EvalSet, ...], warnings: list[str]
+) -> dict[str, float]:
+    """What the sets share with the calibration text; with the healing text it is kept in the healing's own facts."""
     if healing:
-        windows = torch.unique(healing.windows, dim=0)
-        healing.facts["overlap"] = texts.overlaps(windows, sets, warnings, "healing")
+        drawn = torch.unique(healing.windows, dim=0)
+        healing.facts["overlap"] = texts.overlaps(drawn, sets, warnings, "healing")
+    return texts.overlaps(windows, sets, warnings)
 
 
 def _hints(recipe: Recipe) -> list[str]:
