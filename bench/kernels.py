@@ -1,7 +1,7 @@
 """Which kernel reads which checkpoint rightly: every kernel of gptqmodel on this device, every format we write.
 
     python bench/kernels.py [--device cuda] [--dtype bfloat16 ...] [--backend NAME ...] [--format NAME ...] [--jobs 4]
-                            [--with vllm] [--out FILE] [--markdown FILE]
+                            [--with vllm] [--out FILE]
 
 A random Llama (4 layers, hidden 512: whole tiles for every kernel) is quantized here in each format. A cell is the
 largest difference of -ln p of any token from our own decoding in fp32: "right" within the rounding of the dtype, else "WRONG";
@@ -14,9 +14,12 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +46,13 @@ FORMATS = {
     "2 bit g128": Grid(2, 128),
 }
 BACKENDS = {
-    "cpu": ("auto", "gptq_torch", "gptq_torch_aten", "gptq_torch_int8", "gptq_torch_fused"),
+    "cpu": ("gptq_torch", "gptq_torch_aten", "gptq_torch_fused", "gptq_torch_int8", "auto"),
     "cuda": ("auto", "gptq_torch", "gptq_triton", "gptq_marlin", "gptq_machete", "gptq_exllama_v2"),
 }
 # Of one token's -ln p; a wrong zero point or sign is off by more than 1. The model's logits span about 20.
 BOUND = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.4}
 LENGTH, ROWS = 64, 4
+TIMEOUT = 1200
 
 
 def make_model(out: Path) -> None:
@@ -76,22 +80,65 @@ def reference(path: Path, rows: list[list[int]]) -> list[float]:
     return nll
 
 
-def cell(
-    path: Path, engine: str, backend: str | None, dtype: str, device: str, rows: list[list[int]], ours: list[float]
-):  # type: ignore[no-untyped-def]
-    """One kernel on one checkpoint."""
-    started = time.perf_counter()
-    answer = engines.ask(engine, path, rows, dtype=dtype, device=device, backend=backend, threads=1)  # type: ignore[arg-type]
-    took = time.perf_counter() - started
-    if answer.error is not None:
-        return {"state": "refused", "reason": answer.error, "seconds": took}
-    theirs = [x for row in answer.nll for x in row]
+def cells_of(task: dict[str, Any]) -> None:
+    """One kernel and dtype on every checkpoint, in this process; prints one JSON line a checkpoint."""
+    from requant import engine_transformers as engine
+
+    for name, path in task["paths"].items():
+        request = task | {"path": path, "trust_remote_code": False}
+        started = time.perf_counter()
+        try:
+            model = engine.load(request)
+            loaded = time.perf_counter() - started
+            answer = {
+                "nll": engine.score(model, task["rows"]),
+                "kernels": engine.kernels(model),
+                "load_seconds": loaded,
+            }
+        except Exception as error:  # noqa: BLE001 - whatever a kernel says is its answer
+            answer = {
+                "error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300] if str(error) else ''}"
+            }
+        print("CELL " + json.dumps({"format": name} | answer), flush=True)
+
+
+def ask_all(task: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
+    """`cells_of` in a process of its own; a format it died on, and those after it, say so."""
+    command = [sys.executable, __file__, "--device", device, "--task", json.dumps(task)]
+    settings = {"GPTQMODEL_DISABLE_PACK_EXT": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=os.environ | settings
+        )
+        out, end = done.stdout, f"the process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+    except subprocess.TimeoutExpired as error:
+        out = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
+        end = f"no answer in {TIMEOUT} s"
+    lines = [json.loads(x.removeprefix("CELL ")) for x in out.splitlines() if x.startswith("CELL ")]
+    found = {x.pop("format"): x for x in lines}
+    return {name: found.get(name, {"error": end}) for name in task["paths"]}
+
+
+def by_vllm(paths: dict[str, str], rows: list[list[int]]) -> dict[str, dict[str, Any]]:
+    """Every checkpoint in vLLM, one load each."""
+    found = {}
+    for name, path in paths.items():
+        answer = engines.ask("vllm", Path(path), rows, dtype="bfloat16")
+        found[name] = (
+            {"error": answer.error} if answer.error is not None
+            else {"nll": answer.nll, "kernels": list(answer.kernels), "load_seconds": answer.load_seconds}
+        )  # fmt: skip
+    return found
+
+
+def judge(raw: dict[str, Any], ours: list[float], dtype: str) -> dict[str, Any]:
+    """One cell of the table."""
+    if "error" in raw:
+        return {"state": "refused", "reason": raw["error"]}
+    theirs = [x for row in raw.pop("nll") for x in row]
     worst = max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
-    state = "right" if worst <= BOUND[dtype] else "WRONG"
-    return {
-        "state": state, "worst": worst, "mean": sum(theirs) / len(theirs) - sum(ours) / len(ours),
-        "kernels": list(answer.kernels), "load_seconds": answer.load_seconds, "versions": dict(answer.versions), "seconds": took,
-    }  # fmt: skip
+    mean = (sum(theirs) - sum(ours)) / len(ours)
+    return {"state": "right" if worst <= BOUND[dtype] else "WRONG", "worst": worst, "mean": mean, **raw}  # NaN is WRONG
 
 
 def table(cells: dict[str, dict[str, Any]], columns: list[str]) -> str:
@@ -103,61 +150,61 @@ def table(cells: dict[str, dict[str, Any]], columns: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def checkpoints(work: Path, names: list[str]) -> dict[str, str]:
+    """The model in every format, by our own quantizer on random windows."""
+    make_model(work / "model")
+    windows = torch.randint(3, 2048, (8, 128), generator=torch.Generator().manual_seed(2))
+    paths = {}
+    for name in names:
+        out = work / name.replace(" ", "-")
+        out.mkdir()
+        settings = Settings(FORMATS[name])
+        quantize.quantize(
+            work / "model", out, windows, settings, dtype=torch.float16, device=torch.device("cpu"), batch=8
+        )
+        paths[name] = str(out)
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", action="append")
     parser.add_argument("--backend", action="append")
     parser.add_argument("--format", action="append", choices=list(FORMATS))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="kernels tried at the same time")
     parser.add_argument("--with", dest="with_", action="append", default=[], choices=["vllm"])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.task:
+        cells_of(json.loads(args.task))
+        return
     kind = args.device.split(":")[0]
-    dtypes = args.dtype or (["float32"] if kind == "cpu" else ["float16", "bfloat16"])
-    backends = args.backend or list(BACKENDS[kind])
     rows = torch.randint(3, 2048, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(args.device) if kind == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {n: version(n) for n in ("torch", "transformers", "gptqmodel", "optimum")}, "bound": BOUND,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        work = Path(folder)
-        make_model(work / "model")
-        waiting: dict[tuple[str, str], Any] = {}
-        for name in args.format or FORMATS:
-            out = work / name.replace(" ", "-")
-            out.mkdir()
-            windows = torch.randint(3, 2048, (8, 128), generator=torch.Generator().manual_seed(2))
-            quantize.quantize(
-                work / "model",
-                out,
-                windows,
-                Settings(FORMATS[name]),
-                dtype=torch.float16,
-                device=torch.device("cpu"),
-                batch=8,
-            )
-            ours = reference(out, rows)
-            jobs = [("transformers", b, d) for b in backends for d in dtypes]
-            jobs += [(e, "vllm", "bfloat16") for e in args.with_]
-            for engine, backend, dtype in jobs:
-                chosen = None if engine == "vllm" else backend
-                job = pool.submit(cell, out, engine, chosen, dtype, args.device, rows, ours)
-                waiting[name, f"{backend} {dtype}"] = job
-        cells: dict[str, dict[str, Any]] = {}
-        for (name, column), job in waiting.items():
-            cells.setdefault(name, {})[column] = job.result()
-            print(name, "|", column, "|", cells[name][column], flush=True)
-    columns = list(next(iter(cells.values())))
-    device = (
-        str(torch.cuda.get_device_name(args.device))
-        if kind == "cuda"
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    result = {"date": time.strftime("%Y-%m-%d"), "device": device, "bound": BOUND, "cells": cells}
-    print(table(cells, columns))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(table(cells, columns))
+        paths = checkpoints(Path(folder), args.format or list(FORMATS))
+        ours = {name: reference(Path(path), rows) for name, path in paths.items()}
+        waiting = {}
+        for backend in args.backend or BACKENDS[kind]:
+            for dtype in args.dtype or (["float32"] if kind == "cpu" else ["float16", "bfloat16"]):
+                task = {"paths": paths, "rows": rows, "backend": backend, "dtype": dtype, "device": args.device}
+                waiting[f"{backend} {dtype}"] = (dtype, pool.submit(ask_all, task, args.device))
+        if "vllm" in args.with_:
+            waiting["vllm bfloat16"] = ("bfloat16", pool.submit(by_vllm, paths, rows))
+        cells: dict[str, dict[str, Any]] = {name: {} for name in paths}
+        for column, (dtype, job) in waiting.items():
+            for name, raw in job.result().items():
+                cells[name][column] = judge(raw, ours[name], dtype)
+                print(f"{name} | {column} | {cells[name][column]}", flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(result | {"cells": cells}, indent=1) + "\n")
+    print(table(cells, list(waiting)))
 
 
 if __name__ == "__main__":
