@@ -62,6 +62,12 @@ def test_the_interpreter_is_the_environments_then_the_projects_then_this(
         engines.ask("vllm", tmp_path, [[1, 2]], dtype="bfloat16")
 
 
+def test_a_run_asks_the_engines_it_is_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "interpreter", lambda engine, directory=None: "python" if engine == "vllm" else None)
+    assert engines.installed(("vllm", "sglang", "transformers")) == ["vllm"]
+    assert engines.installed(()) == []
+
+
 def test_an_engine_sees_no_token(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\necho "RESULT $(env | grep -c _TOKEN)" >&2\nexit 3\n')
@@ -102,8 +108,8 @@ def test_transformers_reads_the_same_numbers(good: Path, source: Path, dtype: st
 
 
 @pytest.mark.usefixtures("gptqmodel")
-def test_what_transformers_refuses_is_a_finding(good: Path, tmp_path: Path) -> None:
-    """Weights that lie are seen by the score: the engine reads a file with other scales than ours."""
+def test_a_kernel_that_cannot_run_here_is_an_answer(good: Path) -> None:
+    """Marlin needs a GPU: the library's own error, not ours."""
     with one_thread():
         answer = engines.ask(
             "transformers", good, [[5, 6, 7, 8] * 8], dtype="float32", backend="gptq_marlin", threads=1

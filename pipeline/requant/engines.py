@@ -11,7 +11,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,11 @@ def interpreter(engine: Engine, directory: Path | None = None) -> str | None:
     if own.exists():
         return str(own.absolute())
     return sys.executable if all(importlib.util.find_spec(name) for name in _NEEDS[engine]) else None
+
+
+def installed(names: Container[str]) -> list[Engine]:
+    """Those of `names` that are engines we can start here."""
+    return [engine for engine in ENGINES if engine in names and interpreter(engine) is not None]
 
 
 def require(engine: Engine) -> str:

@@ -180,9 +180,11 @@ class Runner:
                 meta={"quantizer": [f"{self.recipe.quantize.engine}:{self._quantizer_version()}"]},
                 deltas=deltas.deltas(self.p.merge), progress=self.watcher.progress,
             )  # fmt: skip
-            proof = verify.demand(
-                verify.verify(out, source=self.dir.path / "merged", trust_remote_code=self.recipe.trust_remote_code)
-            )
+            proof = verify.verify(
+                out, source=self.dir.path / "merged", deploy=self.recipe.deploy,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )  # fmt: skip
+            verify.demand(proof)
             artifact.finish(self.keys.quantize, {"stage": "quantize", "requant": __version__})
             return {
                 "modules": [asdict(m) for m in modules],

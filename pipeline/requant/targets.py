@@ -37,6 +37,7 @@ class Kernel:
     inputs: int = 1
     outputs: int = 1
     symmetric: bool = True  # only symmetric ones; False: both
+    signed: bool = False  # seen to read negative scales rightly (bench/kernels.py, make test-vllm)
     experts: bool | None = None  # True: only routed experts; False: everything else; None: both
 
     def lacks(self, matrix: Matrix) -> str | None:
@@ -46,6 +47,8 @@ class Kernel:
             return f"no {grid.bits}-bit weights"
         if self.symmetric and not grid.symmetric:
             return "no asymmetric weights"
+        if grid.signed and not self.signed:
+            return f"negative scales are not proven in {self.name}"
         if grid.group_size not in self.groups:
             return f"no groups of {grid.group_size}"
         for what, size, unit in (("inputs", matrix.columns, self.inputs), ("outputs", matrix.rows, self.outputs)):
@@ -67,7 +70,7 @@ class Target:
 
 _MOE_MARLIN = Kernel("Marlin MoE", inputs=128, experts=True)
 _PARTS = "{} differ in their settings, and it fuses them"
-_TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False),)
+_TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
 _GPTQMODEL = {
     "NVIDIA GPU": (Kernel("Marlin"), Kernel("Triton", bits=(2, 4, 8), symmetric=False), *_TORCH),
     "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False), *_TORCH),
@@ -84,7 +87,7 @@ TARGETS: Mapping[Name, Target] = {
                 ),
                 "other NVIDIA GPU": (Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True)),
                 "CPU": (
-                    Kernel("CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False),
+                    Kernel("CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
                     Kernel("CPU MoE", bits=(4,), experts=True),
                 ),
             },

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,20 +91,21 @@ class Verification:
 @torch.no_grad()
 def verify(
     path: Path, *, source: Path | None = None, rows: Sequence[Sequence[int]] | None = None, text: str | None = None,
-    load_in: Sequence[Engine] = (), engine_dtype: str | None = None, device: torch.device | None = None,
+    load_in: Sequence[Engine] = (), deploy: Container[str] = (), engine_dtype: str | None = None, device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:  # fmt: skip
     """Check the checkpoint in `path`; what cannot be read at all is a finding too.
 
     source: the model that was quantized, to compare weights with. rows: token ids to score, default: `text`, or a
     paragraph of our own, through the checkpoint's tokenizer. load_in: engines that must load it and give our perplexity;
-    InputError when one is not installed. engine_dtype: theirs; default fp32 for transformers on a CPU, else the
+    InputError when one is not installed. deploy: engines that must, if they are installed. engine_dtype: theirs; default fp32 for transformers on a CPU, else the
     checkpoint's own.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
     for engine in load_in:
         engines.require(engine)
+    load_in = list(dict.fromkeys([*load_in, *engines.installed(deploy)]))
     done = Verification(path)
     try:
         found = structure.inspect(path, trust_remote_code=trust_remote_code)
