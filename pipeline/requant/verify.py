@@ -91,15 +91,15 @@ class Verification:
 @torch.no_grad()
 def verify(
     path: Path, *, source: Path | None = None, rows: Sequence[Sequence[int]] | None = None, text: str | None = None,
-    load_in: Sequence[Engine] = (), deploy: Container[str] = (), engine_dtype: str | None = None, device: torch.device | None = None,
-    trust_remote_code: bool = False,
+    load_in: Sequence[Engine] = (), deploy: Container[str] = (), engine_dtype: str | None = None,
+    device: torch.device | None = None, trust_remote_code: bool = False,
 ) -> Verification:  # fmt: skip
     """Check the checkpoint in `path`; what cannot be read at all is a finding too.
 
     source: the model that was quantized, to compare weights with. rows: token ids to score, default: `text`, or a
     paragraph of our own, through the checkpoint's tokenizer. load_in: engines that must load it and give our perplexity;
-    InputError when one is not installed. deploy: engines that must, if they are installed. engine_dtype: theirs; default fp32 for transformers on a CPU, else the
-    checkpoint's own.
+    InputError when one is not installed. deploy: engines that must, if they are installed. engine_dtype: theirs; default
+    fp32 for transformers on a CPU, else the checkpoint's own.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
