@@ -67,6 +67,14 @@ def mean(rows: Sequence[Sequence[float]]) -> float:
     return math.fsum(values) / len(values)
 
 
+def perplexity(nll: Sequence[Sequence[float]]) -> float:
+    """exp of the mean; infinite where that has no double."""
+    try:
+        return math.exp(mean(nll))
+    except OverflowError:
+        return math.inf
+
+
 def interpreter(engine: Engine, directory: Path | None = None) -> str | None:
     """The Python that has the engine, None when there is none.
 

@@ -203,7 +203,7 @@ def _run(
     nll, finite = _score(model, rows, device)
     done.sample_tokens = sum(map(len, nll))
     if finite:
-        done.perplexity = math.exp(engines.mean(nll))
+        done.perplexity = engines.perplexity(nll)
         done.generated = _generate(model, rows[0][:PROMPT], device)
         done.text = tokenizer.decode(done.generated) if tokenizer is not None else None
     else:
@@ -262,7 +262,7 @@ def _judge(done: Verification, answer: Answer, ours: Sequence[Sequence[float]]) 
         done.findings.append(Finding(answer.engine, f"does not load it: {answer.error}"))
     else:
         row["difference"] = answer.difference(ours)
-        row["perplexity"] = math.exp(engines.mean(answer.nll))
+        row["perplexity"] = engines.perplexity(answer.nll)
         row["same_tokens"] = list(answer.generated) == done.generated
         if not answer.agrees(ours):
             reason = f"its mean -ln p is {row['difference']:+.4g} from ours, {row['tolerance']:g} is its rounding"
