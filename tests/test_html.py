@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import itertools
 import json
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_report import FACTS, built
 
 from requant_eval import html
-from requant_eval.charts import charts
+from requant_eval.charts import charts, losses, module_maps, waterfall
 from requant_eval.digits import format_bytes, format_seconds, read_number
 from requant_eval.document import Bullets, Code, Document, Figure, Paragraph, Section, document
+from requant_eval.svg import Scale
 from requant_eval.tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,3 +290,88 @@ def test_a_report_without_optional_parts_renders() -> None:
     markup = Markup(html.render(built({})))
     assert "None" not in markup.text
     assert "Cost" not in markup.text
+
+
+def positions(drawing: str, attribute: str) -> list[float]:
+    return [float(x) for x in re.findall(rf' {attribute}="(-?[\d.]+)%"', drawing)]
+
+
+def test_marks_stand_where_the_numbers_are() -> None:
+    """The points of the loss chart, mapped back through its tick labels, are the losses."""
+    s = next(s for s in built()["sets"] if s["in_domain"])
+    chart = losses({**s, "gates": []})
+    at = positions(chart.axis, "x")
+    labels = [float(label) for label in re.findall(r">([-\d.]+) %<", chart.axis)]
+    slope = (labels[-1] - labels[0]) / (at[-1] - at[0])
+    for row in chart.rows:
+        edge = next(e for e in s["edges"] if (e["from"], e["to"]) == (s["reference"], row.label))
+        for x in positions(row.drawing, "cx"):
+            assert labels[0] + slope * (x - at[0]) == pytest.approx(edge["loss_percent"]["value"], abs=0.01)
+    assert sum(len(positions(row.drawing, "cx")) for row in chart.rows) >= 2
+
+
+def test_a_control_far_outside_says_so_instead_of_standing_at_the_edge() -> None:
+    s = copy.deepcopy(next(s for s in built()["sets"] if s["in_domain"]))
+    for e in s["edges"]:
+        if e["to"] == "rtn":
+            e["loss_percent"] = {"value": 500.0, "se": 1.0, "low": 498.0, "high": 502.0}
+    row = next(row for row in losses({**s, "gates": []}).rows if row.label == "rtn")
+    assert "off the scale" in row.drawing
+    assert positions(row.drawing, "cx") == []
+    assert "+500" in row.value
+
+
+def test_the_waterfall_is_a_chain() -> None:
+    """Each bar begins where the variant it was made of ends, within a hundredth of a percent of the plot."""
+    s = next(s for s in built()["sets"] if s["in_domain"])
+    rows = {row.label: row for row in waterfall(s).rows}
+    bars = {
+        name: sorted((x, x + w) for x, w in zip(positions(r.drawing, "x"), positions(r.drawing, "width"), strict=True))
+        for name, r in rows.items()
+    }
+    assert bars["base"] == []
+    base = positions(rows["base"].drawing, "cx")[0]
+    assert bars["adapter"][0][1] == pytest.approx(base, abs=0.02), "learning goes down from the base"
+    assert bars["merged"][0][0] == pytest.approx(bars["adapter"][0][0], abs=0.3)
+    assert bars["gptq"][0][0] == pytest.approx(bars["rtn"][0][0], abs=0.02), "both start at merged"
+    assert list(rows)[-1] == "rtn", "controls stand last"
+
+
+def test_the_gates_limit_is_drawn_on_its_own_set_only() -> None:
+    report = built()
+    for section, s in (
+        (section, s) for s in report["sets"] for section in document(report).sections if section.title == s["name"]
+    ):
+        figure = next(b for b in section.blocks if isinstance(b, Figure) and b.kind == "steps")
+        limited = any(
+            g["set"] == s["name"] and not g["relative_to"] and g["metric"] == "ppl_increase" for g in report["gates"]
+        )
+        assert all(('class="limit"' in row.drawing) == limited for row in losses(figure.data).rows)
+
+
+def test_module_maps_place_layers_and_take_the_worst_expert() -> None:
+    experts = [
+        {"name": f"model.layers.{layer}.mlp.experts.{n}.up_proj", "relative_error": 0.1 * (layer + 1) + 0.01 * n}
+        for layer in range(2)
+        for n in range(3)
+    ]
+    (chart,) = [
+        c
+        for c in module_maps({"quantize": {"modules": [*experts, {"name": "lm_head", "relative_error": 9}]}})
+        if c.rows
+    ]
+    (row,) = chart.rows
+    assert row.values == ((0, "0.12"), (1, "0.22"))
+    assert row.label == "up_proj"
+
+
+@given(st.floats(1e-9, 1e6), st.floats(1.001, 1e9), st.booleans())
+def test_scales_keep_everything_inside_and_label_it(low: float, times: float, log: bool) -> None:
+    scale = Scale.around([low, low * times], log=log)
+    assert 0 <= scale.at(low) < scale.at(low * times) <= 100
+    ticks = scale.ticks()
+    assert len(ticks) <= 8
+    assert ticks == sorted(set(ticks))
+    assert all(0 <= scale.at(tick) <= 100 and scale.low <= tick * (1 + 1e-9) for tick in ticks)
+    if not log or times > 200:
+        assert ticks
