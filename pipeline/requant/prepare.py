@@ -152,6 +152,11 @@ def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
     """The local directory of a source; a hub id is downloaded to the hub cache (safetensors and small files only)."""
     if source.is_local(directory):
         path = Path(source.resolve(directory))
+        if path.suffix == ".gguf":
+            raise InputError(
+                f"{path}: a GGUF file: no adapter was trained on these numbers. Use the bitsandbytes 4-bit or 16-bit checkpoint "
+                "(safetensors) that the adapter's base_model_name_or_path names"
+            )
         if not path.is_dir():
             raise InputError(f"{path}: no such directory")
         return path
