@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from requant import linears, skeleton
-from requant.checkpoint import Checkpoint
+from requant.checkpoint import Checkpoint, read_json
 from requant.grid import Grid
 from requant.layout import Settings
 from requant.quantize import quantize
@@ -154,3 +154,21 @@ def test_experts_that_the_text_hardly_uses_are_counted(tmp_path: Path) -> None:
         assert sorted(by_expert) == [0, 0, 1, 1]
     assert shares["model.layers.0.self_attn.q_proj"] == 0
     assert not any(r.fallback for r in results)
+
+
+def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path) -> None:
+    """A layer's experts are one module to a server, and Mixtral's have other names there than in transformers 5."""
+    source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
+    (tmp_path / "out").mkdir()
+    overrides = (("*.0.mlp.experts.*", None), ("*.1.mlp.experts.2.up_proj", {"bits": 8}))
+    quantize(
+        source, tmp_path / "out", pico.ids(4, 16), Settings(Grid(4, 32), overrides=overrides), dtype=torch.float16,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    rules = read_json(tmp_path / "out" / "config.json")["quantization_config"]["dynamic"]
+    for stem in (r"model\.layers\.0\.mlp", r"model\.layers\.0\.block_sparse_moe"):
+        assert rules[rf"-:^{stem}\.experts$"] == {}
+    assert rules[r"-:^model\.layers\.0\.block_sparse_moe\.experts\.3\.w2$"] == {}
+    assert rules[r"+:^model\.layers\.1\.mlp\.experts\.2\.up_proj$"]["bits"] == 8
+    assert rules[r"+:^model\.layers\.1\.block_sparse_moe\.experts\.2\.w3$"]["bits"] == 8
+    assert not any(r"\.1\." in rule and rule.endswith(r"experts$") for rule in rules), "its experts differ"

@@ -107,6 +107,7 @@ def test_experts() -> None:
     wide = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 64}
     got = verdict("vllm", "qwen3_moe", **wide)
     assert got.kernels["Hopper"] == {"Marlin": 4, "Marlin MoE": 2}
+    assert got.kernels["CPU"] == {"CPUWNA16": 4, "CPU MoE (needs AMX)": 2}
     narrow = verdict("vllm", "qwen3_moe")
     assert narrow.kernels["Hopper"] == {"Marlin": 4, "MoeWNA16": 2}
     uneven = Settings(Grid(4, 32), overrides=(("*.experts.3.*", {"bits": 8}),))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +20,7 @@ from requant.grid import Grid
 from requant.writer import Slot
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
 
 
@@ -52,6 +54,7 @@ class Plan:
     left: tuple[str, ...]  # linears of blocks left in 16 bit
     bits_per_weight: float
     prefix: str  # module name of the list of blocks
+    renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
 
     @property
     def partly_left(self) -> list[str]:
@@ -103,7 +106,9 @@ def plan(
     weights = sum(linears[n].weight.numel() for n in grids)
     packed_bytes = sum(s.nbytes for many in replaced.values() for s in many)
     left = tuple(n for n in linears if n not in grids)
-    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1), prefix)
+    renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
+    renamed = {n: stored for n, stored in renamed.items() if not n.endswith(stored)}
+    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1), prefix, renamed)
 
 
 def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
@@ -135,7 +140,9 @@ def write_small_files(
     for name, grid in layout.grids.items():
         if grid != settings.grid:
             overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
-    overrides |= _fused(overrides)
+    overrides |= {layout.renamed[name]: own for name, own in overrides.items() if name in layout.renamed}
+    every = [*layout.grids, *layout.left, *layout.renamed.values()]
+    overrides |= _fused(overrides) | _containers(overrides, every)
     inside = [] if layout.partly_left else sorted({_inner(n, layout.prefix) for n in layout.grids})
     quantization = pack.quantization_config(
         bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
@@ -161,6 +168,20 @@ def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
             if name.endswith("." + parts[0]) and all(overrides.get(stem + p, ...) == own for p in parts):
                 extra[stem + fused] = own
     return extra
+
+
+def _containers(overrides: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
+    """The same rules under the names of layers' experts, which engines hold as one, where all parts share one."""
+    parts: dict[str, list[str]] = {}
+    for name in every:
+        match = EXPERT.fullmatch(name)
+        if match:
+            parts.setdefault(match[1], []).append(name)
+    return {
+        container: overrides[names[0]]
+        for container, names in parts.items()
+        if all(n in overrides and overrides[n] == overrides[names[0]] for n in names)
+    }
 
 
 def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:

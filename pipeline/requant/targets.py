@@ -6,7 +6,6 @@ not. A kernel is taken as the engine takes it: the first of its list that fits t
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import nn
 
 from requant import linears
 from requant.grid import Grid
-from requant.layout import FUSED, Plan
+from requant.layout import EXPERT, FUSED, Plan
 
 Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
 # What a plan may have that some engine cannot load.
@@ -88,7 +87,7 @@ TARGETS: Mapping[Name, Target] = {
                 "other NVIDIA GPU": (Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True)),
                 "CPU": (
                     Kernel("CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
-                    Kernel("CPU MoE", bits=(4,), experts=True),
+                    Kernel("CPU MoE (needs AMX)", bits=(4,), experts=True),
                 ),
             },
             {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
@@ -128,7 +127,6 @@ TARGETS: Mapping[Name, Target] = {
 }  # fmt: skip
 # optimum 2.3 gptq/constants.py BLOCK_PATTERNS, of causal language models.
 _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
-_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +204,7 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
     found: dict[Trait, list[str]] = {
         "conv1d": [n for n, m in modules.items() if type(m) is linears.Turned],
         "linear-like": [type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.Turned)],
-        "experts": [n for n in modules if _EXPERT.fullmatch(n)],
+        "experts": [n for n in modules if EXPERT.fullmatch(n)],
         "renamed": _renamed(plan, model),
         "fused gate_up": [n for n in modules if n.endswith(".gate_up_proj")],
         "overrides": rarest if len(by_grid) > 1 else [],
@@ -247,7 +245,7 @@ def _experts(plan: Plan) -> dict[str, bool]:
     grids: dict[str, set[Grid | None]] = {}
     every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
     for name, grid in every.items():
-        match = _EXPERT.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match:
             grids.setdefault(match[1], set()).add(grid)
     return {name: len(found) == 1 for name, found in grids.items()}
