@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,30 @@ from requant.grid import Grid
 from requant_eval import windows as ev
 from requant_eval.score import score
 
-G = Grid
-# name: (grid, order, damp, calibration windows, sweeps of coordinate descent)
-SETTINGS: dict[str, tuple[Grid, str, float | None, int, int]] = {
-    "activation": (G(4, 64), "activation", None, 48, 0),
-    "activation, 1 sweep": (G(4, 64), "activation", None, 48, 1),
-    "activation, 3 sweeps": (G(4, 64), "activation", None, 48, 3),
-    "activation, 6 sweeps": (G(4, 64), "activation", None, 48, 6),
-    "auto, 3 sweeps": (G(4, 64), "auto", None, 48, 3),
-    "activation, 3 sweeps, damp .02": (G(4, 64), "activation", 0.02, 48, 3),
-    "activation, 3 sweeps, damp .05": (G(4, 64), "activation", 0.05, 48, 3),
-    "natural, 3 sweeps": (G(4, 64), "natural", None, 48, 3),
-    "signed, activation, 3 sweeps": (G(4, 64, signed=True), "activation", None, 48, 3),
-    "activation, 12 sweeps": (G(4, 64), "activation", None, 48, 12),
-    "minmax, group, damp .05": (G(4, 64, search="minmax"), "group", 0.05, 48, 0),
-    "minmax, activation, 3 sweeps": (G(4, 64, search="minmax"), "activation", None, 48, 3),
-    "asymmetric, activation, 3 sweeps": (G(4, 64, symmetric=False), "activation", None, 48, 3),
-    "3 bits, activation, 3 sweeps": (G(3, 64), "activation", None, 48, 3),
-    "8 bits, activation, 3 sweeps": (G(8, 64), "activation", None, 48, 3),
+G = Grid(4, 64)
+S = layout.Settings
+DEFAULT = S(G, sweeps=2, correct=0.5)
+# name: (settings, exact tokens for each input, calibration windows, their length)
+SETTINGS: dict[str, tuple[layout.Settings, int, int, int]] = {
+    "warm-up": (DEFAULT, 8, 8, 512),
+    "defaults": (DEFAULT, 8, 48, 512),
+    "drift from 4 tokens an input": (DEFAULT, 4, 48, 512),
+    "drift from 2 tokens an input": (DEFAULT, 2, 48, 512),
+    "drift from all tokens": (DEFAULT, 10**6, 48, 512),
+    "no sweep": (replace(DEFAULT, sweeps=0), 8, 48, 512),
+    "1 sweep": (replace(DEFAULT, sweeps=1), 8, 48, 512),
+    "4 sweeps": (replace(DEFAULT, sweeps=4), 8, 48, 512),
+    "correct 0": (replace(DEFAULT, correct=0.0), 8, 48, 512),
+    "correct 0.25": (replace(DEFAULT, correct=0.25), 8, 48, 512),
+    "correct 0.75": (replace(DEFAULT, correct=0.75), 8, 48, 512),
+    "correct 1": (replace(DEFAULT, correct=1.0), 8, 48, 512),
+    "signed scales": (replace(DEFAULT, grid=Grid(4, 64, signed=True)), 8, 48, 512),
+    "3 bits": (replace(DEFAULT, grid=Grid(3, 64)), 8, 48, 512),
+    "3 bits, correct 0": (replace(DEFAULT, grid=Grid(3, 64), correct=0.0), 8, 48, 512),
+    "128 x 1024": (DEFAULT, 8, 128, 1024),
+    "128 x 1024, drift from 4 tokens an input": (DEFAULT, 4, 128, 1024),
+    "128 x 1024, drift from all tokens": (DEFAULT, 10**6, 128, 1024),
+    "128 x 1024, correct 0.75": (replace(DEFAULT, correct=0.75), 8, 128, 1024),
 }
 
 
@@ -79,22 +86,22 @@ def main() -> None:
     model = variants.load("merged", places, device=device, dtype=torch.float32)
     floor = {s.name: float(score(model, s, batch=16, device=device).nll.mean()) for s in sets}
     rows: list[dict[str, Any]] = [{"setting": "merged"} | floor]
-    for name, (grid, order, damp, samples, sweeps) in SETTINGS.items():
+    for name, (settings, exact, samples, length) in SETTINGS.items():
         if args.only not in name:
             continue
+        quantize.EXACT_TOKENS = exact
         windows = data.calibration_windows(
-            entries, samples=samples, length=512, seed=0, bos=None, eos=tokenizer.eos_token_id
+            entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )
         out = args.work / str(len(rows))
         out.mkdir(exist_ok=True)
         started = time.perf_counter()
-        settings = layout.Settings(grid, order, sweeps, damp)  # type: ignore[arg-type]
-        quantize.quantize(merged, out, windows, settings, dtype=torch.bfloat16, device=device, batch=4)
+        quantize.quantize(merged, out, windows, settings, dtype=torch.bfloat16, device=device)
         seconds = time.perf_counter() - started
         model = variants.quantized(out, places, device, torch.float32)
         loss = {s.name: float(score(model, s, batch=16, device=device).nll.mean()) - floor[s.name] for s in sets}
         rows.append({"setting": name, "seconds": round(seconds, 1)} | loss)
-        print(f"{name:28} {loss['in-domain']:.4f} {loss['general']:.4f}  {seconds:.1f} s", flush=True)
+        print(f"{name:44} {loss['in-domain']:.4f} {loss['general']:.4f}  {seconds:.1f} s", flush=True)
         args.out.write_text(
             json.dumps({"device": str(device), "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
         )

@@ -188,12 +188,15 @@ def _held(
 
 
 def may_wait(walk: Walk, tokens: int) -> bool:
-    """Whether all batches may wait inside a block: always on the CPU, on a GPU if they take an eighth of what is free."""
+    """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is room by the upper guess.
+
+    What really waits is a third of it: a linear's input and output are not all alive at once.
+    """
     if walk.device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(walk.device)
     block = walk.blocks[0]
-    return held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize) < free // 8
+    return held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize) < free * 2 // 3
 
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:
