@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_report import FACTS, built
 
 from requant_eval import html
-from requant_eval.charts import charts, losses, module_maps, waterfall
+from requant_eval.charts import charts, healing, losses, module_maps, waterfall
 from requant_eval.digits import format_bytes, format_seconds, read_number
 from requant_eval.document import Bullets, Code, Document, Figure, Paragraph, Section, document
 from requant_eval.svg import Scale
@@ -347,6 +347,21 @@ def test_the_gates_limit_is_drawn_on_its_own_set_only() -> None:
             g["set"] == s["name"] and not g["relative_to"] and g["metric"] == "ppl_increase" for g in report["gates"]
         )
         assert all(('class="limit"' in row.drawing) == limited for row in losses(figure.data).rows)
+
+
+def test_the_healing_curve_falls_where_the_numbers_fall_and_fills_the_chosen_step() -> None:
+    told = {"held": [[0, 0.08], [20, 0.03], [40, 0.02], [60, 0.025]], "best_step": 40}
+    (row,) = healing(told).rows
+    dots = re.findall(r'cx="([\d.]+)%" cy="([\d.]+)" r="4" class="(\w+)"', row.drawing)
+    assert [float(x) for x, _, _ in dots] == pytest.approx([0, 100 / 3, 200 / 3, 100], abs=0.01)
+    heights = [float(y) for _, y, _ in dots]
+    assert heights[0] < heights[1] < heights[3] < heights[2], "pixels grow downwards"
+    assert [kind for _, _, kind in dots] == ["open", "open", "level", "open"]
+    facts = FACTS | {"heal": told}
+    section = next(s for s in document(built(facts)).sections if s.title == "Healing")
+    assert [b.kind for b in section.blocks if isinstance(b, Figure)] == ["healing"]
+    assert "step 40: 0.02 nats a token" in html.render(built(facts))
+    assert healing({"held": [[0, 0.1]]}).rows == ()
 
 
 def test_module_maps_place_layers_and_take_the_worst_expert() -> None:

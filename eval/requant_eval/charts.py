@@ -24,6 +24,7 @@ LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 QUANTILES = (("median", "median"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
 ASIDE = ("control", "fork")
+TALL = 120  # pixels of a curve
 STRIP = 30  # pixels of a row of the module map
 
 
@@ -67,6 +68,8 @@ def charts(figure: Figure) -> list[Chart]:
             found = [flips(figure.data)]
         case "tails":
             found = tails(figure.data)
+        case "healing":
+            found = [healing(figure.data)]
         case "modules":
             found = module_maps(figure.data)
     return [chart for chart in found if chart.rows]
@@ -224,6 +227,23 @@ def _tails(s: Mapping[str, Any], name: str) -> Chart:
     caption = f"{name}: loss of the tokens by how much the adapter had changed them, least changed first. Long bars at the end"
     caption += " are learned behaviour that was lost, equal bars are general noise."
     return Chart(caption, tuple(rows), svg.axis(scale), f"nats a token against {s['reference']}")
+
+
+def healing(told: Mapping[str, Any]) -> Chart:
+    """KL on held-out text against steps of healing, the chosen step filled."""
+    points = [(float(step), float(value)) for step, value in told.get("held") or [] if value is not None and value > 0]
+    if len(points) < 2:
+        return Chart("", ())
+    across, up = Scale(0.0, max(step for step, _ in points) or 1.0), Scale.around([v for _, v in points], log=True)
+    place = [(across.at(step), (TALL - 8) * (1 - up.at(value) / 100) + 4) for step, value in points]
+    drawn = svg.grid(across, height=TALL) + svg.curve(place)
+    for (step, value), (_, y) in zip(points, place, strict=True):
+        shape = svg.dot(across, step, "level" if step == told.get("best_step") else "open", y=y)
+        drawn += svg.mark(shape, f"step {step:.0f}: {format_value(value)} nats a token")
+    values = [value for _, value in points]
+    row = Row("KL, log scale", drawn, f"{format_value(max(values))} .. {format_value(min(values))}", height=TALL)
+    caption = "Healing: distance from its teacher on held-out text by step, higher is farther; the filled point is what was kept."
+    return Chart(caption, (row,), svg.axis(across), "steps")
 
 
 def module_maps(facts: Mapping[str, Any]) -> list[Chart]:

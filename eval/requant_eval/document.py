@@ -59,7 +59,7 @@ class Code:
 class Figure:
     """A picture of numbers that a table beside it also gives. data: the part of the report it is drawn from."""
 
-    kind: Literal["steps", "kl", "flips", "tails", "modules"]
+    kind: Literal["steps", "kl", "flips", "tails", "modules", "healing"]
     data: Mapping[str, Any]
 
 
@@ -114,7 +114,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
         yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
-    yield Section("Healing", tuple(heal_tables(report)))
+    yield Section("Healing", tuple(_healing(report)))
     yield Section("Modules", tuple(_modules(facts)))
     read_back = checks_table(facts)
     yield Section("Read back", (read_back,) if read_back.rows else ())
@@ -140,6 +140,13 @@ def _set(s: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Section:
             blocks.append(figures[table.key])
         blocks.append(table)
     return Section(f"{s['name']}{mark}", tuple(blocks))
+
+
+def _healing(report: Mapping[str, Any]) -> Iterator[Block]:
+    for table in heal_tables(report):
+        if table.key == "healing":
+            yield Figure("healing", report["facts"]["heal"])
+        yield table
 
 
 def _modules(facts: Mapping[str, Any]) -> Iterator[Block]:

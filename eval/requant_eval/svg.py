@@ -7,8 +7,9 @@ Colours are not named here: classes are, and the page's style sheet knows them i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -123,6 +124,13 @@ def upright(scale: Scale, value: float, class_: str, *, height: float = HEIGHT) 
 def grid(scale: Scale, *, height: float = HEIGHT) -> Markup:
     """The vertical lines of the ticks, behind a row's marks."""
     return Markup("").join(upright(scale, value, "grid", height=height) for value in scale.ticks())
+
+
+def curve(points: Sequence[tuple[float, float]]) -> Markup:
+    """Straight lines from point to point, each (percent across, pixels down)."""
+    pairs = pairwise(points)
+    lines = (element("line", x1=_percent(a), y1=b, x2=_percent(c), y2=d) for (a, b), (c, d) in pairs)
+    return element("g", *lines, class_="curve")
 
 
 def strip(parts: Mapping[int, float], places: int, *, height: float) -> Markup:
