@@ -82,6 +82,34 @@ def test_decode_follows_the_formula(rows: int, columns: int, blocksize: int, qua
     assert torch.equal(nf4.decode(data, absmax, state), expected.reshape(rows, columns))
 
 
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    blocksize=st.sampled_from([2, 32, 64, 100, 4096]),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    storage=st.sampled_from([torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    seed=st.integers(0, 2**16),
+)
+def test_nested_scales_in_any_storage_follow_the_formula(
+    rows: int, columns: int, blocksize: int, quant_type: Any, storage: torch.dtype, seed: int
+) -> None:
+    """Double-quantized scales, and bytes stored as any dtype and padded to its size: the loop over elements agrees."""
+    g = torch.Generator().manual_seed(seed)
+    state = nf4.QuantState(quant_type, blocksize, (rows, columns), "float32", nested_offset=0.25, nested_blocksize=4)
+    count = -(-rows * columns // 2)
+    data = torch.randint(0, 256, (-(-count // storage.itemsize) * storage.itemsize,), generator=g, dtype=torch.uint8)
+    codes = torch.randint(0, 256, (state.blocks,), generator=g, dtype=torch.uint8)
+    table, second = nf4.dynamic_map(), torch.rand(-(-state.blocks // 4), generator=g)
+    absmax = [
+        float(torch.tensor(float(table[c])) * second[i // 4] + torch.tensor(0.25)) for i, c in enumerate(codes.tolist())
+    ]
+    expected = oracle.decode_4bit(
+        bytes(data.tolist()), absmax, nf4.table(quant_type).tolist(), blocksize, rows * columns
+    )
+    got = nf4.decode(data.view(storage), nf4.unnest(codes, table, second, state), state)
+    assert torch.equal(got, expected.reshape(rows, columns))
+
+
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding in pieces gives the unpieced bits, also when blocks straddle the pieces."""
     packed, absmax = nf4.encode(weights((37, 101)), "nf4", 96)
