@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "pack": set(),
     "survival": set(),
     "facts": set(),
+    "watcher": set(),
     "checkpoint": set(),
     "yaml_source": set(),
     "linears": set(),
@@ -80,7 +81,6 @@ ALLOWED: dict[str, set[str]] = {
     "heal": {"artifacts", "blockwise", "checkpoint", "data", "fit", "skeleton", "student", "teacher", "trainer"},
     "heal_text": {"data"},
     "variants": {"checkpoint", "dequantize", "grid", "layout", "merge", "nf4", "peft_runtime", "skeleton"},
-    "evaluate": {"rundir", "variants"},
     "structure": {"artifacts", "blocks", "checkpoint", "pack", "skeleton"},
     "values": {"checkpoint", "pack", "structure"},
     "engine_transformers": set(),
@@ -102,6 +102,11 @@ ALLOWED: dict[str, set[str]] = {
         "survival",
         "writer",
     },
+    "canaries": {"checkpoint", "data"},
+    "resonance": {"deltas", "grid", "layout", "merge", "rundir"},
+    "suggest": {"grid", "layout", "pack"},
+    "swap": {"checkpoint", "skeleton", "variants"},
+    "evaluate": {"canaries", "rundir", "variants"},
     "texts": {"artifacts", "data", "heal_text", "merge", "recipe"},
     "recipe_heal": {"recipe_model", "recipe_text"},
     "recipe_gates": {"recipe_model", "recipe_text", "yaml_source"},
@@ -127,6 +132,7 @@ JUDGE: dict[str, set[str]] = {
 }
 STAGES = {"checkpoint", "dequantize", "merge", "quantize", "blocks", "adapter", "data", "variants", "selftest"} | {
     "heal", "blockwise", "trainer", "student", "teacher",
+    "deltas", "resonance", "swap", "canaries", "evaluate",
 }  # fmt: skip
 
 

@@ -132,6 +132,8 @@ def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Pa
     lines = dict(line.split(maxsplit=1) for line in here.out.splitlines() if " " in line)
     assert lines["base"] == "7 copied, 14 decoded+folded, 70 dropped"
     assert lines["adapter"] == "28 tensors, every one used: 14 LoRA, 0 replaced"
+    assert "of the weights; rounding to nearest keeps 9" in lines["grid"]
+    assert lines["grid"].endswith("(14 modules of layers 0, 1)")
     assert lines["quantize"].startswith("14 linears, ")
     assert lines["calibrate"] == "8 windows of 64 tokens from train.jsonl"
     assert "evaluate  in-domain: 24 documents, 744 tokens" in here.out

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from requant_eval import maps
 from requant_eval.checks import checks_table
 from requant_eval.heal_tables import heal_tables
 from requant_eval.tables import (
@@ -115,13 +116,15 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     for s in report["sets"]:
         yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
     yield Section("Healing", tuple(_healing(report)))
+    yield Section("Canaries", tuple(_canaries(facts)))
+    yield Section("Adapter survival", tuple(_survival(facts)))
     yield Section("Modules", tuple(_modules(facts)))
     read_back = checks_table(facts)
     yield Section("Read back", (read_back,) if read_back.rows else ())
     yield Section("Cost", tuple(cost_tables(facts)))
     described = (
         facts_table("Merge", facts.get("merge")),
-        facts_table("Quantization", facts.get("quantize"), skip=("modules",)),
+        facts_table("Quantization", facts.get("quantize"), skip=("modules", "resonance")),
         facts_table("Calibration", facts.get("calibration")),
     )
     yield Section("Merge, quantization, calibration", tuple(t for t in described if t.rows))
@@ -157,6 +160,32 @@ def _modules(facts: Mapping[str, Any]) -> Iterator[Block]:
         longer = modules_table(facts, most=LONGEST)
         if len(longer.rows) > len(worst.rows):
             yield Folded(longer)
+
+
+def _canaries(facts: Mapping[str, Any]) -> Iterator[Block]:
+    """How many answers each variant still knows, and where they differ."""
+    canaries = facts.get("canaries")
+    if not canaries:
+        return
+    yield Paragraph(maps.canaries_line(canaries))
+    yield Paragraph(canaries["rule"])
+    different = maps.canaries_table(canaries)
+    if different.rows:
+        yield different
+
+
+def _survival(facts: Mapping[str, Any]) -> Iterator[Block]:
+    """Where the adapter is loud or quiet against the error, and which modules are worth more bits."""
+    if said := maps.survival_lines(facts):
+        yield Bullets(tuple(said))
+    for table in (maps.survival_table(facts), maps.survivors_table(facts)):
+        if table.rows:
+            yield table
+    suggestion = facts.get("suggestion")
+    if suggestion and suggestion["units"]:
+        yield maps.suggestion_table(suggestion)
+        if suggestion["patch"]:
+            yield Code("In the recipe, in place of quantize.overrides", "yaml", suggestion["patch"].rstrip())
 
 
 def _reproduce(report: Mapping[str, Any]) -> Iterator[Block]:

@@ -9,7 +9,10 @@ nothing) too.
     merge:       {"dtype", "why", "ledger": {kind: count}, "selftest": ...}
     quantize:    {"settings": {"bits", "group_size", ...}, "bits_per_weight": float, "modules": [{"name",
     "bits",
-                 "group_size", "loss", "relative_error", "rtn_error", "damp", "fallback", ...}]}
+                 "group_size", "loss", "relative_error", "rtn_error", "damp", "fallback", "signal",
+                 "signal_to_noise", "retention", "output_retention", "delta_norm", ...}],
+                 "resonance": what `requant.resonance.Prediction` holds}
+    canaries:    what `requant_eval.canaries.result` makes    suggestion: what `requant.advice.advise` makes
     calibration: {..., "overlap": {set name: share of its 13-grams}}
     cost:        {"bytes": {artifact: int}, "seconds": {stage: float}, "peak_rss": {stage: bytes}}
     versions, hardware: {name: text}

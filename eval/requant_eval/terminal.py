@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from requant_eval import maps
 from requant_eval.tables import (
     Table,
     divergence_table,
@@ -34,6 +35,8 @@ def table(report: Mapping[str, Any]) -> Group:
             divergence_table(s).select("variant", "mean KL", "p99", "same top-1"),
             retention_table(s),
         )
+    if canaries := report["facts"].get("canaries"):
+        parts += [Text(), Text(f"canaries: {maps.canaries_line(canaries)}")]
     return Group(*parts)
 
 
@@ -55,6 +58,12 @@ def decision(report: Mapping[str, Any]) -> Group:
 def shown(*tables: Table) -> list[RenderableType]:
     """Those with rows, each after an empty line."""
     return [part for content in tables if content.rows for part in (Text(), _rich(content))]
+
+
+def suggestion(report: Mapping[str, Any]) -> RenderableType:
+    """What `report --suggest` measured; the patch itself is the caller's to print, so that it can be copied."""
+    found = report["facts"]["suggestion"]
+    return _rich(maps.suggestion_table(found)) if found["units"] else Text("Nothing to lift: everything has 8 bits.")
 
 
 def _rich(content: Table) -> RichTable:

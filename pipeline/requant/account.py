@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from requant import facts, match, recipe
+from requant import facts, match, recipe, resonance
 from requant.prepare import Prepared
 
 MEASURED = ("seconds", "peak_rss")
@@ -37,6 +37,7 @@ def account(
             "settings": r.quantize.model_dump(),
             "bits_per_weight": quantized.get("bits_per_weight"),
             "modules": modules,
+            "resonance": stages["resonance"]["prediction"],
             "left_in_16_bit": quantized.get("left", []),
             "engines": {
                 v.target.name: {"loads": v.loads, "says": str(v), "source": v.target.source} for v in prepared.targets
@@ -53,14 +54,7 @@ def account(
         "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
         "versions": facts.versions(),
         "hardware": facts.hardware(device),
-        "warnings": [
-            *prepared.warnings,
-            *stages.get("probe", {}).get("warnings", []),
-            *merged.get("warnings", []),
-            *_untrained(merged),
-            *_fallbacks(modules),
-            *_starved(modules),
-        ],
+        "warnings": [*prepared.warnings, *_warnings(stages, modules)],
     }
 
 
@@ -130,6 +124,13 @@ def _base_bytes(p: Prepared) -> int | None:
     return total
 
 
+def _warnings(stages: Mapping[str, Mapping[str, Any]], modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the stages found on the way."""
+    merged = stages["merge"]
+    said = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
+    return [*said, *_untrained(merged), *_fallbacks(modules), *_starved(modules), *_faded(modules)]
+
+
 def _untrained(merged: Mapping[str, Any]) -> list[str]:
     zero = merged.get("untrained") or []
     return [f"{len(zero)} LoRA deltas are exactly zero, e.g. {zero[0]}: they were never trained"] if zero else []
@@ -148,4 +149,16 @@ def _starved(modules: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{len(starved)} matrices of experts were calibrated mostly on tokens routed elsewhere, e.g. {starved[0]}: "
         "the calibration text hardly uses these experts"
+    ]
+
+
+def _faded(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Said when the quantizer took more of the adapter's delta away than `resonance.LIMIT` allows."""
+    from requant_eval.maps import kept
+
+    share = kept({"quantize": {"modules": modules}})
+    if share is None or share >= resonance.LIMIT:
+        return []
+    return [
+        f"grid resonance: only {share:.0%} of the adapter's delta is in the quantized weights: try another group_size"
     ]

@@ -18,6 +18,7 @@ from requant.errors import RecipeError, RequantError
 if TYPE_CHECKING:
     from requant.prepare import Prepared
     from requant.recipe import Recipe
+    from requant.resonance import Prediction
 
 app = typer.Typer(
     help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
@@ -91,15 +92,15 @@ def schema(
 
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Check a recipe against its model, adapter and texts, from headers; no weights are read."""
+    """Check a recipe against its model, adapter and texts, from headers; of the weights a sample of a few layers is read."""
     wanted = _load(recipe, overrides)
-    from requant import prepare
+    from requant import prepare, resonance
     from requant.progress import quiet
 
     with quiet():
         prepared = prepare.prepare(wanted)
     need, free = prepare.check_disk(prepared, Path(wanted.output.dir) / wanted.name)
-    _print_check(prepared, need, free)
+    _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize))
 
 
 @app.command()
@@ -172,7 +173,14 @@ def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
 
 
 @app.command()
-def report(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
+def report(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Also measure which modules are worth more bits; print the recipe patch.")
+    ] = False,
+    junit: Junit = None,
+) -> None:
     """Write the report from saved scores, scoring what is missing, and show it. Exit code as `gate`.
 
     A report.json or a run's directory instead of a recipe is rendered again as it is.
@@ -180,8 +188,10 @@ def report(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -
     if recipe.suffix == ".json" or recipe.is_dir():
         if overrides:
             raise RecipeError(f"--set {overrides[0]}: changes a recipe, and {recipe} is a finished report")
+        if suggest:
+            raise RecipeError(f"--suggest needs the run's recipe, and {recipe} is a finished report")
         return cli_reports.render(recipe, junit)
-    _run(recipe, overrides, "report", junit)
+    _run(recipe, overrides, "report", junit, suggest=suggest)
 
 
 app.command()(cli_deploy.verify)
@@ -194,14 +204,14 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     return recipe.load(path, overrides)
 
 
-def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None) -> None:
+def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
     wanted = _load(path, overrides)
     from requant.progress import ConsoleWatcher, quiet
     from requant.run import run as run_recipe
 
     try:
         with ConsoleWatcher() as watcher, quiet():
-            outcome = run_recipe(wanted, until=until, watcher=watcher)
+            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -210,7 +220,11 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
 
         from requant_eval import terminal
 
-        Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(outcome.report))
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(terminal.table(outcome.report))
+        if suggest:
+            console.print(terminal.suggestion(outcome.report))
+            print(outcome.report["facts"]["suggestion"]["patch"], end="")
     if not outcome.ran:
         print(f"nothing to do: everything in {outcome.path} is up to date")
     else:
@@ -219,7 +233,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         cli_reports.finish(outcome.report, junit)
 
 
-def _print_check(prepared: Prepared, need: int, free: int) -> None:
+def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction | None) -> None:
     ledger, layout, c = prepared.merge.ledger, prepared.quantize, prepared.calibration_facts
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
     print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
@@ -233,9 +247,13 @@ def _print_check(prepared: Prepared, need: int, free: int) -> None:
         print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {known}")
     for verdict in prepared.targets:
         print(f"serve     {verdict.target.name} {verdict}")
+    if prepared.canaries:
+        print(f"canaries  {len(prepared.canaries.items)} prompts from {prepared.canaries.name}")
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     print(f"heal      {_healing(prepared)}")
-    for warning in prepared.warnings:
+    if predicted:
+        print(f"grid      {predicted.said()}")
+    for warning in [*prepared.warnings, *(predicted.warnings() if predicted else [])]:
         print(f"warning   {warning}")
     print("ok")
 

@@ -1,4 +1,7 @@
-"""Stage: score every variant on every set, one variant resident at a time; finished scores are kept and reused."""
+"""Stage: score every variant on every set and ask it the canaries, one variant resident at a time.
+
+Finished scores and answers are kept and reused.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from requant import variants
+from requant import canaries, variants
+from requant.canaries import Canaries
 from requant.errors import StageError
 from requant.rundir import key_of
 
@@ -38,6 +43,7 @@ class Scores:
     device: torch.device
     dtype: torch.dtype
     kl: bool
+    canaries: Canaries | None = None
 
     def file(self, variant: str, s: EvalSet) -> Path:
         """Where the scores of one variant on one set are kept."""
@@ -51,18 +57,41 @@ class Scores:
         return self.cache / f"reference-{s.name}-{key[:16]}.safetensors"
 
     @property
+    def asked(self) -> dict[str, Path]:
+        """Where the answers of each variant that is asked are kept; {} without canaries."""
+        if self.canaries is None:
+            return {}
+        parts = (self.canaries.digest, str(self.dtype), self.device.type)
+        names = [v for v in canaries.ASKED if v in self.keys]
+        return {v: self.cache / f"canaries-{v}-{key_of(self.keys[v], *parts)[:16]}.json" for v in names}
+
+    @property
     def key(self) -> str:
-        """Digest of all scores together."""
-        return key_of([self.file(v, s).name for v in self.keys for s in self.sets])
+        """Digest of all scores and answers together."""
+        answers = [file.name for file in self.asked.values()]
+        return key_of([self.file(v, s).name for v in self.keys for s in self.sets], *([answers] if answers else []))
 
     def missing(self) -> dict[str, list[EvalSet]]:
-        """What is not scored yet, {variant: sets}, the reference first (again, if others need its lost states)."""
+        """What is not scored yet, {variant: sets}, the reference first (again, if others need its lost states).
+
+        A variant without sets has only canaries left to answer.
+        """
         names = sorted(self.keys, key=lambda n: n != REFERENCE)
         todo = {v: [s for s in self.sets if not self.file(v, s).exists()] for v in names}
         if self.kl and any(todo.values()):
             lost = [s for s in self.sets if not self.reference(s).exists()]
             todo[REFERENCE] = [s for s in self.sets if s in todo[REFERENCE] or s in lost]
-        return {v: sets for v, sets in todo.items() if sets}
+        return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
+
+    def unanswered(self) -> dict[str, Path]:
+        """The variants that have not been asked yet, and where their answers go."""
+        return {v: file for v, file in self.asked.items() if not file.exists()}
+
+    def answers(self) -> dict[str, Any] | None:
+        """What all variants answered, for the report; None without canaries."""
+        if self.canaries is None:
+            return None
+        return self.canaries.result({v: canaries.saved(file) for v, file in self.asked.items()})
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
         """Everything, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
@@ -81,34 +110,54 @@ class Scores:
 
 
 def evaluate(scores: Scores, places: variants.Places, *, batch: int, progress: Progress | None = None) -> list[str]:
-    """Score what is missing; returns the variants that were loaded. Raises StageError for NaN/inf in logits."""
+    """Score and ask what is missing; returns the variants that were loaded. Raises StageError for NaN/inf in logits."""
     from requant_eval.errors import EvaluationError
-    from requant_eval.score import score
 
-    todo = scores.missing()
-    total, done = sum(len(s.windows) for sets in todo.values() for s in sets), 0
+    todo, unanswered = scores.missing(), scores.unanswered()
+    questions = len(scores.canaries.items) if scores.canaries else 0
+    total = sum(len(s.windows) for sets in todo.values() for s in sets) + questions * len(unanswered)
+    done = 0
     for name, sets in todo.items():
         model = variants.load(name, places, device=scores.device, dtype=scores.dtype)
-        for s in sets:
-            log.info("scoring %s on %s", name, s.name)
 
-            def tell(at: int, _: int, before: int = done, note: str = f"{name} on {s.name}") -> None:
-                if progress:
-                    progress(before + at, total, note)
+        def tell(at: int, what: str, before: int, name: str = name) -> None:
+            if progress:
+                progress(before + at, total, f"{name} on {what}")
 
-            compared = scores.reference(s) if scores.kl else None
-            own = name == REFERENCE
-            try:
-                result = score(
-                    model, s, batch=batch, device=scores.device, on_progress=tell,
-                    reference=None if own else compared, write_reference=compared if own else None,
-                )  # fmt: skip
-            except EvaluationError as error:
-                raise StageError(f"variant {name}: {error}") from error
-            result.save(scores.file(name, s))
-            done += len(s.windows)
+        try:
+            for s in sets:
+                _score(scores, name, model, s, batch, partial(tell, before=done))
+                done += len(s.windows)
+            if name in unanswered:
+                _ask(scores, model, unanswered[name], partial(tell, before=done))
+                done += questions
+        except EvaluationError as error:
+            raise StageError(f"variant {name}: {error}") from error
         del model
         gc.collect()
         if scores.device.type == "cuda":
             torch.cuda.empty_cache()
     return list(todo)
+
+
+Tell = Callable[[int, str], None]
+
+
+def _score(scores: Scores, name: str, model: Any, s: EvalSet, batch: int, tell: Tell) -> None:
+    """One variant on one set, into its file; the reference's hidden states into theirs."""
+    from requant_eval.score import score
+
+    log.info("scoring %s on %s", name, s.name)
+    compared = scores.reference(s) if scores.kl else None
+    own = name == REFERENCE
+    result = score(
+        model, s, batch=batch, device=scores.device, on_progress=lambda at, _: tell(at, s.name),
+        reference=None if own else compared, write_reference=compared if own else None,
+    )  # fmt: skip
+    result.save(scores.file(name, s))
+
+
+def _ask(scores: Scores, model: Any, file: Path, tell: Tell) -> None:
+    """One variant's answers to all canaries, into its file."""
+    assert scores.canaries is not None
+    canaries.save(scores.canaries.ask(model, scores.device, lambda at, _: tell(at, "canaries")), file)

@@ -21,6 +21,10 @@ class Keys:
     heal: str
     variants: dict[str, str]
 
+    @property
+    def suggest(self) -> str:
+        return key_of(self.quantize, "suggest")
+
     @classmethod
     def of(cls, p: Prepared, directory: RunDirectory, device: torch.device) -> Keys:
         """From the content of all inputs and the settings that matter to each."""

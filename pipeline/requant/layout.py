@@ -55,6 +55,7 @@ class Plan:
     bits_per_weight: float
     prefix: str  # module name of the list of blocks
     renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
+    weights: Mapping[str, str]  # quantized module -> name of its weight in the 16-bit checkpoint
 
     @property
     def partly_left(self) -> list[str]:
@@ -94,8 +95,8 @@ def plan(
             problems.append(f"{name}: {error}")
             continue
         grids[name] = grid
-        stored = names[f"{name}.weight"]
-        replaced[stored] = [Slot(f"{stored.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
+        weight = names[f"{name}.weight"]
+        replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
     if problems:
         raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
     slots = [s for name, info in tensors.items() for s in replaced.get(name, [_kept(name, info, dtype)])]
@@ -108,7 +109,8 @@ def plan(
     left = tuple(n for n in linears if n not in grids)
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
     renamed = {n: stored for n, stored in renamed.items() if not n.endswith(stored)}
-    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1), prefix, renamed)
+    stored = {n: names[f"{n}.weight"] for n in grids}
+    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1), prefix, renamed, stored)
 
 
 def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:

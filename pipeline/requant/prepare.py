@@ -18,6 +18,7 @@ from torch import Tensor
 from requant import adapter as adapters
 from requant import (
     artifacts,
+    canaries,
     fused,
     layout,
     linears,
@@ -29,6 +30,7 @@ from requant import (
     targets,
     texts,
 )
+from requant.canaries import Canaries
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.errors import InputError
@@ -67,6 +69,7 @@ class Prepared:
     matches: tuple[match.Match, ...]  # one for each adapter
     probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
     heal: Healing | None  # None: not asked for, or left out by `auto`
+    canaries: Canaries | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -103,7 +106,6 @@ def prepare(recipe: Recipe) -> Prepared:
     warnings += _deployment(recipe, verdicts) + _left_fused(model)
     tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)
     seen, windows, facts = texts.calibration(recipe, tokenizer)
-    probes = probe.rows(facts["data"], seen)
     healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = _overlaps(windows, healing, sets, warnings)
@@ -124,8 +126,9 @@ def prepare(recipe: Recipe) -> Prepared:
         verdicts,
         tuple(warnings),
         matches,
-        probes,
+        probe.rows(facts["data"], seen),
         healing,
+        _canaries(recipe, tokenizer),
     )
 
 
@@ -137,6 +140,11 @@ def _overlaps(
         drawn = torch.unique(healing.windows, dim=0)
         healing.facts["overlap"] = texts.overlaps(drawn, sets, warnings, "healing")
     return texts.overlaps(windows, sets, warnings)
+
+
+def _canaries(recipe: Recipe, tokenizer: Any) -> Canaries | None:
+    asked = recipe.canaries
+    return canaries.load(asked.resolve(recipe.directory), tokenizer, asked.format) if asked else None
 
 
 def _hints(recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from requant.run import Watcher
+from requant.watcher import Watcher
 
 PLAIN_EVERY = 15.0  # seconds between plain lines
 

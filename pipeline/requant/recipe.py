@@ -37,12 +37,13 @@ from requant.recipe_model import (
     absolute,
     fail,
 )
-from requant.recipe_text import Calibration, Data, EvalSet, Evaluate, Format, MixEntry, Variant
+from requant.recipe_text import AnyCanaries, Calibration, Canaries, Data, EvalSet, Evaluate, Format, MixEntry, Variant
 from requant.yaml_source import KeyPath
 
 __all__ = [
     "Base",
     "Calibration",
+    "Canaries",
     "Data",
     "EvalSet",
     "Evaluate",
@@ -87,6 +88,9 @@ class Recipe(Section):
     evaluate: Evaluate = Field(description="The text on which the result is judged.")
     gates: Gates = Field(
         default=(), description="How much loss is acceptable: run's exit code says whether it is kept."
+    )
+    canaries: AnyCanaries | None = Field(
+        default=None, description="Questions that the fine-tune answers, asked of base, adapter, merged and gptq."
     )
     output: Output = Field(default=Output(), description="Where results go.")
     deploy: Annotated[tuple[Server, ...], AsTuple] = Field(
@@ -243,8 +247,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def _spell_out_sources(data: dict[str, Any]) -> None:
-    """`adapter: x` -> `adapter: {path: x}`, so that an override can reach adapter.revision."""
+    """`adapter: x` -> `adapter: {path: x}` and the like, so that an override can reach adapter.revision."""
     base = data.get("base")
-    for section, key in ((data, "adapter"), (base, "original")):
+    for section, key in ((data, "adapter"), (data, "canaries"), (base, "original")):
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = {"path": section[key]}

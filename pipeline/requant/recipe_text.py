@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from requant.recipe_model import AsTuple, Positive, Section, Slug, Text, absolute, fail, unique
 from requant.yaml_source import KeyPath
@@ -94,6 +94,35 @@ class Calibration(Section):
         if self.mix and self.format != "auto":
             fail((("format",), "belongs to data: write it in the entries of mix"))
         return self
+
+
+class Canaries(Section):
+    """Questions whose answers the fine-tune knows: rows of prompt and answer. A plain string is the path."""
+
+    path: Text = Field(description="Local jsonl, json, csv or parquet file with the columns prompt and answer.")
+    format: Literal["auto", "text", "chat"] = Field(
+        default="auto",
+        description="text: prompts as they are; chat: through the tokenizer's template; auto: chat if it has one.",
+    )
+
+    def resolve(self, directory: Path) -> Path:
+        """Absolute `path`."""
+        return absolute(self.path, directory)
+
+    @model_validator(mode="after")
+    def _has_columns(self) -> Self:
+        if not self.path.endswith(_FILES[1:]):
+            fail((("path",), f"{self.path!r} does not end in one of {', '.join(_FILES[1:])}"))
+        return self
+
+
+AnyCanaries = Annotated[
+    Canaries,
+    BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value,
+        json_schema_input_type=str | Canaries,
+    ),
+]
 
 
 class EvalSet(Section):

@@ -13,25 +13,31 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from requant import __version__, account, deltas, facts, merge, prepare, quantize, recipe, selftest, variants, verify
+from requant import __version__, account, facts, merge, prepare, quantize, recipe, selftest, variants, verify
 from requant import evaluate as evaluation
 from requant import probe as probing
 from requant import quantize_gptqmodel as peer
+from requant.advice import advise
 from requant.checkpoint import write_text
 from requant.data import digest
+from requant.deltas import deltas
 from requant.errors import InputError, StageError
 from requant.fit import pick_device
 from requant.healing import Healing, heal_stage
 from requant.keys import LAYOUT, Keys
 from requant.prepare import Prepared
+from requant.resonance import remembered
 from requant.rundir import LogFile, RunDirectory, key_of
+from requant.watcher import Outcome, Watcher
+
+__all__ = ["STAGES", "Outcome", "Runner", "Stage", "Watcher", "run"]
 
 log = logging.getLogger(__name__)
 Stage = Literal["merge", "quantize", "heal", "evaluate", "report"]
@@ -39,30 +45,13 @@ STAGES: tuple[Stage, ...] = ("merge", "quantize", "evaluate", "report")  # of ev
 WITH_HEAL: tuple[Stage, ...] = ("merge", "quantize", "heal", "evaluate", "report")
 
 
-class Watcher:
-    """What is told how a run goes; the CLI shows it. This one is silent."""
+def run(
+    wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | None = None, suggest: bool = False
+) -> Outcome:
+    """Run a recipe up to and including the stage `until`; raises RequantError, leaving finished stages in place.
 
-    def stage(self, name: str, done: bool) -> None:
-        """A stage begins; `done` when there is nothing to do for it."""
-
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        """Steps of the current stage."""
-
-    def warn(self, text: str) -> None:
-        """Something a user should know before the long work ends."""
-
-
-@dataclass
-class Outcome:
-    """What a run left: its directory, the stages that were really run, the report if it got that far."""
-
-    path: Path
-    ran: list[str] = field(default_factory=list)
-    report: dict[str, Any] | None = None
-
-
-def run(wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | None = None) -> Outcome:
-    """Run a recipe up to and including the stage `until`; raises RequantError, leaving finished stages in place."""
+    suggest: before the report, also measure which modules are worth more bits.
+    """
     directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
     directory.check()
     prepared = prepare.prepare(wanted)
@@ -77,6 +66,8 @@ def run(wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | No
             for stage in stages[: stages.index(until) + 1]:
                 if stage == "quantize":
                     runner.probe()
+                if stage == "report" and suggest:
+                    runner.suggest()
                 getattr(runner, stage)()
             if until == "report":
                 runner.tidy()
@@ -94,8 +85,9 @@ class Runner:
         self.probed: dict[str, Any] = {}
         self.keys = Keys.of(prepared, directory, self.device)
         self.scores = evaluation.Scores(
-            directory.cache, prepared.sets, self.keys.variants, self.device, self._dtype(), self.recipe.evaluate.kl
-        )
+            directory.cache, prepared.sets, self.keys.variants, self.device, self._dtype(), self.recipe.evaluate.kl,
+            prepared.canaries,
+        )  # fmt: skip
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl."""
@@ -169,6 +161,7 @@ class Runner:
             self.watcher.stage("quantize", True)
             return known
         self.merge(needed=True)
+        self._predicted()
 
         def work() -> dict[str, Any]:
             out = artifact.begin(self.keys.quantize)
@@ -178,7 +171,7 @@ class Runner:
                 device=self.device,
                 trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
                 meta={"quantizer": [f"{self.recipe.quantize.engine}:{self._quantizer_version()}"]},
-                deltas=deltas.deltas(self.p.merge), progress=self.watcher.progress,
+                deltas=deltas(self.p.merge), progress=self.watcher.progress,
             )  # fmt: skip
             proof = verify.verify(
                 out, source=self.dir.path / "merged", deploy=self.recipe.deploy,
@@ -218,6 +211,9 @@ class Runner:
         shutil.rmtree(work, ignore_errors=True)
         return result
 
+    def _predicted(self) -> dict[str, Any]:
+        return remembered(self.dir, self.keys.quantize, self.p.merge, self.p.quantize)
+
     def evaluate(self) -> None:
         """Scores of every variant on every set."""
         todo = self.scores.missing()
@@ -233,6 +229,20 @@ class Runner:
 
         self._do("evaluate", self.scores.key, work)
 
+    def suggest(self) -> None:
+        """What the modules with the largest error would give with more bits."""
+        if self.dir.result("suggest", self.keys.suggest) is not None:
+            self.watcher.stage("suggest", True)
+            return
+        self.merge(needed=True)
+        modules = (self.dir.result("quantize", self.keys.quantize) or {})["modules"]
+        options: Any = {"device": self.device, "dtype": self.scores.dtype, "batch": self._batch()}
+
+        def work() -> dict[str, Any]:
+            return advise(self.p, modules, self._places(), **options, progress=self.watcher.progress)
+
+        self._do("suggest", self.keys.suggest, work)
+
     def report(self) -> None:
         """report.json, report.md, report.html and the model card, from saved scores."""
         from requant_eval import html, markdown
@@ -240,7 +250,10 @@ class Runner:
 
         in_domain = self.recipe.evaluate.in_domain or self.p.sets[0].name
         gates = [gate.rule() for gate in self.recipe.gates]
-        asked = (in_domain, [gate.rule() for gate in gates], reports.SCHEMA_VERSION, __version__)
+        advised = self.dir.result("suggest", self.keys.suggest)
+        answers = [c.answer for c in self.p.canaries.items] if self.p.canaries else []
+        versions = (reports.SCHEMA_VERSION, __version__)
+        asked = (in_domain, [gate.rule() for gate in gates], answers, bool(advised), *versions)
         path = self.dir.path
         proof = verify.remembered(path, self.keys.quantize)
         key = key_of(self.keys.merge, self.keys.quantize, self.keys.heal, self.scores.key, *asked, proof)
@@ -260,8 +273,10 @@ class Runner:
         }
         if proof is not None:
             stages["quantize"] = {**(stages["quantize"] or {}), "verify": proof}
+        stages["resonance"] = self._predicted()
         dtype = str(self.scores.dtype).removeprefix("torch.")
         told = account.account(self.p, stages, path, device=str(self.device), dtype=dtype)
+        told |= {"canaries": self.scores.answers(), "suggestion": advised}
         self.outcome.report = report = reports.build(sets=results, facts=told, in_domain=in_domain, gates=gates)
 
         def work() -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Canaries: questions whose answers the fine-tune knows, asked greedily of every variant. No text of a recipe is read here.
+
+An answer is right when the greedy continuation of the prompt begins with it, runs of white space counting as one
+blank, and does not go on inside a word: "16" is not a right "1". Case counts. What follows is not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from requant_eval.errors import EvaluationError
+
+RULE = (
+    "Right: the greedy continuation begins with the answer (white space and what follows it aside, case counts) "
+    "and does not go on inside a word."
+)
+ORDER = ("base", "adapter", "merged", "original", "gptq", "healed")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One question. ids: the prompt as the model reads it, BOS and template included. new_tokens: how long to listen."""
+
+    prompt: str
+    answer: str
+    ids: tuple[int, ...]
+    new_tokens: int
+
+
+def is_right(given: str, answer: str) -> bool:
+    """The rule at the top of the file."""
+    said, wanted = _plain(given), _plain(answer)
+    if not wanted or not said.startswith(wanted):
+        return False
+    follows = said[len(wanted) : len(wanted) + 1]
+    return not (wanted[-1].isalnum() and follows.isalnum())
+
+
+def ask(
+    model: Any,
+    canaries: Sequence[Canary],
+    decode: Callable[[list[int]], str],
+    *,
+    stop: int | None,
+    device: torch.device | str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The model's answer to every canary, by argmax one token at a time, up to the token `stop`.
+
+    decode: token ids -> text without special tokens. Raises EvaluationError for NaN/inf in logits.
+    """
+    model.eval()
+    given = []
+    for number, canary in enumerate(canaries):
+        given.append(decode(greedy(model, canary.ids, canary.new_tokens, stop=stop, device=device)))
+        if on_progress is not None:
+            on_progress(number + 1, len(canaries))
+    return given
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any, ids: Sequence[int], new_tokens: int, *, stop: int | None, device: torch.device | str
+) -> list[int]:
+    """The argmax continuation of `ids`, at most `new_tokens` long, without `stop` at its end.
+
+    Not `generate`: that takes penalties and lengths from a model's generation_config, and variants may differ there.
+    """
+    step, cache, out = torch.tensor([list(ids)], device=device), None, []
+    for _ in range(new_tokens):
+        answer = model(input_ids=step, past_key_values=cache, use_cache=True)
+        logits, cache = answer.logits[0, -1].float(), answer.past_key_values
+        if not torch.isfinite(logits).all():
+            raise EvaluationError("NaN/inf in logits while answering a canary: the checkpoint is damaged or overflows")
+        best = int(logits.argmax())
+        if best == stop:
+            break
+        out.append(best)
+        step = torch.tensor([[best]], device=device)
+    return out
+
+
+def result(canaries: Sequence[Canary], given: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """What `report.json` holds: right of total by variant, and every prompt with what each variant said."""
+    names = [n for n in ORDER if n in given] + [n for n in given if n not in ORDER]
+    items = [
+        {
+            "prompt": c.prompt,
+            "answer": c.answer,
+            "given": {n: given[n][i] for n in names},
+            "right": {n: is_right(given[n][i], c.answer) for n in names},
+        }
+        for i, c in enumerate(canaries)
+    ]
+    return {
+        "rule": RULE,
+        "total": len(items),
+        "right": {n: sum(item["right"][n] for item in items) for n in names},  # type: ignore[index]
+        "items": items,
+    }
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
