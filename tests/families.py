@@ -73,9 +73,10 @@ families of the same build are likely to work, and `requant check` says what it 
 _FOOT = """
 Not loaded by transformers: Conv1D, Falcon's own Linear and experts (`requant check` says why; vLLM and SGLang do not use
 transformers' modules). Experts are written one by one under the names of the original checkpoint
-(`model.layers.0.mlp.experts.0.gate_proj.qweight`; Mixtral: `block_sparse_moe.experts.0.w1`), which is what vLLM's and
-SGLang's loaders read. Fused experts of another layout (gpt-oss, Granite MoE, Llama 4) are merged and stay in 16 bit, with
-a warning. Matrices with fewer than 32 outputs, like the gate of a shared expert, stay in 16 bit.
+(`model.layers.0.mlp.experts.0.gate_proj.qweight`; Mixtral: `block_sparse_moe.experts.0.w1`), which vLLM's loader reads
+(0.32 on a CPU, seen with the experts left in 16 bit: its CPU kernel for quantized ones needs AMX). Fused experts of
+another layout (gpt-oss, Granite MoE, Llama 4) are merged and stay in 16 bit, with a warning. Matrices with fewer
+than 32 outputs, like the gate of a shared expert, stay in 16 bit.
 """
 
 

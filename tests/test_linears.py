@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import linears, skeleton
+from requant import linears, skeleton, stages
+from requant import quantize as stage
 from requant.checkpoint import Checkpoint, read_json
 from requant.grid import Grid
 from requant.layout import Settings
@@ -172,3 +173,21 @@ def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path)
     assert rules[r"+:^model\.layers\.1\.mlp\.experts\.2\.up_proj$"]["bits"] == 8
     assert rules[r"+:^model\.layers\.1\.block_sparse_moe\.experts\.2\.w3$"]["bits"] == 8
     assert not any(r"\.1\." in rule and rule.endswith(r"experts$") for rule in rules), "its experts differ"
+
+
+def test_running_blocks_again_gives_experts_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where batches cannot wait in memory each stage runs the block anew: same tokens, same codes."""
+    source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
+    for name, hold in (("held", True), ("again", False)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(
+            stage, "step", lambda *args, hold, forced=hold, **options: stages.step(*args, hold=forced, **options)
+        )
+        quantize(
+            source, tmp_path / name, pico.ids(4, 16), Settings(Grid(4, 32), correct=0.5), dtype=torch.float16,
+            device=torch.device("cpu"), batch=2,
+        )  # fmt: skip
+    held, again = Checkpoint(tmp_path / "held"), Checkpoint(tmp_path / "again")
+    names = [n for n in held if n.endswith("qweight")]
+    assert len(names) == 2 * (4 + 4 * 3)
+    assert all(torch.equal(held.read(n), again.read(n)) for n in names)

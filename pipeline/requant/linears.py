@@ -109,6 +109,12 @@ def calibrate_experts(block: nn.Module, twin: nn.Module | None, floor: float = F
             follower.leader = (experts,)
 
 
+def unfollow(twin: nn.Module) -> None:
+    """Let a twin's experts run alone again, on their own rows only."""
+    for _, experts in split_experts(twin):
+        experts.leader = ()
+
+
 def share_added(block: nn.Module, linear: str) -> float:
     """Added rows as a share of all that a Linear of a block has seen while calibrating; 0 outside of experts."""
     for name, experts in split_experts(block):

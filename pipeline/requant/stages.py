@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
-from requant.linears import split_experts
+from requant.linears import split_experts, unfollow
 
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
@@ -98,14 +98,15 @@ def _again(
         hidden = walk.shelf.take([item.hidden for item in items])
         exact = walk.shelf.take([item.exact for item in items if twin is not None and item.exact is not None])
         for item, start, other in zip(items, hidden, others, strict=True):
+            x = _until(block, start, other, stage)  # first: the twin's experts take the same rows
             compared = twin is not None and item.exact is not None
             was = _until(twin, next(exact), other, stage) if twin is not None and compared else None
-            x = _until(block, start, other, stage)
             yield x, _comparable(x, was)
 
     for stage in stages:
         reach(stage, inputs(stage))
     if twin is not None:
+        unfollow(twin)
         pass_on(walk, twin, items, others, exact=True)
     pass_on(walk, block, items, others)
 
