@@ -160,8 +160,8 @@ def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
     note = (
         f"Gain: KL(merged || quantized) in nats a token that goes away when only these modules get their merged weights "
         f"back, on {suggestion['sample']['tokens']} tokens of the calibration text, where the whole checkpoint loses "
-        f"{format_estimate(suggestion['before']['kl'])}. Gains of several modules add up roughly. In the patch: those whose "
-        "interval is above 0."
+        f"{format_estimate(suggestion['before']['kl'])}. Gains of several modules add up roughly; with `correct`, later layers "
+        "go on making up for an error that is gone, so a gain is rather too low. In the patch: those whose interval is above 0."
     )
     return Table("More bits where they count", columns, rows, note)
 

@@ -63,7 +63,10 @@ def shown(*tables: Table) -> list[RenderableType]:
 def suggestion(report: Mapping[str, Any]) -> RenderableType:
     """What `report --suggest` measured; the patch itself is the caller's to print, so that it can be copied."""
     found = report["facts"]["suggestion"]
-    return _rich(maps.suggestion_table(found)) if found["units"] else Text("Nothing to lift: everything has 8 bits.")
+    if not found["units"]:
+        return Text("Nothing to lift: everything has 8 bits.")
+    shown = ("modules", "bits", "gain", "of the loss", "larger by", "in the patch")
+    return _rich(maps.suggestion_table(found).select(*shown))
 
 
 def _rich(content: Table) -> RichTable:
