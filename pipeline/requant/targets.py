@@ -72,7 +72,7 @@ _PARTS = "{} differ in their settings, and it fuses them"
 _TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
 _GPTQMODEL = {
     "NVIDIA GPU": (Kernel("Marlin"), Kernel("Triton", bits=(2, 4, 8), symmetric=False), *_TORCH),
-    "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False), *_TORCH),
+    "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
 }
 TARGETS: Mapping[Name, Target] = {
     t.name: t
