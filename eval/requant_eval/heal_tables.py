@@ -26,7 +26,7 @@ def heal_tables(report: Mapping[str, Any]) -> list[Table]:
     ]
     curve = tuple((str(step), format_value(value)) for step, value in told.get("held") or [])
     best = f"The held-out windows chose step {told.get('best_step')}; step 0 is the quantized checkpoint."
-    skip = ("train", "held", "moved_most", "blocks", "overlap")
+    skip = ("train", "held", "moved_most", "blocks", "overlap", "verify")
     tables = [
         Table("Is any text worse off?", ("set", "ln perplexity by healing", "loss"), tuple(guard), "", text=1),
         Table("KL on held-out healing text", ("steps", "nats/token"), curve, best, key="healing"),

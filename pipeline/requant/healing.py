@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant import __version__, data, fit, heal, texts, variants
+from requant import __version__, data, fit, heal, texts, variants, verify
 from requant.checkpoint import Checkpoint
 from requant.merge import DTYPES
 from requant.recipe import Heal, Recipe
@@ -81,4 +81,5 @@ def heal_stage(
         key=key, work=work, device=device, trust_remote_code=places.trust_remote_code,
         meta={"healer": [f"requant:{__version__}"]}, progress=progress,
     )  # fmt: skip
-    return told | {"data": asked.facts["data"], "target": target}
+    proof = verify.demand(verify.verify(out, source=places.merged, trust_remote_code=places.trust_remote_code))
+    return told | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}
