@@ -163,7 +163,6 @@ class Bench:
         settings = layout.Settings(Grid(bits, 64), "auto", 2, 0.5)
         quantize.quantize(
             self.merged, out, self.calibration(), settings, dtype=torch.bfloat16, device=DEVICE,
-            batch=max(1, 2048 // self.args.length),
         )  # fmt: skip
         return out
 
