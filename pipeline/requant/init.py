@@ -216,6 +216,7 @@ quantize:
   damp: auto                # auto | 0 < number < 1, default auto; raise it if a factorization fails
   dtype: auto               # auto | float16 | bfloat16, default auto; what the server will run in
   overrides: {{}}             # pattern -> settings, such as "*.down_proj": {{bits: 8}}; default none
+  engine: requant           # requant (ours, the default) | gptqmodel, for what ours does not do
 
 calibration:                # half what the model will do, half general text: keeps both
   mix:
@@ -254,6 +255,9 @@ evaluate:
   batch: auto               # auto | count, default auto; changes no result
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
 
+# deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
+# heal: auto                # auto | off | {{steps: 150, ...}}: distil the scales after quantizing; auto is on with a GPU
+# canaries: ./canaries.jsonl  # default none; lines of prompt and answer, asked of adapter, merged and quantized
 gates:                      # default none; `requant run` ends with exit code 3 or 4 unless all hold on the 95 % interval
   - {{metric: ppl_increase, set: in-domain, max: 5%}}   # also perplexity, kl, right_to_wrong, retention, agreement
   - {{metric: ppl_increase, set: general, max: 10%}}

@@ -285,25 +285,35 @@ def quantize(
 
 
 def _walk(quantizer: Quantizer, items: Sequence[BlockInput], journal: Journal, progress: Progress | None) -> None:
-    """Quantize every block, or replay it where the journal has it; a block is written while the next is solved."""
+    """Quantize every block, or replay it where the journal has it; a block is written while the next is solved.
+
+    Progress counts blocks on disk.
+    """
     writer, count = quantizer.writer, len(quantizer.walk)
     finished = list(journal.blocks)
     committed: Future[None] | None = None
+    started = time.monotonic()
+
+    def seen(done: int) -> None:
+        if progress and done:
+            since = (time.monotonic() - started) / max(done - len(finished), 1)
+            progress(done, count, f"{since:.1f} s a block")
+
     for index in range(count):
-        started = time.monotonic()
         if index < len(finished):
             quantizer.replay(index, items)
             quantizer.results += [ModuleResult(**m) for m in finished[index]]
             writer.mark_written(quantizer.plan.block_slots[index])
+            seen(index + 1)
         else:
             before = len(quantizer.results)
             quantizer.block(index, items)
             if committed:
                 committed.result()
+                seen(index)
             results = [asdict(m) for m in quantizer.results[before:]]
             committed = quantizer.disk.submit(journal.commit, writer, quantizer.writing, results)
             quantizer.writing = []
-        if progress:
-            progress(index + 1, count, f"{time.monotonic() - started:.1f} s a block")
     if committed:
         committed.result()
+    seen(count)
