@@ -268,7 +268,7 @@ def quantize(
         items = walk.embed(windows, batch or max(1, TOKENS[device.type] // windows.shape[1]))
         if settings.correct:
             widest = max(m.in_features for m in block_linears(walk.blocks[0]).values())
-            for item in items[:: max(1, windows.numel() // (EXACT_TOKENS * widest))]:
+            for item in items[:: max(1, round(windows.numel() / (EXACT_TOKENS * widest)))]:
                 item.exact = walk.shelf.put(item.hidden.to(device))
         size = (windows.numel(), len(items))
         quantizer = Quantizer(walk, layout, settings, writer, size, deltas or (lambda _: None), disk)
