@@ -45,10 +45,10 @@ SETTINGS: dict[str, tuple[layout.Settings, int, int, int]] = {
     "signed scales": (replace(DEFAULT, grid=Grid(4, 64, signed=True)), 8, 48, 512),
     "3 bits": (replace(DEFAULT, grid=Grid(3, 64)), 8, 48, 512),
     "3 bits, correct 0": (replace(DEFAULT, grid=Grid(3, 64), correct=0.0), 8, 48, 512),
-    "128 x 1024": (DEFAULT, 8, 128, 1024),
-    "128 x 1024, drift from 4 tokens an input": (DEFAULT, 4, 128, 1024),
-    "128 x 1024, drift from all tokens": (DEFAULT, 10**6, 128, 1024),
-    "128 x 1024, correct 0.75": (replace(DEFAULT, correct=0.75), 8, 128, 1024),
+    "120 x 1024": (DEFAULT, 8, 120, 1024),
+    "120 x 1024, drift from 4 tokens an input": (DEFAULT, 4, 120, 1024),
+    "120 x 1024, drift from all tokens": (DEFAULT, 10**6, 120, 1024),
+    "120 x 1024, correct 0.75": (replace(DEFAULT, correct=0.75), 8, 120, 1024),
 }
 
 
