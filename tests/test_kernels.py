@@ -20,7 +20,7 @@ from requant.grid import Grid
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
     kernels.triton is None or not (CUDA or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton, and a GPU or TRITON_INTERPRET=1 (tests/conftest.py sets it)",
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
 )
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
