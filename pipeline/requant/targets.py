@@ -36,7 +36,7 @@ class Kernel:
     inputs: int = 1
     outputs: int = 1
     symmetric: bool = True  # only symmetric ones; False: both
-    signed: bool = False  # seen to read negative scales rightly (bench/kernels.py, make test-vllm)
+    signed: bool = False  # seen to read negative scales rightly (bench/kernel_table.py, make test-vllm)
     experts: bool | None = None  # True: only routed experts; False: everything else; None: both
 
     def lacks(self, matrix: Matrix) -> str | None:

@@ -1,6 +1,6 @@
 """Which kernel reads which checkpoint rightly: every kernel of gptqmodel on this device, every format we write.
 
-    python bench/kernels.py [--device cuda] [--dtype bfloat16 ...] [--backend NAME ...] [--format NAME ...] [--jobs 4]
+    python bench/kernel_table.py [--device cuda] [--dtype bfloat16 ...] [--backend NAME ...] [--format NAME ...] [--jobs 4]
                             [--with vllm] [--out FILE]
 
 A random Llama (4 layers, hidden 512: whole tiles for every kernel) is quantized here in each format. A cell is the
