@@ -178,7 +178,7 @@ MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_siz
 
 
 def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
-    """Proven by tests on the CPU (gptqmodel's torch kernels, vLLM's CPU kernel) and by bench/kernel_table.py on an H100 (Triton)."""
+    """Proven on the CPU by tests (gptqmodel's torch kernels, vLLM's kernel), on an H100 by bench/kernel_table.py (Triton)."""
     signed = targets.Matrix("m", 128, 128, Grid(4, 64, signed=True))
     plain = targets.Matrix("m", 128, 128, Grid(4, 64))
     offered = {k.name: k for t in targets.TARGETS.values() for kernels in t.hardware.values() for k in kernels}
