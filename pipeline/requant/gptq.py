@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from requant import kernels
-from requant.grid import Grid, Scales, dequantize_codes, find_scales, round_to_grid
+from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
 
 Order = Literal["natural", "activation", "group"]
 MAX_DAMP = 0.64
@@ -273,7 +273,7 @@ def _rounding_errors(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     parts = []
     for part in torch.split(weight, _ROWS):
         scales = find_scales(part, hessian.diagonal(), grid)
-        parts.append(row_errors((part - dequantize_codes(round_to_grid(part, scales, grid), scales)).T, hessian))
+        parts.append(row_errors((part - nearest(part, scales, grid)).T, hessian))
     return torch.cat(parts)
 
 

@@ -138,3 +138,8 @@ def dequantize_codes(codes: Tensor, scales: Scales) -> Tensor:
     width = codes.shape[1] // scales.scale.shape[1]
     scale, zero = (t.repeat_interleave(width, dim=1) for t in (scales.scale, scales.zero))
     return (codes.float() - zero) * scale
+
+
+def nearest(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """The weight on its grid, rounded to nearest: fp32 [rows, n] -> fp32 [rows, n]."""
+    return dequantize_codes(round_to_grid(weight, scales, grid), scales)

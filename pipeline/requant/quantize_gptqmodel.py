@@ -23,7 +23,7 @@ from requant import gptq, pack, skeleton
 from requant.blocks import Walk, block_linears
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
-from requant.grid import dequantize_codes, find_scales, round_to_grid
+from requant.grid import find_scales, nearest
 from requant.hessian import gather
 from requant.layout import Plan, Settings, convert, plan, write_small_files
 from requant.quantize import TOKENS, ModuleResult
@@ -203,9 +203,9 @@ class Judge:
         decoded = pack.dequantize(packed, grid.bits).to(weight.device)
         plain = replace(grid, search="minmax", signed=False)
         scales = find_scales(weight, hessian.diagonal(), plain)
-        nearest = dequantize_codes(round_to_grid(weight, scales, plain), scales)
+        rounded = nearest(weight, scales, plain)
         whole = max(gptq.output_error(weight, hessian), torch.finfo(torch.float32).tiny)
-        loss, control = (max(gptq.output_error(weight - q, hessian), 0.0) for q in (decoded, nearest))
+        loss, control = (max(gptq.output_error(weight - q, hessian), 0.0) for q in (decoded, rounded))
         delta = self.deltas(stored)
         adapted: dict[str, Any] = {}
         if delta is not None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from requant.deltas import of
-from requant.grid import Grid, dequantize_codes, find_scales, round_to_grid
+from requant.grid import Grid, find_scales, nearest
 from requant.layout import Plan
 from requant.merge import MergePlan, Op, compute
 from requant.rundir import RunDirectory
@@ -137,7 +137,7 @@ def _rows(plan: MergePlan, module: str, op: Op, grid: Grid) -> Sample:
 def rounded(weight: Tensor, grid: Grid) -> Tensor:
     """Round to nearest on the grid's own scales, every input alike: fp32 [rows, n]."""
     scales = find_scales(weight, torch.ones(weight.shape[1]), grid)
-    return dequantize_codes(round_to_grid(weight, scales, grid), scales)
+    return nearest(weight, scales, grid)
 
 
 def retention(samples: Sequence[Sample]) -> dict[str, float]:

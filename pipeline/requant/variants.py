@@ -19,7 +19,7 @@ from requant import merge, nf4, peft_runtime, skeleton
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Nf4Settings
 from requant.errors import StageError
-from requant.grid import Grid, dequantize_codes, find_scales, round_to_grid
+from requant.grid import Grid, find_scales, nearest
 from requant.layout import load_quantized
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _rounded(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
 def _round(weight: Tensor, grid: Grid) -> Tensor:
     plain = Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
     scales = find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
-    return dequantize_codes(round_to_grid(weight, scales, plain), scales)
+    return nearest(weight, scales, plain)
 
 
 def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
