@@ -54,24 +54,26 @@ from requant_eval import windows as ev
 from requant_eval.score import score
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ENTRIES = (("train.jsonl", 0.5), ("general-calibration.jsonl", 0.5))
+ENTRIES = ("train.jsonl", "general-calibration.jsonl")
 OWN = "written by the model"
 SETS = (("in-domain", "heldout.jsonl"), ("general", "general.jsonl"))
 # name: (changes of the default settings, shares of the two texts and of text that the merged model wrote, teacher)
 HALF = (0.5, 0.5, 0.0)
 ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "default": ({}, HALF, "merged"),
-    "lr 3e-3": ({"lr": 3e-3}, HALF, "merged"),
     "+ norms": ({"tune": ("scales", "norms")}, HALF, "merged"),
-    "50 steps": ({"steps": 50}, HALF, "merged"),
-    "target adapter": ({}, HALF, "adapter"),
+    "lr 2e-2": ({"lr": 2e-2}, HALF, "merged"),
+    "lr 5e-3": ({"lr": 5e-3}, HALF, "merged"),
     "a third written by the model": ({}, (0.34, 0.33, 0.33), "merged"),
+    "two thirds in-domain": ({}, (0.67, 0.33, 0.0), "merged"),
+    "300 steps": ({"steps": 300}, HALF, "merged"),
+    "target adapter": ({}, HALF, "adapter"),
+    "50 steps": ({"steps": 50}, HALF, "merged"),
+    "batch 4": ({"batch": 4}, HALF, "merged"),
     "block by block": ({"mode": "blocks", "steps": 50}, HALF, "merged"),
     "in-domain text only": ({}, (1.0, 0.0, 0.0), "merged"),
     "general text only": ({}, (0.0, 1.0, 0.0), "merged"),
-    "lr 3e-2": ({"lr": 3e-2}, HALF, "merged"),
-    "batch 4": ({"batch": 4}, HALF, "merged"),
-    "500 steps": ({"steps": 500}, HALF, "merged"),
+    "600 steps": ({"steps": 600}, HALF, "merged"),
     "seed 1": ({"seed": 1}, HALF, "merged"),
 }
 
@@ -108,7 +110,7 @@ class Bench:
         with phase("merge", self.seconds):
             plan, _ = prepare.plan_merge(args.base, adapter.load(args.adapter), None, False)
             merge.merge(plan, self.merged, dtype="auto")
-        self.documents = {n: data.tokenize(data.Source(path=args.texts / n), self.tokenizer) for n, _ in ENTRIES}
+        self.documents = {n: data.tokenize(data.Source(path=args.texts / n), self.tokenizer) for n in ENTRIES}
         self.places = variants.Places(args.base, args.adapter, self.merged, self.merged, None, {})
         with phase("score merged", self.seconds):
             self.sets = [self._set(name, file) for name, file in SETS]
@@ -167,7 +169,8 @@ class Bench:
         return out
 
     def calibration(self) -> torch.Tensor:
-        entries = [(name, self.documents[name], share) for name, share in ENTRIES]
+        shares = (self.args.share, 1 - self.args.share)
+        entries = [(name, self.documents[name], share) for name, share in zip(ENTRIES, shares, strict=True)]
         return data.calibration_windows(
             entries, samples=self.args.samples, length=self.args.length, seed=0, bos=None,
             eos=self.tokenizer.eos_token_id,
@@ -199,7 +202,7 @@ class Bench:
         if shares[2] and OWN not in self.documents:
             with phase("text written by the merged model", self.seconds):
                 self.documents[OWN] = self.written()
-        names = [*(n for n, _ in ENTRIES), OWN]
+        names = [*ENTRIES, OWN]
         entries = [(n, self.documents[n], share) for n, share in zip(names, shares, strict=True) if share]
         return heal_text.pack(
             entries, train=settings.steps * settings.batch, held=2 * settings.batch, length=settings.length,
@@ -207,15 +210,19 @@ class Bench:
         )  # fmt: skip
 
     @torch.no_grad()
-    def written(self, documents: int = 256) -> list[data.Tokens]:
-        """Text sampled from the merged model, each document from a random first token."""
-        model, length = self.model("merged"), self.args.window
+    def written(self, documents: int = 256, given: int = 32) -> list[data.Tokens]:
+        """Text sampled from the merged model: what it makes of the first tokens of windows of both texts."""
+        model = self.model("merged")
         torch.manual_seed(0)
         count = documents if DEVICE.type == "cuda" else 4
-        start = torch.randint(3, model.config.vocab_size, (count, 1), device=DEVICE)
+        streams = [torch.tensor([t for d in self.documents[n] for t in d.ids]) for n in ENTRIES]
+        starts = [torch.randint(len(s) - given, (count // 2,)) for s in streams]
+        begun = torch.cat([s[a[:, None] + torch.arange(given)] for s, a in zip(streams, starts, strict=True)]).to(
+            DEVICE
+        )
         out = model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, temperature=1.0, min_length=length,
-            max_length=length, pad_token_id=0,
+            begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, temperature=1.0,
+            min_length=self.args.window, max_length=self.args.window, pad_token_id=0,
         )  # fmt: skip
         return [data.Tokens(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
 
@@ -374,6 +381,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--share", type=float, default=0.5, help="of the calibration windows that are in-domain")
     numbers = {
         "samples": 48,
         "length": 512,
