@@ -316,6 +316,26 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 16-bit model with its tokenizer; nobody writes into it."""
+    out = tmp_path_factory.mktemp("model")
+    make_model(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source` in 4 bits, groups of 32, rounded to nearest; nobody writes into it."""
+    import pico
+
+    from requant.gptq import Grid
+
+    out = tmp_path_factory.mktemp("packed") / "gptq"
+    pico.packed(source, out, Grid(4, 32), dtype=torch.bfloat16)
+    return out
+
+
+@pytest.fixture(scope="session")
 def finished(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a completed run of the project's recipe; nobody writes into it."""
     return Path(run(project, tmp_path_factory.mktemp("finished")).path)

@@ -9,26 +9,13 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from e2e import make_model, one_thread
+from e2e import one_thread
 
-from requant import engines, verify
+from requant import engines, variants, verify
 from requant.engines import Answer
 from requant.errors import InputError
-from requant.gptq import Grid
 
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    make_model(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "gptq"
-    pico.packed(source, out, Grid(4, 32), dtype=torch.bfloat16)
-    return out
+pytest_plugins = ("e2e",)
 
 
 def test_agreement_is_the_log_ratio_of_perplexities_within_the_rounding_of_the_dtype() -> None:
@@ -105,6 +92,23 @@ def test_transformers_reads_the_same_numbers(good: Path, source: Path, dtype: st
     if dtype == "float32":
         assert row["same_tokens"] is True
     json.dumps(done.facts())
+
+
+@pytest.mark.usefixtures("gptqmodel")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_the_logits_of_transformers_are_those_of_our_decoding(good: Path, dtype: torch.dtype, bound: float) -> None:
+    """As its users load it, with the kernel it picks itself; ours in fp32. fp32: sums in another order; bf16: 8 bits."""
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(good, dtype=dtype, device_map={"": "cpu"}).eval()
+    assert sum(hasattr(m, "qweight") for m in loaded.modules()) == 14, "packed, not plain linears"
+    places = variants.Places(good, good, good, good, None, {})
+    ours = variants.quantized(good, places, torch.device("cpu"), torch.float32)
+    with one_thread():
+        assert pico.relative(pico.logits(loaded), pico.logits(ours)) < bound
+        made = loaded.generate(pico.ids(1, 8), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, 12)
 
 
 @pytest.mark.usefixtures("gptqmodel")

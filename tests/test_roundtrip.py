@@ -11,7 +11,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from e2e import make_model, one_thread
+from e2e import one_thread
 from torch import Tensor
 
 from requant import layout, pack, skeleton, structure, values, verify
@@ -20,6 +20,7 @@ from requant.gptq import Grid
 from requant.grid import find_scales, round_to_grid
 
 pytest.importorskip("gptqmodel")
+pytest_plugins = ("e2e",)
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128, -1)
 ROWS, COLUMNS = 96, 256
@@ -85,13 +86,6 @@ def test_we_decode_gptqmodels(bits: int, group: int, sym: bool, desc_act: bool) 
     convert_gptq_v2_to_v1_format_module(theirs, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
     written = {name: getattr(theirs, name) for name in pack.SUFFIXES}
     assert torch.equal(pack.dequantize(written, bits), expected)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    make_model(out)
-    return out
 
 
 def by_gptqmodel(source: Path, out: Path, **options: Any) -> Path:

@@ -23,20 +23,7 @@ Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 WEIGHTS = "model.safetensors"
 GRID = Grid(4, 32)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    make_model(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "gptq"
-    pico.packed(source, out, GRID, dtype=torch.bfloat16)
-    return out
+pytest_plugins = ("e2e",)
 
 
 def check(path: Path, **options: object) -> verify.Verification:
