@@ -85,7 +85,7 @@ def test_what_engines_said_reaches_the_report_and_the_card(
     answers(monkeypatch, 0.001)
     assert here("verify", str(ran / "pico" / "gptq"), "--with", "vllm") == 0
     assert "vllm       perplexity" in here.out
-    assert json.loads((ran / "pico" / verify.RESULT).read_text())["engines"][0]["ok"] is True
+    assert json.loads((ran / "pico" / verify.RESULTS["quantize"]).read_text())["engines"][0]["ok"] is True
     with one_thread():
         again = e2e.run(project, ran)
     assert again.ran == ["report"]
@@ -94,7 +94,7 @@ def test_what_engines_said_reaches_the_report_and_the_card(
     for file in ("report.md", "gptq/README.md"):
         text = (ran / "pico" / file).read_text()
         assert "| vllm 9.9 | Kernel | bfloat16 on cpu |" in text, file
-        assert "| +0.001 | 0.02 |" in text, file
+        assert "| gptq -> vllm | served in bfloat16 on cpu, 20 documents | +0.001" in text, file
 
 
 def test_an_engine_that_reads_other_weights_is_a_failure(
@@ -104,7 +104,7 @@ def test_an_engine_that_reads_other_weights_is_a_failure(
     shutil.copytree(finished / "gptq", tmp_path / "gptq")
     assert here("verify", "gptq", "--with", "vllm") == 1
     assert "vllm: reads other weights (Kernel): its mean -ln p is +0.5 from ours, 0.02 is its rounding" in here.out
-    assert not (tmp_path / verify.RESULT).exists(), "no run directory, nothing to remember"
+    assert not list(tmp_path.glob("verify-*.json")), "no run directory, nothing to remember"
 
 
 def test_a_run_verifies_what_it_wrote(finished: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from e2e import one_thread
+from e2e import one_thread, run
 
 from requant import engines, variants, verify
 from requant.engines import Answer
-from requant.errors import InputError
+from requant.errors import InputError, StageError
 
 pytest_plugins = ("e2e",)
 
@@ -120,3 +120,36 @@ def test_a_kernel_that_cannot_run_here_is_an_answer(good: Path) -> None:
         )
     assert answer.error is not None
     assert "(exit 1)" in answer.error
+
+
+@pytest.mark.usefixtures("gptqmodel")
+def test_a_recipe_that_names_an_engine_has_it_load_what_it_wrote(project: Path, tmp_path: Path) -> None:
+    """deploy: judged by the table of servers before the work, asked itself after it, and shown with an interval."""
+    out = run(
+        project, tmp_path, {"deploy": ["transformers"], "evaluate.variants": ["base", "adapter", "merged", "gptq"]}
+    )
+    assert out.report["facts"]["quantize"]["engines"]["transformers"]["loads"] is True
+    proof = out.report["facts"]["verify"]
+    assert proof["ok"] is True
+    (row,) = proof["engines"]
+    assert (row["engine"], row["dtype"], row["n_documents"]) == ("transformers", "float32", 20)
+    assert row["tokens_per_second"] > 0
+    home = next(s for s in out.report["sets"] if s["in_domain"])
+    (step,) = home["kernels"]
+    assert (step["from"], step["to"]) == ("gptq", "transformers")
+    assert abs(step["delta"]["value"]) <= engines.TOLERANCE["float32"]
+    assert step["delta"]["low"] is not None
+    assert "| gptq -> transformers | served in float32 on cpu, 20 documents |" in (out.path / "report.md").read_text()
+    assert "transformers " in (out.path / "report.md").read_text().split("### Ways to deploy")[1].split("###")[0]
+
+
+@pytest.mark.usefixtures("gptqmodel")
+def test_a_checkpoint_that_its_engine_misreads_is_not_put_in_place(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        engines, "ask", lambda engine, *_, **__: Answer(engine, "float32", error="ValueError: no kernel")
+    )
+    with pytest.raises(StageError, match=r"transformers: does not load it: ValueError: no kernel"):
+        run(project, tmp_path, {"deploy": ["transformers"]}, until="quantize")
+    assert not (tmp_path / "pico" / "gptq").exists()

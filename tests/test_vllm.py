@@ -22,7 +22,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from e2e import make_model, one_thread
+from e2e import make_model, make_project, one_thread, run
 
 from requant import engines, skeleton, targets, variants, verify
 from requant.gptq import Grid
@@ -71,6 +71,19 @@ def test_vllm_refuses_what_the_table_of_servers_says(source: Path, tmp_path: Pat
     done = verify.verify(tmp_path / "gptq", load_in=["vllm"])
     assert [f.where for f in done.findings] == ["vllm"]
     assert done.findings[0].reason.startswith("does not load it: ")
+
+
+def test_a_recipe_for_vllm_has_vllm_load_what_it_wrote(tmp_path: Path) -> None:
+    with one_thread():
+        project = make_project(tmp_path / "project", hidden=256)
+    out = run(project, tmp_path, {"deploy": ["vllm"], "evaluate.variants": ["base", "adapter", "merged", "gptq"]})
+    (row,) = out.report["facts"]["verify"]["engines"]
+    assert (row["engine"], row["dtype"], row["ok"]) == ("vllm", "bfloat16", True)
+    (step,) = next(s for s in out.report["sets"] if s["in_domain"])["kernels"]
+    assert (step["from"], step["to"], step["n_documents"]) == ("gptq", "vllm", 20)
+    assert step["delta"]["low"] < step["delta"]["high"]
+    assert row["tokens_per_second"] > 0
+    assert "| gptq -> vllm | served in bfloat16 on cpu, 20 documents |" in (out.path / "report.md").read_text()
 
 
 @contextmanager

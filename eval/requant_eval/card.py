@@ -10,6 +10,7 @@ from typing import Any
 from requant_eval.checks import checks_table
 from requant_eval.digits import format_value
 from requant_eval.headline import SPOKEN, final_variant, headline, method
+from requant_eval.served import proofs
 from requant_eval.tables import facts_table, protocol, retention_table, variants_table, waterfall_table
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -63,7 +64,7 @@ def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
     inputs = {key: facts.get(key) for key in ("base", "adapter", "created")}
     settings = (facts.get("quantize") or {}).get("settings")
     for t in (
-        checks_table(facts),
+        *(checks_table(name, proof) for name, proof in proofs(facts) if name != without),
         facts_table("Inputs", inputs),
         facts_table("Quantization", settings),
         facts_table("Versions", facts.get("versions")),
@@ -81,6 +82,7 @@ def _without(report: Mapping[str, Any], variant: str) -> dict[str, Any]:
         | {
             "variants": [v for v in s["variants"] if v["name"] != variant],
             "edges": [e for e in s["edges"] if variant not in (e["from"], e["to"])],
+            "kernels": [e for e in s.get("kernels") or [] if e["from"] != variant],
             "retention": {name: value for name, value in s["retention"].items() if name != variant},
         }
         for s in report["sets"]

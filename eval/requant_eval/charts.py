@@ -18,7 +18,7 @@ from requant_eval import svg
 from requant_eval.digits import format_estimate, format_value
 from requant_eval.document import Figure
 from requant_eval.svg import Scale
-from requant_eval.tables import KINDS
+from requant_eval.tables import served, what
 
 LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -79,6 +79,8 @@ def waterfall(s: Mapping[str, Any]) -> Chart:
     """Every variant's level, reached by a bar from the variant it was made of."""
     into = {e["to"]: e for e in _steps(s)}
     level = {v["name"]: v["mean_nll"]["value"] for v in s["variants"]}
+    for label, served_by in _served(s).items():
+        into[label], level[label] = served_by, level[served_by["from"]] + served_by["delta"]["value"]
     level = dict(sorted(level.items(), key=lambda item: item[0] in into and into[item[0]]["kind"] in ASIDE))
     reached = list(into.values())
     ends = [math.exp(level[e["from"]] + e["delta"][k]) for e in reached for k in ("value", "low", "high") if _has(e, k)]
@@ -86,7 +88,7 @@ def waterfall(s: Mapping[str, Any]) -> Chart:
     rows = []
     for name, value in level.items():
         ppl = math.exp(value)
-        text = f"perplexity {_ppl(s, name)}"
+        text = f"perplexity {_ppl(s, name) or format_value(ppl)}"
         if name not in into:
             shape = svg.mark(svg.dot(scale, ppl, "level"), f"{name}: {text}")
             rows.append(Row(name, svg.grid(scale) + shape, _ppl(s, name)))
@@ -95,12 +97,12 @@ def waterfall(s: Mapping[str, Any]) -> Chart:
         change = format_estimate(e["loss_percent"], signed=True, unit=" %", interval=False)
         said = f"{e['from']} -> {name}: {format_estimate(e['delta'], signed=True)} ln perplexity, to {text}"
         drawn = svg.grid(scale) + svg.mark(_step(scale, e, level), said)
-        rows.append(Row(name, drawn, _ppl(s, name), change, KINDS[e["kind"]]))
+        rows.append(Row(name, drawn, _ppl(s, name), change, what(e)))
     caption = (
         "Perplexity from the base to what ships. Each bar leads from the variant a step starts at to its own level;"
     )
-    legend = (("better", "lower: better"), ("worse", "higher: worse"), ("control", "control"))
     caption += " the line at its end is the step's 95 % interval."
+    legend = (("better", "lower: better"), ("worse", "higher: worse"), ("control", "control"))
     return Chart(caption, tuple(rows), svg.axis(scale), "perplexity, log scale", legend)
 
 
@@ -111,6 +113,12 @@ def _steps(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if _known(e["delta"]):
             into.setdefault(e["to"], e)
     return list(into.values())
+
+
+def _served(s: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Steps into engines from variants that were scored, by a name of their own."""
+    scored = [v["name"] for v in s["variants"]]
+    return {f"{e['from']} in {e['to']}": e for e in served(s) if e["from"] in scored}
 
 
 def _step(scale: Scale, e: Mapping[str, Any], level: Mapping[str, float]) -> Markup:
@@ -297,7 +305,8 @@ def _places(
 
 
 def _ppl(s: Mapping[str, Any], name: str) -> str:
-    return next(format_estimate(v["ppl"], interval=False) for v in s["variants"] if v["name"] == name)
+    """Of a variant; empty for what was not scored on the whole set."""
+    return next((format_estimate(v["ppl"], interval=False) for v in s["variants"] if v["name"] == name), "")
 
 
 def _known(estimate: Mapping[str, Any] | None) -> bool:

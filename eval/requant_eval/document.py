@@ -13,6 +13,7 @@ from typing import Any, Literal
 from requant_eval import maps
 from requant_eval.checks import checks_table
 from requant_eval.heal_tables import heal_tables
+from requant_eval.served import proofs
 from requant_eval.tables import (
     Table,
     cost_tables,
@@ -119,8 +120,8 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("Canaries", tuple(_canaries(facts)))
     yield Section("Adapter survival", tuple(_survival(facts)))
     yield Section("Modules", tuple(_modules(facts)))
-    read_back = checks_table(facts)
-    yield Section("Read back", (read_back,) if read_back.rows else ())
+    read_back = (checks_table(name, proof) for name, proof in proofs(facts))
+    yield Section("Read back", tuple(t for t in read_back if t.rows))
     yield Section("Cost", tuple(cost_tables(facts)))
     described = (
         facts_table("Merge", facts.get("merge")),

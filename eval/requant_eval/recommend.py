@@ -8,6 +8,7 @@ from typing import Any
 from requant_eval.digits import format_bytes
 from requant_eval.gate import Gate, make
 from requant_eval.headline import final_variant
+from requant_eval.served import speeds
 from requant_eval.tables import OPTIONS
 from requant_eval.verdict import judge, verdict
 
@@ -27,7 +28,7 @@ def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any
 
     choice: "requantized", "merged", "separate", or None where nothing was measured against the reference. Each option:
     name, variant, status against the gates, bytes (weights: of files and of memory), needs, multi_adapter, loss by set
-    (percent more perplexity than base + adapter), tokens_per_second by engine where `facts.speed` has it.
+    (percent more perplexity than base + adapter), tokens_per_second by engine, of one sequence, where it was measured.
     """
     applied = list(gates) or _default(report)
     options = [_option(report, name, applied) for name in OPTIONS]
@@ -59,7 +60,7 @@ def _option(report: Mapping[str, Any], name: str, gates: Sequence[Gate]) -> dict
         "needs": NEEDS[name],
         "multi_adapter": SERVES[name],
         "loss": {s["name"]: _loss(s, variant) for s in report["sets"]},
-        "tokens_per_second": (facts.get("speed") or {}).get(variant) if variant else None,
+        "tokens_per_second": speeds(facts).get(variant or ""),
     }
 
 

@@ -15,6 +15,7 @@ nothing) too.
     canaries:    what `requant_eval.canaries.result` makes    suggestion: what `requant.advice.advise` makes
     calibration: {..., "overlap": {set name: share of its 13-grams}}
     cost:        {"bytes": {artifact: int}, "seconds": {stage: float}, "peak_rss": {stage: bytes}}
+    verify:      what `requant.verify.Verification.facts` says of gptq; heal.verify the same of healed
     versions, hardware: {name: text}
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from requant_eval import served
 from requant_eval import statistics as st
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import Gate
@@ -62,7 +64,7 @@ def build(
     if not sets:
         raise EvaluationError("no evaluation set was scored: nothing to report")
     home = in_domain or sets[0].name
-    rendered = [section(s, in_domain=s.name == home) for s in sets]
+    rendered = [section(s, in_domain=s.name == home) | {"kernels": served.steps(facts, s.name, s.digest)} for s in sets]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": facts.get("name"),

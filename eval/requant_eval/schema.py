@@ -131,6 +131,24 @@ Edge.__doc__ = "One step, paired. delta: ln perplexity, nats a token. agreement 
 with_config(OPEN)(Edge)
 
 
+KernelStep = TypedDict(
+    "KernelStep",
+    {
+        "from": str,
+        "to": str,
+        "kind": Literal["kernel"],
+        "delta": Estimate,
+        "loss_percent": Estimate,
+        "n_documents": int,
+        "n_tokens": int,
+        "dtype": str,
+        "device": str,
+    },
+)
+KernelStep.__doc__ = "The step into an engine that serves the checkpoint, paired on the beginnings of some documents."
+with_config(OPEN)(KernelStep)
+
+
 @with_config(OPEN)
 class Group(TypedDict):
     """Tokens that the adapter changed about as much: low..high is |ln p_adapter - ln p_base|, nats."""
@@ -193,6 +211,7 @@ class EvaluationSet(TypedDict):
     reference: str | None
     variants: list[VariantResult]
     edges: list[Edge]
+    kernels: NotRequired[list[KernelStep]]
     retention: dict[str, Estimate | None]
     tails: Tails | None
     documents: dict[str, Documents]

@@ -20,6 +20,7 @@ KINDS = {
     "total": "whole way",
     "control": "control",
     "fork": "merged onto the original base",
+    "kernel": "served",
 }
 
 
@@ -90,7 +91,14 @@ def options_table(report: Mapping[str, Any]) -> Table:
         for o in options
     ]
     losses = tuple(f"perplexity, {name}" for name in names)
-    columns = ("way", "needs to serve", "many adapters", "weights", *losses, *(["tokens/s"] if with_speed else []))
+    columns = (
+        "way",
+        "needs to serve",
+        "many adapters",
+        "weights",
+        *losses,
+        *(["tokens/s, one sequence"] if with_speed else []),
+    )
     note = (
         "Perplexity against base + adapter. Weights: bytes on disk, and about that in memory; the cache for the context comes "
         "on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
@@ -121,21 +129,29 @@ def waterfall_table(s: Mapping[str, Any]) -> Table:
     rows = [
         (
             f"{e['from']} -> {e['to']}",
-            KINDS[e["kind"]],
+            what(e),
             format_estimate(e["delta"], signed=True),
             format_estimate(e["loss_percent"], signed=True, unit=" %"),
         )
-        for e in s["edges"]
+        for e in [*s["edges"], *served(s)]
     ]
     columns = ("step", "what", "ln perplexity", "perplexity")
-    return Table(
-        f"{s['name']}: what each step costs",
-        columns,
-        tuple(rows),
-        "Paired; steps add up in ln perplexity, negative is better.",
-        text=2,
-        key="steps",
-    )
+    note = "Paired; steps add up in ln perplexity, negative is better."
+    if served(s):
+        note += " Served: the engine's own computation against ours, on the beginnings of some documents."
+    return Table(f"{s['name']}: what each step costs", columns, tuple(rows), note, text=2, key="steps")
+
+
+def served(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps into engines (see `requant_eval.served`); reports of older versions have none."""
+    return list(s.get("kernels") or [])
+
+
+def what(e: Mapping[str, Any]) -> str:
+    """What a step does."""
+    if e["kind"] != "kernel":
+        return KINDS[e["kind"]]
+    return f"{KINDS['kernel']} in {e['dtype']} on {e['device']}, {e['n_documents']} documents"
 
 
 def divergence_table(s: Mapping[str, Any]) -> Table:
@@ -284,10 +300,8 @@ def _option_loss(estimate: Mapping[str, Any] | None) -> str:
 
 
 def _speed(speed: Any) -> str:
-    """A number, or one for each engine."""
-    if isinstance(speed, Mapping):
-        return ", ".join(f"{engine} {_cell(value)}" for engine, value in speed.items())
-    return "not measured" if speed is None else _cell(speed)
+    """One number for each engine."""
+    return ", ".join(f"{engine} {_cell(value)}" for engine, value in (speed or {}).items()) or "not measured"
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -23,13 +23,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Healing:
-    """How and on what a checkpoint will be healed; the last `held` of the windows are not trained on."""
+    """How and on what a checkpoint will be healed; the last `held` of the windows are not trained on.
+
+    deploy: engines that must load the result, if they are installed.
+    """
 
     section: Heal
     shape: fit.Shape
     windows: Tensor
     held: int
     facts: dict[str, Any]
+    deploy: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Settings:
@@ -59,7 +63,7 @@ def plan_healing(recipe: Recipe, tokenizer: Any, seen: list[Sequence[data.Tokens
         return None
     documents, windows, held, facts = texts.healing(recipe, section, tokenizer, seen)
     seen += documents
-    return Healing(section, shape, windows, held, facts)
+    return Healing(section, shape, windows, held, facts, tuple(recipe.deploy))
 
 
 def heal_stage(
@@ -81,5 +85,6 @@ def heal_stage(
         key=key, work=work, device=device, trust_remote_code=places.trust_remote_code,
         meta={"healer": [f"requant:{__version__}"]}, progress=progress,
     )  # fmt: skip
-    proof = verify.demand(verify.verify(out, source=places.merged, trust_remote_code=places.trust_remote_code))
+    trust = places.trust_remote_code
+    proof = verify.demand(verify.verify(out, source=places.merged, deploy=asked.deploy, trust_remote_code=trust))
     return told | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}

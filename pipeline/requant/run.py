@@ -35,6 +35,7 @@ from requant.keys import LAYOUT, Keys
 from requant.prepare import Prepared
 from requant.resonance import remembered
 from requant.rundir import LogFile, RunDirectory, key_of
+from requant.sample import Sample
 from requant.watcher import Outcome, Watcher
 
 __all__ = ["STAGES", "Outcome", "Runner", "Stage", "Watcher", "run"]
@@ -155,6 +156,7 @@ class Runner:
 
     def quantize(self) -> dict[str, Any]:
         """The GPTQ checkpoint."""
+        Sample.of(self.p.sets, self.recipe.evaluate.in_domain).keep(self.dir.path)
         artifact = self.dir.artifact("gptq")
         known = self.dir.result("quantize", self.keys.quantize)
         if known is not None and artifact.whole(self.keys.quantize):
@@ -255,8 +257,8 @@ class Runner:
         versions = (reports.SCHEMA_VERSION, __version__)
         asked = (in_domain, [gate.rule() for gate in gates], answers, bool(advised), *versions)
         path = self.dir.path
-        proof = verify.remembered(path, self.keys.quantize)
-        key = key_of(self.keys.merge, self.keys.quantize, self.keys.heal, self.scores.key, *asked, proof)
+        proofs = verify.remembered(path, {"quantize": self.keys.quantize, "heal": self.keys.heal})
+        key = key_of(self.keys.merge, self.keys.quantize, self.keys.heal, self.scores.key, *asked, proofs)
         cards = {"gptq": "healed", "healed": None} if self.p.heal else {"gptq": None}  # directory: variant left out
         needed = ("report.json", "report.md", "report.html", *(f"{name}/README.md" for name in cards))
         written = all((path / name).exists() for name in needed)
@@ -271,8 +273,8 @@ class Runner:
         stages = {name: self.dir.result(name, stage_key) or {} for name, stage_key in wanted.items()} | {
             "probe": self.probed
         }
-        if proof is not None:
-            stages["quantize"] = {**(stages["quantize"] or {}), "verify": proof}
+        for stage, proof in proofs.items():
+            stages[stage] = {**stages.get(stage, {}), "verify": proof}
         stages["resonance"] = self._predicted()
         dtype = str(self.scores.dtype).removeprefix("torch.")
         told = account.account(self.p, stages, path, device=str(self.device), dtype=dtype)

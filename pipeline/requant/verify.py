@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from requant.checkpoint import Checkpoint, read_json
 from requant.engines import Answer, Engine
 from requant.errors import InputError, StageError
 from requant.rundir import MANIFEST, MARKER
+from requant.sample import Sample
 from requant.structure import Finding
+from requant_eval import served
 
 log = logging.getLogger(__name__)
 PROMPT, NEW_TOKENS = 8, 8
+SPEED = {"prompt": 32, "new": 17, "batch": 1, "repeat": 1}  # what an engine's tokens per second are measured on
 SHOWN = 20
-RESULT = "verify.json"
+RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"}  # by the stage that wrote the checkpoint
 SAMPLE = """\
 The lighthouse keeper wrote the date at the top of the page, as he had done every evening for thirty years, and then sat
 for a while without writing anything. Outside, the wind had turned to the north and the rain came in short, hard bursts
@@ -50,7 +53,8 @@ class Verification:
     """What was checked and what was found; `ok` when nothing is wrong.
 
     expected_bytes: of all tensors as the config describes them; disk_bytes: of the safetensors files. perplexity: of the
-    sample by our own decoding in fp32. skipped: checks that could not be made, and why.
+    sample by our own decoding in fp32; sample_set, sample_digest: the evaluation set it is of. skipped: checks that could
+    not be made, and why.
     """
 
     path: Path
@@ -63,6 +67,8 @@ class Verification:
     negative_scales: int | None = None
     relative_error: float | None = None
     sample_tokens: int = 0
+    sample_set: str | None = None
+    sample_digest: str | None = None
     perplexity: float | None = None
     generated: list[int] = field(default_factory=list)
     text: str | None = None
@@ -90,16 +96,16 @@ class Verification:
 
 @torch.no_grad()
 def verify(
-    path: Path, *, source: Path | None = None, rows: Sequence[Sequence[int]] | None = None, text: str | None = None,
+    path: Path, *, source: Path | None = None, text: str | None = None,
     load_in: Sequence[Engine] = (), deploy: Container[str] = (), engine_dtype: str | None = None,
     device: torch.device | None = None, trust_remote_code: bool = False,
 ) -> Verification:  # fmt: skip
     """Check the checkpoint in `path`; what cannot be read at all is a finding too.
 
-    source: the model that was quantized, to compare weights with. rows: token ids to score, default: `text`, or a
-    paragraph of our own, through the checkpoint's tokenizer. load_in: engines that must load it and give our perplexity;
-    InputError when one is not installed. deploy: engines that must, if they are installed. engine_dtype: theirs; default
-    fp32 for transformers on a CPU, else the checkpoint's own.
+    source: the model that was quantized, to compare weights with. text: what is scored; default: for engines the run's
+    own documents where the checkpoint is of a run, else a paragraph of ours. load_in: engines that must load it and give
+    our perplexity; InputError when one is not installed. deploy: engines that must, if they are installed. engine_dtype:
+    theirs; default fp32 for transformers on a CPU, else the checkpoint's own.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
@@ -119,15 +125,17 @@ def verify(
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
     device = device or torch.device("cpu")
-    ours = _run(done, found, rows, text, device, trust_remote_code)
+    sample = Sample.kept(path) if load_in and text is None else None
+    ours = _run(done, found, sample, text, device, trust_remote_code)
     if ours is not None:
+        scored, nll = ours
         for engine in load_in:
             dtype = engine_dtype or _engine_dtype(engine, found.checkpoint, device)
             answer = engines.ask(
-                engine, path.absolute(), ours[0], dtype=dtype, device=str(device), new_tokens=NEW_TOKENS, prompt=PROMPT,
-                trust_remote_code=trust_remote_code,
+                engine, path.absolute(), scored.rows, dtype=dtype, device=str(device), new_tokens=NEW_TOKENS,
+                prompt=PROMPT, trust_remote_code=trust_remote_code, speed=SPEED,
             )  # fmt: skip
-            _judge(done, answer, ours[1])
+            _judge(done, answer, nll, scored.documents)
     return done
 
 
@@ -141,18 +149,21 @@ def demand(done: Verification) -> Verification:
 def remember(done: Verification) -> Path | None:
     """Keep the result beside a run's checkpoint, for its report; None when `path` is no artifact of a run."""
     run, manifest = done.path.absolute().parent, done.path / MANIFEST
-    if not (run / MARKER).exists() or not manifest.exists():
+    file = run / f"verify-{done.path.absolute().name}.json"
+    if not (run / MARKER).exists() or not manifest.exists() or file.name not in RESULTS.values():
         return None
-    write_json(run / RESULT, {"key": read_json(manifest).get("key")} | done.facts())
-    return run / RESULT
+    write_json(file, {"key": read_json(manifest).get("key")} | done.facts())
+    return file
 
 
-def remembered(run: Path, key: str) -> dict[str, Any] | None:
-    """What `remember` kept for the checkpoint of this key, None when there is none or it is another's."""
-    if not (run / RESULT).exists():
-        return None
-    kept = read_json(run / RESULT)
-    return {k: v for k, v in kept.items() if k != "key"} if kept.get("key") == key else None
+def remembered(run: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Stage -> what `remember` kept of its checkpoint. keys: stage -> the key of the checkpoint that counts."""
+    known = {stage: read_json(run / RESULTS[stage]) for stage in keys if (run / RESULTS[stage]).exists()}
+    return {
+        stage: {k: v for k, v in kept.items() if k != "key"}
+        for stage, kept in known.items()
+        if kept.get("key") == keys[stage]
+    }
 
 
 def _unreadable(path: Path, error: InputError) -> Finding:
@@ -182,10 +193,10 @@ def _engine_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) 
 
 
 def _run(
-    done: Verification, found: structure.Structure, rows: Sequence[Sequence[int]] | None, text: str | None,
-    device: torch.device, trust: bool,
-) -> tuple[list[list[int]], list[list[float]]] | None:  # fmt: skip
-    """Generate and score with our own decoding in fp32; (rows, -ln p of their tokens), or None where it cannot be."""
+    done: Verification, found: structure.Structure, sample: Sample | None, text: str | None, device: torch.device,
+    trust: bool,
+) -> tuple[Sample, list[list[float]]] | None:  # fmt: skip
+    """Generate and score with our own decoding in fp32; (the sample, -ln p of its tokens), or None where it cannot be."""
     path = found.checkpoint.path
     need = 4 * sum(p.numel() for p in found.model.parameters())
     room = _free(device)
@@ -195,13 +206,14 @@ def _run(
         )
         return None
     tokenizer: Any = _tokenizer(path, trust)
-    if rows is None:
-        limit = getattr(found.model.config.get_text_config(), "max_position_embeddings", None) or 512  # type: ignore
-        rows = [tokenizer(text or SAMPLE)["input_ids"][: min(limit - NEW_TOKENS, 512)]]
+    longest = (getattr(found.model.config.get_text_config(), "max_position_embeddings", None) or 512) - NEW_TOKENS  # type: ignore
+    if sample is None:
+        sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, 512)]),), (0,))
+    rows = [row[:longest] for row in sample.rows]
     places = variants.Places(path, path, path, path, None, {}, trust_remote_code=trust)
     model = variants.quantized(path, places, device, torch.float32)
     nll, finite = _score(model, rows, device)
-    done.sample_tokens = sum(map(len, nll))
+    done.sample_tokens, done.sample_set, done.sample_digest = sum(map(len, nll)), sample.set, sample.digest
     if finite:
         done.perplexity = engines.perplexity(nll)
         done.generated = _generate(model, rows[0][:PROMPT], device)
@@ -210,7 +222,7 @@ def _run(
         done.findings.append(Finding("model", "its logits hold NaN or infinity on the sample"))
     del model
     gc.collect()
-    return ([list(r) for r in rows], nll) if finite else None
+    return (replace(sample, rows=tuple(rows)), nll) if finite else None
 
 
 def _free(device: torch.device) -> float:
@@ -251,19 +263,22 @@ def _generate(model: Any, prompt: Sequence[int], device: torch.device) -> list[i
     return new
 
 
-def _judge(done: Verification, answer: Answer, ours: Sequence[Sequence[float]]) -> None:
+def _judge(done: Verification, answer: Answer, ours: Sequence[Sequence[float]], documents: Sequence[int]) -> None:
     """Add one engine's row, and a finding when it refused the checkpoint or reads other numbers from it."""
     row: dict[str, Any] = {
         "engine": answer.engine, "dtype": answer.dtype, "device": answer.device, "kernels": list(answer.kernels),
         "versions": dict(answer.versions), "load_seconds": answer.load_seconds, "error": answer.error,
         "tolerance": engines.TOLERANCE[answer.dtype], "perplexity": None, "difference": None, "same_tokens": None,
+        "tokens_per_second": None,
     }  # fmt: skip
     if answer.error is not None:
         done.findings.append(Finding(answer.engine, f"does not load it: {answer.error}"))
     else:
+        row |= served.step(answer.nll, ours, documents)
         row["difference"] = answer.difference(ours)
         row["perplexity"] = engines.perplexity(answer.nll)
         row["same_tokens"] = list(answer.generated) == done.generated
+        row["tokens_per_second"] = (answer.speed or {}).get("decode_tokens_per_second")
         if not answer.agrees(ours):
             reason = f"its mean -ln p is {row['difference']:+.4g} from ours, {row['tolerance']:g} is its rounding"
             done.findings.append(Finding(answer.engine, f"reads other weights ({', '.join(answer.kernels)}): {reason}"))
