@@ -1,7 +1,7 @@
 """What healing gives back on the demo's fine-tune, and which settings help.
 
     python bench/heal.py compare  --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--bits 4,3] [--peer]
-    python bench/heal.py ablate   --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--only NAME] [--budget SECONDS]
+    python bench/heal.py ablate   --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--only NAME;NAME] [--budget SECONDS]
 
 compare: NF4 base + adapter -> merged -> GPTQ (ours, and with --peer gptqmodel's) -> healed; all scored in fp32 on both
 held-out sets. ablate: one checkpoint, many settings, nothing loaded twice. FILE is rewritten after every row, and every
@@ -63,6 +63,8 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "default": ({}, HALF, "merged"),
     "+ norms": ({"tune": ("scales", "norms")}, HALF, "merged"),
     "lr 2e-2": ({"lr": 2e-2}, HALF, "merged"),
+    "lr 7e-3": ({"lr": 7e-3}, HALF, "merged"),
+    "lr 5e-3, 240 steps": ({"lr": 5e-3, "steps": 240}, HALF, "merged"),
     "lr 5e-3": ({"lr": 5e-3}, HALF, "merged"),
     "a third written by the model": ({}, (0.34, 0.33, 0.33), "merged"),
     "two thirds in-domain": ({}, (0.67, 0.33, 0.0), "merged"),
@@ -318,7 +320,7 @@ def ablate(args: argparse.Namespace) -> None:
     taught: dict[str, Any] = {}
     rate = 0.0
     for name, (changes, shares, target) in ABLATIONS.items():
-        if args.only not in name:
+        if not any(part in name for part in args.only.split(";")):
             continue
         own = dict(changes)
         mode = own.pop("mode", "whole")
@@ -379,7 +381,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/requant-heal"))
     parser.add_argument("--bits", default="4")
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="rows whose names hold one of these, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
     parser.add_argument("--share", type=float, default=0.5, help="of the calibration windows that are in-domain")
     numbers = {

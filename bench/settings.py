@@ -48,6 +48,16 @@ SETTINGS: dict[str, tuple[layout.Settings, int, int, int]] = {
     "120 x 1024": (DEFAULT, 8, 120, 1024),
     "120 x 1024, drift from 4 tokens an input": (DEFAULT, 4, 120, 1024),
     "120 x 1024, drift from all tokens": (DEFAULT, 10**6, 120, 1024),
+    "120 x 1024, no sweep": (replace(DEFAULT, sweeps=0, order="activation"), 8, 120, 1024),
+    "120 x 1024, no sweep, the better order": (replace(DEFAULT, sweeps=0), 8, 120, 1024),
+    "120 x 1024, correct 0": (replace(DEFAULT, correct=0.0), 8, 120, 1024),
+    "120 x 1024, correct 0, no sweep": (replace(DEFAULT, correct=0.0, sweeps=0), 8, 120, 1024),
+    "120 x 1024, correct 0, no sweep, activation": (
+        replace(DEFAULT, correct=0.0, sweeps=0, order="activation"),
+        8,
+        120,
+        1024,
+    ),
     "120 x 1024, correct 0.75": (replace(DEFAULT, correct=0.75), 8, 120, 1024),
 }
 
@@ -71,7 +81,7 @@ def main() -> None:
     for name in ("base", "adapter", "texts", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/requant-settings"))
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="rows whose names hold one of these, split by ;")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -87,7 +97,7 @@ def main() -> None:
     floor = {s.name: float(score(model, s, batch=16, device=device).nll.mean()) for s in sets}
     rows: list[dict[str, Any]] = [{"setting": "merged"} | floor]
     for name, (settings, exact, samples, length) in SETTINGS.items():
-        if args.only not in name:
+        if not any(part in name for part in args.only.split(";")):
             continue
         quantize.EXACT_TOKENS = exact
         windows = data.calibration_windows(
