@@ -1,11 +1,15 @@
 """GPTQ of a big model's shape with random weights, ours and gptqmodel in one run: time, peak memory, time by phase.
 
     python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
-        [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 2] [--out FILE]
+        [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--out FILE]
 
 Each side runs alone in a process of its own, from loading to the written checkpoint. Weights are bf16 and random, tokens
 are random: the work does not depend on them. Two depths give a slope, from which a whole model's time follows (said so).
---ranks starts ours through torchrun on so many GPUs.
+
+--ranks runs ours on each of these numbers of GPUs of this host (processes on the CPU), one after another, more than one
+through torchrun; the clock starts when the processes have found each other. Strong scaling is the ratio of these times,
+of the whole and of a block alone. Time by phase and memory are those of rank 0.
+    python bench/speed.py --only ours --layers 8 --ranks 1 2 --out FILE
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +43,7 @@ PHASES = {  # function of ours -> phase
     ("gptq", "factorize"): "factor", ("gptq", "find_scales"): "scale search", ("gptq", "solve"): "column loop",
     ("gptq", "refine"): "sweeps", ("gptq", "correct"): "correction", ("gptq", "row_errors"): "losses",
     ("pack", "pack"): "pack",
+    ("ranks", "pool"): "sums of all ranks", ("ranks", "gather"): "rows of all ranks",
 }  # fmt: skip
 
 
@@ -102,7 +109,8 @@ class Phases:
         import requant.quantize
 
         for (module, name), phase in PHASES.items():
-            holder = getattr(requant, module)
+            holder: Any = getattr(requant, module)
+            holder = holder.Several if module == "ranks" else holder
             original = getattr(holder, name)
             wrapped = self._wrapped(original, phase)
             setattr(holder, name, wrapped)
@@ -134,11 +142,22 @@ class Phases:
         for phase, spans in self.spans.items():
             out[phase] = sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans)
         if "forward + hessian" in out:
-            out["forward to the stages"] = out.pop("forward + hessian") - out.get("hessian", 0) - out.get("drift", 0)
+            out["forward to the stages"] = out.pop("forward + hessian") - sum(
+                out.get(part, 0) for part in ("hessian", "drift", "sums of all ranks")
+            )
         return out
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
+    """On every rank; the clock runs from when they have found each other."""
+    from requant import crew
+    from requant.ranks import ALONE
+
+    with crew.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE) as ranks:
+        return walk_over(args, ranks)
+
+
+def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
@@ -146,7 +165,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     from requant.grid import Grid
     from requant.layout import Settings
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
     if args.lean:
         quantize.may_wait = lambda *_: False
@@ -155,6 +174,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     tokens = windows(args)
     seen: list[float] = []
     args.work.mkdir(parents=True, exist_ok=True)
+    torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
+    ranks.every(True)
     started = time.perf_counter()
     prepared: list[float] = []
     walk = quantize._walk
@@ -169,7 +190,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         profiler.start()
     quantize.quantize(
         args.model, args.work, tokens, settings, dtype=torch.bfloat16, device=device,
-        progress=lambda *_: seen.append(time.perf_counter() - started),
+        progress=lambda *_: seen.append(time.perf_counter() - started), ranks=ranks,
     )  # fmt: skip
     result = finish(started, device)
     if profiler:
@@ -186,6 +207,7 @@ def gptqmodel(args: argparse.Namespace) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = windows(args)
+    torch.zeros(1, device=device)
     started = time.perf_counter()
     config = QuantizeConfig(bits=4, group_size=args.group, sym=True, desc_act=False, device=device)
     model = GPTQModel.load(str(args.model), config)
@@ -210,7 +232,7 @@ def finish(started: float, device: Any) -> dict[str, Any]:
 def child(role: str, model: Path, work: Path, argv: list[str], ranks: int) -> dict[str, Any]:
     start = [sys.executable]
     if role == "ours" and ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
     command = [*start, __file__, *argv, "--role", role, "--model", str(model), "--work", str(work)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -230,7 +252,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=2)
     parser.add_argument("--correct", type=float, default=0.5)
     parser.add_argument("--peer-batch", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--only", choices=("ours", "gptqmodel"))
     parser.add_argument(
         "--lean", action="store_true", help="ours: hidden states on the host, no batch waits on the GPU"
@@ -256,9 +278,8 @@ def main() -> None:
 def compare(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     import torch
 
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{platform.machine()}, {os.cpu_count()} cores"
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "arguments": argv, "runs": {},
     }  # fmt: skip
@@ -268,30 +289,57 @@ def compare(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             model = folder / f"{args.shape}-{layers}"
             if not model.exists():
                 build(model, args.shape, layers)
-            for role in [r for r in ("ours", "gptqmodel") if args.only in (None, r)]:
-                run = child(role, model, Path(temporary) / f"{role}-{layers}", argv, args.ranks)
-                result["runs"][f"{role}, {layers} layers"] = run
-                print(role, layers, json.dumps({k: v for k, v in run.items() if k != "profile"}, indent=1), flush=True)
+            for role, ranks in sides(args):
+                work = Path(temporary) / f"{role}-{layers}-{ranks}"
+                run = child(role, model, work, argv, ranks)
+                shutil.rmtree(work, ignore_errors=True)
+                result["runs"][label(role, layers, ranks)] = run
+                shown = {k: v for k, v in run.items() if k != "profile"}
+                print(label(role, layers, ranks), json.dumps(shown, indent=1), flush=True)
     return result | summary(args, result["runs"])
+
+
+def sides(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Who runs, on how many ranks."""
+    every = [("ours", n) for n in args.ranks] + [("gptqmodel", 1)]
+    return [side for side in every if args.only in (None, side[0])]
+
+
+def label(role: str, layers: int, ranks: int = 1) -> str:
+    return f"{role}, {layers} layers" + (f", {ranks} ranks" if ranks > 1 else "")
 
 
 def summary(args: argparse.Namespace, runs: dict[str, Any]) -> dict[str, Any]:
     """Ratios at the largest depth, and the whole model's time from the slope between two depths."""
     out: dict[str, Any] = {}
-    for role in ("ours", "gptqmodel"):
-        times = {n: runs[f"{role}, {n} layers"].get("seconds") for n in args.layers if f"{role}, {n} layers" in runs}
+    for role, ranks in sides(args):
+        times = {n: runs[label(role, n, ranks)].get("seconds") for n in args.layers}
         if len(times) > 1 and all(times.values()):
             few, many = min(times), max(times)
             slope = (times[many] - times[few]) / (many - few)
             whole = SHAPES[args.shape][5]
-            out[f"{role}: seconds a layer"] = slope
-            out[f"{role}: whole model ({whole} layers), extrapolated, seconds"] = times[many] + slope * (whole - many)
-    a, b = (runs.get(f"{r}, {max(args.layers)} layers", {}) for r in ("ours", "gptqmodel"))
+            who = role + (f" on {ranks} ranks" if ranks > 1 else "")
+            out[f"{who}: seconds a layer"] = slope
+            out[f"{who}: whole model ({whole} layers), extrapolated, seconds"] = times[many] + slope * (whole - many)
+    deepest = max(args.layers)
+    a, b = (runs.get(label(r, deepest), {}) for r in ("ours", "gptqmodel"))
     if "seconds" in a and "seconds" in b:
         out["times faster"] = b["seconds"] / a["seconds"]
         out["peak device memory ratio (allocated)"] = a["peak_device"] / max(b["peak_device"], 1)
         out["peak device memory ratio (reserved)"] = a["peak_reserved"] / max(b["peak_reserved"], 1)
+    for ranks in args.ranks:
+        run = runs.get(label("ours", deepest, ranks), {})
+        if ranks > 1 and "seconds" in a and "seconds" in run:
+            out[f"{ranks} ranks: times faster than one"] = a["seconds"] / run["seconds"]
+            one, many = (block_seconds(r["blocks_done_at"]) for r in (a, run))
+            if one and many:
+                out[f"{ranks} ranks: times faster than one, a block after the first"] = one / many
     return out
+
+
+def block_seconds(done_at: list[float]) -> float | None:
+    """Mean seconds between blocks reaching the disk, the first and the last (which waits for no other) left out."""
+    return (done_at[-2] - done_at[0]) / (len(done_at) - 2) if len(done_at) > 2 else None
 
 
 if __name__ == "__main__":

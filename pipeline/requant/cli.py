@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +34,17 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point: every failure on purpose becomes a message and an exit code."""
+    """Entry point; where a launcher started several ranks, rank 0 runs the command and the others help."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        from requant.crew import together
+
+        together(_command)
+    else:
+        _command()
+
+
+def _command() -> None:
+    """Every failure on purpose becomes a message and an exit code."""
     try:
         app(standalone_mode=True)
     except RecipeError as error:
@@ -206,12 +217,13 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
 
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
     wanted = _load(path, overrides)
+    from requant import crew
     from requant.progress import ConsoleWatcher, quiet
     from requant.run import run as run_recipe
 
     try:
         with ConsoleWatcher() as watcher, quiet():
-            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest)
+            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest, ranks=crew.here())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

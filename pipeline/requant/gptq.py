@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -297,12 +297,13 @@ def _rounding_errors(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
 
 
 def better_order(
-    weights: Sequence[Tensor], train: Tensor, held: Tensor, grid: Grid, orders: Sequence[Order], damp: float
-) -> Order:
+    weights: Sequence[Tensor], train: Tensor, held: Tensor, grid: Grid, orders: Sequence[Order], damp: float,
+    *, total: Callable[[float], float] = float,
+) -> Order:  # fmt: skip
     """The order whose solutions on the Hessian `train` lose least on the Hessian `held` of other text.
 
-    weights: fp32 [rows, n] of linears that share their input. Activation and group-aware order trade places from
-    module to module; their codes look alike to a server.
+    weights: fp32 [rows, n] of linears that share their input. total: adds up what others lose on rows not in them.
+    Activation and group-aware order trade places from module to module; their codes look alike to a server.
     """
     importance = train.diagonal() + damp * train.diagonal().mean()
     scales = [find_scales(w, importance, grid) for w in weights]
@@ -310,6 +311,6 @@ def better_order(
     def held_loss(order: Order) -> float:
         factor = factorize(train, column_order(train.diagonal(), order, grid.group_size), damp)
         errors = [solve(w, factor, s, grid)[1] for w, s in zip(weights, scales, strict=True)]
-        return sum(float(row_errors(e, held).sum()) for e in errors)
+        return total(sum(float(row_errors(e, held).sum()) for e in errors))
 
     return min(orders, key=held_loss)

@@ -6,7 +6,7 @@ bf16 or fp16 numbers are exact there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +65,18 @@ class Moments:
     tokens: int  # that the stage saw: an expert sees a part of the text
 
 
+Pool = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], list[int]]
+"""Adds to sums, in place, what others have summed up of other batches: upper triangles, whole matrices, counts (returned)."""
+
+
 def gather(
     inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, device: torch.device,
-    *, drifting: bool = False, held_from: int | None = None,
+    *, drifting: bool = False, held_from: int | None = None, pool: Pool = lambda _triangles, _others, counts: list(counts),
 ) -> Moments:  # fmt: skip
     """Sum up batches of (input, exact input), each [..., n].
 
     drifting: whether the drift is wanted, from the batches that have an exact input. held_from: the first batch of the
-    second of the two parts, None when one Hessian of everything will do.
+    second of the two parts, None when one Hessian of everything will do. pool: what others have gathered.
     """
     total = torch.zeros(n, n, device=device)
     held = total if held_from is None else torch.zeros_like(total)
@@ -84,6 +88,8 @@ def gather(
         if exact is not None and drift is not None:
             add_drift(drift, x, exact)
             compared += x.shape[:-1].numel()
+    sums = [total] if held_from is None else [total, held]
+    tokens, compared = pool(sums, [] if drift is None else [drift], (tokens, compared))
     halves = None
     if held_from is not None:
         halves = (symmetrize(total.clone()), symmetrize(held))

@@ -6,7 +6,7 @@ that `is_linear`, called once in every forward, in a fixed order, on the rows th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,13 @@ def calibrate_experts(block: nn.Module, twin: nn.Module | None, floor: float = F
         if twin is not None:
             follower: Any = twin.get_submodule(name)
             follower.leader = (experts,)
+
+
+def pool_experts(block: nn.Module, total: Callable[[Sequence[int]], Sequence[float]]) -> None:
+    """Count the rows that experts have seen anywhere; `total` sums up such counts."""
+    for _, experts in split_experts(block):
+        counts = [round(n) for n in total([*experts.routed, *experts.added])]
+        experts.routed, experts.added = counts[: experts.count], counts[experts.count :]
 
 
 def unfollow(twin: nn.Module) -> None:

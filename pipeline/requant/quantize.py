@@ -1,7 +1,8 @@
 """Stage: block by block calibrate, solve, replace, carry on, write a GPTQ checkpoint.
 
-One block is resident. Each finished block is on disk before the next begins, and is a resume point: a killed run
-replays the finished blocks from their own files and goes on with the same numbers.
+One block is resident. Each finished block is on disk before the next but one begins, and is a resume point: a killed run
+replays the finished blocks from their own files and goes on with the same numbers. Several ranks share the windows, and
+the rows of what is solved; each holds every block.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant import gptq, kernels, pack, skeleton
+from requant import gptq, skeleton
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
-from requant.errors import StageError
-from requant.grid import Grid
-from requant.hessian import Moments, gather
-from requant.layout import Plan, Settings, convert, plan, write_small_files
-from requant.linears import calibrate_experts, share_added
+from requant.errors import InputError, StageError
+from requant.hessian import gather
+from requant.layout import Plan, Settings, plan, write_small_files
+from requant.linears import calibrate_experts, pool_experts, share_added
+from requant.output import JOURNAL, Output, Written
+from requant.ranks import ALONE, Ranks
 from requant.shelf import Shelf
+from requant.solving import Solved, solve_stage
 from requant.stages import Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
-from requant.writer import CheckpointWriter, Journal
+
+__all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
-JOURNAL = "blocks.json"
 EXACT_TOKENS = 8  # for each input of the widest linear also run unquantized, to know what earlier layers lost
 TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
@@ -70,23 +72,20 @@ class Quantizer:
     """The walk over one model; holds what every block needs. Use `quantize`."""
 
     def __init__(
-        self, walk: Walk, plan: Plan, settings: Settings, writer: CheckpointWriter, size: tuple[int, int],
-        deltas: Deltas, disk: Executor,
+        self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *, held_from: int | None,
+        deltas: Deltas | None,
     ) -> None:  # fmt: skip
-        """size: calibration tokens, and the batches they come in. deltas: by the name of the tensor in the checkpoint.
-
-        disk: one thread, which writes what is finished while the next is solved.
-        """
-        self.walk, self.plan, self.settings, self.writer, self.disk = walk, plan, settings, writer, disk
-        self.tokens, self.batches = size
-        self.deltas = deltas
-        self.writing: list[Future[None]] = []
+        """held_from: the first batch that judges the column order, None when none does. deltas: by the tensor's stored name."""
+        self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
+        self.held_from = held_from
+        self.deltas = deltas or (lambda _: None)
+        self.judging = ranks.tell(deltas is not None)  # the first rank judges: the others have no deltas
         self.unread: list[tuple[str, gptq.Solution, Mapping[str, Any]]] = []
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
 
     def block(self, index: int, items: Sequence[BlockInput]) -> None:
-        """Quantize one block and write it; `items` come out as the quantized block's output."""
+        """Quantize one block and have it written; `items` come out as the quantized block's output."""
         block = self.walk.load(index)
         prefix = f"{self.walk.prefix}.{index}."
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
@@ -101,8 +100,8 @@ class Quantizer:
 
         step(self.walk, index, items, self.stages.get(linears, []), reach, twin=twin, hold=not self.walk.shelf.on_host)
         self._check_finite(prefix)
+        pool_experts(block, self.ranks.total)
         self._settle(block, prefix)
-        self.writing.append(self.disk.submit(self._write_rest, index))
         self.walk.release(block)
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
@@ -114,10 +113,11 @@ class Quantizer:
         for name, linear in block_linears(block).items():
             grid = self.plan.grids.get(prefix + name)
             if grid is not None:
-                stored = self._stored(prefix + name)
-                tensors = {s: self.writer.read(f"{stored}.{s}") for s in pack.SUFFIXES}
-                linear.weight.copy_(pack.dequantize(tensors, grid.bits).to(self.walk.dtype))
+                if self.ranks.first:
+                    linear.weight.copy_(self.output.read(self._stored(prefix + name), grid.bits).to(self.walk.dtype))
+                self.ranks.spread(linear.weight)
         pass_on(self.walk, block, items, others)
+        self.output.resume(index)
         self.walk.release(block)
 
     def _stored(self, module: str) -> str:
@@ -130,85 +130,29 @@ class Quantizer:
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         moments = gather(
             inputs, next(iter(linears.values())).in_features, self.walk.device,
-            drifting=bool(self.settings.correct),
-            held_from=self.batches - max(1, self.batches // HELD_SHARE) if self._deciding else None,
+            drifting=bool(self.settings.correct), held_from=self.held_from, pool=self.ranks.pool,
         )  # fmt: skip
-        if not torch.isfinite(moments.hessian.diagonal()).all():
-            raise StageError(f"{prefix}{stage.linears[0]}: its calibration inputs hold NaN or infinity")
-        like: dict[Grid, list[str]] = {}
-        for name in linears:
-            like.setdefault(self.plan.grids[name], []).append(name)
-        with kernels.tensor_cores():
-            stacked = {g: torch.cat([linears[n].weight.float() for n in names]) for g, names in like.items()}
-            damp = self._damp(moments.tokens, len(moments.hessian))
-            order = self._order(list(stacked.values()), moments, next(iter(like)), damp)
-            pulled = {g: w @ moments.drift if moments.drift is not None else None for g, w in stacked.items()}
-            hessian = moments.hessian
-            del moments  # the drift and the halves are as large as the Hessian
-            factors: dict[tuple[str, int], gptq.Factor] = {}
-            for grid, names in like.items():
-                key = (order, grid.group_size if order == "group" else 0)
-                if key not in factors:
-                    columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
-                    factors[key] = gptq.factorize(hessian, columns, damp)
-                factor = factors[key]
-                weight = gptq.correct(stacked.pop(grid), pulled.pop(grid), factor, self.settings.correct)
-                self._solve({name: linears[name] for name in names}, weight, hessian, factor, grid, order)
+        solving = solve_stage(linears, self.plan.grids, moments, self.settings, self.ranks, wanted=self.judging)
+        del moments  # as large as anything here; used up as it is solved
+        for solved in solving:
+            quantized = solved.solution.weight()
+            self._keep(solved, quantized)
+            linears[solved.name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
-    def _solve(
-        self,
-        linears: Mapping[str, Any],
-        weight: Tensor,
-        hessian: Tensor,
-        factor: gptq.Factor,
-        grid: Grid,
-        order: gptq.Order,
-    ) -> None:
-        """Quantize linears of one input and one grid, stacked in `weight`, and put the results in their places."""
-        solution = gptq.quantize_weight(weight, hessian, factor, grid, order=order, sweeps=self.settings.sweeps)
-        sizes = [linear.out_features for linear in linears.values()]
-        parts = zip(linears.items(), torch.split(weight, sizes), solution.split(sizes), strict=True)
-        for (name, linear), wanted, part in parts:
-            quantized = part.weight()
-            self._keep(name, part, self._survival(name, quantized - wanted, hessian, part))
-            linear.weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
-
-    def _survival(
-        self, name: str, error: Tensor, hessian: Tensor, solution: gptq.Solution
-    ) -> Mapping[str, float | None]:
+    def _survival(self, solved: Solved, quantized: Tensor) -> Mapping[str, float | None]:
         """What is left of the adapter's delta in one module, {} where it has none."""
-        delta = self.deltas(f"{self._stored(name)}.weight")
-        return {} if delta is None else asdict(survival(delta.to(error.device), error, hessian, solution.loss))
+        delta = self.deltas(f"{self._stored(solved.name)}.weight")
+        if delta is None or solved.wanted is None:
+            return {}
+        error = quantized - solved.wanted
+        return asdict(survival(delta.to(error.device), error, solved.hessian, solved.solution.loss))
 
-    @property
-    def _deciding(self) -> bool:
-        """Whether held-out batches decide the column order; after sweeps there is nothing left to decide."""
-        return self.settings.order == "auto" and not self.settings.sweeps and self.batches > 1
-
-    def _damp(self, tokens: int, n: int) -> float:
-        """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
-        if self.settings.damp is not None:
-            return self.settings.damp
-        return 0.02 if tokens >= 16 * n else 0.05
-
-    def _order(self, weights: Sequence[Tensor], moments: Moments, grid: Grid, damp: float) -> gptq.Order:
-        """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow."""
-        asked = self.settings.order
-        if asked != "auto":
-            return asked
-        if moments.halves is None:
-            return "activation"
-        return gptq.better_order(weights, *moments.halves, grid, ("activation", "group"), damp)
-
-    def _keep(self, name: str, solution: gptq.Solution, adapted: Mapping[str, Any]) -> None:
+    def _keep(self, solved: Solved, quantized: Tensor) -> None:
         """Have one linear's tensors written; what it cost is read at the block's end, where the device is waited for once."""
-        self.unread.append((name, replace(solution, codes=solution.codes[:0]), adapted))
-        self.writing.append(self.disk.submit(self._write_packed, self._stored(name), solution))
-
-    def _write_packed(self, stored: str, solution: gptq.Solution) -> None:
-        scales = solution.scales
-        for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
-            self.writer.write(f"{stored}.{suffix}", tensor)
+        solution = solved.solution
+        costs = replace(solution, codes=solution.codes[:0])
+        self.unread.append((solved.name, costs, self._survival(solved, quantized)))
+        self.output.put(self._stored(solved.name), solution)
 
     def _settle(self, block: nn.Module, prefix: str) -> None:
         """Turn what the block's linears cost into numbers."""
@@ -225,24 +169,17 @@ class Quantizer:
         self.unread.clear()
 
     def _check_finite(self, prefix: str) -> None:
-        if not self.walk.shelf.all_finite():
+        if not self.ranks.every(self.walk.shelf.all_finite()):
             raise StageError(
                 f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
             )
-
-    def _write_rest(self, index: int) -> None:
-        """The block's tensors that are not quantized, in the serving dtype."""
-        slots = {s.name: s for s in self.plan.slots}
-        for name in self.plan.block_slots[index]:
-            if name in self.walk.checkpoint:
-                self.writer.write(name, convert(name, self.walk.checkpoint.read(name), slots[name].dtype))
 
 
 @torch.no_grad()
 def quantize(
     source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
-    deltas: Deltas | None = None, progress: Progress | None = None,
+    deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = ALONE,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
 
@@ -250,48 +187,73 @@ def quantize(
     batch: windows at a time, by default about 2048 tokens on the CPU and 8192 on a GPU.
     Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
     to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
-    their digest.
+    their digest. With several ranks each makes this call (`Ranks.call`); only the first needs deltas, writes and tells.
     """
+    check_ranks(len(windows), ranks)
+    device = ranks.place(device)
     checkpoint = Checkpoint(source)
     model = skeleton.build(
         skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
     )
     layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
-    journal = Journal(out / JOURNAL)
-    resume = bool(journal.blocks)
-    with (
-        CheckpointWriter(out, layout.slots, max_bytes=max_shard, resume=resume) as writer,
-        ThreadPoolExecutor(1) as disk,  # ends first: what was solved is committed even when the walk is stopped
-    ):
-        walk.shelf = Shelf(device, on_host=not may_wait(walk, windows.numel()))
-        items = walk.embed(windows, batch or max(1, TOKENS[device.type] // windows.shape[1]))
+    with Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output:
+        own = ranks.share(len(windows))
+        walk.shelf = Shelf(device, on_host=not ranks.every(may_wait(walk, windows[own].numel())))
+        size = batch or max(1, TOKENS[device.type] // windows.shape[1])
+        items = walk.embed(windows[own], size)
+        numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
         if settings.correct:
-            widest = max(m.in_features for m in block_linears(walk.blocks[0]).values())
-            for item in items[:: max(1, round(windows.numel() / (EXACT_TOKENS * widest)))]:
-                item.exact = walk.shelf.put(item.hidden.to(device))
-        size = (windows.numel(), len(items))
-        quantizer = Quantizer(walk, layout, settings, writer, size, deltas or (lambda _: None), disk)
-        _walk(quantizer, items, journal, progress)
-        inside = {n for names in layout.block_slots for n in names}
-        for slot in layout.slots:
-            if slot.name not in inside:
-                writer.write(slot.name, convert(slot.name, checkpoint.read(slot.name), slot.dtype))
-        writer.close()
-    damp = min((m.damp for m in quantizer.results), default=0.01)
-    write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
-    journal.file.unlink(missing_ok=True)
+            _compare(walk, [i for i, n in zip(items, numbers, strict=True) if n % _apart(walk, windows) == 0])
+        held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
+        quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas)
+        _walk(quantizer, items, progress)
+        output.close()
+    if ranks.first:
+        damp = min((m.damp for m in quantizer.results), default=0.01)
+        write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
+        (out / JOURNAL).unlink(missing_ok=True)
     return layout, quantizer.results
 
 
-def _walk(quantizer: Quantizer, items: Sequence[BlockInput], journal: Journal, progress: Progress | None) -> None:
-    """Quantize every block, or replay it where the journal has it; a block is written while the next is solved.
+def check_ranks(windows: int, ranks: Ranks) -> None:
+    """Raise InputError when there are fewer calibration windows than ranks."""
+    if windows < ranks.count:
+        raise InputError(
+            f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
+        )
+
+
+def _apart(walk: Walk, windows: Tensor) -> int:
+    """One batch in so many is enough to tell how far inputs have drifted."""
+    widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
+    return max(1, round(windows.numel() / (EXACT_TOKENS * widest)))
+
+
+def _compare(walk: Walk, items: Sequence[BlockInput]) -> None:
+    """Have these batches also run unquantized."""
+    for item in items:
+        item.exact = walk.shelf.put(item.hidden.to(walk.device))
+
+
+def _deciding(settings: Settings) -> bool:
+    """Whether held-out batches decide the column order; after sweeps there is nothing left to decide."""
+    return settings.order == "auto" and not settings.sweeps
+
+
+def _held_from(batches: int, numbers: Sequence[int]) -> int | None:
+    """Which of this rank's batches, `numbers` among all `batches`, is the first that is held out; None with one batch in all."""
+    first = batches - max(1, batches // HELD_SHARE)
+    return sum(n < first for n in numbers) if batches > 1 else None
+
+
+def _walk(quantizer: Quantizer, items: Sequence[BlockInput], progress: Progress | None) -> None:
+    """Quantize every block, or replay it where an earlier run left it whole; a block is written while the next is solved.
 
     Progress counts blocks on disk.
     """
-    writer, count = quantizer.writer, len(quantizer.walk)
-    finished = list(journal.blocks)
-    committed: Future[None] | None = None
+    output, count = quantizer.output, len(quantizer.walk)
+    finished = quantizer.ranks.tell(output.finished())
     started = time.monotonic()
 
     def seen(done: int) -> None:
@@ -303,17 +265,13 @@ def _walk(quantizer: Quantizer, items: Sequence[BlockInput], journal: Journal, p
         if index < len(finished):
             quantizer.replay(index, items)
             quantizer.results += [ModuleResult(**m) for m in finished[index]]
-            writer.mark_written(quantizer.plan.block_slots[index])
             seen(index + 1)
         else:
             before = len(quantizer.results)
             quantizer.block(index, items)
-            if committed:
-                committed.result()
+            output.settle()
+            if index > len(finished):
                 seen(index)
-            results = [asdict(m) for m in quantizer.results[before:]]
-            committed = quantizer.disk.submit(journal.commit, writer, quantizer.writing, results)
-            quantizer.writing = []
-    if committed:
-        committed.result()
+            output.commit(index, [asdict(m) for m in quantizer.results[before:]])
+    output.settle()
     seen(count)

@@ -33,6 +33,7 @@ from requant.fit import pick_device
 from requant.healing import Healing, heal_stage
 from requant.keys import LAYOUT, Keys
 from requant.prepare import Prepared
+from requant.ranks import ALONE, Ranks
 from requant.resonance import remembered
 from requant.rundir import LogFile, RunDirectory, key_of
 from requant.sample import Sample
@@ -47,21 +48,24 @@ WITH_HEAL: tuple[Stage, ...] = ("merge", "quantize", "heal", "evaluate", "report
 
 
 def run(
-    wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | None = None, suggest: bool = False
-) -> Outcome:
+    wanted: recipe.Recipe, *, until: Stage = "report", watcher: Watcher | None = None, suggest: bool = False,
+    ranks: Ranks = ALONE,
+) -> Outcome:  # fmt: skip
     """Run a recipe up to and including the stage `until`; raises RequantError, leaving finished stages in place.
 
-    suggest: before the report, also measure which modules are worth more bits.
+    suggest: before the report, also measure which modules are worth more bits. ranks: others who wait to be called.
     """
     directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
     directory.check()
+    ranks.place(pick_device(wanted.device))
     prepared = prepare.prepare(wanted)
+    quantize.check_ranks(len(prepared.calibration), ranks)
     prepare.check_disk(prepared, directory.path)
     stages = WITH_HEAL if prepared.heal else STAGES
     if until not in stages:
         raise InputError(f"heal is {wanted.heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
     with directory.open():
-        runner = Runner(prepared, directory, watcher or Watcher())
+        runner = Runner(prepared, directory, watcher or Watcher(), ranks)
         with LogFile(directory.path / "log.txt"):
             write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
             for stage in stages[: stages.index(until) + 1]:
@@ -78,8 +82,8 @@ def run(
 class Runner:
     """One run of one recipe in its directory: the four stages."""
 
-    def __init__(self, prepared: Prepared, directory: RunDirectory, watcher: Watcher) -> None:
-        self.p, self.dir, self.watcher = prepared, directory, watcher
+    def __init__(self, prepared: Prepared, directory: RunDirectory, watcher: Watcher, ranks: Ranks = ALONE) -> None:
+        self.p, self.dir, self.watcher, self.ranks = prepared, directory, watcher, ranks
         self.recipe = prepared.recipe
         self.device = pick_device(self.recipe.device)
         self.outcome = Outcome(directory.path)
@@ -167,13 +171,12 @@ class Runner:
 
         def work() -> dict[str, Any]:
             out = artifact.begin(self.keys.quantize)
-            by = {"requant": quantize.quantize, "gptqmodel": peer.quantize}[self.recipe.quantize.engine]
-            layout, modules = by(
-                self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
-                device=self.device,
-                trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
-                meta={"quantizer": [f"{self.recipe.quantize.engine}:{self._quantizer_version()}"]},
-                deltas=deltas(self.p.merge), progress=self.watcher.progress,
+            ours = self.recipe.quantize.engine == "requant"
+            by: Any = quantize.quantize if ours else peer.quantize
+            layout, modules = (self.ranks if ours else ALONE).call(
+                by, self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
+                device=self.device, trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
+                meta={"quantizer": [self._quantizer()]}, own={"deltas": deltas(self.p.merge), "progress": self.watcher.progress},
             )  # fmt: skip
             proof = verify.verify(
                 out, source=self.dir.path / "merged", deploy=self.recipe.deploy,
@@ -190,8 +193,9 @@ class Runner:
 
         return self._do("quantize", self.keys.quantize, work)
 
-    def _quantizer_version(self) -> str:
-        return __version__ if self.recipe.quantize.engine == "requant" else version(self.recipe.quantize.engine)
+    def _quantizer(self) -> str:
+        engine = self.recipe.quantize.engine
+        return f"{engine}:{__version__ if engine == 'requant' else version(engine)}"
 
     def heal(self) -> dict[str, Any]:
         """The healed checkpoint, beside the one that it was made from."""

@@ -1,0 +1,5 @@
+"""`python -m requant`, which launchers such as torchrun start by its name."""
+
+from requant.cli import main
+
+main()

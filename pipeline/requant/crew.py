@@ -1,0 +1,168 @@
+"""One command on all ranks that a launcher such as torchrun started: joining, serving, and ending together.
+
+Rank 0 runs the command, as if alone; the others wait until they are called. What fails on one rank ends all, and rank 0
+is the one who says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from requant.errors import InputError, RequantError
+from requant.ranks import ALONE, Ranks, Several
+
+log = logging.getLogger(__name__)
+WAIT = timedelta(days=7)  # the others wait while rank 0 merges, evaluates and writes
+GRACE = 1.0  # seconds in which the first rank may see the same failure by itself
+HEARD = 10.0  # seconds for the first rank to say what failed elsewhere
+FAILED, SAID = "failed", "said"
+_here: Ranks = ALONE
+
+
+def here() -> Ranks:
+    """The ranks that this process belongs to: alone, except inside of `join`."""
+    return _here
+
+
+@contextmanager
+def join() -> Iterator[Several]:
+    """Meet the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    Raises InputError when there are more ranks than GPUs on a machine that has GPUs.
+    """
+    global _here
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    started = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local + 1)
+    if gpus:
+        if started > gpus:
+            raise InputError(
+                f"{started} ranks were started where there are {gpus} GPUs: start {gpus}, or hide them all with "
+                "CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        torch.cuda.set_device(local)
+    store, rank, count = next(rendezvous("env://", timeout=WAIT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,
+        timeout=WAIT,
+    )  # fmt: skip
+    ranks = _here = Several(local, PrefixStore("requant", store))
+    try:
+        yield ranks
+    finally:
+        _here = ALONE
+        dist.destroy_process_group()
+
+
+def together(command: Callable[[], None]) -> None:
+    """Run `command` on the first rank and serve it on the others; each leaves with its own exit code."""
+    try:
+        with join() as ranks:
+            threading.Thread(target=_watch, args=(ranks,), daemon=True).start()
+            if ranks.first:
+                _lead(ranks, command)
+            else:
+                _follow(ranks)
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def _lead(ranks: Several, command: Callable[[], None]) -> None:
+    try:
+        command()
+    except BaseException as error:
+        if ranks.called:
+            code = _described(error)[1]
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            ranks.store.set(SAID, "")
+            _fail(ranks, "", code)
+            _leave(code)
+        raise
+    finally:
+        ranks.dismiss()
+
+
+def _follow(ranks: Several) -> None:
+    from requant.progress import quiet
+
+    logging.getLogger("requant").addHandler(logging.NullHandler())  # the first rank logs for all
+    try:
+        with quiet():
+            ranks.serve()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the others must not wait for this rank
+        text, code = _described(error)
+        _fail(ranks, text, code)
+        _await_said(ranks, text)
+        _leave(code)
+
+
+def _described(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, SystemExit):
+        return "", error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return "", 130
+    if isinstance(error, RequantError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or ''}: {error.strerror or error}", 1
+    return "".join(traceback.format_exception(error)), 1
+
+
+def _fail(ranks: Several, text: str, code: int) -> None:
+    """Tell all that it is over, unless somebody did before."""
+    ranks.store.compare_set(FAILED, "", json.dumps({"rank": ranks.rank, "text": text, "code": code}))
+
+
+def _await_said(ranks: Several, text: str) -> None:
+    """Stay until the first rank has said why: its own calls fail once this one has left. Else say it here."""
+    until = time.monotonic() + HEARD
+    while time.monotonic() < until:
+        if ranks.store.check([SAID]):
+            return
+        time.sleep(0.1)
+    if text:
+        print(f"error: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _watch(ranks: Several) -> None:
+    """End this process when another has failed: it may be waiting for one that never comes."""
+    while not ranks.over.wait(0.2):
+        if not ranks.store.check([FAILED]):
+            continue
+        failed: dict[str, Any] = json.loads(ranks.store.get(FAILED))
+        if failed["rank"] == ranks.rank:
+            return
+        time.sleep(GRACE)
+        if ranks.first:
+            if not ranks.failing.acquire(blocking=False):
+                return  # the main thread is failing too, and says why
+            if failed["text"]:
+                log.error("stopped: rank %d: %s", failed["rank"], failed["text"])
+                print(f"error: rank {failed['rank']}: {failed['text']}", file=sys.stderr, flush=True)
+            ranks.store.set(SAID, "")
+        _leave(failed["code"])
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once, from any thread: a collective that waits for others cannot be interrupted. As good as a kill to the files."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

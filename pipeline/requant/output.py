@@ -1,0 +1,112 @@
+"""Where a quantized model goes while it is made: written by the first rank, behind the walk's back.
+
+Each finished block is on disk before the next but one begins, and is a resume point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from requant import gptq, pack
+from requant.checkpoint import Checkpoint
+from requant.layout import Plan, convert
+from requant.writer import CheckpointWriter, Journal
+
+JOURNAL = "blocks.json"
+
+
+class Output:
+    """What a rank does that writes nothing: nothing."""
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def finished(self) -> list[list[dict[str, Any]]]:
+        """Results of the blocks that an earlier run has left whole."""
+        return []
+
+    def resume(self, index: int) -> None:
+        """Block `index` is one of these: nothing of it will be written."""
+
+    def read(self, module: str, bits: int) -> Tensor:
+        """The weight of a finished module as servers dequantize it, fp32 [rows, n]."""
+        raise NotImplementedError("only the first rank reads what was written")
+
+    def put(self, module: str, solution: gptq.Solution) -> None:
+        """Have a solved module's tensors packed and written."""
+
+    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+        """Have the rest of block `index` written, and the block noted once all of it is on disk."""
+
+    def settle(self) -> None:
+        """Wait until the blocks committed so far are on disk."""
+
+    def close(self) -> None:
+        """Write what lies outside of the blocks, and finish the files."""
+
+
+class Written(Output):
+    """The checkpoint `path`, going on from what it already holds. modules are named as their tensors are stored."""
+
+    def __init__(self, path: Path, plan: Plan, source: Checkpoint, *, max_bytes: int) -> None:
+        self.plan, self.source = plan, source
+        self.journal = Journal(path / JOURNAL)
+        self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
+        self.slots = {s.name: s for s in plan.slots}
+        self.disk = ThreadPoolExecutor(1)
+        self.writing: list[Future[None]] = []
+        self.committed: Future[None] | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.disk.shutdown()  # first: what was solved is committed even when the walk is stopped
+        self.writer.abandon()
+
+    def finished(self) -> list[list[dict[str, Any]]]:
+        return list(self.journal.blocks)
+
+    def resume(self, index: int) -> None:
+        self.writer.mark_written(self.plan.block_slots[index])
+
+    def read(self, module: str, bits: int) -> Tensor:
+        return pack.dequantize({s: self.writer.read(f"{module}.{s}") for s in pack.SUFFIXES}, bits)
+
+    def put(self, module: str, solution: gptq.Solution) -> None:
+        self._submit(self._write_packed, module, solution)
+
+    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+        self._submit(self._write_rest, self.plan.block_slots[index])
+        self.committed = self.disk.submit(self.journal.commit, self.writer, self.writing, [dict(r) for r in results])
+        self.writing = []
+
+    def settle(self) -> None:
+        if self.committed:
+            self.committed.result()
+
+    def close(self) -> None:
+        self.settle()
+        inside = {n for names in self.plan.block_slots for n in names}
+        self._write_rest([n for n in self.slots if n not in inside])
+        self.writer.close()
+
+    def _submit(self, work: Callable[..., None], *args: Any) -> None:
+        self.writing.append(self.disk.submit(work, *args))
+
+    def _write_packed(self, module: str, solution: gptq.Solution) -> None:
+        scales = solution.scales
+        for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
+            self.writer.write(f"{module}.{suffix}", tensor)
+
+    def _write_rest(self, names: Sequence[str]) -> None:
+        """Tensors that are not quantized, in the serving dtype."""
+        for name in names:
+            if name in self.source:
+                self.writer.write(name, convert(name, self.source.read(name), self.slots[name].dtype))
