@@ -214,7 +214,7 @@ def test_more_ranks_than_windows_are_refused() -> None:
     ranks = Ranks()
     ranks.count = 9
     with pytest.raises(InputError, match="8 calibration windows cannot be split over 9 ranks: start fewer, or raise"):
-        check_ranks(8, ranks)
+        check_ranks(8, CPU, ranks)
 
 
 def test_one_gpu_by_its_number_is_refused(two: Several) -> None:

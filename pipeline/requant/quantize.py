@@ -189,8 +189,7 @@ def quantize(
     to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
     their digest. With several ranks each makes this call (`Ranks.call`); only the first needs deltas, writes and tells.
     """
-    check_ranks(len(windows), ranks)
-    device = ranks.place(device)
+    device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)
     model = skeleton.build(
         skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
@@ -216,12 +215,13 @@ def quantize(
     return layout, quantizer.results
 
 
-def check_ranks(windows: int, ranks: Ranks) -> None:
-    """Raise InputError when there are fewer calibration windows than ranks."""
+def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.device:
+    """This rank's own device; raises InputError for one GPU by its number, and for fewer calibration windows than ranks."""
     if windows < ranks.count:
         raise InputError(
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
         )
+    return ranks.place(device)
 
 
 def _apart(walk: Walk, windows: Tensor) -> int:

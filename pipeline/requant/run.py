@@ -57,9 +57,8 @@ def run(
     """
     directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
     directory.check()
-    ranks.place(pick_device(wanted.device))
     prepared = prepare.prepare(wanted)
-    quantize.check_ranks(len(prepared.calibration), ranks)
+    quantize.check_ranks(len(prepared.calibration), pick_device(wanted.device), ranks)
     prepare.check_disk(prepared, directory.path)
     stages = WITH_HEAL if prepared.heal else STAGES
     if until not in stages:
@@ -171,10 +170,10 @@ class Runner:
 
         def work() -> dict[str, Any]:
             out = artifact.begin(self.keys.quantize)
-            ours = self.recipe.quantize.engine == "requant"
-            by: Any = quantize.quantize if ours else peer.quantize
-            layout, modules = (self.ranks if ours else ALONE).call(
-                by, self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
+            by = {"requant": (self.ranks, quantize.quantize), "gptqmodel": (ALONE, peer.quantize)}
+            ranks, function = by[self.recipe.quantize.engine]
+            layout, modules = ranks.call(
+                function, self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
                 device=self.device, trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
                 meta={"quantizer": [self._quantizer()]}, own={"deltas": deltas(self.p.merge), "progress": self.watcher.progress},
             )  # fmt: skip
@@ -194,8 +193,7 @@ class Runner:
         return self._do("quantize", self.keys.quantize, work)
 
     def _quantizer(self) -> str:
-        engine = self.recipe.quantize.engine
-        return f"{engine}:{__version__ if engine == 'requant' else version(engine)}"
+        return f"{(e := self.recipe.quantize.engine)}:{__version__ if e == 'requant' else version(e)}"
 
     def heal(self) -> dict[str, Any]:
         """The healed checkpoint, beside the one that it was made from."""
