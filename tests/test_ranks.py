@@ -92,6 +92,10 @@ def assert_alike(one: Path, two: Path) -> None:
     """
     assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in two.iterdir())
     assert (one / "config.json").read_text() == (two / "config.json").read_text()
+    assert_stored_alike(one, two)
+
+
+def assert_stored_alike(one: Path, two: Path) -> None:
     a, b = stored(one), stored(two)
     different = sum(int((a[name] != b[name]).sum()) for name in a)
     assert different / sum(t.numel() for t in a.values()) < 1e-3

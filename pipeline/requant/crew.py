@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 WAIT = timedelta(days=7)  # the others wait while rank 0 merges, evaluates and writes
 GRACE = 1.0  # seconds in which the first rank may see the same failure by itself
 HEARD = 10.0  # seconds for the first rank to say what failed elsewhere
-FAILED, SAID = "failed", "said"
+LAST = 3.0  # seconds for the others to leave before the first rank does
+FAILED, SAID, LEFT = "failed", "said", "left"
 _here: Ranks = ALONE
 
 
@@ -93,7 +94,7 @@ def _lead(ranks: Several, command: Callable[[], None]) -> None:
                 traceback.print_exc()
             ranks.store.set(SAID, "")
             _fail(ranks, "", code)
-            _leave(code)
+            _leave(ranks, code)
         raise
     finally:
         ranks.dismiss()
@@ -110,7 +111,7 @@ def _follow(ranks: Several) -> None:
         text, code = _described(error)
         _fail(ranks, text, code)
         _await_said(ranks, text)
-        _leave(code)
+        _leave(ranks, code)
 
 
 def _described(error: BaseException) -> tuple[str, int]:
@@ -128,41 +129,58 @@ def _described(error: BaseException) -> tuple[str, int]:
 
 def _fail(ranks: Several, text: str, code: int) -> None:
     """Tell all that it is over, unless somebody did before."""
-    ranks.store.compare_set(FAILED, "", json.dumps({"rank": ranks.rank, "text": text, "code": code}))
+    with suppress(dist.DistError):  # the store went with the first rank
+        ranks.store.compare_set(FAILED, "", json.dumps({"rank": ranks.rank, "text": text, "code": code}))
 
 
 def _await_said(ranks: Several, text: str) -> None:
     """Stay until the first rank has said why: its own calls fail once this one has left. Else say it here."""
     until = time.monotonic() + HEARD
-    while time.monotonic() < until:
-        if ranks.store.check([SAID]):
-            return
-        time.sleep(0.1)
-    if text:
+    with suppress(dist.DistError):
+        while time.monotonic() < until:
+            if ranks.store.check([SAID]):
+                return
+            time.sleep(0.1)
         print(f"error: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _watch(ranks: Several) -> None:
     """End this process when another has failed: it may be waiting for one that never comes."""
     while not ranks.over.wait(0.2):
-        if not ranks.store.check([FAILED]):
-            continue
-        failed: dict[str, Any] = json.loads(ranks.store.get(FAILED))
-        if failed["rank"] == ranks.rank:
-            return
-        time.sleep(GRACE)
-        if ranks.first:
-            if not ranks.failing.acquire(blocking=False):
-                return  # the main thread is failing too, and says why
-            if failed["text"]:
-                log.error("stopped: rank %d: %s", failed["rank"], failed["text"])
-                print(f"error: rank {failed['rank']}: {failed['text']}", file=sys.stderr, flush=True)
-            ranks.store.set(SAID, "")
-        _leave(failed["code"])
+        try:
+            known = ranks.store.check([FAILED])
+        except dist.DistError:
+            _leave(ranks, 1)  # the store was the first rank's own, and that is gone
+        if known:
+            return _end_with(ranks, json.loads(ranks.store.get(FAILED)))
 
 
-def _leave(code: int) -> NoReturn:
-    """End at once, from any thread: a collective that waits for others cannot be interrupted. As good as a kill to the files."""
+def _end_with(ranks: Several, failed: Mapping[str, Any]) -> None:
+    """End as the rank that has failed does."""
+    if failed["rank"] == ranks.rank:
+        return
+    time.sleep(GRACE)
+    if ranks.first:
+        if not ranks.failing.acquire(blocking=False):
+            return  # the main thread is failing too, and says why
+        if failed["text"]:
+            log.error("stopped: rank %d: %s", failed["rank"], failed["text"])
+            print(f"error: rank {failed['rank']}: {failed['text']}", file=sys.stderr, flush=True)
+        ranks.store.set(SAID, "")
+    _leave(ranks, failed["code"])
+
+
+def _leave(ranks: Several, code: int) -> NoReturn:
+    """End at once, from any thread: a collective that waits for others cannot be interrupted. As good as a kill to the files.
+
+    The first rank goes last, for the store may be its own.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    until = time.monotonic() + LAST
+    with suppress(dist.DistError):
+        gone = ranks.store.add(LEFT, 0 if ranks.first else 1)
+        while ranks.first and gone < ranks.count - 1 and time.monotonic() < until:
+            time.sleep(0.05)
+            gone = ranks.store.add(LEFT, 0)
     os._exit(code)

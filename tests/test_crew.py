@@ -1,0 +1,67 @@
+"""`requant.crew` and the command line under a launcher: one command, one voice, one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e import write_recipe
+from test_ranks import ROOT, assert_stored_alike, environment, free_port
+
+pytest_plugins = ("e2e",)
+PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+
+
+def launched(*argv: str) -> tuple[list[int], str]:
+    """Two ranks without a launcher: their exit codes, and what both wrote on stderr."""
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *argv], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **environment(rank, port), "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], "".join(said)
+
+
+SCRIPT = str(ROOT / "tests" / "failing_ranks.py")
+
+
+@pytest.mark.parametrize(
+    ("who", "message", "codes"),
+    [
+        ("0", "error: the disk of 0 is full", [1, 1]),
+        ("1", "error: rank 1: the disk of 1 is full", [1, 1]),
+        ("all", "error: the disk of all is full", [1, 1]),
+        ("recipe", "error: recipe.yaml:1: no such key", [2, 0]),  # nobody was called: the others just go
+    ],
+)
+def test_what_fails_on_one_rank_ends_all_and_is_said_once(who: str, message: str, codes: list[int]) -> None:
+    ended, said = launched(SCRIPT, who)
+    assert ended == codes
+    assert [line for line in said.splitlines() if "rror" in line] == [message]
+
+
+def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(project, {"output.dir": str(tmp_path)}, name="ranks.yaml")
+    env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "requant", "run", str(recipe)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout.count("merge, quantize, evaluate, report done: ") == 1
+    assert done.stderr.count("quantize: started") == 1
+    events = [json.loads(line) for line in (tmp_path / "pico" / "events.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "done"] == ["merge", "quantize", "evaluate", "report"]
+    assert_stored_alike(finished / "gptq", tmp_path / "pico" / "gptq")
