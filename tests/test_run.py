@@ -120,6 +120,8 @@ def test_the_report_agrees_with_the_files(finished: Path) -> None:
     modules = facts["quantize"]["modules"]
     assert {m["name"] for m in modules} == {n.removesuffix(".qweight") for n in packed if n.endswith(".qweight")}
     assert sum(m["relative_error"] for m in modules) < sum(m["rtn_error"] for m in modules)
+    assert facts["evaluation"]["runtimes"]["adapter"] == "bitsandbytes and PEFT, unmerged"
+    assert set(facts["evaluation"]["runtimes"]) == set(ALL)
     assert facts["cost"]["seconds"].keys() == facts["cost"]["peak_rss"].keys() == {"merge", "quantize", "evaluate"}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from requant_eval.errors import EvaluationError
 
@@ -51,9 +52,12 @@ def ask(
 ) -> list[str]:
     """The model's answer to every canary, by argmax one token at a time, up to the token `stop`.
 
-    decode: token ids -> text without special tokens. Raises EvaluationError for NaN/inf in logits.
+    decode: token ids -> text without special tokens. A model with `last_logits` (many sequences at a time, for models
+    whose weights have to be fetched) is asked all canaries in step. Raises EvaluationError for NaN/inf in logits.
     """
     model.eval()
+    if hasattr(model, "last_logits"):
+        return [decode(ids) for ids in _in_step(model.last_logits, canaries, stop, on_progress)]
     given = []
     for number, canary in enumerate(canaries):
         given.append(decode(greedy(model, canary.ids, canary.new_tokens, stop=stop, device=device)))
@@ -73,14 +77,38 @@ def greedy(
     step, cache, out = torch.tensor([list(ids)], device=device), None, []
     for _ in range(new_tokens):
         answer = model(input_ids=step, past_key_values=cache, use_cache=True)
-        logits, cache = answer.logits[0, -1].float(), answer.past_key_values
-        if not torch.isfinite(logits).all():
-            raise EvaluationError("NaN/inf in logits while answering a canary: the checkpoint is damaged or overflows")
-        best = int(logits.argmax())
+        best, cache = _best(answer.logits[0, -1]), answer.past_key_values
         if best == stop:
             break
         out.append(best)
         step = torch.tensor([[best]], device=device)
+    return out
+
+
+def _best(logits: Tensor) -> int:
+    if not torch.isfinite(logits).all():
+        raise EvaluationError("NaN/inf in logits while answering a canary: the checkpoint is damaged or overflows")
+    return int(logits.float().argmax())
+
+
+@torch.inference_mode()
+def _in_step(
+    last_logits: Callable[[list[Tensor]], list[Tensor]], canaries: Sequence[Canary], stop: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[list[int]]:  # fmt: skip
+    """The greedy continuation of every canary, one token of all of them at a time."""
+    out: list[list[int]] = [[] for _ in canaries]
+    open_ = [i for i, c in enumerate(canaries) if c.new_tokens]
+    while open_:
+        sequences = [torch.tensor([*canaries[i].ids, *out[i]]) for i in open_]
+        best = [_best(logits) for logits in last_logits(sequences)]
+        for i, token in zip(open_, best, strict=True):
+            out[i] += [] if token == stop else [token]
+        open_ = [
+            i for i, token in zip(open_, best, strict=True) if token != stop and len(out[i]) < canaries[i].new_tokens
+        ]
+        if on_progress is not None:
+            on_progress(len(canaries) - len(open_), len(canaries))
     return out
 
 

@@ -196,6 +196,7 @@ def _reproduce(report: Mapping[str, Any]) -> Iterator[Block]:
     for t in (
         facts_table("Inputs", inputs),
         facts_table("Evaluation tokens", sets),
+        facts_table("What ran each variant", (facts.get("evaluation") or {}).get("runtimes")),
         facts_table("Versions", facts.get("versions")),
         facts_table("Hardware", facts.get("hardware")),
     ):

@@ -22,7 +22,7 @@ class TokenScores:
     nll: float64 [n], -ln p(token), nats. document: int32 [n], cluster number. top1: bool [n], argmax is the
     token. kl: float64 [n], KL(reference || this) in nats, or None without a reference. agree: bool [n],
     argmax is the reference's argmax, or None. nonfinite: tokens with NaN/inf logits (`score` raises on any,
-    so 0 in what it returns). digest: of the evaluation set. seconds: wall time.
+    so 0 in what it returns). digest: of the evaluation set. seconds: wall time. runtime: what ran the model, in words.
     """
 
     nll: npt.NDArray[np.float64]
@@ -33,6 +33,7 @@ class TokenScores:
     nonfinite: int
     digest: str
     seconds: float
+    runtime: str = ""
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file under a temporary name and renames it."""
@@ -46,6 +47,7 @@ class TokenScores:
             "digest": self.digest,
             "nonfinite": str(self.nonfinite),
             "seconds": repr(self.seconds),
+            "runtime": self.runtime,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,4 +83,5 @@ class TokenScores:
             nonfinite=int(metadata["nonfinite"]),
             digest=metadata["digest"],
             seconds=float(metadata["seconds"]),
+            runtime=metadata.get("runtime", ""),
         )

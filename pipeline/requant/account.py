@@ -128,6 +128,7 @@ def _warnings(stages: Mapping[str, Mapping[str, Any]], modules: Sequence[Mapping
     """What the stages found on the way."""
     merged = stages["merge"]
     said = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
+    said += [note for stage in ("quantize", "evaluate") for note in stages.get(stage, {}).get("notes", [])]
     return [*said, *_untrained(merged), *_fallbacks(modules), *_starved(modules), *_faded(modules)]
 
 

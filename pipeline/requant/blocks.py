@@ -5,7 +5,9 @@ Structure is found, not tabulated: the blocks are the largest list of like modul
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from requant import linears, skeleton
-from requant.checkpoint import Checkpoint
+from requant.checkpoint import Weights
 from requant.errors import InputError, StageError
 from requant.shelf import Shelf
 
@@ -49,20 +51,29 @@ class _Captured(Exception):
 
 
 class Walk:
-    """A model directory as a sequence of blocks, of which one at a time holds weights.
+    """A model's weights as a sequence of blocks, of which one at a time is in memory.
 
-    device, dtype: where and in what precision blocks run (fp32 on the CPU).
+    device, dtype: where and in what precision blocks run (fp32 on the CPU). names: parameter -> stored name, where it is
+    not what `skeleton.tensor_names` finds (then of both ends of a tie). Parameters that have values already, such as an
+    adapter's, keep them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Weights, model: nn.Module, *, device: torch.device, dtype: torch.dtype,
+        names: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
+        self.own = {id(p): p for p in model.parameters() if not p.is_meta}
+        self.filled = False  # whether everything outside the blocks has its weights
+        self.tail: tuple[Any, ...] | None = None  # what a block returns besides hidden states, where it returns a tuple
         self.prefix, self.blocks = block_list(model)
         self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.shelf = Shelf(device)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
-        self.names = skeleton.tensor_names(model, checkpoint)
-        lost = [n for n, _ in model.named_parameters() if n not in self.names]
+        self.explicit = names is not None
+        self.names = skeleton.tensor_names(model, checkpoint) if names is None else names
+        lost = [n for n, p in model.named_parameters() if p.is_meta and n not in self.names]
         if lost:
             raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
         for module in model.modules():
@@ -76,6 +87,8 @@ class Walk:
     def load(self, index: int) -> nn.Module:
         """Give block `index` its weights; on a device the next block's begin their journey."""
         block = self.blocks[index]
+        if all(not p.is_meta for p in block.parameters()):
+            return block
         coming = self._coming.pop(index, None)
         if coming:
             tensors = coming.result()
@@ -88,6 +101,11 @@ class Walk:
             self._coming[index + 1] = self._reader.submit(self._read_ahead, index + 1)
         return block
 
+    def forget(self, index: int) -> None:
+        """Release a block and what was read ahead after it."""
+        self.release(self.blocks[index])
+        self._coming.pop(index + 1, None)
+
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """A block's tensors, copied to the device beside what it computes."""
         with torch.cuda.stream(self._stream):
@@ -99,33 +117,38 @@ class Walk:
         """Take the weights away again."""
         for sub in module.modules():
             for name, parameter in sub._parameters.items():
-                if parameter is not None:
+                if parameter is not None and id(parameter) not in self.own:
                     sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         """A module's parameters by their names inside it, on the device."""
         return {
             name: self.checkpoint.read(self.names[prefix + name]).to(self.device, self.dtype)
-            for name, _ in module.named_parameters()
+            for name, parameter in module.named_parameters()
+            if id(parameter) not in self.own
         }
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
-        """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch.
+        """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch."""
+        return self.embed_all(torch.split(windows, batch))
 
-        The other arguments (rotary tables, masks) are recorded for every block, once per batch size.
+    def embed_all(self, batches: Sequence[Tensor]) -> list[BlockInput]:
+        """The same for batches int64 [n, length] of any size each.
+
+        The other arguments (rotary tables, masks) are recorded for every block, once per size.
         """
-        outside = self._outside()
+        outside = [] if self.filled else self._outside()
         for name, module in outside:
             skeleton.place(module, self._read(module, name + "."))
         first = self.load(0)
-        recorded: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        recorded: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         inputs = []
-        for ids in torch.split(windows, batch):
+        for ids in batches:
             ids = ids.to(self.device)
             hidden, arguments = self._capture(ids)
-            if len(ids) not in recorded:
-                recorded[len(ids)] = self._record(ids, first, hidden, arguments)
-            inputs.append(BlockInput(self.shelf.put(hidden), recorded[len(ids)]))
+            if ids.shape not in recorded:
+                recorded[ids.shape] = self._record(ids, first, hidden, arguments)
+            inputs.append(BlockInput(self.shelf.put(hidden), recorded[ids.shape]))
         for _, module in outside:
             self.release(module)
         return inputs
@@ -134,7 +157,9 @@ class Walk:
         """Give everything outside the blocks its weights, the output embedding too."""
         for name, module in self._outside():
             skeleton.place(module, self._read(module, name + "."))
-        self.model.tie_weights()  # type: ignore[operator]
+        if not self.explicit:
+            self.model.tie_weights()  # type: ignore[operator]
+        self.filled = True
         for name, parameter in list(self.model.named_parameters()):
             if parameter.is_meta and not name.startswith(self.prefix + "."):
                 owner = name.rpartition(".")[0]
@@ -179,30 +204,46 @@ class Walk:
     ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every block, seen while each is replaced by one that passes its input on."""
         output = first(hidden, *arguments[0], **arguments[1])
+        self.tail = tuple(output[1:]) if isinstance(output, tuple) else None
         recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def passing(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def passing(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             recorded.append((args, kwargs))
-            return (x, *output[1:]) if isinstance(output, tuple) else x
+            return x
 
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        forwards = [(m, m.forward) for m in self.blocks]
-        if head is not None:
-            head.register_forward_pre_hook(_stop)
+        handle = head.register_forward_pre_hook(_stop) if head is not None else None
         try:
-            for block in self.blocks:
-                block.forward = passing
-            self.model(input_ids=ids, use_cache=False)
+            with self.instead(passing):
+                self.model(input_ids=ids, use_cache=False)
         except _Captured:
             pass
         finally:
-            for block, forward in forwards:
-                block.forward = forward
-            if head is not None:
-                head._forward_pre_hooks.clear()
+            if handle is not None:
+                handle.remove()
         if len(recorded) != len(self.blocks):
             raise StageError(f"{type(self.model).__name__} called {len(recorded)} of its {len(self.blocks)} blocks")
         return recorded
+
+    @contextmanager
+    def instead(self, function: Callable[..., Tensor]) -> Iterator[None]:
+        """Let every block answer what `function` makes of its arguments."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = function(*args, **kwargs)
+            return hidden if self.tail is None else (hidden, *self.tail)
+
+        before = [block.__dict__.get("forward") for block in self.blocks]
+        try:
+            for block in self.blocks:
+                block.forward = forward
+            yield
+        finally:
+            for block, own in zip(self.blocks, before, strict=True):
+                if own is None:
+                    del block.forward
+                else:
+                    block.forward = own
 
     def run(self, index: int, item: BlockInput) -> Tensor:
         """One block on one batch: the next hidden states."""

@@ -38,10 +38,7 @@ class Streams:
         self.theirs = torch.cat([item.hidden for item in items]).to(product_dtype(walk.device))
         self.ours = self.theirs.clone()
         self.unhealed = self.theirs[len(windows) - held :].clone()
-        args, kwargs = items[0].arguments[0]
-        with torch.no_grad():
-            out = walk.load(0)(items[0].hidden, *args, **kwargs)
-        self.tail = tuple(out[1:]) if isinstance(out, tuple) else None  # what a block returns besides hidden states
+        self.tail = walk.tail
 
     def forward(self, block: nn.Module, hidden: Tensor, index: int) -> Tensor:
         """One block on a few windows, in fp32 hidden states."""

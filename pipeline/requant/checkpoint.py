@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -86,6 +86,21 @@ def _info(file: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorI
     if begin < 0 or min(shape, default=0) < 0 or end - begin != nbytes:
         raise InputError(f"{file}: tensor {name!r} spans {end - begin} bytes, its shape {shape} needs {nbytes}")
     return TensorInfo(name, dtype, shape, file, base + begin, nbytes)
+
+
+class Weights(Protocol):
+    """Tensors by their names in a 16-bit checkpoint: a `Checkpoint`, or what is made of one while it is read."""
+
+    @property
+    def path(self) -> Path:
+        """The directory that is read, for messages."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, its Conv1D weights as a 16-bit checkpoint holds them, on any device."""
 
 
 class Checkpoint(Mapping[str, TensorInfo]):

@@ -17,6 +17,7 @@ from requant.checkpoint import Checkpoint, read_tensor
 from requant.errors import InputError, StageError
 
 STATE = ".quant_state.bitsandbytes__"
+CPU = torch.device("cpu")
 AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 LOAD_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -136,38 +137,42 @@ class Base:
                 f"{packed.nbytes} packed bytes and {scales.shape[0]} scales, expected {half} and {state.blocks}"
             )
 
-    def absmax(self, weight: Weight) -> Tensor:
+    def absmax(self, weight: Weight, device: torch.device = CPU) -> Tensor:
         """First-level scales of a packed weight, fp32 [blocks]."""
         assert weight.state is not None
-        stored = self.checkpoint.read(weight.name + ".absmax")
+        stored = self.checkpoint.read(weight.name + ".absmax").to(device)
         if stored.dtype != torch.uint8:
             return stored.float()
-        table, scales = (self.checkpoint.read(weight.name + s) for s in (".nested_quant_map", ".nested_absmax"))
+        parts = (weight.name + s for s in (".nested_quant_map", ".nested_absmax"))
+        table, scales = (self.checkpoint.read(part).to(device) for part in parts)
         try:
             return nf4.unnest(stored, table, scales, weight.state)
         except nf4.Nf4Error as error:
             raise StageError(f"{self.checkpoint[weight.name].file}: {weight.name}: {error}") from error
 
-    def read(self, name: str) -> Tensor:
-        """The values of one weight in `Weight.dtype` and `Weight.shape`; raises StageError when bytes and state disagree."""
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """The values of one weight in `Weight.dtype` and `Weight.shape`, made on `device`, the same on every one.
+
+        Raises StageError when bytes and state disagree.
+        """
         weight = self.weights[name]
         if weight.kind == "stored":
-            return self.checkpoint.read(name).to(weight.dtype)
+            return self.checkpoint.read(name).to(device).to(weight.dtype)
         try:
-            value = self._decode(weight) if weight.kind == "packed" else self._simulate(weight)
+            value = self._decode(weight, device) if weight.kind == "packed" else self._simulate(weight, device)
         except nf4.Nf4Error as error:
             raise StageError(f"{self.checkpoint[name].file}: {name}: {error}") from error
         return value.T if weight.transposed else value
 
-    def _decode(self, weight: Weight) -> Tensor:
+    def _decode(self, weight: Weight, device: torch.device) -> Tensor:
         assert weight.state is not None
         nf4.check_table(self.checkpoint.read(weight.name + ".quant_map"), weight.state.quant_type)
-        return nf4.decode(self.checkpoint.read(weight.name), self.absmax(weight), weight.state)
+        return nf4.decode(self.checkpoint.read(weight.name).to(device), self.absmax(weight, device), weight.state)
 
-    def _simulate(self, weight: Weight) -> Tensor:
+    def _simulate(self, weight: Weight, device: torch.device) -> Tensor:
         assert self.simulate is not None
         s = self.simulate
-        stored = self.checkpoint.read(weight.name).to(LOAD_DTYPES[s.load_dtype])
+        stored = self.checkpoint.read(weight.name).to(device).to(LOAD_DTYPES[s.load_dtype])
         stored = stored.T.contiguous() if weight.transposed else stored
         return nf4.round_trip(stored, s.quant_type, s.blocksize, s.double_quant)
 

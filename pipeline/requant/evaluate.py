@@ -1,4 +1,4 @@
-"""Stage: score every variant on every set and ask it the canaries, one variant resident at a time.
+"""Stage: score every variant on every set and ask it the canaries, one variant at a time, whole or block by block.
 
 Finished scores and answers are kept and reused.
 """
@@ -8,17 +8,20 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from requant import canaries, variants
+from requant import canaries, streamed, variants
 from requant.canaries import Canaries
 from requant.errors import StageError
+from requant.fit import USABLE, free_bytes
 from requant.rundir import key_of
+from requant.sizes import CHUNK_LOGITS, Size
 
 if TYPE_CHECKING:
     from requant_eval.score import TokenScores
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 REFERENCE = "adapter"
 Progress = Callable[[int, int, str], None]
+Stream = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -109,41 +113,157 @@ class Scores:
             raise StageError(f"{error}; it was removed, the same command scores it again") from error
 
 
-def evaluate(scores: Scores, places: variants.Places, *, batch: int, progress: Progress | None = None) -> list[str]:
-    """Score and ask what is missing; returns the variants that were loaded. Raises StageError for NaN/inf in logits."""
-    from requant_eval.errors import EvaluationError
+def evaluate(
+    scores: Scores, places: variants.Places, *, batch: int, stream: Stream = "auto", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Score and ask what is missing; returns what a report tells of it. Raises StageError for NaN/inf in logits.
 
+    stream: score block by block always, never, or where a variant does not fit on the device. Out of memory halves the
+    batch and goes on; with one window left, a resident variant is streamed, unless that is ruled out.
+    """
+    work = _Work(scores, places, batch, stream, progress)
     todo, unanswered = scores.missing(), scores.unanswered()
-    questions = len(scores.canaries.items) if scores.canaries else 0
-    total = sum(len(s.windows) for sets in todo.values() for s in sets) + questions * len(unanswered)
-    done = 0
+    ways = {name: work.streams(name, sets) for name, sets in todo.items()}
+    work.total = sum(work.steps(sets, name in unanswered, ways[name]) for name, sets in todo.items())
     for name, sets in todo.items():
-        model = variants.load(name, places, device=scores.device, dtype=scores.dtype)
+        work.variant(name, sets, unanswered.get(name), ways[name])
+    return {"variants": list(todo), "streamed": work.streamed, "notes": work.notes}
 
-        def tell(at: int, what: str, before: int, name: str = name) -> None:
-            if progress:
-                progress(before + at, total, f"{name} on {what}")
+
+def reference(
+    scores: Scores, places: variants.Places, samples: Mapping[str, Sequence[Tensor]], *, batch: int, stream: Stream
+) -> Any:
+    """The model of the reference, to be asked about these rows int64 [length], with its adapters and without."""
+    rows = [row for many in samples.values() for row in many]
+    work = _Work(scores, places, batch, stream, None)
+    if not work.streams(REFERENCE, ()):
+        return variants.load(REFERENCE, places, device=scores.device, dtype=scores.dtype)
+    model = streamed.Streamed(streamed.walk_of(REFERENCE, places, device=scores.device, dtype=scores.dtype))
+    model.run(rows, batch)
+    with model.disable_adapter():
+        model.run(rows, batch)
+    return model
+
+
+@dataclass
+class _Work:
+    """What `evaluate` is in the middle of. steps are windows, and canaries."""
+
+    scores: Scores
+    places: variants.Places
+    batch: int
+    stream: Stream
+    progress: Progress | None
+    total: int = 0
+    done: int = 0
+    streamed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def steps(self, sets: Sequence[EvalSet], asked: bool, streamed: bool) -> int:
+        questions = len(self.scores.canaries.items) if self.scores.canaries and asked else 0
+        return questions + sum(len(s.windows) for s in sets) * (2 if streamed else 1)
+
+    def streams(self, name: str, sets: Sequence[EvalSet]) -> bool:
+        """Whether a variant is scored block by block."""
+        if self.stream == "never" or not streamed.possible(name, self.places):
+            return False
+        if self.stream == "always":
+            return True
+        tokens = self.batch * max((s.window for s in sets), default=1)
+        device, item = self.scores.device, self.scores.dtype.itemsize
+        need = Size.of(name, self.places).resident(item, tokens, CHUNK_LOGITS[device.type])
+        free = free_bytes(device)
+        if need > USABLE * free:
+            log.info("%s takes %.1f GB whole, %.1f GB are free: block by block", name, need / 1e9, free / 1e9)
+        return need > USABLE * free
+
+    def variant(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> None:
+        """Score one variant on its sets and ask it, in one way or, when memory runs out, the other."""
+        if self._tried(name, sets, asked, streaming):
+            return
+        free_memory(self.scores.device)
+        if streaming or self.stream == "never" or not streamed.possible(name, self.places):
+            raise StageError(
+                f"variant {name}: out of memory on {self.scores.device} with one window at a time: shorten evaluate.window"
+                + (", or set evaluate.stream to auto" if self.stream == "never" else "")
+            )
+        self._note(f"{name}: out of memory with one window at a time, went on block by block")
+        left = [s for s in sets if not self.scores.file(name, s).exists()]
+        self.total += self.steps(left, False, False)
+        if not self._tried(name, left, asked, True):
+            raise StageError(f"variant {name}: out of memory on {self.scores.device}, also block by block")
+
+    def _tried(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> bool:
+        """One way from its start; False when memory ran out."""
+        from requant_eval.errors import EvaluationError
 
         try:
+            model, runtime = self._open(name, sets, streaming)
             for s in sets:
-                _score(scores, name, model, s, batch, partial(tell, before=done))
-                done += len(s.windows)
-            if name in unanswered:
-                _ask(scores, model, unanswered[name], partial(tell, before=done))
-                done += questions
+                self._scored(name, model, s, runtime)
+            if asked is not None:
+                _ask(self.scores, model, asked, partial(self._tell, name, self.done))
+                self.done += self.steps((), True, False)
+            self.notes += [f"{name}: {note}" for note in getattr(model, "notes", [])]
         except EvaluationError as error:
             raise StageError(f"variant {name}: {error}") from error
+        except torch.OutOfMemoryError:
+            return False
         del model
-        gc.collect()
-        if scores.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return list(todo)
+        free_memory(self.scores.device)
+        return True
+
+    def _open(self, name: str, sets: Sequence[EvalSet], streaming: bool) -> tuple[Any, str]:
+        """(model, what runs it). Streamed, all windows have gone through its blocks."""
+        device, dtype = self.scores.device, self.scores.dtype
+        if not streaming:
+            return variants.load(name, self.places, device=device, dtype=dtype), variants.RUNTIMES[name]
+        self.streamed.append(name)
+        model = streamed.Streamed(streamed.walk_of(name, self.places, device=device, dtype=dtype))
+        windows = [w.ids for s in sets for w in s.windows]
+
+        def tell(done: int, blocks: int) -> None:
+            if self.progress:
+                self.progress(
+                    self.done + len(windows) * done // blocks, self.total, f"{name}, block {done} of {blocks}"
+                )
+
+        if windows:
+            model.run(windows, self.batch, tell)
+        self.done += len(windows)
+        return model, streamed.RUNTIMES[name]
+
+    def _scored(self, name: str, model: Any, s: EvalSet, runtime: str) -> None:
+        """One set, with ever smaller batches while memory runs out."""
+        while not self._fits(name, model, s, runtime):
+            free_memory(self.scores.device)
+            before = self.batch
+            if before == 1:
+                raise torch.OutOfMemoryError
+            self.batch = -(-before // 2)
+            self._note(f"{name} on {s.name}: out of memory with {before} windows at a time, went on with {self.batch}")
+        self.done += len(s.windows)
+
+    def _fits(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
+        try:
+            _score(self.scores, name, model, s, self.batch, runtime, partial(self._tell, name, self.done))
+        except torch.OutOfMemoryError:
+            return False  # the failed forward's memory goes with its frames
+        return True
+
+    def _tell(self, name: str, before: int, at: int, what: str) -> None:
+        if self.progress:
+            self.progress(before + at, self.total, f"{name} on {what}")
+
+    def _note(self, text: str) -> None:
+        log.warning("%s", text)
+        self.notes.append(text)
 
 
 Tell = Callable[[int, str], None]
 
 
-def _score(scores: Scores, name: str, model: Any, s: EvalSet, batch: int, tell: Tell) -> None:
+def _score(scores: Scores, name: str, model: Any, s: EvalSet, batch: int, runtime: str, tell: Tell) -> None:
     """One variant on one set, into its file; the reference's hidden states into theirs."""
     from requant_eval.score import score
 
@@ -154,6 +274,7 @@ def _score(scores: Scores, name: str, model: Any, s: EvalSet, batch: int, tell: 
         model, s, batch=batch, device=scores.device, on_progress=lambda at, _: tell(at, s.name),
         reference=None if own else compared, write_reference=compared if own else None,
     )  # fmt: skip
+    result.runtime = runtime
     result.save(scores.file(name, s))
 
 
@@ -161,3 +282,10 @@ def _ask(scores: Scores, model: Any, file: Path, tell: Tell) -> None:
     """One variant's answers to all canaries, into its file."""
     assert scores.canaries is not None
     canaries.save(scores.canaries.ask(model, scores.device, lambda at, _: tell(at, "canaries")), file)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -186,15 +186,20 @@ def _containers(overrides: Mapping[str, Any], every: Iterable[str]) -> dict[str,
     }
 
 
-def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a GPTQ checkpoint with quantized linears dequantized to fp32 `.weight`, one at a time."""
-    checkpoint = Checkpoint(path)
+def quantized_format(path: Path) -> str:
+    """The `checkpoint_format` of a GPTQ checkpoint; raises InputError when config.json says that it is none."""
     config = read_json(path / "config.json").get("quantization_config") or {}
     if config.get("quant_method") != "gptq":
         raise InputError(
             f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'"
         )
-    v2 = config.get("checkpoint_format") == "gptq_v2"
+    return str(config.get("checkpoint_format"))
+
+
+def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a GPTQ checkpoint with quantized linears dequantized to fp32 `.weight`, one at a time."""
+    checkpoint = Checkpoint(path)
+    v2 = quantized_format(path) == "gptq_v2"
     for name in checkpoint:
         stem, _, suffix = name.rpartition(".")
         if suffix == "qweight":

@@ -104,14 +104,14 @@ def unnest(absmax_u8: Tensor, nested_map: Tensor, nested_absmax: Tensor, state: 
 def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
     """Bytes -> weight.
 
-    packed: any dtype, a bit pattern of ceil(numel / 2) bytes (padded up to its item size). absmax: fp32 [blocks].
-    Returns fp32 of `state.shape`, bit-identical to bitsandbytes where bitsandbytes is right. Raises Nf4Error when
-    the sizes disagree.
+    packed: any dtype, a bit pattern of ceil(numel / 2) bytes (padded up to its item size). absmax: fp32 [blocks], on the
+    same device. Returns fp32 of `state.shape` there, bit-identical to bitsandbytes where bitsandbytes is right, and the
+    same on every device: one product a value. Raises Nf4Error when the sizes disagree.
     """
-    data = packed.contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = packed.contiguous().reshape(-1).view(torch.uint8)
     need = -(-state.numel // 2)
-    if not need <= data.size < need + packed.element_size() + 1:
-        raise Nf4Error(f"{data.size} packed bytes, but shape {state.shape} needs {need}")
+    if not need <= flat.numel() < need + packed.element_size() + 1:
+        raise Nf4Error(f"{flat.numel()} packed bytes, but shape {state.shape} needs {need}")
     if state.blocksize % 2:
         raise Nf4Error(f"blocksize {state.blocksize} is odd: a byte would belong to two blocks")
     if absmax.numel() != state.blocks:
@@ -120,13 +120,29 @@ def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
         )
     values = table(state.quant_type).numpy()
     byte = np.arange(256)
-    pairs = np.stack([values[byte >> 4], values[byte & 15]], axis=1).view(np.float64).reshape(-1)  # two fp32 a byte
+    both = np.stack([values[byte >> 4], values[byte & 15]], axis=1)  # two fp32 a byte
+    if packed.device.type != "cpu":
+        return _decode_there(flat[:need], torch.from_numpy(both).to(packed.device), absmax, state)
+    data, pairs = flat.numpy(), both.view(np.float64).reshape(-1)
     out = np.empty(need, dtype=np.float64)
     for start in range(0, need, _CHUNK):
         stop = min(start + _CHUNK, need)
         np.take(pairs, data[start:stop], out=out[start:stop], mode="clip")
         _scale(out.view(np.float32)[2 * start : 2 * stop], absmax.numpy(), 2 * start, state.blocksize)
     return torch.from_numpy(out.view(np.float32))[: state.numel].reshape(state.shape)
+
+
+def _decode_there(data: Tensor, pairs: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
+    """`decode` in torch: on a device memory is wide and NumPy is not there."""
+    out = torch.empty(len(data), 2, dtype=torch.float32, device=data.device)
+    for start in range(0, len(data), _CHUNK * 16):
+        part = data[start : start + _CHUNK * 16]
+        torch.index_select(pairs, 0, part.int(), out=out[start : start + len(part)])
+    flat = out.view(-1)[: state.numel]
+    whole = state.numel - state.numel % state.blocksize
+    flat[:whole].view(-1, state.blocksize).mul_(absmax[: whole // state.blocksize, None])
+    flat[whole:].mul_(absmax[-1])
+    return flat.view(state.shape)
 
 
 def _scale(values: Any, absmax: Any, first: int, blocksize: int) -> None:
@@ -150,7 +166,7 @@ def encode(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tenso
     blocks = torch.nn.functional.pad(flat, (0, pad)).reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=1).clamp(min=1e-38)
     scaled = (blocks * (1.0 / absmax)[:, None]).clamp(-1, 1).reshape(-1)[: flat.numel()]
-    values = table(quant_type)
+    values = table(quant_type).to(weight.device)
     order = torch.argsort(values)
     midpoints = (values[order[:-1]] + values[order[1:]]) / 2
     codes = torch.bucketize(torch.nn.functional.pad(scaled, (0, flat.numel() % 2)), midpoints, out_int32=True)
@@ -186,7 +202,7 @@ def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, double_qua
     packed, absmax = encode(weight, quant_type, blocksize)
     state = QuantState(quant_type, blocksize, tuple(weight.shape), "float32")
     if double_quant:
-        codes, nested_absmax, offset = nest(absmax)
+        codes, nested_absmax, offset = nest(absmax.cpu())  # its mean must not depend on the device
         state = QuantState(quant_type, blocksize, tuple(weight.shape), "float32", nested_offset=offset)
-        absmax = unnest(codes, dynamic_map(), nested_absmax, state)
+        absmax = unnest(codes, dynamic_map(), nested_absmax, state).to(weight.device)
     return decode(packed, absmax, state)

@@ -18,24 +18,30 @@ from requant.errors import StageError
 from requant.merge import MergePlan
 
 
-def attach(model: Any, plan: MergePlan) -> Any:
-    """The PEFT model of `model` with all adapters of the plan active; raises StageError when PEFT leaves a tensor out."""
+def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> Any:
+    """The PEFT model of `model` with all adapters of the plan active; raises StageError when PEFT leaves a tensor out.
+
+    In place of a plan: the adapter in a directory, as it is. structure: `model` has its parameters on the meta device and
+    the vocabulary of the adapter; only the adapters' own get values.
+    """
     import peft
 
-    if plan.vocab_size is not None:
+    if isinstance(plan, Path):
+        return peft.PeftModel.from_pretrained(model, str(plan), low_cpu_mem_usage=structure)
+    if plan.vocab_size is not None and not structure:
         model.resize_token_embeddings(plan.vocab_size, mean_resizing=False)
     wrapped: Any = None
     names = ["default", *(f"adapter{i}" for i in range(1, len(plan.adapters)))]
-    for name, adapter in zip(names, plan.adapters, strict=True):
+    for name, one in zip(names, plan.adapters, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            path = str(export(adapter, plan, Path(folder)) if _rewritten(adapter, plan) else adapter.path)
+            path = str(export(one, plan, Path(folder)) if _rewritten(one, plan) else one.path)
             if wrapped is None:
-                wrapped = peft.PeftModel.from_pretrained(model, path, adapter_name=name)
-            result = wrapped.load_adapter(path, adapter_name=name)
+                wrapped = peft.PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=structure)
+            result = wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=structure)
         lost = [*result.missing_keys, *result.unexpected_keys]
         if lost:
             raise StageError(
-                f"{adapter.path}: PEFT {peft.__version__} does not load {len(lost)} tensors, e.g. {lost[0]}: the variant adapter "
+                f"{one.path}: PEFT {peft.__version__} does not load {len(lost)} tensors, e.g. {lost[0]}: the variant adapter "
                 "cannot be measured. The merge does not use PEFT and is not affected"
             )
     if len(names) > 1 or plan.adapter.weight != 1:

@@ -29,10 +29,11 @@ from requant import (
     skeleton,
     targets,
     texts,
+    weights,
 )
 from requant.canaries import Canaries
 from requant.checkpoint import Checkpoint
-from requant.dequantize import Base, Nf4Settings
+from requant.dequantize import Nf4Settings
 from requant.errors import InputError
 from requant.fit import Shape
 from requant.grid import Grid
@@ -195,12 +196,8 @@ def plan_merge(
     refuse_quantized(checkpoint)
     model: Any = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
     names = skeleton.tensor_names(model, checkpoint)
-    modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
     conv1d = frozenset(skeleton.conv1d_modules(model))
-    stored = Base(
-        checkpoint, simulate=simulate, quantized=frozenset(names[f"{m}.weight"] for m in modules if f"{m}.weight" in names),
-        conv1d=frozenset(names[f"{m}.weight"] for m in conv1d if f"{m}.weight" in names),
-    )  # fmt: skip
+    stored = weights.open_base(checkpoint, model, simulate)
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     experts = fused.stacked(model, names, {w.name: w.shape for w in stored.weights.values()})
     structure = merge.Structure(

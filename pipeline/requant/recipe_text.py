@@ -160,6 +160,9 @@ class Evaluate(Section):
     )
     kl: bool = Field(default=True, description="Also measure the KL divergence from the reference.")
     batch: Literal["auto"] | Positive = Field(default="auto", description="Windows at a time; changes no result.")
+    stream: Literal["auto", "always", "never"] = Field(
+        default="auto", description="Score block by block: auto does so for variants that do not fit on the device."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of the forward pass."
     )

@@ -144,7 +144,9 @@ class Runner:
         known = self.dir.result("probe", key)
         if known is None:
             try:
-                model = variants.load(evaluation.REFERENCE, self._places(), device=self.device, dtype=self._dtype())
+                model = evaluation.reference(
+                    self.scores, self._places(), self.p.probes, batch=self._batch(), stream=self.recipe.evaluate.stream
+                )
                 probes = probing.measure(model, self.p.probes, self.device)
                 said, warnings = probing.verdict(probes)
                 known = {"probes": [asdict(p) for p in probes], "said": said, "warnings": warnings}
@@ -228,8 +230,10 @@ class Runner:
             self.merge(needed=True)
 
         def work() -> dict[str, Any]:
-            ran = evaluation.evaluate(self.scores, self._places(), batch=self._batch(), progress=self.watcher.progress)
-            return {"variants": ran}
+            return evaluation.evaluate(
+                self.scores, self._places(), batch=self._batch(), stream=self.recipe.evaluate.stream,
+                progress=self.watcher.progress,
+            )  # fmt: skip
 
         self._do("evaluate", self.scores.key, work)
 
@@ -278,8 +282,8 @@ class Runner:
         for stage, proof in proofs.items():
             stages[stage] = {**stages.get(stage, {}), "verify": proof}
         stages["resonance"] = self._predicted()
-        dtype = str(self.scores.dtype).removeprefix("torch.")
-        told = account.account(self.p, stages, path, device=str(self.device), dtype=dtype)
+        told = account.account(self.p, stages, path, device=str(self.device), dtype=str(self.scores.dtype)[6:])
+        told["evaluation"]["runtimes"] = {v: s.runtime for v, s in scores[self.p.sets[0].name].items()}
         told |= {"canaries": self.scores.answers(), "suggestion": advised}
         self.outcome.report = report = reports.build(sets=results, facts=told, in_domain=in_domain, gates=gates)
 

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from requant import merge, nf4, peft_runtime, skeleton
-from requant.checkpoint import Checkpoint
+from requant import merge, nf4, peft_runtime, skeleton, weights
+from requant.checkpoint import Checkpoint, Weights
 from requant.dequantize import Nf4Settings
 from requant.errors import StageError
-from requant.grid import Grid, find_scales, nearest
-from requant.layout import load_quantized
+from requant.grid import Grid
 
 log = logging.getLogger(__name__)
+PLAIN = ("merged", "original", "rtn", "gptq", "healed")
+RUNTIMES = {"base": "bitsandbytes", "adapter": "bitsandbytes and PEFT, unmerged"} | dict.fromkeys(PLAIN, "torch")
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,22 @@ def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype)
         return _quantized_base(places, device, dtype, with_adapter=name == "adapter")
     if name == "merged":
         return _pretrained(places, device, dtype)
-    if name == "rtn":
-        return _rounded(places, device, dtype)
-    if name == "gptq":
-        return quantized(places.gptq, places, device, dtype)
-    if name == "healed" and places.healed is not None:
-        return quantized(places.healed, places, device, dtype)
+    model, stored = plain(name, places, device)
+    return fill(model, stored, device, dtype)
+
+
+def plain(name: str, places: Places, device: torch.device) -> tuple[Any, Weights]:
+    """(skeleton, weights) of a variant that is a plain model, all but base and adapter."""
+    path = {"gptq": places.gptq, "healed": places.healed}.get(name, places.merged)
+    if path is None or name not in PLAIN or (name == "original" and places.original is None):
+        raise ValueError(f"no variant {name!r}")
+    trust = places.trust_remote_code
+    model = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
     if name == "original" and places.original is not None:
-        plan = places.original
-        tensors = ((op.name, merge.compute(plan, op)[0]) for op in plan.ops)
-        return _filled(places.merged, [op.name for op in plan.ops], tensors, places, device, dtype)
-    raise ValueError(f"no variant {name!r}")
+        return model, weights.Merged(places.original)
+    if name == "rtn":
+        return model, weights.rounded(path, model, places.grids, device)
+    return model, Checkpoint(path) if name == "merged" else weights.packed(path, model, device)
 
 
 def teacher(name: str, places: Places, *, device: torch.device, stored: torch.dtype | None) -> Any:
@@ -70,11 +76,8 @@ def teacher(name: str, places: Places, *, device: torch.device, stored: torch.dt
 
 
 def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of a GPTQ checkpoint, dequantized by `layout.load_quantized`."""
-    checkpoint = Checkpoint(path)
-    names = [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in checkpoint]
-    packed = {n for n in names if n not in checkpoint}
-    return _filled(path, names, load_quantized(path), places, device, dtype, packed)
+    """The model of a GPTQ checkpoint."""
+    return load("gptq", replace(places, gptq=path), device=device, dtype=dtype)
 
 
 def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
@@ -86,63 +89,24 @@ def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any
     return model.to(device).eval()
 
 
-def _filled(
-    path: Path,
-    names: Iterable[str],
-    tensors: Iterable[tuple[str, Tensor]],
-    places: Places,
-    device: torch.device,
-    dtype: torch.dtype,
-    oriented: Container[str] = (),
-) -> Any:
-    """The model of `path`'s config with these tensors, by checkpoint name; `names` are all of theirs.
-
-    oriented: names of matrices that come as [out, in] whatever the 16-bit checkpoint's layout.
-    """
-    trust = places.trust_remote_code
-    model: Any = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
+@torch.no_grad()
+def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    """Give a skeleton all its weights; raises StageError when some are missing."""
     owners: dict[str, list[str]] = {}
-    for parameter, name in skeleton.tensor_names(model, names).items():
+    for parameter, name in skeleton.tensor_names(model, stored).items():
         owners.setdefault(name, []).append(parameter)
-    pending = {n for n, _ in model.named_parameters()}
-    for name, tensor in tensors:
-        for parameter in owners.get(name, []):
-            skeleton.place(model, {parameter: tensor.to(device, dtype)}, turn=name not in oriented)
-            pending.discard(parameter)
+    pending = {n for n, _ in model.named_parameters()} - {p for many in owners.values() for p in many}
     if pending:
-        raise StageError(f"{path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
+        raise StageError(f"{stored.path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
+    for name, parameters in owners.items():
+        tensor = stored.read(name).to(device, dtype)
+        skeleton.place(model, dict.fromkeys(parameters, tensor))
     model.tie_weights()
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
     return model
-
-
-def _rounded(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
-    """The control: plain round-to-nearest in fp32, min-max scales, on the same bits and groups."""
-    checkpoint = Checkpoint(places.merged)
-    trust = places.trust_remote_code
-    model = skeleton.build(skeleton.load_config(places.merged, trust_remote_code=trust), trust_remote_code=trust)
-    names = skeleton.tensor_names(model, checkpoint)
-    grids = {names[f"{module}.weight"]: grid for module, grid in places.grids.items()}
-    turned = {names[f"{module}.weight"] for module in skeleton.conv1d_modules(model)}
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in checkpoint:
-            value = checkpoint.read(name)
-            if name in grids:
-                value = value.T if name in turned else value
-                value = _round(value.to(device).float().contiguous(), grids[name])
-            yield name, value
-
-    return _filled(places.merged, checkpoint, tensors(), places, device, dtype, grids)
-
-
-def _round(weight: Tensor, grid: Grid) -> Tensor:
-    plain = Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
-    scales = find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
-    return nearest(weight, scales, plain)
 
 
 def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
@@ -163,12 +127,7 @@ def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *,
         str(places.base), device_map={"": device}, trust_remote_code=places.trust_remote_code, **options
     )
     _compute_in(model, dtype, places.simulate.blocksize if places.simulate else None)
-    if with_adapter:
-        from peft import PeftModel
-
-        plan = places.plan
-        model = peft_runtime.attach(model, plan) if plan else PeftModel.from_pretrained(model, str(places.adapter))
-    return model.eval()
+    return (peft_runtime.attach(model, places.plan or places.adapter) if with_adapter else model).eval()
 
 
 def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:
