@@ -22,17 +22,16 @@ import torch
 
 from requant import __version__, account, facts, merge, prepare, quantize, recipe, selftest, variants, verify
 from requant import evaluate as evaluation
-from requant import probe as probing
 from requant import quantize_gptqmodel as peer
 from requant.advice import advise
 from requant.checkpoint import write_text
-from requant.data import digest
 from requant.deltas import deltas
-from requant.errors import InputError, StageError
+from requant.errors import InputError
 from requant.fit import pick_device
 from requant.healing import Healing, heal_stage
-from requant.keys import LAYOUT, Keys
+from requant.keys import Keys
 from requant.prepare import Prepared
+from requant.probing import probe_stage
 from requant.ranks import ALONE, Ranks
 from requant.resonance import remembered
 from requant.rundir import LogFile, RunDirectory, key_of
@@ -137,22 +136,7 @@ class Runner:
 
     def probe(self) -> None:
         """Before the long work: does the adapter lower the loss on its own text? Warns when it does not."""
-        digests = {name: [digest(r[None]) for r in rows] for name, rows in self.p.probes.items()}
-        key = key_of(
-            LAYOUT, "probe", self.keys.variants[evaluation.REFERENCE], digests, str(self._dtype()), self.device.type
-        )
-        known = self.dir.result("probe", key)
-        if known is None:
-            try:
-                model = evaluation.reference(
-                    self.scores, self._places(), self.p.probes, batch=self._batch(), stream=self.recipe.evaluate.stream
-                )
-                probes = probing.measure(model, self.p.probes, self.device)
-                said, warnings = probing.verdict(probes)
-                known = {"probes": [asdict(p) for p in probes], "said": said, "warnings": warnings}
-            except StageError as error:
-                known = {"probes": [], "said": f"the adapter's loss was not measured: {error}", "warnings": []}
-            self.dir.remember("probe", key, known)
+        known = probe_stage(self.p, self.dir, self.scores, self._places(), self._batch())
         log.info("probe: %s", known["said"])
         for warning in known["warnings"]:
             log.warning("probe: %s", warning)

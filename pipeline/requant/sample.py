@@ -48,4 +48,6 @@ class Sample:
     def keep(self, run: Path) -> None:
         """For every `verify` of a checkpoint of this run."""
         (run / CACHE).mkdir(exist_ok=True)
-        write_text(run / CACHE / FILE, json.dumps(asdict(self)) + "\n")
+        text, file = json.dumps(asdict(self)) + "\n", run / CACHE / FILE
+        if not file.exists() or file.read_text() != text:  # a second run does nothing
+            write_text(file, text)
