@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from e2e import write_recipe
 from test_ranks import ROOT, assert_stored_alike, environment, free_port
+
+from requant import cli, crew, run
+from requant.errors import InputError
 
 pytest_plugins = ("e2e",)
 PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
@@ -65,3 +69,23 @@ def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -
     events = [json.loads(line) for line in (tmp_path / "pico" / "events.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "done"] == ["merge", "quantize", "evaluate", "report"]
     assert_stored_alike(finished / "gptq", tmp_path / "pico" / "gptq")
+
+
+def test_idle_gpus_are_pointed_out_in_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(project, {"device": "auto"}, name="auto.yaml")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise InputError("stopped")
+
+    monkeypatch.setattr(run, "run", stopped)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match="stopped"):
+        cli._run(recipe, [], "report")
+    assert capsys.readouterr().err == (
+        f"1 of 4 GPUs is used; for all: torchrun --standalone --nproc-per-node 4 -m requant run {recipe}\n"
+    )
+    assert not crew.idle_gpus("cuda:1", recipe), "this one was asked for"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not crew.idle_gpus("auto", recipe)

@@ -221,6 +221,9 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
     from requant.progress import ConsoleWatcher, quiet
     from requant.run import run as run_recipe
 
+    hint = crew.idle_gpus(wanted.device, path)
+    if hint:
+        print(hint, file=sys.stderr)
     try:
         with ConsoleWatcher() as watcher, quiet():
             outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest, ranks=crew.here())

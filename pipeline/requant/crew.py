@@ -40,6 +40,14 @@ def here() -> Ranks:
     return _here
 
 
+def idle_gpus(device: str, recipe: object) -> str:
+    """One line that says how to start on all GPUs of this machine; empty where they are in use or not wanted."""
+    gpus = torch.cuda.device_count()
+    if _here.count > 1 or gpus < 2 or device not in ("auto", "cuda"):
+        return ""
+    return f"1 of {gpus} GPUs is used; for all: torchrun --standalone --nproc-per-node {gpus} -m requant run {recipe}"
+
+
 @contextmanager
 def join() -> Iterator[Several]:
     """Meet the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
