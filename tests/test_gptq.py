@@ -384,16 +384,6 @@ def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest
     assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently
 
 
-@pytest.mark.parametrize("block", [None, 10, 24])
-def test_a_solve_in_blocks_is_the_inverse(block: int | None) -> None:
-    _, hessian = problem(rows=3, columns=24)
-    lower = torch.linalg.cholesky(hessian + 0.1 * torch.eye(24))
-    right = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
-    wanted = torch.linalg.solve((lower @ lower.T).double(), right.double())
-    gptq.cholesky_solve(right, lower, block)
-    torch.testing.assert_close(right.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
-
-
 def test_corrected_weights_are_the_least_squares_answer() -> None:
     """Without damping: the weight that maps the inputs as they are to the outputs as they were."""
     torch.manual_seed(0)

@@ -26,7 +26,6 @@ from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, r
 Order = Literal["natural", "activation", "group"]
 MAX_DAMP = 0.64
 BLOCK = 128
-SOLVE_BLOCK = 512
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
 
 
@@ -169,28 +168,10 @@ def correct(weight: Tensor, pulled: Tensor | None, factor: Factor, share: float)
     """
     if not share or pulled is None or factor.diagonal:
         return weight
-    ordered = pulled.T[factor.order]
-    cholesky_solve(ordered, factor.lower)
-    moved = torch.empty_like(ordered)
-    moved[factor.order] = ordered
-    return torch.add(weight, moved.T, alpha=share)
-
-
-def cholesky_solve(right: Tensor, lower: Tensor, block: int | None = None) -> None:
-    """right [n, rows] becomes (lower lower')^-1 right, in place.
-
-    Nearly all of the work is in products between blocks of columns: by default 512 on a GPU, whose triangular solver is
-    far from its product's speed, and all of them elsewhere.
-    """
-    n = len(lower)
-    block = block or (SOLVE_BLOCK if right.is_cuda else n)
-    parts = [slice(start, min(start + block, n)) for start in range(0, n, block)]
-    for here in parts:
-        right[here].addmm_(lower[here, : here.start], right[: here.start], alpha=-1)
-        right[here] = torch.linalg.solve_triangular(lower[here, here], right[here], upper=False)
-    for here in reversed(parts):
-        right[here].addmm_(lower[here.stop :, here].T, right[here.stop :], alpha=-1)
-        right[here] = torch.linalg.solve_triangular(lower[here, here].T, right[here], upper=True)
+    pulled = pulled.T[factor.order]
+    moved = torch.cholesky_solve(pulled, factor.lower)
+    pulled[factor.order] = moved
+    return torch.add(weight, pulled.T, alpha=share)
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
