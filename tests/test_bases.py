@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pico
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from e2e import edit_json, recipe, run
+from safetensors.torch import load_file, save_file
 from test_merge import FP32
 
 from requant import adapter as adapters
@@ -19,6 +22,7 @@ from requant.checkpoint import Checkpoint
 from requant.dequantize import Nf4Settings
 from requant.errors import InputError, StageError
 
+pytest_plugins = ("e2e",)
 pytestmark = pytest.mark.filterwarnings("ignore")
 MOE = {"num_local_experts": 4, "intermediate_size": 48}
 
@@ -78,7 +82,47 @@ def test_a_live_base_that_5_cannot_make_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
         variants.load("base", places(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
     assert "transformers 4 quantized it, transformers 5 cannot" in str(caught.value)
-    assert "Quantize the base once with transformers 4" in str(caught.value)
+    assert "The merge is not affected" in str(caught.value)
+
+
+def pack_4bit(folder: Path) -> None:
+    """Every matrix of the blocks in 4 bits under the checkpoint's own names, as transformers 4 saved a Mixtral."""
+    import bitsandbytes.functional as bnb
+
+    stored, packed = load_file(folder / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        packed[name] = tensor
+        if tensor.ndim == 2 and ".layers." in name:
+            packed[name], state = bnb.quantize_4bit(tensor, quant_type="nf4")
+            packed |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_json(folder / "config.json", quantization_config=settings)
+
+
+@pytest.mark.parametrize("way", ["in training", "on disk"])
+def test_experts_in_4_bits_are_merged_and_their_live_base_is_refused_before_work_starts(
+    project: Path, tmp_path: Path, way: str
+) -> None:
+    """transformers 5 fuses experts before bitsandbytes sees them: said by check, and by run before it writes anything."""
+    base, adapter, _ = made(tmp_path, "mixtral", num_local_experts=4, intermediate_size=64, vocab_size=300)
+    for file in (project / "base").glob("tokenizer*"):
+        shutil.copy(file, base)
+    changes: dict[str, Any] = {"base.model": str(base), "base.original": None, "adapter": str(adapter)}
+    changes |= {"evaluate.variants": ["base", "adapter", "merged", "gptq"]}
+    if way == "on disk":
+        pack_4bit(base)
+    else:
+        changes |= {"base.nf4": {"quant_type": "nf4", "double_quant": False, "transformers": 4}}
+    # two layers of 4 experts with 3 matrices, and 2 routers
+    said = "the base holds 26 modules in 4 bits that transformers 5 cannot, e.g. model.layers.0.mlp.experts.0.down_proj"
+    prepared = prepare.prepare(recipe(project, tmp_path / "runs", changes))
+    assert any(said in warning for warning in prepared.warnings)
+    with pytest.raises(InputError, match="use requant merge or requant quantize") as caught:
+        run(project, tmp_path / "runs", changes)
+    assert said in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+    assert run(project, tmp_path / "runs", changes, until="merge").ran == ["merge"]
 
 
 def test_onto_the_original_when_both_bases_are_known(tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_an_engine_sees_no_token(good: Path, tmp_path: Path, monkeypatch: pytest
     assert answer.error == "RESULT 0 (exit 3)"
 
 
+def test_the_reason_is_the_exception_also_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho '[rank0]: ValueError: no such name: x' >&2\necho 'Loading: 0%' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("REQUANT_VLLM_PYTHON", str(script))
+    assert engines.ask("vllm", tmp_path, [[1, 2]], dtype="bfloat16").error == "ValueError: no such name: x (exit 1)"
+
+
 def test_verify_asks_for_engines_first(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing engine is a wrong command, known before anything is read."""
     monkeypatch.setattr(engines, "interpreter", lambda engine, directory=None: None)

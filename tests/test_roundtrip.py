@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pico
 import pytest
 import torch
 from e2e import one_thread
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from requant import layout, pack, skeleton, structure, values, verify
@@ -145,6 +148,43 @@ def ours(path: Path) -> Any:
     skeleton.place(made, {parameter: stored[name].float() for parameter, name in names.items()})
     made.tie_weights()
     return made
+
+
+def runtime_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mixtral's tensors by the names of transformers 5's modules in place of the original checkpoint's."""
+    known = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+
+    def renamed(name: str) -> str:
+        for old, new in known.items():
+            name = name.replace(old, new)
+        return name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def by_its_loader(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the loader replaces classes and weight conversions of transformers for everybody."""
+    program = Path(__file__).with_name("load_gptqmodel.py")
+    return subprocess.run(
+        [sys.executable, str(program), str(checkpoint), str(out)], check=False, capture_output=True, text=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixtral_is_kept_from_gptqmodel_by_names_alone(tmp_path: Path) -> None:
+    """It asks for the names of transformers 5's modules, servers for the original ones (tests/test_vllm.py): ours."""
+    model = pico.save(pico.model("mixtral"), tmp_path / "model", torch.float16)
+    pico.save_tokenizer(model)
+    out = tmp_path / "gptq"
+    pico.packed(model, out, Grid(4, 32))
+    expected = pico.logits(ours(out))
+    refused = by_its_loader(out, tmp_path / "seen")
+    assert refused.returncode == 1
+    assert "model.layers.0.mlp.experts.0.down_proj.qweight" in refused.stderr.splitlines()[-1]
+    save_file(runtime_names(load_file(out / "model.safetensors")), out / "model.safetensors", metadata={"format": "pt"})
+    loaded = by_its_loader(out, tmp_path / "seen")
+    assert loaded.returncode == 0, loaded.stderr
+    assert pico.relative(load_file(tmp_path / "seen")["logits"], expected) < 5e-3, "float16"
 
 
 @pytest.mark.filterwarnings("ignore")

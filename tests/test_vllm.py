@@ -23,6 +23,8 @@ import pico
 import pytest
 import torch
 from e2e import make_model, make_project, one_thread, run
+from safetensors.torch import load_file, save_file
+from test_roundtrip import runtime_names
 
 from requant import engines, skeleton, targets, variants, verify
 from requant.gptq import Grid
@@ -71,6 +73,31 @@ def test_vllm_refuses_what_the_table_of_servers_says(source: Path, tmp_path: Pat
     done = verify.verify(tmp_path / "gptq", load_in=["vllm"])
     assert [f.where for f in done.findings] == ["vllm"]
     assert done.findings[0].reason.startswith("does not load it: ")
+
+
+def wide_mixtral(out: Path) -> Path:
+    """In 16 bit: vLLM's CPU kernel for quantized experts needs AMX, the names are asked for all the same."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    pico.save(pico.model("mixtral", **sizes), out, torch.bfloat16)
+    pico.save_tokenizer(out)
+    return out
+
+
+def test_vllm_reads_mixtrals_original_names_and_no_others(tmp_path: Path) -> None:
+    """Those that we write; gptqmodel's own loader wants the others (tests/test_roundtrip.py)."""
+    path = wide_mixtral(tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in tensors
+    rows = pico.ids(2, 24).tolist()
+    with one_thread(), torch.no_grad():
+        ours = pico.reload(path)(input_ids=torch.tensor(rows)).logits[:, :-1].flatten(0, 1).float()
+        nll = torch.nn.functional.cross_entropy(ours, torch.tensor(rows)[:, 1:].flatten(), reduction="none")
+    answer = engines.ask("vllm", path, rows, dtype="bfloat16")
+    assert answer.agrees([nll.tolist()]), answer
+    save_file(runtime_names(tensors), path / "model.safetensors", metadata={"format": "pt"})
+    refused = engines.ask("vllm", path, rows, dtype="bfloat16")
+    assert refused.error is not None
+    assert "no module or parameter named 'layers.0.mlp'" in refused.error
 
 
 def test_a_recipe_for_vllm_has_vllm_load_what_it_wrote(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -22,6 +23,7 @@ Engine = Literal["transformers", "vllm"]
 ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
 PYTHON = "REQUANT_{}_PYTHON"  # environment: the interpreter that has the engine
 TIMEOUT = 1800
+RANK = re.compile(r"^\s*\[rank\d+\]:")  # before every line of a worker's traceback
 # Largest difference of mean -ln p from ours, computed in fp32: the engine's rounding, no more.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 _NEEDS = {"transformers": ("transformers", "gptqmodel", "optimum"), "vllm": ("vllm",)}
@@ -161,7 +163,8 @@ def _answer(engine: str, dtype: str, device: str, backend: str | None, raw: Mapp
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """The exception that ended an engine: the last line of its output that looks like one."""
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    told = (RANK.sub("", line).strip() for line in (done.stderr + done.stdout).splitlines())
+    lines = [line for line in told if line]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ": " in line]
     last = named[-1] if named else (lines[-1] if lines else "no output")
     return f"{last[:400]} (exit {done.returncode})"

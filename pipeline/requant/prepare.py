@@ -71,6 +71,7 @@ class Prepared:
     probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
     heal: Healing | None  # None: not asked for, or left out by `auto`
     canaries: Canaries | None = None
+    unheld: str | None = None  # why base and adapter cannot be measured, known from headers
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -105,6 +106,8 @@ def prepare(recipe: Recipe) -> Prepared:
     planned = plan_quantize(plan, model, settings, dtype)
     verdicts = tuple(targets.judge(planned, model, target) for target in targets.TARGETS.values())
     warnings += _deployment(recipe, verdicts) + _left_fused(model)
+    unheld = _unheld(plan, model, simulate)
+    warnings += [unheld] if unheld else []
     tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)
     seen, windows, facts = texts.calibration(recipe, tokenizer)
     healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
@@ -130,6 +133,7 @@ def prepare(recipe: Recipe) -> Prepared:
         probe.rows(facts["data"], seen),
         healing,
         _canaries(recipe, tokenizer),
+        unheld,
     )
 
 
@@ -255,6 +259,21 @@ def _deployment(recipe: Recipe, verdicts: tuple[targets.Verdict, ...]) -> list[s
     if asked:
         raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
     return [] if recipe.deploy else [f"{name} {says}" for name, says in refusals.items()]
+
+
+def _unheld(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | None:
+    """Why transformers 5 cannot hold the base as training did; None when it can."""
+    able = skeleton.quantizable(model, ("^$",))
+    stored = skeleton.tensor_names(model, plan.base.weights)
+    held = {p.removesuffix(".weight") for p, n in stored.items() if plan.base.weights[n].kind == "packed"} - able
+    if simulate is not None:
+        held |= skeleton.quantizable(model, simulate.skip, version=simulate.version) - able
+    if not held:
+        return None
+    return (
+        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter "
+        "cannot be measured here, so the run can merge and quantize, and no more"
+    )
 
 
 def _left_fused(model: Any) -> list[str]:

@@ -62,6 +62,8 @@ def run(
     stages = WITH_HEAL if prepared.heal else STAGES
     if until not in stages:
         raise InputError(f"heal is {wanted.heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
+    if prepared.unheld and "evaluate" in stages[: stages.index(until) + 1]:
+        raise InputError(f"{prepared.base}: {prepared.unheld}: use requant merge or requant quantize")
     with directory.open():
         runner = Runner(prepared, directory, watcher or Watcher(), ranks)
         with LogFile(directory.path / "log.txt"):
