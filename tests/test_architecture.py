@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "selftest": {"adapter_formulas", "adapter_kinds", "checkpoint", "merge", "nf4", "selftest_twins"},
     "blocks": {"checkpoint", "linears", "shelf", "skeleton"},
     "stages": {"blocks", "linears"},
-    "layout": {"artifacts", "blocks", "checkpoint", "grid", "pack", "skeleton", "writer"},
+    "layout": {"artifacts", "blocks", "checkpoint", "grid", "linears", "pack", "skeleton", "writer"},
     "targets": {"blocks", "grid", "layout", "linears"},
     "ranks": set(),
     "crew": {"progress", "ranks"},

@@ -22,7 +22,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from e2e import make_model, make_project, one_thread, run
+from e2e import make_model, make_project, make_tokenizer, one_thread, run
 from safetensors.torch import load_file, save_file
 from test_roundtrip import runtime_names
 
@@ -98,6 +98,22 @@ def test_vllm_reads_mixtrals_original_names_and_no_others(tmp_path: Path) -> Non
     refused = engines.ask("vllm", path, rows, dtype="bfloat16")
     assert refused.error is not None
     assert "no module or parameter named 'layers.0.mlp'" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("granitemoe", {}), ("gpt_oss", {"intermediate_size": 128, "head_dim": 64})]
+)
+def test_vllm_reads_experts_that_stay_fused(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    """In 16 bit beside quantized attention: a rule in the config keeps it from looking for packed ones."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 300}
+    source = pico.save(pico.model(kind, **sizes, **changes), tmp_path / "model", torch.bfloat16)
+    make_tokenizer(source)
+    pico.packed(source, tmp_path / "gptq", Grid(4, 32), dtype=torch.bfloat16)
+    with one_thread():
+        done = verify.verify(tmp_path / "gptq", source=source, load_in=["vllm"])
+    assert done.ok, done.message()
+    assert any("CPUWNA16" in kernel for kernel in done.engines[0]["kernels"])
 
 
 def test_a_recipe_for_vllm_has_vllm_load_what_it_wrote(tmp_path: Path) -> None:

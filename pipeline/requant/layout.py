@@ -17,6 +17,7 @@ from requant.blocks import block_linears, block_list
 from requant.checkpoint import Checkpoint, read_json
 from requant.errors import InputError, StageError
 from requant.grid import Grid
+from requant.linears import left_fused
 from requant.writer import Slot
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -56,6 +57,7 @@ class Plan:
     prefix: str  # module name of the list of blocks
     renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
     weights: Mapping[str, str]  # quantized module -> name of its weight in the 16-bit checkpoint
+    fused: tuple[str, ...] = ()  # modules of experts that stay fused, in 16 bit
 
     @property
     def partly_left(self) -> list[str]:
@@ -95,7 +97,10 @@ def plan(
             problems.append(f"{name}: {error}")
             continue
         grids[name] = grid
-        weight = names[f"{name}.weight"]
+        weight = names.get(f"{name}.weight")
+        if weight is None:
+            problems.append(f"{name}: its weight is not in the checkpoint under a name that transformers knows")
+            continue
         replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
     if problems:
         raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
@@ -110,7 +115,9 @@ def plan(
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
     renamed = {n: stored for n, stored in renamed.items() if not n.endswith(stored)}
     stored = {n: names[f"{n}.weight"] for n in grids}
-    return Plan(tuple(slots), per_block, grids, left, 8 * packed_bytes / max(weights, 1), prefix, renamed, stored)
+    bits = 8 * packed_bytes / max(weights, 1)
+    fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
+    return Plan(tuple(slots), per_block, grids, left, bits, prefix, renamed, stored, fused)
 
 
 def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
@@ -144,8 +151,11 @@ def write_small_files(
             overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
     overrides |= {layout.renamed[name]: own for name, own in overrides.items() if name in layout.renamed}
     every = [*layout.grids, *layout.left, *layout.renamed.values()]
-    overrides |= _fused(overrides) | _containers(overrides, every)
-    inside = [] if layout.partly_left else sorted({_inner(n, layout.prefix) for n in layout.grids})
+    # Engines hold experts in a class of its own, and take it for quantized unless a rule names it.
+    overrides |= _fused(overrides) | _containers(overrides, every) | dict.fromkeys(layout.fused)
+    # Only where it says something: vLLM compares it with names of its own, which differ for gpt-oss.
+    wanted = layout.left and not layout.partly_left
+    inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if wanted else []
     quantization = pack.quantization_config(
         bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
         damp=damp, overrides=overrides, quantized=inside, meta=meta,

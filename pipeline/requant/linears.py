@@ -155,15 +155,19 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Turned) or type(module).__name__ in _LINEAR_LIKE
 
 
-def expose(model: nn.Module) -> None:
-    """Replace Conv1D and fused experts of a model on the meta device, in place."""
+def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
+    """Replace Conv1D and fused experts of a model on the meta device, in place.
+
+    single: whether a checkpoint holds the experts of the module of this name one by one. Others stay fused: there is no
+    name for a matrix of theirs that a server would look for.
+    """
     from transformers.pytorch_utils import Conv1D
 
     for name, module in list(model.named_modules()):
         if type(module) is Conv1D:
             inputs, outputs = module.weight.shape
             _replace(model, name, Turned(inputs, outputs, bias=module.bias is not None, device="meta"))
-        elif _splittable(module):
+        elif _splittable(module) and single(name):
             _replace(model, name, SplitExperts(module))
             module._parameters.clear()  # the module lives on for its way to combine gate and up
 

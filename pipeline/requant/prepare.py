@@ -87,15 +87,13 @@ def prepare(recipe: Recipe) -> Prepared:
     trust = recipe.trust_remote_code
     base = fetch(recipe.base.source, recipe.directory, trust)
     loaded = [adapters.load(fetch(s, recipe.directory, trust), weight=w) for s, w in recipe.weighted_adapters]
-    adapter_path = loaded[0].path
     original = fetch(s, recipe.directory, trust) if (s := recipe.base.sixteen_bit) else None
     simulate = _settings(recipe.base.nf4)
     onto_original = recipe.merge.onto == "original"
     plan, model = plan_merge(
         original if onto_original and original else base, loaded, None if onto_original else simulate, trust
     )
-    forked = original is not None and "original" in recipe.evaluate.variants
-    fork = plan_merge(original, loaded, None, trust)[0] if original and forked else None
+    fork = plan_merge(original, loaded, None, trust)[0] if original and "original" in recipe.evaluate.variants else None
     bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
     matches = tuple(match.match(a, plan, bases) for a in loaded)
     warnings = [*plan.warnings, *(w for m in matches for w in m.warnings), *_hints(recipe)]
@@ -105,10 +103,9 @@ def prepare(recipe: Recipe) -> Prepared:
         quantize_gptqmodel.check(settings)
     planned = plan_quantize(plan, model, settings, dtype)
     verdicts = tuple(targets.judge(planned, model, target) for target in targets.TARGETS.values())
-    warnings += _deployment(recipe, verdicts) + _left_fused(model)
     unheld = _unheld(plan, model, simulate)
-    warnings += [unheld] if unheld else []
-    tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, adapter_path, plan, trust)
+    warnings += [*_deployment(recipe, verdicts), *_left_fused(model), *([unheld] if unheld else [])]
+    tokenizer = texts.load_tokenizer(plan.base.checkpoint.path, loaded[0].path, plan, trust)
     seen, windows, facts = texts.calibration(recipe, tokenizer)
     healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
     sets = tuple(texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
@@ -116,7 +113,7 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(
         recipe,
         base,
-        adapter_path,
+        loaded[0].path,
         original,
         simulate,
         plan,

@@ -47,7 +47,8 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
                 f"model_type {config.model_type!r} has no causal language model in transformers: {error}"
             ) from error
     model.tie_weights()  # building on meta parts them
-    linears.expose(model)
+    stems = tuple(stem for _, role in _rules(model)[1] for stem in [role.partition(r".\1.")[0]])
+    linears.expose(model, lambda name: name.endswith(stems))
     model.eval()
     return model  # type: ignore[no-any-return]
 
