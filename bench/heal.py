@@ -68,14 +68,13 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "lr 5e-3": ({"lr": 5e-3}, HALF, "merged"),
     "a third written by the model": ({}, (0.34, 0.33, 0.33), "merged"),
     "two thirds in-domain": ({}, (0.67, 0.33, 0.0), "merged"),
-    "300 steps": ({"steps": 300}, HALF, "merged"),
     "target adapter": ({}, HALF, "adapter"),
     "50 steps": ({"steps": 50}, HALF, "merged"),
     "batch 4": ({"batch": 4}, HALF, "merged"),
     "block by block": ({"mode": "blocks", "steps": 50}, HALF, "merged"),
     "in-domain text only": ({}, (1.0, 0.0, 0.0), "merged"),
     "general text only": ({}, (0.0, 1.0, 0.0), "merged"),
-    "600 steps": ({"steps": 600}, HALF, "merged"),
+    "500 steps": ({"steps": 500}, HALF, "merged"),
     "seed 1": ({"seed": 1}, HALF, "merged"),
 }
 

@@ -99,7 +99,7 @@ def main() -> None:
     for name, (settings, exact, samples, length) in SETTINGS.items():
         if not any(part in name for part in args.only.split(";")):
             continue
-        quantize.EXACT_TOKENS = exact
+        quantize.EXACT_TOKENS, quantize.EXACT_LEAST = exact, {"cpu": 0, "cuda": 0}
         windows = data.calibration_windows(
             entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )

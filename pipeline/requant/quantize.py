@@ -37,6 +37,7 @@ __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 EXACT_TOKENS = 8  # for each input of the widest linear also run unquantized, to know what earlier layers lost
+EXACT_LEAST = {"cpu": 0, "cuda": 2**17}  # tokens for that in any case: more is better, and cheap on a GPU
 TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
@@ -227,7 +228,7 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
 def _apart(walk: Walk, windows: Tensor) -> int:
     """One batch in so many is enough to tell how far inputs have drifted."""
     widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
-    return max(1, round(windows.numel() / (EXACT_TOKENS * widest)))
+    return max(1, round(windows.numel() / max(EXACT_TOKENS * widest, EXACT_LEAST[walk.device.type])))
 
 
 def _compare(walk: Walk, items: Sequence[BlockInput]) -> None:
