@@ -87,8 +87,8 @@ decoder's logits for the three (`tests/test_fused_experts.py`), vLLM 0.32 ours f
 with fewer than 32 outputs, like the gate of a shared expert, stay in 16 bit.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
-merged and quantized; transformers 5 cannot hold that base, so `requant check` says that `base` and `adapter` cannot be
-measured, and `requant run` stops before it starts: `requant quantize` makes the checkpoint.
+merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our
+own decoder's values, and `requant check` says so (`tests/test_bases.py`).
 """
 
 

@@ -101,10 +101,10 @@ def pack_4bit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["in training", "on disk"])
-def test_experts_in_4_bits_are_merged_and_their_live_base_is_refused_before_work_starts(
+def test_experts_in_4_bits_are_merged_and_measured_without_transformers(
     project: Path, tmp_path: Path, way: str
 ) -> None:
-    """transformers 5 fuses experts before bitsandbytes sees them: said by check, and by run before it writes anything."""
+    """transformers 5 fuses experts before bitsandbytes sees them: said by check; with streaming off, run does not start."""
     base, adapter, _ = made(tmp_path, "mixtral", num_local_experts=4, intermediate_size=64, vocab_size=300)
     for file in (project / "base").glob("tokenizer*"):
         shutil.copy(file, base)
@@ -118,11 +118,34 @@ def test_experts_in_4_bits_are_merged_and_their_live_base_is_refused_before_work
     said = "the base holds 26 modules in 4 bits that transformers 5 cannot, e.g. model.layers.0.mlp.experts.0.down_proj"
     prepared = prepare.prepare(recipe(project, tmp_path / "runs", changes))
     assert any(said in warning for warning in prepared.warnings)
-    with pytest.raises(InputError, match="use requant merge or requant quantize") as caught:
-        run(project, tmp_path / "runs", changes)
+    with pytest.raises(InputError, match=r"set evaluate\.stream to auto, or stop after requant quantize") as caught:
+        run(project, tmp_path / "runs", changes | {"evaluate.stream": "never"})
     assert said in str(caught.value)
     assert not (tmp_path / "runs").exists()
-    assert run(project, tmp_path / "runs", changes, until="merge").ran == ["merge"]
+    report = run(project, tmp_path / "runs", changes).report
+    for s in report["sets"]:
+        steps = {(e["from"], e["to"]): e["delta"]["value"] for e in s["edges"]}
+        assert abs(steps["adapter", "merged"]) < FP32, "PEFT unmerged on the decoded base, block by block"
+        assert abs(steps["base", "adapter"]) > 10 * FP32
+
+
+def test_stacked_experts_of_transformers_5_on_a_base_of_4_are_refused(project: Path, tmp_path: Path) -> None:
+    """One of the two is not what the recipe says it is."""
+    sizes = {"num_local_experts": 4, "intermediate_size": 64, "vocab_size": 300}
+    base = pico.save(pico.model("mixtral", **sizes), tmp_path / "base", torch.bfloat16)
+    for file in (project / "base").glob("tokenizer*"):
+        shutil.copy(file, base)
+    stacks = ["mlp.experts.gate_up_proj"]
+    pico.train(
+        pico.model("mixtral", **sizes), tmp_path / "adapter", target_modules=["q_proj"], target_parameters=stacks
+    )
+    changes = {
+        "base.model": str(base), "base.original": None, "adapter": str(tmp_path / "adapter"),
+        "base.nf4": {"quant_type": "nf4", "double_quant": False, "transformers": 4},
+        "evaluate.variants": ["base", "adapter", "merged", "gptq"],
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"stacked experts are of transformers 5: base\.nf4\.transformers is wrong"):
+        run(project, tmp_path / "runs", changes)
 
 
 def test_onto_the_original_when_both_bases_are_known(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ class _Work:
         """Whether a variant is scored block by block."""
         if self.stream == "never" or not streamed.possible(name, self.places):
             return False
-        if self.stream == "always":
+        if self.stream == "always" or (name in ("base", "adapter") and not self.places.live):
             return True
         tokens = self.batch * max((s.window for s in sets), default=1)
         device, item = self.scores.device, self.scores.dtype.itemsize

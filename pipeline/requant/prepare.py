@@ -71,7 +71,7 @@ class Prepared:
     probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
     heal: Healing | None  # None: not asked for, or left out by `auto`
     canaries: Canaries | None = None
-    unheld: str | None = None  # why base and adapter cannot be measured, known from headers
+    unheld: str | None = None  # why transformers 5 cannot hold the base as training did
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -80,6 +80,19 @@ class Prepared:
         if self.heal and ("gptq" in asked or "healed" in self.recipe.evaluate.variants):
             asked.append("healed")
         return tuple(asked)
+
+    @property
+    def unmeasurable(self) -> str | None:
+        """Why this recipe's base and adapter cannot be measured, known from headers."""
+        if self.unheld is None:
+            return None
+        if self.recipe.evaluate.stream == "never":
+            return f"{self.unheld}: set evaluate.stream to auto"
+        if self.heal and self.heal.section.target == "adapter":
+            return f"{self.unheld}: set heal.target to merged"
+        if any(a.experts for a in self.merge.adapters):
+            return f"{self.unheld}, and the adapter's stacked experts are of transformers 5: base.nf4.transformers is wrong"
+        return None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -268,8 +281,8 @@ def _unheld(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | 
     if not held:
         return None
     return (
-        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter "
-        "cannot be measured here, so the run can merge and quantize, and no more"
+        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter are "
+        "measured block by block, on our own decoder's values"
     )
 
 

@@ -62,8 +62,8 @@ def run(
     stages = WITH_HEAL if prepared.heal else STAGES
     if until not in stages:
         raise InputError(f"heal is {wanted.heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
-    if prepared.unheld and "evaluate" in stages[: stages.index(until) + 1]:
-        raise InputError(f"{prepared.base}: {prepared.unheld}: use requant merge or requant quantize")
+    if prepared.unmeasurable and "evaluate" in stages[: stages.index(until) + 1]:
+        raise InputError(f"{prepared.base}: {prepared.unmeasurable}, or stop after requant quantize")
     with directory.open():
         runner = Runner(prepared, directory, watcher or Watcher(), ranks)
         with LogFile(directory.path / "log.txt"):
@@ -295,6 +295,7 @@ class Runner:
         return variants.Places(
             self.p.base, self.p.adapter, path / "merged", path / "gptq", self.p.simulate, self.p.quantize.grids,
             self.p.original_merge, self.recipe.trust_remote_code, self.p.merge, path / "healed",
+            live=self.p.unheld is None,
         )  # fmt: skip
 
     def _dtype(self) -> torch.dtype:

@@ -40,6 +40,7 @@ class Places:
     trust_remote_code: bool = False
     plan: merge.MergePlan | None = None  # whose adapters make the variant adapter; None: the directory `adapter`
     healed: Path | None = None
+    live: bool = True  # whether transformers 5 can hold the base as training did
 
 
 @torch.no_grad()
