@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "dequantize": {"checkpoint", "nf4"},
     "writer": {"checkpoint"},
     "merge_plan": {"adapter", "adapter_formulas", "adapter_keys", "checkpoint", "dequantize", "experts", "writer"},
-    "merge": {"artifacts", "checkpoint", "merge_plan", "writer"},
+    "merge": {"adapter_formulas", "artifacts", "checkpoint", "dequantize", "merge_plan", "writer"},
     "match": {"adapter", "artifacts", "checkpoint", "merge"},
     "peft_runtime": {"adapter", "adapter_keys", "checkpoint", "merge"},
     "recipe_errors": {"recipe_model", "yaml_source"},

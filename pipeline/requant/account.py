@@ -13,7 +13,7 @@ from typing import Any
 from requant import facts, match, recipe, resonance
 from requant.prepare import Prepared
 
-MEASURED = ("seconds", "peak_rss")
+MEASURED = ("seconds", "peak_rss", "peak_device")
 
 
 def account(
@@ -49,7 +49,7 @@ def account(
         "cost": {
             "bytes": _bytes(prepared, run, merged),
             "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
-            "peak_rss": {n: s["peak_rss"] for n, s in stages.items() if "peak_rss" in s},
+            **{k: {n: s[k] for n, s in stages.items() if k in s} for k in MEASURED[1:]},
         },
         "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
         "versions": facts.versions(),

@@ -95,11 +95,11 @@ class Lora(Fold):
         return (a.T.contiguous(), b.T.contiguous()) if self.embedding else (b, a)
 
     def apply(self, weight: Tensor) -> bool:
-        left, right = self.factors()
+        left, right = (factor.to(weight.device) for factor in self.factors())
         weight.addmm_(left, right, alpha=self.scaling)
         if self.magnitude is None:
             return bool(left.any()) and bool(right.any())
-        magnitude = read(self.magnitude).reshape(-1, 1)
+        magnitude = read(self.magnitude).reshape(-1, 1).to(weight.device)
         weight.mul_(magnitude / torch.linalg.vector_norm(weight, dim=1, keepdim=True))
         return True
 

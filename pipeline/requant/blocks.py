@@ -101,6 +101,10 @@ class Walk:
             self._coming[index + 1] = self._reader.submit(self._read_ahead, index + 1)
         return block
 
+    def no_reading_ahead(self) -> None:
+        """Only what is asked for is read."""
+        self._reader = None
+
     def forget(self, index: int) -> None:
         """Release a block and what was read ahead after it."""
         self.release(self.blocks[index])

@@ -8,10 +8,11 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     "requant",
@@ -28,32 +29,54 @@ PACKAGES = (
 
 @dataclass
 class Cost:
-    """Wall seconds and peak resident bytes of a stage."""
+    """Wall seconds, peak resident bytes and peak bytes on the GPU of a stage."""
 
     seconds: float = 0.0
     peak_rss: int = 0
+    peak_device: int = 0
+
+    @property
+    def facts(self) -> dict[str, float | int]:
+        """What is remembered of a stage; nothing of a GPU where none is used."""
+        known: dict[str, float | int] = {"seconds": self.seconds, "peak_rss": self.peak_rss}
+        return known | ({"peak_device": self.peak_device} if self.peak_device else {})
 
 
 @contextmanager
-def measured() -> Iterator[Cost]:
-    """Measure a stage. On Linux the peak is the stage's own; elsewhere the process's so far."""
+def measured(device: str = "cpu") -> Iterator[Cost]:
+    """Measure a stage. On Linux the peak is the stage's own; elsewhere the process's so far. device: the GPU to look at."""
     cost, started = Cost(), time.monotonic()
-    _reset_peak()
+    reset_peak()
+    gpu = _gpu(device)
+    if gpu:
+        gpu.reset_peak_memory_stats(device)
     try:
         yield cost
     finally:
         cost.seconds = time.monotonic() - started
-        cost.peak_rss = _peak()
+        cost.peak_rss = peak()
+        cost.peak_device = gpu.max_memory_allocated(device) if gpu else 0
 
 
-def _reset_peak() -> None:
-    try:
+def _gpu(device: str) -> Any:
+    """torch.cuda where the device is one, else None."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.cuda
+
+
+def reset_peak() -> int:
+    """Forget the peak so far, where the system can; returns the bytes that are resident now."""
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+    return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
+    """Most bytes that were resident since `reset_peak`."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -8,8 +8,9 @@ Planned and checked from headers; then one tensor is alive at a time, written st
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from requant import artifacts
+from requant.adapter_formulas import Lora
 from requant.checkpoint import read_tensor
+from requant.dequantize import CPU
 from requant.errors import StageError
 from requant.merge_plan import MergePlan, Op, Structure, plan, target_dtype
 from requant.writer import CheckpointWriter
@@ -42,10 +45,16 @@ class MergeResult:
     warnings: list[str] = field(default_factory=list)
 
 
-def compute(plan: MergePlan, op: Op) -> tuple[Tensor, bool]:
-    """The value of one output tensor before rounding, and whether the adapter meant to change it (False: a zero delta)."""
+def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor, bool]:
+    """The value of one output tensor before rounding, and whether the adapter meant to change it (False: a zero delta).
+
+    device: where weights are decoded and LoRA is folded in; other kinds of adapters are on the CPU. What is only decoded is
+    the same on every device, a fold's products may be summed in another order.
+    """
     assert op.source is not None
-    value = read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name)
+    if not all(isinstance(fold, Lora) for fold in (*op.folds, *op.bias_of)):
+        device = CPU
+    value = (read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name, device)).to(device)
     if op.folds:
         value = value.float()
         oriented = value.T.contiguous() if op.conv1d else value
@@ -54,8 +63,37 @@ def compute(plan: MergePlan, op: Op) -> tuple[Tensor, bool]:
     if op.bias_of:
         value = value.float()
         for fold in op.bias_of:
-            value = fold.changed_bias(value)
+            value = fold.changed_bias(value.cpu())
     return value, True
+
+
+def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+    """Every output tensor before rounding."""
+    if device.type == "cpu":
+        return ((op, *compute(plan, op)) for op in plan.ops)
+    return ahead(plan, device)
+
+
+def ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+    """The same, the next one read and made while the last is rounded and written: for a device that does the work aside."""
+    with ThreadPoolExecutor(1) as reader, full_precision():
+        coming = reader.submit(compute, plan, plan.ops[0], device)
+        for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
+            made = coming.result()
+            if following is not None:
+                coming = reader.submit(compute, plan, following, device)
+            yield op, *made
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32, whatever the process allows elsewhere: TF32 keeps 10 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
@@ -84,9 +122,9 @@ def _bound(plan: MergePlan, op: Op) -> float:
 
 def merge(
     plan: MergePlan, out: Path, *, dtype: Literal["auto", "float16", "bfloat16", "float32"], max_shard: int = 5 * 10**9,
-    progress: Progress | None = None,
+    device: torch.device = CPU, progress: Progress | None = None,
 ) -> MergeResult:  # fmt: skip
-    """Write the merged checkpoint into the existing directory `out`.
+    """Write the merged checkpoint into the existing directory `out`, computing on `device`.
 
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
@@ -96,8 +134,7 @@ def merge(
     total = len(plan.ops)
     with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer, ThreadPoolExecutor(1) as disk:
         writing: Future[None] | None = None
-        for done, op in enumerate(plan.ops):
-            value, changes = compute(plan, op)
+        for done, (op, value, changes) in enumerate(_computed(plan, device)):
             if not changes:
                 result.untrained += [fold.module for fold in op.folds]
             rounded = _round(op, value, target_dtype(op, target), result)

@@ -204,7 +204,7 @@ def quantize(
         items = walk.embed(windows[own], size)
         numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
         if settings.correct:
-            _compare(walk, [i for i, n in zip(items, numbers, strict=True) if n % _apart(walk, windows) == 0])
+            compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % exact_apart(walk, windows) == 0])
         held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
         quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas)
         _walk(quantizer, items, progress)
@@ -225,13 +225,13 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
     return ranks.place(device)
 
 
-def _apart(walk: Walk, windows: Tensor) -> int:
+def exact_apart(walk: Walk, windows: Tensor) -> int:
     """One batch in so many is enough to tell how far inputs have drifted."""
     widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
     return max(1, round(windows.numel() / max(EXACT_TOKENS * widest, EXACT_LEAST[walk.device.type])))
 
 
-def _compare(walk: Walk, items: Sequence[BlockInput]) -> None:
+def compared(walk: Walk, items: Sequence[BlockInput]) -> None:
     """Have these batches also run unquantized."""
     for item in items:
         item.exact = walk.shelf.put(item.hidden.to(walk.device))

@@ -105,9 +105,9 @@ class Runner:
         self.watcher.stage(stage, False)
         self.event("start", stage=stage)
         log.info("%s: started", stage)
-        with facts.measured() as cost:
+        with facts.measured(str(self.device)) as cost:
             result = work()
-        result |= {"seconds": cost.seconds, "peak_rss": cost.peak_rss}
+        result |= cost.facts
         self.dir.remember(stage, key, result)
         self.event("done", stage=stage, seconds=round(cost.seconds, 2), peak_rss=cost.peak_rss)
         log.info("%s: done in %.1f s, peak %.2f GB", stage, cost.seconds, cost.peak_rss / 1e9)
@@ -128,7 +128,7 @@ class Runner:
             out = artifact.begin(self.keys.merge)
             done = merge.merge(
                 self.p.merge, out, dtype=self.recipe.merge.dtype, max_shard=self.recipe.merge.max_shard_bytes,
-                progress=self.watcher.progress,
+                device=self.device, progress=self.watcher.progress,
             )  # fmt: skip
             proof = selftest.self_test(self.p.merge, out)
             artifact.finish(self.keys.merge, {"stage": "merge", "requant": __version__})

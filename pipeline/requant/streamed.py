@@ -67,7 +67,11 @@ class Streamed:
             if tell:
                 tell(index + 1, len(self.walk))
         for ids, item in zip(flow.batches, flow.items, strict=True):
-            self._known |= {(self._plain, _key(row)): (item, at) for at, row in enumerate(ids)}
+            self.assume(ids, item)
+
+    def assume(self, ids: Tensor, item: BlockInput) -> None:
+        """Take the hidden states of `item` for what comes out of the last block for windows int64 [n, length]."""
+        self._known |= {(self._plain, _key(row)): (item, at) for at, row in enumerate(ids)}
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None) -> Any:
         """Like a transformers model's; `past_key_values` of its answer are the token ids so far."""

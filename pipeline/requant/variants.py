@@ -62,7 +62,7 @@ def plain(name: str, places: Places, device: torch.device) -> tuple[Any, Weights
     trust = places.trust_remote_code
     model = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
     if name == "original" and places.original is not None:
-        return model, weights.Merged(places.original)
+        return model, weights.Merged(places.original, device)
     if name == "rtn":
         return model, weights.rounded(path, model, places.grids, device)
     return model, Checkpoint(path) if name == "merged" else weights.packed(path, model, device)

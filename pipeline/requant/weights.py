@@ -41,8 +41,8 @@ class Decoded:
 class Merged:
     """What a merge would write, in fp32 before the one rounding."""
 
-    def __init__(self, plan: merge.MergePlan) -> None:
-        self.plan, self.path = plan, plan.base.checkpoint.path
+    def __init__(self, plan: merge.MergePlan, device: torch.device) -> None:
+        self.plan, self.path, self.device = plan, plan.base.checkpoint.path, device
         self.ops = {op.name: op for op in plan.ops}
 
     def __iter__(self) -> Iterator[str]:
@@ -52,7 +52,8 @@ class Merged:
         return name in self.ops
 
     def read(self, name: str) -> Tensor:
-        return merge.compute(self.plan, self.ops[name])[0]
+        with merge.full_precision():
+            return merge.compute(self.plan, self.ops[name], self.device)[0]
 
 
 class Rounded:
