@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from e2e import write_recipe
+from e2e import write_recipe, write_rows
 from test_ranks import ROOT, assert_stored_alike, environment, free_port
 
 from requant import cli, crew, run
@@ -54,7 +55,9 @@ def test_what_fails_on_one_rank_ends_all_and_is_said_once(who: str, message: str
 
 
 def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(project, {"output.dir": str(tmp_path)}, name="ranks.yaml")
+    write_rows(tmp_path / "canaries.jsonl", [{"prompt": f"Is {n} a number?", "answer": "no"} for n in range(3)])
+    changes = {"output.dir": str(tmp_path), "canaries": {"path": str(tmp_path / "canaries.jsonl")}}
+    recipe = write_recipe(project, changes, name="ranks.yaml")
     env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *TORCHRUN, "-m", "requant", "run", str(recipe)],
@@ -69,6 +72,23 @@ def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -
     events = [json.loads(line) for line in (tmp_path / "pico" / "events.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "done"] == ["merge", "quantize", "evaluate", "report"]
     assert_stored_alike(finished / "gptq", tmp_path / "pico" / "gptq")
+    one, two = (json.loads((path / "report.json").read_text()) for path in (finished, tmp_path / "pico"))
+    assert two["facts"]["canaries"]["right"].keys() == {"base", "adapter", "merged", "gptq"}
+    for alone, split in zip(one["sets"], two["sets"], strict=True):
+        assert split["digest"] == alone["digest"]
+        assert_same_numbers(split, alone)
+
+
+def assert_same_numbers(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Every token of every variant was scored once, by some rank: sums a document, and the distance from the reference."""
+    assert got["documents"].keys() == wanted["documents"].keys()
+    for name, sums in wanted["documents"].items():
+        assert got["documents"][name]["n"] == sums["n"]
+        assert got["documents"][name]["nll"] == pytest.approx(sums["nll"], rel=1e-5)
+    for edge, alone in zip(got["edges"], wanted["edges"], strict=True):
+        if alone["agreement"] is not None:
+            assert edge["agreement"]["value"] == pytest.approx(alone["agreement"]["value"], abs=1e-9)
+            assert edge["kl"]["mean"]["value"] == pytest.approx(alone["kl"]["mean"]["value"], rel=1e-3, abs=1e-9)
 
 
 def test_idle_gpus_are_pointed_out_in_one_line(

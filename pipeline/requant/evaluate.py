@@ -99,10 +99,10 @@ class Scores:
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
         """Everything, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
-        return {s.name: {v: self._load(self.file(v, s)) for v in self.keys} for s in self.sets}
+        return {s.name: {v: self.read(self.file(v, s)) for v in self.keys} for s in self.sets}
 
     @staticmethod
-    def _load(file: Path) -> TokenScores:
+    def read(file: Path) -> TokenScores:
         from requant_eval.errors import EvaluationError
         from requant_eval.score import TokenScores
 

@@ -64,6 +64,10 @@ class Ranks:
         """The first rank's value, on every rank."""
         return value
 
+    def everyone(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        return [value]
+
     def spread(self, tensor: Tensor) -> None:
         """Copy the first rank's tensor into that of the others."""
 
@@ -128,8 +132,14 @@ class Several(Ranks):
         return summed.tolist()
 
     def tell(self, value: T) -> T:
+        return self._from(0, value)
+
+    def everyone(self, value: T) -> list[T]:
+        return [self._from(rank, value) for rank in range(self.count)]
+
+    def _from(self, rank: int, value: T) -> T:
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=rank, device=torch.device("cpu"))
         return box[0]
 
     def spread(self, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from requant import __version__, account, facts, merge, prepare, quantize, recipe, selftest, variants, verify
+from requant import __version__, account, facts, merge, parts, prepare, quantize, recipe, selftest, variants, verify
 from requant import evaluate as evaluation
 from requant import quantize_gptqmodel as peer
 from requant.advice import advise
@@ -216,8 +216,8 @@ class Runner:
             self.merge(needed=True)
 
         def work() -> dict[str, Any]:
-            return evaluation.evaluate(
-                self.scores, self._places(), batch=self._batch(), stream=self.recipe.evaluate.stream,
+            return parts.evaluate(
+                self.scores, self._places(), ranks=self.ranks, batch=self._batch(), stream=self.recipe.evaluate.stream,
                 progress=self.watcher.progress,
             )  # fmt: skip
 
