@@ -143,7 +143,7 @@ def heal(
     steps: Annotated[int, typer.Option(min=1)] = 150,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
-    lr: Annotated[float, typer.Option(min=1e-9, max=1.0)] = 0.01,
+    lr: Annotated[float, typer.Option(min=1e-9, max=1.0)] = 0.005,
     norms: Annotated[bool, typer.Option("--norms", help="Let norm weights move too.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -176,7 +176,7 @@ def correct(weight: Tensor, pulled: Tensor | None, factor: Factor, share: float)
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
     """diag(E H E'), fp32 [rows], of E' [n, rows] against the undamped, symmetric H [n, n]: what each row loses."""
-    return torch.cat([torch.einsum("nr,nr->r", hessian @ e, e) for e in torch.split(error, _ROWS, dim=1)])
+    return torch.cat([(hessian @ e).mul_(e).sum(dim=0) for e in torch.split(error, _ROWS, dim=1)])
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:

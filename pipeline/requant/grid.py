@@ -100,28 +100,32 @@ def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
         return _range_scales(grid, low, high, shrink)
     best = torch.full_like(low, torch.inf)
     shrink = torch.ones_like(low)
+    root = importance.sqrt()
     for value in coarse.tolist():
-        best, shrink = _try(weight, importance, grid, (low, high), torch.full_like(low, value), best, shrink)
+        best, shrink = _try(weight, root, grid, (low, high), torch.full_like(low, value), best, shrink)
     centre = shrink
     for offset in fine.tolist():
-        best, shrink = _try(weight, importance, grid, (low, high), centre + offset, best, shrink)
+        best, shrink = _try(weight, root, grid, (low, high), centre + offset, best, shrink)
     return _range_scales(grid, low, high, shrink)
 
 
 def _try(
     weight: Tensor,
-    importance: Tensor,
+    root: Tensor,
     grid: Grid,
     ends: tuple[Tensor, Tensor],
     candidate: Tensor,
     best: Tensor,
     shrink: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Keep `candidate` wherever its weighted error is smaller than `best`."""
+    """Keep `candidate` wherever its weighted error is smaller than `best`. root: of the importance.
+
+    Numbers as bounds and a norm: clamping between tensors and a weighted sum take four times as long on a CPU.
+    """
     scales = _range_scales(grid, *ends, candidate)
     scale, zero = scales.scale[..., None], scales.zero[..., None]
-    error = (weight / scale).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(scale).sub_(weight)
-    loss = torch.einsum("rgj,gj->rg", error.square_(), importance)
+    error = (weight / scale).round_().add_(zero).clamp_(0, grid.levels - 1).sub_(zero).mul_(scale).sub_(weight)
+    loss = torch.linalg.vector_norm(error.mul_(root), dim=-1)
     better = loss < best
     return torch.where(better, loss, best), torch.where(better, candidate, shrink)
 

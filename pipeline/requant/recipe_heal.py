@@ -17,7 +17,7 @@ class Heal(Section):
     batch: Positive = Field(default=16, description="Windows a step.")
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=512, description="Tokens a window.")
     lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        default=0.01, description="Learning rate: how far a scale may move in a step, relative to its size."
+        default=0.005, description="Learning rate: how far a scale may move in a step, relative to its size."
     )
     tune: Annotated[tuple[Literal["scales", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
         default=("scales",), description="What moves; the codes never do."

@@ -42,7 +42,7 @@ class Settings:
     steps: int = 150
     batch: int = 16
     length: int = 512
-    lr: float = 1e-2
+    lr: float = 5e-3
     tune: tuple[Tune, ...] = ("scales",)
     seed: int = 0
 
