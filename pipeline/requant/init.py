@@ -253,6 +253,7 @@ evaluate:
   variants: [base, adapter, merged, rtn, gptq]   # also original; adapter is the reference
   kl: true                  # bool, default true; KL divergence from the reference
   batch: auto               # auto | count, default auto; changes no result
+  stream: auto              # auto | always | never, default auto: block by block what does not fit on the device
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
