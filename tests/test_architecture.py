@@ -114,7 +114,7 @@ ALLOWED: dict[str, set[str]] = {
     "suggest": {"grid", "layout", "pack"},
     "swap": {"checkpoint", "skeleton", "variants"},
     "evaluate": {"canaries", "fit", "rundir", "sizes", "streamed", "variants"},
-    "parts": {"evaluate", "ranks", "variants"},
+    "parts": {"canaries", "evaluate", "ranks", "variants"},
     "texts": {"artifacts", "data", "heal_text", "merge", "recipe"},
     "recipe_heal": {"recipe_model", "recipe_text"},
     "recipe_gates": {"recipe_model", "recipe_text", "yaml_source"},

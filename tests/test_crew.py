@@ -66,7 +66,7 @@ def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -
         text=True,
         check=False,
     )
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("merge, quantize, evaluate, report done: ") == 1
     assert done.stderr.count("quantize: started") == 1
     events = [json.loads(line) for line in (tmp_path / "pico" / "events.jsonl").read_text().splitlines()]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from e2e import one_thread, recipe
+from e2e import one_thread, recipe, write_rows
 
+from requant import canaries, parts, prepare, variants
 from requant import evaluate as evaluation
-from requant import parts, prepare, variants
 from requant.evaluate import Scores
 from requant.ranks import ALONE, Ranks
 from requant_eval.windows import Window
@@ -99,6 +99,22 @@ def test_a_new_variant_is_compared_with_parts_of_the_reference(
     assert all(by["gptq"].kl is not None for by in both.load().values())
 
 
+def test_canaries_alone_score_nothing_again(
+    given: tuple[variants.Places, Scores], tmp_path: Path, project: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    keys = {name: name for name in ("adapter", "merged")}
+    scored(given, tmp_path / "c", ALONE, keys=keys)
+    write_rows(tmp_path / "canaries.jsonl", [{"prompt": "Is 2 a number?", "answer": "no"}])
+    asked = canaries.load(tmp_path / "canaries.jsonl", AutoTokenizer.from_pretrained(project / "original"), "auto")
+    _, both = scored(given, tmp_path / "c", Turns(2), keys=keys, canaries=asked)
+    told = both.answers()
+    assert told is not None
+    assert told["right"].keys() == keys.keys()
+    assert not list((tmp_path / "c" / "ranks-2").rglob("*.safetensors"))
+
+
 def test_parts_of_another_number_of_ranks_are_removed(given: tuple[variants.Places, Scores], tmp_path: Path) -> None:
     keys = {"merged": "merged"}
     scored(given, tmp_path / "c", Turns(3), keys=keys, kl=False)
@@ -113,7 +129,7 @@ def test_notes_of_all_ranks_are_told(
 ) -> None:
     told = {"variants": ["merged"], "streamed": ["merged"], "notes": ["went on with 2"]}
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: told)
-    result = Turns(2).call(parts.score_part, replace(given[1], cache=tmp_path), given[0], ("merged",), batch=1,
+    result = Turns(2).call(parts.score_part, replace(given[1], cache=tmp_path), given[0], batch=1,
                            stream="auto", own={})  # fmt: skip
     assert result["notes"] == ["rank 0: went on with 2", "rank 1: went on with 2"]
     assert result["streamed"] == ["merged"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from requant import evaluate as evaluation
+from requant.canaries import Canaries
 from requant.evaluate import REFERENCE, Progress, Scores, Stream
 from requant.ranks import Ranks
 from requant.variants import Places
@@ -38,9 +39,13 @@ def evaluate(
     for other in scores.cache.glob("ranks-*"):
         if other != _shelf(scores.cache, ranks.count):
             shutil.rmtree(other)
-    told = ranks.call(score_part, scores, places, tuple(todo), batch=batch, stream=stream, own={"progress": progress})
-    parts = [part(scores, tuple(todo), rank, ranks.count) for rank in range(ranks.count)]
-    for variant, s in ((v, s) for v in todo for s in scores.sets if not scores.file(v, s).exists()):
+    wanted = _narrowed(scores, todo)
+    told = ranks.call(
+        score_part, replace(wanted, canaries=None), places, batch=batch, stream=stream,
+        own={"asking": scores.canaries, "progress": progress},
+    )  # fmt: skip
+    parts = [part(wanted, rank, ranks.count) for rank in range(ranks.count)]
+    for variant, s in ((v, s) for v in todo for s in wanted.sets if not scores.file(v, s).exists()):
         pieces = [scores.read(p.file(variant, own)) for p in parts for own in p.sets if own.name == s.name]
         joined(pieces, s).save(scores.file(variant, s))
     for variant, file in scores.unanswered().items():
@@ -49,11 +54,15 @@ def evaluate(
 
 
 def score_part(
-    scores: Scores, places: Places, todo: Sequence[str], *, batch: int, stream: Stream, ranks: Ranks,
+    wanted: Scores, places: Places, *, batch: int, stream: Stream, ranks: Ranks, asking: Canaries | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score this rank's windows for the variants in `todo`; returns what a report tells of it, once all ranks have done so."""
-    mine = part(replace(scores, device=ranks.place(scores.device)), todo, ranks.rank, ranks.count)
+    """Score this rank's windows of what is wanted; returns what a report tells of it, once all ranks have done so.
+
+    asking: the canaries of the first rank, for a tokenizer does not travel.
+    """
+    here = replace(wanted, device=ranks.place(wanted.device), canaries=asking)
+    mine = part(here, ranks.rank, ranks.count)
     mine.cache.mkdir(parents=True, exist_ok=True)
     told = evaluation.evaluate(mine, places, batch=batch, stream=stream, progress=progress)
     every = ranks.everyone(told)
@@ -62,15 +71,18 @@ def score_part(
     return told | {"streamed": list(streamed), "notes": notes}
 
 
-def part(scores: Scores, todo: Sequence[str], rank: int, count: int) -> Scores:
-    """What one rank scores, and where it keeps it; the first is also asked the canaries.
-
-    todo: variants. The reference is among them where others are compared with it: its part may have to be made first.
-    """
+def _narrowed(scores: Scores, todo: Mapping[str, Sequence[EvalSet]]) -> Scores:
+    """Only what is left to do, and the reference where others are compared with it: parts of it may have to be made first."""
+    left = {s.name for sets in todo.values() for s in sets}
     keys = {v: key for v, key in scores.keys.items() if v in todo or (scores.kl and v == REFERENCE)}
+    return replace(scores, keys=keys, sets=tuple(s for s in scores.sets if s.name in left))
+
+
+def part(scores: Scores, rank: int, count: int) -> Scores:
+    """What one rank scores, and where it keeps it; the first is also asked the canaries."""
     sets = tuple(own for s in scores.sets for own in _shares(s, rank, count))
     asked = scores.canaries if rank == 0 else None
-    return replace(scores, cache=_shelf(scores.cache, count) / str(rank), sets=sets, keys=keys, canaries=asked)
+    return replace(scores, cache=_shelf(scores.cache, count) / str(rank), sets=sets, canaries=asked)
 
 
 def _shelf(cache: Path, count: int) -> Path:

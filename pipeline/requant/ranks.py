@@ -146,8 +146,8 @@ class Several(Ranks):
         dist.broadcast(tensor.data, src=0)
 
     def call(self, function: Callable[..., T], *args: Any, own: Mapping[str, Any], **kwargs: Any) -> T:
-        self.called = True
         self.tell((function, args, kwargs))
+        self.called = True
         try:
             result = function(*args, **kwargs, **own, ranks=self)
         except BaseException:
