@@ -9,7 +9,7 @@ are random: the work does not depend on them. Two depths give a slope, from whic
 --ranks runs ours on each of these numbers of GPUs of this host (processes on the CPU), one after another, more than one
 through torchrun; the clock starts when the processes have found each other. Strong scaling is the ratio of these times,
 of the whole and of a block alone. Time by phase and memory are those of rank 0.
-    python bench/speed.py --only ours --layers 8 --ranks 1 2 --out FILE
+    python bench/speed.py --only ours --layers 8 --ranks 1 2 [--replicated] --out FILE
 """
 
 from __future__ import annotations
@@ -161,12 +161,15 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
+    import requant.ranks
     from requant import quantize
     from requant.grid import Grid
     from requant.layout import Settings
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
+    if args.replicated:
+        requant.ranks.SPLIT_FROM = 10**9
     if args.lean:
         quantize.may_wait = lambda *_: False
     phases = Phases()
@@ -253,6 +256,7 @@ def main() -> None:
     parser.add_argument("--correct", type=float, default=0.5)
     parser.add_argument("--peer-batch", type=int, default=1)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--replicated", action="store_true", help="ours: every rank factors every Hessian by itself")
     parser.add_argument("--only", choices=("ours", "gptqmodel"))
     parser.add_argument(
         "--lean", action="store_true", help="ours: hidden states on the host, no batch waits on the GPU"

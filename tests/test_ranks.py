@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import crew
+from requant import crew, ranks
+from requant.cholesky import shared_cholesky
 from requant.errors import InputError
 from requant.grid import Grid
 from requant.layout import Settings, load_quantized
@@ -50,9 +51,9 @@ def two() -> Iterator[Several]:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment(0, port).items():
             patch.setenv(key, value)
-        with crew.join() as ranks:
-            yield ranks
-            ranks.dismiss()
+        with crew.join() as joined:
+            yield joined
+            joined.dismiss()
     assert child.wait(60) == 0
 
 
@@ -200,6 +201,37 @@ def say(size: int, *, ranks: Ranks) -> bool:
     return ranks.every(all(held))
 
 
+def factored(size: int, shift: float, *, ranks: Ranks) -> tuple[float, int, bool]:
+    """(Distance of the shared factor's square from the matrix, info, the same bits on all ranks)."""
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0))
+    matrix = x.T @ x / len(x) + shift * torch.eye(size)
+    assert isinstance(ranks, Several)
+    lower, info = shared_cholesky(matrix.clone(), ranks.rank, ranks.count, ranks._publish, block=16)
+    same = ranks.every(torch.equal(ranks.tell(lower).nan_to_num(), lower.nan_to_num()))
+    exact = torch.linalg.cholesky(matrix.double()) if shift > 0 else matrix.double()
+    return float((lower - exact).norm() / exact.norm()), int(info), same
+
+
+@pytest.mark.parametrize("size", [16, 50, 96])
+def test_the_shared_factor_is_the_factor(two: Several, size: int) -> None:
+    """Blocks of 16, also where they do not divide: fp32 rounding from the factor in fp64."""
+    distance, info, same = two.call(factored, size, 0.05, own={})
+    assert distance < 1e-5
+    assert (info, same) == (0, True)
+
+
+def test_no_factor_is_seen_by_all(two: Several) -> None:
+    """A negative eigenvalue in a later block: info says so on every rank."""
+    assert two.call(factored, 50, -3.0, own={})[1:] == (1, True)
+
+
+def test_large_matrices_are_factored_together(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "shared_cholesky", lambda *_: "together")
+    monkeypatch.setattr(ranks, "SPLIT_FROM", 64)
+    assert two.cholesky(torch.eye(64)) == "together"
+    assert torch.equal(two.cholesky(torch.eye(63))[0], torch.eye(63))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 def test_what_ranks_exchange(two: Several, size: int) -> None:
     """Also fewer rows than ranks, and numbers that do not divide."""
@@ -207,18 +239,18 @@ def test_what_ranks_exchange(two: Several, size: int) -> None:
 
 
 def test_shares_are_everything_once() -> None:
-    ranks = [Ranks() for _ in range(3)]
-    for number, each in enumerate(ranks):
+    three = [Ranks() for _ in range(3)]
+    for number, each in enumerate(three):
         each.rank, each.count = number, 3
-    assert [list(range(10)[r.share(10)]) for r in ranks] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    assert [list(range(10)[r.share(10)]) for r in three] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
     assert list(range(10)[ALONE.share(10)]) == list(range(10))
 
 
 def test_more_ranks_than_windows_are_refused() -> None:
-    ranks = Ranks()
-    ranks.count = 9
+    many = Ranks()
+    many.count = 9
     with pytest.raises(InputError, match="8 calibration windows cannot be split over 9 ranks: start fewer, or raise"):
-        check_ranks(8, CPU, ranks)
+        check_ranks(8, CPU, many)
 
 
 def test_one_gpu_by_its_number_is_refused(two: Several) -> None:

@@ -24,6 +24,7 @@ from requant import kernels
 from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
 
 Order = Literal["natural", "activation", "group"]
+Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_DAMP = 0.64
 BLOCK = 128
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
@@ -59,10 +60,11 @@ class Factor:
     diagonal: bool = False
 
 
-def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
+def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = torch.linalg.cholesky_ex) -> Factor:
     """Factor H for rounding its columns in `order` (int64 [n], first to last). hessian: fp32 [n, n], symmetric.
 
     Doubles `damp` up to 0.64, then gives up coupling. Raises ValueError when the Hessian is not finite.
+    cholesky: gives (lower, info) as torch's does, and may use up its argument.
     """
     mean = float(hessian.diagonal().mean())
     if not math.isfinite(mean):
@@ -71,7 +73,7 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     while mean > 0:
         damped = hessian[backwards[:, None], backwards]
         damped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = cholesky(damped)
         if int(info) == 0:
             return Factor(lower, backwards, damp)
         if 2 * damp > MAX_DAMP:

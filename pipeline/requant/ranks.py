@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from requant.cholesky import shared_cholesky
 from requant.errors import InputError
 
 T = TypeVar("T")
+SPLIT_FROM = 8192  # rows of a matrix that is worth factoring together: below, talking takes longer
 PANEL = 2048  # rows of a triangle summed up at a time: a copy of so many is all the memory it takes
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
@@ -51,6 +53,11 @@ class Ranks:
     def pool(self, triangles: Sequence[Tensor], others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
         """Sum tensors over all ranks in place, the same bits on each; of `triangles` the upper one. Returns the summed counts."""
         return list(counts)
+
+    def cholesky(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor a matrix that all ranks hold, as `torch.linalg.cholesky_ex` does; it may be used up."""
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return lower, info
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over all ranks."""
@@ -125,6 +132,17 @@ class Several(Ranks):
                 if summed.data_ptr() != panel.data_ptr():
                     panel.copy_(summed)
         return [round(n) for n in self.total(counts)]
+
+    def cholesky(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if len(matrix) < SPLIT_FROM:
+            return super().cholesky(matrix)
+        return shared_cholesky(matrix, self.rank, self.count, self._publish)
+
+    @staticmethod
+    def _publish(tensor: Tensor, owner: int) -> Callable[[], None]:
+        under_way: Any = dist.broadcast(tensor, src=owner, async_op=True)
+        wait: Callable[[], None] = under_way.wait
+        return wait
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         summed = torch.tensor(numbers, dtype=torch.float64)

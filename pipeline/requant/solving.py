@@ -55,7 +55,7 @@ def solve_stage(
             key = (order, grid.group_size if order == "group" else 0)
             if key not in factors:
                 columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
-                factors[key] = gptq.factorize(hessian, columns, damp)
+                factors[key] = gptq.factorize(hessian, columns, damp, ranks.cholesky)
             weight = gptq.correct(own.pop(grid), pulled.pop(grid), factors[key], settings.correct)
             part = gptq.quantize_weight(weight, hessian, factors[key], grid, order=order, sweeps=settings.sweeps)
             sizes = [linears[n].out_features for n in names]
