@@ -253,10 +253,16 @@ def test_more_ranks_than_windows_are_refused() -> None:
         check_ranks(8, CPU, many)
 
 
-def test_one_gpu_by_its_number_is_refused(two: Several) -> None:
+def placed(*, ranks: Ranks) -> bool:
+    mine = torch.device("cuda", ranks.rank)
+    return ranks.every({ranks.place(torch.device(d)) for d in ("cuda", "cuda:0", str(mine))} == {mine})
+
+
+def test_each_rank_takes_its_own_gpu(two: Several) -> None:
+    """Whether it was given the first rank's, its own or none by number; another is refused."""
+    assert two.call(placed, own={})
     with pytest.raises(InputError, match="cuda:1 names one GPU, but 2 ranks were started: use auto or cuda"):
         two.place(torch.device("cuda", 1))
-    assert two.place(torch.device("cuda")) == torch.device("cuda", 0)
     assert two.place(CPU) == CPU
     assert ALONE.place(torch.device("cuda", 1)) == torch.device("cuda", 1)
 

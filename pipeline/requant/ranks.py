@@ -105,7 +105,7 @@ class Several(Ranks):
     def place(self, device: torch.device) -> torch.device:
         if device.type != "cuda":
             return device
-        if device.index:
+        if device.index not in (None, 0, self.local):  # 0: the first rank's own, out of a call
             raise InputError(f"device: {device} names one GPU, but {self.count} ranks were started: use auto or cuda")
         return torch.device("cuda", self.local)
 
