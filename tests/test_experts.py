@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import old_peft
 import peft
 import pico
 import pytest
@@ -104,6 +105,20 @@ def test_the_layout_of_peft_0_18(tmp_path: Path, kind: str) -> None:
     for e in range(count):
         exact = before[e].double() + 6 / 4 * (b[:, e::count].double() @ a[e * 4 : e * 4 + 4].double()).T
         assert torch.allclose(got[e].double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", sorted(old_peft.DATA.glob("peft-*")), ids=lambda p: p.name)
+def test_what_older_pefts_wrote(tmp_path: Path, folder: Path) -> None:
+    """Real files of PEFT 0.18.1, 0.19.1 and 0.20.0 (tests/old_peft.py): the delta that each of them adds itself."""
+    kind = folder.name.rsplit("-", 1)[1]
+    base = pico.save(pico.model(kind, **old_peft.KINDS[kind]), tmp_path / "base")
+    pico.merged(base, folder, tmp_path / "out")
+    before, after = pico.reload(base), pico.reload(tmp_path / "out")
+    for leaf, delta in load_file(folder / "delta.safetensors").items():
+        name = f"{old_peft.OWNER}.{leaf}"
+        got = after.get_parameter(name) - before.get_parameter(name)
+        assert float(delta.abs().max()) > 1e-2
+        assert torch.allclose(got, delta, rtol=0, atol=1e-6), leaf
 
 
 # Adapters of single experts, as transformers 4 had them ------------------------------------------------------------
