@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pico
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 
 from requant import adapter as adapters
 from requant.errors import InputError
@@ -99,6 +101,31 @@ def test_half_a_pair_is_refused(adapter: Path) -> None:
 def test_factors_that_do_not_multiply_are_refused(adapter: Path, cut: Any) -> None:
     pico.edit_tensors(adapter / adapters.WEIGHTS, change={f"{Q}.lora_B.weight": cut})
     assert "do not multiply (linear layers only)" in refused(adapter)
+
+
+def test_a_file_without_tensors_is_refused(adapter: Path) -> None:
+    save_file({}, adapter / adapters.WEIGHTS)
+    assert refused(adapter).endswith("adapter_model.safetensors: holds no tensors")
+
+
+def test_a_file_with_copies_of_the_base_alone_is_refused(adapter: Path) -> None:
+    save_file({"base_model.model.lm_head.original_module.weight": torch.zeros(2, 2)}, adapter / adapters.WEIGHTS)
+    assert "no LoRA tensors found among 1, e.g. 'base_model.model.lm_head.original_module.weight'" in refused(adapter)
+
+
+def test_what_a_key_may_mean_is_said_with_its_file(adapter: Path) -> None:
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, adapter / adapters.WEIGHTS)
+    assert "adapter_model.safetensors: " in refused(adapter)
+    assert "names no module" in refused(adapter)
+
+
+def test_trained_tokens_beside_something_else_are_refused(tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 5], task_type="CAUSAL_LM")
+    pico.train(pico.model(), tmp_path / "adapter", config=config)
+    key = "base_model.model.model.embed_tokens.lora_A.weight"
+    pico.edit_tensors(tmp_path / "adapter" / adapters.WEIGHTS, add={key: torch.zeros(4, 64)})
+    message = refused(tmp_path / "adapter")
+    assert "model.embed_tokens has trained tokens and lora_A, trainable_tokens_delta" in message
 
 
 def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:

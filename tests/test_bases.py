@@ -187,6 +187,38 @@ def test_other_quantized_formats(tmp_path: Path, method: str) -> None:
     assert "Use the 16-bit model that it was made from" in message
 
 
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("llama9", "config.json: transformers cannot read it: "),
+        (None, "config.json: transformers cannot read it: "),
+        ("vit", "model_type 'vit' has no causal language model in transformers"),
+    ],
+)
+def test_a_model_that_transformers_does_not_know(tmp_path: Path, model_type: str | None, says: str) -> None:
+    base, adapter, _ = made(tmp_path)
+    edit_json(base / "config.json", model_type=model_type)
+    assert says in refused(base, adapter)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        prepare.prepare(recipe(project, tmp_path, {"base.model": "nobody/nothing-of-this-name"}))
+    message = str(caught.value)
+    assert message.startswith("nobody/nothing-of-this-name: no such local directory, and the hub does not give it: ")
+    assert message.endswith("Check the name, HF_TOKEN for gated models, or begin a local path with ./")
+
+
+def test_one_tensor_replaced_under_two_names(tmp_path: Path) -> None:
+    """Both spellings are the base's norm: which values count is not in the file."""
+    base, adapter, _ = made(tmp_path)
+    pico.train(pico.model(), adapter, target_modules=["q_proj"], modules_to_save=["norm"])
+    file = adapter / adapters.WEIGHTS
+    key = next(k for k in load_file(file) if k.endswith("model.norm.weight"))
+    pico.edit_tensors(file, add={key.replace("model.norm", "model.language_model.norm"): load_file(file)[key] + 1})
+    assert "model.norm.weight is replaced twice: which tensor counts?" in refused(base, adapter)
+
+
 def test_gguf(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path)
     (base / "model.safetensors").rename(base / "model-Q4_K_M.gguf")

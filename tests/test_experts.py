@@ -226,6 +226,24 @@ def test_half_a_pair(tmp_path: Path) -> None:
     )
 
 
+def test_a_pair_that_does_not_multiply(tmp_path: Path) -> None:
+    message = refused(tmp_path, tensors={"change": {f"{E}.lora_B.weight": lambda t: t[:, :3]}})
+    assert "model.layers.0.mlp.experts: lora_A (16, 48) and lora_B (64, 3) do not multiply" in message
+
+
+def test_two_pairs_for_one_parameter(tmp_path: Path) -> None:
+    """Of one shape under both nestings: which of them is the stack's is not in the file."""
+    made, base = saved(tmp_path, "mixtral")
+    pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS[1:])
+    file = tmp_path / "adapter" / adapters.WEIGHTS
+    copies = {k.replace("experts.", "experts.base_layer."): v.clone() for k, v in load_file(file).items()}
+    pico.edit_tensors(file, add=copies)
+    with pytest.raises(
+        InputError, match=r"two pairs of model\.layers\.0\.mlp\.experts fit .*down_proj: which is which"
+    ):
+        prepare.plan_merge(base, adapters.load(tmp_path / "adapter"), None, False)
+
+
 def test_another_number_of_experts(tmp_path: Path) -> None:
     made, _ = saved(tmp_path, "mixtral")
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS)

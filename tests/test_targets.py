@@ -102,6 +102,60 @@ def test_overrides() -> None:
     assert verdict("transformers", "llama", whole, **LLAMA).loads
 
 
+LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 40}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+
+
+def test_on_how_many_gpus_at_once() -> None:
+    """down_proj is cut by its inputs: 13824 / 8 = 13.5 groups of 128, but 27 of 64."""
+    g128, g64 = (Settings(Grid(4, g)) for g in (128, 64))
+    assert str(verdict("vllm", "llama", g128, **LLAMA_70B)).endswith("; tensor parallel 1, 2, 4, 8")
+    got = verdict("vllm", "llama", g128, **LLAMA_13B)
+    assert got.parallel[4] is None
+    assert str(got).endswith(
+        "; tensor parallel 1, 2, 4, not 8 (model.layers.0.mlp.down_proj: 1728 inputs each would cut a group of 128)"
+    )
+    assert str(verdict("vllm", "llama", g64, **LLAMA_13B)).endswith("; tensor parallel 1, 2, 4, 8")
+    row = verdict("vllm", "llama", Settings(Grid(4, -1)), **LLAMA_13B)
+    assert row.parallel == {2: None, 4: None, 8: None}, "one scale a row: every GPU has it"
+    assert verdict("transformers", "llama", g128, **LLAMA_13B).parallel == {}
+
+
+def test_heads_are_not_cut() -> None:
+    nine = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    got = verdict("vllm", "llama", Settings(Grid(4, 64)), **nine)
+    assert str(got).endswith("; tensor parallel 1, not 2 (9 attention heads)")
+    odd = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 3}
+    assert verdict("vllm", "llama", Settings(Grid(4, 64)), **odd).parallel[2] == "3 key heads"
+    # Two key heads on four GPUs: each has one of them, and its own queries.
+    shared = verdict("vllm", "llama", Settings(Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
+    assert shared.parallel[4] is None
+    fused = verdict("vllm", "phi3", Settings(Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
+    assert fused.parallel[4] is None
+
+
+def test_a_part_is_too_small_for_a_kernel() -> None:
+    """SGLang's Marlin does not pad; its other kernel takes what is left, but not half a group."""
+    settings = Settings(Grid(4, 64))
+    got = verdict("sglang", "llama", settings, **LLAMA)
+    assert got.parallel[4] is None, "64 of o_proj's 256 inputs: not for Marlin, but for GPTQ"
+    assert got.parallel[8] == "4 attention heads"
+    alone = Settings(Grid(4, 128))
+    assert verdict("vllm", "llama", alone, **LLAMA).parallel[4] == (
+        "model.layers.0.self_attn.o_proj: 64 inputs each would cut a group of 128"
+    )
+
+
+def test_experts_are_cut_inside() -> None:
+    """vLLM halves groups of experts down to 32 before it gives up."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    sizes |= {"moe_intermediate_size": 256}
+    got = verdict("vllm", "qwen3_moe", Settings(Grid(4, 64)), **sizes)
+    assert got.parallel == {2: None, 4: None, 8: None}
+    narrow = verdict("vllm", "qwen3_moe", Settings(Grid(4, 32)), **(sizes | {"moe_intermediate_size": 96}))
+    assert narrow.parallel[2] == "model.layers.0.mlp.experts.0.down_proj: 48 inputs each would cut a group of 32"
+
+
 def test_experts() -> None:
     """All matrices of a layer's experts are one for a server; Marlin needs the model's width in units of 128."""
     wide = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 64}

@@ -26,7 +26,7 @@ from e2e import make_model, make_project, make_tokenizer, one_thread, run
 from safetensors.torch import load_file, save_file
 from test_roundtrip import runtime_names
 
-from requant import engines, skeleton, targets, variants, verify
+from requant import engines, shards, skeleton, targets, variants, verify
 from requant.gptq import Grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +127,55 @@ def test_a_recipe_for_vllm_has_vllm_load_what_it_wrote(tmp_path: Path) -> None:
     assert step["delta"]["low"] < step["delta"]["high"]
     assert row["tokens_per_second"] > 0
     assert "| gptq -> vllm | served in bfloat16 on cpu, 20 documents |" in (out.path / "report.md").read_text()
+
+
+# Runs in vLLM's interpreter: its own kernels' word on one GPU's part of a matrix, as on a Hopper GPU.
+ASK = """
+import json, sys
+from types import SimpleNamespace
+import torch
+from vllm.model_executor.kernels.linear.mixed_precision import machete, marlin
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+from vllm.scalar_type import scalar_types
+hopper = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False, is_device_capability=lambda c: True,
+                         get_device_capability=lambda *a: None)
+marlin.current_platform = machete.current_platform = hopper
+marlin.query_marlin_supported_quant_types = lambda *a: [scalar_types.uint4b8, scalar_types.uint8b128]
+answers = []
+for whole, part, group in json.load(sys.stdin):
+    asked = MPLinearLayerConfig(full_weight_shape=tuple(whole), partition_weight_shape=tuple(part), group_size=group,
+                                weight_type=scalar_types.uint4b8, act_type=torch.bfloat16, zero_points=False)
+    answers.append([k.can_implement(asked)[0] for k in (marlin.MarlinLinearKernel, machete.MacheteLinearKernel)])
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+def test_the_table_of_parts_is_vllms_own() -> None:
+    """Every way to cut matrices of these sizes by inputs: our rule and kernels, and what vLLM's kernels say of each."""
+    asked, ours = [], []
+    offered = {k.name: k for k in targets.TARGETS["vllm"].hardware["Hopper"]}
+    marlin, machete = offered["Marlin"], offered["Machete"]
+    for columns in (256, 576, 1536, 4096, 13824):
+        for group in (-1, 32, 64, 128):
+            for degree in (1, *shards.DEGREES):
+                grid = Grid(4, group)
+                if columns % max(group, 1) or columns % degree:
+                    continue
+                part = shards.part("down_proj", 512, columns, degree, None)
+                assert part is not None
+                fits = shards.problem("down_proj", 512, columns, grid, degree, None) is None
+                matrix = targets.Matrix("down_proj", *part, grid)
+                asked.append([[columns, 512], [part[1], part[0]], group])
+                ours.append([fits and marlin.lacks(matrix) is None, fits and machete.lacks(matrix) is None])
+    done = subprocess.run(
+        [str(PYTHON), "-c", ASK], input=json.dumps(asked), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout.split("ANSWERS ")[1])
+    assert [t[0] for t in theirs] == [o[0] for o in ours]
+    # Machete itself does not look at groups, but nothing else takes the matrix there either: Marlin is asked next.
+    assert [t[1] and t[0] for t in theirs] == [o[1] for o in ours]
+    assert {True, False} <= {o[0] for o in ours}
 
 
 @contextmanager

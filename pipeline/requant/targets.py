@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
-from requant import linears
+from requant import linears, shards
 from requant.grid import Grid
 from requant.layout import EXPERT, FUSED, Plan
 
@@ -144,12 +144,16 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """problems: why the engine does not load it (empty: it does). kernels: hardware -> kernel -> matrices."""
+    """problems: why the engine does not load it (empty: it does). kernels: hardware -> kernel -> matrices.
+
+    parallel: number of GPUs that share every matrix -> why they cannot, None when they can; empty: not asked.
+    """
 
     target: Target
     problems: tuple[str, ...]
     kernels: Mapping[str, Mapping[str, int]]
     lacking: Mapping[str, str]
+    parallel: Mapping[int, str | None] = field(default_factory=dict)
 
     @property
     def loads(self) -> bool:
@@ -159,7 +163,16 @@ class Verdict:
         if self.problems:
             return f"does not load this: {'; '.join(self.problems)}"
         parts = [f"{where}: {', '.join(f'{k} {n}' for k, n in found.items())}" for where, found in self.kernels.items()]
-        return "; ".join(["loads", *parts, *(f"not on {where}: {why}" for where, why in self.lacking.items())])
+        parts += [f"not on {where}: {why}" for where, why in self.lacking.items()]
+        return "; ".join(["loads", *parts, *self._shared()])
+
+    def _shared(self) -> list[str]:
+        """On how many GPUs at once."""
+        if not self.parallel:
+            return []
+        able = ", ".join(str(n) for n in (1, *(n for n, why in self.parallel.items() if why is None)))
+        first = next(((n, why) for n, why in self.parallel.items() if why), None)
+        return [f"tensor parallel {able}" + (f", not {first[0]} ({first[1]})" if first else "")]
 
 
 def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
@@ -177,7 +190,23 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
             kernels[where] = chosen
     if not kernels:
         problems += list(dict.fromkeys(lacking.values()))
-    return Verdict(target, tuple(problems), kernels, lacking)
+    gpus = [offered for where, offered in target.hardware.items() if where in kernels and where != "CPU"]
+    parallel = {n: _apart(plan, model, gpus, n) for n in shards.DEGREES} if target.fuses and gpus else {}
+    return Verdict(target, tuple(problems), kernels, lacking, parallel)
+
+
+def _apart(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:
+    """Why `degree` GPUs of none of these kinds can share the matrices; None when they can."""
+    heads = shards.Heads.of(model.config)
+    if heads and (why := heads.problem(degree)):
+        return why
+    for name, grid in plan.grids.items():
+        module: Any = model.get_submodule(name)
+        if why := shards.problem(name, module.out_features, module.in_features, grid, degree, heads):
+            return why
+    matrices = list(_matrices(plan, model, fused=True, degree=degree))
+    tried = [_choose(offered, matrices)[1] for offered in gpus]
+    return None if None in tried else tried[0]
 
 
 def _choose(offered: tuple[Kernel, ...], matrices: list[Matrix]) -> tuple[Mapping[str, int], str | None]:
@@ -251,12 +280,14 @@ def _experts(plan: Plan) -> dict[str, bool]:
     return {name: len(found) == 1 for name, found in grids.items()}
 
 
-def _matrices(plan: Plan, model: nn.Module, *, fused: bool) -> Iterator[Matrix]:
-    """Every quantized matrix, put together as servers do."""
+def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> Iterator[Matrix]:
+    """Every quantized matrix, put together as servers do, or what one of `degree` GPUs holds of it."""
+    heads = shards.Heads.of(model.config)
 
     def size(name: str) -> tuple[int, int]:
         module: Any = model.get_submodule(name)
-        return module.out_features, module.in_features
+        whole = (module.out_features, module.in_features)
+        return shards.part(name, *whole, degree, heads) or whole
 
     taken: set[str] = set()
     if fused:
