@@ -27,6 +27,12 @@ class BlockInput:
     hidden: Tensor  # [batch, length, width]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     exact: Tensor | None = None  # what `hidden` would be had no earlier block been quantized, where that is wanted
+    passed: int = 0  # blocks that `hidden` has gone through
+    exact_passed: int = 0
+
+    def half(self) -> int:
+        """The larger half of its windows, at least one."""
+        return max(1, -(-len(self.hidden) // 2))
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -156,6 +162,25 @@ class Walk:
         for _, module in outside:
             self.release(module)
         return inputs
+
+    def halved(self, items: Sequence[BlockInput]) -> list[BlockInput]:
+        """The same windows, as far as they have come, in batches of half the size; single windows stay as they are."""
+        parts: list[BlockInput] = []
+        for item in items:
+            hidden = torch.split(item.hidden, item.half())
+            exact = [None] * len(hidden) if item.exact is None else torch.split(item.exact, item.half())
+            parts += [BlockInput(h, [], e, item.passed, item.exact_passed) for h, e in zip(hidden, exact, strict=True)]
+        shapes = list(dict.fromkeys(part.hidden.shape[:2] for part in parts))
+        kept, self.shelf = self.shelf, Shelf(self.device)
+        lent = any(p.is_meta for p in self.blocks[0].parameters())
+        samples = self.embed_all([torch.zeros(shape, dtype=torch.int64) for shape in shapes])
+        if lent:
+            self.forget(0)
+        self.shelf = kept
+        found = {shape: sample.arguments for shape, sample in zip(shapes, samples, strict=True)}
+        for part in parts:
+            part.arguments = found[part.hidden.shape[:2]]
+        return parts
 
     def fill_rest(self) -> None:
         """Give everything outside the blocks its weights, the output embedding too."""

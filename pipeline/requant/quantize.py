@@ -11,7 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
 from requant.hessian import gather
 from requant.layout import Plan, Settings, plan, write_small_files
+from requant.leaner import Lean, follow
 from requant.linears import calibrate_experts, pool_experts, share_added
 from requant.output import JOURNAL, Output, Written
 from requant.ranks import ALONE, Ranks
+from requant.results import ModuleResult
 from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
 from requant.stages import Stage, find_stages, may_wait, pass_on, step
@@ -42,41 +44,17 @@ TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleResult:
-    """What quantizing one linear cost on the calibration text, against the weight it was solved for.
-
-    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). With `correct`, W is the corrected weight: what it makes
-    up for is not counted as an error. rtn_error: the same for rounding W to nearest on min-max scales.
-    added: share of an expert's calibration rows that were not routed to it, because too few were.
-    The rest, of the adapter's delta against the same error, is described in `survival`; None without a delta.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    loss: float
-    relative_error: float
-    rtn_error: float
-    damp: float
-    order: str
-    fallback: bool
-    delta_norm: float | None = None
-    signal: float | None = None
-    signal_to_noise: float | None = None
-    retention: float | None = None
-    output_retention: float | None = None
-    added: float = 0.0
-
-
 class Quantizer:
     """The walk over one model; holds what every block needs. Use `quantize`."""
 
     def __init__(
         self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *, held_from: int | None,
-        deltas: Deltas | None,
+        deltas: Deltas | None, notes: list[str] | None = None,
     ) -> None:  # fmt: skip
-        """held_from: the first batch that judges the column order, None when none does. deltas: by the tensor's stored name."""
+        """held_from: the first batch that judges the column order, None when none does. deltas: by the tensor's stored name.
+
+        notes: gets what goes otherwise than begun.
+        """
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
         self.held_from = held_from
         self.deltas = deltas or (lambda _: None)
@@ -84,26 +62,61 @@ class Quantizer:
         self.unread: list[tuple[str, gptq.Solution, Mapping[str, Any]]] = []
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
+        self.lean = Lean(walk, [] if notes is None else notes)
+        self.twin: nn.Module | None = None
 
-    def block(self, index: int, items: Sequence[BlockInput]) -> None:
-        """Quantize one block and have it written; `items` come out as the quantized block's output."""
-        block = self.walk.load(index)
-        prefix = f"{self.walk.prefix}.{index}."
-        linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
-        if linears and linears not in self.stages:
-            self.stages[linears] = find_stages(self.walk, index, items[0], linears)
-        shared = {id(p): p for p in block.parameters()}  # replaced, never changed in place: the twin keeps them
-        twin = copy.deepcopy(block, shared) if self.settings.correct else None
-        calibrate_experts(block, twin)
+    def block(self, index: int, items: list[BlockInput]) -> None:
+        """Quantize one block and have it written; `items` come out as the quantized block's output.
 
-        def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
-            self._stage(block, prefix, stage, inputs)
-
-        step(self.walk, index, items, self.stages.get(linears, []), reach, twin=twin, hold=not self.walk.shelf.on_host)
+        Out of memory, it is begun again from its inputs in ways that take less; once all of it is solved, only the
+        batches that have not come through it are.
+        """
+        while not self._solved(index, items):
+            self.held_from = self.lean.less(index, items, self.held_from)
+        block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        while not follow(self.walk, block, self.twin, index, items):
+            self.held_from = self.lean.less(index, items, self.held_from)
+        self.twin = None
         self._check_finite(prefix)
         pool_experts(block, self.ranks.total)
         self._settle(block, prefix)
         self.walk.release(block)
+
+    def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
+        """Solve a block and take all batches through it; False when memory ran out before the end of its last stage."""
+        reached: list[Stage] = []
+        stages: list[Stage] | None = None
+        try:
+            stages = self._stages(index, items[0])
+            self._step(index, items, stages, reached)
+        except torch.OutOfMemoryError:
+            if self.ranks.count > 1:
+                raise  # the others wait elsewhere
+        if stages is not None and len(reached) == len(stages):
+            return True
+        self.unread.clear()
+        self.walk.release(self.walk.blocks[index])
+        return False
+
+    def _stages(self, index: int, item: BlockInput) -> list[Stage]:
+        block, prefix = self.walk.load(index), f"{self.walk.prefix}.{index}."
+        linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
+        if linears and linears not in self.stages:
+            self.stages[linears] = find_stages(self.walk, index, item, linears)
+        return self.stages.get(linears, [])
+
+    def _step(self, index: int, items: Sequence[BlockInput], stages: Sequence[Stage], reached: list[Stage]) -> None:
+        """All batches through the block, stage by stage; `reached` are those that are solved."""
+        block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        shared = {id(p): p for p in block.parameters()}  # replaced, never changed in place: the twin keeps them
+        self.twin = copy.deepcopy(block, shared) if self.settings.correct else None
+        calibrate_experts(block, self.twin)
+
+        def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+            self._stage(block, prefix, stage, inputs)
+            reached.append(stage)
+
+        step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.lean.hold)
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
@@ -181,6 +194,7 @@ def quantize(
     source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
     deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = ALONE,
+    notes: list[str] | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
 
@@ -189,6 +203,7 @@ def quantize(
     Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
     to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
     their digest. With several ranks each makes this call (`Ranks.call`); only the first needs deltas, writes and tells.
+    notes: gets what goes otherwise than begun, such as smaller batches when memory runs out.
     """
     device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)
@@ -206,7 +221,7 @@ def quantize(
         if settings.correct:
             compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % exact_apart(walk, windows) == 0])
         held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
-        quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas)
+        quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes)
         _walk(quantizer, items, progress)
         output.close()
     if ranks.first:
@@ -248,7 +263,7 @@ def _held_from(batches: int, numbers: Sequence[int]) -> int | None:
     return sum(n < first for n in numbers) if batches > 1 else None
 
 
-def _walk(quantizer: Quantizer, items: Sequence[BlockInput], progress: Progress | None) -> None:
+def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None) -> None:
     """Quantize every block, or replay it where an earlier run left it whole; a block is written while the next is solved.
 
     Progress counts blocks on disk.

@@ -160,10 +160,13 @@ class Runner:
             out = artifact.begin(self.keys.quantize)
             by = {"requant": (self.ranks, quantize.quantize), "gptqmodel": (ALONE, peer.quantize)}
             ranks, function = by[self.recipe.quantize.engine]
+            notes: list[str] = []
+            own: dict[str, Any] = {"deltas": deltas(self.p.merge), "progress": self.watcher.progress}
+            own |= {"notes": notes} if function is quantize.quantize else {}
             layout, modules = ranks.call(
                 function, self.dir.path / "merged", out, self.p.calibration, self.p.settings, dtype=self.p.serving_dtype,
                 device=self.device, trust_remote_code=self.recipe.trust_remote_code, max_shard=self.recipe.merge.max_shard_bytes,
-                meta={"quantizer": [self._quantizer()]}, own={"deltas": deltas(self.p.merge), "progress": self.watcher.progress},
+                meta={"quantizer": [self._quantizer()]}, own=own,
             )  # fmt: skip
             proof = verify.verify(
                 out, source=self.dir.path / "merged", deploy=self.recipe.deploy,
@@ -176,6 +179,7 @@ class Runner:
                 "bits_per_weight": layout.bits_per_weight,
                 "left": list(layout.left),
                 "verify": proof.facts(),
+                "notes": notes,
             }
 
         return self._do("quantize", self.keys.quantize, work)

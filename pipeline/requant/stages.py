@@ -121,8 +121,10 @@ def pass_on(
         out = Walk.forward(block, x, other)
         if exact:
             item.exact = walk.shelf.put(out, item.exact)
+            item.exact_passed += 1
         else:
             item.hidden = walk.shelf.put(out, item.hidden)
+            item.passed += 1
 
 
 def _comparable(x: Tensor, exact: Tensor | None) -> Tensor | None:
@@ -180,8 +182,10 @@ def _held(
             reach(stage, inputs(stage, position == 0))
         for run, second, item in zip(runs, seconds, items, strict=True):
             item.hidden = walk.shelf.put(run.switch())
+            item.passed += 1
             if second is not None:
                 item.exact = walk.shelf.put(second.switch())
+                item.exact_passed += 1
     finally:
         alive[0] = False
         for handle in handles:

@@ -154,17 +154,9 @@ class _Flow:
 
     def _halve(self, index: int, done: int) -> int:
         """Cut every batch in two; returns how many of the new ones are done."""
-        hidden = [part for item in self.items for part in torch.split(item.hidden, _half(len(item.hidden)))]
-        ahead = sum(-(-len(item.hidden) // _half(len(item.hidden))) for item in self.items[:done])
+        ahead = sum(-(-len(item.hidden) // item.half()) for item in self.items[:done])
         self._smaller(f"{self.walk.prefix}.{index}")
-        if not self._embedded():  # for their other arguments
-            raise StageError(
-                f"{self.walk.prefix}.{index}: out of memory on {self.walk.device}, also with half the windows"
-            )
-        if index:
-            self.walk.forget(0)
-        for item, states in zip(self.items, hidden, strict=True):
-            item.hidden = states
+        self.items = self.walk.halved(self.items)
         return ahead
 
     def _smaller(self, where: str) -> None:
