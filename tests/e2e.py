@@ -286,7 +286,7 @@ def run(project: Path, out: Path, changes: Mapping[str, Any] | None = None, **op
 
 def killed_run(project: Path, out: Path, when: str, changes: dict[str, Any] | None = None) -> int:
     """`run_and_die` in a process of its own; returns its exit code (-SIGKILL when it died as asked)."""
-    process = _server().Process(target=run_and_die, args=(project, out, changes or {}, when))
+    process = forks().Process(target=run_and_die, args=(project, out, changes or {}, when))
     process.start()
     process.join(120)
     if process.exitcode is None:
@@ -296,7 +296,7 @@ def killed_run(project: Path, out: Path, when: str, changes: dict[str, Any] | No
 
 
 @functools.cache
-def _server() -> Any:
+def forks() -> Any:
     """Processes forked from one that has already imported everything, and has no threads."""
     import multiprocessing
 

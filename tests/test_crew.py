@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,32 +12,43 @@ from typing import Any
 
 import pytest
 import torch
-from e2e import write_recipe, write_rows
+from e2e import forks, write_recipe, write_rows
 from test_ranks import ROOT, assert_stored_alike, environment, free_port
 
 from requant import cli, crew, run
-from requant.errors import InputError
+from requant.errors import InputError, RecipeError, RequantError, StageError
+from requant.ranks import Ranks
 
 pytest_plugins = ("e2e",)
 PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
 
 
-def launched(*argv: str) -> tuple[list[int], str]:
-    """Two ranks without a launcher: their exit codes, and what both wrote on stderr."""
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *argv], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **environment(rank, port), "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    return [rank.returncode for rank in ranks], "".join(said)
+def work(who: str, *, ranks: Ranks) -> None:
+    """Fails on rank `who`, or on all, while the others wait for it."""
+    if who in (str(ranks.rank), "all"):
+        raise StageError(f"the disk of {who} is full")
+    if who == "killed" and not ranks.first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.every(True)
 
 
-SCRIPT = str(ROOT / "tests" / "failing_ranks.py")
+def command(who: str) -> None:
+    """As the command line: a message and an exit code."""
+    try:
+        if who == "recipe":
+            raise RecipeError("recipe.yaml:1: no such key")
+        crew.here().call(work, who, own={})
+    except RequantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def launched(rank: int, port: int, who: str, said: Path) -> None:
+    """One of two ranks, in a process of its own; all that it says on stderr goes to a file."""
+    os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
+    os.environ.update(environment(rank, port))
+    crew.together(lambda: command(who))
 
 
 @pytest.mark.parametrize(
@@ -45,13 +57,22 @@ SCRIPT = str(ROOT / "tests" / "failing_ranks.py")
         ("0", "error: the disk of 0 is full", [1, 1]),
         ("1", "error: rank 1: the disk of 1 is full", [1, 1]),
         ("all", "error: the disk of all is full", [1, 1]),
+        ("killed", "error: another rank was lost: the launcher says how; the same command goes on from here", [1, -9]),
         ("recipe", "error: recipe.yaml:1: no such key", [2, 0]),  # nobody was called: the others just go
     ],
 )
-def test_what_fails_on_one_rank_ends_all_and_is_said_once(who: str, message: str, codes: list[int]) -> None:
-    ended, said = launched(SCRIPT, who)
-    assert ended == codes
-    assert [line for line in said.splitlines() if "rror" in line] == [message]
+def test_what_fails_on_one_rank_ends_all_and_is_said_once(
+    tmp_path: Path, who: str, message: str, codes: list[int]
+) -> None:
+    port = free_port()
+    ranks = [forks().Process(target=launched, args=(rank, port, who, tmp_path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == codes
+    said = [line for rank in (0, 1) for line in (tmp_path / str(rank)).read_text().splitlines()]
+    assert [line for line in said if "rror" in line] == [message]
 
 
 def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+from e2e import forks
 from torch import Tensor
 
 from requant import crew, ranks
@@ -41,20 +40,27 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def second(port: int) -> None:
+    """The other rank's process."""
+    os.environ.update(environment(1, port))
+    torch.set_num_threads(1)
+    crew.together(lambda: None)
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[Several]:
     """This process and one more, waiting to be called."""
     port = free_port()
-    paths = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT / "eval"), str(ROOT / "tests")])
-    env = {**os.environ, **environment(1, port), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    child = subprocess.Popen([sys.executable, "-m", "requant"], env=env)
+    child = forks().Process(target=second, args=(port,))
+    child.start()
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment(0, port).items():
             patch.setenv(key, value)
         with crew.join() as joined:
             yield joined
             joined.dismiss()
-    assert child.wait(60) == 0
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def windows(count: int = 8) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from requant.cholesky import shared_cholesky
-from requant.errors import InputError
+from requant.errors import InputError, StageError
 
 T = TypeVar("T")
 SPLIT_FROM = 8192  # rows of a matrix that is worth factoring together: below, talking takes longer
@@ -168,8 +168,12 @@ class Several(Ranks):
         self.called = True
         try:
             result = function(*args, **kwargs, **own, ranks=self)
-        except BaseException:
+        except BaseException as error:
             self.failing.acquire()  # never released: nobody is left to be called
+            if isinstance(error, RuntimeError) and "gloo" in str(error):  # what it says of a peer that is gone
+                raise StageError(
+                    "another rank was lost: the launcher says how; the same command goes on from here"
+                ) from error
             raise
         self.called = False
         return result
