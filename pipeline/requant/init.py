@@ -208,7 +208,7 @@ quantize:
   bits: 4                   # 2 | 3 | 4 | 8, default 4; vLLM and SGLang load 4 and 8
   group_size: 128           # 32 | 64 | 128 | -1, default 128; smaller is better and larger on disk
   symmetric: true           # bool, default true; vLLM and SGLang refuse false
-  signed_scales: false      # bool, default false; a little better, not proven on every GPU kernel
+  signed_scales: false      # bool, default false; a little better, not proven in vLLM's GPU kernels
   scale_search: hessian     # hessian | minmax, default hessian; minmax is the classic, and worse
   order: auto               # auto | natural | activation | group, default auto; leaves no trace in the file
   correct: 0.5              # share of earlier layers' error that each layer makes up for, default 0.5; 0 is none

@@ -257,7 +257,8 @@ class Quantize(Section):
         default=True, description="Zero point fixed at the middle; false is refused by vLLM and SGLang."
     )
     signed_scales: bool = Field(
-        default=False, description="Let scales be negative: a little better, GPU kernels unproven."
+        default=False,
+        description="Let scales be negative: a little better, but unproven in the GPU kernels of vLLM and SGLang.",
     )
     engine: Literal["requant", "gptqmodel"] = Field(default="requant", description="Whose solver: ours or gptqmodel's.")
     scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")

@@ -71,7 +71,11 @@ _MOE_MARLIN = Kernel("Marlin MoE", inputs=128, experts=True)
 _PARTS = "{} differ in their settings, and it fuses them"
 _TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
 _GPTQMODEL = {
-    "NVIDIA GPU": (Kernel("Marlin"), Kernel("Triton", bits=(2, 4, 8), symmetric=False, signed=True), *_TORCH),
+    "NVIDIA GPU": (
+        Kernel("Marlin", signed=True),
+        Kernel("Triton", bits=(2, 4, 8), symmetric=False, signed=True),
+        *_TORCH,
+    ),
     "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
 }
 TARGETS: Mapping[Name, Target] = {
