@@ -105,13 +105,27 @@ def schema(
 def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a recipe against its model, adapter and texts, from headers; of the weights a sample of a few layers is read."""
     wanted = _load(recipe, overrides)
-    from requant import prepare, resonance
+    from requant import given, prepare, resonance
+    from requant.fit import pick_device
+    from requant.forecast import forecast
     from requant.progress import quiet
 
+    where = Path(wanted.output.dir) / wanted.name
     with quiet():
         prepared = prepare.prepare(wanted)
-    need, free = prepare.check_disk(prepared, Path(wanted.output.dir) / wanted.name)
+        need, free = prepare.check_disk(prepared, where)
+        device = pick_device(wanted.device)
+        needs = forecast(
+            prepared,
+            given.places(prepared, where),
+            device,
+            given.dtype(prepared, device),
+            given.batch(prepared, device),
+        )
     _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize))
+    for stage in needs:
+        print(f"takes     {stage}")
+    print("ok")
 
 
 @app.command()
@@ -270,7 +284,6 @@ def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction
         print(f"grid      {predicted.said()}")
     for warning in [*prepared.warnings, *(predicted.warnings() if predicted else [])]:
         print(f"warning   {warning}")
-    print("ok")
 
 
 def _healing(prepared: Prepared) -> str:

@@ -100,24 +100,24 @@ def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
     """Resolve `auto`: float16 (8 times finer than bfloat16) unless a weight may exceed its range; returns (dtype, why)."""
     if asked != "auto":
         return asked, "asked for in the recipe"
-    largest = max((_bound(plan, op), op.name) for op in plan.ops)
+    largest = max((bound(plan, op), op.name) for op in plan.ops)
     if largest[0] < torch.finfo(torch.float16).max:
         return "float16", f"8 times finer than bfloat16; no weight can exceed {largest[0]:.4g} of 65504"
     return "bfloat16", f"{largest[1]} may reach {largest[0]:.4g}, above float16's 65504"
 
 
-def _bound(plan: MergePlan, op: Op) -> float:
+def bound(plan: MergePlan, op: Op) -> float:
     """An upper bound of max|w| without decoding: scales bound packed weights, norms bound a delta."""
     assert op.source is not None
     if op.replacement is not None:
-        bound = float(read_tensor(op.replacement).abs().max())
+        largest = float(read_tensor(op.replacement).abs().max())
     elif op.source.kind == "packed":
-        bound = float(plan.base.absmax(op.source).abs().max())
+        largest = float(plan.base.absmax(op.source).abs().max())
     else:
-        bound = float(plan.base.checkpoint.read(op.source.name).abs().max())
+        largest = float(plan.base.checkpoint.read(op.source.name).abs().max())
     for fold in op.folds:
-        bound = fold.bound(bound)
-    return bound
+        largest = fold.bound(largest)
+    return largest
 
 
 def merge(

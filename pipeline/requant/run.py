@@ -18,9 +18,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from requant import __version__, account, facts, merge, parts, prepare, quantize, recipe, selftest, variants, verify
+from requant import (
+    __version__,
+    account,
+    facts,
+    given,
+    merge,
+    parts,
+    prepare,
+    quantize,
+    recipe,
+    selftest,
+    verify,
+)
 from requant import evaluate as evaluation
 from requant import quantize_gptqmodel as peer
 from requant.advice import advise
@@ -88,9 +98,11 @@ class Runner:
         self.device = pick_device(self.recipe.device)
         self.outcome = Outcome(directory.path)
         self.probed: dict[str, Any] = {}
+        self.places, self.batch = given.places(prepared, directory.path), given.batch(prepared, self.device)
         self.keys = Keys.of(prepared, directory, self.device)
         self.scores = evaluation.Scores(
-            directory.cache, prepared.sets, self.keys.variants, self.device, self._dtype(), self.recipe.evaluate.kl,
+            directory.cache, prepared.sets, self.keys.variants, self.device, given.dtype(prepared, self.device),
+            self.recipe.evaluate.kl,
             prepared.canaries,
         )  # fmt: skip
 
@@ -138,7 +150,7 @@ class Runner:
 
     def probe(self) -> None:
         """Before the long work: does the adapter lower the loss on its own text? Warns when it does not."""
-        known = probe_stage(self.p, self.dir, self.scores, self._places(), self._batch())
+        known = probe_stage(self.p, self.dir, self.scores, self.places, self.batch)
         log.info("probe: %s", known["said"])
         for warning in known["warnings"]:
             log.warning("probe: %s", warning)
@@ -199,7 +211,7 @@ class Runner:
 
         def run(plan: Healing = asked) -> dict[str, Any]:
             out = artifact.begin(key)
-            told = heal_stage(plan, self._places(), out, key, work, self.device, self.watcher.progress)
+            told = heal_stage(plan, self.places, out, key, work, self.device, self.watcher.progress)
             artifact.finish(key, {"stage": "heal", "requant": __version__})
             return told
 
@@ -221,7 +233,7 @@ class Runner:
 
         def work() -> dict[str, Any]:
             return parts.evaluate(
-                self.scores, self._places(), ranks=self.ranks, batch=self._batch(), stream=self.recipe.evaluate.stream,
+                self.scores, self.places, ranks=self.ranks, batch=self.batch, stream=self.recipe.evaluate.stream,
                 progress=self.watcher.progress,
             )  # fmt: skip
 
@@ -234,10 +246,10 @@ class Runner:
             return
         self.merge(needed=True)
         modules = (self.dir.result("quantize", self.keys.quantize) or {})["modules"]
-        options: Any = {"device": self.device, "dtype": self.scores.dtype, "batch": self._batch()}
+        options: Any = {"device": self.device, "dtype": self.scores.dtype, "batch": self.batch}
 
         def work() -> dict[str, Any]:
-            return advise(self.p, modules, self._places(), **options, progress=self.watcher.progress)
+            return advise(self.p, modules, self.places, **options, progress=self.watcher.progress)
 
         self._do("suggest", self.keys.suggest, work)
 
@@ -292,24 +304,3 @@ class Runner:
         """Remove the artifacts that the recipe does not keep."""
         if "merged" not in self.recipe.output.keep:
             self.dir.artifact("merged").remove()
-
-    def _places(self) -> variants.Places:
-        """Where variants are made from."""
-        path = self.dir.path
-        return variants.Places(
-            self.p.base, self.p.adapter, path / "merged", path / "gptq", self.p.simulate, self.p.quantize.grids,
-            self.p.original_merge, self.recipe.trust_remote_code, self.p.merge, path / "healed",
-            live=self.p.unheld is None,
-        )  # fmt: skip
-
-    def _dtype(self) -> torch.dtype:
-        """The forward pass: fp32 on a CPU, the serving dtype on a GPU, unless asked otherwise."""
-        asked = self.recipe.evaluate.dtype
-        if asked != "auto":
-            return merge.DTYPES[asked]
-        return torch.float32 if self.device.type == "cpu" else self.p.serving_dtype
-
-    def _batch(self) -> int:
-        asked = self.recipe.evaluate.batch
-        tokens = 2048 if self.device.type == "cpu" else 16384
-        return max(1, tokens // self.p.sets[0].window) if asked == "auto" else asked

@@ -1,0 +1,222 @@
+"""What each stage of a recipe will take on this machine: seconds, memory of the host and of the device.
+
+Sums of pieces that were rehearsed here (`rehearse`) and of sizes from headers, for one rank; held against real runs in
+bench/stream.py. Not in it: what else the machine does, and files that are read from a slower place than the sample was.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from requant import facts, merge, nf4, skeleton
+from requant.deltas import deltas
+from requant.evaluate import REFERENCE
+from requant.fit import USABLE, free_bytes
+from requant.prepare import Prepared
+from requant.quantize import TOKENS
+from requant.rehearse import Cost, Rehearsal, cost_of
+from requant.sizes import CHUNK_LOGITS, PACKED, Size
+from requant.variants import Places
+
+if TYPE_CHECKING:
+    from requant_eval.windows import EvalSet
+
+LIBRARIES = 200 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
+PROBED = 64 * 2**20  # bytes written to know the disk
+SAMPLE = 512 + 8 * 8  # tokens' worth of work in the last check of a written checkpoint: a text, and a few tokens alone
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one stage takes. device: bytes on the GPU, 0 without one."""
+
+    stage: str
+    seconds: float
+    host: int
+    device: int = 0
+
+    def __str__(self) -> str:
+        time = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.1f} min"
+        gpu = f", {self.device / 1e9:.1f} GB of the GPU" if self.device else ""
+        return f"{self.stage} about {time}, {self.host / 1e9:.1f} GB of memory{gpu}"
+
+
+def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
+    """Merge, quantize (by our own engine) and evaluate from nothing. places, dtype, batch: of the evaluation (`given`)."""
+    started = facts.reset_peak()
+    trust = p.recipe.trust_remote_code
+    model: Any = skeleton.build(skeleton.load_config(p.base, trust_remote_code=trust), trust_remote_code=trust)
+    rehearsal = Rehearsal(model, device)
+    with tempfile.TemporaryDirectory() as folder:
+        disk = _written(Path(folder))
+        needs = [_merging(p, device, started, disk)]
+        started += LIBRARIES
+        scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder))
+    if p.recipe.quantize.engine == "requant":
+        needs.append(_quantizing(p, rehearsal, scored, started))
+    return [*needs, scored.need(started)]
+
+
+def _written(folder: Path) -> float:
+    """Seconds a byte to write."""
+    block = torch.zeros(PROBED, dtype=torch.uint8).numpy().data
+    with (folder / "probe").open("wb", buffering=0) as file:
+        return cost_of(torch.device("cpu"), lambda: file.write(block)).seconds / PROBED
+
+
+def _merging(p: Prepared, device: torch.device, started: int, disk: float) -> Need:
+    """One tensor of each shape and treatment is made; writing runs beside the next one's making."""
+    kinds: dict[tuple[Any, ...], list[merge.Op]] = defaultdict(list)
+    for op in p.merge.ops:
+        kinds[op.shape, op.action].append(op)
+    target = merge.DTYPES.get(p.recipe.merge.dtype, torch.float16)
+    seconds, worst, gpu = 0.0, 0, 0
+    for ops in kinds.values():
+        made = partial(_made, p, ops[-1], device, target)
+        first, cost = cost_of(device, made), cost_of(device, made)
+        bound = cost_of(device, partial(merge.bound, p.merge, ops[-1])) if p.recipe.merge.dtype == "auto" else Cost()
+        seconds += (cost.seconds + bound.seconds) * len(ops)
+        size = math.prod(ops[-1].shape)
+        held = size * (target.itemsize * 2 + 4 * (device.type == "cpu"))  # the one that is written, and its successor
+        worst = max(
+            worst, held if device.type == "cuda" else max(held, first.bytes, cost.bytes) + size * target.itemsize
+        )
+        gpu = max(gpu, 2 * cost.bytes + size * target.itemsize)
+    total = sum(s.nbytes for s in p.merge.slots(target))
+    seconds = max(seconds, total * disk) if device.type == "cuda" else seconds + total * disk
+    return Need("merge", seconds, started + worst, gpu if device.type == "cuda" else 0)
+
+
+def _made(p: Prepared, op: merge.Op, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return merge.compute(p.merge, op, device)[0].to(dtype)
+
+
+def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
+    device, windows, size = rehearsal.device, p.calibration, scored.size
+    batch = max(1, TOKENS[device.type] // windows.shape[1])
+    stored = skeleton.tensor_names(rehearsal.model, p.merge.base.weights)
+    added = deltas(p.merge)
+    parts = rehearsal.quantizing(p.quantize, p.settings, windows, batch, lambda name: added(stored[name]))
+    batches = -(-len(windows) // batch)
+    exact = -(-batches // parts.apart) if parts.apart else 0
+    rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
+    like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
+    read = scored.reading * (size.total - size.outside) * (2 if device.type == "cpu" else 0)
+    check = scored.token * SAMPLE / 8 + (scored.reading + 2 * scored.decoding) * size.total
+    seconds = (parts.one.seconds + rest.seconds) * like + read + check
+    item = 4 if device.type == "cpu" else 2
+    states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
+    working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
+    working += int(rest.bytes + states) if parts.waits else 0
+    checked = 4 * size.total if 4 * size.total < free_bytes(torch.device("cpu")) else 0  # the last check's model
+    if device.type == "cpu":
+        return Need("quantize", seconds, started + max(working, checked))
+    return Need("quantize", seconds, started + max(0 if parts.waits else int(states), checked), working)
+
+
+class _Scoring:
+    """What scoring costs, by token, weight and variant."""
+
+    def __init__(
+        self, p: Prepared, places: Places, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path
+    ) -> None:
+        self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
+        self.size = Size.of_model(rehearsal.model)
+        self.sample = _alike(p.sets, batch)
+        self.parts = rehearsal.scoring(self.sample, dtype, folder)
+        self.like = (self.size.total - self.size.outside) / rehearsal.parameters
+        self.token = self.parts.token.seconds * self.like
+        self.reading, self.decoding = _rates(folder, self.device, dtype)
+
+    def need(self, started: int) -> Need:
+        """All variants, one after another."""
+        seconds, worst = 0.0, 0
+        for name in self.p.variants:
+            size = self._size(name)
+            seconds += self._seconds(name, size)
+            worst = max(worst, self._bytes(name, size))
+        if self.device.type == "cpu":
+            return Need("evaluate", seconds, started + worst)
+        loaded = (
+            2 * self.size.total if not self._streams(self.size) else 4 * self.size.block
+        )  # transformers loads on the host
+        return Need("evaluate", seconds, started + loaded, worst)
+
+    def _seconds(self, name: str, size: Size) -> float:
+        """Loading, blocks, and the head on what is scored."""
+        per_token = self.parts.forward.seconds / self.parts.tokens * self.like
+        tokens = sum(len(w.ids) for s in self.p.sets for w in s.windows)
+        head = self.parts.head if name == REFERENCE or not self.p.recipe.evaluate.kl else self.parts.compared
+        heads = (
+            head.seconds * sum(s.n_scored for s in self.p.sets) / sum(int(w.scored.sum()) for w in self.sample.windows)
+        )
+        made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
+        load = (self.reading + (made - 1) * self.decoding) * size.total
+        if not size.packed:
+            return load + tokens * per_token + heads
+        extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
+        again = 1 if self._streams(size) else _forwards(self.p.sets, self.batch)
+        return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * again
+
+    def _bytes(self, name: str, size: Size) -> int:
+        item, work = self.dtype.itemsize, max(self.parts.forward.bytes, self.parts.compared.bytes)
+        if self._streams(size):
+            ahead = 2 if self.device.type == "cuda" else 1
+            states = sum(len(w.ids) for s in self.p.sets for w in s.windows) * size.width * item
+            return int((size.block * ahead + size.outside) * item + size.adapter + states + work)
+        held = (size.total - size.packed) * item + size.packed * PACKED + size.adapter + work
+        mapped = 2 * size.total if name == "merged" and self.device.type == "cpu" else 0  # its file, while it is cast
+        return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
+
+    def _streams(self, size: Size) -> bool:
+        tokens, device = self.batch * max(s.window for s in self.p.sets), self.device
+        need = size.resident(self.dtype.itemsize, tokens, CHUNK_LOGITS[device.type])
+        asked = self.p.recipe.evaluate.stream
+        return asked == "always" or (asked == "auto" and need > USABLE * free_bytes(device))
+
+    def _size(self, name: str) -> Size:
+        """Of a variant, before its files are there."""
+        if name not in ("base", "adapter"):
+            return self.size
+        return Size.of(name, self.places)
+
+
+def _alike(sets: Sequence[EvalSet], batch: int) -> EvalSet:
+    """A batch of windows of the length that most tokens are in."""
+    lengths = Counter[int]()
+    for window in (w for s in sets for w in s.windows):
+        lengths[len(window.ids)] += len(window.ids)
+    length = lengths.most_common(1)[0][0]
+    fullest = max(sets, key=lambda s: sum(len(w.ids) == length for w in s.windows))
+    return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length)[:batch])
+
+
+def _forwards(sets: Sequence[EvalSet], batch: int) -> int:
+    """Batches of all sets."""
+    return sum(-(-n // batch) for s in sets for n in Counter(len(w.ids) for w in s.windows).values())
+
+
+def _rates(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds a weight: to read it in 16 bit and have it on the device; to decode it from 4 bits there."""
+    count = PROBED // 2
+    with (folder / "probe").open("rb", buffering=0) as file:
+        raw = bytearray(PROBED)
+        read = cost_of(torch.device("cpu"), lambda: file.readinto(raw))
+    half = torch.frombuffer(raw, dtype=torch.float16)
+    half.to(device, dtype)
+    cast = cost_of(device, lambda: half.to(device, dtype))
+    packed = torch.zeros(count // 2, dtype=torch.uint8, device=device)
+    state = nf4.QuantState("nf4", 64, (count,), "float32")
+    scales = torch.ones(state.blocks, device=device)
+    nf4.decode(packed, scales, state)
+    decoded = cost_of(device, lambda: nf4.decode(packed, scales, state).to(dtype))
+    return (read.seconds + cast.seconds) / count, decoded.seconds / count

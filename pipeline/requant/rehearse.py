@@ -1,0 +1,188 @@
+"""What a stage's pieces cost on this machine: one block of random weights is run, quantized and scored, and timed.
+
+The work does not depend on the values of weights, so nothing of a model is read but its shapes (and, for the merge, one
+tensor of each kind). `forecast` adds the pieces up.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from requant import facts
+from requant.blocks import Walk, block_list
+from requant.layout import Plan, Settings
+from requant.output import Output
+from requant.quantize import Quantizer, compared, exact_apart
+from requant.ranks import ALONE
+from requant.shelf import Shelf
+from requant.stages import may_wait
+from requant.streamed import Streamed
+from requant.survival import Deltas
+
+MORE = 2  # batches by which the second rehearsal is longer than the first
+TILE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds, and bytes at the worst moment beyond what was there before."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.bytes + other.bytes)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(max(0.0, self.seconds - other.seconds), max(0, self.bytes - other.bytes))
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.seconds * times, int(self.bytes * times))
+
+
+def cost_of(device: torch.device, work: Callable[[], object]) -> Cost:
+    """Do it once and see."""
+    gc.collect()
+    before = _held(device, reset=True)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Cost(time.perf_counter() - started, max(0, _held(device, reset=False) - before))
+
+
+def _held(device: torch.device, *, reset: bool) -> int:
+    if device.type != "cuda":
+        return facts.reset_peak() if reset else facts.peak()
+    if reset:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+class Drawn:
+    """Random weights in the shapes of a skeleton, by parameter name: a tile of normal numbers, again and again."""
+
+    path = Path("rehearsal")
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        self.tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def read(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        count = torch.Size(shape).numel()
+        if len(shape) < 2:
+            return torch.ones(shape, device=self.tile.device)
+        return self.tile.repeat(-(-count // TILE))[:count].view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A block with one batch; what each plain one beyond costs, and each that also runs unquantized, one in `apart` (0: none).
+
+    waits: whether batches wait inside a block.
+    """
+
+    one: Cost
+    more: Cost
+    exact: Cost
+    apart: int
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A block on a batch of windows of so many tokens; scoring these, and against a reference; a block on one token."""
+
+    tokens: int
+    forward: Cost
+    head: Cost
+    compared: Cost
+    token: Cost
+
+
+class Rehearsal:
+    """One block of a model, the middle one, on a device."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device, self.weights = model, device, Drawn(model, device)
+        self.names = {n: n for n in self.weights}
+
+    def walk(self, dtype: torch.dtype) -> Walk:
+        walk = Walk(self.weights, self.model, device=self.device, dtype=dtype, names=self.names)
+        walk.no_reading_ahead()
+        return walk
+
+    @property
+    def parameters(self) -> int:
+        """Of the block that is rehearsed."""
+        blocks = block_list(self.model)[1]
+        return sum(p.numel() for p in blocks[len(blocks) // 2].parameters())
+
+    @torch.no_grad()
+    def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
+        """What `quantize` would do. deltas: what the adapter adds, by parameter."""
+        walk = self.walk(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        waits = may_wait(walk, windows.numel())
+        walk.shelf = Shelf(self.device, on_host=not waits)
+        index = len(walk) // 2
+        apart = exact_apart(walk, windows) if settings.correct else 0
+
+        def once(count: int) -> Cost:
+            items = walk.embed(windows[:batch].repeat(count, 1), batch)
+            compared(walk, items[: {0: 0, 1: count}.get(apart, 1)])
+            walk.forget(0)
+            walk.load(index)
+            quantizer = Quantizer(walk, plan, settings, Output(), ALONE, held_from=None, deltas=deltas)
+            return cost_of(self.device, lambda: quantizer.block(index, items))
+
+        if self.device.type == "cuda":
+            once(1)  # kernels are compiled
+        one = once(1)
+        more = (once(1 + MORE) - one) * (1 / MORE)
+        walk.release(self.model)
+        return Quantized(one, more * 0.5 if apart == 1 else more, more if apart == 1 else more * 2.0, apart, waits)
+
+    @torch.no_grad()
+    def scoring(self, eval_set: Any, dtype: torch.dtype, scratch: Path) -> Scored:
+        """What scoring the windows of `eval_set` (all of one length) in one batch costs. scratch: a folder."""
+        from requant_eval.score import score
+
+        walk = self.walk(dtype)
+        model = Streamed(walk)
+        ids = torch.stack([w.ids for w in eval_set.windows])
+        index, count = len(walk) // 2, len(ids)
+        short, items = walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, count)
+        walk.forget(0)
+        walk.load(index)
+        walk.run(index, items[0])
+        forward = cost_of(self.device, lambda: walk.run(index, items[0]))
+        token = cost_of(self.device, lambda: walk.run(index, short))
+        walk.release(walk.blocks[index])
+        model.assume(ids, items[0])
+        file = scratch / "reference.safetensors"
+
+        def alone() -> object:
+            return score(model, eval_set, batch=count, device=self.device, write_reference=file)
+
+        alone()
+        head = cost_of(self.device, alone)
+        both = cost_of(self.device, lambda: score(model, eval_set, batch=count, device=self.device, reference=file))
+        walk.release(self.model)
+        return Scored(ids.numel(), forward, head, both, token)
