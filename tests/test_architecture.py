@@ -136,6 +136,7 @@ ALLOWED: dict[str, set[str]] = {
     "texts": {"artifacts", "data", "heal_text", "merge", "recipe"},
     "recipe_heal": {"recipe_model", "recipe_text"},
     "recipe_gates": {"recipe_model", "recipe_text", "yaml_source"},
+    "given": {"merge", "prepare", "variants"},
     "cli_reports": set(),
 }
 # The same for the judge. `gate` is what recipes know of it, and as light as they are.

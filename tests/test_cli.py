@@ -137,6 +137,8 @@ def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Pa
     assert lines["quantize"].startswith("14 linears, ")
     assert lines["calibrate"] == "8 windows of 64 tokens from train.jsonl"
     assert "evaluate  in-domain: 24 documents, 744 tokens" in here.out
+    takes = [line.split()[1:3] for line in here.out.splitlines() if line.startswith("takes ")]
+    assert takes == [["merge", "about"], ["quantize", "about"], ["evaluate", "about"]]
     assert here.out.splitlines()[-1] == "ok"
     assert sorted(project.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []

@@ -125,6 +125,8 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize))
     for stage in needs:
         print(f"takes     {stage}")
+    if len(needs) == 1:
+        print("takes     quantize, evaluate: not tried, a block of this size takes minutes on this processor")
     print("ok")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
 import resource
@@ -72,7 +71,6 @@ def _gpu(device: str) -> Any:
 
 def reset_peak() -> int:
     """Forget the peak so far, and what freed tensors left behind, where the system can; returns the bytes resident now."""
-    gc.collect()
     with suppress(OSError, AttributeError):  # glibc keeps freed memory in the process
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):

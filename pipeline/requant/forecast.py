@@ -6,8 +6,11 @@ bench/stream.py. Not in it: what else the machine does, and files that are read 
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +23,7 @@ import torch
 from requant import facts, merge, nf4, skeleton
 from requant.deltas import deltas
 from requant.evaluate import REFERENCE
-from requant.fit import USABLE, free_bytes
+from requant.fit import USABLE, free_bytes, product_rate
 from requant.prepare import Prepared
 from requant.quantize import TOKENS
 from requant.rehearse import Cost, Rehearsal, cost_of
@@ -30,7 +33,8 @@ from requant.variants import Places
 if TYPE_CHECKING:
     from requant_eval.windows import EvalSet
 
-LIBRARIES = 200 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
+LIBRARIES = 40 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
+PATIENCE = 20.0  # seconds that the products of a rehearsed block may take
 PROBED = 64 * 2**20  # bytes written to know the disk
 SAMPLE = 512 + 8 * 8  # tokens' worth of work in the last check of a written checkpoint: a text, and a few tokens alone
 
@@ -51,16 +55,23 @@ class Need:
 
 
 def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
-    """Merge, quantize (by our own engine) and evaluate from nothing. places, dtype, batch: of the evaluation (`given`)."""
+    """Merge, quantize (by our own engine) and evaluate from nothing. places, dtype, batch: of the evaluation (`given`).
+
+    Only the merge where a block is too much work to try on this processor.
+    """
+    gc.collect()
     started = facts.reset_peak()
     trust = p.recipe.trust_remote_code
+    began = time.perf_counter()
     model: Any = skeleton.build(skeleton.load_config(p.base, trust_remote_code=trust), trust_remote_code=trust)
-    rehearsal = Rehearsal(model, device)
+    rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         disk = _written(Path(folder))
         needs = [_merging(p, device, started, disk)]
-        started += LIBRARIES
-        scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder))
+        if rehearsal.effort / product_rate(device) > PATIENCE:
+            return needs
+        started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
+        scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder), build)
     if p.recipe.quantize.engine == "requant":
         needs.append(_quantizing(p, rehearsal, scored, started))
     return [*needs, scored.need(started)]
@@ -112,7 +123,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
     read = scored.reading * (size.total - size.outside) * (2 if device.type == "cpu" else 0)
     check = scored.token * SAMPLE / 8 + (scored.reading + 2 * scored.decoding) * size.total
-    seconds = (parts.one.seconds + rest.seconds) * like + read + check
+    seconds = (parts.one.seconds + rest.seconds) * like + read + check + 4 * scored.build
     item = 4 if device.type == "cpu" else 2
     states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
@@ -127,12 +138,13 @@ class _Scoring:
     """What scoring costs, by token, weight and variant."""
 
     def __init__(
-        self, p: Prepared, places: Places, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path
-    ) -> None:
+        self, p: Prepared, places: Places, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path, build: float
+    ) -> None:  # fmt: skip
         self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
+        self.build = build  # seconds to make a model's structure
         self.size = Size.of_model(rehearsal.model)
         self.sample = _alike(p.sets, batch)
-        self.parts = rehearsal.scoring(self.sample, dtype, folder)
+        self.parts = rehearsal.scoring(self.sample, batch, dtype, folder)
         self.like = (self.size.total - self.size.outside) / rehearsal.parameters
         self.token = self.parts.token.seconds * self.like
         self.reading, self.decoding = _rates(folder, self.device, dtype)
@@ -147,28 +159,28 @@ class _Scoring:
         if self.device.type == "cpu":
             return Need("evaluate", seconds, started + worst)
         loaded = (
-            2 * self.size.total if not self._streams(self.size) else 4 * self.size.block
-        )  # transformers loads on the host
+            4 * self.size.block if self._streams(self.size) else 2 * self.size.total
+        )  # by transformers, on the host
         return Need("evaluate", seconds, started + loaded, worst)
 
     def _seconds(self, name: str, size: Size) -> float:
         """Loading, blocks, and the head on what is scored."""
         per_token = self.parts.forward.seconds / self.parts.tokens * self.like
         tokens = sum(len(w.ids) for s in self.p.sets for w in s.windows)
-        head = self.parts.head if name == REFERENCE or not self.p.recipe.evaluate.kl else self.parts.compared
-        heads = (
-            head.seconds * sum(s.n_scored for s in self.p.sets) / sum(int(w.scored.sum()) for w in self.sample.windows)
-        )
+        kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
+        in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.batch])
+        again, first = self.parts.head[kind].seconds, self.parts.first[kind].seconds
+        heads = again * sum(s.n_scored for s in self.p.sets) / in_batch + max(0.0, first - again) * len(self.p.sets)
         made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
-        load = (self.reading + (made - 1) * self.decoding) * size.total
+        load = 2 * self.build + (self.reading + (made - 1) * self.decoding) * size.total
         if not size.packed:
             return load + tokens * per_token + heads
         extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
-        again = 1 if self._streams(size) else _forwards(self.p.sets, self.batch)
-        return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * again
+        times = 1 if self._streams(size) else _forwards(self.p.sets, self.batch)
+        return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
     def _bytes(self, name: str, size: Size) -> int:
-        item, work = self.dtype.itemsize, max(self.parts.forward.bytes, self.parts.compared.bytes)
+        item, work = self.dtype.itemsize, max(self.parts.forward.bytes, *(c.bytes for c in self.parts.first))
         if self._streams(size):
             ahead = 2 if self.device.type == "cuda" else 1
             states = sum(len(w.ids) for s in self.p.sets for w in s.windows) * size.width * item
@@ -191,13 +203,13 @@ class _Scoring:
 
 
 def _alike(sets: Sequence[EvalSet], batch: int) -> EvalSet:
-    """A batch of windows of the length that most tokens are in."""
+    """Up to three batches of windows of the length that most tokens are in."""
     lengths = Counter[int]()
     for window in (w for s in sets for w in s.windows):
         lengths[len(window.ids)] += len(window.ids)
     length = lengths.most_common(1)[0][0]
     fullest = max(sets, key=lambda s: sum(len(w.ids) == length for w in s.windows))
-    return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length)[:batch])
+    return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length)[: 3 * batch])
 
 
 def _forwards(sets: Sequence[EvalSet], batch: int) -> int:

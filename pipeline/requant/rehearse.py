@@ -6,10 +6,9 @@ tensor of each kind). `forecast` adds the pieces up.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from requant import facts
-from requant.blocks import Walk, block_list
+from requant.blocks import Walk, block_linears, block_list
 from requant.layout import Plan, Settings
 from requant.output import Output
 from requant.quantize import Quantizer, compared, exact_apart
@@ -50,7 +49,6 @@ class Cost:
 
 def cost_of(device: torch.device, work: Callable[[], object]) -> Cost:
     """Do it once and see."""
-    gc.collect()
     before = _held(device, reset=True)
     started = time.perf_counter()
     work()
@@ -108,13 +106,16 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A block on a batch of windows of so many tokens; scoring these, and against a reference; a block on one token."""
+    """A block on a batch of windows of so many tokens; a block on one token; scoring those after a set's first, and the first.
+
+    head and first: alone, and against a reference.
+    """
 
     tokens: int
     forward: Cost
-    head: Cost
-    compared: Cost
     token: Cost
+    head: tuple[Cost, Cost]
+    first: tuple[Cost, Cost]
 
 
 class Rehearsal:
@@ -134,6 +135,13 @@ class Rehearsal:
         """Of the block that is rehearsed."""
         blocks = block_list(self.model)[1]
         return sum(p.numel() for p in blocks[len(blocks) // 2].parameters())
+
+    @property
+    def effort(self) -> float:
+        """Flops to solve the block that is rehearsed, roughly."""
+        blocks = block_list(self.model)[1]
+        shapes = [m.weight.shape for m in block_linears(blocks[len(blocks) // 2]).values()]
+        return float(sum(n * n * (2 * n + 4 * rows) for rows, n in shapes))
 
     @torch.no_grad()
     def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
@@ -160,29 +168,33 @@ class Rehearsal:
         return Quantized(one, more * 0.5 if apart == 1 else more, more if apart == 1 else more * 2.0, apart, waits)
 
     @torch.no_grad()
-    def scoring(self, eval_set: Any, dtype: torch.dtype, scratch: Path) -> Scored:
-        """What scoring the windows of `eval_set` (all of one length) in one batch costs. scratch: a folder."""
-        from requant_eval.score import score
-
+    def scoring(self, eval_set: Any, batch: int, dtype: torch.dtype, scratch: Path) -> Scored:
+        """What scoring the windows of `eval_set` (all of one length) in batches costs. scratch: a folder."""
         walk = self.walk(dtype)
         model = Streamed(walk)
         ids = torch.stack([w.ids for w in eval_set.windows])
-        index, count = len(walk) // 2, len(ids)
-        short, items = walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, count)
+        index, short, items = len(walk) // 2, walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, batch)
         walk.forget(0)
         walk.load(index)
         walk.run(index, items[0])
         forward = cost_of(self.device, lambda: walk.run(index, items[0]))
         token = cost_of(self.device, lambda: walk.run(index, short))
         walk.release(walk.blocks[index])
-        model.assume(ids, items[0])
-        file = scratch / "reference.safetensors"
-
-        def alone() -> object:
-            return score(model, eval_set, batch=count, device=self.device, write_reference=file)
-
-        alone()
-        head = cost_of(self.device, alone)
-        both = cost_of(self.device, lambda: score(model, eval_set, batch=count, device=self.device, reference=file))
+        for rows, item in zip(torch.split(ids, batch), items, strict=True):
+            model.assume(rows, item)
+        first = replace(eval_set, windows=eval_set.windows[:batch])
+        one, all_ = (self._heads(model, s, batch, scratch) for s in (first, eval_set))
+        more = max(1, len(items) - 1)
+        heads = [(b - a) * (1 / more) if len(items) > 1 else b for a, b in zip(one, all_, strict=True)]
         walk.release(self.model)
-        return Scored(ids.numel(), forward, head, both, token)
+        return Scored(ids[:batch].numel(), forward, token, (heads[0], heads[1]), one)
+
+    def _heads(self, model: Streamed, eval_set: Any, batch: int, scratch: Path) -> tuple[Cost, Cost]:
+        """Scoring a set whose blocks are done: alone, writing hidden states, and against these."""
+        from requant_eval.score import score
+
+        file = scratch / "reference.safetensors"
+        options: Any = {"batch": batch, "device": self.device}
+        score(model, eval_set, write_reference=file, **options)
+        alone = cost_of(self.device, lambda: score(model, eval_set, write_reference=file, **options))
+        return alone, cost_of(self.device, lambda: score(model, eval_set, reference=file, **options))

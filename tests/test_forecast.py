@@ -1,0 +1,124 @@
+"""`requant check`'s figures: the rehearsal runs the real code on random weights, the sums are sums. No time is asserted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from e2e import one_thread, recipe
+
+from requant import forecast, given, prepare, rehearse, skeleton
+from requant.prepare import Prepared
+from requant.rehearse import Cost, Quantized, Rehearsal, Scored
+
+pytest_plugins = ("e2e",)
+CPU = torch.device("cpu")
+LAYERS, BLOCK = 2, 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64
+OUTSIDE = 2 * 300 * 64 + 64
+
+
+@pytest.fixture(scope="module")
+def prepared(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare.prepare(recipe(project, tmp_path_factory.mktemp("none")))
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def of(p: Prepared, batch: int = 4) -> dict[str, forecast.Need]:
+    needs = forecast.forecast(p, given.places(p, Path("nowhere")), CPU, torch.float32, batch)
+    return {need.stage: need for need in needs}
+
+
+def test_costs_add_up() -> None:
+    a, b = Cost(3.0, 100), Cost(1.0, 40)
+    assert a + b == Cost(4.0, 140)
+    assert a - b == Cost(2.0, 60)
+    assert b - a == Cost(0.0, 0), "noise is no gain"
+    assert a * 2.5 == Cost(7.5, 250)
+
+
+def test_the_peak_of_a_piece_is_seen() -> None:
+    """16 MB more than what is kept, whatever the process already holds."""
+    cost = rehearse.cost_of(CPU, lambda: float((torch.ones(2**22) + 1).sum()))
+    assert 2**24 <= cost.bytes < 2**27
+    assert cost.seconds > 0
+
+
+def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
+    model = skeleton.build(skeleton.load_config(prepared.base))
+    drawn = rehearse.Drawn(model, CPU)
+    for name, parameter in model.named_parameters():
+        value = drawn.read(name)
+        assert value.shape == parameter.shape
+        if value.ndim > 1:
+            assert float(value.std()) == pytest.approx(0.02, rel=0.1)
+        else:
+            assert bool((value == 1).all())
+
+
+def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(prepared: Prepared, tmp_path: Path) -> None:
+    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
+    assert rehearsal.parameters == BLOCK
+    parts = rehearsal.quantizing(prepared.quantize, prepared.settings, prepared.calibration, 4, lambda _: None)
+    sample = forecast._alike(prepared.sets, 4)
+    assert len({len(w.ids) for w in sample.windows}) == 1
+    scored = rehearsal.scoring(sample, 4, torch.float32, tmp_path)
+    assert scored.tokens == sum(len(w.ids) for w in sample.windows[:4])
+    assert parts.one.seconds > parts.more.seconds >= 0
+    assert scored.forward.seconds > 0
+    assert parts.waits
+    assert all(p.is_meta for p in rehearsal.model.parameters())
+
+
+def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of the rehearsed one's size, 2 batches of calibration, and the evaluation's tokens and sets."""
+    quantized = Quantized(Cost(2.0, 1000), Cost(0.5, 10), Cost(0.75, 20), apart=2, waits=True)
+    scored = Scored(
+        100, Cost(1.0, 5000), Cost(0.0, 0), (Cost(1.0, 0), Cost(3.0, 0)), (Cost(1.5, 7000), Cost(4.0, 9000))
+    )
+    monkeypatch.setattr(Rehearsal, "quantizing", lambda *_: quantized)
+    monkeypatch.setattr(Rehearsal, "scoring", lambda *_: scored)
+    monkeypatch.setattr(forecast, "_rates", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(forecast, "TOKENS", {"cpu": 256})
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(forecast, "free_bytes", lambda _: 0)  # no last check, and everything is streamed
+    monkeypatch.setattr(forecast.facts, "reset_peak", lambda: 0)
+    monkeypatch.setattr(forecast, "LIBRARIES", 0)
+    monkeypatch.setattr(forecast, "_merging", lambda *_: forecast.Need("merge", 1.0, 2))
+    needs = of(prepared)
+    assert prepared.calibration.shape == (8, 64)
+    assert needs["quantize"].seconds == pytest.approx(LAYERS * (2.0 + 0.5))
+    states = 8 * 64 * 64 * 4 * (1 + 1 / 2)
+    assert needs["quantize"].host == BLOCK * 4 + 1000 + 10 + states
+    sets, scored_tokens = prepared.sets, sum(s.n_scored for s in prepared.sets)
+    tokens = sum(len(w.ids) for s in sets for w in s.windows)
+    batch = sum(int(w.scored.sum()) for w in forecast._alike(sets, 4).windows[:4])
+    heads = {0: scored_tokens / batch + 0.5 * len(sets), 1: 3 * scored_tokens / batch + len(sets)}
+    adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values()) / (LAYERS * BLOCK)
+    expected = sum(heads[name != "adapter"] for name in prepared.variants)
+    expected += LAYERS * tokens / 100 * (len(prepared.variants) + adapter)
+    assert needs["evaluate"].seconds == pytest.approx(expected)
+    adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values())
+    assert needs["evaluate"].host == (BLOCK + OUTSIDE + tokens * 64) * 4 + adapter_bytes + 9000
+
+
+def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
+    outputs = (64, 32, 32, 64, 128, 128)  # of the linears with 64 inputs; down has 128
+    assert rehearsal.effort == sum(64**2 * (2 * 64 + 4 * n) for n in outputs) + 128**2 * (2 * 128 + 4 * 64)
+    monkeypatch.setattr(forecast, "product_rate", lambda _: rehearsal.effort / forecast.PATIENCE / 1.01)
+    assert list(of(prepared)) == ["merge"]
+
+
+def test_a_line_of_it() -> None:
+    assert str(forecast.Need("merge", 4.2, 3 * 10**9)) == "merge about 4 s, 3.0 GB of memory"
+    assert str(forecast.Need("quantize", 400.0, 10**9, 6 * 10**9)) == (
+        "quantize about 6.7 min, 1.0 GB of memory, 6.0 GB of the GPU"
+    )
