@@ -88,6 +88,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "_rates", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(forecast, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(forecast, "product_rate", lambda _: math.inf)
     monkeypatch.setattr(forecast, "free_bytes", lambda _: 0)  # no last check, and everything is streamed
     monkeypatch.setattr(forecast.facts, "reset_peak", lambda: 0)
     monkeypatch.setattr(forecast, "LIBRARIES", 0)

@@ -257,8 +257,7 @@ class Quantize(Section):
         default=True, description="Zero point fixed at the middle; false is refused by vLLM and SGLang."
     )
     signed_scales: bool = Field(
-        default=False,
-        description="Let scales be negative: a little better, but unproven in the GPU kernels of vLLM and SGLang.",
+        default=False, description="Let scales be negative: a little better; vLLM's and SGLang's GPU kernels unproven."
     )
     engine: Literal["requant", "gptqmodel"] = Field(default="requant", description="Whose solver: ours or gptqmodel's.")
     scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")
