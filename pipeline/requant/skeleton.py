@@ -38,8 +38,12 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """The causal LM of `config` with parameters on the meta device; buffers (rotary tables) are real, on the CPU."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with (
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):  # drawing numbers for no weights takes its time too
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
