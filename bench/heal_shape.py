@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heal import DEVICE, peak, phase, reset_peak, save, sync
+from heal_lab import DEVICE, peak, phase, reset_peak, save, sync
 
 from requant import distil, skeleton, student, teacher, trainer
 from requant.blocks import block_linears, block_list

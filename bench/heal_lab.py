@@ -1,0 +1,217 @@
+"""The bench of bench/heal.py: the demo's merged model, its texts, its checkpoints, and one model that judges them all."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
+
+from requant import adapter, data, heal_text, layout, merge, prepare, quantize, student, teacher, variants
+from requant.grid import Grid
+from requant.trainer import Settings
+from requant_eval import windows as ev
+from requant_eval.score import score
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ENTRIES = ("train.jsonl", "general-calibration.jsonl")
+OWN = "written by the model"
+SETS = (("in-domain", "heldout.jsonl"), ("general", "general.jsonl"))
+HALF = (0.5, 0.5, 0.0)  # of the two texts, and of text that the merged model wrote
+
+
+def sync() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Time and announce one part of the work."""
+    sync()
+    started = time.perf_counter()
+    yield
+    sync()
+    seconds[name] = round(time.perf_counter() - started, 2)
+    print(f"[{seconds[name]:7.1f} s] {name}", flush=True)
+
+
+class Bench:
+    """Tokenizer, texts, merged model and its floor; one fp32 model into which every candidate's weights are put."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        self.args, self.seconds = args, {}
+        self.rows: list[dict[str, Any]] = []
+        self.base, self.work = args.base, args.work
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.merged = self.work / "merged"
+        self.merged.mkdir(parents=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(args.base))
+        with phase("merge", self.seconds):
+            plan, _ = prepare.plan_merge(args.base, adapter.load(args.adapter), None, False)
+            merge.merge(plan, self.merged, dtype="auto")
+        self.documents = {n: data.tokenize(data.Source(path=args.texts / n), self.tokenizer) for n in ENTRIES}
+        self.places = variants.Places(args.base, args.adapter, self.merged, self.merged, None, {})
+        with phase("score merged", self.seconds):
+            self.sets = [self._set(name, file) for name, file in SETS]
+            self.judge = variants.load("merged", self.places, device=DEVICE, dtype=torch.float32)
+            self.floor = self.scored()
+        self.parameters = dict(self.judge.named_parameters())
+
+    def _set(self, name: str, file: str) -> ev.EvalSet:
+        rows = data.tokenize(data.Source(path=self.args.texts / file), self.tokenizer)
+        return ev.make_set(name, [ev.Document(d.ids) for d in rows], window=512, bos_id=None, tokens=self.args.tokens)
+
+    def scored(self) -> dict[str, float]:
+        """Mean NLL of what `judge` holds now, by set."""
+        batch = 16 if DEVICE.type == "cuda" else 4
+        return {s.name: float(score(self.judge, s, batch=batch, device=DEVICE).nll.mean()) for s in self.sets}
+
+    @torch.no_grad()
+    def losses(self, path: Path, values: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
+        """Log-perplexity lost against the merged model by the checkpoint in `path`, some tensors replaced by `values`."""
+        checkpoint, v2 = student.Checkpoint(path), student.is_v2(path)
+        names = student.skeleton.tensor_names(self.judge, student.stored_names(checkpoint))
+        for parameter, stored in names.items():
+            stem = stored.removesuffix(".weight")
+            if stored in checkpoint:
+                value = (values or {}).get(stored, checkpoint.read(stored))
+            else:
+                codes = student.read_linear(checkpoint, stem, v2, DEVICE)
+                scale = (values or {}).get(f"{stem}.scales", codes.scale).to(DEVICE)
+                value = (codes.centred(torch.float32) * scale[..., None]).flatten(1)
+                value = value if codes.order is None else value[:, torch.argsort(codes.order)]
+            if parameter in self.parameters:
+                self.parameters[parameter].copy_(value.to(DEVICE))
+        return {name: nll - self.floor[name] for name, nll in self.scored().items()}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep and show one row; the file is whole after each."""
+        self.rows.append(row)
+        print(
+            "  "
+            + "  ".join(
+                f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in row.items()
+                if not isinstance(v, list | dict)
+            )
+        )
+        save(self.args.out, {"floor": self.floor, "rows": self.rows, "seconds": self.seconds})
+
+    def quantized(self, bits: int) -> Path:
+        """Our GPTQ of the merged model, as the demo's recipe asks for it."""
+        out = self.work / f"ours-{bits}"
+        out.mkdir()
+        settings = layout.Settings(Grid(bits, 64), "auto", 2, 0.5)
+        quantize.quantize(
+            self.merged, out, self.calibration(), settings, dtype=torch.bfloat16, device=DEVICE,
+        )  # fmt: skip
+        return out
+
+    def calibration(self) -> torch.Tensor:
+        shares = (self.args.share, 1 - self.args.share)
+        entries = [(name, self.documents[name], share) for name, share in zip(ENTRIES, shares, strict=True)]
+        return data.calibration_windows(
+            entries, samples=self.args.samples, length=self.args.length, seed=0, bos=None,
+            eos=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+
+    def peer(self, bits: int) -> Path:
+        """gptqmodel's GPTQ of the same model and calibration windows, its defaults for the rest; a process of its own."""
+        out, rows = self.work / f"gptqmodel-{bits}", self.work / "rows.json"
+        rows.write_text(json.dumps(self.calibration().tolist()))
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("heal.py")),
+            "peer",
+            "--merged",
+            str(self.merged),
+            "--rows",
+            str(rows),
+            "--bits",
+            str(bits),
+            "--out",
+            str(out),
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"gptqmodel failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        return out
+
+    def windows(self, settings: Settings, shares: tuple[float, float, float] = HALF) -> tuple[torch.Tensor, int]:
+        if shares[2] and OWN not in self.documents:
+            with phase("text written by the merged model", self.seconds):
+                self.documents[OWN] = self.written()
+        names = [*ENTRIES, OWN]
+        entries = [(n, self.documents[n], share) for n, share in zip(names, shares, strict=True) if share]
+        return heal_text.pack(
+            entries, train=settings.steps * settings.batch, held=2 * settings.batch, length=settings.length,
+            seed=settings.seed, bos=None, eos=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def written(self, documents: int = 256, given: int = 32) -> list[data.Tokens]:
+        """Text sampled from the merged model: what it makes of the first tokens of windows of both texts."""
+        model = self.model("merged")
+        torch.manual_seed(0)
+        count = documents if DEVICE.type == "cuda" else 4
+        streams = [torch.tensor([t for d in self.documents[n] for t in d.ids]) for n in ENTRIES]
+        starts = [torch.randint(len(s) - given, (count // 2,)) for s in streams]
+        begun = torch.cat([s[a[:, None] + torch.arange(given)] for s, a in zip(streams, starts, strict=True)]).to(
+            DEVICE
+        )
+        out = model.generate(
+            begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, temperature=1.0,
+            min_length=self.args.window, max_length=self.args.window, pad_token_id=0,
+        )  # fmt: skip
+        return [data.Tokens(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
+
+    def model(self, name: str) -> Any:
+        """A teacher: in the merged file's 16 bit on a GPU, fp32 on a CPU."""
+        dtype = torch.float16 if DEVICE.type == "cuda" and name == "merged" else teacher.product_dtype(DEVICE)
+        return variants.load(name, self.places, device=DEVICE, dtype=dtype)
+
+
+def save(out: Path, result: dict[str, Any]) -> None:
+    packages = ("torch", "transformers", "peft", "triton", "gptqmodel")
+    found = {p: v for p in packages if (v := _version(p))}
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    about = {"date": time.strftime("%Y-%m-%d"), "device": device, "versions": found, "command": " ".join(sys.argv[1:2])}
+    out.write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+def reset_peak() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    return round(torch.cuda.max_memory_allocated() / 1e9, 2) if DEVICE.type == "cuda" else 0.0
