@@ -286,6 +286,7 @@ def compare(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{platform.machine()}, {os.cpu_count()} cores"
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "arguments": argv, "runs": {},
+        **({"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if gpus > 1 else {}),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.scratch or Path(temporary)
