@@ -191,7 +191,7 @@ def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise InputError(
-            f"{source.path}: no such local directory, and the hub does not give it: {str(error).splitlines()[0]}. "
+            f"{source.path}: no such local directory, and the hub does not give it: {' '.join(str(error).split())[:300].rstrip('.')}. "
             "Check the name, HF_TOKEN for gated models, or begin a local path with ./"
         ) from error
 
