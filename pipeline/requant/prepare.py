@@ -190,8 +190,9 @@ def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
     try:
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise InputError(
-            f"{source.path}: no such local directory, and the hub does not give it: {' '.join(str(error).split())[:300].rstrip('.')}. "
+            f"{source.path}: no such local directory, and the hub does not give it: {reason}. "
             "Check the name, HF_TOKEN for gated models, or begin a local path with ./"
         ) from error
 
