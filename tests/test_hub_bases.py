@@ -73,6 +73,7 @@ def check(project: Path, tmp: Path, url: str, revision: str) -> subprocess.Compl
     env = os.environ | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(tmp / "cache"),
+        "HF_HUB_CACHE": str(tmp / "cache" / "hub"),  # libraries that were imported here may have set another one
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
