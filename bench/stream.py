@@ -32,6 +32,7 @@ from speed import SHAPES, build
 from requant import facts, streamed, variants
 from requant.errors import RequantError
 
+SHAPES["smollm2-135m"] = (576, 1536, 9, 3, 49152, 30)  # one that a CPU can do
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 RANK, ALPHA = 16, 32

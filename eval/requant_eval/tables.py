@@ -255,21 +255,19 @@ def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Tab
 
 
 def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
-    """Bytes of every artifact; seconds and peak memory of every stage."""
+    """Bytes of every artifact; seconds and peak memory of every stage, that of the GPU where there was one."""
     cost = facts.get("cost") or {}
     sizes = tuple((name, format_bytes(n)) for name, n in (cost.get("bytes") or {}).items() if n is not None)
-    seconds, peaks = cost.get("seconds") or {}, cost.get("peak_rss") or {}
+    columns = [("time", "seconds", format_seconds), ("peak memory", "peak_rss", format_bytes)]
+    columns += [("peak GPU memory", "peak_device", format_bytes)] if cost.get("peak_device") else []
+    known = [(cost.get(key) or {}, shown) for _, key, shown in columns]
     stages = tuple(
-        (
-            name,
-            format_seconds(seconds[name]) if seconds.get(name) is not None else "",
-            format_bytes(peaks[name]) if peaks.get(name) is not None else "",
-        )
-        for name in dict.fromkeys([*seconds, *peaks])
+        (name, *(shown(values[name]) if values.get(name) is not None else "" for values, shown in known))
+        for name in dict.fromkeys(name for values, _ in known for name in values)
     )
     tables = [
         Table("Size", ("artifact", "bytes"), sizes),
-        Table("Time and memory", ("stage", "time", "peak memory"), stages),
+        Table("Time and memory", ("stage", *(title for title, _, _ in columns)), stages),
     ]
     return [table for table in tables if table.rows]
 

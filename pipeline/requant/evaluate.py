@@ -121,6 +121,7 @@ def evaluate(
     stream: score block by block always, never, or where a variant does not fit on the device. Out of memory halves the
     batch and goes on; with one window left, a resident variant is streamed, unless that is ruled out.
     """
+    free_memory(scores.device)  # of what came before: it decides what fits
     work = _Work(scores, places, batch, stream, progress)
     todo, unanswered = scores.missing(), scores.unanswered()
     ways = {name: work.streams(name, sets) for name, sets in todo.items()}
@@ -135,6 +136,7 @@ def reference(
 ) -> Any:
     """The model of the reference, to be asked about these rows int64 [length], with its adapters and without."""
     rows = [row for many in samples.values() for row in many]
+    free_memory(scores.device)
     work = _Work(scores, places, batch, stream, None)
     if not work.streams(REFERENCE, ()):
         return variants.load(REFERENCE, places, device=scores.device, dtype=scores.dtype)

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 LIBRARIES = 40 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
 PATIENCE = 20.0  # seconds that the products of a rehearsed block may take
+TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
 PROBED = 64 * 2**20  # bytes written to know the disk
-SAMPLE = 512 + 8 * 8  # tokens' worth of work in the last check of a written checkpoint: a text, and a few tokens alone
+TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
+SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,8 @@ def _merging(p: Prepared, device: torch.device, started: int, disk: float) -> Ne
         bound = cost_of(device, partial(merge.bound, p.merge, ops[-1])) if p.recipe.merge.dtype == "auto" else Cost()
         seconds += (cost.seconds + bound.seconds) * len(ops)
         size = math.prod(ops[-1].shape)
-        held = size * (target.itemsize * 2 + 4 * (device.type == "cpu"))  # the one that is written, and its successor
-        worst = max(
-            worst, held if device.type == "cuda" else max(held, first.bytes, cost.bytes) + size * target.itemsize
-        )
+        made_of = size * target.itemsize if device.type == "cuda" else max(first.bytes, cost.bytes)
+        worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
         gpu = max(gpu, 2 * cost.bytes + size * target.itemsize)
     total = sum(s.nbytes for s in p.merge.slots(target))
     seconds = max(seconds, total * disk) if device.type == "cuda" else seconds + total * disk
@@ -128,7 +128,10 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
     working += int(rest.bytes + states) if parts.waits else 0
-    checked = 4 * size.total if 4 * size.total < free_bytes(torch.device("cpu")) else 0  # the last check's model
+    checked = 4 * (
+        size.total + size.vocabulary * (size.width + 4 * TEXT)
+    )  # the last check's model, what it reads, its logits
+    checked = checked if checked < free_bytes(torch.device("cpu")) else 0
     if device.type == "cpu":
         return Need("quantize", seconds, started + max(working, checked))
     return Need("quantize", seconds, started + max(0 if parts.waits else int(states), checked), working)
@@ -143,8 +146,9 @@ class _Scoring:
         self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
         self.build = build  # seconds to make a model's structure
         self.size = Size.of_model(rehearsal.model)
-        self.sample = _alike(p.sets, batch)
-        self.parts = rehearsal.scoring(self.sample, batch, dtype, folder)
+        self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // max(s.window for s in p.sets)))
+        self.sample = _alike(p.sets, self.rows)
+        self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
         self.like = (self.size.total - self.size.outside) / rehearsal.parameters
         self.token = self.parts.token.seconds * self.like
         self.reading, self.decoding = _rates(folder, self.device, dtype)
@@ -168,7 +172,7 @@ class _Scoring:
         per_token = self.parts.forward.seconds / self.parts.tokens * self.like
         tokens = sum(len(w.ids) for s in self.p.sets for w in s.windows)
         kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
-        in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.batch])
+        in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.rows])
         again, first = self.parts.head[kind].seconds, self.parts.first[kind].seconds
         heads = again * sum(s.n_scored for s in self.p.sets) / in_batch + max(0.0, first - again) * len(self.p.sets)
         made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
@@ -180,7 +184,8 @@ class _Scoring:
         return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
     def _bytes(self, name: str, size: Size) -> int:
-        item, work = self.dtype.itemsize, max(self.parts.forward.bytes, *(c.bytes for c in self.parts.first))
+        forward = self.parts.forward.bytes * self.batch // self.rows
+        item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
         if self._streams(size):
             ahead = 2 if self.device.type == "cuda" else 1
             states = sum(len(w.ids) for s in self.p.sets for w in s.windows) * size.width * item
