@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from e2e import copied, digests, killed_run, recipe, run, times, write_recipe
+from test_cli_deploy import answers
 
-from requant import prepare, standalone, trainer
+from requant import engines, prepare, standalone, trainer, verify
 from requant.errors import InputError
 from requant.fit import pick_device
 
@@ -80,6 +81,27 @@ def test_a_second_run_does_nothing_and_other_settings_heal_again(project: Path, 
     assert digests(out / "healed", WEIGHTS) != digests(healed / "healed", WEIGHTS)
     assert run(project, tmp_path, HEAL | {"heal": "off"}).ran == ["report"], "nothing is scored anew"
     assert [v["name"] for v in read(out / "report.json")["sets"][0]["variants"]] == ["adapter", "merged", "gptq"]
+
+
+def test_engines_of_the_recipe_are_asked_about_what_ships(
+    project: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step into the engine starts at healed; the unhealed checkpoint's card does not speak of it."""
+    shutil.copytree(healed, tmp_path / healed.name)
+    answers(monkeypatch, 0.001)
+    monkeypatch.setattr(engines, "interpreter", lambda engine, directory=None: "python")
+    outcome = run(project, tmp_path, HEAL | {"heal": HEAL["heal"] | {"seed": 2}, "deploy": ["transformers"]})
+    assert outcome.ran == ["heal", "evaluate", "report"]
+    (step,) = next(s for s in outcome.report["sets"] if s["in_domain"])["kernels"]
+    assert (step["from"], step["to"]) == ("healed", "transformers")
+    assert step["delta"]["value"] == pytest.approx(0.001, abs=1e-6)
+    row = "| healed -> transformers | served in bfloat16 on cpu, 20 documents |"
+    assert row in (outcome.path / "healed" / "README.md").read_text()
+    assert row not in (outcome.path / "gptq" / "README.md").read_text()
+    verify.remember(verify.verify(outcome.path / "healed", load_in=["vllm"]))
+    again = run(project, tmp_path, HEAL | {"heal": HEAL["heal"] | {"seed": 2}, "deploy": ["transformers"]})
+    assert again.ran == ["report"]
+    assert "| healed -> vllm | served" in (outcome.path / "report.md").read_text()
 
 
 def test_a_killed_healing_goes_on(project: Path, healed: Path, tmp_path: Path) -> None:
