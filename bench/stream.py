@@ -85,7 +85,8 @@ def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for way in (True, False):
         scored(model, short, args.batch, whole=way)
     resident, a = scored(model, eval_set, args.batch, whole=True, write_reference=file)
-    parts, b = scored(model, eval_set, args.batch, whole=False, reference=file)
+    _, b = scored(model, eval_set, args.batch, whole=False, write_reference=folder / "other.safetensors")
+    parts, _ = scored(model, eval_set, args.batch, whole=False, reference=file)
     difference = abs(parts.nll - resident.nll)
     return {
         "resident": a, "streamed": b, "time ratio": b["seconds"] / a["seconds"], "tokens": eval_set.n_scored,

@@ -23,7 +23,7 @@ import torch
 from requant import facts, merge, nf4, skeleton
 from requant.deltas import deltas
 from requant.evaluate import REFERENCE
-from requant.fit import USABLE, free_bytes, product_rate
+from requant.fit import BUSY, USABLE, free_bytes, product_rate
 from requant.prepare import Prepared
 from requant.quantize import TOKENS
 from requant.rehearse import Cost, Rehearsal, cost_of
@@ -62,6 +62,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     Only the merge where a block is too much work to try on this processor.
     """
     gc.collect()
+    rate = product_rate(device)  # on a GPU also what its libraries take of the host
     started = facts.reset_peak()
     trust = p.recipe.trust_remote_code
     began = time.perf_counter()
@@ -70,7 +71,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     with tempfile.TemporaryDirectory() as folder:
         disk = _written(Path(folder))
         needs = [_merging(p, device, started, disk)]
-        if rehearsal.effort / product_rate(device) > PATIENCE:
+        if rehearsal.effort / rate > PATIENCE:
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
         scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder), build)
@@ -103,8 +104,7 @@ def _merging(p: Prepared, device: torch.device, started: int, disk: float) -> Ne
         worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
         gpu = max(gpu, 2 * cost.bytes + size * target.itemsize)
     total = sum(s.nbytes for s in p.merge.slots(target))
-    seconds = max(seconds, total * disk) if device.type == "cuda" else seconds + total * disk
-    return Need("merge", seconds, started + worst, gpu if device.type == "cuda" else 0)
+    return Need("merge", max(seconds, total * disk), started + worst, gpu if device.type == "cuda" else 0)
 
 
 def _made(p: Prepared, op: merge.Op, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -122,8 +122,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
     read = scored.reading * (size.total - size.outside) * (2 if device.type == "cpu" else 0)
-    check = scored.token * SAMPLE / 8 + (scored.reading + 2 * scored.decoding) * size.total
-    seconds = (parts.one.seconds + rest.seconds) * like + read + check + 4 * scored.build
+    seconds = (parts.one.seconds + rest.seconds) * like + read + scored.check + 4 * scored.build
     item = 4 if device.type == "cpu" else 2
     states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
@@ -151,7 +150,18 @@ class _Scoring:
         self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
         self.like = (self.size.total - self.size.outside) / rehearsal.parameters
         self.token = self.parts.token.seconds * self.like
-        self.reading, self.decoding = _rates(folder, self.device, dtype)
+        self.reading, self.decoding = self.on_host = _rates(folder, self.device, dtype)
+        if self.device.type == "cuda":
+            self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
+
+    @property
+    def check(self) -> float:
+        """Seconds of the last check of a written checkpoint, which is done on the CPU: a text in fp32, every weight decoded."""
+        reading, decoding = self.on_host
+        text = self.token * SAMPLE / 8
+        if self.device.type == "cuda":
+            text = 2.0 * self.size.total * TEXT / (BUSY["cpu"] * product_rate(torch.device("cpu")))
+        return text + (reading + 2 * decoding) * self.size.total
 
     def need(self, started: int) -> Need:
         """All variants, one after another."""
