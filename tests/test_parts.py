@@ -150,3 +150,14 @@ def test_windows_are_shared_by_their_tokens(count: int) -> None:
 def test_fewer_windows_than_ranks_leave_some_with_none() -> None:
     one = [Window(0, torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool))]
     assert [len(parts.windows_of(one, rank, 3)) for rank in range(3)] == [0, 1, 0]
+
+
+def test_what_a_killed_run_left_half_written_goes(given: tuple[variants.Places, Scores], tmp_path: Path) -> None:
+    """Names hold the process's number: nobody else writes them again."""
+    left = [tmp_path / name for name in (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    places, scores = given
+    parts.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), places, ranks=ALONE, batch=1)
+    assert not any(file.exists() for file in left)

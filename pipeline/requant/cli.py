@@ -115,6 +115,10 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
         prepared = prepare.prepare(wanted)
         need, free = prepare.check_disk(prepared, where)
         device = pick_device(wanted.device)
+    _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize))
+    sys.stdout.flush()
+    print(f"trying one block on {device} for time and memory ...", file=sys.stderr, flush=True)
+    with quiet():
         needs = forecast(
             prepared,
             given.places(prepared, where),
@@ -122,7 +126,6 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
             given.dtype(prepared, device),
             given.batch(prepared, device),
         )
-    _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize))
     for stage in needs:
         print(f"takes     {stage}")
     if len(needs) == 1:

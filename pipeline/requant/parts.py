@@ -31,8 +31,10 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """As `evaluate.evaluate`, on all ranks: each needs the room that one alone would need. Called by the first.
 
-    Parts of a run that was killed are used again under the same number of ranks.
+    Parts of a run that was killed are used again under the same number of ranks; files that it left half-written go.
     """
+    for left in scores.cache.rglob(".*.tmp"):
+        left.unlink()
     if ranks.count == 1:
         return evaluation.evaluate(scores, places, batch=batch, stream=stream, progress=progress)
     todo = scores.missing()
