@@ -32,7 +32,12 @@ class BlockInput:
 
     def half(self) -> int:
         """The larger half of its windows, at least one."""
-        return max(1, -(-len(self.hidden) // 2))
+        return larger_half(len(self.hidden))
+
+
+def larger_half(count: int) -> int:
+    """Of so many windows, at least one."""
+    return max(1, -(-count // 2))
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -6,11 +6,12 @@ the others still do, the next owner is already at its next columns. Source: Golu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from requant import kernels
 
 BLOCK = 1024
 
@@ -27,7 +28,7 @@ def shared_cholesky(
     """
     n = len(matrix)
     parts = [slice(start, min(start + block, n)) for start in range(0, n, block)]
-    with _full_precision():
+    with kernels.full_precision():  # a factor in TF32 would lose more than the damping adds
         arrived, coming = _begin(matrix, parts[0], 0, rank, count, publish)
         for number, here in enumerate(parts):
             arrived()
@@ -67,14 +68,3 @@ def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
     """Subtract what the columns `here`, finished in `panel`, contribute to those of `block`."""
     below = panel[block.start - here.start :]
     matrix[block.start :, block].addmm_(below, below[: block.stop - block.start].T, alpha=-1)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 here: a factor's products would lose more than the damping adds."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

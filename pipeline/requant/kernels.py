@@ -6,7 +6,7 @@ Without Triton (any CPU, and builds of torch that lack it) nothing here runs and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,20 @@ def usable(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-@contextmanager
-def tensor_cores() -> Iterator[None]:
+def tensor_cores() -> AbstractContextManager[None]:
     """Products of fp32 matrices run on a GPU's tensor cores inside: TF32, 10 bits of mantissa, sums in fp32."""
+    return _products("high")
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """fp32 products in fp32 inside, whatever the process allows elsewhere."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from requant import artifacts
+from requant import artifacts, kernels
 from requant.adapter_formulas import Lora
 from requant.checkpoint import read_tensor
 from requant.dequantize import CPU
@@ -76,24 +75,13 @@ def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tenso
 
 def ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
     """The same, the next one read and made while the last is rounded and written: for a device that does the work aside."""
-    with ThreadPoolExecutor(1) as reader, full_precision():
+    with ThreadPoolExecutor(1) as reader, kernels.full_precision():
         coming = reader.submit(compute, plan, plan.ops[0], device)
         for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
             made = coming.result()
             if following is not None:
                 coming = reader.submit(compute, plan, following, device)
             yield op, *made
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products in fp32, whatever the process allows elsewhere: TF32 keeps 10 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:

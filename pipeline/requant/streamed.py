@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from requant import peft_runtime, skeleton, weights
-from requant.blocks import BlockInput, Walk
+from requant.blocks import BlockInput, Walk, larger_half
 from requant.checkpoint import Checkpoint
 from requant.errors import StageError
 from requant.shelf import Shelf
@@ -165,8 +165,10 @@ class _Flow:
             raise StageError(
                 f"{where}: out of memory on {self.walk.device} with one window at a time: shorten evaluate.window"
             )
-        self.batches = [part for b in self.batches for part in torch.split(b, _half(len(b)))]
-        self.notes.append(f"{where}: out of memory with {largest} windows at a time, went on with {_half(largest)}")
+        self.batches = [part for b in self.batches for part in torch.split(b, larger_half(len(b)))]
+        self.notes.append(
+            f"{where}: out of memory with {largest} windows at a time, went on with {larger_half(largest)}"
+        )
         log.warning("%s", self.notes[-1])
         if self.walk.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -234,7 +236,3 @@ def _batches(windows: list[Tensor], batch: int) -> Iterator[Tensor]:
 
 def _key(ids: Tensor) -> bytes:
     return ids.cpu().numpy().tobytes()
-
-
-def _half(count: int) -> int:
-    return max(1, -(-count // 2))
