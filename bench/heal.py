@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,44 @@ from heal_lab import DEVICE, HALF, Bench, peak, phase, reset_peak, sync
 
 from requant import blockwise, heal, student, teacher, trainer
 from requant.trainer import EndToEnd, Settings, Trainer
+
+
+class Pooled(torch.optim.Optimizer):
+    """Adam with one second moment for all scales of a row, or of a module: inside of it steps are as gradients are."""
+
+    def __init__(self, pupil: student.Student, lr: float, dims: tuple[int, ...], first: float = 0.9) -> None:
+        super().__init__([m.offset for m in pupil.movable], {"lr": lr})
+        self.pupil, self.dims, self.first, self.count = pupil, dims, first, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        rate = self.param_groups[0]["lr"] / (1 - self.first**self.count)
+        for moving in self.pupil.movable:
+            state = self.state[moving.offset]
+            mean = state.setdefault("mean", torch.zeros_like(moving.offset))
+            mean.lerp_(moving.offset.grad, 1 - self.first)
+            for name in moving.parts:
+                gradient = moving.view(moving.offset.grad, name)
+                dims = tuple(d for d in self.dims if d < gradient.ndim)
+                now = gradient.square().mean(dim=dims, keepdim=True)
+                square = state.setdefault(name, torch.zeros_like(now)).lerp_(now, 0.001)
+                root = (square / (1 - 0.999**self.count)).sqrt().clamp_min(1e-12)
+                moving.view(moving.offset, name).sub_(rate * moving.view(mean, name) / root)
+
+
+Optimizer = Callable[[student.Student, float], torch.optim.Optimizer]
+
+
+def adam(*betas: float) -> Optimizer:
+    return lambda pupil, lr: torch.optim.AdamW([m.offset for m in pupil.movable], lr=lr, betas=betas)  # type: ignore[arg-type]
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "slow": adam(0.97, 0.999),
+    "by row": lambda pupil, lr: Pooled(pupil, lr, (1,)),
+    "by module": lambda pupil, lr: Pooled(pupil, lr, (0, 1)),
+}
 
 # name: (changes of the default settings, shares of the two texts and of text that the merged model wrote, teacher)
 ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
@@ -39,8 +78,14 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "block by block": ({"mode": "blocks", "steps": 50}, HALF, "merged"),
     "in-domain text only": ({}, (1.0, 0.0, 0.0), "merged"),
     "general text only": ({}, (0.0, 1.0, 0.0), "merged"),
-    "500 steps": ({"steps": 500}, HALF, "merged"),
     "seed 1": ({"seed": 1}, HALF, "merged"),
+    "by row, lr 5e-3": ({"optimizer": "by row", "lr": 5e-3}, HALF, "merged"),
+    "by row, lr 1e-2": ({"optimizer": "by row", "lr": 1e-2}, HALF, "merged"),
+    "first moment 0.97": ({"optimizer": "slow"}, HALF, "merged"),
+    "first moment 0.97, lr 1e-2": ({"optimizer": "slow", "lr": 1e-2}, HALF, "merged"),
+    "by module, lr 5e-3": ({"optimizer": "by module", "lr": 5e-3}, HALF, "merged"),
+    "500 steps": ({"steps": 500}, HALF, "merged"),
+    "220 steps": ({"steps": 220}, HALF, "merged"),
 }
 
 
@@ -49,17 +94,20 @@ def base_settings(args: argparse.Namespace) -> Settings:
 
 
 def heal_whole(
-    bench: Bench, path: Path, settings: Settings, taught: Any, windows: torch.Tensor, held: int, micro: int
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    bench: Bench, path: Path, settings: Settings, taught: Any, windows: torch.Tensor, held: int, micro: int,
+    optimizer: Optimizer | None = None,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:  # fmt: skip
     """Heal in memory: (row, best values)."""
     reset_peak()
     sync()
     started = time.perf_counter()
     pupil = student.load(path, device=DEVICE, dtype=teacher.product_dtype(DEVICE), tune=settings.tune)
     loading = time.perf_counter() - started
-    curve = Trainer(
-        pupil, EndToEnd(pupil, taught, windows, held, DEVICE), len(windows) - held, held, settings, micro=micro
-    ).run(None)
+    loss = EndToEnd(pupil, taught, windows, held, DEVICE)
+    trained = Trainer(pupil, loss, len(windows) - held, held, settings, micro=micro)
+    if optimizer:
+        trained.optimizer = optimizer(pupil, settings.lr)
+    curve = trained.run(None)
     sync()
     row = {"seconds": round(time.perf_counter() - started, 2), "loading": round(loading, 2), "peak_gb": peak()}
     return row | told(curve), pupil.values()
@@ -107,7 +155,7 @@ def ablate(args: argparse.Namespace) -> None:
         if not any(part in name for part in args.only.split(";")):
             continue
         own = dict(changes)
-        mode = own.pop("mode", "whole")
+        mode, optimizer = own.pop("mode", "whole"), own.pop("optimizer", None)
         factor = {k: getattr(args, k) / v for k, v in (("steps", 150), ("batch", 16))}
         for key in factor.keys() & own.keys():
             own[key] = max(1, round(own[key] * factor[key]))
@@ -125,8 +173,9 @@ def ablate(args: argparse.Namespace) -> None:
                     taught[target] = teacher.Resident(bench.model(target), windows, DEVICE)
                 taught[target].windows = windows
                 row, values = heal_whole(
-                    bench, path, settings, taught[target], windows, held, args.micro or settings.batch
-                )
+                    bench, path, settings, taught[target], windows, held, args.micro or settings.batch,
+                    OPTIMIZERS.get(optimizer),
+                )  # fmt: skip
                 rate = row["seconds"] / (settings.steps * settings.batch)
             loss = bench.losses(path, values)
         bench.add({"setting": name} | loss | row | {"settings": asdict(settings)})

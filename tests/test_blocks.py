@@ -16,7 +16,7 @@ from requant import skeleton
 from requant.blocks import BlockInput, Walk, block_linears, block_list
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
-from requant.stages import Stage, find_stages, held_bytes, step
+from requant.stages import ROOM, Stage, find_stages, held_bytes, may_wait, step
 
 STAGES = {
     "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
@@ -164,6 +164,17 @@ def test_what_waits_is_counted(tmp_path: Path) -> None:
     linears = block_linears(walk.load(0))
     wide = sum(m.in_features + m.out_features for m in linears.values())
     assert held_bytes(walk.blocks[0], tuple(linears), 10, 2) == 20 * wide
+
+
+def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens run twice: half as much again."""
+    _, walk = walk_of(tmp_path, "llama")
+    assert may_wait(walk, 10**12), "a CPU has no other memory to send them to"
+    guess = held_bytes(walk.load(0), tuple(block_linears(walk.blocks[0])), 1000, walk.dtype.itemsize)
+    walk.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(guess * 1.5 / 3 / ROOM) + 2, 10**12))
+    assert may_wait(walk, 1000, 0.5)
+    assert not may_wait(walk, 1001, 0.5)
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from requant import kernels
+from requant import cholesky, kernels
 from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
 
 Order = Literal["natural", "activation", "group"]
@@ -163,16 +163,14 @@ def _sweep_columns(pull: Tensor, inside: Tensor, block: kernels.Block) -> None:
 def correct(weight: Tensor, pulled: Tensor | None, factor: Factor, share: float) -> Tensor:
     """The weight whose output on the inputs as they are comes closest to the original's on the inputs as they were.
 
-    weight: fp32 [rows, n]. pulled: fp32 [rows, n], weight @ drift with drift = (X0 - X)' X, X the inputs after earlier layers
-    were quantized and X0 those before, in the measure of the Hessian X' X that `factor` is of; None for no drift. Returns
-    W + share * W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et al., GPTAQ
-    (arXiv:2504.02692).
+    weight: fp32 [rows, n]. pulled: fp32 [n, rows], (weight @ drift)' with drift = (X0 - X)' X, X the inputs after earlier
+    layers were quantized and X0 those before, in the measure of the Hessian X' X that `factor` is of; None for no drift.
+    It is used up. Returns W + share * W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et
+    al., GPTAQ (arXiv:2504.02692).
     """
     if not share or pulled is None or factor.diagonal:
         return weight
-    pulled = pulled.T[factor.order]
-    moved = torch.cholesky_solve(pulled, factor.lower)
-    pulled[factor.order] = moved
+    pulled[factor.order] = cholesky.solve(factor.lower, pulled[factor.order])
     return torch.add(weight, pulled.T, alpha=share)
 
 

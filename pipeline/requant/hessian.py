@@ -27,7 +27,7 @@ def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
 def add_drift(drift: Tensor, inputs: Tensor, exact: Tensor) -> None:
     """drift (fp32 [n, n]) += (exact - inputs)' @ inputs, both [..., n]."""
     x, was = _rows(inputs), _rows(exact)
-    _add_product(drift, (was.float() - x.float()).to(x.dtype), x)
+    _add_product(drift, was - x, x)
 
 
 def symmetrize(hessian: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == torch.float32:
         total.addmm_(left.T, right)
     else:
-        total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
 
 
 @dataclass(frozen=True, slots=True)

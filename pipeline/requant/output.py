@@ -5,12 +5,14 @@ Each finished block is on disk before the next but one begins, and is a resume p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from requant import gptq, pack
@@ -19,6 +21,30 @@ from requant.layout import Plan, convert
 from requant.writer import CheckpointWriter, Journal
 
 JOURNAL = "blocks.json"
+
+
+class Beside:
+    """Work on a GPU that another thread does beside what the GPU is doing, on what is solved there by then."""
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+
+    def solved(self, tensor: Tensor) -> Any:
+        """Called by the thread that solves: what `once` waits for."""
+        if not tensor.is_cuda:
+            return None
+        self.stream = self.stream or torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.current_stream(tensor.device).record_event()
+
+    @contextmanager
+    def once(self, solved: Any) -> Iterator[None]:
+        """Called by the other thread. All that is made inside must have left the GPU at the end."""
+        if solved is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(solved)
+            yield
 
 
 class Output:
@@ -51,7 +77,7 @@ class Output:
         """Wait until the blocks committed so far are on disk."""
 
     def close(self) -> None:
-        """Write what lies outside of the blocks, and finish the files."""
+        """Finish the files, once what lies outside of the blocks is in them too."""
 
 
 class Written(Output):
@@ -62,9 +88,13 @@ class Written(Output):
         self.journal = Journal(path / JOURNAL)
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
         self.slots = {s.name: s for s in plan.slots}
-        self.disk = ThreadPoolExecutor(1)
+        self.disk, self.beside = ThreadPoolExecutor(1), Beside()
         self.writing: list[Future[None]] = []
         self.committed: Future[None] | None = None
+        inside = {
+            n for names in plan.block_slots for n in names
+        }  # the rest is large: on its way while the first block is solved
+        self.outside = self.disk.submit(self._write_rest, [n for n in self.slots if n not in inside])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.disk.shutdown()  # first: what was solved is committed even when the walk is stopped
@@ -80,7 +110,7 @@ class Written(Output):
         return pack.dequantize({s: self.writer.read(f"{module}.{s}") for s in pack.SUFFIXES}, bits)
 
     def put(self, module: str, solution: gptq.Solution) -> None:
-        self._submit(self._write_packed, module, solution)
+        self._submit(self._write_packed, module, solution, self.beside.solved(solution.codes))
 
     def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
         self._submit(self._write_rest, self.plan.block_slots[index])
@@ -93,17 +123,17 @@ class Written(Output):
 
     def close(self) -> None:
         self.settle()
-        inside = {n for names in self.plan.block_slots for n in names}
-        self._write_rest([n for n in self.slots if n not in inside])
+        self.outside.result()
         self.writer.close()
 
     def _submit(self, work: Callable[..., None], *args: Any) -> None:
         self.writing.append(self.disk.submit(work, *args))
 
-    def _write_packed(self, module: str, solution: gptq.Solution) -> None:
+    def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
         scales = solution.scales
-        for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
-            self.writer.write(f"{module}.{suffix}", tensor)
+        with self.beside.once(solved):
+            for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
+                self.writer.write(f"{module}.{suffix}", tensor)
 
     def _write_rest(self, names: Sequence[str]) -> None:
         """Tensors that are not quantized, in the serving dtype."""

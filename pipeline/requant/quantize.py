@@ -213,13 +213,14 @@ def quantize(
     layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     with Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output:
-        own = ranks.share(len(windows))
-        walk.shelf = Shelf(device, on_host=not ranks.every(may_wait(walk, windows[own].numel())))
+        own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
+        waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0)
+        walk.shelf = Shelf(device, on_host=not ranks.every(waits))
         size = batch or max(1, TOKENS[device.type] // windows.shape[1])
         items = walk.embed(windows[own], size)
         numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
-        if settings.correct:
-            compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % exact_apart(walk, windows) == 0])
+        if apart:
+            compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
         held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
         quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes)
         _walk(quantizer, items, progress)

@@ -147,10 +147,10 @@ class Rehearsal:
     def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
         """What `quantize` would do. deltas: what the adapter adds, by parameter."""
         walk = self.walk(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        waits = may_wait(walk, windows.numel())
+        apart = exact_apart(walk, windows) if settings.correct else 0
+        waits = may_wait(walk, windows.numel(), 1 / apart if apart else 0)
         walk.shelf = Shelf(self.device, on_host=not waits)
         index = len(walk) // 2
-        apart = exact_apart(walk, windows) if settings.correct else 0
 
         def once(count: int) -> Cost:
             items = walk.embed(windows[:batch].repeat(count, 1), batch)

@@ -47,7 +47,7 @@ def solve_stage(
         own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
         damp = _damp(settings, moments.tokens, len(moments.hessian))
         order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
-        pulled = {g: w @ moments.drift if moments.drift is not None else None for g, w in own.items()}
+        pulled = {g: moments.drift.T @ w.T if moments.drift is not None else None for g, w in own.items()}
         hessian = moments.hessian
         del moments  # the drift and the halves are as large as the Hessian
         factors: dict[tuple[str, int], gptq.Factor] = {}

@@ -18,6 +18,7 @@ from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
 from requant.linears import split_experts, unfollow
 
+ROOM = 0.85  # of a GPU's free memory that waiting batches may take
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
 
@@ -192,16 +193,18 @@ def _held(
             handle.remove()
 
 
-def may_wait(walk: Walk, tokens: int) -> bool:
-    """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is room by the upper guess.
+def may_wait(walk: Walk, tokens: int, twice: float = 0.0) -> bool:
+    """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is room.
 
-    What really waits is a third of it: a linear's input and output are not all alive at once.
+    twice: the share of tokens that also runs unquantized. A third of the upper guess is taken: a linear's input and
+    output are not all alive at once (bench/speed.py). Where that is too little, out of memory is dealt with (`leaner`).
     """
     if walk.device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(walk.device)
     block = walk.blocks[0]
-    return held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize) < free * 2 // 3
+    guess = held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize)
+    return guess * (1 + twice) / 3 < free * ROOM
 
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:
