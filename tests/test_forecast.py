@@ -10,7 +10,7 @@ import pytest
 import torch
 from e2e import one_thread, recipe
 
-from requant import forecast, given, prepare, rehearse, skeleton
+from requant import evaluate, forecast, given, prepare, rehearse, skeleton
 from requant.prepare import Prepared
 from requant.rehearse import Cost, Quantized, Rehearsal, Scored
 
@@ -89,7 +89,8 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(forecast, "product_rate", lambda _: math.inf)
-    monkeypatch.setattr(forecast, "free_bytes", lambda _: 0)  # no last check, and everything is streamed
+    for module in (forecast, evaluate):  # no last check, and everything is streamed
+        monkeypatch.setattr(module, "free_bytes", lambda _: 0)
     monkeypatch.setattr(forecast.facts, "reset_peak", lambda: 0)
     monkeypatch.setattr(forecast, "LIBRARIES", 0)
     monkeypatch.setattr(forecast, "_merging", lambda *_: forecast.Need("merge", 1.0, 2))

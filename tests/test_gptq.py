@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from requant import cholesky, gptq
+from requant import gptq
 from requant import grid as grid_module
 from requant.grid import Grid, Scales
 from requant.hessian import add_to_hessian, symmetrize
@@ -382,17 +382,6 @@ def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest
     monkeypatch.setattr(gptq, "BLOCK", 48)
     other = refined(weight, codes[0], hessian, scales, grid, 1)
     assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently
-
-
-@pytest.mark.parametrize("size", [16, 50, 96])
-def test_solving_block_by_block_is_solving(size: int) -> None:
-    """Blocks of 16, also where they do not divide: fp32 rounding from the answer in fp64; it takes the right side's place."""
-    x, right = torch.randn(2 * size, size), torch.randn(size, 7)
-    lower = torch.linalg.cholesky(x.T @ x / len(x) + 0.05 * torch.eye(size))
-    exact = torch.cholesky_solve(right.double(), lower.double())
-    solved = cholesky.solve(lower, right, block=16)
-    assert solved is right
-    assert float((solved - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_corrected_weights_are_the_least_squares_answer() -> None:

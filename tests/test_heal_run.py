@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e import copied, digests, killed_run, recipe, run, times, write_recipe
+from e2e import copied, digests, killed_run, one_thread, recipe, run, times, write_recipe
 from test_cli_deploy import answers
 
 from requant import engines, prepare, standalone, trainer, verify
@@ -67,6 +67,16 @@ def test_the_healed_checkpoint_is_the_quantized_one_with_other_scales(healed: Pa
     assert gptq.keys() == other.keys()
     changed = {name for name in gptq if gptq[name] != other[name]} - {"README.md", "manifest.json"}
     assert changed == {"model.safetensors", "config.json", "quantize_config.json"}
+
+
+def test_transformers_reads_the_healed_numbers(healed: Path) -> None:
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    with one_thread():
+        done = verify.verify(healed / "healed", source=healed / "merged", load_in=["transformers"])
+    assert done.ok, done.message()
+    assert done.engines[0]["kernels"], "really packed modules"
+    assert abs(done.engines[0]["difference"]) <= engines.TOLERANCE["float32"]
 
 
 def test_a_second_run_does_nothing_and_other_settings_heal_again(project: Path, healed: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from e2e import one_thread
 from test_quantize import GRID, model_dir, run
 
+from requant import output
 from requant.blocks import Walk
 from requant.errors import StageError
 from requant.layout import Settings, load_quantized
@@ -128,4 +129,13 @@ def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     run(source, tmp_path / "whole")
     run(source, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_packing_that_finds_no_room_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model_dir(tmp_path)
+    run(source, tmp_path / "whole")
+    calls = fails_once(monkeypatch, 3, output.pack, "pack")
+    run(source, tmp_path / "out")
+    assert calls[0] == 14 + 1
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")

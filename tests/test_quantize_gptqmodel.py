@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import e2e
@@ -11,8 +13,9 @@ import pico
 import pytest
 import torch
 from e2e import make_model, one_thread
+from safetensors.torch import load_file
 
-from requant import quantize_gptqmodel, verify
+from requant import quantize_gptqmodel, standalone, trainer, verify
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError
 from requant.gptq import Grid
@@ -63,6 +66,38 @@ def test_the_same_files_and_the_same_numbers(source: Path, tmp_path: Path) -> No
         assert 0.2 < r.rtn_error / by_name[r.name].rtn_error < 5, "the same control on about the same inputs"
     done = verify.verify(tmp_path / "theirs", source=source)
     assert done.ok, done.message()
+
+
+def test_what_the_library_itself_wrote_is_healed(source: Path, tmp_path: Path) -> None:
+    """Its own process from loading to saving; healing then moves its scales and nothing else."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(windows().tolist()))
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    code = (
+        "import json, sys, torch; from gptqmodel import GPTQModel, QuantizeConfig; source, rows, out = sys.argv[1:];"
+        "model = GPTQModel.load(source, QuantizeConfig(bits=4, group_size=32, device='cpu'));"
+        "made = [torch.tensor([r]) for r in json.load(open(rows))];"
+        "model.quantize([{'input_ids': r, 'attention_mask': torch.ones_like(r)} for r in made]); model.save(out)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(rows), str(theirs)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(e2e.texts()["train"]))
+    settings = trainer.Settings(steps=5, batch=2, length=32, lr=3e-3)
+    with one_thread():
+        told = standalone.heal_checkpoint(theirs, source, [text], out, settings, device=CPU)
+    before, after = load_file(theirs / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert told["healed"]
+    assert {name.rpartition(".")[2] for name in moved} == {"scales"}
+    found = [[str(f) for f in verify.verify(path, source=source).findings] for path in (theirs, out)]
+    assert found[0] == found[1]
+    assert all("is a path of the machine that made it" in f for f in found[0]), (
+        "what the library left, and nothing else"
+    )
 
 
 def test_overrides_and_skipped_linears(source: Path, tmp_path: Path) -> None:

@@ -326,6 +326,21 @@ def test_a_model_too_large_for_memory_is_said(good: Path, monkeypatch: pytest.Mo
     assert done.skipped == ["generation and engines: fp32 weights are 0.0 GB, 0.0 GB are free"]
 
 
+def test_a_device_without_room_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs out of memory on the GPU is done on the CPU."""
+    tried: list[str] = []
+
+    def short_of_memory(device: torch.device) -> str:
+        tried.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: tried.append("released"))
+    assert verify._where_it_fits(torch.device("cuda", 0), short_of_memory) == "done"
+    assert tried == ["cuda", "released", "cpu"]
+
+
 def test_the_reference_decoder_agrees(good: Path) -> None:
     """The damage above is judged on files that plain arithmetic reads: fp64, one formula."""
     stored = load_file(good / WEIGHTS)

@@ -22,11 +22,11 @@ from typing import Any
 import pico
 import pytest
 import torch
-from e2e import make_model, make_project, make_tokenizer, one_thread, run
+from e2e import make_model, make_project, make_tokenizer, one_thread, run, texts
 from safetensors.torch import load_file, save_file
 from test_roundtrip import runtime_names
 
-from requant import engines, shards, skeleton, targets, variants, verify
+from requant import engines, shards, skeleton, standalone, targets, trainer, variants, verify
 from requant.gptq import Grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +63,21 @@ def test_vllm_reads_our_numbers(source: Path, tmp_path: Path, grid: Grid) -> Non
     assert row["dtype"] == "bfloat16"
     assert row["kernels"], "packed layers, not plain ones"
     assert abs(row["difference"]) < engines.TOLERANCE["bfloat16"]
+
+
+def test_vllm_reads_healed_numbers(source: Path, tmp_path: Path) -> None:
+    pico.packed(source, tmp_path / "gptq", Grid(4, 64), dtype=torch.bfloat16)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(texts()["train"]))
+    settings = trainer.Settings(steps=5, batch=2, length=32, lr=3e-3)
+    with one_thread():
+        told = standalone.heal_checkpoint(
+            tmp_path / "gptq", source, [text], tmp_path / "healed", settings, device=torch.device("cpu")
+        )
+    assert told["healed"]
+    done = verify.verify(tmp_path / "healed", source=source, load_in=["vllm"])
+    assert done.ok, done.message()
+    assert abs(done.engines[0]["difference"]) < engines.TOLERANCE["bfloat16"]
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 64, symmetric=False), Grid(8, 64)], ids=["asymmetric", "8 bit on a CPU"])

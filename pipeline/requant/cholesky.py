@@ -1,8 +1,7 @@
-"""Cholesky factorization by several who hold the same matrix, and solving with a factor, block by block. Tensors only.
+"""Cholesky factorization by several who hold the same matrix: each owns every so many-th block of columns. Tensors only.
 
-Right-looking: the owner of a block of columns finishes them, everybody gets them and takes them off the columns it owns,
-every so many-th block. While the others still do, the next owner is already at its next columns. Source: Golub & Van Loan,
-Matrix Computations, 4.2.
+Right-looking: the owner of a block finishes its columns, everybody gets them and takes them off the columns it owns. While
+the others still do, the next owner is already at its next columns. Source: Golub & Van Loan, Matrix Computations, 4.2.
 """
 
 from __future__ import annotations
@@ -20,34 +19,6 @@ Publish = Callable[[Tensor, int], Callable[[], None]]
 """Starts to copy the owner's tensor into that of all others; returns what waits until it has arrived."""
 
 
-def solve(lower: Tensor, right: Tensor, block: int = BLOCK) -> Tensor:
-    """X of lower @ lower' @ X = right, fp32 [n, k], in its place. lower: fp32 [n, n].
-
-    As `torch.cholesky_solve`, but nearly all of it products, in the precision that is set for these.
-    """
-    parts = _parts(len(lower), block)
-    inverses = [_inverse(lower[here, here]) for here in parts]
-    for here, inverse in zip(parts, inverses, strict=True):
-        if here.start:
-            right[here].addmm_(lower[here, : here.start], right[: here.start], alpha=-1)
-        right[here] = inverse @ right[here]
-    for here, inverse in zip(reversed(parts), reversed(inverses), strict=True):
-        if here.stop < len(lower):
-            right[here].addmm_(lower[here.stop :, here].T, right[here.stop :], alpha=-1)
-        right[here] = inverse.T @ right[here]
-    return right
-
-
-def _inverse(lower: Tensor) -> Tensor:
-    """Of a lower triangular matrix [k, k]."""
-    inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
-    return inverse
-
-
-def _parts(n: int, block: int) -> list[slice]:
-    return [slice(start, min(start + block, n)) for start in range(0, n, block)]
-
-
 def shared_cholesky(
     matrix: Tensor, rank: int, count: int, publish: Publish, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +26,8 @@ def shared_cholesky(
 
     Returns (lower, info): info int64 [], not 0 when no factor was found; `lower` is then of no use.
     """
-    parts = _parts(len(matrix), block)
+    n = len(matrix)
+    parts = [slice(start, min(start + block, n)) for start in range(0, n, block)]
     with kernels.full_precision():  # a factor in TF32 would lose more than the damping adds
         arrived, coming = _begin(matrix, parts[0], 0, rank, count, publish)
         for number, here in enumerate(parts):
@@ -88,7 +60,8 @@ def _finished(rows: Tensor) -> Tensor:
     k = rows.shape[1]
     corner, info = torch.linalg.cholesky_ex(rows[:k])
     corner = torch.where(info == 0, corner, torch.nan).tril_()
-    return torch.cat([corner, rows[k:] @ _inverse(corner).T])
+    inverse = torch.linalg.solve_triangular(corner, torch.eye(k, device=rows.device), upper=False)
+    return torch.cat([corner, rows[k:] @ inverse.T])
 
 
 def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:

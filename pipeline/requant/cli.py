@@ -115,7 +115,7 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
         prepared = prepare.prepare(wanted)
         need, free = prepare.check_disk(prepared, where)
         device = pick_device(wanted.device)
-    _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize))
+    _print_check(prepared, need, free, resonance.predict(prepared.merge, prepared.quantize, device))
     sys.stdout.flush()
     print(f"trying one block on {device} for time and memory ...", file=sys.stderr, flush=True)
     with quiet():

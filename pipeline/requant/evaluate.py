@@ -167,17 +167,17 @@ class _Work:
 
     def streams(self, name: str, sets: Sequence[EvalSet]) -> bool:
         """Whether a variant is scored block by block."""
-        if self.stream == "never" or not streamed.possible(name, self.places):
-            return False
-        if self.stream == "always" or (name in ("base", "adapter") and not self.places.live):
-            return True
         tokens = self.batch * max((s.window for s in sets), default=1)
-        device, item = self.scores.device, self.scores.dtype.itemsize
-        need = Size.of(name, self.places).resident(item, tokens, CHUNK_LOGITS[device.type])
-        free = free_bytes(device)
-        if need > USABLE * free:
-            log.info("%s takes %.1f GB whole, %.1f GB are free: block by block", name, need / 1e9, free / 1e9)
-        return need > USABLE * free
+        size = partial(Size.of, name, self.places)
+        return streams(
+            name,
+            self.places,
+            size,
+            stream=self.stream,
+            device=self.scores.device,
+            dtype=self.scores.dtype,
+            tokens=tokens,
+        )
 
     def variant(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> None:
         """Score one variant on its sets and ask it, in one way or, when memory runs out, the other."""
@@ -260,6 +260,21 @@ class _Work:
     def _note(self, text: str) -> None:
         log.warning("%s", text)
         self.notes.append(text)
+
+
+def streams(
+    name: str, places: variants.Places, size: Callable[[], Size], *, stream: Stream, device: torch.device, dtype: torch.dtype,
+    tokens: int,
+) -> bool:  # fmt: skip
+    """Whether a variant is scored block by block: asked for, needed or impossible. tokens: of a batch. size: what to compare."""
+    if stream == "never" or not streamed.possible(name, places):
+        return False
+    if stream == "always" or (name in ("base", "adapter") and not places.live):
+        return True
+    need, free = size().resident(dtype.itemsize, tokens, CHUNK_LOGITS[device.type]), free_bytes(device)
+    if need > USABLE * free:
+        log.info("%s takes %.1f GB whole, %.1f GB are free: block by block", name, need / 1e9, free / 1e9)
+    return need > USABLE * free
 
 
 Tell = Callable[[int, str], None]

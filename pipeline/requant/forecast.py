@@ -22,12 +22,12 @@ import torch
 
 from requant import facts, merge, nf4, skeleton
 from requant.deltas import deltas
-from requant.evaluate import REFERENCE
+from requant.evaluate import REFERENCE, free_memory, streams
 from requant.fit import BUSY, USABLE, free_bytes, product_rate
 from requant.prepare import Prepared
 from requant.quantize import TOKENS
 from requant.rehearse import Cost, Rehearsal, cost_of
-from requant.sizes import CHUNK_LOGITS, PACKED, Size
+from requant.sizes import PACKED, Size
 from requant.variants import Places
 
 if TYPE_CHECKING:
@@ -122,18 +122,18 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
     read = scored.reading * (size.total - size.outside) * (2 if device.type == "cpu" else 0)
-    seconds = (parts.one.seconds + rest.seconds) * like + read + scored.check + 4 * scored.build
+    checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
+    free_memory(device)
+    there, here = (checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu")))
+    seconds = (parts.one.seconds + rest.seconds) * like + read + scored.check(there > 0) + 4 * scored.build
     item = 4 if device.type == "cpu" else 2
     states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
     working += int(rest.bytes + states) if parts.waits else 0
-    checked = 4 * (
-        size.total + size.vocabulary * (size.width + 4 * TEXT)
-    )  # the last check's model, what it reads, its logits
-    checked = checked if checked < free_bytes(torch.device("cpu")) else 0
     if device.type == "cpu":
-        return Need("quantize", seconds, started + max(working, checked))
-    return Need("quantize", seconds, started + max(0 if parts.waits else int(states), checked), working)
+        return Need("quantize", seconds, started + max(working, here))
+    waiting = 0 if parts.waits else int(states)
+    return Need("quantize", seconds, started + max(waiting, 0 if there else here), max(working, there))
 
 
 class _Scoring:
@@ -154,17 +154,17 @@ class _Scoring:
         if self.device.type == "cuda":
             self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
 
-    @property
-    def check(self) -> float:
-        """Seconds of the last check of a written checkpoint, which is done on the CPU: a text in fp32, every weight decoded."""
-        reading, decoding = self.on_host
-        text = self.token * SAMPLE / 8
-        if self.device.type == "cuda":
+    def check(self, there: bool) -> float:
+        """Seconds of the last check of a written checkpoint: a text in fp32, every weight decoded. there: on the device."""
+        text, (reading, decoding) = self.token * SAMPLE / 8, (self.reading, self.decoding)
+        if self.device.type == "cuda" and not there:
             text = 2.0 * self.size.total * TEXT / (BUSY["cpu"] * product_rate(torch.device("cpu")))
+            reading, decoding = self.on_host
         return text + (reading + 2 * decoding) * self.size.total
 
     def need(self, started: int) -> Need:
         """All variants, one after another."""
+        free_memory(self.device)
         seconds, worst = 0.0, 0
         for name in self.p.variants:
             size = self._size(name)
@@ -172,9 +172,8 @@ class _Scoring:
             worst = max(worst, self._bytes(name, size))
         if self.device.type == "cpu":
             return Need("evaluate", seconds, started + worst)
-        loaded = (
-            4 * self.size.block if self._streams(self.size) else 2 * self.size.total
-        )  # by transformers, on the host
+        whole = not self._streams("merged", self.size)
+        loaded = 2 * self.size.total if whole else 4 * self.size.block  # by transformers, on the host
         return Need("evaluate", seconds, started + loaded, worst)
 
     def _seconds(self, name: str, size: Size) -> float:
@@ -190,13 +189,13 @@ class _Scoring:
         if not size.packed:
             return load + tokens * per_token + heads
         extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
-        times = 1 if self._streams(size) else _forwards(self.p.sets, self.batch)
+        times = 1 if self._streams(name, size) else _forwards(self.p.sets, self.batch)
         return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
     def _bytes(self, name: str, size: Size) -> int:
         forward = self.parts.forward.bytes * self.batch // self.rows
         item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
-        if self._streams(size):
+        if self._streams(name, size):
             ahead = 2 if self.device.type == "cuda" else 1
             states = sum(len(w.ids) for s in self.p.sets for w in s.windows) * size.width * item
             return int((size.block * ahead + size.outside) * item + size.adapter + states + work)
@@ -204,11 +203,12 @@ class _Scoring:
         mapped = 2 * size.total if name == "merged" and self.device.type == "cpu" else 0  # its file, while it is cast
         return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
 
-    def _streams(self, size: Size) -> bool:
-        tokens, device = self.batch * max(s.window for s in self.p.sets), self.device
-        need = size.resident(self.dtype.itemsize, tokens, CHUNK_LOGITS[device.type])
-        asked = self.p.recipe.evaluate.stream
-        return asked == "always" or (asked == "auto" and need > USABLE * free_bytes(device))
+    def _streams(self, name: str, size: Size) -> bool:
+        tokens = self.batch * max(s.window for s in self.p.sets)
+        return streams(
+            name, self.places, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
+            tokens=tokens,
+        )  # fmt: skip
 
     def _size(self, name: str) -> Size:
         """Of a variant, before its files are there."""

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from requant import cholesky, kernels
+from requant import kernels
 from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
 
 Order = Literal["natural", "activation", "group"]
@@ -170,7 +170,7 @@ def correct(weight: Tensor, pulled: Tensor | None, factor: Factor, share: float)
     """
     if not share or pulled is None or factor.diagonal:
         return weight
-    pulled[factor.order] = cholesky.solve(factor.lower, pulled[factor.order])
+    pulled[factor.order] = torch.cholesky_solve(pulled[factor.order], factor.lower)
     return torch.add(weight, pulled.T, alpha=share)
 
 

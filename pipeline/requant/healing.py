@@ -85,6 +85,8 @@ def heal_stage(
         key=key, work=work, device=device, trust_remote_code=places.trust_remote_code,
         meta={"healer": [f"requant:{__version__}"]}, progress=progress,
     )  # fmt: skip
-    trust = places.trust_remote_code
-    proof = verify.demand(verify.verify(out, source=places.merged, deploy=asked.deploy, trust_remote_code=trust))
+    proof = verify.verify(
+        out, source=places.merged, deploy=asked.deploy, own=device, trust_remote_code=places.trust_remote_code
+    )
+    verify.demand(proof)
     return told | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}

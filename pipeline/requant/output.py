@@ -120,19 +120,19 @@ class Written(Output):
     def settle(self) -> None:
         if self.committed:
             self.committed.result()
+            self.outside.result()  # written before anything that was committed
 
     def close(self) -> None:
         self.settle()
-        self.outside.result()
+        self.outside.result()  # also of a model that another run has left with all its blocks
         self.writer.close()
 
     def _submit(self, work: Callable[..., None], *args: Any) -> None:
         self.writing.append(self.disk.submit(work, *args))
 
     def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
-        scales = solution.scales
         with self.beside.once(solved):
-            for suffix, tensor in pack.pack(solution.codes, scales.scale, scales.zero, solution.grid.bits).items():
+            for suffix, tensor in _packed(solution).items():
                 self.writer.write(f"{module}.{suffix}", tensor)
 
     def _write_rest(self, names: Sequence[str]) -> None:
@@ -140,3 +140,11 @@ class Written(Output):
         for name in names:
             if name in self.source:
                 self.writer.write(name, convert(name, self.source.read(name), self.slots[name].dtype))
+
+
+def _packed(solution: gptq.Solution) -> dict[str, Tensor]:
+    scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
+    try:
+        return pack.pack(solution.codes, scale, zero, bits)
+    except torch.OutOfMemoryError:  # what waits may have left no room
+        return pack.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)

@@ -31,7 +31,7 @@ from requant.ranks import ALONE, Ranks
 from requant.results import ModuleResult
 from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
-from requant.stages import Stage, find_stages, may_wait, pass_on, step
+from requant.stages import ROOM, ROOM_SHARED, Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
 
 __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
@@ -214,7 +214,8 @@ def quantize(
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     with Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output:
         own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
-        waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0)
+        room = ROOM if ranks.count == 1 else ROOM_SHARED
+        waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0, room)
         walk.shelf = Shelf(device, on_host=not ranks.every(waits))
         size = batch or max(1, TOKENS[device.type] // windows.shape[1])
         items = walk.embed(windows[own], size)

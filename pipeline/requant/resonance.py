@@ -29,6 +29,7 @@ from requant.merge import MergePlan, Op, compute
 from requant.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 BLOCKS, ROWS = 3, 192
 LIMIT = 0.95  # a grid that keeps less is worth a warning
 GROUPS = (32, 64, 128)
@@ -85,10 +86,10 @@ class Prediction:
         ]
 
 
-def predict(plan: MergePlan, layout: Plan) -> Prediction | None:
+def predict(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Prediction | None:
     """Sample the first, middle and last block that the adapter touches; None when no delta is quantized."""
     started = time.monotonic()
-    samples = list(draw(plan, layout))
+    samples = list(draw(plan, layout, device))
     if not any(bool(s.delta.any()) for s in samples):
         return None
     kept = retention(samples)
@@ -102,11 +103,11 @@ def predict(plan: MergePlan, layout: Plan) -> Prediction | None:
     return Prediction(grids, kept, delta / size, error / size, len(samples), blocks, others, seconds)
 
 
-def remembered(run: RunDirectory, key: str, plan: MergePlan, layout: Plan) -> dict[str, Any]:
+def remembered(run: RunDirectory, key: str, plan: MergePlan, layout: Plan, device: torch.device) -> dict[str, Any]:
     """{"prediction": facts or None}, made once for the `key` of a quantization; warnings go to the log."""
     known = run.result("resonance", key)
     if known is None:
-        predicted = predict(plan, layout)
+        predicted = predict(plan, layout, device)
         for warning in predicted.warnings() if predicted else []:
             log.warning("%s", warning)
         known = {"prediction": asdict(predicted) if predicted else None}
@@ -114,8 +115,8 @@ def remembered(run: RunDirectory, key: str, plan: MergePlan, layout: Plan) -> di
     return known
 
 
-def draw(plan: MergePlan, layout: Plan) -> Iterator[Sample]:
-    """Up to ROWS evenly spaced rows of every adapted module in BLOCKS evenly spaced blocks."""
+def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[Sample]:
+    """Up to ROWS evenly spaced rows of every adapted module in BLOCKS evenly spaced blocks, on `device`."""
     touched = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
     adapted = {m: touched[t] for m, t in layout.weights.items() if t in touched}
     blocks = list(dict.fromkeys(_block(m, layout.prefix) for m in adapted))
@@ -123,20 +124,21 @@ def draw(plan: MergePlan, layout: Plan) -> Iterator[Sample]:
     chosen = {blocks[round(i * last / max(1, BLOCKS - 1))] for i in range(BLOCKS)} if blocks else set()
     for module, op in adapted.items():
         if _block(module, layout.prefix) in chosen:
-            yield _rows(plan, module, op, layout.grids[module])
+            yield _rows(plan, module, op, layout.grids[module], device)
 
 
-def _rows(plan: MergePlan, module: str, op: Op, grid: Grid) -> Sample:
-    merged = compute(plan, op)[0].float()
+def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, device: torch.device) -> Sample:
+    merged = compute(plan, op, device)[0].to(device).float()  # some kinds are folded on the CPU
     merged = merged.T if op.conv1d else merged
     count = min(ROWS, merged.shape[0])
     which = torch.arange(count) * merged.shape[0] // count
-    return Sample(module, merged[which].contiguous(), of(plan, op).rows(which).dense(), grid)
+    delta = of(plan, op).rows(which).dense().to(device)
+    return Sample(module, merged[which.to(device)].contiguous(), delta, grid)
 
 
 def rounded(weight: Tensor, grid: Grid) -> Tensor:
     """Round to nearest on the grid's own scales, every input alike: fp32 [rows, n]."""
-    scales = find_scales(weight, torch.ones(weight.shape[1]), grid)
+    scales = find_scales(weight, torch.ones(weight.shape[1], device=weight.device), grid)
     return nearest(weight, scales, grid)
 
 
@@ -150,7 +152,7 @@ def retention(samples: Sequence[Sample]) -> dict[str, float]:
         square = (s.delta * s.delta).sum(dim=1, dtype=torch.float64)
         kept.append(square + (error * s.delta).sum(dim=1, dtype=torch.float64))
         whole.append(square)
-    return asdict(st.ratio(torch.cat(kept).numpy(), torch.cat(whole).numpy()))
+    return asdict(st.ratio(torch.cat(kept).cpu().numpy(), torch.cat(whole).cpu().numpy()))
 
 
 def _alternatives(samples: Sequence[Sample]) -> Iterator[tuple[Grid, list[Sample]]]:

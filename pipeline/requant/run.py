@@ -181,7 +181,7 @@ class Runner:
                 meta={"quantizer": [self._quantizer()]}, own=own,
             )  # fmt: skip
             proof = verify.verify(
-                out, source=self.dir.path / "merged", deploy=self.recipe.deploy,
+                out, source=self.dir.path / "merged", deploy=self.recipe.deploy, own=self.device,
                 trust_remote_code=self.recipe.trust_remote_code,
             )  # fmt: skip
             verify.demand(proof)
@@ -220,7 +220,7 @@ class Runner:
         return result
 
     def _predicted(self) -> dict[str, Any]:
-        return remembered(self.dir, self.keys.quantize, self.p.merge, self.p.quantize)
+        return remembered(self.dir, self.keys.quantize, self.p.merge, self.p.quantize, self.device)
 
     def evaluate(self) -> None:
         """Scores of every variant on every set."""

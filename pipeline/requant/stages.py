@@ -18,7 +18,8 @@ from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
 from requant.linears import split_experts, unfollow
 
-ROOM = 0.85  # of a GPU's free memory that waiting batches may take
+ROOM = 0.85  # of a GPU's free memory that waiting batches may take by our guess
+ROOM_SHARED = 0.6  # the same where several ranks work together: none can do with less while the others wait for it
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
 
@@ -193,18 +194,18 @@ def _held(
             handle.remove()
 
 
-def may_wait(walk: Walk, tokens: int, twice: float = 0.0) -> bool:
-    """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is room.
+def may_wait(walk: Walk, tokens: int, twice: float = 0.0, room: float = ROOM) -> bool:
+    """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is `room`.
 
     twice: the share of tokens that also runs unquantized. A third of the upper guess is taken: a linear's input and
-    output are not all alive at once (bench/speed.py). Where that is too little, out of memory is dealt with (`leaner`).
+    output are not all alive at once (bench/speed.py). Where that is too little, one rank alone begins again (`leaner`).
     """
     if walk.device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(walk.device)
     block = walk.blocks[0]
     guess = held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize)
-    return guess * (1 + twice) / 3 < free * ROOM
+    return guess * (1 + twice) / 3 < free * room
 
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:

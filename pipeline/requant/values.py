@@ -35,12 +35,12 @@ class Values:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(structure: Structure, source: Checkpoint | None = None) -> Values:
-    """Read and decode every linear whose headers are right, look at every other tensor for NaN and infinity."""
-    seen = Values()
+def check(structure: Structure, source: Checkpoint | None = None, device: torch.device | None = None) -> Values:
+    """Read and decode, on `device`, every linear whose headers are right, look at every other tensor for NaN and infinity."""
+    seen, device = Values(), device or torch.device("cpu")
     packed = {f"{stem}.{suffix}" for stem in structure.packed for suffix in pack.SUFFIXES}
     for stem, packing in structure.packed.items():
-        tensors = {s: structure.checkpoint.read(f"{stem}.{s}") for s in pack.SUFFIXES}
+        tensors = {s: structure.checkpoint.read(f"{stem}.{s}").to(device) for s in pack.SUFFIXES}
         wrong = list(_linear(stem, tensors, packing, structure.v2))
         seen.findings += wrong
         seen.linears += 1
@@ -68,7 +68,7 @@ def _linear(stem: str, tensors: dict[str, Tensor], packing: Packing, v2: bool) -
     size = packing.columns // groups
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         yield Finding(f"{stem}.g_idx", f"spans {int(g_idx.min())} to {int(g_idx.max())}, there are {groups} groups")
-    elif not packing.desc_act and not torch.equal(g_idx, torch.arange(packing.columns) // size):
+    elif not packing.desc_act and not torch.equal(g_idx, torch.arange(packing.columns, device=g_idx.device) // size):
         yield Finding(f"{stem}.g_idx", f"is not i // {size}, but desc_act is false: servers ignore it then")
     elif int(g_idx.bincount(minlength=groups).max()) > size:
         yield Finding(f"{stem}.g_idx", f"a group has more than {size} inputs")
@@ -110,7 +110,7 @@ def _decoded(
         seen.shifts[stem] = float(steps.mean())
         return
     wide = scale[:, g_idx]
-    weight = source.read(name).float()
+    weight = source.read(name).to(steps.device).float()
     weight = weight.T if stem in structure.turned else weight
     if weight.shape != steps.shape:
         seen.findings.append(Finding(name, f"shape {list(steps.shape)}, the source's is {list(weight.shape)}"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from requant.structure import Finding
 from requant_eval import served
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 PROMPT, NEW_TOKENS = 8, 8
 SPEED = {"prompt": 32, "new": 17, "batch": 1, "repeat": 1}  # what an engine's tokens per second are measured on
 SHOWN = 20
@@ -98,14 +99,15 @@ class Verification:
 def verify(
     path: Path, *, source: Path | None = None, text: str | None = None,
     load_in: Sequence[Engine] = (), deploy: Container[str] = (), engine_dtype: str | None = None,
-    device: torch.device | None = None, trust_remote_code: bool = False,
+    device: torch.device | None = None, own: torch.device | None = None, trust_remote_code: bool = False,
 ) -> Verification:  # fmt: skip
     """Check the checkpoint in `path`; what cannot be read at all is a finding too.
 
     source: the model that was quantized, to compare weights with. text: what is scored; default: for engines the run's
     own documents where the checkpoint is of a run, else a paragraph of ours. load_in: engines that must load it and give
     our perplexity; InputError when one is not installed. deploy: engines that must, if they are installed. engine_dtype:
-    theirs; default fp32 for transformers on a CPU, else the checkpoint's own.
+    theirs; default fp32 for transformers on a CPU, else the checkpoint's own. device: where engines run, the CPU by default.
+    own: where we decode and score; default: there too.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
@@ -118,15 +120,16 @@ def verify(
     except InputError as error:
         done.findings.append(_unreadable(path, error))
         return done
-    seen = values.check(found, Checkpoint(source) if source else None)
+    device = device or torch.device("cpu")
+    own = own or device
+    seen = _where_it_fits(own, lambda d: values.check(found, Checkpoint(source) if source else None, d))
     done.findings = [*found.findings, *seen.findings]
     _sizes(done, found, seen)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
-    device = device or torch.device("cpu")
     sample = Sample.kept(path) if load_in and text is None else None
-    ours = _run(done, found, sample, text, device, trust_remote_code)
+    ours = _where_it_fits(own, lambda d: _run(done, found, sample, text, d, trust_remote_code))
     if ours is not None:
         scored, nll = ours
         for engine in load_in:
@@ -199,6 +202,7 @@ def _run(
     """Generate and score with our own decoding in fp32; (the sample, -ln p of its tokens), or None where it cannot be."""
     path = found.checkpoint.path
     need = 4 * sum(p.numel() for p in found.model.parameters())
+    device = device if need < _free(device) else torch.device("cpu")
     room = _free(device)
     if need > room:
         done.skipped.append(
@@ -221,13 +225,32 @@ def _run(
     else:
         done.findings.append(Finding("model", "its logits hold NaN or infinity on the sample"))
     del model
-    gc.collect()
+    _release(device)
     return (replace(sample, rows=tuple(rows)), nll) if finite else None
+
+
+def _where_it_fits(device: torch.device, work: Callable[[torch.device], T]) -> T:
+    """What `work` gives on `device`, or on the CPU where memory runs out there."""
+    if device.type == "cuda":
+        try:
+            return work(device)
+        except torch.OutOfMemoryError:
+            pass  # outside of the handler: the failed work's memory goes with its frames
+        _release(device)
+    return work(torch.device("cpu"))
+
+
+def _release(device: torch.device) -> None:
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _free(device: torch.device) -> float:
     """Bytes that a model may take."""
     if device.type == "cuda":
+        _release(device)
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
