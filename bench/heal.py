@@ -25,12 +25,12 @@ from requant import blockwise, heal, student, teacher, trainer
 from requant.trainer import EndToEnd, Settings, Trainer
 
 
-class Pooled(torch.optim.Optimizer):
-    """Adam with one second moment for all scales of a row, or of a module: inside of it steps are as gradients are."""
+class ByRow(torch.optim.Optimizer):
+    """Adam with one second moment for all scales of a row: inside of it steps are as gradients are."""
 
-    def __init__(self, pupil: student.Student, lr: float, dims: tuple[int, ...], first: float = 0.9) -> None:
+    def __init__(self, pupil: student.Student, lr: float, first: float = 0.9) -> None:
         super().__init__([m.offset for m in pupil.movable], {"lr": lr})
-        self.pupil, self.dims, self.first, self.count = pupil, dims, first, 0
+        self.pupil, self.first, self.count = pupil, first, 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -41,9 +41,7 @@ class Pooled(torch.optim.Optimizer):
             mean = state.setdefault("mean", torch.zeros_like(moving.offset))
             mean.lerp_(moving.offset.grad, 1 - self.first)
             for name in moving.parts:
-                gradient = moving.view(moving.offset.grad, name)
-                dims = tuple(d for d in self.dims if d < gradient.ndim)
-                now = gradient.square().mean(dim=dims, keepdim=True)
+                now = moving.view(moving.offset.grad, name).square().mean(dim=-1, keepdim=True)
                 square = state.setdefault(name, torch.zeros_like(now)).lerp_(now, 0.001)
                 root = (square / (1 - 0.999**self.count)).sqrt().clamp_min(1e-12)
                 moving.view(moving.offset, name).sub_(rate * moving.view(mean, name) / root)
@@ -58,8 +56,7 @@ def adam(*betas: float) -> Optimizer:
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "slow": adam(0.97, 0.999),
-    "by row": lambda pupil, lr: Pooled(pupil, lr, (1,)),
-    "by module": lambda pupil, lr: Pooled(pupil, lr, (0, 1)),
+    "by row": ByRow,
 }
 
 # name: (changes of the default settings, shares of the two texts and of text that the merged model wrote, teacher)
@@ -83,9 +80,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "by row, lr 1e-2": ({"optimizer": "by row", "lr": 1e-2}, HALF, "merged"),
     "first moment 0.97": ({"optimizer": "slow"}, HALF, "merged"),
     "first moment 0.97, lr 1e-2": ({"optimizer": "slow", "lr": 1e-2}, HALF, "merged"),
-    "by module, lr 5e-3": ({"optimizer": "by module", "lr": 5e-3}, HALF, "merged"),
     "500 steps": ({"steps": 500}, HALF, "merged"),
-    "220 steps": ({"steps": 220}, HALF, "merged"),
 }
 
 

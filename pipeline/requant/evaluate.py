@@ -5,7 +5,6 @@ Finished scores and answers are kept and reused.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 from requant import canaries, streamed, variants
 from requant.canaries import Canaries
 from requant.errors import StageError
-from requant.fit import USABLE, free_bytes
+from requant.fit import USABLE, free_bytes, free_memory
 from requant.rundir import key_of
 from requant.sizes import CHUNK_LOGITS, Size
 
@@ -170,14 +169,8 @@ class _Work:
         tokens = self.batch * max((s.window for s in sets), default=1)
         size = partial(Size.of, name, self.places)
         return streams(
-            name,
-            self.places,
-            size,
-            stream=self.stream,
-            device=self.scores.device,
-            dtype=self.scores.dtype,
-            tokens=tokens,
-        )
+            name, self.places, size, stream=self.stream, device=self.scores.device, dtype=self.scores.dtype, tokens=tokens
+        )  # fmt: skip
 
     def variant(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> None:
         """Score one variant on its sets and ask it, in one way or, when memory runs out, the other."""
@@ -299,10 +292,3 @@ def _ask(scores: Scores, model: Any, file: Path, tell: Tell) -> None:
     """One variant's answers to all canaries, into its file."""
     assert scores.canaries is not None
     canaries.save(scores.canaries.ask(model, scores.device, lambda at, _: tell(at, "canaries")), file)
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -22,8 +22,8 @@ import torch
 
 from requant import facts, merge, nf4, skeleton
 from requant.deltas import deltas
-from requant.evaluate import REFERENCE, free_memory, streams
-from requant.fit import BUSY, USABLE, free_bytes, product_rate
+from requant.evaluate import REFERENCE, streams
+from requant.fit import BUSY, USABLE, free_bytes, free_memory, product_rate
 from requant.prepare import Prepared
 from requant.quantize import TOKENS
 from requant.rehearse import Cost, Rehearsal, cost_of

@@ -6,7 +6,6 @@ windows of the healing text: when nothing was gained it is the start, byte for b
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import shutil
@@ -22,7 +21,7 @@ from requant import blockwise, data, skeleton, student
 from requant.artifacts import write_json
 from requant.checkpoint import Checkpoint, read_json
 from requant.errors import InputError, StageError
-from requant.fit import Fit
+from requant.fit import Fit, free_memory
 from requant.teacher import Progress, Resident, Stored, Teacher, product_dtype, store
 from requant.trainer import Curve, EndToEnd, Settings, Trainer, thrifty
 
@@ -111,9 +110,7 @@ def _teacher(
         except StageError:
             file.unlink()  # of other settings
     store(Resident(make(), windows, device), file, digest=digest, batch=fit.micro, progress=progress)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
     return Stored(file, windows.shape[1], digest, device)
 
 

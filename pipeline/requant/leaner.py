@@ -5,7 +5,6 @@ First nothing waits inside a block any more and hidden states go to the host; th
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from requant.blocks import BlockInput, Walk
 from requant.errors import StageError
+from requant.fit import free_memory
 from requant.linears import unfollow
 from requant.shelf import Shelf
 from requant.stages import pass_on
@@ -32,9 +32,7 @@ class Lean:
 
         Raises StageError when there is nothing left to give up.
         """
-        gc.collect()
-        if self.walk.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.walk.device)
         where = f"{self.walk.prefix}.{index}: out of memory"
         largest = max(len(item.hidden) for item in items)
         if self.hold:

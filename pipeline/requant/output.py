@@ -91,9 +91,8 @@ class Written(Output):
         self.disk, self.beside = ThreadPoolExecutor(1), Beside()
         self.writing: list[Future[None]] = []
         self.committed: Future[None] | None = None
-        inside = {
-            n for names in plan.block_slots for n in names
-        }  # the rest is large: on its way while the first block is solved
+        # What lies outside of the blocks is large: it is on its way while the first block is solved.
+        inside = {n for names in plan.block_slots for n in names}
         self.outside = self.disk.submit(self._write_rest, [n for n in self.slots if n not in inside])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Sample:
     merged: Tensor
     delta: Tensor
     grid: Grid
+
+    @cached_property
+    def error(self) -> Tensor:
+        """What rounding to nearest on the grid adds."""
+        return rounded(self.merged, self.grid) - self.merged
 
 
 @dataclass(frozen=True)
@@ -148,9 +154,8 @@ def retention(samples: Sequence[Sample]) -> dict[str, float]:
 
     kept, whole = [], []
     for s in samples:
-        error = rounded(s.merged, s.grid) - s.merged
         square = (s.delta * s.delta).sum(dim=1, dtype=torch.float64)
-        kept.append(square + (error * s.delta).sum(dim=1, dtype=torch.float64))
+        kept.append(square + (s.error * s.delta).sum(dim=1, dtype=torch.float64))
         whole.append(square)
     return asdict(st.ratio(torch.cat(kept).cpu().numpy(), torch.cat(whole).cpu().numpy()))
 
@@ -176,8 +181,7 @@ def _block(module: str, prefix: str) -> str:
 
 
 def _norms(s: Sample) -> tuple[float, float, float]:
-    error = rounded(s.merged, s.grid) - s.merged
-    return float(s.merged.norm()), float(s.delta.norm()), float(error.norm())
+    return float(s.merged.norm()), float(s.delta.norm()), float(s.error.norm())
 
 
 def _norm(parts: Sequence[float]) -> float:

@@ -5,7 +5,6 @@ What is wrong is collected, not raised: a `Verification` says everything that wa
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -21,6 +20,7 @@ from requant.artifacts import write_json
 from requant.checkpoint import Checkpoint, read_json
 from requant.engines import Answer, Engine
 from requant.errors import InputError, StageError
+from requant.fit import free_memory
 from requant.rundir import MANIFEST, MARKER
 from requant.sample import Sample
 from requant.structure import Finding
@@ -202,8 +202,10 @@ def _run(
     """Generate and score with our own decoding in fp32; (the sample, -ln p of its tokens), or None where it cannot be."""
     path = found.checkpoint.path
     need = 4 * sum(p.numel() for p in found.model.parameters())
-    device = device if need < _free(device) else torch.device("cpu")
     room = _free(device)
+    if need > room and device.type == "cuda":
+        device = torch.device("cpu")
+        room = _free(device)
     if need > room:
         done.skipped.append(
             f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
@@ -225,7 +227,7 @@ def _run(
     else:
         done.findings.append(Finding("model", "its logits hold NaN or infinity on the sample"))
     del model
-    _release(device)
+    free_memory(device)
     return (replace(sample, rows=tuple(rows)), nll) if finite else None
 
 
@@ -236,21 +238,14 @@ def _where_it_fits(device: torch.device, work: Callable[[torch.device], T]) -> T
             return work(device)
         except torch.OutOfMemoryError:
             pass  # outside of the handler: the failed work's memory goes with its frames
-        _release(device)
+        free_memory(device)
     return work(torch.device("cpu"))
-
-
-def _release(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _free(device: torch.device) -> float:
     """Bytes that a model may take."""
     if device.type == "cuda":
-        _release(device)
+        free_memory(device)
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
