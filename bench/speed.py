@@ -41,7 +41,7 @@ SHAPES = {  # hidden, intermediate, heads, key-value heads, vocabulary, layers o
 PHASES = {  # function of ours -> phase
     ("hessian", "gather"): "forward + hessian", ("hessian", "add_to_hessian"): "hessian", ("hessian", "add_drift"): "drift",
     ("gptq", "factorize"): "factor", ("gptq", "find_scales"): "scale search", ("gptq", "solve"): "column loop",
-    ("gptq", "refine"): "sweeps", ("gptq", "correct"): "correction", ("gptq", "row_errors"): "losses",
+    ("gptq", "refine"): "sweeps", ("correction", "moved"): "correction", ("gptq", "row_errors"): "losses",
     ("pack", "pack"): "pack",
     ("ranks", "pool"): "sums of all ranks", ("ranks", "gather"): "rows of all ranks",
 }  # fmt: skip
@@ -96,6 +96,9 @@ def windows(args: argparse.Namespace) -> Any:
     return torch.randint(0, vocab, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
 
 
+CLASSES = {"ranks": "Several", "correction": "Correction"}  # whose methods these are
+
+
 class Phases:
     """Device time spent in our functions, by events on the stream: nothing waits while it runs."""
 
@@ -103,6 +106,7 @@ class Phases:
         self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def watch(self) -> None:
+        import requant.correction
         import requant.gptq
         import requant.hessian
         import requant.pack
@@ -110,7 +114,7 @@ class Phases:
 
         for (module, name), phase in PHASES.items():
             holder: Any = getattr(requant, module)
-            holder = holder.Several if module == "ranks" else holder
+            holder = getattr(holder, CLASSES[module]) if module in CLASSES else holder
             original = getattr(holder, name)
             wrapped = self._wrapped(original, phase)
             setattr(holder, name, wrapped)

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "shelf": set(),
     "grid": {"kernels"},
     "gptq": {"grid", "kernels"},
+    "correction": {"gptq"},
     "pack": set(),
     "survival": set(),
     "results": set(),
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "ranks": {"cholesky"},
     "crew": {"progress", "ranks"},
     "output": {"checkpoint", "gptq", "layout", "pack", "writer"},
-    "solving": {"gptq", "grid", "hessian", "kernels", "layout", "ranks"},
+    "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
     "quantize": {
         "blocks",
         "checkpoint",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -382,19 +381,3 @@ def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest
     monkeypatch.setattr(gptq, "BLOCK", 48)
     other = refined(weight, codes[0], hessian, scales, grid, 1)
     assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently
-
-
-def test_corrected_weights_are_the_least_squares_answer() -> None:
-    """Without damping: the weight that maps the inputs as they are to the outputs as they were."""
-    torch.manual_seed(0)
-    before = torch.randn(400, 24)
-    now = before + 0.1 * torch.randn(400, 24)
-    weight = torch.randn(8, 24)
-    drift = (before - now).T @ now
-    exact = torch.linalg.lstsq(now.double(), (before @ weight.T).double()).solution.T
-    factor = gptq.factorize(now.T @ now, torch.randperm(24), 0.0)
-    ours = gptq.correct(weight, (weight @ drift).T.contiguous(), factor, 1.0)
-    assert torch.allclose(ours.double(), exact, atol=1e-4)
-    assert torch.equal(gptq.correct(weight, torch.zeros(24, 8), factor, 1.0), weight)
-    assert gptq.correct(weight, None, factor, 1.0) is weight
-    assert torch.equal(gptq.correct(weight, (weight @ drift).T, replace(factor, diagonal=True), 1.0), weight)

@@ -27,6 +27,7 @@ Order = Literal["natural", "activation", "group"]
 Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_DAMP = 0.64
 BLOCK = 128
+OUTER = {"cpu": 128, "cuda": 512}  # columns for which the feedback of all others is one product, whole blocks
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
 
 
@@ -94,33 +95,36 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     pivots = factor.lower.diagonal()
     codes = torch.empty_like(error, dtype=torch.uint8)
-    for stop in range(n, 0, -BLOCK):
-        start = max(0, stop - BLOCK)
-        here = slice(start, stop)
-        target = error[here]
-        if stop < n:
-            target = torch.addmm(target, (factor.lower[stop:, here] / pivots[here]).T, error[stop:])
-        feedback = (factor.lower[here, here] / pivots[here]).tril_(-1)
-        block = kernels.Block(scale[group[here]], zero[group[here]], grid.levels, error[here], codes[here])
-        loop = kernels.round_columns if kernels.usable(weight) else _round_columns
-        loop(target.clone() if stop == n else target, feedback, block)
-    out_error, out_codes = torch.empty_like(error), torch.empty_like(codes)
-    out_error[factor.order], out_codes[factor.order] = error, codes
-    return out_codes, out_error
+    fused = kernels.usable(weight)
+    loop = kernels.round_columns if fused else _round_columns
+    for outer in reversed(_cut(n, OUTER[weight.device.type])):
+        unit = factor.lower[outer.start :, outer] / pivots[outer]  # these columns of L
+        unit = unit.contiguous() if fused else unit  # torch's factor lies columns first
+        width = outer.stop - outer.start
+        wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
+        for here in reversed(_cut(width, BLOCK)):
+            target, feedback = wide[here], unit[here, here]
+            if here.stop < width:
+                target.addmm_(unit[here.stop : width, here].T, error[outer.start + here.stop : outer.stop])
+            own = slice(outer.start + here.start, outer.start + here.stop)
+            loop(target, feedback, kernels.Block(scale, zero, group[own], grid.levels, error[own], codes[own]))
+    back = torch.argsort(factor.order)
+    return codes.index_select(0, back), error.index_select(0, back)
 
 
 def _round_columns(target: Tensor, feedback: Tensor, block: kernels.Block) -> None:
-    """Round the columns of one block, last first. target: [k, rows]. feedback: [k, k], strictly lower. block.error: the weight."""
-    low, high = -block.zero, block.levels - 1 - block.zero
+    """Round the columns of one block, last first. target: [k, rows]. feedback: [k, k], of L. block.error: the weight."""
+    scale, zero = block.scale[block.group], block.zero[block.group]
+    low, high = -zero, block.levels - 1 - zero
     backwards = feedback.T.contiguous()
     code = torch.empty_like(target[0])
     for j in range(len(target) - 1, -1, -1):
         wanted = torch.addmv(target[j], block.error[j + 1 :].T, backwards[j, j + 1 :])
-        torch.div(wanted, block.scale[j], out=code)
+        torch.div(wanted, scale[j], out=code)
         code.round_()
         torch.clamp(code, low[j], high[j], out=code)
-        block.error[j].addcmul_(code, block.scale[j], value=-1)
-        block.codes[j] = code.add_(block.zero[j])
+        block.error[j].addcmul_(code, scale[j], value=-1)
+        block.codes[j] = code.add_(zero[j])
 
 
 def refine(
@@ -136,42 +140,39 @@ def refine(
     group = torch.arange(n, device=codes.device) // (n // scales.scale.shape[1])
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     sweep = kernels.sweep_columns if kernels.usable(error) else _sweep_columns
-    for start in [s for _ in range(sweeps) for s in range(0, n, BLOCK)]:
-        here = slice(start, min(start + BLOCK, n))
-        block = kernels.Block(scale[group[here]], zero[group[here]], grid.levels, error[here], codes[here])
-        pull = torch.addmm(block.error, hessian[here], error, beta=ridge)  # (E H)', these columns
-        inside = hessian[here, here].clone(memory_format=torch.contiguous_format)
-        inside.diagonal().add_(ridge)
-        sweep(pull, inside, block)
+    inverse = 1 / (hessian.diagonal() + ridge)
+    for outer in _cut(n, OUTER[codes.device.type]) * sweeps:
+        wide = torch.addmm(error[outer], hessian[outer], error, beta=ridge)  # (E H)', these columns
+        for part in _cut(outer.stop - outer.start, BLOCK):
+            here, pull = slice(outer.start + part.start, outer.start + part.stop), wide[part]
+            if part.start:
+                pull.addmm_(hessian[here, outer.start : here.start], wide[: part.start])
+            block = kernels.Block(scale, zero, group[here], grid.levels, error[here], codes[here])
+            sweep(pull, hessian[here, here], inverse[here], block)
 
 
-def _sweep_columns(pull: Tensor, inside: Tensor, block: kernels.Block) -> None:
-    """Set each column of one block to its best code. pull: [k, rows]. inside: [k, k] of the Hessian."""
-    low, high = -block.zero, block.levels - 1 - block.zero
-    level = block.codes.float().sub_(block.zero)
-    moved = torch.empty_like(pull)
-    for j, inverse in enumerate((1 / inside.diagonal()).tolist()):
+def _sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: kernels.Block) -> None:
+    """Set each column of one block to its best code. inside: [k, k] of the Hessian. inverse: [k], of its damped diagonal.
+
+    pull: [k, rows], in its place comes by how much each error has grown.
+    """
+    scale, zero = block.scale[block.group], block.zero[block.group]
+    low, high = -zero, block.levels - 1 - zero
+    level = block.codes.float().sub_(zero)
+    moved = pull  # a column's pull is used up before its move is known
+    for j, step in enumerate(inverse.tolist()):
         wanted = torch.addmv(pull[j], moved[:j].T, inside[j, :j])
-        best = torch.addcdiv(level[j], wanted, block.scale[j], value=inverse).round_()
+        best = torch.addcdiv(level[j], wanted, scale[j], value=step).round_()
         best = torch.clamp(best, low[j], high[j])
-        torch.mul(level[j].sub_(best), block.scale[j], out=moved[j])
+        torch.mul(level[j].sub_(best), scale[j], out=moved[j])
         level[j] = best
     block.error.add_(moved)
-    block.codes.copy_(level.add_(block.zero))
+    block.codes.copy_(level.add_(zero))
 
 
-def correct(weight: Tensor, pulled: Tensor | None, factor: Factor, share: float) -> Tensor:
-    """The weight whose output on the inputs as they are comes closest to the original's on the inputs as they were.
-
-    weight: fp32 [rows, n]. pulled: fp32 [n, rows], (weight @ drift)' with drift = (X0 - X)' X, X the inputs after earlier
-    layers were quantized and X0 those before, in the measure of the Hessian X' X that `factor` is of; None for no drift.
-    It is used up. Returns W + share * W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et
-    al., GPTAQ (arXiv:2504.02692).
-    """
-    if not share or pulled is None or factor.diagonal:
-        return weight
-    pulled[factor.order] = torch.cholesky_solve(pulled[factor.order], factor.lower)
-    return torch.add(weight, pulled.T, alpha=share)
+def _cut(stop: int, size: int) -> list[slice]:
+    """Up to stop in pieces of `size`, the last one shorter."""
+    return [slice(s, min(s + size, stop)) for s in range(0, stop, size)]
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ try:
 except ImportError:  # torch for the CPU comes without it
     triton = None
 
-ROWS = 16  # rows of a weight for each program: a block of 128 columns then fits the registers of one warp
+ROWS = 16  # rows of a weight for each program, one warp
+PART = 16  # columns of a block that a program holds in registers; those before reach them by one product
 GROUPS = 16
 
 
@@ -51,34 +52,40 @@ def _products(precision: str) -> Iterator[None]:
 class Block:
     """Some columns of a weight while their codes are chosen, columns first.
 
-    scale, zero: fp32 [k, rows]. error: fp32 [k, rows], W - Q. codes: uint8 [k, rows]. Both are written in place.
+    scale, zero: fp32 [groups, rows]. group: int64 [k], of each column. error: fp32 [k, rows], W - Q, and codes: uint8
+    [k, rows], are written in place. All are contiguous.
     """
 
     scale: Tensor
     zero: Tensor
+    group: Tensor
     levels: int
     error: Tensor
     codes: Tensor
 
 
 def round_columns(target: Tensor, feedback: Tensor, block: Block) -> None:
-    """Round the columns of one block, last first. target: fp32 [k, rows]. feedback: [k, k], strictly lower.
+    """Round the columns of one block, last first. feedback: [k, k], below its diagonal L's; its rows are contiguous.
 
-    block.error holds the weight's columns and takes their errors.
+    target: fp32 [k, rows], contiguous, used up. block.error holds the weight's columns and takes their errors.
     """
     count, rows = target.shape
     _round_columns[(triton.cdiv(rows, ROWS),)](
-        target, feedback.contiguous(), block.scale, block.zero, block.error, block.codes,
-        rows, block.levels, COUNT=count, K=triton.next_power_of_2(count), ROWS=ROWS, num_warps=1,
+        target, feedback, block.scale, block.zero, block.group, block.error, block.codes,
+        rows, feedback.stride(0), block.levels, COUNT=count, PART=PART, ROWS=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
-def sweep_columns(pull: Tensor, inside: Tensor, block: Block) -> None:
-    """Set each column of one block to its best code, first to last. pull: fp32 [k, rows]. inside: [k, k] of the Hessian."""
+def sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: Block) -> None:
+    """Set each column of one block to its best code, first to last. inside: [k, k] of the Hessian, its rows contiguous.
+
+    inverse: fp32 [k], of the damped diagonal.
+    pull: fp32 [k, rows], contiguous; in its place comes by how much each error has grown.
+    """
     count, rows = pull.shape
     _sweep_columns[(triton.cdiv(rows, ROWS),)](
-        pull, inside, (1 / inside.diagonal()).contiguous(), block.scale, block.zero, block.error, block.codes,
-        rows, block.levels, COUNT=count, K=triton.next_power_of_2(count), ROWS=ROWS, num_warps=1,
+        pull, inside, inverse, block.scale, block.zero, block.group, block.error, block.codes,
+        rows, inside.stride(0), block.levels, COUNT=count, PART=PART, ROWS=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -117,68 +124,108 @@ if triton is not None:
         return bits.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _round_columns(
-        target_ptr, feedback_ptr, scale_ptr, zero_ptr, error_ptr, codes_ptr, rows, levels,
-        COUNT: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    def _coupled(
+        tile_ptr, moved_ptr, coupling_ptr, mine, row, rows, stride, start, stop, COUNT: tl.constexpr, PART: tl.constexpr
     ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        real = row < rows
-        k = tl.arange(0, K)
-        at = k[:, None] * rows.to(tl.int64) + row[None, :]
-        tile = tl.load(target_ptr + at, mask=real[None, :] & (k < COUNT)[:, None], other=0.0)
-        last = (COUNT - 1) * rows.to(tl.int64) + row
-        scale = tl.load(scale_ptr + last, mask=real, other=1.0)
-        zero = tl.load(zero_ptr + last, mask=real, other=0.0)
-        weight = tl.load(error_ptr + last, mask=real, other=0.0)
-        for step in range(COUNT):
-            j = COUNT - 1 - step
-            here = j * rows.to(tl.int64) + row
-            before = tl.maximum(j - 1, 0) * rows.to(tl.int64) + row  # the next column's numbers travel meanwhile
-            scale_next = tl.load(scale_ptr + before, mask=real, other=1.0)
-            zero_next = tl.load(zero_ptr + before, mask=real, other=0.0)
-            weight_next = tl.load(error_ptr + before, mask=real, other=0.0)
-            backwards = tl.load(feedback_ptr + j * COUNT + k, mask=k < COUNT, other=0.0)
-            wanted = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
-            code = _nearest(tl.div_rn(wanted, scale))
-            code = tl.minimum(tl.maximum(code, -zero), levels - 1 - zero)
-            error = weight - code * scale
-            tl.store(error_ptr + here, error, mask=real)
-            tl.store(codes_ptr + here, (code + zero).to(tl.uint8), mask=real)
-            tile += backwards[:, None] * error[None, :]
-            scale, zero, weight = scale_next, zero_next, weight_next
+        """The columns `mine` of a block, [PART, rows] at tile_ptr, with what those of parts start to stop have moved."""
+        wide = rows.to(tl.int64)
+        own, real = (mine < COUNT)[:, None], (row < rows)[None, :]
+        at = mine[:, None] * wide + row[None, :]
+        tile = tl.load(tile_ptr + at, mask=own & real, other=0.0)
+        for part in range(start, stop):
+            other = part * PART + tl.arange(0, PART)
+            known = (other < COUNT)[:, None] & real
+            moved = tl.load(moved_ptr + other[:, None] * wide + row[None, :], mask=known, other=0.0)
+            coupled = own & (other < COUNT)[None, :]
+            coupling = tl.load(coupling_ptr + other[None, :] * stride + mine[:, None], mask=coupled, other=0.0)
+            tile += tl.dot(coupling, moved, input_precision="tf32x3")
+        tl.store(tile_ptr + at, tile, mask=own & real)
+        tl.debug_barrier()  # and back, a column's rows beside each other: no lane then asks another for anything
+        return tl.load(tile_ptr + at, mask=own & real, other=0.0)
 
-    @triton.jit
-    def _sweep_columns(
-        pull_ptr, inside_ptr, inverse_ptr, scale_ptr, zero_ptr, error_ptr, codes_ptr, rows, levels,
-        COUNT: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    @triton.jit(do_not_specialize=["rows"])  # known multiples of 16 give each lane 4 rows and a share of the columns
+    def _round_columns(
+        target_ptr, feedback_ptr, scale_ptr, zero_ptr, group_ptr, error_ptr, codes_ptr, rows, stride, levels,
+        COUNT: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
+        wide = rows.to(tl.int64)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = row < rows
-        k = tl.arange(0, K)
-        at = k[:, None] * rows.to(tl.int64) + row[None, :]
-        tile = tl.load(pull_ptr + at, mask=real[None, :] & (k < COUNT)[:, None], other=0.0)
-        scale = tl.load(scale_ptr + row, mask=real, other=1.0)
-        zero = tl.load(zero_ptr + row, mask=real, other=0.0)
+        k = tl.arange(0, PART)
+        parts: tl.constexpr = (COUNT + PART - 1) // PART
+        at = tl.load(group_ptr + COUNT - 1) * wide + row  # a column's numbers travel while the one before it is rounded
+        scale, zero = tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(zero_ptr + at, mask=real, other=0.0)
+        weight = tl.load(error_ptr + (COUNT - 1) * wide + row, mask=real, other=0.0)
+        group = tl.load(group_ptr + max(COUNT - 2, 0))
+        for step in range(parts):
+            first = (parts - 1 - step) * PART
+            mine = first + k
+            tile = _coupled(
+                target_ptr, error_ptr, feedback_ptr, mine, row, rows, stride, parts - step, parts, COUNT, PART
+            )
+            count = tl.minimum(PART, COUNT - first)
+            backwards = tl.load(feedback_ptr + (first + count - 1) * stride + mine, mask=mine < COUNT, other=0.0)
+            for i in range(count):
+                j = first + count - 1 - i
+                here, next_one = j * wide + row, tl.maximum(j - 1, 0)
+                at = group * wide + row
+                scale_next = tl.load(scale_ptr + at, mask=real, other=1.0)
+                zero_next = tl.load(zero_ptr + at, mask=real, other=0.0)
+                weight_next = tl.load(error_ptr + next_one * wide + row, mask=real, other=0.0)
+                backwards_next = tl.load(feedback_ptr + next_one * stride + mine, mask=mine < COUNT, other=0.0)
+                group = tl.load(group_ptr + tl.maximum(j - 2, 0))
+                wanted = tl.sum(tl.where((mine == j)[:, None], tile, 0.0), axis=0)
+                code = _nearest(tl.div_rn(wanted, scale))
+                code = tl.minimum(tl.maximum(code, -zero), levels - 1 - zero)
+                error = weight - code * scale
+                tl.store(error_ptr + here, error, mask=real)
+                tl.store(codes_ptr + here, (code + zero).to(tl.uint8), mask=real)
+                tile += backwards[:, None] * error[None, :]
+                scale, zero, weight, backwards = scale_next, zero_next, weight_next, backwards_next
+            tl.debug_barrier()  # the errors are read again, by other lanes
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _sweep_columns(
+        pull_ptr, inside_ptr, inverse_ptr, scale_ptr, zero_ptr, group_ptr, error_ptr, codes_ptr, rows, stride, levels,
+        COUNT: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        wide = rows.to(tl.int64)
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        real = row < rows
+        k = tl.arange(0, PART)
+        at = tl.load(group_ptr) * wide + row
+        scale, zero = tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(zero_ptr + at, mask=real, other=0.0)
         code = tl.load(codes_ptr + row, mask=real, other=0)
         error = tl.load(error_ptr + row, mask=real, other=0.0)
-        for j in range(COUNT):
-            here = j * rows.to(tl.int64) + row
-            after = tl.minimum(j + 1, COUNT - 1) * rows.to(tl.int64) + row
-            scale_next = tl.load(scale_ptr + after, mask=real, other=1.0)
-            zero_next = tl.load(zero_ptr + after, mask=real, other=0.0)
-            code_next = tl.load(codes_ptr + after, mask=real, other=0)
-            error_next = tl.load(error_ptr + after, mask=real, other=0.0)
-            column = tl.load(inside_ptr + j * COUNT + k, mask=k < COUNT, other=0.0)
-            inverse = tl.load(inverse_ptr + j)
-            wanted = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
-            level = code.to(tl.float32) - zero
-            best = _nearest(level + tl.div_rn(wanted * inverse, scale))
-            best = tl.minimum(tl.maximum(best, -zero), levels - 1 - zero)
-            moved = (level - best) * scale
-            tl.store(error_ptr + here, error + moved, mask=real)
-            tl.store(codes_ptr + here, (best + zero).to(tl.uint8), mask=real)
-            tile += column[:, None] * moved[None, :]
-            scale, zero, code, error = scale_next, zero_next, code_next, error_next
+        group = tl.load(group_ptr + min(1, COUNT - 1))
+        for part in range((COUNT + PART - 1) // PART):
+            first = part * PART
+            mine = first + k
+            tile = _coupled(pull_ptr, pull_ptr, inside_ptr, mine, row, rows, stride, 0, part, COUNT, PART)
+            column = tl.load(inside_ptr + first * stride + mine, mask=mine < COUNT, other=0.0)
+            inverse = tl.load(inverse_ptr + first)
+            for j in range(first, tl.minimum(first + PART, COUNT)):
+                here, next_one = j * wide + row, tl.minimum(j + 1, COUNT - 1)
+                at, after = group * wide + row, next_one * wide + row
+                scale_next = tl.load(scale_ptr + at, mask=real, other=1.0)
+                zero_next = tl.load(zero_ptr + at, mask=real, other=0.0)
+                code_next = tl.load(codes_ptr + after, mask=real, other=0)
+                error_next = tl.load(error_ptr + after, mask=real, other=0.0)
+                column_next = tl.load(inside_ptr + next_one * stride + mine, mask=mine < COUNT, other=0.0)
+                inverse_next = tl.load(inverse_ptr + next_one)
+                group = tl.load(group_ptr + tl.minimum(j + 2, COUNT - 1))
+                wanted = tl.sum(tl.where((mine == j)[:, None], tile, 0.0), axis=0)
+                level = code.to(tl.float32) - zero
+                best = _nearest(level + tl.div_rn(wanted * inverse, scale))
+                best = tl.minimum(tl.maximum(best, -zero), levels - 1 - zero)
+                moved = (level - best) * scale
+                tl.store(error_ptr + here, error + moved, mask=real)
+                tl.store(codes_ptr + here, (best + zero).to(tl.uint8), mask=real)
+                tl.store(pull_ptr + here, moved, mask=real)
+                tile += column[:, None] * moved[None, :]
+                scale, zero, code, error = scale_next, zero_next, code_next, error_next
+                column, inverse = column_next, inverse_next
+            tl.debug_barrier()  # the moves are read again, by other lanes
 
     @triton.jit
     def _loss(w, importance, low, high, shrink, levels, SYMMETRIC: tl.constexpr):

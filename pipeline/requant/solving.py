@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from requant import gptq, kernels
+from requant.correction import Correction
 from requant.errors import StageError
 from requant.grid import Grid, Scales
 from requant.hessian import Moments
@@ -47,16 +48,16 @@ def solve_stage(
         own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
         damp = _damp(settings, moments.tokens, len(moments.hessian))
         order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
-        pulled = {g: moments.drift.T @ w.T if moments.drift is not None else None for g, w in own.items()}
+        correction = Correction(moments.drift, list(own.values()))
         hessian = moments.hessian
-        del moments  # the drift and the halves are as large as the Hessian
+        del moments  # the halves, and the drift where it is used up, are as large as the Hessian
         factors: dict[tuple[str, int], gptq.Factor] = {}
-        for grid, names in like.items():
+        for position, (grid, names) in enumerate(like.items()):
             key = (order, grid.group_size if order == "group" else 0)
             if key not in factors:
                 columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
                 factors[key] = gptq.factorize(hessian, columns, damp, ranks.cholesky)
-            weight = gptq.correct(own.pop(grid), pulled.pop(grid), factors[key], settings.correct)
+            weight = correction.moved(position, own.pop(grid), factors[key], settings.correct)
             part = gptq.quantize_weight(weight, hessian, factors[key], grid, order=order, sweeps=settings.sweeps)
             sizes = [linears[n].out_features for n in names]
             solutions = gather(part, sum(sizes), ranks).split(sizes)

@@ -1,0 +1,46 @@
+"""Making up for earlier layers: weights whose outputs on the inputs as they are come closest to those before. Tensors only.
+
+With X the inputs after earlier layers were quantized, X0 those before and drift = (X0 - X)' X, the least squares answer
+in the measure of H = X' X is W + W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et al.,
+GPTAQ (arXiv:2504.02692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from requant.gptq import Factor
+
+
+class Correction:
+    """The moves of weights that share their input, solved for the rows of all or for the drift, whichever has less."""
+
+    def __init__(self, drift: Tensor | None, weights: Sequence[Tensor]) -> None:
+        """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each."""
+        many = drift is not None and sum(len(w) for w in weights) > len(drift)
+        self.drift = drift if many else None
+        self.pulled = [] if drift is None or many else [drift.T @ w.T for w in weights]  # then the drift is free to go
+        self.solved: tuple[Factor, Tensor] | None = None
+
+    def moved(self, position: int, weight: Tensor, factor: Factor, share: float) -> Tensor:
+        """W + share * W drift (H + damping)^-1, fp32 [rows, n], of the weight at `position`; once for each.
+
+        factor: of the Hessian. Where it is none (`diagonal`) the weight stays what it is.
+        """
+        if factor.diagonal or not share or (self.drift is None and not self.pulled):
+            return weight
+        if self.drift is None:
+            pulled, self.pulled[position] = self.pulled[position], torch.empty(0)
+            return torch.add(weight, _solved(pulled, factor).T, alpha=share)
+        if self.solved is None or self.solved[0] is not factor:
+            self.solved = (factor, _solved(self.drift.T, factor))
+        return torch.addmm(weight, weight, self.solved[1].T, alpha=share)
+
+
+def _solved(columns: Tensor, factor: Factor) -> Tensor:
+    """(H + damping)^-1 @ columns, fp32 [n, k]."""
+    solved = torch.cholesky_solve(columns[factor.order], factor.lower)
+    return solved.index_select(0, torch.argsort(factor.order))
