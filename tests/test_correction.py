@@ -7,8 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from requant import correction as correction_module
 from requant import gptq
 from requant.correction import Correction
+
+
+@pytest.fixture(autouse=True, params=[False, True])
+def by_drift(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(correction_module.BY_DRIFT, "cpu", request.param)
 
 
 @pytest.mark.parametrize("rows", [(8,), (20, 12), (30,)])  # fewer than the inputs, more in all, more

@@ -94,8 +94,8 @@ def test_identity_hessian_is_round_to_nearest(order: gptq.Order, grid: Grid) -> 
     assert torch.equal(looped(weight, factor, scales, grid), grid_module.round_to_grid(weight, scales, grid))
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 200, 256, 1000])
-def test_block_size_does_not_change_the_codes(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "outer"), [(1, 1), (7, 30), (7, 256), (64, 128), (64, 200), (200, 200), (256, 1000)])
+def test_block_size_does_not_change_the_codes(block: int, outer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lazy block update is a bracketing of the same sums: at most fp32 ties move."""
     weight, hessian = problem()
     grid = Grid(4, 64)
@@ -103,6 +103,7 @@ def test_block_size_does_not_change_the_codes(block: int, monkeypatch: pytest.Mo
     scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
     reference = looped(weight, factor, scales, grid)
     monkeypatch.setattr(gptq, "BLOCK", block)
+    monkeypatch.setitem(gptq.OUTER, "cpu", outer)
     assert float((looped(weight, factor, scales, grid) != reference).double().mean()) <= 0.001
 
 
@@ -379,5 +380,7 @@ def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest
     assert losses[-1] < 0.7 * losses[0]
     assert torch.equal(refined(weight, codes[0], hessian, scales, grid, 0), codes[0])
     monkeypatch.setattr(gptq, "BLOCK", 48)
-    other = refined(weight, codes[0], hessian, scales, grid, 1)
-    assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently
+    for outer in (48, 128, 1000):
+        monkeypatch.setitem(gptq.OUTER, "cpu", outer)
+        other = refined(weight, codes[0], hessian, scales, grid, 1)
+        assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently

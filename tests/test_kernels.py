@@ -53,10 +53,14 @@ def test_the_search_finds_the_twins_scales(both: list[bool], grid: Grid) -> None
     assert loss(fused) == pytest.approx(loss(plain), rel=1e-4)
 
 
+@pytest.mark.parametrize("outer", [128, 512])
 @pytest.mark.parametrize("sweeps", [0, 1])
 @pytest.mark.parametrize("grid", GRIDS[1:3])
-def test_the_loops_choose_the_twins_codes(both: list[bool], grid: Grid, sweeps: int) -> None:
+def test_the_loops_choose_the_twins_codes(
+    both: list[bool], grid: Grid, sweeps: int, outer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """192 columns are a whole block and a part of one; 3 rows leave a program with idle lanes."""
+    monkeypatch.setitem(gptq.OUTER, DEVICE.type, outer)
     weight, hessian = (t.to(DEVICE) for t in problem(rows=3, columns=192))
     order = gptq.column_order(hessian.diagonal(), "activation", grid.group_size)
     factor = gptq.factorize(hessian, order, 0.02)

@@ -108,9 +108,13 @@ class Walk:
         else:
             tensors = self._read(block, f"{self.prefix}.{index}.")
         skeleton.place(block, tensors)
-        if self._reader and index + 1 < len(self):
-            self._coming[index + 1] = self._reader.submit(self._read_ahead, index + 1)
+        self._read_soon(index + 1)
         return block
+
+    def _read_soon(self, index: int) -> None:
+        """Let a block's weights begin their journey, where there is a device to travel to."""
+        if self._reader and index < len(self) and index not in self._coming:
+            self._coming[index] = self._reader.submit(self._read_ahead, index)
 
     def no_reading_ahead(self) -> None:
         """Only what is asked for is read."""
@@ -152,6 +156,8 @@ class Walk:
 
         The other arguments (rotary tables, masks) are recorded for every block, once per size.
         """
+        if any(p.is_meta for p in self.blocks[0].parameters()):
+            self._read_soon(0)
         outside = [] if self.filled else self._outside()
         for name, module in outside:
             skeleton.place(module, self._read(module, name + "."))

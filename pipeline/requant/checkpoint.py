@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from requant.errors import InputError, StageError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100 * 2**20
+PART = 2**25  # bytes of a tensor that a thread reads at a time
+READERS = min(8, os.cpu_count() or 1)
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -139,18 +142,28 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Read the bytes of one tensor; raises StageError when the file changed or cannot be read."""
+    """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
     flat = torch.empty(info.nbytes, dtype=torch.uint8)
-    if info.nbytes:
-        with info.file.open("rb", buffering=0) as f:
-            f.seek(info.offset)
-            view, got = memoryview(flat.numpy().data), 0
-            while got < info.nbytes:
-                n = f.readinto(view[got:])
-                if not n:
-                    raise StageError(f"{info.file}: {info.name!r} ends after {got} of {info.nbytes} bytes")
-                got += n
+    bytes_of = memoryview(flat.numpy().data) if info.nbytes else memoryview(bytearray())
+    parts = [slice(start, min(start + PART, info.nbytes)) for start in range(0, info.nbytes, PART)]
+    if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
+        with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
+            list(pool.map(lambda part: _fill(bytes_of, info, part), parts))
+    elif parts:
+        _fill(bytes_of, info, parts[0])
     return flat.view(info.dtype).reshape(info.shape)
+
+
+def _fill(bytes_of: memoryview, info: TensorInfo, part: slice) -> None:
+    """Read a part of a tensor's bytes into its place."""
+    with info.file.open("rb", buffering=0) as f:
+        f.seek(info.offset + part.start)
+        got: int = part.start
+        while got < part.stop:
+            n = f.readinto(bytes_of[got : part.stop])
+            if not n:
+                raise StageError(f"{info.file}: {info.name!r} ends after {got} of {info.nbytes} bytes")
+            got += n
 
 
 def read_json(file: Path) -> dict[str, Any]:

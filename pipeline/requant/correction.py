@@ -14,13 +14,18 @@ from torch import Tensor
 
 from requant.gptq import Factor
 
+BY_DRIFT = {
+    "cpu": False,
+    "cuda": True,
+}  # whether the drift may be solved for in place of the rows: on a CPU that is no hot spot
+
 
 class Correction:
-    """The moves of weights that share their input, solved for the rows of all or for the drift, whichever has less."""
+    """The moves of weights that share their input, solved for the rows of all or, on a GPU, for the drift, whichever has less."""
 
     def __init__(self, drift: Tensor | None, weights: Sequence[Tensor]) -> None:
         """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each."""
-        many = drift is not None and sum(len(w) for w in weights) > len(drift)
+        many = drift is not None and BY_DRIFT[drift.device.type] and sum(len(w) for w in weights) > len(drift)
         self.drift = drift if many else None
         self.pulled = [] if drift is None or many else [drift.T @ w.T for w in weights]  # then the drift is free to go
         self.solved: tuple[Factor, Tensor] | None = None

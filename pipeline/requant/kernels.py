@@ -248,7 +248,7 @@ if triton is not None:
         error = code * s - w
         return tl.sum(error * error * importance, axis=1)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["total", "groups"])
     def _search(
         weight_ptr, importance_ptr, shrinks_ptr, fine_ptr, best_ptr, total, groups, width, levels,
         COARSE: tl.constexpr, FINE: tl.constexpr, SYMMETRIC: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,

@@ -22,6 +22,7 @@ from requant import gptq, skeleton
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
+from requant.grid import Grid
 from requant.hessian import gather
 from requant.layout import Plan, Settings, plan, write_small_files
 from requant.leaner import Lean, follow
@@ -33,6 +34,7 @@ from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
 from requant.stages import ROOM, ROOM_SHARED, Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
+from requant.warming import Warming
 
 __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 
@@ -64,6 +66,7 @@ class Quantizer:
         self.results: list[ModuleResult] = []
         self.lean = Lean(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
+        self.warming: Warming | None = None
 
     def block(self, index: int, items: list[BlockInput]) -> None:
         """Quantize one block and have it written; `items` come out as the quantized block's output.
@@ -146,6 +149,8 @@ class Quantizer:
             inputs, next(iter(linears.values())).in_features, self.walk.device,
             drifting=bool(self.settings.correct), held_from=self.held_from, pool=self.ranks.pool,
         )  # fmt: skip
+        if self.warming:
+            self.warming.wait()
         solving = solve_stage(linears, self.plan.grids, moments, self.settings, self.ranks, wanted=self.judging)
         del moments  # as large as anything here; used up as it is solved
         for solved in solving:
@@ -212,6 +217,7 @@ def quantize(
     )
     layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    warming = Warming(device, narrowest(model, layout), settings, dtype)
     with Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output:
         own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
         room = ROOM if ranks.count == 1 else ROOM_SHARED
@@ -224,6 +230,7 @@ def quantize(
             compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
         held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
         quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes)
+        quantizer.warming = warming
         _walk(quantizer, items, progress)
         output.close()
     if ranks.first:
@@ -240,6 +247,15 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
         )
     return ranks.place(device)
+
+
+def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:
+    """The fewest inputs that a linear of each grid has."""
+    widths: dict[Grid, int] = {}
+    for name, grid in layout.grids.items():
+        n: Any = model.get_submodule(name).in_features
+        widths[grid] = min(n, widths.get(grid, n))
+    return widths
 
 
 def exact_apart(walk: Walk, windows: Tensor) -> int:
