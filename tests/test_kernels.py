@@ -59,8 +59,9 @@ def test_the_search_finds_the_twins_scales(both: list[bool], grid: Grid) -> None
 def test_the_loops_choose_the_twins_codes(
     both: list[bool], grid: Grid, sweeps: int, outer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """192 columns are a whole block and a part of one; 3 rows leave a program with idle lanes."""
+    """192 columns are a whole block of 128 and a part of one, or a part of one of 256; 3 rows leave a program with idle lanes."""
     monkeypatch.setitem(gptq.OUTER, DEVICE.type, outer)
+    monkeypatch.setitem(gptq.BLOCK, DEVICE.type, outer // 2 if outer > 128 else 128)
     weight, hessian = (t.to(DEVICE) for t in problem(rows=3, columns=192))
     order = gptq.column_order(hessian.diagonal(), "activation", grid.group_size)
     factor = gptq.factorize(hessian, order, 0.02)

@@ -26,7 +26,7 @@ from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, r
 Order = Literal["natural", "activation", "group"]
 Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_DAMP = 0.64
-BLOCK = 128
+BLOCK = {"cpu": 128, "cuda": 256}  # columns that are chosen one after another; on a GPU by one launch
 OUTER = {"cpu": 128, "cuda": 512}  # columns for which the feedback of all others is one product, whole blocks
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
 
@@ -86,7 +86,7 @@ def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = 
 def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
     """The column loop: fp32 [rows, n] -> codes uint8 [n, rows] and the error (W - Q)' fp32 [n, rows], columns as in W.
 
-    Each block of 128 columns takes the feedback of all that were rounded before it in one product, then its columns
+    Each block of columns takes the feedback of all that were rounded before it in one product, then its columns
     one after another. The block size does not change the result beyond fp32 rounding.
     """
     n = weight.shape[1]
@@ -102,7 +102,7 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
         unit = unit.contiguous() if fused else unit  # torch's factor lies columns first
         width = outer.stop - outer.start
         wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
-        for here in reversed(_cut(width, BLOCK)):
+        for here in reversed(_cut(width, BLOCK[weight.device.type])):
             target, feedback = wide[here], unit[here, here]
             if here.stop < width:
                 target.addmm_(unit[here.stop : width, here].T, error[outer.start + here.stop : outer.stop])
@@ -143,7 +143,7 @@ def refine(
     inverse = 1 / (hessian.diagonal() + ridge)
     for outer in _cut(n, OUTER[codes.device.type]) * sweeps:
         wide = torch.addmm(error[outer], hessian[outer], error, beta=ridge)  # (E H)', these columns
-        for part in _cut(outer.stop - outer.start, BLOCK):
+        for part in _cut(outer.stop - outer.start, BLOCK[codes.device.type]):
             here, pull = slice(outer.start + part.start, outer.start + part.stop), wide[part]
             if part.start:
                 pull.addmm_(hessian[here, outer.start : here.start], wide[: part.start])

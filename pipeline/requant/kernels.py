@@ -19,7 +19,8 @@ except ImportError:  # torch for the CPU comes without it
     triton = None
 
 ROWS = 16  # rows of a weight for each program, one warp
-PART = 16  # columns of a block that a program holds in registers; those before reach them by one product
+PART = 16  # columns of a block that a program holds in registers
+WIDE = 64  # columns before them whose moves reach them in one product
 GROUPS = 16
 
 
@@ -72,7 +73,7 @@ def round_columns(target: Tensor, feedback: Tensor, block: Block) -> None:
     count, rows = target.shape
     _round_columns[(triton.cdiv(rows, ROWS),)](
         target, feedback, block.scale, block.zero, block.group, block.error, block.codes,
-        rows, feedback.stride(0), block.levels, COUNT=count, PART=PART, ROWS=ROWS, num_warps=1, num_stages=1,
+        rows, feedback.stride(0), block.levels, COUNT=count, PART=PART, WIDE=WIDE, ROWS=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: Block) -
     count, rows = pull.shape
     _sweep_columns[(triton.cdiv(rows, ROWS),)](
         pull, inside, inverse, block.scale, block.zero, block.group, block.error, block.codes,
-        rows, inside.stride(0), block.levels, COUNT=count, PART=PART, ROWS=ROWS, num_warps=1, num_stages=1,
+        rows, inside.stride(0), block.levels, COUNT=count, PART=PART, WIDE=WIDE, ROWS=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -125,106 +126,125 @@ if triton is not None:
 
     @triton.jit
     def _coupled(
-        tile_ptr, moved_ptr, coupling_ptr, mine, row, rows, stride, start, stop, COUNT: tl.constexpr, PART: tl.constexpr
+        tile_ptr, moved_ptr, coupling_ptr, mine, row, rows, stride, start, stop,
+        COUNT: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """The columns `mine` of a block, [PART, rows] at tile_ptr, with what those of parts start to stop have moved."""
+        """The columns `mine` of a block, [PART, rows] at tile_ptr, with what its columns start to stop have moved."""
         wide = rows.to(tl.int64)
         own, real = (mine < COUNT)[:, None], (row < rows)[None, :]
         at = mine[:, None] * wide + row[None, :]
         tile = tl.load(tile_ptr + at, mask=own & real, other=0.0)
-        for part in range(start, stop):
-            other = part * PART + tl.arange(0, PART)
-            known = (other < COUNT)[:, None] & real
+        for begin in range(start, stop, WIDE):
+            other = begin + tl.arange(0, WIDE)
+            known = (other < stop)[:, None] & real
             moved = tl.load(moved_ptr + other[:, None] * wide + row[None, :], mask=known, other=0.0)
-            coupled = own & (other < COUNT)[None, :]
+            coupled = own & (other < stop)[None, :]
             coupling = tl.load(coupling_ptr + other[None, :] * stride + mine[:, None], mask=coupled, other=0.0)
             tile += tl.dot(coupling, moved, input_precision="tf32x3")
         tl.store(tile_ptr + at, tile, mask=own & real)
         tl.debug_barrier()  # and back, a column's rows beside each other: no lane then asks another for anything
         return tl.load(tile_ptr + at, mask=own & real, other=0.0)
 
+    @triton.jit
+    def _quotient(x, scale, inverse):
+        """x / scale given 1 / scale, rounded to nearest in all but rare cases: a division's branches would hold up loads."""
+        first = x * inverse
+        return tl.fma(tl.fma(-first, scale, x), inverse, first)
+
+    @triton.jit
+    def _row(matrix_ptr, stride, j, mine, COUNT: tl.constexpr):
+        """The numbers `mine` of a row of a block's matrix, of the nearest row where there is no such."""
+        return tl.load(
+            matrix_ptr + tl.minimum(tl.maximum(j, 0), COUNT - 1) * stride + mine, mask=mine < COUNT, other=0.0
+        )
+
+    @triton.jit
+    def _column(tile, chosen):
+        """One column [rows] of a tile [PART, rows] that lies in registers."""
+        return tl.sum(tl.where(chosen, tile, 0.0), axis=0)
+
     @triton.jit(do_not_specialize=["rows"])  # known multiples of 16 give each lane 4 rows and a share of the columns
     def _round_columns(
         target_ptr, feedback_ptr, scale_ptr, zero_ptr, group_ptr, error_ptr, codes_ptr, rows, stride, levels,
-        COUNT: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+        COUNT: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         wide = rows.to(tl.int64)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        real = row < rows
-        k = tl.arange(0, PART)
         parts: tl.constexpr = (COUNT + PART - 1) // PART
-        at = tl.load(group_ptr + COUNT - 1) * wide + row  # a column's numbers travel while the one before it is rounded
-        scale, zero = tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(zero_ptr + at, mask=real, other=0.0)
-        weight = tl.load(error_ptr + (COUNT - 1) * wide + row, mask=real, other=0.0)
-        group = tl.load(group_ptr + max(COUNT - 2, 0))
         for step in range(parts):
             first = (parts - 1 - step) * PART
-            mine = first + k
+            mine = first + tl.arange(0, PART)
+            real = (mine < COUNT)[:, None] & (row < rows)[None, :]
             tile = _coupled(
-                target_ptr, error_ptr, feedback_ptr, mine, row, rows, stride, parts - step, parts, COUNT, PART
+                target_ptr, error_ptr, feedback_ptr, mine, row, rows, stride, first + PART, COUNT, COUNT, WIDE
             )
-            count = tl.minimum(PART, COUNT - first)
-            backwards = tl.load(feedback_ptr + (first + count - 1) * stride + mine, mask=mine < COUNT, other=0.0)
-            for i in range(count):
-                j = first + count - 1 - i
-                here, next_one = j * wide + row, tl.maximum(j - 1, 0)
-                at = group * wide + row
-                scale_next = tl.load(scale_ptr + at, mask=real, other=1.0)
-                zero_next = tl.load(zero_ptr + at, mask=real, other=0.0)
-                weight_next = tl.load(error_ptr + next_one * wide + row, mask=real, other=0.0)
-                backwards_next = tl.load(feedback_ptr + next_one * stride + mine, mask=mine < COUNT, other=0.0)
-                group = tl.load(group_ptr + tl.maximum(j - 2, 0))
-                wanted = tl.sum(tl.where((mine == j)[:, None], tile, 0.0), axis=0)
-                code = _nearest(tl.div_rn(wanted, scale))
+            at = mine[:, None] * wide + row[None, :]
+            grouped = tl.load(group_ptr + mine, mask=mine < COUNT, other=0)[:, None] * wide + row[None, :]
+            scales = tl.load(scale_ptr + grouped, mask=real, other=1.0)
+            zeros = tl.load(zero_ptr + grouped, mask=real, other=0.0)
+            errors = tl.load(error_ptr + at, mask=real, other=0.0)  # until a column's turn its weights
+            codes = tl.zeros_like(errors)
+            inverses = tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
+            top = first + PART - 1
+            row0, row1 = _row(feedback_ptr, stride, top, mine, COUNT), _row(feedback_ptr, stride, top - 1, mine, COUNT)
+            row2, row3 = (
+                _row(feedback_ptr, stride, top - 2, mine, COUNT),
+                _row(feedback_ptr, stride, top - 3, mine, COUNT),
+            )
+            for i in tl.static_range(PART):  # a column beyond the last is 0 and stays so
+                coming = _row(feedback_ptr, stride, top - i - 4, mine, COUNT)
+                chosen = (mine == top - i)[:, None]
+                scale, zero = _column(scales, chosen), _column(zeros, chosen)
+                code = _nearest(_quotient(_column(tile, chosen), scale, _column(inverses, chosen)))
                 code = tl.minimum(tl.maximum(code, -zero), levels - 1 - zero)
-                error = weight - code * scale
-                tl.store(error_ptr + here, error, mask=real)
-                tl.store(codes_ptr + here, (code + zero).to(tl.uint8), mask=real)
-                tile += backwards[:, None] * error[None, :]
-                scale, zero, weight, backwards = scale_next, zero_next, weight_next, backwards_next
+                error = _column(errors, chosen) - code * scale
+                tile += row0[:, None] * error[None, :]
+                errors = tl.where(chosen, error[None, :], errors)
+                codes = tl.where(chosen, (code + zero)[None, :], codes)
+                row0, row1, row2, row3 = row1, row2, row3, coming
+            tl.store(error_ptr + at, errors, mask=real)
+            tl.store(codes_ptr + at, codes.to(tl.uint8), mask=real)
             tl.debug_barrier()  # the errors are read again, by other lanes
 
     @triton.jit(do_not_specialize=["rows"])
     def _sweep_columns(
         pull_ptr, inside_ptr, inverse_ptr, scale_ptr, zero_ptr, group_ptr, error_ptr, codes_ptr, rows, stride, levels,
-        COUNT: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+        COUNT: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         wide = rows.to(tl.int64)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        real = row < rows
-        k = tl.arange(0, PART)
-        at = tl.load(group_ptr) * wide + row
-        scale, zero = tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(zero_ptr + at, mask=real, other=0.0)
-        code = tl.load(codes_ptr + row, mask=real, other=0)
-        error = tl.load(error_ptr + row, mask=real, other=0.0)
-        group = tl.load(group_ptr + min(1, COUNT - 1))
         for part in range((COUNT + PART - 1) // PART):
             first = part * PART
-            mine = first + k
-            tile = _coupled(pull_ptr, pull_ptr, inside_ptr, mine, row, rows, stride, 0, part, COUNT, PART)
-            column = tl.load(inside_ptr + first * stride + mine, mask=mine < COUNT, other=0.0)
-            inverse = tl.load(inverse_ptr + first)
-            for j in range(first, tl.minimum(first + PART, COUNT)):
-                here, next_one = j * wide + row, tl.minimum(j + 1, COUNT - 1)
-                at, after = group * wide + row, next_one * wide + row
-                scale_next = tl.load(scale_ptr + at, mask=real, other=1.0)
-                zero_next = tl.load(zero_ptr + at, mask=real, other=0.0)
-                code_next = tl.load(codes_ptr + after, mask=real, other=0)
-                error_next = tl.load(error_ptr + after, mask=real, other=0.0)
-                column_next = tl.load(inside_ptr + next_one * stride + mine, mask=mine < COUNT, other=0.0)
-                inverse_next = tl.load(inverse_ptr + next_one)
-                group = tl.load(group_ptr + tl.minimum(j + 2, COUNT - 1))
-                wanted = tl.sum(tl.where((mine == j)[:, None], tile, 0.0), axis=0)
-                level = code.to(tl.float32) - zero
-                best = _nearest(level + tl.div_rn(wanted * inverse, scale))
+            mine = first + tl.arange(0, PART)
+            real = (mine < COUNT)[:, None] & (row < rows)[None, :]
+            tile = _coupled(pull_ptr, pull_ptr, inside_ptr, mine, row, rows, stride, 0, first, COUNT, WIDE)
+            at = mine[:, None] * wide + row[None, :]
+            grouped = tl.load(group_ptr + mine, mask=mine < COUNT, other=0)[:, None] * wide + row[None, :]
+            scales = tl.load(scale_ptr + grouped, mask=real, other=1.0)
+            zeros = tl.load(zero_ptr + grouped, mask=real, other=0.0)
+            before = tl.load(codes_ptr + at, mask=real, other=0).to(tl.float32) - zeros
+            after = before
+            inverse = tl.load(inverse_ptr + mine, mask=mine < COUNT, other=0.0)[:, None]
+            steps = tl.div_rn(tl.broadcast_to(inverse, scales.shape), scales)
+            row0, row1 = _row(inside_ptr, stride, first, mine, COUNT), _row(inside_ptr, stride, first + 1, mine, COUNT)
+            row2, row3 = (
+                _row(inside_ptr, stride, first + 2, mine, COUNT),
+                _row(inside_ptr, stride, first + 3, mine, COUNT),
+            )
+            for i in tl.static_range(PART):  # a column beyond the last is 0 and stays so
+                coming = _row(inside_ptr, stride, first + i + 4, mine, COUNT)
+                chosen = (mine == first + i)[:, None]
+                scale, zero, level = _column(scales, chosen), _column(zeros, chosen), _column(before, chosen)
+                best = _nearest(level + _column(tile, chosen) * _column(steps, chosen))
                 best = tl.minimum(tl.maximum(best, -zero), levels - 1 - zero)
-                moved = (level - best) * scale
-                tl.store(error_ptr + here, error + moved, mask=real)
-                tl.store(codes_ptr + here, (best + zero).to(tl.uint8), mask=real)
-                tl.store(pull_ptr + here, moved, mask=real)
-                tile += column[:, None] * moved[None, :]
-                scale, zero, code, error = scale_next, zero_next, code_next, error_next
-                column, inverse = column_next, inverse_next
+                tile += row0[:, None] * ((level - best) * scale)[None, :]
+                after = tl.where(chosen, best[None, :], after)
+                row0, row1, row2, row3 = row1, row2, row3, coming
+            moved = (before - after) * scales
+            error = tl.load(error_ptr + at, mask=real, other=0.0)
+            tl.store(error_ptr + at, error + moved, mask=real)
+            tl.store(codes_ptr + at, (after + zeros).to(tl.uint8), mask=real)
+            tl.store(pull_ptr + at, moved, mask=real)
             tl.debug_barrier()  # the moves are read again, by other lanes
 
     @triton.jit
