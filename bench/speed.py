@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -123,6 +124,8 @@ class Phases:
 
     def _wrapped(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread() and phase != "pack":
+                return function(*args, **kwargs)  # a kernel that is only being compiled
             start = self._mark()
             try:
                 return function(*args, **kwargs)
@@ -192,12 +195,13 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
         walk(*a)
 
     quantize._walk = walking
+    notes: list[str] = []
     profiler = torch.profiler.profile() if args.profile else None
     if profiler:
         profiler.start()
     quantize.quantize(
         args.model, args.work, tokens, settings, dtype=torch.bfloat16, device=device,
-        progress=lambda *_: seen.append(time.perf_counter() - started), ranks=ranks,
+        progress=lambda *_: seen.append(time.perf_counter() - started), ranks=ranks, notes=notes,
     )  # fmt: skip
     result = finish(started, device)
     if profiler:
@@ -205,7 +209,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
         table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60)
         print(table)
         result["profile"] = table
-    return result | {"phases": phases.seconds(), "prepared_at": prepared[0], "blocks_done_at": seen}
+    return result | {"phases": phases.seconds(), "notes": notes, "prepared_at": prepared[0], "blocks_done_at": seen}
 
 
 def gptqmodel(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,8 +236,15 @@ def finish(started: float, device: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) if device.type == "cuda" else 0
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_device": peak, "peak_reserved": reserved, "peak_rss": rss}
+    return {
+        "seconds": seconds,
+        "peak_device": peak,
+        "peak_reserved": reserved,
+        "alloc_retries": retries,
+        "peak_rss": rss,
+    }
 
 
 def child(role: str, model: Path, work: Path, argv: list[str], ranks: int) -> dict[str, Any]:
