@@ -89,9 +89,6 @@ def windows(args: argparse.Namespace) -> Any:
     return torch.randint(0, vocab, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
 
 
-CLASSES = {"ranks": "Several", "correction": "Correction"}  # whose methods these are
-
-
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     """On every rank; the clock runs from when they have found each other."""
     from requant import crew

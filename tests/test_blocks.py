@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,54 @@ def test_arguments_differ_by_block_where_the_model_makes_them_differ(tmp_path: P
     own = walk.run(0, item)
     swapped = walk.run(0, BlockInput(hidden, item.arguments[::-1]))
     assert not torch.allclose(own, swapped)
+
+
+def read_ahead(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a walk on the CPU read ahead as it does for a GPU: the blocks it has begun to read."""
+    begun: list[int] = []
+
+    def read(index: int) -> dict[str, Tensor]:
+        begun.append(index)
+        return walk._read(walk.blocks[index], f"{walk.prefix}.{index}.")
+
+    monkeypatch.setattr(walk, "_reader", ThreadPoolExecutor(1))
+    monkeypatch.setattr(walk, "_read_ahead", read)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    return begun
+
+
+@torch.no_grad()
+def test_every_block_is_read_once_ahead_of_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, walk = walk_of(tmp_path, num_hidden_layers=4)
+    begun, tokens = read_ahead(walk, monkeypatch), pico.ids(4, 16)
+    expected = seen_by_model(made, tokens)
+    items = walk.embed(tokens, 4)
+    for index in range(4):
+        walk.load(index)
+        for item in items:
+            item.hidden = walk.run(index, item)
+        assert torch.allclose(torch.cat([i.hidden for i in items]), expected[index], atol=1e-5)
+        walk.release(walk.blocks[index])
+    assert begun == [0, 1, 2, 3]
+    assert not walk._coming
+
+
+@torch.no_grad()
+def test_an_embedding_that_fails_leaves_no_block_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, walk = walk_of(tmp_path)
+    read_ahead(walk, monkeypatch)
+    read = walk._read
+
+    def failing(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        if "embed" in prefix:
+            raise torch.OutOfMemoryError("no room")
+        return read(module, prefix)
+
+    monkeypatch.setattr(walk, "_read", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        walk.embed(pico.ids(2, 8), 2)
+    assert not walk._coming
+    monkeypatch.setattr(walk, "_read", read)
+    hidden = walk.embed(pico.ids(2, 8), 2)[0].hidden
+    assert torch.allclose(hidden, made.model.embed_tokens(pico.ids(2, 8)))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from requant import writer
+from requant import checkpoint, writer
 from requant.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, file_digest, read_header, read_json, write_text
 from requant.errors import InputError, StageError
 from requant.writer import CheckpointWriter, Slot, plan_shards
@@ -149,6 +149,18 @@ def header(table: Any, body: bytes = b"") -> bytes:
 def test_corrupt_headers(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / SINGLE).write_bytes(data)
     assert message in refused(tmp_path)
+
+
+def test_large_tensors_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PART", 100)
+    values = {"a": torch.randn(7), "b": torch.randn(257), "c": torch.zeros(0), "d": torch.randint(0, 9, (99,)).byte()}
+    save_file(values, tmp_path / SINGLE)
+    read = Checkpoint(tmp_path)
+    assert all(torch.equal(read.read(name), value) for name, value in values.items())
+    info = read["b"]
+    os.truncate(info.file, info.offset + 250)  # after the headers were read
+    with pytest.raises(StageError, match="'b' ends after 250 of 1028 bytes"):
+        read.read("b")
 
 
 def test_missing_shard(tmp_path: Path) -> None:

@@ -76,6 +76,22 @@ def test_the_loops_choose_the_twins_codes(
     assert float(gptq.row_errors(error, hessian).sum()) == pytest.approx(plain.loss, rel=2e-2)
 
 
+def test_blocks_parts_and_programs_that_are_not_full(both: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 rows are three programs, 40 columns two parts and a half, 104 two blocks and a part, of a matrix that is wider."""
+    weight, hessian = (t.to(DEVICE) for t in problem(rows=37, columns=200))
+    grid = Grid(4, 8)
+    factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 8), 0.02)
+    both[0] = False
+    plain = gptq.quantize_weight(weight, hessian, factor, grid, sweeps=1)
+    both[0] = True
+    monkeypatch.setitem(gptq.OUTER, DEVICE.type, 104)
+    monkeypatch.setitem(gptq.BLOCK, DEVICE.type, 40)
+    codes, error = gptq.solve(weight, factor, plain.scales, grid)
+    gptq.refine(codes, error, hessian, 0.02 * float(hessian.diagonal().mean()), plain.scales, grid, 1)
+    assert float((plain.codes != codes.T).double().mean()) < 0.01
+    assert torch.allclose(error.T, weight - grid_module.dequantize_codes(codes.T, plain.scales), atol=1e-5)
+
+
 def test_a_fused_solution_is_whole(both: list[bool]) -> None:
     weight, hessian = (t.to(DEVICE) for t in problem(rows=6, columns=128))
     grid = replace(GRIDS[0], group_size=32)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import gptq, pack, skeleton, variants
+from requant import correction, gptq, pack, skeleton, variants
+from requant import quantize as quantize_module
 from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
 from requant.layout import Settings, load_quantized, plan
@@ -280,19 +281,34 @@ def test_the_last_matching_override_wins() -> None:
     assert settings.grid_of("a.o_proj") == gptq.Grid(4, 64)
 
 
-def test_correcting_keeps_the_model_closer_to_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_drift", [False, True])
+@pytest.mark.parametrize("overrides", [(), (("*.q_proj", {"bits": 8}),)])  # one grid a stage; two
+def test_correcting_keeps_the_model_closer_to_itself(
+    tmp_path: Path, overrides: Any, by_drift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each layer makes up for part of what earlier ones lost: the last hidden states end nearer to the original's."""
+    monkeypatch.setitem(correction.BY_DRIFT, "cpu", by_drift)
     source = model_dir(tmp_path)
     windows = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
 
     def distance(correct: float) -> float:
         out = tmp_path / f"out-{correct}"
         out.mkdir()
-        settings = Settings(GRID, "activation", correct=correct)
+        settings = Settings(GRID, "activation", correct=correct, overrides=overrides)
         quantize(source, out, windows, settings, dtype=torch.float16, device=torch.device("cpu"), batch=4)
         return hidden_error(source, dict(load_quantized(out)), windows)
 
     assert distance(1.0) < 0.95 * distance(0.0)
+
+
+def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    solve = quantize_module.solve_stage
+    monkeypatch.setattr(quantize_module.Warming, "wait", lambda _: order.append("wait"))
+    monkeypatch.setattr(quantize_module, "solve_stage", lambda *a, **k: order.append("solve") or solve(*a, **k))
+    run(model_dir(tmp_path), tmp_path / "out")
+    assert order[:2] == ["wait", "solve"]
+    assert order.count("wait") == order.count("solve")
 
 
 def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> float:

@@ -2,34 +2,104 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
-from requant import warming
+from requant import gptq, quantize, warming
+from requant import grid as grid_module
+from requant.correction import Correction
 from requant.grid import Grid
 from requant.layout import Settings
 
-
-def test_on_a_cpu_there_is_nothing_to_begin() -> None:
-    begun = warming.Warming(torch.device("cpu"), {Grid(4, 32): 64}, Settings(grid=Grid(4, 32)), torch.float32)
-    assert begun.running == []
-    begun.wait()
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, -1, signed=True), Grid(4, 64, symmetric=False)])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_every_part_of_a_stage_is_called(grid: Grid, share: float) -> None:
-    settings = Settings(grid=grid, sweeps=1, correct=share)
-    for part in warming._parts(torch.device("cpu"), grid, 192, settings):
+def test_on_a_cpu_there_is_nothing_to_do() -> None:
+    with warming.Warming(CPU, {Grid(4, 32): 64}, Settings(grid=Grid(4, 32)), torch.float32) as begun:
+        assert begun.running == []
+        begun.wait()
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
+def test_every_kernel_of_every_grid_is_called(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, Grid | None]] = []
+
+    def watch(holder: Any, name: str) -> None:
+        original = getattr(holder, name)
+
+        def counted(*args: Any) -> Any:
+            called.append((name, next((a for a in args if isinstance(a, Grid)), None)))
+            return original(*args)
+
+        monkeypatch.setattr(holder, name, counted)
+
+    watch(grid_module, "find_scales")
+    watch(gptq, "solve")
+    watch(gptq, "refine")
+    watch(gptq, "factorize")
+    watch(Correction, "moved")
+    grids = [Grid(4, 32), Grid(3, -1, signed=True), Grid(4, 96, symmetric=False)]
+    settings = Settings(grid=grids[0], sweeps=sweeps, correct=0.5)
+    for part in warming._parts(CPU, dict.fromkeys(grids, 576), settings, torch.float32):
         part()
-    warming._forward(torch.device("cpu"), torch.float32)
+    wanted = [("factorize", None), ("moved", None)]
+    for grid in grids:
+        wanted += [("find_scales", grid), ("solve", grid)] + [("refine", grid)] * sweeps
+    assert called == wanted
+
+
+def test_problems_are_small_but_end_like_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for a whole block and for the one that is left over."""
+    seen: list[int] = []
+    monkeypatch.setattr(gptq, "solve", lambda weight, *_: seen.append(weight.shape[1]))
+    settings = Settings(grid=Grid(4, 64))
+    for width in (64, 576, 14336, 11008):
+        for part in warming._parts(CPU, {Grid(4, 64): width}, settings, torch.float32):
+            part()
+    assert seen == [64, 512 + 64, 512, 512 + 256]
+
+
+def test_a_failure_is_left_to_where_it_matters_and_leaving_ends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end, done = threading.Event(), threading.Event(), []
+
+    def failing() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    def slow() -> None:
+        begun.set()
+        may_end.wait(30)
+
+    monkeypatch.setattr(warming, "_apart", lambda _, work: work())
+    first = warming.Warming(CPU, {}, Settings(grid=Grid(4, 32)), torch.float32)
+    first.parts = [failing, lambda: done.append(1)]
+    with first:
+        first.wait()
+        assert done == [1]
+        assert first.running == []
+    second = warming.Warming(CPU, {}, Settings(grid=Grid(4, 32)), torch.float32)
+    second.parts = [slow] * 4 + [lambda: done.append(2)]
+    with second:
+        assert begun.wait(30)
+    may_end.set()
+    second.pool.shutdown(wait=True)
+    assert done == [1]
+
+
+def test_the_narrowest_linear_of_each_grid_stands_for_it() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(96, 4), "b": torch.nn.Linear(64, 4), "c": torch.nn.Linear(32, 4)})
+    plan: Any = type("Plan", (), {"grids": {"a": Grid(4, 32), "b": Grid(4, 32), "c": Grid(8, 32)}})
+    assert quantize.narrowest(model, plan) == {Grid(4, 32): 64, Grid(8, 32): 32}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_all_of_it_works() -> None:
     settings = Settings(grid=Grid(4, 32), sweeps=1, correct=0.5)
-    begun = warming.Warming(torch.device("cuda"), {Grid(4, 32): 192}, settings, torch.bfloat16)
-    begun.wait()
-    assert len(begun.running) == 5
-    for part in begun.running:
+    with warming.Warming(torch.device("cuda"), {Grid(4, 32): 192}, settings, torch.bfloat16) as begun:
+        running = list(begun.running)
+        begun.wait()
+    assert len(running) == 5
+    for part in running:
         part.result()

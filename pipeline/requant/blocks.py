@@ -159,8 +159,12 @@ class Walk:
         if any(p.is_meta for p in self.blocks[0].parameters()):
             self._read_soon(0)
         outside = [] if self.filled else self._outside()
-        for name, module in outside:
-            skeleton.place(module, self._read(module, name + "."))
+        try:
+            for name, module in outside:
+                skeleton.place(module, self._read(module, name + "."))
+        except BaseException:
+            self._coming.pop(0, None)  # memory is what there may be too little of
+            raise
         first = self.load(0)
         recorded: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         inputs = []

@@ -21,28 +21,37 @@ BY_DRIFT = {
 
 
 class Correction:
-    """The moves of weights that share their input, solved for the rows of all or, on a GPU, for the drift, whichever has less."""
+    """The moves of weights that share their input, solved for the rows of all or, on a GPU, for the drift, whichever has less.
+
+    Holds no more than what moves are still to be asked for.
+    """
 
     def __init__(self, drift: Tensor | None, weights: Sequence[Tensor]) -> None:
         """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each."""
         many = drift is not None and BY_DRIFT[drift.device.type] and sum(len(w) for w in weights) > len(drift)
         self.drift = drift if many else None
         self.pulled = [] if drift is None or many else [drift.T @ w.T for w in weights]  # then the drift is free to go
-        self.solved: tuple[Factor, Tensor] | None = None
+        self.solved: Tensor | None = None
+        self.left = len(weights)
 
     def moved(self, position: int, weight: Tensor, factor: Factor, share: float) -> Tensor:
-        """W + share * W drift (H + damping)^-1, fp32 [rows, n], of the weight at `position`; once for each.
+        """W + share * W drift (H + damping)^-1, fp32 [rows, n], of the weight at `position`, once for each weight.
 
-        factor: of the Hessian. Where it is none (`diagonal`) the weight stays what it is.
+        factor: of the Hessian; the first to come solves for the drift. Where it is none (`diagonal`) the weight stays.
         """
-        if factor.diagonal or not share or (self.drift is None and not self.pulled):
-            return weight
-        if self.drift is None:
+        self.left -= 1
+        move = None if factor.diagonal or not share else self._move(position, weight, factor)
+        if not self.left:
+            self.drift = self.solved = None
+        return weight if move is None else torch.add(weight, move, alpha=share)
+
+    def _move(self, position: int, weight: Tensor, factor: Factor) -> Tensor | None:
+        if self.pulled:
             pulled, self.pulled[position] = self.pulled[position], torch.empty(0)
-            return torch.add(weight, _solved(pulled, factor).T, alpha=share)
-        if self.solved is None or self.solved[0] is not factor:
-            self.solved = (factor, _solved(self.drift.T, factor))
-        return torch.addmm(weight, weight, self.solved[1].T, alpha=share)
+            return _solved(pulled, factor).T
+        if self.drift is not None:
+            self.solved, self.drift = _solved(self.drift.T, factor), None
+        return None if self.solved is None else weight @ self.solved.T
 
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:

@@ -86,8 +86,8 @@ def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = 
 def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
     """The column loop: fp32 [rows, n] -> codes uint8 [n, rows] and the error (W - Q)' fp32 [n, rows], columns as in W.
 
-    Each block of columns takes the feedback of all that were rounded before it in one product, then its columns
-    one after another. The block size does not change the result beyond fp32 rounding.
+    Each block of columns takes the feedback of what was rounded before it in products, first of what lies outside of the
+    OUTER columns around it, then its columns one after another. The sizes change nothing beyond fp32 rounding.
     """
     n = weight.shape[1]
     error = weight.T[factor.order]  # (n, rows), the column to round first at the end; until then the weight itself
@@ -130,7 +130,7 @@ def _round_columns(target: Tensor, feedback: Tensor, block: kernels.Block) -> No
 def refine(
     codes: Tensor, error: Tensor, hessian: Tensor, ridge: float, scales: Scales, grid: Grid, sweeps: int
 ) -> None:
-    """Coordinate descent on a solution of `solve`, in place, `sweeps` times over all columns.
+    """Coordinate descent on a solution of `solve`, in place, `sweeps` times over all columns. hessian: contiguous.
 
     Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj) with
     H = hessian + ridge * I, so tr(E H E') never grows. The column loop can only answer to columns before it. Source:
@@ -243,7 +243,7 @@ class Solution:
 def quantize_weight(
     weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, order: Order = "activation", sweeps: int = 0
 ) -> Solution:
-    """Quantize one weight (fp32 [rows, n]) against a symmetric Hessian (fp32 [n, n]) and its factor.
+    """Quantize one weight (fp32 [rows, n]) against a symmetric, contiguous Hessian (fp32 [n, n]) and its factor.
 
     Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded.
     """

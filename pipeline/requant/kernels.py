@@ -25,8 +25,8 @@ GROUPS = 16
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels run where `tensor` is."""
-    return triton is not None and tensor.is_cuda
+    """Whether the kernels run where `tensor` is: on NVIDIA's GPUs, whose products in three parts of TF32 they use."""
+    return triton is not None and tensor.is_cuda and torch.version.hip is None
 
 
 def tensor_cores() -> AbstractContextManager[None]:

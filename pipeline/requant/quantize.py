@@ -51,11 +51,11 @@ class Quantizer:
 
     def __init__(
         self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *, held_from: int | None,
-        deltas: Deltas | None, notes: list[str] | None = None,
+        deltas: Deltas | None, notes: list[str] | None = None, warming: Warming | None = None,
     ) -> None:  # fmt: skip
         """held_from: the first batch that judges the column order, None when none does. deltas: by the tensor's stored name.
 
-        notes: gets what goes otherwise than begun.
+        notes: gets what goes otherwise than begun. warming: what is waited for before the first stage is solved.
         """
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
         self.held_from = held_from
@@ -66,7 +66,7 @@ class Quantizer:
         self.results: list[ModuleResult] = []
         self.lean = Lean(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
-        self.warming: Warming | None = None
+        self.warming = warming
 
     def block(self, index: int, items: list[BlockInput]) -> None:
         """Quantize one block and have it written; `items` come out as the quantized block's output.
@@ -217,20 +217,23 @@ def quantize(
     )
     layout = plan(checkpoint, model, settings, dtype, where=source)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
-    warming = Warming(device, narrowest(model, layout), settings, dtype)
-    with Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output:
-        own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
-        room = ROOM if ranks.count == 1 else ROOM_SHARED
-        waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0, room)
-        walk.shelf = Shelf(device, on_host=not ranks.every(waits))
+    own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
+    room = ROOM if ranks.count == 1 else ROOM_SHARED
+    waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0, room)
+    walk.shelf = Shelf(device, on_host=not ranks.every(waits))
+    with (
+        Warming(device, narrowest(model, layout), settings, dtype) as warming,
+        Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
+    ):
         size = batch or max(1, TOKENS[device.type] // windows.shape[1])
         items = walk.embed(windows[own], size)
         numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
         if apart:
             compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
         held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
-        quantizer = Quantizer(walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes)
-        quantizer.warming = warming
+        quantizer = Quantizer(
+            walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes, warming=warming
+        )
         _walk(quantizer, items, progress)
         output.close()
     if ranks.first:

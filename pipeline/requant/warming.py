@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
 
 import torch
 
@@ -12,29 +15,39 @@ from requant.correction import Correction
 from requant.grid import Grid
 from requant.layout import Settings
 
+log = logging.getLogger(__name__)
 ROWS = 64
+COLUMNS = 512  # as many blocks as a wide linear's feedback is added up for, and what is left over of its own width
 
 
 class Warming:
-    """Small problems of the kinds that will come, solved by threads. What fails here fails again where it is needed."""
+    """Small problems of the kinds that will come, solved by threads; leaving ends what has not begun.
+
+    A library or kernel that fails here fails again where it is needed, and says so there.
+    """
 
     def __init__(
         self, device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype
     ) -> None:
-        """Begins at once; on a CPU there is nothing to begin. widths: inputs of a linear of each grid that will come."""
+        """widths: inputs of a linear of each grid that will come. On a CPU there is nothing to do."""
+        self.device = device
+        self.parts = _parts(device, widths, settings, dtype) if device.type == "cuda" else []
+        self.pool = ThreadPoolExecutor(4)
         self.running: list[Future[None]] = []
-        if device.type != "cuda":
-            return
-        pool = ThreadPoolExecutor(4)
-        self.running.append(pool.submit(_apart, device, lambda: _forward(device, dtype)))
-        for wanted, columns in widths.items():
-            for part in _parts(device, wanted, columns, settings):
-                self.running.append(pool.submit(_apart, device, part))
-        pool.shutdown(wait=False)
+
+    def __enter__(self) -> Warming:
+        self.running = [self.pool.submit(_apart, self.device, part) for part in self.parts]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.running.clear()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def wait(self) -> None:
         """Until all is done, so that nothing is compiled twice."""
-        wait(self.running)
+        while self.running:
+            if (error := self.running.pop().exception()) is not None:
+                log.debug("first use of a kernel failed: %s", error)
 
 
 def _apart(device: torch.device, work: Callable[[], object]) -> None:
@@ -43,31 +56,50 @@ def _apart(device: torch.device, work: Callable[[], object]) -> None:
         work()
 
 
+def _parts(
+    device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype
+) -> list[Callable[[], object]]:
+    """What a forward and a stage call, each part by itself: one compiles while another does. None holds memory before it runs.
+
+    Only one factors: torch's linear algebra must not be met by two threads at once.
+    """
+    parts: list[Callable[[], object]] = [partial(_forward, device, dtype), partial(_factor, device, settings)]
+    for wanted, width in widths.items():
+        n = width
+        if wanted.group_size > 0 and COLUMNS % wanted.group_size == 0 and width > COLUMNS:
+            n = COLUMNS + width % COLUMNS
+        parts += [partial(part, device, wanted, n) for part in (_search, _solve)]
+        if settings.sweeps:
+            parts.append(partial(_refine, device, wanted, n))
+    return parts
+
+
 def _forward(device: torch.device, dtype: torch.dtype) -> None:
-    """What every forward calls."""
     x = torch.ones(1, 8, 64, 64, dtype=dtype, device=device)
     torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True)
 
 
-def _parts(device: torch.device, wanted: Grid, n: int, settings: Settings) -> list[Callable[[], object]]:
-    """What a stage calls, each part by itself: one compiles while another does."""
-    hessian, weight = torch.eye(n, device=device), torch.ones(ROWS, n, device=device)
-    order = torch.arange(n, device=device)
+def _factor(device: torch.device, settings: Settings) -> None:
+    hessian, weight = torch.eye(COLUMNS, device=device), torch.ones(ROWS, COLUMNS, device=device)
+    found = gptq.factorize(hessian, torch.arange(COLUMNS, device=device), 0.01)
+    Correction(hessian if settings.correct else None, [weight]).moved(0, weight, found, settings.correct)
+
+
+def _search(device: torch.device, wanted: Grid, n: int) -> None:
+    grid.find_scales(torch.ones(ROWS, n, device=device), torch.ones(n, device=device), wanted)
+
+
+def _solve(device: torch.device, wanted: Grid, n: int) -> None:
+    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01)
+    gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, wanted, n), wanted)
+
+
+def _refine(device: torch.device, wanted: Grid, n: int) -> None:
+    codes = torch.zeros(n, ROWS, dtype=torch.uint8, device=device)
+    error = torch.zeros(n, ROWS, device=device)
+    gptq.refine(codes, error, torch.eye(n, device=device), 0.01, _scales(device, wanted, n), wanted, 1)
+
+
+def _scales(device: torch.device, wanted: Grid, n: int) -> grid.Scales:
     scale = torch.ones(ROWS, wanted.groups(n), device=device)
-    scales = grid.Scales(scale, torch.full_like(scale, wanted.levels // 2))
-    factor = gptq.Factor(hessian, order, 0.01)
-
-    def refine() -> None:
-        codes = torch.zeros(n, ROWS, dtype=torch.uint8, device=device)
-        gptq.refine(codes, torch.zeros(n, ROWS, device=device), hessian, 0.01, scales, wanted, settings.sweeps)
-
-    def factorize() -> None:
-        found = gptq.factorize(hessian, order, 0.01)
-        Correction(hessian if settings.correct else None, [weight]).moved(0, weight, found, settings.correct)
-
-    return [
-        lambda: grid.find_scales(weight, hessian.diagonal(), wanted),
-        lambda: gptq.solve(weight, factor, scales, wanted),
-        refine,
-        factorize,
-    ]
+    return grid.Scales(scale, torch.full_like(scale, wanted.levels // 2))
