@@ -168,15 +168,13 @@ def finish(started: float, device: Any) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
-    retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) if device.type == "cuda" else 0
+    memory = torch.cuda.memory_stats() if device.type == "cuda" else {}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "seconds": seconds,
-        "peak_device": peak,
-        "peak_reserved": reserved,
-        "alloc_retries": retries,
+        "peak_device": memory.get("allocated_bytes.all.peak", 0),
+        "peak_reserved": memory.get("reserved_bytes.all.peak", 0),
+        "alloc_retries": memory.get("num_alloc_retries", 0),
         "peak_rss": rss,
     }
 

@@ -95,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "heal_text": {"data"},
     "weights": {"checkpoint", "dequantize", "grid", "kernels", "layout", "merge", "pack", "skeleton"},
     "variants": {"checkpoint", "dequantize", "grid", "merge", "nf4", "peft_runtime", "skeleton", "weights"},
-    "streamed": {"blocks", "checkpoint", "peft_runtime", "shelf", "skeleton", "variants", "weights"},
+    "streamed": {"blocks", "checkpoint", "fit", "peft_runtime", "shelf", "skeleton", "variants", "weights"},
     "sizes": {"blocks", "checkpoint", "skeleton", "variants", "weights"},
     "structure": {"artifacts", "blocks", "checkpoint", "pack", "skeleton"},
     "values": {"checkpoint", "pack", "structure"},

@@ -98,7 +98,7 @@ class Walk:
     def load(self, index: int) -> nn.Module:
         """Give block `index` its weights; on a device the next block's begin their journey."""
         block = self.blocks[index]
-        if all(not p.is_meta for p in block.parameters()):
+        if _filled(block):
             return block
         coming = self._coming.pop(index, None)
         if coming:
@@ -112,8 +112,8 @@ class Walk:
         return block
 
     def _read_soon(self, index: int) -> None:
-        """Let a block's weights begin their journey, where there is a device to travel to."""
-        if self._reader and index < len(self) and index not in self._coming:
+        """Let the weights that a block has not yet begin their journey, where there is a device to travel to."""
+        if self._reader and index < len(self) and index not in self._coming and not _filled(self.blocks[index]):
             self._coming[index] = self._reader.submit(self._read_ahead, index)
 
     def no_reading_ahead(self) -> None:
@@ -156,8 +156,7 @@ class Walk:
 
         The other arguments (rotary tables, masks) are recorded for every block, once per size.
         """
-        if any(p.is_meta for p in self.blocks[0].parameters()):
-            self._read_soon(0)
+        self._read_soon(0)
         outside = [] if self.filled else self._outside()
         try:
             for name, module in outside:
@@ -187,7 +186,7 @@ class Walk:
             parts += [BlockInput(h, [], e, item.passed, item.exact_passed) for h, e in zip(hidden, exact, strict=True)]
         shapes = list(dict.fromkeys(part.hidden.shape[:2] for part in parts))
         kept, self.shelf = self.shelf, Shelf(self.device)
-        lent = any(p.is_meta for p in self.blocks[0].parameters())
+        lent = not _filled(self.blocks[0])
         samples = self.embed_all([torch.zeros(shape, dtype=torch.int64) for shape in shapes])
         if lent:
             self.forget(0)
@@ -299,6 +298,11 @@ class Walk:
         out = block(hidden, *others[0], **others[1])
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+
+def _filled(block: nn.Module) -> bool:
+    """Whether it has its weights."""
+    return all(not p.is_meta for p in block.parameters())
 
 
 def _stop(*_: Any) -> None:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,23 +145,23 @@ class Checkpoint(Mapping[str, TensorInfo]):
 def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
     flat = torch.empty(info.nbytes, dtype=torch.uint8)
-    bytes_of = memoryview(flat.numpy().data) if info.nbytes else memoryview(bytearray())
     parts = [slice(start, min(start + PART, info.nbytes)) for start in range(0, info.nbytes, PART)]
     if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
         with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
-            list(pool.map(lambda part: _fill(bytes_of, info, part), parts))
+            list(pool.map(partial(_fill, flat, info), parts))
     elif parts:
-        _fill(bytes_of, info, parts[0])
+        _fill(flat, info, parts[0])
     return flat.view(info.dtype).reshape(info.shape)
 
 
-def _fill(bytes_of: memoryview, info: TensorInfo, part: slice) -> None:
-    """Read a part of a tensor's bytes into its place."""
+def _fill(flat: torch.Tensor, info: TensorInfo, part: slice) -> None:
+    """Read a part of a tensor's bytes, uint8 [nbytes], into its place."""
+    view = memoryview(flat.numpy().data)
     with info.file.open("rb", buffering=0) as f:
         f.seek(info.offset + part.start)
         got: int = part.start
         while got < part.stop:
-            n = f.readinto(bytes_of[got : part.stop])
+            n = f.readinto(view[got : part.stop])
             if not n:
                 raise StageError(f"{info.file}: {info.name!r} ends after {got} of {info.nbytes} bytes")
             got += n

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from requant.gptq import Factor
 
-BY_DRIFT = {
-    "cpu": False,
-    "cuda": True,
-}  # whether the drift may be solved for in place of the rows: on a CPU that is no hot spot
+# Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
+BY_DRIFT = {"cpu": False, "cuda": True}
 
 
 class Correction:

@@ -6,7 +6,6 @@ bench/stream.py. Not in it: what else the machine does, and files that are read 
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 import tempfile
@@ -61,7 +60,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
 
     Only the merge where a block is too much work to try on this processor.
     """
-    gc.collect()
+    free_memory(device)
     rate = product_rate(device)  # on a GPU also what its libraries take of the host
     started = facts.reset_peak()
     trust = p.recipe.trust_remote_code

@@ -58,7 +58,7 @@ class Lean:
             item.hidden = self.walk.shelf.put(item.hidden)
             item.exact = None if item.exact is None else self.walk.shelf.put(item.exact)
         torch.cuda.synchronize(self.walk.device)
-        torch.cuda.empty_cache()
+        free_memory(self.walk.device)
 
     def _note(self, text: str) -> None:
         log.warning("%s", text)

@@ -19,6 +19,7 @@ from requant import peft_runtime, skeleton, weights
 from requant.blocks import BlockInput, Walk, larger_half
 from requant.checkpoint import Checkpoint
 from requant.errors import StageError
+from requant.fit import free_memory
 from requant.shelf import Shelf
 from requant.variants import PLAIN, Places, plain
 
@@ -170,8 +171,7 @@ class _Flow:
             f"{where}: out of memory with {largest} windows at a time, went on with {larger_half(largest)}"
         )
         log.warning("%s", self.notes[-1])
-        if self.walk.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.walk.device)
 
 
 def possible(name: str, places: Places) -> bool:

@@ -17,7 +17,7 @@ from requant.layout import Settings
 
 log = logging.getLogger(__name__)
 ROWS = 64
-COLUMNS = 512  # as many blocks as a wide linear's feedback is added up for, and what is left over of its own width
+COLUMNS = gptq.OUTER["cuda"]  # and what is left over of a linear's own width: every kernel that its columns need
 
 
 class Warming:
