@@ -3,7 +3,7 @@
     python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
         [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--out FILE]
 
-Each side runs alone in a process of its own, from loading to the written checkpoint. Weights are bf16 and random, tokens
+Each side runs alone in a process of its own, from loading to the written checkpoint, no kernel compiled before. Weights are bf16 and random, tokens
 are random: the work does not depend on them. Two depths give a slope, from which a whole model's time follows (said so).
 
 --ranks runs ours on each of these numbers of GPUs of this host (processes on the CPU), one after another, more than one
@@ -184,7 +184,9 @@ def child(role: str, model: Path, work: Path, argv: list[str], ranks: int) -> di
     if role == "ours" and ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
     command = [*start, __file__, *argv, "--role", role, "--model", str(model), "--work", str(work)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as kernels:  # each compiles its own
+        known = os.environ | {"TRITON_CACHE_DIR": kernels}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=known)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         return {"failed": (done.stdout[-1500:] + done.stderr[-2500:])}

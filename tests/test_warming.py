@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -103,3 +104,14 @@ def test_on_a_gpu_all_of_it_works() -> None:
     assert len(running) == 5
     for part in running:
         part.result()
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", warming.SWITCH), ("cpu", None)])
+def test_threads_let_each_other_run_sooner_beside_a_gpu_only(device: str, wanted: float | None) -> None:
+    before = sys.getswitchinterval()
+    with warming.quick_switches(torch.device(device)):
+        assert sys.getswitchinterval() == pytest.approx(wanted or before)
+    assert sys.getswitchinterval() == before
+    with pytest.raises(ZeroDivisionError), warming.quick_switches(torch.device(device)):
+        _ = 1 / 0
+    assert sys.getswitchinterval() == before

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from requant import substitution
 from requant.gptq import Factor
 
 # Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
@@ -54,5 +55,5 @@ class Correction:
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:
     """(H + damping)^-1 @ columns, fp32 [n, k]."""
-    solved = torch.cholesky_solve(columns[factor.order], factor.lower)
+    solved = substitution.cholesky_solve(columns[factor.order], factor.lower)
     return solved.index_select(0, torch.argsort(factor.order))

@@ -67,7 +67,7 @@ def join() -> Iterator[Several]:
     store, rank, count = next(rendezvous("env://", timeout=WAIT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,
-        timeout=WAIT,
+        timeout=WAIT, device_id=torch.device("cuda", local) if gpus else None,  # NCCL connects here, not at its first sum
     )  # fmt: skip
     ranks = _here = Several(local, PrefixStore("requant", store))
     try:

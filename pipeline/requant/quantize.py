@@ -34,7 +34,7 @@ from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
 from requant.stages import ROOM, ROOM_SHARED, Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
-from requant.warming import Warming
+from requant.warming import Warming, quick_switches
 
 __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 
@@ -222,6 +222,7 @@ def quantize(
     waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0, room)
     walk.shelf = Shelf(device, on_host=not ranks.every(waits))
     with (
+        quick_switches(device),
         Warming(device, narrowest(model, layout), settings, dtype) as warming,
         Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
     ):
