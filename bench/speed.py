@@ -3,11 +3,12 @@
     python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
         [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--out FILE]
 
-Each side runs alone in a process of its own, from loading to the written checkpoint, no kernel compiled before. Weights are bf16 and random, tokens
-are random: the work does not depend on them. Two depths give a slope, from which a whole model's time follows (said so).
+Each side runs alone in a process of its own, from loading to the written checkpoint, with no kernel compiled before.
+Weights are bf16 and random, tokens are random: the work does not depend on them. Two depths give a slope, from which a
+whole model's time follows (said so).
 
 --ranks runs ours on each of these numbers of GPUs of this host (processes on the CPU), one after another, more than one
-through torchrun; the clock starts when the processes have found each other. Strong scaling is the ratio of these times,
+through torchrun; the clock starts when the processes have found each other (and NCCL has). Strong scaling is the ratio of these times,
 of the whole and of a block alone. Time by phase and memory are those of rank 0.
     python bench/speed.py --only ours --layers 8 --ranks 1 2 [--replicated] --out FILE
 """
