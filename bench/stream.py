@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 RANK, ALPHA = 16, 32
 PARTS = ("whole", "deep", "merge", "predict")
+RUN = [sys.executable, "-m", "requant", "run"]  # in a process of its own, as a user would
 
 
 def used(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -193,8 +195,8 @@ def merge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from requant import given, prepare, recipe, run
-    from requant.fit import pick_device
+    from requant import given, prepare, recipe
+    from requant.fit import free_memory, pick_device
     from requant.forecast import forecast
 
     base, adapter = nf4_base(args, folder)
@@ -213,7 +215,9 @@ def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                      "sets": [{"name": "heldout", "data": {"path": "./heldout.jsonl"}}]},
         "output": {"dir": str(folder / "runs")},
     }  # fmt: skip
-    wanted = recipe.parse(json.dumps(document), directory=folder)
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(document))
+    wanted = recipe.parse(file.read_text(), directory=folder)
     prepared, device = prepare.prepare(wanted), pick_device("auto")
     where = folder / "runs" / "bench"
     started = time.perf_counter()
@@ -221,8 +225,9 @@ def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         prepared, given.places(prepared, where), device, given.dtype(prepared, device), given.batch(prepared, device)
     )
     out: dict[str, Any] = {"forecast took, seconds": time.perf_counter() - started}
-    gc.collect()
-    cost = run.run(wanted).report["facts"]["cost"]
+    free_memory(device)
+    subprocess.run([*RUN, str(file)], check=True)
+    cost = json.loads((where / "report.json").read_text())["facts"]["cost"]
     for need in needs:
         measured = {"seconds": need.seconds, "peak_rss": need.host, "peak_device": need.device}
         found = {k: cost[k].get(need.stage) for k in measured if k in cost}

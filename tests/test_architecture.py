@@ -19,13 +19,11 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "nf4": set(),
     "kernels": set(),
-    "products": set(),
-    "substitution": {"products"},
     "hessian": set(),
     "shelf": set(),
     "grid": {"kernels"},
     "gptq": {"grid", "kernels"},
-    "correction": {"gptq", "substitution"},
+    "correction": {"gptq"},
     "pack": set(),
     "survival": set(),
     "results": set(),
@@ -49,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "dequantize": {"checkpoint", "nf4"},
     "writer": {"checkpoint"},
     "merge_plan": {"adapter", "adapter_formulas", "adapter_keys", "checkpoint", "dequantize", "experts", "writer"},
-    "merge": {"adapter_formulas", "artifacts", "checkpoint", "dequantize", "merge_plan", "products", "writer"},
+    "merge": {"adapter_formulas", "artifacts", "checkpoint", "dequantize", "kernels", "merge_plan", "writer"},
     "match": {"adapter", "artifacts", "checkpoint", "merge"},
     "peft_runtime": {"adapter", "adapter_keys", "checkpoint", "merge"},
     "recipe_errors": {"recipe_model", "yaml_source"},
@@ -62,12 +60,12 @@ ALLOWED: dict[str, set[str]] = {
     "layout": {"artifacts", "blocks", "checkpoint", "grid", "linears", "pack", "skeleton", "writer"},
     "shards": {"grid"},
     "targets": {"blocks", "grid", "layout", "linears", "shards"},
-    "cholesky": {"products"},
+    "cholesky": {"kernels"},
     "ranks": {"cholesky"},
     "crew": {"progress", "ranks"},
     "output": {"checkpoint", "gptq", "layout", "pack", "writer"},
-    "solving": {"correction", "gptq", "grid", "hessian", "layout", "products", "ranks"},
-    "warming": {"correction", "gptq", "grid", "layout"},
+    "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
+    "warming": {"correction", "gptq", "grid", "kernels", "layout"},
     "quantize": {
         "blocks",
         "checkpoint",
@@ -95,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     "blockwise": {"blocks", "checkpoint", "distil", "fit", "skeleton", "student", "teacher", "trainer"},
     "heal": {"artifacts", "blockwise", "checkpoint", "data", "fit", "skeleton", "student", "teacher", "trainer"},
     "heal_text": {"data"},
-    "weights": {"checkpoint", "dequantize", "grid", "layout", "merge", "pack", "products", "skeleton"},
+    "weights": {"checkpoint", "dequantize", "grid", "kernels", "layout", "merge", "pack", "skeleton"},
     "variants": {"checkpoint", "dequantize", "grid", "merge", "nf4", "peft_runtime", "skeleton", "weights"},
     "streamed": {"blocks", "checkpoint", "fit", "peft_runtime", "shelf", "skeleton", "variants", "weights"},
     "sizes": {"blocks", "checkpoint", "skeleton", "variants", "weights"},
@@ -209,10 +207,10 @@ def test_the_import_table_of_the_judge(name: str) -> None:
 
 
 def test_maths_files_know_nothing_of_ours_or_of_models() -> None:
-    maths = ("nf4", "kernels", "products", "hessian", "grid", "gptq", "cholesky", "substitution", "pack", "survival")
+    maths = ("nf4", "kernels", "hessian", "grid", "gptq", "cholesky", "pack", "survival")
     for file in (*(PIPELINE / f"{n}.py" for n in maths), EVAL / "statistics.py"):
         text = file.read_text()
-        assert imports(file, "requant") <= {"grid", "kernels", "products"}, file.name
+        assert imports(file, "requant") <= {"grid", "kernels"}, file.name
         for package in ("transformers", "bitsandbytes", "peft", "safetensors", "pathlib"):
             assert f"import {package}" not in text, f"{file.name} imports {package}"
             assert f"from {package}" not in text, f"{file.name} imports {package}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from requant import gptq, quantize, warming
+from requant import gptq, kernels, quantize, warming
 from requant import grid as grid_module
 from requant.correction import Correction
 from requant.grid import Grid
@@ -37,6 +37,7 @@ def test_every_kernel_of_every_grid_is_called(sweeps: int, monkeypatch: pytest.M
 
         monkeypatch.setattr(holder, name, counted)
 
+    watch(kernels, "begin")
     watch(grid_module, "find_scales")
     watch(gptq, "solve")
     watch(gptq, "refine")
@@ -46,7 +47,7 @@ def test_every_kernel_of_every_grid_is_called(sweeps: int, monkeypatch: pytest.M
     settings = Settings(grid=grids[0], sweeps=sweeps, correct=0.5)
     for part in warming._parts(CPU, dict.fromkeys(grids, 576), settings, torch.float32):
         part()
-    wanted = [("factorize", None), ("moved", None)]
+    wanted: list[tuple[str, Grid | None]] = [("begin", None), ("factorize", None), ("moved", None)]
     for grid in grids:
         wanted += [("find_scales", grid), ("solve", grid)] + [("refine", grid)] * sweeps
     assert called == wanted
@@ -101,7 +102,7 @@ def test_on_a_gpu_all_of_it_works() -> None:
     with warming.Warming(torch.device("cuda"), {Grid(4, 32): 192}, settings, torch.bfloat16) as begun:
         running = list(begun.running)
         begun.wait()
-    assert len(running) == 5
+    assert len(running) == 6
     for part in running:
         part.result()
 

@@ -6,13 +6,12 @@ the others still do, the next owner is already at its next columns. Source: Golu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from requant import products
+from requant import kernels
 
 BLOCK = 1024
 
@@ -29,20 +28,19 @@ def shared_cholesky(
     """
     n = len(matrix)
     parts = [slice(start, min(start + block, n)) for start in range(0, n, block)]
-    with products.full_precision():  # a factor in TF32 would lose more than the damping adds
+    with kernels.full_precision():  # a factor in TF32 would lose more than the damping adds
         arrived, coming = _begin(matrix, parts[0], 0, rank, count, publish)
         for number, here in enumerate(parts):
             arrived()
             panel = coming
             matrix[here.start :, here] = panel
-            take_off = partial(_take_off, matrix, _pieces(panel), here.start)
             rest = [j for j in range(number + 1, len(parts)) if j % count == rank]
             if number + 1 < len(parts):
                 if rest and rest[0] == number + 1:
-                    take_off(parts[rest.pop(0)])
+                    _take_off(matrix, panel, here, parts[rest.pop(0)])
                 arrived, coming = _begin(matrix, parts[number + 1], number + 1, rank, count, publish)
             for j in rest:
-                take_off(parts[j])
+                _take_off(matrix, panel, here, parts[j])
     lower = matrix.tril_()
     return lower, (~torch.isfinite(lower.diagonal()).all()).long()
 
@@ -63,18 +61,10 @@ def _finished(rows: Tensor) -> Tensor:
     corner, info = torch.linalg.cholesky_ex(rows[:k])
     corner = torch.where(info == 0, corner, torch.nan).tril_()
     inverse = torch.linalg.solve_triangular(corner, torch.eye(k, device=rows.device), upper=False)
-    below = torch.zeros_like(rows[k:])
-    products.add_product(below, _pieces(rows[k:]), _pieces(inverse.T))
-    return torch.cat([corner, below])
+    return torch.cat([corner, rows[k:] @ inverse.T])
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """What it is multiplied in: parts of TF32 where these are the faster, else whole."""
-    return products.parts(tensor) if products.has_parts(tensor) else (tensor,)
-
-
-def _take_off(matrix: Tensor, panel: Sequence[Tensor], start: int, block: slice) -> None:
-    """Subtract what finished columns, in pieces [rows from `start`, k], contribute to those of `block`."""
-    below = [piece[block.start - start :] for piece in panel]
-    across = [piece[: block.stop - block.start].T for piece in below]
-    products.add_product(matrix[block.start :, block], below, across, sign=-1)
+def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
+    """Subtract what the columns `here`, finished in `panel`, contribute to those of `block`."""
+    below = panel[block.start - here.start :]
+    matrix[block.start :, block].addmm_(below, below[: block.stop - block.start].T, alpha=-1)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from requant import substitution
 from requant.gptq import Factor
 
 # Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
@@ -55,5 +54,5 @@ class Correction:
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:
     """(H + damping)^-1 @ columns, fp32 [n, k]."""
-    solved = substitution.cholesky_solve(columns[factor.order], factor.lower)
+    solved = torch.cholesky_solve(columns[factor.order], factor.lower)
     return solved.index_select(0, torch.argsort(factor.order))

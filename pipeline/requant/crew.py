@@ -64,6 +64,8 @@ def join() -> Iterator[Several]:
                 "CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         torch.cuda.set_device(local)
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice: what is left to the CPU would crawl
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // started))
     store, rank, count = next(rendezvous("env://", timeout=WAIT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,

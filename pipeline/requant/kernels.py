@@ -5,6 +5,8 @@ Without Triton (any CPU, and builds of torch that lack it) nothing here runs and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,33 @@ GROUPS = 16
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels run where `tensor` is: on NVIDIA's GPUs, whose products in three parts of TF32 they use."""
     return triton is not None and tensor.is_cuda and torch.version.hip is None
+
+
+def tensor_cores() -> AbstractContextManager[None]:
+    """Products of fp32 matrices run on a GPU's tensor cores inside: TF32, 10 bits of mantissa, sums in fp32."""
+    return _products("high")
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """fp32 products in fp32 inside, whatever the process allows elsewhere."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def begin(device: torch.device) -> None:
+    """Have Triton look up what its first kernel asks of a GPU's driver and of itself, by a kernel that does nothing."""
+    nothing = torch.empty(1, device=device)
+    if usable(nothing):
+        _nothing[(1,)](nothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +118,10 @@ def _groups_a_program(width: int) -> int:
 
 
 if triton is not None:
+
+    @triton.jit
+    def _nothing(pointer):
+        pass
 
     @triton.jit
     def _nearest(x):

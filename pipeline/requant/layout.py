@@ -223,6 +223,6 @@ def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
 def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit."""
     out = tensor.to(dtype)
-    if dtype.is_floating_point and not torch.isfinite(out).all():
+    if dtype.is_floating_point and out.numel() and not torch.isfinite(torch.stack(torch.aminmax(out))).all():
         raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")
     return out

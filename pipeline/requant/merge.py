@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from requant import artifacts, products
+from requant import artifacts, kernels
 from requant.adapter_formulas import Lora
 from requant.checkpoint import read_tensor
 from requant.dequantize import CPU
@@ -75,7 +75,7 @@ def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tenso
 
 def ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
     """The same, the next one read and made while the last is rounded and written: for a device that does the work aside."""
-    with ThreadPoolExecutor(1) as reader, products.full_precision():
+    with ThreadPoolExecutor(1) as reader, kernels.full_precision():
         coming = reader.submit(compute, plan, plan.ops[0], device)
         for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
             made = coming.result()

@@ -46,12 +46,12 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
     sample = draw.sample(changed, min(tensors, len(changed)))
     worst, checked = 0.0, 0
     for op in sample:
-        actual, exact_row = written.read(op.name).double(), _rows(plan, op)
+        actual, exact_row = written.read(op.name), _rows(plan, op)
         kind = torch.finfo(written[op.name].dtype)
         for row in draw.sample(range(op.shape[0]), min(rows, op.shape[0])):
             exact, slack = exact_row(row)
             bound = slack + exact.abs() * kind.eps + kind.tiny * kind.eps  # half an ulp twice over, subnormals too
-            share = float(((actual[row] - exact).abs() / bound).max())
+            share = float(((actual[row].double() - exact).abs() / bound).max())
             if not share <= 1:
                 raise StageError(
                     f"{out}: {op.name} row {row} differs from base + adapter by {share:.3g} times the allowed rounding"

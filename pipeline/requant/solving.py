@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant import gptq, products
+from requant import gptq, kernels
 from requant.correction import Correction
 from requant.errors import StageError
 from requant.grid import Grid, Scales
@@ -46,7 +46,7 @@ def solve_stage(
     like: dict[Grid, list[str]] = {}
     for name in linears:
         like.setdefault(grids[name], []).append(name)
-    with products.tensor_cores():
+    with kernels.tensor_cores():
         own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
         damp = _damp(settings, moments.tokens, len(moments.hessian))
         order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)

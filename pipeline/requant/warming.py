@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from requant import gptq, grid
+from requant import gptq, grid, kernels
 from requant.correction import Correction
 from requant.grid import Grid
 from requant.layout import Settings
@@ -82,7 +82,9 @@ def _parts(
 
     Only one factors: torch's linear algebra must not be met by two threads at once.
     """
-    parts: list[Callable[[], object]] = [partial(_forward, device, dtype), partial(_factor, device, settings)]
+    parts: list[Callable[[], object]] = [
+        partial(kernels.begin, device), partial(_forward, device, dtype), partial(_factor, device, settings)
+    ]  # fmt: skip
     for wanted, width in widths.items():
         n = width
         if wanted.group_size > 0 and COLUMNS % wanted.group_size == 0 and width > COLUMNS:

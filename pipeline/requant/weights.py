@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from requant import merge, pack, products, skeleton
+from requant import kernels, merge, pack, skeleton
 from requant.checkpoint import Checkpoint
 from requant.dequantize import Base, Nf4Settings
 from requant.grid import Grid, find_scales, nearest
@@ -52,7 +52,7 @@ class Merged:
         return name in self.ops
 
     def read(self, name: str) -> Tensor:
-        with products.full_precision():
+        with kernels.full_precision():
             return merge.compute(self.plan, self.ops[name], self.device)[0]
 
 
