@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +112,35 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs["evaluate"].seconds == pytest.approx(expected)
     adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values())
     assert needs["evaluate"].host == (BLOCK + OUTSIDE + tokens * 64) * 4 + adapter_bytes + 9000
+
+
+def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower of making all tensors and of fetching and writing them, and what comes before and after."""
+    ops, target = prepared.merge.ops, torch.float32
+    monkeypatch.setattr(forecast, "cost_of", lambda *_: Cost(2.0, 10**6))
+    total = sum(s.nbytes for s in prepared.merge.slots(target))
+    assert prepared.recipe.merge.dtype == "float32"
+    slow_disk = forecast._merging(prepared, CPU, 7, forecast.Disk(3.0, 0.25, 1.0))
+    assert slow_disk.seconds == pytest.approx(2.0 * len(ops) + 4.25 * total)
+    fast_disk = forecast._merging(prepared, CPU, 7, forecast.Disk(1e-9, 0.25, 1e-9))
+    assert fast_disk.seconds == pytest.approx(2.0 * len(ops) + 0.25 * total)
+    assert fast_disk.host == 7 + 10**6 + 4 * 300 * 64
+    assert fast_disk.device == 0
+    auto = prepared.recipe.model_copy(update={"merge": prepared.recipe.merge.model_copy(update={"dtype": "auto"})})
+    bounded = forecast._merging(replace(prepared, recipe=auto), CPU, 7, forecast.Disk(1e-9, 0.0, 1e-9))
+    assert bounded.seconds == pytest.approx(4.0 * len(ops)), "a bound of each tensor comes first"
+
+
+def test_a_gpu_holds_what_is_made_rounded_and_written() -> None:
+    def op(*shape: int) -> Any:
+        return SimpleNamespace(shape=shape, action="folded")
+
+    costs = {((10,), "folded"): Cost(0.0, 100), ((1,), "folded"): Cost(0.0, 7)}
+    there = forecast._merging_there
+    assert there([op(10)], costs, torch.float16) == 100 + 20
+    assert there([op(10), op(1)], costs, torch.float16) == 100 + 20 + 7
+    assert there([op(1), op(10), op(1), op(10)], costs, torch.float16) == 100 + 20 + 2 + 7
+    assert there([op(10), op(10), op(10)], costs, torch.float16) == 100 + 20 + 20 + 100
 
 
 def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

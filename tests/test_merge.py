@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -509,3 +510,11 @@ def test_an_8_bit_base_fails(tmp_path: Path) -> None:
     base, adapter = small(tmp_path)
     pico.edit_tensors(base / "model.safetensors", add={NAME.removesuffix("weight") + "SCB": torch.ones(64)})
     assert "8-bit bitsandbytes checkpoint" in no_plan(base, adapter)
+
+
+def test_the_largest_magnitude() -> None:
+    assert merge._largest(torch.tensor([1.0, -3.0, 2.0])) == 3.0
+    assert merge._largest(torch.tensor([[1.0, 4.0], [-3.0, 2.0]], dtype=torch.float16)) == 4.0
+    assert merge._largest(torch.tensor([-2.0])) == 2.0
+    assert math.isnan(merge._largest(torch.tensor([1.0, math.nan])))
+    assert merge._largest(torch.tensor([1.0, -math.inf])) == math.inf

@@ -14,7 +14,7 @@ import torch
 from e2e import edit_json, edit_tensors, make_model, one_thread
 from safetensors.torch import load_file
 
-from requant import pack, verify
+from requant import pack, values, verify
 from requant.checkpoint import INDEX
 from requant.errors import InputError, StageError
 from requant.gptq import Grid
@@ -348,3 +348,17 @@ def test_the_reference_decoder_agrees(good: Path) -> None:
     weight = (codes - 8) * stored[f"{Q}.scales"].double().repeat_interleave(32, 0)
     ours = pack.dequantize({s: stored[f"{Q}.{s}"] for s in pack.SUFFIXES}, 4)
     assert torch.equal(ours.double(), weight.T)
+
+
+def test_tensors_are_compared_part_by_part() -> None:
+    """As the norm of the whole difference, whatever the parts."""
+    torch.manual_seed(0)
+    was = torch.randn(1000)
+    now = (was + 0.3 * torch.randn(1000)).bfloat16()
+    exact = float((now.double() - was.double()).norm() / was.double().norm())
+    for size in (1000, 300, 7):
+        parts = [torch.split(t, size) for t in (now, was)]
+        assert values._apart(*parts, torch.device("cpu")) == pytest.approx(exact, rel=1e-5)
+    zeros = [torch.zeros(4)]
+    assert values._apart(zeros, zeros, torch.device("cpu")) == 0
+    assert values._apart([torch.ones(4)], zeros, torch.device("cpu")) > values.OTHER_WEIGHTS

@@ -7,6 +7,7 @@ bench/stream.py. Not in it: what else the machine does, and files that are read 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ LIBRARIES = 40 * 2**20  # what PEFT, bitsandbytes and a model's own module add t
 PATIENCE = 20.0  # seconds that the products of a rehearsed block may take
 TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
 PROBED = 64 * 2**20  # bytes written to know the disk
+STARTING = {"cpu": 0.0, "cuda": 1.0}  # seconds until a GPU's libraries are met and compiled kernels found
+PACKED_READ = 2 * 0.27  # of a 16-bit linear's bytes, read in the last check: twice what 4 bits take
 TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
@@ -68,8 +71,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     model: Any = skeleton.build(skeleton.load_config(p.base, trust_remote_code=trust), trust_remote_code=trust)
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
-        disk = _written(Path(folder))
-        needs = [_merging(p, device, started, disk)]
+        needs = [_merging(p, device, started, Disk.probed(Path(folder), device))]
         if rehearsal.effort / rate > PATIENCE:
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
@@ -79,31 +81,58 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     return [*needs, scored.need(started)]
 
 
-def _written(folder: Path) -> float:
-    """Seconds a byte to write."""
-    block = torch.zeros(PROBED, dtype=torch.uint8).numpy().data
-    with (folder / "probe").open("wb", buffering=0) as file:
-        return cost_of(torch.device("cpu"), lambda: file.write(block)).seconds / PROBED
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Seconds a byte: to write it to a file, to have it on the disk in the end, and before that to fetch it from a GPU."""
+
+    write: float
+    sync: float
+    fetch: float
+
+    @classmethod
+    def probed(cls, folder: Path, device: torch.device) -> Disk:
+        block = torch.zeros(PROBED, dtype=torch.uint8, device=device)
+        fetch = cost_of(device, block.cpu).seconds if device.type == "cuda" else 0.0
+        data = block.cpu().numpy().data
+        with (folder / "probe").open("wb", buffering=0) as file:
+            write = cost_of(torch.device("cpu"), lambda: file.write(data)).seconds
+            sync = cost_of(torch.device("cpu"), lambda: os.fsync(file.fileno())).seconds
+        return cls(write / PROBED, sync / PROBED, fetch / PROBED)
 
 
-def _merging(p: Prepared, device: torch.device, started: int, disk: float) -> Need:
+def _merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need:
     """One tensor of each shape and treatment is made; writing runs beside the next one's making."""
     kinds: dict[tuple[Any, ...], list[merge.Op]] = defaultdict(list)
     for op in p.merge.ops:
         kinds[op.shape, op.action].append(op)
     target = merge.DTYPES.get(p.recipe.merge.dtype, torch.float16)
-    seconds, worst, gpu = 0.0, 0, 0
-    for ops in kinds.values():
+    seconds, before, worst = 0.0, 0.0, 0
+    costs: dict[tuple[Any, ...], Cost] = {}
+    for kind, ops in kinds.items():
         made = partial(_made, p, ops[-1], device, target)
         first, cost = cost_of(device, made), cost_of(device, made)
-        bound = cost_of(device, partial(merge.bound, p.merge, ops[-1])) if p.recipe.merge.dtype == "auto" else Cost()
-        seconds += (cost.seconds + bound.seconds) * len(ops)
+        costs[kind] = Cost(cost.seconds, max(first.bytes, cost.bytes))
+        seconds += cost.seconds * len(ops)
+        if p.recipe.merge.dtype == "auto":
+            before += cost_of(device, partial(merge.bound, p.merge, ops[-1])).seconds * len(ops)
         size = math.prod(ops[-1].shape)
-        made_of = size * target.itemsize if device.type == "cuda" else max(first.bytes, cost.bytes)
+        made_of = size * target.itemsize if device.type == "cuda" else costs[kind].bytes
         worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
-        gpu = max(gpu, 2 * cost.bytes + size * target.itemsize)
     total = sum(s.nbytes for s in p.merge.slots(target))
-    return Need("merge", max(seconds, total * disk), started + worst, gpu if device.type == "cuda" else 0)
+    seconds = before + max(seconds, total * (disk.fetch + disk.write)) + total * disk.sync
+    gpu = _merging_there(p.merge.ops, costs, target) if device.type == "cuda" else 0
+    return Need("merge", seconds, started + worst, gpu)
+
+
+def _merging_there(ops: Sequence[merge.Op], costs: dict[tuple[Any, ...], Cost], target: torch.dtype) -> int:
+    """Bytes of the GPU: one tensor is made while the one before it is rounded and the one before that is written."""
+    peak = written = 0
+    for op, following in zip(ops, [*ops[1:], None], strict=True):
+        made, rounded = costs[op.shape, op.action].bytes, math.prod(op.shape) * target.itemsize
+        ahead = costs[following.shape, following.action].bytes if following else 0
+        peak = max(peak, made + rounded + written + ahead)
+        written = rounded
+    return peak
 
 
 def _made(p: Prepared, op: merge.Op, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -120,11 +149,15 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     exact = -(-batches // parts.apart) if parts.apart else 0
     rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
-    read = scored.reading * (size.total - size.outside) * (2 if device.type == "cpu" else 0)
+    inside = size.total - size.outside
+    again = (
+        2 * inside if device.type == "cpu" else 3 * size.outside + PACKED_READ * inside
+    )  # a GPU's blocks come beside
     checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
     free_memory(device)
     there, here = (checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu")))
-    seconds = (parts.one.seconds + rest.seconds) * like + read + scored.check(there > 0) + 4 * scored.build
+    seconds = (parts.one.seconds + rest.seconds) * like + scored.reading * again + scored.check(there > 0)
+    seconds += 4 * scored.build + STARTING[device.type]
     item = 4 if device.type == "cpu" else 2
     states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
@@ -132,7 +165,9 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     if device.type == "cpu":
         return Need("quantize", seconds, started + max(working, here))
     waiting = 0 if parts.waits else int(states)
-    return Need("quantize", seconds, started + max(waiting, 0 if there else here), max(working, there))
+    beginning = item * (2 * size.vocabulary * size.width + size.block)  # embeddings are read for both ends, and a block
+    started = max(started, facts.reset_peak())  # with the libraries of a GPU's linear algebra
+    return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
 
 
 class _Scoring:

@@ -98,14 +98,20 @@ def bound(plan: MergePlan, op: Op) -> float:
     """An upper bound of max|w| without decoding: scales bound packed weights, norms bound a delta."""
     assert op.source is not None
     if op.replacement is not None:
-        largest = float(read_tensor(op.replacement).abs().max())
+        largest = _largest(read_tensor(op.replacement))
     elif op.source.kind == "packed":
-        largest = float(plan.base.absmax(op.source).abs().max())
+        largest = _largest(plan.base.absmax(op.source))
     else:
-        largest = float(plan.base.checkpoint.read(op.source.name).abs().max())
+        largest = _largest(plan.base.checkpoint.read(op.source.name))
     for fold in op.folds:
         largest = fold.bound(largest)
     return largest
+
+
+def _largest(tensor: Tensor) -> float:
+    """max |x|, of NaN NaN; without a copy of a tensor that may be as large as a vocabulary."""
+    low, high = (float(v) for v in torch.aminmax(tensor))
+    return high if high > -low else -low
 
 
 def merge(

@@ -5,7 +5,8 @@ One linear is in memory at a time. With the model that was quantized at hand, ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -16,6 +17,7 @@ from requant import pack
 from requant.checkpoint import Checkpoint
 from requant.structure import Finding, Packing, Structure
 
+PART = 2**24  # numbers of an unquantized tensor looked at together
 OTHER_WEIGHTS = 0.9
 """Relative error from which a decoded weight is not the source's. Rounding costs 0.05 to 0.2 at 4 bits and up to 0.7 at 2;
 an unrelated weight of the same size is 1.4 away."""
@@ -50,7 +52,7 @@ def check(structure: Structure, source: Checkpoint | None = None, device: torch.
             _decoded(seen, stem, tensors, packing, structure, source)
     for name, info in structure.checkpoint.items():
         if name not in packed and info.dtype.is_floating_point:
-            seen.findings += _plain(name, structure.checkpoint.read(name), source)
+            seen.findings += _plain(name, structure.checkpoint.read(name), source, device)
     seen.findings += _convention(seen, structure, source)
     return seen
 
@@ -122,15 +124,25 @@ def _decoded(
         seen.findings.append(Finding(f"{stem}.qweight", f"decodes to other weights than the source's: {error:.0%} off"))
 
 
-def _plain(name: str, tensor: Tensor, source: Checkpoint | None) -> Iterator[Finding]:
-    bad = int((~torch.isfinite(tensor)).sum())
+def _plain(name: str, tensor: Tensor, source: Checkpoint | None, device: torch.device) -> Iterator[Finding]:
+    parts = torch.split(tensor.reshape(-1), PART)
+    bad = sum(int((~torch.isfinite(part.to(device))).sum()) for part in parts)
     if bad:
         yield Finding(name, f"{bad} of {tensor.numel()} values are not finite")
     elif source is not None and name in source and source[name].shape == tuple(tensor.shape):
-        before = source.read(name).float()
-        error = float((tensor.float() - before).norm() / before.norm().clamp(min=1e-30))
+        error = _apart(parts, torch.split(source.read(name).reshape(-1), PART), device)
         if error > OTHER_WEIGHTS:
             yield Finding(name, f"is not the source's: {error:.0%} off")
+
+
+def _apart(parts: Sequence[Tensor], before: Sequence[Tensor], device: torch.device) -> float:
+    """Relative distance of a tensor from what it was, both in parts."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for new, old in zip(parts, before, strict=True):
+        was = old.to(device).float()
+        sums += torch.stack([(new.to(device).float() - was).square().sum(), was.square().sum()])
+    difference, whole = sums.tolist()
+    return math.sqrt(difference / max(whole, 1e-60))
 
 
 def _convention(seen: Values, structure: Structure, source: Checkpoint | None) -> Iterator[Finding]:

@@ -84,10 +84,11 @@ def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dty
 def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    straight: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}  # never whole on the host
     model = AutoModelForCausalLM.from_pretrained(
-        str(places.merged), dtype=dtype, trust_remote_code=places.trust_remote_code
+        str(places.merged), dtype=dtype, trust_remote_code=places.trust_remote_code, **straight
     )
-    return model.to(device).eval()
+    return model.eval()
 
 
 @torch.no_grad()
