@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,9 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
         scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder), build)
+    if device.type == "cuda":  # its libraries stay on the host once they were used
+        free_memory(device)
+        started = max(started, facts.reset_peak())
     if p.recipe.quantize.engine == "requant":
         needs.append(_quantizing(p, rehearsal, scored, started))
     return [*needs, scored.need(started)]
@@ -105,31 +108,36 @@ def _merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Nee
     kinds: dict[tuple[Any, ...], list[merge.Op]] = defaultdict(list)
     for op in p.merge.ops:
         kinds[op.shape, op.action].append(op)
-    target = merge.DTYPES.get(p.recipe.merge.dtype, torch.float16)
+    target = _merged_in(p)
     seconds, before, worst = 0.0, 0.0, 0
-    costs: dict[tuple[Any, ...], Cost] = {}
+    there: dict[tuple[Any, ...], int] = {}
     for kind, ops in kinds.items():
         made = partial(_made, p, ops[-1], device, target)
         first, cost = cost_of(device, made), cost_of(device, made)
-        costs[kind] = Cost(cost.seconds, max(first.bytes, cost.bytes))
+        if device.type == "cuda":
+            there[kind] = cost_of(device, partial(merge.compute, p.merge, ops[-1], device)).bytes
         seconds += cost.seconds * len(ops)
         if p.recipe.merge.dtype == "auto":
             before += cost_of(device, partial(merge.bound, p.merge, ops[-1])).seconds * len(ops)
         size = math.prod(ops[-1].shape)
-        made_of = size * target.itemsize if device.type == "cuda" else costs[kind].bytes
+        made_of = size * target.itemsize if device.type == "cuda" else max(first.bytes, cost.bytes)
         worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
     total = sum(s.nbytes for s in p.merge.slots(target))
     seconds = before + max(seconds, total * (disk.fetch + disk.write)) + total * disk.sync
-    gpu = _merging_there(p.merge.ops, costs, target) if device.type == "cuda" else 0
-    return Need("merge", seconds, started + worst, gpu)
+    return Need("merge", seconds, started + worst, _merging_there(p.merge.ops, there, target) if there else 0)
 
 
-def _merging_there(ops: Sequence[merge.Op], costs: dict[tuple[Any, ...], Cost], target: torch.dtype) -> int:
+def _merged_in(p: Prepared) -> torch.dtype:
+    """The merged model's dtype, where `auto` chooses as it mostly does."""
+    return merge.DTYPES.get(p.recipe.merge.dtype, torch.float16)
+
+
+def _merging_there(ops: Sequence[merge.Op], costs: Mapping[tuple[Any, ...], int], target: torch.dtype) -> int:
     """Bytes of the GPU: one tensor is made while the one before it is rounded and the one before that is written."""
     peak = written = 0
     for op, following in zip(ops, [*ops[1:], None], strict=True):
-        made, rounded = costs[op.shape, op.action].bytes, math.prod(op.shape) * target.itemsize
-        ahead = costs[following.shape, following.action].bytes if following else 0
+        made, rounded = costs[op.shape, op.action], math.prod(op.shape) * target.itemsize
+        ahead = costs[following.shape, following.action] if following else 0
         peak = max(peak, made + rounded + written + ahead)
         written = rounded
     return peak
@@ -165,8 +173,8 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     if device.type == "cpu":
         return Need("quantize", seconds, started + max(working, here))
     waiting = 0 if parts.waits else int(states)
-    beginning = item * (2 * size.vocabulary * size.width + size.block)  # embeddings are read for both ends, and a block
-    started = max(started, facts.reset_peak())  # with the libraries of a GPU's linear algebra
+    cast = 2 if _merged_in(p) != p.serving_dtype else 1  # a tensor is there in both
+    beginning = cast * item * (2 * size.vocabulary * size.width + size.block)  # embeddings for both ends, and a block
     return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
 
 
