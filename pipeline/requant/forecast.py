@@ -26,7 +26,7 @@ from requant.evaluate import REFERENCE, streams
 from requant.fit import BUSY, USABLE, free_bytes, free_memory, product_rate
 from requant.prepare import Prepared
 from requant.quantize import TOKENS
-from requant.rehearse import Cost, Rehearsal, cost_of
+from requant.rehearse import Rehearsal, cost_of
 from requant.sizes import PACKED, Size
 from requant.variants import Places
 
