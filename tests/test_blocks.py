@@ -6,18 +6,20 @@ import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pico
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from requant import skeleton
 from requant.blocks import BlockInput, Walk, block_linears, block_list
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
-from requant.stages import ROOM, Stage, find_stages, held_bytes, may_wait, step
+from requant.stages import ROOM, Stage, find_stages, held_bytes, may_wait, solving_bytes, step
 
 STAGES = {
     "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
@@ -172,10 +174,30 @@ def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatc
     _, walk = walk_of(tmp_path, "llama")
     assert may_wait(walk, 10**12), "a CPU has no other memory to send them to"
     guess = held_bytes(walk.load(0), tuple(block_linears(walk.blocks[0])), 1000, walk.dtype.itemsize)
+    rest = solving_bytes(walk.blocks[0], walk.dtype.itemsize)
+    assert rest == 2 * 4 * sum(p.numel() for p in walk.blocks[0].parameters()) + 5 * 4 * 128**2
     walk.device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(guess * 1.5 / 3 / ROOM) + 2, 10**12))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int((guess * 1.5 / 3 + rest) / ROOM) + 2, 10**12))
     assert may_wait(walk, 1000, 0.5)
     assert not may_wait(walk, 1001, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "samples", "twice", "waits"),
+    [(4096, 14336, 512, 1 / 8, True), (4096, 14336, 1024, 1 / 16, False), (8192, 28672, 128, 1.0, False)],
+)
+def test_what_ran_out_of_memory_on_a_gpu_is_not_tried_again(
+    hidden: int, inner: int, samples: int, twice: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 GB: windows of 2048 tokens of Llama's 8B and 70B shapes; the last one did (bench/results/2026-11-23-speed-70b-h100)."""
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_attention_heads=hidden // 128, num_key_value_heads=8,
+        num_hidden_layers=1, vocab_size=8,
+    )  # fmt: skip
+    _, blocks = block_list(skeleton.build(config))
+    walk: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, blocks=blocks)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (84_400_000_000, 85_000_000_000))
+    assert may_wait(walk, samples * 2048, twice) is waits
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -20,6 +20,7 @@ from requant.linears import split_experts, unfollow
 
 ROOM = 0.85  # of a GPU's free memory that waiting batches may take by our guess
 ROOM_SHARED = 0.6  # the same where several ranks work together: none can do with less while the others wait for it
+SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring takes
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
 
@@ -198,14 +199,21 @@ def may_wait(walk: Walk, tokens: int, twice: float = 0.0, room: float = ROOM) ->
     """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is `room`.
 
     twice: the share of tokens that also runs unquantized. A third of the upper guess is taken: a linear's input and
-    output are not all alive at once (bench/speed.py). Where that is too little, one rank alone begins again (`leaner`).
+    output are not all alive at once (bench/speed.py); the blocks and what solving needs come on top. Where that is too
+    little, one rank alone begins again (`leaner`).
     """
     if walk.device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(walk.device)
     block = walk.blocks[0]
     guess = held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize)
-    return guess * (1 + twice) / 3 < free * room
+    return guess * (1 + twice) / 3 + solving_bytes(block, walk.dtype.itemsize) < free * room
+
+
+def solving_bytes(block: nn.Module, itemsize: int) -> int:
+    """Roughly what a block takes while its widest linear is solved: itself, the next one, and square matrices in fp32."""
+    widest: int = max((m.in_features for m in block_linears(block).values()), default=0)
+    return 2 * itemsize * sum(p.numel() for p in block.parameters()) + SQUARES * 4 * widest**2
 
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:
