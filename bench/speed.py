@@ -8,8 +8,8 @@ Weights are bf16 and random, tokens are random: the work does not depend on them
 whole model's time follows (said so).
 
 --ranks runs ours on each of these numbers of GPUs of this host (processes on the CPU), one after another, more than one
-through torchrun; the clock starts when the processes have found each other, NCCL's connections too. Strong scaling is the
-ratio of these times, of the whole and of a block alone. Time by phase and memory are those of rank 0.
+through torchrun; the clock starts when the processes have found each other. Strong scaling is the ratio of these times,
+of the whole and of a block alone. Time by phase and memory are those of rank 0.
     python bench/speed.py --only ours --layers 8 --ranks 1 2 [--replicated] --out FILE
 """
 

@@ -268,6 +268,7 @@ def main() -> None:
                 RuntimeError,
                 OSError,
                 ValueError,
+                subprocess.SubprocessError,
             ) as error:  # takes no other part with it, and is told
                 traceback.print_exc()
                 result[part] = {"failed": f"{type(error).__name__}: {error}"}

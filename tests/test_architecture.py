@@ -134,6 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     "resonance": {"deltas", "grid", "layout", "merge", "rundir"},
     "suggest": {"grid", "layout", "pack"},
     "swap": {"checkpoint", "skeleton", "variants"},
+    "forecast_merge": {"merge", "prepare", "rehearse"},
     "rehearse": {
         "blocks",
         "facts",

@@ -13,7 +13,8 @@ import pytest
 import torch
 from e2e import one_thread, recipe
 
-from requant import evaluate, forecast, given, prepare, rehearse, skeleton
+from requant import evaluate, forecast, forecast_merge, given, prepare, rehearse, skeleton
+from requant.forecast_merge import PROBED, Made
 from requant.prepare import Prepared
 from requant.rehearse import Cost, Quantized, Rehearsal, Scored
 
@@ -96,7 +97,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "free_bytes", lambda _: 0)
     monkeypatch.setattr(forecast.facts, "reset_peak", lambda: 0)
     monkeypatch.setattr(forecast, "LIBRARIES", 0)
-    monkeypatch.setattr(forecast, "_merging", lambda *_: forecast.Need("merge", 1.0, 2))
+    monkeypatch.setattr(forecast, "merging", lambda *_: forecast.Need("merge", 1.0, 2))
     needs = of(prepared)
     assert prepared.calibration.shape == (8, 64)
     assert needs["quantize"].seconds == pytest.approx(LAYERS * (2.0 + 0.5))
@@ -117,17 +118,17 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower of making all tensors and of fetching and writing them, and what comes before and after."""
     ops, target = prepared.merge.ops, torch.float32
-    monkeypatch.setattr(forecast, "cost_of", lambda *_: Cost(2.0, 10**6))
+    monkeypatch.setattr(forecast_merge, "cost_of", lambda *_: Cost(2.0, 10**6))
     total = sum(s.nbytes for s in prepared.merge.slots(target))
     assert prepared.recipe.merge.dtype == "float32"
-    slow_disk = forecast._merging(prepared, CPU, 7, forecast.Disk(3.0, 0.25, 1.0))
+    slow_disk = forecast_merge.merging(prepared, CPU, 7, forecast_merge.Disk(3.0, 0.25, 1.0))
     assert slow_disk.seconds == pytest.approx(4.25 * total)
-    fast_disk = forecast._merging(prepared, CPU, 7, forecast.Disk(1e-9, 0.25, 1e-9))
+    fast_disk = forecast_merge.merging(prepared, CPU, 7, forecast_merge.Disk(1e-9, 0.25, 1e-9))
     assert fast_disk.seconds == pytest.approx(2.0 * len(ops) + 0.25 * total)
     assert fast_disk.host == 7 + 10**6 + 4 * 300 * 64
     assert fast_disk.device == 0
     auto = prepared.recipe.model_copy(update={"merge": prepared.recipe.merge.model_copy(update={"dtype": "auto"})})
-    bounded = forecast._merging(replace(prepared, recipe=auto), CPU, 7, forecast.Disk(1e-9, 0.0, 1e-9))
+    bounded = forecast_merge.merging(replace(prepared, recipe=auto), CPU, 7, forecast_merge.Disk(1e-9, 0.0, 1e-9))
     assert bounded.seconds == pytest.approx(4.0 * len(ops)), "a bound of each tensor comes first"
 
 
@@ -135,12 +136,43 @@ def test_a_gpu_holds_what_is_made_rounded_and_written() -> None:
     def op(*shape: int) -> Any:
         return SimpleNamespace(shape=shape, action="folded")
 
-    costs = {((10,), "folded"): 100, ((1,), "folded"): 7}
-    there = forecast._merging_there
-    assert there([op(10)], costs, torch.float16) == 100 + 20
-    assert there([op(10), op(1)], costs, torch.float16) == 100 + 20 + 7
-    assert there([op(1), op(10), op(1), op(10)], costs, torch.float16) == 100 + 20 + 2 + 7
-    assert there([op(10), op(10), op(10)], costs, torch.float16) == 100 + 20 + 20 + 100
+    def there(*shapes: int) -> int:
+        made = {
+            ((10,), "folded"): Made(500, 40, 20),
+            ((1,), "folded"): Made(7, 4, 2),
+            ((9,), "folded"): Made(90, 18, 0),
+        }
+        return forecast_merge._merging_there([op(n) for n in shapes], made)
+
+    assert there(10) == 500
+    assert there(10, 1) == 500, "nothing else is there while the first is made"
+    assert there(1, 10) == 4 + 2 + 500
+    assert there(1, 1, 10) == 4 + 2 + 2 + 500
+    assert there(1, 10, 10) == 40 + 20 + 2 + 500
+    assert there(9, 9, 10) == 18 + 18 + 500, "what needs no rounding is written as it is"
+    assert there(1, 1, 1) == 4 + 2 + 2 + 7
+
+
+def test_what_a_tensor_takes_is_seen_on_the_way(prepared: Prepared) -> None:
+    op = next(op for op in prepared.merge.ops if op.folds)
+    made = Made.of(prepared, op, CPU, torch.float16)
+    assert made.held == 4 * math.prod(op.shape)
+    assert made.rounded == 2 * math.prod(op.shape)
+    assert Made.of(prepared, op, CPU, torch.float32).rounded == 0
+
+
+def test_the_disk_is_asked_to_write_and_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def cost(_: torch.device, work: Any) -> Cost:
+        asked.append(work())
+        return Cost(float(len(asked)) * PROBED)
+
+    monkeypatch.setattr(forecast_merge, "cost_of", cost)
+    disk = forecast_merge.Disk.probed(tmp_path, CPU)
+    assert (disk.write, disk.sync, disk.fetch) == (1.0, 2.0, 0.0)
+    assert asked == [PROBED, None]
+    assert (tmp_path / "probe").stat().st_size == PROBED
 
 
 def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import correction, gptq, pack, skeleton, variants
+from requant import correction, gptq, layout, pack, skeleton, variants
 from requant import quantize as quantize_module
 from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
@@ -321,3 +321,18 @@ def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> fl
         for name, parameter in model.named_parameters():
             parameter.copy_(stored[f"model.{name}"].float())
         return float((model(windows).last_hidden_state - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, torch.inf, torch.nan])
+@pytest.mark.parametrize("at", [0, 7, 15])
+def test_one_value_that_does_not_fit_is_enough(value: float, at: int) -> None:
+    tensor = torch.ones(4, 4)
+    assert torch.equal(layout.convert("w", tensor, torch.float16), tensor.half())
+    tensor.view(-1)[at] = value
+    with pytest.raises(StageError, match="w does not fit float16"):
+        layout.convert("w", tensor, torch.float16)
+
+
+def test_nothing_and_whole_numbers_always_fit() -> None:
+    assert layout.convert("w", torch.ones(0, 4), torch.float16).shape == (0, 4)
+    assert layout.convert("w", torch.tensor([1, 2]), torch.int64).tolist() == [1, 2]

@@ -281,3 +281,24 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         crew.join(),
     ):
         pass
+
+
+@pytest.mark.parametrize(("said", "threads"), [("1", [2]), ("3", []), (None, [])])
+def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
+    said: str | None, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torchrun left it one thread; other numbers are somebody's choice."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(crew, "_cores", lambda: 5)
+    monkeypatch.setattr(crew, "rendezvous", lambda *_, **__: iter(()))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    with pytest.raises((RuntimeError, StopIteration)), crew.join():
+        pass
+    assert taken == threads
+    assert crew._cores() >= 1

@@ -189,3 +189,47 @@ def test_an_unknown_name(places: variants.Places) -> None:
         load("healed", places)
     with pytest.raises(ValueError, match="no variant 'original'"):
         load("original", replace(places, original=None))
+
+
+class Loading:
+    """Stands for transformers' loader; `failing`: what loading straight to a device ends with."""
+
+    def __init__(self, failing: Exception | None = None) -> None:
+        self.failing, self.asked, self.moved = failing, [], []
+
+    def from_pretrained(self, path: str, **options: Any) -> Any:
+        self.asked.append(options)
+        if self.failing and "device_map" in options:
+            raise self.failing
+        model = torch.nn.Linear(1, 1)
+        model.to = lambda device: self.moved.append(device) or model  # type: ignore[method-assign,assignment,func-returns-value]
+        return model
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Loading:
+    loader = Loading()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", loader)
+    return loader
+
+
+def test_a_gpu_gets_a_model_without_a_copy_on_the_host(places: variants.Places, loading: Loading) -> None:
+    gpu = torch.device("cuda", 1)
+    model = variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    assert [options["device_map"] for options in loading.asked] == [{"": gpu}]
+    assert not model.training
+    variants.load("merged", places, device=CPU, dtype=torch.float32)
+    assert "device_map" not in loading.asked[1]
+
+
+def test_memory_that_runs_out_while_loading_is_told_as_such(places: variants.Places, loading: Loading) -> None:
+    """Scoring goes on block by block then; transformers hides it where it puts experts together, so the host does that."""
+    gpu = torch.device("cuda")
+    loading.failing = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    assert len(loading.asked) == 1
+    loading.failing = RuntimeError("We encountered some issues during automatic conversion of the weights")
+    variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    assert "device_map" not in loading.asked[2]
+    assert loading.moved[-1] == gpu

@@ -362,3 +362,13 @@ def test_tensors_are_compared_part_by_part() -> None:
     zeros = [torch.zeros(4)]
     assert values._apart(zeros, zeros, torch.device("cpu")) == 0
     assert values._apart([torch.ones(4)], zeros, torch.device("cpu")) > values.OTHER_WEIGHTS
+
+
+@pytest.mark.parametrize("at", [0, 4, 9])
+def test_every_part_of_a_tensor_is_looked_at(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "PART", 3)
+    tensor = torch.ones(2, 5)
+    assert not list(values._plain("norm", tensor, None, torch.device("cpu")))
+    tensor.view(-1)[at] = torch.inf
+    (finding,) = values._plain("norm", tensor, None, torch.device("cpu"))
+    assert finding.reason == "1 of 10 values are not finite"

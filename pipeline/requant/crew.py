@@ -64,12 +64,12 @@ def join() -> Iterator[Several]:
                 "CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         torch.cuda.set_device(local)
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice: what is left to the CPU would crawl
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // started))
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice: what is left to the CPU would crawl
+            torch.set_num_threads(max(1, _cores() // started))
     store, rank, count = next(rendezvous("env://", timeout=WAIT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,
-        timeout=WAIT, device_id=torch.device("cuda", local) if gpus else None,  # NCCL connects here, not at its first sum
+        timeout=WAIT,
     )  # fmt: skip
     ranks = _here = Several(local, PrefixStore("requant", store))
     try:
@@ -77,6 +77,11 @@ def join() -> Iterator[Several]:
     finally:
         _here = ALONE
         dist.destroy_process_group()
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def together(command: Callable[[], None]) -> None:

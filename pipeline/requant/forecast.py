@@ -6,29 +6,29 @@ bench/stream.py. Not in it: what else the machine does, and files that are read 
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from requant import facts, merge, nf4, skeleton
+from requant import facts, nf4, skeleton
 from requant.deltas import deltas
 from requant.evaluate import REFERENCE, streams
 from requant.fit import BUSY, USABLE, free_bytes, free_memory, product_rate
+from requant.forecast_merge import PROBED, Disk, Need, merged_in, merging
 from requant.prepare import Prepared
 from requant.quantize import TOKENS
 from requant.rehearse import Rehearsal, cost_of
 from requant.sizes import PACKED, Size
 from requant.variants import Places
+
+__all__ = ["Need", "forecast"]
 
 if TYPE_CHECKING:
     from requant_eval.windows import EvalSet
@@ -36,26 +36,9 @@ if TYPE_CHECKING:
 LIBRARIES = 40 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
 PATIENCE = 20.0  # seconds that the products of a rehearsed block may take
 TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
-PROBED = 64 * 2**20  # bytes written to know the disk
 STARTING = {"cpu": 0.0, "cuda": 1.0}  # seconds until a GPU's libraries are met and compiled kernels found
-PACKED_READ = 2 * 0.27  # of a 16-bit linear's bytes, read in the last check: twice what 4 bits take
 TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What one stage takes. device: bytes on the GPU, 0 without one."""
-
-    stage: str
-    seconds: float
-    host: int
-    device: int = 0
-
-    def __str__(self) -> str:
-        time = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.1f} min"
-        gpu = f", {self.device / 1e9:.1f} GB of the GPU" if self.device else ""
-        return f"{self.stage} about {time}, {self.host / 1e9:.1f} GB of memory{gpu}"
 
 
 def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
@@ -71,7 +54,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     model: Any = skeleton.build(skeleton.load_config(p.base, trust_remote_code=trust), trust_remote_code=trust)
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
-        needs = [_merging(p, device, started, Disk.probed(Path(folder), device))]
+        needs = [merging(p, device, started, Disk.probed(Path(folder), device))]
         if rehearsal.effort / rate > PATIENCE:
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
@@ -84,69 +67,6 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     return [*needs, scored.need(started)]
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """Seconds a byte: to write it to a file, to have it on the disk in the end, and before that to fetch it from a GPU."""
-
-    write: float
-    sync: float
-    fetch: float
-
-    @classmethod
-    def probed(cls, folder: Path, device: torch.device) -> Disk:
-        block = torch.zeros(PROBED, dtype=torch.uint8, device=device)
-        fetch = cost_of(device, block.cpu).seconds if device.type == "cuda" else 0.0
-        data = block.cpu().numpy().data
-        with (folder / "probe").open("wb", buffering=0) as file:
-            write = cost_of(torch.device("cpu"), lambda: file.write(data)).seconds
-            sync = cost_of(torch.device("cpu"), lambda: os.fsync(file.fileno())).seconds
-        return cls(write / PROBED, sync / PROBED, fetch / PROBED)
-
-
-def _merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need:
-    """One tensor of each shape and treatment is made; writing runs beside the next one's making."""
-    kinds: dict[tuple[Any, ...], list[merge.Op]] = defaultdict(list)
-    for op in p.merge.ops:
-        kinds[op.shape, op.action].append(op)
-    target = _merged_in(p)
-    seconds, before, worst = 0.0, 0.0, 0
-    there: dict[tuple[Any, ...], int] = {}
-    for kind, ops in kinds.items():
-        made = partial(_made, p, ops[-1], device, target)
-        first, cost = cost_of(device, made), cost_of(device, made)
-        if device.type == "cuda":
-            there[kind] = cost_of(device, partial(merge.compute, p.merge, ops[-1], device)).bytes
-        seconds += cost.seconds * len(ops)
-        if p.recipe.merge.dtype == "auto":
-            before += cost_of(device, partial(merge.bound, p.merge, ops[-1])).seconds * len(ops)
-        size = math.prod(ops[-1].shape)
-        made_of = size * target.itemsize if device.type == "cuda" else max(first.bytes, cost.bytes)
-        worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
-    total = sum(s.nbytes for s in p.merge.slots(target))
-    seconds = before + max(seconds, total * (disk.fetch + disk.write)) + total * disk.sync
-    return Need("merge", seconds, started + worst, _merging_there(p.merge.ops, there, target) if there else 0)
-
-
-def _merged_in(p: Prepared) -> torch.dtype:
-    """The merged model's dtype, where `auto` chooses as it mostly does."""
-    return merge.DTYPES.get(p.recipe.merge.dtype, torch.float16)
-
-
-def _merging_there(ops: Sequence[merge.Op], costs: Mapping[tuple[Any, ...], int], target: torch.dtype) -> int:
-    """Bytes of the GPU: one tensor is made while the one before it is rounded and the one before that is written."""
-    peak = written = 0
-    for op, following in zip(ops, [*ops[1:], None], strict=True):
-        made, rounded = costs[op.shape, op.action], math.prod(op.shape) * target.itemsize
-        ahead = costs[following.shape, following.action] if following else 0
-        peak = max(peak, made + rounded + written + ahead)
-        written = rounded
-    return peak
-
-
-def _made(p: Prepared, op: merge.Op, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return merge.compute(p.merge, op, device)[0].to(dtype)
-
-
 def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
     device, windows, size = rehearsal.device, p.calibration, scored.size
     batch = max(1, TOKENS[device.type] // windows.shape[1])
@@ -157,10 +77,11 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     exact = -(-batches // parts.apart) if parts.apart else 0
     rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
-    inside = size.total - size.outside
-    again = (
-        2 * inside if device.type == "cpu" else 3 * size.outside + PACKED_READ * inside
-    )  # a GPU's blocks come beside
+    again: float = 2 * (size.total - size.outside)
+    if (
+        device.type == "cuda"
+    ):  # which gets its blocks beside the work: the last check remains, and embeddings on the way in
+        again = 3 * size.outside + 2 * p.settings.grid.bits / 16 * (size.total - size.outside)
     checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
     free_memory(device)
     there, here = (checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu")))
@@ -173,8 +94,11 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     if device.type == "cpu":
         return Need("quantize", seconds, started + max(working, here))
     waiting = 0 if parts.waits else int(states)
-    cast = 2 if _merged_in(p) != p.serving_dtype else 1  # a tensor is there in both
-    beginning = cast * item * (2 * size.vocabulary * size.width + size.block)  # embeddings for both ends, and a block
+    merged = merged_in(p)
+    each = p.serving_dtype.itemsize + (merged.itemsize if merged != p.serving_dtype else 0)  # while it is cast
+    beginning = each * (
+        2 * size.vocabulary * size.width + size.block
+    )  # embeddings to compute and to write, and a block
     return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
 
 
@@ -215,7 +139,7 @@ class _Scoring:
         if self.device.type == "cpu":
             return Need("evaluate", seconds, started + worst)
         whole = not self._streams("merged", self.size)
-        loaded = 2 * self.size.total if whole else 4 * self.size.block  # by transformers, on the host
+        loaded = 2 * self.size.total if whole else 4 * self.size.block  # by transformers: its file is mapped
         return Need("evaluate", seconds, started + loaded, worst)
 
     def _seconds(self, name: str, size: Size) -> float:

@@ -211,9 +211,11 @@ def may_wait(walk: Walk, tokens: int, twice: float = 0.0, room: float = ROOM) ->
 
 
 def solving_bytes(block: nn.Module, itemsize: int) -> int:
-    """Roughly what a block takes while its widest linear is solved: itself, the next one, and square matrices in fp32."""
+    """Roughly what is there while a block's widest linear is solved: its own weights, those it had before, the next block's,
+    and square matrices in fp32.
+    """
     widest: int = max((m.in_features for m in block_linears(block).values()), default=0)
-    return 2 * itemsize * sum(p.numel() for p in block.parameters()) + SQUARES * 4 * widest**2
+    return 3 * itemsize * sum(p.numel() for p in block.parameters()) + SQUARES * 4 * widest**2
 
 
 def held_bytes(block: nn.Module, linears: Sequence[str], tokens: int, itemsize: int) -> int:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +86,21 @@ def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dty
 def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    straight: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}  # never whole on the host
-    model = AutoModelForCausalLM.from_pretrained(
-        str(places.merged), dtype=dtype, trust_remote_code=places.trust_remote_code, **straight
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        str(places.merged),
+        dtype=dtype,
+        trust_remote_code=places.trust_remote_code,
     )
-    return model.eval()
+    if device.type != "cpu":  # straight there: of its files the host keeps what is mapped
+        try:
+            return load(device_map={"": device}).eval()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # transformers hides what failed where it puts experts together: below it shows
+            log.debug("loading straight to %s: %s", device, error)
+        gc.collect()
+    return load().to(device).eval()
 
 
 @torch.no_grad()
