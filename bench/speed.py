@@ -1,9 +1,10 @@
 """GPTQ of a big model's shape with random weights, ours and gptqmodel in one run: time, peak memory, time by phase.
 
     python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
-        [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--out FILE]
+        [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--compiled] [--out FILE]
 
-Each side runs alone in a process of its own, from loading to the written checkpoint, with no kernel compiled before.
+Each side runs alone in a process of its own, from loading to the written checkpoint, with no kernel compiled before;
+--compiled: ours are, and libraries met, as in `requant run`, which does so beside the merge.
 Weights are bf16 and random, tokens are random: the work does not depend on them. Two depths give a slope, from which a
 whole model's time follows (said so).
 
@@ -107,6 +108,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     from requant import quantize
     from requant.grid import Grid
     from requant.layout import Settings
+    from requant.warming import Warming
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
@@ -120,6 +122,9 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     seen: list[float] = []
     args.work.mkdir(parents=True, exist_ok=True)
     torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
+    if args.compiled:
+        with Warming(device, {settings.grid: SHAPES[args.shape][0]}, settings, torch.bfloat16) as warming:
+            warming.wait()
     ranks.every(True)
     started = time.perf_counter()
     prepared: list[float] = []
@@ -211,6 +216,7 @@ def main() -> None:
     parser.add_argument(
         "--lean", action="store_true", help="ours: hidden states on the host, no batch waits on the GPU"
     )
+    parser.add_argument("--compiled", action="store_true", help="ours: kernels are compiled before the clock starts")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--scratch", type=Path, help="folder for models (kept there between calls)")
     parser.add_argument("--role", choices=("ours", "gptqmodel"))

@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "crew": {"progress", "ranks"},
     "output": {"checkpoint", "gptq", "layout", "pack", "writer"},
     "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
-    "warming": {"correction", "gptq", "grid", "kernels", "layout"},
+    "warming": {"correction", "gptq", "grid", "kernels", "layout", "skeleton"},
     "quantize": {
         "blocks",
         "checkpoint",

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from e2e import recipe
 
-from requant import gptq, kernels, quantize, warming
+from requant import gptq, kernels, prepare, run, warming
 from requant import grid as grid_module
 from requant.correction import Correction
 from requant.grid import Grid
 from requant.layout import Settings
+from requant.rundir import RunDirectory
+from requant.watcher import Watcher
 
+pytest_plugins = ("e2e",)
 CPU = torch.device("cpu")
 
 
@@ -93,7 +98,42 @@ def test_a_failure_is_left_to_where_it_matters_and_leaving_ends_the_rest(monkeyp
 def test_the_narrowest_linear_of_each_grid_stands_for_it() -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(96, 4), "b": torch.nn.Linear(64, 4), "c": torch.nn.Linear(32, 4)})
     plan: Any = type("Plan", (), {"grids": {"a": Grid(4, 32), "b": Grid(4, 32), "c": Grid(8, 32)}})
-    assert quantize.narrowest(model, plan) == {Grid(4, 32): 64, Grid(8, 32): 32}
+    assert warming.narrowest(model, plan) == {Grid(4, 32): 64, Grid(8, 32): 32}
+
+
+def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the linears that the base's config tells of, until the run ends; a CPU and another engine have nothing to warm."""
+    inside: list[Any] = []
+
+    class Watched:
+        def __init__(self, *args: Any) -> None:
+            self.args = args
+
+        def __enter__(self) -> None:
+            inside.append(self.args)
+
+        def __exit__(self, *_: object) -> None:
+            inside.append("left")
+
+    monkeypatch.setattr(warming, "Warming", Watched)
+    prepared = prepare.prepare(recipe(project, tmp_path))
+    directory = RunDirectory(tmp_path / "runs")
+    with directory.open():
+        runner = run.Runner(prepared, directory, Watcher())
+        with runner.ahead():
+            assert inside == []
+        runner.device = torch.device("cuda")
+        with runner.ahead():
+            ((device, widths, settings, dtype),) = inside
+        assert inside[1] == "left"
+        assert device == runner.device
+        assert widths == {prepared.settings.grid: 64}
+        assert (settings, dtype) == (prepared.settings, prepared.serving_dtype)
+        runner.dir.remember("quantize", runner.keys.quantize, {})
+        with runner.ahead():
+            assert len(inside) == 2, "what is done needs no kernels"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -22,7 +22,6 @@ from requant import gptq, skeleton
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
-from requant.grid import Grid
 from requant.hessian import gather
 from requant.layout import Plan, Settings, plan, write_small_files
 from requant.leaner import Lean, follow
@@ -34,7 +33,7 @@ from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
 from requant.stages import ROOM, ROOM_SHARED, Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
-from requant.warming import Warming, quick_switches
+from requant.warming import Warming, narrowest, quick_switches
 
 __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 
@@ -251,15 +250,6 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
         )
     return ranks.place(device)
-
-
-def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:
-    """The fewest inputs that a linear of each grid has."""
-    widths: dict[Grid, int] = {}
-    for name, grid in layout.grids.items():
-        n: Any = model.get_submodule(name).in_features
-        widths[grid] = min(n, widths.get(grid, n))
-    return widths
 
 
 def exact_apart(walk: Walk, windows: Tensor) -> int:

@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from requant import (
     recipe,
     selftest,
     verify,
+    warming,
 )
 from requant import evaluate as evaluation
 from requant import quantize_gptqmodel as peer
@@ -72,13 +74,14 @@ def run(
     stages = WITH_HEAL if prepared.heal else STAGES
     if until not in stages:
         raise InputError(f"heal is {wanted.heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
-    if prepared.unmeasurable and "evaluate" in stages[: stages.index(until) + 1]:
+    todo = stages[: stages.index(until) + 1]
+    if prepared.unmeasurable and "evaluate" in todo:
         raise InputError(f"{prepared.base}: {prepared.unmeasurable}, or stop after requant quantize")
     with directory.open():
         runner = Runner(prepared, directory, watcher or Watcher(), ranks)
-        with LogFile(directory.path / "log.txt"):
+        with LogFile(directory.path / "log.txt"), runner.ahead() if "quantize" in todo else nullcontext():
             write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
-            for stage in stages[: stages.index(until) + 1]:
+            for stage in todo:
                 if stage == "quantize":
                     runner.probe()
                 if stage == "report" and suggest:
@@ -104,6 +107,15 @@ class Runner:
             directory.cache, prepared.sets, self.keys.variants, self.device, given.dtype(prepared, self.device),
             self.recipe.evaluate.kl,
             prepared.canaries,
+        )  # fmt: skip
+
+    def ahead(self) -> AbstractContextManager[None]:
+        """What quantizing compiles on a GPU is compiled beside the stages before it, where it is still to be done."""
+        if self.recipe.quantize.engine != "requant" or self.dir.result("quantize", self.keys.quantize) is not None:
+            return nullcontext()
+        return warming.ahead(
+            self.p.base, self.p.quantize, self.p.settings, self.p.serving_dtype, self.device,
+            trust_remote_code=self.recipe.trust_remote_code,
         )  # fmt: skip
 
     def event(self, kind: str, **values: Any) -> None:

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import nn
 
-from requant import gptq, grid, kernels
+from requant import gptq, grid, kernels, skeleton
 from requant.correction import Correction
 from requant.grid import Grid
-from requant.layout import Settings
+from requant.layout import Plan, Settings
 
 log = logging.getLogger(__name__)
 ROWS = 64
@@ -67,6 +70,29 @@ class Warming:
         while self.running:
             if (error := self.running.pop().exception()) is not None:
                 log.debug("first use of a kernel failed: %s", error)
+
+
+@contextmanager
+def ahead(
+    base: Path, layout: Plan, settings: Settings, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> Iterator[None]:  # fmt: skip
+    """Inside, what `quantize` will call on a GPU is met and compiled beside other work. base: the config of its model."""
+    if device.type != "cuda":
+        yield
+        return
+    config = skeleton.load_config(base, trust_remote_code=trust_remote_code)
+    model = skeleton.build(config, trust_remote_code=trust_remote_code)
+    with quick_switches(device), Warming(device, narrowest(model, layout), settings, dtype):
+        yield
+
+
+def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:
+    """The fewest inputs that a linear of each grid has."""
+    widths: dict[Grid, int] = {}
+    for name, wanted in layout.grids.items():
+        n: Any = model.get_submodule(name).in_features
+        widths[wanted] = min(n, widths.get(wanted, n))
+    return widths
 
 
 def _apart(device: torch.device, work: Callable[[], object]) -> None:
