@@ -55,6 +55,27 @@ def test_the_peak_of_a_piece_is_seen() -> None:
     assert cost.seconds > 0
 
 
+def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU no more tokens than TRIED, of windows of the common length: the longest of all may be rare."""
+    (length,) = {len(w.ids) for w in forecast._alike(prepared.sets).windows}
+    seen: list[tuple[int, int]] = []
+
+    def scoring(_: Rehearsal, sample: Any, rows: int, *__: Any) -> Scored:
+        seen.append((rows, len(sample.windows)))
+        nothing = (Cost(), Cost())
+        return Scored(1, Cost(), Cost(), nothing, nothing)
+
+    monkeypatch.setattr(Rehearsal, "scoring", scoring)
+    longer = [replace(s, window=100 * s.window) for s in prepared.sets]
+    for tried in (length, 3 * length, 100 * length):
+        monkeypatch.setattr(forecast, "TRIED", tried)
+        of(replace(prepared, sets=longer))
+    count = len(forecast._alike(prepared.sets).windows)
+    assert seen == [(n, min(count, 3 * n)) for n in (1, 3, 4)]
+
+
 def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
     model = skeleton.build(skeleton.load_config(prepared.base))
     drawn = rehearse.Drawn(model, CPU)
@@ -71,7 +92,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(prepared: Prepared, t
     rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
     assert rehearsal.parameters == BLOCK
     parts = rehearsal.quantizing(prepared.quantize, prepared.settings, prepared.calibration, 4, lambda _: None)
-    sample = forecast._alike(prepared.sets, 4)
+    sample = forecast._alike(prepared.sets)
     assert len({len(w.ids) for w in sample.windows}) == 1
     scored = rehearsal.scoring(sample, 4, torch.float32, tmp_path)
     assert scored.tokens == sum(len(w.ids) for w in sample.windows[:4])
@@ -105,7 +126,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs["quantize"].host == BLOCK * 4 + 1000 + 10 + states
     sets, scored_tokens = prepared.sets, sum(s.n_scored for s in prepared.sets)
     tokens = sum(len(w.ids) for s in sets for w in s.windows)
-    batch = sum(int(w.scored.sum()) for w in forecast._alike(sets, 4).windows[:4])
+    batch = sum(int(w.scored.sum()) for w in forecast._alike(sets).windows[:4])
     heads = {0: scored_tokens / batch + 0.5 * len(sets), 1: 3 * scored_tokens / batch + len(sets)}
     adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values()) / (LAYERS * BLOCK)
     expected = sum(heads[name != "adapter"] for name in prepared.variants)

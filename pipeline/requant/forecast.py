@@ -111,8 +111,10 @@ class _Scoring:
         self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
         self.build = build  # seconds to make a model's structure
         self.size = Size.of_model(rehearsal.model)
-        self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // max(s.window for s in p.sets)))
-        self.sample = _alike(p.sets, self.rows)
+        alike = _alike(p.sets)
+        length = len(alike.windows[0].ids)
+        self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // length))
+        self.sample = replace(alike, windows=alike.windows[: 3 * self.rows])
         self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
         self.like = (self.size.total - self.size.outside) / rehearsal.parameters
         self.token = self.parts.token.seconds * self.like
@@ -183,14 +185,14 @@ class _Scoring:
         return Size.of(name, self.places)
 
 
-def _alike(sets: Sequence[EvalSet], batch: int) -> EvalSet:
-    """Up to three batches of windows of the length that most tokens are in."""
+def _alike(sets: Sequence[EvalSet]) -> EvalSet:
+    """Windows of the length that most tokens are in, from the set that has most of them."""
     lengths = Counter[int]()
     for window in (w for s in sets for w in s.windows):
         lengths[len(window.ids)] += len(window.ids)
     length = lengths.most_common(1)[0][0]
     fullest = max(sets, key=lambda s: sum(len(w.ids) == length for w in s.windows))
-    return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length)[: 3 * batch])
+    return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length))
 
 
 def _forwards(sets: Sequence[EvalSet], batch: int) -> int:
