@@ -217,7 +217,7 @@ def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(document))
-    wanted = recipe.parse(file.read_text(), directory=folder)
+    wanted = recipe.load(file)
     prepared, device = prepare.prepare(wanted), pick_device("auto")
     where = folder / "runs" / "bench"
     started = time.perf_counter()

@@ -94,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     "heal": {"artifacts", "blockwise", "checkpoint", "data", "fit", "skeleton", "student", "teacher", "trainer"},
     "heal_text": {"data"},
     "weights": {"checkpoint", "dequantize", "grid", "kernels", "layout", "merge", "pack", "skeleton"},
-    "variants": {"checkpoint", "dequantize", "grid", "merge", "nf4", "peft_runtime", "skeleton", "weights"},
+    "variants": {"checkpoint", "dequantize", "fit", "grid", "merge", "nf4", "peft_runtime", "skeleton", "weights"},
     "streamed": {"blocks", "checkpoint", "fit", "peft_runtime", "shelf", "skeleton", "variants", "weights"},
     "sizes": {"blocks", "checkpoint", "skeleton", "variants", "weights"},
     "structure": {"artifacts", "blocks", "checkpoint", "pack", "skeleton"},

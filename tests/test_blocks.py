@@ -189,7 +189,7 @@ def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatc
 def test_what_ran_out_of_memory_on_a_gpu_is_not_tried_again(
     hidden: int, inner: int, samples: int, twice: float, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """80 GB: windows of 2048 tokens of Llama's 8B and 70B shapes; the last one did (bench/results/2026-11-23-speed-70b-h100)."""
+    """80 GB: windows of 2048 tokens of Llama's 8B and 70B shapes; the last one did (bench/results/*-speed-70b-slope-h100)."""
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_attention_heads=hidden // 128, num_key_value_heads=8,
         num_hidden_layers=1, vocab_size=8,

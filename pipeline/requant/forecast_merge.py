@@ -93,8 +93,9 @@ class Made:
 
     @classmethod
     def of(cls, p: Prepared, op: merge.Op, device: torch.device, target: torch.dtype) -> Made:
-        making = cost_of(device, partial(merge.compute, p.merge, op, device)).bytes
-        value = merge.compute(p.merge, op, device)[0]
+        kept: list[torch.Tensor] = []
+        making = cost_of(device, lambda: kept.append(merge.compute(p.merge, op, device)[0])).bytes
+        (value,) = kept
         return cls(making, value.nbytes, 0 if value.dtype == target else value.numel() * target.itemsize)
 
 

@@ -152,13 +152,12 @@ def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Te
     rounded = value.to(dtype)
     if not dtype.is_floating_point:
         return rounded
-    low, high = (float(v) for v in torch.aminmax(rounded))
-    largest = max(abs(low), abs(high))
+    largest = _largest(rounded)
     if not largest < float("inf"):  # also NaN
-        low, high = (float(v) for v in torch.aminmax(value.float()))
-        if low > -float("inf") and high < float("inf"):
+        exact = _largest(value.float())
+        if exact < float("inf"):
             raise StageError(
-                f"{op.name}: {max(abs(low), abs(high)):.4g} overflows {str(dtype).removeprefix('torch.')}: "
+                f"{op.name}: {exact:.4g} overflows {str(dtype).removeprefix('torch.')}: "
                 "set merge.dtype to bfloat16 or auto"
             )
         raise StageError(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from requant import merge, nf4, peft_runtime, skeleton, weights
 from requant.checkpoint import Checkpoint, Weights
 from requant.dequantize import Nf4Settings
 from requant.errors import StageError
+from requant.fit import free_memory
 from requant.grid import Grid
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any
             raise
         except RuntimeError as error:  # transformers hides what failed where it puts experts together: below it shows
             log.debug("loading straight to %s: %s", device, error)
-        gc.collect()
+        free_memory(device)
     return load().to(device).eval()
 
 
