@@ -105,7 +105,9 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
     import requant.ranks
-    from requant import quantize
+    from requant import quantize, skeleton
+    from requant.blocks import block_list
+    from requant.elementwise import OnePass
     from requant.grid import Grid
     from requant.layout import Settings
     from requant.warming import Warming
@@ -123,7 +125,9 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
     if args.compiled:
-        with Warming(device, {settings.grid: SHAPES[args.shape][0]}, settings, torch.bfloat16) as warming:
+        passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
+        widths = {settings.grid: SHAPES[args.shape][0]}
+        with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
             warming.wait()
     ranks.every(True)
     started = time.perf_counter()

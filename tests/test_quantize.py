@@ -305,10 +305,12 @@ def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypat
     order: list[str] = []
     solve = quantize_module.solve_stage
     monkeypatch.setattr(quantize_module.Warming, "wait", lambda _: order.append("wait"))
+    monkeypatch.setattr(quantize_module.Warming, "wait_longer", lambda _: order.append("wait longer"))
+    monkeypatch.setattr(quantize_module.OnePass, "use", lambda _: order.append("use"))
     monkeypatch.setattr(quantize_module, "solve_stage", lambda *a, **k: order.append("solve") or solve(*a, **k))
     run(model_dir(tmp_path), tmp_path / "out")
-    assert order[:2] == ["wait", "solve"]
-    assert order.count("wait") == order.count("solve")
+    stages = order.count("solve") // 2  # of each of two blocks
+    assert order == ["wait", "solve"] * stages + ["wait longer", "use"] + ["wait", "solve"] * stages
 
 
 def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> float:

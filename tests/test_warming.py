@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,8 +109,8 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
     inside: list[Any] = []
 
     class Watched:
-        def __init__(self, *args: Any) -> None:
-            self.args = args
+        def __init__(self, *args: Any, also: list[Any]) -> None:
+            self.args = (*args, also)
 
         def __enter__(self) -> None:
             inside.append(self.args)
@@ -117,6 +118,8 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
         def __exit__(self, *_: object) -> None:
             inside.append("left")
 
+    passes = SimpleNamespace(try_out="norms and embeddings")
+    monkeypatch.setattr(warming, "OnePass", lambda blocks, *_: len(blocks) and passes)
     monkeypatch.setattr(warming, "Warming", Watched)
     prepared = prepare.prepare(recipe(project, tmp_path))
     directory = RunDirectory(tmp_path / "runs")
@@ -126,11 +129,12 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
             assert inside == []
         runner.device = torch.device("cuda")
         with runner.ahead():
-            ((device, widths, settings, dtype),) = inside
+            ((device, widths, settings, dtype, also),) = inside
         assert inside[1] == "left"
         assert device == runner.device
         assert widths == {prepared.settings.grid: 64}
         assert (settings, dtype) == (prepared.settings, prepared.serving_dtype)
+        assert also == ["norms and embeddings"]
         runner.dir.remember("quantize", runner.keys.quantize, {})
         with runner.ahead():
             assert len(inside) == 2, "what is done needs no kernels"
@@ -156,3 +160,36 @@ def test_threads_let_each_other_run_sooner_beside_a_gpu_only(device: str, wanted
     with pytest.raises(ZeroDivisionError), warming.quick_switches(torch.device(device)):
         _ = 1 / 0
     assert sys.getswitchinterval() == before
+
+
+def test_what_may_come_later_begins_when_all_else_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(warming, "_parts", lambda *_: [lambda: done.append("part")] * 3)
+    monkeypatch.setattr(warming, "_apart", lambda _, work: work())
+    pretended = SimpleNamespace(type="cuda")
+    with warming.Warming(
+        pretended, {}, Settings(grid=Grid(4, 32)), torch.float32, later=lambda: done.append("later")
+    ) as begun:
+        begun.wait()
+        begun.wait_longer()
+        assert done == ["part"] * 3 + ["later"]
+        begun.wait_longer()
+    with warming.Warming(
+        CPU, {}, Settings(grid=Grid(4, 32)), torch.float32, later=lambda: done.append("never")
+    ) as begun:
+        begun.wait_longer()
+    assert "never" not in done
+
+
+def test_what_comes_later_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warming, "_parts", lambda *_: [])
+    monkeypatch.setattr(warming, "_apart", lambda _, work: work())
+
+    def failing() -> None:
+        raise RuntimeError("no compiler")
+
+    with warming.Warming(
+        SimpleNamespace(type="cuda"), {}, Settings(grid=Grid(4, 32)), torch.float32, later=failing
+    ) as begun:
+        begun.wait_longer()
+        begun.wait_longer()

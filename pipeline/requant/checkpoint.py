@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,13 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
+
+
+Room = Callable[[int], torch.Tensor]
+
+
+def _fresh(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +144,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """config.json as raw JSON."""
         return read_json(self.path / "config.json")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, freshly allocated on the CPU, in the dtype and shape of the file."""
-        return read_tensor(self[name])
+    def read(self, name: str, room: Room = _fresh) -> torch.Tensor:
+        """The tensor `name` on the CPU, in the dtype and shape of the file; in the memory that `room` gives."""
+        return read_tensor(self[name], room)
 
 
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
-    flat = torch.empty(info.nbytes, dtype=torch.uint8)
+def read_tensor(info: TensorInfo, room: Room = _fresh) -> torch.Tensor:
+    """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read.
+
+    room: gives memory, uint8 [nbytes]; newly allocated by default.
+    """
+    flat = room(info.nbytes)
     parts = [slice(start, min(start + PART, info.nbytes)) for start in range(0, info.nbytes, PART)]
     if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
         with ThreadPoolExecutor(min(len(parts), READERS)) as pool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from requant import gptq, pack
 from requant.checkpoint import Checkpoint
 from requant.layout import Plan, convert
+from requant.staging import Staging
 from requant.writer import CheckpointWriter, Journal
 
 JOURNAL = "blocks.json"
@@ -88,7 +89,7 @@ class Written(Output):
         self.journal = Journal(path / JOURNAL)
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
         self.slots = {s.name: s for s in plan.slots}
-        self.disk, self.beside = ThreadPoolExecutor(1), Beside()
+        self.disk, self.beside, self.staging = ThreadPoolExecutor(1), Beside(), Staging()
         self.writing: list[Future[None]] = []
         self.committed: Future[None] | None = None
         # What lies outside of the blocks is large: it is on its way while the first block is solved.
@@ -132,7 +133,7 @@ class Written(Output):
     def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
         with self.beside.once(solved):
             for suffix, tensor in _packed(solution).items():
-                self.writer.write(f"{module}.{suffix}", tensor)
+                self.writer.write(f"{module}.{suffix}", self.staging.fetched(tensor))
 
     def _write_rest(self, names: Sequence[str]) -> None:
         """Tensors that are not quantized, in the serving dtype."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from requant import gptq, skeleton
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
+from requant.elementwise import OnePass
 from requant.errors import InputError, StageError
 from requant.hessian import gather
 from requant.layout import Plan, Settings, plan, write_small_files
@@ -222,7 +223,8 @@ def quantize(
     walk.shelf = Shelf(device, on_host=not ranks.every(waits))
     with (
         quick_switches(device),
-        Warming(device, narrowest(model, layout), settings, dtype) as warming,
+        OnePass(walk.blocks, device, walk.dtype) as passes,
+        Warming(device, narrowest(model, layout), settings, dtype, later=passes.try_out) as warming,
         Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
     ):
         size = batch or max(1, TOKENS[device.type] // windows.shape[1])
@@ -234,7 +236,7 @@ def quantize(
         quantizer = Quantizer(
             walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes, warming=warming
         )
-        _walk(quantizer, items, progress)
+        _walk(quantizer, items, progress, passes)
         output.close()
     if ranks.first:
         damp = min((m.damp for m in quantizer.results), default=0.01)
@@ -275,10 +277,11 @@ def _held_from(batches: int, numbers: Sequence[int]) -> int | None:
     return sum(n < first for n in numbers) if batches > 1 else None
 
 
-def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None) -> None:
+def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: OnePass) -> None:
     """Quantize every block, or replay it where an earlier run left it whole; a block is written while the next is solved.
 
-    Progress counts blocks on disk.
+    Progress counts blocks on disk. `passes` are used from the second block on, whatever is compiled sooner: a run that
+    goes on from here must compute the same numbers.
     """
     output, count = quantizer.output, len(quantizer.walk)
     finished = quantizer.ranks.tell(output.finished())
@@ -290,6 +293,10 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
             progress(done, count, f"{since:.1f} s a block")
 
     for index in range(count):
+        if index == 1:
+            if quantizer.warming:
+                quantizer.warming.wait_longer()
+            passes.use()
         if index < len(finished):
             quantizer.replay(index, items)
             quantizer.results += [ModuleResult(**m) for m in finished[index]]

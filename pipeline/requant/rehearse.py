@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from requant import facts
 from requant.blocks import Walk, block_linears, block_list
+from requant.elementwise import OnePass
 from requant.layout import Plan, Settings
 from requant.output import Output
 from requant.quantize import Quantizer, compared, exact_apart
@@ -160,10 +161,13 @@ class Rehearsal:
             quantizer = Quantizer(walk, plan, settings, Output(), ALONE, held_from=None, deltas=deltas)
             return cost_of(self.device, lambda: quantizer.block(index, items))
 
-        if self.device.type == "cuda":
-            once(1)  # kernels are compiled
-        one = once(1)
-        more = (once(1 + MORE) - one) * (1 / MORE)
+        with OnePass(walk.blocks, self.device, walk.dtype) as passes:
+            passes.try_out()
+            passes.use()
+            if self.device.type == "cuda":
+                once(1)  # kernels are compiled
+            one = once(1)
+            more = (once(1 + MORE) - one) * (1 / MORE)
         walk.release(self.model)
         return Quantized(one, more * 0.5 if apart == 1 else more, more if apart == 1 else more * 2.0, apart, waits)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from requant import gptq, grid, kernels, skeleton
+from requant.blocks import block_list
 from requant.correction import Correction
+from requant.elementwise import OnePass
 from requant.grid import Grid
 from requant.layout import Plan, Settings
 
@@ -49,13 +51,19 @@ class Warming:
     """
 
     def __init__(
-        self, device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype
-    ) -> None:
-        """widths: inputs of a linear of each grid that will come. On a CPU there is nothing to do."""
-        self.device = device
-        self.parts = _parts(device, widths, settings, dtype) if device.type == "cuda" else []
+        self, device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype,
+        *, also: Sequence[Callable[[], object]] = (), later: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        """widths: inputs of a linear of each grid that will come. later: begun once all else is done and waited for.
+
+        On a CPU there is nothing to do.
+        """
+        here = device.type == "cuda"
+        self.device, self.later = device, later if here else None
+        self.parts = [*_parts(device, widths, settings, dtype), *also] if here else []
         self.pool = ThreadPoolExecutor(max(1, len(self.parts)))
         self.running: list[Future[None]] = []
+        self.after: Future[None] | None = None
 
     def __enter__(self) -> Warming:
         self.running = [self.pool.submit(_apart, self.device, part) for part in self.parts]
@@ -70,6 +78,14 @@ class Warming:
         while self.running:
             if (error := self.running.pop().exception()) is not None:
                 log.debug("first use of a kernel failed: %s", error)
+        if self.later is not None:
+            self.after, self.later = self.pool.submit(_apart, self.device, self.later), None
+
+    def wait_longer(self) -> None:
+        """Until what came later is done too."""
+        self.wait()
+        if self.after is not None and (error := self.after.exception()) is not None:
+            log.debug("what came later failed: %s", error)
 
 
 @contextmanager
@@ -82,7 +98,8 @@ def ahead(
         return
     config = skeleton.load_config(base, trust_remote_code=trust_remote_code)
     model = skeleton.build(config, trust_remote_code=trust_remote_code)
-    with quick_switches(device), Warming(device, narrowest(model, layout), settings, dtype):
+    passes = OnePass(block_list(model)[1], device, dtype)
+    with quick_switches(device), Warming(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]):
         yield
 
 
