@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from functools import partial
 from typing import Any
 
@@ -183,6 +184,25 @@ def test_a_gate_that_scales_is_left_alone(taken: list[str]) -> None:
             taken.clear()
             assert torch.allclose(made(drawn(2, 64)), plain, atol=2e-3)
             assert taken == ["silu_times"] * count
+
+
+def test_nothing_stays_while_a_batch_waits(taken: list[str]) -> None:
+    """At the last linear of a gate only its input and the gate's are left."""
+    made = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96)).to(
+        DEVICE, torch.float16
+    )
+    outputs: list[weakref.ref[Tensor]] = []
+    for linear in (made.gate_proj, made.up_proj):
+        linear.register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out)))
+    alive: list[bool] = []
+    made.down_proj.register_forward_pre_hook(lambda *_: alive.extend(o() is not None for o in outputs))
+    with OnePass([made], DEVICE, torch.float16) as passes, torch.no_grad():
+        passes.try_out()
+        passes.use()
+        taken.clear()
+        made(drawn(2, 64))
+    assert taken == ["silu_times"]
+    assert alive == [False, False]
 
 
 def test_one_that_wants_more_than_an_input_is_left_alone(taken: list[str]) -> None:

@@ -144,11 +144,14 @@ def _gate(module: nn.Module) -> bool:
 
 
 def _gated(module: Any, x: Tensor) -> Any:
-    """In place of its forward."""
-    gate, up = module.gate_proj(x), module.up_proj(x)
+    """In place of its forward. A batch may wait before the last linear: nothing of what comes before it may stay till then."""
+    return module.down_proj(_product(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+
+
+def _product(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     if gate.dtype.itemsize != 2 or up.dtype != gate.dtype or not (gate.is_contiguous() and up.is_contiguous()):
-        return module.down_proj(module.act_fn(gate) * up)
-    return module.down_proj(silu_times(gate, up))
+        return act_fn(gate) * up
+    return silu_times(gate, up)
 
 
 def _rotated(
