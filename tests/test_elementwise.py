@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import weakref
 from functools import partial
@@ -144,6 +145,28 @@ def test_what_a_copy_computes_is_its_own(taken: list[str]) -> None:
         assert torch.equal(run(layer), drawn(2, 12, 96))  # nothing but the residual
         assert not torch.equal(run(twin), drawn(2, 12, 96))
         assert taken.count("rms_norm") == 4
+
+
+def test_a_copy_goes_when_nobody_has_it_any_more() -> None:
+    """Else the weights of block after block would stay on the GPU until Python collects its garbage."""
+    layer = block(modeling_llama, modeling_llama.LlamaConfig)
+    with OnePass([layer], DEVICE, torch.float16) as passes:
+        passes.try_out()
+        passes.use()
+        passes.use()  # a second time changes nothing
+        twin = copy.deepcopy(layer)
+        run(twin)
+        parts = [weakref.ref(m) for m in twin.modules()]
+        gc.disable()
+        try:
+            del twin
+            assert [p() for p in parts] == [None] * len(parts)
+        finally:
+            gc.enable()
+        assert type(layer.mlp) is not modeling_llama.LlamaMLP
+        assert isinstance(layer.mlp, modeling_llama.LlamaMLP)
+    assert type(layer.mlp) is modeling_llama.LlamaMLP
+    assert type(layer.input_layernorm) is modeling_llama.LlamaRMSNorm
 
 
 def test_another_meaning_of_the_names_is_left_alone(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ class OnePass:
         self.modules = [m for b in blocks for m in b.modules()] if here else []
         self.norms: dict[tuple[type, int, float], bool] = {}
         self.gates: dict[type, bool] = {}
+        self.before: dict[type, type] = {}  # class that computes in one pass -> the module's own
         self.turned: dict[str, tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = {}
 
     def __enter__(self) -> OnePass:
@@ -49,8 +50,7 @@ class OnePass:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for module in self.modules:
-            if getattr(module.__dict__.get("forward"), "func", None) in (_normed, _gated):
-                del module.forward
+            module.__class__ = self.before.get(type(module), type(module))
         for owner, original, _ in self.turned.values():
             setattr(owner, ROTARY, original)
 
@@ -76,13 +76,24 @@ class OnePass:
                     self.turned[owner.__name__] = (owner, original, ours)
 
     def use(self) -> None:
-        """From now on, in this process; what was not tried out stays as it is."""
+        """From now on, in this process; what was not tried out stays as it is.
+
+        Modules get a subclass of their own class. A method bound to one would tie it to itself: copies of it, such as the
+        unquantized twin of each block, would keep their weights until Python looks for such rings.
+        """
+        others: dict[type, type] = {}
         for module in self.modules:
-            kind = _norm(module)
-            if kind is not None and self.norms.get(kind):
-                module.forward = partial(_normed, module, kind[2])
-            if _gate(module) and self.gates.get(type(module)):
-                module.forward = partial(_gated, module)
+            kind, own = _norm(module), type(module)
+            instead = (
+                _normed if kind and self.norms.get(kind) else _gated if _gate(module) and self.gates.get(own) else None
+            )
+            if instead is not None and own not in self.before:
+                if own not in others:
+                    others[own] = type(
+                        own.__name__, (own,), {"forward": instead(own.forward), "__module__": own.__module__}
+                    )
+                    self.before[others[own]] = own
+                module.__class__ = others[own]
         for owner, _, ours in self.turned.values():
             setattr(owner, ROTARY, ours)
 
@@ -123,18 +134,26 @@ def _norm(module: nn.Module) -> tuple[type, int, float] | None:
     """(class, width, epsilon) of what is called an RMS norm and has a weight and nothing else."""
     if "RMSNorm" not in type(module).__name__ or list(module._parameters) != ["weight"] or module._modules:
         return None
-    weight, eps = module._parameters["weight"], getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight, eps = module._parameters["weight"], _epsilon(module)
     if weight is None or weight.ndim != 1 or len(weight) > WIDEST or not isinstance(eps, float):
         return None
     return type(module), len(weight), eps
 
 
-def _normed(module: Any, eps: float, x: Tensor, *others: Any, **named: Any) -> Any:
+def _epsilon(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _normed(original: Callable[..., Any]) -> Callable[..., Any]:
     """In place of a norm's forward."""
-    weight = module.weight
-    if others or named or x.dtype != weight.dtype or x.dtype.itemsize != 2 or not x.is_contiguous():
-        return type(module).forward(module, x, *others, **named)
-    return rms_norm(x, weight, eps)
+
+    def forward(module: Any, x: Tensor, *others: Any, **named: Any) -> Any:
+        weight = module.weight
+        if others or named or x.dtype != weight.dtype or x.dtype.itemsize != 2 or not x.is_contiguous():
+            return original(module, x, *others, **named)
+        return rms_norm(x, weight, _epsilon(module))
+
+    return forward
 
 
 def _gate(module: nn.Module) -> bool:
@@ -143,9 +162,14 @@ def _gate(module: nn.Module) -> bool:
     return set(module._modules) == names and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
-def _gated(module: Any, x: Tensor) -> Any:
-    """In place of its forward. A batch may wait before the last linear: nothing of what comes before it may stay till then."""
-    return module.down_proj(_product(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+def _gated(_: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of a gate's forward."""
+
+    def forward(module: Any, x: Tensor) -> Any:
+        """A batch may wait before the last linear: nothing of what comes before it may stay till then."""
+        return module.down_proj(_product(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+
+    return forward
 
 
 def _product(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
@@ -200,7 +224,9 @@ def _same_gate(module: Any, sample: Callable[..., Tensor]) -> bool:
         theirs = type(module).forward(twin, x)
     except Exception:  # noqa: BLE001 - whatever it wants, it is another kind of gate
         return False
-    return isinstance(theirs, Tensor) and theirs.shape == x.shape and close(_gated(twin, x), theirs)
+    return (
+        isinstance(theirs, Tensor) and theirs.shape == x.shape and close(_gated(type(module).forward)(twin, x), theirs)
+    )
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
