@@ -18,7 +18,7 @@ from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
 from requant.linears import split_experts, unfollow
 
-ROOM = 0.85  # of a GPU's free memory that waiting batches may take by our guess
+ROOM = 0.9  # of a GPU's free memory that waiting batches may take by our guess
 ROOM_SHARED = 0.6  # the same where several ranks work together: none can do with less while the others wait for it
 SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring takes
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
@@ -204,6 +204,7 @@ def may_wait(walk: Walk, tokens: int, twice: float = 0.0, room: float = ROOM) ->
     """
     if walk.device.type != "cuda":
         return True
+    torch.cuda.empty_cache()  # what an earlier stage or a compiled kernel's first call has left counts as free
     free, _ = torch.cuda.mem_get_info(walk.device)
     block = walk.blocks[0]
     guess = held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize)
