@@ -189,24 +189,122 @@ def test_another_meaning_of_the_names_is_left_alone(taken: list[str], monkeypatc
         assert torch.equal(run(layer), plain)
         assert taken == []
         assert vars(modeling_gemma)[elementwise.ROTARY] is neighbours
-    assert len(passes.norms) == 1
+    assert list(passes.same.values()) == [False]
 
 
-def test_a_gate_that_scales_is_left_alone(taken: list[str]) -> None:
-    class Scaled(modeling_llama.LlamaMLP):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.5)
+class Gate(modeling_llama.LlamaMLP):
+    """A gate as transformers has it, but for what a subclass changes."""
 
-    config = modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96)
-    for kind, count in ((modeling_llama.LlamaMLP, 1), (Scaled, 0)):
-        made = kind(config).to(DEVICE, torch.float16)
-        plain = made(drawn(2, 64))
-        with OnePass([made], DEVICE, torch.float16) as passes:
+    def __init__(self, limit: float = float("inf")) -> None:
+        super().__init__(modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96))
+        self.limit = limit
+        self.to(DEVICE, torch.float16)
+
+
+class Limited(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit))
+
+
+class Scaled(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.5)
+
+
+class UpFirst(Gate):
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        return self.down_proj(up * self.act_fn(self.gate_proj(x)))
+
+
+class Asks(Gate):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x * mask)
+
+
+def used(*modules: nn.Module) -> list[bool]:
+    """Which of them compute in one pass."""
+    with OnePass(modules, DEVICE, torch.float16) as passes:
+        passes.use()
+        return [type(m) in passes.before for m in modules]
+
+
+def test_a_gate_is_taken_only_where_it_means_the_same() -> None:
+    """A limit is beyond what most inputs reach, and another in each layer; where up comes first, batches wait there."""
+    assert used(Gate(), Scaled(), UpFirst(), Asks()) == [True, False, False, False]
+    assert used(Limited(), Limited(16.0), Limited(100.0)) == [True, False, False]
+    gelu = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96, hidden_act="gelu"))
+    assert used(gelu.to(DEVICE, torch.float16)) == [False]
+
+
+class PlainRMSNorm(modeling_llama.LlamaRMSNorm):
+    def __init__(self, n: int = 96, eps: float = 1e-6) -> None:
+        super().__init__(n, eps)
+        self.to(DEVICE, torch.float16)
+
+
+class OlmoRMSNorm(PlainRMSNorm):
+    """Rounds once, at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * wide).to(x.dtype)
+
+
+class WideRMSNorm(PlainRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+class LimitedRMSNorm(PlainRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-100, 100))
+
+
+def test_a_norm_is_taken_only_where_it_means_the_same() -> None:
+    assert used(PlainRMSNorm(), OlmoRMSNorm(), WideRMSNorm(), LimitedRMSNorm()) == [True, False, False, False]
+    biased, parted, learned = PlainRMSNorm(), PlainRMSNorm(), PlainRMSNorm()
+    biased.bias = nn.Parameter(torch.zeros(96))
+    parted.inner = nn.Identity()
+    learned.variance_epsilon = torch.tensor(1e-6)
+    assert used(biased, parted, learned, PlainRMSNorm(elementwise.WIDEST + 1)) == [False] * 4
+
+
+def test_what_is_tried_in_vain_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def failing(*_: Tensor) -> None:
+        calls.append(1)
+        raise TypeError("another signature")
+
+    monkeypatch.setattr(modeling_llama, elementwise.ROTARY, failing)
+    layers = [block(modeling_llama, modeling_llama.LlamaConfig) for _ in range(2)]
+    with OnePass(layers, DEVICE, torch.float16) as passes:
+        passes.try_out()
+        passes.use()
+        assert vars(modeling_llama)[elementwise.ROTARY] is failing
+    assert calls == [1]
+
+
+def test_memory_that_ran_out_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried beside a full first block; tried again before it is used, for a run that goes on must compute the same."""
+    whole = elementwise._rms_norm
+
+    class Full:
+        def __getitem__(self, _: object) -> Any:
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(elementwise, "_rms_norm", Full())
+    norm = PlainRMSNorm()
+    with OnePass([norm], DEVICE, torch.float16) as passes:
+        with pytest.raises(torch.OutOfMemoryError):
             passes.try_out()
-            passes.use()
-            taken.clear()
-            assert torch.allclose(made(drawn(2, 64)), plain, atol=2e-3)
-            assert taken == ["silu_times"] * count
+        monkeypatch.setattr(elementwise, "_rms_norm", whole)
+        passes.use()
+        assert type(norm) is not PlainRMSNorm
+    assert type(norm) is PlainRMSNorm
 
 
 def test_nothing_stays_while_a_batch_waits(taken: list[str]) -> None:
@@ -241,27 +339,78 @@ def test_one_that_wants_more_than_an_input_is_left_alone(taken: list[str]) -> No
     with OnePass([norm], DEVICE, torch.float16) as passes:
         passes.try_out()
         passes.use()
+        taken.clear()
         assert torch.equal(norm(drawn(2, 32), drawn(2, 32)), drawn(2, 32) ** 2)
     assert taken == []
 
 
 def test_what_does_not_lie_as_expected_takes_the_long_way(taken: list[str]) -> None:
     layer = block(modeling_llama, modeling_llama.LlamaConfig)
-    norm, turn = layer.input_layernorm, modeling_llama.apply_rotary_pos_emb
-    x, q = drawn(96, 4).T, drawn(2, 4, 12, 32)
-    cos, sin = drawn(1, 12, 32), drawn(1, 12, 32)
-    plain = norm(x), norm(x.float()), turn(q, q, cos, sin), turn(q, q, cos.float(), sin.float())
+    norm, original = layer.input_layernorm, modeling_llama.apply_rotary_pos_emb
+    x, q, other = drawn(96, 4).T, drawn(2, 12, 4, 32).transpose(1, 2), drawn(2, 4, 12, 32)
+    cos, sin = drawn(2, 12, 32), drawn(2, 12, 32) + 1
+    turns = [
+        ((other, other, cos, sin), {}),  # heads lie outside
+        ((q, q, cos.float(), sin.float()), {}),
+        ((q, q, cos.mT.contiguous().mT, sin), {}),
+        ((q, q, cos[:1], sin), {}),
+        ((q, q, cos), {"sin": sin}),
+        ((q, q, cos, sin), {"unsqueeze_dim": 1}),
+    ]
+    plain = [norm(x), norm(hidden_states=drawn(4, 96)), norm(drawn(4, 96).float())]
+    turned = [original(*args, **named) for args, named in turns]
     with OnePass([layer], DEVICE, torch.float16) as passes:
-        passes.try_out()
         passes.use()
+        assert modeling_llama.apply_rotary_pos_emb is not original
         taken.clear()
-        turn = modeling_llama.apply_rotary_pos_emb
-        again = norm(x), norm(x.float()), turn(q, q, cos, sin), turn(q, q, cos.float(), sin.float())
-        assert turn(q.mT, q.mT, cos.mT, sin.mT, unsqueeze_dim=1)[0].shape == q.mT.shape
+        again = [norm(x), norm(hidden_states=drawn(4, 96)), norm(drawn(4, 96).float())]
+        after = [modeling_llama.apply_rotary_pos_emb(*args, **named) for args, named in turns]
+        with pytest.raises(RuntimeError, match="size"):
+            norm(drawn(4, 95))
+        with pytest.raises(RuntimeError, match="size"):
+            modeling_llama.apply_rotary_pos_emb(q, q, drawn(3, 12, 32), drawn(3, 12, 32))
         assert taken == []
-    for a, b in zip(plain, again, strict=True):
-        pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
-        assert all(torch.equal(x, y) for x, y in pairs)
+        modeling_llama.apply_rotary_pos_emb(q, q, cos, sin)
+        assert taken == ["rotate"] * 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(torch.equal(a, b) for pair in zip(turned, after, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def test_a_function_may_be_called_with_less_than_four(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    original = modeling_llama.apply_rotary_pos_emb
+
+    def either(q: Tensor, k: Tensor | None = None, cos: Any = None, sin: Any = None) -> Any:
+        return original(q, q if k is None else k, cos, sin)[: 1 if k is None else 2]
+
+    monkeypatch.setattr(modeling_llama, elementwise.ROTARY, either)
+    q, cos = drawn(2, 12, 4, 32).transpose(1, 2), drawn(2, 12, 32)
+    with OnePass([block(modeling_llama, modeling_llama.LlamaConfig)], DEVICE, torch.float16) as passes:
+        passes.use()
+        assert modeling_llama.apply_rotary_pos_emb is not either
+        taken.clear()
+        assert torch.equal(modeling_llama.apply_rotary_pos_emb(q, cos=cos, sin=cos)[0], either(q, cos=cos, sin=cos)[0])
+        assert taken == []
+
+
+@pytest.mark.parametrize("way", ["named", "not contiguous", "fp32"])
+def test_a_gate_too_may_take_the_long_way(way: str, taken: list[str]) -> None:
+    made = Gate()
+    x = drawn(96, 64).T if way == "not contiguous" else drawn(2, 64)
+    if way == "not contiguous":
+        made.gate_proj = made.up_proj = nn.Identity()
+        made.down_proj = nn.Identity()
+        x = drawn(8, 64).T
+    if way == "fp32":
+        made.up_proj.float()
+        made.up_proj.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        made.down_proj.float()
+    plain = made(x)
+    with OnePass([made], DEVICE, torch.float16) as passes:
+        passes.use()
+        assert type(made) is not Gate
+        taken.clear()
+        assert torch.equal(made(x=x) if way == "named" else made(x), plain)
+        assert taken == []
 
 
 def test_fp32_and_a_cpu_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,13 @@ def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
             assert bool((value == 1).all())
 
 
-def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    block = rehearse.Quantizer.block
+    monkeypatch.setattr(rehearse.OnePass, "use", lambda _: order.append("one pass"))
+    monkeypatch.setattr(rehearse.Quantizer, "block", lambda *args: order.append("block") or block(*args))
     rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
     assert rehearsal.parameters == BLOCK
     parts = rehearsal.quantizing(prepared.quantize, prepared.settings, prepared.calibration, 4, lambda _: None)
@@ -99,6 +105,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(prepared: Prepared, t
     assert parts.one.seconds > parts.more.seconds >= 0
     assert scored.forward.seconds > 0
     assert parts.waits
+    assert order[:2] == ["one pass", "block"], "as the run computes all blocks but the first"
     assert all(p.is_meta for p in rehearsal.model.parameters())
 
 

@@ -307,10 +307,13 @@ def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypat
     monkeypatch.setattr(quantize_module.Warming, "wait", lambda _: order.append("wait"))
     monkeypatch.setattr(quantize_module.Warming, "wait_longer", lambda _: order.append("wait longer"))
     monkeypatch.setattr(quantize_module.OnePass, "use", lambda _: order.append("use"))
+    warming, later = quantize_module.Warming, []
+    monkeypatch.setattr(quantize_module, "Warming", lambda *a, **k: later.append(k["later"]) or warming(*a, **k))
     monkeypatch.setattr(quantize_module, "solve_stage", lambda *a, **k: order.append("solve") or solve(*a, **k))
     run(model_dir(tmp_path), tmp_path / "out")
     stages = order.count("solve") // 2  # of each of two blocks
     assert order == ["wait", "solve"] * stages + ["wait longer", "use"] + ["wait", "solve"] * stages
+    assert [f.__func__ for f in later] == [quantize_module.OnePass.try_out]
 
 
 def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> float:

@@ -35,3 +35,11 @@ def test_one_bad_number_is_noticed(bad: float) -> None:
     shelf.put(torch.tensor([0.0, bad]))
     shelf.put(torch.zeros(4))
     assert not shelf.all_finite()
+
+
+def test_many_numbers_of_16_bits_are_no_infinity() -> None:
+    """Noticed by a sum, which must have room for more than one of them."""
+    shelf = Shelf(torch.device("cpu"))
+    for _ in range(3):
+        shelf.put(torch.full((7, 10_000), 60_000.0, dtype=torch.float16))
+    assert shelf.all_finite()

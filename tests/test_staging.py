@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
@@ -13,6 +14,7 @@ from requant.blocks import Walk
 from requant.checkpoint import Checkpoint
 from requant.staging import Staging
 
+CPU = torch.device("cpu")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -44,6 +46,39 @@ def test_a_tensor_of_the_cpu_is_fetched_as_it_is() -> None:
     assert Staging().fetched(tensor) is tensor
 
 
+def test_memory_that_cannot_be_locked_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refusing(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("cannot lock so much")
+        return empty(*args, **named)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert len(Staging().room(64)) == 64
+
+
+def test_a_block_is_read_through_one_place(tmp_path: Path) -> None:
+    """As the thread does that reads ahead; there each copy is on the GPU before the next is read."""
+    checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float32))
+    walk = Walk(checkpoint, skeleton.build(skeleton.load_config(checkpoint.path)), device=CPU, dtype=torch.float32)
+    places = set()
+
+    def read(name: str) -> torch.Tensor:
+        tensor = walk._read_staged(name)
+        places.add(tensor.data_ptr())
+        return tensor.clone()
+
+    prefix = f"{walk.prefix}.0."
+    widest = max(checkpoint[walk.names[prefix + n]].nbytes for n, _ in walk.blocks[0].named_parameters())
+    walk._staging.room(widest)
+    staged = walk._read(walk.blocks[0], prefix, read)
+    assert len(places) == 1
+    for name, tensor in walk._read(walk.blocks[0], prefix).items():
+        assert torch.equal(staged[name], tensor)
+
+
 @GPU
 def test_what_a_gpu_has_is_fetched_to_one_place() -> None:
     here = Staging()
@@ -56,7 +91,7 @@ def test_what_a_gpu_has_is_fetched_to_one_place() -> None:
 @GPU
 def test_blocks_read_ahead_are_the_checkpoints(tmp_path: Path) -> None:
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.bfloat16))
-    config = skeleton.load_config(checkpoint.path, trust_remote_code=False)
+    config = skeleton.load_config(checkpoint.path)
     walk = Walk(checkpoint, skeleton.build(config), device=torch.device("cuda"), dtype=torch.bfloat16)
     for index in range(len(walk)):
         for name, parameter in walk.load(index).named_parameters():

@@ -162,34 +162,66 @@ def test_threads_let_each_other_run_sooner_beside_a_gpu_only(device: str, wanted
     assert sys.getswitchinterval() == before
 
 
-def test_what_may_come_later_begins_when_all_else_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    monkeypatch.setattr(warming, "_parts", lambda *_: [lambda: done.append("part")] * 3)
-    monkeypatch.setattr(warming, "_apart", lambda _, work: work())
-    pretended = SimpleNamespace(type="cuda")
-    with warming.Warming(
-        pretended, {}, Settings(grid=Grid(4, 32)), torch.float32, later=lambda: done.append("later")
-    ) as begun:
-        begun.wait()
-        begun.wait_longer()
-        assert done == ["part"] * 3 + ["later"]
-        begun.wait_longer()
-    with warming.Warming(
-        CPU, {}, Settings(grid=Grid(4, 32)), torch.float32, later=lambda: done.append("never")
-    ) as begun:
-        begun.wait_longer()
-    assert "never" not in done
-
-
-def test_what_comes_later_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device that something is warmed up for, without a GPU."""
     monkeypatch.setattr(warming, "_parts", lambda *_: [])
     monkeypatch.setattr(warming, "_apart", lambda _, work: work())
+    return SimpleNamespace(type="cuda")
 
-    def failing() -> None:
-        raise RuntimeError("no compiler")
 
+SETTINGS = Settings(grid=Grid(4, 32))
+
+
+def test_what_may_come_later_begins_when_all_else_is_done(pretended: Any) -> None:
+    done: list[str] = []
+    go_on = threading.Event()
+
+    def part() -> None:
+        go_on.wait(30)
+        done.append("part")
+
+    def later() -> None:
+        done.append("later")
+
+    with warming.Warming(pretended, {}, SETTINGS, torch.float32, also=[part, lambda: None], later=later) as begun:
+        assert begun.after is None
+        threading.Timer(0.05, go_on.set).start()
+        begun.wait()
+        assert done[0] == "part"
+        begun.wait_longer()
+        assert done == ["part", "later"]
+        begun.wait_longer()
+        assert done == ["part", "later"]
+
+
+def test_waiting_for_what_comes_later_waits_for_all_else(pretended: Any) -> None:
+    done: list[str] = []
     with warming.Warming(
-        SimpleNamespace(type="cuda"), {}, Settings(grid=Grid(4, 32)), torch.float32, later=failing
+        pretended, {}, SETTINGS, torch.float32, also=[lambda: done.append("part")], later=lambda: done.append("later")
     ) as begun:
         begun.wait_longer()
+    assert done == ["part", "later"]
+
+
+def test_a_cpu_waits_for_nothing_that_comes_later() -> None:
+    done: list[str] = []
+    with warming.Warming(
+        CPU, {}, SETTINGS, torch.float32, also=[lambda: done.append("part")], later=lambda: done.append("later")
+    ) as begun:
         begun.wait_longer()
+    assert done == []
+
+
+def test_what_comes_later_may_fail(pretended: Any) -> None:
+    """It is tried again where it is needed."""
+    tried: list[int] = []
+
+    def failing() -> None:
+        tried.append(1)
+        raise RuntimeError("no compiler")
+
+    with warming.Warming(pretended, {}, SETTINGS, torch.float32, later=failing) as begun:
+        begun.wait_longer()
+        begun.wait_longer()
+    assert tried == [1]

@@ -129,7 +129,7 @@ class Walk:
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """A block's tensors, copied to the device beside what it computes."""
         with torch.cuda.stream(self._stream):
-            tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.", self._stage)
+            tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.", self._read_staged)
             torch.cuda.current_stream(self.device).synchronize()
         return tensors
 
@@ -140,7 +140,7 @@ class Walk:
                 if parameter is not None and id(parameter) not in self.own:
                     sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _stage(self, name: str) -> Tensor:
+    def _read_staged(self, name: str) -> Tensor:
         """A stored tensor; one of a checkpoint stays only until the next is read."""
         if isinstance(self.checkpoint, Checkpoint):
             return self.checkpoint.read(name, self._staging.room)

@@ -29,73 +29,80 @@ ROTARY = "apply_rotary_pos_emb"
 WIDEST = 16384  # numbers of a row that a program holds
 HEADS = 8  # that a program turns at a time
 AT_ONCE = 2048  # numbers of a gate that a program takes
-APART = 1e-2  # share of numbers that may round otherwise: sums in another order, other exponentials
+MAY_DIFFER = 1e-2  # share of a sample's numbers: sums in another order, other exponentials
+Sample = Callable[..., Tensor]
+Kind = tuple[Any, ...]  # a class and the numbers and words that its instance holds, a limit for one
 
 
 class OnePass:
-    """What of some blocks can be done in one pass: `try_out` finds it, `use` puts it there, leaving takes it away again."""
+    """What of some blocks can be done in one pass: `try_out` finds it, `use` puts it there, leaving takes it away again.
+
+    Nothing can be, and no module is looked at, without Triton and a GPU, and where blocks compute in fp32.
+    """
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-        """dtype: of what the blocks compute; fp32 is left alone. Weights may be missing."""
+        """dtype: of what the blocks compute. Their weights may be missing."""
         here = triton is not None and dtype.itemsize == 2 and kernels.usable(torch.empty(0, device=device))
         self.device, self.dtype = device, dtype
         self.modules = [m for b in blocks for m in b.modules()] if here else []
-        self.norms: dict[tuple[type, int, float], bool] = {}
-        self.gates: dict[type, bool] = {}
+        self.tried = self.used = False
+        self.same: dict[Kind, bool] = {}
+        self.turns: dict[
+            str, tuple[ModuleType, Callable[..., Any], bool]
+        ] = {}  # of a file: its function, whether it is ours
         self.before: dict[type, type] = {}  # class that computes in one pass -> the module's own
-        self.turned: dict[str, tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = {}
 
     def __enter__(self) -> OnePass:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.used:
+            return  # another thread may still be trying
         for module in self.modules:
             module.__class__ = self.before.get(type(module), type(module))
-        for owner, original, _ in self.turned.values():
+        for owner, original, _ in self.turns.values():
             setattr(owner, ROTARY, original)
 
     @torch.no_grad()
     def try_out(self) -> None:
-        """Compile the kernels and compare; by any thread."""
+        """Compile the kernels and compare; by any thread. Raises torch.OutOfMemoryError."""
         generator = torch.Generator(self.device).manual_seed(0)
 
         def sample(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
         for module in self.modules:
-            kind = _norm(module)
-            if kind is not None and kind not in self.norms:
-                self.norms[kind] = _same_norm(module, kind[1], kind[2], sample)
-            if _gate(module) and type(module) not in self.gates:
-                self.gates[type(module)] = _same_gate(module, sample)
-            owner: Any = sys.modules[type(module).__module__]
-            original, size = getattr(owner, ROTARY, None), getattr(module, "head_dim", None)
-            if callable(original) and isinstance(size, int) and owner.__name__ not in self.turned:
-                ours = partial(_rotated, original)
-                if _same_rotary(original, ours, size, sample):
-                    self.turned[owner.__name__] = (owner, original, ours)
+            check = _same_norm if _is_norm(module) else _same_gate if _is_gate(module) else None
+            if check is not None and _kind(module) not in self.same:
+                self.same[_kind(module)] = _agrees(check, module, sample)
+            owner, size = sys.modules.get(type(module).__module__), getattr(module, "head_dim", None)
+            original = getattr(owner, ROTARY, None)
+            if owner is not None and callable(original) and isinstance(size, int) and owner.__name__ not in self.turns:
+                self.turns[owner.__name__] = (owner, original, _agrees(_same_rotary, original, size, sample))
+        self.tried = True
 
     def use(self) -> None:
-        """From now on, in this process; what was not tried out stays as it is.
+        """From now on, in this process. Modules get a subclass of their own class.
 
-        Modules get a subclass of their own class. A method bound to one would tie it to itself: copies of it, such as the
-        unquantized twin of each block, would keep their weights until Python looks for such rings.
+        A method bound to a module would tie it to itself: copies of it, such as the unquantized twin of each block, would keep
+        their weights until Python looks for such rings.
         """
-        others: dict[type, type] = {}
+        if not self.tried:  # or memory ran out while it was
+            self.try_out()
+        self.used = True
+        instead: dict[type, type] = {}
         for module in self.modules:
-            kind, own = _norm(module), type(module)
-            instead = (
-                _normed if kind and self.norms.get(kind) else _gated if _gate(module) and self.gates.get(own) else None
-            )
-            if instead is not None and own not in self.before:
-                if own not in others:
-                    others[own] = type(
-                        own.__name__, (own,), {"forward": instead(own.forward), "__module__": own.__module__}
-                    )
-                    self.before[others[own]] = own
-                module.__class__ = others[own]
-        for owner, _, ours in self.turned.values():
-            setattr(owner, ROTARY, ours)
+            own = type(module)
+            if own in self.before or not self.same.get(_kind(module)):
+                continue
+            if own not in instead:
+                forward = _normed(own.forward) if _is_norm(module) else _gated(own.forward)
+                instead[own] = type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
+                self.before[instead[own]] = own
+            module.__class__ = instead[own]
+        for owner, original, ours in self.turns.values():
+            if ours:
+                setattr(owner, ROTARY, partial(_rotated, original))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -130,44 +137,56 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _norm(module: nn.Module) -> tuple[type, int, float] | None:
-    """(class, width, epsilon) of what is called an RMS norm and has a weight and nothing else."""
+def _kind(module: nn.Module) -> Kind:
+    held = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, int | float | str | None))
+    sizes = tuple((name, tuple(p.shape)) for name, p in module._parameters.items() if p is not None)
+    return type(module), held, sizes
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is called an RMS norm and has one weight, an epsilon and no parts."""
     if "RMSNorm" not in type(module).__name__ or list(module._parameters) != ["weight"] or module._modules:
-        return None
-    weight, eps = module._parameters["weight"], _epsilon(module)
-    if weight is None or weight.ndim != 1 or len(weight) > WIDEST or not isinstance(eps, float):
-        return None
-    return type(module), len(weight), eps
+        return False
+    weight = module._parameters["weight"]
+    return weight is not None and weight.ndim == 1 and len(weight) <= WIDEST and isinstance(_epsilon(module), float)
 
 
 def _epsilon(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _normed(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of a norm's forward."""
-
-    def forward(module: Any, x: Tensor, *others: Any, **named: Any) -> Any:
-        weight = module.weight
-        if others or named or x.dtype != weight.dtype or x.dtype.itemsize != 2 or not x.is_contiguous():
-            return original(module, x, *others, **named)
-        return rms_norm(x, weight, _epsilon(module))
-
-    return forward
-
-
-def _gate(module: nn.Module) -> bool:
+def _is_gate(module: nn.Module) -> bool:
     """Whether it is down(silu(gate(x)) * up(x)) by the names of its parts."""
     names = {"gate_proj", "up_proj", "down_proj", "act_fn"}
     return set(module._modules) == names and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
-def _gated(_: Callable[..., Any]) -> Callable[..., Any]:
+def _normed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of a norm's forward."""
+
+    def forward(module: Any, *args: Any, **named: Any) -> Any:
+        x, weight = args[0] if len(args) == 1 and not named else None, module.weight
+        if (
+            x is None
+            or x.dtype != weight.dtype
+            or x.dtype.itemsize != 2
+            or x.shape[-1:] != weight.shape
+            or not x.is_contiguous()
+        ):
+            return original(module, *args, **named)
+        return rms_norm(x, weight, _epsilon(module))
+
+    return forward
+
+
+def _gated(original: Callable[..., Any]) -> Callable[..., Any]:
     """In place of a gate's forward."""
 
-    def forward(module: Any, x: Tensor) -> Any:
+    def forward(module: Any, *args: Any, **named: Any) -> Any:
         """A batch may wait before the last linear: nothing of what comes before it may stay till then."""
-        return module.down_proj(_product(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+        if len(args) != 1 or named:
+            return original(module, *args, **named)
+        return module.down_proj(_product(module.act_fn, module.gate_proj(*args), module.up_proj(*args)))
 
     return forward
 
@@ -178,79 +197,72 @@ def _product(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Te
     return silu_times(gate, up)
 
 
-def _rotated(
-    original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any
-) -> Any:
-    """In place of apply_rotary_pos_emb."""
-    if others or named or not all(_turns(x, cos, sin) for x in (q, k)):
-        return original(q, k, cos, sin, *others, **named)
+def _rotated(original: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """In place of apply_rotary_pos_emb(q, k, cos, sin)."""
+    if len(args) != 4 or named or not all(_turns(x, *args[2:]) for x in args[:2]):
+        return original(*args, **named)
+    q, k, cos, sin = args
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def _turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate` takes them."""
-    tables = all(
-        t.ndim == 3
-        and t.dtype == x.dtype
-        and t.is_contiguous()
-        and t.shape[1:] == x.shape[2:]
-        and len(t) in (1, len(x))
-        for t in (cos, sin)
-    )
-    return (
-        tables and x.ndim == 4 and x.dtype.itemsize == 2 and x.shape[3] % 2 == 0 and x.transpose(1, 2).is_contiguous()
-    )
+    if cos.shape != sin.shape or cos.ndim != 3 or x.ndim != 4 or x.shape[3] % 2 or len(cos) not in (1, len(x)):
+        return False
+    alike = all(t.dtype == x.dtype and t.is_contiguous() and t.shape[1:] == x.shape[2:] for t in (cos, sin))
+    return alike and x.dtype.itemsize == 2 and x.transpose(1, 2).is_contiguous()
 
 
-def _same_norm(module: Any, n: int, eps: float, sample: Callable[..., Tensor]) -> bool:
-    twin = copy.copy(module)
+def _agrees(check: Callable[..., bool], *args: Any) -> bool:
+    """What `check` says; no where anything fails, for then it wants something else than it is given here."""
+    try:
+        return check(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - theirs may be anything
+        return False
+
+
+def _same_norm(module: Any, sample: Sample) -> bool:
+    twin, n = copy.copy(module), len(module.weight)
     twin.__dict__["_parameters"] = {"weight": nn.Parameter(sample(n), requires_grad=False)}
-    x = sample(64, n) * sample(64, 1)
-    try:
-        theirs = type(module).forward(twin, x)
-    except Exception:  # noqa: BLE001 - whatever it wants, it is another kind of norm
-        return False
-    ours = rms_norm(x, twin.weight, eps)
-    return isinstance(theirs, Tensor) and theirs.shape == x.shape and close(ours, theirs)
+    x = sample(64, n) * _sizes(64, sample)
+    return close(rms_norm(x, twin.weight, _epsilon(module)), type(module).forward(twin, x))
 
 
-def _same_gate(module: Any, sample: Callable[..., Tensor]) -> bool:
-    twin, x = copy.copy(module), sample(32, 64)
+def _same_gate(module: Any, sample: Sample) -> bool:
+    """The order of its linears counts too: batches wait at whichever was called first when no gate was ours yet."""
+    twin, x, called = copy.copy(module), sample(64, 64) * _sizes(64, sample), list[str]()
     parts = {name: nn.Linear(64, 64, bias=False, device="meta") for name in ("gate_proj", "up_proj")}
-    for part in parts.values():
+    for name, part in parts.items():
         part.weight = nn.Parameter(sample(64, 64) / 8, requires_grad=False)
+        part.register_forward_pre_hook(lambda *_, name=name: called.append(name))
     twin.__dict__["_modules"] = {**module._modules, **parts, "down_proj": nn.Identity()}
-    try:
-        theirs = type(module).forward(twin, x)
-    except Exception:  # noqa: BLE001 - whatever it wants, it is another kind of gate
-        return False
-    return (
-        isinstance(theirs, Tensor) and theirs.shape == x.shape and close(_gated(type(module).forward)(twin, x), theirs)
-    )
+    theirs = type(module).forward(twin, x)
+    return called == ["gate_proj", "up_proj"] and close(_gated(type(module).forward)(twin, x), theirs)
+
+
+def _same_rotary(original: Callable[..., Any], n: int, sample: Sample) -> bool:
+    q, k = (sample(2, 16, heads, n).transpose(1, 2) for heads in (3, 2))
+    cos, sin = sample(2, 16, n), sample(2, 16, n)
+    theirs, ours = original(q, k, cos, sin), _rotated(original, q, k, cos, sin)
+    fits = _turns(q, cos, sin) and isinstance(theirs, tuple) and len(theirs) == len(ours)
+    return fits and all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+def _sizes(rows: int, sample: Sample) -> Tensor:
+    """From 1/16 to 128, so that a limit shows: [rows, 1]."""
+    return torch.logspace(-4, 7, rows, base=2.0, device=sample(1).device).to(sample(1).dtype)[:, None]
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether their types are the same, few numbers differ, and none by more than a rounding of its first and its second step."""
-    if ours.dtype != theirs.dtype:
+    """Whether two results have one dtype and shape and few numbers differ, none by more than two units in the last place."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     kind, values = torch.finfo(theirs.dtype), theirs.double()
-    error = (ours.double() - values).abs()
-    steps = 2 * kind.eps * values.abs().clamp(min=kind.smallest_normal)
-    return bool((error <= steps).all()) and float((error > 0).double().mean()) <= APART
-
-
-def _same_rotary(original: Callable[..., Any], ours: Callable[..., Any], n: int, sample: Callable[..., Tensor]) -> bool:
-    q, k = (sample(2, 16, heads, n).transpose(1, 2) for heads in (3, 2))
-    cos, sin = sample(2, 16, n), sample(2, 16, n)
-    if not _turns(q, cos, sin):
-        return False
-    try:
-        theirs = original(q, k, cos, sin)
-    except Exception:  # noqa: BLE001 - whatever it wants, it is another kind of embedding
-        return False
-    return isinstance(theirs, tuple) and all(
-        torch.equal(a, b) for a, b in zip(theirs, ours(q, k, cos, sin), strict=True)
-    )
+    error = torch.where(ours == theirs, 0.0, (ours.double() - values).abs())
+    unit = kind.eps * values.abs().clamp(min=kind.smallest_normal)
+    return bool((error <= 2 * unit).all()) and float((error > 0).double().mean()) <= MAY_DIFFER
 
 
 if triton is not None:
@@ -265,15 +277,15 @@ if triton is not None:
         rounded = scaled.to(out_ptr.dtype.element_ty).to(tl.float32)
         tl.store(out_ptr + at + j, (weight * rounded).to(out_ptr.dtype.element_ty), mask=real)
 
-    @triton.jit(do_not_specialize=["length", "heads", "apart"])
+    @triton.jit(do_not_specialize=["length", "heads", "between"])
     def _rotate(
-        x_ptr, cos_ptr, sin_ptr, out_ptr, length, heads, apart,
+        x_ptr, cos_ptr, sin_ptr, out_ptr, length, heads, between,
         HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     ):  # fmt: skip
-        """apart: rows of the tables from one of the batch to the next."""
+        """between: rows of the tables from one of the batch to the next."""
         where = tl.program_id(0).to(tl.int64)
         j = tl.arange(0, BLOCK)
-        row = (where // length * apart + where % length) * (2 * HALF) + j
+        row = (where // length * between + where % length) * (2 * HALF) + j
         cos1 = tl.load(cos_ptr + row, mask=j < HALF, other=0.0).to(tl.float32)[None, :]
         cos2 = tl.load(cos_ptr + row + HALF, mask=j < HALF, other=0.0).to(tl.float32)[None, :]
         sin1 = tl.load(sin_ptr + row, mask=j < HALF, other=0.0).to(tl.float32)[None, :]

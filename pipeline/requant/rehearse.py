@@ -162,7 +162,6 @@ class Rehearsal:
             return cost_of(self.device, lambda: quantizer.block(index, items))
 
         with OnePass(walk.blocks, self.device, walk.dtype) as passes:
-            passes.try_out()
             passes.use()
             if self.device.type == "cuda":
                 once(1)  # kernels are compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 2**29  # bytes that are kept; page-locked memory is nobody else's until the process ends
+LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also what was outgrown
 
 
 class Staging:
@@ -23,7 +23,7 @@ class Staging:
         if nbytes > LARGEST:
             return torch.empty(nbytes, dtype=torch.uint8)
         if nbytes > len(self._memory):
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._memory = _locked(nbytes)
         return self._memory[:nbytes]
 
     def fetched(self, tensor: Tensor) -> Tensor:
@@ -31,3 +31,11 @@ class Staging:
         if not tensor.is_cuda:
             return tensor
         return self.room(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
+
+
+def _locked(nbytes: int) -> Tensor:
+    """Page-locked where that can be had; copies from and to other memory are only slower."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    except RuntimeError:
+        return torch.empty(nbytes, dtype=torch.uint8)
