@@ -121,7 +121,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     phases = Phases()
     phases.watch()
     tokens = windows(args)
-    seen: list[float] = []
+    seen: list[tuple[int, float]] = []  # blocks on disk, and when; some may come together
     args.work.mkdir(parents=True, exist_ok=True)
     torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
     if args.compiled:
@@ -145,7 +145,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
         profiler.start()
     quantize.quantize(
         args.model, args.work, tokens, settings, dtype=torch.bfloat16, device=device,
-        progress=lambda *_: seen.append(time.perf_counter() - started), ranks=ranks, notes=notes,
+        progress=lambda done, *_: seen.append((done, time.perf_counter() - started)), ranks=ranks, notes=notes,
     )  # fmt: skip
     result = finish(started, device)
     if profiler:
@@ -302,9 +302,12 @@ def summary(args: argparse.Namespace, runs: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def block_seconds(done_at: list[float]) -> float | None:
+def block_seconds(done_at: list[tuple[int, float]]) -> float | None:
     """Mean seconds between blocks reaching the disk, the first and the last (which waits for no other) left out."""
-    return (done_at[-2] - done_at[0]) / (len(done_at) - 2) if len(done_at) > 2 else None
+    if len(done_at) < 3:
+        return None
+    (first, begun), (last, ended) = done_at[0], done_at[-2]
+    return (ended - begun) / (last - first)
 
 
 if __name__ == "__main__":

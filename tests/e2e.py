@@ -241,8 +241,10 @@ class _Killer:
 
 def run_and_die(project: Path, out: Path, changes: dict[str, Any], when: str) -> None:
     """Run in this process until `when`: "stage:step", or "rename:n" for just before the n-th rename below `out`."""
+    from requant import quantize
     from requant.run import Watcher
 
+    quantize.BEHIND = 0  # each block is told of before the next is on its way
     stage, step = when.split(":")
     watcher: Any = Watcher()
     if stage == "rename":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
 from requant.layout import Settings, load_quantized, plan
 from requant.quantize import JOURNAL, quantize
+from requant.writer import CheckpointWriter, Journal
 
 GRID = gptq.Grid(4, 32)
 CPU = torch.device("cpu")
@@ -88,7 +91,10 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("survived", [1, 2])
 @pytest.mark.parametrize("shard", [5 * 10**9, 30_000])
-def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, survived: int, shard: int) -> None:
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    tmp_path: Path, survived: int, shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_module, "BEHIND", 0)
     source = model_dir(tmp_path, num_hidden_layers=3)
     _, expected = run(source, tmp_path / "whole", max_shard=shard)
 
@@ -106,6 +112,56 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, survived: int
     assert JOURNAL not in names
     for name in names:
         assert file_digest(tmp_path / "cut" / name) == file_digest(tmp_path / "whole" / name), name
+
+
+def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to the disk need not have arrived there; at the end all of it has."""
+    source = model_dir(tmp_path, num_hidden_layers=5)
+    _, expected = run(source, tmp_path / "whole")
+    solved, in_time, told = threading.Event(), [], []
+    block, sync = quantize_module.Quantizer.block, CheckpointWriter.sync
+
+    def counted(self: Any, index: int, items: Any) -> None:
+        block(self, index, items)
+        if index == 4:
+            solved.set()
+
+    def slow(self: CheckpointWriter) -> None:
+        in_time.append(solved.wait(30))
+        sync(self)
+
+    monkeypatch.setattr(quantize_module.Quantizer, "block", counted)
+    monkeypatch.setattr(CheckpointWriter, "sync", slow)
+    _, results = run(source, tmp_path / "slow", progress=lambda done, *_: told.append(done))
+    assert in_time == [True] * 6
+    assert told[-1] == 5
+    assert results == expected
+    for name in ("model.safetensors", "config.json"):
+        assert file_digest(tmp_path / "slow" / name) == file_digest(tmp_path / "whole" / name)
+
+
+def test_a_disk_too_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than so many blocks would be lost with the process."""
+    source = model_dir(tmp_path, num_hidden_layers=4)
+    monkeypatch.setattr(quantize_module, "BEHIND", 1)
+    blocks: list[int] = []
+    finished: list[int] = []
+    block, commit = quantize_module.Quantizer.block, Journal.commit
+
+    def counted(self: Any, index: int, items: Any) -> None:
+        block(self, index, items)
+        blocks.append(index)
+
+    def slow(self: Journal, *args: Any) -> None:
+        time.sleep(0.3)
+        finished.append(len(blocks) - 1 - len(self.blocks))
+        commit(self, *args)
+
+    monkeypatch.setattr(quantize_module.Quantizer, "block", counted)
+    monkeypatch.setattr(Journal, "commit", slow)
+    run(source, tmp_path / "out")
+    assert len(finished) == 4
+    assert max(finished) <= 2, "solved beyond the one that is being brought to the disk"
 
 
 def test_killed_before_the_first_block_starts_anew(tmp_path: Path) -> None:

@@ -307,5 +307,5 @@ if triton is not None:
         at = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
         gate = tl.load(gate_ptr + at, mask=at < total, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + at, mask=at < total, other=0.0).to(tl.float32)
-        activated = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
+        activated = tl.div_rn(gate, 1 + tl.exp(-gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
         tl.store(out_ptr + at, (activated * up).to(out_ptr.dtype.element_ty), mask=at < total)

@@ -1,6 +1,7 @@
 """Where a quantized model goes while it is made: written by the first rank, behind the walk's back.
 
-Each finished block is on disk before the next but one begins, and is a resume point.
+Each finished block is a resume point once it is on disk. Its tensors have left the device before the next but one is
+finished; the disk may take a few blocks longer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from requant.staging import Staging
 from requant.writer import CheckpointWriter, Journal
 
 JOURNAL = "blocks.json"
+BEHIND = (
+    4  # finished blocks whose bytes the disk may still be taking in, at the start those of the embeddings with them
+)
 
 
 class Beside:
@@ -58,7 +62,7 @@ class Output:
         pass
 
     def finished(self) -> list[list[dict[str, Any]]]:
-        """Results of the blocks that an earlier run has left whole."""
+        """Results of the blocks that are whole on disk, also those that an earlier run has left."""
         return []
 
     def resume(self, index: int) -> None:
@@ -74,8 +78,8 @@ class Output:
     def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
         """Have the rest of block `index` written, and the block noted once all of it is on disk."""
 
-    def settle(self) -> None:
-        """Wait until the blocks committed so far are on disk."""
+    def settle(self, behind: int = 0) -> None:
+        """Wait until the blocks committed so far have left the device and are on disk, but for the last `behind` of them."""
 
     def close(self) -> None:
         """Finish the files, once what lies outside of the blocks is in them too."""
@@ -90,14 +94,17 @@ class Written(Output):
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
         self.slots = {s.name: s for s in plan.slots}
         self.disk, self.beside, self.staging = ThreadPoolExecutor(1), Beside(), Staging()
+        self.syncing = ThreadPoolExecutor(1)
         self.writing: list[Future[None]] = []
-        self.committed: Future[None] | None = None
+        self.written: list[Future[None]] = []  # of blocks that are committed
+        self.committed: list[Future[None]] = []
         # What lies outside of the blocks is large: it is on its way while the first block is solved.
         inside = {n for names in plan.block_slots for n in names}
         self.outside = self.disk.submit(self._write_rest, [n for n in self.slots if n not in inside])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.disk.shutdown()  # first: what was solved is committed even when the walk is stopped
+        self.syncing.shutdown()
         self.writer.abandon()
 
     def finished(self) -> list[list[dict[str, Any]]]:
@@ -114,13 +121,18 @@ class Written(Output):
 
     def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
         self._submit(self._write_rest, self.plan.block_slots[index])
-        self.committed = self.disk.submit(self.journal.commit, self.writer, self.writing, [dict(r) for r in results])
+        whole = self.syncing.submit(self.journal.commit, self.writer, self.writing, [dict(r) for r in results])
+        self.committed.append(whole)
+        self.written += self.writing
         self.writing = []
 
-    def settle(self) -> None:
-        if self.committed:
-            self.committed.result()
+    def settle(self, behind: int = 0) -> None:
+        if self.written:
             self.outside.result()  # written before anything that was committed
+        while self.written:
+            self.written.pop(0).result()
+        while self.committed and (len(self.committed) > behind or self.committed[0].done()):
+            self.committed.pop(0).result()
 
     def close(self) -> None:
         self.settle()

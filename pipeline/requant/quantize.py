@@ -1,6 +1,6 @@
 """Stage: block by block calibrate, solve, replace, carry on, write a GPTQ checkpoint.
 
-One block is resident. Each finished block is on disk before the next but one begins, and is a resume point: a killed run
+One block is resident. Each finished block is written while the next are solved, and is a resume point: a killed run
 replays the finished blocks from their own files and goes on with the same numbers. Several ranks share the windows, and
 the rows of what is solved; each holds every block.
 """
@@ -27,7 +27,7 @@ from requant.hessian import gather
 from requant.layout import Plan, Settings, plan, write_small_files
 from requant.leaner import Lean, follow
 from requant.linears import calibrate_experts, pool_experts, share_added
-from requant.output import JOURNAL, Output, Written
+from requant.output import BEHIND, JOURNAL, Output, Written
 from requant.ranks import ALONE, Ranks
 from requant.results import ModuleResult
 from requant.shelf import Shelf
@@ -285,11 +285,12 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
     """
     output, count = quantizer.output, len(quantizer.walk)
     finished = quantizer.ranks.tell(output.finished())
-    started = time.monotonic()
+    started, told = time.monotonic(), 0
 
     def seen(done: int) -> None:
-        if progress and done:
-            since = (time.monotonic() - started) / max(done - len(finished), 1)
+        nonlocal told
+        if progress and done > told:
+            told, since = done, (time.monotonic() - started) / max(done - len(finished), 1)
             progress(done, count, f"{since:.1f} s a block")
 
     for index in range(count):
@@ -304,9 +305,8 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
         else:
             before = len(quantizer.results)
             quantizer.block(index, items)
-            output.settle()
-            if index > len(finished):
-                seen(index)
+            output.settle(BEHIND)
+            seen(max(index - BEHIND, len(output.finished())))
             output.commit(index, [asdict(m) for m in quantizer.results[before:]])
     output.settle()
     seen(count)
