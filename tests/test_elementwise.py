@@ -1,4 +1,7 @@
-"""`requant.elementwise` against transformers' own: in Triton's interpreter where there is no GPU."""
+"""`requant.elementwise` against transformers' own: in Triton's interpreter where there is no GPU.
+
+Without either the kernels have plain twins here, and what is tested is which modules are taken, how, and for how long.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,30 @@ from requant import elementwise, kernels
 from requant.elementwise import OnePass
 
 CUDA = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    elementwise.triton is None or not (CUDA or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
-)
+KERNELS = elementwise.triton is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not CUDA, reason="cut off there"))]
+
+
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def plain_turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
 @pytest.fixture(autouse=True)
 def usable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "usable", lambda _: True)
+    if not KERNELS:
+        monkeypatch.setattr(elementwise, "triton", object())
+        monkeypatch.setattr(elementwise, "rms_norm", plain_norm)
+        monkeypatch.setattr(elementwise, "rotate", plain_turn)
+        monkeypatch.setattr(elementwise, "silu_times", lambda gate, up: nn.functional.silu(gate) * up)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -75,6 +91,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [96, 576, 4096])
 def test_a_norm_rounds_as_transformers_does(n: int, dtype: torch.dtype) -> None:
@@ -90,6 +107,7 @@ def test_a_norm_rounds_as_transformers_does(n: int, dtype: torch.dtype) -> None:
     assert not elementwise.close(worse, theirs)
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tables", "heads", "length", "n"), [(1, 9, 7, 64), (2, 8, 16, 96), (2, 1, 1, 128)])
 def test_a_turn_is_transformers_own(tables: int, heads: int, length: int, n: int, dtype: torch.dtype) -> None:
@@ -101,6 +119,7 @@ def test_a_turn_is_transformers_own(tables: int, heads: int, length: int, n: int
     assert ours.stride() == theirs.stride() == x.stride()
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 7), (3, 2048), (2, 3, 33)])
 def test_a_gate_rounds_as_transformers_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -288,20 +307,30 @@ def test_what_is_tried_in_vain_is_tried_once(monkeypatch: pytest.MonkeyPatch) ->
     assert calls == [1]
 
 
+def test_leaving_early_looks_at_nothing_that_is_still_being_tried() -> None:
+    """By the thread that compiles, after the first block has failed."""
+
+    class Growing(dict[str, Any]):
+        def values(self) -> Any:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    with OnePass([PlainRMSNorm()], DEVICE, torch.float16) as passes:
+        passes.turns = Growing()
+
+
 def test_memory_that_ran_out_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tried beside a full first block; tried again before it is used, for a run that goes on must compute the same."""
-    whole = elementwise._rms_norm
+    whole = elementwise.rms_norm
 
-    class Full:
-        def __getitem__(self, _: object) -> Any:
-            raise torch.OutOfMemoryError("full")
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(elementwise, "_rms_norm", Full())
+    monkeypatch.setattr(elementwise, "rms_norm", full)
     norm = PlainRMSNorm()
     with OnePass([norm], DEVICE, torch.float16) as passes:
         with pytest.raises(torch.OutOfMemoryError):
             passes.try_out()
-        monkeypatch.setattr(elementwise, "_rms_norm", whole)
+        monkeypatch.setattr(elementwise, "rms_norm", whole)
         passes.use()
         assert type(norm) is not PlainRMSNorm
     assert type(norm) is PlainRMSNorm

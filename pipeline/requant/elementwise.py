@@ -93,7 +93,7 @@ class OnePass:
         instead: dict[type, type] = {}
         for module in self.modules:
             own = type(module)
-            if own in self.before or not self.same.get(_kind(module)):
+            if not self.same.get(_kind(module)):
                 continue
             if own not in instead:
                 forward = _normed(own.forward) if _is_norm(module) else _gated(own.forward)
