@@ -16,7 +16,6 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +61,12 @@ def profiled(args: argparse.Namespace, model: Path, work: Path, ranks: Any) -> t
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from requant.grid import Grid
-    from requant.layout import Settings
     from requant.quantize import quantize
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.zeros(1, device=device)
     ranks.every(True)
-    settings = Settings(grid=Grid(4, 128), order="activation", sweeps=2, correct=0.5)
+    settings = speed.settings_of(argparse.Namespace(group=128, sweeps=2, correct=0.5))
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     watch()
     with profile(activities=kinds) as seen:
@@ -92,8 +89,9 @@ def look(events: list[Any]) -> dict[str, Any]:
     def caller(at: int | None) -> str:
         if at is None:
             return "not known"
-        for begun, ended, name in reversed(mine[: bisect_right(begins, at)]):
-            if begun <= at <= ended and name != "block":
+        for i in range(bisect_right(begins, at) - 1, -1, -1):  # the innermost began last
+            _, ended, name = mine[i]
+            if at <= ended and name != "block":
                 return name
         return "outside of these"
 
@@ -109,11 +107,7 @@ def look(events: list[Any]) -> dict[str, Any]:
     for e in on_main:
         by_caller[caller(launched.get(e.linked_correlation_id(), launched.get(e.correlation_id())))] += e.duration_ns()
         by_kernel[e.name()[:90]] += e.duration_ns()
-    gaps, until = [], start
-    for e in on_main:
-        if e.start_ns() > until:
-            gaps.append((e.start_ns() - until, caller(until + (e.start_ns() - until) // 2), e.name()[:60]))
-        until = max(until, end(e))
+    gaps = [(length, caller(middle), before) for length, middle, before in between(on_main, start)]
     idle = Counter[str]()
     for length, name, _ in gaps:
         idle[name] += length
@@ -130,6 +124,16 @@ def look(events: list[Any]) -> dict[str, Any]:
         "idle, by what the host was in": shown(idle),
         "widest gaps": [(g / 1e6, name, before) for g, name, before in sorted(gaps, reverse=True)[:GAPS]],
     }
+
+
+def between(events: list[Any], start: int) -> list[tuple[int, int, str]]:
+    """(length, middle, what comes after) of each gap between events in their order, in nanoseconds."""
+    gaps, until = [], start
+    for e in events:
+        if e.start_ns() > until:
+            gaps.append((e.start_ns() - until, until + (e.start_ns() - until) // 2, e.name()[:60]))
+        until = max(until, end(e))
+    return gaps
 
 
 def end(event: Any) -> int:
@@ -152,11 +156,8 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
 
-    from requant import crew
-    from requant.ranks import ALONE
-
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    with crew.join() if several else nullcontext(ALONE) as ranks, tempfile.TemporaryDirectory() as temporary:
+    with speed.met() as ranks, tempfile.TemporaryDirectory() as temporary:
+        several = ranks.count > 1
         model = (args.scratch or Path(temporary)) / f"{args.shape}-{args.layers}"
         if several and not args.scratch:
             parser.error("several ranks need --scratch: all of them read the model there")

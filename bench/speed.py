@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,38 @@ def windows(args: argparse.Namespace) -> Any:
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     """On every rank; the clock runs from when they have found each other."""
+    with met() as ranks:
+        return walk_over(args, ranks)
+
+
+def met() -> AbstractContextManager[Any]:
+    """The ranks that a launcher has started, once they have found each other; this process alone without one."""
     from requant import crew
     from requant.ranks import ALONE
 
-    with crew.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE) as ranks:
-        return walk_over(args, ranks)
+    return crew.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE)
+
+
+def settings_of(args: argparse.Namespace) -> Any:
+    from requant.grid import Grid
+    from requant.layout import Settings
+
+    return Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
+
+
+def compile_ahead(args: argparse.Namespace, settings: Any, device: Any) -> None:
+    """What `requant run` has compiled by the time it quantizes."""
+    import torch
+
+    from requant import skeleton
+    from requant.blocks import block_list
+    from requant.elementwise import OnePass
+    from requant.warming import Warming
+
+    passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
+    widths = {settings.grid: SHAPES[args.shape][0]}
+    with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
+        warming.wait()
 
 
 def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
@@ -105,15 +132,10 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
     import requant.ranks
-    from requant import quantize, skeleton
-    from requant.blocks import block_list
-    from requant.elementwise import OnePass
-    from requant.grid import Grid
-    from requant.layout import Settings
-    from requant.warming import Warming
+    from requant import quantize
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
+    settings = settings_of(args)
     if args.replicated:
         requant.ranks.SPLIT_FROM = 10**9
     if args.lean:
@@ -125,10 +147,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
     if args.compiled:
-        passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
-        widths = {settings.grid: SHAPES[args.shape][0]}
-        with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
-            warming.wait()
+        compile_ahead(args, settings, device)
     ranks.every(True)
     started = time.perf_counter()
     prepared: list[float] = []

@@ -17,9 +17,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import speed
 
 BATCH, HELD = 4, 32
 SIDES = {"one rank": (1, BATCH), "two ranks": (2, BATCH), f"one rank, batches of {BATCH // 2}": (1, BATCH // 2)}
@@ -40,14 +41,12 @@ def quantize(args: argparse.Namespace) -> None:
     """One rank's part of one checkpoint."""
     import torch
 
-    from requant import crew
     from requant import quantize as stage
     from requant.grid import Grid
     from requant.layout import Settings
-    from requant.ranks import ALONE
 
     args.checkpoint.mkdir(exist_ok=True)
-    with crew.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE) as ranks:
+    with speed.met() as ranks:
         stage.quantize(
             args.merged, args.checkpoint, windows(args)[: args.samples], Settings(Grid(4, 64), sweeps=2, correct=0.5),
             dtype=torch.float16, device=torch.device("cpu"), batch=args.batch, ranks=ranks,

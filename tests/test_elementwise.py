@@ -314,8 +314,10 @@ def test_leaving_early_looks_at_nothing_that_is_still_being_tried() -> None:
         def values(self) -> Any:
             raise RuntimeError("dictionary changed size during iteration")
 
-    with OnePass([PlainRMSNorm()], DEVICE, torch.float16) as passes:
+    norm = PlainRMSNorm()
+    with OnePass([norm], DEVICE, torch.float16) as passes:
         passes.turns = Growing()
+    assert type(norm) is PlainRMSNorm
 
 
 def test_memory_that_ran_out_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from requant.errors import InputError, StageError
+from requant.staging import Room, fresh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,13 +34,6 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
-
-
-Room = Callable[[int], torch.Tensor]
-
-
-def _fresh(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +138,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """config.json as raw JSON."""
         return read_json(self.path / "config.json")
 
-    def read(self, name: str, room: Room = _fresh) -> torch.Tensor:
+    def read(self, name: str, room: Room = fresh) -> torch.Tensor:
         """The tensor `name` on the CPU, in the dtype and shape of the file; in the memory that `room` gives."""
         return read_tensor(self[name], room)
 
 
-def read_tensor(info: TensorInfo, room: Room = _fresh) -> torch.Tensor:
+def read_tensor(info: TensorInfo, room: Room = fresh) -> torch.Tensor:
     """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read.
 
     room: gives memory, uint8 [nbytes]; newly allocated by default.

@@ -32,6 +32,7 @@ AT_ONCE = 2048  # numbers of a gate that a program takes
 MAY_DIFFER = 1e-2  # share of a sample's numbers: sums in another order, other exponentials
 Sample = Callable[..., Tensor]
 Kind = tuple[Any, ...]  # a class and the numbers and words that its instance holds, a limit for one
+Turn = tuple[ModuleType, Callable[..., Any], bool]  # a file, its own function, whether ours does the same
 
 
 class OnePass:
@@ -47,9 +48,7 @@ class OnePass:
         self.modules = [m for b in blocks for m in b.modules()] if here else []
         self.tried = self.used = False
         self.same: dict[Kind, bool] = {}
-        self.turns: dict[
-            str, tuple[ModuleType, Callable[..., Any], bool]
-        ] = {}  # of a file: its function, whether it is ours
+        self.turns: dict[str, Turn] = {}  # by the name of the file
         self.before: dict[type, type] = {}  # class that computes in one pass -> the module's own
 
     def __enter__(self) -> OnePass:
@@ -73,8 +72,8 @@ class OnePass:
 
         for module in self.modules:
             check = _same_norm if _is_norm(module) else _same_gate if _is_gate(module) else None
-            if check is not None and _kind(module) not in self.same:
-                self.same[_kind(module)] = _agrees(check, module, sample)
+            if check is not None and (kind := _kind(module)) not in self.same:
+                self.same[kind] = _agrees(check, module, sample)
             owner, size = sys.modules.get(type(module).__module__), getattr(module, "head_dim", None)
             original = getattr(owner, ROTARY, None)
             if owner is not None and callable(original) and isinstance(size, int) and owner.__name__ not in self.turns:

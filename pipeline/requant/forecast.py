@@ -80,7 +80,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     again: float = 2 * (size.total - size.outside)
     if (
         device.type == "cuda"
-    ):  # which gets its blocks beside the work: the last check remains, and embeddings on the way in
+    ):  # blocks come beside the work: what remains is the last check, and embeddings on the way in
         again = 3 * size.outside + 2 * p.settings.grid.bits / 16 * (size.total - size.outside)
     checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
     free_memory(device)
@@ -96,9 +96,8 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     waiting = 0 if parts.waits else int(states)
     merged = merged_in(p)
     each = p.serving_dtype.itemsize + (merged.itemsize if merged != p.serving_dtype else 0)  # while it is cast
-    beginning = each * (
-        2 * size.vocabulary * size.width + size.block
-    )  # embeddings to compute and to write, and a block
+    ends = 2 * size.vocabulary * size.width  # embeddings to compute and to write
+    beginning = each * (ends + size.block)
     return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
 
 

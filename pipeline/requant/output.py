@@ -23,9 +23,7 @@ from requant.staging import Staging
 from requant.writer import CheckpointWriter, Journal
 
 JOURNAL = "blocks.json"
-BEHIND = (
-    4  # finished blocks whose bytes the disk may still be taking in, at the start those of the embeddings with them
-)
+BEHIND = 4  # finished blocks that the disk may still be taking in: at the start the embeddings are on their way there
 
 
 class Beside:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
+from requant.fit import free_bytes
 from requant.linears import split_experts, unfollow
 
 ROOM = 0.9  # of a GPU's free memory that waiting batches may take by our guess
@@ -205,10 +206,9 @@ def may_wait(walk: Walk, tokens: int, twice: float = 0.0, room: float = ROOM) ->
     if walk.device.type != "cuda":
         return True
     torch.cuda.empty_cache()  # what an earlier stage or a compiled kernel's first call has left counts as free
-    free, _ = torch.cuda.mem_get_info(walk.device)
     block = walk.blocks[0]
     guess = held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize)
-    return guess * (1 + twice) / 3 + solving_bytes(block, walk.dtype.itemsize) < free * room
+    return guess * (1 + twice) / 3 + solving_bytes(block, walk.dtype.itemsize) < free_bytes(walk.device) * room
 
 
 def solving_bytes(block: nn.Module, itemsize: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Room = Callable[[int], Tensor]  # gives memory, uint8, of so many bytes
 LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also what was outgrown
 
 
@@ -21,7 +24,7 @@ class Staging:
     def room(self, nbytes: int) -> Tensor:
         """uint8 [nbytes], the same memory each time: what was there before is lost. Beyond LARGEST it is fresh."""
         if nbytes > LARGEST:
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return fresh(nbytes)
         if nbytes > len(self._memory):
             self._memory = _locked(nbytes)
         return self._memory[:nbytes]
@@ -33,9 +36,14 @@ class Staging:
         return self.room(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
 
 
+def fresh(nbytes: int) -> Tensor:
+    """uint8 [nbytes] that nobody else has."""
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 def _locked(nbytes: int) -> Tensor:
     """Page-locked where that can be had; copies from and to other memory are only slower."""
     try:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     except RuntimeError:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return fresh(nbytes)

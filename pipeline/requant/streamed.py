@@ -19,7 +19,7 @@ from requant import peft_runtime, skeleton, weights
 from requant.blocks import BlockInput, Walk, larger_half
 from requant.checkpoint import Checkpoint
 from requant.errors import StageError
-from requant.fit import free_memory
+from requant.fit import free_bytes, free_memory
 from requant.shelf import Shelf
 from requant.variants import PLAIN, Places, plain
 
@@ -114,7 +114,7 @@ class Streamed:
         if self.walk.device.type != "cuda":
             return False
         width = self.config.get_text_config().hidden_size
-        return bool(tokens * width * self.walk.dtype.itemsize > SHELF * torch.cuda.mem_get_info(self.walk.device)[0])
+        return bool(tokens * width * self.walk.dtype.itemsize > SHELF * free_bytes(self.walk.device))
 
 
 class _Flow:

@@ -20,7 +20,7 @@ from requant.artifacts import write_json
 from requant.checkpoint import Checkpoint, read_json
 from requant.engines import Answer, Engine
 from requant.errors import InputError, StageError
-from requant.fit import free_memory
+from requant.fit import free_bytes, free_memory
 from requant.rundir import MANIFEST, MARKER
 from requant.sample import Sample
 from requant.structure import Finding
@@ -246,7 +246,7 @@ def _free(device: torch.device) -> float:
     """Bytes that a model may take."""
     if device.type == "cuda":
         free_memory(device)
-        return 0.9 * torch.cuda.mem_get_info(device)[0]
+        return 0.9 * free_bytes(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
