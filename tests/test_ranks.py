@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -306,3 +308,20 @@ def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
         pass
     assert taken == threads
     assert crew._cores() >= 1
+
+
+def test_nobody_looks_into_the_store_when_a_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python aborts a process whose thread is in there when it ends, and the store may go with the first rank."""
+    leaving = Several.__new__(Several)
+    leaving.over = threading.Event()
+
+    def watch() -> None:
+        leaving.over.wait(30)
+        time.sleep(0.2)  # still asking
+
+    leaving.watching = threading.Thread(target=watch)
+    leaving.watching.start()
+    alive: list[bool] = []
+    monkeypatch.setattr(Several, "every", lambda self, _: alive.append(self.watching.is_alive()))
+    leaving._end()
+    assert alive == [False]

@@ -88,7 +88,8 @@ def together(command: Callable[[], None]) -> None:
     """Run `command` on the first rank and serve it on the others; each leaves with its own exit code."""
     try:
         with join() as ranks:
-            threading.Thread(target=_watch, args=(ranks,), daemon=True).start()
+            ranks.watching = threading.Thread(target=_watch, args=(ranks,), daemon=True)
+            ranks.watching.start()
             if ranks.first:
                 _lead(ranks, command)
             else:

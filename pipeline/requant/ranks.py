@@ -94,13 +94,14 @@ class Several(Ranks):
 
     local: number on its machine, and of its GPU. store: what all ranks can read, whatever else they wait for.
     called: whether the others are at work. over: set when nobody will be called any more. failing: held, for good, by
-    the thread that says why all of them end.
+    the thread that says why all of them end. watching: the thread that looks into the store until it is over.
     """
 
     def __init__(self, local: int, store: Any) -> None:
         self.rank, self.count, self.local, self.store = dist.get_rank(), dist.get_world_size(), local, store
         self.failing, self.over = threading.Lock(), threading.Event()
         self.called = False
+        self.watching: threading.Thread | None = None
 
     def place(self, device: torch.device) -> torch.device:
         if device.type != "cuda":
@@ -192,4 +193,6 @@ class Several(Ranks):
 
     def _end(self) -> None:
         self.over.set()
+        if self.watching:
+            self.watching.join()  # a thread that is in the store when Python ends aborts the process
         self.every(True)  # the store may be the first rank's own: it stays until nobody looks into it
