@@ -8,14 +8,33 @@ from dataclasses import replace
 import pytest
 import torch
 
+from requant import cholesky, gptq
 from requant import correction as correction_module
-from requant import gptq
 from requant.correction import Correction
+from requant.ranks import Ranks
 
 
-@pytest.fixture(autouse=True, params=[False, True])
-def by_drift(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(correction_module.BY_DRIFT, "cpu", request.param)
+@pytest.fixture(autouse=True, params=["cpu", "cuda"])
+def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does runs here too."""
+    for choice in (correction_module.BY_DRIFT, correction_module.SOLVERS):
+        monkeypatch.setitem(choice, "cpu", choice[request.param])
+
+
+class OneOf(Ranks):
+    """One of several who do the same one after another: what each gives is kept for whoever comes last."""
+
+    def __init__(self, rank: int, count: int, given: list[torch.Tensor]) -> None:
+        self.rank, self.count, self.given = rank, count, given
+
+    def rows(self, whole: torch.Tensor) -> torch.Tensor:
+        each = -(-len(whole) // self.count)
+        return whole[torch.arange(self.rank * each, (self.rank + 1) * each).clamp_(max=len(whole) - 1)]
+
+    def gather(self, part: torch.Tensor, rows: int) -> torch.Tensor:
+        self.given.append(part)
+        known = torch.cat(self.given)
+        return torch.nn.functional.pad(known, (0, 0, 0, max(0, rows - len(known))))[:rows]
 
 
 @pytest.mark.parametrize("rows", [(8,), (20, 12), (30,)])  # fewer than the inputs, more in all, more
@@ -61,3 +80,29 @@ def test_nothing_large_outlives_the_last_move(rows: tuple[int, ...]) -> None:
     assert held() is None
     assert correction.solved is None
     assert all(p.numel() == 0 for p in correction.pulled)
+
+
+@pytest.mark.parametrize("rows", [(30, 12), (20, 12), (8,)])
+def test_ranks_solve_for_the_drift_together(rows: tuple[int, ...]) -> None:
+    """24 inputs over 5 ranks: 5 columns of the drift for each, the last has fewer. With few rows each solves for its own."""
+    torch.manual_seed(2)
+    x = torch.randn(100, 24)
+    factor, drift = gptq.factorize(x.T @ x, torch.randperm(24), 0.01), torch.randn(24, 24)
+    whole = [torch.randn(n, 24) for n in rows]
+    alone = Correction(drift.clone(), whole)
+    wanted = [alone.moved(i, w, factor, 0.5) for i, w in enumerate(whole)]
+    given: list[torch.Tensor] = []
+    for rank in range(5):
+        ranks = OneOf(rank, 5, given)
+        own = [ranks.rows(w) for w in whole]
+        several = Correction(drift.clone(), own, ranks)
+        moved = [several.moved(i, w, factor, 0.5) for i, w in enumerate(own)]
+        if rank == 4 or not given:
+            for found, all_rows in zip(moved, wanted, strict=True):
+                assert torch.allclose(found, ranks.rows(all_rows), atol=1e-4)
+    by_drift = correction_module.BY_DRIFT["cpu"] and sum(rows) > 24
+    assert [len(part) for part in given] == ([5] * 5 if by_drift else [])
+
+
+def test_a_gpu_solves_by_blocks() -> None:
+    assert correction_module.SOLVERS["cuda"] is cholesky.solve

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from requant import linears, skeleton
+from requant.carrier import Carrier
 from requant.checkpoint import Checkpoint, Weights
 from requant.errors import InputError, StageError
 from requant.shelf import Shelf
-from requant.staging import Staging
 
 
 @dataclass
@@ -81,7 +81,8 @@ class Walk:
         self.prefix, self.blocks = block_list(model)
         self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.shelf, self._staging = Shelf(device), Staging()
+        self._carrier = Carrier(device) if device.type == "cuda" else None
+        self.shelf = Shelf(device)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.explicit = names is not None
         self.names = skeleton.tensor_names(model, checkpoint) if names is None else names
@@ -129,7 +130,7 @@ class Walk:
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """A block's tensors, copied to the device beside what it computes."""
         with torch.cuda.stream(self._stream):
-            tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.", self._read_staged)
+            tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.")
             torch.cuda.current_stream(self.device).synchronize()
         return tensors
 
@@ -140,20 +141,19 @@ class Walk:
                 if parameter is not None and id(parameter) not in self.own:
                     sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _read_staged(self, name: str) -> Tensor:
-        """A stored tensor; one of a checkpoint stays only until the next is read."""
-        if isinstance(self.checkpoint, Checkpoint):
-            return self.checkpoint.read(name, self._staging.room)
-        return self.checkpoint.read(name)
-
-    def _read(self, module: nn.Module, prefix: str, read: Callable[[str], Tensor] | None = None) -> dict[str, Tensor]:
-        """A module's parameters by their names inside it, on the device. read: gives a stored tensor until the next."""
-        read = read or self.checkpoint.read
+    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """A module's parameters by their names inside it, on the device."""
         return {
-            name: read(self.names[prefix + name]).to(self.device, self.dtype)
+            name: self._stored(self.names[prefix + name]).to(self.device, self.dtype)
             for name, parameter in module.named_parameters()
             if id(parameter) not in self.own
         }
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor as it is stored; a checkpoint's already on a GPU, where there is one."""
+        if self._carrier and isinstance(self.checkpoint, Checkpoint):
+            return self._carrier.bring(self.checkpoint[name])
+        return self.checkpoint.read(name)
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
         """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch."""

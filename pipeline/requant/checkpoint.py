@@ -13,14 +13,13 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from requant.errors import InputError, StageError
-from requant.staging import Room, fresh
+from requant.staging import fresh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -138,36 +137,38 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """config.json as raw JSON."""
         return read_json(self.path / "config.json")
 
-    def read(self, name: str, room: Room = fresh) -> torch.Tensor:
-        """The tensor `name` on the CPU, in the dtype and shape of the file; in the memory that `room` gives."""
-        return read_tensor(self[name], room)
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` on the CPU, in the dtype and shape of the file."""
+        return read_tensor(self[name])
 
 
-def read_tensor(info: TensorInfo, room: Room = fresh) -> torch.Tensor:
-    """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read.
-
-    room: gives memory, uint8 [nbytes]; newly allocated by default.
-    """
-    flat = room(info.nbytes)
-    parts = [slice(start, min(start + PART, info.nbytes)) for start in range(0, info.nbytes, PART)]
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
+    flat = fresh(info.nbytes)
+    parts = cut(info.nbytes, PART)
     if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
         with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
-            list(pool.map(partial(_fill, flat, info), parts))
+            list(pool.map(lambda part: read_part(info, part, flat[part]), parts))
     elif parts:
-        _fill(flat, info, parts[0])
+        read_part(info, parts[0], flat)
     return flat.view(info.dtype).reshape(info.shape)
 
 
-def _fill(flat: torch.Tensor, info: TensorInfo, part: slice) -> None:
-    """Read a part of a tensor's bytes, uint8 [nbytes], into its place."""
-    view = memoryview(flat.numpy().data)
+def cut(nbytes: int, size: int) -> list[slice]:
+    """So many bytes in parts of `size`, the last one shorter."""
+    return [slice(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
+
+
+def read_part(info: TensorInfo, part: slice, into: torch.Tensor) -> None:
+    """Read a part of a tensor's bytes into memory on the CPU, uint8, of the same length; raises StageError where the file ends."""
+    view = memoryview(into.numpy().data)
     with info.file.open("rb", buffering=0) as f:
         f.seek(info.offset + part.start)
-        got: int = part.start
-        while got < part.stop:
-            n = f.readinto(view[got : part.stop])
+        got = 0
+        while got < len(view):
+            n = f.readinto(view[got:])
             if not n:
-                raise StageError(f"{info.file}: {info.name!r} ends after {got} of {info.nbytes} bytes")
+                raise StageError(f"{info.file}: {info.name!r} ends after {part.start + got} of {info.nbytes} bytes")
             got += n
 
 

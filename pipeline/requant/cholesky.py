@@ -1,4 +1,4 @@
-"""Cholesky factorization by several who hold the same matrix: each owns every so many-th block of columns. Tensors only.
+"""Cholesky factorization by several who hold the same matrix, and solving with a factor, both by blocks. Tensors only.
 
 Right-looking: the owner of a block finishes its columns, everybody gets them and takes them off the columns it owns. While
 the others still do, the next owner is already at its next columns. Source: Golub & Van Loan, Matrix Computations, 4.2.
@@ -14,6 +14,7 @@ from torch import Tensor
 from requant import kernels
 
 BLOCK = 1024
+CORNER = 64  # a triangle that is inverted by substitution; twice as large ones by products
 
 Publish = Callable[[Tensor, int], Callable[[], None]]
 """Starts to copy the owner's tensor into that of all others; returns what waits until it has arrived."""
@@ -60,11 +61,64 @@ def _finished(rows: Tensor) -> Tensor:
     k = rows.shape[1]
     corner, info = torch.linalg.cholesky_ex(rows[:k])
     corner = torch.where(info == 0, corner, torch.nan).tril_()
-    inverse = torch.linalg.solve_triangular(corner, torch.eye(k, device=rows.device), upper=False)
-    return torch.cat([corner, rows[k:] @ inverse.T])
+    return torch.cat([corner, rows[k:] @ inverses(corner, k)[0].T])
 
 
 def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
     """Subtract what the columns `here`, finished in `panel`, contribute to those of `block`."""
     below = panel[block.start - here.start :]
     matrix[block.start :, block].addmm_(below, below[: block.stop - block.start].T, alpha=-1)
+
+
+def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
+    """(lower @ lower.T)^-1 @ columns, as `torch.cholesky_solve`: lower fp32 [n, n], columns fp32 [n, k], which are used up.
+
+    All but the corners is products of many rows: a GPU's own substitution takes half as long again, and with few columns
+    three times as long (bench/NOTES.md).
+    """
+    parts = [slice(start, min(start + block, len(lower))) for start in range(0, len(lower), block)]
+    with kernels.full_precision():  # in TF32 substitution passes its errors on
+        corners = inverses(lower, block)
+        for corner, here in zip(corners, parts, strict=True):
+            columns[here] = _within(corner, here) @ columns[here]
+            columns[here.stop :].addmm_(lower[here.stop :, here], columns[here], alpha=-1)
+        for corner, here in reversed(list(zip(corners, parts, strict=True))):
+            columns[here] = _within(corner, here).T @ columns[here]
+            columns[: here.start].addmm_(lower[here, : here.start].T, columns[here], alpha=-1)
+    return columns
+
+
+def inverses(lower: Tensor, block: int) -> Tensor:
+    """Inverses of the triangles on the diagonal of `lower` [n, n], fp32 [blocks, block, block]; the last filled up with ones.
+
+    By halves: that of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
+    """
+    count, rest = -(-len(lower) // block), -len(lower) % block
+    size = block
+    while size % 2 == 0 and size > CORNER:
+        size //= 2
+    out = lower.new_zeros(count, block, block)
+    for number in range(count):
+        part = lower[number * block : (number + 1) * block, number * block : (number + 1) * block]
+        out[number, : len(part), : len(part)] = part
+    if rest:
+        out[-1].diagonal()[-rest:] = 1
+    smallest = _on_diagonal(out, size)
+    smallest.copy_(torch.linalg.solve_triangular(smallest, torch.eye(size, device=lower.device), upper=False))
+    while size < block:
+        both = _on_diagonal(out, 2 * size)
+        first, second, below = both[..., :size, :size], both[..., size:, size:], both[..., size:, :size]
+        below.copy_(-(second @ (below @ first)))
+        size *= 2
+    return out
+
+
+def _on_diagonal(matrices: Tensor, size: int) -> Tensor:
+    """A view of the blocks on the diagonal of each [k, k] matrix: [count, k / size, size, size]."""
+    count, k, _ = matrices.shape
+    return matrices.view(count, k // size, size, k // size, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _within(corner: Tensor, here: slice) -> Tensor:
+    """Without what fills it up."""
+    return corner[: here.stop - here.start, : here.stop - here.start]

@@ -12,21 +12,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from requant import cholesky
 from requant.gptq import Factor
+from requant.ranks import ALONE, Ranks
 
 # Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
 BY_DRIFT = {"cpu": False, "cuda": True}
+# What solves with a factor: on a CPU its library is as quick.
+SOLVERS = {"cpu": lambda lower, columns: torch.cholesky_solve(columns, lower), "cuda": cholesky.solve}
 
 
 class Correction:
     """The moves of weights that share their input, solved for the rows of all or, on a GPU, for the drift, whichever has less.
 
-    Holds no more than what moves are still to be asked for.
+    Several ranks share the drift; rows they have shared before. Holds no more than what moves are still to be asked for.
     """
 
-    def __init__(self, drift: Tensor | None, weights: Sequence[Tensor]) -> None:
-        """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each."""
-        many = drift is not None and BY_DRIFT[drift.device.type] and sum(len(w) for w in weights) > len(drift)
+    def __init__(self, drift: Tensor | None, weights: Sequence[Tensor], ranks: Ranks = ALONE) -> None:
+        """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each, this rank's rows."""
+        rows = sum(len(w) for w in weights) * ranks.count
+        many = drift is not None and BY_DRIFT[drift.device.type] and rows > len(drift)
+        self.ranks = ranks
         self.drift = drift if many else None
         self.pulled = [] if drift is None or many else [drift.T @ w.T for w in weights]  # then the drift is free to go
         self.solved: Tensor | None = None
@@ -48,11 +54,12 @@ class Correction:
             pulled, self.pulled[position] = self.pulled[position], torch.empty(0)
             return _solved(pulled, factor).T
         if self.drift is not None:
-            self.solved, self.drift = _solved(self.drift.T, factor), None
-        return None if self.solved is None else weight @ self.solved.T
+            part, n = self.ranks.rows(self.drift), len(self.drift)
+            self.solved, self.drift = self.ranks.gather(_solved(part.T, factor).T, n), None
+        return None if self.solved is None else weight @ self.solved
 
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:
     """(H + damping)^-1 @ columns, fp32 [n, k]."""
-    solved = torch.cholesky_solve(columns[factor.order], factor.lower)
+    solved = SOLVERS[columns.device.type](factor.lower, columns[factor.order])
     return solved.index_select(0, torch.argsort(factor.order))

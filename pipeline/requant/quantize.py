@@ -211,6 +211,7 @@ def quantize(
     notes: gets what goes otherwise than begun, such as smaller batches when memory runs out.
     """
     device = check_ranks(len(windows), device, ranks)
+    ranks.meet(device)
     checkpoint = Checkpoint(source)
     model = skeleton.build(
         skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code

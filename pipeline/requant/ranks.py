@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,9 @@ class Ranks:
     def place(self, device: torch.device) -> torch.device:
         """This rank's own device of that type."""
         return device
+
+    def meet(self, device: torch.device) -> None:
+        """Begin to find the other ranks' GPUs, beside what comes next; what needs them waits."""
 
     def share(self, total: int) -> slice:
         """This rank's part of `total` things in a row; parts differ by one at most."""
@@ -102,6 +106,7 @@ class Several(Ranks):
         self.failing, self.over = threading.Lock(), threading.Event()
         self.called = False
         self.watching: threading.Thread | None = None
+        self.meeting: Future[None] | None = None
 
     def place(self, device: torch.device) -> torch.device:
         if device.type != "cuda":
@@ -109,6 +114,18 @@ class Several(Ranks):
         if device.index not in (None, 0, self.local):  # 0: the first rank's own, out of a call
             raise InputError(f"device: {device} names one GPU, but {self.count} ranks were started: use auto or cuda")
         return torch.device("cuda", self.local)
+
+    def meet(self, device: torch.device) -> None:
+        if device.type == "cuda":  # NCCL's first sum takes most of a second; gloo has met when it was started
+            pool = ThreadPoolExecutor(1)
+            self.meeting = pool.submit(_first_sum, device)
+            pool.shutdown(wait=False)
+
+    def _met(self) -> None:
+        """Every call on GPUs begins here: they are the same for all ranks, in the same order."""
+        if self.meeting is not None:
+            self.meeting.result()
+            self.meeting = None
 
     def rows(self, whole: Tensor) -> Tensor:
         each = -(-len(whole) // self.count)
@@ -118,11 +135,14 @@ class Several(Ranks):
         return whole[torch.arange(start, stop, device=whole.device).clamp_(max=len(whole) - 1)]
 
     def gather(self, part: Tensor, rows: int) -> Tensor:
+        self._met()
         whole = part.new_empty(self.count * len(part), *part.shape[1:])
         _all_gather(whole, part.contiguous())
         return whole[:rows]
 
     def pool(self, triangles: Sequence[Tensor], others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
+        summed_counts = self.total(counts)  # first: a GPU is still at what is to be summed up
+        self._met()
         for tensor in others:
             dist.all_reduce(tensor)
         for tensor in triangles:
@@ -132,11 +152,12 @@ class Several(Ranks):
                 dist.all_reduce(summed)
                 if summed.data_ptr() != panel.data_ptr():
                     panel.copy_(summed)
-        return [round(n) for n in self.total(counts)]
+        return [round(n) for n in summed_counts]
 
     def cholesky(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if len(matrix) < SPLIT_FROM:
             return super().cholesky(matrix)
+        self._met()
         return shared_cholesky(matrix, self.rank, self.count, self._publish)
 
     @staticmethod
@@ -162,6 +183,7 @@ class Several(Ranks):
         return box[0]
 
     def spread(self, tensor: Tensor) -> None:
+        self._met()
         dist.broadcast(tensor.data, src=0)
 
     def call(self, function: Callable[..., T], *args: Any, own: Mapping[str, Any], **kwargs: Any) -> T:
@@ -196,3 +218,8 @@ class Several(Ranks):
         if self.watching:
             self.watching.join()  # a thread that is in the store when Python ends aborts the process
         self.every(True)  # the store may be the first rank's own: it stays until nobody looks into it
+
+
+def _first_sum(device: torch.device) -> None:
+    with torch.cuda.device(device):
+        dist.all_reduce(torch.zeros(1, device=device))

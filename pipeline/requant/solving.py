@@ -50,7 +50,7 @@ def solve_stage(
         own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
         damp = _damp(settings, moments.tokens, len(moments.hessian))
         order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
-        correction = Correction(moments.drift, list(own.values()))
+        correction = Correction(moments.drift, list(own.values()), ranks)
         hessian = moments.hessian
         del moments  # the halves, and the drift where it is used up, are as large as the Hessian
         factors: dict[tuple[str, int], gptq.Factor] = {}

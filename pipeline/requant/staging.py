@@ -1,13 +1,10 @@
-"""Host memory that tensors pass through on their way to a GPU and back, one after another in the same place."""
+"""Host memory that tensors pass through on their way from a GPU, one after another in the same place."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Room = Callable[[int], Tensor]  # gives memory, uint8, of so many bytes
 LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also what was outgrown
 
 
@@ -26,7 +23,7 @@ class Staging:
         if nbytes > LARGEST:
             return fresh(nbytes)
         if nbytes > len(self._memory):
-            self._memory = _locked(nbytes)
+            self._memory = locked(nbytes)
         return self._memory[:nbytes]
 
     def fetched(self, tensor: Tensor) -> Tensor:
@@ -41,8 +38,8 @@ def fresh(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _locked(nbytes: int) -> Tensor:
-    """Page-locked where that can be had; copies from and to other memory are only slower."""
+def locked(nbytes: int) -> Tensor:
+    """uint8 [nbytes], page-locked where that can be had; copies from and to other memory are only slower."""
     try:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     except RuntimeError:
