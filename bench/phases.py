@@ -8,32 +8,37 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-PHASES = {  # function of ours -> phase
-    ("hessian", "gather"): "forward + hessian", ("hessian", "add_to_hessian"): "hessian", ("hessian", "add_drift"): "drift",
-    ("gptq", "factorize"): "factor", ("gptq", "find_scales"): "scale search", ("gptq", "solve"): "column loop",
-    ("gptq", "refine"): "sweeps", ("correction", "moved"): "correction", ("gptq", "row_errors"): "losses",
-    ("pack", "pack"): "pack",
-    ("ranks", "pool"): "sums of all ranks", ("ranks", "gather"): "rows of all ranks",
+PHASES = {  # function of ours -> phase, without what the others inside of it take
+    "hessian.gather": "forward to the stages", "hessian.add_to_hessian": "hessian", "hessian.Drift.take": "twin's forward",
+    "hessian.add_drift": "drift", "factor.Factoring.result": "waiting for the factor", "gptq.find_scales": "scale search",
+    "gptq.solve": "column loop", "gptq.refine": "sweeps", "correction.Correction.moved": "correction",
+    "gptq.row_errors": "losses", "pack.pack": "pack", "ranks.Several.pool": "sums of all ranks",
+    "ranks.Several.gather": "rows of all ranks",
 }  # fmt: skip
-CLASSES = {"ranks": "Several", "correction": "Correction"}  # whose methods these are
+Span = tuple[Any, Any]
 
 
 class Phases:
     """Device time spent in our functions, by events on the stream: nothing waits while it runs."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.spans: dict[str, list[Span]] = defaultdict(list)
+        self.inside: dict[str, list[Span]] = defaultdict(list)  # spans of other phases in those of a phase
+        self.open: list[str] = []
 
     def watch(self) -> None:
         import requant.correction
+        import requant.factor
         import requant.gptq
         import requant.hessian
         import requant.pack
         import requant.quantize
 
-        for (module, name), phase in PHASES.items():
-            holder: Any = getattr(requant, module)
-            holder = getattr(holder, CLASSES[module]) if module in CLASSES else holder
+        for path, phase in PHASES.items():
+            *holders, name = path.split(".")
+            holder: Any = requant
+            for part in holders:
+                holder = getattr(holder, part)
             original = getattr(holder, name)
             wrapped = self._wrapped(original, phase)
             setattr(holder, name, wrapped)
@@ -42,7 +47,17 @@ class Phases:
 
     def _wrapped(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread() is not threading.main_thread() and phase != "pack":
+            if threading.current_thread() is threading.main_thread():
+                self.open.append(phase)
+                start = self._mark()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    span = start, self._mark()
+                    self.spans[self.open.pop()].append(span)
+                    if self.open:
+                        self.inside[self.open[-1]].append(span)
+            if phase != "pack":
                 return function(*args, **kwargs)  # a kernel that is only being compiled
             start = self._mark()
             try:
@@ -63,11 +78,8 @@ class Phases:
         return event
 
     def seconds(self) -> dict[str, float]:
-        out = {}
-        for phase, spans in self.spans.items():
-            out[phase] = sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans)
-        if "forward + hessian" in out:
-            out["forward to the stages"] = out.pop("forward + hessian") - sum(
-                out.get(part, 0) for part in ("hessian", "drift", "sums of all ranks")
-            )
-        return out
+        return {phase: total(spans) - total(self.inside[phase]) for phase, spans in self.spans.items()}
+
+
+def total(spans: list[Span]) -> float:
+    return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans)

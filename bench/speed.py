@@ -112,8 +112,8 @@ def settings_of(args: argparse.Namespace) -> Any:
     return Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
 
 
-def compile_ahead(args: argparse.Namespace, settings: Any, device: Any) -> None:
-    """What `requant run` has compiled by the time it quantizes."""
+def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: Any) -> None:
+    """What `requant run` has compiled, and whom it has met, by the time it quantizes."""
     import torch
 
     from requant import skeleton
@@ -121,10 +121,12 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any) -> None:
     from requant.elementwise import OnePass
     from requant.warming import Warming
 
+    ranks.meet(device)
     passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
     widths = {settings.grid: SHAPES[args.shape][0]}
     with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
         warming.wait()
+    ranks.spread(torch.zeros(1, device=device))  # after which NCCL has begun
 
 
 def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
     if args.compiled:
-        compile_ahead(args, settings, device)
+        compile_ahead(args, settings, device, ranks)
     ranks.every(True)
     started = time.perf_counter()
     prepared: list[float] = []

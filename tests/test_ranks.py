@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +335,59 @@ def test_nobody_looks_into_the_store_when_a_rank_leaves(monkeypatch: pytest.Monk
     monkeypatch.setattr(Several, "every", lambda self, _: alive.append(self.watching.is_alive()))
     leaving._end()
     assert alive == [False]
+
+
+def test_gpus_meet_beside_what_comes_next_and_once(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun = threading.Event(), []
+    monkeypatch.setattr(ranks, "_first_sum", lambda device: begun.append(device) or go.wait(60))
+    monkeypatch.setattr(two, "asked", False)
+    two.meet(CPU)
+    assert two.meeting is None, "gloo has met"
+    gpu = torch.device("cuda", 0)
+    two.meet(gpu)
+    meeting = two.meeting
+    assert meeting is not None
+    two.meet(gpu)
+    assert two.meeting is meeting
+    assert not meeting.done()
+    waiting = threading.Thread(target=two._met)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    go.set()
+    waiting.join(60)
+    two.meet(gpu)
+    assert (two.meeting, begun) == (None, [gpu])
+
+
+def test_whatever_gpus_say_to_each_other_waits_until_they_have_met(
+    two: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waits(Exception):
+        pass
+
+    def waits() -> None:
+        raise Waits
+
+    monkeypatch.setattr(two, "_met", waits)
+    monkeypatch.setattr(two, "total", list)
+    monkeypatch.setattr(ranks, "SPLIT_FROM", 4)
+    x = torch.eye(4)
+    calls: list[Callable[[], object]] = [
+        lambda: two.pool([x], [], [1]), lambda: two.gather(x, 4), lambda: two.cholesky(x), lambda: two.spread(x),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(Waits):
+            call()
+
+
+def test_a_meeting_that_fails_says_so_where_it_is_needed(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: torch.device) -> None:
+        raise RuntimeError("no way to the other GPU")
+
+    monkeypatch.setattr(ranks, "_first_sum", fails)
+    monkeypatch.setattr(two, "asked", False)
+    two.meet(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="no way"):
+        two._met()
+    monkeypatch.setattr(two, "meeting", None)

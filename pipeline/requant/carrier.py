@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from queue import SimpleQueue
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from requant.checkpoint import READERS, TensorInfo, cut, read_part
+from requant.checkpoint import TensorInfo, cut, read_part
 from requant.staging import locked
 
-PLACE = 2**24  # bytes of a part
+PLACE = 2**25  # bytes of a part: many small ones take the interpreter from who starts a GPU's work
+PLACES = 4
 
 
 class Carrier:
-    """Brings tensors from their files to `device`, through READERS places of page-locked memory that are used again.
+    """Brings tensors from their files to `device`, through a few places of page-locked memory that are used again.
 
     Several threads may ask at once. A tensor is never whole on the host: its pages there would be paid for twice, when they
     are filled and when they are given back.
@@ -25,10 +26,10 @@ class Carrier:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = ThreadPoolExecutor(READERS)
-        self._places: SimpleQueue[Tensor | None] = SimpleQueue()
-        for _ in range(READERS):
-            self._places.put(None)  # made when it is needed
+        self.readers = ThreadPoolExecutor(PLACES)
+        self.places: SimpleQueue[Tensor | None] = SimpleQueue()
+        for _ in range(PLACES):
+            self.places.put(None)  # made when it is needed
 
     def bring(self, info: TensorInfo) -> Tensor:
         """A tensor on the device, in the dtype and shape of its file, for the stream that is current.
@@ -36,26 +37,60 @@ class Carrier:
         Raises StageError when the file has changed or cannot be read.
         """
         whole = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if whole.is_cuda else None
-        parts = cut(info.nbytes, PLACE)
-        bring = partial(self._bring, info, whole, stream)
-        if len(parts) > 1:
-            list(self._pool.map(bring, parts))
-        elif parts:
-            bring(parts[0])
+        way = _Way(self.places, whole)
+        with info.file.open("rb", buffering=0) as file:
+            try:
+                for part in cut(info.nbytes, PLACE):
+                    place = way.place()
+                    here = place[: part.stop - part.start]
+                    way.reading.append((self.readers.submit(read_part, file, info, part, here), part, place))
+                while way.reading:
+                    way.send()
+            finally:
+                way.clear()
         return whole.view(info.dtype).reshape(info.shape)
 
-    def _bring(self, info: TensorInfo, whole: Tensor, stream: Any, part: slice) -> None:
-        place = self._places.get()
-        try:
-            if place is None:
-                place = locked(PLACE)
-            here = place[: part.stop - part.start]
-            read_part(info, part, here)
-            with torch.cuda.stream(stream):  # none on a CPU
-                whole[part].copy_(here, non_blocking=True)
-                arrived = None if stream is None else stream.record_event()
-            if arrived is not None:
-                arrived.synchronize()  # then the place is free again
-        finally:
-            self._places.put(place)
+
+class _Way:
+    """One tensor's parts: those being read, and those that have left for `whole` but may not have arrived."""
+
+    def __init__(self, places: SimpleQueue[Tensor | None], whole: Tensor) -> None:
+        self.places, self.whole = places, whole
+        self.reading: deque[tuple[Future[None], slice, Tensor]] = deque()
+        self.away: deque[tuple[Any, Tensor]] = deque()
+
+    def place(self) -> Tensor:
+        """A free place. Who holds any waits for none of those that others hold."""
+        while True:
+            try:
+                place = self.places.get(block=not self.reading and not self.away)
+                return locked(PLACE) if place is None else place
+            except Empty:
+                self.send() if self.reading else self.arrive()
+
+    def send(self) -> None:
+        """Wait until the first part is read, and let it go; the one before it makes its place free."""
+        reading, part, place = self.reading[0]
+        reading.result()
+        self.whole[part].copy_(place[: part.stop - part.start], non_blocking=True)
+        self.reading.popleft()
+        self.away.append(
+            (torch.cuda.current_stream(self.whole.device).record_event() if self.whole.is_cuda else None, place)
+        )
+        if len(self.away) > 1:
+            self.arrive()
+
+    def arrive(self) -> None:
+        arrived, place = self.away.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        self.places.put(place)
+
+    def clear(self) -> None:
+        """Give all places back, once nobody writes to or reads from them."""
+        while self.away:
+            self.arrive()
+        while self.reading:
+            reading, _, place = self.reading.popleft()
+            reading.exception()
+            self.places.put(place)

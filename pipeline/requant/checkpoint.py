@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -146,11 +147,12 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
     flat = fresh(info.nbytes)
     parts = cut(info.nbytes, PART)
-    if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
-        with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
-            list(pool.map(lambda part: read_part(info, part, flat[part]), parts))
-    elif parts:
-        read_part(info, parts[0], flat)
+    with info.file.open("rb", buffering=0) as file:
+        if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
+            with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
+                list(pool.map(lambda part: read_part(file, info, part, flat[part]), parts))
+        elif parts:
+            read_part(file, info, parts[0], flat)
     return flat.view(info.dtype).reshape(info.shape)
 
 
@@ -159,17 +161,17 @@ def cut(nbytes: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
 
 
-def read_part(info: TensorInfo, part: slice, into: torch.Tensor) -> None:
-    """Read a part of a tensor's bytes into memory on the CPU, uint8, of the same length; raises StageError where the file ends."""
-    view = memoryview(into.numpy().data)
-    with info.file.open("rb", buffering=0) as f:
-        f.seek(info.offset + part.start)
-        got = 0
-        while got < len(view):
-            n = f.readinto(view[got:])
-            if not n:
-                raise StageError(f"{info.file}: {info.name!r} ends after {part.start + got} of {info.nbytes} bytes")
-            got += n
+def read_part(file: FileIO, info: TensorInfo, part: slice, into: torch.Tensor) -> None:
+    """Read a part of a tensor's bytes into memory on the CPU, uint8, of the same length; raises StageError where the file ends.
+
+    file: the tensor's; several threads may read from it at once.
+    """
+    view, got = memoryview(into.numpy().data), 0
+    while got < len(view):
+        n = os.preadv(file.fileno(), [view[got:]], info.offset + part.start + got)
+        if not n:
+            raise StageError(f"{info.file}: {info.name!r} ends after {part.start + got} of {info.nbytes} bytes")
+        got += n
 
 
 def read_json(file: Path) -> dict[str, Any]:

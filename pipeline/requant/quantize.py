@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from requant.ranks import ALONE, Ranks
 from requant.results import ModuleResult
 from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
-from requant.stages import ROOM, ROOM_SHARED, Stage, find_stages, may_wait, pass_on, step
+from requant.stages import ROOM, ROOM_SHARED, Inputs, Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
 from requant.warming import Warming, narrowest, quick_switches
 
@@ -115,7 +115,7 @@ class Quantizer:
         self.twin = copy.deepcopy(block, shared) if self.settings.correct else None
         calibrate_experts(block, self.twin)
 
-        def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+        def reach(stage: Stage, inputs: Inputs) -> None:
             self._stage(block, prefix, stage, inputs)
             reached.append(stage)
 
@@ -140,9 +140,7 @@ class Quantizer:
     def _stored(self, module: str) -> str:
         return self.walk.names[f"{module}.weight"].removesuffix(".weight")
 
-    def _stage(
-        self, block: nn.Module, prefix: str, stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]
-    ) -> None:
+    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Inputs) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         moments = gather(

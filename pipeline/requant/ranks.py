@@ -40,7 +40,7 @@ class Ranks:
         return device
 
     def meet(self, device: torch.device) -> None:
-        """Begin to find the other ranks' GPUs, beside what comes next; what needs them waits."""
+        """Begin to find the other ranks' GPUs, beside what comes next, if that has not been begun; what needs them waits."""
 
     def share(self, total: int) -> slice:
         """This rank's part of `total` things in a row; parts differ by one at most."""
@@ -101,12 +101,17 @@ class Several(Ranks):
     the thread that says why all of them end. watching: the thread that looks into the store until it is over.
     """
 
+    meeting: Future[None] | None
+
     def __init__(self, local: int, store: Any) -> None:
         self.rank, self.count, self.local, self.store = dist.get_rank(), dist.get_world_size(), local, store
         self.failing, self.over = threading.Lock(), threading.Event()
         self.called = False
         self.watching: threading.Thread | None = None
-        self.meeting: Future[None] | None = None
+        self.asked, self.meeting = (
+            False,
+            None,
+        )  # whether GPUs shall meet, and their meeting until somebody has waited for it
 
     def place(self, device: torch.device) -> torch.device:
         if device.type != "cuda":
@@ -116,8 +121,10 @@ class Several(Ranks):
         return torch.device("cuda", self.local)
 
     def meet(self, device: torch.device) -> None:
-        if device.type == "cuda":  # NCCL's first sum takes most of a second; gloo has met when it was started
-            pool = ThreadPoolExecutor(1)
+        if (
+            device.type == "cuda" and not self.asked
+        ):  # NCCL's first sum takes a second; gloo has met when it was started
+            self.asked, pool = True, ThreadPoolExecutor(1)
             self.meeting = pool.submit(_first_sum, device)
             pool.shutdown(wait=False)
 
@@ -141,7 +148,7 @@ class Several(Ranks):
         return whole[:rows]
 
     def pool(self, triangles: Sequence[Tensor], others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
-        summed_counts = self.total(counts)  # first: a GPU is still at what is to be summed up
+        numbers = self.total(counts) if counts else []  # first: a GPU is still at what is to be summed up
         self._met()
         for tensor in others:
             dist.all_reduce(tensor)
@@ -152,7 +159,7 @@ class Several(Ranks):
                 dist.all_reduce(summed)
                 if summed.data_ptr() != panel.data_ptr():
                     panel.copy_(summed)
-        return [round(n) for n in summed_counts]
+        return [round(n) for n in numbers]
 
     def cholesky(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if len(matrix) < SPLIT_FROM:

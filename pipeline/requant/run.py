@@ -110,9 +110,10 @@ class Runner:
         )  # fmt: skip
 
     def ahead(self) -> AbstractContextManager[None]:
-        """What quantizing compiles on a GPU is compiled beside the stages before it, where it is still to be done."""
+        """What quantizing compiles on a GPU comes beside the stages before it, where it is still to be done; ranks meet too."""
         if self.recipe.quantize.engine != "requant" or self.dir.result("quantize", self.keys.quantize) is not None:
             return nullcontext()
+        self.ranks.call(warming.meet, self.device, own={})
         return warming.ahead(
             self.p.base, self.p.quantize, self.p.settings, self.p.serving_dtype, self.device,
             trust_remote_code=self.recipe.trust_remote_code,

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from requant import gptq, grid, kernels, skeleton
+from requant import factor, gptq, grid, kernels, skeleton
 from requant.blocks import block_list
 from requant.correction import Correction
 from requant.elementwise import OnePass
 from requant.grid import Grid
 from requant.layout import Plan, Settings
+from requant.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 ROWS = 64
@@ -103,6 +104,11 @@ def ahead(
         yield
 
 
+def meet(device: torch.device, *, ranks: Ranks = ALONE) -> None:
+    """Called on all ranks: their GPUs find each other beside other work."""
+    ranks.meet(ranks.place(device))
+
+
 def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:
     """The fewest inputs that a linear of each grid has."""
     widths: dict[Grid, int] = {}
@@ -145,7 +151,7 @@ def _forward(device: torch.device, dtype: torch.dtype) -> None:
 
 def _factor(device: torch.device, settings: Settings) -> None:
     hessian, weight = torch.eye(COLUMNS, device=device), torch.ones(ROWS, COLUMNS, device=device)
-    found = gptq.factorize(hessian, torch.arange(COLUMNS, device=device), 0.01)
+    found = factor.factorize(hessian, torch.arange(COLUMNS, device=device), 0.01)
     Correction(hessian if settings.correct else None, [weight]).moved(0, weight, found, settings.correct)
 
 
@@ -154,8 +160,8 @@ def _search(device: torch.device, wanted: Grid, n: int) -> None:
 
 
 def _solve(device: torch.device, wanted: Grid, n: int) -> None:
-    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01)
-    gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, wanted, n), wanted)
+    known = factor.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01)
+    gptq.solve(torch.ones(ROWS, n, device=device), known, _scales(device, wanted, n), wanted)
 
 
 def _refine(device: torch.device, wanted: Grid, n: int) -> None:
