@@ -29,7 +29,7 @@ def watch() -> None:
     """Name in the profile what is called of ours."""
     from torch.profiler import record_function
 
-    from requant import correction, factor, gptq, hessian, quantize, ranks, solving, stages
+    from requant import correction, gptq, hessian, quantize, ranks, solving, stages
 
     def wrap(holder: Any, name: str, shown: str = "") -> None:
         original = getattr(holder, name)
@@ -42,10 +42,7 @@ def watch() -> None:
 
     for name in ("block", "_stage", "_keep", "_settle", "_check_finite"):
         wrap(quantize.Quantizer, name)
-    wrap(factor.Factoring, "__init__", "factor begun")
-    wrap(factor.Factoring, "result", "factor awaited")
-    wrap(hessian.Drift, "take", "drift")
-    for name in ("find_scales", "solve", "refine", "row_errors", "_rounding_errors"):
+    for name in ("factorize", "find_scales", "solve", "refine", "row_errors", "_rounding_errors"):
         wrap(gptq, name)
     for name in ("symmetrize", "add_to_hessian", "add_drift"):
         wrap(hessian, name)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 PHASES = {  # function of ours -> phase, without what the others inside of it take
-    "hessian.gather": "forward to the stages", "hessian.add_to_hessian": "hessian", "hessian.Drift.take": "twin's forward",
-    "hessian.add_drift": "drift", "factor.Factoring.result": "waiting for the factor", "gptq.find_scales": "scale search",
+    "hessian.gather": "forward to the stages", "hessian.add_to_hessian": "hessian", "hessian.add_drift": "drift",
+    "gptq.factorize": "factor", "gptq.find_scales": "scale search",
     "gptq.solve": "column loop", "gptq.refine": "sweeps", "correction.Correction.moved": "correction",
     "gptq.row_errors": "losses", "pack.pack": "pack", "ranks.Several.pool": "sums of all ranks",
     "ranks.Several.gather": "rows of all ranks",
@@ -28,7 +28,6 @@ class Phases:
 
     def watch(self) -> None:
         import requant.correction
-        import requant.factor
         import requant.gptq
         import requant.hessian
         import requant.pack

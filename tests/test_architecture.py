@@ -24,9 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "shelf": set(),
     "staging": set(),
     "grid": {"kernels"},
-    "factor": set(),
-    "gptq": {"factor", "grid", "kernels"},
-    "correction": {"cholesky", "factor", "ranks"},
+    "gptq": {"grid", "kernels"},
+    "correction": {"cholesky", "gptq", "ranks"},
     "pack": set(),
     "survival": set(),
     "results": set(),
@@ -59,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "selftest": {"adapter_formulas", "adapter_kinds", "checkpoint", "merge", "nf4", "selftest_twins"},
     "carrier": {"checkpoint", "staging"},
     "blocks": {"carrier", "checkpoint", "linears", "shelf", "skeleton"},
-    "stages": {"blocks", "fit", "hessian", "linears"},
+    "stages": {"blocks", "fit", "linears"},
     "leaner": {"blocks", "fit", "linears", "shelf", "stages"},
     "layout": {"artifacts", "blocks", "checkpoint", "grid", "linears", "pack", "skeleton", "writer"},
     "shards": {"grid"},
@@ -68,12 +67,11 @@ ALLOWED: dict[str, set[str]] = {
     "ranks": {"cholesky"},
     "crew": {"progress", "ranks"},
     "output": {"checkpoint", "gptq", "layout", "pack", "staging", "writer"},
-    "solving": {"correction", "factor", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
+    "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
     "warming": {
         "blocks",
         "correction",
         "elementwise",
-        "factor",
         "gptq",
         "grid",
         "kernels",
@@ -225,10 +223,10 @@ def test_the_import_table_of_the_judge(name: str) -> None:
 
 
 def test_maths_files_know_nothing_of_ours_or_of_models() -> None:
-    maths = ("nf4", "kernels", "hessian", "grid", "factor", "gptq", "cholesky", "pack", "survival")
+    maths = ("nf4", "kernels", "hessian", "grid", "gptq", "cholesky", "pack", "survival")
     for file in (*(PIPELINE / f"{n}.py" for n in maths), EVAL / "statistics.py"):
         text = file.read_text()
-        assert imports(file, "requant") <= {"factor", "grid", "kernels"}, file.name
+        assert imports(file, "requant") <= {"grid", "kernels"}, file.name
         for package in ("transformers", "bitsandbytes", "peft", "safetensors", "pathlib"):
             assert f"import {package}" not in text, f"{file.name} imports {package}"
             assert f"from {package}" not in text, f"{file.name} imports {package}"

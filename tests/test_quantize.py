@@ -372,6 +372,22 @@ def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypat
     assert [f.__func__ for f in later] == [quantize_module.OnePass.try_out]
 
 
+def test_the_next_block_is_read_once_the_last_stage_has_all_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while the host is busy with a block's first stages; and where a block has none, all the same."""
+    order: list[str] = []
+    solve, soon = quantize_module.solve_stage, quantize_module.Walk.read_soon
+    monkeypatch.setattr(quantize_module, "solve_stage", lambda *a, **k: order.append("solve") or solve(*a, **k))
+    monkeypatch.setattr(
+        quantize_module.Walk, "read_soon", lambda self, index: order.append(f"read {index}") or soon(self, index)
+    )
+    run(model_dir(tmp_path), tmp_path / "out")
+    begun = ["read 0", "read 1"]  # what is read with the embeddings
+    first, second = (["solve"] * 3 + [f"read {n}", "solve", f"read {n}"] for n in (1, 2))
+    assert order == begun + first + second
+
+
 def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> float:
     """Relative distance of the last hidden states of a model with `stored` weights from those of `source`."""
     from transformers import AutoModelForCausalLM

@@ -12,7 +12,7 @@ import pytest
 import torch
 from e2e import recipe
 
-from requant import factor, gptq, kernels, prepare, run, warming
+from requant import gptq, kernels, prepare, run, warming
 from requant import grid as grid_module
 from requant.correction import Correction
 from requant.grid import Grid
@@ -47,7 +47,7 @@ def test_every_kernel_of_every_grid_is_called(sweeps: int, monkeypatch: pytest.M
     watch(grid_module, "find_scales")
     watch(gptq, "solve")
     watch(gptq, "refine")
-    watch(factor, "factorize")
+    watch(gptq, "factorize")
     watch(Correction, "moved")
     grids = [Grid(4, 32), Grid(3, -1, signed=True), Grid(4, 96, symmetric=False)]
     settings = Settings(grid=grids[0], sweeps=sweeps, correct=0.5)

@@ -97,8 +97,8 @@ class Walk:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def load(self, index: int) -> nn.Module:
-        """Give block `index` its weights; on a device the next block's begin their journey."""
+    def load(self, index: int, *, ahead: bool = True) -> nn.Module:
+        """Give block `index` its weights; ahead: on a device the next block's begin their journey."""
         block = self.blocks[index]
         if _filled(block):
             return block
@@ -110,10 +110,11 @@ class Walk:
         else:
             tensors = self._read(block, f"{self.prefix}.{index}.")
         skeleton.place(block, tensors)
-        self._read_soon(index + 1)
+        if ahead:
+            self.read_soon(index + 1)
         return block
 
-    def _read_soon(self, index: int) -> None:
+    def read_soon(self, index: int) -> None:
         """Let the weights that a block has not yet begin their journey, where there is a device to travel to."""
         if self._reader and index < len(self) and index not in self._coming and not _filled(self.blocks[index]):
             self._coming[index] = self._reader.submit(self._read_ahead, index)
@@ -164,7 +165,7 @@ class Walk:
 
         The other arguments (rotary tables, masks) are recorded for every block, once per size.
         """
-        self._read_soon(0)
+        self.read_soon(0)
         outside = [] if self.filled else self._outside()
         try:
             for name, module in outside:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from requant import cholesky
-from requant.factor import Factor
+from requant.gptq import Factor
 from requant.ranks import ALONE, Ranks
 
 # Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.

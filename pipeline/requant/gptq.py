@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from requant import kernels
-from requant.factor import Factor, factorize
 from requant.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
 
 Order = Literal["natural", "activation", "group"]
+Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
+MAX_DAMP = 0.64
 BLOCK = {"cpu": 128, "cuda": 256}  # columns that are chosen one after another; on a GPU by one launch
 OUTER = {"cpu": 128, "cuda": 512}  # columns for which the feedback of all others is one product, whole blocks
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
@@ -44,6 +45,42 @@ def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
     inside = torch.argsort(table, dim=1, descending=True, stable=True)
     groups = torch.argsort(table.mean(dim=1), descending=True, stable=True)
     return (inside + torch.arange(table.shape[0], device=diagonal.device)[:, None] * group_size)[groups].reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Cholesky factor of the permuted, damped Hessian: lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
+
+    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. `diagonal` when no factor was found: `lower`
+    is then the identity, and nothing is compensated.
+    """
+
+    lower: Tensor
+    order: Tensor
+    damp: float
+    diagonal: bool = False
+
+
+def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = torch.linalg.cholesky_ex) -> Factor:
+    """Factor H for rounding its columns in `order` (int64 [n], first to last). hessian: fp32 [n, n], symmetric.
+
+    Doubles `damp` up to 0.64, then gives up coupling. Raises ValueError when the Hessian is not finite.
+    cholesky: gives (lower, info) as torch's does, and may use up its argument.
+    """
+    mean = float(hessian.diagonal().mean())
+    if not math.isfinite(mean):
+        raise ValueError("the Hessian holds NaN or infinity")
+    backwards = order.flip(0)
+    while mean > 0:
+        damped = hessian[backwards[:, None], backwards]
+        damped.diagonal().add_(damp * mean)
+        lower, info = cholesky(damped)
+        if int(info) == 0:
+            return Factor(lower, backwards, damp)
+        if 2 * damp > MAX_DAMP:
+            break
+        damp *= 2
+    return Factor(torch.eye(len(order), device=hessian.device), backwards, damp, diagonal=True)
 
 
 def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:

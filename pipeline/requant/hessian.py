@@ -55,67 +55,23 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
 
 
-Pool = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], list[int]]
-"""Adds to sums, in place, what others have summed up of other batches: upper triangles, whole matrices, counts (returned)."""
-Exact = Tensor | Callable[[], Tensor] | None
-"""What an input would be had nothing been quantized: known, still to be found (by calls in their order), or not wanted."""
-
-
 @dataclass(frozen=True, slots=True)
 class Moments:
     """What a stage's inputs say: the Hessian X'X / tokens, the drift (X0 - X)'X / tokens, the Hessians of two parts."""
 
     hessian: Tensor
-    drift: Drift
+    drift: Tensor | None
     halves: tuple[Tensor, Tensor] | None
     tokens: int  # that the stage saw: an expert sees a part of the text
 
 
-class Drift:
-    """Sums up exact inputs where they are known, and those still to be found once the drift is asked for."""
-
-    def __init__(self, n: int, device: torch.device, wanted: bool) -> None:
-        self.n, self.device, self.wanted = n, device, wanted
-        self.sum: Tensor | None = None
-        self.left: list[tuple[Tensor, Callable[[], Tensor]]] = []
-        self.tokens = 0
-        self.pool: Pool = alone
-
-    def add(self, inputs: Tensor, exact: Exact) -> None:
-        """One batch's input and exact input, each [..., n]."""
-        if exact is None or not self.wanted:
-            return
-        self.tokens += inputs.shape[:-1].numel()
-        if isinstance(exact, Tensor):
-            add_drift(self._total(), inputs, exact)
-        else:
-            self.left.append((inputs, exact))
-
-    def take(self) -> Tensor | None:
-        """fp32 [n, n], or None where it was not wanted; once, for it is not kept."""
-        if not self.wanted:
-            return None
-        for inputs, exact in self.left:
-            add_drift(self._total(), inputs, exact())
-        self.left.clear()
-        total, self.sum = self._total(), None
-        self.pool([], [total], [])
-        return total.div_(max(self.tokens, 1))
-
-    def _total(self) -> Tensor:
-        if self.sum is None:
-            self.sum = torch.zeros(self.n, self.n, device=self.device)
-        return self.sum
-
-
-def alone(_triangles: Sequence[Tensor], _others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
-    """The `Pool` of one who shares with nobody."""
-    return list(counts)
+Pool = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], list[int]]
+"""Adds to sums, in place, what others have summed up of other batches: upper triangles, whole matrices, counts (returned)."""
 
 
 def gather(
-    inputs: Iterable[tuple[Tensor, Exact]], n: int, device: torch.device,
-    *, drifting: bool = False, held_from: int | None = None, pool: Pool = alone,
+    inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, device: torch.device,
+    *, drifting: bool = False, held_from: int | None = None, pool: Pool = lambda _triangles, _others, counts: list(counts),
 ) -> Moments:  # fmt: skip
     """Sum up batches of (input, exact input), each [..., n].
 
@@ -124,16 +80,19 @@ def gather(
     """
     total = torch.zeros(n, n, device=device)
     held = total if held_from is None else torch.zeros_like(total)
-    drift, tokens = Drift(n, device, drifting), 0
+    drift = torch.zeros_like(total) if drifting else None
+    compared = tokens = 0
     for i, (x, exact) in enumerate(inputs):
         tokens += x.shape[:-1].numel()
         add_to_hessian(total if held_from is None or i < held_from else held, x)
-        drift.add(x, exact)
+        if exact is not None and drift is not None:
+            add_drift(drift, x, exact)
+            compared += x.shape[:-1].numel()
     sums = [total] if held_from is None else [total, held]
-    tokens, drift.tokens = pool(sums, [], (tokens, drift.tokens))
-    drift.pool = pool
+    tokens, compared = pool(sums, [] if drift is None else [drift], (tokens, compared))
     halves = None
     if held_from is not None:
         halves = (symmetrize(total.clone()), symmetrize(held))
         total.add_(held)
-    return Moments(symmetrize(total).div_(max(tokens, 1)), drift, halves, tokens)
+    hessian = symmetrize(total).div_(max(tokens, 1))
+    return Moments(hessian, drift.div_(max(compared, 1)) if drift is not None else None, halves, tokens)

@@ -77,6 +77,7 @@ class Quantizer:
         while not self._solved(index, items):
             self.held_from = self.lean.less(index, items, self.held_from)
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        self.walk.read_soon(index + 1)  # if no stage has asked for it
         while not follow(self.walk, block, self.twin, index, items):
             self.held_from = self.lean.less(index, items, self.held_from)
         self.twin = None
@@ -102,7 +103,7 @@ class Quantizer:
         return False
 
     def _stages(self, index: int, item: BlockInput) -> list[Stage]:
-        block, prefix = self.walk.load(index), f"{self.walk.prefix}.{index}."
+        block, prefix = self.walk.load(index, ahead=False), f"{self.walk.prefix}.{index}."
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.stages:
             self.stages[linears] = find_stages(self.walk, index, item, linears)
@@ -116,10 +117,15 @@ class Quantizer:
         calibrate_experts(block, self.twin)
 
         def reach(stage: Stage, inputs: Inputs) -> None:
-            self._stage(block, prefix, stage, inputs)
+            self._stage(block, prefix, stage, self._then_read(inputs, index + 1) if stage is stages[-1] else inputs)
             reached.append(stage)
 
         step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.lean.hold)
+
+    def _then_read(self, inputs: Inputs, index: int) -> Inputs:
+        """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits, and has time to read."""
+        yield from inputs
+        self.walk.read_soon(index)
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""

@@ -27,7 +27,7 @@ from requant.grid import find_scales, nearest
 from requant.hessian import gather
 from requant.layout import Plan, Settings, convert, plan, write_small_files
 from requant.quantize import TOKENS, ModuleResult
-from requant.stages import Inputs, Stage, find_stages, step
+from requant.stages import Stage, find_stages, step
 from requant.survival import Deltas, survival
 from requant.writer import CheckpointWriter
 
@@ -181,7 +181,9 @@ class Judge:
             linears = tuple(n for n in block_linears(block) if prefix + n in self.layout.grids)
             stages = find_stages(self.walk, index, items[0], linears) if linears else []
 
-            def reach(stage: Stage, inputs: Inputs, block: Any = block, prefix: str = prefix) -> None:
+            def reach(
+                stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], block: Any = block, prefix: str = prefix
+            ) -> None:
                 n = block.get_submodule(stage.linears[0]).in_features
                 hessian = gather(inputs, n, self.walk.device).hessian
                 results.extend(self.cost(prefix + n, block.get_submodule(n), hessian) for n in stage.linears)

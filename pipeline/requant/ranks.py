@@ -148,7 +148,7 @@ class Several(Ranks):
         return whole[:rows]
 
     def pool(self, triangles: Sequence[Tensor], others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
-        numbers = self.total(counts) if counts else []  # first: a GPU is still at what is to be summed up
+        numbers = self.total(counts)  # first: a GPU is still at what is to be summed up
         self._met()
         for tensor in others:
             dist.all_reduce(tensor)

@@ -5,7 +5,7 @@ Given the Hessian, rows do not depend on each other: each rank solves its own, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from requant import gptq, kernels
 from requant.correction import Correction
 from requant.errors import StageError
-from requant.factor import Factoring, NotFinite
 from requant.grid import Grid, Scales
 from requant.hessian import Moments
 from requant.layout import Settings
@@ -38,55 +37,35 @@ def solve_stage(
 ) -> Iterator[Solved]:  # fmt: skip
     """Quantize the weights of `linears` against the moments of their input, which are used up. wanted: whether to keep those.
 
-    Products in fp32 run on a GPU's tensor cores, until the last is yielded for the caller too: what it measures of a solution
-    needs no more than 10 bits. What needs no factor is done beside the factorization.
+    Until the last is yielded fp32 products run on a GPU's tensor cores, for the caller too: what it measures of a solution
+    needs no more than 10 bits.
     Raises StageError when the moments are not finite.
     """
+    if not torch.isfinite(moments.hessian.diagonal()).all():
+        raise StageError(f"{next(iter(linears))}: its calibration inputs hold NaN or infinity")
     like: dict[Grid, list[str]] = {}
     for name in linears:
         like.setdefault(grids[name], []).append(name)
-    hessian, drift = moments.hessian, moments.drift
-    try:
-        with kernels.tensor_cores():
-            own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
-            damp = _damp(settings, moments.tokens, len(hessian))
-            order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
-            del moments  # the halves are as large as the Hessian
-            begun = _begin(hessian, like, order, damp, ranks)
-        total = drift.take()  # runs models: in what precision they do
-        with kernels.tensor_cores():
-            correction = Correction(total, list(own.values()), ranks)
-            del total  # as large too, where it is used up
-            factors = {key: begun.pop(key).result() for key in list(begun)}
-            for position, (grid, names) in enumerate(like.items()):
-                factor = factors[_kind(order, grid)]
-                weight = correction.moved(position, own.pop(grid), factor, settings.correct)
-                part = gptq.quantize_weight(weight, hessian, factor, grid, order=order, sweeps=settings.sweeps)
-                sizes = [linears[n].out_features for n in names]
-                solutions = gather(part, sum(sizes), ranks).split(sizes)
-                weights = torch.split(ranks.gather(weight, sum(sizes)), sizes) if wanted else [None] * len(names)
-                del weight
-                yield from (Solved(n, s, w, hessian) for n, s, w in zip(names, solutions, weights, strict=True))
-    except NotFinite:
-        raise StageError(f"{next(iter(linears))}: its calibration inputs hold NaN or infinity") from None
-
-
-def _begin(
-    hessian: Tensor, grids: Iterable[Grid], order: gptq.Order, damp: float, ranks: Ranks
-) -> dict[tuple[str, int], Factoring]:
-    """The factorizations that weights on these grids need, under way."""
-    begun: dict[tuple[str, int], Factoring] = {}
-    for grid in grids:
-        key = _kind(order, grid)
-        if key not in begun:
-            columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
-            begun[key] = Factoring(hessian, columns, damp, ranks.cholesky)
-    return begun
-
-
-def _kind(order: gptq.Order, grid: Grid) -> tuple[str, int]:
-    """What the order of columns depends on."""
-    return order, grid.group_size if order == "group" else 0
+    with kernels.tensor_cores():
+        own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
+        damp = _damp(settings, moments.tokens, len(moments.hessian))
+        order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
+        correction = Correction(moments.drift, list(own.values()), ranks)
+        hessian = moments.hessian
+        del moments  # the halves, and the drift where it is used up, are as large as the Hessian
+        factors: dict[tuple[str, int], gptq.Factor] = {}
+        for position, (grid, names) in enumerate(like.items()):
+            key = (order, grid.group_size if order == "group" else 0)
+            if key not in factors:
+                columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
+                factors[key] = gptq.factorize(hessian, columns, damp, ranks.cholesky)
+            weight = correction.moved(position, own.pop(grid), factors[key], settings.correct)
+            part = gptq.quantize_weight(weight, hessian, factors[key], grid, order=order, sweeps=settings.sweeps)
+            sizes = [linears[n].out_features for n in names]
+            solutions = gather(part, sum(sizes), ranks).split(sizes)
+            weights = torch.split(ranks.gather(weight, sum(sizes)), sizes) if wanted else [None] * len(names)
+            del weight
+            yield from (Solved(n, s, w, hessian) for n, s, w in zip(names, solutions, weights, strict=True))
 
 
 def gather(part: gptq.Solution, rows: int, ranks: Ranks) -> gptq.Solution:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
 from requant.fit import free_bytes
-from requant.hessian import Exact
 from requant.linears import split_experts, unfollow
 
 ROOM = 0.9  # of a GPU's free memory that waiting batches may take by our guess
 ROOM_SHARED = 0.6  # the same where several ranks work together: none can do with less while the others wait for it
-SQUARES = 6  # Hessian, drift, the damped copy, the factor, what factoring takes and, beside it, what the drift does
-Inputs = Iterator[tuple[Tensor, Exact]]
+SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring takes
+Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,7 @@ def step(
     with its original weights: it runs in step on the batches that have `exact` and gives their exact inputs; for the
     others, and without it, the exact input is None. An expert's inputs are [rows, in]: see `linears.SplitExperts`.
 
-    hold: each batch's forward waits at the stage with all that it has in memory, and nothing runs twice. The twin then runs
-    to the stage when an exact input is called for, which must be once for each before the next stage; experts follow those
-    of the block batch by batch, so a block that has any gives all as they are. Otherwise each
+    hold: each batch's forward waits at the stage with all that it has in memory, and nothing runs twice. Otherwise each
     stage runs the block anew from its start: about twice the work, but no memory beyond a batch's, and hidden states may
     wait on the host.
     """
@@ -109,7 +105,7 @@ def _again(
             x = _until(block, start, other, stage)  # first: the twin's experts take the same rows
             compared = twin is not None and item.exact is not None
             was = _until(twin, next(exact), other, stage) if twin is not None and compared else None
-            yield x, None if was is None else was[: len(x)]  # an expert's own rows in the twin come after them
+            yield x, _comparable(x, was)
 
     for stage in stages:
         reach(stage, inputs(stage))
@@ -133,6 +129,11 @@ def pass_on(
         else:
             item.hidden = walk.shelf.put(out, item.hidden)
             item.passed += 1
+
+
+def _comparable(x: Tensor, exact: Tensor | None) -> Tensor | None:
+    """The rows of the exact input that belong to those of `x`: an expert's own rows in the twin come after them."""
+    return None if exact is None else exact[: len(x)]
 
 
 class _Reached(Exception):
@@ -173,16 +174,12 @@ def _held(
     handles = [h for m in (block, twin) if m is not None for h in _pauses(m, stages, alive)]
     runs = [greenlet(Walk.forward) for _ in items]
     seconds = [greenlet(Walk.forward) if twin is not None and item.exact is not None else None for item in items]
-    following = any(split_experts(block))
 
     def inputs(stage: Stage, starting: bool) -> Inputs:
         for run, second, item, other in zip(runs, seconds, items, others, strict=True):
             x = _advance(run, (block, item.hidden, other) if starting else (), stage)
-            exact: Exact = None
-            if second is not None:
-                arguments = (twin, item.exact, other) if starting else ()
-                exact = partial(_follow, second, arguments, stage, len(x))
-            yield x, exact() if callable(exact) and following else exact
+            exact = None if second is None else _advance(second, (twin, item.exact, other) if starting else (), stage)
+            yield x, _comparable(x, exact)
 
     try:
         for position, stage in enumerate(stages):
@@ -253,8 +250,3 @@ def _advance(run: Any, arguments: tuple[Any, ...], expected: Stage) -> Tensor:
         raise StageError(f"batches call their linears in different orders: {stage.linears} before {expected.linears}")
     result: Tensor = inputs
     return result
-
-
-def _follow(run: Any, arguments: tuple[Any, ...], expected: Stage, rows: int) -> Tensor:
-    """The same of a twin: the rows that belong to those of the block, an expert's own come after them."""
-    return _advance(run, arguments, expected)[:rows]

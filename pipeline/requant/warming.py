@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from requant import factor, gptq, grid, kernels, skeleton
+from requant import gptq, grid, kernels, skeleton
 from requant.blocks import block_list
 from requant.correction import Correction
 from requant.elementwise import OnePass
@@ -151,7 +151,7 @@ def _forward(device: torch.device, dtype: torch.dtype) -> None:
 
 def _factor(device: torch.device, settings: Settings) -> None:
     hessian, weight = torch.eye(COLUMNS, device=device), torch.ones(ROWS, COLUMNS, device=device)
-    found = factor.factorize(hessian, torch.arange(COLUMNS, device=device), 0.01)
+    found = gptq.factorize(hessian, torch.arange(COLUMNS, device=device), 0.01)
     Correction(hessian if settings.correct else None, [weight]).moved(0, weight, found, settings.correct)
 
 
@@ -160,8 +160,8 @@ def _search(device: torch.device, wanted: Grid, n: int) -> None:
 
 
 def _solve(device: torch.device, wanted: Grid, n: int) -> None:
-    known = factor.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01)
-    gptq.solve(torch.ones(ROWS, n, device=device), known, _scales(device, wanted, n), wanted)
+    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01)
+    gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, wanted, n), wanted)
 
 
 def _refine(device: torch.device, wanted: Grid, n: int) -> None:
