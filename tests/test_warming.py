@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,3 +227,40 @@ def test_what_comes_later_may_fail(pretended: Any) -> None:
         begun.wait_longer()
         begun.wait_longer()
     assert tried == [1]
+
+
+class Ring:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_is_set_aside_is_no_garbage_and_is_looked_at_again_afterwards(pretended: Any) -> None:
+    before, found = Ring(), []
+    gone = weakref.ref(before)
+    del before
+    with warming.quick_switches(pretended):
+        warming.set_aside(pretended)
+        assert gone() is None
+        assert gc.get_freeze_count() > 0
+        found.append(weakref.ref(Ring()))
+        gc.collect()
+        assert found[0]() is None, "what is new is still collected"
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_cpu_sets_nothing_aside() -> None:
+    with warming.quick_switches(CPU):
+        warming.set_aside(CPU)
+        assert gc.get_freeze_count() == 0
+
+
+def test_what_others_have_set_aside_stays_so(pretended: Any) -> None:
+    gc.freeze()
+    try:
+        with warming.quick_switches(pretended):
+            warming.set_aside(pretended)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -34,7 +34,7 @@ from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
 from requant.stages import ROOM, ROOM_SHARED, Inputs, Stage, find_stages, may_wait, pass_on, step
 from requant.survival import Deltas, survival
-from requant.warming import Warming, narrowest, quick_switches
+from requant.warming import Warming, narrowest, quick_switches, set_aside
 
 __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 
@@ -67,6 +67,7 @@ class Quantizer:
         self.lean = Lean(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
         self.warming = warming
+        self.settled = False  # whether what does not change from block to block is there
 
     def block(self, index: int, items: list[BlockInput]) -> None:
         """Quantize one block and have it written; `items` come out as the quantized block's output.
@@ -123,9 +124,12 @@ class Quantizer:
         step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.lean.hold)
 
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
-        """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits, and has time to read."""
+        """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
         yield from inputs
         self.walk.read_soon(index)
+        if not self.settled:
+            set_aside(self.walk.device)
+            self.settled = True
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
