@@ -16,61 +16,45 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import speed
+import watched
 
 GAPS = 25  # of the widest that are shown
 KERNELS = 40
 
 
-def watch() -> None:
-    """Name in the profile what is called of ours."""
-    from torch.profiler import record_function
-
-    from requant import correction, gptq, hessian, quantize, ranks, solving, stages
-
-    def wrap(holder: Any, name: str, shown: str = "") -> None:
-        original = getattr(holder, name)
-
-        def named(*args: Any, **kwargs: Any) -> Any:
-            with record_function("ours: " + (shown or name)):
-                return original(*args, **kwargs)
-
-        setattr(holder, name, named)
-
-    for name in ("block", "_stage", "_keep", "_settle", "_check_finite"):
-        wrap(quantize.Quantizer, name)
-    for name in ("factorize", "find_scales", "solve", "refine", "row_errors", "_rounding_errors"):
-        wrap(gptq, name)
-    for name in ("symmetrize", "add_to_hessian", "add_drift"):
-        wrap(hessian, name)
-    for name in ("pool", "gather", "cholesky", "total"):
-        wrap(ranks.Several, name, f"ranks.{name}")
-    wrap(quantize, "gather", "moments")
-    wrap(quantize, "follow")
-    wrap(correction.Correction, "moved", "correction")
-    wrap(correction.Correction, "__init__", "pulled")
-    wrap(solving, "gather", "solution to all ranks")
-    wrap(stages, "_advance", "forward")
+NAMES = {  # of ours -> as shown
+    "quantize.Quantizer.block": "block", "quantize.Quantizer._stage": "_stage", "quantize.Quantizer._keep": "_keep",
+    "quantize.Quantizer._settle": "_settle", "quantize.Quantizer._check_finite": "_check_finite",
+    "gptq.factorize": "factorize", "gptq.find_scales": "find_scales", "gptq.solve": "solve", "gptq.refine": "refine",
+    "gptq.row_errors": "row_errors", "gptq._rounding_errors": "_rounding_errors", "hessian.symmetrize": "symmetrize",
+    "hessian.add_to_hessian": "add_to_hessian", "hessian.add_drift": "add_drift", "hessian.gather": "moments",
+    "ranks.Several.pool": "ranks.pool", "ranks.Several.gather": "ranks.gather", "ranks.Several.total": "ranks.total",
+    "ranks.Several.cholesky": "ranks.cholesky", "leaner.follow": "follow", "correction.Correction.moved": "correction",
+    "correction.Correction.__init__": "pulled", "solving.gather": "solution to all ranks", "stages._advance": "forward",
+}  # fmt: skip
 
 
 def profiled(args: argparse.Namespace, model: Path, work: Path, ranks: Any) -> tuple[list[Any], Any]:
     """(events of a whole quantization, this rank's device)."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, record_function
 
-    from requant.quantize import quantize
+    from requant import quantize
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.zeros(1, device=device)
     ranks.every(True)
     settings = speed.settings_of(argparse.Namespace(group=128, sweeps=2, correct=0.5))
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    watch()
+    watched.watch(NAMES, lambda name: record_function(f"ours: {name}"))
     with profile(activities=kinds) as seen:
-        quantize(model, work, speed.windows(args), settings, dtype=torch.bfloat16, device=device, ranks=ranks)
+        quantize.quantize(model, work, speed.windows(args), settings, dtype=torch.bfloat16, device=device, ranks=ranks)
         if device.type == "cuda":
             torch.cuda.synchronize()
     return list(seen.profiler.kineto_results.events()), device
@@ -144,6 +128,21 @@ def shown(times: Counter[str], most: int | None = None) -> dict[str, float]:
     return {name: t / 1e6 for name, t in times.most_common(most)}
 
 
+@contextmanager
+def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser) -> Iterator[tuple[Path, Path]]:
+    """(a random model, which the first rank builds where there is none, an empty folder), the same for all ranks."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model = (args.scratch or Path(temporary)) / f"{args.shape}-{args.layers}"
+        if ranks.count > 1 and not args.scratch:
+            parser.error("several ranks need --scratch: all of them read the model there")
+        if ranks.first and not model.exists():
+            speed.build(model, args.shape, args.layers)
+        ranks.every(True)
+        work = Path(ranks.tell(str(Path(temporary) / "out")))
+        work.mkdir(exist_ok=True)
+        yield model, work
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=speed.SHAPES, default="llama-3-8b")
@@ -156,16 +155,8 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
 
-    with speed.met() as ranks, tempfile.TemporaryDirectory() as temporary:
+    with speed.met() as ranks, places(args, ranks, parser) as (model, work):
         several = ranks.count > 1
-        model = (args.scratch or Path(temporary)) / f"{args.shape}-{args.layers}"
-        if several and not args.scratch:
-            parser.error("several ranks need --scratch: all of them read the model there")
-        if ranks.first and not model.exists():
-            speed.build(model, args.shape, args.layers)
-        ranks.every(True)
-        work = Path(ranks.tell(str(Path(temporary) / "out")))
-        work.mkdir(exist_ok=True)
         events, device = profiled(args, model, work, ranks)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
         known = {"date": time.strftime("%Y-%m-%d"), "device": name, "torch": torch.__version__, "ranks": ranks.count}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import watched
 
 PHASES = {  # function of ours -> phase, without what the others inside of it take
     "hessian.gather": "forward to the stages", "hessian.add_to_hessian": "hessian", "hessian.add_drift": "drift",
-    "gptq.factorize": "factor", "gptq.find_scales": "scale search",
-    "gptq.solve": "column loop", "gptq.refine": "sweeps", "correction.Correction.moved": "correction",
-    "gptq.row_errors": "losses", "pack.pack": "pack", "ranks.Several.pool": "sums of all ranks",
-    "ranks.Several.gather": "rows of all ranks",
+    "gptq.factorize": "factor", "gptq.find_scales": "scale search", "gptq.solve": "column loop", "gptq.refine": "sweeps",
+    "correction.Correction.moved": "correction", "gptq.row_errors": "losses", "pack.pack": "pack",
+    "ranks.Several.pool": "sums of all ranks", "ranks.Several.gather": "rows of all ranks",
 }  # fmt: skip
+BESIDE = "pack"  # what other threads do too; elsewhere they only compile
 Span = tuple[Any, Any]
 
 
@@ -27,44 +30,28 @@ class Phases:
         self.open: list[str] = []
 
     def watch(self) -> None:
-        import requant.correction
-        import requant.gptq
-        import requant.hessian
-        import requant.pack
-        import requant.quantize
+        import requant.quantize  # noqa: F401 - all that it calls
 
-        for path, phase in PHASES.items():
-            *holders, name = path.split(".")
-            holder: Any = requant
-            for part in holders:
-                holder = getattr(holder, part)
-            original = getattr(holder, name)
-            wrapped = self._wrapped(original, phase)
-            setattr(holder, name, wrapped)
-            if getattr(requant.quantize, name, None) is original:
-                setattr(requant.quantize, name, wrapped)
+        watched.watch(PHASES, self._phase)
 
-    def _wrapped(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread() is threading.main_thread():
-                self.open.append(phase)
-                start = self._mark()
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    span = start, self._mark()
-                    self.spans[self.open.pop()].append(span)
-                    if self.open:
-                        self.inside[self.open[-1]].append(span)
-            if phase != "pack":
-                return function(*args, **kwargs)  # a kernel that is only being compiled
-            start = self._mark()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.spans[phase].append((start, self._mark()))
-
-        return timed
+    @contextmanager
+    def _phase(self, phase: str) -> Iterator[None]:
+        mine = threading.current_thread() is threading.main_thread()
+        if not mine and phase != BESIDE:
+            yield
+            return
+        if mine:
+            self.open.append(phase)
+        start = self._mark()
+        try:
+            yield
+        finally:
+            span = start, self._mark()
+            self.spans[phase].append(span)
+            if mine:
+                self.open.pop()
+                if self.open:
+                    self.inside[self.open[-1]].append(span)
 
     @staticmethod
     def _mark() -> Any:

@@ -1,7 +1,7 @@
 """GPTQ of a big model's shape with random weights, ours and gptqmodel in one run: time, peak memory, time by phase.
 
     python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
-        [--only ours|gptqmodel] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--compiled] [--out FILE]
+        [--only ours|gptqmodel] [--batch 8] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--compiled] [--out FILE]
 
 Each side runs alone in a process of its own, from loading to the written checkpoint, with no kernel compiled before;
 --compiled: ours are, and libraries met, as in `requant run`, which does so beside the merge.
@@ -165,7 +165,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     if profiler:
         profiler.start()
     quantize.quantize(
-        args.model, args.work, tokens, settings, dtype=torch.bfloat16, device=device,
+        args.model, args.work, tokens, settings, dtype=torch.bfloat16, device=device, batch=args.batch,
         progress=lambda done, *_: seen.append((done, time.perf_counter() - started)), ranks=ranks, notes=notes,
     )  # fmt: skip
     result = finish(started, device)
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--sweeps", type=int, default=2)
     parser.add_argument("--correct", type=float, default=0.5)
+    parser.add_argument("--batch", type=int, help="ours: windows at a time, by default as the pipeline chooses")
     parser.add_argument("--peer-batch", type=int, default=1)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--replicated", action="store_true", help="ours: every rank factors every Hessian by itself")

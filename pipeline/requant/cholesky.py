@@ -73,8 +73,7 @@ def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
 def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
     """(lower @ lower.T)^-1 @ columns, as `torch.cholesky_solve`: lower fp32 [n, n], columns fp32 [n, k], which are used up.
 
-    All but the corners is products of many rows: a GPU's own substitution takes half as long again, and with few columns
-    three times as long (bench/NOTES.md).
+    All but the corners is products of many rows: with few columns a GPU's library takes half as long again (bench/factors.py).
     """
     parts = [slice(start, min(start + block, len(lower))) for start in range(0, len(lower), block)]
     with kernels.full_precision():  # in TF32 substitution passes its errors on

@@ -1,0 +1,37 @@
+"""Functions of ours that the benches look at, by name: each call of one runs inside of what a bench puts around it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import Any
+
+Around = Callable[[str], AbstractContextManager[Any]]
+
+
+def watch(names: Mapping[str, str], around: Around) -> None:
+    """names: "file.function" or "file.Class.method" of requant -> what it is called. Once in a process."""
+    for path, shown in names.items():
+        module, *inner, name = path.split(".")
+        holder: Any = import_module(f"requant.{module}")
+        for part in inner:
+            holder = getattr(holder, part)
+        original = getattr(holder, name)
+        wrapped = _wrapped(original, shown, around)
+        setattr(holder, name, wrapped)
+        if not inner:  # others may have imported it by its name
+            for other in [m for n, m in sys.modules.items() if n.startswith("requant.")]:
+                if getattr(other, name, None) is original:
+                    setattr(other, name, wrapped)
+
+
+def _wrapped(original: Callable[..., Any], shown: str, around: Around) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        with around(shown):
+            return original(*args, **kwargs)
+
+    return named
