@@ -70,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
     "warming": {
         "blocks",
-        "correction",
+        "cholesky",
         "elementwise",
         "gptq",
         "grid",

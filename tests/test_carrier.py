@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pico
@@ -22,7 +27,7 @@ from requant.errors import StageError
 CPU = torch.device("cpu")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=GPU)]
-PLACE = 1000  # bytes: no number of any dtype below ends there
+PLACE = 1000  # bytes
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +51,17 @@ def stored(tmp_path: Path) -> Checkpoint:
 def test_what_arrives_is_what_is_stored(stored: Checkpoint, device: torch.device) -> None:
     carrier = Carrier(device)
     for name in stored:
-        arrived, wanted = carrier.bring(stored[name]), stored.read(name)
+        arrived, wanted = carrier.bring(stored[name], stored[name].dtype), stored.read(name)
         assert (arrived.dtype, arrived.shape, arrived.device.type) == (wanted.dtype, wanted.shape, device.type)
         assert torch.equal(arrived.cpu(), wanted), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_arrives_in_the_dtype_that_is_wanted(stored: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    carrier = Carrier(device)
+    for name in stored:
+        assert torch.equal(carrier.bring(stored[name], dtype).cpu(), stored.read(name).to(dtype)), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,7 +91,9 @@ def test_several_threads_share_the_places(
     carrier = Carrier(device)
     names = ["many", "codes", "words", "brain"] * 5
     with ThreadPoolExecutor(4) as pool:
-        for name, arrived in zip(names, pool.map(lambda n: carrier.bring(stored[n]), names), strict=True):
+        for name, arrived in zip(
+            names, pool.map(lambda n: carrier.bring(stored[n], stored[n].dtype), names), strict=True
+        ):
             assert torch.equal(arrived.cpu(), stored.read(name)), name
     assert 1 <= len(made) <= carrier_module.PLACES
     assert carrier.places.qsize() == carrier_module.PLACES
@@ -91,10 +106,73 @@ def test_a_file_that_was_cut_is_named_and_the_next_still_comes(stored: Checkpoin
         file.truncate(last.offset + last.nbytes - 2)
     for _ in range(2 * carrier_module.PLACES):  # no place is lost
         with pytest.raises(StageError, match=rf"{last.file}.*{last.name}.* ends after"):
-            carrier.bring(last)
+            carrier.bring(last, last.dtype)
     other = next(info for info in stored.values() if info.nbytes > PLACE and info.name != last.name)
-    assert torch.equal(carrier.bring(other), stored.read(other.name))
+    assert torch.equal(carrier.bring(other, other.dtype), stored.read(other.name))
     assert carrier.places.qsize() == carrier_module.PLACES
+
+
+def test_a_file_that_is_gone_is_named(stored: Checkpoint) -> None:
+    info = stored["many"]
+    info.file.unlink()
+    for read in (lambda: Carrier(CPU).bring(info, info.dtype), lambda: stored.read("many")):
+        with pytest.raises(StageError, match=rf"{info.file}: 'many' cannot be read \(No such file"):
+            read()
+
+
+def test_no_place_is_free_while_somebody_writes_to_it(stored: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part fails at once, others are still being read."""
+    under_way: list[int] = []
+
+    def reading(_file: Any, _info: Any, part: slice, _into: torch.Tensor) -> None:
+        if not part.start:
+            raise StageError("the first part")
+        under_way.append(part.start)
+        time.sleep(0.2)
+        under_way.remove(part.start)
+
+    monkeypatch.setattr(carrier_module, "read_part", reading)
+    carrier = Carrier(CPU)
+    with pytest.raises(StageError, match="the first part"):
+        carrier.bring(stored["many"], torch.float32)
+    assert under_way == []
+    assert carrier.places.qsize() == carrier_module.PLACES
+
+
+def test_a_place_is_free_once_its_part_has_arrived() -> None:
+    places: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+    way = carrier_module._Way(places, torch.empty(0), torch.float32)
+    free: list[bool] = []
+    place = torch.empty(1)
+    way.away.append((SimpleNamespace(synchronize=lambda: free.append(not places.empty())), place))
+    way.clear()
+    assert free == [False]
+    assert places.get_nowait() is place
+
+
+def test_memory_that_is_not_to_be_had_costs_no_place(stored: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: int) -> torch.Tensor:
+        raise MemoryError
+
+    carrier = Carrier(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(carrier_module, "locked", none)
+        for _ in range(2 * carrier_module.PLACES):
+            with pytest.raises(MemoryError):
+                carrier.bring(stored["many"], torch.float32)
+    assert carrier.places.qsize() == carrier_module.PLACES
+    assert torch.equal(carrier.bring(stored["many"], torch.float32), stored.read("many"))
+
+
+def test_a_system_that_reads_less_than_asked_is_asked_again(
+    stored: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {name: stored.read(name) for name in stored}
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:7]], at))
+    for name in ("odd", "codes"):
+        assert torch.equal(stored.read(name), whole[name])
+        assert torch.equal(Carrier(CPU).bring(stored[name], whole[name].dtype), whole[name])
 
 
 def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
@@ -108,6 +186,31 @@ def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
     read = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
     assert brought.keys() == read.keys()
     assert all(torch.equal(brought[name], read[name]) for name in read)
+
+
+def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
+    """Other weights than a checkpoint's have no place in a file."""
+
+    class Doubled:
+        def __init__(self, stored: Checkpoint) -> None:
+            self.stored, self.path = stored, stored.path
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.stored)
+
+        def __contains__(self, name: object) -> bool:
+            return name in self.stored
+
+        def read(self, name: str) -> torch.Tensor:
+            return 2 * self.stored.read(name)
+
+    checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float16))
+    model = skeleton.build(skeleton.load_config(checkpoint.path))
+    walk = Walk(Doubled(checkpoint), model, device=CPU, dtype=torch.float32)
+    walk._carrier = Carrier(CPU)
+    prefix = f"{walk.prefix}.0."
+    for name, tensor in walk._read(walk.blocks[0], prefix).items():
+        assert torch.equal(tensor, 2 * checkpoint.read(walk.names[prefix + name]).float())
 
 
 @GPU

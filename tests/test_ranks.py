@@ -17,7 +17,7 @@ import torch
 from e2e import forks
 from torch import Tensor
 
-from requant import crew, ranks
+from requant import correction, crew, ranks, warming
 from requant import quantize as quantize_module
 from requant.cholesky import shared_cholesky
 from requant.errors import InputError
@@ -79,7 +79,13 @@ def run(where: Path, out: Path, ranks: Any = ALONE, settings: Settings | None = 
     own = {k: options.pop(k) for k in ("progress", "deltas") if k in options}
     options = {"dtype": torch.float16, "device": CPU, "batch": 2} | options
     return ranks.call(
-        quantize, where, out, options.pop("windows", windows()), settings or Settings(GRID), own=own, **options
+        options.pop("function", quantize),
+        where,
+        out,
+        options.pop("windows", windows()),
+        settings or Settings(GRID),
+        own=own,
+        **options,
     )
 
 
@@ -122,22 +128,58 @@ def differing(one: Path, two: Path) -> float:
     ids=["corrected", "order decided", "uneven", "experts"],
 )
 def test_two_ranks_write_what_one_does(tmp_path: Path, two: Several, kind: str, settings: Settings, count: int) -> None:
-    """On one of three texts at least: a tie in one changes all that follows, what is wrong changes all three."""
-    where = source(tmp_path, kind)
+    """On two of three texts at least: a tie in one changes all that follows, what is wrong changes all."""
+    where, alike = source(tmp_path, kind), 0
     for text in range(3):
         one, both = tmp_path / f"one-{text}", tmp_path / f"two-{text}"
         options: dict[str, Any] = {"windows": windows(count, seed=3 + text), "settings": settings}
         _, expected = run(where, one, **options)
         _, results = run(where, both, two, **options)
-        if differing(one, both) < 1e-3:
-            break
-    assert [r.name for r in results] == [r.name for r in expected]
-    for got, wanted in zip(results, expected, strict=True):
-        assert got.loss == pytest.approx(wanted.loss, rel=2e-2)
-        assert got.rtn_error == pytest.approx(wanted.rtn_error, rel=2e-2)
-        assert (got.damp, got.order, got.fallback) == (wanted.damp, wanted.order, wanted.fallback)
-        assert got.added == pytest.approx(wanted.added), "an expert's rows are counted over all ranks"
-    assert_alike(one, both)
+        assert [r.name for r in results] == [r.name for r in expected]
+        tied = differing(one, both) >= 1e-3
+        for got, wanted in zip(results, expected, strict=True):
+            assert got.loss == pytest.approx(wanted.loss, rel=0.3 if tied else 2e-2)
+            assert got.rtn_error == pytest.approx(wanted.rtn_error, rel=0.3 if tied else 2e-2)
+            assert (got.damp, got.order, got.fallback) == (wanted.damp, wanted.order, wanted.fallback)
+            if not tied:
+                assert got.added == pytest.approx(wanted.added), "an expert's rows are counted over all ranks"
+        if not tied:
+            assert_alike(one, both)
+            alike += 1
+        if alike == 2:
+            return
+    pytest.fail("two of three texts give other weights on two ranks")
+
+
+def by_drift(*args: Any, ranks: Ranks = ALONE, **options: Any) -> Any:
+    """`quantize` with the correction as a GPU has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for choice in (correction.BY_DRIFT, correction.SOLVERS):
+            patch.setitem(choice, "cpu", choice["cuda"])
+        return quantize(*args, ranks=ranks, **options)
+
+
+def test_two_ranks_solve_for_the_drift_as_one_does(tmp_path: Path, two: Several) -> None:
+    """q, k and v have more rows than inputs, and so have gate and up."""
+    where = source(tmp_path)
+    shared: list[int] = []
+    gather = two.gather
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two, "gather", lambda part, rows: shared.append(part.shape[1]) or gather(part, rows))
+        alike = []
+        for text in range(2):
+            one, both = tmp_path / f"one-{text}", tmp_path / f"two-{text}"
+            options: dict[str, Any] = {
+                "windows": windows(64, seed=3 + text),
+                "settings": CORRECTED,
+                "function": by_drift,
+            }
+            run(where, one, **options)
+            run(where, both, two, **options)
+            alike.append(differing(one, both) < 1e-3)
+    assert any(alike)
+    plain = 2 * len(alike) * 2 * 4  # blocks, stages, and two things a stage
+    assert len(shared) == plain + 2 * len(alike) * 2
 
 
 def test_what_is_left_of_a_delta_is_judged_by_the_first_rank(tmp_path: Path, two: Several) -> None:
@@ -369,8 +411,14 @@ def test_whatever_gpus_say_to_each_other_waits_until_they_have_met(
     def waits() -> None:
         raise Waits
 
+    def spoken(*_: Any, **__: Any) -> None:
+        pytest.fail("a call on GPUs before they have met")  # which would wait for the other rank for good
+
     monkeypatch.setattr(two, "_met", waits)
     monkeypatch.setattr(two, "total", list)
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(ranks.dist, name, spoken)
+    monkeypatch.setattr(ranks, "_all_gather", spoken)
     monkeypatch.setattr(ranks, "SPLIT_FROM", 4)
     x = torch.eye(4)
     calls: list[Callable[[], object]] = [
@@ -390,4 +438,48 @@ def test_a_meeting_that_fails_says_so_where_it_is_needed(two: Several, monkeypat
     two.meet(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="no way"):
         two._met()
-    monkeypatch.setattr(two, "meeting", None)
+    two.part()
+    two.meeting = None  # this is everybody's
+
+
+def test_counts_are_summed_before_a_gpu_is_given_anything(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for the other hosts while GPUs still work."""
+    order: list[str] = []
+    monkeypatch.setattr(two, "total", lambda counts: order.append("counts") or [2.0 * n for n in counts])
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda _: order.append("sum"))
+    assert two.pool([torch.eye(3)], [torch.eye(3)], [4, 1]) == [8, 2]
+    assert order == ["counts", "sum", "sum"]
+
+
+class Placed(Ranks):
+    """One process that says what it was asked."""
+
+    def __init__(self) -> None:
+        self.met: list[torch.device] = []
+
+    def place(self, device: torch.device) -> torch.device:
+        return torch.device("meta") if device.type == "cuda" else device
+
+    def meet(self, device: torch.device) -> None:
+        self.met.append(device)
+
+
+def test_ranks_meet_where_each_is_placed_and_when_they_quantize(tmp_path: Path) -> None:
+    placed = Placed()
+    warming.meet(torch.device("cuda"), ranks=placed)
+    assert placed.met == [torch.device("meta")]
+    (tmp_path / "out").mkdir()
+    options: dict[str, Any] = {"dtype": torch.float16, "device": CPU, "ranks": placed}
+    quantize(source(tmp_path), tmp_path / "out", windows(), Settings(GRID), **options)
+    assert placed.met == [torch.device("meta"), CPU]
+
+
+def test_what_has_not_met_is_waited_for_before_the_end(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending torch.distributed while NCCL meets leaves the other ranks there."""
+    done: list[bool] = []
+    monkeypatch.setattr(ranks, "_first_sum", lambda _: time.sleep(0.3) or done.append(True))
+    monkeypatch.setattr(two, "asked", False)
+    two.meet(torch.device("cuda", 0))
+    two.part()
+    assert done == [True]
+    two.meeting = None

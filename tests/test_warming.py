@@ -14,9 +14,8 @@ import pytest
 import torch
 from e2e import recipe
 
-from requant import gptq, kernels, prepare, run, warming
+from requant import cholesky, gptq, kernels, prepare, run, warming
 from requant import grid as grid_module
-from requant.correction import Correction
 from requant.grid import Grid
 from requant.layout import Settings
 from requant.rundir import RunDirectory
@@ -50,12 +49,12 @@ def test_every_kernel_of_every_grid_is_called(sweeps: int, monkeypatch: pytest.M
     watch(gptq, "solve")
     watch(gptq, "refine")
     watch(gptq, "factorize")
-    watch(Correction, "moved")
+    watch(cholesky, "substitute")
     grids = [Grid(4, 32), Grid(3, -1, signed=True), Grid(4, 96, symmetric=False)]
     settings = Settings(grid=grids[0], sweeps=sweeps, correct=0.5)
     for part in warming._parts(CPU, dict.fromkeys(grids, 576), settings, torch.float32):
         part()
-    wanted: list[tuple[str, Grid | None]] = [("begin", None), ("factorize", None), ("moved", None)]
+    wanted: list[tuple[str, Grid | None]] = [("begin", None), ("factorize", None), ("substitute", None)]
     for grid in grids:
         wanted += [("find_scales", grid), ("solve", grid)] + [("refine", grid)] * sweeps
     assert called == wanted
@@ -126,7 +125,9 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
     prepared = prepare.prepare(recipe(project, tmp_path))
     directory = RunDirectory(tmp_path / "runs")
     with directory.open():
+        called: list[tuple[Any, ...]] = []
         runner = run.Runner(prepared, directory, Watcher())
+        runner.ranks = SimpleNamespace(call=lambda *args, own: called.append((*args, own)))
         with runner.ahead():
             assert inside == []
         runner.device = torch.device("cuda")
@@ -140,6 +141,7 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
         runner.dir.remember("quantize", runner.keys.quantize, {})
         with runner.ahead():
             assert len(inside) == 2, "what is done needs no kernels"
+        assert called == [(warming.meet, CPU, {}), (warming.meet, runner.device, {})], "and nobody to do it with"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -243,7 +245,10 @@ def test_what_is_set_aside_is_no_garbage_and_is_looked_at_again_afterwards(prete
     with warming.quick_switches(pretended):
         warming.set_aside(pretended)
         assert gone() is None
-        assert gc.get_freeze_count() > 0
+        frozen = gc.get_freeze_count()
+        assert frozen > 0
+        warming.set_aside(pretended)
+        assert gc.get_freeze_count() == frozen
         found.append(weakref.ref(Ring()))
         gc.collect()
         assert found[0]() is None, "what is new is still collected"

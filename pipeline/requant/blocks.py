@@ -145,16 +145,16 @@ class Walk:
     def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         """A module's parameters by their names inside it, on the device."""
         return {
-            name: self._stored(self.names[prefix + name]).to(self.device, self.dtype)
+            name: self._stored(self.names[prefix + name])
             for name, parameter in module.named_parameters()
             if id(parameter) not in self.own
         }
 
     def _stored(self, name: str) -> Tensor:
-        """A tensor as it is stored; a checkpoint's already on a GPU, where there is one."""
+        """A stored tensor on the device, in the dtype that blocks have."""
         if self._carrier and isinstance(self.checkpoint, Checkpoint):
-            return self._carrier.bring(self.checkpoint[name])
-        return self.checkpoint.read(name)
+            return self._carrier.bring(self.checkpoint[name], self.dtype)
+        return self.checkpoint.read(name).to(self.device, self.dtype)
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
         """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch."""

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.checkpoint import TensorInfo, cut, read_part
+from requant.checkpoint import TensorInfo, cut, opened, read_part
 from requant.staging import locked
 
-PLACE = 2**25  # bytes of a part: many small ones take the interpreter from who starts a GPU's work
+PLACE = (
+    2**25
+)  # bytes of a part, whole numbers of any dtype: many small ones take the interpreter from who starts a GPU's work
 PLACES = 4
 
 
@@ -31,14 +33,14 @@ class Carrier:
         for _ in range(PLACES):
             self.places.put(None)  # made when it is needed
 
-    def bring(self, info: TensorInfo) -> Tensor:
-        """A tensor on the device, in the dtype and shape of its file, for the stream that is current.
+    def bring(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
+        """A tensor on the device, in the shape of its file, for the stream that is current.
 
         Raises StageError when the file has changed or cannot be read.
         """
-        whole = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
-        way = _Way(self.places, whole)
-        with info.file.open("rb", buffering=0) as file:
+        whole = torch.empty(info.shape, dtype=dtype, device=self.device)
+        way = _Way(self.places, whole.view(-1), info.dtype)
+        with opened(info) as file:
             try:
                 for part in cut(info.nbytes, PLACE):
                     place = way.place()
@@ -48,14 +50,14 @@ class Carrier:
                     way.send()
             finally:
                 way.clear()
-        return whole.view(info.dtype).reshape(info.shape)
+        return whole
 
 
 class _Way:
     """One tensor's parts: those being read, and those that have left for `whole` but may not have arrived."""
 
-    def __init__(self, places: SimpleQueue[Tensor | None], whole: Tensor) -> None:
-        self.places, self.whole = places, whole
+    def __init__(self, places: SimpleQueue[Tensor | None], whole: Tensor, stored: torch.dtype) -> None:
+        self.places, self.whole, self.stored = places, whole, stored
         self.reading: deque[tuple[Future[None], slice, Tensor]] = deque()
         self.away: deque[tuple[Any, Tensor]] = deque()
 
@@ -64,15 +66,24 @@ class _Way:
         while True:
             try:
                 place = self.places.get(block=not self.reading and not self.away)
-                return locked(PLACE) if place is None else place
             except Empty:
                 self.send() if self.reading else self.arrive()
+                continue
+            try:
+                return locked(PLACE) if place is None else place
+            except BaseException:
+                self.places.put(None)
+                raise
 
     def send(self) -> None:
         """Wait until the first part is read, and let it go; the one before it makes its place free."""
         reading, part, place = self.reading[0]
         reading.result()
-        self.whole[part].copy_(place[: part.stop - part.start], non_blocking=True)
+        numbers = place[: part.stop - part.start].view(self.stored)
+        first = part.start // self.stored.itemsize
+        if self.stored != self.whole.dtype:
+            numbers = numbers.to(self.whole.device, non_blocking=True)  # it converts, not the host
+        self.whole[first : first + len(numbers)].copy_(numbers, non_blocking=True)
         self.reading.popleft()
         self.away.append(
             (torch.cuda.current_stream(self.whole.device).record_event() if self.whole.is_cuda else None, place)

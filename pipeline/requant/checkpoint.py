@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -147,7 +148,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
     flat = fresh(info.nbytes)
     parts = cut(info.nbytes, PART)
-    with info.file.open("rb", buffering=0) as file:
+    with opened(info) as file:
         if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
             with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
                 list(pool.map(lambda part: read_part(file, info, part, flat[part]), parts))
@@ -159,6 +160,16 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 def cut(nbytes: int, size: int) -> list[slice]:
     """So many bytes in parts of `size`, the last one shorter."""
     return [slice(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
+
+
+@contextmanager
+def opened(info: TensorInfo) -> Iterator[FileIO]:
+    """A tensor's file while parts of it are read; what the system says of it is raised as StageError."""
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise StageError(f"{info.file}: {info.name!r} cannot be read ({error.strerror or error})") from error
 
 
 def read_part(file: FileIO, info: TensorInfo, part: slice, into: torch.Tensor) -> None:

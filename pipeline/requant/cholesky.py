@@ -75,15 +75,20 @@ def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
 
     All but the corners is products of many rows: with few columns a GPU's library takes half as long again (bench/factors.py).
     """
-    parts = [slice(start, min(start + block, len(lower))) for start in range(0, len(lower), block)]
     with kernels.full_precision():  # in TF32 substitution passes its errors on
-        corners = inverses(lower, block)
-        for corner, here in zip(corners, parts, strict=True):
-            columns[here] = _within(corner, here) @ columns[here]
-            columns[here.stop :].addmm_(lower[here.stop :, here], columns[here], alpha=-1)
-        for corner, here in reversed(list(zip(corners, parts, strict=True))):
-            columns[here] = _within(corner, here).T @ columns[here]
-            columns[: here.start].addmm_(lower[here, : here.start].T, columns[here], alpha=-1)
+        return substitute(lower, columns, block)
+
+
+def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
+    """`solve` in the precision that products have; it is the whole process's, no thread beside may change it."""
+    parts = [slice(start, min(start + block, len(lower))) for start in range(0, len(lower), block)]
+    corners = inverses(lower, block)
+    for corner, here in zip(corners, parts, strict=True):
+        columns[here] = _within(corner, here) @ columns[here]
+        columns[here.stop :].addmm_(lower[here.stop :, here], columns[here], alpha=-1)
+    for corner, here in reversed(list(zip(corners, parts, strict=True))):
+        columns[here] = _within(corner, here).T @ columns[here]
+        columns[: here.start].addmm_(lower[here, : here.start].T, columns[here], alpha=-1)
     return columns
 
 

@@ -44,6 +44,9 @@ class Correction:
         factor: of the Hessian; the first to come solves for the drift. Where it is none (`diagonal`) the weight stays.
         """
         self.left -= 1
+        if share and self.drift is not None:
+            self._solve(self.drift, factor)
+            self.drift = None
         move = None if factor.diagonal or not share else self._move(position, weight, factor)
         if not self.left:
             self.drift = self.solved = None
@@ -53,10 +56,13 @@ class Correction:
         if self.pulled:
             pulled, self.pulled[position] = self.pulled[position], torch.empty(0)
             return _solved(pulled, factor).T
-        if self.drift is not None:
-            part, n = self.ranks.rows(self.drift), len(self.drift)
-            self.solved, self.drift = self.ranks.gather(_solved(part.T, factor).T, n), None
         return None if self.solved is None else weight @ self.solved
+
+    def _solve(self, drift: Tensor, factor: Factor) -> None:
+        """For this rank's columns, then all have all: also where one's factor failed, for the others wait for it."""
+        part = self.ranks.rows(drift)
+        own = torch.zeros_like(part) if factor.diagonal else _solved(part.T, factor).T
+        self.solved = self.ranks.gather(own, len(drift))
 
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:

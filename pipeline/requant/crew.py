@@ -71,11 +71,15 @@ def join() -> Iterator[Several]:
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,
         timeout=WAIT,
     )  # fmt: skip
-    ranks = _here = Several(local, PrefixStore("requant", store))
+    own = (
+        store.clone() if hasattr(store, "clone") else store
+    )  # what waits in one holds up all that ask through the same
+    ranks = _here = Several(local, PrefixStore("requant", own))
     try:
         yield ranks
     finally:
         _here = ALONE
+        ranks.part()
         dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ First nothing waits inside a block any more and hidden states go to the host; th
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 
@@ -32,6 +33,7 @@ class Lean:
 
         Raises StageError when there is nothing left to give up.
         """
+        gc.unfreeze()  # what was set aside may be garbage by now
         free_memory(self.walk.device)
         where = f"{self.walk.prefix}.{index}: out of memory"
         largest = max(len(item.hidden) for item in items)

@@ -67,7 +67,6 @@ class Quantizer:
         self.lean = Lean(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
         self.warming = warming
-        self.settled = False  # whether what does not change from block to block is there
 
     def block(self, index: int, items: list[BlockInput]) -> None:
         """Quantize one block and have it written; `items` come out as the quantized block's output.
@@ -127,9 +126,7 @@ class Quantizer:
         """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
         yield from inputs
         self.walk.read_soon(index)
-        if not self.settled:
-            set_aside(self.walk.device)
-            self.settled = True
+        set_aside(self.walk.device)
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
@@ -219,12 +216,12 @@ def quantize(
     notes: gets what goes otherwise than begun, such as smaller batches when memory runs out.
     """
     device = check_ranks(len(windows), device, ranks)
-    ranks.meet(device)
     checkpoint = Checkpoint(source)
     model = skeleton.build(
         skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
     )
     layout = plan(checkpoint, model, settings, dtype, where=source)
+    ranks.meet(device)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
     room = ROOM if ranks.count == 1 else ROOM_SHARED

@@ -101,17 +101,14 @@ class Several(Ranks):
     the thread that says why all of them end. watching: the thread that looks into the store until it is over.
     """
 
-    meeting: Future[None] | None
+    meeting: Future[None] | None = None  # of GPUs, until somebody has waited for it
 
     def __init__(self, local: int, store: Any) -> None:
         self.rank, self.count, self.local, self.store = dist.get_rank(), dist.get_world_size(), local, store
         self.failing, self.over = threading.Lock(), threading.Event()
         self.called = False
         self.watching: threading.Thread | None = None
-        self.asked, self.meeting = (
-            False,
-            None,
-        )  # whether GPUs shall meet, and their meeting until somebody has waited for it
+        self.asked = False  # whether GPUs shall meet
 
     def place(self, device: torch.device) -> torch.device:
         if device.type != "cuda":
@@ -121,9 +118,7 @@ class Several(Ranks):
         return torch.device("cuda", self.local)
 
     def meet(self, device: torch.device) -> None:
-        if (
-            device.type == "cuda" and not self.asked
-        ):  # NCCL's first sum takes a second; gloo has met when it was started
+        if device.type == "cuda" and not self.asked:  # NCCL's first sum takes a second; gloo met when it was started
             self.asked, pool = True, ThreadPoolExecutor(1)
             self.meeting = pool.submit(_first_sum, device)
             pool.shutdown(wait=False)
@@ -133,6 +128,11 @@ class Several(Ranks):
         if self.meeting is not None:
             self.meeting.result()
             self.meeting = None
+
+    def part(self) -> None:
+        """Before the end: GPUs that are about to meet have done so, or failed to."""
+        if self.meeting is not None:
+            self.meeting.exception()
 
     def rows(self, whole: Tensor) -> Tensor:
         each = -(-len(whole) // self.count)
@@ -221,6 +221,7 @@ class Several(Ranks):
         self._end()
 
     def _end(self) -> None:
+        self.part()
         self.over.set()
         if self.watching:
             self.watching.join()  # a thread that is in the store when Python ends aborts the process

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from requant import gptq, grid, kernels, skeleton
+from requant import cholesky, gptq, grid, kernels, skeleton
 from requant.blocks import block_list
-from requant.correction import Correction
 from requant.elementwise import OnePass
 from requant.grid import Grid
 from requant.layout import Plan, Settings
@@ -49,12 +48,12 @@ def quick_switches(device: torch.device) -> Iterator[None]:
 
 
 def set_aside(device: torch.device) -> None:
-    """On a GPU: Python's collector is done with all that there is now, and looks at what is new only.
+    """On a GPU: Python's collector is done with all that there is now, and looks at what is new only. Once is enough.
 
     To look at everything takes it a fifth of a second in which nothing else runs, whenever there is a quarter more than the
     last time; where several ranks wait for each other, all of them wait for each one's.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not gc.get_freeze_count():
         gc.collect()
         gc.freeze()
 
@@ -164,9 +163,9 @@ def _forward(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _factor(device: torch.device, settings: Settings) -> None:
-    hessian, weight = torch.eye(COLUMNS, device=device), torch.ones(ROWS, COLUMNS, device=device)
-    found = gptq.factorize(hessian, torch.arange(COLUMNS, device=device), 0.01)
-    Correction(hessian if settings.correct else None, [weight]).moved(0, weight, found, settings.correct)
+    found = gptq.factorize(torch.eye(COLUMNS, device=device), torch.arange(COLUMNS, device=device), 0.01)
+    if settings.correct:
+        cholesky.substitute(found.lower, torch.ones(COLUMNS, ROWS, device=device))
 
 
 def _search(device: torch.device, wanted: Grid, n: int) -> None:
