@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from requant import output
 from requant.blocks import Walk
 from requant.errors import StageError
 from requant.layout import Settings, load_quantized
+from requant.leaner import Lean
 from requant.shelf import Shelf
 
 CORRECTED = Settings(GRID, correct=0.5)
@@ -139,3 +142,33 @@ def test_packing_that_finds_no_room_goes_on_elsewhere(tmp_path: Path, monkeypatc
     run(source, tmp_path / "out")
     assert calls[0] == 14 + 1
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_what_was_set_aside_is_looked_at_again_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ring of references may hold what the next try needs."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    ring = Ring()
+    gone = weakref.ref(ring)
+    found: list[bool] = []
+    less = Lean.less
+
+    def looked(self: Lean, *args: Any) -> Any:
+        done = less(self, *args)
+        found.append(gone() is None)
+        return done
+
+    monkeypatch.setattr(Lean, "less", looked)
+    fails_once(monkeypatch, 3, Walk, "forward")
+    gc.freeze()
+    del ring
+    try:
+        run(model_dir(tmp_path), tmp_path / "out")
+    finally:
+        gc.unfreeze()
+    assert found == [True]

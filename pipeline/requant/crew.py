@@ -71,9 +71,8 @@ def join() -> Iterator[Several]:
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,
         timeout=WAIT,
     )  # fmt: skip
-    own = (
-        store.clone() if hasattr(store, "clone") else store
-    )  # what waits in one holds up all that ask through the same
+    # What waits in a store holds up all that ask through the same, and NCCL waits there for its others.
+    own = store.clone() if hasattr(store, "clone") else store
     ranks = _here = Several(local, PrefixStore("requant", own))
     try:
         yield ranks
