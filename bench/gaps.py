@@ -143,14 +143,20 @@ def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser
         yield model, work
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """Which model is quantized on which text, where it lies and where the result goes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=speed.SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--scratch", type=Path, help="folder for the model (kept there between calls)")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     args = parser.parse_args()
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at

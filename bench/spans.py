@@ -87,16 +87,10 @@ def measured(args: argparse.Namespace, model: Path, work: Path, ranks: Any) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=speed.SHAPES, default="llama-3-8b")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--length", type=int, default=2048)
+    parser = gaps.arguments(__doc__)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--least", type=float, default=15, help="milliseconds of a call that is shown")
     parser.add_argument("--compiled", action="store_true", help="kernels are compiled before the clock starts")
-    parser.add_argument("--scratch", type=Path, help="folder for the model (kept there between calls)")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
 
