@@ -13,9 +13,8 @@ from torch import Tensor
 from requant.checkpoint import TensorInfo, cut, opened, read_part
 from requant.staging import locked
 
-PLACE = (
-    2**25
-)  # bytes of a part, whole numbers of any dtype: many small ones take the interpreter from who starts a GPU's work
+# Bytes of a part, whole numbers of any dtype. Many small ones take the interpreter from who starts a GPU's work.
+PLACE = 2**25
 PLACES = 4
 
 
@@ -85,9 +84,8 @@ class _Way:
             numbers = numbers.to(self.whole.device, non_blocking=True)  # it converts, not the host
         self.whole[first : first + len(numbers)].copy_(numbers, non_blocking=True)
         self.reading.popleft()
-        self.away.append(
-            (torch.cuda.current_stream(self.whole.device).record_event() if self.whole.is_cuda else None, place)
-        )
+        arriving = torch.cuda.current_stream(self.whole.device).record_event() if self.whole.is_cuda else None
+        self.away.append((arriving, place))
         if len(self.away) > 1:
             self.arrive()
 

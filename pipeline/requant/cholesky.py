@@ -28,7 +28,7 @@ def shared_cholesky(
     Returns (lower, info): info int64 [], not 0 when no factor was found; `lower` is then of no use.
     """
     n = len(matrix)
-    parts = [slice(start, min(start + block, n)) for start in range(0, n, block)]
+    parts = _cut(n, block)
     with kernels.full_precision():  # a factor in TF32 would lose more than the damping adds
         arrived, coming = _begin(matrix, parts[0], 0, rank, count, publish)
         for number, here in enumerate(parts):
@@ -81,7 +81,7 @@ def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
 
 def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
     """`solve` in the precision that products have; it is the whole process's, no thread beside may change it."""
-    parts = [slice(start, min(start + block, len(lower))) for start in range(0, len(lower), block)]
+    parts = _cut(len(lower), block)
     corners = inverses(lower, block)
     for corner, here in zip(corners, parts, strict=True):
         columns[here] = _within(corner, here) @ columns[here]
@@ -97,14 +97,12 @@ def inverses(lower: Tensor, block: int) -> Tensor:
 
     By halves: that of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
     """
-    count, rest = -(-len(lower) // block), -len(lower) % block
-    size = block
+    parts, rest, size = _cut(len(lower), block), -len(lower) % block, block
     while size % 2 == 0 and size > CORNER:
         size //= 2
-    out = lower.new_zeros(count, block, block)
-    for number in range(count):
-        part = lower[number * block : (number + 1) * block, number * block : (number + 1) * block]
-        out[number, : len(part), : len(part)] = part
+    out = lower.new_zeros(len(parts), block, block)
+    for corner, here in zip(out, parts, strict=True):
+        _within(corner, here).copy_(lower[here, here])
     if rest:
         out[-1].diagonal()[-rest:] = 1
     smallest = _on_diagonal(out, size)
@@ -121,6 +119,11 @@ def _on_diagonal(matrices: Tensor, size: int) -> Tensor:
     """A view of the blocks on the diagonal of each [k, k] matrix: [count, k / size, size, size]."""
     count, k, _ = matrices.shape
     return matrices.view(count, k // size, size, k // size, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _cut(stop: int, size: int) -> list[slice]:
+    """Up to stop in pieces of `size`, the last one shorter."""
+    return [slice(s, min(s + size, stop)) for s in range(0, stop, size)]
 
 
 def _within(corner: Tensor, here: slice) -> Tensor:

@@ -67,6 +67,7 @@ class Quantizer:
         self.lean = Lean(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
         self.warming = warming
+        self.settled = False  # whether what does not change from block to block is there
 
     def block(self, index: int, items: list[BlockInput]) -> None:
         """Quantize one block and have it written; `items` come out as the quantized block's output.
@@ -126,7 +127,9 @@ class Quantizer:
         """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
         yield from inputs
         self.walk.read_soon(index)
-        set_aside(self.walk.device)
+        if not self.settled:
+            set_aside(self.walk.device)
+            self.settled = True
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
@@ -238,7 +241,8 @@ def quantize(
         numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
         if apart:
             compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
-        held_from = _held_from(-(-len(windows) // size), numbers) if _deciding(settings) else None
+        deciding = settings.order == "auto" and not settings.sweeps  # after sweeps there is nothing left to decide
+        held_from = _held_from(-(-len(windows) // size), numbers) if deciding else None
         quantizer = Quantizer(
             walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes, warming=warming
         )
@@ -270,11 +274,6 @@ def compared(walk: Walk, items: Sequence[BlockInput]) -> None:
     """Have these batches also run unquantized."""
     for item in items:
         item.exact = walk.shelf.put(item.hidden.to(walk.device))
-
-
-def _deciding(settings: Settings) -> bool:
-    """Whether held-out batches decide the column order; after sweeps there is nothing left to decide."""
-    return settings.order == "auto" and not settings.sweeps
 
 
 def _held_from(batches: int, numbers: Sequence[int]) -> int | None:

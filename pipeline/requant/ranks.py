@@ -101,14 +101,13 @@ class Several(Ranks):
     the thread that says why all of them end. watching: the thread that looks into the store until it is over.
     """
 
-    meeting: Future[None] | None = None  # of GPUs, until somebody has waited for it
+    meeting: Future[None] | None = None  # of the GPUs of all ranks, once it was asked for
 
     def __init__(self, local: int, store: Any) -> None:
         self.rank, self.count, self.local, self.store = dist.get_rank(), dist.get_world_size(), local, store
         self.failing, self.over = threading.Lock(), threading.Event()
         self.called = False
         self.watching: threading.Thread | None = None
-        self.asked = False  # whether GPUs shall meet
 
     def place(self, device: torch.device) -> torch.device:
         if device.type != "cuda":
@@ -118,8 +117,10 @@ class Several(Ranks):
         return torch.device("cuda", self.local)
 
     def meet(self, device: torch.device) -> None:
-        if device.type == "cuda" and not self.asked:  # NCCL's first sum takes a second; gloo met when it was started
-            self.asked, pool = True, ThreadPoolExecutor(1)
+        if (
+            device.type == "cuda" and self.meeting is None
+        ):  # NCCL's first sum takes a second; gloo met when it was started
+            pool = ThreadPoolExecutor(1)
             self.meeting = pool.submit(_first_sum, device)
             pool.shutdown(wait=False)
 
@@ -127,7 +128,6 @@ class Several(Ranks):
         """Every call on GPUs begins here: they are the same for all ranks, in the same order."""
         if self.meeting is not None:
             self.meeting.result()
-            self.meeting = None
 
     def part(self) -> None:
         """Before the end: GPUs that are about to meet have done so, or failed to."""

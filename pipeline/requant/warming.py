@@ -48,12 +48,12 @@ def quick_switches(device: torch.device) -> Iterator[None]:
 
 
 def set_aside(device: torch.device) -> None:
-    """On a GPU: Python's collector is done with all that there is now, and looks at what is new only. Once is enough.
+    """On a GPU: Python's collector is done with all that there is now, and looks at what is new only.
 
     To look at everything takes it a fifth of a second in which nothing else runs, whenever there is a quarter more than the
     last time; where several ranks wait for each other, all of them wait for each one's.
     """
-    if device.type == "cuda" and not gc.get_freeze_count():
+    if device.type == "cuda":
         gc.collect()
         gc.freeze()
 
