@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from requant import checkpoint, writer
+from requant import checkpoint
 from requant.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, file_digest, read_header, read_json, write_text
 from requant.errors import InputError, StageError
 from requant.writer import CheckpointWriter, Slot, plan_shards
@@ -212,32 +214,42 @@ def test_full_disk_shows_when_the_file_is_laid_out(tmp_path: Path, monkeypatch: 
         write(tmp_path, {"t": torch.ones(4)})
 
 
-def test_full_disk_while_writing(tmp_path: Path) -> None:
-    class Full:
-        name = "model.safetensors"
+def test_full_disk_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def seek(self, _: int) -> None: ...
+    with CheckpointWriter(tmp_path, [Slot("t", torch.float32, (4,))]) as ours:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(
+            StageError, match=r"safetensors: write failed .No space left on device.: free disk space and run again"
+        ):
+            ours.write("t", torch.ones(4))
 
-        def write(self, _: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(StageError, match=r"write failed .No space left on device.: free disk space and run again"):
-        writer._write_at(Full(), 0, b"12")  # type: ignore[arg-type]
-
-
-def test_short_writes_are_continued(tmp_path: Path) -> None:
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A raw file may take fewer bytes than asked; nothing may be lost."""
-    got = bytearray()
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, view, at: whole(file, view[:3], at))
+    write(tmp_path, {"t": torch.arange(7.0)})
+    assert torch.equal(Checkpoint(tmp_path).read("t"), torch.arange(7.0))
 
-    class Slow:
-        def seek(self, _: int) -> None: ...
 
-        def write(self, view: memoryview) -> int:
-            got.extend(view[:3])
-            return len(view[:3])
+def test_threads_write_to_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turns of 200 bytes: none may write where another is."""
+    tensors = {f"t{i}": torch.full((600,), float(i)) for i in range(4)}
+    whole = os.pwrite
 
-    writer._write_at(Slow(), 0, b"0123456789")  # type: ignore[arg-type]
-    assert bytes(got) == b"0123456789"
+    def slow(file: int, view: memoryview, at: int) -> int:
+        time.sleep(1e-5)
+        return whole(file, view[:200], at)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    with CheckpointWriter(tmp_path, [Slot(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]) as ours:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ours.write, tensors, tensors.values()))
+        ours.close()
+    stored = Checkpoint(tmp_path)
+    assert all(torch.equal(stored.read(n), t) for n, t in tensors.items())
 
 
 def test_an_unfinished_checkpoint_cannot_be_closed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import correction, gptq, layout, pack, skeleton, variants
+from requant import correction, gptq, layout, output, pack, skeleton, variants
 from requant import quantize as quantize_module
 from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
@@ -138,6 +138,30 @@ def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.Monke
     assert results == expected
     for name in ("model.safetensors", "config.json"):
         assert file_digest(tmp_path / "slow" / name) == file_digest(tmp_path / "whole" / name)
+
+
+def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings may still be on their way when all is solved; a run without them is not whole."""
+    source = model_dir(tmp_path)
+    run(source, tmp_path / "whole")
+    solved, in_time = threading.Event(), []
+    block, rest = quantize_module.Quantizer.block, output.Written._write_rest
+
+    def counted(self: Any, index: int, items: Any) -> None:
+        block(self, index, items)
+        if index == 1:
+            solved.set()
+
+    def slow(self: Any, names: list[str]) -> None:
+        if "model.embed_tokens.weight" in names:
+            in_time.append(solved.wait(30))
+        rest(self, names)
+
+    monkeypatch.setattr(quantize_module.Quantizer, "block", counted)
+    monkeypatch.setattr(output.Written, "_write_rest", slow)
+    run(source, tmp_path / "slow")
+    assert in_time == [True]
+    assert file_digest(tmp_path / "slow" / "model.safetensors") == file_digest(tmp_path / "whole" / "model.safetensors")
 
 
 def test_a_disk_too_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,13 +51,14 @@ def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
 class Factor:
     """Cholesky factor of the permuted, damped Hessian: lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
 
-    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. `diagonal` when no factor was found: `lower`
-    is then the identity, and nothing is compensated.
+    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. mean: of H's diagonal. `diagonal` when no factor
+    was found: `lower` is then the identity, and nothing is compensated.
     """
 
     lower: Tensor
     order: Tensor
     damp: float
+    mean: float
     diagonal: bool = False
 
 
@@ -76,11 +77,11 @@ def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = 
         damped.diagonal().add_(damp * mean)
         lower, info = cholesky(damped)
         if int(info) == 0:
-            return Factor(lower, backwards, damp)
+            return Factor(lower, backwards, damp, mean)
         if 2 * damp > MAX_DAMP:
             break
         damp *= 2
-    return Factor(torch.eye(len(order), device=hessian.device), backwards, damp, diagonal=True)
+    return Factor(torch.eye(len(order), device=hessian.device), backwards, damp, mean, diagonal=True)
 
 
 def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -245,13 +246,13 @@ def quantize_weight(
 ) -> Solution:
     """Quantize one weight (fp32 [rows, n]) against a symmetric, contiguous Hessian (fp32 [n, n]) and its factor.
 
-    Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded.
+    Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded. A GPU is not
+    waited for before all is under way.
     """
-    mean = float(hessian.diagonal().mean())
-    ridge = factor.damp * mean
-    scales = find_scales(weight, hessian.diagonal() + (ridge if mean > 0 else 1.0), grid)
+    ridge = factor.damp * factor.mean
+    scales = find_scales(weight, hessian.diagonal() + (ridge if factor.mean > 0 else 1.0), grid)
     codes, error = solve(weight, factor, scales, grid)
-    if sweeps and mean > 0:
+    if sweeps and factor.mean > 0:
         refine(codes, error, hessian, ridge, scales, grid, sweeps)
     loss = row_errors(error, hessian)
     del error

@@ -163,6 +163,12 @@ if triton is not None:
         return tl.fma(tl.fma(-first, scale, x), inverse, first)
 
     @triton.jit
+    def _inverse(x):
+        """1 / x, to the last place or nearly so, without a division's branches."""
+        near = 1.0 / x
+        return tl.fma(tl.fma(-x, near, 1.0), near, near)
+
+    @triton.jit
     def _row(matrix_ptr, stride, j, mine, COUNT: tl.constexpr):
         """The numbers `mine` of a row of a block's matrix, of the nearest row where there is no such."""
         return tl.load(
@@ -171,8 +177,9 @@ if triton is not None:
 
     @triton.jit
     def _column(tile, chosen):
-        """One column [rows] of a tile [PART, rows] that lies in registers."""
-        return tl.sum(tl.where(chosen, tile, 0.0), axis=0)
+        """One column [rows] of a tile [PART, rows] that lies in registers. Zeros added to whole numbers cost nothing."""
+        bits = tl.sum(tl.where(chosen, tile.to(tl.int32, bitcast=True), 0), axis=0)
+        return bits.to(tl.float32, bitcast=True)
 
     @triton.jit(do_not_specialize=["rows"])  # known multiples of 16 give each lane 4 rows and a share of the columns
     def _round_columns(
@@ -186,16 +193,16 @@ if triton is not None:
             first = (parts - 1 - step) * PART
             mine = first + tl.arange(0, PART)
             real = (mine < COUNT)[:, None] & (row < rows)[None, :]
-            tile = _coupled(
-                target_ptr, error_ptr, feedback_ptr, mine, row, rows, stride, first + PART, COUNT, COUNT, WIDE
-            )
             at = mine[:, None] * wide + row[None, :]
             grouped = tl.load(group_ptr + mine, mask=mine < COUNT, other=0)[:, None] * wide + row[None, :]
             scales = tl.load(scale_ptr + grouped, mask=real, other=1.0)
             zeros = tl.load(zero_ptr + grouped, mask=real, other=0.0)
             errors = tl.load(error_ptr + at, mask=real, other=0.0)  # until a column's turn its weights
-            codes = tl.zeros_like(errors)
-            inverses = tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)
+            codes = tl.zeros_like(errors)  # all is under way before the coupling, behind whose barrier it would wait
+            inverses = _inverse(scales)
+            tile = _coupled(
+                target_ptr, error_ptr, feedback_ptr, mine, row, rows, stride, first + PART, COUNT, COUNT, WIDE
+            )
             top = first + PART - 1
             row0, row1 = _row(feedback_ptr, stride, top, mine, COUNT), _row(feedback_ptr, stride, top - 1, mine, COUNT)
             row2, row3 = (
@@ -228,7 +235,6 @@ if triton is not None:
             first = part * PART
             mine = first + tl.arange(0, PART)
             real = (mine < COUNT)[:, None] & (row < rows)[None, :]
-            tile = _coupled(pull_ptr, pull_ptr, inside_ptr, mine, row, rows, stride, 0, first, COUNT, WIDE)
             at = mine[:, None] * wide + row[None, :]
             grouped = tl.load(group_ptr + mine, mask=mine < COUNT, other=0)[:, None] * wide + row[None, :]
             scales = tl.load(scale_ptr + grouped, mask=real, other=1.0)
@@ -236,7 +242,9 @@ if triton is not None:
             before = tl.load(codes_ptr + at, mask=real, other=0).to(tl.float32) - zeros
             after = before
             inverse = tl.load(inverse_ptr + mine, mask=mine < COUNT, other=0.0)[:, None]
-            steps = tl.div_rn(tl.broadcast_to(inverse, scales.shape), scales)
+            steps = inverse * _inverse(scales)
+            error = tl.load(error_ptr + at, mask=real, other=0.0)
+            tile = _coupled(pull_ptr, pull_ptr, inside_ptr, mine, row, rows, stride, 0, first, COUNT, WIDE)
             row0, row1 = _row(inside_ptr, stride, first, mine, COUNT), _row(inside_ptr, stride, first + 1, mine, COUNT)
             row2, row3 = (
                 _row(inside_ptr, stride, first + 2, mine, COUNT),
@@ -252,7 +260,6 @@ if triton is not None:
                 after = tl.where(chosen, best[None, :], after)
                 row0, row1, row2, row3 = row1, row2, row3, coming
             moved = (before - after) * scales
-            error = tl.load(error_ptr + at, mask=real, other=0.0)
             tl.store(error_ptr + at, error + moved, mask=real)
             tl.store(codes_ptr + at, (after + zeros).to(tl.uint8), mask=real)
             tl.store(pull_ptr + at, moved, mask=real)

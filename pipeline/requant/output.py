@@ -23,7 +23,7 @@ from requant.staging import Staging
 from requant.writer import CheckpointWriter, Journal
 
 JOURNAL = "blocks.json"
-BEHIND = 4  # finished blocks that the disk may still be taking in: at the start the embeddings are on their way there
+BEHIND = 4  # finished blocks that the disk may still be taking in: at first it has the embeddings to take in too
 
 
 class Beside:
@@ -92,17 +92,18 @@ class Written(Output):
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
         self.slots = {s.name: s for s in plan.slots}
         self.disk, self.beside, self.staging = ThreadPoolExecutor(1), Beside(), Staging()
-        self.syncing = ThreadPoolExecutor(1)
+        self.syncing, self.apart = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.writing: list[Future[None]] = []
         self.written: list[Future[None]] = []  # of blocks that are committed
         self.committed: list[Future[None]] = []
-        # What lies outside of the blocks is large: it is on its way while the first block is solved.
+        # What lies outside of the blocks is large: it is on its way while the first ones are solved, and none waits for it.
         inside = {n for names in plan.block_slots for n in names}
-        self.outside = self.disk.submit(self._write_rest, [n for n in self.slots if n not in inside])
+        self.outside = self.apart.submit(self._write_rest, [n for n in self.slots if n not in inside])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.disk.shutdown()  # first: what was solved is committed even when the walk is stopped
         self.syncing.shutdown()
+        self.apart.shutdown()
         self.writer.abandon()
 
     def finished(self) -> list[list[dict[str, Any]]]:
@@ -125,8 +126,8 @@ class Written(Output):
         self.writing = []
 
     def settle(self, behind: int = 0) -> None:
-        if self.written:
-            self.outside.result()  # written before anything that was committed
+        if self.outside.done():
+            self.outside.result()  # where that failed, all else is in vain
         while self.written:
             self.written.pop(0).result()
         while self.committed and (len(self.committed) > behind or self.committed[0].done()):
@@ -134,7 +135,7 @@ class Written(Output):
 
     def close(self) -> None:
         self.settle()
-        self.outside.result()  # also of a model that another run has left with all its blocks
+        self.outside.result()
         self.writer.close()
 
     def _submit(self, work: Callable[..., None], *args: Any) -> None:

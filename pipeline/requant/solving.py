@@ -6,6 +6,7 @@ Given the Hessian, rows do not depend on each other: each rank solves its own, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,15 +42,14 @@ def solve_stage(
     needs no more than 10 bits.
     Raises StageError when the moments are not finite.
     """
-    if not torch.isfinite(moments.hessian.diagonal()).all():
-        raise StageError(f"{next(iter(linears))}: its calibration inputs hold NaN or infinity")
     like: dict[Grid, list[str]] = {}
     for name in linears:
         like.setdefault(grids[name], []).append(name)
     with kernels.tensor_cores():
         own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
         damp = _damp(settings, moments.tokens, len(moments.hessian))
-        order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
+        with _named(next(iter(linears))):
+            order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
         correction = Correction(moments.drift, list(own.values()), ranks)
         hessian = moments.hessian
         del moments  # the halves, and the drift where it is used up, are as large as the Hessian
@@ -58,7 +58,8 @@ def solve_stage(
             key = (order, grid.group_size if order == "group" else 0)
             if key not in factors:
                 columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
-                factors[key] = gptq.factorize(hessian, columns, damp, ranks.cholesky)
+                with _named(names[0]):
+                    factors[key] = gptq.factorize(hessian, columns, damp, ranks.cholesky)
             weight = correction.moved(position, own.pop(grid), factors[key], settings.correct)
             part = gptq.quantize_weight(weight, hessian, factors[key], grid, order=order, sweeps=settings.sweeps)
             sizes = [linears[n].out_features for n in names]
@@ -78,6 +79,15 @@ def gather(part: gptq.Solution, rows: int, ranks: Ranks) -> gptq.Solution:
         part, codes=ranks.gather(part.codes, rows), scales=Scales(scale.contiguous(), zero.contiguous()),
         errors=errors.T, rounded=rounded[:, 0] > 0,
     )  # fmt: skip
+
+
+@contextmanager
+def _named(linear: str) -> Iterator[None]:
+    """Say of a Hessian that is not finite whose it is. Before it is factored a GPU is not waited for to look."""
+    try:
+        yield
+    except ValueError as error:
+        raise StageError(f"{linear}: its calibration inputs hold NaN or infinity") from error
 
 
 def _damp(settings: Settings, tokens: int, n: int) -> float:

@@ -173,7 +173,7 @@ def _search(device: torch.device, wanted: Grid, n: int) -> None:
 
 
 def _solve(device: torch.device, wanted: Grid, n: int) -> None:
-    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01)
+    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01, 1.0)
     gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, wanted, n), wanted)
 
 

@@ -105,7 +105,7 @@ class CheckpointWriter:
             _write_at(handle, 0, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor in its slot; raises StageError on a full disk, ValueError when it is not as planned."""
+        """Put one tensor in its slot, by any thread; raises StageError on a full disk, ValueError when it is not as planned."""
         slot, file, offset = self._slots[name]
         if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{name}: planned {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
@@ -179,10 +179,11 @@ def _reserve(handle: BinaryIO, size: int, file: Path) -> None:
 
 
 def _write_at(handle: BinaryIO, offset: int, data: bytes | memoryview) -> None:
+    """By any thread, others may be writing elsewhere in the file."""
     try:
-        handle.seek(offset)
         view = memoryview(data)
         while view:
-            view = view[handle.write(view) :]
+            done = os.pwrite(handle.fileno(), view, offset)
+            view, offset = view[done:], offset + done
     except OSError as error:
         raise StageError(f"{handle.name}: write failed ({error.strerror}): free disk space and run again") from error
