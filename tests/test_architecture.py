@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "cholesky": {"kernels"},
     "ranks": {"cholesky"},
     "crew": {"progress", "ranks"},
+    "costs": {"gptq", "results", "staging", "survival"},
     "output": {"checkpoint", "gptq", "layout", "pack", "staging", "writer"},
     "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
     "warming": {
@@ -82,8 +83,8 @@ ALLOWED: dict[str, set[str]] = {
     "quantize": {
         "blocks",
         "checkpoint",
+        "costs",
         "elementwise",
-        "gptq",
         "grid",
         "hessian",
         "layout",

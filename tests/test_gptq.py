@@ -132,7 +132,7 @@ def test_output_error_is_the_sum_of_residuals_over_the_factor() -> None:
     assert solution.loss == pytest.approx(float((residual**2).sum()), rel=1e-3)
     assert solution.loss == pytest.approx(oracle.hessian_loss(error, hessian), rel=1e-4)
     relative = (solution.loss / oracle.hessian_loss(weight, hessian)) ** 0.5
-    assert solution.relative == pytest.approx(relative, rel=1e-3)
+    assert solution.losses().relative == pytest.approx(relative, rel=1e-3)
 
 
 @pytest.mark.parametrize("width", [64, 700])
@@ -228,7 +228,7 @@ def test_asymmetric_grid_serves_one_sided_weights_better() -> None:
     weight, hessian = problem()
     weight = weight.abs()
     symmetric, asymmetric = (
-        solved(weight, hessian, Grid(4, 64, symmetric=s), "activation").relative for s in (True, False)
+        solved(weight, hessian, Grid(4, 64, symmetric=s), "activation").losses().relative for s in (True, False)
     )
     assert asymmetric < symmetric
 
@@ -244,9 +244,9 @@ def test_every_width_and_group(bits: int, group: int) -> None:
     exact = oracle.codes_to_weight(solution.codes, solution.scales.scale, solution.scales.zero)
     assert torch.allclose(solution.weight().double(), exact, rtol=1e-6, atol=0)
     # Uniform rounding of a normal weight: about max|w| / 2^(b-1) / sqrt(12), with max|w| under 4 sigma of the weight.
-    assert solution.relative < 4 / 2 ** (bits - 1) / 12**0.5
-    assert solution.relative < solution.rtn_relative
-    assert not solution.fallback
+    assert solution.losses().relative < 4 / 2 ** (bits - 1) / 12**0.5
+    assert solution.losses().relative < solution.losses().rtn_relative
+    assert not solution.losses().fallback
 
 
 def test_rows_do_not_influence_each_other() -> None:
@@ -275,7 +275,7 @@ def test_singular_hessian_doubles_the_damping_and_says_so() -> None:
     assert not factor.diagonal
     hessian[0, 1] = hessian[1, 0] = 3.0  # beyond every damping
     solution = solved(torch.randn(4, 64), hessian, Grid(4, 32), "natural")
-    assert solution.fallback
+    assert solution.losses().fallback
     assert solution.damp == pytest.approx(gptq.MAX_DAMP), "the last that was tried"
 
 
@@ -305,7 +305,7 @@ def test_dead_columns_keep_their_weights(order: gptq.Order) -> None:
 def test_a_hessian_of_zeros_rounds_to_nearest() -> None:
     weight, _ = problem(rows=8, columns=64)
     solution = solved(weight, torch.zeros(64, 64), Grid(4, 32), "activation")
-    assert solution.fallback
+    assert solution.losses().fallback
     assert float((solution.weight() - weight).norm() / weight.norm()) < 0.12
 
 
@@ -331,7 +331,7 @@ def test_stacked_weights_split_into_what_each_gives_alone() -> None:
         own = solved(rows, hessian, Grid(4, 64), "activation", sweeps=2)
         assert float((part.codes != own.codes).double().mean()) < 0.002
         assert torch.equal(part.scales.scale, own.scales.scale)
-        assert (part.loss, part.rtn_relative) == pytest.approx((own.loss, own.rtn_relative), rel=1e-3)
+        assert (part.loss, part.losses().rtn_relative) == pytest.approx((own.loss, own.losses().rtn_relative), rel=1e-3)
 
 
 def test_rows_that_rounding_serves_better_are_rounded() -> None:

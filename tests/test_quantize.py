@@ -164,6 +164,54 @@ def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypat
     assert file_digest(tmp_path / "slow" / "model.safetensors") == file_digest(tmp_path / "whole" / "model.safetensors")
 
 
+@pytest.mark.parametrize("stages", [True, False], ids=["", "a block without stages"])
+def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
+    """On a GPU each is handed over while the next is at work."""
+    source, order = model_dir(tmp_path, num_hidden_layers=3), list[str]()
+    settings = Settings(GRID) if stages else Settings(GRID, overrides=(("model.layers.1.*", None),))
+    _, expected = run(source, tmp_path / "whole", settings)
+    block, commit = quantize_module.Quantizer.block, Journal.commit
+
+    def counted(self: Any, index: int, items: Any) -> None:
+        block(self, index, items)
+        order.append(f"block {index}")
+
+    def committed(self: Journal, *args: Any) -> None:
+        commit(self, *args)
+        order.append(f"commit {len(self.blocks) - 1}")
+
+    monkeypatch.setitem(quantize_module.LATER, "cpu", True)
+    monkeypatch.setattr(quantize_module.Quantizer, "block", counted)
+    monkeypatch.setattr(Journal, "commit", committed)
+    told: list[int] = []
+    _, results = run(source, tmp_path / "later", settings, progress=lambda done, *_: told.append(done))
+    assert results == expected
+    assert file_digest(tmp_path / "later" / "model.safetensors") == file_digest(
+        tmp_path / "whole" / "model.safetensors"
+    )
+    assert sorted(order) == [f"{what} {i}" for what in ("block", "commit") for i in range(3)]
+    assert order.index("commit 0") > order.index("block 0")
+    assert told[-1] == 3
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_output_that_is_not_finite_stops_the_run_and_names_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, later: bool
+) -> None:
+    """Also where the next block has begun with it."""
+    monkeypatch.setitem(quantize_module.LATER, "cpu", later)
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float32)
+    name = f"model.layers.{index}.mlp.down_proj.weight"
+    pico.edit_tensors(source / "model.safetensors", change={name: lambda t: t * 1e38})
+    with pytest.raises(
+        StageError, match=rf"model.layers.{index}: its output holds NaN or infinity on the calibration text"
+    ):
+        run(source, tmp_path / "out")
+    journal = tmp_path / "out" / JOURNAL
+    assert len(json.loads(journal.read_text()) if journal.exists() else []) == index
+
+
 def test_a_disk_too_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than so many blocks would be lost with the process."""
     source = model_dir(tmp_path, num_hidden_layers=4)

@@ -216,29 +216,50 @@ class Solution:
         scales, errors = self.scales.select(rows), self.errors[:, rows]
         return replace(self, codes=self.codes[rows], scales=scales, errors=errors, rounded=self.rounded[rows])
 
+    def sums(self) -> Tensor:
+        """What `Losses` needs, fp32 [4] on the device, which is not waited for."""
+        return torch.cat([self.errors.sum(dim=1), self.rounded.float().mean()[None]])
+
+    def losses(self, sums: Sequence[float] | None = None) -> Losses:
+        """The same as numbers: `sums` where they are known, else now."""
+        loss, nearest, whole, rounded = self.sums().tolist() if sums is None else sums
+        return Losses(loss, nearest, whole, rounded, self.uncoupled)
+
     @property
     def loss(self) -> float:
         """tr(E H E') against the undamped Hessian."""
-        return float(self.errors[0].sum())
+        return self.losses().loss
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """tr(E H E') of a solution's error, of rounding to nearest on min-max scales, tr(W H W'); the share of rows that were
+    rounded; whether no factor was found.
+    """
+
+    loss: float
+    nearest: float
+    whole: float
+    rounded: float
+    uncoupled: bool
 
     @property
     def relative(self) -> float:
         """sqrt(tr(E H E') / tr(W H W'))."""
-        return self._relative(0)
+        return self._relative(self.loss)
 
     @property
     def rtn_relative(self) -> float:
         """The same for rounding to nearest on min-max scales."""
-        return self._relative(1)
+        return self._relative(self.nearest)
 
     @property
     def fallback(self) -> bool:
-        """Whether this is no better than rounding: no factor was found, or most rows were rounded."""
-        return self.uncoupled or bool(self.rounded.float().mean() > 0.5)
+        """Whether this is no better than rounding."""
+        return self.uncoupled or self.rounded > 0.5
 
-    def _relative(self, row: int) -> float:
-        mine, whole = self.errors[row].sum(), self.errors[2].sum()
-        return math.sqrt(max(float(mine), 0.0) / max(float(whole), torch.finfo(torch.float32).tiny))
+    def _relative(self, loss: float) -> float:
+        return math.sqrt(max(loss, 0.0) / max(self.whole, torch.finfo(torch.float32).tiny))
 
 
 def quantize_weight(

@@ -11,16 +11,17 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from requant import gptq, skeleton
+from requant import skeleton
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
+from requant.costs import Costs
 from requant.elementwise import OnePass
 from requant.errors import InputError, StageError
 from requant.hessian import gather
@@ -33,7 +34,7 @@ from requant.results import ModuleResult
 from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
 from requant.stages import ROOM, ROOM_SHARED, Inputs, Stage, find_stages, may_wait, pass_on, step
-from requant.survival import Deltas, survival
+from requant.survival import Deltas, measure
 from requant.warming import Warming, narrowest, quick_switches, set_aside
 
 __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
@@ -43,6 +44,10 @@ Progress = Callable[[int, int, str], None]
 EXACT_TOKENS = 8  # for each input of the widest linear also run unquantized, to know what earlier layers lost
 EXACT_LEAST = {"cpu": 0, "cuda": 2**17}  # tokens for that in any case: more is better, and cheap on a GPU
 TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
+LATER = {
+    "cpu": False,
+    "cuda": True,
+}  # whether a block is handed over while a GPU is at the next: no work then waits for that
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
@@ -61,7 +66,8 @@ class Quantizer:
         self.held_from = held_from
         self.deltas = deltas or (lambda _: None)
         self.judging = ranks.tell(deltas is not None)  # the first rank judges: the others have no deltas
-        self.unread: list[tuple[str, gptq.Solution, Mapping[str, Any]]] = []
+        self.costs = Costs()
+        self.owed: tuple[int, Costs] | None = None  # the last block, until what it cost is known
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
         self.lean = Lean(walk, [] if notes is None else notes)
@@ -70,21 +76,21 @@ class Quantizer:
         self.settled = False  # whether what does not change from block to block is there
 
     def block(self, index: int, items: list[BlockInput]) -> None:
-        """Quantize one block and have it written; `items` come out as the quantized block's output.
+        """Quantize one block; `items` come out as its output. It is handed over by `settle`, or by the next block.
 
         Out of memory, it is begun again from its inputs in ways that take less; once all of it is solved, only the
         batches that have not come through it are.
         """
         while not self._solved(index, items):
             self.held_from = self.lean.less(index, items, self.held_from)
-        block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        block = self.walk.blocks[index]
         self.walk.read_soon(index + 1)  # if no stage has asked for it
         while not follow(self.walk, block, self.twin, index, items):
             self.held_from = self.lean.less(index, items, self.held_from)
         self.twin = None
-        self._check_finite(prefix)
-        pool_experts(block, self.ranks.total)
-        self._settle(block, prefix)
+        self.settle()  # the one before, if no stage has
+        self.costs.send(self.walk.shelf.total())
+        self.owed, self.costs = (index, self.costs), Costs()
         self.walk.release(block)
 
     def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
@@ -97,9 +103,12 @@ class Quantizer:
         except torch.OutOfMemoryError:
             if self.ranks.count > 1:
                 raise  # the others wait elsewhere
+        except StageError:
+            self.settle()  # what is wrong here may have been wrong in the block before
+            raise
         if stages is not None and len(reached) == len(stages):
             return True
-        self.unread.clear()
+        self.costs = Costs()
         self.walk.release(self.walk.blocks[index])
         return False
 
@@ -126,6 +135,7 @@ class Quantizer:
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
         """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
         yield from inputs
+        self.settle()
         self.walk.read_soon(index)
         if not self.settled:
             set_aside(self.walk.device)
@@ -166,40 +176,32 @@ class Quantizer:
             self._keep(solved, quantized)
             linears[solved.name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
-    def _survival(self, solved: Solved, quantized: Tensor) -> Mapping[str, float | None]:
-        """What is left of the adapter's delta in one module, {} where it has none."""
-        delta = self.deltas(f"{self._stored(solved.name)}.weight")
-        if delta is None or solved.wanted is None:
-            return {}
-        error = quantized - solved.wanted
-        return asdict(survival(delta.to(error.device), error, solved.hessian, solved.solution.loss))
-
     def _keep(self, solved: Solved, quantized: Tensor) -> None:
-        """Have one linear's tensors written; what it cost is read at the block's end, where the device is waited for once."""
-        solution = solved.solution
-        costs = replace(solution, codes=solution.codes[:0])
-        self.unread.append((solved.name, costs, self._survival(solved, quantized)))
-        self.output.put(self._stored(solved.name), solution)
+        """Have one linear's tensors written, and what it cost counted."""
+        self.costs.add(solved.name, solved.solution, self._survival(solved, quantized))
+        self.output.put(self._stored(solved.name), solved.solution)
 
-    def _settle(self, block: nn.Module, prefix: str) -> None:
-        """Turn what the block's linears cost into numbers."""
-        for name, done, adapted in self.unread:
-            if done.fallback:
-                log.warning("%s: rounded without error feedback (damp %.2f)", name, done.damp)
-            grid = done.grid
-            self.results.append(
-                ModuleResult(
-                    name, grid.bits, grid.group_size, done.loss, done.relative, done.rtn_relative, done.damp, done.order,
-                    done.fallback, **adapted, added=share_added(block, name.removeprefix(prefix)),
-                )
-            )  # fmt: skip
-        self.unread.clear()
+    def _survival(self, solved: Solved, quantized: Tensor) -> Tensor | None:
+        """What is left of the adapter's delta in one module, None where it has none."""
+        delta = None if solved.wanted is None else self.deltas(f"{self._stored(solved.name)}.weight")
+        if delta is None or solved.wanted is None:
+            return None
+        return measure(delta.to(quantized.device), quantized - solved.wanted, solved.hessian)
 
-    def _check_finite(self, prefix: str) -> None:
-        if not self.ranks.every(self.walk.shelf.all_finite()):
+    def settle(self) -> None:
+        """Hand over the last block with what it cost, if that has not been done."""
+        if self.owed is None:
+            return
+        (index, costs), self.owed = self.owed, None
+        block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        if not self.ranks.every(costs.finite()):
             raise StageError(
                 f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
             )
+        pool_experts(block, self.ranks.total)
+        results = costs.results(lambda name: share_added(block, name.removeprefix(prefix)))
+        self.results += results
+        self.output.commit(index, [asdict(r) for r in results])
 
 
 @torch.no_grad()
@@ -308,10 +310,11 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
             quantizer.results += [ModuleResult(**m) for m in finished[index]]
             seen(index + 1)
         else:
-            before = len(quantizer.results)
             quantizer.block(index, items)
             output.settle(BEHIND)
             seen(max(index - BEHIND, len(output.finished())))
-            output.commit(index, [asdict(m) for m in quantizer.results[before:]])
+            if not LATER[quantizer.walk.device.type]:
+                quantizer.settle()
+    quantizer.settle()
     output.settle()
     seen(count)

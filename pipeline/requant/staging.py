@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,21 @@ class Staging:
         if not tensor.is_cuda:
             return tensor
         return self.room(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
+
+
+def sent(tensor: Tensor) -> Callable[[], Tensor]:
+    """A small tensor on its way to the host, in its stream's turn: what waits until it is there, and for nothing after it."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    place = locked(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape)
+    place.copy_(tensor, non_blocking=True)
+    leaving = torch.cuda.current_stream(tensor.device).record_event()
+
+    def there() -> Tensor:
+        leaving.synchronize()
+        return place
+
+    return there
 
 
 def fresh(nbytes: int) -> Tensor:

@@ -9,7 +9,7 @@ With W = D + dW the merged weight, Q what is stored for it and E = Q - W, on inp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,12 @@ class Delta:
     def dense(self) -> Tensor:
         return self.left if self.right is None else self.left @ self.right
 
-    def inner(self, other: Tensor) -> float:
-        """<other, dW>, other fp32 [rows, n]; costs a product with r columns, not n."""
+    def inner(self, other: Tensor) -> Tensor:
+        """<other, dW>, fp64 [] on the device, other fp32 [rows, n]; costs a product with r columns, not n."""
         return _sum(other, self.left) if self.right is None else _sum(other @ self.right.T, self.left)
 
-    def square(self, hessian: Tensor | None = None) -> float:
-        """tr(dW H dW'), or <dW, dW> without `hessian` (symmetric, [n, n])."""
+    def square(self, hessian: Tensor | None = None) -> Tensor:
+        """tr(dW H dW'), or <dW, dW> without `hessian` (symmetric, [n, n]); fp64 [] on the device."""
         if self.right is None:
             return _sum(self.left, self.left if hessian is None else self.left @ hessian)
         right = self.right if hessian is None else self.right @ hessian
@@ -66,18 +66,32 @@ class Survival:
     retention: float | None
     output_retention: float | None
 
+    @staticmethod
+    def of(measured: Sequence[float], noise: float) -> Survival:
+        """Out of the four that `measure` gives, and tr(E H E') for the same error."""
+        square, signal, inner, through = max(measured[0], 0.0), max(measured[1], 0.0), *measured[2:]
+        return Survival(
+            delta_norm=square**0.5,
+            signal=signal,
+            signal_to_noise=signal / noise if noise > 0 else None,
+            retention=1 + inner / square if square > 0 else None,
+            output_retention=1 + through / signal if signal > 0 else None,
+        )
+
+
+def measure(delta: Delta, error: Tensor, hessian: Tensor) -> Tensor:
+    """What `Survival.of` needs, fp64 [4] on the device, which is not waited for: <dW, dW>, tr(dW H dW'), <E, dW>, tr(E H dW').
+
+    error: E = Q - W, fp32 [rows, n]. hessian: symmetric fp32 [n, n], undamped.
+    """
+    through = delta.through(hessian).inner(error)
+    return torch.stack([delta.square(), delta.square(hessian), delta.inner(error), through])
+
 
 def survival(delta: Delta, error: Tensor, hessian: Tensor, noise: float) -> Survival:
-    """error: Q - W, fp32 [rows, n]. hessian: symmetric fp32 [n, n], undamped. noise: tr(E H E') for that error."""
-    square, signal = max(delta.square(), 0.0), max(delta.square(hessian), 0.0)
-    return Survival(
-        delta_norm=square**0.5,
-        signal=signal,
-        signal_to_noise=signal / noise if noise > 0 else None,
-        retention=1 + delta.inner(error) / square if square > 0 else None,
-        output_retention=1 + delta.through(hessian).inner(error) / signal if signal > 0 else None,
-    )
+    """One module's numbers at once, as `measure` has them. noise: tr(E H E')."""
+    return Survival.of(measure(delta, error, hessian).tolist(), noise)
 
 
-def _sum(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dtype=torch.float64)
