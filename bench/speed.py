@@ -134,14 +134,14 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
     import requant.ranks
-    from requant import quantize
+    from requant import quantize, stages
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = settings_of(args)
     if args.replicated:
         requant.ranks.SPLIT_FROM = 10**9
     if args.lean:
-        quantize.may_wait = lambda *_: False
+        stages.may_wait = lambda *_: False
     phases = Phases()
     phases.watch()
     tokens = windows(args)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from requant import skeleton
+from requant import skeleton, stages
 from requant.blocks import BlockInput, Walk, block_linears, block_list
 from requant.checkpoint import Checkpoint
 from requant.errors import InputError, StageError
-from requant.stages import ROOM, Stage, find_stages, held_bytes, may_wait, solving_bytes, step
+from requant.stages import ROOM, Stage, find_stages, held_bytes, may_wait, solving_bytes, step, waiting_bytes
 
 STAGES = {
     "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
@@ -188,6 +188,24 @@ def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatc
     assert may_wait(walk, 1000, 0.5)
     assert asked == ["emptied", "free"], "what nobody uses must not be missing"
     assert not may_wait(walk, 1001, 0.5)
+
+
+def test_memory_for_what_waits_is_taken_once_where_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, walk = walk_of(tmp_path, "llama")
+    taken: list[int] = []
+    monkeypatch.setattr(stages, "hold", lambda _, nbytes: taken.append(nbytes))
+    monkeypatch.setattr(stages, "Shelf", lambda _, *, on_host: on_host)
+    assert not stages.shelf_for(walk, 1000, 0.5, bool)
+    assert taken == [], "a CPU's memory is taken as it is needed"
+    walk.device = torch.device("cuda")
+    need = waiting_bytes(walk, 1000, 0.5)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(need / ROOM) + 2, 10**12))
+    assert stages.shelf_for(walk, 1000, 0.5, lambda _: False)
+    assert stages.shelf_for(walk, 10**6, 0.5, bool)
+    assert taken == []
+    assert not stages.shelf_for(walk, 1000, 0.5, bool)
+    assert taken == [need]
 
 
 @pytest.mark.parametrize(

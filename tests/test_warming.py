@@ -238,19 +238,30 @@ class Ring:
         self.itself = self
 
 
+def lost() -> weakref.ref[Ring]:
+    """A ring that nobody holds."""
+    return weakref.ref(Ring())
+
+
 def test_what_is_set_aside_is_no_garbage_and_is_looked_at_again_afterwards(pretended: Any) -> None:
     gc.unfreeze()  # what a library may have set aside
-    before, found = Ring(), []
-    gone = weakref.ref(before)
-    del before
-    with warming.quick_switches(pretended):
-        warming.set_aside(pretended)
-        assert gone() is None
-        assert gc.get_freeze_count() > 0
-        found.append(weakref.ref(Ring()))
+    gc.disable()
+    try:
+        earlier = lost()
+        with warming.quick_switches(pretended):
+            assert gc.get_freeze_count() > 0, "what was there before is not looked at"
+            since = lost()
+            warming.set_aside(pretended)
+            assert since() is None
+            assert earlier() is not None
+            new = lost()
+            gc.collect()
+            assert new() is None, "what is new is still collected"
+        assert gc.get_freeze_count() == 0
         gc.collect()
-        assert found[0]() is None, "what is new is still collected"
-    assert gc.get_freeze_count() == 0
+        assert earlier() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cpu_sets_nothing_aside() -> None:

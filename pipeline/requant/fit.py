@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -161,6 +162,13 @@ def free_bytes(device: torch.device) -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 16 * 2**30  # nothing tells: a common size
+
+
+def hold(device: torch.device, nbytes: int) -> None:
+    """Let torch take so much of a GPU's memory in one piece, where it can be had, to hand out from. Its peak begins anew."""
+    with suppress(torch.OutOfMemoryError):
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+    torch.cuda.reset_peak_memory_stats(device)  # that was no use of it
 
 
 def free_memory(device: torch.device) -> None:

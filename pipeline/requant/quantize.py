@@ -31,9 +31,8 @@ from requant.linears import calibrate_experts, pool_experts, share_added
 from requant.output import BEHIND, JOURNAL, Output, Written
 from requant.ranks import ALONE, Ranks
 from requant.results import ModuleResult
-from requant.shelf import Shelf
 from requant.solving import Solved, solve_stage
-from requant.stages import ROOM, ROOM_SHARED, Inputs, Stage, find_stages, may_wait, pass_on, step
+from requant.stages import ROOM, ROOM_SHARED, Inputs, Stage, find_stages, pass_on, shelf_for, step
 from requant.survival import Deltas, measure
 from requant.warming import Warming, narrowest, quick_switches, set_aside
 
@@ -230,8 +229,7 @@ def quantize(
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
     room = ROOM if ranks.count == 1 else ROOM_SHARED
-    waits = may_wait(walk, windows[own].numel(), 1 / apart if apart else 0, room)
-    walk.shelf = Shelf(device, on_host=not ranks.every(waits))
+    walk.shelf = shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.every, room)
     with (
         quick_switches(device),
         OnePass(walk.blocks, device, walk.dtype) as passes,

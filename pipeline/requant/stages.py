@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.errors import StageError
-from requant.fit import free_bytes
+from requant.fit import free_bytes, hold
 from requant.linears import split_experts, unfollow
+from requant.shelf import Shelf
 
 ROOM = 0.9  # of a GPU's free memory that waiting batches may take by our guess
 ROOM_SHARED = 0.6  # the same where several ranks work together: none can do with less while the others wait for it
@@ -196,19 +197,37 @@ def _held(
             handle.remove()
 
 
+def shelf_for(walk: Walk, tokens: int, twice: float, every: Callable[[bool], bool], room: float = ROOM) -> Shelf:
+    """Where a walk's hidden states wait: on its device if all batches may wait inside a block, on `every` rank, else on the host.
+
+    In the first case torch gets as much of a GPU's memory in one piece: by and by it takes longer, and lies worse.
+    """
+    waits = every(may_wait(walk, tokens, twice, room))
+    if waits and walk.device.type == "cuda":
+        hold(walk.device, waiting_bytes(walk, tokens, twice))
+    return Shelf(walk.device, on_host=not waits)
+
+
 def may_wait(walk: Walk, tokens: int, twice: float = 0.0, room: float = ROOM) -> bool:
     """Whether all batches may wait inside a block: always on the CPU, on a GPU if there is `room`.
 
-    twice: the share of tokens that also runs unquantized. A third of the upper guess is taken: a linear's input and
-    output are not all alive at once (bench/speed.py); the blocks and what solving needs come on top. Where that is too
-    little, one rank alone begins again (`leaner`).
+    twice: the share of tokens that also runs unquantized. Where `waiting_bytes` are too few, one rank alone begins again
+    (`leaner`).
     """
     if walk.device.type != "cuda":
         return True
     torch.cuda.empty_cache()  # what an earlier stage or a compiled kernel's first call has left counts as free
-    block = walk.blocks[0]
-    guess = held_bytes(block, tuple(block_linears(block)), tokens, walk.dtype.itemsize)
-    return guess * (1 + twice) / 3 + solving_bytes(block, walk.dtype.itemsize) < free_bytes(walk.device) * room
+    return waiting_bytes(walk, tokens, twice) < free_bytes(walk.device) * room
+
+
+def waiting_bytes(walk: Walk, tokens: int, twice: float) -> int:
+    """What is there while all batches wait inside a block: a third of the upper guess, since a linear's input and output are
+    not all alive at once (bench/speed.py), and what solving needs.
+    """
+    block, size = walk.blocks[0], walk.dtype.itemsize
+    return int(held_bytes(block, tuple(block_linears(block)), tokens, size) * (1 + twice) / 3) + solving_bytes(
+        block, size
+    )
 
 
 def solving_bytes(block: nn.Module, itemsize: int) -> int:
