@@ -99,9 +99,9 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     fused = kernels.usable(weight)
     loop = kernels.round_columns if fused else _round_columns
     for outer in reversed(_cut(n, OUTER[weight.device.type])):
-        unit = factor.lower[outer.start :, outer] / pivots[outer]  # these columns of L
-        unit = unit.contiguous() if fused else unit  # torch's factor lies columns first
         width = outer.stop - outer.start
+        into = error.new_empty(n - outer.start, width) if fused else None  # by rows: torch's factor lies columns first
+        unit = torch.div(factor.lower[outer.start :, outer], pivots[outer], out=into)  # these columns of L
         wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
         for here in reversed(_cut(width, BLOCK[weight.device.type])):
             target, feedback = wide[here], unit[here, here]
