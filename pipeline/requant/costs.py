@@ -29,7 +29,8 @@ class Costs:
 
     def add(self, name: str, solution: Solution, measured: Tensor | None) -> None:
         """One linear; measured: of its delta, by `survival.measure`. Nothing is waited for."""
-        self.made.append((name, replace(solution, codes=solution.codes[:0]), measured is not None))
+        small = replace(solution, codes=solution.codes.new_empty(0))  # no view: that would keep all of them
+        self.made.append((name, small, measured is not None))
         self.numbers.append(solution.sums().double())
         if measured is not None:
             self.numbers.append(measured)
