@@ -1,0 +1,57 @@
+"""`requant.costs`: what solutions lose comes back as the numbers that each has by itself, in their order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_gptq import problem, solved
+
+from requant.costs import Costs
+from requant.gptq import Grid, Solution
+from requant.survival import Delta, measure, survival
+
+
+def solution(seed: int) -> tuple[Solution, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    weight, hessian = problem(rows=6 + seed, columns=64)
+    return solved(weight, hessian, Grid(4, 32), "activation"), weight, hessian
+
+
+def test_numbers_come_back_to_whom_they_belong() -> None:
+    costs, expected = Costs(), []
+    for seed, name in enumerate(("a", "b", "c")):
+        made, weight, hessian = solution(seed)
+        delta = Delta(torch.randn(len(weight), 2), torch.randn(2, 64)) if name != "b" else None
+        error = made.weight() - weight
+        costs.add(name, made, None if delta is None else measure(delta, error, hessian))
+        losses = made.losses()
+        alone = None if delta is None else survival(delta, error, hessian, losses.loss)
+        expected.append((name, losses, alone))
+    costs.send(torch.tensor(1.0))
+    assert costs.finite()
+    for got, (name, losses, alone) in zip(costs.results(lambda n: 0.5 if n == "c" else 0.0), expected, strict=True):
+        assert (got.name, got.loss, got.relative_error, got.rtn_error) == (
+            name, losses.loss, losses.relative, losses.rtn_relative,
+        )  # fmt: skip
+        assert got.added == (0.5 if name == "c" else 0.0)
+        assert got.signal_to_noise == (None if alone is None else pytest.approx(alone.signal_to_noise))
+        assert got.output_retention == (None if alone is None else pytest.approx(alone.output_retention))
+
+
+@pytest.mark.parametrize("total", [float("nan"), float("inf"), -float("inf")])
+def test_an_output_that_is_not_finite_shows(total: float) -> None:
+    costs = Costs()
+    costs.send(torch.tensor(total))
+    assert not costs.finite()
+    assert costs.results(lambda _: 0.0) == []
+
+
+def test_no_code_stays_in_memory() -> None:
+    costs = Costs()
+    costs.add("a", solution(0)[0], None)
+    assert costs.made[0][1].codes.untyped_storage().nbytes() == 0
+
+
+def test_nothing_is_read_before_it_was_sent() -> None:
+    with pytest.raises(RuntimeError, match="before they were sent"):
+        Costs().finite()
