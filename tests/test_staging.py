@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from requant import staging
-from requant.staging import Staging
+from requant.staging import Staging, sent
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
 
 
 def test_the_place_grows_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +55,38 @@ def test_what_a_gpu_has_is_fetched_to_one_place() -> None:
         fetched = here.fetched(tensor.cuda())
         assert fetched.is_pinned()
         assert torch.equal(fetched, tensor)
+
+
+def test_what_is_sent_from_a_cpu_is_there() -> None:
+    tensor = torch.arange(5)
+    assert sent(tensor)() is tensor
+
+
+@GPU
+def test_what_is_sent_is_as_it_was_then() -> None:
+    tensor = torch.arange(5, device="cuda")
+    there = [sent(tensor.add_(1)) for _ in range(3)]
+    torch.cuda._sleep(10**8)
+    tensor.zero_()
+    assert [t().tolist() for t in there] == [[i + n for i in range(5)] for n in (1, 2, 3)]
+
+
+OTHER = """
+import threading, torch
+from requant.staging import on
+torch.cuda.set_device(1)
+stream = torch.cuda.Stream("cuda:1")
+def work():
+    with on(stream):
+        print(torch.ones(3, device="cuda:1").sum().item())
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+
+
+@TWO
+def test_a_threads_stream_begins_no_other_gpu() -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["3.0", "False", "True"]

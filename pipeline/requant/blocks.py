@@ -19,6 +19,7 @@ from requant.carrier import Carrier
 from requant.checkpoint import Checkpoint, Weights
 from requant.errors import InputError, StageError
 from requant.shelf import Shelf
+from requant.staging import on
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Walk:
 
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """A block's tensors, copied to the device beside what it computes."""
-        with torch.cuda.stream(self._stream):
+        with on(self._stream):
             tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.")
             torch.cuda.current_stream(self.device).synchronize()
         return tensors

@@ -19,7 +19,7 @@ from torch import Tensor
 from requant import gptq, pack
 from requant.checkpoint import Checkpoint
 from requant.layout import Plan, convert
-from requant.staging import Staging
+from requant.staging import Staging, on
 from requant.writer import CheckpointWriter, Journal
 
 JOURNAL = "blocks.json"
@@ -45,7 +45,7 @@ class Beside:
         if solved is None:
             yield
             return
-        with torch.cuda.stream(self.stream):
+        with on(self.stream):
             self.stream.wait_event(solved)
             yield
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from requant.staging import on
+
 
 class Shelf:
     """Hidden states on their device or, `on_host`, in pinned host memory, from where each travels while the one before it
@@ -26,7 +28,7 @@ class Shelf:
             return value
         place = torch.empty(value.shape, dtype=value.dtype, pin_memory=True) if old is None else old
         self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
+        with on(self._side):
             place.copy_(value, non_blocking=True)
         value.record_stream(self._side)
         return place
@@ -52,6 +54,6 @@ class Shelf:
     def _fetch(self, kept: Tensor) -> tuple[Tensor, Any]:
         value = torch.empty_like(kept, device=self.device)
         self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
+        with on(self._side):
             value.copy_(kept, non_blocking=True)
         return value, self._side.record_event()
