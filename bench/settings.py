@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
-from requant import adapter, data, layout, merge, prepare, quantize, variants
+from requant import adapter, data, layout, merge, prepare, quantize, stages, variants
 from requant.grid import Grid
 from requant_eval import windows as ev
 from requant_eval.score import score
@@ -99,7 +99,7 @@ def main() -> None:
     for name, (settings, exact, samples, length) in SETTINGS.items():
         if not any(part in name for part in args.only.split(";")):
             continue
-        quantize.EXACT_TOKENS, quantize.EXACT_LEAST = exact, {"cpu": 0, "cuda": 0}
+        stages.EXACT_TOKENS, stages.EXACT_LEAST = exact, {"cpu": 0, "cuda": 0}
         windows = data.calibration_windows(
             entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )

@@ -23,7 +23,7 @@ import speed
 import watched
 
 NAMES = gaps.NAMES | {
-    "skeleton.build": "skeleton", "layout.plan": "plan", "quantize.shelf_for": "shelf_for", "output.Written.__init__": "Written",
+    "skeleton.build": "skeleton", "layout.plan": "plan", "stages.shelf_for": "shelf_for", "output.Written.__init__": "Written",
     "blocks.Walk.embed_all": "embed", "blocks.Walk._read": "read", "blocks.Walk.load": "load", "blocks.Walk._capture": "capture",
     "blocks.Walk._record": "record", "blocks.Walk._read_ahead": "read ahead", "warming.Warming.wait": "wait for kernels",
     "warming.Warming.wait_longer": "wait for later kernels", "elementwise.OnePass.try_out": "try_out",

@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "cholesky": {"kernels"},
     "ranks": {"cholesky"},
     "crew": {"progress", "ranks"},
-    "costs": {"gptq", "results", "staging", "survival"},
+    "costs": {"gptq", "grid", "results", "staging", "survival"},
     "output": {"checkpoint", "gptq", "layout", "pack", "staging", "writer"},
     "solving": {"correction", "gptq", "grid", "hessian", "kernels", "layout", "ranks"},
     "warming": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -309,10 +310,27 @@ def test_a_hessian_of_zeros_rounds_to_nearest() -> None:
     assert float((solution.weight() - weight).norm() / weight.norm()) < 0.12
 
 
+def test_a_factor_knows_the_mean_of_its_hessians_diagonal() -> None:
+    _, hessian = problem(rows=2, columns=64)
+    assert gptq.factorize(hessian, torch.arange(64), 0.01).mean == pytest.approx(float(hessian.diagonal().mean()))
+    none = gptq.factorize(-hessian, torch.arange(64), 0.01)
+    assert none.diagonal
+    assert none.mean == pytest.approx(-float(hessian.diagonal().mean()))
+
+
+def test_one_rounded_row_is_no_fallback() -> None:
+    weight, hessian = problem(rows=8, columns=64)
+    solution = solved(weight, hessian, Grid(4, 32), "activation")
+    few = replace(solution, rounded=torch.arange(8) < 4)
+    most = replace(solution, rounded=torch.arange(8) < 5)
+    assert (few.losses().rounded, few.losses().fallback) == (0.5, False)
+    assert most.losses().fallback
+
+
 def test_a_hessian_with_nan_is_refused() -> None:
     hessian = torch.eye(64)
     hessian[3, 3] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
         gptq.factorize(hessian, torch.arange(64), 0.01)
 
 

@@ -16,6 +16,7 @@ from e2e import one_thread
 from test_quantize import GRID, model_dir, run
 
 from requant import output
+from requant import quantize as quantize_module
 from requant.blocks import Walk
 from requant.errors import StageError
 from requant.layout import Settings, load_quantized
@@ -112,8 +113,26 @@ def test_batches_are_halved_down_to_what_fits(
     assert different < 0.02 * sum(t.numel() for t in a.values()), "sums of fp32 in another order turn a few ties"
 
 
-def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("at", [2, 4, 6, 8])
+def test_memory_that_runs_out_as_a_stage_is_solved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, later: bool
+) -> None:
+    """Each linear is accounted for once, whatever had been solved by then."""
+    source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
+    _, expected = run(source, tmp_path / "whole")
+    monkeypatch.setitem(quantize_module.LATER, "cpu", later)
+    fails_once(monkeypatch, at, quantize_module, "solve_stage")
+    _, results = run(source, tmp_path / "again", notes=notes)
+    assert len(notes) == 1
+    assert results == expected
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
     """The message says where; what was finished before it stays."""
+    monkeypatch.setitem(quantize_module.LATER, "cpu", later)
     source = model_dir(tmp_path)
     forward, seen = Walk.forward, [0]
 

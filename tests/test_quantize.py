@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from requant import correction, gptq, layout, output, pack, skeleton, variants
+from requant import correction, gptq, layout, output, pack, ranks, skeleton, variants
 from requant import quantize as quantize_module
 from requant.checkpoint import Checkpoint, file_digest
 from requant.errors import InputError, StageError
@@ -142,26 +142,44 @@ def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings may still be on their way when all is solved; a run without them is not whole."""
-    source = model_dir(tmp_path)
+    source = model_dir(tmp_path, num_hidden_layers=3)
     run(source, tmp_path / "whole")
-    solved, in_time = threading.Event(), []
-    block, rest = quantize_module.Quantizer.block, output.Written._write_rest
+    closing, in_time = threading.Event(), []
+    close, rest = output.Written.close, output.Written._write_rest
 
-    def counted(self: Any, index: int, items: Any) -> None:
-        block(self, index, items)
-        if index == 1:
-            solved.set()
+    def closed(self: Any) -> None:
+        threading.Timer(0.3, closing.set).start()
+        close(self)
 
     def slow(self: Any, names: list[str]) -> None:
         if "model.embed_tokens.weight" in names:
-            in_time.append(solved.wait(30))
+            in_time.append(closing.wait(30))
         rest(self, names)
 
-    monkeypatch.setattr(quantize_module.Quantizer, "block", counted)
+    monkeypatch.setattr(output.Written, "close", closed)
     monkeypatch.setattr(output.Written, "_write_rest", slow)
     run(source, tmp_path / "slow")
     assert in_time == [True]
     assert file_digest(tmp_path / "slow" / "model.safetensors") == file_digest(tmp_path / "whole" / "model.safetensors")
+
+
+def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    rest = output.Written._write_rest
+
+    def slow(self: Any, names: list[str]) -> None:
+        time.sleep(0.5)
+        rest(self, names)
+        ended.append("written")
+
+    def failing(*_: Any) -> None:
+        raise StageError("no block")
+
+    monkeypatch.setattr(output.Written, "_write_rest", slow)
+    monkeypatch.setattr(quantize_module.Quantizer, "block", failing)
+    with pytest.raises(StageError, match="no block"):
+        run(model_dir(tmp_path), tmp_path / "out")
+    assert ended == ["written"]
 
 
 @pytest.mark.parametrize("stages", [True, False], ids=["", "a block without stages"])
@@ -170,28 +188,97 @@ def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pyte
     source, order = model_dir(tmp_path, num_hidden_layers=3), list[str]()
     settings = Settings(GRID) if stages else Settings(GRID, overrides=(("model.layers.1.*", None),))
     _, expected = run(source, tmp_path / "whole", settings)
-    block, commit = quantize_module.Quantizer.block, Journal.commit
+    block, commit = quantize_module.Quantizer.block, output.Written.commit
 
-    def counted(self: Any, index: int, items: Any) -> None:
-        block(self, index, items)
+    def begun(self: Any, index: int, items: Any) -> None:
         order.append(f"block {index}")
+        block(self, index, items)
 
-    def committed(self: Journal, *args: Any) -> None:
-        commit(self, *args)
-        order.append(f"commit {len(self.blocks) - 1}")
+    def committed(self: Any, index: int, results: Any) -> None:
+        order.append(f"commit {index}")
+        commit(self, index, results)
 
     monkeypatch.setitem(quantize_module.LATER, "cpu", True)
-    monkeypatch.setattr(quantize_module.Quantizer, "block", counted)
-    monkeypatch.setattr(Journal, "commit", committed)
+    monkeypatch.setattr(quantize_module.Quantizer, "block", begun)
+    monkeypatch.setattr(output.Written, "commit", committed)
     told: list[int] = []
     _, results = run(source, tmp_path / "later", settings, progress=lambda done, *_: told.append(done))
     assert results == expected
     assert file_digest(tmp_path / "later" / "model.safetensors") == file_digest(
         tmp_path / "whole" / "model.safetensors"
     )
-    assert sorted(order) == [f"{what} {i}" for what in ("block", "commit") for i in range(3)]
-    assert order.index("commit 0") > order.index("block 0")
+    assert order == ["block 0", "block 1", "commit 0", "block 2", "commit 1", "commit 2"]
     assert told[-1] == 3
+
+
+def test_on_a_cpu_a_block_is_handed_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take long there: a killed run must not lose one more."""
+    order, source = list[str](), model_dir(tmp_path)
+    block, settle = quantize_module.Quantizer.block, quantize_module.Quantizer.settle
+
+    def begun(self: Any, index: int, items: Any) -> None:
+        order.append(f"block {index}")
+        block(self, index, items)
+
+    def settled(self: Any) -> None:
+        order.extend(f"block {index} handed over" for index, _ in ([self.owed] if self.owed else []))
+        settle(self)
+
+    monkeypatch.setattr(quantize_module.Quantizer, "block", begun)
+    monkeypatch.setattr(quantize_module.Quantizer, "settle", settled)
+    run(source, tmp_path / "out")
+    assert order == ["block 0", "block 0 handed over", "block 1", "block 1 handed over"]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("error", [StageError, RuntimeError, KeyboardInterrupt])
+def test_what_is_solved_is_kept_when_the_next_block_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool, error: type[BaseException]
+) -> None:
+    monkeypatch.setitem(quantize_module.LATER, "cpu", later)
+    stage = quantize_module.Quantizer._stage
+
+    def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:
+        if prefix.endswith(".2."):
+            raise error("here")
+        stage(self, block, prefix, *rest)
+
+    monkeypatch.setattr(quantize_module.Quantizer, "_stage", failing)
+    with pytest.raises(error, match="here"):
+        run(model_dir(tmp_path, num_hidden_layers=3), tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / JOURNAL).read_text())) == 2
+
+
+def test_a_blocks_place_in_the_journal_needs_no_tensor_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(quantize_module.LATER, "cpu", True)
+    write = CheckpointWriter.write
+
+    def failing(self: Any, name: str, tensor: Tensor) -> None:
+        if name == "model.layers.2.self_attn.q_proj.qweight":
+            raise StageError("no room")
+        write(self, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", failing)
+    with pytest.raises(StageError, match="no room"):
+        run(model_dir(tmp_path, num_hidden_layers=3), tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / JOURNAL).read_text())) == 2
+
+
+def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> None:
+    with (
+        CheckpointWriter(tmp_path, []) as writer,
+        pytest.raises(StageError, match="block 1 cannot be noted after 0 blocks"),
+    ):
+        Journal(tmp_path / JOURNAL).commit(1, writer, [], [])
+
+
+def test_a_rank_that_is_not_finite_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own output is: what all say counts."""
+    monkeypatch.setattr(ranks.Ranks, "every", lambda *_: False)
+    with pytest.raises(StageError, match=r"model.layers.0: its output holds NaN or infinity"):
+        run(model_dir(tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -370,12 +457,13 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
         plan({}, made, Settings(GRID), torch.float16, where=tmp_path)
 
 
-def test_nan_activations_stop_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["activation", "auto"])
+def test_nan_activations_stop_the_run(tmp_path: Path, order: Any) -> None:
     source = model_dir(tmp_path)
     name = "model.layers.1.input_layernorm.weight"
     pico.edit_tensors(source / "model.safetensors", change={name: lambda t: t * float("nan")})
     with pytest.raises(StageError, match=r"model.layers.1.self_attn.q_proj: its calibration inputs hold NaN"):
-        run(source, tmp_path / "out")
+        run(source, tmp_path / "out", Settings(GRID, order=order))
 
 
 def test_unquantized_tensors_that_do_not_fit_the_serving_dtype(tmp_path: Path) -> None:

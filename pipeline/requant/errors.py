@@ -4,6 +4,7 @@
     +-- RecipeError   the recipe or the command line is wrong: exit code 2, nothing was read
     +-- InputError    a model, adapter or dataset cannot be used as given, seen from headers: exit code 2
     +-- StageError    only the data itself showed it (NaN, overflow, full disk): exit code 1
+        +-- NotFiniteError   what a linear receives holds NaN or infinity: all ranks see that alike
 
 Every message says what was found, what was expected and what to do.
 """
@@ -37,3 +38,7 @@ class InputError(RequantError):
 
 class StageError(RequantError):
     """A stage failed on its data: non-finite values, overflow, a full disk, a failed self-test."""
+
+
+class NotFiniteError(StageError):
+    """A Hessian holds NaN or infinity; ranks that share it all raise this."""

@@ -65,12 +65,12 @@ class Factor:
 def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = torch.linalg.cholesky_ex) -> Factor:
     """Factor H for rounding its columns in `order` (int64 [n], first to last). hessian: fp32 [n, n], symmetric.
 
-    Doubles `damp` up to 0.64, then gives up coupling. Raises ValueError when the Hessian is not finite.
+    Doubles `damp` up to 0.64, then gives up coupling. Raises FloatingPointError when the Hessian is not finite.
     cholesky: gives (lower, info) as torch's does, and may use up its argument.
     """
     mean = float(hessian.diagonal().mean())
     if not math.isfinite(mean):
-        raise ValueError("the Hessian holds NaN or infinity")
+        raise FloatingPointError("the Hessian holds NaN or infinity")
     backwards = order.flip(0)
     while mean > 0:
         damped = hessian[backwards[:, None], backwards]
@@ -220,10 +220,9 @@ class Solution:
         """What `Losses` needs, fp32 [4] on the device, which is not waited for."""
         return torch.cat([self.errors.sum(dim=1), self.rounded.float().mean()[None]])
 
-    def losses(self, sums: Sequence[float] | None = None) -> Losses:
-        """The same as numbers: `sums` where they are known, else now."""
-        loss, nearest, whole, rounded = self.sums().tolist() if sums is None else sums
-        return Losses(loss, nearest, whole, rounded, self.uncoupled)
+    def losses(self) -> Losses:
+        """The same as numbers, at once."""
+        return Losses(self.uncoupled, *self.sums().tolist())
 
     @property
     def loss(self) -> float:
@@ -233,15 +232,15 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """tr(E H E') of a solution's error, of rounding to nearest on min-max scales, tr(W H W'); the share of rows that were
-    rounded; whether no factor was found.
+    """Whether no factor was found; tr(E H E') of a solution's error, of rounding to nearest on min-max scales, tr(W H W'); the
+    share of rows that were rounded.
     """
 
+    uncoupled: bool
     loss: float
     nearest: float
     whole: float
     rounded: float
-    uncoupled: bool
 
     @property
     def relative(self) -> float:

@@ -73,8 +73,11 @@ class Output:
     def put(self, module: str, solution: gptq.Solution) -> None:
         """Have a solved module's tensors packed and written."""
 
+    def end(self, index: int) -> None:
+        """Have the rest of block `index` written: what comes now is of the next one."""
+
     def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
-        """Have the rest of block `index` written, and the block noted once all of it is on disk."""
+        """Have the oldest block that has ended, `index`, noted once all of it is on disk."""
 
     def settle(self, behind: int = 0) -> None:
         """Wait until the blocks committed so far have left the device and are on disk, but for the last `behind` of them."""
@@ -93,7 +96,8 @@ class Written(Output):
         self.slots = {s.name: s for s in plan.slots}
         self.disk, self.beside, self.staging = ThreadPoolExecutor(1), Beside(), Staging()
         self.syncing, self.apart = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.writing: list[Future[None]] = []
+        self.writing: list[Future[None]] = []  # of the block at work
+        self.ended: list[list[Future[None]]] = []
         self.written: list[Future[None]] = []  # of blocks that are committed
         self.committed: list[Future[None]] = []
         # What lies outside of the blocks is large: it is on its way while the first ones are solved, and none waits for it.
@@ -118,12 +122,16 @@ class Written(Output):
     def put(self, module: str, solution: gptq.Solution) -> None:
         self._submit(self._write_packed, module, solution, self.beside.solved(solution.codes))
 
-    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+    def end(self, index: int) -> None:
         self._submit(self._write_rest, self.plan.block_slots[index])
-        whole = self.syncing.submit(self.journal.commit, self.writer, self.writing, [dict(r) for r in results])
-        self.committed.append(whole)
-        self.written += self.writing
+        self.ended.append(self.writing)
         self.writing = []
+
+    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+        writing = self.ended.pop(0)
+        whole = self.syncing.submit(self.journal.commit, index, self.writer, writing, [dict(r) for r in results])
+        self.committed.append(whole)
+        self.written += writing
 
     def settle(self, behind: int = 0) -> None:
         if self.outside.done():

@@ -11,19 +11,21 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from requant import skeleton
+from requant import skeleton, stages
 from requant.blocks import BlockInput, Walk, block_linears
 from requant.checkpoint import Checkpoint
 from requant.costs import Costs
 from requant.elementwise import OnePass
-from requant.errors import InputError, StageError
+from requant.errors import InputError, NotFiniteError, StageError
 from requant.hessian import gather
 from requant.layout import Plan, Settings, plan, write_small_files
 from requant.leaner import Lean, follow
@@ -32,7 +34,7 @@ from requant.output import BEHIND, JOURNAL, Output, Written
 from requant.ranks import ALONE, Ranks
 from requant.results import ModuleResult
 from requant.solving import Solved, solve_stage
-from requant.stages import ROOM, ROOM_SHARED, Inputs, Stage, find_stages, pass_on, shelf_for, step
+from requant.stages import Inputs, Stage, find_stages, pass_on, step
 from requant.survival import Deltas, measure
 from requant.warming import Warming, narrowest, quick_switches, set_aside
 
@@ -40,18 +42,13 @@ __all__ = ["JOURNAL", "ModuleResult", "Quantizer", "check_ranks", "quantize"]
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
-EXACT_TOKENS = 8  # for each input of the widest linear also run unquantized, to know what earlier layers lost
-EXACT_LEAST = {"cpu": 0, "cuda": 2**17}  # tokens for that in any case: more is better, and cheap on a GPU
 TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
-LATER = {
-    "cpu": False,
-    "cuda": True,
-}  # whether a block is handed over while a GPU is at the next: no work then waits for that
+LATER = {"cpu": False, "cuda": True}  # whether a block is handed over while the next is at work
 HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
 class Quantizer:
-    """The walk over one model; holds what every block needs. Use `quantize`."""
+    """The walk over one model; holds what every block needs. Use `quantize`. Left by an error, it hands over what is solved."""
 
     def __init__(
         self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *, held_from: int | None,
@@ -74,6 +71,16 @@ class Quantizer:
         self.warming = warming
         self.settled = False  # whether what does not change from block to block is there
 
+    def __enter__(self) -> Quantizer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if (
+            kind is not None and self.ranks.count == 1 and LATER[self.walk.device.type]
+        ):  # several would wait for each other
+            with suppress(StageError):
+                self.settle()
+
     def block(self, index: int, items: list[BlockInput]) -> None:
         """Quantize one block; `items` come out as its output. It is handed over by `settle`, or by the next block.
 
@@ -81,14 +88,16 @@ class Quantizer:
         batches that have not come through it are.
         """
         while not self._solved(index, items):
+            self.settle()  # taking less may be more than can be had
             self.held_from = self.lean.less(index, items, self.held_from)
         block = self.walk.blocks[index]
-        self.walk.read_soon(index + 1)  # if no stage has asked for it
+        self.settle()  # the one before, if no stage has
+        self.walk.read_soon(index + 1)  # likewise
         while not follow(self.walk, block, self.twin, index, items):
             self.held_from = self.lean.less(index, items, self.held_from)
         self.twin = None
-        self.settle()  # the one before, if no stage has
         self.costs.send(self.walk.shelf.total())
+        self.output.end(index)
         self.owed, self.costs = (index, self.costs), Costs()
         self.walk.release(block)
 
@@ -102,8 +111,8 @@ class Quantizer:
         except torch.OutOfMemoryError:
             if self.ranks.count > 1:
                 raise  # the others wait elsewhere
-        except StageError:
-            self.settle()  # what is wrong here may have been wrong in the block before
+        except NotFiniteError:  # on all ranks
+            self.settle()  # the block before may have put it out
             raise
         if stages is not None and len(reached) == len(stages):
             return True
@@ -227,9 +236,9 @@ def quantize(
     layout = plan(checkpoint, model, settings, dtype, where=source)
     ranks.meet(device)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
-    own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
-    room = ROOM if ranks.count == 1 else ROOM_SHARED
-    walk.shelf = shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.every, room)
+    own, apart = ranks.share(len(windows)), stages.exact_apart(walk, windows) if settings.correct else 0
+    room = stages.ROOM if ranks.count == 1 else stages.ROOM_SHARED
+    walk.shelf = stages.shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.every, room)
     with (
         quick_switches(device),
         OnePass(walk.blocks, device, walk.dtype) as passes,
@@ -240,13 +249,13 @@ def quantize(
         items = walk.embed(windows[own], size)
         numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
         if apart:
-            compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
+            stages.compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
         deciding = settings.order == "auto" and not settings.sweeps  # after sweeps there is nothing left to decide
         held_from = _held_from(-(-len(windows) // size), numbers) if deciding else None
-        quantizer = Quantizer(
+        with Quantizer(
             walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes, warming=warming
-        )
-        _walk(quantizer, items, progress, passes)
+        ) as quantizer:
+            _walk(quantizer, items, progress, passes)
         output.close()
     if ranks.first:
         damp = min((m.damp for m in quantizer.results), default=0.01)
@@ -262,18 +271,6 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
         )
     return ranks.place(device)
-
-
-def exact_apart(walk: Walk, windows: Tensor) -> int:
-    """One batch in so many is enough to tell how far inputs have drifted."""
-    widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
-    return max(1, round(windows.numel() / max(EXACT_TOKENS * widest, EXACT_LEAST[walk.device.type])))
-
-
-def compared(walk: Walk, items: Sequence[BlockInput]) -> None:
-    """Have these batches also run unquantized."""
-    for item in items:
-        item.exact = walk.shelf.put(item.hidden.to(walk.device))
 
 
 def _held_from(batches: int, numbers: Sequence[int]) -> int | None:

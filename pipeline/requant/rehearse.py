@@ -20,10 +20,10 @@ from requant.blocks import Walk, block_linears, block_list
 from requant.elementwise import OnePass
 from requant.layout import Plan, Settings
 from requant.output import Output
-from requant.quantize import Quantizer, compared, exact_apart
+from requant.quantize import Quantizer
 from requant.ranks import ALONE
 from requant.shelf import Shelf
-from requant.stages import may_wait
+from requant.stages import compared, exact_apart, may_wait
 from requant.streamed import Streamed
 from requant.survival import Deltas
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from requant import gptq, kernels
 from requant.correction import Correction
-from requant.errors import StageError
+from requant.errors import NotFiniteError
 from requant.grid import Grid, Scales
 from requant.hessian import Moments
 from requant.layout import Settings
@@ -40,7 +40,7 @@ def solve_stage(
 
     Until the last is yielded fp32 products run on a GPU's tensor cores, for the caller too: what it measures of a solution
     needs no more than 10 bits.
-    Raises StageError when the moments are not finite.
+    Raises NotFiniteError when the moments are not finite.
     """
     like: dict[Grid, list[str]] = {}
     for name in linears:
@@ -86,8 +86,8 @@ def _named(linear: str) -> Iterator[None]:
     """Say of a Hessian that is not finite whose it is. Before it is factored a GPU is not waited for to look."""
     try:
         yield
-    except ValueError as error:
-        raise StageError(f"{linear}: its calibration inputs hold NaN or infinity") from error
+    except FloatingPointError as error:
+        raise NotFiniteError(f"{linear}: its calibration inputs hold NaN or infinity") from error
 
 
 def _damp(settings: Settings, tokens: int, n: int) -> float:

@@ -22,6 +22,8 @@ from requant.shelf import Shelf
 
 ROOM = 0.9  # of a GPU's free memory that waiting batches may take by our guess
 ROOM_SHARED = 0.6  # the same where several ranks work together: none can do with less while the others wait for it
+EXACT_TOKENS = 8  # for each input of the widest linear also run unquantized, to know what earlier layers lost
+EXACT_LEAST = {"cpu": 0, "cuda": 2**17}  # tokens for that in any case: more is better, and cheap on a GPU
 SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring takes
 Inputs = Iterator[tuple[Tensor, Tensor | None]]
 
@@ -195,6 +197,18 @@ def _held(
         alive[0] = False
         for handle in handles:
             handle.remove()
+
+
+def exact_apart(walk: Walk, windows: Tensor) -> int:
+    """One batch in so many is enough to tell how far inputs have drifted."""
+    widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
+    return max(1, round(windows.numel() / max(EXACT_TOKENS * widest, EXACT_LEAST[walk.device.type])))
+
+
+def compared(walk: Walk, items: Sequence[BlockInput]) -> None:
+    """Have these batches also run unquantized."""
+    for item in items:
+        item.exact = walk.shelf.put(item.hidden.to(walk.device))
 
 
 def shelf_for(walk: Walk, tokens: int, twice: float, every: Callable[[bool], bool], room: float = ROOM) -> Shelf:

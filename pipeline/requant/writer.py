@@ -21,6 +21,8 @@ import torch
 from requant.checkpoint import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor, write_text
 from requant.errors import StageError
 
+AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -158,8 +160,12 @@ class Journal:
         self.file = file
         self.blocks: list[list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else []
 
-    def commit(self, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]) -> None:
-        """One more block, once everything of it has reached the disk."""
+    def commit(
+        self, index: int, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]
+    ) -> None:
+        """One more block, once everything of it has reached the disk. Raises StageError when one before it has not."""
+        if index != len(self.blocks):
+            raise StageError(f"{self.file}: block {index} cannot be noted after {len(self.blocks)} blocks: run again")
         for future in writing:
             future.result()
         writer.sync()
@@ -183,7 +189,7 @@ def _write_at(handle: BinaryIO, offset: int, data: bytes | memoryview) -> None:
     try:
         view = memoryview(data)
         while view:
-            done = os.pwrite(handle.fileno(), view, offset)
+            done = os.pwrite(handle.fileno(), view[:AT_ONCE], offset)
             view, offset = view[done:], offset + done
     except OSError as error:
         raise StageError(f"{handle.name}: write failed ({error.strerror}): free disk space and run again") from error
