@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from e2e import forks, write_recipe, write_rows
 from test_ranks import ROOT, assert_stored_alike, environment, free_port
 
-from requant import cli, crew, run
+from requant import cli, crew, quantize, run
 from requant.errors import InputError, RecipeError, RequantError, StageError
+from requant.grid import Grid
+from requant.layout import Settings
 from requant.ranks import Ranks
 
 pytest_plugins = ("e2e",)
@@ -73,6 +76,43 @@ def test_what_fails_on_one_rank_ends_all_and_is_said_once(
     assert [rank.exitcode for rank in ranks] == codes
     said = [line for rank in (0, 1) for line in (tmp_path / str(rank)).read_text().splitlines()]
     assert [line for line in said if "rror" in line] == [message]
+
+
+def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> None:
+    """One of two ranks; the second, alone, fails in the second block, while the first block is still to be handed over."""
+    os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
+    os.environ.update(environment(rank, port))
+    torch.set_num_threads(1)
+    quantize.LATER["cpu"] = True
+    stage = quantize.Quantizer._stage
+
+    def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:
+        if rank == 1 and prefix.endswith(".1."):
+            raise StageError("a shard ends early")
+        stage(self, block, prefix, *rest)
+
+    quantize.Quantizer._stage = failing  # type: ignore[method-assign]
+    options: dict[str, Any] = {"dtype": torch.float16, "device": torch.device("cpu"), "batch": 2}
+    ids, settings = pico.ids(8, 32, seed=3), Settings(Grid(4, 32))
+
+    def command() -> None:
+        crew.here().call(quantize.quantize, source, out, ids, settings, own={}, **options)
+
+    crew.together(command)
+
+
+def test_what_one_rank_alone_finds_wrong_ends_all_while_a_block_is_to_be_handed_over(tmp_path: Path) -> None:
+    source, out = pico.save(pico.model(), tmp_path / "merged", torch.float16), tmp_path / "out"
+    out.mkdir()
+    port = free_port()
+    ranks = [forks().Process(target=quantizing, args=(rank, port, source, out, tmp_path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert "rank 1: a shard ends early" in (tmp_path / "0").read_text() + (tmp_path / "1").read_text()
 
 
 def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:
