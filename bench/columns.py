@@ -17,34 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from factors import TRIES, hessian, milliseconds
 from torch import Tensor
 
 from requant import gptq, kernels
 from requant.grid import Grid, Scales, find_scales
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TRIES = 5
 BUSY = 60_000_000  # clock ticks, some 35 ms, that the GPU is kept busy
 GRID = Grid(4, 128)
 
 
-def now() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def taken(work: Callable[[], object]) -> dict[str, float]:
-    work()
-    seen = [(*apart(work), alone(work)) for _ in range(TRIES)]
-    return {name: sorted(s[i] for s in seen)[TRIES // 2] for i, name in enumerate(("gpu", "host", "alone"))}
+    alone = milliseconds(work, DEVICE.type)
+    if DEVICE.type != "cuda":
+        return {"gpu": alone, "host": alone, "alone": alone}
+    gpu, host = (sorted(seen)[TRIES // 2] for seen in zip(*(apart(work) for _ in range(TRIES)), strict=True))
+    return {"gpu": gpu, "host": host, "alone": alone}
 
 
 def apart(work: Callable[[], object]) -> tuple[float, float]:
     """(GPU, host)"""
-    if DEVICE.type != "cuda":
-        return (alone(work),) * 2
-    now()
+    torch.cuda.synchronize()
     torch.cuda._sleep(BUSY)
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began.record()
@@ -54,12 +48,6 @@ def apart(work: Callable[[], object]) -> tuple[float, float]:
     ended.record()
     torch.cuda.synchronize()
     return began.elapsed_time(ended), host
-
-
-def alone(work: Callable[[], object]) -> float:
-    start = now()
-    work()
-    return 1e3 * (now() - start)
 
 
 def one_launch(rows: int) -> dict[str, Any]:
@@ -84,16 +72,14 @@ def one_launch(rows: int) -> dict[str, Any]:
 
 def whole(rows: int, n: int) -> dict[str, Any]:
     """A weight [rows, n]: the column loop, and two sweeps."""
-    weight, x = torch.randn(rows, n, device=DEVICE), torch.randn(2 * n, n, device=DEVICE)
+    weight, moments = torch.randn(rows, n, device=DEVICE), hessian(n, DEVICE.type)
     with kernels.tensor_cores():
-        hessian = (x.T @ x / len(x)).contiguous()
-        del x
-        factor = gptq.factorize(hessian, torch.arange(n, device=DEVICE), 0.02)
-        scales: Scales = find_scales(weight, hessian.diagonal().clone(), GRID)
+        factor = gptq.factorize(moments, torch.arange(n, device=DEVICE), 0.02)
+        scales: Scales = find_scales(weight, moments.diagonal().clone(), GRID)
         codes, error = gptq.solve(weight, factor, scales, GRID)
 
         def refined() -> tuple[Tensor, Tensor]:
-            gptq.refine(codes, error, hessian, 0.02 * factor.mean, scales, GRID, 2)
+            gptq.refine(codes, error, moments, 0.02 * factor.mean, scales, GRID, 2)
             return codes, error
 
         return {

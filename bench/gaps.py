@@ -30,7 +30,7 @@ KERNELS = 40
 
 NAMES = {  # of ours -> as shown
     "quantize.Quantizer.block": "block", "quantize.Quantizer._stage": "_stage", "quantize.Quantizer._keep": "_keep",
-    "quantize.Quantizer.settle": "hand over", "costs.Costs.send": "send costs",
+    "quantize.Quantizer.hand_over": "hand over", "costs.Costs.send": "send costs",
     "gptq.factorize": "factorize", "gptq.find_scales": "find_scales", "gptq.solve": "solve", "gptq.refine": "refine",
     "gptq.row_errors": "row_errors", "gptq._rounding_errors": "_rounding_errors", "hessian.symmetrize": "symmetrize",
     "hessian.add_to_hessian": "add_to_hessian", "hessian.add_drift": "add_drift", "hessian.gather": "moments",

@@ -214,18 +214,18 @@ def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pyte
 def test_on_a_cpu_a_block_is_handed_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks take long there: a killed run must not lose one more."""
     order, source = list[str](), model_dir(tmp_path)
-    block, settle = quantize_module.Quantizer.block, quantize_module.Quantizer.settle
+    block, hand_over = quantize_module.Quantizer.block, quantize_module.Quantizer.hand_over
 
     def begun(self: Any, index: int, items: Any) -> None:
         order.append(f"block {index}")
         block(self, index, items)
 
-    def settled(self: Any) -> None:
+    def handed_over(self: Any) -> None:
         order.extend(f"block {index} handed over" for index, _ in ([self.owed] if self.owed else []))
-        settle(self)
+        hand_over(self)
 
     monkeypatch.setattr(quantize_module.Quantizer, "block", begun)
-    monkeypatch.setattr(quantize_module.Quantizer, "settle", settled)
+    monkeypatch.setattr(quantize_module.Quantizer, "hand_over", handed_over)
     run(source, tmp_path / "out")
     assert order == ["block 0", "block 0 handed over", "block 1", "block 1 handed over"]
 

@@ -69,29 +69,28 @@ class Quantizer:
         self.lean = Lean(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
         self.warming = warming
-        self.settled = False  # whether what does not change from block to block is there
+        self.aside = False  # whether what does not change from block to block was set aside
 
     def __enter__(self) -> Quantizer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if (
-            kind is not None and self.ranks.count == 1 and LATER[self.walk.device.type]
-        ):  # several would wait for each other
+        alone = self.ranks.count == 1  # several would wait for each other
+        if kind is not None and alone and LATER[self.walk.device.type]:
             with suppress(StageError):
-                self.settle()
+                self.hand_over()
 
     def block(self, index: int, items: list[BlockInput]) -> None:
-        """Quantize one block; `items` come out as its output. It is handed over by `settle`, or by the next block.
+        """Quantize one block; `items` come out as its output. It is handed over by `hand_over`, or by the next block.
 
         Out of memory, it is begun again from its inputs in ways that take less; once all of it is solved, only the
         batches that have not come through it are.
         """
         while not self._solved(index, items):
-            self.settle()  # taking less may be more than can be had
+            self.hand_over()  # taking less may be more than can be had
             self.held_from = self.lean.less(index, items, self.held_from)
         block = self.walk.blocks[index]
-        self.settle()  # the one before, if no stage has
+        self.hand_over()  # the one before, if no stage has
         self.walk.read_soon(index + 1)  # likewise
         while not follow(self.walk, block, self.twin, index, items):
             self.held_from = self.lean.less(index, items, self.held_from)
@@ -112,7 +111,7 @@ class Quantizer:
             if self.ranks.count > 1:
                 raise  # the others wait elsewhere
         except NotFiniteError:  # on all ranks
-            self.settle()  # the block before may have put it out
+            self.hand_over()  # the block before may have put it out
             raise
         if stages is not None and len(reached) == len(stages):
             return True
@@ -143,11 +142,11 @@ class Quantizer:
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
         """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
         yield from inputs
-        self.settle()
+        self.hand_over()
         self.walk.read_soon(index)
-        if not self.settled:
+        if not self.aside:
             set_aside(self.walk.device)
-            self.settled = True
+            self.aside = True
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
@@ -196,7 +195,7 @@ class Quantizer:
             return None
         return measure(delta.to(quantized.device), quantized - solved.wanted, solved.hessian)
 
-    def settle(self) -> None:
+    def hand_over(self) -> None:
         """Hand over the last block with what it cost, if that has not been done."""
         if self.owed is None:
             return
@@ -309,7 +308,7 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
             output.settle(BEHIND)
             seen(max(index - BEHIND, len(output.finished())))
             if not LATER[quantizer.walk.device.type]:
-                quantizer.settle()
-    quantizer.settle()
+                quantizer.hand_over()
+    quantizer.hand_over()
     output.settle()
     seen(count)

@@ -117,9 +117,7 @@ class Several(Ranks):
         return torch.device("cuda", self.local)
 
     def meet(self, device: torch.device) -> None:
-        if (
-            device.type == "cuda" and self.meeting is None
-        ):  # NCCL's first sum takes a second; gloo met when it was started
+        if device.type == "cuda" and self.meeting is None:  # NCCL's first sum takes a second; gloo has met
             pool = ThreadPoolExecutor(1)
             self.meeting = pool.submit(_first_sum, device)
             pool.shutdown(wait=False)

@@ -159,7 +159,7 @@ class Rehearsal:
             walk.forget(0)
             walk.load(index)
             quantizer = Quantizer(walk, plan, settings, Output(), ALONE, held_from=None, deltas=deltas)
-            quantizer.settled = True  # nothing is set aside for one block
+            quantizer.aside = True  # nothing is set aside for one block
             return cost_of(self.device, lambda: quantizer.block(index, items))
 
         with OnePass(walk.blocks, self.device, walk.dtype) as passes:

@@ -239,9 +239,8 @@ def waiting_bytes(walk: Walk, tokens: int, twice: float) -> int:
     not all alive at once (bench/speed.py), and what solving needs.
     """
     block, size = walk.blocks[0], walk.dtype.itemsize
-    return int(held_bytes(block, tuple(block_linears(block)), tokens, size) * (1 + twice) / 3) + solving_bytes(
-        block, size
-    )
+    guess = held_bytes(block, tuple(block_linears(block)), tokens, size)
+    return int(guess * (1 + twice) / 3) + solving_bytes(block, size)
 
 
 def solving_bytes(block: nn.Module, itemsize: int) -> int:
