@@ -20,8 +20,8 @@ import torch
 from factors import TRIES, hessian, milliseconds
 from torch import Tensor
 
-from requant import gptq, kernels
-from requant.grid import Grid, Scales, find_scales
+from requant.numerics import gptq, matmul_precision, triton_kernels
+from requant.numerics.grid import Grid, Scales, find_scales
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BUSY = 60_000_000  # clock ticks, some 35 ms, that the GPU is kept busy
@@ -60,8 +60,8 @@ def one_launch(rows: int) -> dict[str, Any]:
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     group = torch.arange(k, device=DEVICE) // 128
     codes = torch.zeros(k, rows, dtype=torch.uint8, device=DEVICE)
-    block = kernels.Block(scale, zero, group, 16, weight.clone(), codes)
-    loop, sweep = (kernels.round_columns, kernels.sweep_columns) if kernels.usable(weight) else (
+    block = triton_kernels.Block(scale, zero, group, 16, weight.clone(), codes)
+    loop, sweep = (triton_kernels.round_columns, triton_kernels.sweep_columns) if triton_kernels.usable(weight) else (
         gptq._round_columns, gptq._sweep_columns)  # fmt: skip
     target, inverse = weight.clone(), 1 / inside.diagonal()
     return {
@@ -73,7 +73,7 @@ def one_launch(rows: int) -> dict[str, Any]:
 def whole(rows: int, n: int) -> dict[str, Any]:
     """A weight [rows, n]: the column loop, and two sweeps."""
     weight, moments = torch.randn(rows, n, device=DEVICE), hessian(n, DEVICE.type)
-    with kernels.tensor_cores():
+    with matmul_precision.tensor_cores():
         factor = gptq.factorize(moments, torch.arange(n, device=DEVICE), 0.02)
         scales: Scales = find_scales(weight, moments.diagonal().clone(), GRID)
         codes, error = gptq.solve(weight, factor, scales, GRID)

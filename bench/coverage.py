@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval")]
 
-from requant_eval import statistics as st
+from requant_eval.metrics import statistics as st
 
 KINDS = {
     "equal": "192 tokens each, normal",

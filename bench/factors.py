@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant import cholesky
+from requant.numerics import cholesky
 
 BLOCKS = (256, 512, 1024, 2048)
 TRIES = 5

@@ -29,15 +29,31 @@ KERNELS = 40
 
 
 NAMES = {  # of ours -> as shown
-    "quantize.Quantizer.block": "block", "quantize.Quantizer._stage": "_stage", "quantize.Quantizer._keep": "_keep",
-    "quantize.Quantizer.hand_over": "hand over", "costs.Costs.send": "send costs",
-    "gptq.factorize": "factorize", "gptq.find_scales": "find_scales", "gptq.solve": "solve", "gptq.refine": "refine",
-    "gptq.row_errors": "row_errors", "gptq._rounding_errors": "_rounding_errors", "hessian.symmetrize": "symmetrize",
-    "hessian.add_to_hessian": "add_to_hessian", "hessian.add_drift": "add_drift", "hessian.gather": "moments",
-    "ranks.Several.pool": "ranks.pool", "ranks.Several.gather": "ranks.gather", "ranks.Several.total": "ranks.total",
-    "ranks.Several.cholesky": "ranks.cholesky", "leaner.follow": "follow", "correction.Correction.moved": "correction",
-    "correction.Correction.__init__": "pulled", "solving.gather": "solution to all ranks", "stages._advance": "forward",
-}  # fmt: skip
+    "quantize.block_quantizer.Quantizer.block": "block",
+    "quantize.block_quantizer.Quantizer._stage": "_stage",
+    "quantize.block_quantizer.Quantizer._keep": "_keep",
+    "quantize.block_quantizer.Quantizer.hand_over": "hand over",
+    "quantize.module_results.Costs.send": "send costs",
+    "numerics.gptq.factorize": "factorize",
+    "numerics.grid.find_scales": "find_scales",
+    "numerics.gptq.solve": "solve",
+    "numerics.gptq.refine": "refine",
+    "numerics.gptq.row_errors": "row_errors",
+    "numerics.gptq._rounding_errors": "_rounding_errors",
+    "numerics.hessian.symmetrize": "symmetrize",
+    "numerics.hessian.add_to_hessian": "add_to_hessian",
+    "numerics.hessian.add_drift": "add_drift",
+    "numerics.hessian.gather": "moments",
+    "runtime.ranks.Several.pool": "ranks.pool",
+    "runtime.ranks.Several.gather": "ranks.gather",
+    "runtime.ranks.Several.total": "ranks.total",
+    "quantize.solve.cholesky_of": "factored by ranks",
+    "quantize.out_of_memory.follow": "follow",
+    "quantize.error_correction.Correction.moved": "correction",
+    "quantize.error_correction.Correction.__init__": "pulled",
+    "quantize.solve.gather": "solution to all ranks",
+    "modeling.sequential._advance": "forward",
+}
 
 
 def profiled(args: argparse.Namespace, model: Path, work: Path, ranks: Any) -> tuple[list[Any], Any]:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from heal_lab import DEVICE, HALF, Bench, peak, phase, reset_peak, sync
 
-from requant import blockwise, heal, student, teacher, trainer
-from requant.trainer import EndToEnd, Settings, Trainer
+from requant.heal import blockwise, student, teacher, trainer
+from requant.heal.stage import movement, write
+from requant.heal.trainer import EndToEnd, Settings, Trainer
 
 
 class ByRow(torch.optim.Optimizer):
@@ -132,9 +133,9 @@ def compare(args: argparse.Namespace) -> None:
                 row, values = heal_whole(bench, path, settings, taught, windows, held, args.micro or args.batch)
             written = bench.work / f"{path.name}-healed"
             written.mkdir()
-            heal.write(path, written, values, {"healer": ["bench"]})
+            write(path, written, values, {"healer": ["bench"]})
             loss = bench.losses(written)
-            bench.add({"checkpoint": f"{maker} {bits} bits", "healed": True} | loss | row | heal.movement(path, values))
+            bench.add({"checkpoint": f"{maker} {bits} bits", "healed": True} | loss | row | movement(path, values))
 
 
 def ablate(args: argparse.Namespace) -> None:

@@ -24,11 +24,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
-from requant import adapter, data, heal_text, layout, merge, prepare, quantize, student, teacher, variants
-from requant.grid import Grid
-from requant.trainer import Settings
-from requant_eval import windows as ev
-from requant_eval.score import score
+from requant import merge, quantize
+from requant.adapters import peft_directory
+from requant.checkpoint import reader
+from requant.data import packing
+from requant.data.documents import Source, Tokens, tokenize
+from requant.evaluate import variants
+from requant.formats import gptq as gptq_format
+from requant.heal import student, teacher
+from requant.heal.trainer import Settings
+from requant.numerics.grid import Grid
+from requant.quantize import plan as layout
+from requant.run import prepare
+from requant_eval.scoring import windows as ev
+from requant_eval.scoring.score_loop import score
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ENTRIES = ("train.jsonl", "general-calibration.jsonl")
@@ -67,9 +76,9 @@ class Bench:
         self.merged.mkdir(parents=True)
         self.tokenizer = AutoTokenizer.from_pretrained(str(args.base))
         with phase("merge", self.seconds):
-            plan, _ = prepare.plan_merge(args.base, adapter.load(args.adapter), None, False)
+            plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
             merge.merge(plan, self.merged, dtype="auto")
-        self.documents = {n: data.tokenize(data.Source(path=args.texts / n), self.tokenizer) for n in ENTRIES}
+        self.documents = {n: tokenize(Source(path=args.texts / n), self.tokenizer) for n in ENTRIES}
         self.places = variants.Places(args.base, args.adapter, self.merged, self.merged, None, {})
         with phase("score merged", self.seconds):
             self.sets = [self._set(name, file) for name, file in SETS]
@@ -78,7 +87,7 @@ class Bench:
         self.parameters = dict(self.judge.named_parameters())
 
     def _set(self, name: str, file: str) -> ev.EvalSet:
-        rows = data.tokenize(data.Source(path=self.args.texts / file), self.tokenizer)
+        rows = tokenize(Source(path=self.args.texts / file), self.tokenizer)
         return ev.make_set(name, [ev.Document(d.ids) for d in rows], window=512, bos_id=None, tokens=self.args.tokens)
 
     def scored(self) -> dict[str, float]:
@@ -89,8 +98,8 @@ class Bench:
     @torch.no_grad()
     def losses(self, path: Path, values: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
         """Log-perplexity lost against the merged model by the checkpoint in `path`, some tensors replaced by `values`."""
-        checkpoint, v2 = student.Checkpoint(path), student.is_v2(path)
-        names = student.skeleton.tensor_names(self.judge, student.stored_names(checkpoint))
+        checkpoint, v2 = reader.Checkpoint(path), gptq_format.is_v2(path)
+        names = student.skeleton.tensor_names(self.judge, gptq_format.stored_names(checkpoint))
         for parameter, stored in names.items():
             stem = stored.removesuffix(".weight")
             if stored in checkpoint:
@@ -130,7 +139,7 @@ class Bench:
     def calibration(self) -> torch.Tensor:
         shares = (self.args.share, 1 - self.args.share)
         entries = [(name, self.documents[name], share) for name, share in zip(ENTRIES, shares, strict=True)]
-        return data.calibration_windows(
+        return packing.calibration_windows(
             entries, samples=self.args.samples, length=self.args.length, seed=0, bos=None,
             eos=self.tokenizer.eos_token_id,
         )  # fmt: skip
@@ -163,13 +172,13 @@ class Bench:
                 self.documents[OWN] = self.written()
         names = [*ENTRIES, OWN]
         entries = [(n, self.documents[n], share) for n, share in zip(names, shares, strict=True) if share]
-        return heal_text.pack(
+        return packing.pack(
             entries, train=settings.steps * settings.batch, held=2 * settings.batch, length=settings.length,
             seed=settings.seed, bos=None, eos=self.tokenizer.eos_token_id,
         )  # fmt: skip
 
     @torch.no_grad()
-    def written(self, documents: int = 256, given: int = 32) -> list[data.Tokens]:
+    def written(self, documents: int = 256, given: int = 32) -> list[Tokens]:
         """Text sampled from the merged model: what it makes of the first tokens of windows of both texts."""
         model = self.model("merged")
         torch.manual_seed(0)
@@ -183,7 +192,7 @@ class Bench:
             begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, temperature=1.0,
             min_length=self.args.window, max_length=self.args.window, pad_token_id=0,
         )  # fmt: skip
-        return [data.Tokens(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
+        return [Tokens(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
 
     def model(self, name: str) -> Any:
         """A teacher: in the merged file's 16 bit on a GPU, fp32 on a CPU."""

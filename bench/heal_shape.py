@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from heal_lab import DEVICE, peak, phase, reset_peak, save, sync
 
-from requant import distil, skeleton, student, teacher, trainer
-from requant.blocks import block_linears, block_list
-from requant.trainer import EndToEnd, Settings, Trainer
+from requant.heal import kl_loss, student, teacher, trainer
+from requant.heal.trainer import EndToEnd, Settings, Trainer
+from requant.modeling import skeleton
+from requant.modeling.block_walk import block_linears, block_list
 
 LAYERS = 32
 
@@ -112,7 +113,7 @@ def block_by_block(bench: Bench, config: Any) -> None:
 
     def loss(numbers: Any) -> torch.Tensor:
         chosen = list(numbers)
-        return len(chosen) * distil.relative_error(run(ours, states[chosen]), states[chosen])
+        return len(chosen) * kl_loss.relative_error(run(ours, states[chosen]), states[chosen])
 
     sync()
     started = time.perf_counter()

@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 
-from requant import engines, quantize, variants
-from requant.grid import Grid
-from requant.layout import Settings
+from requant import quantize
+from requant.deploy import engine_processes
+from requant.evaluate import variants
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Settings
 
 FORMATS = {
     "4 bit g128": Grid(4, 128),
@@ -83,7 +85,7 @@ def reference(path: Path, rows: list[list[int]]) -> list[float]:
 
 def cells_of(task: dict[str, Any]) -> None:
     """One kernel and dtype on every checkpoint, in this process; prints one JSON line a checkpoint."""
-    from requant import engine_transformers as engine
+    from requant.deploy import engine_transformers as engine
 
     for name, path in task["paths"].items():
         request = task | {"path": path, "trust_remote_code": False}
@@ -124,7 +126,7 @@ def by_vllm(paths: dict[str, str], rows: list[list[int]]) -> dict[str, dict[str,
     """Every checkpoint in vLLM, one load each."""
     found = {}
     for name, path in paths.items():
-        answer = engines.ask("vllm", Path(path), rows, dtype="bfloat16")
+        answer = engine_processes.ask("vllm", Path(path), rows, dtype="bfloat16")
         found[name] = (
             {"error": answer.error} if answer.error is not None
             else {"nll": answer.nll, "kernels": list(answer.kernels), "load_seconds": answer.load_seconds}

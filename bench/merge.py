@@ -64,10 +64,13 @@ def ours(work: Path, out: Path) -> tuple[float, int]:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    from requant import adapter, merge, prepare, selftest
+    from requant import merge
+    from requant.adapters import peft_directory
+    from requant.merge import selftest
+    from requant.run import prepare
 
     before, started = peak(), time.perf_counter()
-    plan, _model = prepare.plan_merge(work / "base-nf4", adapter.load(work / "adapter"), None, False)
+    plan, _model = prepare.plan_merge(work / "base-nf4", peft_directory.load(work / "adapter"), None, False)
     merge.merge(plan, out, dtype="float16")
     selftest.self_test(plan, out)
     return time.perf_counter() - started, before

@@ -15,7 +15,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pipeline"))
-from requant import nf4
+from requant.numerics import nf4
 
 
 def case(

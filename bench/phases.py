@@ -12,11 +12,19 @@ from typing import Any
 import watched
 
 PHASES = {  # function of ours -> phase, without what the others inside of it take
-    "hessian.gather": "forward to the stages", "hessian.add_to_hessian": "hessian", "hessian.add_drift": "drift",
-    "gptq.factorize": "factor", "gptq.find_scales": "scale search", "gptq.solve": "column loop", "gptq.refine": "sweeps",
-    "correction.Correction.moved": "correction", "gptq.row_errors": "losses", "pack.pack": "pack",
-    "ranks.Several.pool": "sums of all ranks", "ranks.Several.gather": "rows of all ranks",
-}  # fmt: skip
+    "numerics.hessian.gather": "forward to the stages",
+    "numerics.hessian.add_to_hessian": "hessian",
+    "numerics.hessian.add_drift": "drift",
+    "numerics.gptq.factorize": "factor",
+    "numerics.grid.find_scales": "scale search",
+    "numerics.gptq.solve": "column loop",
+    "numerics.gptq.refine": "sweeps",
+    "quantize.error_correction.Correction.moved": "correction",
+    "numerics.gptq.row_errors": "losses",
+    "formats.gptq.pack": "pack",
+    "runtime.ranks.Several.pool": "sums of all ranks",
+    "runtime.ranks.Several.gather": "rows of all ranks",
+}
 BESIDE = "pack"  # what other threads do too; elsewhere they only compile
 Span = tuple[Any, Any]
 

@@ -28,22 +28,24 @@ os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
 
 def windows(recipe_path: Path, overrides: list[str]) -> tuple[Any, Any, Any]:
     """(recipe, calibration windows, evaluation sets) of a recipe."""
-    from requant import prepare, recipe, texts
+    from requant import recipe
+    from requant.run import prepare, recipe_texts
 
     wanted = recipe.load(recipe_path, overrides)
     base = prepare.fetch(wanted.base.source, wanted.directory, False)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base))
-    _, calibration, _ = texts.calibration(wanted, tokenizer)
-    return wanted, calibration, [texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
+    _, calibration, _ = recipe_texts.calibration(wanted, tokenizer)
+    return wanted, calibration, [recipe_texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
 
 
 def ours(args: argparse.Namespace) -> None:
     """Quantize with requant; prints one JSON line."""
     import torch
 
-    from requant import prepare, quantize
+    from requant import quantize
+    from requant.run import prepare
 
     wanted, calibration, _ = windows(args.recipe, args.set)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,8 +89,8 @@ def score(args: argparse.Namespace) -> None:
     """Mean NLL of a checkpoint (dequantized by us) on the evaluation sets; prints one JSON line."""
     import torch
 
-    from requant import variants
-    from requant_eval.score import score as score_set
+    from requant.evaluate import variants
+    from requant_eval.scoring.score_loop import score as score_set
 
     _, _, sets = windows(args.recipe, args.set)
     places = variants.Places(args.merged, args.merged, args.merged, args.merged, None, {})

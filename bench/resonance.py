@@ -14,9 +14,9 @@ import sys
 
 import torch
 
-from requant import nf4
-from requant.grid import Grid
-from requant.resonance import Sample, retention, rounded
+from requant.numerics import nf4
+from requant.numerics.grid import Grid
+from requant.run.check.delta_prediction import Sample, retention, rounded
 
 SIZE = 1024
 SHARES = (0.003, 0.01, 0.03, 0.1)

@@ -204,15 +204,18 @@ def build(work: Path, layers: int, shard: str) -> None:
 
 def one(work: Path, layers: int, shard: str) -> None:
     """Build in a child (its memory is not ours), merge here, print what it took."""
-    from requant import adapter, merge, prepare, selftest
-    from requant.checkpoint import Checkpoint
+    from requant import merge
+    from requant.adapters import peft_directory
+    from requant.checkpoint.reader import Checkpoint
+    from requant.merge import selftest
+    from requant.run import prepare
 
     code = f"import sys, pathlib; sys.path[:0] = {sys.path!r}; import scale; scale.build(pathlib.Path({str(work)!r}), "
     subprocess.run(
         [sys.executable, "-c", f"{code}{layers}, {shard!r})"],
         check=True, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    plan, _ = prepare.plan_merge(work / "base", adapter.load(work / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(work / "base", peft_directory.load(work / "adapter"), None, False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (work / "out").mkdir()
     started = time.perf_counter()

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from requant import engines
+from requant.deploy import engine_processes
 
 
 def measure(path: Path, args: argparse.Namespace, backend: str | None) -> dict[str, Any]:
     """One load, one prompt timed --repeat times."""
-    answer = engines.ask(
+    answer = engine_processes.ask(
         args.engine, path.absolute(), [list(range(100, 100 + 64))], dtype=args.dtype, device=args.device, backend=backend,
         speed={"prompt": args.prompt, "new": args.new, "batch": args.batch, "repeat": args.repeat}, threads=args.threads,
     )  # fmt: skip
@@ -53,7 +53,7 @@ def main() -> None:
         "--layers", type=int, help="make both in --work instead: Llama-3-8B's matrices, random, so many layers"
     )
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--engine", choices=engines.ENGINES, required=True)
+    parser.add_argument("--engine", choices=engine_processes.ENGINES, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--backend", help="gptqmodel's kernel; default: the one it picks")
@@ -88,8 +88,8 @@ def make(folder: Path, layers: int, device: str) -> tuple[Path, Path]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from requant import quantize
-    from requant.grid import Grid
-    from requant.layout import Settings
+    from requant.numerics.grid import Grid
+    from requant.quantize.plan import Settings
 
     config = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,

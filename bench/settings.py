@@ -20,16 +20,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
-from requant import adapter, data, layout, merge, prepare, quantize, stages, variants
-from requant.grid import Grid
-from requant_eval import windows as ev
-from requant_eval.score import score
+from requant import merge, quantize
+from requant.adapters import peft_directory
+from requant.data import packing
+from requant.data.documents import Source, tokenize
+from requant.evaluate import variants
+from requant.numerics.grid import Grid
+from requant.quantize import memory as stages
+from requant.quantize.plan import Settings
+from requant.run import prepare
+from requant_eval.scoring import windows as ev
+from requant_eval.scoring.score_loop import score
 
 G = Grid(4, 64)
-S = layout.Settings
+S = Settings
 DEFAULT = S(G, sweeps=2, correct=0.5)
 # name: (settings, exact tokens for each input, calibration windows, their length)
-SETTINGS: dict[str, tuple[layout.Settings, int, int, int]] = {
+SETTINGS: dict[str, tuple[Settings, int, int, int]] = {
     "warm-up": (DEFAULT, 8, 8, 512),
     "defaults": (DEFAULT, 8, 48, 512),
     "drift from 4 tokens an input": (DEFAULT, 4, 48, 512),
@@ -66,7 +73,7 @@ def texts(folder: Path, tokenizer: Any) -> tuple[list[tuple[str, Any, float]], l
     """(calibration entries, evaluation sets) of the demo."""
 
     def read(name: str) -> Any:
-        return data.tokenize(data.Source(path=folder / name), tokenizer)
+        return tokenize(Source(path=folder / name), tokenizer)
 
     entries = [(n, read(n), 0.5) for n in ("train.jsonl", "general-calibration.jsonl")]
     sets = []
@@ -89,7 +96,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(args.base))
     merged = args.work / "merged"
     merged.mkdir(parents=True, exist_ok=True)
-    plan, _ = prepare.plan_merge(args.base, adapter.load(args.adapter), None, False)
+    plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
     merge.merge(plan, merged, dtype="auto")
     entries, sets = texts(args.texts, tokenizer)
     places = variants.Places(args.base, args.adapter, merged, merged, None, {})
@@ -100,7 +107,7 @@ def main() -> None:
         if not any(part in name for part in args.only.split(";")):
             continue
         stages.EXACT_TOKENS, stages.EXACT_LEAST = exact, {"cpu": 0, "cuda": 0}
-        windows = data.calibration_windows(
+        windows = packing.calibration_windows(
             entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )
         out = args.work / str(len(rows))

@@ -23,13 +23,26 @@ import speed
 import watched
 
 NAMES = gaps.NAMES | {
-    "skeleton.build": "skeleton", "layout.plan": "plan", "stages.shelf_for": "shelf_for", "output.Written.__init__": "Written",
-    "blocks.Walk.embed_all": "embed", "blocks.Walk._read": "read", "blocks.Walk.load": "load", "blocks.Walk._capture": "capture",
-    "blocks.Walk._record": "record", "blocks.Walk._read_ahead": "read ahead", "warming.Warming.wait": "wait for kernels",
-    "warming.Warming.wait_longer": "wait for later kernels", "elementwise.OnePass.try_out": "try_out",
-    "stages.find_stages": "find_stages", "ranks.Several.tell": "ranks.tell", "ranks.Several.every": "ranks.every",
-    "warming.set_aside": "set aside", "output.Written.settle": "settle", "output.Written.close": "close",
-}  # fmt: skip
+    "modeling.skeleton.build": "skeleton",
+    "quantize.plan.plan": "plan",
+    "quantize.memory.shelf_for": "shelf_for",
+    "quantize.background_writer.Written.__init__": "Written",
+    "modeling.block_walk.Walk.embed_all": "embed",
+    "modeling.block_walk.Walk._read": "read",
+    "modeling.block_walk.Walk.load": "load",
+    "modeling.block_walk.Walk._capture": "capture",
+    "modeling.block_walk.Walk._record": "record",
+    "modeling.block_walk.Walk._read_ahead": "read ahead",
+    "quantize.warmup.Warming.wait": "wait for kernels",
+    "quantize.warmup.Warming.wait_longer": "wait for later kernels",
+    "modeling.fused_ops.OnePass.try_out": "try_out",
+    "modeling.sequential.find_stages": "find_stages",
+    "runtime.ranks.Several.tell": "ranks.tell",
+    "runtime.ranks.Several.every": "ranks.every",
+    "runtime.interpreter.set_aside": "set aside",
+    "quantize.background_writer.Written.settle": "settle",
+    "quantize.background_writer.Written.close": "close",
+}
 
 
 class Spans:

@@ -47,7 +47,7 @@ def build(folder: Path, shape: str, layers: int) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from requant.writer import CheckpointWriter, Slot
+    from requant.checkpoint.writer import CheckpointWriter, Slot
 
     hidden, inner, heads, kv, vocab, _ = SHAPES[shape]
     config = LlamaConfig(
@@ -99,15 +99,15 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
 def met() -> AbstractContextManager[Any]:
     """The ranks that a launcher has started, once they have found each other; this process alone without one."""
-    from requant import crew
-    from requant.ranks import ALONE
+    from requant.runtime import launch
+    from requant.runtime.ranks import ALONE
 
-    return crew.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE)
+    return launch.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE)
 
 
 def settings_of(args: argparse.Namespace) -> Any:
-    from requant.grid import Grid
-    from requant.layout import Settings
+    from requant.numerics.grid import Grid
+    from requant.quantize.plan import Settings
 
     return Settings(grid=Grid(4, args.group), order="activation", sweeps=args.sweeps, correct=args.correct)
 
@@ -116,10 +116,10 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
     """What `requant run` has compiled, and whom it has met, by the time it quantizes."""
     import torch
 
-    from requant import skeleton
-    from requant.blocks import block_list
-    from requant.elementwise import OnePass
-    from requant.warming import Warming
+    from requant.modeling import skeleton
+    from requant.modeling.block_walk import block_list
+    from requant.modeling.fused_ops import OnePass
+    from requant.quantize.warmup import Warming
 
     ranks.meet(device)
     passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
@@ -133,15 +133,15 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
-    import requant.ranks
-    from requant import quantize, stages
+    from requant.quantize import memory, solve
+    from requant.quantize import stage as quantize
 
     device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = settings_of(args)
     if args.replicated:
-        requant.ranks.SPLIT_FROM = 10**9
+        solve.SPLIT_FROM = 10**9
     if args.lean:
-        stages.may_wait = lambda *_: False
+        memory.may_wait = lambda *_: False
     phases = Phases()
     phases.watch()
     tokens = windows(args)

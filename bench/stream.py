@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from speed import SHAPES, build
 
-from requant import facts, streamed, variants
 from requant.errors import RequantError
+from requant.evaluate import streamed, variants
+from requant.runtime import measurements
 
 SHAPES["smollm2-135m"] = (576, 1536, 9, 3, 49152, 30)  # one that a CPU can do
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +47,7 @@ def used(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
-    with facts.measured(str(DEVICE)) as cost:
+    with measurements.measured(str(DEVICE)) as cost:
         result = work()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -54,7 +55,7 @@ def used(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def evaluation(vocabulary: int, count: int, length: int) -> Any:
-    from requant_eval.windows import Document, make_set
+    from requant_eval.scoring.windows import Document, make_set
 
     ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(5)).tolist()
     return make_set("random", [Document(tuple(row)) for row in ids], window=length, bos_id=None)
@@ -66,7 +67,7 @@ def places(model: Path) -> variants.Places:
 
 def scored(model: Path, eval_set: Any, batch: int, *, whole: bool, **reference: Any) -> tuple[Any, dict[str, float]]:
     """Scores and what they took, loading included."""
-    from requant_eval.score import score
+    from requant_eval.scoring.score_loop import score
 
     def work() -> Any:
         if whole:
@@ -164,10 +165,10 @@ def tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def merge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from requant import adapter as adapters
     from requant import merge as merging
-    from requant import prepare
-    from requant.checkpoint import Checkpoint
+    from requant.adapters import peft_directory as adapters
+    from requant.checkpoint.reader import Checkpoint
+    from requant.run import prepare
 
     base, adapter = nf4_base(args, folder)
     plan, _ = prepare.plan_merge(base, [adapters.load(adapter)], None, False)
@@ -195,9 +196,10 @@ def merge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from requant import given, prepare, recipe
-    from requant.fit import free_memory, pick_device
-    from requant.forecast import forecast
+    from requant import recipe
+    from requant.run import evaluation_inputs, prepare
+    from requant.run.check.forecast import forecast
+    from requant.runtime.device import free_memory, pick_device
 
     base, adapter = nf4_base(args, folder)
     vocabulary = SHAPES[args.shape][4]
@@ -222,7 +224,11 @@ def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     where = folder / "runs" / "bench"
     started = time.perf_counter()
     needs = forecast(
-        prepared, given.places(prepared, where), device, given.dtype(prepared, device), given.batch(prepared, device)
+        prepared,
+        evaluation_inputs.places(prepared, where),
+        device,
+        evaluation_inputs.dtype(prepared, device),
+        evaluation_inputs.batch(prepared, device),
     )
     out: dict[str, Any] = {"forecast took, seconds": time.perf_counter() - started}
     free_memory(device)
@@ -256,7 +262,7 @@ def main() -> None:
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"), "device": name, "versions": facts.versions(), "arguments": sys.argv[1:],
+        "date": time.strftime("%Y-%m-%d"), "device": name, "versions": measurements.versions(), "arguments": sys.argv[1:],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.scratch or Path(temporary)

@@ -42,8 +42,8 @@ def quantize(args: argparse.Namespace) -> None:
     import torch
 
     from requant import quantize as stage
-    from requant.grid import Grid
-    from requant.layout import Settings
+    from requant.numerics.grid import Grid
+    from requant.quantize.plan import Settings
 
     args.checkpoint.mkdir(exist_ok=True)
     with speed.met() as ranks:
@@ -57,7 +57,7 @@ def losses(args: argparse.Namespace, checkpoint: Path) -> Any:
     """Mean NLL of each held-out window, fp64."""
     import torch
 
-    from requant import variants
+    from requant.evaluate import variants
 
     places = variants.Places(args.merged, args.merged, args.merged, checkpoint, None, {})
     model = variants.load("gptq", places, device=torch.device("cpu"), dtype=torch.float32)
@@ -71,7 +71,7 @@ def losses(args: argparse.Namespace, checkpoint: Path) -> Any:
 
 def differing(one: Path, other: Path) -> dict[str, Any]:
     """Share of the quantized weights that differ, in all, by block, and by linear in the first block."""
-    from requant.layout import load_quantized
+    from requant.formats.gptq import load_quantized
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for (name, a), (_, b) in zip(load_quantized(one), load_quantized(other), strict=True):

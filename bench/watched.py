@@ -13,10 +13,10 @@ Around = Callable[[str], AbstractContextManager[Any]]
 
 
 def watch(names: Mapping[str, str], around: Around) -> None:
-    """names: "file.function" or "file.Class.method" of requant -> what it is called. Once in a process."""
+    """names: "package.file.function" or "package.file.Class.method" of requant -> what it is called. Once in a process."""
     for path, shown in names.items():
-        module, *inner, name = path.split(".")
-        holder: Any = import_module(f"requant.{module}")
+        package, file, *inner, name = path.split(".")
+        holder: Any = import_module(f"requant.{package}.{file}")
         for part in inner:
             holder = getattr(holder, part)
         original = getattr(holder, name)

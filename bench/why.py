@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
-from requant import adapter, prepare, recipe, texts, variants
-from requant_eval.score import score
+from requant import recipe
+from requant.adapters import peft_directory
+from requant.evaluate import variants
+from requant.run import prepare, recipe_texts
+from requant_eval.scoring.score_loop import score
 
 
 def main() -> None:
@@ -36,8 +39,8 @@ def main() -> None:
         raise SystemExit(f"{args.recipe}: this bench wants one adapter")
     folder = prepare.fetch(wanted.adapter, wanted.directory, False)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
-    sets = [texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
-    plan, _ = prepare.plan_merge(args.original, adapter.load(folder), None, False)
+    sets = [recipe_texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
+    plan, _ = prepare.plan_merge(args.original, peft_directory.load(folder), None, False)
     places = variants.Places(base, folder, args.original, base, None, {}, original=plan)
     rows: dict[str, Any] = {}
     for road in ("base", "adapter", "merged into the 16-bit original", "merge_and_unload on the 4-bit layers"):

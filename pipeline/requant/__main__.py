@@ -1,5 +1,5 @@
 """`python -m requant`, which launchers such as torchrun start by its name."""
 
-from requant.cli import main
+from requant.cli.main import main
 
 main()

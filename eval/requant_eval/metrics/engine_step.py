@@ -1,0 +1,67 @@
+"""The last step, from our own decoding of a checkpoint to an engine that serves it: the kernel's rounding, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from requant_eval.errors import EvaluationError
+from requant_eval.metrics import statistics as st
+
+
+def step(
+    theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]], documents: Sequence[int]
+) -> dict[str, Any]:
+    """{"delta", "loss_percent", "n_documents", "n_tokens"} of the engine against us on the same tokens.
+
+    theirs, ours: -ln p of every scored token, row by row. documents: the document of each row, 0..G-1. What has no
+    number (an interval of one document, anything where an engine gave NaN) is None.
+
+    Raises:
+        EvaluationError: the two did not score the same tokens.
+    """
+    lengths = [len(row) for row in ours]
+    if [len(row) for row in theirs] != lengths or len(documents) != len(lengths):
+        raise EvaluationError("an engine scored other tokens than we did: its step cannot be paired")
+    document = np.repeat(np.asarray(documents, np.int32), lengths)
+    sums = [st.sums(np.asarray([x for row in rows for x in row], np.float64), document) for rows in (theirs, ours)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        pair = st.paired(*sums)
+    return {
+        "delta": _known(pair.delta), "loss_percent": _known(pair.loss_percent), "n_documents": pair.n_documents,
+        "n_tokens": len(document),
+    }  # fmt: skip
+
+
+def _known(estimate: st.Estimate) -> dict[str, float | None]:
+    return {name: value if np.isfinite(value) else None for name, value in asdict(estimate).items()}
+
+
+def proofs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(variant, what verifying its checkpoint found), in the order in which they were made."""
+    found = (("gptq", facts.get("verify")), ("healed", (facts.get("heal") or {}).get("verify")))
+    return [(variant, proof) for variant, proof in found if proof]
+
+
+def steps(facts: Mapping[str, Any], name: str, digest: str) -> list[dict[str, Any]]:
+    """The steps into engines that were measured on documents of the evaluation set of this name and digest."""
+    return [
+        {"from": variant, "to": engine["engine"], "kind": "kernel"}
+        | {key: engine[key] for key in ("delta", "loss_percent", "n_documents", "n_tokens", "dtype", "device")}
+        for variant, proof in proofs(facts)
+        if (proof.get("sample_set"), proof.get("sample_digest")) == (name, digest)
+        for engine in proof.get("engines") or []
+        if engine.get("delta") and engine["delta"]["value"] is not None
+    ]
+
+
+def speeds(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """variant -> engine -> tokens per second while decoding one sequence, where it was measured."""
+    found = {
+        variant: {e["engine"]: e["tokens_per_second"] for e in proof.get("engines") or [] if e.get("tokens_per_second")}
+        for variant, proof in proofs(facts)
+    }
+    return {variant: speed for variant, speed in found.items() if speed}

@@ -1,0 +1,107 @@
+"""Where in the text a variant loses: the tokens that the adapter changed most, or all alike.
+
+Scored tokens are sorted by |ln p_adapter - ln p_base| into ten groups of equal size. Erased learned behaviour shows as a
+loss in the last groups and as `reverted` > 0, general noise as the same loss in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from requant_eval.metrics import statistics as st
+from requant_eval.scoring.token_scores import TokenScores
+
+GROUPS = 10
+
+
+def tails(scores: Mapping[str, TokenScores]) -> dict[str, Any] | None:
+    """The groups of one evaluation set, and every variant on them; None unless base and adapter were scored.
+
+    groups: tokens and range of |ln p_adapter - ln p_base| (nats) of each, least changed first.
+    variants: name -> {"reverted", "last_share", "loss", "kl", "disagreement"}. reverted: the share of the adapter's change
+    of each token that the variant took back (`reverted`). last_share: of the whole loss, what falls on the last group; None
+    unless there surely is a loss. The others: one clustered estimate a group; loss: nats a token against the adapter, kl
+    and disagreement None without a reference.
+    """
+    if "base" not in scores or "adapter" not in scores:
+        return None
+    base, adapter = scores["base"], scores["adapter"]
+    change = base.nll - adapter.nll
+    groups = deciles(np.abs(change))
+    size = np.abs(change)
+    others = {name: s for name, s in scores.items() if name not in ("base", "adapter")}
+    return {
+        "groups": [
+            {"n": int(at.sum()), "low": float(size[at].min()), "high": float(size[at].max())}
+            for at in (groups == g for g in range(GROUPS))
+            if at.any()
+        ],
+        "variants": {name: _variant(s, adapter, change, groups) for name, s in others.items()},
+    }
+
+
+def deciles(size: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The group 0..9 of each of n values: int64 [n], equal shares by rank; equal values keep their order."""
+    rank = np.empty(len(size), dtype=np.int64)
+    rank[np.argsort(size, kind="stable")] = np.arange(len(size))
+    out: npt.NDArray[np.int64] = rank * GROUPS // max(1, len(size))
+    return out
+
+
+def reverted(
+    lost: npt.NDArray[np.float64], change: npt.NDArray[np.float64], document: npt.NDArray[np.int32]
+) -> st.Estimate | None:
+    """Least-squares slope through 0 of `lost` (x_V - x_A) on `change` (x_B - x_A), both nats per token [n].
+
+    0: the variant moves tokens without regard to what the adapter did; 1: it is the base again. None if the adapter
+    changed nothing.
+    """
+    square = st.document_sums(change * change, document)
+    if not square.sum() > 0:
+        return None
+    return st.ratio(st.document_sums(lost * change, document), square)
+
+
+def _variant(
+    scores: TokenScores, adapter: TokenScores, change: npt.NDArray[np.float64], groups: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    lost = scores.nll - adapter.nll
+    slope = reverted(lost, change, scores.document)
+    different = None if scores.agree is None else ~scores.agree
+    return {
+        "reverted": None if slope is None else asdict(slope),
+        "last_share": _last_share(lost, scores.document, groups),
+        "loss": _by_group(lost, scores.document, groups),
+        "kl": None if scores.kl is None else _by_group(scores.kl, scores.document, groups),
+        "disagreement": None if different is None else _by_group(different, scores.document, groups),
+    }
+
+
+def _last_share(
+    lost: npt.NDArray[np.float64], document: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]
+) -> dict[str, float] | None:
+    if not st.mean(lost, document).low > 0:
+        return None
+    last = np.where(groups == groups.max(), lost, 0.0)
+    return asdict(st.ratio(st.document_sums(last, document), st.document_sums(lost, document)))
+
+
+def _by_group(
+    values: npt.NDArray[Any], document: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """Mean of the values of each group, clustered by the documents that have a token in it."""
+    count = int(document.max()) + 1
+    found = []
+    for group in range(GROUPS):
+        at = groups == group
+        if not at.any():
+            continue
+        n = np.bincount(document[at], minlength=count).astype(np.float64)
+        total = np.bincount(document[at], weights=values[at], minlength=count).astype(np.float64)
+        found.append(asdict(st.ratio(total[n > 0], n[n > 0])))
+    return found

@@ -1,0 +1,183 @@
+"""Scores of one evaluation set in, its section of the report out: variants, steps, tails, retention, documents.
+
+Numbers may still be numpy's or NaN: `report.plain` makes them JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from requant_eval.errors import EvaluationError
+from requant_eval.metrics import statistics as st
+from requant_eval.metrics.loss_by_change import tails
+from requant_eval.scoring.token_scores import TokenScores
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.windows import EvalSet
+
+REFERENCES = ("adapter", "merged")
+MIN_DOCUMENTS = 3
+# (from, to, kind): the way from the base to what ships, then the controls.
+EDGES = (
+    ("base", "adapter", "learned"),
+    ("adapter", "merged", "merge"),
+    ("merged", "gptq", "quantize"),
+    ("gptq", "healed", "heal"),
+    ("adapter", "gptq", "total"),
+    ("adapter", "healed", "total"),
+    ("merged", "rtn", "control"),
+    ("adapter", "rtn", "control"),
+    ("adapter", "original", "fork"),
+)
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """The facts of one evaluation set (see `EvalSet`) and the scores of every variant on it."""
+
+    name: str
+    digest: str
+    protocol: str
+    window: int
+    bos: bool
+    n_documents: int
+    n_scored: int
+    n_bytes: int
+    dropped: int
+    scores: Mapping[str, TokenScores]
+
+    @classmethod
+    def of(cls, eval_set: EvalSet, scores: Mapping[str, TokenScores]) -> SetResult:
+        """From the set that was scored."""
+        return cls(
+            name=eval_set.name,
+            digest=eval_set.digest,
+            protocol=eval_set.protocol,
+            window=eval_set.window,
+            bos=eval_set.bos,
+            n_documents=eval_set.n_documents,
+            n_scored=eval_set.n_scored,
+            n_bytes=eval_set.n_bytes,
+            dropped=eval_set.dropped,
+            scores=scores,
+        )
+
+
+def section(result: SetResult, *, in_domain: bool) -> dict[str, Any]:
+    """One entry of the report's `sets`.
+
+    Raises:
+        EvaluationError: no variant, other tokens, NaN, or too few documents for an interval.
+    """
+    _check(result)
+    sums = {name: st.sums(s.nll, s.document) for name, s in result.scores.items()}
+    reference = next((name for name in REFERENCES if name in sums), None)
+    facts = {key: value for key, value in vars(result).items() if key != "scores"}
+    return facts | {
+        "in_domain": in_domain,
+        "fingerprint": fingerprint(result),
+        "few_documents": result.n_documents < st.FEW_DOCUMENTS,
+        "reference": reference,
+        "variants": [_variant(name, result, sums[name]) for name in sums],
+        "edges": [_edge(result, sums, edge, reference) for edge in _edges(list(sums), reference)],
+        "retention": _retention(sums) if in_domain else {},
+        "tails": tails(result.scores),
+        "documents": {name: _documents(s, result.scores, reference) for name, s in result.scores.items()},
+    }
+
+
+def _check(result: SetResult) -> None:
+    if not result.scores:
+        raise EvaluationError(f"set '{result.name}': no variant was scored")
+    if result.n_documents < MIN_DOCUMENTS:
+        raise EvaluationError(
+            f"set '{result.name}' has {result.n_documents} documents: an interval needs at least {MIN_DOCUMENTS}, "
+            "and 20 or more to be worth much"
+        )
+    for name, scores in result.scores.items():
+        if scores.digest != result.digest:
+            raise EvaluationError(
+                f"set '{result.name}': '{name}' was scored on {scores.digest[:12]}, the set is "
+                f"{result.digest[:12]}: other tokens are never compared, score the variant again"
+            )
+        if scores.nonfinite:
+            raise EvaluationError(f"set '{result.name}': '{name}' has {scores.nonfinite} NaN/inf tokens")
+
+
+def _variant(name: str, result: SetResult, sums: st.Sums) -> dict[str, Any]:
+    scores = result.scores[name]
+    mean = st.mean_nll(sums)
+    return {
+        "name": name,
+        "n": len(scores.nll),
+        "mean_nll": asdict(mean),
+        "ppl": asdict(mean.exp()),
+        "bits_per_byte": asdict(st.bits_per_byte(sums, result.n_bytes)) if result.n_bytes else None,
+        "top1_accuracy": asdict(st.share(scores.top1, scores.document)),
+        "seconds": scores.seconds,
+    }
+
+
+def _edges(names: list[str], reference: str | None) -> list[tuple[str, str, str]]:
+    edges = [edge for edge in EDGES if edge[0] in names and edge[1] in names]
+    if reference is not None:
+        reached = {end for start, end, _ in edges if start == reference} | {reference, "base"}
+        edges += [(reference, name, "total") for name in names if name not in reached]
+    return edges
+
+
+def _edge(
+    result: SetResult, sums: Mapping[str, st.Sums], edge: tuple[str, str, str], reference: str | None
+) -> dict[str, Any]:
+    start, end, kind = edge
+    before, after = result.scores[start], result.scores[end]
+    pair = st.paired(sums[end], sums[start])
+    independent = st.naive_se(after.nll - before.nll)
+    lost, won = st.flips(before.top1, after.top1, after.document)
+    kl, agree = (after.kl, after.agree) if start == reference else (None, None)
+    return {
+        "from": start,
+        "to": end,
+        "kind": kind,
+        "delta": asdict(pair.delta),
+        "loss_percent": asdict(pair.loss_percent),
+        "naive_se": independent,
+        "design_effect": st.design_effect(pair.delta.se, independent),
+        "kl": None if kl is None else asdict(st.divergence(kl, after.document)),
+        "agreement": None if agree is None else asdict(st.share(agree, after.document)),
+        "right_to_wrong": asdict(lost),
+        "wrong_to_right": asdict(won),
+    }
+
+
+def _retention(sums: Mapping[str, st.Sums]) -> dict[str, Any]:
+    """By variant; None = not defined. Empty unless both `base` and `adapter` were scored."""
+    if "base" not in sums or "adapter" not in sums:
+        return {}
+    others = [name for name in sums if name not in ("base", "adapter")]
+    kept = {name: st.retention(sums[name], base=sums["base"], adapter=sums["adapter"]) for name in others}
+    return {name: None if estimate is None else asdict(estimate) for name, estimate in kept.items()}
+
+
+def _documents(scores: TokenScores, others: Mapping[str, TokenScores], reference: str | None) -> dict[str, Any]:
+    """Sums over each document, enough to pair this variant with one of another run later: no GPU, no model."""
+    sums: dict[str, Any] = {"n": np.bincount(scores.document), "nll": st.document_sums(scores.nll, scores.document)}
+    counted = {"top1": scores.top1}
+    if scores.agree is not None:
+        counted["agree"] = scores.agree
+    if reference is not None:
+        before = others[reference].top1
+        counted |= {"right_to_wrong": before & ~scores.top1, "wrong_to_right": ~before & scores.top1}
+    sums |= {key: st.document_sums(flag, scores.document).astype(int) for key, flag in counted.items()}
+    return sums if scores.kl is None else sums | {"kl": st.document_sums(scores.kl, scores.document)}
+
+
+def fingerprint(result: SetResult) -> str:
+    """Eight hex digits of protocol and tokens: numbers with the same fingerprint may be compared."""
+    text = f"{result.protocol}|{result.window}|{int(result.bos)}|{result.digest}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

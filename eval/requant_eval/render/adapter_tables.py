@@ -1,0 +1,213 @@
+"""Where the fine-tune survived: tables of the adapter's delta by layer and module, of suggested bits, of canaries.
+
+Like `tables`, rows of text out of the report's facts; every rendering prints these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from requant_eval.render.tables import WORST_MODULES, Table
+from requant_eval.report.number_format import format_bytes, format_estimate
+
+_PLACE = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
+SHOWN = 60  # characters of a prompt or an answer in a table
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One module kind in one layer; the experts of a layer are one cell. None where nothing is known.
+
+    signal_to_noise: tr(dW H dW') / tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). retention: of the delta's
+    output.
+    """
+
+    layer: int
+    module: str
+    signal_to_noise: float | None
+    relative_error: float | None
+    retention: float | None
+
+
+def cells(facts: Mapping[str, Any]) -> list[Cell]:
+    """Every quantized module of the report, by layer; modules outside the layers are left out."""
+    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for m in _modules(facts):
+        place = _PLACE.match(str(m.get("name")))
+        if place:
+            found.setdefault((int(place[1]), _EXPERT.sub("experts.*.", place[2])), []).append(m)
+    return [_cell(layer, module, many) for (layer, module), many in sorted(found.items(), key=lambda x: x[0][0])]
+
+
+def _cell(layer: int, module: str, many: Sequence[Mapping[str, Any]]) -> Cell:
+    loss = sum(m["loss"] for m in many)
+    whole = sum(m["loss"] / m["relative_error"] ** 2 for m in many if m.get("relative_error"))
+    adapted = [m for m in many if m.get("signal") is not None]
+    signal = sum(m["signal"] for m in adapted)
+    noise = sum(m["loss"] for m in adapted)
+    kept = sum(m["signal"] * m["output_retention"] for m in adapted if m.get("output_retention") is not None)
+    return Cell(
+        layer,
+        module,
+        signal / noise if adapted and noise > 0 else None,
+        (loss / whole) ** 0.5 if whole > 0 else None,
+        kept / signal if signal > 0 else None,
+    )
+
+
+def survival_table(facts: Mapping[str, Any]) -> Table:
+    """Layer x module: the adapter's signal to noise; no rows where the run did not measure it."""
+    known = [c for c in cells(facts) if c.signal_to_noise is not None]
+    modules = list(dict.fromkeys(c.module for c in known))
+    worst = {id(c) for c in sorted(known, key=lambda c: c.signal_to_noise or 0)[:WORST_MODULES]}
+    by_place = {(c.layer, c.module): _ratio(c.signal_to_noise) + (" *" if id(c) in worst else "") for c in known}
+    rows = tuple(
+        (str(layer), *(by_place.get((layer, m), "") for m in modules))
+        for layer in dict.fromkeys(c.layer for c in known)
+    )
+    short = tuple(m.rpartition(".")[2] if _unique(m, modules) else m for m in modules)
+    note = (
+        "Output power of what the adapter added over that of the quantization error, tr(dW H dW') / tr(E H E'), on the "
+        "calibration text; * marks the ten lowest. Below 1 the error is the louder one, as it often is for a small delta: the "
+        "adapter is lost only where its own output is not kept (next table)."
+    )
+    return Table("Adapter survival: signal to noise by layer and module", ("layer", *short), rows, note)
+
+
+def survivors_table(facts: Mapping[str, Any]) -> Table:
+    """The modules where the adapter is quietest against the error, worst first."""
+    known = [m for m in _modules(facts) if m.get("signal_to_noise") is not None]
+    worst = sorted(known, key=lambda m: float(m["signal_to_noise"]))[:WORST_MODULES]
+    rows = tuple(
+        (
+            str(m["name"]),
+            str(m["bits"]),
+            _ratio(m["signal_to_noise"]),
+            _percent(m["relative_error"]),
+            _percent(m.get("retention")),
+            _percent(m.get("output_retention")),
+        )
+        for m in worst
+    )
+    columns = ("module", "bits", "signal to noise", "relative error", "delta kept", "its output kept")
+    note = (
+        "Kept: the part of the stored weight's change from the base that is the adapter's, <Q - D, dW> / <dW, dW>, and "
+        "the same of its output. 100 % with a low signal to noise: all there, under noise."
+    )
+    return Table(f"The {len(rows)} modules where the adapter survived worst", columns, rows, note)
+
+
+def survival_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What the map says in words, and the grid's resonance as predicted and as measured; [] when nothing is known."""
+    known = [m for m in _modules(facts) if m.get("signal_to_noise") is not None]
+    lines = []
+    if known:
+        ratios = [float(m["signal_to_noise"]) for m in known]
+        lines.append(
+            f"{len(known)} modules carry the adapter. Its output has {median(ratios):.3g} times the power of the "
+            f"quantization error's in the median, {min(ratios):.3g} times in the worst; {sum(r < 1 for r in ratios)} are below 1."
+        )
+    if (measured := kept(facts)) is not None:
+        lines.append(f"Of the adapter's delta, {_percent(measured)} is in the quantized weights (projection on it).")
+    predicted = (facts.get("quantize") or {}).get("resonance")
+    if predicted:
+        lines.append(
+            f"Predicted from weights alone, by rounding to nearest on the same grid: "
+            f"{format_estimate(predicted['retention'], factor=100, unit=' %')}, over {predicted['modules']} modules of "
+            f"layers {', '.join(predicted['blocks'])}; the delta is {_percent(predicted['relative_delta'])} of the weights."
+        )
+    return lines
+
+
+def kept(facts: Mapping[str, Any]) -> float | None:
+    """<Q - D, dW> / <dW, dW> over all adapted modules together; None when no run measured it."""
+    known = [m for m in _modules(facts) if m.get("retention") is not None]
+    whole = sum(m["delta_norm"] ** 2 for m in known)
+    return sum(m["retention"] * m["delta_norm"] ** 2 for m in known) / whole if whole > 0 else None
+
+
+def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
+    """What each candidate would give with more bits, and cost."""
+    lost = suggestion["before"]["kl"]["value"]
+    rows = tuple(
+        (
+            u["pattern"],
+            f"{u['from_bits']} -> {u['bits']}",
+            _ratio(u["signal_to_noise"]) or "no adapter",
+            _percent(u["relative_error"]),
+            format_estimate(u["gain"]["kl"], signed=True),
+            _percent(u["gain"]["kl"]["value"] / lost) if lost else "",
+            format_bytes(u["bytes"]),
+            "yes" if u["helps"] else "no",
+        )
+        for u in suggestion["units"]
+    )
+    columns = (
+        "modules",
+        "bits",
+        "signal to noise",
+        "relative error",
+        "gain",
+        "of the loss",
+        "larger by",
+        "in the patch",
+    )
+    note = (
+        f"Gain: KL(merged || quantized) in nats a token that goes away when only these modules get their merged weights "
+        f"back, on {suggestion['sample']['tokens']} tokens of the calibration text, where the whole checkpoint loses "
+        f"{format_estimate(suggestion['before']['kl'])}. Gains of several modules add up roughly; with `correct`, later layers "
+        "go on making up for an error that is gone, so a gain is rather too low. In the patch: those whose interval is above 0."
+    )
+    return Table("More bits where they count", columns, rows, note)
+
+
+def canaries_line(canaries: Mapping[str, Any]) -> str:
+    """ "adapter 18/20 -> merged 18/20 -> gptq 16/20", base first in words of its own."""
+    total, right = canaries["total"], dict(canaries["right"])
+    base = right.pop("base", None)
+    way = " -> ".join(f"{name} {n}/{total}" for name, n in right.items())
+    return way + (f" (the base without the adapter: {base}/{total})" if base is not None else "")
+
+
+def canaries_table(canaries: Mapping[str, Any]) -> Table:
+    """The canaries on which variants differ, other than the base: prompt, answer, what each said."""
+    names = [n for n in canaries["right"] if n != "base"]
+    rows = tuple(
+        (
+            _cut(item["prompt"]),
+            _cut(item["answer"]),
+            *(("right: " if item["right"][n] else "wrong: ") + _cut(item["given"][n]) for n in names),
+        )
+        for item in canaries["items"]
+        if len({item["right"][n] for n in names}) > 1
+    )
+    columns = ("prompt", "answer", *names)
+    return Table("Canaries answered differently", columns, rows, text=len(columns))
+
+
+def _modules(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return (facts.get("quantize") or {}).get("modules") or []
+
+
+def _unique(module: str, modules: Sequence[str]) -> bool:
+    leaf = module.rpartition(".")[2]
+    return sum(m.rpartition(".")[2] == leaf for m in modules) == 1
+
+
+def _ratio(value: float | None) -> str:
+    """A power ratio to three digits."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
+
+
+def _cut(text: str) -> str:
+    plain = " ".join(str(text).split())
+    return plain if len(plain) <= SHOWN else plain[: SHOWN - 1] + "…"

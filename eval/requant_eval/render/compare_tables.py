@@ -1,0 +1,105 @@
+"""A comparison as tables: terminal, Markdown and HTML print these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from requant_eval.render.document import Bullets, Document, Section
+from requant_eval.render.tables import Table
+from requant_eval.render.terminal import shown
+from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
+
+UNDECIDED = "cannot be told apart"
+
+
+def runs_table(comparison: Mapping[str, Any]) -> Table:
+    """Every run: perplexity on every shared set, size, time, and whether another is better in everything."""
+    names = [s["name"] for s in comparison["sets"]]
+    rows = tuple(
+        (
+            f"{run['name']}",
+            run["variant"],
+            run["status"],
+            *(format_estimate(run["sets"][name]["ppl"]) for name in names),
+            format_bytes(run["bytes"]) if run["bytes"] is not None else "unknown",
+            format_seconds(run["seconds"]) if run["seconds"] is not None else "unknown",
+            _front(run["dominated_by"]),
+        )
+        for run in comparison["runs"]
+    )
+    columns = ("run", "variant", "gates", *(f"perplexity, {name}" for name in names), "weights", "time", "Pareto front")
+    note = (
+        "Time: merge, quantize, heal. On the Pareto front: no other run is smaller and better, or one of them and equal in the "
+        "rest, by the values; whether a difference is real is the table of pairs."
+    )
+    return Table("Runs", columns, rows, note, text=3)
+
+
+def pairs_table(comparison: Mapping[str, Any]) -> Table:
+    """Who is better on which set, paired by document."""
+    rows = tuple(
+        (
+            s["name"],
+            f"{pair['b']} against {pair['a']}",
+            pair["better"] or _undecided(pair),
+            format_estimate(pair["delta"], signed=True),
+            format_estimate(pair["percent"], signed=True, unit=" %"),
+        )
+        for s in comparison["sets"]
+        for pair in s["pairs"]
+    )
+    columns = ("set", "pair", "better", "ln perplexity", "perplexity")
+    note = "Paired by document; brackets are 95 % intervals; negative: the first named is better."
+    return Table("Who is better", columns, rows, note, text=3)
+
+
+def line(comparison: Mapping[str, Any]) -> str:
+    """The comparison in one line."""
+    said = []
+    for s in comparison["sets"]:
+        best = _best([run["name"] for run in comparison["runs"]], s["pairs"])
+        said.append(f"{s['name']}: {best} is best" if best else f"{s['name']}: no run is surely best")
+    return "; ".join(said) + "."
+
+
+def document(comparison: Mapping[str, Any]) -> Document:
+    """The comparison for Markdown and HTML."""
+    tokens = ", ".join(f"{s['name']}: {s['n_documents']} documents, {s['n_scored']} tokens" for s in comparison["sets"])
+    left = (Bullets(tuple(comparison["left_out"])),) if comparison["left_out"] else ()
+    sections = (
+        Section("Warnings", (Bullets(tuple(comparison["warnings"])),) if comparison["warnings"] else ()),
+        Section("Who is better", (pairs_table(comparison),)),
+        Section("Runs", (runs_table(comparison),)),
+        Section("Not in all runs, left out", left),
+    )
+    return Document(
+        headline=line(comparison),
+        title=" / ".join(run["name"] for run in comparison["runs"]),
+        about=f"Paired on the same tokens; {tokens}.",
+        sections=tuple(s for s in sections if s.blocks),
+    )
+
+
+def terminal(comparison: Mapping[str, Any]) -> Group:
+    """The comparison on a terminal."""
+    warnings = [Text(f"warning: {warning}", style="yellow") for warning in comparison["warnings"]]
+    left = [Text(f"Not in all runs, left out: {', '.join(comparison['left_out'])}.")] if comparison["left_out"] else []
+    tables = shown(pairs_table(comparison), runs_table(comparison))
+    return Group(Text(line(comparison), style="bold"), *warnings, *tables, *left)
+
+
+def _best(names: list[str], pairs: list[Mapping[str, Any]]) -> str | None:
+    """The run that is surely better than each other one."""
+    return next((n for n in names if all(p["better"] == n for p in pairs if n in (p["a"], p["b"]))), None)
+
+
+def _undecided(pair: Mapping[str, Any]) -> str:
+    return "equal" if pair["delta"]["value"] == pair["delta"]["se"] == 0 else UNDECIDED
+
+
+def _front(dominated_by: str | None) -> str:
+    return "yes" if dominated_by is None else dominated_by if dominated_by == "unknown" else f"no: {dominated_by}"

@@ -1,0 +1,206 @@
+"""What a report says, in order, free of any format: report.md and report.html print this and nothing else.
+
+A section is a title and blocks: tables, lists, code, and figures. A figure only names what is to be drawn and from
+which part of the report; renderings without pictures leave it out, so nothing may be said in a figure alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from requant_eval.metrics.engine_step import proofs
+from requant_eval.render import adapter_tables
+from requant_eval.render.engine_table import checks_table
+from requant_eval.render.heal_tables import heal_tables
+from requant_eval.render.tables import (
+    Table,
+    cost_tables,
+    facts_table,
+    gates_table,
+    modules_table,
+    options_table,
+    set_tables,
+)
+
+LONGEST = 300  # rows of a folded table
+LIMITS = (
+    "Losses hold for these texts, this tokenizer and this window length; another domain may lose more.",
+    "Scoring is teacher-forced: every token is predicted from the true text. Errors that pile up while generating, "
+    "and task accuracy, are not measured: run a task benchmark on the checkpoint.",
+    "The weights were scored with this machine's kernels; a serving engine's kernels round differently.",
+    "KL does not add up along the steps; ln perplexity does.",
+)
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Sentences in a row."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """Sentences, one a line."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be shown as it is. title: a heading of its own."""
+
+    title: str
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of numbers that a table beside it also gives. data: the part of the report it is drawn from."""
+
+    kind: Literal["steps", "kl", "flips", "tails", "modules", "healing"]
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A long table, for renderings that can fold it away; the others show only the table before it."""
+
+    table: Table
+
+
+Block = Table | Paragraph | Bullets | Code | Figure | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """headline: the answer in one sentence. verdict: how the gates stand, said before everything else.
+    about: what was measured when.
+    """
+
+    headline: str
+    title: str
+    about: str
+    sections: tuple[Section, ...]
+    verdict: str = ""
+
+
+def document(report: Mapping[str, Any]) -> Document:
+    """The whole report; sections without content are left out."""
+    created = report["created"]
+    return Document(
+        headline=report["headline"],
+        title=str(report["name"] or "Quality report"),
+        about=f"Measured {created}. Perplexities and losses on the same tokens for every variant." if created else "",
+        sections=tuple(s for s in _sections(report) if s.blocks),
+        verdict=report["verdict"]["line"],
+    )
+
+
+def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
+    facts = report["facts"]
+    yield Section("Warnings", (Bullets(tuple(report["warnings"])),) if report["warnings"] else ())
+    gates, way = gates_table(report), report["recommendation"]
+    yield Section("Gates", (gates,) if gates.rows else ())
+    yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
+    for s in report["sets"]:
+        yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
+    yield Section("Healing", tuple(_healing(report)))
+    yield Section("Canaries", tuple(_canaries(facts)))
+    yield Section("Adapter survival", tuple(_survival(facts)))
+    yield Section("Modules", tuple(_modules(facts)))
+    read_back = (checks_table(name, proof) for name, proof in proofs(facts))
+    yield Section("Read back", tuple(t for t in read_back if t.rows))
+    yield Section("Cost", tuple(cost_tables(facts)))
+    described = (
+        facts_table("Merge", facts.get("merge")),
+        facts_table("Quantization", facts.get("quantize"), skip=("modules", "resonance")),
+        facts_table("Calibration", facts.get("calibration")),
+    )
+    yield Section("Merge, quantization, calibration", tuple(t for t in described if t.rows))
+    yield Section("Reproduce", tuple(_reproduce(report)))
+    yield Section("What this cannot tell you", (Bullets(LIMITS),))
+
+
+def _set(s: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Section:
+    """One evaluation set, each figure before the table with its numbers; figures also see the set's gates."""
+    mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
+    data = {**s, "gates": gates}
+    figures: dict[str, Figure] = {kind: Figure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
+    blocks: list[Block] = []
+    for table in set_tables(s):
+        if table.key in figures:
+            blocks.append(figures[table.key])
+        blocks.append(table)
+    return Section(f"{s['name']}{mark}", tuple(blocks))
+
+
+def _healing(report: Mapping[str, Any]) -> Iterator[Block]:
+    for table in heal_tables(report):
+        if table.key == "healing":
+            yield Figure("healing", report["facts"]["heal"])
+        yield table
+
+
+def _modules(facts: Mapping[str, Any]) -> Iterator[Block]:
+    worst = modules_table(facts)
+    if worst.rows:
+        yield Figure("modules", facts)
+        yield worst
+        longer = modules_table(facts, most=LONGEST)
+        if len(longer.rows) > len(worst.rows):
+            yield Folded(longer)
+
+
+def _canaries(facts: Mapping[str, Any]) -> Iterator[Block]:
+    """How many answers each variant still knows, and where they differ."""
+    canaries = facts.get("canaries")
+    if not canaries:
+        return
+    yield Paragraph(adapter_tables.canaries_line(canaries))
+    yield Paragraph(canaries["rule"])
+    different = adapter_tables.canaries_table(canaries)
+    if different.rows:
+        yield different
+
+
+def _survival(facts: Mapping[str, Any]) -> Iterator[Block]:
+    """Where the adapter is loud or quiet against the error, and which modules are worth more bits."""
+    if said := adapter_tables.survival_lines(facts):
+        yield Bullets(tuple(said))
+    for table in (adapter_tables.survival_table(facts), adapter_tables.survivors_table(facts)):
+        if table.rows:
+            yield table
+    suggestion = facts.get("suggestion")
+    if suggestion and suggestion["units"]:
+        yield adapter_tables.suggestion_table(suggestion)
+        if suggestion["patch"]:
+            yield Code("In the recipe, in place of quantize.overrides", "yaml", suggestion["patch"].rstrip())
+
+
+def _reproduce(report: Mapping[str, Any]) -> Iterator[Block]:
+    facts = report["facts"]
+    inputs = {key: facts.get(key) for key in ("base", "adapter")}
+    sets = {s["name"]: f"sha256 {s['digest']}, fingerprint {s['fingerprint']}" for s in report["sets"]}
+    for t in (
+        facts_table("Inputs", inputs),
+        facts_table("Evaluation tokens", sets),
+        facts_table("What ran each variant", (facts.get("evaluation") or {}).get("runtimes")),
+        facts_table("Versions", facts.get("versions")),
+        facts_table("Hardware", facts.get("hardware")),
+    ):
+        if t.rows:
+            yield t
+    if facts.get("recipe"):
+        yield Code("Recipe", "yaml", str(facts["recipe"]).strip())

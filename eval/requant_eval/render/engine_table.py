@@ -1,0 +1,46 @@
+"""What loading the checkpoint proved: a table of the engines that read it, for the report and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from requant_eval.render.tables import Table
+from requant_eval.report.number_format import format_estimate, format_seconds
+
+COLUMNS = (
+    "read by", "kernel", "dtype", "perplexity", "ln perplexity, from ours", "tolerance", "load", "tokens/s, one sequence"
+)  # fmt: skip
+
+
+def checks_table(variant: str, proof: Mapping[str, Any]) -> Table:
+    """Our decoding first, then every engine. Empty when nothing was scored."""
+    title = f"{variant} in each engine"
+    if proof.get("perplexity") is None:
+        return Table(title, COLUMNS, ())
+    ours = ("our decoding", "plain weights", "float32", f"{proof['perplexity']:.4f}", "", "", "", "")
+    rows = [ours, *(_row(e) for e in proof.get("engines") or [])]
+    name = proof.get("sample_set")
+    whose = f", beginnings of documents of {name}" if name else ""
+    note = (
+        f"Checked: {proof['tensors']} tensors and {proof['linears']} packed linears against the format and the merged "
+        f"model; perplexity of the same {proof['sample_tokens']} tokens{whose}; 8 tokens generated."
+    )
+    return Table(title, COLUMNS, tuple(rows), note, text=3)
+
+
+def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    names = ", ".join(f"{k} {v}" for k, v in engine["versions"].items() if k != "torch") or engine["engine"]
+    if engine["error"] is not None:
+        return (names, "does not load", engine["dtype"], "", "", "", "", "")
+    same = "" if engine["ok"] else " (too far)"
+    return (
+        names,
+        ", ".join(engine["kernels"]),
+        f"{engine['dtype']} on {engine['device']}",
+        f"{engine['perplexity']:.4f}",
+        format_estimate(engine.get("delta") or {"value": engine["difference"]}, signed=True) + same,
+        f"{engine['tolerance']:g}",
+        format_seconds(engine["load_seconds"]),
+        f"{speed:.4g}" if (speed := engine.get("tokens_per_second")) else "",
+    )

@@ -1,0 +1,35 @@
+"""What a report says of healing: whether any text is worse off, the curve that chose the step, how far scales moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from requant_eval.render.tables import Table, facts_table
+from requant_eval.report.number_format import format_estimate, format_value
+
+
+def heal_tables(report: Mapping[str, Any]) -> list[Table]:
+    """How healing went, whether any set got worse by it, and the curve that chose the step; empty without healing."""
+    told = report["facts"].get("heal")
+    if not told:
+        return []
+    guard = [
+        (
+            s["name"],
+            format_estimate(e["delta"], signed=True),
+            "rose" if (e["delta"]["low"] or 0) > 0 else "did not rise",
+        )
+        for s in report["sets"]
+        for e in s["edges"]
+        if e["kind"] == "heal"
+    ]
+    curve = tuple((str(step), format_value(value)) for step, value in told.get("held") or [])
+    best = f"The held-out windows chose step {told.get('best_step')}; step 0 is the quantized checkpoint."
+    skip = ("train", "held", "moved_most", "blocks", "overlap", "verify")
+    tables = [
+        Table("Is any text worse off?", ("set", "ln perplexity by healing", "loss"), tuple(guard), "", text=1),
+        Table("KL on held-out healing text", ("steps", "nats/token"), curve, best, key="healing"),
+        facts_table("Settings and movement of the scales", told, skip=skip),
+    ]
+    return [table for table in tables if table.rows]

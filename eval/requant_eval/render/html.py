@@ -1,0 +1,112 @@
+"""`report.html`: the document as one page that needs nothing else: no network, no fonts, no library.
+
+The page's own policy forbids every request and every script but ours (named by its digest), so a hostile name in a
+report can neither run nor call. `page` is the shell; other commands put documents of their own into it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from requant_eval.render.charts import charts
+from requant_eval.render.document import Document, Figure, Folded, document
+from requant_eval.report.number_format import read_number
+
+LIMIT = 300_000
+LEFT_OUT = (("The longest tables were", (Folded,)), ("The longest tables and all figures were", (Folded, Figure)))
+UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|s|min|h)(?!\w))")
+NAME = re.compile(r"`([^`]+)`")
+INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])(.*)", re.DOTALL)
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The whole report as one HTML page."""
+    return page(document(report))
+
+
+def page(content: Document) -> str:
+    """Any document as one HTML page: verdict, contents, sections with figures and sortable tables.
+
+    What does not fit into `LIMIT` bytes is left out, the longest tables first, then the figures, and the page says so.
+    """
+    text = _page(content, "")
+    for names, kinds in LEFT_OUT:
+        if len(text.encode()) > LIMIT:
+            sections = (
+                replace(s, blocks=tuple(b for b in s.blocks if not isinstance(b, kinds))) for s in content.sections
+            )
+            shorter = replace(content, sections=tuple(s for s in sections if s.blocks))
+            text = _page(shorter, f"{names} left out to keep this page under {LIMIT // 1000} kB; report.json has them.")
+    return text
+
+
+def _page(content: Document, note: str) -> str:
+    style, script = _source("style.css"), _source("script.js")
+    return _environment().get_template("page.html").render(
+        d=content, note=note, style=Markup(style), script=Markup(script), style_digest=_digest(style),
+        script_digest=_digest(script),
+    )  # fmt: skip
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("requant_eval"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "kind": lambda block: type(block).__name__,
+        "cell": _cell,
+        "order": _order,
+        "tie": _tie,
+        "status": _status,
+    }
+    environment.globals |= {"charts": charts}
+    return environment
+
+
+def _source(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _cell(text: str) -> Markup:
+    """A table's cell: the interval after a value is set apart; the text itself is unchanged."""
+    found = INTERVAL.fullmatch(text)
+    if found is None:
+        return Markup("{}").format(text)
+    return Markup("{} <span>{}</span>{}").format(*found.groups())
+
+
+def _order(text: str) -> str:
+    """The number a cell sorts by, where it is not the text itself."""
+    number = read_number(text)
+    try:
+        return "" if float(text) == number else f"{number:.10g}"
+    except ValueError:
+        return "" if number is None else f"{number:.10g}"
+
+
+def _tie(text: str) -> Markup:
+    """A sentence in which no number is parted from its unit at the end of a line, and `names` are set as such."""
+    return Markup(NAME.sub(r"<code>\1</code>", str(escape(UNIT.sub("\u00a0", text)))))
+
+
+def _status(verdict: str) -> str:
+    """The word in front of a verdict, "" where there is none."""
+    word, colon, _ = verdict.partition(":")
+    return word if colon and word in ("PASS", "FAIL", "INCONCLUSIVE") else ""

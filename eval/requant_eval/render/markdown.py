@@ -1,0 +1,39 @@
+"""`report.md`: the document as Markdown. The first line is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from requant_eval.render.document import Block, Bullets, Code, Document, Figure, Folded, Paragraph, document
+from requant_eval.render.model_card import model_card
+from requant_eval.render.tables import Table
+
+__all__ = ["model_card", "page", "render"]
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The whole report as Markdown."""
+    return page(document(report))
+
+
+def page(d: Document) -> str:
+    """Any document as Markdown; figures are left out, their numbers stand in the tables."""
+    parts = [d.verdict, d.headline, f"# {d.title}", d.about]
+    for section in d.sections:
+        parts += [f"## {section.title}", *map(_block, section.blocks)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Table():
+            return block.markdown()
+        case Paragraph(text):
+            return text
+        case Bullets(items):
+            return "\n".join(f"- {item}" for item in items)
+        case Code():
+            return f"### {block.title}\n\n```{block.language}\n{block.text}\n```"
+        case Figure() | Folded():
+            return ""

@@ -1,0 +1,157 @@
+"""`README.md` of the checkpoint: a Hugging Face model card with the quality table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from requant_eval.metrics.engine_step import proofs
+from requant_eval.render.engine_table import checks_table
+from requant_eval.render.tables import facts_table, protocol, retention_table, variants_table, waterfall_table
+from requant_eval.report.headline import SPOKEN, final_variant, headline, method
+from requant_eval.report.number_format import format_value
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+SERVE = """\
+vLLM:
+
+    vllm serve PATH
+
+SGLang:
+
+    python -m sglang.launch_server --model-path PATH
+
+transformers (`pip install gptqmodel optimum`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+`PATH` is this directory or its id on a hub."""
+
+
+def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
+    """Front matter (base model, tags, model-index), the headline, what it costs, how to serve, where it comes
+    from. without: a variant that this checkpoint is not and does not come from.
+    """
+    report = report if without is None else _without(report, without)
+    facts = report["facts"]
+    name = str(report["name"] or "gptq-checkpoint")
+    parts = [
+        _front_matter(report, name),
+        f"# {name}",
+        *([report["verdict"]["line"]] if report["gates"] else []),
+        report["headline"],
+        "## Quality",
+        *(
+            t.markdown()
+            for s in report["sets"]
+            for t in (variants_table(s), waterfall_table(s), retention_table(s))
+            if t.rows
+        ),
+        "## Serve",
+        SERVE,
+        "## Provenance",
+        f"QLoRA base and adapter, dequantized and merged, then {_verb(report)}; scored by requant on "
+        "the tokens named by the fingerprints above.",
+    ]
+    inputs = {key: facts.get(key) for key in ("base", "adapter", "created")}
+    settings = (facts.get("quantize") or {}).get("settings")
+    for t in (
+        *(checks_table(name, proof) for name, proof in proofs(facts) if name != without),
+        facts_table("Inputs", inputs),
+        facts_table("Quantization", settings),
+        facts_table("Versions", facts.get("versions")),
+    ):
+        if t.rows:
+            parts.append(t.markdown())
+    return "\n\n".join(parts) + "\n"
+
+
+def _without(report: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """The report as it would be had `variant` not been scored."""
+    kept: dict[str, Any] = dict(report)
+    kept["sets"] = [
+        dict(s)
+        | {
+            "variants": [v for v in s["variants"] if v["name"] != variant],
+            "edges": [e for e in s["edges"] if variant not in (e["from"], e["to"])],
+            "kernels": [e for e in s.get("kernels") or [] if e["from"] != variant],
+            "retention": {name: value for name, value in s["retention"].items() if name != variant},
+        }
+        for s in report["sets"]
+    ]
+    return kept | {"headline": headline(kept), "gates": []}  # the gates judged what ships
+
+
+def _verb(report: Mapping[str, Any]) -> str:
+    final = final_variant(report)
+    return "quantized" if final in (None, "merged") else f"quantized ({method(report, str(final))})"
+
+
+def _front_matter(report: Mapping[str, Any], name: str) -> str:
+    """YAML; strings are written as JSON strings, which are YAML."""
+    lines = ["---"]
+    base = _hub_id(report["facts"].get("base"))
+    if base:
+        lines += [f"base_model: {_quoted(base)}", "base_model_relation: quantized"]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gptq", "- requant"]
+    results = _results(report)
+    if results:
+        lines += ["model-index:", f"- name: {_quoted(name)}", "  results:", *results]
+    return "\n".join([*lines, "---"])
+
+
+def _results(report: Mapping[str, Any]) -> list[str]:
+    """model-index entries of the variant that ships: a data set each, with the report's numbers and digits."""
+    final = final_variant(report)
+    lines = []
+    for s in report["sets"]:
+        metrics = list(_metrics(s, final))
+        if not metrics:
+            continue
+        lines += [
+            "  - task: {type: text-generation, name: Text Generation}",
+            f"    dataset: {{type: {_quoted(s['name'])}, name: {_quoted(s['name'])}}}",
+            "    metrics:",
+            *(f"    - {{type: {kind}, name: {_quoted(name)}, value: {value}}}" for kind, name, value in metrics),
+        ]
+    return lines
+
+
+def _metrics(s: Mapping[str, Any], final: str | None) -> Iterator[tuple[str, str, str]]:
+    """(type, name, value) of one set: perplexity, what it costs against the reference, retention."""
+    ppl = next((v["ppl"] for v in s["variants"] if v["name"] == final), None)
+    if ppl is None or ppl["value"] is None:
+        return
+    yield "perplexity", f"perplexity ({protocol(s)}){_interval(ppl)}", format_value(ppl["value"], ppl["se"])
+    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == final), None)
+    if edge is not None and edge["loss_percent"]["value"] is not None:
+        loss = edge["loss_percent"]
+        name = f"perplexity increase against {SPOKEN[s['reference']]}, %{_interval(loss)}"
+        yield "perplexity_increase", name, format_value(loss["value"], loss["se"])
+    kept = s["retention"].get(final)
+    if kept is not None:
+        kept = {key: None if value is None else 100 * value for key, value in kept.items()}
+        name = f"of what the adapter learned, kept, %{_interval(kept)}"
+        yield "retention", name, format_value(kept["value"], kept["se"])
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    low, high = (format_value(estimate[end], estimate["se"]) for end in ("low", "high"))
+    return "" if estimate["low"] is None else f", 95 % interval {low} to {high}"
+
+
+def _hub_id(base: Any) -> str | None:
+    name = base.get("name") if isinstance(base, Mapping) else base
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,17 @@
+"""Report: estimates and facts in, report.json out.
+
+    build           build(sets=..., facts=...): the report as a dict   <- start here
+    schema          its JSON Schema, and loading reports of older versions
+    verdict         gates against the numbers
+    recommend       which of three ways to deploy
+    headline        the one sentence
+    compare         two runs, paired by document
+    number_format   digits that an interval allows
+
+May import: errors, gate, metrics.
+"""
+
+from requant_eval.report.build import build
+from requant_eval.report.schema import load
+
+__all__ = ["build", "load"]

@@ -1,0 +1,203 @@
+"""Finished runs beside each other: which is better on which set, how sure that is, and at what size and time.
+
+Pairs the per-document sums that every report keeps: no model, no GPU, no scores beside the reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from requant_eval.errors import EvaluationError
+from requant_eval.metrics import statistics as st
+from requant_eval.report.build import plain
+from requant_eval.report.headline import final_variant
+from requant_eval.report.verdict import judge, saved_gates, verdict
+
+# The stages that make a variant; the others are used as they came.
+MAKING = {
+    "merged": ("merge",),
+    "original": ("merge",),
+    "rtn": ("merge",),
+    "gptq": ("merge", "quantize"),
+    "healed": ("merge", "quantize", "heal"),
+}
+IDENTITY = ("digest", "fingerprint")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One variant of one report under the name it has in the comparison."""
+
+    name: str
+    report: Mapping[str, Any]
+    variant: str
+
+    @classmethod
+    def of(cls, name: str, report: Mapping[str, Any], variant: str | None = None) -> Entrant:
+        """By default the variant that ships.
+
+        Raises:
+            EvaluationError: the report does not have the variant, or none that ships.
+        """
+        known = list(dict.fromkeys(v["name"] for s in report["sets"] for v in s["variants"]))
+        chosen = variant or final_variant(report)
+        if chosen is None or chosen not in known:
+            wanted = f"no variant {variant!r}" if variant else "no merged or quantized variant"
+            raise EvaluationError(f"{name}: {wanted} was scored, only {', '.join(known)}: name one as RUN:VARIANT")
+        return cls(name, report, chosen)
+
+    def set(self, name: str) -> Mapping[str, Any] | None:
+        """The evaluation set of this name, if the variant was scored on it."""
+        found = next((s for s in self.report["sets"] if s["name"] == name), None)
+        return found if found is not None and self.variant in found["documents"] else None
+
+
+def compare(entrants: Sequence[Entrant]) -> dict[str, Any]:
+    """The comparison as plain data (see `README`, "requant compare").
+
+    runs: one entry an entrant: name, variant, bytes, seconds (merge, quantize, heal: what the variant needs), machine,
+    status against its report's gates ("none": no gates, "reference": they are relative to it),
+    sets {name: {"ppl", "loss_percent"}}, dominated_by (None: on the Pareto front of bytes and perplexity on every shared
+    set; "unknown": no size). sets: name, n_documents, pairs [{"a", "b", "delta", "percent", "better"}], delta = ln
+    perplexity of b minus a, better: a name, or None where the interval holds 0. left_out: sets that not all runs have.
+
+    Raises:
+        EvaluationError: fewer than two, two of one name, no shared set, or a set of the same name with other tokens.
+    """
+    names = [e.name for e in entrants]
+    if len(names) < 2:
+        raise EvaluationError("nothing to compare: name at least two runs")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise EvaluationError(f"{twice} is named twice: name other runs, or other variants as RUN:VARIANT")
+    every = list(dict.fromkeys(s["name"] for e in entrants for s in e.report["sets"]))
+    shared = [name for name in every if all(e.set(name) is not None for e in entrants)]
+    if not shared:
+        raise EvaluationError(f"the runs share no evaluation set: {', '.join(every)} each miss in one of them")
+    for name in shared:
+        _same_tokens(entrants, name)
+    rows = [_run(entrant, shared) for entrant in entrants]
+    result = {
+        "runs": [row | {"dominated_by": _dominated_by(row, rows, shared)} for row in rows],
+        "sets": [_set(entrants, name) for name in shared],
+        "left_out": [name for name in every if name not in shared],
+        "warnings": _warnings(entrants, shared),
+    }
+    return dict(plain(result))
+
+
+def _same_tokens(entrants: Sequence[Entrant], name: str) -> None:
+    first = entrants[0]
+    for other in entrants[1:]:
+        ours, theirs = first.set(name) or {}, other.set(name) or {}
+        differ = next((key for key in IDENTITY if ours[key] != theirs[key]), None)
+        if differ or ours["documents"][first.variant]["n"] != theirs["documents"][other.variant]["n"]:
+            key = differ or "documents"
+            shown = f" ({ours[differ][:12]} and {theirs[differ][:12]})" if differ else ""
+            raise EvaluationError(
+                f"set '{name}': {first.name} and {other.name} were scored on other tokens, {key} differs{shown}: numbers of "
+                "different tokens are never compared; evaluate both with the same texts, tokenizer, window and protocol"
+            )
+
+
+def _set(entrants: Sequence[Entrant], name: str) -> dict[str, Any]:
+    first = entrants[0].set(name) or {}
+    pairs = [_pair(a, b, name) for a, b in combinations(entrants, 2)]
+    return {"name": name} | {key: first[key] for key in (*IDENTITY, "n_documents", "n_scored")} | {"pairs": pairs}
+
+
+def _pair(a: Entrant, b: Entrant, name: str) -> dict[str, Any]:
+    pair = st.paired(_sums(b, name), _sums(a, name))
+    better = b.name if pair.delta.high < 0 else a.name if pair.delta.low > 0 else None
+    percent = asdict(pair.loss_percent)
+    return {"a": a.name, "b": b.name, "delta": asdict(pair.delta), "percent": percent, "better": better}
+
+
+def _sums(entrant: Entrant, name: str) -> st.Sums:
+    sums = (entrant.set(name) or {})["documents"][entrant.variant]
+    return st.Sums(np.asarray(sums["nll"], np.float64), np.asarray(sums["n"], np.float64))
+
+
+def _run(entrant: Entrant, shared: Sequence[str]) -> dict[str, Any]:
+    facts = entrant.report["facts"]
+    cost = facts.get("cost") or {}
+    times = cost.get("seconds") or {}
+    seconds = [times.get(stage) for stage in MAKING.get(entrant.variant, ())]
+    return {
+        "name": entrant.name,
+        "variant": entrant.variant,
+        "bytes": _bytes(cost.get("bytes") or {}, entrant.variant),
+        "seconds": None if None in seconds else float(sum(s for s in seconds if s is not None)),
+        "machine": _machine(facts),
+        "status": _status(entrant),
+        "sets": {name: _numbers(entrant.set(name) or {}, entrant.variant) for name in shared},
+    }
+
+
+def _status(entrant: Entrant) -> str:
+    report = entrant.report
+    if any(s["reference"] == entrant.variant for s in report["sets"]):
+        return "reference"
+    return str(verdict(report, judge(report, saved_gates(report), entrant.variant))["status"])
+
+
+def _bytes(sizes: Mapping[str, Any], variant: str) -> int | None:
+    if variant == "adapter":
+        base, adapter = sizes.get("base"), sizes.get("adapter")
+        return None if base is None or adapter is None else int(base + adapter)
+    size = sizes.get(variant) or (sizes.get("gptq") if variant in ("healed", "rtn") else None)
+    return None if size is None else int(size)
+
+
+def _numbers(s: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
+    ppl = next(v["ppl"] for v in s["variants"] if v["name"] == variant)
+    return {"ppl": ppl, "loss_percent": edge["loss_percent"] if edge else None}
+
+
+def _dominated_by(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> str | None:
+    """The first other run that is nowhere worse and somewhere better, by the values alone."""
+    if row["bytes"] is None:
+        return "unknown"
+    own = _position(row, shared)
+    for other in rows:
+        if other is row or other["bytes"] is None:
+            continue
+        theirs = _position(other, shared)
+        if theirs != own and all(x <= y for x, y in zip(theirs, own, strict=True)):
+            return str(other["name"])
+    return None
+
+
+def _position(row: Mapping[str, Any], shared: Sequence[str]) -> list[float]:
+    return [row["bytes"], *(row["sets"][name]["ppl"]["value"] for name in shared)]
+
+
+def _machine(facts: Mapping[str, Any]) -> str | None:
+    hardware = facts.get("hardware") or {}
+    return hardware.get("gpu") or hardware.get("processor") or hardware.get("device")
+
+
+def _warnings(entrants: Sequence[Entrant], shared: Sequence[str]) -> list[str]:
+    found = []
+    machines = {str(_machine(e.report["facts"])) for e in entrants}
+    if len(machines) > 1:
+        found.append(f"times come from different machines: {', '.join(sorted(machines))}")
+    for name in shared:
+        references = [_reference(e, name) for e in entrants]
+        if any(not np.array_equal(references[0], other) for other in references[1:]):
+            found.append(
+                f"{name}: the runs have different references (another adapter, base or machine): compare perplexities, "
+                "not losses against the reference"
+            )
+    return found
+
+
+def _reference(entrant: Entrant, name: str) -> Any:
+    s = entrant.set(name) or {}
+    return [] if s["reference"] is None else s["documents"][s["reference"]]["nll"]

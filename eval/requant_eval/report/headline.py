@@ -1,0 +1,84 @@
+"""The report in one sentence, without a verdict: what is kept, what it costs, how small it got."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from requant_eval.report.number_format import format_bytes, format_estimate, format_value
+
+# What ships, best first.
+FINAL = ("healed", "gptq", "rtn", "merged")
+SPOKEN = {"adapter": "base+adapter", "merged": "the merged model"}
+
+
+def final_variant(report: Mapping[str, Any]) -> str | None:
+    """The variant that ships: the first of healed, gptq, rtn, merged that was scored."""
+    names = {v["name"] for s in report["sets"] for v in s["variants"]}
+    return next((name for name in FINAL if name in names), None)
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """One sentence; clauses whose numbers are missing are left out."""
+    final = final_variant(report)
+    if final is None:
+        return "No merged or quantized variant was scored: there is no loss to report."
+    clauses = [_retention(report, final), _losses(report, final), _size(report, final)]
+    said = [clause for clause in clauses if clause]
+    if not said:
+        return f"{method(report, final)} was scored alone: there is no loss to report."
+    first = said[0] if said[0] is clauses[0] else f": {said[0]}"
+    return method(report, final) + "; ".join([first, *said[1:]]) + "."
+
+
+def method(report: Mapping[str, Any], variant: str) -> str:
+    """ "GPTQ 4-bit g64", as the quantizer's settings say."""
+    if variant == "merged":
+        return "The merged model"
+    settings = (report["facts"].get("quantize") or {}).get("settings") or {}
+    words = ["RTN" if variant == "rtn" else "GPTQ"]
+    if settings.get("bits"):
+        words.append(f"{settings['bits']}-bit")
+    if group := settings.get("group_size"):
+        words.append("per row" if group == -1 else f"g{group}")
+    return " ".join(words) + (" + heal" if variant == "healed" else "")
+
+
+def _retention(report: Mapping[str, Any], final: str) -> str:
+    for s in report["sets"]:
+        if final not in s["retention"]:
+            continue
+        kept = s["retention"][final]
+        if kept is None:
+            return f": retention is not defined (the adapter gains nothing measurable on {s['name']})"
+        value = format_estimate(kept, factor=100, unit=" %", interval=False)
+        if kept["low"] is None:
+            return f" keeps {value} of what the adapter learned"
+        se = 100 * kept["se"]
+        low, high = (format_value(100 * kept[end], se) for end in ("low", "high"))
+        return f" keeps {value} (95 % CI {low} to {high}) of what the adapter learned"
+    return ""
+
+
+def _losses(report: Mapping[str, Any], final: str) -> str:
+    parts: list[str] = []
+    against = ""
+    for s in sorted(report["sets"], key=lambda s: not s["in_domain"]):
+        for edge in s["edges"]:
+            if edge["from"] == s["reference"] and edge["to"] == final:
+                word = "" if parts else " perplexity"
+                loss = format_estimate(edge["loss_percent"], signed=True, unit=" %")
+                parts.append(f"{s['name']}{word} {loss}")
+                against = SPOKEN[s["reference"]]
+    return f"{', '.join(parts)} against {against}" if parts else ""
+
+
+def _size(report: Mapping[str, Any], final: str) -> str:
+    sizes = (report["facts"].get("cost") or {}).get("bytes") or {}
+    size = sizes.get(final) or (sizes.get("gptq") if final == "healed" else None)
+    if not size or final in ("merged", "rtn"):
+        return ""
+    text = f"checkpoint {format_bytes(size)}"
+    if merged := sizes.get("merged"):
+        text += f", {merged / size:.1f} times smaller than the merged one"
+    return text

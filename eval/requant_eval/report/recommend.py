@@ -1,0 +1,136 @@
+"""Which of three ways to deploy: the requantized checkpoint, the merged 16-bit one, or base and adapter kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from requant_eval.gate import Gate, make
+from requant_eval.metrics.engine_step import speeds
+from requant_eval.report.headline import final_variant
+from requant_eval.report.number_format import format_bytes
+from requant_eval.report.verdict import judge, verdict
+
+pass
+
+DEFAULT_LIMIT = "5%"
+RULE = (
+    "Rule: the requantized checkpoint if it keeps every gate; else the merged 16-bit checkpoint if that keeps every "
+    "gate; else base and adapter kept apart, which is what training saw and loses nothing by definition. Without gates "
+    f"the limit is {DEFAULT_LIMIT} more perplexity on the in-domain set. Who serves many adapters of one base looks at "
+    "the number of adapters first: from there on, apart takes less memory."
+)
+NEEDS = {"requantized": "vLLM or SGLang", "merged": "any engine", "separate": "bitsandbytes, PEFT"}
+SERVES = {"requantized": "one checkpoint each", "merged": "one checkpoint each", "separate": "one base for all"}
+
+
+def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
+    """{"choice", "text", "rule", "options": [...], "adapters_from": the number of adapters, or None}.
+
+    choice: "requantized", "merged", "separate", or None where nothing was measured against the reference. Each option:
+    name, variant, status against the gates, bytes (weights: of files and of memory), needs, multi_adapter, loss by set
+    (percent more perplexity than base + adapter), tokens_per_second by engine, of one sequence, where it was measured.
+    """
+    applied = list(gates) or _default(report)
+    options = [_option(report, name, applied) for name in OPTIONS]
+    choice = next((o["name"] for o in options if o["status"] == "pass"), None)
+    many = _adapters_from(options, report)
+    return {
+        "choice": choice,
+        "text": _text(options, choice, many, own_gates=bool(gates)),
+        "rule": RULE,
+        "options": options,
+        "adapters_from": many,
+    }
+
+
+def _default(report: Mapping[str, Any]) -> list[Gate]:
+    home = next((s["name"] for s in report["sets"] if s["in_domain"]), report["sets"][0]["name"])
+    return [make("ppl_increase", home, most=DEFAULT_LIMIT, relative_to=None)]
+
+
+def _option(report: Mapping[str, Any], name: str, gates: Sequence[Gate]) -> dict[str, Any]:
+    facts = report["facts"]
+    variant = {"merged": "merged", "separate": "adapter"}.get(name) or _requantized(report)
+    status = None if variant is None else _status(report, gates, variant)
+    return {
+        "name": name,
+        "variant": variant,
+        "status": status,
+        "bytes": _bytes(facts, name, variant),
+        "needs": NEEDS[name],
+        "multi_adapter": SERVES[name],
+        "loss": {s["name"]: _loss(s, variant) for s in report["sets"]},
+        "tokens_per_second": speeds(facts).get(variant or ""),
+    }
+
+
+def _requantized(report: Mapping[str, Any]) -> str | None:
+    final = final_variant(report)
+    return final if final in ("gptq", "healed") else None
+
+
+def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> str | None:
+    """None where the variant was not scored. The reference keeps every gate that compares with itself."""
+    if not any(v["name"] == variant for s in report["sets"] for v in s["variants"]):
+        return None
+    if all(s["reference"] == variant for s in report["sets"]):
+        gates = [gate for gate in gates if gate.metric == "perplexity"]
+    status = str(verdict(report, judge(report, gates, variant))["status"])
+    return "pass" if status == "none" else status
+
+
+def _loss(s: Mapping[str, Any], variant: str | None) -> dict[str, Any] | None:
+    """loss_percent against the reference; None where it was not measured; exactly 0 for the reference."""
+    if variant == s["reference"]:
+        return {"value": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
+    edges = (e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant)
+    return next((dict(e["loss_percent"]) for e in edges), None)
+
+
+def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | None:
+    sizes = (facts.get("cost") or {}).get("bytes") or {}
+    if name == "separate":
+        base, adapter = sizes.get("base"), sizes.get("adapter")
+        return None if base is None or adapter is None else int(base + adapter)
+    size = sizes.get(variant) or (sizes.get("gptq") if variant == "healed" else None)
+    return None if size is None else int(size)
+
+
+def _adapters_from(options: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> int | None:
+    """Smallest number n of fine-tunes for which base + n adapters are less than n requantized checkpoints."""
+    sizes = (report["facts"].get("cost") or {}).get("bytes") or {}
+    own, base, adapter = options[0]["bytes"], sizes.get("base"), sizes.get("adapter")
+    if not own or not base or not adapter or own <= adapter:
+        return None
+    return int(base // (own - adapter)) + 1
+
+
+def _text(options: Sequence[Mapping[str, Any]], choice: str | None, many: int | None, *, own_gates: bool) -> str:
+    if choice is None:
+        measured = any(o["status"] for o in options)
+        why = (
+            "even base + adapter does not keep the gates" if measured else "nothing was measured against base + adapter"
+        )
+        return f"No recommendation: {why}."
+    limit = "the gates" if own_gates else f"the limit of {DEFAULT_LIMIT} in-domain (no gates are set)"
+    said = {"fail": f"breaks {limit}", "inconclusive": f"cannot be told from {limit} yet"}
+    passed = [
+        f"{OPTIONS[o['name']]} {said[o['status']]}" if o["status"] in said else f"{OPTIONS[o['name']]} was not scored"
+        for o in options[: [o["name"] for o in options].index(choice)]
+    ]
+    chosen = next(o for o in options if o["name"] == choice)
+    size = f" ({format_bytes(chosen['bytes'])})" if chosen["bytes"] else ""
+    why = f"it keeps {limit}" if choice != "separate" else "what training saw, without a loss"
+    text = (
+        f"Deploy the {OPTIONS[choice]} model{size}: {why}"
+        if choice != "separate"
+        else f"Keep {OPTIONS[choice]}{size}: {why}"
+    )
+    text += f"; {', '.join(passed)}." if passed else "."
+    if many is not None and choice != "separate":
+        text += f" With {many} or more adapters of this base to serve, keeping them apart takes less memory."
+    return text
+
+
+OPTIONS = {"requantized": "requantized", "merged": "merged 16-bit", "separate": "base + adapter apart"}

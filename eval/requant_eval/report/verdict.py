@@ -1,0 +1,170 @@
+"""Gates against a report: which hold, which do not, which can't be told yet, and what follows from all of them.
+
+Non-inferiority on the interval: a gate passes when the whole 95 % interval is on the good side of its limit, fails when
+the whole interval is on the bad side, and is inconclusive in between. Needs nothing but the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+
+from requant_eval.errors import EvaluationError
+from requant_eval.gate import Gate, GateError, from_rule
+from requant_eval.metrics import statistics as st
+from requant_eval.report.headline import final_variant, method
+from requant_eval.report.number_format import format_estimate
+
+Status = Literal["pass", "fail", "inconclusive"]
+HOPELESS = 1000  # times the documents there are: nobody collects that many
+PERCENT = {"retention", "agreement", "right_to_wrong"}  # kept in the report as shares
+COLUMN = {"ppl_increase": "nll", "kl": "kl", "right_to_wrong": "right_to_wrong"}
+
+
+def saved_gates(report: Mapping[str, Any]) -> list[Gate]:
+    """The gates that the report was made with.
+
+    Raises:
+        EvaluationError: a gate of a newer version.
+    """
+    try:
+        return [from_rule(rule) for rule in report.get("gates") or ()]
+    except GateError as error:
+        raise EvaluationError(f"gates in the report: {error}: upgrade requant, or give the gates anew") from error
+
+
+def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None = None) -> list[dict[str, Any]]:
+    """Every gate with its value, interval and status, for `variant`, by default the one that ships.
+
+    Raises:
+        EvaluationError: a gate names a set that the report doesn't have.
+    """
+    judged = variant or final_variant(report)
+    return [_judge(report, gate, judged) for gate in gates]
+
+
+def verdict(report: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One status for all gates, in a line: any failure fails, else any doubt is inconclusive.
+
+    status "none": no gates. more_documents: the largest of the gates' that are in doubt.
+    """
+    if not judged:
+        text = "No verdict: no gates are set (`gates:` in the recipe says how much loss is acceptable)."
+        return {"status": "none", "line": text, "more_documents": None}
+    found = [g["status"] for g in judged]
+    status: Status = "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
+    telling = [g for g in judged if g["status"] == status]
+    more = [g["more_documents"] for g in telling if g["more_documents"]]
+    count = "its gate" if len(judged) == 1 else f"{len(telling)} of {len(judged)} gates"
+    what = {"pass": "keeps", "fail": "breaks", "inconclusive": "cannot be judged yet on"}[status]
+    said = f"{status.upper()}: {method(report, str(judged[0]['variant']))} {what} {count}"
+    if status == "pass" and len(judged) > 1:
+        line = f"{said}; nearest to its limit: {min(telling, key=_margin)['text']}."
+    else:
+        line = f"{said}: {'; '.join(g['text'] for g in telling)}."
+    return {"status": status, "line": line, "more_documents": max(more) if more else None}
+
+
+def _margin(gate: Mapping[str, Any]) -> float:
+    """How far a kept limit is from the interval, in half intervals; infinite for an interval without a width."""
+    end, value = gate["estimate"]["high" if gate["side"] == "max" else "low"], gate["estimate"]["value"]
+    half = abs(end - value)
+    return abs(gate["limit"] - end) / half if half > 0 else math.inf
+
+
+def _judge(report: Mapping[str, Any], gate: Gate, variant: str | None) -> dict[str, Any]:
+    s = next((s for s in report["sets"] if s["name"] == gate.set), None)
+    if s is None:
+        known = ", ".join(str(s["name"]) for s in report["sets"])
+        raise EvaluationError(f"gate '{gate.text}': the report has no set {gate.set!r}, only {known}")
+    estimate, missing = _estimate(s, gate, variant)
+    status, more = ("inconclusive", None) if estimate is None else _status(gate, estimate, s["n_documents"])
+    result = gate.rule() | {"variant": variant, "estimate": estimate, "status": status, "more_documents": more}
+    return result | {"text": _text(gate, result, missing)}
+
+
+def _status(gate: Gate, estimate: Mapping[str, Any], documents: int) -> tuple[Status, int | None]:
+    """And, in doubt, about how many more documents would bring the interval to one side of the limit."""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None or high is None:
+        return "inconclusive", None
+    if gate.side == "min":
+        value, low, high, limit = -value, -high, -low, -gate.limit
+    else:
+        limit = gate.limit
+    if high <= limit:
+        return "pass", None
+    if low > limit:
+        return "fail", None
+    distance, half = abs(limit - value), high - value if value <= limit else value - low
+    times = (half / distance) ** 2 if distance > 0 else math.inf
+    return "inconclusive", math.ceil(documents * (times - 1)) + 1 if times < HOPELESS else None
+
+
+def _estimate(s: Mapping[str, Any], gate: Gate, variant: str | None) -> tuple[dict[str, Any] | None, str]:
+    """The metric of one variant on one set in the gate's unit, or None and the reason."""
+    if variant is None or variant not in s["documents"]:
+        return None, f"{variant or 'no quantized variant'} was not scored on {s['name']}"
+    if gate.relative_to is not None:
+        return _relative(s, gate.metric, variant, gate.relative_to)
+    if gate.metric == "perplexity":
+        return next(v["ppl"] for v in s["variants"] if v["name"] == variant), ""
+    if gate.metric == "retention":
+        kept = s["retention"].get(variant)
+        return _scaled(kept, gate.metric), f"retention is not defined on {s['name']}"
+    if variant == s["reference"]:
+        return None, f"{variant} is the reference itself"
+    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
+    if edge is None:
+        return None, f"{variant} was not compared with a reference on {s['name']}"
+    key = "loss_percent" if gate.metric == "ppl_increase" else gate.metric
+    found = edge[key]["mean"] if gate.metric == "kl" and edge[key] else edge[key]
+    return _scaled(found, gate.metric), f"{gate.metric} was not measured on {s['name']}"
+
+
+def _relative(s: Mapping[str, Any], metric: str, variant: str, control: str) -> tuple[dict[str, Any] | None, str]:
+    """The variant's loss in percent of the control's, paired by document."""
+    if control not in s["documents"]:
+        return None, f"{control} was not scored on {s['name']}"
+    ours, theirs = (_losses(s, metric, name) for name in (variant, control))
+    if ours is None or theirs is None:
+        return None, f"{metric} was not measured on {s['name']}"
+    if not st.ratio(theirs, np.asarray(s["documents"][control]["n"], np.float64)).low > 0:
+        return None, f"{control} loses nothing measurable on {s['name']}: there is nothing to be relative to"
+    return asdict(st.ratio(ours, theirs).scaled(100)), ""
+
+
+def _losses(s: Mapping[str, Any], metric: str, variant: str) -> Any:
+    """Per-document sums of one metric of a variant, float64 [G]; None where it was not measured."""
+    sums, reference = s["documents"], s["reference"]
+    own = sums[variant].get(COLUMN[metric])
+    if own is None or reference is None:
+        return None
+    before = sums[reference]["nll"] if metric == "ppl_increase" else 0.0
+    return np.asarray(own, np.float64) - np.asarray(before, np.float64)
+
+
+def _scaled(estimate: Mapping[str, Any] | None, metric: str) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    factor = 100 if metric in PERCENT else 1
+    return {key: None if value is None else factor * value for key, value in estimate.items()}
+
+
+def _text(gate: Gate, result: Mapping[str, Any], missing: str) -> str:
+    if result["estimate"] is None:
+        return f"{gate.text}: {missing}"
+    unit = f" {gate.unit}" if gate.unit else ""
+    signed = gate.metric == "ppl_increase" and gate.relative_to is None
+    text = f"{gate.text}, measured {format_estimate(result['estimate'], signed=signed, unit=unit)}"
+    if result["status"] != "inconclusive":
+        return text
+    if result["estimate"]["low"] is None:
+        return f"{text}: too few documents for an interval"
+    if result["more_documents"] is None:
+        return f"{text}: at the limit, no realistic number of documents would tell"
+    return f"{text}: about {result['more_documents']} more documents would tell"

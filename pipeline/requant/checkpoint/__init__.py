@@ -1,0 +1,15 @@
+"""Checkpoint: bytes on disk. safetensors in and out, small files, the run directory.
+
+    reader          a directory of safetensors: headers first, tensors when asked for   <- start here
+    writer          sharded safetensors, written in order and resumable
+    model_files     config.json, tokenizer and other small files of a model
+    run_directory   artifacts, manifests, results and the log of a run
+    device_loader   tensors of a checkpoint straight to a GPU
+
+May import: errors, runtime.
+"""
+
+from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.writer import CheckpointWriter
+
+__all__ = ["Checkpoint", "CheckpointWriter"]

@@ -1,0 +1,116 @@
+"""The small files of a model directory: config.json edited as raw JSON, tokenizer copied byte for byte.
+
+transformers re-serializes both with changes that break servers; nothing here goes through its classes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoint.reader import read_json, write_text
+
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+TOKENIZER = (
+    *VOCABULARY, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_SAMPLING = {
+    "temperature": (None, 1.0),
+    "top_p": (None, 1.0),
+    "top_k": (None, 50),
+    "min_p": (None,),
+    "typical_p": (None, 1.0),
+}
+
+
+def edit_config(
+    config: Mapping[str, Any], *, dtype: str, untie: bool = False, vocab_size: int | None = None
+) -> dict[str, Any]:
+    """A copy of config.json for unquantized weights of `dtype`, with what the merge changed."""
+    edited = {
+        k: v for k, v in config.items() if k not in ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
+    }
+    sections = [edited]
+    if isinstance(edited.get("text_config"), dict):
+        edited["text_config"] = dict(edited["text_config"])
+        sections.append(edited["text_config"])
+    for section in sections:
+        key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
+        if section is edited or key in section:
+            section[key] = dtype
+        if untie and (section is edited or "tie_word_embeddings" in section):
+            section["tie_word_embeddings"] = False
+        if vocab_size is not None and "vocab_size" in section:
+            section["vocab_size"] = vocab_size
+    return edited
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype a config.json declares: `dtype` (transformers 5) or `torch_dtype`, at the top or in text_config."""
+    sections = [config, config.get("text_config") or {}]
+    for section in sections:
+        value = section.get("dtype") or section.get("torch_dtype")
+        if isinstance(value, str):
+            return value.removeprefix("torch.")
+    return None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON with sorted-as-given keys, two spaces, a final newline."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def tokenizer_files(base: Path, adapter: Path | None) -> dict[str, Path]:
+    """File name -> source. An adapter that brings a vocabulary brings the whole tokenizer; else its files override the base's."""
+    of_base = {n: base / n for n in TOKENIZER if (base / n).exists()}
+    if adapter is None:
+        return of_base
+    of_adapter = {n: adapter / n for n in TOKENIZER if (adapter / n).exists()}
+    if any(n in of_adapter for n in VOCABULARY):
+        return of_adapter
+    return of_base | of_adapter
+
+
+def vocabulary_size(tokenizer_json: Path) -> int:
+    """One more than the largest token id of a tokenizer.json."""
+    raw = read_json(tokenizer_json)
+    vocabulary = raw.get("model", {}).get("vocab", {})
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [t["id"] for t in raw.get("added_tokens", [])]
+    return max((i for i in ids if isinstance(i, int)), default=-1) + 1
+
+
+def generation_config(path: Path) -> dict[str, Any] | None:
+    """generation_config.json, made consistent: sampling settings without `do_sample` are refused by transformers when saving.
+
+    The author's settings stay and `do_sample` becomes true, which is how servers already read such a file.
+    """
+    file = path / "generation_config.json"
+    if not file.exists():
+        return None
+    config = read_json(file)
+    samples = any(config.get(key) not in neutral for key, neutral in _SAMPLING.items())
+    if samples and not config.get("do_sample"):
+        config["do_sample"] = True
+    return config
+
+
+def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) -> list[str]:
+    """Copy tokenizer, generation config and, when config.json names it (`auto_map`), model code; returns the names."""
+    copied = []
+    for name, file in tokenizer_files(source, adapter).items():
+        shutil.copyfile(file, out / name)
+        copied.append(name)
+    generation = generation_config(source)
+    if generation is not None:
+        write_json(out / "generation_config.json", generation)
+        copied.append("generation_config.json")
+    if read_json(source / "config.json").get("auto_map"):
+        for file in sorted(source.glob("*.py")):
+            shutil.copyfile(file, out / file.name)
+            copied.append(file.name)
+    return copied

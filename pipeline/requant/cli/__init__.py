@@ -1,0 +1,13 @@
+"""CLI: argv, printing, exit codes. Heavy imports wait inside the commands.
+
+    main              the commands of a recipe   <- start here
+    report_commands   gate, compare: commands that need finished reports only
+    deploy_commands   verify, push
+    console           progress bars on a terminal, plain lines elsewhere
+
+May import: errors, recipe, runtime, checkpoint, heal, deploy, run; requant_eval.gate, .report, .render.
+"""
+
+from requant.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,135 @@
+"""The commands about finished checkpoints: verify, push. Registered by `cli`; heavy imports wait inside."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from requant.errors import InputError, RecipeError
+
+if TYPE_CHECKING:
+    from requant.deploy.engine_processes import Engine
+    from requant.deploy.stage import Verification
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A GPTQ checkpoint, e.g. runs/NAME/gptq.")],
+    with_: Annotated[
+        list[str],
+        typer.Option("--with", metavar="ENGINE", help="Load it there too: transformers, vllm (repeat for both)."),
+    ] = [],  # noqa: B006
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="The model that was quantized: every weight is compared with it."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to score; default: a paragraph of our own.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The engines' dtype: float16, bfloat16 or float32; default: as it is served.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON there too.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the checkpoint's own model code.")] = False,
+) -> None:
+    """Prove a GPTQ checkpoint: names, shapes, values, a few tokens, and the engines that will serve it."""
+    names = _engines(with_)
+    if dtype not in (None, "float16", "bfloat16", "float32"):
+        raise RecipeError(f"--dtype {dtype}: expected float16, bfloat16 or float32")
+    sample = None if text is None else _read(text)
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise RecipeError(f"--device {device}: expected cpu, cuda or cuda:N")
+    import torch
+
+    from requant.checkpoint.model_files import write_json
+    from requant.cli.console import quiet
+    from requant.deploy import stage
+
+    with quiet():
+        done = stage.verify(
+            checkpoint, source=against, load_in=names, engine_dtype=dtype, device=torch.device(device),
+            trust_remote_code=trust_remote_code, text=sample,
+        )  # fmt: skip
+    if out is not None:
+        write_json(out, done.facts())
+    if names:  # the run knows the rest already
+        stage.remember(done)
+    if as_json:
+        print(json.dumps(done.facts(), indent=1))
+    else:
+        _print(done)
+    if not done.ok:
+        raise typer.Exit(1)
+
+
+def _engines(names: list[str]) -> list[Engine]:
+    from requant.deploy.engine_processes import ENGINES
+
+    unknown = [n for n in names if n not in ENGINES]
+    if unknown:
+        raise RecipeError(f"--with {unknown[0]}: expected one of {', '.join(ENGINES)}")
+    return [e for e in ENGINES if e in names]
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as text ({error})") from error
+    if len(text.split()) < 8:
+        raise InputError(f"{file}: {len(text.split())} words are too few to score: give it a paragraph")
+    return text
+
+
+def _print(done: Verification) -> None:
+    """One line a check; the findings last."""
+    if done.tensors:
+        held = f"{done.tensors} tensors, {done.linears} packed linears"
+        bits = f", {done.bits_per_weight:.2f} bits a weight" if done.bits_per_weight else ""
+        print(f"structure  {held}{bits}")
+    if done.disk_bytes and done.expected_bytes:
+        extra = done.disk_bytes / done.expected_bytes - 1
+        print(f"size       {done.disk_bytes / 1e6:.1f} MB on disk, {extra:+.3%} of what the config describes")
+    if done.relative_error is not None:
+        print(f"weights    at most {done.relative_error:.1%} from the source's, linear by linear")
+    if done.negative_scales:
+        print(f"scales     {done.negative_scales} are negative")
+    if done.perplexity is not None:
+        print(f"scores     perplexity {done.perplexity:.4f} on {done.sample_tokens} tokens (fp32, our decoding)")
+        print(f"generates  {done.text!r}")
+    for row in done.engines:
+        if row["error"] is None:
+            what = f"{row['dtype']}, {', '.join(row['kernels'])}, loaded in {row['load_seconds']:.1f} s"
+            print(f"{row['engine']:<10} perplexity {row['perplexity']:.4f} ({what})")
+    for line in done.skipped:
+        print(f"skipped    {line}")
+    print("ok" if done.ok else done.message())
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its gptq/.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really send it; without, only say what would go.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that has files.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Build the checkpoint's own model code to check it.")] = False,
+) -> None:
+    """Send a checkpoint and its model card to a Hugging Face hub; token from HF_TOKEN. A dry run unless --yes."""
+    from requant.cli.console import quiet
+    from requant.deploy import hub_upload
+
+    with quiet():
+        parcel = hub_upload.pack_up(run, repo, trust_remote_code=trust_remote_code)
+        for name, size in parcel.files:
+            print(f"{size:>14,}  {name}")
+        kind = "public" if public else "private"
+        print(f"{parcel.total:>14,}  bytes in {len(parcel.files)} files to {repo} ({kind})")
+        if not yes:
+            print("dry run: nothing was sent; --yes sends it")
+            return
+        print(f"sent: {hub_upload.push(parcel, private=not public, update=update)}")

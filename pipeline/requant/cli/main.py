@@ -1,0 +1,305 @@
+"""The command line: argv, printing, exit codes. Heavy imports wait inside the commands.
+
+0 done, 1 the run failed, 2 the recipe or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from requant import __version__
+from requant.cli import deploy_commands, report_commands
+from requant.cli.report_commands import Junit
+from requant.errors import RecipeError, RequantError
+
+if TYPE_CHECKING:
+    from requant.recipe.schema import Recipe
+    from requant.run.check.delta_prediction import Prediction
+    from requant.run.prepare import Prepared
+
+app = typer.Typer(
+    help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. quantize.bits=3."),
+]
+
+
+def main() -> None:
+    """Entry point; where a launcher started several ranks, rank 0 runs the command and the others help."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        from requant.cli.console import quiet
+        from requant.runtime.launch import together
+
+        together(_command, quiet)
+    else:
+        _command()
+
+
+def _command() -> None:
+    """Every failure on purpose becomes a message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except RecipeError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except RequantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"requant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(adapter: Annotated[str, typer.Argument(help="PEFT directory or hub id.")]) -> None:
+    """Print a commented recipe for an adapter."""
+    from requant.recipe.template import starter
+
+    print(starter(adapter), end="")
+
+
+app.command()(report_commands.gate)
+app.command()(report_commands.compare)
+
+
+@app.command()
+def schema(
+    report: Annotated[bool, typer.Option("--report", help="The schema of report.json instead.")] = False,
+) -> None:
+    """Print the recipe's JSON Schema."""
+    import json
+
+    if report:
+        return report_commands.schema_of_reports()
+
+    from requant.recipe.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a recipe against its model, adapter and texts, from headers; of the weights a sample of a few layers is read."""
+    wanted = _load(recipe, overrides)
+    from requant.cli.console import quiet
+    from requant.run import evaluation_inputs, prepare
+    from requant.run.check import delta_prediction
+    from requant.run.check.forecast import forecast
+    from requant.runtime.device import pick_device
+
+    where = Path(wanted.output.dir) / wanted.name
+    with quiet():
+        prepared = prepare.prepare(wanted)
+        need, free = prepare.check_disk(prepared, where)
+        device = pick_device(wanted.device)
+    _print_check(prepared, need, free, delta_prediction.predict(prepared.merge, prepared.quantize, device))
+    sys.stdout.flush()
+    print(f"trying one block on {device} for time and memory ...", file=sys.stderr, flush=True)
+    with quiet():
+        needs = forecast(
+            prepared,
+            evaluation_inputs.places(prepared, where),
+            device,
+            evaluation_inputs.dtype(prepared, device),
+            evaluation_inputs.batch(prepared, device),
+        )
+    for stage in needs:
+        print(f"takes     {stage}")
+    if len(needs) == 1:
+        print("takes     quantize, evaluate: not tried, a block of this size takes minutes on this processor")
+    print("ok")
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
+    """Dequantize, merge, quantize, heal, evaluate, report; goes on where an earlier run stopped. Exit code as `gate`."""
+    _run(recipe, overrides, "report", junit)
+
+
+@app.command()
+def merge(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Only dequantize the base and merge the adapter."""
+    _run(recipe, overrides, "merge")
+
+
+@app.command()
+def quantize(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Merge, then quantize with GPTQ."""
+    _run(recipe, overrides, "quantize")
+
+
+@app.command()
+def heal(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; or use the options.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    checkpoint: Annotated[Path | None, typer.Option(help="A GPTQ checkpoint, written by any tool.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The 16-bit model that it was made from.")] = None,
+    data: Annotated[list[Path], typer.Option(help="Text to heal on; may be given again.")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="New directory; default: CHECKPOINT-healed.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 150,
+    batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
+    lr: Annotated[float, typer.Option(min=1e-9, max=1.0)] = 0.005,
+    norms: Annotated[bool, typer.Option("--norms", help="Let norm weights move too.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Distil the scales of a quantized checkpoint: of a recipe's run, or of any (--checkpoint, --teacher, --data)."""
+    alone = {"--checkpoint": checkpoint, "--teacher": teacher, "--data": data}
+    if recipe is not None:
+        given = [name for name, value in alone.items() if value]
+        if given:
+            raise RecipeError(f"a recipe says what {given[0]} says: give one of them")
+        _run(recipe, overrides, "heal")
+        return
+    if checkpoint is None or teacher is None or not data:
+        missing = ", ".join(name for name, value in alone.items() if not value)
+        raise RecipeError(f"healing needs a RECIPE, or {missing} too")
+    from requant.cli.console import ConsoleWatcher, quiet
+    from requant.heal.stage import summary
+    from requant.heal.trainer import Settings
+    from requant.run.heal_checkpoint import heal_checkpoint
+    from requant.runtime.device import pick_device
+
+    settings = Settings(steps, batch, length, lr, ("scales", "norms") if norms else ("scales",), seed)
+    target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
+    with ConsoleWatcher() as watcher, quiet():
+        watcher.stage("heal", False)
+        told = heal_checkpoint(
+            checkpoint, teacher, data, target, settings, device=pick_device(device),
+            trust_remote_code=trust_remote_code, progress=watcher.progress,
+        )  # fmt: skip
+    print(f"{summary(told)}: {target}")
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Everything but the report: merge, quantize and score every variant."""
+    _run(recipe, overrides, "evaluate")
+
+
+@app.command()
+def report(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Also measure which modules are worth more bits; print the recipe patch.")
+    ] = False,
+    junit: Junit = None,
+) -> None:
+    """Write the report from saved scores, scoring what is missing, and show it. Exit code as `gate`.
+
+    A report.json or a run's directory instead of a recipe is rendered again as it is.
+    """
+    if recipe.suffix == ".json" or recipe.is_dir():
+        if overrides:
+            raise RecipeError(f"--set {overrides[0]}: changes a recipe, and {recipe} is a finished report")
+        if suggest:
+            raise RecipeError(f"--suggest needs the run's recipe, and {recipe} is a finished report")
+        return report_commands.render(recipe, junit)
+    _run(recipe, overrides, "report", junit, suggest=suggest)
+
+
+app.command()(deploy_commands.verify)
+app.command()(deploy_commands.push)
+
+
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    from requant import recipe
+
+    return recipe.load(path, overrides)
+
+
+def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
+    wanted = _load(path, overrides)
+    from requant.cli.console import ConsoleWatcher, quiet
+    from requant.run.runner import run as run_recipe
+    from requant.runtime import launch
+
+    hint = launch.idle_gpus(wanted.device, path)
+    if hint:
+        print(hint, file=sys.stderr)
+    try:
+        with ConsoleWatcher() as watcher, quiet():
+            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest, ranks=launch.here())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if outcome.report is not None:
+        from rich.console import Console
+
+        from requant_eval.render import terminal
+
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(terminal.table(outcome.report))
+        if suggest:
+            console.print(terminal.suggestion(outcome.report))
+            print(outcome.report["facts"]["suggestion"]["patch"], end="")
+    if not outcome.ran:
+        print(f"nothing to do: everything in {outcome.path} is up to date")
+    else:
+        print(f"{', '.join(dict.fromkeys(outcome.ran))} done: {outcome.path}")
+    if outcome.report is not None:
+        report_commands.finish(outcome.report, junit)
+
+
+def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction | None) -> None:
+    ledger, layout, c = prepared.merge.ledger, prepared.quantize, prepared.calibration_facts
+    done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
+    print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
+    print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
+    for m in prepared.matches:
+        print(f"match     {m}")
+    print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
+    print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
+    for s in prepared.sets:
+        known = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
+        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {known}")
+    for verdict in prepared.targets:
+        print(f"serve     {verdict.target.name} {verdict}")
+    if prepared.canaries:
+        print(f"canaries  {len(prepared.canaries.items)} prompts from {prepared.canaries.name}")
+    print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
+    print(f"heal      {_healing(prepared)}")
+    if predicted:
+        print(f"grid      {predicted.said()}")
+    for warning in [*prepared.warnings, *(predicted.warnings() if predicted else [])]:
+        print(f"warning   {warning}")
+
+
+def _healing(prepared: Prepared) -> str:
+    from requant.runtime.device import pick_device
+
+    if prepared.heal is None:
+        asked = prepared.recipe.heal
+        return "off" if asked == "off" else "off: auto heals on a GPU only; give heal settings of its own to heal here"
+    s = prepared.heal.section
+    way = prepared.heal.fit(pick_device(prepared.recipe.device))
+    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {way}"

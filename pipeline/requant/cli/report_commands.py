@@ -1,0 +1,159 @@
+"""The commands that need nothing but finished reports: no recipe, no model, no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from requant.errors import InputError
+
+ReportPath = Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json, or the directory of a run.")]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
+
+
+def gate(
+    report: ReportPath,
+    gates: Annotated[
+        list[str],
+        typer.Option("--gate", metavar="GATE", help='Instead of the report\'s own, e.g. "ppl_increase in-domain 5%".'),
+    ] = [],  # noqa: B006
+    junit: Junit = None,
+) -> None:
+    """Hold a report against its gates: exit code 0 passed, 3 failed, 4 inconclusive."""
+    from requant_eval import gate as rules
+    from requant_eval.report import verdict
+    from requant_eval.report.build import conclude
+    from requant_eval.report.schema import load
+
+    with readable_errors():
+        loaded = load(report)
+        asked = [rules.parse(text) for text in gates] or verdict.saved_gates(loaded)
+        if not asked:
+            raise InputError(f'{report}: no gates in it: add them to the recipe, or give --gate "ppl_increase SET 5%"')
+        concluded = conclude(loaded, asked)
+    from rich.console import Console
+
+    from requant_eval.render import terminal
+
+    Console(width=None if sys.stdout.isatty() else 120).print(terminal.decision(concluded))
+    finish(concluded, junit)
+
+
+def render(file: Path, junit: Path | None = None) -> None:
+    """Render a report.json of this or an older version again, beside it, and show it; the file itself stays as it is.
+
+    file: the report.json, or the directory of its run.
+    """
+    from rich.console import Console
+
+    from requant_eval.render import html, markdown, terminal
+    from requant_eval.report.build import save_text
+    from requant_eval.report.schema import load
+
+    with readable_errors():
+        loaded = load(file)
+        written = {".md": markdown.render(loaded), ".html": html.render(loaded)}
+    file = file / "report.json" if file.is_dir() else file
+    for suffix, text in written.items():
+        save_text(file.with_suffix(suffix), text)
+    Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(loaded))
+    print(f"written: {', '.join(str(file.with_suffix(suffix)) for suffix in written)}")
+    finish(loaded, junit)
+
+
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs or report.json files; RUN:VARIANT for one.")
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the data.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write one HTML page.")] = None,
+) -> None:
+    """Say which run is better on which set, from their reports alone: no GPU, no model."""
+    from rich.console import Console
+
+    from requant_eval.render import compare_tables
+    from requant_eval.render import html as pages
+    from requant_eval.render import markdown as md
+    from requant_eval.report.build import save, save_text
+    from requant_eval.report.compare import compare as compared
+
+    with readable_errors():
+        comparison = compared(_entrants(runs))
+    if json_file is not None:
+        save(comparison, json_file)
+    document = compare_tables.document(comparison)
+    if markdown is not None:
+        save_text(markdown, md.page(document))
+    if html is not None:
+        save_text(html, pages.page(document))
+    Console(width=None if sys.stdout.isatty() else 120).print(compare_tables.terminal(comparison))
+
+
+def _entrants(runs: list[str]) -> list[Any]:
+    """Each RUN or RUN:VARIANT with the shortest name that tells it from the others."""
+    from requant_eval.report.compare import Entrant
+    from requant_eval.report.schema import load
+
+    split = [_split(text) for text in runs]
+    short = [_name(path) for path, _ in split]
+    plain = short if len(set(short)) == len({path for path, _ in split}) else [str(path) for path, _ in split]
+    names = [name + (f":{variant}" if variant else "") for name, (_, variant) in zip(plain, split, strict=True)]
+    loaded = {path: load(path) for path, _ in split}
+    return [Entrant.of(name, loaded[path], variant) for name, (path, variant) in zip(names, split, strict=True)]
+
+
+def _split(text: str) -> tuple[Path, str | None]:
+    """RUN:VARIANT, unless a file of that very name exists."""
+    run, colon, variant = text.rpartition(":")
+    return (Path(run), variant) if colon and run and not Path(text).exists() else (Path(text), None)
+
+
+def _name(path: Path) -> str:
+    """A run's name: its directory's, also when its report.json was given."""
+    return path.absolute().parent.name if path.name == "report.json" else path.absolute().name
+
+
+def schema_of_reports() -> None:
+    """Print the JSON Schema of report.json."""
+    from requant_eval.report.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def finish(report: Mapping[str, Any], junit: Path | None = None) -> None:
+    """Tell machines how the gates stand: JUnit file, step summary, exit code.
+
+    Raises:
+        typer.Exit: with 3 or 4, unless every gate holds.
+    """
+    from requant_eval.render import ci
+    from requant_eval.report.build import save_text
+
+    if junit is not None:
+        save_text(junit, ci.junit(report))
+    if step := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(step).open("a", encoding="utf-8") as file:
+            file.write(ci.summary(report))
+    code = ci.EXIT_CODES[report["verdict"]["status"]]
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """What the judge refuses is a wrong input here: exit code 2."""
+    from requant_eval.errors import EvaluationError
+    from requant_eval.gate import GateError
+
+    try:
+        yield
+    except (EvaluationError, GateError) as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,312 @@
+"""What each server makes of a GPTQ checkpoint: one table, read off the engines' sources, and its verdict on a plan.
+
+Known from headers, before any work: whether an engine loads the checkpoint, with which kernel on which hardware, or why
+not. A kernel is taken as the engine takes it: the first of its list that fits the matrix.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from requant.deploy import tensor_parallel
+from requant.modeling import linears
+from requant.numerics.grid import Grid
+from requant.quantize.gptq_files import EXPERT, FUSED
+from requant.quantize.plan import Plan
+
+Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
+# What a plan may have that some engine cannot load.
+Trait = Literal[
+    "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "skipped in some blocks",
+    "unlike fused parts", "unlike experts", "blocks elsewhere",
+]  # fmt: skip
+GROUPS = (-1, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What one kernel can multiply. inputs, outputs: what its matrix sizes must be multiples of (as fused)."""
+
+    name: str
+    bits: tuple[int, ...] = (4, 8)
+    groups: tuple[int, ...] = GROUPS
+    inputs: int = 1
+    outputs: int = 1
+    symmetric: bool = True  # only symmetric ones; False: both
+    signed: bool = False  # seen to read negative scales rightly (bench/kernel_table.py, make test-vllm)
+    experts: bool | None = None  # True: only routed experts; False: everything else; None: both
+
+    def lacks(self, matrix: Matrix) -> str | None:
+        """Why it cannot take a matrix, None when it can."""
+        grid = matrix.grid
+        if grid.bits not in self.bits:
+            return f"no {grid.bits}-bit weights"
+        if self.symmetric and not grid.symmetric:
+            return "no asymmetric weights"
+        if grid.signed and not self.signed:
+            return f"negative scales are not proven in {self.name}"
+        if grid.group_size not in self.groups:
+            return f"no groups of {grid.group_size}"
+        for what, size, unit in (("inputs", matrix.columns, self.inputs), ("outputs", matrix.rows, self.outputs)):
+            if size % unit:
+                return f"its {size} {what} are no multiple of {unit}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One engine. hardware: where it runs -> its kernels in the order it tries them. refuses: trait -> what goes wrong."""
+
+    name: Name
+    source: str
+    fuses: bool
+    hardware: Mapping[str, tuple[Kernel, ...]]
+    refuses: Mapping[Trait, str]
+
+
+_MOE_MARLIN = Kernel("Marlin MoE", inputs=128, experts=True)
+_PARTS = "{} differ in their settings, and it fuses them"
+_TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
+_GPTQMODEL = {
+    "NVIDIA GPU": (
+        Kernel("Marlin", signed=True),
+        Kernel("Triton", bits=(2, 4, 8), symmetric=False, signed=True),
+        *_TORCH,
+    ),
+    "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
+}
+TARGETS: Mapping[Name, Target] = {
+    t.name: t
+    for t in (
+        Target(
+            "vllm", "vLLM 0.32.0: quantization/auto_gptq.py, kernels/linear/mixed_precision, utils/marlin_utils.py", True,
+            {
+                "Hopper": (
+                    Kernel("Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False),
+                    Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True),
+                ),
+                "other NVIDIA GPU": (Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True)),
+                "CPU": (
+                    Kernel("CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
+                    Kernel("CPU MoE (needs AMX)", bits=(4,), experts=True),
+                ),
+            },
+            {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
+        ),
+        Target(
+            "sglang", "SGLang 006d096: quantization/gptq.py, marlin_utils.py", True,
+            {
+                "NVIDIA GPU from Ampere on": (
+                    Kernel("Marlin", inputs=128, outputs=64, experts=False),
+                    Kernel("Marlin MoE", inputs=128, outputs=64, experts=True),
+                ),
+                "NVIDIA GPU with --quantization gptq --dtype half": (
+                    Kernel("GPTQ", bits=(2, 3, 4, 8), symmetric=False, experts=False),
+                ),
+            },
+            {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
+        ),
+        Target(
+            "transformers", "transformers 5.23 with optimum 2.3 (gptq/quantizer.py) and gptqmodel 7.7", False, _GPTQMODEL,
+            {
+                "conv1d": "it cannot make Conv1D layers ({}) quantized ones; gptqmodel's own loader can",
+                "linear-like": "it passes over {}, so that their weights would be random; gptqmodel's own loader does not",
+                "experts": "it keeps experts fused, so that their weights would be random; gptqmodel's own loader does not",
+                "overrides": "it ignores settings of single modules ({})",
+                "skipped in some blocks": "{} stays in 16 bit in some blocks only",
+                "blocks elsewhere": "it does not look for blocks in {}",
+            },
+        ),
+        Target(
+            "gptqmodel", "gptqmodel 7.7: GPTQModel.load, models/definitions", False, _GPTQMODEL,
+            {
+                "renamed": "it looks for {}, which the original checkpoint, and so ours, calls otherwise",
+                "fused gate_up": "it splits {} before it looks for its weights; transformers loads them",
+            },
+        ),
+    )
+}  # fmt: skip
+# optimum 2.3 gptq/constants.py BLOCK_PATTERNS, of causal language models.
+_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One quantized matrix as a server holds it: rows are outputs, columns inputs, fused parts put together.
+
+    The experts of a layer are one, [expert width, model width], for a server that fuses them.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """problems: why the engine does not load it (empty: it does). kernels: hardware -> kernel -> matrices.
+
+    parallel: number of GPUs that share every matrix -> why they cannot, None when they can; empty: not asked.
+    """
+
+    target: Target
+    problems: tuple[str, ...]
+    kernels: Mapping[str, Mapping[str, int]]
+    lacking: Mapping[str, str]
+    parallel: Mapping[int, str | None] = field(default_factory=dict)
+
+    @property
+    def loads(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        if self.problems:
+            return f"does not load this: {'; '.join(self.problems)}"
+        parts = [f"{where}: {', '.join(f'{k} {n}' for k, n in found.items())}" for where, found in self.kernels.items()]
+        parts += [f"not on {where}: {why}" for where, why in self.lacking.items()]
+        return "; ".join(["loads", *parts, *self._shared()])
+
+    def _shared(self) -> list[str]:
+        """On how many GPUs at once."""
+        if not self.parallel:
+            return []
+        able = ", ".join(str(n) for n in (1, *(n for n, why in self.parallel.items() if why is None)))
+        first = next(((n, why) for n, why in self.parallel.items() if why), None)
+        return [f"tensor parallel {able}" + (f", not {first[0]} ({first[1]})" if first else "")]
+
+
+def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
+    """What `target` will do with the checkpoint of `plan`."""
+    have = traits(plan, model)
+    problems = [text.format(have[t]) for t, text in target.refuses.items() if t in have]
+    matrices = list(_matrices(plan, model, fused=target.fuses))
+    kernels: dict[str, Mapping[str, int]] = {}
+    lacking: dict[str, str] = {}
+    for where, offered in target.hardware.items():
+        chosen, why = _choose(offered, matrices)
+        if why:
+            lacking[where] = why
+        else:
+            kernels[where] = chosen
+    if not kernels:
+        problems += list(dict.fromkeys(lacking.values()))
+    gpus = [offered for where, offered in target.hardware.items() if where in kernels and where != "CPU"]
+    parallel = {n: _apart(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
+    return Verdict(target, tuple(problems), kernels, lacking, parallel)
+
+
+def _apart(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:
+    """Why `degree` GPUs of none of these kinds can share the matrices; None when they can."""
+    heads = tensor_parallel.Heads.of(model.config)
+    if heads and (why := heads.problem(degree)):
+        return why
+    for name, grid in plan.grids.items():
+        module: Any = model.get_submodule(name)
+        if why := tensor_parallel.problem(name, module.out_features, module.in_features, grid, degree, heads):
+            return why
+    matrices = list(_matrices(plan, model, fused=True, degree=degree))
+    tried = [_choose(offered, matrices)[1] for offered in gpus]
+    return None if None in tried else tried[0]
+
+
+def _choose(offered: tuple[Kernel, ...], matrices: list[Matrix]) -> tuple[Mapping[str, int], str | None]:
+    """(kernel -> how many matrices it gets, None), or what the first matrix without a kernel lacks."""
+    chosen: Counter[str] = Counter()
+    for matrix in matrices:
+        expert = ".experts" in matrix.name
+        fitting = [k for k in offered if k.experts in (None, expert)]
+        kernel = next((k for k in fitting if k.lacks(matrix) is None), None)
+        if kernel is None:
+            why = fitting[-1].lacks(matrix) if fitting else "no kernel for experts"
+            return {}, f"{matrix.name}: {why}"
+        chosen[kernel.name] += 1
+    return dict(chosen), None
+
+
+def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
+    """What in a plan some engine cannot load -> an example of it."""
+    modules = {name: model.get_submodule(name) for name in plan.grids}
+    by_grid: dict[tuple[int, int, bool], list[str]] = {}
+    for name, grid in plan.grids.items():
+        by_grid.setdefault((grid.bits, grid.group_size, grid.symmetric), []).append(name)
+    rarest = min(by_grid.values(), key=len)
+    found: dict[Trait, list[str]] = {
+        "conv1d": [n for n, m in modules.items() if type(m) is linears.Turned],
+        "linear-like": [type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.Turned)],
+        "experts": [n for n in modules if EXPERT.fullmatch(n)],
+        "renamed": _renamed(plan, model),
+        "fused gate_up": [n for n in modules if n.endswith(".gate_up_proj")],
+        "overrides": rarest if len(by_grid) > 1 else [],
+        "skipped in some blocks": plan.partly_left,
+        "unlike fused parts": [
+            f"the parts of {stem}{fused}" for stem, fused, _, same in _groups(plan) if not same and ".experts." not in stem
+        ],
+        "unlike experts": [n for n, same in _experts(plan).items() if not same],
+        "blocks elsewhere": [] if plan.prefix in _BLOCKS else [plan.prefix],
+    }  # fmt: skip
+    return {trait: examples[0] for trait, examples in found.items() if examples}
+
+
+def _renamed(plan: Plan, model: nn.Module) -> list[str]:
+    """Tensors that the checkpoint has under another name than the model's, apart from the base model's prefix."""
+    stored = {slot.name for slot in plan.slots}
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    names = [n for n, _ in model.named_parameters()]
+    ours = [
+        f"{m}.qweight" if n == f"{m}.weight" and m in plan.grids else n for n in names for m in [n.rpartition(".")[0]]
+    ]
+    return [n for n in ours if n not in stored and n.removeprefix(prefix) not in stored]
+
+
+def _groups(plan: Plan) -> Iterator[tuple[str, str, tuple[str, ...], bool]]:
+    """(stem, fused name, parts, whether all are quantized alike) of every set of matrices that servers fuse."""
+    every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
+    for fused, parts in FUSED.items():
+        for name in every:
+            stem = name.removesuffix(parts[0])
+            if name.endswith("." + parts[0]) and all(stem + p in every for p in parts):
+                grids = [every[stem + p] for p in parts]
+                yield stem, fused, tuple(stem + p for p in parts), all(g == grids[0] for g in grids)
+
+
+def _experts(plan: Plan) -> dict[str, bool]:
+    """Container of experts -> whether all of its matrices are quantized alike."""
+    grids: dict[str, set[Grid | None]] = {}
+    every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
+    for name, grid in every.items():
+        match = EXPERT.fullmatch(name)
+        if match:
+            grids.setdefault(match[1], set()).add(grid)
+    return {name: len(found) == 1 for name, found in grids.items()}
+
+
+def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> Iterator[Matrix]:
+    """Every quantized matrix, put together as servers do, or what one of `degree` GPUs holds of it."""
+    heads = tensor_parallel.Heads.of(model.config)
+
+    def size(name: str) -> tuple[int, int]:
+        module: Any = model.get_submodule(name)
+        whole = (module.out_features, module.in_features)
+        return tensor_parallel.part(name, *whole, degree, heads) or whole
+
+    taken: set[str] = set()
+    if fused:
+        for container in _experts(plan):
+            inside = [n for n in plan.grids if n.startswith(container + ".")]
+            taken |= set(inside)
+            if inside:
+                yield Matrix(container, *size(f"{container}.0.gate_proj"), plan.grids[inside[0]])
+        for stem, name, parts, same in _groups(plan):
+            if same and parts[0] in plan.grids and not taken & set(parts):
+                taken |= set(parts)
+                rows = sum(size(p)[0] for p in parts)
+                yield Matrix(stem + name, rows, size(parts[0])[1], plan.grids[parts[0]])
+    for name, grid in plan.grids.items():
+        if name not in taken:
+            yield Matrix(name, *size(name), grid)

@@ -1,0 +1,122 @@
+"""Put a finished checkpoint on a Hugging Face hub: what would go, then one commit that is whole or absent.
+
+The token comes from the environment (HF_TOKEN) and from nowhere else; it is handed to the client and never printed. Weights
+that an interrupted push has already sent are known to the hub by their sha256 and are not sent again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoint.run_directory import MANIFEST
+from requant.deploy import check_headers
+from requant.errors import InputError, StageError
+
+TOKEN = "HF_TOKEN"
+ENDPOINT = "HF_ENDPOINT"
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+CARD = "README.md"
+_STAYS = frozenset({MANIFEST, "blocks.json"})
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What would go where: (file, bytes) by name."""
+
+    repo: str
+    folder: Path
+    files: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files)
+
+
+def pack_up(run: Path, repo: str, *, trust_remote_code: bool = False) -> Parcel:
+    """What a push of `run` (a run directory or a checkpoint) would send; nothing is sent.
+
+    Raises InputError when there is no whole checkpoint or model card, or `repo` is no id; StageError when headers and
+    configs of the checkpoint are wrong.
+    """
+    if not REPO.fullmatch(repo):
+        raise InputError(f"{repo!r} is not a hub id: expected OWNER/NAME of letters, digits, '.', '_' and '-'")
+    folder = run / "gptq" if (run / "gptq").is_dir() else run
+    if not (folder / "config.json").exists():
+        raise InputError(f"{run}: holds no finished checkpoint (gptq/config.json): finish `requant run` first")
+    if not (folder / CARD).exists():
+        raise InputError(f"{folder / CARD}: there is no model card: `requant report RECIPE` writes it")
+    found = check_headers.inspect(folder, trust_remote_code=trust_remote_code)
+    if found.findings:
+        shown = "\n".join(f"  {f}" for f in found.findings[:5])
+        raise StageError(f"{folder}: not pushed, {len(found.findings)} things are wrong with it:\n{shown}")
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in _STAYS and not f.name.startswith("."))
+    return Parcel(repo, folder, tuple((f.name, f.stat().st_size) for f in files))
+
+
+def push(parcel: Parcel, *, private: bool = True, update: bool = False, message: str = "Upload with requant") -> str:
+    """Create the repository and send the parcel in one commit; returns its address.
+
+    update: add a commit to a repository that already holds files. Raises InputError without a token, for a refused one
+    and for a repository that exists; StageError when the connection breaks: the same call goes on from there.
+    """
+    token = os.environ.get(TOKEN)
+    if not token:
+        raise InputError(f"{TOKEN} is not set: put a write token in the environment (it is never read from a file)")
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(endpoint=os.environ.get(ENDPOINT), token=token)
+    held = _try(lambda: _held(api, parcel.repo, private), parcel, token)
+    if held and not update:
+        raise InputError(
+            f"{parcel.repo}: exists and holds {len(held)} files, e.g. {held[0]}: pass --update to add a commit to it"
+        )
+    operations = [CommitOperationAdd(name, str(parcel.folder / name)) for name, _ in parcel.files]
+    done = _try(
+        lambda: api.create_commit(parcel.repo, operations, commit_message=message, repo_type="model"), parcel, token
+    )
+    return str(done.repo_url)
+
+
+def _held(api: Any, repo: str, private: bool) -> list[str]:
+    """Create the repository unless it is there; names of the files it holds, git's own aside."""
+    api.create_repo(repo, private=private, exist_ok=True)
+    info = api.model_info(repo)
+    return [s.rfilename for s in info.siblings or () if s.rfilename != ".gitattributes"]
+
+
+def _try(work: Callable[[], Any], parcel: Parcel, token: str) -> Any:
+    """Run one step; the client's errors become ours, and never carry the token."""
+    # Its HTTP client is httpx or httpx2, by version; both call the root of their errors so.
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    try:
+        return work()
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        text = _clean(str(error), token)
+        if status in (401, 403):
+            raise InputError(
+                f"{parcel.repo}: the hub refuses the token in {TOKEN} (HTTP {status}): it needs write access: {text}"
+            ) from None
+        raise StageError(f"{parcel.repo}: the hub answered HTTP {status}: {text}") from None
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise _broken(parcel, error, token) from None
+
+
+def _broken(parcel: Parcel, error: Exception, token: str) -> StageError:
+    cause = error.__cause__ or error
+    return StageError(
+        f"{parcel.repo}: the connection broke ({type(cause).__name__}: {_clean(str(cause), token)}): run the same command "
+        "again, weights that arrived are not sent again (with --update should the commit have arrived too)"
+    )
+
+
+def _clean(text: str, token: str) -> str:
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "no details")
+    return first.replace(token, "***")[:300]

@@ -1,0 +1,53 @@
+"""What engines are asked to score: the beginnings of a run's own held-out documents, kept beside its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.checkpoint.reader import read_json, write_text
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.windows import EvalSet
+
+DOCUMENTS, TOKENS = 20, 64  # enough for an interval, few enough for a CPU
+CACHE, FILE = ".cache", "sample.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of token ids and the document of each, numbered from 0 without gaps. set, digest: the evaluation set's."""
+
+    rows: tuple[tuple[int, ...], ...]
+    documents: tuple[int, ...]
+    set: str | None = None
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, sets: Sequence[EvalSet], name: str | None = None) -> Sample:
+        """TOKENS tokens of each of the first DOCUMENTS documents of the set called `name`, else of the first set."""
+        source = next((s for s in sets if s.name == name), sets[0])
+        firsts: dict[int, tuple[int, ...]] = {}
+        for window in source.windows:
+            if len(window.ids) > 1 and len(firsts) < DOCUMENTS:
+                firsts.setdefault(window.document, tuple(window.ids[:TOKENS].tolist()))
+        return cls(tuple(firsts.values()), tuple(range(len(firsts))), source.name, source.digest)
+
+    @classmethod
+    def kept(cls, checkpoint: Path) -> Sample | None:
+        """What the run that `checkpoint` is of keeps; None where it is no run's, or an older one's."""
+        file = checkpoint.absolute().parent / CACHE / FILE
+        if not file.exists():
+            return None
+        raw = read_json(file)
+        return cls(tuple(map(tuple, raw["rows"])), tuple(raw["documents"]), raw["set"], raw["digest"])
+
+    def keep(self, run: Path) -> None:
+        """For every `verify` of a checkpoint of this run."""
+        (run / CACHE).mkdir(exist_ok=True)
+        text, file = json.dumps(asdict(self)) + "\n", run / CACHE / FILE
+        if not file.exists() or file.read_text() != text:  # a second run does nothing
+            write_text(file, text)

@@ -1,0 +1,148 @@
+"""Where a variant's weights come from: any tensor by its name in the 16-bit checkpoint, made when it is read.
+
+All of them are `checkpoint.Weights`: a model can be filled from one at once, or walk through it block by block.
+Decoding happens on `device`; what was stored in 4 bits travels there in 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from requant.checkpoint.reader import Checkpoint
+from requant.formats import gptq as gptq_format
+from requant.formats.gptq import quantized_format
+from requant.merge.base_weights import Base, Nf4Settings
+from requant.merge.plan import MergePlan
+from requant.merge.stage import compute
+from requant.modeling import skeleton
+from requant.numerics import matmul_precision
+from requant.numerics.grid import Grid, find_scales, nearest
+
+
+class Decoded:
+    """The base as training saw it. rows: of tensors that get zero rows below, for a vocabulary that the adapter resized."""
+
+    def __init__(self, base: Base, device: torch.device, rows: Mapping[str, int]) -> None:
+        self.base, self.device, self.rows = base, device, rows
+        self.path = base.checkpoint.path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.base.weights
+
+    def read(self, name: str) -> Tensor:
+        value = self.base.read(name, self.device)
+        lacking = self.rows.get(name, 0) - len(value) if value.ndim else 0
+        return value if lacking <= 0 else torch.cat((value, value.new_zeros(lacking, *value.shape[1:])))
+
+
+class Merged:
+    """What a merge would write, in fp32 before the one rounding."""
+
+    def __init__(self, plan: MergePlan, device: torch.device) -> None:
+        self.plan, self.path, self.device = plan, plan.base.checkpoint.path, device
+        self.ops = {op.name: op for op in plan.ops}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ops)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.ops
+
+    def read(self, name: str) -> Tensor:
+        with matmul_precision.full_precision():
+            return compute(self.plan, self.ops[name], self.device)[0]
+
+
+class Rounded:
+    """A 16-bit checkpoint whose weights in `grids` (by name) are rounded to nearest on min-max scales in fp32."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, grids: Mapping[str, Grid], turned: frozenset[str], device: torch.device
+    ) -> None:
+        self.checkpoint, self.grids, self.turned, self.device = checkpoint, grids, turned, device
+        self.path = checkpoint.path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint
+
+    def read(self, name: str) -> Tensor:
+        value = self.checkpoint.read(name).to(self.device)
+        if name not in self.grids:
+            return value
+        turned = name in self.turned
+        rounded = _round((value.T if turned else value).float().contiguous(), self.grids[name])
+        return rounded.T if turned else rounded
+
+
+class Packed:
+    """A GPTQ checkpoint, its quantized linears as fp32 `.weight`. turned: stored names of Conv1D weights.
+
+    Raises InputError when config.json says that it is none.
+    """
+
+    def __init__(self, path: Path, turned: frozenset[str], device: torch.device) -> None:
+        self.checkpoint, self.v2 = Checkpoint(path), quantized_format(path) == "gptq_v2"
+        self.path, self.turned, self.device = path, turned, device
+        self.packed = {n.removesuffix("qweight") + "weight" for n in self.checkpoint if n.endswith(".qweight")}
+
+    def __iter__(self) -> Iterator[str]:
+        parts = {f"{n.removesuffix('weight')}{s}" for n in self.packed for s in gptq_format.SUFFIXES}
+        yield from (n for n in self.checkpoint if n not in parts)
+        yield from self.packed
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.packed or name in self.checkpoint
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.packed:
+            return self.checkpoint.read(name)
+        stem = name.removesuffix("weight")
+        parts = {s: self.checkpoint.read(f"{stem}{s}").to(self.device) for s in gptq_format.SUFFIXES}
+        bits = 32 * parts["qweight"].shape[0] // parts["g_idx"].shape[0]
+        value = gptq_format.dequantize(parts, bits, v2=self.v2)
+        return value.T if name in self.turned else value
+
+
+def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | None) -> Base:
+    """The base of a checkpoint and its skeleton. simulate: how a 16-bit one was quantized in training."""
+    names = skeleton.tensor_names(model, checkpoint)
+    modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
+    return Base(
+        checkpoint, simulate=simulate, conv1d=_stored(skeleton.conv1d_modules(model), names),
+        quantized=_stored(modules, names),
+    )  # fmt: skip
+
+
+def rounded(path: Path, model: nn.Module, grids: Mapping[str, Grid], device: torch.device) -> Rounded:
+    """Plain round-to-nearest of a 16-bit checkpoint. grids: by module of the skeleton `model`."""
+    checkpoint = Checkpoint(path)
+    names = skeleton.tensor_names(model, checkpoint)
+    stored = {names[f"{module}.weight"]: grid for module, grid in grids.items()}
+    return Rounded(checkpoint, stored, _stored(skeleton.conv1d_modules(model), names), device)
+
+
+def packed(path: Path, model: nn.Module, device: torch.device) -> Packed:
+    """A GPTQ checkpoint of the skeleton `model`."""
+    names = skeleton.tensor_names(model, Packed(path, frozenset(), device))
+    return Packed(path, _stored(skeleton.conv1d_modules(model), names), device)
+
+
+def _stored(modules: set[str], names: Mapping[str, str]) -> frozenset[str]:
+    """The stored names of modules' weights, of those that are stored."""
+    return frozenset(names[f"{module}.weight"] for module in modules if f"{module}.weight" in names)
+
+
+def _round(weight: Tensor, grid: Grid) -> Tensor:
+    plain = Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
+    scales = find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
+    return nearest(weight, scales, plain)

@@ -1,0 +1,217 @@
+"""A name -> a model that can be scored. Each is built when asked for and owned by the caller alone.
+
+`base` and `adapter` run through the real bitsandbytes and PEFT; the others are plain models of the given dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from requant.checkpoint.reader import Checkpoint, Weights
+from requant.errors import StageError
+from requant.evaluate import peft_runtime, variant_weights
+from requant.merge.base_weights import Nf4Settings
+from requant.merge.plan import MergePlan
+from requant.merge.stage import DTYPES
+from requant.modeling import skeleton
+from requant.numerics import nf4
+from requant.numerics.grid import Grid
+from requant.runtime.device import free_memory
+
+log = logging.getLogger(__name__)
+PLAIN = ("merged", "original", "rtn", "gptq", "healed")
+RUNTIMES = {"base": "bitsandbytes", "adapter": "bitsandbytes and PEFT, unmerged"} | dict.fromkeys(PLAIN, "torch")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where variants are made from. `original` is a merge plan onto the 16-bit base, when there is one."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    gptq: Path
+    simulate: Nf4Settings | None
+    grids: Mapping[str, Grid]
+    original: MergePlan | None = None
+    trust_remote_code: bool = False
+    plan: MergePlan | None = None  # whose adapters make the variant adapter; None: the directory `adapter`
+    healed: Path | None = None
+    live: bool = True  # whether transformers 5 can hold the base as training did
+
+
+@torch.no_grad()
+def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of one variant on `device`, computing in `dtype`, in eval mode."""
+    if name in ("base", "adapter"):
+        return _quantized_base(places, device, dtype, with_adapter=name == "adapter")
+    if name == "merged":
+        return _pretrained(places, device, dtype)
+    model, stored = plain(name, places, device)
+    return fill(model, stored, device, dtype)
+
+
+def plain(name: str, places: Places, device: torch.device) -> tuple[Any, Weights]:
+    """(skeleton, weights) of a variant that is a plain model, all but base and adapter."""
+    path = {"gptq": places.gptq, "healed": places.healed}.get(name, places.merged)
+    if path is None or name not in PLAIN or (name == "original" and places.original is None):
+        raise ValueError(f"no variant {name!r}")
+    trust = places.trust_remote_code
+    model = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
+    if name == "original" and places.original is not None:
+        return model, variant_weights.Merged(places.original, device)
+    if name == "rtn":
+        return model, variant_weights.rounded(path, model, places.grids, device)
+    return model, Checkpoint(path) if name == "merged" else variant_weights.packed(path, model, device)
+
+
+def teacher(name: str, places: Places, *, device: torch.device, stored: torch.dtype | None) -> Any:
+    """What healing imitates, `merged` or `adapter`: fp32 on a CPU, else 16 bit, the merged model as it is `stored`."""
+    if device.type == "cpu":
+        return load(name, places, device=device, dtype=torch.float32)
+    exact = name == "merged" and stored in (torch.float16, torch.bfloat16)
+    return load(name, places, device=device, dtype=stored if exact and stored else torch.bfloat16)
+
+
+def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of a GPTQ checkpoint."""
+    return load("gptq", replace(places, gptq=path), device=device, dtype=dtype)
+
+
+def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        str(places.merged),
+        dtype=dtype,
+        trust_remote_code=places.trust_remote_code,
+    )
+    if device.type != "cpu":  # straight there: of its files the host keeps what is mapped
+        try:
+            return load(device_map={"": device}).eval()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # transformers hides what failed where it puts experts together: below it shows
+            log.debug("loading straight to %s: %s", device, error)
+        free_memory(device)
+    return load().to(device).eval()
+
+
+@torch.no_grad()
+def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    """Give a skeleton all its weights; raises StageError when some are missing."""
+    owners: dict[str, list[str]] = {}
+    for parameter, name in skeleton.tensor_names(model, stored).items():
+        owners.setdefault(name, []).append(parameter)
+    pending = {n for n, _ in model.named_parameters()} - {p for many in owners.values() for p in many}
+    if pending:
+        raise StageError(f"{stored.path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
+    for name, parameters in owners.items():
+        tensor = stored.read(name).to(device, dtype)
+        skeleton.place(model, dict.fromkeys(parameters, tensor))
+    model.tie_weights()
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    return model
+
+
+def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
+    """The 4-bit base as training loaded it, through bitsandbytes; with the adapter unmerged on top through PEFT."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if places.simulate is not None:
+        s = places.simulate
+        options["dtype"] = DTYPES[s.load_dtype]
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=s.quant_type, bnb_4bit_use_double_quant=s.double_quant,
+            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(places.base, s, places.trust_remote_code),
+        )  # fmt: skip
+    else:
+        options["dtype"] = dtype
+    model = AutoModelForCausalLM.from_pretrained(
+        str(places.base), device_map={"": device}, trust_remote_code=places.trust_remote_code, **options
+    )
+    _compute_in(model, dtype, places.simulate.blocksize if places.simulate else None)
+    return (peft_runtime.attach(model, places.plan or places.adapter) if with_adapter else model).eval()
+
+
+def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:
+    """`llm_int8_skip_modules` with which transformers 5 quantizes what the training's version did."""
+    if simulate.version == 5:
+        return list(simulate.skip) or None
+    model = skeleton.build(
+        skeleton.load_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    wanted, now = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
+    if not wanted <= now:
+        raise StageError(
+            f"{sorted(wanted - now)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter cannot be "
+            "measured here. The merge is not affected"
+        )
+    return [f"{re.escape(name)}$" for name in sorted(now - wanted)]
+
+
+def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
+    """Let 4-bit layers decode to and multiply in `dtype`; check bitsandbytes' decoder where it is known to be wrong.
+
+    bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not a whole number of blocks.
+    """
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.nn import Linear4bit
+
+    checked: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            if any(p.dtype.is_floating_point for p in module._parameters.values() if p is not None):
+                _cast_own(module, dtype)
+            continue
+        state = module.weight.quant_state
+        if blocksize not in (None, state.blocksize):
+            raise StageError(
+                f"{name}: bitsandbytes quantizes in blocks of {state.blocksize}, base.nf4.blocksize is {blocksize}: "
+                "base and adapter cannot be measured as trained; quantize the base once with that block size and use it"
+            )
+        module.compute_dtype = dtype
+        if dtype == torch.float32:
+            module.support_avx512bf16_for_cpu = False  # else its first forward repacks the scales to bfloat16
+        state.dtype = dtype
+        shape = tuple(state.shape)
+        if module.weight.device.type == "cpu" and shape[-1] % state.blocksize and shape not in checked:
+            checked.add(shape)
+            _check_decoder(name, module.weight, state, bnb)
+
+
+def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
+    """Raise StageError when bitsandbytes decodes this layer differently from its own stored bytes."""
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    ours = nf4.decode(
+        weight.data,
+        absmax.float(),
+        nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32"),
+    )
+    theirs = bnb.dequantize_4bit(weight.data, state).float()
+    error = float((ours - theirs).norm() / ours.norm())
+    if error > 0.01:
+        raise StageError(
+            f"{name}: bitsandbytes decodes {tuple(state.shape)} wrongly on this CPU (off by {error:.0%}), so base and adapter "
+            "cannot be measured here: use a GPU. The merge does not use it and is not affected"
+        )

@@ -1,0 +1,235 @@
+"""Integer codes <-> the GPTQ on-disk tensors (format v1, as gptqmodel, vLLM, SGLang and transformers read it).
+
+qweight int32 [in*bits/32, out]      codes packed along the inputs, lowest bits first
+qzeros  int32 [groups, out*bits/32]  zero points, stored minus one
+scales  fp16  [groups, out]          W[o, i] = scales[g, o] * (code[i, o] - zero[g, o]),  g = g_idx[i]
+g_idx   int32 [in]                   i // group_size
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from requant.checkpoint.reader import Checkpoint, read_json
+from requant.errors import InputError
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+_WORD = 32
+
+
+class PackError(ValueError):
+    """The tensors do not follow the format; the message says what was found and what was expected."""
+
+
+def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor for a weight [rows (out), columns (in)]; raises PackError when it cannot be packed."""
+    group = columns if group_size == -1 else group_size
+    if columns % group:
+        fits = [g for g in (128, 64, 32) if columns % g == 0]
+        raise PackError(
+            f"group_size {group_size} does not divide its {columns} inputs; use {' or '.join(map(str, [*fits, -1]))}"
+        )
+    if columns % _WORD or rows % _WORD:
+        raise PackError(
+            f"its shape [{rows}, {columns}] is not a multiple of {_WORD} both ways; skip it with an override"
+        )
+    return {
+        "qweight": ((columns * bits // _WORD, rows), torch.int32),
+        "qzeros": ((columns // group, rows * bits // _WORD), torch.int32),
+        "scales": ((columns // group, rows), torch.float16),
+        "g_idx": ((columns,), torch.int32),
+    }
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """codes [n, m] in 0..2^bits-1, n a multiple of 32 -> int32 [n*bits/32, m], a stream of bits down each column.
+
+    3-bit codes straddle words (10-1-10-1-10); the same little-endian bit stream describes every width.
+    """
+    n, m = codes.shape
+    if n % _WORD:
+        raise PackError(f"{n} codes in a column are not a multiple of {_WORD}")
+    if _WORD % bits == 0:
+        wide = codes.to(torch.int32).reshape(-1, _WORD // bits, m)
+        words = wide[:, 0].clone()
+        for i in range(1, _WORD // bits):
+            words |= wide[:, i] << (bits * i)
+        return words
+    block = codes.to(torch.int64).reshape(-1, _WORD, m)
+    words64 = torch.zeros(block.shape[0], bits, m, dtype=torch.int64, device=codes.device)
+    for i in range(_WORD):
+        word, shift = divmod(bits * i, _WORD)
+        words64[:, word] |= block[:, i] << shift
+        if shift + bits > _WORD:
+            words64[:, word + 1] |= block[:, i] >> (_WORD - shift)
+    low = words64 & 0xFFFFFFFF
+    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32).reshape(-1, m)
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_rows`: int32 [k, m] -> uint8 [k*32/bits, m]."""
+    m = words.shape[1]
+    mask = 2**bits - 1
+    if _WORD % bits == 0:
+        shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)[None, :, None]
+        codes: Tensor = (words[:, None] >> shifts) & mask
+        return codes.to(torch.uint8).reshape(-1, m)
+    wide = (words.to(torch.int64) & 0xFFFFFFFF).reshape(-1, bits, m)
+    out = torch.empty(wide.shape[0], _WORD, m, dtype=torch.uint8, device=words.device)
+    for i in range(_WORD):
+        word, shift = divmod(bits * i, _WORD)
+        value = wide[:, word] >> shift
+        if shift + bits > _WORD:
+            value |= wide[:, word + 1] << (_WORD - shift)
+        out[:, i] = (value & mask).to(torch.uint8)
+    return out.reshape(-1, m)
+
+
+def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
+    """codes uint8 [out, in], scale and zero fp32 [out, groups] -> the four tensors of one linear.
+
+    Raises PackError when a scale is not exact in float16 or a zero point cannot be stored minus one.
+    """
+    columns = codes.shape[1]
+    groups = scale.shape[1]
+    half = scale.half()
+    if not torch.equal(half.float(), scale) or not torch.isfinite(half).all():
+        raise PackError("a scale is not exact in float16")
+    if float(zero.min()) < 1 or float(zero.max()) > 2**bits - 1:
+        raise PackError(
+            f"zero points span {float(zero.min())} to {float(zero.max())}, format v1 stores 1 to {2**bits - 1}"
+        )
+    g_idx = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // groups)
+    return {
+        "qweight": pack_rows(codes.T, bits),
+        "qzeros": pack_rows((zero - 1).to(torch.uint8), bits).T.contiguous(),
+        "scales": half.T.contiguous(),
+        "g_idx": g_idx.to(torch.int32),
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four tensors -> (codes uint8 [out, in], scale fp32 [out, groups], zero fp32 [out, groups], g_idx int64 [in])."""
+    codes = unpack_rows(tensors["qweight"], bits).T.contiguous()
+    zero = unpack_rows(tensors["qzeros"].T.contiguous(), bits).float()
+    if not v2:
+        zero = (zero + 1) % 2**bits
+    return codes, tensors["scales"].float().T.contiguous(), zero, tensors["g_idx"].long()
+
+
+def dequantize(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> Tensor:
+    """The four tensors -> fp32 [out, in], any g_idx."""
+    codes, scale, zero, g_idx = unpack(tensors, bits, v2=v2)
+    return (codes.float() - zero[:, g_idx]) * scale[:, g_idx]
+
+
+def quantization_config(
+    *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
+    quantized: Sequence[str], meta: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The dict for `config.json: quantization_config` and `quantize_config.json`.
+
+    overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names inside a
+    block of the linears that are quantized. Both `dynamic` (gptqmodel, vLLM, SGLang) and
+    `modules_in_block_to_quantize` (transformers with optimum) are written when something is left out; the latter not
+    when `quantized` is empty.
+    """
+    config: dict[str, Any] = {
+        "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": symmetric,
+        "lm_head": False, "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32",
+        "true_sequential": True, "damp_percent": damp, "static_groups": False, "meta": dict(meta),
+    }  # fmt: skip
+    if overrides:
+        rules = {("-:" if own is None else "+:") + _exactly(name): dict(own or {}) for name, own in overrides.items()}
+        config["dynamic"] = rules
+    if quantized and any(own is None for own in overrides.values()):
+        config["modules_in_block_to_quantize"] = [list(quantized)]
+    return config
+
+
+def _exactly(name: str) -> str:
+    return "^" + name.replace(".", r"\.") + "$"
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How one linear is packed, as the config says. columns, rows: of its weight [out, in]."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    desc_act: bool
+    rows: int
+    columns: int
+
+
+class Rules:
+    """Which linears a quantization config says are quantized, and how: `dynamic` and `modules_in_block_to_quantize`."""
+
+    def __init__(self, declared: Mapping[str, Any]) -> None:
+        self.declared = declared
+        self.dynamic: Mapping[str, Mapping[str, Any]] = declared.get("dynamic") or {}
+        inside = declared.get("modules_in_block_to_quantize")
+        self.inside = None if inside is None else {name for group in inside for name in group}
+
+    def of(self, module: str, inner: str, linear: nn.Linear) -> Packing | None:
+        """Packing of one linear by its full name and its name inside the block; None: left in 16 bit."""
+        own: Mapping[str, Any] = {}
+        for pattern, change in self.dynamic.items():
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+                if pattern.startswith("-:"):
+                    return None
+                own = change
+                break
+        if self.inside is not None and inner not in self.inside:
+            return None
+        values = dict(self.declared) | dict(own)
+        return Packing(
+            values["bits"], values["group_size"], values["sym"], values["desc_act"],
+            linear.out_features, linear.in_features,
+        )  # fmt: skip
+
+
+def quantized_format(path: Path) -> str:
+    """The `checkpoint_format` of a GPTQ checkpoint; raises InputError when config.json says that it is none."""
+    config = read_json(path / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != "gptq":
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'"
+        )
+    return str(config.get("checkpoint_format"))
+
+
+def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a GPTQ checkpoint with quantized linears dequantized to fp32 `.weight`, one at a time."""
+    checkpoint = Checkpoint(path)
+    v2 = quantized_format(path) == "gptq_v2"
+    for name in checkpoint:
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            tensors = {s: checkpoint.read(f"{stem}.{s}") for s in SUFFIXES}
+            bits = 32 * tensors["qweight"].shape[0] // tensors["g_idx"].shape[0]
+            yield f"{stem}.weight", dequantize(tensors, bits, v2=v2)
+        elif suffix not in SUFFIXES:
+            yield name, checkpoint.read(name)
+
+
+def is_v2(path: Path) -> bool:
+    """Whether zeros are stored as they are and not minus one; raises InputError when `path` is no GPTQ checkpoint."""
+    config = Checkpoint(path).config.get("quantization_config") or {}
+    if config.get("quant_method") != "gptq":
+        found = config.get("quant_method")
+        raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {found!r}, expected 'gptq'")
+    return bool(config.get("checkpoint_format") == "gptq_v2")
+
+
+def stored_names(checkpoint: Iterable[str]) -> list[str]:
+    """Tensor names of a GPTQ checkpoint as they would be unquantized."""
+    return [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in checkpoint]

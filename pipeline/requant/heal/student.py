@@ -1,0 +1,301 @@
+"""A GPTQ checkpoint as a model that can be trained: integer codes stay, group scales (and norms) may move.
+
+Weights are never kept: a layer is rebuilt from its packed codes when it runs, and again in its backward pass.
+Every value used is one that the file can hold and a server will use: scales exact in fp16 and bf16, norms in their
+stored dtype; the gradient passes straight through the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError
+from requant.formats import gptq as gptq_format
+from requant.formats.gptq import is_v2, stored_names
+from requant.modeling import skeleton
+from requant.numerics.grid import deployable
+
+Tune = Literal["scales", "norms"]
+
+
+@dataclass
+class Codes:
+    """One linear as stored: W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]).
+
+    packed: uint8 [out, in] for 8 bits; else [out, in/2], columns j and j + in/2 in the low and high half of byte j.
+    scale: fp32 [out, groups]. zero: uint8 [out, groups]. order: int64 [in], the columns sorted by group, where the file
+    has them in another order (desc_act).
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    columns: int
+    order: Tensor | None = None
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor, *, where: str) -> Codes:
+        """From `pack.unpack`; raises InputError for zero or non-finite scales and groups of unequal size."""
+        if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
+            raise InputError(
+                f"{where}.scales: holds zeros, NaN or infinity: the checkpoint is damaged, quantize it again"
+            )
+        columns, groups = codes.shape[1], scale.shape[1]
+        order = torch.argsort(g_idx, stable=True)
+        regular = torch.arange(columns, device=g_idx.device) // (columns // groups)
+        if columns % groups or not torch.equal(g_idx[order], regular):
+            raise InputError(f"{where}.g_idx: its groups are not of equal size: cannot be healed")
+        sorted_already = torch.equal(g_idx, regular)
+        codes = codes if sorted_already else codes[:, order]
+        if int(codes.max()) < 16:
+            half = columns // 2
+            codes = codes[:, :half] | (codes[:, half:] << 4)
+        return cls(codes.contiguous(), scale, zero.to(torch.uint8), columns, None if sorted_already else order)
+
+    def centred(self, dtype: torch.dtype) -> Tensor:
+        """code - zero, [out, groups, group_size]; exact in every float dtype."""
+        rows, half = len(self.packed), self.columns // 2
+        out = torch.empty(rows, self.columns, dtype=dtype, device=self.packed.device)
+        if self.packed.shape[1] == self.columns:
+            out.copy_(self.packed)
+        else:
+            torch.bitwise_and(self.packed, 15, out=(low := torch.empty_like(self.packed)))
+            out[:, :half] = low
+            out[:, half:] = torch.bitwise_right_shift(self.packed, 4, out=low)
+        return out.view(rows, self.scale.shape[1], -1).sub_(self.zero[..., None])
+
+
+class _Product(torch.autograd.Function):
+    """x @ W.T with W rebuilt from codes, here and in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: Tensor, codes: Codes, now: Tensor) -> Tensor:
+        weight = codes.centred(now.dtype).mul_(now[..., None]).view(len(now), -1)
+        rounded = x.to(now.dtype)
+        ctx.codes, ctx.now, ctx.dtype = codes, now, x.dtype
+        ctx.save_for_backward(rounded)
+        return rounded @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        gradient = outer[0].to(x.dtype)
+        centred = ctx.codes.centred(x.dtype)
+        rows, groups, _ = centred.shape
+        moved = None
+        if ctx.needs_input_grad[1]:  # dL/dW contracted with the codes of each group, times the unit of an offset
+            flat = gradient.reshape(-1, rows).T @ x.reshape(-1, x.shape[-1])
+            moved = flat.view(rows, groups, -1).mul_(centred).sum(-1, dtype=torch.float32).mul_(ctx.codes.scale)
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = (gradient @ centred.mul_(ctx.now[..., None]).view(rows, -1)).to(ctx.dtype)
+        return back, moved, None, None
+
+
+class ScaledLinear(nn.Module):
+    """A quantized linear. `offset` fp32 [out, groups] moves its scales; `now` [out, groups] are the values in use."""
+
+    def __init__(self, codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.codes = codes
+        self.in_features, self.out_features = codes.columns, len(codes.scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.offset = nn.Parameter(torch.zeros_like(codes.scale), requires_grad=False)
+        self.now = codes.scale.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.codes.order is not None:
+            x = x.index_select(-1, self.codes.order)
+        out: Tensor = _Product.apply(x, self.offset, self.codes, self.now)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _Norm(nn.Module):
+    """The weight of a norm as it is now; its gradient goes to `offset`."""
+
+    def __init__(self, now: Tensor, unit: Tensor, offset: nn.Parameter) -> None:
+        super().__init__()
+        self.now, self.unit, self.offset = now, unit, offset
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.now + self.unit * (self.offset - self.offset.detach())
+
+
+@dataclass
+class Movable:
+    """Everything of one kind that may move, as one vector: now = rounding(base + unit * offset).
+
+    parts: stored tensor name -> (begin, shape) in the vector. At offset 0 `now` is the file's own value, rounded or not.
+    """
+
+    base: Tensor
+    unit: Tensor
+    offset: Tensor
+    now: Tensor
+    rounding: Callable[[Tensor], Tensor]
+    parts: Mapping[str, tuple[int, torch.Size]]
+
+    @classmethod
+    def over(
+        cls, parts: Mapping[str, tuple[Tensor, Tensor]], rounding: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Movable:
+        """parts: name -> (base, unit), fp32 of one shape."""
+        begins, at = {}, 0
+        for name, (base, _) in parts.items():
+            begins[name] = (at, base.shape)
+            at += base.numel()
+        base, unit = (torch.cat([part[i].reshape(-1) for part in parts.values()]) for i in range(2))
+        offset = torch.zeros_like(base)
+        offset.grad = torch.zeros_like(base)
+        return cls(base, unit, offset, base.to(dtype, copy=True), rounding, begins)
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """One part of a vector, in its own shape."""
+        begin, shape = self.parts[name]
+        return vector[begin : begin + shape.numel()].view(shape)
+
+    def leaf(self, name: str) -> nn.Parameter:
+        """The part of `offset` as a parameter whose gradient is the part of `offset.grad`."""
+        assert self.offset.grad is not None
+        parameter = nn.Parameter(self.view(self.offset, name))
+        parameter.grad = self.view(self.offset.grad, name)
+        return parameter
+
+    def refresh(self) -> None:
+        """Make `now` what `offset` says."""
+        self.now.copy_(torch.where(self.offset == 0, self.base, self.rounding(self.base + self.unit * self.offset)))
+
+
+@dataclass
+class Student:
+    """model: the causal LM, or a part of it. movable: what is trained."""
+
+    model: Any
+    movable: list[Movable]
+
+    def refresh(self) -> None:
+        for movable in self.movable:
+            movable.refresh()
+
+    def values(self) -> dict[str, Tensor]:
+        """Stored tensor name -> its values now, fp32 (scales [out, groups])."""
+        return {name: m.view(m.now, name).float().clone() for m in self.movable for name in m.parts}
+
+
+def read_linear(checkpoint: Checkpoint, stem: str, v2: bool, device: torch.device | None = None) -> Codes:
+    """One quantized linear by the name its tensors share, on `device`."""
+    lost = [s for s in gptq_format.SUFFIXES if f"{stem}.{s}" not in checkpoint]
+    if lost:
+        raise InputError(f"{checkpoint.path}: {stem}.{lost[0]} is missing: not a GPTQ checkpoint that can be healed")
+    tensors = {s: checkpoint.read(f"{stem}.{s}").to(device or "cpu") for s in gptq_format.SUFFIXES}
+    bits = 32 * tensors["qweight"].shape[0] // tensors["g_idx"].shape[0]
+    return Codes.of(*gptq_format.unpack(tensors, bits, v2=v2), where=f"{checkpoint.path}: {stem}")
+
+
+def fill(
+    model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping[str, str], *,
+    device: torch.device, dtype: torch.dtype, v2: bool,
+) -> dict[str, ScaledLinear]:  # fmt: skip
+    """Give the parameters of `model` that begin with `prefix` their values; quantized linears are replaced.
+
+    names: parameter -> stored name. dtype: of products; vectors (norms, biases) stay fp32. Returns stored stem -> layer.
+    """
+    layers: dict[str, ScaledLinear] = {}
+    wanted = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
+    lost = [n for n in wanted if n not in names]
+    if lost:
+        raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
+    for name in wanted:
+        stem, leaf = names[name].rpartition(".")[::2]
+        if leaf == "weight" and f"{stem}.qweight" in checkpoint:
+            codes = read_linear(checkpoint, stem, v2, device)
+            owner = name.removesuffix(".weight")
+            has_bias = getattr(model.get_submodule(owner), "bias", None) is not None
+            bias = checkpoint.read(names[f"{owner}.bias"]).to(device).float() if has_bias else None
+            layers[stem] = ScaledLinear(codes, bias, dtype)
+            model.set_submodule(owner, layers[stem])
+    for name, parameter in list(model.named_parameters()):
+        if name.startswith(prefix) and parameter.is_meta:
+            value = checkpoint.read(names[name])
+            skeleton.place(model, {name: value.to(device, torch.float32 if value.ndim == 1 else dtype)})
+    return layers
+
+
+def movable(
+    model: nn.Module, prefix: str, layers: Mapping[str, ScaledLinear], tune: Iterable[Tune],
+    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype,
+) -> list[Movable]:  # fmt: skip
+    """Let what `tune` names move: every group scale by its own size, every norm by its root mean square."""
+    scales = [movable_scales(layers, dtype)] if "scales" in tune and layers else []
+    return scales + (_norms(model, prefix, checkpoint, names) if "norms" in tune else [])
+
+
+def movable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> Movable:
+    """Gather the scales of `layers` (stored stem -> layer) in one vector that they then look into."""
+    parts = {f"{stem}.scales": (layer.codes.scale, layer.codes.scale) for stem, layer in layers.items()}
+    scales = Movable.over(parts, deployable, dtype)
+    for stem, layer in layers.items():
+        name = f"{stem}.scales"
+        layer.offset = scales.leaf(name)
+        layer.now = scales.view(scales.now, name)
+        layer.codes.scale = scales.view(scales.base, name)
+    return scales
+
+
+def _norms(model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping[str, str]) -> list[Movable]:
+    owners = {
+        names[f"{name}.weight"]: module
+        for name, module in model.named_modules()
+        if f"{name}.".startswith(prefix)
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and weight.ndim == 1
+    }
+    if not owners:
+        return []
+    stored = {checkpoint[name].dtype for name in owners}
+    if len(stored) > 1:
+        raise InputError(f"{checkpoint.path}: norms are stored in {' and '.join(map(str, stored))}: heal scales only")
+    kept = stored.pop()
+    parts = {}
+    for name, module in owners.items():
+        value = module.weight.detach().float()
+        parts[name] = (value, value.square().mean().sqrt().clamp_min(1e-3).expand_as(value))
+    moving = Movable.over(parts, lambda value: value.to(kept).float(), torch.float32)
+    for name, module in owners.items():
+        now = _Norm(moving.view(moving.now, name), moving.view(moving.unit, name), moving.leaf(name))
+        parametrize.register_parametrization(module, "weight", now, unsafe=True)
+    return [moving]
+
+
+def load(
+    path: Path, *, device: torch.device, dtype: torch.dtype, tune: Iterable[Tune], trust_remote_code: bool = False
+) -> Student:
+    """The whole model of a GPTQ checkpoint, ready to be trained."""
+    checkpoint, v2 = Checkpoint(path), is_v2(path)
+    model: Any = skeleton.build(
+        skeleton.load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    names = skeleton.tensor_names(model, stored_names(checkpoint))
+    layers = fill(model, "", checkpoint, names, device=device, dtype=dtype, v2=v2)
+    if not layers:
+        raise InputError(f"{path}: no quantized linear found: nothing to heal")
+    model.tie_weights()
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    widen(model)
+    return Student(model, movable(model, "", layers, tune, checkpoint, names, dtype))
+
+
+def widen(model: Any) -> None:
+    """Keep the residual stream in fp32: 16-bit embeddings are widened as they come out."""
+    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.float())

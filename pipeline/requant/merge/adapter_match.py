@@ -1,0 +1,149 @@
+"""Whether an adapter belongs to a base, as far as files tell: names, shapes, recorded base, vocabulary, chat template.
+
+Right shape and wrong base (instruct for base, another release) merges without an error and answers badly: every sign is
+compared and said. What files cannot tell, `probe` measures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from requant.adapters.peft_directory import Adapter
+from requant.checkpoint import model_files
+from requant.checkpoint.reader import file_digest, read_json
+from requant.merge.plan import MergePlan
+
+_FOUR_BIT = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.])?(4bit|nf4)([-_.].*)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """One comparison. agrees: None when one side does not say."""
+
+    what: Literal["names", "shapes", "base name", "revision", "vocabulary", "chat template"]
+    agrees: bool | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """All comparisons of one adapter with its base."""
+
+    signs: tuple[Sign, ...]
+
+    @property
+    def score(self) -> tuple[int, int]:
+        """(signs that agree, signs that could be compared)."""
+        known = [s.agrees for s in self.signs if s.agrees is not None]
+        return sum(known), len(known)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [s.note if s.what == "base name" else f"{s.what}: {s.note}" for s in self.signs if s.agrees is False]
+
+    def __str__(self) -> str:
+        """`4 of 5 agree (...); differs: ...; unknown: ...`."""
+        right, known = self.score
+        groups = [[s.what for s in self.signs if s.agrees is a] for a in (True, False, None)]
+        words = [", ".join(g) for g in groups]
+        text = f"{right} of {known} signs agree ({words[0]})"
+        text += f"; different: {words[1]}" if words[1] else ""
+        return text + (f"; not known: {words[2]}" if words[2] else "")
+
+
+def match(adapter: Adapter, plan: MergePlan, bases: Sequence[tuple[str, str | None]]) -> Match:
+    """Compare an adapter with the base of a plan. bases: (name or path, revision) of every base in the recipe."""
+    base = plan.base.checkpoint.path
+    moved = sum(m in plan.located for m in adapter.folds)
+    renamed = f", {moved} of them under other outer names" if moved else ""
+    count = len(adapter.folds) + len(adapter.experts) + len(adapter.replaced)
+    return Match((
+        Sign("names", True, f"{count} adapted tensors, all found{renamed}"),
+        Sign("shapes", True, "all fit"),
+        _name(adapter, bases),
+        _revision(adapter, bases),
+        _vocabulary(base, adapter.path),
+        _template(base, adapter.path),
+    ))  # fmt: skip
+
+
+def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
+    if not adapter.base_name:
+        return Sign("base name", None, "the adapter does not record its base")
+    trained, ours = _plain(adapter.base_name), [_plain(name) for name, _ in bases]
+    note = f"the adapter was trained on {Path(adapter.base_name).name}, the recipe's base is {Path(bases[0][0]).name}"
+    return Sign("base name", trained in ours, note if trained in ours else f"{note}: make sure they are the same")
+
+
+def _plain(name: str) -> str:
+    """A model's name without its owner, directory and 4-bit suffix."""
+    return _FOUR_BIT.sub("", Path(name).name.lower())
+
+
+def _revision(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
+    trained, ours = adapter.config.get("revision"), {r for _, r in bases if r}
+    if not trained or not ours:
+        return Sign("revision", None, "not recorded on both sides")
+    return Sign("revision", trained in ours, f"trained on {trained}, the recipe's is {', '.join(sorted(ours))}")
+
+
+def _vocabulary(base: Path, adapter: Path) -> Sign:
+    files = [d / "tokenizer.json" for d in (base, adapter)]
+    if not all(f.exists() for f in files):
+        missing = next(f for f in files if not f.exists())
+        return Sign("vocabulary", None, f"no tokenizer.json in {missing.parent.name}")
+    if file_digest(files[0]) == file_digest(files[1]):
+        return Sign("vocabulary", True, "the same file")
+    of_base, of_adapter = (_tokens(f) for f in files)
+    moved = [t for t, i in of_base.items() if of_adapter.get(t) != i]
+    added = len(of_adapter.keys() - of_base.keys())
+    if moved:
+        note = (
+            f"{len(moved)} of the base's {len(of_base)} tokens are others in the adapter's tokenizer, e.g. {moved[0]!r}"
+        )
+        return Sign("vocabulary", False, f"{note}: it was trained with another base's tokenizer")
+    return Sign("vocabulary", True, f"the base's, and {added} added tokens" if added else "the same tokens")
+
+
+def _tokens(file: Path) -> dict[str, int]:
+    raw = read_json(file)
+    vocabulary = (raw.get("model") or {}).get("vocab", {})
+    found = dict(vocabulary) if isinstance(vocabulary, dict) else {str(v[0]): i for i, v in enumerate(vocabulary)}
+    return found | {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
+
+
+def _template(base: Path, adapter: Path) -> Sign:
+    """An adapter that brings a tokenizer brings the template that it was trained with."""
+    if not model_files.tokenizer_files(adapter, None):
+        return Sign("chat template", None, "the adapter brings no tokenizer")
+    of_base, of_adapter = _chat_template(base), _chat_template(adapter)
+    if of_base == of_adapter:
+        return Sign("chat template", True if of_base else None, "the same" if of_base else "neither has one")
+    if of_base is None:
+        note = "the adapter's tokenizer has one, the base's has none: was it trained on the instruct model?"
+    elif of_adapter is None:
+        note = (
+            "the base has one, the adapter's tokenizer has none: was it trained on the base model without instructions?"
+        )
+    else:
+        note = "the adapter's differs from the base's; the adapter's is shipped"
+    return Sign("chat template", False, note)
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The chat template of a tokenizer's directory, by any of the places it may stand."""
+    jinja, legacy, config = (
+        directory / n for n in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    )
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8").strip()
+    for file in (legacy, config):
+        found = read_json(file).get("chat_template") if file.exists() else None
+        if found:
+            return found.strip() if isinstance(found, str) else json.dumps(found, sort_keys=True)
+    return None

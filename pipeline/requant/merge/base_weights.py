@@ -1,0 +1,183 @@
+"""Stage: a stream of (name, tensor) from any base: bitsandbytes 4-bit on disk, 16-bit, or 16-bit seen through NF4.
+
+Names and shapes are those of the 16-bit checkpoint. Planned from headers; one tensor is alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import Checkpoint, read_tensor
+from requant.errors import InputError, StageError
+from requant.numerics import nf4
+
+STATE = ".quant_state.bitsandbytes__"
+CPU = torch.device("cpu")
+AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+LOAD_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Settings:
+    """How a 16-bit base was quantized at load time in training; adapter_config.json does not record it."""
+
+    quant_type: nf4.QuantType
+    double_quant: bool
+    blocksize: int = 64
+    load_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
+    skip: tuple[str, ...] = ()
+    version: Literal[4, 5] = 5  # of transformers: which modules it quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the base as the 16-bit model knows it.
+
+    kind: `stored` as it is, `packed` in 4 bits on disk, or `simulated`: 16 bit on disk, 4 bit in training.
+    dtype: of the values `read` returns: fp32 for packed and simulated ones, else as stored.
+    transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file holds [in, out].
+    """
+
+    name: str
+    kind: Literal["stored", "packed", "simulated"]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    state: nf4.QuantState | None = None
+    transposed: bool = False
+
+
+class Base:
+    """The base model's weights by name; `auxiliary` are the tensors that only describe packed ones."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        simulate: Nf4Settings | None = None,
+        quantized: frozenset[str] = frozenset(),
+        conv1d: frozenset[str] = frozenset(),
+    ) -> None:
+        """quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules.
+
+        Raises InputError for an 8-bit base, missing or contradictory parts of a packed weight, or `simulate` on a
+        checkpoint that is already packed.
+        """
+        self.checkpoint = checkpoint
+        self.simulate = simulate
+        self.conv1d = conv1d
+        states = {n.split(STATE)[0]: n for n in checkpoint if STATE in n}
+        eight_bit = [n for n in checkpoint if n.endswith((".SCB", ".weight_format"))]
+        if eight_bit:
+            raise InputError(
+                f"{checkpoint.path}: an 8-bit bitsandbytes checkpoint ({eight_bit[0]}); "
+                "only 4-bit (NF4/FP4) and 16-bit bases can be merged exactly"
+            )
+        if states and simulate:
+            raise InputError(
+                f"{checkpoint.path}: already 4-bit on disk; remove base.nf4 from the recipe, its settings are stored"
+            )
+        self.auxiliary = frozenset(
+            n for n in checkpoint if STATE in n or any(n.endswith(s) and n.removesuffix(s) in states for s in AUXILIARY)
+        )
+        self.weights: Mapping[str, Weight] = {
+            n: self._weight(n, states.get(n), n in quantized) for n in checkpoint if n not in self.auxiliary
+        }
+
+    @property
+    def packed(self) -> bool:
+        """Whether any weight is stored in 4 bits."""
+        return any(w.kind == "packed" for w in self.weights.values())
+
+    def _weight(self, name: str, state_name: str | None, simulated: bool) -> Weight:
+        info = self.checkpoint[name]
+        conv1d = name in self.conv1d
+        if state_name is None:
+            if info.dtype in (torch.uint8, torch.int8) and name.endswith(".weight"):
+                raise InputError(
+                    f"{info.file}: {name} is {info.dtype} but has no quant_state: not a bitsandbytes 4-bit weight"
+                )
+            if simulated:
+                return Weight(name, "simulated", info.shape, torch.float32, transposed=conv1d)
+            loads_as = LOAD_DTYPES[self.simulate.load_dtype] if self.simulate else info.dtype
+            return Weight(name, "stored", info.shape, loads_as if info.dtype.is_floating_point else info.dtype)
+        try:
+            state = nf4.parse_state(bytes(read_tensor(self.checkpoint[state_name]).numpy()))
+        except nf4.Nf4Error as error:
+            raise InputError(f"{self.checkpoint[state_name].file}: {state_name}: {error}") from error
+        self._check_parts(name, state)
+        shape = state.shape[::-1] if conv1d else state.shape
+        return Weight(name, "packed", shape, torch.float32, state, transposed=conv1d)
+
+    def _check_parts(self, name: str, state: nf4.QuantState) -> None:
+        """The headers of a packed weight's parts must agree with its quant_state."""
+        need = {".absmax", ".quant_map"} | (
+            {".nested_absmax", ".nested_quant_map"} if state.nested_offset is not None else set()
+        )
+        lost = sorted(s for s in need if name + s not in self.checkpoint)
+        if lost:
+            raise InputError(
+                f"{self.checkpoint.path}: {name} is 4-bit but {name}{lost[0]} is missing: the checkpoint is incomplete"
+            )
+        scales = self.checkpoint[name + ".absmax"]
+        packed = self.checkpoint[name]
+        if state.nested_offset is not None:
+            second, blocks = self.checkpoint[name + ".nested_absmax"], -(-state.blocks // state.nested_blocksize)
+            if second.shape != (blocks,):
+                raise InputError(f"{second.file}: {second.name} has shape {second.shape}, {name} needs {(blocks,)}")
+        half = -(-state.numel // 2)
+        item = packed.dtype.itemsize
+        if scales.shape != (state.blocks,) or packed.nbytes != -(-half // item) * item:
+            raise InputError(
+                f"{packed.file}: {name}: quant_state says shape {state.shape} in blocks of {state.blocksize}; found "
+                f"{packed.nbytes} packed bytes and {scales.shape[0]} scales, expected {half} and {state.blocks}"
+            )
+
+    def absmax(self, weight: Weight, device: torch.device = CPU) -> Tensor:
+        """First-level scales of a packed weight, fp32 [blocks]."""
+        assert weight.state is not None
+        stored = self.checkpoint.read(weight.name + ".absmax").to(device)
+        if stored.dtype != torch.uint8:
+            return stored.float()
+        parts = (weight.name + s for s in (".nested_quant_map", ".nested_absmax"))
+        table, scales = (self.checkpoint.read(part).to(device) for part in parts)
+        try:
+            return nf4.unnest(stored, table, scales, weight.state)
+        except nf4.Nf4Error as error:
+            raise StageError(f"{self.checkpoint[weight.name].file}: {weight.name}: {error}") from error
+
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """The values of one weight in `Weight.dtype` and `Weight.shape`, made on `device`, the same on every one.
+
+        Raises StageError when bytes and state disagree.
+        """
+        weight = self.weights[name]
+        if weight.kind == "stored":
+            return self.checkpoint.read(name).to(device).to(weight.dtype)
+        try:
+            value = self._decode(weight, device) if weight.kind == "packed" else self._simulate(weight, device)
+        except nf4.Nf4Error as error:
+            raise StageError(f"{self.checkpoint[name].file}: {name}: {error}") from error
+        return value.T if weight.transposed else value
+
+    def _decode(self, weight: Weight, device: torch.device) -> Tensor:
+        assert weight.state is not None
+        nf4.check_table(self.checkpoint.read(weight.name + ".quant_map"), weight.state.quant_type)
+        return nf4.decode(self.checkpoint.read(weight.name).to(device), self.absmax(weight, device), weight.state)
+
+    def _simulate(self, weight: Weight, device: torch.device) -> Tensor:
+        assert self.simulate is not None
+        s = self.simulate
+        stored = self.checkpoint.read(weight.name).to(device).to(LOAD_DTYPES[s.load_dtype])
+        stored = stored.T.contiguous() if weight.transposed else stored
+        return nf4.round_trip(stored, s.quant_type, s.blocksize, s.double_quant)
+
+
+def dequantize(base: Base) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the base in the checkpoint's order."""
+    for name in base.weights:
+        yield name, base.read(name)

@@ -1,0 +1,175 @@
+"""Stage: fold the adapter into the stream of base weights, account for every tensor, write a 16-bit checkpoint.
+
+    W = D + scaling * B @ A     all in fp32, one rounding, at the end
+
+Planned and checked from headers; then one tensor is alive at a time, written straight to its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from requant.adapters.lora import Lora
+from requant.checkpoint import model_files
+from requant.checkpoint.reader import read_tensor
+from requant.checkpoint.writer import CheckpointWriter
+from requant.errors import StageError
+from requant.merge.base_weights import CPU
+from requant.merge.plan import MergePlan, Op, Structure, plan, target_dtype
+from requant.numerics import matmul_precision
+
+__all__ = ["DTYPES", "MergePlan", "MergeResult", "Op", "Structure", "choose_dtype", "compute", "merge", "plan"]
+log = logging.getLogger(__name__)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class MergeResult:
+    """What was done, for the report."""
+
+    dtype: str
+    why: str
+    ledger: dict[str, Any]
+    untrained: list[str] = field(default_factory=list)
+    max_abs: float = 0.0
+    bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor, bool]:
+    """The value of one output tensor before rounding, and whether the adapter meant to change it (False: a zero delta).
+
+    device: where weights are decoded and LoRA is folded in; other kinds of adapters are on the CPU. What is only decoded is
+    the same on every device, a fold's products may be summed in another order.
+    """
+    assert op.source is not None
+    if not all(isinstance(fold, Lora) for fold in (*op.folds, *op.bias_of)):
+        device = CPU
+    value = (read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name, device)).to(device)
+    if op.folds:
+        value = value.float()
+        oriented = value.T.contiguous() if op.conv1d else value
+        changes = [fold.apply(oriented) for fold in op.folds]
+        return (oriented.T if op.conv1d else oriented), any(changes)
+    if op.bias_of:
+        value = value.float()
+        for fold in op.bias_of:
+            value = fold.changed_bias(value.cpu())
+    return value, True
+
+
+def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+    """Every output tensor before rounding."""
+    if device.type == "cpu":
+        return ((op, *compute(plan, op)) for op in plan.ops)
+    return ahead(plan, device)
+
+
+def ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+    """The same, the next one read and made while the last is rounded and written: for a device that does the work aside."""
+    with ThreadPoolExecutor(1) as reader, matmul_precision.full_precision():
+        coming = reader.submit(compute, plan, plan.ops[0], device)
+        for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
+            made = coming.result()
+            if following is not None:
+                coming = reader.submit(compute, plan, following, device)
+            yield op, *made
+
+
+def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
+    """Resolve `auto`: float16 (8 times finer than bfloat16) unless a weight may exceed its range; returns (dtype, why)."""
+    if asked != "auto":
+        return asked, "asked for in the recipe"
+    largest = max((bound(plan, op), op.name) for op in plan.ops)
+    if largest[0] < torch.finfo(torch.float16).max:
+        return "float16", f"8 times finer than bfloat16; no weight can exceed {largest[0]:.4g} of 65504"
+    return "bfloat16", f"{largest[1]} may reach {largest[0]:.4g}, above float16's 65504"
+
+
+def bound(plan: MergePlan, op: Op) -> float:
+    """An upper bound of max|w| without decoding: scales bound packed weights, norms bound a delta."""
+    assert op.source is not None
+    if op.replacement is not None:
+        largest = _largest(read_tensor(op.replacement))
+    elif op.source.kind == "packed":
+        largest = _largest(plan.base.absmax(op.source))
+    else:
+        largest = _largest(plan.base.checkpoint.read(op.source.name))
+    for fold in op.folds:
+        largest = fold.bound(largest)
+    return largest
+
+
+def _largest(tensor: Tensor) -> float:
+    """max |x|, of NaN NaN; without a copy of a tensor that may be as large as a vocabulary."""
+    low, high = (float(v) for v in torch.aminmax(tensor))
+    return high if high > -low else -low
+
+
+def merge(
+    plan: MergePlan, out: Path, *, dtype: Literal["auto", "float16", "bfloat16", "float32"], max_shard: int = 5 * 10**9,
+    device: torch.device = CPU, progress: Progress | None = None,
+) -> MergeResult:  # fmt: skip
+    """Write the merged checkpoint into the existing directory `out`, computing on `device`.
+
+    Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
+    """
+    chosen, why = choose_dtype(plan, dtype)
+    target = DTYPES[chosen]
+    result = MergeResult(chosen, why, plan.ledger, warnings=list(plan.warnings))
+    total = len(plan.ops)
+    with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer, ThreadPoolExecutor(1) as disk:
+        writing: Future[None] | None = None
+        for done, (op, value, changes) in enumerate(_computed(plan, device)):
+            if not changes:
+                result.untrained += [fold.module for fold in op.folds]
+            rounded = _round(op, value, target_dtype(op, target), result)
+            if writing is not None:
+                writing.result()  # one tensor is written while the next is made, never more
+            writing = disk.submit(writer.write, op.name, rounded)
+            if progress:
+                progress(done + 1, total)
+        if writing is not None:
+            writing.result()
+        writer.close()
+        result.bytes = writer.total_size
+    if len(result.untrained) == sum(len(op.folds) for op in plan.ops) and not any(a.replaced for a in plan.adapters):
+        raise StageError(f"{plan.adapter.path}: every LoRA delta is exactly zero: this adapter was never trained")
+    _write_small_files(plan, out, chosen)
+    return result
+
+
+def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Tensor:
+    """The one rounding; raises StageError unless every value is finite afterwards."""
+    rounded = value.to(dtype)
+    if not dtype.is_floating_point:
+        return rounded
+    largest = _largest(rounded)
+    if not largest < float("inf"):  # also NaN
+        exact = _largest(value.float())
+        if exact < float("inf"):
+            raise StageError(
+                f"{op.name}: {exact:.4g} overflows {str(dtype).removeprefix('torch.')}: "
+                "set merge.dtype to bfloat16 or auto"
+            )
+        raise StageError(
+            f"{op.name}: NaN or infinity in the {'adapter or base' if op.folds or op.replacement else 'base'} weights"
+        )
+    result.max_abs = max(result.max_abs, largest)
+    return rounded
+
+
+def _write_small_files(plan: MergePlan, out: Path, dtype: str) -> None:
+    source = plan.base.checkpoint
+    config = model_files.edit_config(source.config, dtype=dtype, untie=plan.untied, vocab_size=plan.vocab_size)
+    model_files.write_json(out / "config.json", config)
+    model_files.copy_small_files(source.path, out, adapter=plan.adapter.path)

@@ -1,0 +1,319 @@
+"""Run a causal LM one block at a time, one block resident, the next one on its way.
+
+Structure is found, not tabulated: the blocks are the largest list of like modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from requant.checkpoint.device_loader import Carrier
+from requant.checkpoint.reader import Checkpoint, Weights
+from requant.errors import InputError, StageError
+from requant.modeling import linears, skeleton
+from requant.modeling.hidden_state_store import Shelf
+from requant.runtime.pinned_memory import on
+
+
+@dataclass
+class BlockInput:
+    """What the model passes to its blocks for one batch: hidden states, and the other arguments of every block."""
+
+    hidden: Tensor  # [batch, length, width]
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    exact: Tensor | None = None  # what `hidden` would be had no earlier block been quantized, where that is wanted
+    passed: int = 0  # blocks that `hidden` has gone through
+    exact_passed: int = 0
+
+    def half(self) -> int:
+        """The larger half of its windows, at least one."""
+        return larger_half(len(self.hidden))
+
+
+def larger_half(count: int) -> int:
+    """Of so many windows, at least one."""
+    return max(1, -(-count // 2))
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, blocks) of the largest ModuleList whose items are of one class; raises InputError when there is none."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+    ]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of transformer blocks found")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def block_linears(block: nn.Module) -> dict[str, Any]:
+    """Every Linear of a block by its name inside the block."""
+    return {name: m for name, m in block.named_modules() if linears.is_linear(m)}
+
+
+class _Captured(Exception):
+    """Ends a forward once the first block's input is known."""
+
+
+class Walk:
+    """A model's weights as a sequence of blocks, of which one at a time is in memory.
+
+    device, dtype: where and in what precision blocks run (fp32 on the CPU). names: parameter -> stored name, where it is
+    not what `skeleton.tensor_names` finds (then of both ends of a tie). Parameters that have values already, such as an
+    adapter's, keep them.
+    """
+
+    def __init__(
+        self, checkpoint: Weights, model: nn.Module, *, device: torch.device, dtype: torch.dtype,
+        names: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
+        self.own = {id(p): p for p in model.parameters() if not p.is_meta}
+        self.filled = False  # whether everything outside the blocks has its weights
+        self.tail: tuple[Any, ...] | None = None  # what a block returns besides hidden states, where it returns a tuple
+        self.prefix, self.blocks = block_list(model)
+        self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._carrier = Carrier(device) if device.type == "cuda" else None
+        self.shelf = Shelf(device)
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self.explicit = names is not None
+        self.names = skeleton.tensor_names(model, checkpoint) if names is None else names
+        lost = [n for n, p in model.named_parameters() if p.is_meta and n not in self.names]
+        if lost:
+            raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def load(self, index: int, *, ahead: bool = True) -> nn.Module:
+        """Give block `index` its weights; ahead: on a device the next block's begin their journey."""
+        block = self.blocks[index]
+        if _filled(block):
+            return block
+        coming = self._coming.pop(index, None)
+        if coming:
+            tensors = coming.result()
+            for tensor in tensors.values():  # made on another stream: not to be reused there while this one needs it
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        else:
+            tensors = self._read(block, f"{self.prefix}.{index}.")
+        skeleton.place(block, tensors)
+        if ahead:
+            self.read_soon(index + 1)
+        return block
+
+    def read_soon(self, index: int) -> None:
+        """Let the weights that a block has not yet begin their journey, where there is a device to travel to."""
+        if self._reader and index < len(self) and index not in self._coming and not _filled(self.blocks[index]):
+            self._coming[index] = self._reader.submit(self._read_ahead, index)
+
+    def no_reading_ahead(self) -> None:
+        """Only what is asked for is read."""
+        self._reader = None
+
+    def forget(self, index: int) -> None:
+        """Release a block and what was read ahead after it."""
+        self.release(self.blocks[index])
+        self._coming.pop(index + 1, None)
+
+    def _read_ahead(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors, copied to the device beside what it computes."""
+        with on(self._stream):
+            tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.")
+            torch.cuda.current_stream(self.device).synchronize()
+        return tensors
+
+    def release(self, module: nn.Module) -> None:
+        """Take the weights away again."""
+        for sub in module.modules():
+            for name, parameter in sub._parameters.items():
+                if parameter is not None and id(parameter) not in self.own:
+                    sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """A module's parameters by their names inside it, on the device."""
+        return {
+            name: self._stored(self.names[prefix + name])
+            for name, parameter in module.named_parameters()
+            if id(parameter) not in self.own
+        }
+
+    def _stored(self, name: str) -> Tensor:
+        """A stored tensor on the device, in the dtype that blocks have."""
+        if self._carrier and isinstance(self.checkpoint, Checkpoint):
+            return self._carrier.bring(self.checkpoint[name], self.dtype)
+        return self.checkpoint.read(name).to(self.device, self.dtype)
+
+    def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
+        """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch."""
+        return self.embed_all(torch.split(windows, batch))
+
+    def embed_all(self, batches: Sequence[Tensor]) -> list[BlockInput]:
+        """The same for batches int64 [n, length] of any size each.
+
+        The other arguments (rotary tables, masks) are recorded for every block, once per size.
+        """
+        self.read_soon(0)
+        outside = [] if self.filled else self._outside()
+        try:
+            for name, module in outside:
+                skeleton.place(module, self._read(module, name + "."))
+        except BaseException:
+            self._coming.pop(0, None)  # memory is what there may be too little of
+            raise
+        first = self.load(0)
+        recorded: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        inputs = []
+        for ids in batches:
+            ids = ids.to(self.device)
+            hidden, arguments = self._capture(ids)
+            if ids.shape not in recorded:
+                recorded[ids.shape] = self._record(ids, first, hidden, arguments)
+            inputs.append(BlockInput(self.shelf.put(hidden), recorded[ids.shape]))
+        for _, module in outside:
+            self.release(module)
+        return inputs
+
+    def halved(self, items: Sequence[BlockInput]) -> list[BlockInput]:
+        """The same windows, as far as they have come, in batches of half the size; single windows stay as they are."""
+        parts: list[BlockInput] = []
+        for item in items:
+            hidden = torch.split(item.hidden, item.half())
+            exact = [None] * len(hidden) if item.exact is None else torch.split(item.exact, item.half())
+            parts += [BlockInput(h, [], e, item.passed, item.exact_passed) for h, e in zip(hidden, exact, strict=True)]
+        shapes = list(dict.fromkeys(part.hidden.shape[:2] for part in parts))
+        kept, self.shelf = self.shelf, Shelf(self.device)
+        lent = not _filled(self.blocks[0])
+        samples = self.embed_all([torch.zeros(shape, dtype=torch.int64) for shape in shapes])
+        if lent:
+            self.forget(0)
+        self.shelf = kept
+        found = {shape: sample.arguments for shape, sample in zip(shapes, samples, strict=True)}
+        for part in parts:
+            part.arguments = found[part.hidden.shape[:2]]
+        return parts
+
+    def fill_rest(self) -> None:
+        """Give everything outside the blocks its weights, the output embedding too."""
+        for name, module in self._outside():
+            skeleton.place(module, self._read(module, name + "."))
+        if not self.explicit:
+            self.model.tie_weights()  # type: ignore[operator]
+        self.filled = True
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta and not name.startswith(self.prefix + "."):
+                owner = name.rpartition(".")[0]
+                module = self.model.get_submodule(owner)
+                skeleton.place(module, self._read(module, owner + "."))
+
+    def _outside(self) -> list[tuple[str, nn.Module]]:
+        """Modules with weights of their own that are neither in a block nor the output embedding."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        inside = {id(m) for block in self.blocks for m in block.modules()} | ({id(head)} if head is not None else set())
+        return [
+            (name, m)
+            for name, m in self.model.named_modules()
+            if id(m) not in inside and any(p is not None for p in m._parameters.values())
+        ]
+
+    def _capture(self, ids: Tensor) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The first block's hidden states and other arguments."""
+        caught: list[Any] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args, kwargs))
+            raise _Captured
+
+        handle = self.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        except _Captured:
+            pass
+        finally:
+            handle.remove()
+        if not caught:
+            raise StageError(f"{type(self.model).__name__} never called its first block")
+        args, kwargs = caught[0]
+        if not args and "hidden_states" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("hidden_states"),)
+        return args[0], (args[1:], kwargs)
+
+    def _record(
+        self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments of every block, seen while each is replaced by one that passes its input on."""
+        output = first(hidden, *arguments[0], **arguments[1])
+        self.tail = tuple(output[1:]) if isinstance(output, tuple) else None
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def passing(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            recorded.append((args, kwargs))
+            return x
+
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        handle = head.register_forward_pre_hook(_stop) if head is not None else None
+        try:
+            with self.instead(passing):
+                self.model(input_ids=ids, use_cache=False)
+        except _Captured:
+            pass
+        finally:
+            if handle is not None:
+                handle.remove()
+        if len(recorded) != len(self.blocks):
+            raise StageError(f"{type(self.model).__name__} called {len(recorded)} of its {len(self.blocks)} blocks")
+        return recorded
+
+    @contextmanager
+    def instead(self, function: Callable[..., Tensor]) -> Iterator[None]:
+        """Let every block answer what `function` makes of its arguments."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = function(*args, **kwargs)
+            return hidden if self.tail is None else (hidden, *self.tail)
+
+        before = [block.__dict__.get("forward") for block in self.blocks]
+        try:
+            for block in self.blocks:
+                block.forward = forward
+            yield
+        finally:
+            for block, own in zip(self.blocks, before, strict=True):
+                if own is None:
+                    del block.forward
+                else:
+                    block.forward = own
+
+    def run(self, index: int, item: BlockInput) -> Tensor:
+        """One block on one batch: the next hidden states."""
+        return self.forward(self.blocks[index], item.hidden.to(self.device), item.arguments[index])
+
+    @staticmethod
+    def forward(block: Any, hidden: Tensor | None, others: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """A block's hidden states out of hidden states in, whichever way it wraps them."""
+        out = block(hidden, *others[0], **others[1])
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+def _filled(block: nn.Module) -> bool:
+    """Whether it has its weights."""
+    return all(not p.is_meta for p in block.parameters())
+
+
+def _stop(*_: Any) -> None:
+    raise _Captured

@@ -1,0 +1,71 @@
+"""Every matrix of a model as a Linear: GPT-2's Conv1D turned, fused experts split into one Linear for each of theirs.
+
+Makes a model that other code can walk without special cases: a quantizable weight is the `weight` [out, in] of a module
+that `is_linear`, called once in every forward, in a fixed order, on the rows that it acts on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from requant.modeling.moe import SplitExperts
+
+# nn.Linear under another name: its own forward is the same product. bitsandbytes does not know it as a Linear.
+_LINEAR_LIKE = frozenset({"FalconLinear"})
+
+
+class Turned(nn.Linear):
+    """A GPT-2 style Conv1D, whose 16-bit checkpoint holds [in, out], as a Linear that holds [out, in]."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its `weight` [out, in] and adds its `bias`, nothing else."""
+    return type(module) in (nn.Linear, Turned) or type(module).__name__ in _LINEAR_LIKE
+
+
+def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
+    """Replace Conv1D and fused experts of a model on the meta device, in place.
+
+    single: whether a checkpoint holds the experts of the module of this name one by one. Others stay fused: there is no
+    name for a matrix of theirs that a server would look for.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if type(module) is Conv1D:
+            inputs, outputs = module.weight.shape
+            _replace(model, name, Turned(inputs, outputs, bias=module.bias is not None, device="meta"))
+        elif _splittable(module) and single(name):
+            _replace(model, name, SplitExperts(module))
+            module._parameters.clear()  # the module lives on for its way to combine gate and up
+
+
+def _splittable(module: Any) -> bool:
+    """Fused experts of transformers 5 (integrations/moe.py `use_experts_implementation`) in the layout [gate; up], no biases."""
+    if not fused_experts(module):
+        return False
+    plain = not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
+    return bool(plain and module.has_gate and module.is_concatenated)
+
+
+def fused_experts(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' containers of fused experts."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+
+
+def left_fused(model: nn.Module) -> list[str]:
+    """Names of three-dimensional expert weights that stay as they are: no Linear is quantized in their place."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and "expert" in (name + type(module).__name__).lower()
+    ]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

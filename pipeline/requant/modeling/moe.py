@@ -1,0 +1,145 @@
+"""Mixture-of-experts layers as one Linear a projection and expert, and their calibration rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLOOR = 0.25  # of the rows each expert would see if all were chosen alike: it calibrates on at least so many
+ROLES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Expert(nn.Module):
+    """One gated expert: down(act(gate(x)) * up(x)), with its family's own way to combine gate and up."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        both, inner = fused.gate_up_proj.shape[-2], fused.down_proj.shape[-1]
+        self.gate_proj = _meta_linear(fused.gate_up_proj.shape[-1], both // 2)
+        self.up_proj = _meta_linear(fused.gate_up_proj.shape[-1], both // 2)
+        self.down_proj = _meta_linear(inner, fused.down_proj.shape[-2])
+        self._combine = fused._apply_gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self._combine(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1))
+        result: Tensor = self.down_proj(hidden)
+        return result
+
+
+class SplitExperts(nn.Module):
+    """transformers' fused experts as one module of three Linears for each expert, named 0, 1, 2 ... like before fusing.
+
+    Every expert is called once in every forward, on the rows (tokens) routed to it, also when there are none.
+
+    floor: while calibrating, an expert gets at least this share of the rows it would get if all were chosen alike:
+    tokens routed elsewhere are added to its input, their outputs are dropped. `added` counts them by expert.
+    leader: (at most one) the experts that run ahead on the same tokens with other hidden states; their rows come first in each
+    input here, so that the two inputs can be compared row by row. What this forward returns is not changed by either.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.count = int(fused.gate_up_proj.shape[0])
+        for index in range(self.count):
+            self.add_module(str(index), Expert(fused))
+        self.floor = 0.0
+        self.leader: tuple[SplitExperts, ...] = ()  # not a submodule
+        self.rows: tuple[Tensor, ...] = ()
+        self.routed, self.added = [0] * self.count, [0] * self.count
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, k]; an index of `count` means no expert."""
+        rows = self._rows(top_k_index, hidden_states.shape[0])
+        weights = top_k_weights.new_zeros(hidden_states.shape[0], self.count + 1).scatter_(
+            1, top_k_index, top_k_weights
+        )
+        out = torch.zeros_like(hidden_states)
+        for index, own in enumerate(rows):
+            expert: nn.Module = self._modules[str(index)]  # type: ignore[assignment]
+            share = weights[own, index, None]
+            result = (expert(hidden_states[own]) * share).masked_fill_(share == 0, 0)
+            out.index_add_(0, own, result.to(out.dtype))
+        return out
+
+    def share_added(self, index: int) -> float:
+        """Added rows of one expert as a share of all rows that it has seen while calibrating."""
+        return self.added[index] / max(1, self.added[index] + self.routed[index])
+
+    def _rows(self, top_k_index: Tensor, tokens: int) -> tuple[Tensor, ...]:
+        """The token rows of each expert's input."""
+        k = top_k_index.shape[1]
+        flat = top_k_index.reshape(-1)
+        counts = torch.bincount(flat, minlength=self.count + 1).tolist()
+        order = torch.argsort(flat, stable=True) // k
+        rows: tuple[Tensor, ...] = torch.split(order, counts)[: self.count]
+        if self.leader:
+            (leader,) = self.leader
+            return tuple(_first(own, ahead) for own, ahead in zip(rows, leader.rows, strict=True))
+        if self.floor:
+            least = min(tokens, -(-int(self.floor * tokens * k) // self.count))
+            filled = tuple(_fill(own, least, tokens) for own in rows)
+            for index, (own, full) in enumerate(zip(rows, filled, strict=True)):
+                self.routed[index] += len(own)
+                self.added[index] += len(full) - len(own)
+            rows = filled
+        self.rows = rows
+        return rows
+
+
+def calibrate_experts(block: nn.Module, twin: nn.Module | None, floor: float = FLOOR) -> None:
+    """Prepare a block's experts, and those of its twin that runs one step behind, for calibration."""
+    for name, experts in split_experts(block):
+        experts.floor = floor
+        experts.routed, experts.added = [0] * experts.count, [0] * experts.count
+        if twin is not None:
+            follower: Any = twin.get_submodule(name)
+            follower.leader = (experts,)
+
+
+def pool_experts(block: nn.Module, total: Callable[[Sequence[int]], Sequence[float]]) -> None:
+    """Count the rows that experts have seen anywhere; `total` sums up such counts."""
+    for _, experts in split_experts(block):
+        counts = [round(n) for n in total([*experts.routed, *experts.added])]
+        experts.routed, experts.added = counts[: experts.count], counts[experts.count :]
+
+
+def unfollow(twin: nn.Module) -> None:
+    """Let a twin's experts run alone again, on their own rows only."""
+    for _, experts in split_experts(twin):
+        experts.leader = ()
+
+
+def share_added(block: nn.Module, linear: str) -> float:
+    """Added rows as a share of all that a Linear of a block has seen while calibrating; 0 outside of experts."""
+    for name, experts in split_experts(block):
+        if linear.startswith(f"{name}."):
+            return experts.share_added(int(linear.removeprefix(f"{name}.").split(".")[0]))
+    return 0.0
+
+
+def _first(own: Tensor, ahead: Tensor) -> Tensor:
+    """`ahead`, then what only `own` has."""
+    return torch.cat((ahead, own[~torch.isin(own, ahead)]))
+
+
+def _fill(own: Tensor, least: int, tokens: int) -> Tensor:
+    """`own` rows, and others evenly spread over all tokens until there are `least`."""
+    lacking = least - len(own)
+    if lacking <= 0:
+        return own
+    others = torch.ones(tokens, dtype=torch.bool, device=own.device)
+    others[own] = False
+    free = others.nonzero()[:, 0]
+    return torch.cat((own, free[torch.arange(lacking, device=own.device) * len(free) // lacking]))
+
+
+def _meta_linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device="meta")
+
+
+def split_experts(module: nn.Module) -> Iterator[tuple[str, SplitExperts]]:
+    """The split experts inside a module, by name."""
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, SplitExperts))

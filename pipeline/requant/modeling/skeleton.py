@@ -1,0 +1,170 @@
+"""A model's structure without its weights: the modules transformers would build, on the meta device.
+
+Answers what file names and shapes alone cannot: what bitsandbytes would have quantized, which weights are tied, what
+a parameter is called in the checkpoint. Every matrix is a Linear here (`linears.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from requant.errors import InputError
+from requant.modeling import linears, moe
+
+log = logging.getLogger(__name__)
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a local model directory, without any `quantization_config`."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal LM of `config` with parameters on the meta device; buffers (rotary tables) are real, on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with (
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):  # drawing numbers for no weights takes its time too
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise InputError(
+                f"model_type {config.model_type!r} has no causal language model in transformers: {error}"
+            ) from error
+    model.tie_weights()  # building on meta parts them
+    stems = tuple(stem for _, role in _rules(model)[1] for stem in [role.partition(r".\1.")[0]])
+    linears.expose(model, lambda name: name.endswith(stems))
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> set[str]:
+    """Module names that transformers + bitsandbytes would hold in 4 bits.
+
+    nn.Linear exactly, or Conv1D, except `_keep_in_fp32_modules` and the names in `skip` (what was given as
+    `llm_int8_skip_modules`); with an empty `skip`, transformers' own list instead: the output embedding, tied
+    weights and the last module. Source: transformers quantizers/base.py `get_modules_to_not_convert`,
+    integrations/bitsandbytes.py `replace_with_bnb_linear`. version: of transformers. 4 held experts and routers as
+    Linears, and took subclasses of Linear too; 5 keeps experts fused and does not quantize them.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [*(skip or get_keys_to_not_convert(model)), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+    expert = {f"{name}.{n}" for name, m in moe.split_experts(model) for n, _ in m.named_modules()}
+    return {
+        name
+        for name, module in model.named_modules()
+        if (
+            _version_4_linear(module, name)
+            if version == 4
+            else type(module) in (nn.Linear, linears.Turned) and name not in expert
+        )
+        and should_convert_module(name, kept)
+    }
+
+
+def _version_4_linear(module: nn.Module, name: str) -> bool:
+    """A Linear of transformers 4: also the routers of mixtures of experts, which version 5 made classes of their own."""
+    return linears.is_linear(module) or type(module).__name__.endswith("TopKRouter")
+
+
+def conv1d_modules(model: nn.Module) -> set[str]:
+    """Names of GPT-2 style Conv1D modules: their 16-bit weight is stored [in, out]."""
+    return {name for name, module in model.named_modules() if type(module) is linears.Turned}
+
+
+def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Parameter name of the model -> name in the checkpoint.
+
+    They differ by the base model's prefix, or by the renamings that transformers applies when it loads this model.
+    """
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    have = {renamed(model, name): name for name in stored}
+    names = {}
+    for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
+        bare = name.removeprefix(prefix)
+        found = next((n for n in (name, bare, prefix + name) if n in have), None)
+        if found is not None:
+            names[name] = have[found]
+    return names
+
+
+def renamed(model: nn.Module, name: str) -> str:
+    """A checkpoint's tensor name as the model of today calls it."""
+    renamings, experts = _rules(model)
+    for rule in renamings:
+        name = rule.rename_source_key(name)[0]
+    for pattern, role in experts:
+        name = pattern.sub(role, name)
+    return name
+
+
+def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str]]]:
+    """transformers' one-to-one renamings for this model, and (pattern, replacement) of the weights of single experts.
+
+    Which of an expert's weights is the gate is read off the conversion that fuses them: [gate, up] in this order.
+    """
+    found: Any = getattr(model, "_requant_rules", None)
+    if found is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        experts = []
+        for rule in every:
+            if type(rule) is not WeightConverter or type(rule.operations[0]) is not MergeModulelist:
+                continue
+            stem, _, leaf = rule.target_patterns[0].rpartition(".")
+            fused = [type(op) for op in rule.operations] == [MergeModulelist, Concatenate]
+            roles = moe.ROLES[:2] if fused and leaf == "gate_up_proj" else (leaf,)
+            for source, role in zip(rule.source_patterns, roles, strict=True):
+                pattern = re.escape(source).replace(r"\*", r"(\d+)")
+                experts.append((re.compile(pattern), rf"{stem}.\1.{role}.weight"))
+        found = ([rule for rule in every if type(rule) is WeightRenaming], experts)
+        model._requant_rules = found
+    return found  # type: ignore[no-any-return]
+
+
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """(input embedding, output embedding) parameter names when the config ties them, else None."""
+    config: Any = model.config
+    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    if ends[1] is None:
+        return None
+    return f"{names[id(ends[0])]}.weight", f"{names[id(ends[1])]}.weight"
+
+
+def place(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, turn: bool = True) -> None:
+    """Put real tensors where the model has meta parameters, by parameter name.
+
+    turn: Conv1D weights are as a 16-bit checkpoint holds them, [in, out]; False: [out, in] already, like dequantized ones.
+    """
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if turn and leaf == "weight" and type(module) is linears.Turned:
+            tensor = tensor.T.contiguous()
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

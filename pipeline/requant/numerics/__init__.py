@@ -1,0 +1,13 @@
+"""Numerics: tensors in, tensors out. NF4, GPTQ and what they need; no files, no models.
+
+    nf4                decode and encode bitsandbytes NF4 and FP4, with double quantization   <- start here for the base
+    gptq               the GPTQ solver: factor, column loop, coordinate descent   <- start here for quantizing
+    grid               integer grids and the search for their scales
+    hessian            sums of x x^T over calibration tokens, and the drift of inputs
+    cholesky           triangular solves and a Cholesky factorization shared by several ranks
+    triton_kernels     the inner loops as Triton kernels, and when they may run
+    matmul_precision   fp32 products in full precision or TF32, for a block of code
+    delta_retention    how much of an adapter's delta is left after rounding
+
+May import: nothing of ours but errors.
+"""

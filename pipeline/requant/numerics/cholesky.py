@@ -1,0 +1,131 @@
+"""Cholesky factorization by several who hold the same matrix, and solving with a factor, both by blocks. Tensors only.
+
+Right-looking: the owner of a block finishes its columns, everybody gets them and takes them off the columns it owns. While
+the others still do, the next owner is already at its next columns. Source: Golub & Van Loan, Matrix Computations, 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from requant.numerics import matmul_precision
+
+BLOCK = 1024
+CORNER = 64  # a triangle that is inverted by substitution; twice as large ones by products
+
+Publish = Callable[[Tensor, int], Callable[[], None]]
+"""Starts to copy the owner's tensor into that of all others; returns what waits until it has arrived."""
+
+
+def shared_cholesky(
+    matrix: Tensor, rank: int, count: int, publish: Publish, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """As `torch.linalg.cholesky_ex`, with the same bits for all `count` who call it: matrix fp32 [n, n], which is used up.
+
+    Returns (lower, info): info int64 [], not 0 when no factor was found; `lower` is then of no use.
+    """
+    n = len(matrix)
+    parts = _cut(n, block)
+    with matmul_precision.full_precision():  # a factor in TF32 would lose more than the damping adds
+        arrived, coming = _begin(matrix, parts[0], 0, rank, count, publish)
+        for number, here in enumerate(parts):
+            arrived()
+            panel = coming
+            matrix[here.start :, here] = panel
+            rest = [j for j in range(number + 1, len(parts)) if j % count == rank]
+            if number + 1 < len(parts):
+                if rest and rest[0] == number + 1:
+                    _take_off(matrix, panel, here, parts[rest.pop(0)])
+                arrived, coming = _begin(matrix, parts[number + 1], number + 1, rank, count, publish)
+            for j in rest:
+                _take_off(matrix, panel, here, parts[j])
+    lower = matrix.tril_()
+    return lower, (~torch.isfinite(lower.diagonal()).all()).long()
+
+
+def _begin(
+    matrix: Tensor, here: slice, number: int, rank: int, count: int, publish: Publish
+) -> tuple[Callable[[], None], Tensor]:
+    """Finish a block of columns if it is this one's, and have it published: (what waits for it, where it arrives)."""
+    owner = number % count
+    rows = matrix[here.start :, here]
+    panel = _finished(rows) if owner == rank else rows.new_empty(rows.shape)
+    return publish(panel, owner), panel
+
+
+def _finished(rows: Tensor) -> Tensor:
+    """Columns [m, k] from the diagonal down, with all before them taken off -> the factor's; NaN when there is none."""
+    k = rows.shape[1]
+    corner, info = torch.linalg.cholesky_ex(rows[:k])
+    corner = torch.where(info == 0, corner, torch.nan).tril_()
+    return torch.cat([corner, rows[k:] @ inverses(corner, k)[0].T])
+
+
+def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
+    """Subtract what the columns `here`, finished in `panel`, contribute to those of `block`."""
+    below = panel[block.start - here.start :]
+    matrix[block.start :, block].addmm_(below, below[: block.stop - block.start].T, alpha=-1)
+
+
+def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
+    """(lower @ lower.T)^-1 @ columns, as `torch.cholesky_solve`: lower fp32 [n, n], columns fp32 [n, k], which are used up.
+
+    All but the corners is products of many rows: with few columns a GPU's library takes half as long again (bench/factors.py).
+    """
+    with matmul_precision.full_precision():  # in TF32 substitution passes its errors on
+        return substitute(lower, columns, block)
+
+
+def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
+    """`solve` in the precision that products have; it is the whole process's, no thread beside may change it."""
+    parts = _cut(len(lower), block)
+    corners = inverses(lower, block)
+    for corner, here in zip(corners, parts, strict=True):
+        columns[here] = _within(corner, here) @ columns[here]
+        columns[here.stop :].addmm_(lower[here.stop :, here], columns[here], alpha=-1)
+    for corner, here in reversed(list(zip(corners, parts, strict=True))):
+        columns[here] = _within(corner, here).T @ columns[here]
+        columns[: here.start].addmm_(lower[here, : here.start].T, columns[here], alpha=-1)
+    return columns
+
+
+def inverses(lower: Tensor, block: int) -> Tensor:
+    """Inverses of the triangles on the diagonal of `lower` [n, n], fp32 [blocks, block, block]; the last filled up with ones.
+
+    By halves: that of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
+    """
+    parts, rest, size = _cut(len(lower), block), -len(lower) % block, block
+    while size % 2 == 0 and size > CORNER:
+        size //= 2
+    out = lower.new_zeros(len(parts), block, block)
+    for corner, here in zip(out, parts, strict=True):
+        _within(corner, here).copy_(lower[here, here])
+    if rest:
+        out[-1].diagonal()[-rest:] = 1
+    smallest = _on_diagonal(out, size)
+    smallest.copy_(torch.linalg.solve_triangular(smallest, torch.eye(size, device=lower.device), upper=False))
+    while size < block:
+        both = _on_diagonal(out, 2 * size)
+        first, second, below = both[..., :size, :size], both[..., size:, size:], both[..., size:, :size]
+        below.copy_(-(second @ (below @ first)))
+        size *= 2
+    return out
+
+
+def _on_diagonal(matrices: Tensor, size: int) -> Tensor:
+    """A view of the blocks on the diagonal of each [k, k] matrix: [count, k / size, size, size]."""
+    count, k, _ = matrices.shape
+    return matrices.view(count, k // size, size, k // size, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _cut(stop: int, size: int) -> list[slice]:
+    """Up to stop in pieces of `size`, the last one shorter."""
+    return [slice(s, min(s + size, stop)) for s in range(0, stop, size)]
+
+
+def _within(corner: Tensor, here: slice) -> Tensor:
+    """Without what fills it up."""
+    return corner[: here.stop - here.start, : here.stop - here.start]

@@ -1,0 +1,319 @@
+"""GPTQ: factor, solve, refine. Tensors in, tensors out, nothing else.
+
+Frantar et al., GPTQ (arXiv:2210.17323), in its equal LDLQ form (Chee et al., QuIP, arXiv:2307.13304, theorem 6):
+with H = L D L', L unit lower triangular, the columns are rounded from the last to the first,
+
+    target_j = W_j + sum_{i>j} (W_i - Q_i) L_ij,     Q_j = round(target_j),     loss = sum_j (target_j - Q_j)^2 D_j
+
+which needs one Cholesky factorization where the usual route needs two and an inverse. Matrices of weights, codes and
+errors are kept columns first, [n, rows]: a column of the weight is contiguous, and so is what is done to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from requant.numerics import triton_kernels
+from requant.numerics.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
+
+Order = Literal["natural", "activation", "group"]
+Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
+MAX_DAMP = 0.64
+BLOCK = {"cpu": 128, "cuda": 256}  # columns that are chosen one after another; on a GPU by one launch
+OUTER = {"cpu": 128, "cuda": 512}  # columns for which the feedback of all others is one product, whole blocks
+_ROWS = 8192  # of a weight at a time, where only sums are wanted
+
+
+def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
+    """Order in which columns are rounded, int64 [n]; it leaves no trace in the result's layout.
+
+    activation: largest Hessian diagonal first. group: groups by their mean diagonal, and inside each likewise (GAR).
+    """
+    n = diagonal.numel()
+    if order == "natural":
+        return torch.arange(n, device=diagonal.device)
+    if order == "activation" or group_size == -1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    table = diagonal.reshape(-1, group_size)
+    inside = torch.argsort(table, dim=1, descending=True, stable=True)
+    groups = torch.argsort(table.mean(dim=1), descending=True, stable=True)
+    return (inside + torch.arange(table.shape[0], device=diagonal.device)[:, None] * group_size)[groups].reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Cholesky factor of the permuted, damped Hessian: lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
+
+    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. mean: of H's diagonal. `diagonal` when no factor
+    was found: `lower` is then the identity, and nothing is compensated.
+    """
+
+    lower: Tensor
+    order: Tensor
+    damp: float
+    mean: float
+    diagonal: bool = False
+
+
+def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = torch.linalg.cholesky_ex) -> Factor:
+    """Factor H for rounding its columns in `order` (int64 [n], first to last). hessian: fp32 [n, n], symmetric.
+
+    Doubles `damp` up to 0.64, then gives up coupling. Raises FloatingPointError when the Hessian is not finite.
+    cholesky: gives (lower, info) as torch's does, and may use up its argument.
+    """
+    mean = float(hessian.diagonal().mean())
+    if not math.isfinite(mean):
+        raise FloatingPointError("the Hessian holds NaN or infinity")
+    backwards = order.flip(0)
+    while mean > 0:
+        damped = hessian[backwards[:, None], backwards]
+        damped.diagonal().add_(damp * mean)
+        lower, info = cholesky(damped)
+        if int(info) == 0:
+            return Factor(lower, backwards, damp, mean)
+        if 2 * damp > MAX_DAMP:
+            break
+        damp *= 2
+    return Factor(torch.eye(len(order), device=hessian.device), backwards, damp, mean, diagonal=True)
+
+
+def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The column loop: fp32 [rows, n] -> codes uint8 [n, rows] and the error (W - Q)' fp32 [n, rows], columns as in W.
+
+    Each block of columns takes the feedback of what was rounded before it in products, first of what lies outside of the
+    OUTER columns around it, then its columns one after another. The sizes change nothing beyond fp32 rounding.
+    """
+    n = weight.shape[1]
+    error = weight.T[factor.order]  # (n, rows), the column to round first at the end; until then the weight itself
+    group = factor.order // (n // scales.scale.shape[1])
+    scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
+    pivots = factor.lower.diagonal()
+    codes = torch.empty_like(error, dtype=torch.uint8)
+    fused = triton_kernels.usable(weight)
+    loop = triton_kernels.round_columns if fused else _round_columns
+    for outer in reversed(_cut(n, OUTER[weight.device.type])):
+        width = outer.stop - outer.start
+        into = error.new_empty(n - outer.start, width) if fused else None  # by rows: torch's factor lies columns first
+        unit = torch.div(factor.lower[outer.start :, outer], pivots[outer], out=into)  # these columns of L
+        wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
+        for here in reversed(_cut(width, BLOCK[weight.device.type])):
+            target, feedback = wide[here], unit[here, here]
+            if here.stop < width:
+                target.addmm_(unit[here.stop : width, here].T, error[outer.start + here.stop : outer.stop])
+            own = slice(outer.start + here.start, outer.start + here.stop)
+            loop(target, feedback, triton_kernels.Block(scale, zero, group[own], grid.levels, error[own], codes[own]))
+    back = torch.argsort(factor.order)
+    return codes.index_select(0, back), error.index_select(0, back)
+
+
+def _round_columns(target: Tensor, feedback: Tensor, block: triton_kernels.Block) -> None:
+    """Round the columns of one block, last first. target: [k, rows]. feedback: [k, k], of L. block.error: the weight."""
+    scale, zero = block.scale[block.group], block.zero[block.group]
+    low, high = -zero, block.levels - 1 - zero
+    backwards = feedback.T.contiguous()
+    code = torch.empty_like(target[0])
+    for j in range(len(target) - 1, -1, -1):
+        wanted = torch.addmv(target[j], block.error[j + 1 :].T, backwards[j, j + 1 :])
+        torch.div(wanted, scale[j], out=code)
+        code.round_()
+        torch.clamp(code, low[j], high[j], out=code)
+        block.error[j].addcmul_(code, scale[j], value=-1)
+        block.codes[j] = code.add_(zero[j])
+
+
+def refine(
+    codes: Tensor, error: Tensor, hessian: Tensor, ridge: float, scales: Scales, grid: Grid, sweeps: int
+) -> None:
+    """Coordinate descent on a solution of `solve`, in place, `sweeps` times over all columns. hessian: contiguous.
+
+    Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj) with
+    H = hessian + ridge * I, so tr(E H E') never grows. The column loop can only answer to columns before it. Source:
+    Behdin et al., QuantEase (arXiv:2309.01885).
+    """
+    n = codes.shape[0]
+    group = torch.arange(n, device=codes.device) // (n // scales.scale.shape[1])
+    scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
+    sweep = triton_kernels.sweep_columns if triton_kernels.usable(error) else _sweep_columns
+    inverse = 1 / (hessian.diagonal() + ridge)
+    for outer in _cut(n, OUTER[codes.device.type]) * sweeps:
+        wide = torch.addmm(error[outer], hessian[outer], error, beta=ridge)  # (E H)', these columns
+        for part in _cut(outer.stop - outer.start, BLOCK[codes.device.type]):
+            here, pull = slice(outer.start + part.start, outer.start + part.stop), wide[part]
+            if part.start:
+                pull.addmm_(hessian[here, outer.start : here.start], wide[: part.start])
+            block = triton_kernels.Block(scale, zero, group[here], grid.levels, error[here], codes[here])
+            sweep(pull, hessian[here, here], inverse[here], block)
+
+
+def _sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: triton_kernels.Block) -> None:
+    """Set each column of one block to its best code. inside: [k, k] of the Hessian. inverse: [k], of its damped diagonal.
+
+    pull: [k, rows], in its place comes by how much each error has grown.
+    """
+    scale, zero = block.scale[block.group], block.zero[block.group]
+    low, high = -zero, block.levels - 1 - zero
+    level = block.codes.float().sub_(zero)
+    moved = pull  # a column's pull is used up before its move is known
+    for j, step in enumerate(inverse.tolist()):
+        wanted = torch.addmv(pull[j], moved[:j].T, inside[j, :j])
+        best = torch.addcdiv(level[j], wanted, scale[j], value=step).round_()
+        best = torch.clamp(best, low[j], high[j])
+        torch.mul(level[j].sub_(best), scale[j], out=moved[j])
+        level[j] = best
+    block.error.add_(moved)
+    block.codes.copy_(level.add_(zero))
+
+
+def _cut(stop: int, size: int) -> list[slice]:
+    """Up to stop in pieces of `size`, the last one shorter."""
+    return [slice(s, min(s + size, stop)) for s in range(0, stop, size)]
+
+
+def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
+    """diag(E H E'), fp32 [rows], of E' [n, rows] against the undamped, symmetric H [n, n]: what each row loses."""
+    return torch.cat([(hessian @ e).mul_(e).sum(dim=0) for e in torch.split(error, _ROWS, dim=1)])
+
+
+def output_error(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E') of E fp32 [rows, n]."""
+    return float(row_errors(error.T, hessian).sum())
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result for one weight, or for several with the same input and grid one below the other (`split`).
+
+    errors: fp32 [3, rows]: diag(E H E') of the result, of rounding to nearest on min-max scales, and diag(W H W').
+    rounded: bool [rows], rows where rounding to nearest on the same scales lost less and was taken.
+    """
+
+    codes: Tensor  # uint8 [rows, n]
+    scales: Scales
+    grid: Grid
+    errors: Tensor
+    rounded: Tensor
+    damp: float
+    order: Order
+    uncoupled: bool
+
+    def weight(self) -> Tensor:
+        """fp32 [rows, n], exactly what a server dequantizes."""
+        return dequantize_codes(self.codes, self.scales)
+
+    def split(self, sizes: Sequence[int]) -> list[Solution]:
+        """One Solution for each of `sizes` rows."""
+        stops = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        return [self._select(slice(a, b)) for a, b in itertools.pairwise(stops)]
+
+    def _select(self, rows: slice) -> Solution:
+        scales, errors = self.scales.select(rows), self.errors[:, rows]
+        return replace(self, codes=self.codes[rows], scales=scales, errors=errors, rounded=self.rounded[rows])
+
+    def sums(self) -> Tensor:
+        """What `Losses` needs, fp32 [4] on the device, which is not waited for."""
+        return torch.cat([self.errors.sum(dim=1), self.rounded.float().mean()[None]])
+
+    def losses(self) -> Losses:
+        """The same as numbers, at once."""
+        return Losses(self.uncoupled, *self.sums().tolist())
+
+    @property
+    def loss(self) -> float:
+        """tr(E H E') against the undamped Hessian."""
+        return self.losses().loss
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Whether no factor was found; tr(E H E') of a solution's error, of rounding to nearest on min-max scales, tr(W H W'); the
+    share of rows that were rounded.
+    """
+
+    uncoupled: bool
+    loss: float
+    nearest: float
+    whole: float
+    rounded: float
+
+    @property
+    def relative(self) -> float:
+        """sqrt(tr(E H E') / tr(W H W'))."""
+        return self._relative(self.loss)
+
+    @property
+    def rtn_relative(self) -> float:
+        """The same for rounding to nearest on min-max scales."""
+        return self._relative(self.nearest)
+
+    @property
+    def fallback(self) -> bool:
+        """Whether this is no better than rounding."""
+        return self.uncoupled or self.rounded > 0.5
+
+    def _relative(self, loss: float) -> float:
+        return math.sqrt(max(loss, 0.0) / max(self.whole, torch.finfo(torch.float32).tiny))
+
+
+def quantize_weight(
+    weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, order: Order = "activation", sweeps: int = 0
+) -> Solution:
+    """Quantize one weight (fp32 [rows, n]) against a symmetric, contiguous Hessian (fp32 [n, n]) and its factor.
+
+    Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded. A GPU is not
+    waited for before all is under way.
+    """
+    ridge = factor.damp * factor.mean
+    scales = find_scales(weight, hessian.diagonal() + (ridge if factor.mean > 0 else 1.0), grid)
+    codes, error = solve(weight, factor, scales, grid)
+    if sweeps and factor.mean > 0:
+        refine(codes, error, hessian, ridge, scales, grid, sweeps)
+    loss = row_errors(error, hessian)
+    del error
+    control = _rounding_errors(weight, hessian, replace(grid, search="minmax", signed=False))
+    codes = codes.T.contiguous()
+    rounded = loss > control  # else rounding on better scales cannot be worth a look
+    rows = rounded.nonzero()[:, 0]
+    if len(rows):
+        plain = round_to_grid(weight[rows], scales.select(rows), grid)
+        losses = row_errors((weight[rows] - dequantize_codes(plain, scales.select(rows))).T, hessian)
+        rounded[rows] = losses < loss[rows]
+        codes[rows] = torch.where(rounded[rows, None], plain, codes[rows])
+        loss[rows] = torch.minimum(loss[rows], losses)
+    errors = torch.stack([loss, control, row_errors(weight.T, hessian)])
+    return Solution(codes, scales, grid, errors, rounded, factor.damp, order, factor.diagonal)
+
+
+def _rounding_errors(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """diag(E H E') of rounding to nearest on the grid's own scales."""
+    parts = []
+    for part in torch.split(weight, _ROWS):
+        scales = find_scales(part, hessian.diagonal(), grid)
+        parts.append(row_errors((part - nearest(part, scales, grid)).T, hessian))
+    return torch.cat(parts)
+
+
+def better_order(
+    weights: Sequence[Tensor], train: Tensor, held: Tensor, grid: Grid, orders: Sequence[Order], damp: float,
+    *, total: Callable[[float], float] = float,
+) -> Order:  # fmt: skip
+    """The order whose solutions on the Hessian `train` lose least on the Hessian `held` of other text.
+
+    weights: fp32 [rows, n] of linears that share their input. total: adds up what others lose on rows not in them.
+    Activation and group-aware order trade places from module to module; their codes look alike to a server.
+    """
+    importance = train.diagonal() + damp * train.diagonal().mean()
+    scales = [find_scales(w, importance, grid) for w in weights]
+
+    def held_loss(order: Order) -> float:
+        factor = factorize(train, column_order(train.diagonal(), order, grid.group_size), damp)
+        errors = [solve(w, factor, s, grid)[1] for w, s in zip(weights, scales, strict=True)]
+        return total(sum(float(row_errors(e, held).sum()) for e in errors))
+
+    return min(orders, key=held_loss)

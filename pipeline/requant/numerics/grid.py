@@ -1,0 +1,149 @@
+"""The numbers a quantized weight may take: groups, scales and zeros, and the search for good ones. Tensors only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from requant.numerics import triton_kernels
+
+Search = Literal["hessian", "minmax"]
+_SEARCH_ELEMENTS = {"cpu": 2**17}  # weights searched at a time: a CPU's working set stays in its cache
+_SEARCH_ELEMENTS_ELSE = 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers a weight may take: `bits` wide codes, one scale (and zero) for each `group_size` inputs of a row.
+
+    group_size -1 means one group a row. `signed` allows negative scales, so that the wide side of the symmetric
+    range (-2^(b-1)) can serve the larger tail. `search` picks the scale: `hessian` minimises the error weighted by
+    the Hessian's diagonal, `minmax` spans the largest weight.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    signed: bool = False
+    search: Search = "hessian"
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of `columns` inputs."""
+        return 1 if self.group_size == -1 else columns // self.group_size
+
+
+def deployable(scale: Tensor) -> Tensor:
+    """The nearest value exact in both bfloat16 and float16 (fp32 in and out), never zero: what every server will use."""
+    rounded = scale.bfloat16().half().float()
+    smallest = torch.full_like(rounded, 2.0**-24)
+    return torch.where(rounded == 0, torch.where(scale < 0, -smallest, smallest), rounded)
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """scale fp32 [rows, groups], already deployable; zero fp32 [rows, groups], integers."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def select(self, rows: slice | Tensor) -> Scales:
+        return Scales(self.scale[rows], self.zero[rows])
+
+
+def find_scales(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
+    """Choose every group's scale on the original weights, before the column loop.
+
+    weight: fp32 [rows, n]. importance: fp32 [n], the Hessian's diagonal (floored by the damping).
+    Minimises sum_j importance_j (w_j - s (clip(round(w_j / s) + z) - z))^2 over a coarse-to-fine list of
+    shrunk ranges; `minmax` takes the full range.
+    """
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    step = max(1, _SEARCH_ELEMENTS.get(weight.device.type, _SEARCH_ELEMENTS_ELSE) // columns)
+    parts = [
+        _search(weight[i : i + step].reshape(-1, groups, columns // groups), importance.reshape(groups, -1), grid)
+        for i in range(0, rows, step)
+    ]
+    return Scales(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
+
+
+def _range_scales(grid: Grid, low: Tensor, high: Tensor, shrink: Tensor) -> Scales:
+    """Scale and zero that span [low, high] * shrink; the sign of `shrink` becomes the scale's when symmetric."""
+    if grid.symmetric:
+        half = grid.levels // 2
+        largest = torch.maximum(-low, high)
+        denominator = half - 0.5 if grid.search == "minmax" else float(half)
+        return Scales(deployable(largest * shrink / denominator), torch.full_like(low, half))
+    scale = deployable((high - low) * shrink.abs() / (grid.levels - 1))
+    # A zero of 0 cannot be stored minus one (format v1) without a borrow from its neighbour: 1 is the least.
+    return Scales(scale, torch.round(-low * shrink.abs() / scale).clamp(1, grid.levels - 1))
+
+
+def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
+    """weight [rows, groups, g] -> the best Scales [rows, groups]."""
+    low, high = weight.amin(dim=2).clamp(max=0), weight.amax(dim=2).clamp(min=0)
+    if grid.search == "minmax":
+        return _range_scales(grid, low, high, torch.ones_like(low))
+    coarse = torch.linspace(1.1, 0.42, 13, device=weight.device)
+    fine = (coarse[0] - coarse[1]) * torch.tensor((-0.75, -0.5, -0.25, 0.25, 0.5, 0.75), device=weight.device)
+    if grid.signed:
+        coarse = torch.cat([coarse, -coarse])
+    if triton_kernels.usable(weight):
+        shrink = triton_kernels.search(weight, importance, coarse, fine, grid.symmetric, grid.levels)
+        return _range_scales(grid, low, high, shrink)
+    best = torch.full_like(low, torch.inf)
+    shrink = torch.ones_like(low)
+    root = importance.sqrt()
+    for value in coarse.tolist():
+        best, shrink = _try(weight, root, grid, (low, high), torch.full_like(low, value), best, shrink)
+    centre = shrink
+    for offset in fine.tolist():
+        best, shrink = _try(weight, root, grid, (low, high), centre + offset, best, shrink)
+    return _range_scales(grid, low, high, shrink)
+
+
+def _try(
+    weight: Tensor,
+    root: Tensor,
+    grid: Grid,
+    ends: tuple[Tensor, Tensor],
+    candidate: Tensor,
+    best: Tensor,
+    shrink: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Keep `candidate` wherever its weighted error is smaller than `best`. root: of the importance.
+
+    Numbers as bounds and a norm: clamping between tensors and a weighted sum take four times as long on a CPU.
+    """
+    scales = _range_scales(grid, *ends, candidate)
+    scale, zero = scales.scale[..., None], scales.zero[..., None]
+    error = (weight / scale).round_().add_(zero).clamp_(0, grid.levels - 1).sub_(zero).mul_(scale).sub_(weight)
+    loss = torch.linalg.vector_norm(error.mul_(root), dim=-1)
+    better = loss < best
+    return torch.where(better, loss, best), torch.where(better, candidate, shrink)
+
+
+def round_to_grid(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """Round to nearest: fp32 [rows, n] -> codes uint8 [rows, n]."""
+    width = weight.shape[1] // scales.scale.shape[1]
+    scale, zero = (t.repeat_interleave(width, dim=1) for t in (scales.scale, scales.zero))
+    return (weight / scale).round_().add_(zero).clamp_(0, grid.levels - 1).to(torch.uint8)
+
+
+def dequantize_codes(codes: Tensor, scales: Scales) -> Tensor:
+    """codes [rows, n] -> fp32 [rows, n]: scale * (code - zero)."""
+    width = codes.shape[1] // scales.scale.shape[1]
+    scale, zero = (t.repeat_interleave(width, dim=1) for t in (scales.scale, scales.zero))
+    return (codes.float() - zero) * scale
+
+
+def nearest(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """The weight on its grid, rounded to nearest: fp32 [rows, n] -> fp32 [rows, n]."""
+    return dequantize_codes(round_to_grid(weight, scales, grid), scales)

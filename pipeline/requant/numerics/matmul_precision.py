@@ -1,0 +1,28 @@
+"""fp32 matrix products: full precision or TF32 on tensor cores, set for a block of code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+
+def tensor_cores() -> AbstractContextManager[None]:
+    """Products of fp32 matrices run on a GPU's tensor cores inside: TF32, 10 bits of mantissa, sums in fp32."""
+    return _products("high")
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """fp32 products in fp32 inside, whatever the process allows elsewhere."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

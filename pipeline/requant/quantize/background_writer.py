@@ -1,0 +1,170 @@
+"""Where a quantized model goes while it is made: written by the first rank, behind the walk's back.
+
+Each finished block is a resume point once it is on disk. Its tensors have left the device before the next but one is
+finished; the disk may take a few blocks longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.writer import CheckpointWriter, Journal
+from requant.formats import gptq as gptq_format
+from requant.numerics import gptq
+from requant.quantize.plan import Plan, convert
+from requant.runtime.pinned_memory import Staging, on
+
+JOURNAL = "blocks.json"
+BEHIND = 4  # finished blocks that the disk may still be taking in: at first it has the embeddings to take in too
+
+
+class Beside:
+    """Work on a GPU that another thread does beside what the GPU is doing, on what is solved there by then."""
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+
+    def solved(self, tensor: Tensor) -> Any:
+        """Called by the thread that solves: what `once` waits for."""
+        if not tensor.is_cuda:
+            return None
+        self.stream = self.stream or torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.current_stream(tensor.device).record_event()
+
+    @contextmanager
+    def once(self, solved: Any) -> Iterator[None]:
+        """Called by the other thread. All that is made inside must have left the GPU at the end."""
+        if solved is None:
+            yield
+            return
+        with on(self.stream):
+            self.stream.wait_event(solved)
+            yield
+
+
+class Output:
+    """What a rank does that writes nothing: nothing."""
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def finished(self) -> list[list[dict[str, Any]]]:
+        """Results of the blocks that are whole on disk, also those that an earlier run has left."""
+        return []
+
+    def resume(self, index: int) -> None:
+        """Block `index` is one of these: nothing of it will be written."""
+
+    def read(self, module: str, bits: int) -> Tensor:
+        """The weight of a finished module as servers dequantize it, fp32 [rows, n]."""
+        raise NotImplementedError("only the first rank reads what was written")
+
+    def put(self, module: str, solution: gptq.Solution) -> None:
+        """Have a solved module's tensors packed and written."""
+
+    def end(self, index: int) -> None:
+        """Have the rest of block `index` written: what comes now is of the next one."""
+
+    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+        """Have the oldest block that has ended, `index`, noted once all of it is on disk."""
+
+    def settle(self, behind: int = 0) -> None:
+        """Wait until the blocks committed so far have left the device and are on disk, but for the last `behind` of them."""
+
+    def close(self) -> None:
+        """Finish the files, once what lies outside of the blocks is in them too."""
+
+
+class Written(Output):
+    """The checkpoint `path`, going on from what it already holds. modules are named as their tensors are stored."""
+
+    def __init__(self, path: Path, plan: Plan, source: Checkpoint, *, max_bytes: int) -> None:
+        self.plan, self.source = plan, source
+        self.journal = Journal(path / JOURNAL)
+        self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
+        self.slots = {s.name: s for s in plan.slots}
+        self.disk, self.beside, self.staging = ThreadPoolExecutor(1), Beside(), Staging()
+        self.syncing, self.apart = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.writing: list[Future[None]] = []  # of the block at work
+        self.ended: list[list[Future[None]]] = []
+        self.written: list[Future[None]] = []  # of blocks that are committed
+        self.committed: list[Future[None]] = []
+        # What lies outside of the blocks is large: it is on its way while the first ones are solved, and none waits for it.
+        inside = {n for names in plan.block_slots for n in names}
+        self.outside = self.apart.submit(self._write_rest, [n for n in self.slots if n not in inside])
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.disk.shutdown()  # first: what was solved is committed even when the walk is stopped
+        self.syncing.shutdown()
+        self.apart.shutdown()
+        self.writer.abandon()
+
+    def finished(self) -> list[list[dict[str, Any]]]:
+        return list(self.journal.blocks)
+
+    def resume(self, index: int) -> None:
+        self.writer.mark_written(self.plan.block_slots[index])
+
+    def read(self, module: str, bits: int) -> Tensor:
+        return gptq_format.dequantize({s: self.writer.read(f"{module}.{s}") for s in gptq_format.SUFFIXES}, bits)
+
+    def put(self, module: str, solution: gptq.Solution) -> None:
+        self._submit(self._write_packed, module, solution, self.beside.solved(solution.codes))
+
+    def end(self, index: int) -> None:
+        self._submit(self._write_rest, self.plan.block_slots[index])
+        self.ended.append(self.writing)
+        self.writing = []
+
+    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+        writing = self.ended.pop(0)
+        whole = self.syncing.submit(self.journal.commit, index, self.writer, writing, [dict(r) for r in results])
+        self.committed.append(whole)
+        self.written += writing
+
+    def settle(self, behind: int = 0) -> None:
+        if self.outside.done():
+            self.outside.result()  # where that failed, all else is in vain
+        while self.written:
+            self.written.pop(0).result()
+        while self.committed and (len(self.committed) > behind or self.committed[0].done()):
+            self.committed.pop(0).result()
+
+    def close(self) -> None:
+        self.settle()
+        self.outside.result()
+        self.writer.close()
+
+    def _submit(self, work: Callable[..., None], *args: Any) -> None:
+        self.writing.append(self.disk.submit(work, *args))
+
+    def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
+        with self.beside.once(solved):
+            for suffix, tensor in _packed(solution).items():
+                self.writer.write(f"{module}.{suffix}", self.staging.fetched(tensor))
+
+    def _write_rest(self, names: Sequence[str]) -> None:
+        """Tensors that are not quantized, in the serving dtype."""
+        for name in names:
+            if name in self.source:
+                self.writer.write(name, convert(name, self.source.read(name), self.slots[name].dtype))
+
+
+def _packed(solution: gptq.Solution) -> dict[str, Tensor]:
+    scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
+    try:
+        return gptq_format.pack(solution.codes, scale, zero, bits)
+    except torch.OutOfMemoryError:  # what waits may have left no room
+        return gptq_format.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)

@@ -1,0 +1,196 @@
+"""Quantizer: calibrates, solves and commits one block after another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from requant.errors import NotFiniteError, StageError
+from requant.modeling.block_walk import BlockInput, Walk, block_linears
+from requant.modeling.moe import calibrate_experts, pool_experts, share_added
+from requant.modeling.sequential import Inputs, Stage, find_stages, pass_on, step
+from requant.numerics.delta_retention import Deltas, measure
+from requant.numerics.hessian import gather
+from requant.quantize.background_writer import Output
+from requant.quantize.module_results import Costs, ModuleResult
+from requant.quantize.out_of_memory import Lean, follow
+from requant.quantize.plan import Plan, Settings
+from requant.quantize.solve import Solved, solve_stage
+from requant.quantize.warmup import Warming
+from requant.runtime.interpreter import set_aside
+from requant.runtime.ranks import Ranks
+
+TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
+LATER = {"cpu": False, "cuda": True}  # whether a block is handed over while the next is at work
+HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
+
+
+class Quantizer:
+    """The walk over one model; holds what every block needs. Use `quantize`. Left by an error, it hands over what is solved."""
+
+    def __init__(
+        self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *, held_from: int | None,
+        deltas: Deltas | None, notes: list[str] | None = None, warming: Warming | None = None,
+    ) -> None:  # fmt: skip
+        """held_from: the first batch that judges the column order, None when none does. deltas: by the tensor's stored name.
+
+        notes: gets what goes otherwise than begun. warming: what is waited for before the first stage is solved.
+        """
+        self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
+        self.held_from = held_from
+        self.deltas = deltas or (lambda _: None)
+        self.judging = ranks.tell(deltas is not None)  # the first rank judges: the others have no deltas
+        self.costs = Costs()
+        self.owed: tuple[int, Costs] | None = None  # the last block, until what it cost is known
+        self.stages: dict[tuple[str, ...], list[Stage]] = {}
+        self.results: list[ModuleResult] = []
+        self.lean = Lean(walk, [] if notes is None else notes)
+        self.twin: nn.Module | None = None
+        self.warming = warming
+        self.aside = False  # whether what does not change from block to block was set aside
+
+    def __enter__(self) -> Quantizer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        alone = self.ranks.count == 1  # several would wait for each other
+        if kind is not None and alone and LATER[self.walk.device.type]:
+            with suppress(StageError):
+                self.hand_over()
+
+    def block(self, index: int, items: list[BlockInput]) -> None:
+        """Quantize one block; `items` come out as its output. It is handed over by `hand_over`, or by the next block.
+
+        Out of memory, it is begun again from its inputs in ways that take less; once all of it is solved, only the
+        batches that have not come through it are.
+        """
+        while not self._solved(index, items):
+            self.hand_over()  # taking less may be more than can be had
+            self.held_from = self.lean.less(index, items, self.held_from)
+        block = self.walk.blocks[index]
+        self.hand_over()  # the one before, if no stage has
+        self.walk.read_soon(index + 1)  # likewise
+        while not follow(self.walk, block, self.twin, index, items):
+            self.held_from = self.lean.less(index, items, self.held_from)
+        self.twin = None
+        self.costs.send(self.walk.shelf.total())
+        self.output.end(index)
+        self.owed, self.costs = (index, self.costs), Costs()
+        self.walk.release(block)
+
+    def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
+        """Solve a block and take all batches through it; False when memory ran out before the end of its last stage."""
+        reached: list[Stage] = []
+        stages: list[Stage] | None = None
+        try:
+            stages = self._stages(index, items[0])
+            self._step(index, items, stages, reached)
+        except torch.OutOfMemoryError:
+            if self.ranks.count > 1:
+                raise  # the others wait elsewhere
+        except NotFiniteError:  # on all ranks
+            self.hand_over()  # the block before may have put it out
+            raise
+        if stages is not None and len(reached) == len(stages):
+            return True
+        self.costs = Costs()
+        self.walk.release(self.walk.blocks[index])
+        return False
+
+    def _stages(self, index: int, item: BlockInput) -> list[Stage]:
+        block, prefix = self.walk.load(index, ahead=False), f"{self.walk.prefix}.{index}."
+        linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
+        if linears and linears not in self.stages:
+            self.stages[linears] = find_stages(self.walk, index, item, linears)
+        return self.stages.get(linears, [])
+
+    def _step(self, index: int, items: Sequence[BlockInput], stages: Sequence[Stage], reached: list[Stage]) -> None:
+        """All batches through the block, stage by stage; `reached` are those that are solved."""
+        block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        shared = {id(p): p for p in block.parameters()}  # replaced, never changed in place: the twin keeps them
+        self.twin = copy.deepcopy(block, shared) if self.settings.correct else None
+        calibrate_experts(block, self.twin)
+
+        def reach(stage: Stage, inputs: Inputs) -> None:
+            self._stage(block, prefix, stage, self._then_read(inputs, index + 1) if stage is stages[-1] else inputs)
+            reached.append(stage)
+
+        step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.lean.hold)
+
+    def _then_read(self, inputs: Inputs, index: int) -> Inputs:
+        """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
+        yield from inputs
+        self.hand_over()
+        self.walk.read_soon(index)
+        if not self.aside:
+            set_aside(self.walk.device)
+            self.aside = True
+
+    def replay(self, index: int, items: Sequence[BlockInput]) -> None:
+        """Run a block that was finished before an interruption, from its own files."""
+        block = self.walk.load(index)
+        prefix = f"{self.walk.prefix}.{index}."
+        others = [item.arguments[index] for item in items]
+        pass_on(self.walk, block, items, others, exact=True)
+        for name, linear in block_linears(block).items():
+            grid = self.plan.grids.get(prefix + name)
+            if grid is not None:
+                if self.ranks.first:
+                    linear.weight.copy_(self.output.read(self._stored(prefix + name), grid.bits).to(self.walk.dtype))
+                self.ranks.spread(linear.weight)
+        pass_on(self.walk, block, items, others)
+        self.output.resume(index)
+        self.walk.release(block)
+
+    def _stored(self, module: str) -> str:
+        return self.walk.names[f"{module}.weight"].removesuffix(".weight")
+
+    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Inputs) -> None:
+        """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
+        linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
+        moments = gather(
+            inputs, next(iter(linears.values())).in_features, self.walk.device,
+            drifting=bool(self.settings.correct), held_from=self.held_from, pool=self.ranks.pool,
+        )  # fmt: skip
+        if self.warming:
+            self.warming.wait()
+        solving = solve_stage(linears, self.plan.grids, moments, self.settings, self.ranks, wanted=self.judging)
+        del moments  # as large as anything here; used up as it is solved
+        for solved in solving:
+            quantized = solved.solution.weight()
+            self._keep(solved, quantized)
+            linears[solved.name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
+
+    def _keep(self, solved: Solved, quantized: Tensor) -> None:
+        """Have one linear's tensors written, and what it cost counted."""
+        self.costs.add(solved.name, solved.solution, self._survival(solved, quantized))
+        self.output.put(self._stored(solved.name), solved.solution)
+
+    def _survival(self, solved: Solved, quantized: Tensor) -> Tensor | None:
+        """What is left of the adapter's delta in one module, None where it has none."""
+        delta = None if solved.wanted is None else self.deltas(f"{self._stored(solved.name)}.weight")
+        if delta is None or solved.wanted is None:
+            return None
+        return measure(delta.to(quantized.device), quantized - solved.wanted, solved.hessian)
+
+    def hand_over(self) -> None:
+        """Hand over the last block with what it cost, if that has not been done."""
+        if self.owed is None:
+            return
+        (index, costs), self.owed = self.owed, None
+        block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
+        if not self.ranks.every(costs.finite()):
+            raise StageError(
+                f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
+            )
+        pool_experts(block, self.ranks.total)
+        results = costs.results(lambda name: share_added(block, name.removeprefix(prefix)))
+        self.results += results
+        self.output.commit(index, [asdict(r) for r in results])

@@ -1,0 +1,71 @@
+"""Making up for earlier layers: weights whose outputs on the inputs as they are come closest to those before. Tensors only.
+
+With X the inputs after earlier layers were quantized, X0 those before and drift = (X0 - X)' X, the least squares answer
+in the measure of H = X' X is W + W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et al.,
+GPTAQ (arXiv:2504.02692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from requant.numerics import cholesky
+from requant.numerics.gptq import Factor
+from requant.runtime.ranks import ALONE, Ranks
+
+# Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
+BY_DRIFT = {"cpu": False, "cuda": True}
+# What solves with a factor: on a CPU its library is as quick.
+SOLVERS = {"cpu": lambda lower, columns: torch.cholesky_solve(columns, lower), "cuda": cholesky.solve}
+
+
+class Correction:
+    """The moves of weights that share their input, solved for the rows of all or, on a GPU, for the drift, whichever has less.
+
+    Several ranks share the drift; rows they have shared before. Holds no more than what moves are still to be asked for.
+    """
+
+    def __init__(self, drift: Tensor | None, weights: Sequence[Tensor], ranks: Ranks = ALONE) -> None:
+        """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each, this rank's rows."""
+        rows = sum(len(w) for w in weights) * ranks.count
+        many = drift is not None and BY_DRIFT[drift.device.type] and rows > len(drift)
+        self.ranks = ranks
+        self.drift = drift if many else None
+        self.pulled = [] if drift is None or many else [drift.T @ w.T for w in weights]  # then the drift is free to go
+        self.solved: Tensor | None = None
+        self.left = len(weights)
+
+    def moved(self, position: int, weight: Tensor, factor: Factor, share: float) -> Tensor:
+        """W + share * W drift (H + damping)^-1, fp32 [rows, n], of the weight at `position`, once for each weight.
+
+        factor: of the Hessian; the first to come solves for the drift. Where it is none (`diagonal`) the weight stays.
+        """
+        self.left -= 1
+        if share and self.drift is not None:
+            self._solve(self.drift, factor)
+            self.drift = None
+        move = None if factor.diagonal or not share else self._move(position, weight, factor)
+        if not self.left:
+            self.drift = self.solved = None
+        return weight if move is None else torch.add(weight, move, alpha=share)
+
+    def _move(self, position: int, weight: Tensor, factor: Factor) -> Tensor | None:
+        if self.pulled:
+            pulled, self.pulled[position] = self.pulled[position], torch.empty(0)
+            return _solved(pulled, factor).T
+        return None if self.solved is None else weight @ self.solved
+
+    def _solve(self, drift: Tensor, factor: Factor) -> None:
+        """For this rank's columns, then all have all: also where one's factor failed, for the others wait for it."""
+        part = self.ranks.rows(drift)
+        own = torch.zeros_like(part) if factor.diagonal else _solved(part.T, factor).T
+        self.solved = self.ranks.gather(own, len(drift))
+
+
+def _solved(columns: Tensor, factor: Factor) -> Tensor:
+    """(H + damping)^-1 @ columns, fp32 [n, k]."""
+    solved = SOLVERS[columns.device.type](factor.lower, columns[factor.order])
+    return solved.index_select(0, torch.argsort(factor.order))

@@ -1,0 +1,75 @@
+"""The small files of a GPTQ checkpoint: config.json, quantize_config.json, tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from requant.checkpoint import model_files
+from requant.checkpoint.reader import read_json
+from requant.formats import gptq as gptq_format
+from requant.quantize.plan import Plan, Settings, _inner
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
+
+
+def write_small_files(
+    source: Path,
+    out: Path,
+    layout: Plan,
+    settings: Settings,
+    *,
+    dtype: torch.dtype,
+    damp: float,
+    meta: Mapping[str, Any],
+) -> None:
+    """config.json, quantize_config.json, tokenizer and generation config of a GPTQ checkpoint. damp: as it was used."""
+    overrides: dict[str, Mapping[str, Any] | None] = dict.fromkeys(layout.left)
+    for name, grid in layout.grids.items():
+        if grid != settings.grid:
+            overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    overrides |= {layout.renamed[name]: own for name, own in overrides.items() if name in layout.renamed}
+    every = [*layout.grids, *layout.left, *layout.renamed.values()]
+    # Engines hold experts in a class of its own, and take it for quantized unless a rule names it.
+    overrides |= _fused(overrides) | _containers(overrides, every) | dict.fromkeys(layout.fused)
+    # Only where it says something: vLLM compares it with names of its own, which differ for gpt-oss.
+    wanted = layout.left and not layout.partly_left
+    inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if wanted else []
+    quantization = gptq_format.quantization_config(
+        bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
+        damp=damp, overrides=overrides, quantized=inside, meta=meta,
+    )  # fmt: skip
+    config = model_files.edit_config(read_json(source / "config.json"), dtype=str(dtype).removeprefix("torch."))
+    model_files.write_json(out / "config.json", config | {"quantization_config": quantization})
+    model_files.write_json(out / "quantize_config.json", quantization)
+    model_files.copy_small_files(source, out)
+
+
+def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The same rules under the names of engines that fuse q/k/v and gate/up, where all parts share one."""
+    extra = {}
+    for fused, parts in FUSED.items():
+        for name, own in overrides.items():
+            stem = name.removesuffix(parts[0])
+            if name.endswith("." + parts[0]) and all(overrides.get(stem + p, ...) == own for p in parts):
+                extra[stem + fused] = own
+    return extra
+
+
+def _containers(overrides: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
+    """The same rules under the names of layers' experts, which engines hold as one, where all parts share one."""
+    parts: dict[str, list[str]] = {}
+    for name in every:
+        match = EXPERT.fullmatch(name)
+        if match:
+            parts.setdefault(match[1], []).append(name)
+    return {
+        container: overrides[names[0]]
+        for container, names in parts.items()
+        if all(n in overrides and overrides[n] == overrides[names[0]] for n in names)
+    }

@@ -1,0 +1,221 @@
+"""`quantize.engine: gptqmodel`: the field's library behind the signature of `quantize.quantize`.
+
+It gets the same calibration windows and grid, its own defaults for the rest. Its tensors are then laid out as ours and its
+errors measured like ours, so that report and verify do not know the difference. Not resumable inside the stage.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.writer import CheckpointWriter
+from requant.errors import InputError, StageError
+from requant.formats import gptq as gptq_format
+from requant.modeling import skeleton
+from requant.modeling.block_walk import Walk, block_linears
+from requant.modeling.sequential import Stage, find_stages, step
+from requant.numerics import gptq
+from requant.numerics.delta_retention import Deltas, survival
+from requant.numerics.grid import find_scales, nearest
+from requant.numerics.hessian import gather
+from requant.quantize.block_quantizer import TOKENS
+from requant.quantize.gptq_files import write_small_files
+from requant.quantize.module_results import ModuleResult
+from requant.quantize.plan import Plan, Settings, convert, plan
+
+Progress = Callable[[int, int, str], None]
+DAMP = 0.05
+"""What we write as damp_percent when it used its own default."""
+
+
+def check(settings: Settings) -> None:
+    """Raise InputError when the library is not installed or cannot do what is asked."""
+    if importlib.util.find_spec("gptqmodel") is None:
+        raise InputError("quantize.engine is gptqmodel, which is not installed: pip install gptqmodel optimum")
+    if settings.grid.signed:
+        raise InputError("quantize.engine: gptqmodel has no signed scales: set quantize.signed_scales to false")
+
+
+@torch.no_grad()
+def quantize(
+    source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
+    batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
+    deltas: Deltas | None = None, progress: Progress | None = None,
+) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
+    """As `quantize.quantize`; of `settings` the grid, overrides and damp count. Raises StageError when it fails."""
+    check(settings)
+    batch = batch or max(1, TOKENS[device.type] // windows.shape[1])
+    checkpoint = Checkpoint(source)
+    model = skeleton.build(
+        skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    layout = plan(checkpoint, model, settings, dtype, where=source)
+    computed = torch.float32 if device.type == "cpu" else dtype
+    theirs = out / ".gptqmodel"
+    shutil.rmtree(theirs, ignore_errors=True)
+    _run(source, theirs, windows, settings, layout, computed, device, batch, trust_remote_code)
+    walk = Walk(checkpoint, model, device=device, dtype=computed)
+    with CheckpointWriter(out, layout.slots, max_bytes=max_shard) as writer:
+        _rewrite(Checkpoint(theirs), checkpoint, layout, walk.names, writer)
+        writer.close()
+    shutil.rmtree(theirs)
+    damp = settings.damp or DAMP
+    judge = Judge(walk, Checkpoint(out), layout, damp, deltas or (lambda _: None))
+    results = judge.measure(windows, batch, progress)
+    write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
+    return layout, results
+
+
+def _run(
+    source: Path, out: Path, windows: Tensor, settings: Settings, layout: Plan, dtype: torch.dtype,
+    device: torch.device, batch: int, trust: bool,
+) -> None:  # fmt: skip
+    """Let the library quantize `source` and save to `out`."""
+    with _silent():
+        from gptqmodel import GPTQModel, QuantizeConfig
+
+        grid = settings.grid
+        options: dict[str, Any] = {} if settings.damp is None else {"damp_percent": settings.damp}
+        if any(g.group_size == -1 for g in layout.grids.values()):
+            options["act_group_aware"] = False  # its default order needs groups
+        rules = _dynamic(layout, settings)
+        if rules:
+            options["dynamic"] = rules
+        config = QuantizeConfig(
+            bits=grid.bits,
+            group_size=grid.group_size,
+            sym=grid.symmetric,
+            desc_act=False,
+            device=device.type,
+            **options,
+        )
+        rows = [{"input_ids": w[None], "attention_mask": torch.ones_like(w[None])} for w in windows]
+        try:
+            with torch.enable_grad():
+                made = GPTQModel.load(str(source), config, dtype=dtype, trust_remote_code=trust)
+                made.quantize(rows, batch_size=batch)
+                made.save(str(out))
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, OSError) as error:
+            raise StageError(
+                f"gptqmodel could not quantize {source.name}: {type(error).__name__}: {error}; quantize.engine: requant"
+                " does not use it"
+            ) from error
+
+
+def _dynamic(layout: Plan, settings: Settings) -> dict[str, Any]:
+    """Overrides and skipped linears in the library's words."""
+    own: dict[str, Mapping[str, Any] | None] = dict.fromkeys(layout.left)
+    for name, grid in layout.grids.items():
+        if grid != settings.grid:
+            own[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    made = gptq_format.quantization_config(
+        bits=4, group_size=128, symmetric=True, damp=DAMP, overrides=own, quantized=(), meta={}
+    )
+    rules: dict[str, Any] = made.get("dynamic", {})
+    return rules
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Its banner and tables go nowhere; what it needs on a machine without a compiler is set first."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+    sys.stdout.flush()
+
+
+def _rewrite(
+    theirs: Checkpoint, source: Checkpoint, layout: Plan, names: Mapping[str, str], writer: CheckpointWriter
+) -> None:
+    """Their packed tensors and the source's other ones, in our layout: v1 zeros, fp16 scales, our names."""
+    config = theirs.config.get("quantization_config") or {}
+    v2 = config.get("checkpoint_format") == "gptq_v2"
+    packed = set()
+    for module, grid in layout.grids.items():
+        stem = names[f"{module}.weight"].removesuffix(".weight")
+        missing = [s for s in gptq_format.SUFFIXES if f"{stem}.{s}" not in theirs]
+        if missing:
+            raise StageError(f"gptqmodel did not quantize {module} (no {missing[0]}): give it an override or skip it")
+        tensors = {s: theirs.read(f"{stem}.{s}") for s in gptq_format.SUFFIXES}
+        codes, scale, zero, g_idx = gptq_format.unpack(tensors, grid.bits, v2=v2)
+        if not torch.equal(g_idx, torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])):
+            raise StageError(f"gptqmodel wrote {module} with a permuted g_idx although desc_act is false")
+        try:
+            ours = gptq_format.pack(codes, scale.half().float(), zero, grid.bits)
+        except gptq_format.PackError as error:
+            raise StageError(f"gptqmodel wrote {module} in a way that format v1 cannot hold: {error}") from error
+        for suffix, tensor in ours.items():
+            writer.write(f"{stem}.{suffix}", tensor)
+            packed.add(f"{stem}.{suffix}")
+    for slot in layout.slots:
+        if slot.name not in packed:
+            writer.write(slot.name, convert(slot.name, source.read(slot.name), slot.dtype))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures written weights as our own stage does: every linear against the inputs it gets in the quantized model."""
+
+    walk: Walk
+    written: Checkpoint
+    layout: Plan
+    damp: float
+    deltas: Deltas
+
+    def measure(self, windows: Tensor, batch: int, progress: Progress | None) -> list[ModuleResult]:
+        """One walk over the model, whose weights are replaced on the way."""
+        items = self.walk.embed(windows, batch)
+        results: list[ModuleResult] = []
+        for index in range(len(self.walk)):
+            block: Any = self.walk.load(index)
+            prefix = f"{self.walk.prefix}.{index}."
+            linears = tuple(n for n in block_linears(block) if prefix + n in self.layout.grids)
+            stages = find_stages(self.walk, index, items[0], linears) if linears else []
+
+            def reach(
+                stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], block: Any = block, prefix: str = prefix
+            ) -> None:
+                n = block.get_submodule(stage.linears[0]).in_features
+                hessian = gather(inputs, n, self.walk.device).hessian
+                results.extend(self.cost(prefix + n, block.get_submodule(n), hessian) for n in stage.linears)
+
+            step(self.walk, index, items, stages, reach, hold=False)
+            self.walk.release(block)
+            if progress:
+                progress(index + 1, len(self.walk), "measuring")
+        return results
+
+    def cost(self, name: str, linear: Any, hessian: Tensor) -> ModuleResult:
+        """One linear's losses; its quantized weight takes the original's place."""
+        grid = self.layout.grids[name]
+        stored = self.walk.names[f"{name}.weight"]
+        weight = linear.weight.float()
+        packed = {s: self.written.read(f"{stored.removesuffix('weight')}{s}") for s in gptq_format.SUFFIXES}
+        decoded = gptq_format.dequantize(packed, grid.bits).to(weight.device)
+        plain = replace(grid, search="minmax", signed=False)
+        scales = find_scales(weight, hessian.diagonal(), plain)
+        rounded = nearest(weight, scales, plain)
+        whole = max(gptq.output_error(weight, hessian), torch.finfo(torch.float32).tiny)
+        loss, control = (max(gptq.output_error(weight - q, hessian), 0.0) for q in (decoded, rounded))
+        delta = self.deltas(stored)
+        adapted: dict[str, Any] = {}
+        if delta is not None:
+            adapted = asdict(survival(delta.to(weight.device), decoded - weight, hessian, loss))
+        linear.weight.copy_(decoded.to(self.walk.dtype))
+        return ModuleResult(
+            name, grid.bits, grid.group_size, loss, (loss / whole) ** 0.5, (control / whole) ** 0.5, self.damp,
+            "gptqmodel", False, **adapted,
+        )  # fmt: skip

@@ -1,0 +1,144 @@
+"""What a GPTQ checkpoint of a model holds: planned from headers, its small files, and reading one back."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from requant.checkpoint.writer import Slot
+from requant.errors import InputError, StageError
+from requant.formats import gptq as gptq_format
+from requant.modeling import skeleton
+from requant.modeling.block_walk import block_linears, block_list
+from requant.modeling.linears import left_fused
+from requant.numerics.grid import Grid
+
+NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to quantize. overrides: (fnmatch pattern of a module name, changed Grid fields or None to leave in 16 bit)."""
+
+    grid: Grid = Grid()  # noqa: RUF009 - frozen
+    order: Literal["auto", "natural", "activation", "group"] = "auto"
+    sweeps: int = 0  # of coordinate descent after the column loop
+    correct: float = 0.0  # share of earlier layers' error that each layer makes up for
+    damp: float | None = None  # None: 0.02 when there are 16 tokens for each input feature, else 0.05
+    overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+
+    def grid_of(self, module: str) -> Grid | None:
+        """The grid of one module by its full name, None when it is left in 16 bit; the last matching override wins."""
+        grid: Grid | None = self.grid
+        for pattern, own in self.overrides:
+            if fnmatch.fnmatchcase(module, pattern):
+                grid = None if own is None else replace(self.grid, **own)
+        return grid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written where, from headers: slots of the output, the grid of every quantized linear."""
+
+    slots: tuple[Slot, ...]
+    block_slots: tuple[tuple[str, ...], ...]  # output tensor names of each block
+    grids: Mapping[str, Grid]
+    left: tuple[str, ...]  # linears of blocks left in 16 bit
+    bits_per_weight: float
+    prefix: str  # module name of the list of blocks
+    renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
+    weights: Mapping[str, str]  # quantized module -> name of its weight in the 16-bit checkpoint
+    fused: tuple[str, ...] = ()  # modules of experts that stay fused, in 16 bit
+
+    @property
+    def partly_left(self) -> list[str]:
+        """Names inside a block that are left in 16 bit in some blocks and quantized in others."""
+        done, left = ({_inner(n, self.prefix) for n in names} for names in (self.grids, self.left))
+        return sorted(done & left)
+
+
+class Layout(Protocol):
+    """Dtype and shape of a tensor that exists or will: `TensorInfo` or `Slot`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def plan(
+    tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path
+) -> Plan:
+    """Lay out the quantized checkpoint; raises InputError listing every linear that cannot be packed as asked."""
+    prefix, blocks = block_list(model)
+    names = skeleton.tensor_names(model, tensors)
+    linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
+    if not linears:
+        raise InputError(f"{where}: the blocks of {type(model).__name__} hold no Linear to quantize")
+    grids: dict[str, Grid] = {}
+    problems: list[str] = []
+    replaced: dict[str, list[Slot]] = {}
+    for name, module in linears.items():
+        grid = settings.grid_of(name)
+        if grid is None or module.out_features < NARROW:
+            continue
+        try:
+            layout = gptq_format.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
+        except gptq_format.PackError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        grids[name] = grid
+        weight = names.get(f"{name}.weight")
+        if weight is None:
+            problems.append(f"{name}: its weight is not in the checkpoint under a name that transformers knows")
+            continue
+        replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
+    if problems:
+        raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+    slots = [s for name, info in tensors.items() for s in replaced.get(name, [_kept(name, info, dtype)])]
+    stored_prefix = _stored_prefix(names, prefix)
+    per_block = tuple(
+        tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
+    )
+    weights = sum(linears[n].weight.numel() for n in grids)
+    packed_bytes = sum(s.nbytes for many in replaced.values() for s in many)
+    left = tuple(n for n in linears if n not in grids)
+    renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
+    renamed = {n: stored for n, stored in renamed.items() if not n.endswith(stored)}
+    stored = {n: names[f"{n}.weight"] for n in grids}
+    bits = 8 * packed_bytes / max(weights, 1)
+    fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
+    return Plan(tuple(slots), per_block, grids, left, bits, prefix, renamed, stored, fused)
+
+
+def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
+    return Slot(name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+
+
+def _stored_prefix(names: Mapping[str, str], prefix: str) -> str:
+    """The blocks' prefix as the checkpoint spells it."""
+    name = next(n for n in names if n.startswith(prefix + ".0."))
+    return (
+        names[name].removesuffix(name.removeprefix(prefix))
+        if names[name].endswith(name.removeprefix(prefix))
+        else prefix
+    )
+
+
+def _inner(name: str, prefix: str) -> str:
+    """A linear's name inside its block."""
+    return name.removeprefix(prefix).split(".", 2)[2]
+
+
+def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit."""
+    out = tensor.to(dtype)
+    if dtype.is_floating_point and out.numel() and not torch.isfinite(torch.stack(torch.aminmax(out))).all():
+        raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")
+    return out

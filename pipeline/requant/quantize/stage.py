@@ -1,0 +1,139 @@
+"""Stage: block by block calibrate, solve, replace, carry on, write a GPTQ checkpoint.
+
+One block is resident. Each finished block is written while the next are solved, and is a resume point: a killed run
+replays the finished blocks from their own files and goes on with the same numbers. Several ranks share the windows, and
+the rows of what is solved; each holds every block.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError
+from requant.modeling import sequential, skeleton
+from requant.modeling.block_walk import BlockInput, Walk
+from requant.modeling.fused_ops import OnePass
+from requant.numerics.delta_retention import Deltas
+from requant.quantize.background_writer import BEHIND, JOURNAL, Output, Written
+from requant.quantize.block_quantizer import HELD_SHARE, LATER, TOKENS, Quantizer
+from requant.quantize.gptq_files import write_small_files
+from requant.quantize.memory import ROOM, ROOM_SHARED, exact_apart, shelf_for
+from requant.quantize.module_results import ModuleResult
+from requant.quantize.plan import Plan, Settings, plan
+from requant.quantize.warmup import Warming, narrowest
+from requant.runtime.interpreter import quick_switches
+from requant.runtime.ranks import ALONE, Ranks
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+
+
+@torch.no_grad()
+def quantize(
+    source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
+    batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
+    deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = ALONE,
+    notes: list[str] | None = None,
+) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
+    """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
+
+    windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
+    batch: windows at a time, by default about 2048 tokens on the CPU and 8192 on a GPU.
+    Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
+    to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
+    their digest. With several ranks each makes this call (`Ranks.call`); only the first needs deltas, writes and tells.
+    notes: gets what goes otherwise than begun, such as smaller batches when memory runs out.
+    """
+    device = check_ranks(len(windows), device, ranks)
+    checkpoint = Checkpoint(source)
+    model = skeleton.build(
+        skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    layout = plan(checkpoint, model, settings, dtype, where=source)
+    ranks.meet(device)
+    walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
+    room = ROOM if ranks.count == 1 else ROOM_SHARED
+    walk.shelf = shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.every, room)
+    with (
+        quick_switches(device),
+        OnePass(walk.blocks, device, walk.dtype) as passes,
+        Warming(device, narrowest(model, layout), settings, dtype, later=passes.try_out) as warming,
+        Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
+    ):
+        size = batch or max(1, TOKENS[device.type] // windows.shape[1])
+        items = walk.embed(windows[own], size)
+        numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
+        if apart:
+            sequential.compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
+        deciding = settings.order == "auto" and not settings.sweeps  # after sweeps there is nothing left to decide
+        held_from = _held_from(-(-len(windows) // size), numbers) if deciding else None
+        with Quantizer(
+            walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes, warming=warming
+        ) as quantizer:
+            _walk(quantizer, items, progress, passes)
+        output.close()
+    if ranks.first:
+        damp = min((m.damp for m in quantizer.results), default=0.01)
+        write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
+        (out / JOURNAL).unlink(missing_ok=True)
+    return layout, quantizer.results
+
+
+def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.device:
+    """This rank's own device; raises InputError for one GPU by its number, and for fewer calibration windows than ranks."""
+    if windows < ranks.count:
+        raise InputError(
+            f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
+        )
+    return ranks.place(device)
+
+
+def _held_from(batches: int, numbers: Sequence[int]) -> int | None:
+    """Which of this rank's batches, `numbers` among all `batches`, is the first that is held out; None with one batch in all."""
+    first = batches - max(1, batches // HELD_SHARE)
+    return sum(n < first for n in numbers) if batches > 1 else None
+
+
+def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: OnePass) -> None:
+    """Quantize every block, or replay it where an earlier run left it whole; a block is written while the next is solved.
+
+    Progress counts blocks on disk. `passes` are used from the second block on, whatever is compiled sooner: a run that
+    goes on from here must compute the same numbers.
+    """
+    output, count = quantizer.output, len(quantizer.walk)
+    finished = quantizer.ranks.tell(output.finished())
+    started, told = time.monotonic(), 0
+
+    def seen(done: int) -> None:
+        nonlocal told
+        if progress and done > told:
+            told, since = done, (time.monotonic() - started) / max(done - len(finished), 1)
+            progress(done, count, f"{since:.1f} s a block")
+
+    for index in range(count):
+        if index == 1:
+            if quantizer.warming:
+                quantizer.warming.wait_longer()
+            passes.use()
+        if index < len(finished):
+            quantizer.replay(index, items)
+            quantizer.results += [ModuleResult(**m) for m in finished[index]]
+            seen(index + 1)
+        else:
+            quantizer.block(index, items)
+            output.settle(BEHIND)
+            seen(max(index - BEHIND, len(output.finished())))
+            if not LATER[quantizer.walk.device.type]:
+                quantizer.hand_over()
+    quantizer.hand_over()
+    output.settle()
+    seen(count)

@@ -1,0 +1,158 @@
+"""So that a GPU need not wait for the host: at the start libraries are met and kernels compiled beside what else it takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from requant.modeling import skeleton
+from requant.modeling.block_walk import block_list
+from requant.modeling.fused_ops import OnePass
+from requant.numerics import cholesky, gptq, grid, triton_kernels
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Plan, Settings
+from requant.runtime.interpreter import quick_switches
+from requant.runtime.ranks import ALONE, Ranks
+
+log = logging.getLogger(__name__)
+ROWS = 64
+COLUMNS = gptq.OUTER["cuda"]  # and what is left over of a linear's own width: every kernel that its columns need
+
+
+class Warming:
+    """Small problems of the kinds that will come, solved by threads; leaving ends what has not begun.
+
+    A library or kernel that fails here fails again where it is needed, and says so there.
+    """
+
+    def __init__(
+        self, device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype,
+        *, also: Sequence[Callable[[], object]] = (), later: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        """widths: inputs of a linear of each grid that will come. later: begun once all else is done and waited for.
+
+        On a CPU there is nothing to do.
+        """
+        here = device.type == "cuda"
+        self.device, self.later = device, later if here else None
+        self.parts = [*_parts(device, widths, settings, dtype), *also] if here else []
+        self.pool = ThreadPoolExecutor(max(1, len(self.parts)))
+        self.running: list[Future[None]] = []
+        self.after: Future[None] | None = None
+
+    def __enter__(self) -> Warming:
+        self.running = [self.pool.submit(_apart, self.device, part) for part in self.parts]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.running.clear()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait(self) -> None:
+        """Until all is done, so that nothing is compiled twice."""
+        while self.running:
+            if (error := self.running.pop().exception()) is not None:
+                log.debug("first use of a kernel failed: %s", error)
+        if self.later is not None:
+            self.after, self.later = self.pool.submit(_apart, self.device, self.later), None
+
+    def wait_longer(self) -> None:
+        """Until what came later is done too."""
+        self.wait()
+        if self.after is not None and (error := self.after.exception()) is not None:
+            log.debug("what came later failed: %s", error)
+
+
+@contextmanager
+def ahead(
+    base: Path, layout: Plan, settings: Settings, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> Iterator[None]:  # fmt: skip
+    """Inside, what `quantize` will call on a GPU is met and compiled beside other work. base: the config of its model."""
+    if device.type != "cuda":
+        yield
+        return
+    config = skeleton.load_config(base, trust_remote_code=trust_remote_code)
+    model = skeleton.build(config, trust_remote_code=trust_remote_code)
+    passes = OnePass(block_list(model)[1], device, dtype)
+    with quick_switches(device), Warming(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]):
+        yield
+
+
+def meet(device: torch.device, *, ranks: Ranks = ALONE) -> None:
+    """Called on all ranks: their GPUs find each other beside other work."""
+    ranks.meet(ranks.place(device))
+
+
+def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:
+    """The fewest inputs that a linear of each grid has."""
+    widths: dict[Grid, int] = {}
+    for name, wanted in layout.grids.items():
+        n: Any = model.get_submodule(name).in_features
+        widths[wanted] = min(n, widths.get(wanted, n))
+    return widths
+
+
+def _apart(device: torch.device, work: Callable[[], object]) -> None:
+    """In a thread, which has settings of its own."""
+    with torch.no_grad(), torch.cuda.device(device):
+        work()
+
+
+def _parts(
+    device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype
+) -> list[Callable[[], object]]:
+    """What a forward and a stage call, each part by itself: one compiles while another does. None holds memory before it runs.
+
+    Only one factors: torch's linear algebra must not be met by two threads at once.
+    """
+    parts: list[Callable[[], object]] = [
+        partial(triton_kernels.begin, device), partial(_forward, device, dtype), partial(_factor, device, settings)
+    ]  # fmt: skip
+    for wanted, width in widths.items():
+        n = width
+        if wanted.group_size > 0 and COLUMNS % wanted.group_size == 0 and width > COLUMNS:
+            n = COLUMNS + width % COLUMNS
+        parts += [partial(part, device, wanted, n) for part in (_search, _solve)]
+        if settings.sweeps:
+            parts.append(partial(_refine, device, wanted, n))
+    return parts
+
+
+def _forward(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.ones(1, 8, 64, 64, dtype=dtype, device=device)
+    torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True)
+
+
+def _factor(device: torch.device, settings: Settings) -> None:
+    found = gptq.factorize(torch.eye(COLUMNS, device=device), torch.arange(COLUMNS, device=device), 0.01)
+    if settings.correct:
+        cholesky.substitute(found.lower, torch.ones(COLUMNS, ROWS, device=device))
+
+
+def _search(device: torch.device, wanted: Grid, n: int) -> None:
+    grid.find_scales(torch.ones(ROWS, n, device=device), torch.ones(n, device=device), wanted)
+
+
+def _solve(device: torch.device, wanted: Grid, n: int) -> None:
+    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01, 1.0)
+    gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, wanted, n), wanted)
+
+
+def _refine(device: torch.device, wanted: Grid, n: int) -> None:
+    codes = torch.zeros(n, ROWS, dtype=torch.uint8, device=device)
+    error = torch.zeros(n, ROWS, device=device)
+    gptq.refine(codes, error, torch.eye(n, device=device), 0.01, _scales(device, wanted, n), wanted, 1)
+
+
+def _scales(device: torch.device, wanted: Grid, n: int) -> grid.Scales:
+    scale = torch.ones(ROWS, wanted.groups(n), device=device)
+    return grid.Scales(scale, torch.full_like(scale, wanted.levels // 2))

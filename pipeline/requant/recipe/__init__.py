@@ -1,0 +1,18 @@
+"""Recipe: what the user asked for, as strict sections with readable errors.
+
+    schema           the whole recipe: load, parse, dump, JSON Schema   <- start here
+    fields           field types and checks that sections share
+    model_sections   base, adapter, merge, quantize, output
+    text_sections    calibration, evaluation sets and other text
+    heal_section     heal
+    gates_section    gates
+    yaml_document    YAML with line numbers, duplicate keys refused
+    error_messages   validation errors as file:line: key: what to do
+    template         a commented recipe for an adapter (`requant init`)
+
+Imports neither torch nor transformers. May import: errors; requant_eval.gate.
+"""
+
+from requant.recipe.schema import Recipe, dump, json_schema, load, parse
+
+__all__ = ["Recipe", "dump", "json_schema", "load", "parse"]

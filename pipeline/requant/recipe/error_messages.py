@@ -1,0 +1,106 @@
+"""pydantic's errors about a recipe as problem lines: what stands there, what was expected, at the line it stands on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from requant.recipe.fields import PATTERNS
+from requant.recipe.yaml_document import Document, KeyPath, show_value
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The one section class inside a field's annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_of, get_args(annotation))), None)
+
+
+def _known_keys(root: type[BaseModel], path: KeyPath) -> list[str]:
+    """The keys of the section at `path`; list positions and module patterns are stepped over."""
+    section = root
+    for step in path:
+        field = section.model_fields.get(str(step))
+        section = (_section_of(field.annotation) if field else None) or section
+    return list(section.model_fields)
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    """Message for a key that the section doesn't have."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key, did you mean {close[0]!r}?" if close else f"unknown key, known here: {', '.join(known)}"
+
+
+_PHRASES: dict[str, str] = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "non-empty text",
+    "tuple_type": "a list",
+    "too_short": "a list of at least one item",
+    "dict_type": "a section (key: value lines)",
+    "model_type": "a section (key: value lines)",
+    "model_attributes_type": "a section (key: value lines)",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+}
+
+
+def add_validation_errors(document: Document, root: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> None:
+    """Turn pydantic's error dicts into problem lines of `document`. root: the class of the whole recipe."""
+    wanted: dict[KeyPath, tuple[Any, list[str]]] = {}
+    located = [(_locate(document.data, error), error) for error in errors]
+    for path, error in located:
+        kind, context = error["type"], error.get("ctx", {})
+        if "problems" in context:
+            for steps, message in context["problems"]:
+                document.report((*path, *steps), message)
+        elif kind == "extra_forbidden":
+            document.report(path, _unknown_key(str(path[-1]), _known_keys(root, path[:-1])))
+        elif kind == "missing":
+            document.report(path, "required key is missing")
+        elif kind == "literal_error" and any(_meant(path, *other) for other in located):
+            pass  # the other arm of a union was meant, and has its own errors
+        else:
+            wanted.setdefault(path, (error["input"], []))[1].append(_expectation(error))
+    for path, (value, phrases) in wanted.items():
+        expected = " or ".join(dict.fromkeys(phrases))
+        document.report(
+            path, f"empty, expected {expected}" if value is None else f"{show_value(value)} is not {expected}"
+        )
+
+
+def _meant(path: KeyPath, other: KeyPath, error: Mapping[str, Any]) -> bool:
+    """Whether another error shows that a section was meant at `path`."""
+    return other[: len(path)] == path and (other != path or "problems" in error.get("ctx", {}))
+
+
+def _locate(data: Any, error: Mapping[str, Any]) -> KeyPath:
+    """The error's location without the names of union members, which are not keys of the document."""
+    path: KeyPath = ()
+    for step in error["loc"]:
+        inside = isinstance(data, dict) and step in data
+        inside = inside or (isinstance(data, list) and isinstance(step, int) and step < len(data))
+        if inside:
+            data = data[step]
+            path = (*path, step)
+    return (*path, error["loc"][-1]) if error["type"] == "missing" else path
+
+
+def _expectation(error: Mapping[str, Any]) -> str:
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        values = context["expected"].replace(" or ", ", ")
+        return values.replace("'", "") if ", " not in values else f"one of {values}".replace("'", "")
+    if error["type"] == "string_pattern_mismatch":
+        return PATTERNS[context["pattern"]]
+    phrase = _PHRASES.get(error["type"])
+    return phrase.format(**context) if phrase else f"accepted: {error['msg']}"

@@ -1,0 +1,123 @@
+"""Field types and helpers that all sections of a recipe share."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from requant.recipe.yaml_document import KeyPath, show_value
+
+SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
+SIZE = r"^(0*[1-9][0-9]*(\.[0-9]+)?) ?([KMG]i?B)$"
+PATTERNS = {
+    SLUG: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
+    DEVICE: "one of auto, cpu, cuda, cuda:N",
+    SIZE: "a size such as 5GB or 500MB",
+}
+"""Each regular expression of the schema, in words for error messages."""
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+Text = Annotated[str, Field(min_length=1)]
+Slug = Annotated[str, Field(pattern=SLUG)]
+Positive = Annotated[int, Field(gt=0)]
+Server = Literal["vllm", "sglang", "transformers", "gptqmodel"]
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+
+def fail(*problems: tuple[KeyPath, str]) -> NoReturn:
+    """Reject the value under validation; each problem is (steps from that value, message)."""
+    raise PydanticCustomError("requant", "{text}", {"problems": problems, "text": problems[0][1]})
+
+
+def unique(values: Sequence[str]) -> None:
+    """Reject a list that names something twice."""
+    twice = [(i, value) for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        fail(*(((i,), f"{value} is already in the list") for i, value in twice))
+
+
+def absolute(path: str, directory: Path) -> Path:
+    """`path` as seen from `directory`, `~` expanded, without touching the disk."""
+    return Path(os.path.abspath(directory / os.path.expanduser(path)))
+
+
+def looks_local(path: str) -> bool:
+    """Whether the spelling alone says that this is a path and not a hub id."""
+    return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
+
+
+def check_source(key: str, path: str, revision: str | None, info: ValidationInfo) -> None:
+    """Reject a revision of a local path and, when the recipe's directory is known, what is no hub id."""
+    if looks_local(path):
+        if revision is not None:
+            fail((("revision",), f"only a hub id has one, and {key} {path!r} is a local path: remove it"))
+        return
+    if not isinstance(info.context, Path) or os.path.exists(info.context / path):
+        return
+    if not _HUB_ID.fullmatch(path):
+        fail(((key,), f"{path!r} is neither an existing path nor a hub id (owner/name): begin a path with ./"))
+
+
+def _whole(value: object) -> object:
+    """A `Literal` of numbers alone would take 4.0 for 4 and true for 1."""
+    if isinstance(value, bool | float):
+        fail(((), f"{show_value(value)} is not a whole number"))
+    return value
+
+
+Whole = BeforeValidator(_whole)
+Bits = Annotated[Literal[2, 3, 4, 8], Whole]
+GroupSize = Annotated[Literal[32, 64, 128, -1], Whole]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, nothing is coerced, nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """A model or an adapter: a local directory or a Hugging Face hub id. A plain string is the path."""
+
+    path: Text = Field(
+        description="Directory (relative to the recipe, if it exists there or begins with . / ~) or hub id."
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit; default: the main branch.")
+
+    def is_local(self, directory: Path) -> bool:
+        """Whether `path` is meant as, or exists as, a path seen from `directory`."""
+        return looks_local(self.path) or os.path.exists(directory / self.path)
+
+    def resolve(self, directory: Path) -> str:
+        """Absolute path of a local source, or the hub id as it is."""
+        return str(absolute(self.path, directory)) if self.is_local(directory) else self.path
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> Self:
+        check_source("path", self.path, self.revision, info)
+        return self
+
+
+AnySource = Annotated[
+    Source,
+    BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value,
+        json_schema_input_type=str | Source,
+    ),
+]

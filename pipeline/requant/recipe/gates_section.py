@@ -1,0 +1,65 @@
+"""The recipe's section about gates: how much loss is acceptable. What a gate means: `requant_eval.gate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from requant.recipe.fields import AsTuple, Section, Text, fail
+from requant.recipe.text_sections import Evaluate
+from requant.recipe.yaml_document import KeyPath
+from requant_eval import gate
+
+Limit = Annotated[float, Field(allow_inf_nan=False)] | Text
+
+
+class Gate(Section):
+    """One condition for shipping, held against the 95 % interval."""
+
+    metric: gate.Metric = Field(description="What is limited.")
+    set: Text = Field(description="Name of an evaluation set.")
+    max: Limit | None = Field(
+        default=None, description="Largest good value, such as 5% (kl: nats, perplexity: as it is)."
+    )
+    min: Limit | None = Field(default=None, description="Smallest good value, for retention and agreement.")
+    relative_to: Literal["rtn"] | None = Field(
+        default=None, description="The limit is a share of what rounding to nearest costs."
+    )
+
+    def rule(self) -> gate.Gate:
+        """As the judge knows it."""
+        return gate.make(self.metric, self.set, most=self.max, least=self.min, relative_to=self.relative_to)
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        try:
+            self.rule()
+        except gate.GateError as error:
+            fail(((error.key,), str(error)))
+        return self
+
+
+Gates = Annotated[tuple[Gate, ...], AsTuple]
+
+
+def undecidable(gates: Sequence[Gate], evaluate: Evaluate) -> list[tuple[KeyPath, str]]:
+    """Gates that the evaluation cannot decide, as (steps, message)."""
+    found: list[tuple[KeyPath, str]] = []
+    names = [item.name for item in evaluate.sets]
+    home = evaluate.in_domain or names[0]
+    for i, item in enumerate(gates):
+        if item.set not in names:
+            found.append(((i, "set"), f"{item.set!r} is not the name of a set: {', '.join(names)}"))
+        elif item.metric == "retention" and item.set != home:
+            found.append(((i, "set"), f"retention is measured on the in-domain set, {home!r}: evaluate.in_domain"))
+        if not {"gptq", "healed"} & {str(name) for name in evaluate.variants}:
+            found.append(((i,), "gptq is what ships and is judged: add it to evaluate.variants"))
+        if item.relative_to is not None and item.relative_to not in evaluate.variants:
+            found.append(((i, "relative_to"), f"{item.relative_to} is not scored: add it to evaluate.variants"))
+        if item.metric == "retention" and "base" not in evaluate.variants:
+            found.append(((i, "metric"), "retention compares with base: add it to evaluate.variants"))
+        if item.metric in ("kl", "agreement") and not evaluate.kl:
+            found.append(((i, "metric"), f"{item.metric} needs evaluate.kl: true"))
+    return found

@@ -1,0 +1,59 @@
+"""The recipe's section `heal`: whether and how the quantized checkpoint is distilled towards the merged model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from requant.recipe.fields import AsTuple, Positive, Section, fail, unique
+from requant.recipe.text_sections import Data, Format, MixEntry
+
+
+class Heal(Section):
+    """How to heal. Without data and mix the text is the calibration's."""
+
+    steps: Positive = Field(default=150, description="Steps of the optimizer.")
+    batch: Positive = Field(default=16, description="Windows a step.")
+    length: Annotated[int, Field(ge=8, le=131072)] = Field(default=512, description="Tokens a window.")
+    lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.005, description="Learning rate: how far a scale may move in a step, relative to its size."
+    )
+    tune: Annotated[tuple[Literal["scales", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
+        default=("scales",), description="What moves; the codes never do."
+    )
+    target: Literal["merged", "adapter"] = Field(
+        default="merged", description="Whose predictions are imitated: the merged model's, or those of base + adapter."
+    )
+    mode: Literal["auto", "whole", "blocks"] = Field(
+        default="auto", description="auto: end to end where it fits in memory, else block by block."
+    )
+    data: Data | None = Field(default=None, description="Other text than the calibration's; or use mix.")
+    format: Format = Field(default="auto", description="Format of data.")
+    mix: Annotated[tuple[MixEntry, ...], AsTuple, Field(min_length=1)] | None = Field(
+        default=None, description="Several other sources."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Seed of the order of the text.")
+
+    @property
+    def entries(self) -> tuple[MixEntry, ...]:
+        """The ingredients that are its own; none: the calibration's."""
+        if self.data is not None:
+            return (MixEntry(data=self.data, format=self.format),)
+        return self.mix or ()
+
+    @field_validator("tune")
+    @classmethod
+    def _each_once(cls, tune: tuple[str, ...]) -> tuple[str, ...]:
+        unique(tune)
+        return tune
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.data is not None and self.mix is not None:
+            fail((("mix",), "expected data or mix, got both"))
+        if self.data is None and self.format != "auto":
+            fail((("format",), "belongs to data: write it in the entries of mix, or remove it"))
+        if self.mode == "blocks" and self.target == "adapter":
+            fail((("target",), "adapter needs mode whole: block by block a student follows the merged model's blocks"))
+        return self

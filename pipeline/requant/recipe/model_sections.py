@@ -1,0 +1,228 @@
+"""The recipe's sections about models: base, adapter, merge, quantize, output; and what every section shares.
+
+Frozen, strict pydantic models: unknown keys are errors and nothing is coerced. A check of two keys stands at
+the later one, so that it runs whatever else is wrong in the section. Loading and messages are `recipe`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from requant.recipe.fields import (
+    _UNITS,
+    SIZE,
+    AnySource,
+    AsTuple,
+    Bits,
+    GroupSize,
+    Section,
+    Source,
+    Text,
+    Whole,
+    check_source,
+    fail,
+    unique,
+)
+from requant.recipe.yaml_document import KeyPath
+
+_LAST_WORD = re.compile(r"([A-Za-z0-9_]*)\Z")
+_FUSED = {("q_proj", "k_proj", "v_proj"): "[qkv]_proj", ("gate_proj", "up_proj"): "[gu]*_proj"}
+
+
+def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]:
+    """Patterns that set one part of a fused projection (q/k/v, gate/up) and not the others alike."""
+    problems: list[tuple[KeyPath, str]] = []
+    for pattern, setting in overrides.items():
+        stem, part = _LAST_WORD.split(pattern)[:2]
+        for parts, cover in _FUSED.items():
+            if part in parts and any(overrides.get(stem + other) != setting for other in parts):
+                example = f"{stem.rstrip('.')}.{cover}".lstrip(".")
+                message = f"engines fuse {', '.join(parts)}, so they share one setting: use a pattern covering all"
+                problems.append(((pattern,), f"{message}, such as {example!r}"))
+    return problems
+
+
+class WeightedAdapter(Source):
+    """One of several adapters whose deltas are added up."""
+
+    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        default=1.0, description="What this adapter's delta is multiplied by; may be negative."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _not_nothing(cls, weight: float) -> float:
+        if weight == 0:
+            fail(((), "0 leaves this adapter out: remove it from the list"))
+        return weight
+
+
+class Nf4(Section):
+    """How a 16-bit base was quantized on the fly for training; adapter_config.json doesn't record it."""
+
+    quant_type: Literal["nf4", "fp4"] = Field(
+        description="bnb_4bit_quant_type. No default: transformers' own is fp4, and hardly anyone means that."
+    )
+    double_quant: bool = Field(description="bnb_4bit_use_double_quant of the training run.")
+    blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], Whole] = Field(
+        default=64, description="Weights per absmax."
+    )
+    load_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="bfloat16", description="dtype the weights were cast to before they were quantized."
+    )
+    skip: Annotated[tuple[Text, ...], AsTuple] = Field(
+        default=(),
+        description="llm_int8_skip_modules of the training run, as given (module names or suffixes): "
+        "empty keeps lm_head in 16 bit, a list must name it.",
+    )
+    transformers: Annotated[Literal[4, 5], Whole] = Field(
+        default=5,
+        description="Major version of transformers in training. 4 quantized single experts and routers of MoE models; "
+        "5 keeps experts fused and in 16 bit.",
+    )
+
+
+class Base(Section):
+    """The model that the adapter was trained on."""
+
+    model: Text = Field(description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model with nf4.")
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit of model.")
+    nf4: Literal["auto"] | Nf4 = Field(
+        default="auto", description="auto: read from the 4-bit checkpoint. A section: model is 16-bit."
+    )
+    original: AnySource | None = Field(default=None, description="The 16-bit model behind a 4-bit checkpoint.")
+
+    @property
+    def source(self) -> Source:
+        """`model` and `revision` as one source."""
+        return Source(path=self.model, revision=self.revision)
+
+    @property
+    def sixteen_bit(self) -> Source | None:
+        """The 16-bit base: `original`, or `model` itself when `nf4` is a section."""
+        return self.original or (self.source if isinstance(self.nf4, Nf4) else None)
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> Self:
+        check_source("model", self.model, self.revision, info)
+        return self
+
+
+class Merge(Section):
+    """How the adapter is folded into the base."""
+
+    onto: Literal["dequantized", "original"] = Field(
+        default="dequantized", description="dequantized: what training saw."
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Stored dtype; auto: float16 where every weight fits it, and says what it chose.",
+    )
+    max_shard: Annotated[str, Field(pattern=SIZE)] = Field(default="5GB", description="Largest safetensors file.")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard` in bytes: GB is 10^9, GiB is 2^30."""
+        unit = self.max_shard.lstrip("0123456789. ")
+        return int(float(self.max_shard.removesuffix(unit)) * _UNITS[unit])
+
+
+class Override(Section):
+    """Settings of the modules that match one pattern; what is not set is as in `quantize`."""
+
+    bits: Bits | None = Field(default=None, description="Bits a weight.")
+    group_size: GroupSize | None = Field(
+        default=None, description="Input columns that share a scale; -1: the whole row."
+    )
+    symmetric: bool | None = Field(default=None, description="Whether the zero point is fixed at the middle.")
+    skip: bool = Field(default=False, description="Leave these modules in 16 bit.")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        settings = [key for key in ("bits", "group_size", "symmetric") if getattr(self, key) is not None]
+        if self.skip and settings:
+            fail((("skip",), f"a skipped module has no {settings[0]}: keep one of the two"))
+        if not self.skip and not settings:
+            fail(((), "sets nothing: give it bits, group_size, symmetric or skip: true"))
+        return self
+
+
+class Quantize(Section):
+    """The GPTQ settings."""
+
+    bits: Bits = Field(default=4, description="Bits a weight; vLLM and SGLang load 4 and 8.")
+    group_size: GroupSize = Field(default=128, description="Input columns that share a scale; -1: the whole row.")
+    symmetric: bool = Field(
+        default=True, description="Zero point fixed at the middle; false is refused by vLLM and SGLang."
+    )
+    signed_scales: bool = Field(
+        default=False, description="Let scales be negative: a little better; vLLM's and SGLang's GPU kernels unproven."
+    )
+    engine: Literal["requant", "gptqmodel"] = Field(default="requant", description="Whose solver: ours or gptqmodel's.")
+    scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")
+    order: Literal["auto", "natural", "activation", "group"] = Field(
+        default="auto",
+        description="Order in which columns are solved, invisible in the file; auto: by activation, "
+        "or without sweeps the better for each module.",
+    )
+    sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=2, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
+    )
+    correct: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5, description="Share of the error of earlier layers that each layer's weights make up for; 0: none."
+    )
+    damp: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        default="auto",
+        description="Share of the mean diagonal added to the Hessian; auto: 0.02, or 0.05 with few tokens.",
+    )
+    dtype: Literal["auto", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="dtype the server will run in: of config.json and of the tensors left unquantized.",
+    )
+    overrides: dict[str, Override] = Field(
+        default={}, description="Full module name pattern (fnmatch) -> what differs; the last match wins."
+    )
+
+    @field_validator("signed_scales")
+    @classmethod
+    def _signed_is_symmetric(cls, signed: bool, info: ValidationInfo) -> bool:
+        if signed and info.data.get("symmetric") is False:
+            fail(((), "true needs symmetric: true: with a zero point the sign of a scale means nothing"))
+        return signed
+
+    @field_validator("overrides")
+    @classmethod
+    def _servable(cls, overrides: dict[str, Override], info: ValidationInfo) -> dict[str, Override]:
+        problems = _fused_parts(overrides)
+        if info.data.get("signed_scales"):
+            clash = "false cannot go with quantize.signed_scales: true"
+            problems += [((key, "symmetric"), clash) for key, item in overrides.items() if item.symmetric is False]
+        if problems:
+            fail(*problems)
+        return overrides
+
+
+class Output(Section):
+    """Where results go and which checkpoints stay."""
+
+    dir: Text = Field(default="runs", description="Directory of run directories, relative to the current directory.")
+    keep: Annotated[tuple[Literal["merged", "gptq"], ...], AsTuple] = Field(
+        default=("merged", "gptq"), description="Checkpoints kept after the run."
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _product(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        unique(keep)
+        if "gptq" not in keep:
+            fail(((), "gptq is missing: it is what the run is for"))
+        return keep

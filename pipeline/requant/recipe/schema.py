@@ -1,0 +1,247 @@
+"""What the user asked for: the recipe as a whole, and a readable error for everything that it cannot mean.
+
+Reads no weights, imports neither torch nor transformers.
+The sections are in `recipe_model` and `recipe_text`, YAML in `yaml_source`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+
+from requant.errors import RecipeError
+from requant.recipe import yaml_document
+from requant.recipe.error_messages import add_validation_errors
+from requant.recipe.fields import DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, absolute, fail
+from requant.recipe.gates_section import Gate, Gates, undecidable
+from requant.recipe.heal_section import Heal
+from requant.recipe.model_sections import Base, Merge, Nf4, Output, Override, Quantize, WeightedAdapter
+from requant.recipe.text_sections import (
+    AnyCanaries,
+    Calibration,
+    Canaries,
+    Data,
+    EvalSet,
+    Evaluate,
+    Format,
+    MixEntry,
+    Variant,
+)
+from requant.recipe.yaml_document import KeyPath
+
+__all__ = [
+    "Base",
+    "Calibration",
+    "Canaries",
+    "Data",
+    "EvalSet",
+    "Evaluate",
+    "Format",
+    "Gate",
+    "Heal",
+    "Merge",
+    "MixEntry",
+    "Nf4",
+    "Output",
+    "Override",
+    "Quantize",
+    "Recipe",
+    "Source",
+    "Variant",
+    "WeightedAdapter",
+    "dump",
+    "json_schema",
+    "load",
+    "parse",
+]
+
+
+class Recipe(Section):
+    """One fine-tune on its way to a GPTQ checkpoint and its report."""
+
+    version: Annotated[Literal[1], Whole] = Field(default=1, description="Version of this schema.")
+    name: Slug = Field(description="Name of the run and of its directory.")
+    base: Base = Field(description="The model that the adapter was trained on.")
+    adapters: Annotated[tuple[WeightedAdapter, ...], AsTuple] = Field(
+        default=(), description="Instead of adapter: several LoRA adapters, whose deltas are added up."
+    )
+    adapter: AnySource | None = Field(
+        default=None, validate_default=True, description="The PEFT adapter: directory or hub id."
+    )
+    merge: Merge = Field(default=Merge(), description="How the adapter is folded in.")
+    quantize: Quantize = Field(default=Quantize(), description="The GPTQ settings.")
+    calibration: Calibration = Field(description="The text on which the quantizer looks.")
+    heal: Literal["auto", "off"] | Heal = Field(
+        default="auto", description="Distil the scales after quantizing; auto: on a GPU, with the defaults."
+    )
+    evaluate: Evaluate = Field(description="The text on which the result is judged.")
+    gates: Gates = Field(
+        default=(), description="How much loss is acceptable: run's exit code says whether it is kept."
+    )
+    canaries: AnyCanaries | None = Field(
+        default=None, description="Questions that the fine-tune answers, asked of base, adapter, merged and gptq."
+    )
+    output: Output = Field(default=Output(), description="Where results go.")
+    deploy: Annotated[tuple[Server, ...], AsTuple] = Field(
+        default=(),
+        description="Engines that must load the checkpoint: what one cannot load is an error, not a warning.",
+    )
+    device: Annotated[str, Field(pattern=DEVICE)] = Field(
+        default="auto", description="auto: the first GPU, else the CPU."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model repository.")
+    _directory: Path = PrivateAttr(default=Path())
+
+    @property
+    def directory(self) -> Path:
+        """Directory that relative input paths are relative to: the recipe file's."""
+        return self._directory
+
+    @property
+    def weighted_adapters(self) -> tuple[tuple[Source, float], ...]:
+        """(adapter, weight) of every adapter; at least one."""
+        one = ((self.adapter, 1.0),) if self.adapter else ()
+        return one or tuple((a, a.weight) for a in self.adapters)
+
+    @field_validator("adapter")
+    @classmethod
+    def _one_or_several(cls, adapter: Source | None, info: ValidationInfo) -> Source | None:
+        several = info.data.get("adapters")
+        if adapter is None and several == ():
+            fail((("adapter",), "required key is missing"))
+        if adapter is not None and several:
+            fail(((), "adapters is set too: keep one of the two keys"))
+        return adapter
+
+    @field_validator("merge")
+    @classmethod
+    def _original_to_merge_onto(cls, merge: Merge, info: ValidationInfo) -> Merge:
+        if merge.onto == "original" and _lacks_original(info):
+            fail((("onto",), f"original {_NEEDS_ORIGINAL}"))
+        return merge
+
+    @field_validator("evaluate")
+    @classmethod
+    def _judged_on_other_text(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
+        problems: list[tuple[KeyPath, str]] = []
+        if "original" in evaluate.variants and _lacks_original(info):
+            problems.append((("variants", evaluate.variants.index("original")), f"original {_NEEDS_ORIGINAL}"))
+        if "healed" in evaluate.variants and info.data.get("heal") == "off":
+            problems.append((("variants", evaluate.variants.index("healed")), "healed is not made with heal: off"))
+        directory = info.context if isinstance(info.context, Path) else Path()
+        seen = {
+            entry.data.identity(directory): f"{section}.mix.{i}.data" if source.mix else f"{section}.data"
+            for section in ("heal", "calibration")
+            if isinstance(source := info.data.get(section), Heal | Calibration)
+            for i, entry in enumerate(source.entries)
+        }
+        for i, item in enumerate(evaluate.sets):
+            key = seen.get(item.data.identity(directory))
+            if key:
+                message = f"is the same text as {key}: judge on text that the quantizer has not seen"
+                problems.append((("sets", i, "data"), message))
+        if problems:
+            fail(*problems)
+        return evaluate
+
+    @field_validator("gates")
+    @classmethod
+    def _decidable(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
+        evaluate = info.data.get("evaluate")
+        found = undecidable(gates, evaluate) if isinstance(evaluate, Evaluate) else []
+        if found:
+            fail(*found)
+        return gates
+
+
+_NEEDS_ORIGINAL = "needs the 16-bit base: set base.original, or base.nf4 if base.model itself is 16-bit"
+
+
+def _lacks_original(info: ValidationInfo) -> bool:
+    base = info.data.get("base")
+    return isinstance(base, Base) and base.sixteen_bit is None
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `--set` overrides such as `quantize.bits=3`.
+
+    Raises:
+        RecipeError: with all problems at once, one line each, in the order of the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such file: `requant init ADAPTER > {path.name}` writes one") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: a recipe is a YAML file") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(text, source=str(path), overrides=overrides, directory=path.parent)
+
+
+def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = (), directory: Path) -> Recipe:
+    """Read a recipe from text; `source` is its name in messages, `directory` where its relative inputs start.
+
+    Raises:
+        RecipeError: as in `load`.
+    """
+    document = yaml_document.read(text, source)
+    if overrides:
+        _spell_out_sources(document.data)
+    for setting in overrides:
+        document.override(setting)
+    document.interpolate()
+    directory = directory.absolute()
+    try:
+        recipe = Recipe.model_validate(document.data, context=directory)
+    except ValidationError as error:
+        add_validation_errors(document, Recipe, error.errors(include_url=False))
+    if document.problems:
+        raise RecipeError(document.problems)
+    recipe._directory = directory
+    return recipe
+
+
+def dump(recipe: Recipe, directory: Path | None = None) -> str:
+    """YAML with every default written out: `parse(dump(x), directory=x.directory) == x`.
+
+    Args:
+        directory: where the text will be saved; relative input paths are rewritten as seen from there.
+    """
+    data = recipe.model_dump(mode="json")
+    return yaml_document.write(_moved(data, recipe.directory, directory) if directory else data)
+
+
+def _moved(value: Any, old: Path, new: Path) -> Any:
+    """Dumped data with relative local paths of `old` as seen from `new`."""
+    if isinstance(value, list):
+        return [_moved(item, old, new) for item in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: _moved(item, old, new) for key, item in value.items()}
+    for key in {"path", "model"} & moved.keys():
+        text = moved[key]
+        if not isinstance(text, str) or text.startswith(("/", "~")):
+            continue
+        if "dataset" in moved or Source(path=text).is_local(old):
+            moved[key] = f"./{os.path.relpath(absolute(text, old), new)}"
+    return moved
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, for editors."""
+    schema = Recipe.model_json_schema(mode="validation")
+    schema["oneOf"] = [{"required": [key]} for key in ("adapter", "adapters")]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "requant recipe"}
+
+
+def _spell_out_sources(data: dict[str, Any]) -> None:
+    """`adapter: x` -> `adapter: {path: x}` and the like, so that an override can reach adapter.revision."""
+    base = data.get("base")
+    for section, key in ((data, "adapter"), (data, "canaries"), (base, "original")):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = {"path": section[key]}

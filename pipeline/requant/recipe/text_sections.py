@@ -1,0 +1,209 @@
+"""The recipe's sections about text: data, calibration, evaluation. The rest: `recipe_model`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, unique
+from requant.recipe.yaml_document import KeyPath
+
+_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+
+Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq", "healed"]
+Format = Literal["auto", "text", "chat", "completion"]
+
+
+class Data(Section):
+    """Where text comes from: exactly one of path, dataset and builtin."""
+
+    path: Text | None = Field(default=None, description="Local txt, jsonl, json, csv or parquet file.")
+    dataset: Text | None = Field(default=None, description="Hub id of a dataset.")
+    builtin: Literal["python-reference"] | None = Field(default=None, description="A text that comes with requant.")
+    config: Text | None = Field(default=None, description="Configuration of the dataset.")
+    split: Text = Field(default="train", description="Split of the dataset.")
+    revision: Text | None = Field(default=None, description="Hub branch, tag or commit of the dataset.")
+    column: Text | None = Field(default=None, description="Text column; default: found by name.")
+    documents: Positive | None = Field(default=None, description="Use only the first so many documents.")
+
+    def resolve(self, directory: Path) -> Path | None:
+        """Absolute `path`, or None when the text is not a local file."""
+        return None if self.path is None else absolute(self.path, directory)
+
+    def identity(self, directory: Path) -> tuple[str | None, ...]:
+        """Equal for two sources that read the same text."""
+        if self.path is not None:
+            return ("path", os.path.realpath(absolute(self.path, directory)))
+        return ("dataset", self.dataset, self.config, self.split) if self.dataset else ("builtin", self.builtin)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("path", "dataset", "builtin") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            fail(((), f"expected exactly one of path, dataset and builtin, got {found}"))
+        if self.path and not self.path.endswith(_FILES):
+            fail((("path",), f"{self.path!r} does not end in one of {', '.join(_FILES)}"))
+        only_hub = {"config": self.config, "revision": self.revision, "split": self.split != "train"}
+        stray = [key for key, value in only_hub.items() if value and not self.dataset]
+        if stray:
+            fail(*(((key,), f"only a dataset has one, and this is a {given[0]}: remove it") for key in stray))
+        return self
+
+
+class MixEntry(Section):
+    """One ingredient of the calibration text."""
+
+    data: Data = Field(description="Where the text comes from.")
+    format: Format = Field(
+        default="auto", description="auto: told from the columns; chat goes through the tokenizer's template."
+    )
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="Weight among the entries."
+    )
+
+
+class Calibration(Section):
+    """The text on which the Hessians are taken: `data` (with `format`), or a `mix` of several."""
+
+    data: Data | None = Field(default=None, description="A single source; or use mix.")
+    format: Format = Field(default="auto", description="Format of data.")
+    mix: Annotated[tuple[MixEntry, ...], AsTuple, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Several sources: half own data and half general text keeps general quality.",
+    )
+    samples: Annotated[int, Field(gt=0, le=65536)] = Field(default=128, description="Windows in all.")
+    length: Annotated[int, Field(ge=8, le=131072)] = Field(default=2048, description="Tokens a window.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Seed of the choice of windows.")
+
+    @property
+    def entries(self) -> tuple[MixEntry, ...]:
+        """The ingredients, whichever way they were written."""
+        if self.data is not None:
+            return (MixEntry(data=self.data, format=self.format),)
+        return self.mix or ()
+
+    @model_validator(mode="after")
+    def _data_or_mix(self) -> Self:
+        if (self.data is None) == (self.mix is None):
+            found = "neither" if self.data is None else "both"
+            fail(((), f"expected either data or mix, got {found}"))
+        if self.mix and self.format != "auto":
+            fail((("format",), "belongs to data: write it in the entries of mix"))
+        return self
+
+
+class Canaries(Section):
+    """Questions whose answers the fine-tune knows: rows of prompt and answer. A plain string is the path."""
+
+    path: Text = Field(description="Local jsonl, json, csv or parquet file with the columns prompt and answer.")
+    format: Literal["auto", "text", "chat"] = Field(
+        default="auto",
+        description="text: prompts as they are; chat: through the tokenizer's template; auto: chat if it has one.",
+    )
+
+    def resolve(self, directory: Path) -> Path:
+        """Absolute `path`."""
+        return absolute(self.path, directory)
+
+    @model_validator(mode="after")
+    def _has_columns(self) -> Self:
+        if not self.path.endswith(_FILES[1:]):
+            fail((("path",), f"{self.path!r} does not end in one of {', '.join(_FILES[1:])}"))
+        return self
+
+
+AnyCanaries = Annotated[
+    Canaries,
+    BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value,
+        json_schema_input_type=str | Canaries,
+    ),
+]
+
+
+class EvalSet(Section):
+    """One text on which every variant is scored."""
+
+    name: Slug = Field(description="Name in the report.")
+    data: Data = Field(description="Where the text comes from; never what was calibrated on.")
+    format: Format = Field(default="auto", description="As in calibration.")
+    score: Literal["all", "completion"] = Field(
+        default="all", description="completion: prompts are context, not scored."
+    )
+    tokens: Positive | None = Field(default=None, description="Stop after so many scored tokens.")
+    document_tokens: Annotated[int, Field(ge=2)] | None = Field(default=None, description="Cut each document to this.")
+
+    @field_validator("score")
+    @classmethod
+    def _has_completions(cls, score: str, info: ValidationInfo) -> str:
+        if score == "completion" and info.data.get("format") == "text":
+            fail(((), "completion needs format chat or completion: plain text has no prompt"))
+        return score
+
+
+class Evaluate(Section):
+    """What is scored, and how."""
+
+    protocol: Literal["documents", "gptq-2048", "llamacpp-512"] = Field(
+        default="documents",
+        description="documents: each text on its own. The others reproduce published perplexities.",
+    )
+    window: Annotated[int, Field(ge=16)] = Field(default=2048, description="Tokens a window of protocol documents.")
+    sets: Annotated[tuple[EvalSet, ...], AsTuple, Field(min_length=1)] = Field(description="The texts.")
+    variants: Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
+        default=("base", "adapter", "merged", "rtn", "gptq"),
+        description="The models; adapter is the reference. With gptq comes healed where healing is done.",
+    )
+    kl: bool = Field(default=True, description="Also measure the KL divergence from the reference.")
+    batch: Literal["auto"] | Positive = Field(default="auto", description="Windows at a time; changes no result.")
+    stream: Literal["auto", "always", "never"] = Field(
+        default="auto", description="Score block by block: auto does so for variants that do not fit on the device."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="dtype of the forward pass."
+    )
+    in_domain: str | None = Field(default=None, description="Set on which retention is computed; default: the first.")
+
+    @field_validator("sets")
+    @classmethod
+    def _unique_sets(cls, sets: tuple[EvalSet, ...], info: ValidationInfo) -> tuple[EvalSet, ...]:
+        names = [item.name for item in sets]
+        problems: list[tuple[KeyPath, str]] = [
+            ((i, "name"), f"{name!r} is already the name of sets.{names.index(name)}")
+            for i, name in enumerate(names)
+            if names.index(name) < i
+        ]
+        if info.data.get("protocol", "documents") != "documents":
+            joined = f"completion needs protocol documents: {info.data['protocol']} joins the texts"
+            problems += [((i, "score"), joined) for i, item in enumerate(sets) if item.score == "completion"]
+        if problems:
+            fail(*problems)
+        return sets
+
+    @field_validator("window")
+    @classmethod
+    def _window_of_protocol(cls, window: int, info: ValidationInfo) -> int:
+        protocol = info.data.get("protocol", "documents")
+        if protocol != "documents" and window not in (2048, int(protocol.split("-")[1])):
+            fail(((), f"protocol {protocol} has its own window: remove the key, or use protocol documents"))
+        return window
+
+    @field_validator("variants")
+    @classmethod
+    def _reference_first(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        unique(variants)
+        if "adapter" not in variants:
+            fail(((), "adapter is missing: it is the reference that all others are compared with"))
+        return variants
+
+    @field_validator("in_domain")
+    @classmethod
+    def _known_set(cls, name: str | None, info: ValidationInfo) -> str | None:
+        names = [item.name for item in info.data.get("sets", ())]
+        if name is not None and names and name not in names:
+            fail(((), f"{name!r} is not the name of a set: {', '.join(names)}"))
+        return name

@@ -1,0 +1,218 @@
+"""What each stage of a recipe will take on this machine: seconds, memory of the host and of the device.
+
+Sums of pieces that were rehearsed here (`rehearse`) and of sizes from headers, for one rank; held against real runs in
+bench/stream.py. Not in it: what else the machine does, and files that are read from a slower place than the sample was.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from requant.evaluate.memory import PACKED, Size
+from requant.evaluate.stage import REFERENCE, streams
+from requant.evaluate.variants import Places
+from requant.merge.deltas import deltas
+from requant.modeling import skeleton
+from requant.numerics import nf4
+from requant.quantize.block_quantizer import TOKENS
+from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merging
+from requant.run.check.rehearsal import Rehearsal, cost_of
+from requant.run.prepare import Prepared
+from requant.runtime import measurements
+from requant.runtime.device import BUSY, USABLE, free_bytes, free_memory, product_rate
+
+__all__ = ["Need", "forecast"]
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.windows import EvalSet
+
+LIBRARIES = 40 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
+PATIENCE = 20.0  # seconds that the products of a rehearsed block may take
+TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
+STARTING = {"cpu": 0.0, "cuda": 1.0}  # seconds until a GPU's libraries are met and compiled kernels found
+TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
+SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
+
+
+def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
+    """Merge, quantize (by our own engine) and evaluate from nothing. places, dtype, batch: of the evaluation (`given`).
+
+    Only the merge where a block is too much work to try on this processor.
+    """
+    free_memory(device)
+    rate = product_rate(device)  # on a GPU also what its libraries take of the host
+    started = measurements.reset_peak()
+    trust = p.recipe.trust_remote_code
+    began = time.perf_counter()
+    model: Any = skeleton.build(skeleton.load_config(p.base, trust_remote_code=trust), trust_remote_code=trust)
+    rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        needs = [merging(p, device, started, Disk.probed(Path(folder), device))]
+        if rehearsal.effort / rate > PATIENCE:
+            return needs
+        started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
+        scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder), build)
+    if device.type == "cuda":  # its libraries stay on the host once they were used
+        free_memory(device)
+        started = max(started, measurements.reset_peak())
+    if p.recipe.quantize.engine == "requant":
+        needs.append(_quantizing(p, rehearsal, scored, started))
+    return [*needs, scored.need(started)]
+
+
+def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
+    device, windows, size = rehearsal.device, p.calibration, scored.size
+    batch = max(1, TOKENS[device.type] // windows.shape[1])
+    stored = skeleton.tensor_names(rehearsal.model, p.merge.base.weights)
+    added = deltas(p.merge)
+    parts = rehearsal.quantizing(p.quantize, p.settings, windows, batch, lambda name: added(stored[name]))
+    batches = -(-len(windows) // batch)
+    exact = -(-batches // parts.apart) if parts.apart else 0
+    rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
+    like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
+    again: float = 2 * (size.total - size.outside)
+    if (
+        device.type == "cuda"
+    ):  # blocks come beside the work: what remains is the last check, and embeddings on the way in
+        again = 3 * size.outside + 2 * p.settings.grid.bits / 16 * (size.total - size.outside)
+    checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
+    free_memory(device)
+    there, here = (checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu")))
+    seconds = (parts.one.seconds + rest.seconds) * like + scored.reading * again + scored.check(there > 0)
+    seconds += 4 * scored.build + STARTING[device.type]
+    item = 4 if device.type == "cpu" else 2
+    states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
+    working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
+    working += int(rest.bytes + states) if parts.waits else 0
+    if device.type == "cpu":
+        return Need("quantize", seconds, started + max(working, here))
+    waiting = 0 if parts.waits else int(states)
+    merged = merged_in(p)
+    each = p.serving_dtype.itemsize + (merged.itemsize if merged != p.serving_dtype else 0)  # while it is cast
+    ends = 2 * size.vocabulary * size.width  # embeddings to compute and to write
+    beginning = each * (ends + size.block)
+    return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
+
+
+class _Scoring:
+    """What scoring costs, by token, weight and variant."""
+
+    def __init__(
+        self, p: Prepared, places: Places, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path, build: float
+    ) -> None:  # fmt: skip
+        self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
+        self.build = build  # seconds to make a model's structure
+        self.size = Size.of_model(rehearsal.model)
+        alike = _alike(p.sets)
+        length = len(alike.windows[0].ids)
+        self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // length))
+        self.sample = replace(alike, windows=alike.windows[: 3 * self.rows])
+        self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
+        self.like = (self.size.total - self.size.outside) / rehearsal.parameters
+        self.token = self.parts.token.seconds * self.like
+        self.reading, self.decoding = self.on_host = _rates(folder, self.device, dtype)
+        if self.device.type == "cuda":
+            self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
+
+    def check(self, there: bool) -> float:
+        """Seconds of the last check of a written checkpoint: a text in fp32, every weight decoded. there: on the device."""
+        text, (reading, decoding) = self.token * SAMPLE / 8, (self.reading, self.decoding)
+        if self.device.type == "cuda" and not there:
+            text = 2.0 * self.size.total * TEXT / (BUSY["cpu"] * product_rate(torch.device("cpu")))
+            reading, decoding = self.on_host
+        return text + (reading + 2 * decoding) * self.size.total
+
+    def need(self, started: int) -> Need:
+        """All variants, one after another."""
+        free_memory(self.device)
+        seconds, worst = 0.0, 0
+        for name in self.p.variants:
+            size = self._size(name)
+            seconds += self._seconds(name, size)
+            worst = max(worst, self._bytes(name, size))
+        if self.device.type == "cpu":
+            return Need("evaluate", seconds, started + worst)
+        whole = not self._streams("merged", self.size)
+        loaded = 2 * self.size.total if whole else 4 * self.size.block  # by transformers: its file is mapped
+        return Need("evaluate", seconds, started + loaded, worst)
+
+    def _seconds(self, name: str, size: Size) -> float:
+        """Loading, blocks, and the head on what is scored."""
+        per_token = self.parts.forward.seconds / self.parts.tokens * self.like
+        tokens = sum(len(w.ids) for s in self.p.sets for w in s.windows)
+        kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
+        in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.rows])
+        again, first = self.parts.head[kind].seconds, self.parts.first[kind].seconds
+        heads = again * sum(s.n_scored for s in self.p.sets) / in_batch + max(0.0, first - again) * len(self.p.sets)
+        made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
+        load = 2 * self.build + (self.reading + (made - 1) * self.decoding) * size.total
+        if not size.packed:
+            return load + tokens * per_token + heads
+        extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
+        times = 1 if self._streams(name, size) else _forwards(self.p.sets, self.batch)
+        return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
+
+    def _bytes(self, name: str, size: Size) -> int:
+        forward = self.parts.forward.bytes * self.batch // self.rows
+        item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
+        if self._streams(name, size):
+            ahead = 2 if self.device.type == "cuda" else 1
+            states = sum(len(w.ids) for s in self.p.sets for w in s.windows) * size.width * item
+            return int((size.block * ahead + size.outside) * item + size.adapter + states + work)
+        held = (size.total - size.packed) * item + size.packed * PACKED + size.adapter + work
+        mapped = 2 * size.total if name == "merged" and self.device.type == "cpu" else 0  # its file, while it is cast
+        return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
+
+    def _streams(self, name: str, size: Size) -> bool:
+        tokens = self.batch * max(s.window for s in self.p.sets)
+        return streams(
+            name, self.places, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
+            tokens=tokens,
+        )  # fmt: skip
+
+    def _size(self, name: str) -> Size:
+        """Of a variant, before its files are there."""
+        if name not in ("base", "adapter"):
+            return self.size
+        return Size.of(name, self.places)
+
+
+def _alike(sets: Sequence[EvalSet]) -> EvalSet:
+    """Windows of the length that most tokens are in, from the set that has most of them."""
+    lengths = Counter[int]()
+    for window in (w for s in sets for w in s.windows):
+        lengths[len(window.ids)] += len(window.ids)
+    length = lengths.most_common(1)[0][0]
+    fullest = max(sets, key=lambda s: sum(len(w.ids) == length for w in s.windows))
+    return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length))
+
+
+def _forwards(sets: Sequence[EvalSet], batch: int) -> int:
+    """Batches of all sets."""
+    return sum(-(-n // batch) for s in sets for n in Counter(len(w.ids) for w in s.windows).values())
+
+
+def _rates(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds a weight: to read it in 16 bit and have it on the device; to decode it from 4 bits there."""
+    count = PROBED // 2
+    with (folder / "probe").open("rb", buffering=0) as file:
+        raw = bytearray(PROBED)
+        read = cost_of(torch.device("cpu"), lambda: file.readinto(raw))
+    half = torch.frombuffer(raw, dtype=torch.float16)
+    half.to(device, dtype)
+    cast = cost_of(device, lambda: half.to(device, dtype))
+    packed = torch.zeros(count // 2, dtype=torch.uint8, device=device)
+    state = nf4.QuantState("nf4", 64, (count,), "float32")
+    scales = torch.ones(state.blocks, device=device)
+    nf4.decode(packed, scales, state)
+    decoded = cost_of(device, lambda: nf4.decode(packed, scales, state).to(dtype))
+    return (read.seconds + cast.seconds) / count, decoded.seconds / count

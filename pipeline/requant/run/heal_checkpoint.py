@@ -1,0 +1,101 @@
+"""Healing without a recipe: any GPTQ checkpoint, whoever wrote it, towards the 16-bit model that it was made from."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from requant import __version__, heal
+from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.run_directory import key_of
+from requant.data import documents, packing
+from requant.errors import InputError, StageError
+from requant.evaluate import variants
+from requant.formats import gptq as gptq_format
+from requant.heal.plan import Shape, choose
+from requant.heal.stage import check_same
+from requant.heal.teacher import Progress
+from requant.heal.trainer import Settings
+from requant.modeling import skeleton
+from requant.numerics.grid import Grid
+
+
+def heal_checkpoint(
+    checkpoint: Path, teacher: Path, files: Sequence[Path], out: Path, settings: Settings, *, device: torch.device,
+    trust_remote_code: bool = False, progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Heal `checkpoint` towards `teacher` on the text of `files`, in equal shares, into the new directory `out`.
+
+    Raises:
+        InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
+    """
+    if out.exists():
+        raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
+    check_same(checkpoint, teacher, trust_remote_code)
+    tokenizer = _tokenizer(checkpoint, trust_remote_code)
+    entries = [(f.name, documents.tokenize(documents.Source(path=f), tokenizer), 1.0) for f in files]
+    windows, held = packing.draw(
+        entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
+    )
+    way = choose(
+        _shape(checkpoint, trust_remote_code), steps=settings.steps, batch=settings.batch, length=settings.length,
+        unique=len(windows), held=held, looks=len(settings.looks()), device=device,
+    )  # fmt: skip
+    places = variants.Places(teacher, teacher, teacher, checkpoint, None, {}, trust_remote_code=trust_remote_code)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        (partial / "out").mkdir()
+        told = heal.heal(
+            checkpoint, partial / "out", windows, held, settings, way,
+            teacher=lambda: variants.teacher("merged", places, device=device, stored=_dtype(teacher)),
+            teacher_path=teacher, key=key_of(packing.digest(windows)), work=partial / "work", device=device,
+            trust_remote_code=trust_remote_code, meta={"healer": [f"requant:{__version__}"]}, progress=progress,
+        )  # fmt: skip
+        (partial / "out").rename(out)
+    except OSError as error:
+        raise StageError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return told | {"way": str(way)}
+
+
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: transformers cannot load its tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(path: Path) -> torch.dtype | None:
+    """The dtype that config.json names, if it names one of torch's."""
+    config = Checkpoint(path).config
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _shape(path: Path, trust_remote_code: bool) -> Shape:
+    """What memory and time depend on, from the checkpoint's headers."""
+    stored = Checkpoint(path)
+    model: nn.Module = skeleton.build(
+        skeleton.load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    grids = {}
+    for parameter, name in skeleton.tensor_names(model, gptq_format.stored_names(stored)).items():
+        stem = name.removesuffix(".weight")
+        if name not in stored and f"{stem}.g_idx" in stored and f"{stem}.scales" in stored:
+            columns, groups = stored[f"{stem}.g_idx"].shape[0], stored[f"{stem}.scales"].shape[0]
+            bits = 32 * stored[f"{stem}.qweight"].shape[0] // columns
+            grids[parameter.removesuffix(".weight")] = Grid(bits, columns // groups)
+    if not grids:
+        raise InputError(f"{path}: no quantized linear found: nothing to heal")
+    return Shape.of(model, grids)

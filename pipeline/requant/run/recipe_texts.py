@@ -1,0 +1,155 @@
+"""The texts of a recipe: tokenizer, calibration windows, evaluation sets, and what they have in common."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from requant.checkpoint import model_files
+from requant.data import overlap, packing
+from requant.data.documents import Source, Tokens, adds_bos, read_texts, tokenize
+from requant.errors import InputError
+from requant.merge.plan import MergePlan
+from requant.recipe.heal_section import Heal
+from requant.recipe.schema import Recipe
+from requant.recipe.text_sections import Data
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.windows import EvalSet
+
+IDENTICAL, OVERLAPS = 0.5, 0.01
+
+
+def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, trust_remote_code: bool = False) -> Any:
+    """The tokenizer the merged model will have; refuses one with more tokens than the model has embeddings."""
+    from transformers import AutoTokenizer
+
+    files = model_files.tokenizer_files(base, adapter)
+    if not files:
+        raise InputError(f"{base}: no tokenizer files, and none beside the adapter")
+    rows = next(
+        (op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))),
+        None,
+    )
+    vocabulary = model_files.vocabulary_size(files["tokenizer.json"]) if "tokenizer.json" in files else 0
+    if rows is not None and vocabulary > rows:
+        raise InputError(
+            f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
+            "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
+        )
+    with tempfile.TemporaryDirectory() as folder:  # exactly the files that will be shipped
+        for name, file in {"config.json": base / "config.json", **files}.items():
+            shutil.copyfile(file, Path(folder) / name)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{base}: transformers cannot load the tokenizer ({', '.join(files)}): {error}") from error
+
+
+def source_of(item: Data, directory: Path) -> Source:
+    return Source(
+        path=item.resolve(directory), dataset=item.dataset, builtin=item.builtin, config=item.config, split=item.split,
+        revision=item.revision, column=item.column, documents=item.documents,
+    )  # fmt: skip
+
+
+def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]], Tensor, dict[str, Any]]:
+    """(all documents of each source, windows int64 [samples, length] drawn from them, facts for the report)."""
+    c = recipe.calibration
+    sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
+    entries = [(str(s), tokenize(s, tokenizer, e.format), e.share) for s, e in sources]
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    windows = packing.calibration_windows(
+        entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
+    )
+    facts = {
+        "data": [name for name, _, _ in entries], "documents": sum(len(d) for _, d, _ in entries),
+        "windows": c.samples, "length": c.length, "tokens": windows.numel(), "seed": c.seed, "digest": packing.digest(windows),
+    }  # fmt: skip
+    return [documents for _, documents, _ in entries], windows, facts
+
+
+def healing(
+    recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[Tokens]]
+) -> tuple[list[Sequence[Tokens]], Tensor, int, dict[str, Any]]:
+    """(documents of its own sources, windows int64, how many of them at the end are held out, facts for the report).
+
+    calibrated: the documents of the calibration sources, which are the text when the section names none.
+    """
+    own = [(source_of(e.data, recipe.directory), e) for e in section.entries]
+    if own:
+        entries = [(str(s), tokenize(s, tokenizer, e.format), e.share) for s, e in own]
+    else:
+        named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
+        entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
+    windows, held = packing.draw(
+        entries, tokenizer, steps=section.steps, batch=section.batch, length=section.length, seed=section.seed
+    )
+    facts = {"data": [name for name, _, _ in entries], "digest": packing.digest(windows)}
+    return [documents for _, documents, _ in entries] if own else [], windows, held, facts
+
+
+def evaluation_set(recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequence[Sequence[Tokens]] = ()) -> EvalSet:
+    """One evaluation set, cut into windows by the recipe's protocol.
+
+    calibrated: the documents of the calibration sources. Raises InputError when most of the set's documents are
+    among them, drawn into a window or not, or when nothing is left to score.
+    """
+    from requant_eval.errors import EvaluationError
+    from requant_eval.metrics.set_metrics import MIN_DOCUMENTS
+    from requant_eval.scoring import windows as ev
+
+    e = recipe.evaluate
+    item = next(s for s in e.sets if s.name == name)
+    source = source_of(item.data, recipe.directory)
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    if e.protocol != "documents":
+        ids = tokenizer("\n\n".join(read_texts(source)), verbose=False)["input_ids"]
+        documents = [ev.Document(tuple(ids))]
+    else:
+        rows = tokenize(source, tokenizer, item.format)
+        _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
+        documents = [_document(row, item.document_tokens, item.score == "completion") for row in rows]
+    try:
+        made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
+    except EvaluationError as error:
+        raise InputError(f"evaluate.sets: {error}") from error
+    if made.n_documents < MIN_DOCUMENTS:
+        raise InputError(
+            f"evaluate.sets: set '{name}' has {made.n_documents} documents with something to score: an interval needs "
+            f"at least {MIN_DOCUMENTS}, and 20 or more to be worth much; give it more or shorter texts"
+        )
+    return made
+
+
+def _document(row: Tokens, cut: int | None, completion: bool) -> Any:
+    from requant_eval.scoring.windows import Document
+
+    return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
+
+
+def _refuse_identical(name: str, share: float, what: str, where: str = "calibration") -> None:
+    if share >= IDENTICAL:
+        raise InputError(
+            f"evaluation set {name}: {share:.0%} of its {what} are in the {where} text: "
+            "the quantizer would be judged on what it has seen; use other text"
+        )
+
+
+def overlaps(
+    windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str], where: str = "calibration"
+) -> dict[str, float]:
+    """Share of each set's 13-grams that the calibration text holds; raises InputError when it is mostly the same text."""
+    shares = {}
+    for s in sets:
+        share = overlap.overlap(windows, [w.ids.tolist() for w in s.windows])
+        _refuse_identical(s.name, share, "13-token runs", where)
+        if share > OVERLAPS:
+            warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the {where} text")
+        shares[s.name] = share
+    return shares

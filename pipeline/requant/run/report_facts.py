@@ -1,0 +1,169 @@
+"""What a report says besides scores: the facts of a run, with names instead of local paths."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from requant import recipe
+from requant.merge import adapter_match
+from requant.recipe import fields
+from requant.run.check import delta_prediction
+from requant.run.prepare import Prepared
+from requant.runtime import measurements
+
+MEASURED = ("seconds", "peak_rss", "peak_device")
+
+
+def account(
+    prepared: Prepared, stages: Mapping[str, Mapping[str, Any]], run: Path, *, device: str, dtype: str
+) -> dict[str, Any]:
+    """The facts of one run. stages: what each stage's `remember` kept. run: its directory, for sizes."""
+    r, merged, quantized = prepared.recipe, stages["merge"], stages["quantize"]
+    modules = quantized.get("modules", [])
+    return {
+        "name": r.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": public_recipe(r),
+        "base": {
+            "name": public_name(r.base.source, r.directory),
+            "nf4": asdict(prepared.simulate) if prepared.simulate else "pre-quantized",
+        },
+        "adapter": _adapters(r)
+        | {"match": [_match(m) for m in prepared.matches], "probe": stages.get("probe", {}).get("probes", [])},
+        "merge": {k: v for k, v in merged.items() if k not in MEASURED},
+        "quantize": {
+            "settings": r.quantize.model_dump(),
+            "bits_per_weight": quantized.get("bits_per_weight"),
+            "modules": modules,
+            "resonance": stages["resonance"]["prediction"],
+            "left_in_16_bit": quantized.get("left", []),
+            "engines": {
+                v.target.name: {"loads": v.loads, "says": str(v), "source": v.target.source} for v in prepared.targets
+            },
+        },
+        "verify": quantized.get("verify"),
+        "calibration": prepared.calibration_facts,
+        "heal": _healing(prepared, stages.get("heal")),
+        "cost": {
+            "bytes": _bytes(prepared, run, merged),
+            "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
+            **{k: {n: s[k] for n, s in stages.items() if k in s} for k in MEASURED[1:]},
+        },
+        "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
+        "versions": measurements.versions(),
+        "hardware": measurements.hardware(device),
+        "warnings": [*prepared.warnings, *_warnings(stages, modules)],
+    }
+
+
+def _bytes(prepared: Prepared, run: Path, merged: Mapping[str, Any]) -> dict[str, int | None]:
+    """Weights of every artifact; None where it is not known."""
+    sizes = {
+        "base": _base_bytes(prepared),
+        "adapter": _size(prepared.adapter),
+        "merged": _size(run / "merged") or merged.get("bytes"),
+        "gptq": _size(run / "gptq"),
+    }
+    return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {})
+
+
+def _healing(prepared: Prepared, told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What healing did; None where it was not asked for or `auto` left it out."""
+    if prepared.heal is None or not told:
+        return None
+    return {k: v for k, v in told.items() if k not in MEASURED} | {"overlap": prepared.heal.facts.get("overlap", {})}
+
+
+def public_name(source: fields.Source, directory: Path) -> str:
+    """A hub id as it is, of a local path the last part only."""
+    return Path(source.resolve(directory)).name if source.is_local(directory) else source.path
+
+
+def _adapters(r: recipe.Recipe) -> dict[str, Any]:
+    """The name of the adapter, or of all with their weights."""
+    every = [(public_name(source, r.directory), weight) for source, weight in r.weighted_adapters]
+    if len(every) == 1 and every[0][1] == 1:
+        return {"name": every[0][0]}
+    return {
+        "name": " + ".join(f"{weight:g} x {name}" for name, weight in every),
+        "parts": [{"name": name, "weight": weight} for name, weight in every],
+    }
+
+
+def _match(m: adapter_match.Match) -> dict[str, Any]:
+    """The adapter-base match: signs that agree, of how many, and each of them."""
+    agree, known = m.score
+    return {"agree": agree, "of": known, "signs": [asdict(s) for s in m.signs]}
+
+
+def public_recipe(r: recipe.Recipe) -> str:
+    """The recipe without the directories of this machine: absolute paths are cut to their last part."""
+    return re.sub(r"(?m)^(\s*(?:- )?(?:path|model): )(['\"]?)(?:/|~)\S*/([^/\s'\"]+)", r"\1\2\3", recipe.dump(r))
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+
+
+def _base_bytes(p: Prepared) -> int | None:
+    """Bytes of the 4-bit base as it is served: its files, or what quantizing a 16-bit model on the fly leaves."""
+    if p.simulate is None:
+        return _size(p.base)
+    base, nf4 = p.merge.base, p.simulate
+    if base.simulate is None:
+        return None  # merged onto the 16-bit original: how the 4-bit base was made of it is not planned
+    total = 0
+    for weight in base.weights.values():
+        count = math.prod(weight.shape)
+        blocks = math.ceil(count / nf4.blocksize)
+        absmax = blocks + 4 * math.ceil(blocks / 256) if nf4.double_quant else 4 * blocks
+        packed = math.ceil(count / 2) + absmax
+        total += packed if weight.kind == "simulated" else count * weight.dtype.itemsize
+    return total
+
+
+def _warnings(stages: Mapping[str, Mapping[str, Any]], modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the stages found on the way."""
+    merged = stages["merge"]
+    said = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
+    said += [note for stage in ("quantize", "evaluate") for note in stages.get(stage, {}).get("notes", [])]
+    return [*said, *_untrained(merged), *_fallbacks(modules), *_starved(modules), *_faded(modules)]
+
+
+def _untrained(merged: Mapping[str, Any]) -> list[str]:
+    zero = merged.get("untrained") or []
+    return [f"{len(zero)} LoRA deltas are exactly zero, e.g. {zero[0]}: they were never trained"] if zero else []
+
+
+def _fallbacks(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    lost = [m["name"] for m in modules if m["fallback"]]
+    return [f"{len(lost)} linears were rounded without error feedback, e.g. {lost[0]}"] if lost else []
+
+
+def _starved(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning about experts that the calibration text hardly uses."""
+    starved = [m["name"] for m in modules if m.get("added", 0) > 0.5]
+    if not starved:
+        return []
+    return [
+        f"{len(starved)} matrices of experts were calibrated mostly on tokens routed elsewhere, e.g. {starved[0]}: "
+        "the calibration text hardly uses these experts"
+    ]
+
+
+def _faded(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Said when the quantizer took more of the adapter's delta away than `resonance.LIMIT` allows."""
+    from requant_eval.render.adapter_tables import kept
+
+    share = kept({"quantize": {"modules": modules}})
+    if share is None or share >= delta_prediction.LIMIT:
+        return []
+    return [
+        f"grid resonance: only {share:.0%} of the adapter's delta is in the quantized weights: try another group_size"
+    ]

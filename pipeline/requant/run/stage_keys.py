@@ -1,0 +1,53 @@
+"""What each stage and variant of a run depends on, as digests: a stage whose key is unchanged is not run again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from requant.checkpoint.run_directory import RunDirectory, key_of
+from requant.run.prepare import Prepared
+
+LAYOUT = 1  # raised when a stage's files change their meaning
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What each stage and variant depends on, as digests."""
+
+    merge: str
+    quantize: str
+    heal: str
+    variants: dict[str, str]
+
+    @property
+    def suggest(self) -> str:
+        return key_of(self.quantize, "suggest")
+
+    @classmethod
+    def of(cls, p: Prepared, directory: RunDirectory, device: torch.device) -> Keys:
+        """From the content of all inputs and the settings that matter to each."""
+        base = directory.fingerprint(p.base)
+        prints = [(directory.fingerprint(a.path), a.weight) for a in p.merge.adapters]
+        adapter = prints[0][0] if len(prints) == 1 and prints[0][1] == 1 else key_of(prints)
+        original = directory.fingerprint(p.original) if p.original else None
+        simulate = asdict(p.simulate) if p.simulate else None
+        onto = (original, None) if p.recipe.merge.onto == "original" else (base, simulate)
+        merged = key_of(LAYOUT, "merge", onto, adapter, p.recipe.merge.model_dump())
+        grids = {name: asdict(grid) for name, grid in p.quantize.grids.items()}
+        settings = (p.settings.order, p.settings.sweeps, p.settings.correct, p.settings.damp, str(p.serving_dtype))
+        engine = p.recipe.quantize.engine
+        stage = "quantize" if engine == "requant" else f"quantize by {engine}"
+        quantized = key_of(merged, stage, grids, settings, p.calibration_facts["digest"], device.type)
+        healed = key_of(quantized, "heal", p.heal.key if p.heal else None, base, simulate, adapter)
+        every = {
+            "base": key_of(LAYOUT, "base", base, simulate),
+            "adapter": key_of(LAYOUT, "adapter", base, simulate, adapter),
+            "merged": merged,
+            "original": key_of(LAYOUT, "original", original, adapter),
+            "rtn": key_of(merged, "rtn", grids),
+            "gptq": quantized,
+            "healed": healed,
+        }
+        return cls(merged, quantized, healed, {v: every[v] for v in p.variants})

@@ -1,0 +1,157 @@
+"""Which modules to give more bits: candidates from the survival map, and the recipe's `overrides` that lift them.
+
+Engines fuse q/k/v, gate/up and the experts of a layer, so those are one candidate each and are lifted together. vLLM and
+SGLang load 4 and 8 bits: 2 and 3 are lifted to 4, 4 to 8, and 8 is not a candidate. No model is loaded here; `swap`
+measures what lifting would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.evaluate.variants import Places
+from requant.formats import gptq as gptq_format
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Plan
+from requant.run import module_swap
+
+COUNT = 10  # candidates that are measured
+LIFTED = {2: 4, 3: 4, 4: 8}
+_FUSED = {
+    ("q_proj", "k_proj", "v_proj"): "[qkv]_proj",
+    ("gate_proj", "up_proj"): "[gu]*_proj",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Modules that share one override. bits: what they would get. bytes: how much larger the checkpoint would be."""
+
+    pattern: str
+    modules: tuple[str, ...]
+    grid: Grid
+    bits: int
+    bytes: int
+    signal_to_noise: float | None
+    relative_error: float
+
+    def override(self, usual: Grid) -> dict[str, Any]:
+        """The override that lifts these modules and leaves the rest of their settings as they are."""
+        own = {"bits": self.bits}
+        own |= {} if self.grid.group_size == usual.group_size else {"group_size": self.grid.group_size}
+        return own | ({} if self.grid.symmetric == usual.symmetric else {"symmetric": self.grid.symmetric})
+
+
+def candidates(modules: Sequence[Mapping[str, Any]], plan: Plan, count: int = COUNT) -> list[Candidate]:
+    """The units whose output error is largest for their output, among them every fused partner; worst first.
+
+    modules: `ModuleResult` as dicts. plan: what the checkpoint holds.
+    """
+    results = {m["name"]: m for m in modules}
+    units: dict[str, list[str]] = {}
+    for name in results:
+        units.setdefault(pattern(name), []).append(name)
+    found = [_candidate(p, names, results, plan) for p, names in units.items()]
+    liftable = [c for c in found if c is not None]
+    return sorted(liftable, key=lambda c: -c.relative_error)[:count]
+
+
+def pattern(module: str) -> str:
+    """The fnmatch pattern that covers a module and everything an engine fuses it with."""
+    if ".experts." in module:
+        return module.split(".experts.")[0] + ".experts.*"
+    stem, _, leaf = module.rpartition(".")
+    cover = next((cover for parts, cover in _FUSED.items() if leaf in parts), leaf)
+    return f"{stem}.{cover}"
+
+
+def _candidate(
+    name: str, modules: Sequence[str], results: Mapping[str, Mapping[str, Any]], plan: Plan
+) -> Candidate | None:
+    """None when the modules cannot be lifted: 8 bits already, or settings that differ among them."""
+    grids = {plan.grids[m] for m in modules}
+    grid = next(iter(grids))
+    if len(grids) > 1 or grid.bits not in LIFTED:
+        return None
+    bits = LIFTED[grid.bits]
+    loss = sum(results[m]["loss"] for m in modules)
+    whole = sum(results[m]["loss"] / results[m]["relative_error"] ** 2 for m in modules if results[m]["relative_error"])
+    adapted = [results[m]["signal"] for m in modules if results[m].get("signal") is not None]
+    return Candidate(
+        name, tuple(modules), grid, bits, sum(_growth(plan, m, bits) for m in modules),
+        sum(adapted) / loss if adapted and loss else None, (loss / whole) ** 0.5 if whole else 0.0,
+    )  # fmt: skip
+
+
+def _growth(plan: Plan, module: str, bits: int) -> int:
+    """Bytes that one module grows by when it gets `bits`."""
+    grid, stored = plan.grids[module], plan.weights[module].removesuffix("weight") + "qweight"
+    words, rows = next(s.shape for s in plan.slots if s.name == stored)
+    columns = words * 32 // grid.bits
+
+    def size(b: int) -> int:
+        parts = gptq_format.shapes(rows, columns, b, grid.group_size).values()
+        return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) * dtype.itemsize for shape, dtype in parts)
+
+    return size(bits) - size(grid.bits)
+
+
+def patched(
+    overrides: Mapping[str, Mapping[str, Any]], chosen: Sequence[Candidate], usual: Grid
+) -> dict[str, dict[str, Any]]:
+    """The recipe's overrides with the candidates lifted: new ones last, since the last match wins."""
+    lifted = {c.pattern: c.override(usual) for c in chosen}
+    return {k: dict(v) for k, v in overrides.items() if k not in lifted} | lifted
+
+
+def patch_text(overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The YAML to paste over the recipe's `quantize.overrides`."""
+    lines = ["quantize:", "  overrides:"]
+    for name, own in overrides.items():
+        values = ", ".join(f"{k}: {str(v).lower()}" for k, v in own.items())
+        lines.append(f'    "{name}": {{{values}}}')
+    return "\n".join(lines) + "\n"
+
+
+def advise(
+    modules: Sequence[Mapping[str, Any]],
+    places: Places,
+    *,
+    plan: Plan,
+    grid: Grid,
+    overrides: Mapping[str, Mapping[str, Any]],
+    calibration: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    progress: module_swap.Progress | None = None,
+) -> dict[str, Any]:
+    """The facts for the report: every candidate with its gain, the best first, and the patch that lifts those that help.
+
+    modules: `ModuleResult` of every quantized module as dicts. plan, grid, overrides: what they were quantized with.
+    calibration: windows int64 [n, length]; the first of them are scored. A candidate helps when its interval is above 0.
+    """
+    found = candidates(modules, plan)
+    text = module_swap.sample(calibration)
+    before, gains = module_swap.measure(
+        [c.modules for c in found], plan.weights, places, text, device=device, dtype=dtype, batch=batch,
+        progress=progress,
+    )  # fmt: skip
+    ranked = sorted(zip(found, gains, strict=True), key=lambda pair: -pair[1]["kl"]["value"])
+    chosen = [c for c, gain in ranked if gain["kl"]["low"] > 0]
+    return {
+        "sample": {"windows": len(text.windows), "tokens": text.n_scored},
+        "before": before,
+        "units": [_unit(c, gain, c in chosen) for c, gain in ranked],
+        "patch": patch_text(patched(overrides, chosen, grid)) if chosen else "",
+    }
+
+
+def _unit(c: Candidate, gain: Mapping[str, Any], helps: bool) -> dict[str, Any]:
+    facts = {k: v for k, v in asdict(c).items() if k != "grid"}
+    return facts | {"from_bits": c.grid.bits, "gain": gain, "helps": helps}

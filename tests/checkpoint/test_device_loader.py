@@ -1,0 +1,225 @@
+"""`requant.carrier`: tensors that travel in parts arrive whole."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import pico
+from safetensors.torch import save_file
+
+from requant.checkpoint import device_loader, reader
+from requant.checkpoint.device_loader import Carrier
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import StageError
+from requant.modeling import skeleton
+from requant.modeling.block_walk import Walk
+from requant.runtime import pinned_memory
+
+CPU = torch.device("cpu")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=GPU)]
+PLACE = 1000  # bytes
+
+
+@pytest.fixture(autouse=True)
+def small_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_loader, "PLACE", PLACE)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Checkpoint:
+    torch.manual_seed(0)
+    tensors = {
+        "many": torch.randn(1700, 13), "odd": torch.randn(333).half(), "one": torch.tensor(3.5), "none": torch.empty(0, 4),
+        "codes": torch.randint(0, 255, (50, 41), dtype=torch.uint8), "words": torch.randint(-9, 9, (77, 7), dtype=torch.int32),
+        "brain": torch.randn(40, 25).bfloat16(),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    return Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_arrives_is_what_is_stored(stored: Checkpoint, device: torch.device) -> None:
+    carrier = Carrier(device)
+    for name in stored:
+        arrived, wanted = carrier.bring(stored[name], stored[name].dtype), stored.read(name)
+        assert (arrived.dtype, arrived.shape, arrived.device.type) == (wanted.dtype, wanted.shape, device.type)
+        assert torch.equal(arrived.cpu(), wanted), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_arrives_in_the_dtype_that_is_wanted(stored: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    carrier = Carrier(device)
+    for name in stored:
+        assert torch.equal(carrier.bring(stored[name], dtype).cpu(), stored.read(name).to(dtype)), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_threads_share_the_places(
+    stored: Checkpoint, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more places than there are to be are made, none is used by two at once, and none is lost."""
+    made: list[torch.Tensor] = []
+    busy: set[int] = set()
+    guard = threading.Lock()
+    locked, read_part = pinned_memory.locked, reader.read_part
+
+    def making(nbytes: int) -> torch.Tensor:
+        made.append(locked(nbytes))
+        return made[-1]
+
+    def reading(file: Any, info: Any, part: slice, into: torch.Tensor) -> None:
+        with guard:
+            assert into.data_ptr() not in busy
+            busy.add(into.data_ptr())
+        read_part(file, info, part, into)
+        with guard:
+            busy.remove(into.data_ptr())
+
+    monkeypatch.setattr(device_loader, "locked", making)
+    monkeypatch.setattr(device_loader, "read_part", reading)
+    carrier = Carrier(device)
+    names = ["many", "codes", "words", "brain"] * 5
+    with ThreadPoolExecutor(4) as pool:
+        for name, arrived in zip(
+            names, pool.map(lambda n: carrier.bring(stored[n], stored[n].dtype), names), strict=True
+        ):
+            assert torch.equal(arrived.cpu(), stored.read(name)), name
+    assert 1 <= len(made) <= device_loader.PLACES
+    assert carrier.places.qsize() == device_loader.PLACES
+
+
+def test_a_file_that_was_cut_is_named_and_the_next_still_comes(stored: Checkpoint) -> None:
+    last = max(stored.values(), key=lambda info: info.offset + info.nbytes)
+    carrier = Carrier(CPU)
+    with last.file.open("r+b") as file:
+        file.truncate(last.offset + last.nbytes - 2)
+    for _ in range(2 * device_loader.PLACES):  # no place is lost
+        with pytest.raises(StageError, match=rf"{last.file}.*{last.name}.* ends after"):
+            carrier.bring(last, last.dtype)
+    other = next(info for info in stored.values() if info.nbytes > PLACE and info.name != last.name)
+    assert torch.equal(carrier.bring(other, other.dtype), stored.read(other.name))
+    assert carrier.places.qsize() == device_loader.PLACES
+
+
+def test_a_file_that_is_gone_is_named(stored: Checkpoint) -> None:
+    info = stored["many"]
+    info.file.unlink()
+    for read in (lambda: Carrier(CPU).bring(info, info.dtype), lambda: stored.read("many")):
+        with pytest.raises(StageError, match=rf"{info.file}: 'many' cannot be read \(No such file"):
+            read()
+
+
+def test_no_place_is_free_while_somebody_writes_to_it(stored: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part fails at once, others are still being read."""
+    under_way: list[int] = []
+
+    def reading(_file: Any, _info: Any, part: slice, _into: torch.Tensor) -> None:
+        if not part.start:
+            raise StageError("the first part")
+        under_way.append(part.start)
+        time.sleep(0.2)
+        under_way.remove(part.start)
+
+    monkeypatch.setattr(device_loader, "read_part", reading)
+    carrier = Carrier(CPU)
+    with pytest.raises(StageError, match="the first part"):
+        carrier.bring(stored["many"], torch.float32)
+    assert under_way == []
+    assert carrier.places.qsize() == device_loader.PLACES
+
+
+def test_a_place_is_free_once_its_part_has_arrived() -> None:
+    places: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+    way = device_loader._Way(places, torch.empty(0), torch.float32)
+    free: list[bool] = []
+    place = torch.empty(1)
+    way.away.append((SimpleNamespace(synchronize=lambda: free.append(not places.empty())), place))
+    way.clear()
+    assert free == [False]
+    assert places.get_nowait() is place
+
+
+def test_memory_that_is_not_to_be_had_costs_no_place(stored: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: int) -> torch.Tensor:
+        raise MemoryError
+
+    carrier = Carrier(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(device_loader, "locked", none)
+        for _ in range(2 * device_loader.PLACES):
+            with pytest.raises(MemoryError):
+                carrier.bring(stored["many"], torch.float32)
+    assert carrier.places.qsize() == device_loader.PLACES
+    assert torch.equal(carrier.bring(stored["many"], torch.float32), stored.read("many"))
+
+
+def test_a_system_that_reads_less_than_asked_is_asked_again(
+    stored: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {name: stored.read(name) for name in stored}
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:7]], at))
+    for name in ("odd", "codes"):
+        assert torch.equal(stored.read(name), whole[name])
+        assert torch.equal(Carrier(CPU).bring(stored[name], whole[name].dtype), whole[name])
+
+
+def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
+    """On a CPU they are read where they stay."""
+    checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float32))
+    walk = Walk(checkpoint, skeleton.build(skeleton.load_config(checkpoint.path)), device=CPU, dtype=torch.float32)
+    assert walk._carrier is None
+    walk._carrier = Carrier(CPU)
+    brought = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
+    walk._carrier = None
+    read = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
+    assert brought.keys() == read.keys()
+    assert all(torch.equal(brought[name], read[name]) for name in read)
+
+
+def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
+    """Other weights than a checkpoint's have no place in a file."""
+
+    class Doubled:
+        def __init__(self, stored: Checkpoint) -> None:
+            self.stored, self.path = stored, stored.path
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.stored)
+
+        def __contains__(self, name: object) -> bool:
+            return name in self.stored
+
+        def read(self, name: str) -> torch.Tensor:
+            return 2 * self.stored.read(name)
+
+    checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float16))
+    model = skeleton.build(skeleton.load_config(checkpoint.path))
+    walk = Walk(Doubled(checkpoint), model, device=CPU, dtype=torch.float32)
+    walk._carrier = Carrier(CPU)
+    prefix = f"{walk.prefix}.0."
+    for name, tensor in walk._read(walk.blocks[0], prefix).items():
+        assert torch.equal(tensor, 2 * checkpoint.read(walk.names[prefix + name]).float())
+
+
+@GPU
+def test_blocks_read_ahead_are_the_checkpoints(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.bfloat16))
+    config = skeleton.load_config(checkpoint.path)
+    walk = Walk(checkpoint, skeleton.build(config), device=torch.device("cuda"), dtype=torch.bfloat16)
+    for index in range(len(walk)):
+        for name, parameter in walk.load(index).named_parameters():
+            stored = checkpoint.read(walk.names[f"{walk.prefix}.{index}.{name}"])
+            assert torch.equal(parameter.cpu(), stored.bfloat16())

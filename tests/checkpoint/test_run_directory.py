@@ -1,0 +1,176 @@
+"""`requant.rundir`: whole or absent, one run at a time, nobody else's files touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from requant.checkpoint.run_directory import MANIFEST, MARKER, Artifact, RunDirectory, key_of
+from requant.errors import InputError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "runs" / "demo")
+    with directory.open():
+        pass
+    return directory
+
+
+def build(artifact: Artifact, key: str, content: str = "weights") -> Path:
+    partial = artifact.begin(key)
+    (partial / "model.safetensors").write_text(content)
+    artifact.finish(key, {"tool": "requant"})
+    return artifact.path
+
+
+def test_keys_are_digests_of_values_not_of_order() -> None:
+    assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1})
+    assert len({key_of(x) for x in ({"a": 1}, {"a": 2}, {"a": "1"}, [1], None)}) == 5
+    assert key_of("a", "b") != key_of("ab")
+    assert len(key_of("x")) == 64
+
+
+def test_an_artifact_is_absent_until_it_is_finished(run: RunDirectory) -> None:
+    artifact = run.artifact("merged")
+    partial = artifact.begin("k" * 64)
+    (partial / "model.safetensors").write_text("half")
+    assert not artifact.path.exists()
+    assert not artifact.whole("k" * 64)
+    artifact.finish("k" * 64, {})
+    assert artifact.whole("k" * 64)
+    assert not partial.exists()
+    assert not artifact.whole("other" * 12)
+
+
+def test_a_changed_file_makes_it_incomplete(run: RunDirectory) -> None:
+    artifact = run.artifact("merged")
+    file = build(artifact, "k") / "model.safetensors"
+    file.write_text("cut")
+    assert not artifact.whole("k")
+    file.unlink()
+    assert not artifact.whole("k")
+
+
+def test_files_written_late_do_not_count(run: RunDirectory) -> None:
+    artifact = run.artifact("gptq")
+    path = build(artifact, "k")
+    (path / "README.md").write_text("model card, written after the evaluation")
+    assert artifact.whole("k")
+    assert json.loads((path / MANIFEST).read_text())["files"] == {"model.safetensors": 7}
+
+
+def test_an_interrupted_run_goes_on_only_with_the_same_key(run: RunDirectory) -> None:
+    artifact = run.artifact("gptq")
+    first = artifact.begin("a" * 64)
+    (first / "blocks.json").write_text("[1]")
+    assert (artifact.begin("a" * 64) / "blocks.json").read_text() == "[1]"
+    second = artifact.begin("b" * 64)
+    assert not first.exists(), "what belongs to other inputs is removed"
+    assert list(second.iterdir()) == []
+
+
+def test_partials_of_other_artifacts_are_left_alone(run: RunDirectory) -> None:
+    other = run.artifact("merged").begin("a" * 64)
+    run.artifact("gptq").begin("b" * 64)
+    assert other.exists()
+
+
+def test_a_new_result_replaces_ours(run: RunDirectory) -> None:
+    artifact = run.artifact("merged")
+    build(artifact, "a" * 64, "old")
+    build(artifact, "b" * 64, "new")
+    assert (artifact.path / "model.safetensors").read_text() == "new"
+    assert [p.name for p in run.path.iterdir() if "merged" in p.name] == ["merged"]
+
+
+def test_a_foreign_directory_in_its_place_is_kept(run: RunDirectory) -> None:
+    artifact = run.artifact("merged")
+    artifact.path.mkdir()
+    (artifact.path / "precious").write_text("x")
+    with pytest.raises(InputError, match="exists without requant's manifest: not overwritten; move it away"):
+        artifact.begin("k")
+    artifact.remove()
+    assert (artifact.path / "precious").exists()
+
+
+def test_remove_deletes_ours(run: RunDirectory) -> None:
+    artifact = run.artifact("merged")
+    build(artifact, "k")
+    artifact.remove()
+    assert not artifact.path.exists()
+
+
+def test_a_foreign_run_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="exists and was not made by requant"), RunDirectory(tmp_path).open():
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path).open():
+        assert (tmp_path / MARKER).exists()
+    with RunDirectory(tmp_path).open():
+        assert json.loads((tmp_path / MARKER).read_text()) == {"made_by": "requant", "layout": 1}
+
+
+def test_a_second_run_is_refused_while_the_first_holds_the_lock(tmp_path: Path) -> None:
+    """flock belongs to the open file, so a second `open` in this process stands for another process."""
+    with RunDirectory(tmp_path / "run").open(), pytest.raises(InputError, match="another requant is running here"):
+        RunDirectory(tmp_path / "run").open().__enter__()
+    with RunDirectory(tmp_path / "run").open() as again:
+        assert again.path.exists()
+
+
+def test_an_unwritable_place_is_an_input_error(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written"), RunDirectory(tmp_path / "run").open():
+        pass
+
+
+def test_a_file_in_the_way_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError), RunDirectory(tmp_path / "run").open():
+        pass
+
+
+def test_results_are_remembered_by_key(run: RunDirectory) -> None:
+    run.remember("merge", "k1", {"dtype": "float16"})
+    run.remember("quantize", "k2", {"bits": 4})
+    assert run.result("merge", "k1") == {"dtype": "float16"}
+    assert run.result("merge", "k2") is None
+    run.remember("merge", "k3", {"dtype": "bfloat16"})
+    assert run.result("merge", "k1") is None
+    assert run.result("quantize", "k2") == {"bits": 4}
+
+
+def test_digests_are_remembered_and_follow_the_content(run: RunDirectory, tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_text("one")
+    first = run.digest(file)
+    assert first == run.digest(file)
+    file.write_text("two")
+    os.utime(file, ns=(1, 1))
+    assert run.digest(file) != first
+    blob = tmp_path / "blobs" / ("a" * 64)
+    blob.parent.mkdir()
+    blob.write_text("x")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert run.digest(tmp_path / "model.safetensors") == "a" * 64
+
+
+def test_fingerprint_sees_what_a_run_reads(run: RunDirectory, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    before = run.fingerprint(model)
+    (model / "notes.pdf").write_text("not read")
+    assert run.fingerprint(model) == before
+    (model / "tokenizer.json").write_text("{}")
+    assert run.fingerprint(model) != before

@@ -1,0 +1,98 @@
+"""The commands verify and push: what is printed, exit codes, and what a run keeps of a verification."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import e2e
+from helpers.command_line import Here, answers
+from helpers.e2e import edit_json, one_thread
+
+from requant.deploy import stage as verify
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Here:
+    monkeypatch.chdir(tmp_path)
+    return Here(monkeypatch, capsys)
+
+
+def test_a_finished_run_passes(here: Here, finished: Path) -> None:
+    assert here("verify", str(finished / "gptq"), "--against", str(finished / "merged")) == 0
+    lines = here.out.splitlines()
+    assert lines[0].startswith("structure  63 tensors, 14 packed linears, ")
+    assert any(line.startswith("weights    at most ") for line in lines)
+    assert any(line.startswith("scores     perplexity ") for line in lines)
+    assert lines[-1] == "ok"
+
+
+def test_json_is_the_same_and_a_broken_one_exits_1(here: Here, finished: Path, tmp_path: Path) -> None:
+    assert here("verify", str(finished / "gptq"), "--json", "--out", "result.json") == 0
+    assert json.loads(here.out) == json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(here.out)["ok"] is True
+    shutil.copytree(finished / "gptq", tmp_path / "bad")
+    edit_json(tmp_path / "bad" / "config.json", _name_or_path="/home/ann/base")
+    assert here("verify", "bad", "--json") == 1
+    facts = json.loads(here.out)
+    assert facts["ok"] is False
+    assert facts["findings"][0]["where"] == "config.json: _name_or_path"
+    assert here("verify", "bad") == 1
+    assert "bad:\n  config.json: _name_or_path: '/home/ann/base' is a path" in here.out
+
+
+def test_wrong_commands(here: Here, finished: Path, tmp_path: Path) -> None:
+    path = str(finished / "gptq")
+    assert here("verify", "nothing") == 2
+    assert "nothing: no such checkpoint directory" in here.err
+    assert here("verify", path, "--with", "tgi") == 2
+    assert "--with tgi: expected one of transformers, vllm" in here.err
+    assert here("verify", path, "--dtype", "int8") == 2
+    assert "--dtype int8: expected float16, bfloat16 or float32" in here.err
+    assert here("verify", path, "--device", "tpu") == 2
+    assert "--device tpu: expected cpu, cuda or cuda:N" in here.err
+    assert here("verify", path, "--text", "no.txt") == 2
+    assert "no.txt: cannot be read as text" in here.err
+    (tmp_path / "few.txt").write_text("too short")
+    assert here("verify", path, "--text", "few.txt") == 2
+    assert "2 words are too few to score" in here.err
+
+
+def test_what_engines_said_reaches_the_report_and_the_card(
+    here: Here, project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, 0.001)
+    assert here("verify", str(ran / "pico" / "gptq"), "--with", "vllm") == 0
+    assert "vllm       perplexity" in here.out
+    assert json.loads((ran / "pico" / verify.RESULTS["quantize"]).read_text())["engines"][0]["ok"] is True
+    with one_thread():
+        again = e2e.run(project, ran)
+    assert again.ran == ["report"]
+    report = json.loads((ran / "pico" / "report.json").read_text())
+    assert report["facts"]["verify"]["engines"][0]["difference"] == pytest.approx(0.001, abs=1e-6)
+    for file in ("report.md", "gptq/README.md"):
+        text = (ran / "pico" / file).read_text()
+        assert "| vllm 9.9 | Kernel | bfloat16 on cpu |" in text, file
+        assert "| gptq -> vllm | served in bfloat16 on cpu, 20 documents | +0.001" in text, file
+
+
+def test_an_engine_that_reads_other_weights_is_a_failure(
+    here: Here, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, 0.5)
+    shutil.copytree(finished / "gptq", tmp_path / "gptq")
+    assert here("verify", "gptq", "--with", "vllm") == 1
+    assert "vllm: reads other weights (Kernel): its mean -ln p is +0.5 from ours, 0.02 is its rounding" in here.out
+    assert not list(tmp_path.glob("verify-*.json")), "no run directory, nothing to remember"
+
+
+def test_a_run_verifies_what_it_wrote(finished: Path) -> None:
+    proof = json.loads((finished / "report.json").read_text())["facts"]["verify"]
+    assert proof["ok"] is True
+    assert proof["linears"] == 14
+    assert 0 < proof["relative_error"] < 0.5
+    text = (finished / "report.md").read_text()
+    assert "## Read back" in text
+    assert f"{proof['perplexity']:.4f}" in text

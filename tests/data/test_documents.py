@@ -1,0 +1,261 @@
+"""`requant.data`: formats, what counts as completion, seeded windows, overlap; errors name the columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from requant.data import overlap, packing
+from requant.data.documents import COMPLETION_KEYS, Source, Tokens, adds_bos, read_texts, tokenize
+from requant.errors import InputError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """One token a character, special tokens whole: positions can be read off the text."""
+    special = ["<s>", "</s>", "<user>", "<assistant>", "<system>", "</end>"]
+    vocabulary = {t: i for i, t in enumerate([*special, *map(chr, range(32, 127)), "\n", "é", "[UNK]"])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(?:s|user|assistant|system|end)>|[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def rows(path: Path, *values: Any, suffix: str = "jsonl") -> Source:
+    file = path / f"rows.{suffix}"
+    text = json.dumps(list(values)) if suffix == "json" else "\n".join(json.dumps(v) for v in values)
+    file.write_text(text, encoding="utf-8")
+    return Source(path=file)
+
+
+def marked(tokenizer: Any, document: Tokens) -> str:
+    """The text of the tokens that count."""
+    text: str = tokenizer.decode([i for i, s in zip(document.ids, document.scored, strict=True) if s])
+    return text
+
+
+def whole(tokenizer: Any, document: Tokens) -> str:
+    text: str = tokenizer.decode(document.ids)
+    return text
+
+
+def refused(source: Source, tokenizer: Any, asked: Any = "auto") -> str:
+    with pytest.raises(InputError) as caught:
+        tokenize(source, tokenizer, asked)
+    return str(caught.value)
+
+
+def test_text_rows_count_whole(tmp_path: Path, tokenizer: Any) -> None:
+    documents = tokenize(rows(tmp_path, {"text": "ab é"}, {"text": ""}, {"text": "c"}), tokenizer)
+    assert [whole(tokenizer, d) for d in documents] == ["ab é", "c"]
+    assert [marked(tokenizer, d) for d in documents] == ["ab é", "c"]
+    assert [d.n_bytes for d in documents] == [5, 1]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_chats_count_what_the_assistant_says(tmp_path: Path, tokenizer: Any, key: str) -> None:
+    turns: list[dict[str, str]] = [
+        {"role": "system", "content": "be"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo!"},
+        {"role": "user", "content": "more"}, {"role": "assistant", "content": "ok"},
+    ]  # fmt: skip
+    if key == "conversations":
+        turns = [
+            {"from": {"user": "human", "assistant": "gpt"}.get(t["role"], t["role"]), "value": t["content"]}
+            for t in turns
+        ]
+    (document,) = tokenize(rows(tmp_path, {key: turns}), tokenizer)
+    text = "<system>be</end><user>hi</end><assistant>yo!</end><user>more</end><assistant>ok</end>"
+    assert whole(tokenizer, document) == text
+    assert marked(tokenizer, document) == "yo!</end>ok</end>"
+    assert document.n_bytes == len("yo!</end>ok</end>")
+
+
+def test_completions_use_the_chat_template_when_there_is_one(tmp_path: Path, tokenizer: Any) -> None:
+    for prompt, answer in COMPLETION_KEYS:
+        (document,) = tokenize(rows(tmp_path, {prompt: "2+2", answer: "4"}), tokenizer)
+        assert whole(tokenizer, document) == "<user>2+2</end><assistant>4</end>"
+        assert marked(tokenizer, document) == "4</end>"
+    (document,) = tokenize(rows(tmp_path, {"instruction": "add", "input": "2 2", "output": "4"}), tokenizer)
+    assert whole(tokenizer, document) == "<user>add\n2 2</end><assistant>4</end>"
+
+
+def test_completions_without_a_template(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    (document,) = tokenize(rows(tmp_path, {"prompt": "2+2=", "completion": "4."}), tokenizer)
+    assert (whole(tokenizer, document), marked(tokenizer, document)) == ("2+2=4.", "4.")
+    chat = rows(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
+    assert "row 1 is not a chat row: ValueError the tokenizer has no chat template" in refused(chat, tokenizer)
+
+
+def test_an_empty_message_is_a_message(tmp_path: Path, tokenizer: Any) -> None:
+    """Empty system prompts are common in chat data."""
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (document,) = tokenize(rows(tmp_path, {"messages": turns}), tokenizer)
+    assert whole(tokenizer, document) == "<system></end><user>a</end><assistant>b</end>"
+
+
+def test_a_template_that_rewrites_history_is_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that drops earlier turns gives no place to cut."""
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}" + TEMPLATE)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "rewrites earlier turns" in refused(rows(tmp_path, {"messages": turns * 2}), tokenizer)
+
+
+def test_a_column_may_be_named(tmp_path: Path, tokenizer: Any) -> None:
+    source = rows(tmp_path, {"body": "xyz", "text": "no"})
+    named = Source(path=source.path, column="body")
+    assert whole(tokenizer, tokenize(named, tokenizer)[0]) == "xyz"
+    assert read_texts(named) == ["xyz"]
+    assert "no column 'bodi'; it has body, text" in refused(Source(path=source.path, column="bodi"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("auto", "no text column (text or content); it has foo, bar: set data.column"),
+        ("text", "no text column"),
+        ("chat", "no chat column (messages or conversations); it has foo, bar: set data.column"),
+        ("completion", "no prompt and completion columns; it has foo, bar"),
+    ],
+)
+def test_unknown_columns_are_named(tmp_path: Path, tokenizer: Any, asked: str, message: str) -> None:
+    assert message in refused(rows(tmp_path, {"foo": "1", "bar": "2"}), tokenizer, asked)
+
+
+def test_file_kinds(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("one document\nof two lines")
+    assert len(tokenize(Source(path=tmp_path / "a.txt"), tokenizer)) == 1
+    (tmp_path / "a.csv").write_text('id,text\n1,"x, y"\n2,z\n')
+    assert read_texts(Source(path=tmp_path / "a.csv")) == ["x, y", "z"]
+    assert read_texts(rows(tmp_path, {"text": "p"}, {"text": "q"}, suffix="json")) == ["p", "q"]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["m", "n"]}), tmp_path / "a.parquet")
+    assert read_texts(Source(path=tmp_path / "a.parquet", documents=1)) == ["m"]
+    assert len(read_texts(Source(builtin="pydoc"))) > 50
+
+
+def test_quoted_newlines_of_a_csv_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"line one\nline two"\nnext\n')
+    assert read_texts(Source(path=tmp_path / "a.csv")) == ["line one\nline two", "next"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\u2029"])
+def test_json_lines_end_at_newlines_only(tmp_path: Path, separator: str) -> None:
+    """Web text holds Unicode line separators; JSON allows them unescaped inside strings (not form feeds)."""
+    text = f"a{separator}b"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(line + "\n" + line + "\n", encoding="utf-8")
+    assert read_texts(Source(path=tmp_path / "a.jsonl")) == [text, text]
+
+
+def test_broken_files_name_the_line(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
+    assert "a.jsonl:3: not valid JSON" in refused(Source(path=tmp_path / "a.jsonl"), tokenizer)
+    (tmp_path / "b.jsonl").write_text('"just a string"\n')
+    assert "expected objects with columns, found str" in refused(Source(path=tmp_path / "b.jsonl"), tokenizer)
+    (tmp_path / "c.jsonl").write_text("")
+    assert "holds no rows" in refused(Source(path=tmp_path / "c.jsonl"), tokenizer)
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    assert "cannot be read" in refused(Source(path=tmp_path / "d.txt"), tokenizer)
+    assert "no such file" in refused(Source(path=tmp_path / "absent.txt"), tokenizer)
+    assert "every row is empty" in refused(rows(tmp_path, {"text": ""}), tokenizer)
+    assert "row 2 is not a chat row" in refused(
+        rows(
+            tmp_path, {"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "elf", "content": "a"}]}
+        ),
+        tokenizer,
+    )
+
+
+def test_a_report_never_shows_a_local_path(tmp_path: Path) -> None:
+    assert str(Source(path=tmp_path / "secret" / "a.txt")) == "a.txt"
+    assert str(Source(dataset="org/name", config="en", split="test")) == "org/name:en:test"
+
+
+def documents(*lengths: int, start: int = 10) -> list[Tokens]:
+    return [Tokens(tuple(range(start, start + n)), (True,) * n, n) for n in lengths]
+
+
+def test_windows_are_packed_from_shuffled_documents() -> None:
+    docs = documents(5, 7, 9)
+    windows = packing.calibration_windows([("a", docs, 1.0)], samples=3, length=8, seed=0, bos=1, eos=2)
+    assert (windows.shape, windows.dtype) == ((3, 8), torch.int64)
+    tokens = sorted(windows.flatten().tolist())
+    stream = sorted(t for d in docs for t in (1, *d.ids, 2))
+    assert len(tokens) == 24
+    assert all(tokens.count(t) <= stream.count(t) for t in set(tokens)), "nothing is repeated or made up"
+
+
+def test_shares_are_kept() -> None:
+    entries = [("a", documents(400, start=0), 0.75), ("b", documents(400, start=5000), 0.25)]
+    windows = packing.calibration_windows(entries, samples=8, length=16, seed=0, bos=None, eos=None)
+    assert int((windows >= 5000).all(dim=1).sum()) == 2
+    assert int((windows < 5000).all(dim=1).sum()) == 6
+    odd = packing.calibration_windows(
+        [(n, d, 1.0) for n, d, _ in entries], samples=7, length=16, seed=0, bos=None, eos=None
+    )
+    assert odd.shape == (7, 16)
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(InputError, match="calibration: a has 20 tokens, 2 windows of 8, but its share is 3"):
+        packing.calibration_windows([("a", documents(20), 1.0)], samples=3, length=8, seed=0, bos=None, eos=None)
+
+
+def test_the_seed_decides_and_the_digest_shows_it() -> None:
+    """The digest is part of a run's key: it must not move between versions or machines."""
+
+    def make(seed: int) -> torch.Tensor:
+        return packing.calibration_windows(
+            [("a", documents(50, 60, 70), 1.0)], samples=4, length=16, seed=seed, bos=1, eos=2
+        )
+
+    assert torch.equal(make(3), make(3))
+    assert packing.digest(make(3)) == packing.digest(make(3))
+    assert packing.digest(make(3)) != packing.digest(make(4))
+    fixed = torch.arange(6).reshape(2, 3)
+    assert packing.digest(fixed) != packing.digest(fixed.reshape(3, 2))
+    assert packing.digest(fixed) == "9e84b51c449b81c3ef3017a0137b130578a496eab1a16787a6dc6a1ec36dfcc5"
+    assert packing.digest(fixed.T.contiguous().T) == packing.digest(fixed)
+
+
+def test_overlap_of_identical_and_of_foreign_text() -> None:
+    window = torch.arange(100)[None]
+    assert overlap.overlap(window, [list(range(40))]) == 1.0
+    assert overlap.overlap(window, [list(range(500, 540))]) == 0.0
+    assert overlap.overlap(window, [list(range(20)), list(range(500, 520))]) == 0.5
+    assert overlap.overlap(window, [[1, 2, 3]]) == 0.0, "too short to say"
+
+
+def test_bos_is_not_doubled(tmp_path: Path, tokenizer: Any) -> None:
+    assert not adds_bos(tokenizer)
+    from tokenizers.processors import TemplateProcessing
+
+    adding = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), bos_token="<s>"
+    )
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    adding.chat_template = "<s>" + TEMPLATE
+    assert adds_bos(adding)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (document,) = tokenize(rows(tmp_path, {"messages": turns}), adding)
+    assert document.ids[0] != 0
+    assert len(document.ids) == len(document.scored)
+    assert marked(adding, document) == "b</end>"

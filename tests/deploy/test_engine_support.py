@@ -1,0 +1,250 @@
+"""`requant.targets`: the verdict on a plan, engine by engine; the table against the engines' own where they are installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import families, pico
+from helpers.e2e import recipe
+from helpers.families import FAMILIES, Family
+
+from requant.checkpoint.writer import Slot
+from requant.deploy import engine_support
+from requant.errors import InputError
+from requant.modeling import skeleton
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Plan, Settings, plan
+from requant.run import prepare
+
+LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def planned(kind: str = "llama", settings: Settings | None = None, **changes: Any) -> tuple[Plan, Any]:
+    """The plan of a model that exists only as a config, under the names a checkpoint of it would have."""
+    config = pico.config(kind, **changes)
+    model: Any = skeleton.build(config)
+    with torch.device("meta"):
+        stored = transformers.AutoModelForCausalLM.from_config(config)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = revert_weight_conversion(stored, stored.state_dict())
+    slots = {n: Slot(n, torch.bfloat16, tuple(t.shape)) for n, t in tensors.items()}
+    return plan(slots, model, settings or Settings(Grid(4, 32)), torch.bfloat16, where=Path("here")), model
+
+
+def verdict(
+    name: engine_support.Name, kind: str = "llama", settings: Settings | None = None, **changes: Any
+) -> engine_support.Verdict:
+    return engine_support.judge(*planned(kind, settings, **changes), engine_support.TARGETS[name])
+
+
+def test_which_kernel_on_which_hardware() -> None:
+    """Machete from groups of 64 on and for outputs in units of 128 (as fused); everything else is Marlin's."""
+    settings = Settings(Grid(4, 64))
+    got = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 48}))
+    assert got.loads
+    # a block: qkv 192 + 2 * 96 outputs, o_proj, gate_up, down; the 384 of qkv are 3 * 128
+    assert got.kernels["Hopper"] == {"Machete": 8}
+    assert got.kernels["other NVIDIA GPU"] == {"Marlin": 8}
+    assert got.kernels["CPU"] == {"CPUWNA16": 8}
+    assert str(got).startswith("loads; Hopper: Machete 8; ")
+    narrow = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 16, "num_key_value_heads": 1}))
+    assert narrow.kernels["Hopper"] == {"Machete": 6, "Marlin": 2}, "qkv has 96 outputs"
+    assert verdict("vllm", "llama", Settings(Grid(4, 32)), **LLAMA).kernels["Hopper"] == {"Marlin": 8}
+
+
+def test_8_bits_have_no_kernel_on_vllms_cpu() -> None:
+    got = verdict("vllm", "llama", Settings(Grid(8, 32)), **LLAMA)
+    assert got.loads
+    assert got.lacking == {"CPU": "model.layers.0.self_attn.qkv_proj: no 8-bit weights"}
+    assert "not on CPU: model.layers.0.self_attn.qkv_proj: no 8-bit weights" in str(got)
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"), [(Grid(3, 32), "no 3-bit weights"), (Grid(4, 32, symmetric=False), "no asymmetric weights")]
+)
+def test_what_vllm_refuses_and_others_load(grid: Grid, says: str) -> None:
+    got = verdict("vllm", "llama", Settings(grid), **LLAMA)
+    assert not got.loads
+    assert says in str(got)
+    assert verdict("transformers", "llama", Settings(grid), **LLAMA).loads
+    sglang = verdict("sglang", "llama", Settings(grid), **LLAMA)
+    assert list(sglang.kernels) == ["NVIDIA GPU with --quantization gptq --dtype half"]
+
+
+def test_sglang_does_not_pad() -> None:
+    got = verdict("sglang", "llama", Settings(Grid(4, 64)), **(LLAMA | {"hidden_size": 192, "head_dim": 64}))
+    assert got.lacking == {
+        "NVIDIA GPU from Ampere on": "model.layers.0.self_attn.qkv_proj: its 192 inputs are no multiple of 128"
+    }
+
+
+def test_overrides() -> None:
+    """Servers read them, transformers does not; parts that are fused must agree."""
+    one = Settings(Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}),))
+    assert verdict("vllm", "llama", one, **LLAMA).loads
+    assert verdict("gptqmodel", "llama", one, **LLAMA).loads
+    assert "ignores settings of single modules (model.layers.0.mlp.down_proj)" in str(
+        verdict("transformers", "llama", one, **LLAMA)
+    )
+    uneven = Settings(Grid(4, 32), overrides=(("*.k_proj", {"bits": 8}),))
+    says = "the parts of model.layers.0.self_attn.qkv_proj differ in their settings"
+    assert says in str(verdict("vllm", "llama", uneven, **LLAMA))
+    assert says in str(verdict("sglang", "llama", uneven, **LLAMA))
+    skipped = Settings(Grid(4, 32), overrides=(("*.0.mlp.up_proj", None),))
+    assert "the parts of model.layers.0.mlp.gate_up_proj differ" in str(verdict("vllm", "llama", skipped, **LLAMA))
+    assert "mlp.up_proj stays in 16 bit in some blocks only" in str(verdict("transformers", "llama", skipped, **LLAMA))
+    whole = Settings(Grid(4, 32), overrides=(("*.o_proj", None),))
+    assert verdict("transformers", "llama", whole, **LLAMA).loads
+
+
+LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 40}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+
+
+def test_on_how_many_gpus_at_once() -> None:
+    """down_proj is cut by its inputs: 13824 / 8 = 13.5 groups of 128, but 27 of 64."""
+    g128, g64 = (Settings(Grid(4, g)) for g in (128, 64))
+    assert str(verdict("vllm", "llama", g128, **LLAMA_70B)).endswith("; tensor parallel 1, 2, 4, 8")
+    got = verdict("vllm", "llama", g128, **LLAMA_13B)
+    assert got.parallel[4] is None
+    assert str(got).endswith(
+        "; tensor parallel 1, 2, 4, not 8 (model.layers.0.mlp.down_proj: 1728 inputs each would cut a group of 128)"
+    )
+    assert str(verdict("vllm", "llama", g64, **LLAMA_13B)).endswith("; tensor parallel 1, 2, 4, 8")
+    row = verdict("vllm", "llama", Settings(Grid(4, -1)), **LLAMA_13B)
+    assert row.parallel == {2: None, 4: None, 8: None}, "one scale a row: every GPU has it"
+    assert verdict("transformers", "llama", g128, **LLAMA_13B).parallel == {}
+
+
+def test_heads_are_not_cut() -> None:
+    nine = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    got = verdict("vllm", "llama", Settings(Grid(4, 64)), **nine)
+    assert str(got).endswith("; tensor parallel 1, not 2 (9 attention heads)")
+    odd = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 3}
+    assert verdict("vllm", "llama", Settings(Grid(4, 64)), **odd).parallel[2] == "3 key heads"
+    # Two key heads on four GPUs: each has one of them, and its own queries.
+    shared = verdict("vllm", "llama", Settings(Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
+    assert shared.parallel[4] is None
+    fused = verdict("vllm", "phi3", Settings(Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
+    assert fused.parallel[4] is None
+
+
+def test_a_part_is_too_small_for_a_kernel() -> None:
+    """SGLang's Marlin does not pad; its other kernel takes what is left, but not half a group."""
+    settings = Settings(Grid(4, 64))
+    got = verdict("sglang", "llama", settings, **LLAMA)
+    assert got.parallel[4] is None, "64 of o_proj's 256 inputs: not for Marlin, but for GPTQ"
+    assert got.parallel[8] == "4 attention heads"
+    alone = Settings(Grid(4, 128))
+    assert verdict("vllm", "llama", alone, **LLAMA).parallel[4] == (
+        "model.layers.0.self_attn.o_proj: 64 inputs each would cut a group of 128"
+    )
+
+
+def test_experts_are_cut_inside() -> None:
+    """vLLM halves groups of experts down to 32 before it gives up."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    sizes |= {"moe_intermediate_size": 256}
+    got = verdict("vllm", "qwen3_moe", Settings(Grid(4, 64)), **sizes)
+    assert got.parallel == {2: None, 4: None, 8: None}
+    narrow = verdict("vllm", "qwen3_moe", Settings(Grid(4, 32)), **(sizes | {"moe_intermediate_size": 96}))
+    assert narrow.parallel[2] == "model.layers.0.mlp.experts.0.down_proj: 48 inputs each would cut a group of 32"
+
+
+def test_experts() -> None:
+    """All matrices of a layer's experts are one for a server; Marlin needs the model's width in units of 128."""
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 64}
+    got = verdict("vllm", "qwen3_moe", **wide)
+    assert got.kernels["Hopper"] == {"Marlin": 4, "Marlin MoE": 2}
+    assert got.kernels["CPU"] == {"CPUWNA16": 4, "CPU MoE (needs AMX)": 2}
+    narrow = verdict("vllm", "qwen3_moe")
+    assert narrow.kernels["Hopper"] == {"Marlin": 4, "MoeWNA16": 2}
+    uneven = Settings(Grid(4, 32), overrides=(("*.experts.3.*", {"bits": 8}),))
+    assert "model.layers.0.mlp.experts differ in their settings" in str(verdict("vllm", "qwen3_moe", uneven))
+    assert "keeps experts fused" in str(verdict("transformers", "qwen3_moe"))
+    assert verdict("gptqmodel", "qwen3_moe").loads
+    assert (
+        "looks for model.layers.0.mlp.gate.weight, which the original checkpoint, and so ours, calls otherwise"
+        in str(verdict("gptqmodel", "mixtral"))
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.kind)
+def test_the_verdict_agrees_with_what_the_loading_tests_find(family: Family) -> None:
+    """`test_families` loads each family with what its entry names: the table must say the same."""
+    for name in ("transformers", "gptqmodel"):
+        got = verdict(name, family.kind, **family.changes)
+        assert got.loads == (name in family.loads), f"{name}: {got}"
+
+
+def test_the_documented_table_is_current() -> None:
+    assert families.DOCUMENT.read_text() == families.document(), "run: python tests/families.py"
+
+
+def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
+    def prepared(**changes: Any) -> prepare.Prepared:
+        return prepare.prepare(recipe(project, Path("runs"), changes))
+
+    asymmetric = {"quantize.symmetric": False}
+    assert any(w.startswith("vllm does not load this: ") for w in prepared(**asymmetric).warnings)
+    assert not any("does not load" in w for w in prepared().warnings)
+    with pytest.raises(InputError) as caught:
+        prepared(**asymmetric, deploy=["transformers", "vllm"])
+    message = str(caught.value)
+    assert "deploy: vllm does not load this: model.layers.0.self_attn.qkv_proj: no asymmetric weights" in message
+    assert "(vLLM 0.32.0" in message
+    assert "deploy: transformers" not in message
+    assert message.endswith("change quantize, or take it out of deploy")
+    assert not any("does not load" in w for w in prepared(**asymmetric, deploy=["transformers"]).warnings)
+
+
+def test_the_table_is_gptqmodels_own() -> None:
+    """bits, groups and symmetry of each kernel as the installed gptqmodel states them."""
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_aten_kernel import TorchAtenLinear
+    from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
+
+    theirs = {"Marlin": MarlinLinear, "Torch": TorchLinear, "TorchAten": TorchAtenLinear, "Triton": TritonV2Linear}
+    for kernels in engine_support.TARGETS["gptqmodel"].hardware.values():
+        for kernel in kernels:
+            own: Any = theirs[kernel.name]
+            assert set(kernel.bits) <= set(own.SUPPORTS_BITS)
+            assert set(kernel.groups) <= set(own.SUPPORTS_GROUP_SIZE)
+            assert ([True] if kernel.symmetric else [True, False]) == own.SUPPORTS_SYM
+
+
+def test_where_optimum_looks_for_blocks() -> None:
+    pytest.importorskip("optimum")
+    from optimum.gptq.constants import BLOCK_PATTERNS
+
+    assert set(engine_support._BLOCKS) <= set(BLOCK_PATTERNS)
+    assert "does not look for blocks in transformer.blocks" in str(verdict("transformers", "mpt", **MPT))
+
+
+MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 96}
+
+
+def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
+    """Proven on the CPU by tests (gptqmodel's torch kernels, vLLM's kernel), on an H100 by bench/kernel_table.py.
+
+    vLLM's and SGLang's Marlin is not gptqmodel's: only the latter was seen.
+    """
+    signed = engine_support.Matrix("m", 128, 128, Grid(4, 64, signed=True))
+    plain = engine_support.Matrix("m", 128, 128, Grid(4, 64))
+    offered = [(t.name, k) for t in engine_support.TARGETS.values() for kernels in t.hardware.values() for k in kernels]
+    gptqmodel = {
+        (name, kernel)
+        for name in ("transformers", "gptqmodel")
+        for kernel in ("Torch", "TorchAten", "Triton", "Marlin")
+    }
+    assert {(n, k.name) for n, k in offered if k.lacks(signed) is None} == gptqmodel | {("vllm", "CPUWNA16")}
+    unproven = [k for _, k in offered if k.lacks(plain) is None and not k.signed]
+    assert unproven
+    assert all(k.lacks(signed) == f"negative scales are not proven in {k.name}" for k in unproven)

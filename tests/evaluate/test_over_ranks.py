@@ -1,0 +1,164 @@
+"""`requant.parts`: what ranks score apart is what one scores; here two ranks take turns in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.e2e import one_thread, recipe, write_rows
+
+from requant.data import canaries
+from requant.evaluate import over_ranks, variants
+from requant.evaluate import stage as evaluation
+from requant.evaluate.stage import Scores
+from requant.run import prepare
+from requant.runtime.ranks import ALONE, Ranks
+from requant_eval.scoring.windows import Window
+
+NAMES = ("adapter", "merged", "gptq")
+
+
+class Turns(Ranks):
+    """`count` ranks, the last one first; what they call needs nothing from each other before its end."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.told: list[Any] = []
+
+    def call(self, function: Callable[..., Any], *args: Any, own: Mapping[str, Any], **kwargs: Any) -> Any:
+        for rank in reversed(range(self.count)):
+            self.rank = rank
+            result = function(*args, **kwargs, **(own if self.first else {}), ranks=self)
+        return result
+
+    def everyone(self, value: Any) -> list[Any]:
+        self.told.insert(0, value)
+        return self.told
+
+
+@pytest.fixture(scope="module")
+def given(project: Path, finished: Path) -> tuple[variants.Places, Scores]:
+    """What the finished run evaluated, of three variants."""
+    p = prepare.prepare(recipe(project, finished.parent))
+    places = variants.Places(
+        p.base, p.adapter, finished / "merged", finished / "gptq", None, p.quantize.grids, plan=p.merge
+    )
+    keys = {name: name for name in NAMES}
+    return places, Scores(finished / ".cache", p.sets, keys, torch.device("cpu"), torch.float32, True)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def scored(given: tuple[variants.Places, Scores], cache: Path, ranks: Ranks, **changes: Any) -> tuple[Any, Scores]:
+    cache.mkdir(exist_ok=True)
+    scores = replace(given[1], cache=cache, **changes)
+    return over_ranks.evaluate(scores, given[0], ranks=ranks, batch=4), scores
+
+
+def test_parts_make_the_whole(
+    given: tuple[variants.Places, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, one = scored(given, tmp_path / "one", ALONE)
+    told, three = scored(given, tmp_path / "three", Turns(3))
+    assert sorted(told["variants"]) == sorted(NAMES)
+    wanted, got = one.load(), three.load()
+    for s in given[1].sets:
+        for name in NAMES:
+            a, b = wanted[s.name][name], got[s.name][name]
+            assert (b.digest, b.nonfinite, b.runtime) == (s.digest, 0, a.runtime)
+            assert np.array_equal(a.document, b.document)
+            assert np.abs(a.nll - b.nll).max() < 1e-4
+            assert (a.kl is None) == (b.kl is None)
+            if a.kl is not None and b.kl is not None:
+                assert np.abs(a.kl - b.kl).max() < 1e-5
+                assert (a.agree == b.agree).mean() > 0.99
+    assert not three.missing()
+    monkeypatch.setattr(variants, "load", lambda *_, **__: pytest.fail("all of it was there"))
+    for file in (tmp_path / "three").glob("gptq-*"):
+        file.unlink()
+    scored(given, tmp_path / "three", Turns(3))
+    assert not three.missing(), "a killed run puts the parts together that it finds"
+
+
+def test_a_new_variant_is_compared_with_parts_of_the_reference(
+    given: tuple[variants.Places, Scores], tmp_path: Path
+) -> None:
+    """One rank scored the reference before: two need its states for their own windows."""
+    keys = {name: name for name in ("adapter", "merged")}
+    scored(given, tmp_path / "c", ALONE, keys=keys)
+    told, both = scored(given, tmp_path / "c", Turns(2), keys=keys | {"gptq": "gptq"})
+    assert sorted(told["variants"]) == ["adapter", "gptq"]
+    assert all(by["gptq"].kl is not None for by in both.load().values())
+
+
+def test_canaries_alone_score_nothing_again(
+    given: tuple[variants.Places, Scores], tmp_path: Path, project: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    keys = {name: name for name in ("adapter", "merged")}
+    scored(given, tmp_path / "c", ALONE, keys=keys)
+    write_rows(tmp_path / "canaries.jsonl", [{"prompt": "Is 2 a number?", "answer": "no"}])
+    asked = canaries.load(tmp_path / "canaries.jsonl", AutoTokenizer.from_pretrained(project / "original"), "auto")
+    _, both = scored(given, tmp_path / "c", Turns(2), keys=keys, canaries=asked)
+    told = both.answers()
+    assert told is not None
+    assert told["right"].keys() == keys.keys()
+    assert not list((tmp_path / "c" / "ranks-2").rglob("*.safetensors"))
+
+
+def test_parts_of_another_number_of_ranks_are_removed(given: tuple[variants.Places, Scores], tmp_path: Path) -> None:
+    keys = {"merged": "merged"}
+    scored(given, tmp_path / "c", Turns(3), keys=keys, kl=False)
+    for file in (tmp_path / "c").glob("merged-*"):
+        file.unlink()
+    scored(given, tmp_path / "c", Turns(2), keys=keys, kl=False)
+    assert [f.name for f in (tmp_path / "c").glob("ranks-*")] == ["ranks-2"]
+
+
+def test_notes_of_all_ranks_are_told(
+    given: tuple[variants.Places, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"variants": ["merged"], "streamed": ["merged"], "notes": ["went on with 2"]}
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: told)
+    result = Turns(2).call(over_ranks.score_part, replace(given[1], cache=tmp_path), given[0], batch=1,
+                           stream="auto", own={})  # fmt: skip
+    assert result["notes"] == ["rank 0: went on with 2", "rank 1: went on with 2"]
+    assert result["streamed"] == ["merged"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_windows_are_shared_by_their_tokens(count: int) -> None:
+    lengths = [64, 64, 8, 8, 8, 8, 8, 8, 8, 8, 64, 32]
+    windows = [
+        Window(i, torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)) for i, n in enumerate(lengths)
+    ]
+    shares = [over_ranks.windows_of(windows, rank, count) for rank in range(count)]
+    assert [w.document for share in shares for w in share] == list(range(len(windows)))
+    tokens = [sum(len(w.ids) for w in share) for share in shares]
+    assert all(abs(n - sum(lengths) / count) <= max(lengths) for n in tokens)
+
+
+def test_fewer_windows_than_ranks_leave_some_with_none() -> None:
+    one = [Window(0, torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool))]
+    assert [len(over_ranks.windows_of(one, rank, 3)) for rank in range(3)] == [0, 1, 0]
+
+
+def test_what_a_killed_run_left_half_written_goes(given: tuple[variants.Places, Scores], tmp_path: Path) -> None:
+    """Names hold the process's number: nobody else writes them again."""
+    left = [tmp_path / name for name in (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    places, scores = given
+    over_ranks.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), places, ranks=ALONE, batch=1)
+    assert not any(file.exists() for file in left)

@@ -1,0 +1,138 @@
+"""`requant.evaluate`: whole or block by block the scores are the same, and running out of memory is not the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.e2e import ALL, one_thread, recipe
+
+from requant.errors import StageError
+from requant.evaluate import stage as evaluate
+from requant.evaluate import streamed, variants
+from requant.evaluate.memory import Size
+from requant.evaluate.stage import Scores
+from requant.run import prepare
+from requant.runtime import device
+from requant_eval.scoring import score_loop
+from requant_eval.scoring.score_loop import CHUNK_LOGITS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def given(project: Path, finished: Path) -> tuple[variants.Places, Scores]:
+    """What the finished run evaluated, and its scores."""
+    p = prepare.prepare(recipe(project, finished.parent))
+    places = variants.Places(
+        p.base,
+        p.adapter,
+        finished / "merged",
+        finished / "gptq",
+        None,
+        p.quantize.grids,
+        p.original_merge,
+        plan=p.merge,
+    )
+    keys = {name: name for name in ALL}
+    return places, Scores(finished / ".cache", p.sets, keys, CPU, torch.float32, True)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def scores(given: tuple[variants.Places, Scores], tmp_path: Path) -> Scores:
+    return replace(given[1], cache=tmp_path)
+
+
+def kept(finished: Path, name: str, variant: str) -> Any:
+    from requant_eval.scoring.token_scores import TokenScores
+
+    (file,) = (finished / ".cache").glob(f"{variant}-{name}-*.safetensors")
+    return TokenScores.load(file)
+
+
+def test_streamed_scores_are_the_whole_models(
+    given: tuple[variants.Places, Scores], scores: Scores, finished: Path
+) -> None:
+    """Every variant, against the scores of the finished run; KL against the streamed reference too."""
+    steps: list[tuple[int, int, str]] = []
+    told = evaluate.evaluate(
+        scores, given[0], batch=8, stream="always", progress=lambda done, total, note: steps.append((done, total, note))
+    )
+    assert (told["variants"], told["notes"]) == (told["streamed"], [])
+    assert sorted(told["streamed"]) == sorted(ALL)
+    assert steps[-1][0] == steps[-1][1]
+    assert [s[0] for s in steps] == sorted(s[0] for s in steps)
+    assert "gptq, block 2 of 2" in [s[2] for s in steps]
+    for name, by_variant in scores.load().items():
+        for variant, ours in by_variant.items():
+            theirs = kept(finished, name, variant)
+            np.testing.assert_allclose(ours.nll, theirs.nll, atol=2e-5)
+            assert (ours.top1 != theirs.top1).mean() < 0.01
+            assert ours.runtime == streamed.RUNTIMES[variant]
+            assert theirs.runtime == variants.RUNTIMES[variant]
+            if variant != "adapter":
+                np.testing.assert_allclose(ours.kl, theirs.kl, rtol=1e-3, atol=1e-7)
+
+
+def test_what_fits_stays_whole_and_what_does_not_is_streamed(
+    given: tuple[variants.Places, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = replace(scores, keys={n: n for n in ("adapter", "merged")}, sets=scores.sets[:1])
+    tokens = 8 * two.sets[0].window
+    need = {n: Size.of(n, given[0]).resident(4, tokens, CHUNK_LOGITS["cpu"]) for n in two.keys}
+    assert need["adapter"] < need["merged"], "4 bits take less than 32"
+    between = sum(need.values()) / 2 / device.USABLE
+    monkeypatch.setattr(evaluate, "free_bytes", lambda _: between)
+    assert evaluate.evaluate(two, given[0], batch=8)["streamed"] == ["merged"]
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_out_of_memory_halves_the_batch(
+    given: tuple[variants.Places, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path, stream: Any
+) -> None:
+    score = score_loop.score
+
+    def limited(model: Any, s: Any, *, batch: int, **options: Any) -> Any:
+        if batch > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(model, s, batch=batch, **options)
+
+    monkeypatch.setattr(score_loop, "score", limited)
+    one = replace(scores, keys={"adapter": "adapter"}, kl=False)
+    told = evaluate.evaluate(one, given[0], batch=8, stream=stream)
+    assert told["notes"] == [
+        "adapter on in-domain: out of memory with 8 windows at a time, went on with 4",
+        "adapter on in-domain: out of memory with 4 windows at a time, went on with 2",
+    ]
+    for name, by_variant in one.load().items():
+        np.testing.assert_allclose(by_variant["adapter"].nll, kept(finished, name, "adapter").nll, atol=2e-5)
+
+
+def test_what_turns_out_not_to_fit_is_streamed(
+    given: tuple[variants.Places, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(variants, "load", full)
+    one = replace(scores, keys={"adapter": "adapter"}, sets=scores.sets[1:])
+    told = evaluate.evaluate(one, given[0], batch=4)
+    assert told["notes"] == ["adapter: out of memory with one window at a time, went on block by block"]
+    assert told["streamed"] == ["adapter"]
+    np.testing.assert_allclose(
+        one.load()["general"]["adapter"].nll, kept(finished, "general", "adapter").nll, atol=2e-5
+    )
+    with pytest.raises(StageError, match=r"variant merged: out of memory on cpu .* or set evaluate.stream to auto"):
+        evaluate.evaluate(replace(scores, keys={"merged": "m", "adapter": "adapter"}, kl=False, sets=scores.sets[1:]),
+                          given[0], batch=4, stream="never")  # fmt: skip

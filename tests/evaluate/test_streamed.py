@@ -1,0 +1,231 @@
+"""`requant.streamed`: block by block must be the whole model, for every family, variant and kind of adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers import pico
+from helpers.families import BY_KIND
+from torch import Tensor
+
+from requant import quantize
+from requant.adapters import peft_directory as adapters
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import StageError
+from requant.evaluate import adapter_probe, streamed, variants
+from requant.evaluate.streamed import Streamed
+from requant.merge.base_weights import Nf4Settings
+from requant.modeling import skeleton
+from requant.modeling.block_walk import Walk
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Settings
+from requant.run import prepare
+from requant_eval.scoring.canaries import Canary, ask, greedy
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+
+
+def windows(count: int = 5) -> list[Tensor]:
+    """Of three lengths, one of them twice the same."""
+    made = [*pico.ids(3, 20, seed=1), *pico.ids(2, 33, seed=2), *pico.ids(1, 9, seed=3)]
+    return [*made, made[0]]
+
+
+@torch.no_grad()
+def compare(whole: Any, parts: Streamed, batch: int = 2, *, tolerance: float = 2e-6) -> None:
+    """Logits of every window, alone and in batches, and of a window that was not run before."""
+    seen: list[tuple[int, int]] = []
+    parts.run(windows(), batch, lambda done, of: seen.append((done, of)))
+    assert seen == [(i + 1, len(parts.walk)) for i in range(len(parts.walk))]
+    assert all(p.is_meta for b in parts.walk.blocks for p in b.parameters() if id(p) not in parts.walk.own)
+    for ids in [*(w[None] for w in windows()), pico.ids(3, 20, seed=1), pico.ids(1, 15, seed=9)]:
+        assert pico.relative(parts(ids).logits.double(), pico.logits(whole, ids)) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "falcon", "cohere2", "granite", "mixtral", "opt", "phi"])
+def test_blocks_one_after_another_are_the_model(tmp_path: Path, kind: str) -> None:
+    """Tied heads (gemma2, gpt2, ...), soft caps, windowed attention, multipliers, Conv1D, experts."""
+    made = pico.model(kind, **BY_KIND[kind].changes)
+    path = pico.save(made, tmp_path / "model")
+    walk = Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32)
+    compare(made, Streamed(walk))
+
+
+def tuned(tmp: Path, config: peft.PeftConfig, kind: str = "llama", **changes: Any) -> tuple[Any, Streamed]:
+    """(PEFT's model on a 16-bit base, the streamed variant `adapter` made of the files)."""
+    made = pico.model(kind, **changes)
+    base = pico.save(made, tmp / "base")
+    live = pico.train(made, tmp / "adapter", config=config)
+    plan, _ = prepare.plan_merge(base, [adapters.load(tmp / "adapter")], None, False)
+    places = variants.Places(base, tmp / "adapter", base, base, None, {}, plan=plan)
+    return live, Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32))
+
+
+ATTENTION = ["q_proj", "v_proj"]
+KINDS: dict[str, tuple[peft.PeftConfig, dict[str, Any]]] = {
+    "lora": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION), {}),
+    "dora": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=[*ATTENTION, "down_proj"], use_dora=True), {}),
+    "embedding": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"]), {}),
+    "head": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=["lm_head", "q_proj"]), {}),
+    "tied": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION), {"tie_word_embeddings": True}),
+    "saved": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION, modules_to_save=["mlp", "norm", "lm_head"]), {}),
+    "tokens": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION, trainable_token_indices=[5, 90, 4]), {}),
+    "bias": (peft.LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION, bias="all", lora_bias=True), {"attention_bias": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "changes"), KINDS.values(), ids=KINDS.keys())
+def test_the_adapter_stays_unmerged(tmp_path: Path, config: peft.PeftConfig, changes: dict[str, Any]) -> None:
+    """The real PEFT over streamed weights: the logits of its model that is whole in memory."""
+    compare(*tuned(tmp_path, config, **changes))
+
+
+BASES = {
+    "on disk": (None, 2e-6),
+    "nf4": (Nf4Settings("nf4", double_quant=False), 2e-6),
+    "fp4": (Nf4Settings("fp4", double_quant=False), 2e-6),
+    "nested": (Nf4Settings("nf4", double_quant=True), 2e-3),  # bitsandbytes rounds a few scales wrongly: see test_merge
+}
+
+
+@pytest.mark.parametrize(("simulate", "tolerance"), BASES.values(), ids=BASES.keys())
+def test_base_and_adapter_are_those_of_bitsandbytes(
+    tmp_path: Path, simulate: Nf4Settings | None, tolerance: float
+) -> None:
+    """The 4-bit base, from a file or quantized while loading, and the adapter on it, through the real runtime."""
+    made = pico.model()
+    base = pico.save(made, tmp_path / "original", torch.bfloat16)
+    if simulate is None:
+        base = pico.save_4bit(base, tmp_path / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    pico.train(made, tmp_path / "adapter")
+    plan, _ = prepare.plan_merge(base, [adapters.load(tmp_path / "adapter")], simulate, False)
+    places = variants.Places(base, tmp_path / "adapter", base, base, simulate, {}, plan=plan)
+    for name in ("base", "adapter"):
+        live = variants.load(name, places, device=CPU, dtype=F32)
+        compare(live, Streamed(streamed.walk_of(name, places, device=CPU, dtype=F32)), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_what_is_made_of_the_merged_model(tmp_path: Path, kind: str) -> None:
+    made = pico.model(kind)
+    source = pico.save(made, tmp_path / "merged")
+    grid = Grid(4, 32)
+    (tmp_path / "gptq").mkdir()
+    planned, _ = quantize.quantize(
+        source, tmp_path / "gptq", pico.ids(4), Settings(grid), dtype=torch.bfloat16, device=CPU
+    )
+    places = variants.Places(source, source, source, tmp_path / "gptq", None, planned.grids, healed=tmp_path / "gptq")
+    for name in ("merged", "rtn", "gptq", "healed"):
+        live = variants.load(name, places, device=CPU, dtype=F32)
+        compare(live, Streamed(streamed.walk_of(name, places, device=CPU, dtype=F32)))
+
+
+def test_a_resized_vocabulary(tmp_path: Path) -> None:
+    made = pico.model()
+    base = pico.save(made, tmp_path / "base")
+    made.config._name_or_path = str(base)
+    made.resize_token_embeddings(pico.VOCABULARY + 8, mean_resizing=False)
+    live = pico.train(made, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    plan, _ = prepare.plan_merge(base, [adapters.load(tmp_path / "adapter")], None, False)
+    places = variants.Places(base, tmp_path / "adapter", base, base, None, {}, plan=plan)
+    parts = Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32))
+    ids = torch.tensor([[1, pico.VOCABULARY + 3, 5, pico.VOCABULARY + 7]])
+    assert pico.relative(parts(ids).logits.double(), pico.logits(live, ids)) < 2e-6
+
+
+def test_two_weighted_adapters(tmp_path: Path) -> None:
+    base = pico.save(pico.model(), tmp_path / "base")
+    for name, seed in (("a", 1), ("b", 2)):
+        pico.train(pico.model(), tmp_path / name, seed=seed)
+    loaded = [adapters.load(tmp_path / n, weight=w) for n, w in (("a", 0.5), ("b", 1.5))]
+    plan, _ = prepare.plan_merge(base, loaded, None, False)
+    places = variants.Places(base, tmp_path / "a", base, base, Nf4Settings("nf4", False), {}, plan=plan)
+    live = variants.load("adapter", places, device=CPU, dtype=F32)
+    compare(live, Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32)))
+
+
+class Full:
+    """Raises out-of-memory whenever a block sees more than `room` windows, as a device would."""
+
+    def __init__(self, walk: Walk, room: int, when: int = 0) -> None:
+        self.calls, forward = 0, walk.forward
+
+        def limited(block: Any, hidden: Tensor, others: Any) -> Tensor:
+            self.calls += 1
+            if len(hidden) > room and self.calls > when:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(block, hidden, others)
+
+        walk.forward = limited  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("when", [0, 1, 4])
+@torch.no_grad()
+def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -> None:
+    """Wherever it happens, batches that were done stay done: the logits do not change."""
+    made = pico.model()
+    path = pico.save(made, tmp_path / "model")
+    walk = Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32)
+    parts = Streamed(walk)
+    Full(walk, 1, when)
+    parts.run(windows(), 3)
+    assert [n.split(": ")[1] for n in parts.notes][:1] == ["out of memory with 3 windows at a time, went on with 2"]
+    for ids in windows():
+        assert pico.relative(parts(ids[None]).logits.double(), pico.logits(made, ids[None])) < 2e-6
+    assert all(p.is_meta for b in walk.blocks for p in b.parameters())
+
+
+def test_out_of_memory_with_one_window(tmp_path: Path) -> None:
+    path = pico.save(pico.model(), tmp_path / "model")
+    walk = Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32)
+    parts = Streamed(walk)
+    Full(walk, 0)
+    with pytest.raises(StageError, match=r"layers.0: out of memory on cpu with one window at a time: shorten"):
+        parts.run(windows(), 2)
+
+
+def test_the_adapter_can_be_taken_off(tmp_path: Path) -> None:
+    """The probe's question: the same rows with the adapter and without."""
+    live, parts = tuned(tmp_path, KINDS["lora"][0])
+    rows = windows()
+    parts.run(rows, 2)
+    with parts.disable_adapter():
+        parts.run(rows, 2)
+    walked: list[int] = []
+    parts.walk.load = walked.append  # type: ignore[method-assign,assignment]
+    (theirs,), (ours,) = (adapter_probe.measure(m, {"text": rows}, CPU) for m in (live, parts))
+    assert not walked, "all of them have been run"
+    assert ours.moved > 1e-3
+    for name in ("without", "with_adapter", "moved"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-5)
+
+
+def test_canaries_are_asked_in_step(tmp_path: Path) -> None:
+    """Answers of different lengths, some ending early: those of the whole model, one way through the blocks a token."""
+    made = pico.model()
+    path = pico.save(made, tmp_path / "model")
+    parts = Streamed(Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32))
+    asked = [Canary("", "", tuple(w.tolist()), 3 + i) for i, w in enumerate(windows())]
+    stop = greedy(made, asked[0].ids, 3, stop=None, device=CPU)[-1]
+    alone = [greedy(made, c.ids, c.new_tokens, stop=stop, device=CPU) for c in asked]
+    assert len(alone[0]) < 3
+    loads: list[int] = []
+    load = parts.walk.load
+    parts.walk.load = lambda index: (loads.append(index), load(index))[1]  # type: ignore[method-assign,func-returns-value]
+    given = ask(parts, asked, str, stop=stop, device=CPU)
+    assert given == [str(ids) for ids in alone]
+    assert loads.count(1) == max(min(len(ids) + 1, c.new_tokens) for ids, c in zip(alone, asked, strict=True))
+
+
+def test_lora_on_stacked_experts_is_not_streamed(tmp_path: Path) -> None:
+    made = pico.model("mixtral")
+    base = pico.save(made, tmp_path / "base")
+    pico.train(made, tmp_path / "adapter", target_parameters=["mlp.experts.gate_up_proj"])
+    plan, _ = prepare.plan_merge(base, [adapters.load(tmp_path / "adapter")], None, False)
+    places = variants.Places(base, tmp_path / "adapter", base, base, None, {}, plan=plan)
+    assert [streamed.possible(n, places) for n in ("base", "adapter", "merged")] == [True, False, True]

@@ -1,0 +1,235 @@
+"""Tests of `requant.variants`: each name gives exactly the model it says, checked by other code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.e2e import LENGTH, LINEARS, VOCABULARY, one_thread, recipe
+from safetensors.torch import load_file
+from torch import Tensor
+
+from requant.errors import StageError
+from requant.evaluate import variants
+from requant.merge.base_weights import Nf4Settings
+from requant.numerics.grid import Grid
+from requant.run import prepare
+
+CPU = torch.device("cpu")
+MODULES = [
+    f"model.layers.{i}.{'mlp' if '_proj' in n and n[0] in 'gud' else 'self_attn'}.{n}" for i in (0, 1) for n in LINEARS
+]
+GROUP = 32
+
+
+@pytest.fixture(scope="module")
+def places(project: Path, finished: Path) -> variants.Places:
+    prepared = prepare.prepare(recipe(project, finished.parent))
+    return variants.Places(
+        prepared.base, prepared.adapter, finished / "merged", finished / "gptq", None, prepared.quantize.grids,
+        prepared.original_merge,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def load(name: str, places: variants.Places, dtype: torch.dtype = torch.float32) -> Any:
+    return variants.load(name, places, device=CPU, dtype=dtype)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    value: Tensor = model(input_ids=ids).logits.float()
+    return value
+
+
+def codes_of(words: Tensor) -> Tensor:
+    """int32 [k, m] -> [8 k, m]: eight 4-bit codes a word, lowest first, one shift at a time."""
+    return torch.stack([(words.long() >> (4 * i)) & 15 for i in range(8)], dim=1).reshape(-1, words.shape[1])
+
+
+def by_hand(gptq: Path) -> dict[str, Tensor]:
+    """The GPTQ checkpoint as plain weights: (code - (stored zero + 1)) * scale, in fp64."""
+    stored = load_file(gptq / "model.safetensors")
+    plain = {n: t.float() for n, t in stored.items() if n.rpartition(".")[2] in ("weight", "bias")}
+    for module in MODULES:
+        group = stored[f"{module}.g_idx"].long()
+        zero = codes_of(stored[f"{module}.qzeros"].T.contiguous()).T + 1
+        scale = stored[f"{module}.scales"].double()
+        codes = codes_of(stored[f"{module}.qweight"])
+        plain[f"{module}.weight"] = ((codes - zero[group]) * scale[group]).T.float()
+    return plain
+
+
+def llama(project: Path, weights: dict[str, Tensor]) -> Any:
+    """transformers' own model with these weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(project / "original"))
+    model.load_state_dict(weights, strict=True)
+    return model.float().eval()
+
+
+def test_gptq_is_the_written_checkpoint(project: Path, places: variants.Places, ids: Tensor) -> None:
+    expected = llama(project, by_hand(places.gptq))
+    ours = load("gptq", places)
+    torch.testing.assert_close(logits(ours, ids), logits(expected, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(expected.named_parameters()), rtol=1e-6, atol=0)
+
+
+def test_merged_is_the_merged_checkpoint(project: Path, places: variants.Places, ids: Tensor) -> None:
+    expected = llama(project, load_file(places.merged / "model.safetensors"))
+    torch.testing.assert_close(logits(load("merged", places), ids), logits(expected, ids), rtol=0, atol=1e-5)
+
+
+def test_rtn_is_nearest_on_its_own_grid_and_nothing_else_changes(places: variants.Places) -> None:
+    merged, rtn = dict(load("merged", places).named_parameters()), dict(load("rtn", places).named_parameters())
+    changed = {f"{m}.weight" for m in MODULES}
+    assert merged.keys() == rtn.keys()
+    for name in merged.keys() - changed:
+        assert torch.equal(merged[name], rtn[name])
+    for name in changed:
+        before, after = (t[name].double().reshape(-1, GROUP) for t in (merged, rtn))
+        step = before.abs().amax(dim=1, keepdim=True) / 7.5  # min-max: 16 levels span -max .. +max
+        codes = after / step  # the stored step is rounded to 8 bits, so a code may be off by 7.5 / 256
+        assert (codes - codes.round()).abs().max() < 8 * 2**-8
+        assert codes.round().min() >= -8
+        assert codes.round().max() <= 7
+        assert ((before - after).abs() / step).max() < 0.5 + 8 * 2**-8, "to the nearest level"
+        assert not torch.equal(before, after)
+
+
+def test_rtn_follows_every_modules_own_grid(places: variants.Places) -> None:
+    name = MODULES[-1]
+    finer = replace(places, grids={**places.grids, name: Grid(8, GROUP)})
+    merged, coarse, fine = (
+        dict(load(v, p).named_parameters())[f"{name}.weight"]
+        for v, p in (("merged", places), ("rtn", places), ("rtn", finer))
+    )
+    assert (fine - merged).norm() < (coarse - merged).norm() / 10
+
+
+def test_base_and_adapter_differ_by_the_lora_delta(places: variants.Places, project: Path, ids: Tensor) -> None:
+    base, adapter = load("base", places), load("adapter", places)
+    weights = load_file(project / "adapter" / "adapter_model.safetensors")
+    name = MODULES[0]
+    a, b = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = base.get_submodule(name)(x)
+        tuned = adapter.get_submodule(f"base_model.model.{name}")(x)
+    torch.testing.assert_close(tuned - plain, 12 / 8 * x @ a.T @ b.T, rtol=1e-4, atol=1e-5)
+    assert (logits(adapter, ids) - logits(base, ids)).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapter, ids), logits(load("merged", places), ids), rtol=0, atol=1e-3)
+
+
+def test_original_is_the_16_bit_base_with_the_delta(project: Path, places: variants.Places, ids: Tensor) -> None:
+    weights = {n: t.float() for n, t in load_file(project / "original" / "model.safetensors").items()}
+    adapter = load_file(project / "adapter" / "adapter_model.safetensors")
+    for module in MODULES:
+        a, b = (adapter[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+        weights[f"{module}.weight"] = (weights[f"{module}.weight"].double() + 12 / 8 * b @ a).float()
+    ours = load("original", places)
+    torch.testing.assert_close(logits(ours, ids), logits(llama(project, weights), ids), rtol=0, atol=1e-4)
+    assert (logits(ours, ids) - logits(load("merged", places), ids)).abs().max() > 0.01, "NF4 cost something"
+
+
+def test_a_16_bit_base_runs_through_bitsandbytes_as_the_recipe_says(
+    project: Path, places: variants.Places, ids: Tensor
+) -> None:
+    simulated = replace(places, base=project / "original", simulate=Nf4Settings("nf4", double_quant=True))
+    torch.testing.assert_close(
+        logits(load("base", simulated), ids), logits(load("base", places), ids), rtol=0, atol=1e-5
+    )
+    other = replace(simulated, simulate=Nf4Settings("fp4", double_quant=True))
+    assert (logits(load("base", other), ids) - logits(load("base", places), ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["base", "adapter", "merged", "rtn", "gptq", "original"])
+def test_the_forward_pass_computes_in_the_dtype_asked_for(places: variants.Places, ids: Tensor, name: str) -> None:
+    model = load(name, places, torch.bfloat16)
+    assert not model.training
+    with torch.no_grad():
+        out = model(input_ids=ids).logits
+    assert out.dtype == torch.bfloat16
+    exact = logits(load(name, places), ids)
+    error = (out.float() - exact).norm() / exact.norm()
+    assert 0 < error < 0.1
+
+
+def test_rtn_rounds_the_merged_weights_and_not_their_cast(places: variants.Places) -> None:
+    """What would ship is rounded from the stored weights; the forward pass's dtype comes after."""
+    exact, cast = (dict(load("rtn", places, dtype).named_parameters()) for dtype in (torch.float32, torch.bfloat16))
+    for module in MODULES:
+        assert torch.equal(cast[f"{module}.weight"], exact[f"{module}.weight"].bfloat16()), module
+
+
+def test_a_checkpoint_without_one_of_its_tensors(places: variants.Places) -> None:
+    model, stored = variants.plain("merged", places, CPU)
+    del stored._infos["model.norm.weight"]  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match=r"1 tensors of the model are missing, e.g. model.norm.weight"):
+        variants.fill(model, stored, CPU, torch.float32)
+
+
+def test_an_unknown_name(places: variants.Places) -> None:
+    with pytest.raises(ValueError, match="no variant 'healed'"):
+        load("healed", places)
+    with pytest.raises(ValueError, match="no variant 'original'"):
+        load("original", replace(places, original=None))
+
+
+class Loading:
+    """Stands for transformers' loader; `failing`: what loading straight to a device ends with."""
+
+    def __init__(self, failing: Exception | None = None) -> None:
+        self.failing, self.asked, self.moved = failing, [], []
+
+    def from_pretrained(self, path: str, **options: Any) -> Any:
+        self.asked.append(options)
+        if self.failing and "device_map" in options:
+            raise self.failing
+        model = torch.nn.Linear(1, 1)
+        model.to = lambda device: self.moved.append(device) or model  # type: ignore[method-assign,assignment,func-returns-value]
+        return model
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Loading:
+    loader = Loading()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", loader)
+    return loader
+
+
+def test_a_gpu_gets_a_model_without_a_copy_on_the_host(places: variants.Places, loading: Loading) -> None:
+    gpu = torch.device("cuda", 1)
+    model = variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    assert [options["device_map"] for options in loading.asked] == [{"": gpu}]
+    assert not model.training
+    variants.load("merged", places, device=CPU, dtype=torch.float32)
+    assert "device_map" not in loading.asked[1]
+
+
+def test_memory_that_runs_out_while_loading_is_told_as_such(places: variants.Places, loading: Loading) -> None:
+    """Scoring goes on block by block then; transformers hides it where it puts experts together, so the host does that."""
+    gpu = torch.device("cuda")
+    loading.failing = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    assert len(loading.asked) == 1
+    loading.failing = RuntimeError("We encountered some issues during automatic conversion of the weights")
+    variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    assert "device_map" not in loading.asked[2]
+    assert loading.moved[-1] == gpu

@@ -1,0 +1,107 @@
+"""The table of model families that are proven end to end: what the tests run and the documentation lists.
+
+`python tests/families.py` writes docs/families.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. kind: transformers' model_type. left: names in a block that stay in 16 bit by design."""
+
+    name: str
+    kind: str
+    note: str = ""
+    loads: tuple[str, ...] = ("transformers", "gptqmodel")  # what of these reads its GPTQ checkpoint
+    changes: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+
+_ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+FAMILIES = (
+    Family("Llama 2, 3", "llama"),
+    Family("Mistral", "mistral", changes={"sliding_window": 8}),
+    Family("Qwen 2, 2.5", "qwen2", "biases on q, k, v"),
+    Family("Qwen 3", "qwen3", "norms on q and k"),
+    Family("Gemma", "gemma", "tied head"),
+    Family("Gemma 2", "gemma2", "alternating window, soft caps"),
+    Family("Gemma 3 (text)", "gemma3_text", "two rotary bases, sliding window"),
+    Family("Phi-2", "phi", "attention and MLP in parallel, one input"),
+    Family("Phi-3, 3.5, 4", "phi3", "qkv and gate_up fused in the checkpoint", loads=("transformers",)),
+    Family("GPT-2", "gpt2", "Conv1D, stored [in, out]", loads=("gptqmodel",), lora={"fan_in_fan_out": True}),
+    Family("OPT", "opt", "biases, learned positions"),
+    Family("GPT-NeoX, Pythia", "gpt_neox", "fused query_key_value, parallel blocks", loads=("transformers",)),
+    Family("StableLM", "stablelm"),
+    Family("Falcon", "falcon", "one shared key and value; bitsandbytes leaves its linears in 16 bit", loads=("gptqmodel",)),
+    Family("Cohere Command R", "cohere", "parallel blocks, tied head"),
+    Family("Cohere 2", "cohere2", "window and full attention in turns"),
+    Family("OLMo 2", "olmo2", "norms after the sublayers"),
+    Family("Granite 3", "granite", "multipliers"),
+    Family("SmolLM3", "smollm3", "layers without positions"),
+    Family("StarCoder 2", "starcoder2", "biases everywhere"),
+    Family("GLM-4 (0414)", "glm4", "gate_up fused in the checkpoint", loads=("transformers",)),
+    Family("Mixtral", "mixtral", "experts split", loads=(), lora=_ATTENTION),
+    Family("Qwen 3 MoE", "qwen3_moe", "experts split", loads=("gptqmodel",), lora=_ATTENTION),
+    Family("Qwen 2 MoE", "qwen2_moe", "experts split; a shared expert",
+           loads=("gptqmodel",), lora=_ATTENTION, left=("mlp.shared_expert_gate",)),
+    Family("OLMoE", "olmoe", "experts split", loads=("gptqmodel",), lora=_ATTENTION),
+)  # fmt: skip
+BY_KIND = {family.kind: family for family in FAMILIES}
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+_HEAD = """\
+# Model families
+
+Written by `python tests/families.py` from the table that the tests run (`tests/test_families.py`), on random models of
+two layers: base in NF4 (bitsandbytes 0.50, transformers 5.23) + LoRA on every linear but a mixture's experts -> merged:
+the logits of PEFT's unmerged forward in fp32, from a base quantized while loading and from one saved in 4 bits ->
+GPTQ block by block: the written file gives the states that the walk ended in -> loaded by transformers with optimum
+2.3 and gptqmodel 7.7, or by gptqmodel's own loader: the logits of our own decoder (where both are named the tests load
+with transformers). Blocks, linears and experts are found by structure, only Falcon's Linear class by its name: other
+families of the same build are likely to work, and `requant check` says what it found.
+
+| family | model_type | loaded again by | what is special |
+|---|---|---|---|
+"""
+_FOOT = """
+Not loaded by transformers: Conv1D, Falcon's own Linear and experts (`requant check` says why; vLLM and SGLang do not use
+transformers' modules). Experts are written one by one under the names of the original checkpoint
+(`model.layers.0.mlp.experts.0.gate_proj.qweight`; Mixtral: `block_sparse_moe.experts.0.w1`), which vLLM's loader reads
+(0.32 on a CPU, seen with the experts left in 16 bit: its CPU kernel for quantized ones needs AMX).
+
+No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.block_sparse_moe.experts.0.w1` and stops at
+`model.layers.0.mlp...` (`tests/test_vllm.py`); gptqmodel 7.7 insists on `model.layers.0.mlp.experts.0.gate_proj`
+(`up_proj`: w3, `down_proj`: w2) and on `mlp.gate`, and with these names loads our tensors and gives our logits
+(`tests/test_roundtrip.py`). Ours are the original checkpoint's, for servers.
+
+Experts that the checkpoint holds in one tensor (gpt-oss, Granite MoE, Llama 4) are merged, adapters on them too, and
+stay in 16 bit: `requant check` warns, and a rule in the config tells engines. transformers with gptqmodel gives our
+decoder's logits for the three (`tests/test_fused_experts.py`), vLLM 0.32 ours for gpt-oss and Granite MoE. Matrices
+with fewer than 32 outputs, like the gate of a shared expert, stay in 16 bit.
+
+A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
+merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our
+own decoder's values, and `requant check` says so (`tests/test_bases.py`).
+"""
+
+
+def document() -> str:
+    """docs/families.md."""
+    rows = []
+    for family in FAMILIES:
+        loads = ", ".join(family.loads) or "neither"
+        left = f"; 16 bit: {', '.join(family.left)}" if family.left else ""
+        rows.append(f"| {family.name} | `{family.kind}` | {loads} | {family.note}{left} |\n")
+    return _HEAD + "".join(rows) + _FOOT
+
+
+if __name__ == "__main__":
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(document())

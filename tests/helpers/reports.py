@@ -1,0 +1,123 @@
+"""Scores, facts and whole reports made up for tests of the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from requant_eval.gate import parse
+from requant_eval.metrics import set_metrics
+from requant_eval.report.build import build
+from requant_eval.scoring.token_scores import TokenScores
+
+# Nats that each variant adds to what the adapter scores: the base loses 0.5, GPTQ a tenth of that.
+SHIFT = {"base": 0.5, "adapter": 0.0, "merged": 0.001, "rtn": 0.1, "gptq": 0.05}
+
+FACTS: dict[str, Any] = {
+    "name": "pico|w4g64",
+    "created": "2026-01-02",
+    "recipe": "name: pico\nquantize: {bits: 4}",
+    "base": {"name": "org/pico-nf4"},
+    "adapter": "my-adapter",
+    "merge": {"dtype": "float16", "ledger": {"merged": 14, "copied": 3}},
+    "quantize": {
+        "settings": {"bits": 4, "group_size": 64},
+        "bits_per_weight": np.float64(4.25),
+        "modules": [
+            {"name": f"layers.{i}.down_proj", "bits": 4, "relative_error": 0.01 * i, "loss": 0.5} for i in range(1, 15)
+        ],
+    },
+    "calibration": {"windows": 128, "overlap": {"in-domain": 0.0, "general": 0.03}},
+    "cost": {
+        "bytes": {"base": 90_000_000, "adapter": 10_000_000, "merged": 300_000_000, "gptq": 100_000_000},
+        "seconds": {"merge": 3.0, "quantize": 83.0},
+        "peak_rss": {"quantize": 2_000_000_000},
+    },
+    "versions": {"torch": "2.13"},
+    "hardware": {"gpu": "none"},
+    "warnings": ["damp was raised for 1 module"],
+}
+
+
+def scores(shift: float, *, documents: int = 30, reference: bool = False, digest: str = "d" * 64) -> TokenScores:
+    common, own = np.random.default_rng(0), np.random.default_rng(int(1000 * shift) + 1)
+    document = np.repeat(np.arange(documents, dtype=np.int32), 40)
+    nll = common.gamma(2.0, size=len(document)) + shift * (1 + 0.2 * own.normal(size=len(document)))
+    kl = np.abs(shift * own.normal(size=len(document))) if reference else None
+    agree = own.random(len(document)) > shift if reference else None
+    return TokenScores(nll, document, nll < 1.5, kl, agree, 0, digest, 1.5)
+
+
+def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: int = 30) -> set_metrics.SetResult:
+    made = {v: scores(SHIFT[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants}
+    return set_metrics.SetResult(
+        name, "d" * 64, "documents", 2048, True, documents, documents * 40, documents * 160, 7, made
+    )
+
+
+GATES = ("ppl_increase in-domain 8%", "ppl_increase general 50% of rtn", "retention in-domain 80%")
+
+
+def built(facts: dict[str, Any] | None = None, gates: tuple[str, ...] = GATES) -> dict[str, Any]:
+    return build(
+        sets=[result("general"), result("in-domain")],
+        facts=FACTS if facts is None else facts,
+        in_domain="in-domain",
+        gates=[parse(text) for text in gates],
+    )
+
+
+OLD = Path(__file__).parents[1] / "data" / "report-v1.json"
+
+
+HOSTILE = "\"'><script>hacked=1</script><img src=x onerror=hacked=1></style></title>{{ 7*7 }}{% raw %}&amp;"
+
+
+def modules(layers: int) -> list[dict[str, Any]]:
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    return [
+        {"name": f"model.layers.{i}.{kind}", "bits": 4, "group_size": 64, "loss": 0.1 * i, "damp": 0.01,
+         "relative_error": 0.01 + 0.0001 * i * (n + 1), "rtn_error": 0.1, "fallback": False}
+        for i in range(layers) for n, kind in enumerate(kinds)
+    ]  # fmt: skip
+
+
+def full(layers: int = 30) -> dict[str, Any]:
+    """A report with a whole model's modules."""
+    return built(FACTS | {"quantize": FACTS["quantize"] | {"modules": modules(layers)}})
+
+
+def hostile() -> dict[str, Any]:
+    """A report in which everything that a user or a file can name is hostile."""
+
+    def spoil(value: Any, key: str = "") -> Any:
+        if key == "options" and isinstance(value, dict):  # named by us
+            return value | {"loss": {name + HOSTILE: loss for name, loss in value["loss"].items()}}
+        if isinstance(value, dict):
+            return {
+                (k + HOSTILE if key in ("bytes", "versions", "retention") else k): spoil(v, k) for k, v in value.items()
+            }
+        if isinstance(value, list):
+            return [spoil(v, key) for v in value]
+        names = (
+            "name",
+            "set",
+            "from",
+            "to",
+            "reference",
+            "recipe",
+            "adapter",
+            "warnings",
+            "gpu",
+            "protocol",
+            "created",
+            "headline",
+        )
+        return value + HOSTILE if isinstance(value, str) and key in names else value
+
+    spoilt: dict[str, Any] = spoil(json.loads(json.dumps(full(2))))
+    return spoilt

@@ -1,0 +1,98 @@
+"""`requant.dequantize`: which tensors a base has, in which kind, and what bitsandbytes would have quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from helpers import pico
+
+from requant.checkpoint.reader import Checkpoint
+from requant.merge.base_weights import Base, Nf4Settings, dequantize
+from requant.modeling import skeleton
+from requant.numerics import nf4
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stream_of_a_packed_base(tmp_path: Path) -> None:
+    """Names and shapes of the 16-bit checkpoint, values of bitsandbytes' own decoder."""
+    source = pico.save(pico.model(), tmp_path / "source", torch.bfloat16)
+    path = pico.save_4bit(source, tmp_path / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = Base(Checkpoint(path))
+    original = Checkpoint(source)
+    stream = dict(dequantize(base))
+    assert {n: tuple(t.shape) for n, t in stream.items()} == {n: original[n].shape for n in original}
+    assert list(stream) == [n for n in Checkpoint(path) if n not in base.auxiliary]
+    live = pico.quantize(source, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    for name, module in live.named_modules():
+        if isinstance(module, Linear4bit):
+            module.weight.quant_state.dtype = torch.float32
+            expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert torch.equal(stream[f"{name}.weight"], expected), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_may_lie_in_different_shards(tmp_path: Path) -> None:
+    source = pico.save(pico.model(), tmp_path / "source", torch.bfloat16)
+    pico.quantize(source, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "one")
+    pico.quantize(source, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "many", max_shard_size="6KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4
+    one, many = (dict(dequantize(Base(Checkpoint(tmp_path / n)))) for n in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[n], many[n]) for n in one)
+
+
+def test_a_16_bit_base_is_passed_through(tmp_path: Path) -> None:
+    path = pico.save(pico.model(), tmp_path / "base", torch.bfloat16)
+    checkpoint = Checkpoint(path)
+    base = Base(checkpoint)
+    assert not base.packed
+    assert not base.auxiliary
+    for name, tensor in dequantize(base):
+        assert torch.equal(tensor, checkpoint.read(name))
+        assert tensor.dtype == torch.bfloat16
+
+
+def test_simulated_weights_are_cast_to_the_load_dtype_first(tmp_path: Path) -> None:
+    """Training saw bfloat16 weights rounded to NF4, whatever the file holds; other weights in bfloat16."""
+    path = pico.save(pico.model(), tmp_path / "base", torch.float32)
+    checkpoint = Checkpoint(path)
+    base = Base(checkpoint, simulate=Nf4Settings("nf4", double_quant=False), quantized=frozenset([NAME]))
+    expected = nf4.round_trip(checkpoint.read(NAME).bfloat16(), "nf4", 64, False)
+    assert torch.equal(base.read(NAME), expected)
+    norm = "model.norm.weight"
+    assert torch.equal(base.read(norm), checkpoint.read(norm).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "opt", "gpt_neox", "gpt2", "gemma2", "falcon", "qwen2_moe", "mixtral"]
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("skip", [(), ("lm_head", "v_proj"), ("layers.0",)])
+@pytest.mark.filterwarnings("ignore")
+def test_quantizable_modules_are_those_of_transformers(
+    tmp_path: Path, kind: str, tied: bool, skip: tuple[str, ...]
+) -> None:
+    """The real replacement, on the meta device, is the oracle."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config: Any = pico.model(kind, tie_word_embeddings=tied).config
+    skeleton_model = skeleton.build(config)
+    ours = skeleton.quantizable(skeleton_model, skip)
+    with torch.device("meta"):
+        live = transformers.AutoModelForCausalLM.from_config(config)
+    live.tie_weights()
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(skip) or None)
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    kept = quantizer.get_modules_to_not_convert(live, settings.llm_int8_skip_modules, live._keep_in_fp32_modules)
+    live = replace_with_bnb_linear(live, modules_to_not_convert=kept, quantization_config=settings)
+    assert ours == {name for name, module in live.named_modules() if isinstance(module, Linear4bit)}
+    assert ours or skip or kind == "falcon", "Falcon's Linear is a class of its own, which bitsandbytes passes over"

@@ -1,0 +1,75 @@
+"""The merge on a device: read ahead, decoded there, folded in full fp32. What needs a GPU is skipped without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import pico
+from safetensors.torch import load_file
+
+from requant import merge
+from requant.adapters import peft_directory as adapters
+from requant.merge.plan import MergePlan
+from requant.merge.stage import ahead, compute
+from requant.numerics import nf4
+from requant.run import prepare
+
+CPU = torch.device("cpu")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def planned(tmp: Path, **lora: Any) -> MergePlan:
+    """A LoRA on a base in NF4 with nested scales."""
+    made = pico.model()
+    source = pico.save(made, tmp / "source", torch.bfloat16)
+    base = pico.save_4bit(source, tmp / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    pico.train(made, tmp / "adapter", **lora)
+    return prepare.plan_merge(base, [adapters.load(tmp / "adapter")], None, False)[0]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("shape", "blocksize"), [((64, 64), 64), ((33, 51), 64), ((5, 7), 128), ((1, 3), 64)])
+def test_a_device_decodes_the_same_bits(quant_type: Any, shape: tuple[int, int], blocksize: int) -> None:
+    """The device's decoder, run on the CPU: rows that are not whole blocks, short last blocks, odd counts."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    packed, absmax = nf4.encode(weight, quant_type, blocksize)
+    state = nf4.QuantState(quant_type, blocksize, shape, "float32")
+    table = nf4.table(quant_type)
+    byte = torch.arange(256)
+    pairs = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
+    assert torch.equal(nf4._decode_there(packed, pairs, absmax, state), nf4.decode(packed, absmax, state))
+
+
+def test_reading_ahead_gives_the_same_tensors_in_full_precision(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for (op, value, changes), expected in zip(ahead(plan, CPU), plan.ops, strict=True):
+            assert torch.get_float32_matmul_precision() == "highest"
+            theirs, changed = compute(plan, expected)
+            assert op is expected
+            assert changes == changed
+            assert torch.equal(value, theirs)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@GPU
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_gpu_writes_what_the_cpu_writes(tmp_path: Path, lora: dict[str, Any]) -> None:
+    """Decoded tensors bit for bit; folded ones as near as two orders of the same fp32 sums: far nearer than TF32."""
+    plan = planned(tmp_path, **lora)
+    for name in ("cpu", "cuda"):
+        (tmp_path / name).mkdir()
+        merge.merge(plan, tmp_path / name, dtype="float32", device=torch.device(name))
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("cuda", "cpu"))
+    for op in plan.ops:
+        if op.folds:
+            torch.testing.assert_close(ours[op.name], theirs[op.name], rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(ours[op.name], theirs[op.name]), op.name

@@ -1,0 +1,335 @@
+"""`requant.blocks`: the walk must see what the whole model's forward sees, stage by stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import pico
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError, StageError
+from requant.modeling import skeleton
+from requant.modeling.block_walk import BlockInput, Walk, block_linears, block_list
+from requant.modeling.sequential import Stage, find_stages, step
+from requant.quantize import memory
+from requant.quantize.memory import ROOM, held_bytes, may_wait, shelf_for, solving_bytes, waiting_bytes
+
+STAGES = {
+    "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+              ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
+    "gpt_neox": [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]],
+    "opt": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.out_proj"], ["fc1"], ["fc2"]],
+}  # fmt: skip
+STAGES |= dict.fromkeys(("gemma2", "qwen2", "qwen3"), STAGES["llama"])
+KINDS = list(STAGES)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def walk_of(tmp: Path, kind: str = "llama", **changes: Any) -> tuple[Any, Walk]:
+    made = pico.model(kind, **changes)
+    checkpoint = Checkpoint(pico.save(made, tmp / "model"))
+    built = skeleton.build(skeleton.load_config(tmp / "model"))
+    return made, Walk(checkpoint, built, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def seen_by_model(made: Any, tokens: Tensor) -> list[Tensor]:
+    """The output of every block in an ordinary forward."""
+    outputs: list[Tensor] = []
+
+    def hook(_m: nn.Module, _a: Any, out: Any) -> None:
+        outputs.append((out[0] if isinstance(out, tuple) else out).clone())
+
+    handles = [b.register_forward_hook(hook) for b in block_list(made)[1]]
+    made(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_alone_give_the_models_hidden_states(tmp_path: Path, kind: str) -> None:
+    made, walk = walk_of(tmp_path, kind)
+    tokens = pico.ids(5, 24)
+    expected = seen_by_model(made, tokens)
+    items = walk.embed(tokens, 2)  # batches of 2, 2 and 1
+    assert [len(i.hidden) for i in items] == [2, 2, 1]
+    for index in range(len(walk)):
+        walk.load(index)
+        for item in items:
+            item.hidden = walk.run(index, item)
+        walk.release(walk.blocks[index])
+        got = torch.cat([i.hidden for i in items])
+        assert torch.allclose(got, expected[index], rtol=1e-5, atol=1e-5), index
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_are_linears_that_share_their_input(tmp_path: Path, kind: str) -> None:
+    _, walk = walk_of(tmp_path, kind)
+    (item,) = walk.embed(pico.ids(), 2)
+    block = walk.load(0)
+    stages = find_stages(walk, 0, item, tuple(block_linears(block)))
+    assert [list(s.linears) for s in stages] == STAGES[kind]
+
+
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2"])
+def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path: Path, kind: str, hold: bool) -> None:
+    """Each stage's inputs must come from the already replaced stages before it, whether batches wait or start anew."""
+    made, walk = walk_of(tmp_path, kind)
+    tokens = pico.ids(4, 16)
+    items = walk.embed(tokens, 3)
+    seen: dict[str, Tensor] = {}
+    for index in range(len(walk)):
+        block = walk.load(index)
+        stages = find_stages(walk, index, items[0], tuple(block_linears(block)))
+
+        def reach(
+            stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], index: int = index, block: Any = block
+        ) -> None:
+            seen[f"{index}.{stage.linears[0]}"] = torch.cat([x for x, _ in inputs])
+            for name in stage.linears:
+                block.get_submodule(name).weight.mul_(0.5)
+
+        step(walk, index, items, stages, reach, hold=hold)
+        walk.release(block)
+    blocks = block_list(made)[1]
+    expected: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks):
+        for name, linear in block_linears(block).items():
+            linear.weight.mul_(0.5)
+            linear.register_forward_pre_hook(
+                lambda _m, args, key=f"{index}.{name}": expected.update({key: args[0].clone()})
+            )
+    final = seen_by_model(made, tokens)[-1]
+    assert torch.allclose(torch.cat([i.hidden for i in items]), final, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 4 * len(walk)
+    for key, value in seen.items():
+        assert torch.allclose(value, expected[key].reshape(value.shape), rtol=1e-5, atol=1e-5), key
+
+
+def test_one_block_is_resident(tmp_path: Path) -> None:
+    _, walk = walk_of(tmp_path, num_hidden_layers=3)
+
+    def resident() -> list[int]:
+        return [i for i, b in enumerate(walk.blocks) if any(not p.is_meta for p in b.parameters())]
+
+    walk.embed(pico.ids(), 2)
+    assert resident() == [0]
+    walk.release(walk.blocks[0])
+    walk.load(2)
+    assert resident() == [2]
+    assert all(p.is_meta for n, p in walk.model.named_parameters() if ".layers." not in n), "nor embeddings and head"
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_the_twin_runs_the_original_block_in_step(tmp_path: Path, hold: bool) -> None:
+    """Its inputs stay those of the unquantized model while the block's own weights are halved under way."""
+    made, walk = walk_of(tmp_path, "llama")
+    tokens = pico.ids(4, 16)
+    expected: dict[str, Tensor] = {}
+    for name, linear in block_linears(block_list(made)[1][0]).items():
+        linear.register_forward_pre_hook(lambda _m, args, key=name: expected.update({key: args[0].clone()}))
+    final = seen_by_model(made, tokens)
+    items = walk.embed(tokens, 4)
+    items[0].exact = items[0].hidden
+    block = walk.load(0)
+    twin = copy.deepcopy(block)
+    stages = find_stages(walk, 0, items[0], tuple(block_linears(block)))
+
+    def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+        ((_, exact),) = inputs
+        assert exact is not None
+        assert torch.allclose(exact, expected[stage.linears[0]], rtol=1e-5, atol=1e-5)
+        for name in stage.linears:
+            block.get_submodule(name).weight.mul_(0.5)
+
+    step(walk, 0, items, stages, reach, twin=twin, hold=hold)
+    assert items[0].exact is not None
+    assert torch.allclose(items[0].exact, final[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(items[0].hidden, final[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_waits_is_counted(tmp_path: Path) -> None:
+    """Every linear's input and output, 2 bytes each, 10 tokens."""
+    _, walk = walk_of(tmp_path, "llama")
+    linears = block_linears(walk.load(0))
+    wide = sum(m.in_features + m.out_features for m in linears.values())
+    assert held_bytes(walk.blocks[0], tuple(linears), 10, 2) == 20 * wide
+
+
+def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens run twice: half as much again."""
+    _, walk = walk_of(tmp_path, "llama")
+    assert may_wait(walk, 10**12), "a CPU has no other memory to send them to"
+    guess = held_bytes(walk.load(0), tuple(block_linears(walk.blocks[0])), 1000, walk.dtype.itemsize)
+    rest = solving_bytes(walk.blocks[0], walk.dtype.itemsize)
+    assert rest == 3 * 4 * sum(p.numel() for p in walk.blocks[0].parameters()) + 5 * 4 * 128**2
+    walk.device = torch.device("cuda")
+    asked: list[str] = []
+
+    def free(_: torch.device) -> tuple[int, int]:
+        asked.append("free")
+        return int((guess * 1.5 / 3 + rest) / ROOM) + 2, 10**12
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    assert may_wait(walk, 1000, 0.5)
+    assert asked == ["emptied", "free"], "what nobody uses must not be missing"
+    assert not may_wait(walk, 1001, 0.5)
+
+
+def test_memory_for_what_waits_is_taken_once_where_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, walk = walk_of(tmp_path, "llama")
+    taken: list[int] = []
+    monkeypatch.setattr(memory, "hold", lambda _, nbytes: taken.append(nbytes))
+    monkeypatch.setattr(memory, "Shelf", lambda _, *, on_host: on_host)
+    assert not shelf_for(walk, 1000, 0.5, bool)
+    assert taken == [], "a CPU's memory is taken as it is needed"
+    walk.device = torch.device("cuda")
+    need = waiting_bytes(walk, 1000, 0.5)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(need / ROOM) + 2, 10**12))
+    assert shelf_for(walk, 1000, 0.5, lambda _: False)
+    assert shelf_for(walk, 10**6, 0.5, bool)
+    assert taken == []
+    assert not shelf_for(walk, 1000, 0.5, bool)
+    assert taken == [need]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "samples", "twice", "waits"),
+    [(4096, 14336, 512, 1 / 8, True), (4096, 14336, 1024, 1 / 16, False), (8192, 28672, 128, 1.0, False)],
+)
+def test_what_ran_out_of_memory_on_a_gpu_is_not_tried_again(
+    hidden: int, inner: int, samples: int, twice: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 GB: windows of 2048 tokens of Llama's 8B and 70B shapes; the last one did (bench/results/*-speed-70b-slope-h100).
+
+    The first fits when a context and compiled kernels have taken 4 GB of it too.
+    """
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_attention_heads=hidden // 128, num_key_value_heads=8,
+        num_hidden_layers=1, vocab_size=8,
+    )  # fmt: skip
+    _, blocks = block_list(skeleton.build(config))
+    walk: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, blocks=blocks)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (84_400_000_000, 85_000_000_000))
+    assert may_wait(walk, samples * 2048, twice) is waits
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (81_000_000_000, 85_000_000_000))
+    assert may_wait(walk, samples * 2048, twice) is waits
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_failing_stage_leaves_no_hooks(tmp_path: Path, hold: bool) -> None:
+    _, walk = walk_of(tmp_path)
+    (item,) = walk.embed(pico.ids(), 2)
+    block = walk.load(0)
+    stages = find_stages(walk, 0, item, tuple(block_linears(block)))
+
+    def fail(stage: Stage, inputs: Iterator[Tensor]) -> None:
+        next(inputs)
+        raise StageError("stop")
+
+    with pytest.raises(StageError, match="stop"):
+        step(walk, 0, [item], stages, fail, hold=hold)
+    assert all(not m._forward_pre_hooks for m in block.modules())
+    assert torch.isfinite(walk.run(0, item)).all()
+
+
+def test_a_linear_that_is_never_called_is_an_error(tmp_path: Path) -> None:
+    _, walk = walk_of(tmp_path)
+    (item,) = walk.embed(pico.ids(), 2)
+    block = walk.load(0)
+    block.idle = nn.Linear(4, 4)
+    with pytest.raises(StageError, match=r"model.layers.0: idle was never called on the calibration text"):
+        find_stages(walk, 0, item, (*block_linears(walk.blocks[1]), "idle"))
+
+
+def test_structure_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Linear: no list of transformer blocks found"):
+        block_list(nn.Linear(2, 2))
+    path = pico.save(pico.model(), tmp_path / "model")
+    pico.edit_tensors(path / "model.safetensors", drop=["model.layers.1.mlp.up_proj.weight"])
+    built = skeleton.build(skeleton.load_config(path))
+    with pytest.raises(
+        InputError, match=r"1 of the model's tensors are missing, e.g. model.layers.1.mlp.up_proj.weight"
+    ):
+        Walk(Checkpoint(path), built, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_arguments_differ_by_block_where_the_model_makes_them_differ(tmp_path: Path) -> None:
+    """Gemma 2 alternates sliding and full attention: a window of 8 in 24 tokens changes the result."""
+    _, walk = walk_of(tmp_path, "gemma2")
+    item: BlockInput
+    (item,) = walk.embed(pico.ids(), 2)
+    assert len(item.arguments) == 2
+    hidden = item.hidden
+    walk.load(0)
+    own = walk.run(0, item)
+    swapped = walk.run(0, BlockInput(hidden, item.arguments[::-1]))
+    assert not torch.allclose(own, swapped)
+
+
+def read_ahead(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a walk on the CPU read ahead as it does for a GPU: the blocks it has begun to read."""
+    begun: list[int] = []
+
+    def read(index: int) -> dict[str, Tensor]:
+        begun.append(index)
+        return walk._read(walk.blocks[index], f"{walk.prefix}.{index}.")
+
+    monkeypatch.setattr(walk, "_reader", ThreadPoolExecutor(1))
+    monkeypatch.setattr(walk, "_read_ahead", read)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    return begun
+
+
+@torch.no_grad()
+def test_every_block_is_read_once_ahead_of_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, walk = walk_of(tmp_path, num_hidden_layers=4)
+    begun, tokens = read_ahead(walk, monkeypatch), pico.ids(4, 16)
+    expected = seen_by_model(made, tokens)
+    items = walk.embed(tokens, 4)
+    for index in range(4):
+        walk.load(index)
+        for item in items:
+            item.hidden = walk.run(index, item)
+        assert torch.allclose(torch.cat([i.hidden for i in items]), expected[index], atol=1e-5)
+        walk.release(walk.blocks[index])
+    assert begun == [0, 1, 2, 3]
+    assert not walk._coming
+
+
+@torch.no_grad()
+def test_an_embedding_that_fails_leaves_no_block_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, walk = walk_of(tmp_path)
+    read_ahead(walk, monkeypatch)
+    read = walk._read
+
+    def failing(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        if "embed" in prefix:
+            raise torch.OutOfMemoryError("no room")
+        return read(module, prefix)
+
+    monkeypatch.setattr(walk, "_read", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        walk.embed(pico.ids(2, 8), 2)
+    assert not walk._coming
+    monkeypatch.setattr(walk, "_read", read)
+    hidden = walk.embed(pico.ids(2, 8), 2)[0].hidden
+    assert torch.allclose(hidden, made.model.embed_tokens(pico.ids(2, 8)))

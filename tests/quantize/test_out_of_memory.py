@@ -1,0 +1,193 @@
+"""Memory that runs out while quantizing: the block begins again from its inputs, and nothing of the result changes."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.e2e import one_thread
+from helpers.quantizing import GRID, model_dir, run
+
+from requant.errors import StageError
+from requant.formats.gptq import load_quantized
+from requant.modeling.block_walk import Walk
+from requant.modeling.hidden_state_store import Shelf
+from requant.quantize import background_writer, block_quantizer
+from requant.quantize.out_of_memory import Lean
+from requant.quantize.plan import Settings
+
+CORRECTED = Settings(GRID, correct=0.5)
+WAITING = "out of memory with 4 batches waiting inside a block, went on with one at a time"
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def full() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory")
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, at: int, owner: Any, name: str) -> list[int]:
+    """Let call number `at` of a method run out of memory; returns a list that counts calls."""
+    original, calls = getattr(owner, name), [0]
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise full()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, staticmethod(limited) if owner is Walk else limited)
+    return calls
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings(GRID), CORRECTED, Settings(GRID, order="auto")], ids=["plain", "corrected", "auto"]
+)
+@pytest.mark.parametrize("at", [1, 3, 6, 9])
+def test_a_block_begins_again_from_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, at: int
+) -> None:
+    """The forward that fails is of the stages' discovery, of the first block's batches, or of the second's."""
+    source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
+    _, expected = run(source, tmp_path / "whole", settings)
+    calls = fails_once(monkeypatch, at, Walk, "forward")
+    _, results = run(source, tmp_path / "again", settings, notes=notes)
+    assert calls[0] > at
+    assert [n.split(": ")[1] for n in notes] == [WAITING]
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+    assert results == expected
+
+
+@pytest.mark.parametrize("settings", [Settings(GRID), CORRECTED], ids=["plain", "corrected"])
+@pytest.mark.parametrize("behind", [1, 2, 4])
+def test_after_the_last_stage_only_those_behind_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, behind: int
+) -> None:
+    """All is solved, and memory runs out as some batches have come through: none goes through twice."""
+    source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
+    run(source, tmp_path / "whole", settings)
+    embedded = 8 if settings.correct else 4
+    fails_once(monkeypatch, embedded + behind, Shelf, "put")
+    run(source, tmp_path / "again", settings, notes=notes)
+    assert not notes, "nothing was asked to take less: the rest simply followed"
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [CORRECTED, Settings(GRID, order="auto")], ids=["corrected", "auto"])
+def test_batches_are_halved_down_to_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
+    run(source, tmp_path / "whole", settings, batch=4)
+    forward = Walk.forward
+
+    def limited(block: Any, hidden: Any, others: Any) -> Any:
+        if hidden is not None and len(hidden) > 1:
+            raise full()
+        return forward(block, hidden, others)
+
+    monkeypatch.setattr(Walk, "forward", staticmethod(limited))
+    run(source, tmp_path / "again", settings, batch=4, notes=notes)
+    assert [n.partition(": ")[2] for n in notes] == [
+        "out of memory with 2 batches waiting inside a block, went on with one at a time",
+        "out of memory with 4 windows at a time, went on with 2",
+        "out of memory with 2 windows at a time, went on with 1",
+    ]
+    a, b = (dict(load_quantized(tmp_path / n)) for n in ("whole", "again"))
+    different = sum(int((a[n] != b[n]).sum()) for n in a)
+    assert different < 0.02 * sum(t.numel() for t in a.values()), "sums of fp32 in another order turn a few ties"
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("at", [2, 4, 6, 8])
+def test_memory_that_runs_out_as_a_stage_is_solved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, later: bool
+) -> None:
+    """Each linear is accounted for once, whatever had been solved by then."""
+    source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
+    _, expected = run(source, tmp_path / "whole")
+    monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
+    fails_once(monkeypatch, at, block_quantizer, "solve_stage")
+    _, results = run(source, tmp_path / "again", notes=notes)
+    assert len(notes) == 1
+    assert results == expected
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
+    """The message says where; what was finished before it stays."""
+    monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
+    source = model_dir(tmp_path)
+    forward, seen = Walk.forward, [0]
+
+    def limited(block: Any, hidden: Any, others: Any) -> Any:
+        seen[0] += 1
+        if seen[0] > 7:
+            raise full()
+        return forward(block, hidden, others)
+
+    monkeypatch.setattr(Walk, "forward", staticmethod(limited))
+    with pytest.raises(
+        StageError, match=r"layers.1: out of memory on cpu with one window at a time: shorten calibration"
+    ):
+        run(source, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "blocks.json").read_text())) == 1
+    monkeypatch.undo()
+    run(source, tmp_path / "whole")
+    run(source, tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_packing_that_finds_no_room_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model_dir(tmp_path)
+    run(source, tmp_path / "whole")
+    calls = fails_once(monkeypatch, 3, background_writer.gptq_format, "pack")
+    run(source, tmp_path / "out")
+    assert calls[0] == 14 + 1
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_what_was_set_aside_is_looked_at_again_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ring of references may hold what the next try needs."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    ring = Ring()
+    gone = weakref.ref(ring)
+    found: list[bool] = []
+    less = Lean.less
+
+    def looked(self: Lean, *args: Any) -> Any:
+        done = less(self, *args)
+        found.append(gone() is None)
+        return done
+
+    monkeypatch.setattr(Lean, "less", looked)
+    fails_once(monkeypatch, 3, Walk, "forward")
+    gc.freeze()
+    del ring
+    try:
+        run(model_dir(tmp_path), tmp_path / "out")
+    finally:
+        gc.unfreeze()
+    assert found == [True]

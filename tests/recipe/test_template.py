@@ -1,0 +1,237 @@
+"""Tests of `requant.init`: the schema accepts the starter, and bad adapters are told what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from requant.errors import InputError
+from requant.recipe import yaml_document
+from requant.recipe.model_sections import Nf4
+from requant.recipe.schema import Recipe, dump, parse
+from requant.recipe.template import starter
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def adapter(name: str = "my-adapter", **config: Any) -> str:
+    Path(name).mkdir(exist_ok=True)
+    values = {
+        "peft_type": "LORA",
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": ["v_proj", "q_proj"],
+        **config,
+    }
+    (Path(name) / "adapter_config.json").write_text(json.dumps(values))
+    return name
+
+
+def base(name: str, quantization: Any = None) -> str:
+    Path(name).mkdir(exist_ok=True)
+    extra = {} if quantization is None else {"quantization_config": quantization}
+    (Path(name) / "config.json").write_text(json.dumps({"model_type": "llama", **extra}))
+    return name
+
+
+def recipe(name: str) -> Recipe:
+    return parse(starter(name), directory=Path.cwd())
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(InputError) as caught:
+        starter(name)
+    return str(caught.value)
+
+
+def test_16_bit_hub_base_gets_an_explicit_nf4_section() -> None:
+    text = starter(adapter(base_model_name_or_path="meta-llama/Llama-3.1-8B", revision="0e9e39f"))
+    assert "adapter_config.json does not record how the base was quantized" in text
+    assert "# The adapter: LORA, r 16, alpha 32 on q_proj, v_proj\n" in text
+    r = parse(text, directory=Path.cwd())
+    assert r.base.nf4 == Nf4(quant_type="nf4", double_quant=True)
+    assert (r.base.model, r.base.revision) == ("meta-llama/Llama-3.1-8B", "0e9e39f")
+    assert r.adapter.path == "./my-adapter"
+    assert r.name == "my-adapter-w4g128"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unsloth/Meta-Llama-3.1-8B-bnb-4bit",
+        "unsloth/Qwen3-8B-unsloth-bnb-4bit",
+        "someone/model-NF4",
+        "a/b-4bit",
+    ],
+)
+def test_a_4_bit_name_is_a_pre_quantized_base(name: str) -> None:
+    text = starter(adapter(base_model_name_or_path=name))
+    r = parse(text, directory=Path.cwd())
+    assert r.base.nf4 == "auto"
+    assert r.base.model == name
+    assert "does not record" not in text
+
+
+def test_the_16_bit_twin_of_an_unsloth_base_is_offered() -> None:
+    text = starter(adapter(base_model_name_or_path="unsloth/Qwen3-8B-unsloth-bnb-4bit"))
+    assert "# original: unsloth/Qwen3-8B " in text
+
+
+def test_config_json_of_a_local_base_beats_its_name() -> None:
+    four = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert recipe(adapter(base_model_name_or_path=base("plain", four))).base.nf4 == "auto"
+    full = recipe(adapter(base_model_name_or_path=base("was-bnb-4bit")))
+    assert isinstance(full.base.nf4, Nf4)
+    assert full.base.model == "./was-bnb-4bit"
+
+
+def test_a_path_from_another_machine_is_marked() -> None:
+    text = starter(adapter(base_model_name_or_path="/content/drive/base", revision="main"))
+    assert "  model: /content/drive/base   # FIXME: not found here" in text
+    assert parse(text, directory=Path.cwd()).base.revision is None
+
+
+def test_every_key_of_the_schema_is_in_the_starter() -> None:
+    text = starter(adapter(base_model_name_or_path="gpt2"))
+    optional = {
+        "config",
+        "revision",
+        "column",
+        "documents",
+        "builtin",
+        "document_tokens",
+        "path",
+        "in_domain",
+    }
+
+    def keys(value: Any) -> set[str]:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return (set(value) if isinstance(value, dict) else set()).union(*map(keys, inner))
+
+    schema = keys(yaml_document.read(dump(parse(text, directory=Path.cwd())), "x").data)
+    assert {key for key in schema - optional if f"{key}:" not in text and key not in text} == set()
+
+
+def test_every_default_in_the_starter_is_the_default() -> None:
+    r = recipe(adapter(base_model_name_or_path="gpt2"))
+    bare = parse(
+        "name: a\nbase: {model: gpt2}\nadapter: ./a\ncalibration: {data: {path: a.txt}}\n"
+        "evaluate: {sets: [{name: a, data: {path: b.txt}}]}\n",
+        directory=Path.cwd(),
+    )
+    assert (r.merge, r.quantize, r.output, r.device) == (bare.merge, bare.quantize, bare.output, bare.device)
+    assert (r.calibration.samples, r.calibration.length) == (
+        bare.calibration.samples,
+        bare.calibration.length,
+    )
+    assert r.evaluate.model_copy(update={"sets": bare.evaluate.sets}) == bare.evaluate
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+    lambda text: "${" not in text and text.strip("/. ")
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(model=WORDS, revision=st.none() | WORDS, target=WORDS)
+def test_any_base_name_survives(model: str, revision: str | None, target: str) -> None:
+    name = adapter(base_model_name_or_path=model, revision=revision, target_modules=[target])
+    assert recipe(name).base.model in (model, f"./{model}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"r": 8}',
+            "base_model_name_or_path is missing: expected the hub id or directory of the model that was "
+            "fine-tuned: write it there",
+        ),
+        (
+            '{"base_model_name_or_path": 3}',
+            "base_model_name_or_path is 3: expected the hub id or directory of the model that was "
+            "fine-tuned: write it there",
+        ),
+        ("[]", "expected a JSON object, got list: save the file again from PEFT"),
+    ],
+)
+def test_bad_adapter_config(content: str, message: str) -> None:
+    (Path(adapter()) / "adapter_config.json").write_text(content)
+    assert refusal("my-adapter") == f"my-adapter/adapter_config.json: {message}"
+
+
+def test_invalid_json_names_the_line() -> None:
+    (Path(adapter()) / "adapter_config.json").write_text('{\n"r": }')
+    assert refusal("my-adapter") == (
+        "my-adapter/adapter_config.json:2: not valid JSON: Expecting value: save the file again from PEFT"
+    )
+
+
+def test_bad_places(here: Path) -> None:
+    (here / "empty").mkdir()
+    (here / "file").touch()
+    assert refusal("empty").startswith("empty/adapter_config.json: no such file: expected the directory that PEFT's")
+    assert refusal("file") == "file: is a file: expected the directory that holds adapter_config.json"
+    for name in ("./nope", "nope", "a/b/c", "../x"):
+        expected = f"{name}: no such directory: expected a PEFT directory or a hub id (owner/name)"
+        assert refusal(name) == expected
+
+
+def test_hub_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    file = Path(adapter("cache", base_model_name_or_path="gpt2")) / "adapter_config.json"
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    r = recipe("owner/adapter")
+    assert asked == [("owner/adapter", "adapter_config.json")]
+    assert r.adapter.path == "owner/adapter"
+    assert r.name == "adapter-w4g128"
+
+
+def test_unreachable_hub_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def download(repo: str, name: str) -> str:
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert refusal("owner/adapter") == (
+        "owner/adapter: neither a directory here nor an adapter that can be read from the hub (no network): "
+        "check the name, the network and, for a private repository, HF_TOKEN"
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "quantization_config.quant_method is 'gptq': expected bitsandbytes 4-bit or a 16-bit model: use "
+            "the model that the adapter was trained on",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "quantization_config has no load_in_4bit: true: 8-bit (LLM.int8) bases are not supported: use a "
+            "4-bit or a 16-bit model",
+        ),
+    ],
+)
+def test_bases_that_cannot_be_used(quantization: dict[str, Any], message: str) -> None:
+    name = adapter(base_model_name_or_path=base("base", quantization))
+    assert refusal(name) == f"base/config.json: {message}"

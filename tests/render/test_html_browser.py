@@ -1,0 +1,209 @@
+"""The HTML report in a real headless Chromium: it renders, is silent, calls nobody, sorts, and speaks to the keyboard."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import browser
+from helpers.browser import Page
+from helpers.reports import full, hostile
+
+from requant_eval.render import html
+
+pytestmark = pytest.mark.skipif(browser.executable() is None, reason=browser.MISSING)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser.chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(html.render(full()), encoding="utf-8")
+    return path.as_uri()
+
+
+def captioned(words: str) -> str:
+    """JavaScript: the first table whose caption holds `words`."""
+    return f"[...document.querySelectorAll('table')].find(t => t.caption.textContent.includes({json.dumps(words)}))"
+
+
+def column(page: Page, words: str, number: int) -> list[str]:
+    """The cells of a column of a table, in the order of the page."""
+    cells = f"[...{captioned(words)}.tBodies[0].rows].map(r => r.cells[{number}].textContent)"
+    found: list[str] = page.run(cells)
+    return found
+
+
+def tag(page: Page, words: str, number: int) -> str:
+    """A selector of the button that sorts a column."""
+    page.run(f"{captioned(words)}.tHead.rows[0].cells[{number}].firstElementChild.id = 'button{number}'")
+    return f"#button{number}"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_renders_in_silence_and_calls_nobody(page: Page, url: str, dark: bool) -> None:
+    page.open(url, dark=dark)
+    assert page.console == []
+    assert page.requests == [url]
+    assert page.run("document.querySelector('.verdict').getBoundingClientRect().top") < 200
+    assert page.run("[...document.querySelectorAll('.row svg')].every(s => s.getBoundingClientRect().width > 100)")
+    assert page.run("document.querySelectorAll('.chart .hit').length") == 30 * 7
+    ground = page.run("getComputedStyle(document.body).backgroundColor")
+    assert sum(int(part) for part in ground[4:-1].split(",")) < 150 if dark else ground == "rgb(253, 252, 249)"
+
+
+def test_it_could_not_call_if_it_were_told_to(page: Page, url: str) -> None:
+    """The page's own policy holds: what a script in it asks for does not reach a server that listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        there = f"http://127.0.0.1:{server.getsockname()[1]}"
+        page.open(url)
+        assert page.run(f"fetch('{there}/a').then(() => 'sent', () => 'refused')") == "refused"
+        page.run(f"new Promise(r => document.body.append(Object.assign(new Image, {{src: '{there}/b', onerror: r}})))")
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert any("Content Security Policy" in line for line in page.console)
+
+
+def test_hostile_names_do_not_run(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.html"
+    path.write_text(html.render(hostile()), encoding="utf-8")
+    page.open(path.as_uri())
+    assert page.run("typeof hacked") == "undefined"
+    assert page.console == []
+    assert page.requests == [path.as_uri()]
+    assert "<script>hacked=1</script>" in page.run("document.querySelector('h1').textContent")
+
+
+def test_a_click_sorts_up_down_and_back(page: Page, url: str) -> None:
+    page.open(url)
+    before = column(page, "worst of", 0)
+    assert before[0] == "model.layers.29.mlp.down_proj"
+    head = f"{captioned('worst of')}.tHead.rows[0].cells[0].ariaSort"
+    button = tag(page, "worst of", 0)
+    page.click(button)
+    assert page.run(head) == "ascending"
+    by_name = column(page, "worst of", 0)
+    assert sorted(by_name) == sorted(before)
+    layers = [int(name.split(".")[2]) for name in by_name]
+    assert layers == sorted(layers)
+    page.click(button)
+    assert page.run(head) == "descending"
+    assert column(page, "worst of", 0)[0].split(".")[2] == str(max(layers))
+    page.click(button)
+    assert page.run(head) is None
+    assert column(page, "worst of", 0) == before
+
+
+def test_the_keyboard_sorts_numbers_as_numbers(page: Page, url: str) -> None:
+    page.open(url)
+    page.run(f"document.querySelector({json.dumps(tag(page, 'in-domain: what each', 2))}).focus()")
+    values = [float(cell.split()[0]) for cell in column(page, "in-domain: what each", 2)]
+    page.press("Enter")
+    assert [float(c.split()[0]) for c in column(page, "in-domain: what each", 2)] == sorted(values)
+    page.press(" ")
+    assert [float(c.split()[0]) for c in column(page, "in-domain: what each", 2)] == sorted(values, reverse=True)
+    assert [float(c.split()[0]) for c in column(page, "in-domain: what each", 2)] != values
+    assert page.run("document.activeElement.closest('th').ariaSort") == "descending"
+
+
+def test_units_sort_by_what_they_mean(page: Page, url: str) -> None:
+    page.open(url)
+    page.click(tag(page, "Time and memory", 1))
+    assert column(page, "Time and memory", 1) == ["3.0 s", "1 min 23 s"]
+    page.click("#button1")
+    assert column(page, "Time and memory", 1) == ["1 min 23 s", "3.0 s"]
+
+
+def test_pointing_and_arrow_keys_read_values(page: Page, url: str) -> None:
+    page.open(url)
+    read = "document.querySelector('.read').textContent"
+    hint = page.run(read)
+    assert "arrow keys" in hint
+    page.move(*page.middle(".chart .m rect"))
+    pointed = page.run(read)
+    assert "ln perplexity" in pointed
+    page.move(1, 1)
+    assert page.run(read) == hint
+    page.run("[...document.querySelectorAll('section:has(.chart) thead:first-of-type button')][5].focus()")
+    page.press("Tab")
+    assert page.run("document.activeElement.className") == "chart"
+    first = page.run(read)
+    assert first != hint
+    page.press("ArrowDown")
+    second = page.run(read)
+    assert second not in (first, hint)
+    page.press("ArrowUp")
+    assert page.run(read) == first
+    page.press("End")
+    page.press("Escape")
+    assert page.run(read) == hint
+
+
+def test_no_page_wider_than_a_phone(page: Page, url: str) -> None:
+    for width in (320, 360, 768):
+        page.open(url, width=width, height=740)
+        assert page.run("document.documentElement.scrollWidth") <= width
+        small = page.run(
+            "[...document.querySelectorAll('td, th, p, figcaption, small, svg text')]"
+            ".filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).length"
+        )
+        assert small == 0
+        tall = page.run("[...document.querySelectorAll('td, tbody th')].filter(e => e.offsetHeight > 120).length")
+        assert tall == 0, "a column is so narrow that it breaks words"
+    assert page.console == []
+
+
+def test_what_scrolls_sideways_can_be_reached(page: Page, url: str) -> None:
+    page.open(url, width=360)
+    loose = page.run(
+        "[...document.querySelectorAll('.table')].filter(b => b.scrollWidth > b.clientWidth + 1 && b.tabIndex < 0).length"
+    )
+    assert loose == 0
+    assert page.run("document.querySelectorAll('.table[tabindex]').length") > 0
+    page.open(url, width=1280)
+    assert page.run("document.querySelectorAll('.table[tabindex]').length") == 0
+
+
+def test_a_screen_reader_finds_headings_tables_and_figures(page: Page, url: str) -> None:
+    page.open(url)
+    nodes = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in page.tree()]
+    roles = [role for role, _ in nodes]
+    assert roles.count("table") > 5
+    assert ("heading", "What this cannot tell you") in nodes
+    named = ("table", "button", "link", "image", "region", "heading")
+    assert [role for role, name in nodes if role in named and not name] == []
+    charts = [name for role, name in nodes if role == "group" and name]
+    assert len(charts) == page.run("document.querySelectorAll('.chart').length")
+    assert "navigation" in roles
+    assert "main" in roles
+
+
+def test_it_prints(page: Page, url: str) -> None:
+    page.open(url, dark=True)
+    page.view(800, media="print", dark=True)
+    assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    page.view(800)
+    assert page.pdf().startswith(b"%PDF")
+    assert page.run("[...document.querySelectorAll('details')].every(d => d.open)")
+    assert page.console == []
+
+
+def test_without_scripts_everything_can_be_read(page: Page, url: str) -> None:
+    page._send("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        page.open(url)
+        nodes = page.tree()
+        assert sum(n["role"]["value"] == "table" for n in nodes) > 5
+        assert not any(n["role"]["value"] == "button" for n in nodes)
+    finally:
+        page._send("Emulation.setScriptExecutionDisabled", value=False)

@@ -1,0 +1,221 @@
+"""`requant check`'s figures: the rehearsal runs the real code on random weights, the sums are sums. No time is asserted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.e2e import one_thread, recipe
+
+from requant.evaluate import stage as evaluate
+from requant.modeling import fused_ops, skeleton
+from requant.quantize import block_quantizer
+from requant.run import evaluation_inputs, prepare
+from requant.run.check import forecast, forecast_merge
+from requant.run.check.forecast_merge import PROBED, Made, Need
+from requant.run.check.rehearsal import Cost, Drawn, Quantized, Rehearsal, Scored, cost_of
+from requant.run.prepare import Prepared
+
+CPU = torch.device("cpu")
+LAYERS, BLOCK = 2, 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64
+OUTSIDE = 2 * 300 * 64 + 64
+
+
+@pytest.fixture(scope="module")
+def prepared(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare.prepare(recipe(project, tmp_path_factory.mktemp("none")))
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def of(p: Prepared, batch: int = 4) -> dict[str, Need]:
+    needs = forecast.forecast(p, evaluation_inputs.places(p, Path("nowhere")), CPU, torch.float32, batch)
+    return {need.stage: need for need in needs}
+
+
+def test_costs_add_up() -> None:
+    a, b = Cost(3.0, 100), Cost(1.0, 40)
+    assert a + b == Cost(4.0, 140)
+    assert a - b == Cost(2.0, 60)
+    assert b - a == Cost(0.0, 0), "noise is no gain"
+    assert a * 2.5 == Cost(7.5, 250)
+
+
+def test_the_peak_of_a_piece_is_seen() -> None:
+    """16 MB more than what is kept, whatever the process already holds."""
+    cost = cost_of(CPU, lambda: float((torch.ones(2**22) + 1).sum()))
+    assert 2**24 <= cost.bytes < 2**27
+    assert cost.seconds > 0
+
+
+def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU no more tokens than TRIED, of windows of the common length: the longest of all may be rare."""
+    (length,) = {len(w.ids) for w in forecast._alike(prepared.sets).windows}
+    seen: list[tuple[int, int]] = []
+
+    def scoring(_: Rehearsal, sample: Any, rows: int, *__: Any) -> Scored:
+        seen.append((rows, len(sample.windows)))
+        nothing = (Cost(), Cost())
+        return Scored(1, Cost(), Cost(), nothing, nothing)
+
+    monkeypatch.setattr(Rehearsal, "scoring", scoring)
+    longer = [replace(s, window=100 * s.window) for s in prepared.sets]
+    for tried in (length, 3 * length, 100 * length):
+        monkeypatch.setattr(forecast, "TRIED", tried)
+        of(replace(prepared, sets=longer))
+    count = len(forecast._alike(prepared.sets).windows)
+    assert seen == [(n, min(count, 3 * n)) for n in (1, 3, 4)]
+
+
+def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
+    model = skeleton.build(skeleton.load_config(prepared.base))
+    drawn = Drawn(model, CPU)
+    for name, parameter in model.named_parameters():
+        value = drawn.read(name)
+        assert value.shape == parameter.shape
+        if value.ndim > 1:
+            assert float(value.std()) == pytest.approx(0.02, rel=0.1)
+        else:
+            assert bool((value == 1).all())
+
+
+def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    block = block_quantizer.Quantizer.block
+    monkeypatch.setattr(fused_ops.OnePass, "use", lambda _: order.append("one pass"))
+    monkeypatch.setattr(block_quantizer.Quantizer, "block", lambda *args: order.append("block") or block(*args))
+    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
+    assert rehearsal.parameters == BLOCK
+    parts = rehearsal.quantizing(prepared.quantize, prepared.settings, prepared.calibration, 4, lambda _: None)
+    sample = forecast._alike(prepared.sets)
+    assert len({len(w.ids) for w in sample.windows}) == 1
+    scored = rehearsal.scoring(sample, 4, torch.float32, tmp_path)
+    assert scored.tokens == sum(len(w.ids) for w in sample.windows[:4])
+    assert parts.one.seconds > parts.more.seconds >= 0
+    assert scored.forward.seconds > 0
+    assert parts.waits
+    assert order[:2] == ["one pass", "block"], "as the run computes all blocks but the first"
+    assert all(p.is_meta for p in rehearsal.model.parameters())
+
+
+def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of the rehearsed one's size, 2 batches of calibration, and the evaluation's tokens and sets."""
+    quantized = Quantized(Cost(2.0, 1000), Cost(0.5, 10), Cost(0.75, 20), apart=2, waits=True)
+    scored = Scored(
+        100, Cost(1.0, 5000), Cost(0.0, 0), (Cost(1.0, 0), Cost(3.0, 0)), (Cost(1.5, 7000), Cost(4.0, 9000))
+    )
+    monkeypatch.setattr(Rehearsal, "quantizing", lambda *_: quantized)
+    monkeypatch.setattr(Rehearsal, "scoring", lambda *_: scored)
+    monkeypatch.setattr(forecast, "_rates", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(forecast, "TOKENS", {"cpu": 256})
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(forecast, "product_rate", lambda _: math.inf)
+    for module in (forecast, evaluate):  # no last check, and everything is streamed
+        monkeypatch.setattr(module, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(forecast.measurements, "reset_peak", lambda: 0)
+    monkeypatch.setattr(forecast, "LIBRARIES", 0)
+    monkeypatch.setattr(forecast, "merging", lambda *_: Need("merge", 1.0, 2))
+    needs = of(prepared)
+    assert prepared.calibration.shape == (8, 64)
+    assert needs["quantize"].seconds == pytest.approx(LAYERS * (2.0 + 0.5))
+    states = 8 * 64 * 64 * 4 * (1 + 1 / 2)
+    assert needs["quantize"].host == BLOCK * 4 + 1000 + 10 + states
+    sets, scored_tokens = prepared.sets, sum(s.n_scored for s in prepared.sets)
+    tokens = sum(len(w.ids) for s in sets for w in s.windows)
+    batch = sum(int(w.scored.sum()) for w in forecast._alike(sets).windows[:4])
+    heads = {0: scored_tokens / batch + 0.5 * len(sets), 1: 3 * scored_tokens / batch + len(sets)}
+    adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values()) / (LAYERS * BLOCK)
+    expected = sum(heads[name != "adapter"] for name in prepared.variants)
+    expected += LAYERS * tokens / 100 * (len(prepared.variants) + adapter)
+    assert needs["evaluate"].seconds == pytest.approx(expected)
+    adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values())
+    assert needs["evaluate"].host == (BLOCK + OUTSIDE + tokens * 64) * 4 + adapter_bytes + 9000
+
+
+def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower of making all tensors and of fetching and writing them, and what comes before and after."""
+    ops, target = prepared.merge.ops, torch.float32
+    monkeypatch.setattr(forecast_merge, "cost_of", lambda *_: Cost(2.0, 10**6))
+    total = sum(s.nbytes for s in prepared.merge.slots(target))
+    assert prepared.recipe.merge.dtype == "float32"
+    slow_disk = forecast_merge.merging(prepared, CPU, 7, forecast_merge.Disk(3.0, 0.25, 1.0))
+    assert slow_disk.seconds == pytest.approx(4.25 * total)
+    fast_disk = forecast_merge.merging(prepared, CPU, 7, forecast_merge.Disk(1e-9, 0.25, 1e-9))
+    assert fast_disk.seconds == pytest.approx(2.0 * len(ops) + 0.25 * total)
+    assert fast_disk.host == 7 + 10**6 + 4 * 300 * 64
+    assert fast_disk.device == 0
+    auto = prepared.recipe.model_copy(update={"merge": prepared.recipe.merge.model_copy(update={"dtype": "auto"})})
+    bounded = forecast_merge.merging(replace(prepared, recipe=auto), CPU, 7, forecast_merge.Disk(1e-9, 0.0, 1e-9))
+    assert bounded.seconds == pytest.approx(4.0 * len(ops)), "a bound of each tensor comes first"
+
+
+def test_a_gpu_holds_what_is_made_rounded_and_written() -> None:
+    def op(*shape: int) -> Any:
+        return SimpleNamespace(shape=shape, action="folded")
+
+    def there(*shapes: int) -> int:
+        made = {
+            ((10,), "folded"): Made(500, 40, 20),
+            ((1,), "folded"): Made(7, 4, 2),
+            ((9,), "folded"): Made(90, 18, 0),
+        }
+        return forecast_merge._merging_there([op(n) for n in shapes], made)
+
+    assert there(10) == 500
+    assert there(10, 1) == 500, "nothing else is there while the first is made"
+    assert there(1, 10) == 4 + 2 + 500
+    assert there(1, 1, 10) == 4 + 2 + 2 + 500
+    assert there(1, 10, 10) == 40 + 20 + 2 + 500
+    assert there(9, 9, 10) == 18 + 18 + 500, "what needs no rounding is written as it is"
+    assert there(1, 1, 1) == 4 + 2 + 2 + 7
+
+
+def test_what_a_tensor_takes_is_seen_on_the_way(prepared: Prepared) -> None:
+    op = next(op for op in prepared.merge.ops if op.folds)
+    made = Made.of(prepared, op, CPU, torch.float16)
+    assert made.held == 4 * math.prod(op.shape)
+    assert made.rounded == 2 * math.prod(op.shape)
+    assert Made.of(prepared, op, CPU, torch.float32).rounded == 0
+
+
+def test_the_disk_is_asked_to_write_and_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def cost(_: torch.device, work: Any) -> Cost:
+        asked.append(work())
+        return Cost(float(len(asked)) * PROBED)
+
+    monkeypatch.setattr(forecast_merge, "cost_of", cost)
+    disk = forecast_merge.Disk.probed(tmp_path, CPU)
+    assert (disk.write, disk.sync, disk.fetch) == (1.0, 2.0, 0.0)
+    assert asked == [PROBED, None]
+    assert (tmp_path / "probe").stat().st_size == PROBED
+
+
+def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
+    outputs = (64, 32, 32, 64, 128, 128)  # of the linears with 64 inputs; down has 128
+    assert rehearsal.effort == sum(64**2 * (2 * 64 + 4 * n) for n in outputs) + 128**2 * (2 * 128 + 4 * 64)
+    monkeypatch.setattr(forecast, "product_rate", lambda _: rehearsal.effort / forecast.PATIENCE / 1.01)
+    assert list(of(prepared)) == ["merge"]
+
+
+def test_a_line_of_it() -> None:
+    assert str(Need("merge", 4.2, 3 * 10**9)) == "merge about 4 s, 3.0 GB of memory"
+    assert str(Need("quantize", 400.0, 10**9, 6 * 10**9)) == (
+        "quantize about 6.7 min, 1.0 GB of memory, 6.0 GB of the GPU"
+    )

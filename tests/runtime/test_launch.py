@@ -1,0 +1,175 @@
+"""`requant.crew` and the command line under a launcher: one command, one voice, one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import pico
+from helpers.e2e import forks, write_recipe, write_rows
+from test_ranks import ROOT, assert_stored_alike, environment, free_port
+
+from requant import quantize
+from requant.cli.main import _run
+from requant.errors import InputError, RecipeError, RequantError, StageError
+from requant.numerics.grid import Grid
+from requant.quantize import block_quantizer
+from requant.quantize.plan import Settings
+from requant.run import runner
+from requant.runtime import launch
+from requant.runtime.ranks import Ranks
+
+PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+
+
+def work(who: str, *, ranks: Ranks) -> None:
+    """Fails on rank `who`, or on all, while the others wait for it."""
+    if who in (str(ranks.rank), "all"):
+        raise StageError(f"the disk of {who} is full")
+    if who == "killed" and not ranks.first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.every(True)
+
+
+def command(who: str) -> None:
+    """As the command line: a message and an exit code."""
+    try:
+        if who == "recipe":
+            raise RecipeError("recipe.yaml:1: no such key")
+        launch.here().call(work, who, own={})
+    except RequantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def launched(rank: int, port: int, who: str, said: Path) -> None:
+    """One of two ranks, in a process of its own; all that it says on stderr goes to a file."""
+    os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
+    os.environ.update(environment(rank, port))
+    launch.together(lambda: command(who))
+
+
+@pytest.mark.parametrize(
+    ("who", "message", "codes"),
+    [
+        ("0", "error: the disk of 0 is full", [1, 1]),
+        ("1", "error: rank 1: the disk of 1 is full", [1, 1]),
+        ("all", "error: the disk of all is full", [1, 1]),
+        ("killed", "error: another rank was lost: the launcher says how; the same command goes on from here", [1, -9]),
+        ("recipe", "error: recipe.yaml:1: no such key", [2, 0]),  # nobody was called: the others just go
+    ],
+)
+def test_what_fails_on_one_rank_ends_all_and_is_said_once(
+    tmp_path: Path, who: str, message: str, codes: list[int]
+) -> None:
+    port = free_port()
+    ranks = [forks().Process(target=launched, args=(rank, port, who, tmp_path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == codes
+    said = [line for rank in (0, 1) for line in (tmp_path / str(rank)).read_text().splitlines()]
+    assert [line for line in said if "rror" in line] == [message]
+
+
+def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> None:
+    """One of two ranks; the second, alone, fails in the second block, while the first block is still to be handed over."""
+    os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
+    os.environ.update(environment(rank, port))
+    torch.set_num_threads(1)
+    block_quantizer.LATER["cpu"] = True
+    stage = block_quantizer.Quantizer._stage
+
+    def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:
+        if rank == 1 and prefix.endswith(".1."):
+            raise StageError("a shard ends early")
+        stage(self, block, prefix, *rest)
+
+    block_quantizer.Quantizer._stage = failing  # type: ignore[method-assign]
+    options: dict[str, Any] = {"dtype": torch.float16, "device": torch.device("cpu"), "batch": 2}
+    ids, settings = pico.ids(8, 32, seed=3), Settings(Grid(4, 32))
+
+    def command() -> None:
+        launch.here().call(quantize.quantize, source, out, ids, settings, own={}, **options)
+
+    launch.together(command)
+
+
+def test_what_one_rank_alone_finds_wrong_ends_all_while_a_block_is_to_be_handed_over(tmp_path: Path) -> None:
+    source, out = pico.save(pico.model(), tmp_path / "merged", torch.float16), tmp_path / "out"
+    out.mkdir()
+    port = free_port()
+    ranks = [forks().Process(target=quantizing, args=(rank, port, source, out, tmp_path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert "rank 1: a shard ends early" in (tmp_path / "0").read_text() + (tmp_path / "1").read_text()
+
+
+def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "canaries.jsonl", [{"prompt": f"Is {n} a number?", "answer": "no"} for n in range(3)])
+    changes = {"output.dir": str(tmp_path), "canaries": {"path": str(tmp_path / "canaries.jsonl")}}
+    recipe = write_recipe(project, changes, name="ranks.yaml")
+    env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "requant", "run", str(recipe)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("merge, quantize, evaluate, report done: ") == 1
+    assert done.stderr.count("quantize: started") == 1
+    events = [json.loads(line) for line in (tmp_path / "pico" / "events.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "done"] == ["merge", "quantize", "evaluate", "report"]
+    assert_stored_alike(finished / "gptq", tmp_path / "pico" / "gptq")
+    one, two = (json.loads((path / "report.json").read_text()) for path in (finished, tmp_path / "pico"))
+    assert two["facts"]["canaries"]["right"].keys() == {"base", "adapter", "merged", "gptq"}
+    for alone, split in zip(one["sets"], two["sets"], strict=True):
+        assert split["digest"] == alone["digest"]
+        assert_same_numbers(split, alone)
+
+
+def assert_same_numbers(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Every token of every variant was scored once, by some rank: sums a document, and the distance from the reference."""
+    assert got["documents"].keys() == wanted["documents"].keys()
+    for name, sums in wanted["documents"].items():
+        assert got["documents"][name]["n"] == sums["n"]
+        assert got["documents"][name]["nll"] == pytest.approx(sums["nll"], rel=1e-5)
+    for edge, alone in zip(got["edges"], wanted["edges"], strict=True):
+        if alone["agreement"] is not None:
+            assert edge["agreement"]["value"] == pytest.approx(alone["agreement"]["value"], abs=1e-9)
+            assert edge["kl"]["mean"]["value"] == pytest.approx(alone["kl"]["mean"]["value"], rel=1e-3, abs=1e-9)
+
+
+def test_idle_gpus_are_pointed_out_in_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(project, {"device": "auto"}, name="auto.yaml")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise InputError("stopped")
+
+    monkeypatch.setattr(runner, "run", stopped)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match="stopped"):
+        _run(recipe, [], "report")
+    assert capsys.readouterr().err == (
+        f"1 of 4 GPUs is used; for all: torchrun --standalone --nproc-per-node 4 -m requant run {recipe}\n"
+    )
+    assert not launch.idle_gpus("cuda:1", recipe), "this one was asked for"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not launch.idle_gpus("auto", recipe)

@@ -1,0 +1,92 @@
+"""`requant.staging`: one place in host memory for one tensor after another."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from requant.runtime import pinned_memory
+from requant.runtime.pinned_memory import Staging, sent
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+
+
+def test_the_place_grows_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned_memory, "LARGEST", 128)
+    here = Staging()
+    first = here.room(64)
+    assert (first.dtype, len(first)) == (torch.uint8, 64)
+    assert here.room(10).data_ptr() == first.data_ptr()
+    grown = here.room(100)
+    assert len(grown) == 100
+    assert here.room(64).data_ptr() == here.room(100).data_ptr() == grown.data_ptr()
+    beyond = here.room(129)
+    assert len(beyond) == 129
+    assert here.room(128).data_ptr() not in (beyond.data_ptr(), grown.data_ptr())
+
+
+def test_a_tensor_of_the_cpu_is_fetched_as_it_is() -> None:
+    tensor = torch.arange(5)
+    assert Staging().fetched(tensor) is tensor
+
+
+def test_memory_that_cannot_be_locked_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refusing(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("cannot lock so much")
+        return empty(*args, **named)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert len(Staging().room(64)) == 64
+
+
+@GPU
+def test_what_a_gpu_has_is_fetched_to_one_place() -> None:
+    here = Staging()
+    for tensor in (torch.randn(7, 5), torch.arange(12).view(3, 4), torch.randn(9, 9).T[2:], torch.ones(())):
+        fetched = here.fetched(tensor.cuda())
+        assert fetched.is_pinned()
+        assert torch.equal(fetched, tensor)
+
+
+def test_what_is_sent_from_a_cpu_is_there() -> None:
+    tensor = torch.arange(5)
+    assert sent(tensor)() is tensor
+
+
+@GPU
+def test_what_is_sent_is_as_it_was_then() -> None:
+    tensor = torch.arange(5, device="cuda")
+    there = [sent(tensor.add_(1)) for _ in range(3)]
+    torch.cuda._sleep(10**8)
+    tensor.zero_()
+    assert [t().tolist() for t in there] == [[i + n for i in range(5)] for n in (1, 2, 3)]
+
+
+OTHER = """
+import threading, torch
+from requant.staging import on
+torch.cuda.set_device(1)
+stream = torch.cuda.Stream("cuda:1")
+def work():
+    with on(stream):
+        print(torch.ones(3, device="cuda:1").sum().item())
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+
+
+@TWO
+def test_a_threads_stream_begins_no_other_gpu() -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["3.0", "False", "True"]
