@@ -15,7 +15,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-import browser  # noqa: E402
+from helpers import browser  # noqa: E402
 
 WIDTH, HEIGHT, GAP, COLOURS = 860, 1000, 24, 160
 
