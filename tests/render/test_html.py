@@ -176,7 +176,7 @@ def test_templates_travel_in_the_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
-    here = {f"requant_eval/templates/{p.name}" for p in (ROOT / "eval/requant_eval/templates").iterdir()}
+    here = {f"requant_eval/render/templates/{p.name}" for p in (ROOT / "eval/requant_eval/render/templates").iterdir()}
     assert len(here) >= 4
     assert here <= names
 
@@ -219,7 +219,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_colours_can_be_told_apart_in_light_dark_and_print() -> None:
-    style = (ROOT / "eval/requant_eval/templates/style.css").read_text()
+    style = (ROOT / "eval/requant_eval/render/templates/style.css").read_text()
     schemes = [
         dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]{3,6});", root))
         for root in re.findall(r":root \{(.*?)\}", style, re.S)

@@ -60,7 +60,7 @@ def _page(content: Document, note: str) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("requant_eval"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("requant_eval.render"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {

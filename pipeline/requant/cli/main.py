@@ -240,7 +240,7 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
     wanted = _load(path, overrides)
     from requant.cli.console import ConsoleWatcher, quiet
-    from requant.run.runner import run as run_recipe
+    from requant.run import run as run_recipe
     from requant.runtime import launch
 
     hint = launch.idle_gpus(wanted.device, path)
