@@ -23,24 +23,47 @@ def distance_to_nearest(values: Tensor, levels: Tensor) -> Tensor:
     return (values.double()[:, None] - levels.double()[None]).abs().amin(dim=1)
 
 
-def classic_gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor, damp: float
-) -> Tensor:
-    """GPTQ as published (arXiv:2210.17323, algorithm 1), fp64: the Cholesky factor of the inverse Hessian, one column
-    after another, each error spread at once over all later columns. scale, zero: [rows, groups]. Returns codes."""
+def from_classic_gptq(
+    codes: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor, damp: float
+) -> float:
+    """How far a code lies at most from what GPTQ as published rounds there, in steps: 0.5 where each is the nearest.
+
+    arXiv:2210.17323, algorithm 1, fp64: the Cholesky factor of the inverse Hessian, one column after another, each error
+    spread at once over all later columns. It is the error of the code that is given, so a value halfway between two
+    levels may go either way and all after it are held to what follows from that. scale, zero: [rows, groups].
+    """
     w = weight.double()[:, order].clone()
     h = hessian.double()[order][:, order].clone()
     h += damp * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    width = weight.shape[1] // scale.shape[1]
-    codes = torch.empty(weight.shape, dtype=torch.int64)
+    width, worst = weight.shape[1] // scale.shape[1], 0.0
     for j, column in enumerate(order.tolist()):
         s, z = scale[:, column // width].double(), zero[:, column // width].double()
-        q = torch.clamp(torch.round(w[:, j] / s) + z, 0, 2**bits - 1)
+        q = codes[:, column].double()
+        worst = max(worst, float((torch.clamp(w[:, j] / s + z, 0, 2**bits - 1) - q).abs().max()))
         error = (w[:, j] - s * (q - z)) / upper[j, j]
         w[:, j:] -= error[:, None] * upper[j, j:][None]
-        codes[:, column] = q.long()
-    return codes
+    return worst
+
+
+def from_descent(
+    after: Tensor, before: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, levels: int
+) -> float:
+    """How far a code lies at most from its best value given all others, in steps: 0.5 where each is the nearest.
+
+    One sweep of coordinate descent from codes `before` to `after`, in fp64, each code judged beside those that the sweep
+    had set by then. scale, zero: [rows, groups].
+    """
+    w, h, worst = weight.double(), hessian.double(), 0.0
+    width = weight.shape[1] // scale.shape[1]
+    error = w - codes_to_weight(before, scale, zero)
+    for j in range(w.shape[1]):
+        s, z = scale[:, j // width].double(), zero[:, j // width].double()
+        best = before[:, j].double() + error @ h[j] / h[j, j] / s
+        q = after[:, j].double()
+        worst = max(worst, float((torch.clamp(best, 0, levels - 1) - q).abs().max()))
+        error[:, j] = w[:, j] - s * (q - z)
+    return worst
 
 
 def codes_to_weight(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -77,9 +100,12 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor
 
 def coordinate_descent(
     weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, levels: int, sweeps: int
-) -> Tensor:
-    """Set one code after another to its best value given all others, in fp64, trying every level. [rows, n] each."""
-    w, h, out = weight.double(), hessian.double(), codes.clone().long()
+) -> tuple[Tensor, float]:
+    """Set one code after another to its best value given all others, in fp64, trying every level. [rows, n] each.
+
+    Also gives by how little a level was ever the best: what the next one loses more, as a share of what one step loses.
+    """
+    w, h, out, closest = weight.double(), hessian.double(), codes.clone().long(), math.inf
     for _ in range(sweeps):
         for j in range(w.shape[1]):
             for r in range(w.shape[0]):
@@ -90,4 +116,6 @@ def coordinate_descent(
                     e = w[r] - (trial - zero[r]) * scale[r]
                     losses.append(float(e @ h @ e))
                 out[r, j] = min(range(levels), key=losses.__getitem__)
-    return out.to(torch.uint8)
+                first, second = sorted(losses)[:2]
+                closest = min(closest, (second - first) / float(h[j, j] * scale[r, j] ** 2))
+    return out.to(torch.uint8), closest

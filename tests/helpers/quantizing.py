@@ -28,4 +28,5 @@ def model_dir(tmp: Path, kind: str = "llama", **changes: Any) -> Path:
 def run(source: Path, out: Path, settings: Settings | None = None, **options: Any) -> Any:
     out.mkdir(exist_ok=True)
     options = {"dtype": torch.float16, "device": CPU, "batch": 2} | options
-    return quantize(source, out, options.pop("windows", windows()), settings or Settings(GRID), **options)
+    function = options.pop("function", quantize)
+    return function(source, out, options.pop("windows", windows()), settings or Settings(GRID), **options)

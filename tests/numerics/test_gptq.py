@@ -18,12 +18,18 @@ from requant.numerics import grid as grid_module
 from requant.numerics.grid import Grid, Scales
 from requant.numerics.hessian import add_to_hessian, symmetrize
 
+NEAREST = 0.5 + 1e-3  # of a step; sums in fp32 move what is rounded by about 1e-5, anything wrong by tenths
+
 
 def looped(weight: Tensor, factor: gptq.Factor, scales: Scales, grid: Grid) -> Tensor:
     """Codes of the column loop, [rows, n]; its error is what the codes say."""
     codes, error = gptq.solve(weight, factor, scales, grid)
     assert torch.allclose(error.T, weight - grid_module.dequantize_codes(codes.T, scales), atol=1e-6)
     return codes.T
+
+
+def classic(codes: Tensor, weight: Tensor, hessian: Tensor, scales: Scales, grid: Grid, order: Tensor) -> float:
+    return oracle.from_classic_gptq(codes, weight, hessian, scales.scale, scales.zero, grid.bits, order, 0.01)
 
 
 def refined(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid: Grid, sweeps: int) -> Tensor:
@@ -37,19 +43,13 @@ def refined(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])
 @pytest.mark.parametrize("grid", [Grid(4, 64), Grid(4, 32, symmetric=False), Grid(3, 64, signed=True), Grid(8, -1)])
 def test_solve_is_classic_gptq(order: gptq.Order, grid: Grid) -> None:
-    """One Cholesky of the flipped Hessian gives the codes of the usual inverse route, but for ties in fp32."""
+    """One Cholesky of the flipped Hessian rounds what the usual inverse route rounds."""
     weight, hessian = problem()
     columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
     factor = gptq.factorize(hessian, columns, 0.01)
     scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
     codes = looped(weight, factor, scales, grid)
-    classic = oracle.classic_gptq(weight, hessian, scales.scale, scales.zero, grid.bits, columns, 0.01)
-    assert float((codes.long() == classic).double().mean()) >= 0.999
-    ours, theirs = (
-        oracle.hessian_loss(weight - oracle.codes_to_weight(c, scales.scale, scales.zero), hessian)
-        for c in (codes, classic)
-    )
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert classic(codes, weight, hessian, scales, grid, columns) <= NEAREST
 
 
 def test_the_factor_reproduces_the_hessian() -> None:
@@ -78,15 +78,15 @@ def test_identity_hessian_is_round_to_nearest(order: gptq.Order, grid: Grid) -> 
 
 @pytest.mark.parametrize(("block", "outer"), [(1, 1), (7, 30), (7, 256), (64, 128), (64, 200), (200, 200), (256, 1000)])
 def test_block_size_does_not_change_the_codes(block: int, outer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lazy block update is a bracketing of the same sums: at most fp32 ties move."""
+    """The lazy block update is a bracketing of the same sums."""
     weight, hessian = problem()
     grid = Grid(4, 64)
-    factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 64), 0.01)
+    columns = gptq.column_order(hessian.diagonal(), "activation", 64)
+    factor = gptq.factorize(hessian, columns, 0.01)
     scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
-    reference = looped(weight, factor, scales, grid)
     monkeypatch.setitem(gptq.BLOCK, "cpu", block)
     monkeypatch.setitem(gptq.OUTER, "cpu", outer)
-    assert float((looped(weight, factor, scales, grid) != reference).double().mean()) <= 0.001
+    assert classic(looped(weight, factor, scales, grid), weight, hessian, scales, grid, columns) <= NEAREST
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -232,11 +232,12 @@ def test_every_width_and_group(bits: int, group: int) -> None:
 
 
 def test_rows_do_not_influence_each_other() -> None:
-    """A row quantized alone gets the codes that it gets among others (fused q, k, v rely on it)."""
+    """A row among others gets the codes of classic GPTQ, which takes each by itself (fused q, k, v rely on it)."""
     weight, hessian = problem()
-    grid = Grid(4, 64)
+    grid, columns = Grid(4, 64), gptq.column_order(hessian.diagonal(), "activation", 64)
     together, alone = (solved(w, hessian, grid, "activation") for w in (weight, weight[5:9]))
-    assert float((together.codes[5:9] != alone.codes).double().mean()) <= 0.002
+    for own in together.codes[5:9], alone.codes:
+        assert classic(own, weight[5:9], hessian, alone.scales, grid, columns) <= NEAREST
     assert torch.equal(together.scales.scale[5:9], alone.scales.scale)
 
 
@@ -328,9 +329,13 @@ def test_stacked_weights_split_into_what_each_gives_alone() -> None:
     parts = solved(weight, hessian, Grid(4, 64), "activation", sweeps=2).split(sizes)
     for part, rows in zip(parts, weight.split(sizes), strict=True):
         own = solved(rows, hessian, Grid(4, 64), "activation", sweeps=2)
-        assert float((part.codes != own.codes).double().mean()) < 0.002
+        differing = (part.codes != own.codes).any(dim=1)
+        assert int(differing.sum()) <= 1, (
+            "a code on the edge of two levels changes its own row, one in hundreds of rows"
+        )
         assert torch.equal(part.scales.scale, own.scales.scale)
-        assert (part.loss, part.losses().rtn_relative) == pytest.approx((own.loss, own.losses().rtn_relative), rel=1e-3)
+        assert torch.allclose(part.errors[:, ~differing], own.errors[:, ~differing], rtol=1e-3)
+        assert torch.allclose(part.errors, own.errors, rtol=0.5)
 
 
 def test_rows_that_rounding_serves_better_are_rounded() -> None:
@@ -355,7 +360,7 @@ def test_solution_is_deterministic() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_refining_is_coordinate_descent(symmetric: bool) -> None:
-    """Against trying every level of every code in fp64; the update formula may differ where two levels tie."""
+    """Against trying every level of every code in fp64, where no two levels come close to a tie."""
     torch.manual_seed(0)
     x = torch.randn(200, 32) @ torch.randn(32, 32)
     hessian, weight, grid = x.T @ x / 200, torch.randn(4, 32), Grid(3, 32, symmetric)
@@ -363,8 +368,9 @@ def test_refining_is_coordinate_descent(symmetric: bool) -> None:
     scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
     start = grid_module.round_to_grid(weight, scales, grid)
     wide = [t.repeat_interleave(32, dim=1) for t in (scales.scale.double(), scales.zero.double())]
-    expected = oracle.coordinate_descent(weight, start, hessian, *wide, grid.levels, sweeps=2)
-    assert (refined(weight, start, hessian, scales, grid, 2) != expected).sum() <= 1
+    expected, closest = oracle.coordinate_descent(weight, start, hessian, *wide, grid.levels, sweeps=2)
+    assert closest > 1e-4, "of fp32's 1e-6 or so nothing hangs"
+    assert torch.equal(refined(weight, start, hessian, scales, grid, 2), expected)
 
 
 def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,8 +384,13 @@ def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
     assert losses[-1] < 0.7 * losses[0]
     assert torch.equal(refined(weight, codes[0], hessian, scales, grid, 0), codes[0])
+
+    def descended(after: Tensor) -> float:
+        return oracle.from_descent(after, codes[0], weight, hessian, scales.scale, scales.zero, grid.levels)
+
+    assert descended(codes[1]) <= NEAREST
     monkeypatch.setitem(gptq.BLOCK, "cpu", 48)
     for outer in (48, 128, 1000):
         monkeypatch.setitem(gptq.OUTER, "cpu", outer)
         other = refined(weight, codes[0], hessian, scales, grid, 1)
-        assert (other != codes[1]).double().mean() < 1e-3  # fp32 sums of another order may tie differently
+        assert descended(other) <= NEAREST

@@ -6,9 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,17 @@ import torch
 from helpers import pico
 from helpers.e2e import forks
 from helpers.ranks import environment, free_port
+from helpers.stagewise import assert_compared, assert_same_files, led, recorded
 from torch import Tensor
 
 from requant.errors import InputError
-from requant.formats.gptq import load_quantized
-from requant.numerics import gptq
 from requant.numerics.cholesky import shared_cholesky
 from requant.numerics.delta_retention import Delta
 from requant.numerics.grid import Grid
-from requant.numerics.hessian import Moments
-from requant.quantize import block_quantizer, error_correction, solve, warmup
+from requant.quantize import solve, warmup
 from requant.quantize import stage as quantize_module
 from requant.quantize.background_writer import JOURNAL
-from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Settings
-from requant.quantize.solve import Solved, solve_stage
 from requant.quantize.stage import check_ranks, quantize
 from requant.runtime import launch, ranks
 from requant.runtime.ranks import ALONE, Ranks, Several
@@ -91,149 +85,6 @@ DECIDED = Settings(Grid(4, 32), "auto")
 
 
 # --- what one run leaves, two leave ---
-#
-# Sums of another order differ in their last bits, and one code on the edge between two levels changes all that follows
-# it. So two runs are compared a stage at a time, and the second goes on with what the first had: rounding stays rounding.
-
-
-@dataclass
-class Step:
-    """One stage of a run alone: the moments of its input, and what was made of each of its linears."""
-
-    moments: Moments
-    solutions: list[gptq.Solution]
-
-
-@dataclass
-class Compared:
-    """One stage of another run beside its `Step`, on one rank.
-
-    far: largest difference of the moments, as a share of `tolerance`. tokens: of both. alike: of each linear, the share
-    of its rows that have the same codes and scales, out of the same moments. ratio: of each, the largest of one row's
-    losses, this run's to the other's or the other's to this one's. same: whether damping, order and fallback are.
-    """
-
-    far: float
-    tokens: tuple[int, int]
-    alike: list[float]
-    ratio: list[float]
-    same: bool
-
-
-def copied(moments: Moments) -> Moments:
-    drift, halves = moments.drift, moments.halves
-    return Moments(
-        moments.hessian.clone(), None if drift is None else drift.clone(),
-        None if halves is None else (halves[0].clone(), halves[1].clone()), moments.tokens,
-    )  # fmt: skip
-
-
-def tolerance(tokens: int) -> float:
-    """By how much sums of products may differ as fp32 has them, as a share of the product of both columns' norms.
-
-    Each of two sums of t products is off by t units in the last place at most (Higham, Accuracy and Stability, 3.1); what
-    is multiplied went through two blocks, 500 roundings for each of the two. A window of 64 that is missed is 1.6 %.
-    """
-    return (2 * tokens + 1000) * 2.0**-24
-
-
-def far(got: Moments, wanted: Moments) -> float:
-    pairs = [(got.hessian, wanted.hessian, wanted.hessian)]
-    if wanted.drift is not None and got.drift is not None:
-        pairs.append((got.drift, wanted.drift, wanted.hessian))
-    if wanted.halves is not None and got.halves is not None:
-        pairs += [(g, w, w) for g, w in zip(got.halves, wanted.halves, strict=True)]
-    assert [got.drift is None, got.halves is None] == [wanted.drift is None, wanted.halves is None]
-    worst = 0.0
-    for one, other, of in pairs:
-        norm = of.diagonal().double().sqrt()
-        worst = max(worst, float(((one.double() - other.double()).abs() / norm[:, None] / norm).max()))
-    return worst / tolerance(wanted.tokens)
-
-
-def rows_alike(got: gptq.Solution, wanted: gptq.Solution) -> float:
-    """Share of the rows."""
-    pairs = (got.codes, wanted.codes), (got.scales.scale, wanted.scales.scale), (got.scales.zero, wanted.scales.zero)
-    same = [(a == b).all(dim=1) for a, b in pairs]
-    return float(torch.stack(same).all(dim=0).double().mean())
-
-
-def loss_ratio(got: gptq.Solution, wanted: gptq.Solution) -> float:
-    """The largest of any row, and of what it reports: tr(E H E'), the same of rounding, and tr(W H W')."""
-    ratio = got.errors.double() / wanted.errors.double()
-    return float(torch.maximum(ratio, 1 / ratio).nan_to_num(torch.inf).max())
-
-
-def recorded(*args: Any, steps: dict[str, Step], like_a_gpu: bool = False, **options: Any) -> Any:
-    """`quantize` alone, with what each stage was given and gave put down in `steps`, by the name of its first linear."""
-
-    def solve(linears: Any, grids: Any, moments: Moments, *rest: Any, **more: Any) -> Iterator[Solved]:
-        step = steps[next(iter(linears))] = Step(copied(moments), [])
-        for solved in solve_stage(linears, grids, moments, *rest, **more):
-            step.solutions.append(solved.solution)
-            yield solved
-
-    with replaced(solve, like_a_gpu):
-        return quantize(*args, **options)
-
-
-def led(
-    *args: Any, steps: Mapping[str, Step], like_a_gpu: bool = False, ranks: Ranks = ALONE, **options: Any
-) -> tuple[list[ModuleResult], list[Compared]]:
-    """`quantize`, each stage of which goes on with the moments, then with the solutions, of a run alone. Compares both."""
-    compared: list[Compared] = []
-
-    def solve(
-        linears: Any, grids: Any, moments: Moments, settings: Settings, ranks: Ranks, **more: Any
-    ) -> Iterator[Solved]:
-        step = steps[next(iter(linears))]
-        here = Compared(far(moments, step.moments), (moments.tokens, step.moments.tokens), [], [], True)
-        own = solve_stage(linears, grids, copied(step.moments), settings, ranks, **more)
-        for solved, alone in zip(own, step.solutions, strict=True):
-            got = solved.solution
-            here.alike.append(rows_alike(got, alone))
-            here.ratio.append(loss_ratio(got, alone))
-            here.same &= (got.damp, got.order, got.uncoupled) == (alone.damp, alone.order, alone.uncoupled)
-            yield replace(solved, solution=alone)
-        compared.extend(ranks.everyone(here))
-
-    with replaced(solve, like_a_gpu):
-        _, results = quantize(*args, ranks=ranks, **options)
-    return results, compared
-
-
-@contextmanager
-def replaced(solve: Any, like_a_gpu: bool) -> Iterator[None]:
-    """like_a_gpu: with the correction as a GPU has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_quantizer, "solve_stage", solve)
-        for choice in (error_correction.BY_DRIFT, error_correction.SOLVERS) if like_a_gpu else ():
-            patch.setitem(choice, "cpu", choice["cuda"])
-        yield
-
-
-def assert_compared(stages: list[Compared], expected: int) -> None:
-    """Rows are solved by themselves, so a code on an edge changes its own row: of 64 rows and more 6 may, by bad luck.
-
-    Sums of another order move what is rounded by about 1e-5 of a step, so about one row in 100 has a code that near
-    to an edge. Such a row's codes answer to each other otherwise and lose about as much; those of another row lose many
-    times as much.
-    """
-    assert len(stages) == expected
-    for stage in stages:
-        assert stage.tokens[0] == stage.tokens[1]
-        assert stage.far < 1
-        assert min(stage.alike) > 0.9
-        assert max(stage.ratio) < 2
-        assert stage.same
-
-
-def assert_same_files(one: Path, two: Path) -> None:
-    assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in two.iterdir())
-    assert (one / "config.json").read_text() == (two / "config.json").read_text()
-    a, b = dict(load_quantized(one)), dict(load_quantized(two))
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.parametrize(
