@@ -21,8 +21,9 @@ from requant.numerics.grid import Grid
 from requant.quantize import warmup
 from requant.quantize.plan import Settings
 from requant.run import prepare
+from requant.run.context import RunContext
 from requant.run.observer import Watcher
-from requant.run.runner import Runner
+from requant.run.quantize_stage import compile_ahead
 from requant.runtime import interpreter
 
 CPU = torch.device("cpu")
@@ -129,22 +130,22 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
     directory = RunDirectory(tmp_path / "runs")
     with directory.open():
         called: list[tuple[Any, ...]] = []
-        runner = Runner(prepared, directory, Watcher())
-        runner.ranks = SimpleNamespace(call=lambda *args, own: called.append((*args, own)))
-        with runner.ahead():
+        context = RunContext.of(prepared, directory, Watcher())
+        context.ranks = SimpleNamespace(call=lambda *args, own: called.append((*args, own)))
+        with compile_ahead(context):
             assert inside == []
-        runner.device = torch.device("cuda")
-        with runner.ahead():
+        context.device = torch.device("cuda")
+        with compile_ahead(context):
             ((device, widths, settings, dtype, also),) = inside
         assert inside[1] == "left"
-        assert device == runner.device
+        assert device == context.device
         assert widths == {prepared.settings.grid: 64}
         assert (settings, dtype) == (prepared.settings, prepared.serving_dtype)
         assert also == ["norms and embeddings"]
-        runner.dir.remember("quantize", runner.keys.quantize, {})
-        with runner.ahead():
+        context.directory.remember("quantize", context.keys.quantize, {})
+        with compile_ahead(context):
             assert len(inside) == 2, "what is done needs no kernels"
-        assert called == [(warmup.meet, CPU, {}), (warmup.meet, runner.device, {})], "and nobody to do it with"
+        assert called == [(warmup.meet, CPU, {}), (warmup.meet, context.device, {})], "and nobody to do it with"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,9 +17,10 @@ from requant.checkpoint import reader
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import RunDirectory
 from requant.errors import InputError, RequantError, StageError
-from requant.run import observer, runner
+from requant.run import observer, report_stage, runner
 
 WEIGHTS = "*.safetensors"
+STAGES = ["merge", "quantize", "evaluate", "report"]  # of a run on a CPU, where nothing is healed
 HELD = {"recipe.yaml", "merged", "gptq", "report.json", "report.md", "report.html", "log.txt", "events.jsonl"}
 
 
@@ -73,9 +74,9 @@ def test_a_run_directory_holds_what_the_manual_says(finished: Path, project: Pat
         manifest = read(finished / artifact / "manifest.json")
         assert set(manifest["files"]) == visible(finished / artifact) - {"manifest.json", "README.md"}
     events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
-    expected = [(kind, stage) for stage in runner.STAGES for kind in ("start", "done")]
+    expected = [(kind, stage) for stage in STAGES for kind in ("start", "done")]
     assert [(e["event"], e["stage"]) for e in events] == expected
-    assert all(f"{stage}: done" in (finished / "log.txt").read_text() for stage in runner.STAGES)
+    assert all(f"{stage}: done" in (finished / "log.txt").read_text() for stage in STAGES)
 
 
 def test_the_merged_model_is_the_adapter(finished: Path) -> None:
@@ -138,7 +139,7 @@ def test_every_rendering_shows_the_same_perplexity_and_no_local_path(finished: P
 def test_progress_counts_up_to_its_total(project: Path, tmp_path: Path) -> None:
     watcher = Recorder()
     run(project, tmp_path, {"evaluate.variants": ["adapter", "merged"]}, watcher=watcher)
-    assert [s for s in watcher.stages if not s[1]] == [(stage, False) for stage in runner.STAGES]
+    assert [s for s in watcher.stages if not s[1]] == [(stage, False) for stage in STAGES]
     for stage in ("merge", "quantize", "evaluate"):
         steps = [(done, total) for name, done, total, _ in watcher.steps if name == stage]
         assert [done for done, _ in steps] == sorted({done for done, _ in steps})
@@ -164,7 +165,7 @@ def test_a_second_run_does_nothing(project: Path, ran: Path) -> None:
     assert outcome.ran == []
     assert times(ran / "pico") == before
     assert outcome.report == read(ran / "pico" / "report.json")
-    assert watcher.stages == [(stage, True) for stage in runner.STAGES], "each stage is announced once"
+    assert watcher.stages == [(stage, True) for stage in STAGES], "each stage is announced once"
 
 
 def test_the_resolved_recipe_is_the_recipe(project: Path, ran: Path) -> None:
@@ -211,7 +212,7 @@ def test_other_tokens_redo_the_scores_of_that_set(project: Path, ran: Path) -> N
 def test_another_merge_redoes_everything_after_it(project: Path, ran: Path) -> None:
     watcher = Recorder()
     outcome = run(project, ran, {"merge.dtype": "bfloat16"}, watcher=watcher)
-    assert outcome.ran == list(runner.STAGES)
+    assert outcome.ran == STAGES
     assert watcher.scored() == pairs("merged", "rtn", "gptq")
     assert abs(edge(outcome.report, "adapter", "merged")["delta"]["value"]) > 1e-5, "bfloat16 rounds"
 
@@ -222,7 +223,7 @@ def test_another_adapter_redoes_all_but_the_base(project: Path, ran: Path, tmp_p
     outcome = run(
         other, ran, {"evaluate.variants": ["base", "adapter", "merged"], "evaluate.kl": False}, watcher=watcher
     )
-    assert outcome.ran == list(runner.STAGES)
+    assert outcome.ran == STAGES
     assert watcher.scored() == pairs("base", "adapter", "merged")
     assert abs(edge(outcome.report, "adapter", "merged")["delta"]["value"]) < 1e-4
 
@@ -383,12 +384,20 @@ def test_a_half_written_report_of_other_settings_is_not_taken_for_ours(
             raise StageError("killed between report.json and report.md")
         write(file, text)
 
-    monkeypatch.setattr(runner, "write_text", broken)
+    monkeypatch.setattr(report_stage, "write_text", broken)
     with pytest.raises(StageError):
         run(project, ran, {"evaluate.sets.0.tokens": 300})
     monkeypatch.undo()
     assert numbers(run(project, ran).report) == mine
     assert numbers(read(ran / "pico" / "report.json")) == mine
+
+
+def test_a_report_that_was_being_written_is_written_again(project: Path, ran: Path) -> None:
+    """The key that a killed run leaves, spelled as older versions spell it."""
+    file = ran / "pico" / ".stages.json"
+    edit_json(file, report={"key": "being written", "result": {}})
+    assert run(project, ran).ran == ["report"]
+    assert run(project, ran).ran == []
 
 
 def test_a_failing_stage_keeps_what_is_finished(

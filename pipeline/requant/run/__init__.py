@@ -1,16 +1,25 @@
-"""Run: the stages of a recipe in order. The only package that reads a Recipe.
+"""Run: the stages of a recipe in order. The only package, besides cli for printing, that reads a Recipe.
 
-    runner              run(recipe): skip what is whole, run the rest   <- start here
+    runner              run(recipe): skip what is finished, run the rest   <- start here
+    stages              the list of stages, one record each
+    context             what the stages of one run share
     prepare             recipe -> plans, texts and settings of all stages, from headers
     stage_keys          what each stage depends on, as digests
+    merge_stage         the merged checkpoint
+    quantize_stage      the GPTQ checkpoint, and what comes before it
+    probe               does the adapter lower the loss on its own text
+    heal_stage          the healed checkpoint
+    evaluate_stage      scores
+    suggest_stage       which modules are worth more bits
+    report_stage        report.json, its renderings, model cards
     recipe_texts        calibration text and evaluation sets
-    evaluation_inputs   where variants are made from, dtype, batch, the probe
+    evaluation_inputs   files of the variants, dtype and batch of the evaluation
     heal_recipe         healing as a recipe asks for it
     heal_checkpoint     healing of any GPTQ checkpoint, without a recipe
     report_facts        what the report says besides scores
     module_swap         what a module costs: measured by swapping it
-    suggest             which modules are worth more bits
-    observer            what a run reports while it goes, and what it leaves
+    suggest             candidates for more bits, and the recipe patch
+    observer            what a run reports while it runs, and what it leaves
     check               forecasts of time, memory and loss (`requant check`)
 
 May import: every package but cli; requant_eval.

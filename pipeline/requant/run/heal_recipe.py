@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from requant import __version__, deploy, heal
-from requant.checkpoint.reader import Checkpoint
 from requant.data.documents import Tokens
-from requant.deploy.stage import demand
-from requant.evaluate import variants
 from requant.heal.plan import Fit, Shape, choose
-from requant.heal.teacher import Progress
 from requant.heal.trainer import Settings
-from requant.merge.stage import DTYPES
 from requant.recipe.heal_section import Heal
 from requant.recipe.schema import Recipe
 from requant.run import recipe_texts
 from requant.runtime.device import pick_device
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,29 +61,3 @@ def plan_healing(recipe: Recipe, tokenizer: Any, seen: list[Sequence[Tokens]], s
     documents, windows, held, facts = recipe_texts.healing(recipe, section, tokenizer, seen)
     seen += documents
     return Healing(section, shape, windows, held, facts, tuple(recipe.deploy))
-
-
-def heal_stage(
-    asked: Healing,
-    places: variants.Places,
-    out: Path,
-    key: str,
-    work: Path,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Heal `places.gptq` into the empty directory `out`; what is returned goes into the report."""
-    way, target = asked.fit(device), asked.section.target
-    log.info("heal: %s", way)
-    stored = DTYPES.get(str(Checkpoint(places.merged).config.get("dtype")))
-    told = heal.heal(
-        places.gptq, out, asked.windows, asked.held, asked.settings, way,
-        teacher=lambda: variants.teacher(target, places, device=device, stored=stored), teacher_path=places.merged,
-        key=key, work=work, device=device, trust_remote_code=places.trust_remote_code,
-        meta={"healer": [f"requant:{__version__}"]}, progress=progress,
-    )  # fmt: skip
-    proof = deploy.verify(
-        out, source=places.merged, deploy=asked.deploy, own=device, trust_remote_code=places.trust_remote_code
-    )
-    demand(proof)
-    return told | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}

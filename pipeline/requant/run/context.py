@@ -1,0 +1,89 @@
+"""What the stages of one run share: the prepared recipe, its directory, device, keys and scores."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+
+from requant.checkpoint.run_directory import RunDirectory
+from requant.evaluate.stage import Scores
+from requant.evaluate.variants import Places
+from requant.recipe import Recipe
+from requant.run import evaluation_inputs
+from requant.run.check.delta_prediction import remembered
+from requant.run.observer import Outcome, Watcher
+from requant.run.prepare import Prepared
+from requant.run.stage_keys import Keys
+from requant.runtime.device import pick_device
+from requant.runtime.ranks import ALONE, Ranks
+
+
+class ProbeResult(TypedDict):
+    """The adapter's loss on its own text: one row a calibration source, a sentence, and warnings."""
+
+    probes: list[dict[str, Any]]
+    said: str
+    warnings: list[str]
+
+
+@dataclass(kw_only=True)
+class RunContext:
+    """Inputs and state of one run, handed to every stage.
+
+    ranks: the other processes of this run. places: files of each variant. batch: evaluation windows at a time.
+    outcome: filled in by the stages. probe: set before quantizing.
+    """
+
+    prepared: Prepared
+    directory: RunDirectory
+    watcher: Watcher
+    ranks: Ranks
+    device: torch.device
+    places: Places
+    batch: int
+    keys: Keys
+    scores: Scores
+    outcome: Outcome
+    probe: ProbeResult | None = None
+
+    @classmethod
+    def of(cls, prepared: Prepared, directory: RunDirectory, watcher: Watcher, ranks: Ranks = ALONE) -> RunContext:
+        """Derive device, keys and scores from the recipe. The directory must be open: its cache is created."""
+        device = pick_device(prepared.recipe.device)
+        keys = Keys.of(prepared, directory, device)
+        scores = Scores(
+            directory.cache, prepared.sets, keys.variants, device, evaluation_inputs.dtype(prepared, device),
+            prepared.recipe.evaluate.kl, prepared.canaries,
+        )  # fmt: skip
+        return cls(
+            prepared=prepared,
+            directory=directory,
+            watcher=watcher,
+            ranks=ranks,
+            device=device,
+            places=evaluation_inputs.places(prepared, directory.path),
+            batch=evaluation_inputs.batch(prepared, device),
+            keys=keys,
+            scores=scores,
+            outcome=Outcome(directory.path),
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of this run."""
+        return self.prepared.recipe
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one line to events.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values})
+        with (self.directory.path / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def delta_prediction(self) -> dict[str, Any]:
+        """How much of the adapter's delta round-to-nearest keeps; computed once for each quantization."""
+        p = self.prepared
+        return remembered(self.directory, self.keys.quantize, p.merge, p.quantize, self.device)

@@ -1,0 +1,39 @@
+"""Stage heal of a run: distil the quantized checkpoint, write the result beside it, verify it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from requant import __version__, deploy, heal
+from requant.checkpoint.reader import Checkpoint
+from requant.deploy.stage import demand
+from requant.evaluate import variants
+from requant.merge.stage import DTYPES
+from requant.run.context import RunContext
+
+log = logging.getLogger(__name__)
+
+
+def run_heal(context: RunContext, key: str) -> dict[str, Any]:
+    """Write the artifact `healed`; returns losses, settings and the verification, for the report."""
+    asked, places, device = context.prepared.heal, context.places, context.device
+    assert asked is not None, "the stage is part of a run only with healing"
+    scratch = context.directory.scratch("heal", key)
+    artifact = context.directory.artifact("healed")
+    out = artifact.begin(key)
+    way, target = asked.fit(device), asked.section.target
+    log.info("heal: %s", way)
+    stored = DTYPES.get(str(Checkpoint(places.merged).config.get("dtype")))
+    facts = heal.heal(
+        places.gptq, out, asked.windows, asked.held, asked.settings, way,
+        teacher=lambda: variants.teacher(target, places, device=device, stored=stored), teacher_path=places.merged,
+        key=key, work=scratch, device=device, trust_remote_code=places.trust_remote_code,
+        meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress,
+    )  # fmt: skip
+    proof = deploy.verify(
+        out, source=places.merged, deploy=asked.deploy, own=device, trust_remote_code=places.trust_remote_code
+    )
+    demand(proof)
+    artifact.finish(key, {"stage": "heal", "requant": __version__})
+    return facts | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}

@@ -1,0 +1,27 @@
+"""Stage merge of a run: write and verify the merged checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from requant import __version__, merge
+from requant.merge import selftest
+from requant.run.context import RunContext
+
+
+def run_merge(context: RunContext, key: str) -> dict[str, Any]:
+    """Write the artifact `merged`; returns its ledger and the self-test, for the report."""
+    artifact, plan, section = context.directory.artifact("merged"), context.prepared.merge, context.recipe.merge
+    out = artifact.begin(key)
+    merged = merge.merge(
+        plan,
+        out,
+        dtype=section.dtype,
+        max_shard=section.max_shard_bytes,
+        device=context.device,
+        progress=context.watcher.progress,
+    )
+    proof = selftest.self_test(plan, out)
+    artifact.finish(key, {"stage": "merge", "requant": __version__})
+    return asdict(merged) | {"selftest": asdict(proof)}

@@ -1,0 +1,37 @@
+"""Adapter probe of a run: does the adapter lower the loss on its own text? Measured before quantizing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from requant.checkpoint.run_directory import key_of
+from requant.data.packing import digest
+from requant.errors import StageError
+from requant.evaluate import adapter_probe
+from requant.evaluate import stage as evaluate
+from requant.run.context import ProbeResult, RunContext
+from requant.run.stage_keys import LAYOUT
+
+
+def probe(context: RunContext) -> ProbeResult:
+    """Measure base and adapter on a few rows of each calibration source, or return the stored result."""
+    scores, rows = context.scores, context.prepared.probes
+    digests = {name: [digest(row[None]) for row in source] for name, source in rows.items()}
+    reference = scores.keys[evaluate.REFERENCE]
+    key = key_of(LAYOUT, "probe", reference, digests, str(scores.dtype), scores.device.type)
+    stored: Any = context.directory.result("probe", key)
+    if stored is not None:
+        return stored  # type: ignore[no-any-return]  # written below
+    result: ProbeResult
+    try:
+        model = evaluate.reference(
+            scores, context.places, rows, batch=context.batch, stream=context.recipe.evaluate.stream
+        )
+        probes = adapter_probe.measure(model, rows, scores.device)
+        said, warnings = adapter_probe.verdict(probes)
+        result = {"probes": [asdict(p) for p in probes], "said": said, "warnings": warnings}
+    except StageError as error:
+        result = {"probes": [], "said": f"the adapter's loss was not measured: {error}", "warnings": []}
+    context.directory.remember("probe", key, dict(result))
+    return result

@@ -1,0 +1,87 @@
+"""Stage quantize of a run: probe the adapter, write the GPTQ checkpoint, verify it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from requant import __version__, deploy, quantize
+from requant.deploy.scored_sample import Sample
+from requant.deploy.stage import demand
+from requant.merge.deltas import deltas
+from requant.quantize import gptqmodel_engine, warmup
+from requant.run.context import RunContext
+from requant.run.probe import probe
+from requant.runtime.ranks import ALONE
+
+log = logging.getLogger(__name__)
+
+
+def compile_ahead(context: RunContext) -> AbstractContextManager[None]:
+    """Compile GPU kernels in threads during the stages before quantize, on every rank.
+
+    Does nothing where no kernel of ours will run: another engine, or quantize is finished.
+    """
+    p = context.prepared
+    finished = context.directory.result("quantize", context.keys.quantize) is not None
+    if finished or context.recipe.quantize.engine != "requant":
+        return nullcontext()
+    context.ranks.call(warmup.meet, context.device, own={})
+    return warmup.ahead(
+        p.base, p.quantize, p.settings, p.serving_dtype, context.device,
+        trust_remote_code=context.recipe.trust_remote_code,
+    )  # fmt: skip
+
+
+def before_quantize(context: RunContext) -> None:
+    """Check, before the long work, that the adapter and the grid are worth it; keep the sample for engines.
+
+    Warns when the adapter does not lower the loss on its own text, and when the grid rounds its delta away.
+    """
+    context.probe = probed = probe(context)
+    log.info("probe: %s", probed["said"])
+    for warning in probed["warnings"]:
+        log.warning("probe: %s", warning)
+        context.watcher.warn(warning)
+    Sample.of(context.prepared.sets, context.recipe.evaluate.in_domain).keep(context.directory.path)
+    context.delta_prediction()
+
+
+def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
+    """Write and verify the artifact `gptq`; returns module results and the verification, for the report.
+
+    Our own engine uses all ranks, gptqmodel the first alone.
+    """
+    p, recipe = context.prepared, context.recipe
+    artifact, merged = context.directory.artifact("gptq"), context.directory.path / "merged"
+    out = artifact.begin(key)
+    notes: list[str] = []
+    own: dict[str, Any] = {"deltas": deltas(p.merge), "progress": context.watcher.progress}
+    if recipe.quantize.engine == "requant":
+        ranks, quantizer = context.ranks, f"requant:{__version__}"
+        function: Callable[..., Any] = quantize.quantize
+        own["notes"] = notes
+    else:
+        ranks, quantizer = ALONE, f"gptqmodel:{version('gptqmodel')}"
+        function = gptqmodel_engine.quantize
+    plan, modules = ranks.call(
+        function, merged, out, p.calibration, p.settings, dtype=p.serving_dtype,
+        device=context.device, trust_remote_code=recipe.trust_remote_code, max_shard=recipe.merge.max_shard_bytes,
+        meta={"quantizer": [quantizer]}, own=own,
+    )  # fmt: skip
+    proof = deploy.verify(
+        out, source=merged, deploy=recipe.deploy, own=context.device, trust_remote_code=recipe.trust_remote_code
+    )
+    demand(proof)
+    artifact.finish(key, {"stage": "quantize", "requant": __version__})
+    return {
+        "modules": [asdict(m) for m in modules],
+        "bits_per_weight": plan.bits_per_weight,
+        "left": list(plan.left),
+        "verify": proof.facts(),
+        "notes": notes,
+    }

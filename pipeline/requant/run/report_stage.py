@@ -1,0 +1,95 @@
+"""Stage report of a run: report.json, its renderings and the model cards, from saved scores and results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from requant import __version__
+from requant.checkpoint.reader import write_text
+from requant.checkpoint.run_directory import key_of
+from requant.deploy.stage import remembered as proofs_of
+from requant.run import report_facts
+from requant.run.context import RunContext
+
+FILES = ("report.json", "report.md", "report.html")
+INCOMPLETE = "being written"
+"""The stored key while the files are written. No digest equals it: after a kill they are all written again."""
+
+
+def report_key(context: RunContext) -> str:
+    """Digest of all that the report depends on: stages, scores, gates, canaries, suggestions, verifications."""
+    from requant_eval.report.build import SCHEMA_VERSION
+
+    p, keys = context.prepared, context.keys
+    suggested = context.directory.result("suggest", keys.suggest)
+    gates = [gate.rule() for gate in context.recipe.gates]
+    answers = [canary.answer for canary in p.canaries.items] if p.canaries else []
+    asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
+    return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context))
+
+
+def is_reported(context: RunContext, key: str) -> bool:
+    """Whether no stage ran, the key is the stored one and every file exists."""
+    names = (*FILES, *(f"{artifact}/README.md" for artifact in _cards(context)))
+    exist = all((context.directory.path / name).exists() for name in names)
+    return exist and not context.outcome.ran and context.directory.result("report", key) is not None
+
+
+def load_report(context: RunContext) -> None:
+    """Read the finished report.json into the outcome."""
+    context.outcome.report = json.loads((context.directory.path / "report.json").read_text())
+
+
+def run_report(context: RunContext, key: str) -> dict[str, Any]:
+    """Build the report, write its files and one model card a checkpoint."""
+    from requant_eval.metrics.set_metrics import SetResult
+    from requant_eval.render import html, markdown, model_card
+    from requant_eval.report.build import build, save
+
+    scores, path = context.scores.load(), context.directory.path
+    sets = [SetResult.of(s, scores[s.name]) for s in context.prepared.sets]
+    facts = report_facts.account(
+        context.prepared, _stage_results(context), path, device=str(context.device), dtype=str(context.scores.dtype)[6:]
+    )
+    first = context.prepared.sets[0].name
+    facts["evaluation"]["runtimes"] = {variant: s.runtime for variant, s in scores[first].items()}
+    facts["canaries"] = context.scores.answers()
+    facts["suggestion"] = context.directory.result("suggest", context.keys.suggest)
+    gates = [gate.rule() for gate in context.recipe.gates]
+    report = build(sets=sets, facts=facts, in_domain=_in_domain(context), gates=gates)
+    context.directory.remember("report", INCOMPLETE, {})
+    save(report, path / "report.json")
+    write_text(path / "report.md", markdown.render(report))
+    write_text(path / "report.html", html.render(report))
+    for artifact, left_out in _cards(context).items():
+        write_text(path / artifact / "README.md", model_card.model_card(report, without=left_out))
+    context.outcome.report = report
+    return {}
+
+
+def _in_domain(context: RunContext) -> str:
+    """Name of the set on which retention is computed."""
+    return context.recipe.evaluate.in_domain or context.prepared.sets[0].name
+
+
+def _cards(context: RunContext) -> dict[str, str | None]:
+    """Artifact that gets a model card -> the variant that the card leaves out."""
+    return {"gptq": "healed", "healed": None} if context.prepared.heal else {"gptq": None}
+
+
+def _proofs(context: RunContext) -> dict[str, dict[str, Any]]:
+    """Stage -> what `requant verify` kept of its checkpoint after the run."""
+    return proofs_of(context.directory.path, {"quantize": context.keys.quantize, "heal": context.keys.heal})
+
+
+def _stage_results(context: RunContext) -> dict[str, dict[str, Any]]:
+    """Stage -> its stored result; a later `requant verify` replaces the verification inside."""
+    keys = {"merge": context.keys.merge, "quantize": context.keys.quantize, "evaluate": context.scores.key}
+    keys |= {"heal": context.keys.heal} if context.prepared.heal else {}
+    results: dict[str, dict[str, Any]] = {name: context.directory.result(name, key) or {} for name, key in keys.items()}
+    results["probe"] = dict(context.probe or {})
+    for name, proof in _proofs(context).items():
+        results[name] = {**results.get(name, {}), "verify": proof}
+    results["resonance"] = context.delta_prediction()
+    return results

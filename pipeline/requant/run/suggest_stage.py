@@ -1,0 +1,19 @@
+"""Stage suggest of a run: what the modules with the largest error would gain from more bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from requant.run.context import RunContext
+from requant.run.suggest import advise
+
+
+def run_suggest(context: RunContext, key: str) -> dict[str, Any]:
+    """Measure every candidate; returns them with their gain and a patch of the recipe, for the report."""
+    p = context.prepared
+    quantized = context.directory.result("quantize", context.keys.quantize) or {}
+    return advise(
+        quantized["modules"], context.places, plan=p.quantize, grid=p.settings.grid, overrides=p.overrides,
+        calibration=p.calibration, device=context.device, dtype=context.scores.dtype, batch=context.batch,
+        progress=context.watcher.progress,
+    )  # fmt: skip
