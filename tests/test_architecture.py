@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "requant.run": {
         "requant.numerics", "requant.runtime", "requant.recipe", "requant.checkpoint", "requant.formats", "requant.data",
         "requant.modeling", "requant.adapters", "requant.merge", "requant.quantize", "requant.heal", "requant.evaluate",
-        "requant.deploy", "requant_eval.gate", "requant_eval.scoring", "requant_eval.metrics", "requant_eval.report",
+        "requant.deploy", "requant_eval.scoring", "requant_eval.metrics", "requant_eval.report",
         "requant_eval.render",
     },
     "requant.cli": {
