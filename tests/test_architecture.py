@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "requant_eval.scoring": set(),
     "requant_eval.metrics": {"requant_eval.scoring"},
     "requant_eval.report": {"requant_eval.gate", "requant_eval.metrics"},
-    "requant_eval.render": {"requant_eval.metrics", "requant_eval.report"},
+    "requant_eval.render": {"requant_eval.gate", "requant_eval.metrics", "requant_eval.report"},
 }  # fmt: skip
 # package -> of one other package, the only files that it may know
 NARROW = {"requant.adapters": {"requant.modeling": {"requant.modeling.stacked_experts"}}}

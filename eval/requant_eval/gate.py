@@ -1,8 +1,8 @@
-"""What a gate is: a metric on an evaluation set and the limit it must keep. Pure data, no numbers of a report.
+"""Metrics and gates: what is measured of a variant, and which limit a gate puts on it.
 
 In a recipe `{metric: ppl_increase, set: in-domain, max: 5%}`, on the command line `ppl_increase in-domain 5%`.
 `relative_to: rtn` (`50% of rtn`) puts the limit on the share of what rounding to nearest would cost.
-`verdict` holds gates against a report.
+Declarations only, without numpy: `metrics.definitions` computes a metric, `report.verdict` judges a report by its gates.
 """
 
 from __future__ import annotations
@@ -10,31 +10,75 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-Metric = Literal["ppl_increase", "perplexity", "kl", "right_to_wrong", "retention", "agreement"]
 Side = Literal["max", "min"]
 Control = Literal["rtn"]
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """What a metric measures. unit: "%", "nats" or none. relative: may be a share of the control's."""
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number of a variant on an evaluation set: where the report has it, how it is shown and gated.
+
+    words: what it is called. of, key: where a set's section has it: a key of the variant's row, of the step from the
+    reference to the variant, or of the set itself, by variant. part: the estimate inside of what is there.
+    scale: the report's number times this is in `unit` ("%", "nats" or none). signed: shown with its sign.
+    side: whether a gate's limit is the largest or the smallest good value.
+    column: its sum over each document, where a gate may limit it relative to the control's. from_reference: the
+    reference's own sum is subtracted first.
+    in_domain: measured on the in-domain set only. needs: what the recipe has to score besides. needs_kl: evaluate.kl.
+    own_table: whether the report has a table made for it; the others share one.
+    """
 
     words: str
-    unit: str
+    of: Literal["variant", "step", "set"]
+    key: str
+    part: str | None = None
+    scale: float = 1.0
+    unit: str = ""
+    signed: bool = False
     side: Side
-    relative: bool = False
+    column: str | None = None
+    from_reference: bool = False
+    in_domain: bool = False
+    needs: tuple[str, ...] = ()
+    needs_kl: bool = False
+    own_table: bool = False
+
+    @property
+    def relative(self) -> bool:
+        """Whether a gate may limit it to a share of the control's."""
+        return self.column is not None
 
 
-METRICS: dict[str, Quantity] = {
-    "ppl_increase": Quantity("perplexity against the reference", "%", "max", relative=True),
-    "perplexity": Quantity("perplexity", "", "max"),
-    "kl": Quantity("mean KL divergence from the reference", "nats", "max", relative=True),
-    "right_to_wrong": Quantity("tokens whose top-1 prediction became wrong", "%", "max", relative=True),
-    "retention": Quantity("of what the adapter learned, kept", "%", "min"),
-    "agreement": Quantity("tokens with the reference's top-1 prediction", "%", "min"),
-}
+METRICS: dict[str, Metric] = {
+    "ppl_increase": Metric(
+        words="perplexity against the reference", of="step", key="loss_percent", unit="%", signed=True, side="max",
+        column="nll", from_reference=True, own_table=True,
+    ),
+    "perplexity": Metric(words="perplexity", of="variant", key="ppl", side="max", own_table=True),
+    "kl": Metric(
+        words="mean KL divergence from the reference", of="step", key="kl", part="mean", unit="nats", side="max",
+        column="kl", needs_kl=True, own_table=True,
+    ),
+    "right_to_wrong": Metric(
+        words="tokens whose top-1 prediction became wrong", of="step", key="right_to_wrong", scale=100, unit="%",
+        side="max", column="right_to_wrong", own_table=True,
+    ),
+    "retention": Metric(
+        words="of what the adapter learned, kept", of="set", key="retention", scale=100, unit="%", side="min",
+        in_domain=True, needs=("base",), own_table=True,
+    ),
+    "agreement": Metric(
+        words="tokens with the reference's top-1 prediction", of="step", key="agreement", scale=100, unit="%", side="min",
+        needs_kl=True, own_table=True,
+    ),
+}  # fmt: skip
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]  # for schemas
 
 _PERCENT = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?) ?%")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
@@ -53,7 +97,7 @@ class GateError(ValueError):
 class Gate:
     """One rule. limit: in the metric's unit, or in percent of the control's where `relative_to` is set."""
 
-    metric: Metric
+    metric: MetricName
     set: str
     limit: float
     relative_to: Control | None = None
@@ -87,22 +131,22 @@ def make(
     Raises:
         GateError: an unknown metric or control, the wrong side, no limit or a limit without its unit.
     """
-    quantity = METRICS.get(metric)
-    if quantity is None:
+    declared = METRICS.get(metric)
+    if declared is None:
         raise GateError("metric", f"{metric!r} is not one of {', '.join(METRICS)}")
     given: dict[Side, float | str | None] = {"max": most, "min": least}
-    other: Side = "min" if quantity.side == "max" else "max"
+    other: Side = "min" if declared.side == "max" else "max"
     if given[other] is not None:
-        good = "small" if quantity.side == "max" else "large"
-        raise GateError(other, f"{metric} is good when it is {good}: use {quantity.side}")
+        good = "small" if declared.side == "max" else "large"
+        raise GateError(other, f"{metric} is good when it is {good}: use {declared.side}")
     if relative_to is not None and relative_to not in get_args(Control):
         raise GateError("relative_to", f"{relative_to!r} is not {get_args(Control)[0]}, the control")
-    if relative_to is not None and not quantity.relative:
+    if relative_to is not None and not declared.relative:
         those = ", ".join(name for name, q in METRICS.items() if q.relative)
         raise GateError("relative_to", f"only {those} can be a share of the control's, not {metric}")
-    percent = quantity.unit == "%" or relative_to is not None
-    limit = _limit(quantity.side, given[quantity.side], percent=percent)
-    return Gate(metric, on, limit, relative_to)  # type: ignore[arg-type]  # both looked up above
+    percent = declared.unit == "%" or relative_to is not None
+    limit = _limit(declared.side, given[declared.side], percent=percent)
+    return Gate(metric, on, limit, relative_to)  # type: ignore[arg-type]  # looked up above
 
 
 def parse(text: str) -> Gate:

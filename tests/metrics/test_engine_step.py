@@ -12,7 +12,7 @@ from requant_eval.errors import EvaluationError
 from requant_eval.metrics import engine_step
 from requant_eval.render import charts, html, markdown, model_card
 from requant_eval.render.document import Figure
-from requant_eval.render.tables import waterfall_table
+from requant_eval.render.set_tables import waterfall_table
 from requant_eval.report.build import build
 from requant_eval.report.schema import check
 

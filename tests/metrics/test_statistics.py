@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.definitions import OF_STEP
 
 
 def tokens(documents: int, length: int, *, between: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,8 +214,11 @@ def test_divergence_ladder() -> None:
 def test_flips_are_shares_of_all_tokens() -> None:
     before = np.array([True, True, False, False])
     after = np.array([False, True, True, False])
-    lost, won = st.flips(before, after, np.array([0, 0, 1, 1], dtype=np.int32))
-    assert (lost.value, won.value) == (0.25, 0.25)
+    one, two = (
+        SimpleNamespace(top1=flags, document=np.array([0, 0, 1, 1], dtype=np.int32)) for flags in (before, after)
+    )
+    step: Any = SimpleNamespace(before=one, after=two)
+    assert [OF_STEP[key](step).value for key in ("right_to_wrong", "wrong_to_right")] == [0.25, 0.25]  # type: ignore[union-attr]
 
 
 def worlds(documents: int, gain: float, loss: float) -> tuple[st.Sums, st.Sums, st.Sums]:

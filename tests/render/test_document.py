@@ -6,7 +6,8 @@ from helpers.reports import built
 
 from requant_eval.render import markdown
 from requant_eval.render.document import Bullets, Code, Figure, Paragraph, document
-from requant_eval.render.tables import Table, set_tables
+from requant_eval.render.set_tables import set_tables
+from requant_eval.render.tables import Table
 
 
 def test_every_figure_stands_before_the_table_that_gives_its_numbers() -> None:

@@ -69,4 +69,4 @@ def test_the_side_belongs_to_the_metric() -> None:
 
 
 def test_every_metric_is_in_the_recipes_vocabulary() -> None:
-    assert set(gate.METRICS) == set(gate.get_args(gate.Metric))
+    assert set(gate.METRICS) == set(gate.get_args(gate.MetricName))

@@ -1,6 +1,7 @@
 """Metrics: scores in, estimates with intervals out.
 
     set_metrics      one evaluation set's section of the report   <- start here
+    definitions      how each metric is computed: a new one is an entry here and in gate.METRICS
     statistics       document-clustered means, paired differences, intervals
     loss_by_change   loss of tokens by how much they changed
     engine_step      what an engine scores against our own forward

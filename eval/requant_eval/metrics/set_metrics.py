@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.definitions import DOCUMENT_SUMS, OF_STEP, Step
 from requant_eval.metrics.loss_by_change import tails
 from requant_eval.scoring.token_scores import TokenScores
 
@@ -138,21 +137,18 @@ def _edge(
     before, after = result.scores[start], result.scores[end]
     pair = st.paired(sums[end], sums[start])
     independent = st.naive_se(after.nll - before.nll)
-    lost, won = st.flips(before.top1, after.top1, after.document)
-    kl, agree = (after.kl, after.agree) if start == reference else (None, None)
+    step = Step(before=before, after=after, paired=pair, from_reference=start == reference)
+    computed = {key: of(step) for key, of in OF_STEP.items()}
+    shown = {key: None if value is None else asdict(value) for key, value in computed.items()}
     return {
         "from": start,
         "to": end,
         "kind": kind,
         "delta": asdict(pair.delta),
-        "loss_percent": asdict(pair.loss_percent),
+        "loss_percent": shown.pop("loss_percent"),
         "naive_se": independent,
         "design_effect": st.design_effect(pair.delta.se, independent),
-        "kl": None if kl is None else asdict(st.divergence(kl, after.document)),
-        "agreement": None if agree is None else asdict(st.share(agree, after.document)),
-        "right_to_wrong": asdict(lost),
-        "wrong_to_right": asdict(won),
-    }
+    } | shown
 
 
 def _retention(sums: Mapping[str, st.Sums]) -> dict[str, Any]:
@@ -166,15 +162,9 @@ def _retention(sums: Mapping[str, st.Sums]) -> dict[str, Any]:
 
 def _documents(scores: TokenScores, others: Mapping[str, TokenScores], reference: str | None) -> dict[str, Any]:
     """Sums over each document, enough to pair this variant with one of another run later: no GPU, no model."""
-    sums: dict[str, Any] = {"n": np.bincount(scores.document), "nll": st.document_sums(scores.nll, scores.document)}
-    counted = {"top1": scores.top1}
-    if scores.agree is not None:
-        counted["agree"] = scores.agree
-    if reference is not None:
-        before = others[reference].top1
-        counted |= {"right_to_wrong": before & ~scores.top1, "wrong_to_right": ~before & scores.top1}
-    sums |= {key: st.document_sums(flag, scores.document).astype(int) for key, flag in counted.items()}
-    return sums if scores.kl is None else sums | {"kl": st.document_sums(scores.kl, scores.document)}
+    before = None if reference is None else others[reference]
+    sums = {key: of(scores, before) for key, of in DOCUMENT_SUMS.items()}
+    return {key: column for key, column in sums.items() if column is not None}
 
 
 def fingerprint(result: SetResult) -> str:

@@ -165,13 +165,6 @@ def divergence(kl: npt.NDArray[np.float64], document: npt.NDArray[np.int32]) -> 
     return Divergence(mean(kl, document), *ladder)
 
 
-def flips(
-    reference: npt.NDArray[np.bool_], variant: npt.NDArray[np.bool_], document: npt.NDArray[np.int32]
-) -> tuple[Estimate, Estimate]:
-    """(right -> wrong, wrong -> right): shares of all tokens, from top-1 correctness bool [n]."""
-    return share(reference & ~variant, document), share(~reference & variant, document)
-
-
 def retention(variant: Sums, *, base: Sums, adapter: Sums) -> Estimate | None:
     """1 - delta(V|adapter) / delta(base|adapter): how much of what fine-tuning gained is left (1 = all).
 

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from requant_eval.render import svg
 from requant_eval.render.document import Figure
+from requant_eval.render.set_tables import served, what
 from requant_eval.render.svg import Scale
-from requant_eval.render.tables import served, what
 from requant_eval.report.number_format import format_estimate, format_value
 
 LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")

@@ -14,15 +14,8 @@ from requant_eval.metrics.engine_step import proofs
 from requant_eval.render import adapter_tables
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.heal_tables import heal_tables
-from requant_eval.render.tables import (
-    Table,
-    cost_tables,
-    facts_table,
-    gates_table,
-    modules_table,
-    options_table,
-    set_tables,
-)
+from requant_eval.render.set_tables import set_tables
+from requant_eval.render.tables import Table, cost_tables, facts_table, gates_table, modules_table, options_table
 
 LONGEST = 300  # rows of a folded table
 LIMITS = (

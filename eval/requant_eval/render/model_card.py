@@ -9,7 +9,8 @@ from typing import Any
 
 from requant_eval.metrics.engine_step import proofs
 from requant_eval.render.engine_table import checks_table
-from requant_eval.render.tables import facts_table, protocol, retention_table, variants_table, waterfall_table
+from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
+from requant_eval.render.tables import facts_table
 from requant_eval.report.headline import SPOKEN, final_variant, headline, method
 from requant_eval.report.number_format import format_value
 

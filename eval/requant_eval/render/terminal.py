@@ -11,15 +11,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from requant_eval.render import adapter_tables
-from requant_eval.render.tables import (
-    Table,
-    divergence_table,
-    gates_table,
-    options_table,
-    retention_table,
-    variants_table,
-    waterfall_table,
-)
+from requant_eval.render.set_tables import divergence_table, retention_table, variants_table, waterfall_table
+from requant_eval.render.tables import Table, gates_table, options_table
 
 STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "none": "dim"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from requant_eval.gate import Gate, make
+from requant_eval.gate import METRICS, Gate, make
 from requant_eval.metrics.engine_step import speeds
 from requant_eval.report.headline import final_variant
 from requant_eval.report.number_format import format_bytes
@@ -75,7 +75,7 @@ def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> s
     if not any(v["name"] == variant for s in report["sets"] for v in s["variants"]):
         return None
     if all(s["reference"] == variant for s in report["sets"]):
-        gates = [gate for gate in gates if gate.metric == "perplexity"]
+        gates = [gate for gate in gates if METRICS[gate.metric].of == "variant"]
     status = str(verdict(report, judge(report, gates, variant))["status"])
     return "pass" if status == "none" else status
 

@@ -14,15 +14,13 @@ from typing import Any, Literal
 import numpy as np
 
 from requant_eval.errors import EvaluationError
-from requant_eval.gate import Gate, GateError, from_rule
+from requant_eval.gate import METRICS, Gate, GateError, Metric, from_rule
 from requant_eval.metrics import statistics as st
 from requant_eval.report.headline import final_variant, method
 from requant_eval.report.number_format import format_estimate
 
 Status = Literal["pass", "fail", "inconclusive"]
 HOPELESS = 1000  # times the documents there are: nobody collects that many
-PERCENT = {"retention", "agreement", "right_to_wrong"}  # kept in the report as shares
-COLUMN = {"ppl_increase": "nll", "kl": "kl", "right_to_wrong": "right_to_wrong"}
 
 
 def saved_gates(report: Mapping[str, Any]) -> list[Gate]:
@@ -111,19 +109,18 @@ def _estimate(s: Mapping[str, Any], gate: Gate, variant: str | None) -> tuple[di
         return None, f"{variant or 'no quantized variant'} was not scored on {s['name']}"
     if gate.relative_to is not None:
         return _relative(s, gate.metric, variant, gate.relative_to)
-    if gate.metric == "perplexity":
-        return next(v["ppl"] for v in s["variants"] if v["name"] == variant), ""
-    if gate.metric == "retention":
-        kept = s["retention"].get(variant)
-        return _scaled(kept, gate.metric), f"retention is not defined on {s['name']}"
+    metric = METRICS[gate.metric]
+    if metric.of == "variant":
+        row = next(v for v in s["variants"] if v["name"] == variant)
+        return _estimate_in(row, metric), f"{gate.metric} was not measured on {s['name']}"
+    if metric.of == "set":
+        return _scaled(s[metric.key].get(variant), metric), f"{gate.metric} is not defined on {s['name']}"
     if variant == s["reference"]:
         return None, f"{variant} is the reference itself"
     edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
     if edge is None:
         return None, f"{variant} was not compared with a reference on {s['name']}"
-    key = "loss_percent" if gate.metric == "ppl_increase" else gate.metric
-    found = edge[key]["mean"] if gate.metric == "kl" and edge[key] else edge[key]
-    return _scaled(found, gate.metric), f"{gate.metric} was not measured on {s['name']}"
+    return _estimate_in(edge, metric), f"{gate.metric} was not measured on {s['name']}"
 
 
 def _relative(s: Mapping[str, Any], metric: str, variant: str, control: str) -> tuple[dict[str, Any] | None, str]:
@@ -141,25 +138,31 @@ def _relative(s: Mapping[str, Any], metric: str, variant: str, control: str) -> 
 def _losses(s: Mapping[str, Any], metric: str, variant: str) -> Any:
     """Per-document sums of one metric of a variant, float64 [G]; None where it was not measured."""
     sums, reference = s["documents"], s["reference"]
-    own = sums[variant].get(COLUMN[metric])
+    declared = METRICS[metric]
+    own = sums[variant].get(declared.column)
     if own is None or reference is None:
         return None
-    before = sums[reference]["nll"] if metric == "ppl_increase" else 0.0
+    before = sums[reference][declared.column] if declared.from_reference else 0.0
     return np.asarray(own, np.float64) - np.asarray(before, np.float64)
 
 
-def _scaled(estimate: Mapping[str, Any] | None, metric: str) -> dict[str, Any] | None:
+def _estimate_in(row: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
+    """The metric's estimate in a variant's row or a step, in the gate's unit; reports of older versions may lack it."""
+    found = row.get(metric.key)
+    return _scaled(found[metric.part] if found and metric.part else found, metric)
+
+
+def _scaled(estimate: Mapping[str, Any] | None, metric: Metric) -> dict[str, Any] | None:
     if estimate is None:
         return None
-    factor = 100 if metric in PERCENT else 1
-    return {key: None if value is None else factor * value for key, value in estimate.items()}
+    return {key: None if value is None else metric.scale * value for key, value in estimate.items()}
 
 
 def _text(gate: Gate, result: Mapping[str, Any], missing: str) -> str:
     if result["estimate"] is None:
         return f"{gate.text}: {missing}"
     unit = f" {gate.unit}" if gate.unit else ""
-    signed = gate.metric == "ppl_increase" and gate.relative_to is None
+    signed = METRICS[gate.metric].signed and gate.relative_to is None
     text = f"{gate.text}, measured {format_estimate(result['estimate'], signed=signed, unit=unit)}"
     if result["status"] != "inconclusive":
         return text

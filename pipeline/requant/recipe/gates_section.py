@@ -18,7 +18,7 @@ Limit = Annotated[float, Field(allow_inf_nan=False)] | Text
 class Gate(Section):
     """One condition for shipping, held against the 95 % interval."""
 
-    metric: gate.Metric = Field(description="What is limited.")
+    metric: gate.MetricName = Field(description="What is limited.")
     set: Text = Field(description="Name of an evaluation set.")
     max: Limit | None = Field(
         default=None, description="Largest good value, such as 5% (kl: nats, perplexity: as it is)."
@@ -52,14 +52,15 @@ def undecidable(gates: Sequence[Gate], evaluate: Evaluate) -> list[tuple[KeyPath
     for i, item in enumerate(gates):
         if item.set not in names:
             found.append(((i, "set"), f"{item.set!r} is not the name of a set: {', '.join(names)}"))
-        elif item.metric == "retention" and item.set != home:
-            found.append(((i, "set"), f"retention is measured on the in-domain set, {home!r}: evaluate.in_domain"))
+        elif gate.METRICS[item.metric].in_domain and item.set != home:
+            found.append(((i, "set"), f"{item.metric} is measured on the in-domain set, {home!r}: evaluate.in_domain"))
         if not {"gptq", "healed"} & {str(name) for name in evaluate.variants}:
             found.append(((i,), "gptq is what ships and is judged: add it to evaluate.variants"))
         if item.relative_to is not None and item.relative_to not in evaluate.variants:
             found.append(((i, "relative_to"), f"{item.relative_to} is not scored: add it to evaluate.variants"))
-        if item.metric == "retention" and "base" not in evaluate.variants:
-            found.append(((i, "metric"), "retention compares with base: add it to evaluate.variants"))
-        if item.metric in ("kl", "agreement") and not evaluate.kl:
+        for needed in gate.METRICS[item.metric].needs:
+            if needed not in evaluate.variants:
+                found.append(((i, "metric"), f"{item.metric} compares with {needed}: add it to evaluate.variants"))
+        if gate.METRICS[item.metric].needs_kl and not evaluate.kl:
             found.append(((i, "metric"), f"{item.metric} needs evaluate.kl: true"))
     return found

@@ -1,0 +1,183 @@
+"""Tables of one evaluation set: perplexity, steps, distance from the reference, flips, retention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from requant_eval.gate import METRICS, Metric
+from requant_eval.render.tables import Table
+from requant_eval.report.number_format import format_estimate, format_value
+
+KINDS = {
+    "learned": "what training learned",
+    "merge": "merge + cast",
+    "quantize": "quantization",
+    "heal": "healing",
+    "total": "whole way",
+    "control": "control",
+    "fork": "merged onto the original base",
+    "kernel": "served",
+}
+
+
+def set_tables(s: Mapping[str, Any]) -> list[Table]:
+    """All tables of one evaluation set of the report, empty ones left out."""
+    tables = [variants_table(s), waterfall_table(s), divergence_table(s), flips_table(s), retention_table(s)]
+    tables += [more_metrics_table(s), groups_table(s), reverted_table(s)]
+    return [table for table in tables if table.rows]
+
+
+def variants_table(s: Mapping[str, Any]) -> Table:
+    """Perplexity of every variant."""
+    rows = [
+        (
+            v["name"],
+            format_estimate(v["ppl"]),
+            format_estimate(v["mean_nll"]),
+            format_estimate(v["bits_per_byte"]) if v["bits_per_byte"] else "unknown",
+            format_estimate(v["top1_accuracy"], factor=100, unit=" %", interval=False),
+            str(v["n"]),
+        )
+        for v in s["variants"]
+    ]
+    columns = ("variant", "perplexity", "nats/token", "bits/byte", "top-1 right", "tokens")
+    note = f"{protocol(s)}; {s['n_documents']} documents; brackets are 95 % intervals."
+    return Table(f"{s['name']}: perplexity", columns, tuple(rows), note)
+
+
+def waterfall_table(s: Mapping[str, Any]) -> Table:
+    """What each step costs, paired on the same tokens."""
+    rows = [
+        (
+            f"{e['from']} -> {e['to']}",
+            what(e),
+            format_estimate(e["delta"], signed=True),
+            format_estimate(e["loss_percent"], signed=True, unit=" %"),
+        )
+        for e in [*s["edges"], *served(s)]
+    ]
+    columns = ("step", "what", "ln perplexity", "perplexity")
+    note = "Paired; steps add up in ln perplexity, negative is better."
+    if served(s):
+        note += " Served: the engine's own computation against ours, on the beginnings of some documents."
+    return Table(f"{s['name']}: what each step costs", columns, tuple(rows), note, text=2, key="steps")
+
+
+def served(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps into engines (see `requant_eval.served`); reports of older versions have none."""
+    return list(s.get("kernels") or [])
+
+
+def what(e: Mapping[str, Any]) -> str:
+    """What a step does."""
+    if e["kind"] != "kernel":
+        return KINDS[e["kind"]]
+    return f"{KINDS['kernel']} in {e['dtype']} on {e['device']}, {e['n_documents']} documents"
+
+
+def divergence_table(s: Mapping[str, Any]) -> Table:
+    """KL(reference || variant) and top-1 agreement with the reference."""
+    rows = []
+    for e in s["edges"]:
+        if (kl := e["kl"]) is None:
+            continue
+        ladder = tuple(format_value(kl[k]) for k in ("median", "p90", "p95", "p99", "p99_9", "max"))
+        agreement = format_estimate(e["agreement"], factor=100, unit=" %")
+        rows.append((e["to"], format_estimate(kl["mean"]), *ladder, agreement))
+    columns = ("variant", "mean KL", "median", "p90", "p95", "p99", "p99.9", "max", "same top-1")
+    note = f"KL({s['reference']} || variant) per token, nats."
+    return Table(f"{s['name']}: distance from {s['reference']}", columns, tuple(rows), note, key="kl")
+
+
+def flips_table(s: Mapping[str, Any]) -> Table:
+    """Tokens whose top-1 prediction became wrong or right."""
+    rows = [
+        (
+            f"{e['from']} -> {e['to']}",
+            format_estimate(e["right_to_wrong"], factor=100, unit=" %"),
+            format_estimate(e["wrong_to_right"], factor=100, unit=" %"),
+        )
+        for e in s["edges"]
+    ]
+    columns = ("step", "right -> wrong", "wrong -> right")
+    note = "Share of scored tokens, top-1 against the text."
+    return Table(f"{s['name']}: flips", columns, tuple(rows), note, key="flips")
+
+
+def retention_table(s: Mapping[str, Any]) -> Table:
+    """How much of what the adapter learned is left."""
+    rows = [(name, format_estimate(kept, factor=100, unit=" %")) for name, kept in s["retention"].items()]
+    note = "1 - ln(ppl variant / adapter) / ln(ppl base / adapter); not defined if the adapter gains nothing."
+    return Table(f"{s['name']}: retention", ("variant", "of what the adapter learned"), tuple(rows), note)
+
+
+def more_metrics_table(s: Mapping[str, Any]) -> Table:
+    """The metrics of `gate.METRICS` that no other table shows, by variant."""
+    metrics = [m for m in METRICS.values() if not m.own_table]
+    steps = {e["to"]: e for e in s["edges"] if e["from"] == s["reference"]}
+    of: dict[str, Any] = {
+        "variant": {v["name"]: v for v in s["variants"]},
+        "step": steps,
+    }
+    rows = []
+    for v in s["variants"]:
+        found = [s[m.key].get(v["name"]) if m.of == "set" else of[m.of].get(v["name"], {}).get(m.key) for m in metrics]
+        if any(found):
+            rows.append((v["name"], *(_metric_cell(value, m) for value, m in zip(found, metrics, strict=True))))
+    columns = ("variant", *(m.words for m in metrics))
+    return Table(f"{s['name']}: other metrics", columns, tuple(rows))
+
+
+def _metric_cell(found: Mapping[str, Any] | None, metric: Metric) -> str:
+    estimate = found[metric.part] if found and metric.part else found
+    unit = f" {metric.unit}" if metric.unit else ""
+    return (
+        format_estimate(estimate, factor=metric.scale, signed=metric.signed, unit=unit) if estimate else "not measured"
+    )
+
+
+def groups_table(s: Mapping[str, Any]) -> Table:
+    """Loss of each variant by how much the adapter changed the token."""
+    tails = s["tails"]
+    if not tails:
+        return Table(f"{s['name']}: loss by what the adapter changed", (), ())
+    shown = [name for name in tails["variants"] if name not in ("merged", "original")]
+    rows = tuple(
+        (
+            f"{i + 1} of {len(tails['groups'])}",
+            f"{group['low']:.3g} to {group['high']:.3g}",
+            str(group["n"]),
+            *(format_estimate(tails["variants"][name]["loss"][i], signed=True) for name in shown),
+        )
+        for i, group in enumerate(tails["groups"])
+    )
+    columns = ("tokens by change", "ln p changed by", "tokens", *(f"{name}: nats/token lost" for name in shown))
+    note = "Tokens sorted by |ln p adapter - ln p base|, least changed first; loss against the adapter."
+    return Table(f"{s['name']}: loss by what the adapter changed", columns, rows, note, key="tails")
+
+
+def reverted_table(s: Mapping[str, Any]) -> Table:
+    """Whether what a variant lost is what the adapter learned, or noise."""
+    variants = s["tails"]["variants"] if s["tails"] else {}
+    rows = tuple(
+        (
+            name,
+            format_estimate(v["reverted"], factor=100, unit=" %"),
+            format_estimate(v["last_share"], factor=100, unit=" %") if v["last_share"] else "no sure loss",
+        )
+        for name, v in variants.items()
+    )
+    note = (
+        "Taken back: how much of the adapter's change of each token's ln p the variant undoes (least squares); 0 % has nothing "
+        "to do with what was learned, 100 % is the base again; strong noise raises it too, since a token that the adapter made "
+        "sure can only lose. A loss spread evenly has 10 % on the tenth."
+    )
+    columns = ("variant", "adapter's changes taken back", "of its loss on the most changed tenth")
+    return Table(f"{s['name']}: learned behaviour or noise", columns, rows, note)
+
+
+def protocol(s: Mapping[str, Any]) -> str:
+    """The protocol of a set and its fingerprint, one short phrase."""
+    bos = "BOS in every window" if s["bos"] else "no BOS added"
+    return f"Protocol {s['protocol']}, windows of {s['window']}, {bos}, fingerprint {s['fingerprint']}"
