@@ -10,7 +10,7 @@ import numpy as np
 
 from requant_eval.gate import parse
 from requant_eval.metrics import set_metrics
-from requant_eval.report.build import build
+from requant_eval.report.assemble import build
 from requant_eval.scoring.token_scores import TokenScores
 
 # Nats that each variant adds to what the adapter scores: the base loses 0.5, GPTQ a tenth of that.

@@ -13,7 +13,7 @@ from requant_eval.metrics import engine_step
 from requant_eval.render import charts, html, markdown, model_card
 from requant_eval.render.document import Figure
 from requant_eval.render.set_tables import waterfall_table
-from requant_eval.report.build import build
+from requant_eval.report.assemble import build
 from requant_eval.report.schema import check
 
 OURS = [[1.0, 2.0, 3.0], [2.0], [4.0, 1.0], [0.5, 0.5]]

@@ -19,7 +19,7 @@ from requant_eval.errors import EvaluationError
 from requant_eval.gate import parse
 from requant_eval.render import compare_tables, markdown
 from requant_eval.render.html import page
-from requant_eval.report.build import build, conclude, dumps
+from requant_eval.report.assemble import build, conclude, dumps
 from requant_eval.report.compare import Entrant, compare
 from requant_eval.report.number_format import format_estimate
 from requant_eval.report.schema import load

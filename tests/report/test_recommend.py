@@ -10,7 +10,7 @@ from helpers.reports import FACTS, built, result
 from requant_eval.gate import parse
 from requant_eval.render.markdown import render
 from requant_eval.render.tables import options_table
-from requant_eval.report.build import build
+from requant_eval.report.assemble import build
 from requant_eval.report.recommend import RULE
 
 

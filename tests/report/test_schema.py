@@ -14,7 +14,7 @@ from helpers.reports import FACTS, OLD, built, result
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import parse
 from requant_eval.render import markdown, model_card
-from requant_eval.report.build import SCHEMA_VERSION, build, conclude, dumps
+from requant_eval.report.assemble import SCHEMA_VERSION, build, conclude, dumps
 from requant_eval.report.schema import json_schema, load, upgrade
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as hst
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import Gate, parse
 from requant_eval.metrics import statistics as st
-from requant_eval.report.build import build, conclude
+from requant_eval.report.assemble import build, conclude
 from requant_eval.report.verdict import judge, saved_gates, verdict
 
 

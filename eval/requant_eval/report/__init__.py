@@ -1,6 +1,6 @@
 """Report: estimates and facts in, report.json out.
 
-    build           build(sets=..., facts=...): the report as a dict   <- start here
+    assemble        build(sets=..., facts=...): the report as a dict   <- start here
     schema          its JSON Schema, and loading reports of older versions
     verdict         gates against the numbers
     recommend       which of three ways to deploy
@@ -11,7 +11,7 @@
 May import: errors, gate, metrics.
 """
 
-from requant_eval.report.build import build
+from requant_eval.report.assemble import build
 from requant_eval.report.schema import load
 
 __all__ = ["build", "load"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import statistics as st
-from requant_eval.report.build import plain
+from requant_eval.report.assemble import plain
 from requant_eval.report.headline import final_variant
 from requant_eval.report.verdict import judge, saved_gates, verdict
 

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import Control, Side
-from requant_eval.report.build import SCHEMA_VERSION, conclude
+from requant_eval.report.assemble import SCHEMA_VERSION, conclude
 from requant_eval.report.verdict import saved_gates
 
 OPEN = ConfigDict(extra="allow", strict=True)

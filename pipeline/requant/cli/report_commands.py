@@ -29,7 +29,7 @@ def gate(
     """Hold a report against its gates: exit code 0 passed, 3 failed, 4 inconclusive."""
     from requant_eval import gate as rules
     from requant_eval.report import verdict
-    from requant_eval.report.build import conclude
+    from requant_eval.report.assemble import conclude
     from requant_eval.report.schema import load
 
     with readable_errors():
@@ -54,7 +54,7 @@ def render(file: Path, junit: Path | None = None) -> None:
     from rich.console import Console
 
     from requant_eval.render import html, markdown, terminal
-    from requant_eval.report.build import save_text
+    from requant_eval.report.assemble import save_text
     from requant_eval.report.schema import load
 
     with readable_errors():
@@ -82,7 +82,7 @@ def compare(
     from requant_eval.render import compare_tables
     from requant_eval.render import html as pages
     from requant_eval.render import markdown as md
-    from requant_eval.report.build import save, save_text
+    from requant_eval.report.assemble import save, save_text
     from requant_eval.report.compare import compare as compared
 
     with readable_errors():
@@ -135,7 +135,7 @@ def finish(report: Mapping[str, Any], junit: Path | None = None) -> None:
         typer.Exit: with 3 or 4, unless every gate holds.
     """
     from requant_eval.render import ci
-    from requant_eval.report.build import save_text
+    from requant_eval.report.assemble import save_text
 
     if junit is not None:
         save_text(junit, ci.junit(report))

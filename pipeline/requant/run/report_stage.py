@@ -19,7 +19,7 @@ INCOMPLETE = "being written"
 
 def report_key(context: RunContext) -> str:
     """Digest of all that the report depends on: stages, scores, gates, canaries, suggestions, verifications."""
-    from requant_eval.report.build import SCHEMA_VERSION
+    from requant_eval.report.assemble import SCHEMA_VERSION
 
     p, keys = context.prepared, context.keys
     suggested = context.directory.result("suggest", keys.suggest)
@@ -45,7 +45,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     """Build the report, write its files and one model card a checkpoint."""
     from requant_eval.metrics.set_metrics import SetResult
     from requant_eval.render import html, markdown, model_card
-    from requant_eval.report.build import build, save
+    from requant_eval.report.assemble import build, save
 
     scores, path = context.scores.load(), context.directory.path
     sets = [SetResult.of(s, scores[s.name]) for s in context.prepared.sets]

@@ -21,7 +21,7 @@ from requant_eval.metrics import set_metrics
 from requant_eval.render import ci, markdown, model_card, terminal
 from requant_eval.render.set_tables import divergence_table, variants_table
 from requant_eval.render.tables import modules_table
-from requant_eval.report.build import build, dumps, save
+from requant_eval.report.assemble import build, dumps, save
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds, format_value
 
 
