@@ -19,6 +19,7 @@ from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings, plan
 from requant.run import prepare
+from requant.run.prepared import Prepared
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -187,7 +188,7 @@ def test_the_documented_table_is_current() -> None:
 
 
 def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
-    def prepared(**changes: Any) -> prepare.Prepared:
+    def prepared(**changes: Any) -> Prepared:
         return prepare.prepare(recipe(project, Path("runs"), changes))
 
     asymmetric = {"quantize.symmetric": False}

@@ -46,10 +46,16 @@ def given(project: Path, finished: Path) -> tuple[variants.Places, Scores]:
     """What the finished run evaluated, of three variants."""
     p = prepare.prepare(recipe(project, finished.parent))
     places = variants.Places(
-        p.base, p.adapter, finished / "merged", finished / "gptq", None, p.quantize.grids, plan=p.merge
+        p.sources.base,
+        p.sources.adapter,
+        finished / "merged",
+        finished / "gptq",
+        None,
+        p.quantize.plan.grids,
+        plan=p.merge.plan,
     )
     keys = {name: name for name in NAMES}
-    return places, Scores(finished / ".cache", p.sets, keys, torch.device("cpu"), torch.float32, True)
+    return places, Scores(finished / ".cache", p.texts.sets, keys, torch.device("cpu"), torch.float32, True)
 
 
 @pytest.fixture(autouse=True)

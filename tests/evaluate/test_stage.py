@@ -30,17 +30,17 @@ def given(project: Path, finished: Path) -> tuple[variants.Places, Scores]:
     """What the finished run evaluated, and its scores."""
     p = prepare.prepare(recipe(project, finished.parent))
     places = variants.Places(
-        p.base,
-        p.adapter,
+        p.sources.base,
+        p.sources.adapter,
         finished / "merged",
         finished / "gptq",
         None,
-        p.quantize.grids,
-        p.original_merge,
-        plan=p.merge,
+        p.quantize.plan.grids,
+        p.merge.onto_original,
+        plan=p.merge.plan,
     )
     keys = {name: name for name in ALL}
-    return places, Scores(finished / ".cache", p.sets, keys, CPU, torch.float32, True)
+    return places, Scores(finished / ".cache", p.texts.sets, keys, CPU, torch.float32, True)
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,8 @@ GROUP = 32
 def places(project: Path, finished: Path) -> variants.Places:
     prepared = prepare.prepare(recipe(project, finished.parent))
     return variants.Places(
-        prepared.base, prepared.adapter, finished / "merged", finished / "gptq", None, prepared.quantize.grids,
-        prepared.original_merge,
+        prepared.sources.base, prepared.sources.adapter, finished / "merged", finished / "gptq", None, prepared.quantize.plan.grids,
+        prepared.merge.onto_original,
     )  # fmt: skip
 
 

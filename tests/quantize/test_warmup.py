@@ -139,8 +139,8 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
             ((device, widths, settings, dtype, also),) = inside
         assert inside[1] == "left"
         assert device == context.device
-        assert widths == {prepared.settings.grid: 64}
-        assert (settings, dtype) == (prepared.settings, prepared.serving_dtype)
+        assert widths == {prepared.quantize.settings.grid: 64}
+        assert (settings, dtype) == (prepared.quantize.settings, prepared.quantize.dtype)
         assert also == ["norms and embeddings"]
         context.directory.remember("quantize", context.keys.quantize, {})
         with compile_ahead(context):

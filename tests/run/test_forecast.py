@@ -20,7 +20,7 @@ from requant.run import evaluation_inputs, prepare
 from requant.run.check import forecast, forecast_merge
 from requant.run.check.forecast_merge import PROBED, Made, Need
 from requant.run.check.rehearsal import Cost, Drawn, Quantized, Rehearsal, Scored, cost_of
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 
 CPU = torch.device("cpu")
 LAYERS, BLOCK = 2, 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64
@@ -62,7 +62,7 @@ def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU no more tokens than TRIED, of windows of the common length: the longest of all may be rare."""
-    (length,) = {len(w.ids) for w in forecast._alike(prepared.sets).windows}
+    (length,) = {len(w.ids) for w in forecast._alike(prepared.texts.sets).windows}
     seen: list[tuple[int, int]] = []
 
     def scoring(_: Rehearsal, sample: Any, rows: int, *__: Any) -> Scored:
@@ -71,16 +71,16 @@ def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
         return Scored(1, Cost(), Cost(), nothing, nothing)
 
     monkeypatch.setattr(Rehearsal, "scoring", scoring)
-    longer = [replace(s, window=100 * s.window) for s in prepared.sets]
+    longer = [replace(s, window=100 * s.window) for s in prepared.texts.sets]
     for tried in (length, 3 * length, 100 * length):
         monkeypatch.setattr(forecast, "TRIED", tried)
-        of(replace(prepared, sets=longer))
-    count = len(forecast._alike(prepared.sets).windows)
+        of(replace(prepared, texts=replace(prepared.texts, sets=tuple(longer))))
+    count = len(forecast._alike(prepared.texts.sets).windows)
     assert seen == [(n, min(count, 3 * n)) for n in (1, 3, 4)]
 
 
 def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
-    model = skeleton.build(skeleton.load_config(prepared.base))
+    model = skeleton.build(skeleton.load_config(prepared.sources.base))
     drawn = Drawn(model, CPU)
     for name, parameter in model.named_parameters():
         value = drawn.read(name)
@@ -98,10 +98,12 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
     block = block_quantizer.Quantizer.block
     monkeypatch.setattr(fused_ops.OnePass, "use", lambda _: order.append("one pass"))
     monkeypatch.setattr(block_quantizer.Quantizer, "block", lambda *args: order.append("block") or block(*args))
-    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
+    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.sources.base)), CPU)
     assert rehearsal.parameters == BLOCK
-    parts = rehearsal.quantizing(prepared.quantize, prepared.settings, prepared.calibration, 4, lambda _: None)
-    sample = forecast._alike(prepared.sets)
+    parts = rehearsal.quantizing(
+        prepared.quantize.plan, prepared.quantize.settings, prepared.texts.calibration, 4, lambda _: None
+    )
+    sample = forecast._alike(prepared.texts.sets)
     assert len({len(w.ids) for w in sample.windows}) == 1
     scored = rehearsal.scoring(sample, 4, torch.float32, tmp_path)
     assert scored.tokens == sum(len(w.ids) for w in sample.windows[:4])
@@ -130,27 +132,27 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "LIBRARIES", 0)
     monkeypatch.setattr(forecast, "merging", lambda *_: Need("merge", 1.0, 2))
     needs = of(prepared)
-    assert prepared.calibration.shape == (8, 64)
+    assert prepared.texts.calibration.shape == (8, 64)
     assert needs["quantize"].seconds == pytest.approx(LAYERS * (2.0 + 0.5))
     states = 8 * 64 * 64 * 4 * (1 + 1 / 2)
     assert needs["quantize"].host == BLOCK * 4 + 1000 + 10 + states
-    sets, scored_tokens = prepared.sets, sum(s.n_scored for s in prepared.sets)
+    sets, scored_tokens = prepared.texts.sets, sum(s.n_scored for s in prepared.texts.sets)
     tokens = sum(len(w.ids) for s in sets for w in s.windows)
     batch = sum(int(w.scored.sum()) for w in forecast._alike(sets).windows[:4])
     heads = {0: scored_tokens / batch + 0.5 * len(sets), 1: 3 * scored_tokens / batch + len(sets)}
-    adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values()) / (LAYERS * BLOCK)
+    adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.plan.adapter.tensors.values()) / (LAYERS * BLOCK)
     expected = sum(heads[name != "adapter"] for name in prepared.variants)
     expected += LAYERS * tokens / 100 * (len(prepared.variants) + adapter)
     assert needs["evaluate"].seconds == pytest.approx(expected)
-    adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.adapter.tensors.values())
+    adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.plan.adapter.tensors.values())
     assert needs["evaluate"].host == (BLOCK + OUTSIDE + tokens * 64) * 4 + adapter_bytes + 9000
 
 
 def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower of making all tensors and of fetching and writing them, and what comes before and after."""
-    ops, target = prepared.merge.ops, torch.float32
+    ops, target = prepared.merge.plan.ops, torch.float32
     monkeypatch.setattr(forecast_merge, "cost_of", lambda *_: Cost(2.0, 10**6))
-    total = sum(s.nbytes for s in prepared.merge.slots(target))
+    total = sum(s.nbytes for s in prepared.merge.plan.slots(target))
     assert prepared.recipe.merge.dtype == "float32"
     slow_disk = forecast_merge.merging(prepared, CPU, 7, forecast_merge.Disk(3.0, 0.25, 1.0))
     assert slow_disk.seconds == pytest.approx(4.25 * total)
@@ -185,7 +187,7 @@ def test_a_gpu_holds_what_is_made_rounded_and_written() -> None:
 
 
 def test_what_a_tensor_takes_is_seen_on_the_way(prepared: Prepared) -> None:
-    op = next(op for op in prepared.merge.ops if op.folds)
+    op = next(op for op in prepared.merge.plan.ops if op.folds)
     made = Made.of(prepared, op, CPU, torch.float16)
     assert made.held == 4 * math.prod(op.shape)
     assert made.rounded == 2 * math.prod(op.shape)
@@ -207,7 +209,7 @@ def test_the_disk_is_asked_to_write_and_to_sync(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.base)), CPU)
+    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.sources.base)), CPU)
     outputs = (64, 32, 32, 64, 128, 128)  # of the linears with 64 inputs; down has 128
     assert rehearsal.effort == sum(64**2 * (2 * 64 + 4 * n) for n in outputs) + 128**2 * (2 * 128 + 4 * 64)
     monkeypatch.setattr(forecast, "product_rate", lambda _: rehearsal.effort / forecast.PATIENCE / 1.01)

@@ -1,4 +1,4 @@
-"""Tests of `requant.prepare`: what is known before the first weight is read, and that no weight is."""
+"""Tests of `requant.run.prepare`: what is known before the first weight is read, and that no weight is."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from requant.data import documents, packing
 from requant.errors import InputError
 from requant.merge import base_weights
 from requant.merge import stage as merge
-from requant.run import prepare
-from requant.run import recipe_texts as text_module
+from requant.run import prepare, recipe_texts
+from requant.run.prepared import Prepared
 
 
-def prepared(project: Path, changes: dict[str, Any] | None = None) -> prepare.Prepared:
+def prepared(project: Path, changes: dict[str, Any] | None = None) -> Prepared:
     return prepare.prepare(recipe(project, Path("runs"), changes))
 
 
@@ -51,7 +51,7 @@ def test_the_disk_needed_is_what_the_run_still_writes(project: Path, finished: P
 
 def test_the_plan_is_what_the_run_writes(project: Path, finished: Path) -> None:
     plan = prepared(project)
-    for name, slots in (("merged", plan.merge.slots(torch.float32)), ("gptq", plan.quantize.slots)):
+    for name, slots in (("merged", plan.merge.plan.slots(torch.float32)), ("gptq", plan.quantize.plan.slots)):
         written = {n: (i.dtype, i.shape) for n, i in Checkpoint(finished / name).items()}
         assert {s.name: (s.dtype, s.shape) for s in slots} == written
 
@@ -66,43 +66,43 @@ def test_overrides_choose_the_grid_and_the_last_match_wins(project: Path) -> Non
         "*.0.self_attn.o_proj": {"skip": True},
     }
     plan = prepared(project, {"quantize.overrides": overrides})
-    grids = {n.removeprefix("model.layers."): (g.bits, g.group_size) for n, g in plan.quantize.grids.items()}
+    grids = {n.removeprefix("model.layers."): (g.bits, g.group_size) for n, g in plan.quantize.plan.grids.items()}
     assert grids["0.mlp.up_proj"] == grids["0.mlp.down_proj"] == (8, 32)
     assert grids["1.mlp.down_proj"] == (4, 64)
     assert grids["0.self_attn.q_proj"] == (4, 32)
-    assert plan.quantize.left == ("model.layers.0.self_attn.o_proj",)
+    assert plan.quantize.plan.left == ("model.layers.0.self_attn.o_proj",)
     assert len(grids) == 13
     assert any("transformers does not load this: it ignores settings of single modules" in w for w in plan.warnings)
 
 
 def test_the_serving_dtype_is_the_bases_own_unless_asked(project: Path, tmp_path: Path) -> None:
-    assert prepared(project).serving_dtype == torch.bfloat16
-    assert prepared(project, {"quantize.dtype": "float16"}).serving_dtype == torch.float16
+    assert prepared(project).quantize.dtype == torch.bfloat16
+    assert prepared(project, {"quantize.dtype": "float16"}).quantize.dtype == torch.float16
     mine = copied(project, tmp_path / "p", "base")
     edit_json(mine / "base" / "config.json", dtype="float16")
-    assert prepared(mine).serving_dtype == torch.float16
+    assert prepared(mine).quantize.dtype == torch.float16
 
 
 def test_damp_auto_is_left_to_the_quantizer(project: Path) -> None:
-    assert prepared(project).settings.damp is None
-    assert prepared(project, {"quantize.damp": 0.02}).settings.damp == 0.02
+    assert prepared(project).quantize.settings.damp is None
+    assert prepared(project, {"quantize.damp": 0.02}).quantize.settings.damp == 0.02
 
 
 def test_a_16_bit_base_is_simulated_as_the_recipe_says(project: Path, tmp_path: Path) -> None:
     nf4 = {"quant_type": "nf4", "double_quant": True}
     plan = prepared(project, {"base": {"model": "./original", "nf4": nf4}})
-    kinds = {w.kind for n, w in plan.merge.base.weights.items() if "_proj" in n}
+    kinds = {w.kind for n, w in plan.merge.plan.base.weights.items() if "_proj" in n}
     assert kinds == {"simulated"}
-    assert plan.merge.base.weights["lm_head.weight"].kind == "stored"
-    assert plan.original == plan.base, "the 16-bit base is the original too"
-    as_stored = prepared(project).merge.base.read("model.layers.0.mlp.up_proj.weight")
-    assert torch.equal(plan.merge.base.read("model.layers.0.mlp.up_proj.weight"), as_stored)
+    assert plan.merge.plan.base.weights["lm_head.weight"].kind == "stored"
+    assert plan.sources.original == plan.sources.base, "the 16-bit base is the original too"
+    as_stored = prepared(project).merge.plan.base.read("model.layers.0.mlp.up_proj.weight")
+    assert torch.equal(plan.merge.plan.base.read("model.layers.0.mlp.up_proj.weight"), as_stored)
 
 
 def test_merging_onto_the_original(project: Path) -> None:
     plan = prepared(project, {"merge.onto": "original"})
-    assert plan.merge.base.checkpoint.path == project / "original"
-    assert {w.kind for w in plan.merge.base.weights.values()} == {"stored"}
+    assert plan.merge.plan.base.checkpoint.path == project / "original"
+    assert {w.kind for w in plan.merge.plan.base.weights.values()} == {"stored"}
 
 
 # --- calibration and evaluation texts ---
@@ -110,12 +110,16 @@ def test_merging_onto_the_original(project: Path) -> None:
 
 def test_calibration_depends_on_the_seed_and_on_nothing_else(project: Path) -> None:
     first, again, other = (prepared(project, {"calibration.seed": seed}) for seed in (0, 0, 1))
-    assert first.calibration.shape == (8, 64)
-    assert first.calibration.dtype == torch.int64
-    assert torch.equal(first.calibration, again.calibration)
-    assert not torch.equal(first.calibration, other.calibration)
-    assert first.calibration_facts["digest"] == again.calibration_facts["digest"] == packing.digest(first.calibration)
-    assert first.calibration_facts["digest"] != other.calibration_facts["digest"]
+    assert first.texts.calibration.shape == (8, 64)
+    assert first.texts.calibration.dtype == torch.int64
+    assert torch.equal(first.texts.calibration, again.texts.calibration)
+    assert not torch.equal(first.texts.calibration, other.texts.calibration)
+    assert (
+        first.texts.calibration_facts["digest"]
+        == again.texts.calibration_facts["digest"]
+        == packing.digest(first.texts.calibration)
+    )
+    assert first.texts.calibration_facts["digest"] != other.texts.calibration_facts["digest"]
 
 
 def test_a_mix_takes_its_shares(project: Path, tmp_path: Path) -> None:
@@ -126,9 +130,11 @@ def test_a_mix_takes_its_shares(project: Path, tmp_path: Path) -> None:
         {"data": {"path": str(tmp_path / "digits.jsonl")}, "share": 1.0},
     ]
     plan = prepared(project, {"calibration": {"mix": mix, "samples": 8, "length": 64}})
-    seven = text_module.load_tokenizer(plan.base, plan.adapter, plan.merge)("7")["input_ids"][0]
-    assert sorted(bool((row == seven).float().mean() > 0.9) for row in plan.calibration) == [False] * 6 + [True] * 2
-    assert plan.calibration_facts["data"] == ["train.jsonl", "digits.jsonl"], "names, no local paths"
+    seven = recipe_texts.load_tokenizer(plan.sources.base, plan.sources.adapter, plan.merge.plan)("7")["input_ids"][0]
+    assert (
+        sorted(bool((row == seven).float().mean() > 0.9) for row in plan.texts.calibration) == [False] * 6 + [True] * 2
+    )
+    assert plan.texts.calibration_facts["data"] == ["train.jsonl", "digits.jsonl"], "names, no local paths"
 
 
 def test_overlap_is_measured_and_warned_of(project: Path, tmp_path: Path) -> None:
@@ -137,19 +143,19 @@ def test_overlap_is_measured_and_warned_of(project: Path, tmp_path: Path) -> Non
     path = str(tmp_path / "leaky.jsonl")
     changes = {"evaluate.sets": [{"name": "leaky", "data": {"path": path}}], "calibration.samples": 130}
     plan = prepared(project, changes)
-    assert 0.15 < plan.calibration_facts["overlap"]["leaky"] < 0.35
+    assert 0.15 < plan.texts.calibration_facts["overlap"]["leaky"] < 0.35
     assert any("13-token runs of set leaky are in the calibration text" in w for w in plan.warnings)
     clean = prepared(project)
-    assert clean.calibration_facts["overlap"]["general"] == 0
+    assert clean.texts.calibration_facts["overlap"]["general"] == 0
     assert not any("general" in w for w in clean.warnings)
 
 
 def test_document_tokens_and_tokens_cut_the_set(project: Path) -> None:
     sets = [{"name": "s", "data": {"path": "./heldout.jsonl"}, "document_tokens": 20, "tokens": 100}]
-    (s,) = prepared(project, {"evaluate.sets": sets}).sets
+    (s,) = prepared(project, {"evaluate.sets": sets}).texts.sets
     assert (s.n_documents, s.n_scored, s.bos) == (6, 6 * 19, False)
     sets[0]["data"]["documents"] = 3  # type: ignore[index]
-    (s,) = prepared(project, {"evaluate.sets": sets}).sets
+    (s,) = prepared(project, {"evaluate.sets": sets}).texts.sets
     assert s.n_documents == 3
 
 
@@ -157,8 +163,8 @@ def test_completions_are_scored_and_prompts_are_not(project: Path, tmp_path: Pat
     write_rows(tmp_path / "qa.jsonl", [{"prompt": f"What is {i}? ", "completion": f"{i}!"} for i in range(20)])
     source = {"path": str(tmp_path / "qa.jsonl")}
     sets = [{"name": n, "data": source, "score": n} for n in ("all", "completion")]
-    whole, answers = prepared(project, {"evaluate.sets": sets}).sets
-    tokenizer = text_module.load_tokenizer(project / "base", project / "adapter", prepared(project).merge)
+    whole, answers = prepared(project, {"evaluate.sets": sets}).texts.sets
+    tokenizer = recipe_texts.load_tokenizer(project / "base", project / "adapter", prepared(project).merge.plan)
     assert answers.n_scored < whole.n_scored
     for window in answers.windows:
         text = tokenizer.decode(window.ids[window.scored])
@@ -175,8 +181,8 @@ def test_the_adapters_own_tokenizer_comes_first(project: Path, tmp_path: Path) -
     raw["model"]["merges"] = []
     (mine / "adapter" / "tokenizer.json").write_text(json.dumps(raw))
     plan = prepared(mine)
-    longer, shorter = (len(text_module.load_tokenizer(plan.base, a, plan.merge)("the import statement")["input_ids"])
-                       for a in (plan.adapter, project / "adapter"))  # fmt: skip
+    longer, shorter = (len(recipe_texts.load_tokenizer(plan.sources.base, a, plan.merge.plan)("the import statement")["input_ids"])
+                       for a in (plan.sources.adapter, project / "adapter"))  # fmt: skip
     assert longer == len("the import statement") > shorter
 
 
@@ -249,5 +255,5 @@ def test_resized_embeddings_go_with_the_adapters_tokenizer(project: Path, tmp_pa
     edit_tensors(mine / "adapter" / "adapter_model.safetensors", lambda t: t | new)
     edit_json(mine / "adapter" / "adapter_config.json", modules_to_save=["embed_tokens", "lm_head"])
     plan = prepared(mine)
-    assert plan.merge.vocab_size == 304
-    assert {op.name for op in plan.merge.ops if op.action == "replaced"} == {f"{n}.weight" for n in names}
+    assert plan.merge.plan.vocab_size == 304
+    assert {op.name for op in plan.merge.plan.ops if op.action == "replaced"} == {f"{n}.weight" for n in names}

@@ -15,6 +15,7 @@ from requant.evaluate import variants
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings
 from requant.run import module_swap, prepare, suggest
+from requant.run.prepared import Prepared
 from requant.run.suggest import Candidate, candidates, patch_text, patched, pattern
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -47,52 +48,52 @@ def test_a_pattern_covers_what_engines_fuse_and_nothing_else(module: str, covere
         assert settings.grid_of(name) == Grid(4, 32), name
 
 
-def results(prepared: prepare.Prepared, errors: dict[str, float]) -> list[dict[str, Any]]:
+def results(prepared: Prepared, errors: dict[str, float]) -> list[dict[str, Any]]:
     """Module results with made-up errors, all outputs of power 1."""
     return [
         {"name": n, "loss": errors.get(n, 0.01) ** 2, "relative_error": errors.get(n, 0.01), "signal": 0.5}
-        for n in prepared.quantize.grids
+        for n in prepared.quantize.plan.grids
     ]
 
 
-def prepared(project: Path, changes: dict[str, Any] | None = None) -> prepare.Prepared:
+def prepared(project: Path, changes: dict[str, Any] | None = None) -> Prepared:
     return prepare.prepare(recipe(project, Path("runs"), changes))
 
 
 def test_candidates_are_units_worst_first(project: Path) -> None:
     p = prepared(project)
     found = candidates(
-        results(p, {"model.layers.1.mlp.down_proj": 0.4, "model.layers.0.self_attn.k_proj": 0.3}), p.quantize
+        results(p, {"model.layers.1.mlp.down_proj": 0.4, "model.layers.0.self_attn.k_proj": 0.3}), p.quantize.plan
     )
     assert len(found) == 8, "two layers of qkv, o, gate and up, down"
     assert [c.pattern for c in found[:2]] == ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.[qkv]_proj"]
     assert found[1].modules == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
     assert found[1].relative_error == pytest.approx(((0.3**2 + 2 * 0.01**2) / 3) ** 0.5)
     assert found[0].signal_to_noise == pytest.approx(0.5 / 0.4**2)
-    assert candidates(results(p, {}), p.quantize, count=3) == candidates(results(p, {}), p.quantize)[:3]
+    assert candidates(results(p, {}), p.quantize.plan, count=3) == candidates(results(p, {}), p.quantize.plan)[:3]
 
 
 def test_the_growth_is_what_the_files_would_hold(project: Path) -> None:
     """Every candidate lifted: the larger plan is larger by the sum of what they said."""
     p = prepared(project)
-    found = candidates(results(p, {}), p.quantize)
-    changes = patched({}, found, p.settings.grid)
+    found = candidates(results(p, {}), p.quantize.plan)
+    changes = patched({}, found, p.quantize.settings.grid)
     after = prepared(project, {"quantize.overrides": changes})
-    sizes = [sum(s.nbytes for s in plan.slots) for plan in (p.quantize, after.quantize)]
+    sizes = [sum(s.nbytes for s in plan.slots) for plan in (p.quantize.plan, after.quantize.plan)]
     assert sizes[1] - sizes[0] == sum(c.bytes for c in found) > 0
-    assert {g.bits for g in after.quantize.grids.values()} == {8}
+    assert {g.bits for g in after.quantize.plan.grids.values()} == {8}
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, 4), (3, 4), (4, 8), (8, None)])
 def test_only_bits_that_engines_load(project: Path, bits: int, expected: int | None) -> None:
     p = prepared(project, {"quantize.bits": bits})
-    found = candidates(results(p, {}), p.quantize)
+    found = candidates(results(p, {}), p.quantize.plan)
     assert {c.bits for c in found} == ({expected} if expected else set())
 
 
 def test_skipped_modules_are_no_candidates(project: Path) -> None:
     p = prepared(project, {"quantize.overrides": {"*.0.*": {"skip": True}, "*.1.mlp.*": {"bits": 8}}})
-    assert [c.pattern for c in candidates(results(p, {}), p.quantize)] == [
+    assert [c.pattern for c in candidates(results(p, {}), p.quantize.plan)] == [
         "model.layers.1.self_attn.[qkv]_proj",
         "model.layers.1.self_attn.o_proj",
     ]
@@ -105,16 +106,16 @@ def test_the_patch_is_a_recipe_and_keeps_what_was_there(project: Path) -> None:
     """Own overrides stay, groups of lifted modules stay, and the last match wins."""
     own = {"*.mlp.*": {"group_size": 64}, "*.1.self_attn.o_proj": {"skip": True}}
     p = prepared(project, {"quantize.overrides": own})
-    lifted = [c for c in candidates(results(p, {}), p.quantize) if ".0.mlp." in c.pattern]
+    lifted = [c for c in candidates(results(p, {}), p.quantize.plan) if ".0.mlp." in c.pattern]
     assert [c.pattern for c in lifted] == ["model.layers.0.mlp.[gu]*_proj", "model.layers.0.mlp.down_proj"]
-    patch = patched(own, lifted, p.settings.grid)
-    after = prepared(project, {"quantize.overrides": patch}).quantize
+    patch = patched(own, lifted, p.quantize.settings.grid)
+    after = prepared(project, {"quantize.overrides": patch}).quantize.plan
     assert {n: (g.bits, g.group_size) for n, g in after.grids.items() if ".0." in n and "mlp" in n} == {
         f"model.layers.0.mlp.{x}_proj": (8, 64) for x in ("gate", "up", "down")
     }
     assert after.grids["model.layers.1.mlp.up_proj"] == Grid(4, 64)
     assert after.left == ("model.layers.1.self_attn.o_proj",)
-    again = patched(patch, [lifted[0]], p.settings.grid)
+    again = patched(patch, [lifted[0]], p.quantize.settings.grid)
     assert list(again)[-1] == "model.layers.0.mlp.[gu]*_proj", "a pattern that is there already moves to the end"
     assert len(again) == len(patch)
 
@@ -134,10 +135,10 @@ def test_the_patch_reads_back(project: Path) -> None:
 
 def places(project: Path, finished: Path) -> tuple[variants.Places, Plan]:
     p = prepared(project)
-    grids = p.quantize.grids
+    grids = p.quantize.plan.grids
     return variants.Places(
-        p.base, p.adapter, finished / "merged", finished / "gptq", None, grids, None
-    ), p.quantize  # fmt: skip
+        p.sources.base, p.sources.adapter, finished / "merged", finished / "gptq", None, grids, None
+    ), p.quantize.plan  # fmt: skip
 
 
 def test_what_a_swap_gains(project: Path, finished: Path) -> None:
@@ -145,7 +146,7 @@ def test_what_a_swap_gains(project: Path, finished: Path) -> None:
     it was.
     """
     where, layout = places(project, finished)
-    text = module_swap.sample(prepared(project).calibration, 8, 48)
+    text = module_swap.sample(prepared(project).texts.calibration, 8, 48)
     every = tuple(layout.grids)
     before, gains = module_swap.measure(
         [(), every, every[-1:], every[-1:]], layout.weights, where, text, device=torch.device("cpu"),

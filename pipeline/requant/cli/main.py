@@ -20,7 +20,7 @@ from requant.errors import RecipeError, RequantError
 if TYPE_CHECKING:
     from requant.recipe.schema import Recipe
     from requant.run.check.delta_prediction import Prediction
-    from requant.run.prepare import Prepared
+    from requant.run.prepared import Prepared
 
 app = typer.Typer(
     help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
@@ -118,7 +118,7 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
         prepared = prepare.prepare(wanted)
         need, free = prepare.check_disk(prepared, where)
         device = pick_device(wanted.device)
-    _print_check(prepared, need, free, delta_prediction.predict(prepared.merge, prepared.quantize, device))
+    _print_check(prepared, need, free, delta_prediction.predict(prepared.merge.plan, prepared.quantize.plan, device))
     sys.stdout.flush()
     print(f"trying one block on {device} for time and memory ...", file=sys.stderr, flush=True)
     with quiet():
@@ -271,21 +271,21 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
 
 
 def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction | None) -> None:
-    ledger, layout, c = prepared.merge.ledger, prepared.quantize, prepared.calibration_facts
+    ledger, layout, c = prepared.merge.plan.ledger, prepared.quantize.plan, prepared.texts.calibration_facts
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
     print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
     print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
-    for m in prepared.matches:
+    for m in prepared.merge.matches:
         print(f"match     {m}")
     print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
     print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
-    for s in prepared.sets:
+    for s in prepared.texts.sets:
         known = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
         print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {known}")
-    for verdict in prepared.targets:
+    for verdict in prepared.quantize.engines:
         print(f"serve     {verdict.target.name} {verdict}")
-    if prepared.canaries:
-        print(f"canaries  {len(prepared.canaries.items)} prompts from {prepared.canaries.name}")
+    if prepared.texts.canaries:
+        print(f"canaries  {len(prepared.texts.canaries.items)} prompts from {prepared.texts.canaries.name}")
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     print(f"heal      {_healing(prepared)}")
     if predicted:

@@ -4,6 +4,7 @@
     stages              the list of stages, one record each
     context             what the stages of one run share
     prepare             recipe -> plans, texts and settings of all stages, from headers
+    prepared            the record that prepare returns: sources, merge, quantize, texts
     stage_keys          what each stage depends on, as digests
     merge_stage         the merged checkpoint
     quantize_stage      the GPTQ checkpoint, and what comes before it

@@ -16,7 +16,7 @@ from requant.recipe import Recipe
 from requant.run import evaluation_inputs
 from requant.run.check.delta_prediction import remembered
 from requant.run.observer import Outcome, Watcher
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 from requant.run.stage_keys import Keys
 from requant.runtime.device import pick_device
 from requant.runtime.ranks import ALONE, Ranks
@@ -56,8 +56,8 @@ class RunContext:
         device = pick_device(prepared.recipe.device)
         keys = Keys.of(prepared, directory, device)
         scores = Scores(
-            directory.cache, prepared.sets, keys.variants, device, evaluation_inputs.dtype(prepared, device),
-            prepared.recipe.evaluate.kl, prepared.canaries,
+            directory.cache, prepared.texts.sets, keys.variants, device, evaluation_inputs.dtype(prepared, device),
+            prepared.recipe.evaluate.kl, prepared.texts.canaries,
         )  # fmt: skip
         return cls(
             prepared=prepared,
@@ -86,4 +86,4 @@ class RunContext:
     def delta_prediction(self) -> dict[str, Any]:
         """How much of the adapter's delta round-to-nearest keeps; computed once for each quantization."""
         p = self.prepared
-        return remembered(self.directory, self.keys.quantize, p.merge, p.quantize, self.device)
+        return remembered(self.directory, self.keys.quantize, p.merge.plan, p.quantize.plan, self.device)

@@ -8,15 +8,24 @@ import torch
 
 from requant.evaluate.variants import Places
 from requant.merge.stage import DTYPES
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 
 
 def places(p: Prepared, run: Path) -> Places:
     """Where variants are made from, in the run directory `run`."""
     return Places(
-        p.base, p.adapter, run / "merged", run / "gptq", p.simulate, p.quantize.grids, p.original_merge,
-        p.recipe.trust_remote_code, p.merge, run / "healed", p.unheld is None,
-    )  # fmt: skip
+        base=p.sources.base,
+        adapter=p.sources.adapter,
+        merged=run / "merged",
+        gptq=run / "gptq",
+        simulate=p.sources.simulate,
+        grids=p.quantize.plan.grids,
+        original=p.merge.onto_original,
+        trust_remote_code=p.recipe.trust_remote_code,
+        plan=p.merge.plan,
+        healed=run / "healed",
+        live=p.unloadable is None,
+    )
 
 
 def dtype(p: Prepared, device: torch.device) -> torch.dtype:
@@ -24,11 +33,11 @@ def dtype(p: Prepared, device: torch.device) -> torch.dtype:
     asked = p.recipe.evaluate.dtype
     if asked != "auto":
         return DTYPES[asked]
-    return torch.float32 if device.type == "cpu" else p.serving_dtype
+    return torch.float32 if device.type == "cpu" else p.quantize.dtype
 
 
 def batch(p: Prepared, device: torch.device) -> int:
     """Windows at a time."""
     asked = p.recipe.evaluate.batch
     tokens = 2048 if device.type == "cpu" else 16384
-    return max(1, tokens // p.sets[0].window) if asked == "auto" else asked
+    return max(1, tokens // p.texts.sets[0].window) if asked == "auto" else asked

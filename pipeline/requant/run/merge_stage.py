@@ -12,7 +12,7 @@ from requant.run.context import RunContext
 
 def run_merge(context: RunContext, key: str) -> dict[str, Any]:
     """Write the artifact `merged`; returns its ledger and the self-test, for the report."""
-    artifact, plan, section = context.directory.artifact("merged"), context.prepared.merge, context.recipe.merge
+    artifact, plan, section = context.directory.artifact("merged"), context.prepared.merge.plan, context.recipe.merge
     out = artifact.begin(key)
     merged = merge.merge(
         plan,

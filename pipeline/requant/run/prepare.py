@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from requant import merge
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import Checkpoint
 from requant.data import canaries
@@ -32,12 +31,14 @@ from requant.merge.stage import DTYPES
 from requant.modeling import linears, skeleton, stacked_experts
 from requant.numerics.grid import Grid
 from requant.quantize import gptqmodel_engine
-from requant.quantize import plan as layout
+from requant.quantize import plan as quantize_plan
+from requant.quantize.plan import Plan, Settings
+from requant.recipe import Recipe
 from requant.recipe.fields import Source
 from requant.recipe.model_sections import Nf4
-from requant.recipe.schema import Recipe
 from requant.run import recipe_texts
 from requant.run.heal_recipe import Healing, plan_healing
+from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -46,109 +47,80 @@ log = logging.getLogger(__name__)
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Plans and texts of one recipe."""
-
-    recipe: Recipe
-    base: Path
-    adapter: Path
-    original: Path | None
-    simulate: Nf4Settings | None
-    merge: MergePlan
-    original_merge: MergePlan | None
-    quantize: layout.Plan
-    settings: layout.Settings
-    serving_dtype: torch.dtype
-    calibration: Tensor
-    calibration_facts: dict[str, Any]
-    sets: tuple[EvalSet, ...]
-    targets: tuple[engine_support.Verdict, ...]
-    warnings: tuple[str, ...]
-    matches: tuple[adapter_match.Match, ...]  # one for each adapter
-    probes: Mapping[str, tuple[Tensor, ...]]  # calibration source -> a few token rows
-    heal: Healing | None  # None: not asked for, or left out by `auto`
-    canaries: Canaries | None = None
-    unheld: str | None = None  # why transformers 5 cannot hold the base as training did
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        """What is scored: as asked for, and healed where gptq is, if healing is done at all."""
-        asked: list[str] = [v for v in self.recipe.evaluate.variants if v != "healed"]
-        if self.heal and ("gptq" in asked or "healed" in self.recipe.evaluate.variants):
-            asked.append("healed")
-        return tuple(asked)
-
-    @property
-    def overrides(self) -> dict[str, dict[str, Any]]:
-        """The recipe's `quantize.overrides`, without defaults."""
-        asked = self.recipe.quantize.overrides
-        return {name: own.model_dump(exclude_none=True, exclude_defaults=True) for name, own in asked.items()}
-
-    @property
-    def unmeasurable(self) -> str | None:
-        """Why this recipe's base and adapter cannot be measured, known from headers."""
-        if self.unheld is None:
-            return None
-        if self.recipe.evaluate.stream == "never":
-            return f"{self.unheld}: set evaluate.stream to auto"
-        if self.heal and self.heal.section.target == "adapter":
-            return f"{self.unheld}: set heal.target to merged"
-        if any(a.experts for a in self.merge.adapters):
-            return f"{self.unheld}, and the adapter's stacked experts are of transformers 5: base.nf4.transformers is wrong"
-        return None
-
-
 def prepare(recipe: Recipe) -> Prepared:
-    """Resolve and cross-check everything a recipe names, from headers and texts only."""
-    trust = recipe.trust_remote_code
-    base = fetch(recipe.base.source, recipe.directory, trust)
-    loaded = [adapters.load(fetch(s, recipe.directory, trust), weight=w) for s, w in recipe.weighted_adapters]
-    original = fetch(s, recipe.directory, trust) if (s := recipe.base.sixteen_bit) else None
-    simulate = _settings(recipe.base.nf4)
-    onto_original = recipe.merge.onto == "original"
-    plan, model = plan_merge(
-        original if onto_original and original else base, loaded, None if onto_original else simulate, trust
+    """Resolve and cross-check everything that a recipe names, from headers and texts only."""
+    sources, loaded = _sources(recipe)
+    merge_inputs, model = _merge_inputs(recipe, sources, loaded)
+    plan = merge_inputs.plan
+    quantize_inputs = _quantize_inputs(recipe, plan, model)
+    unloadable = _unloadable(plan, model, sources.simulate)
+    warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
+    warnings += _refusing_engines(recipe, quantize_inputs.engines)
+    warnings += [*_left_fused(model), *([unloadable] if unloadable else [])]
+    tokenizer = recipe_texts.load_tokenizer(plan.base.checkpoint.path, sources.adapter, plan, recipe.trust_remote_code)
+    texts, healing = _texts(recipe, tokenizer, Shape.of(model, quantize_inputs.plan.grids), warnings)
+    return Prepared(
+        recipe=recipe,
+        sources=sources,
+        merge=merge_inputs,
+        quantize=quantize_inputs,
+        texts=texts,
+        heal=healing,
+        unloadable=unloadable,
+        warnings=tuple(warnings),
     )
-    fork = plan_merge(original, loaded, None, trust)[0] if original and "original" in recipe.evaluate.variants else None
+
+
+def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
+    """Local directories of base, adapters and original, and the adapters' tensors by header."""
+    trust, directory = recipe.trust_remote_code, recipe.directory
+    base = fetch(recipe.base.source, directory, trust)
+    loaded = [peft_directory.load(fetch(s, directory, trust), weight=w) for s, w in recipe.weighted_adapters]
+    original = fetch(s, directory, trust) if (s := recipe.base.sixteen_bit) else None
+    simulate = _nf4_settings(recipe.base.nf4)
+    return Sources(base=base, adapter=loaded[0].path, original=original, simulate=simulate), loaded
+
+
+def _merge_inputs(
+    recipe: Recipe, sources: Sources, loaded: Sequence[peft_directory.Adapter]
+) -> tuple[MergeInputs, Any]:
+    """Merge plans and how well each adapter matches the base; the model skeleton."""
+    trust, original = recipe.trust_remote_code, sources.original
+    if recipe.merge.onto == "original":
+        plan, model = plan_merge(original or sources.base, loaded, None, trust)
+    else:
+        plan, model = plan_merge(sources.base, loaded, sources.simulate, trust)
+    scored = original is not None and "original" in recipe.evaluate.variants
+    onto_original = plan_merge(original, loaded, None, trust)[0] if scored and original else None
     bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
-    matches = tuple(adapter_match.match(a, plan, bases) for a in loaded)
-    warnings = [*plan.warnings, *(w for m in matches for w in m.warnings), *_hints(recipe)]
-    dtype = serving_dtype(recipe, plan)
-    settings = quantize_settings(recipe)
+    matches = tuple(adapter_match.match(adapter, plan, bases) for adapter in loaded)
+    return MergeInputs(plan=plan, onto_original=onto_original, matches=matches), model
+
+
+def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:
+    """The quantized layout, and which engines load it."""
+    dtype, settings = serving_dtype(recipe, plan), quantize_settings(recipe)
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
-    planned = plan_quantize(plan, model, settings, dtype)
-    verdicts = tuple(engine_support.judge(planned, model, target) for target in engine_support.TARGETS.values())
-    unheld = _unheld(plan, model, simulate)
-    warnings += [*_deployment(recipe, verdicts), *_left_fused(model), *([unheld] if unheld else [])]
-    tokenizer = recipe_texts.load_tokenizer(plan.base.checkpoint.path, loaded[0].path, plan, trust)
+    layout = plan_quantize(plan, model, settings, dtype)
+    engines = tuple(engine_support.judge(layout, model, target) for target in engine_support.TARGETS.values())
+    return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines)
+
+
+def _texts(recipe: Recipe, tokenizer: Any, shape: Shape, warnings: list[str]) -> tuple[Texts, Healing | None]:
+    """Calibration, healing and evaluation texts; adds a warning where they overlap."""
     seen, windows, facts = recipe_texts.calibration(recipe, tokenizer)
-    healing = plan_healing(recipe, tokenizer, seen, Shape.of(model, planned.grids))
+    healing = plan_healing(recipe, tokenizer, seen, shape)
     sets = tuple(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = _overlaps(windows, healing, sets, warnings)
-    return Prepared(
-        recipe,
-        base,
-        loaded[0].path,
-        original,
-        simulate,
-        plan,
-        fork,
-        planned,
-        settings,
-        dtype,
-        windows,
-        facts,
-        sets,
-        verdicts,
-        tuple(warnings),
-        matches,
-        adapter_probe.rows(facts["data"], seen),
-        healing,
-        _canaries(recipe, tokenizer),
-        unheld,
+    texts = Texts(
+        calibration=windows,
+        calibration_facts=facts,
+        sets=sets,
+        probes=adapter_probe.rows(facts["data"], seen),
+        canaries=_canaries(recipe, tokenizer),
     )
+    return texts, healing
 
 
 def _overlaps(
@@ -201,14 +173,17 @@ def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
         ) from error
 
 
-def _settings(nf4: Nf4 | str) -> Nf4Settings | None:
+def _nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
     if isinstance(nf4, str):
         return None
     return Nf4Settings(nf4.quant_type, nf4.double_quant, nf4.blocksize, nf4.load_dtype, nf4.skip, nf4.transformers)
 
 
 def plan_merge(
-    base: Path, loaded: adapters.Adapter | Sequence[adapters.Adapter], simulate: Nf4Settings | None, trust: bool
+    base: Path,
+    loaded: peft_directory.Adapter | Sequence[peft_directory.Adapter],
+    simulate: Nf4Settings | None,
+    trust: bool,
 ) -> tuple[MergePlan, Any]:
     """(merge plan, model skeleton) of one adapter, or several that add up, on one base, from headers."""
     checkpoint = Checkpoint(base)
@@ -244,7 +219,7 @@ def serving_dtype(recipe: Recipe, plan: MergePlan) -> torch.dtype:
     return torch.float16 if asked == "float16" else torch.bfloat16
 
 
-def quantize_settings(recipe: Recipe) -> layout.Settings:
+def quantize_settings(recipe: Recipe) -> Settings:
     q = recipe.quantize
     overrides: list[tuple[str, Mapping[str, Any] | None]] = []
     for pattern, own in q.overrides.items():
@@ -252,18 +227,16 @@ def quantize_settings(recipe: Recipe) -> layout.Settings:
         overrides.append((pattern, None if own.skip else changed))
     grid = Grid(q.bits, q.group_size, q.symmetric, q.signed_scales, q.scale_search)
     damp = None if q.damp == "auto" else float(q.damp)
-    return layout.Settings(
-        grid=grid, order=q.order, sweeps=q.sweeps, correct=q.correct, damp=damp, overrides=tuple(overrides)
-    )
+    return Settings(grid=grid, order=q.order, sweeps=q.sweeps, correct=q.correct, damp=damp, overrides=tuple(overrides))
 
 
-def plan_quantize(plan: MergePlan, model: Any, settings: layout.Settings, dtype: torch.dtype) -> layout.Plan:
+def plan_quantize(plan: MergePlan, model: Any, settings: Settings, dtype: torch.dtype) -> Plan:
     """The quantized layout of a checkpoint that is not written yet."""
     slots = {s.name: s for s in plan.slots(torch.float16)}
-    return layout.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
+    return quantize_plan.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
 
 
-def _deployment(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ...]) -> list[str]:
+def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ...]) -> list[str]:
     """Warnings about engines that will not load the checkpoint; for those in `deploy` it is an InputError."""
     refusals = {v.target.name: str(v) for v in verdicts if not v.loads}
     asked = [
@@ -276,7 +249,7 @@ def _deployment(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ...]) ->
     return [] if recipe.deploy else [f"{name} {says}" for name, says in refusals.items()]
 
 
-def _unheld(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | None:
+def _unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | None:
     """Why transformers 5 cannot hold the base as training did; None when it can."""
     able = skeleton.quantizable(model, ("^$",))
     stored = skeleton.tensor_names(model, plan.base.weights)
@@ -302,8 +275,8 @@ def _left_fused(model: Any) -> list[str]:
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
     """(bytes still to be written, bytes free) for the run directory `where`; raises InputError when they do not fit."""
     dtype = DTYPES.get(prepared.recipe.merge.dtype, torch.float16)
-    need = sum(s.nbytes for s in prepared.merge.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.slots)
-    need += sum(s.nbytes for s in prepared.quantize.slots) if prepared.heal else 0
+    need = sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.plan.slots)
+    need += sum(s.nbytes for s in prepared.quantize.plan.slots) if prepared.heal else 0
     written = [f for name in ("merged", "gptq", "healed") for f in where.glob(f"*{name}*/*.safetensors")]
     written += [f for name in ("merged", "gptq", "healed") for f in where.glob(f".{name}.partial-*/*.safetensors")]
     need = max(0, need - sum(f.stat().st_size for f in set(written)))  # of this run, or replaced by it

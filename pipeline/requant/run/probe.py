@@ -16,7 +16,7 @@ from requant.run.stage_keys import LAYOUT
 
 def probe(context: RunContext) -> ProbeResult:
     """Measure base and adapter on a few rows of each calibration source, or return the stored result."""
-    scores, rows = context.scores, context.prepared.probes
+    scores, rows = context.scores, context.prepared.texts.probes
     digests = {name: [digest(row[None]) for row in source] for name, source in rows.items()}
     reference = scores.keys[evaluate.REFERENCE]
     key = key_of(LAYOUT, "probe", reference, digests, str(scores.dtype), scores.device.type)

@@ -32,7 +32,7 @@ def compile_ahead(context: RunContext) -> AbstractContextManager[None]:
         return nullcontext()
     context.ranks.call(warmup.meet, context.device, own={})
     return warmup.ahead(
-        p.base, p.quantize, p.settings, p.serving_dtype, context.device,
+        p.sources.base, p.quantize.plan, p.quantize.settings, p.quantize.dtype, context.device,
         trust_remote_code=context.recipe.trust_remote_code,
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def before_quantize(context: RunContext) -> None:
     for warning in probed["warnings"]:
         log.warning("probe: %s", warning)
         context.watcher.warn(warning)
-    Sample.of(context.prepared.sets, context.recipe.evaluate.in_domain).keep(context.directory.path)
+    Sample.of(context.prepared.texts.sets, context.recipe.evaluate.in_domain).keep(context.directory.path)
     context.delta_prediction()
 
 
@@ -60,7 +60,7 @@ def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
     artifact, merged = context.directory.artifact("gptq"), context.directory.path / "merged"
     out = artifact.begin(key)
     notes: list[str] = []
-    own: dict[str, Any] = {"deltas": deltas(p.merge), "progress": context.watcher.progress}
+    own: dict[str, Any] = {"deltas": deltas(p.merge.plan), "progress": context.watcher.progress}
     if recipe.quantize.engine == "requant":
         ranks, quantizer = context.ranks, f"requant:{__version__}"
         function: Callable[..., Any] = quantize.quantize
@@ -69,7 +69,7 @@ def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
         ranks, quantizer = ALONE, f"gptqmodel:{version('gptqmodel')}"
         function = gptqmodel_engine.quantize
     plan, modules = ranks.call(
-        function, merged, out, p.calibration, p.settings, dtype=p.serving_dtype,
+        function, merged, out, p.texts.calibration, p.quantize.settings, dtype=p.quantize.dtype,
         device=context.device, trust_remote_code=recipe.trust_remote_code, max_shard=recipe.merge.max_shard_bytes,
         meta={"quantizer": [quantizer]}, own=own,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
 
 IDENTICAL, OVERLAPS = 0.5, 0.01
+
+
+class CalibrationFacts(TypedDict):
+    """The calibration text, for the report. overlap: evaluation set -> share of its 13-grams in the text."""
+
+    data: list[str]
+    documents: int
+    windows: int
+    length: int
+    tokens: int
+    seed: int
+    digest: str
+    overlap: NotRequired[dict[str, float]]
 
 
 def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, trust_remote_code: bool = False) -> Any:
@@ -58,7 +71,7 @@ def source_of(item: Data, directory: Path) -> Source:
     )  # fmt: skip
 
 
-def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]], Tensor, dict[str, Any]]:
+def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]], Tensor, CalibrationFacts]:
     """(all documents of each source, windows int64 [samples, length] drawn from them, facts for the report)."""
     c = recipe.calibration
     sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
@@ -67,7 +80,7 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]],
     windows = packing.calibration_windows(
         entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
     )
-    facts = {
+    facts: CalibrationFacts = {
         "data": [name for name, _, _ in entries], "documents": sum(len(d) for _, d, _ in entries),
         "windows": c.samples, "length": c.length, "tokens": windows.numel(), "seed": c.seed, "digest": packing.digest(windows),
     }  # fmt: skip

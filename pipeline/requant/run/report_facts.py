@@ -14,7 +14,7 @@ from requant import recipe
 from requant.merge import adapter_match
 from requant.recipe import fields
 from requant.run.check import delta_prediction
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 from requant.runtime import measurements
 
 MEASURED = ("seconds", "peak_rss", "peak_device")
@@ -32,10 +32,10 @@ def account(
         "recipe": public_recipe(r),
         "base": {
             "name": public_name(r.base.source, r.directory),
-            "nf4": asdict(prepared.simulate) if prepared.simulate else "pre-quantized",
+            "nf4": asdict(prepared.sources.simulate) if prepared.sources.simulate else "pre-quantized",
         },
         "adapter": _adapters(r)
-        | {"match": [_match(m) for m in prepared.matches], "probe": stages.get("probe", {}).get("probes", [])},
+        | {"match": [_match(m) for m in prepared.merge.matches], "probe": stages.get("probe", {}).get("probes", [])},
         "merge": {k: v for k, v in merged.items() if k not in MEASURED},
         "quantize": {
             "settings": r.quantize.model_dump(),
@@ -44,11 +44,12 @@ def account(
             "resonance": stages["resonance"]["prediction"],
             "left_in_16_bit": quantized.get("left", []),
             "engines": {
-                v.target.name: {"loads": v.loads, "says": str(v), "source": v.target.source} for v in prepared.targets
+                v.target.name: {"loads": v.loads, "says": str(v), "source": v.target.source}
+                for v in prepared.quantize.engines
             },
         },
         "verify": quantized.get("verify"),
-        "calibration": prepared.calibration_facts,
+        "calibration": prepared.texts.calibration_facts,
         "heal": _healing(prepared, stages.get("heal")),
         "cost": {
             "bytes": _bytes(prepared, run, merged),
@@ -66,7 +67,7 @@ def _bytes(prepared: Prepared, run: Path, merged: Mapping[str, Any]) -> dict[str
     """Weights of every artifact; None where it is not known."""
     sizes = {
         "base": _base_bytes(prepared),
-        "adapter": _size(prepared.adapter),
+        "adapter": _size(prepared.sources.adapter),
         "merged": _size(run / "merged") or merged.get("bytes"),
         "gptq": _size(run / "gptq"),
     }
@@ -113,9 +114,9 @@ def _size(path: Path) -> int:
 
 def _base_bytes(p: Prepared) -> int | None:
     """Bytes of the 4-bit base as it is served: its files, or what quantizing a 16-bit model on the fly leaves."""
-    if p.simulate is None:
-        return _size(p.base)
-    base, nf4 = p.merge.base, p.simulate
+    if p.sources.simulate is None:
+        return _size(p.sources.base)
+    base, nf4 = p.merge.plan.base, p.sources.simulate
     if base.simulate is None:
         return None  # merged onto the 16-bit original: how the 4-bit base was made of it is not planned
     total = 0

@@ -24,7 +24,7 @@ def report_key(context: RunContext) -> str:
     p, keys = context.prepared, context.keys
     suggested = context.directory.result("suggest", keys.suggest)
     gates = [gate.rule() for gate in context.recipe.gates]
-    answers = [canary.answer for canary in p.canaries.items] if p.canaries else []
+    answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context))
 
@@ -48,11 +48,11 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     from requant_eval.report.assemble import build, save
 
     scores, path = context.scores.load(), context.directory.path
-    sets = [SetResult.of(s, scores[s.name]) for s in context.prepared.sets]
+    sets = [SetResult.of(s, scores[s.name]) for s in context.prepared.texts.sets]
     facts = report_facts.account(
         context.prepared, _stage_results(context), path, device=str(context.device), dtype=str(context.scores.dtype)[6:]
     )
-    first = context.prepared.sets[0].name
+    first = context.prepared.texts.sets[0].name
     facts["evaluation"]["runtimes"] = {variant: s.runtime for variant, s in scores[first].items()}
     facts["canaries"] = context.scores.answers()
     facts["suggestion"] = context.directory.result("suggest", context.keys.suggest)
@@ -70,7 +70,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
 
 def _in_domain(context: RunContext) -> str:
     """Name of the set on which retention is computed."""
-    return context.recipe.evaluate.in_domain or context.prepared.sets[0].name
+    return context.recipe.evaluate.in_domain or context.prepared.texts.sets[0].name
 
 
 def _cards(context: RunContext) -> dict[str, str | None]:

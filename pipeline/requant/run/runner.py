@@ -19,7 +19,7 @@ from requant.quantize.stage import check_ranks
 from requant.run import prepare
 from requant.run.context import RunContext
 from requant.run.observer import Outcome, Watcher
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 from requant.run.stages import STAGES, Stage, stage_named, stages_of
 from requant.runtime import measurements
 from requant.runtime.device import pick_device
@@ -47,7 +47,7 @@ def run(
     directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
     directory.check()
     prepared = prepare.prepare(wanted)
-    check_ranks(len(prepared.calibration), pick_device(wanted.device), ranks)
+    check_ranks(len(prepared.texts.calibration), pick_device(wanted.device), ranks)
     prepare.check_disk(prepared, directory.path)
     stages = _stages_until(until, prepared, suggest=suggest)
     with directory.open():
@@ -72,7 +72,7 @@ def _stages_until(until: Until, prepared: Prepared, *, suggest: bool) -> tuple[S
         raise InputError(f"heal is {heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
     chosen = stages[: names.index(until) + 1]
     if prepared.unmeasurable and "evaluate" in names[: len(chosen)]:
-        raise InputError(f"{prepared.base}: {prepared.unmeasurable}, or stop after requant quantize")
+        raise InputError(f"{prepared.sources.base}: {prepared.unmeasurable}, or stop after requant quantize")
     return chosen
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from requant.checkpoint.run_directory import RunDirectory, key_of
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 
 LAYOUT = 1  # raised when a stage's files change their meaning
 
@@ -28,18 +28,24 @@ class Keys:
     @classmethod
     def of(cls, p: Prepared, directory: RunDirectory, device: torch.device) -> Keys:
         """From the content of all inputs and the settings that matter to each."""
-        base = directory.fingerprint(p.base)
-        prints = [(directory.fingerprint(a.path), a.weight) for a in p.merge.adapters]
+        base = directory.fingerprint(p.sources.base)
+        prints = [(directory.fingerprint(a.path), a.weight) for a in p.merge.plan.adapters]
         adapter = prints[0][0] if len(prints) == 1 and prints[0][1] == 1 else key_of(prints)
-        original = directory.fingerprint(p.original) if p.original else None
-        simulate = asdict(p.simulate) if p.simulate else None
+        original = directory.fingerprint(p.sources.original) if p.sources.original else None
+        simulate = asdict(p.sources.simulate) if p.sources.simulate else None
         onto = (original, None) if p.recipe.merge.onto == "original" else (base, simulate)
         merged = key_of(LAYOUT, "merge", onto, adapter, p.recipe.merge.model_dump())
-        grids = {name: asdict(grid) for name, grid in p.quantize.grids.items()}
-        settings = (p.settings.order, p.settings.sweeps, p.settings.correct, p.settings.damp, str(p.serving_dtype))
+        grids = {name: asdict(grid) for name, grid in p.quantize.plan.grids.items()}
+        settings = (
+            p.quantize.settings.order,
+            p.quantize.settings.sweeps,
+            p.quantize.settings.correct,
+            p.quantize.settings.damp,
+            str(p.quantize.dtype),
+        )
         engine = p.recipe.quantize.engine
         stage = "quantize" if engine == "requant" else f"quantize by {engine}"
-        quantized = key_of(merged, stage, grids, settings, p.calibration_facts["digest"], device.type)
+        quantized = key_of(merged, stage, grids, settings, p.texts.calibration_facts["digest"], device.type)
         healed = key_of(quantized, "heal", p.heal.key if p.heal else None, base, simulate, adapter)
         every = {
             "base": key_of(LAYOUT, "base", base, simulate),

@@ -16,7 +16,7 @@ from requant.run.context import RunContext
 from requant.run.evaluate_stage import evaluate_needs, is_evaluated, run_evaluate
 from requant.run.heal_stage import run_heal
 from requant.run.merge_stage import run_merge
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 from requant.run.quantize_stage import before_quantize, compile_ahead, run_quantize
 from requant.run.report_stage import is_reported, load_report, report_key, run_report
 from requant.run.suggest_stage import run_suggest

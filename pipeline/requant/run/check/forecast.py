@@ -26,7 +26,7 @@ from requant.numerics import nf4
 from requant.quantize.block_quantizer import TOKENS
 from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merging
 from requant.run.check.rehearsal import Rehearsal, cost_of
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 from requant.runtime import measurements
 from requant.runtime.device import BUSY, USABLE, free_bytes, free_memory, product_rate
 
@@ -53,7 +53,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     started = measurements.reset_peak()
     trust = p.recipe.trust_remote_code
     began = time.perf_counter()
-    model: Any = skeleton.build(skeleton.load_config(p.base, trust_remote_code=trust), trust_remote_code=trust)
+    model: Any = skeleton.build(skeleton.load_config(p.sources.base, trust_remote_code=trust), trust_remote_code=trust)
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         needs = [merging(p, device, started, Disk.probed(Path(folder), device))]
@@ -70,11 +70,11 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
 
 
 def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
-    device, windows, size = rehearsal.device, p.calibration, scored.size
+    device, windows, size = rehearsal.device, p.texts.calibration, scored.size
     batch = max(1, TOKENS[device.type] // windows.shape[1])
-    stored = skeleton.tensor_names(rehearsal.model, p.merge.base.weights)
-    added = deltas(p.merge)
-    parts = rehearsal.quantizing(p.quantize, p.settings, windows, batch, lambda name: added(stored[name]))
+    stored = skeleton.tensor_names(rehearsal.model, p.merge.plan.base.weights)
+    added = deltas(p.merge.plan)
+    parts = rehearsal.quantizing(p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored[name]))
     batches = -(-len(windows) // batch)
     exact = -(-batches // parts.apart) if parts.apart else 0
     rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
@@ -83,7 +83,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     if (
         device.type == "cuda"
     ):  # blocks come beside the work: what remains is the last check, and embeddings on the way in
-        again = 3 * size.outside + 2 * p.settings.grid.bits / 16 * (size.total - size.outside)
+        again = 3 * size.outside + 2 * p.quantize.settings.grid.bits / 16 * (size.total - size.outside)
     checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
     free_memory(device)
     there, here = (checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu")))
@@ -97,7 +97,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
         return Need("quantize", seconds, started + max(working, here))
     waiting = 0 if parts.waits else int(states)
     merged = merged_in(p)
-    each = p.serving_dtype.itemsize + (merged.itemsize if merged != p.serving_dtype else 0)  # while it is cast
+    each = p.quantize.dtype.itemsize + (merged.itemsize if merged != p.quantize.dtype else 0)  # while it is cast
     ends = 2 * size.vocabulary * size.width  # embeddings to compute and to write
     beginning = each * (ends + size.block)
     return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
@@ -112,7 +112,7 @@ class _Scoring:
         self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
         self.build = build  # seconds to make a model's structure
         self.size = Size.of_model(rehearsal.model)
-        alike = _alike(p.sets)
+        alike = _alike(p.texts.sets)
         length = len(alike.windows[0].ids)
         self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // length))
         self.sample = replace(alike, windows=alike.windows[: 3 * self.rows])
@@ -148,17 +148,19 @@ class _Scoring:
     def _seconds(self, name: str, size: Size) -> float:
         """Loading, blocks, and the head on what is scored."""
         per_token = self.parts.forward.seconds / self.parts.tokens * self.like
-        tokens = sum(len(w.ids) for s in self.p.sets for w in s.windows)
+        tokens = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows)
         kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
         in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.rows])
         again, first = self.parts.head[kind].seconds, self.parts.first[kind].seconds
-        heads = again * sum(s.n_scored for s in self.p.sets) / in_batch + max(0.0, first - again) * len(self.p.sets)
+        heads = again * sum(s.n_scored for s in self.p.texts.sets) / in_batch + max(0.0, first - again) * len(
+            self.p.texts.sets
+        )
         made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
         load = 2 * self.build + (self.reading + (made - 1) * self.decoding) * size.total
         if not size.packed:
             return load + tokens * per_token + heads
         extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
-        times = 1 if self._streams(name, size) else _forwards(self.p.sets, self.batch)
+        times = 1 if self._streams(name, size) else _forwards(self.p.texts.sets, self.batch)
         return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
     def _bytes(self, name: str, size: Size) -> int:
@@ -166,14 +168,14 @@ class _Scoring:
         item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
         if self._streams(name, size):
             ahead = 2 if self.device.type == "cuda" else 1
-            states = sum(len(w.ids) for s in self.p.sets for w in s.windows) * size.width * item
+            states = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows) * size.width * item
             return int((size.block * ahead + size.outside) * item + size.adapter + states + work)
         held = (size.total - size.packed) * item + size.packed * PACKED + size.adapter + work
         mapped = 2 * size.total if name == "merged" and self.device.type == "cpu" else 0  # its file, while it is cast
         return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
 
     def _streams(self, name: str, size: Size) -> bool:
-        tokens = self.batch * max(s.window for s in self.p.sets)
+        tokens = self.batch * max(s.window for s in self.p.texts.sets)
         return streams(
             name, self.places, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
             tokens=tokens,

@@ -16,7 +16,7 @@ import torch
 from requant.merge.plan import Op
 from requant.merge.stage import DTYPES, bound, compute
 from requant.run.check.rehearsal import cost_of
-from requant.run.prepare import Prepared
+from requant.run.prepared import Prepared
 
 PROBED = 64 * 2**20  # bytes written to know the disk
 
@@ -58,7 +58,7 @@ class Disk:
 def merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need:
     """One tensor of each shape and treatment is made; writing runs beside the next one's making."""
     kinds: dict[tuple[Any, ...], list[Op]] = defaultdict(list)
-    for op in p.merge.ops:
+    for op in p.merge.plan.ops:
         kinds[op.shape, op.action].append(op)
     target = merged_in(p)
     seconds, before, worst = 0.0, 0.0, 0
@@ -70,13 +70,13 @@ def merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need
             there[kind] = Made.of(p, ops[-1], device, target)
         seconds += cost.seconds * len(ops)
         if p.recipe.merge.dtype == "auto":
-            before += cost_of(device, partial(bound, p.merge, ops[-1])).seconds * len(ops)
+            before += cost_of(device, partial(bound, p.merge.plan, ops[-1])).seconds * len(ops)
         size = math.prod(ops[-1].shape)
         made_of = size * target.itemsize if device.type == "cuda" else max(first.bytes, cost.bytes)
         worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
-    total = sum(s.nbytes for s in p.merge.slots(target))
+    total = sum(s.nbytes for s in p.merge.plan.slots(target))
     seconds = before + max(seconds, total * (disk.fetch + disk.write)) + total * disk.sync
-    return Need("merge", seconds, started + worst, _merging_there(p.merge.ops, there) if there else 0)
+    return Need("merge", seconds, started + worst, _merging_there(p.merge.plan.ops, there) if there else 0)
 
 
 def merged_in(p: Prepared) -> torch.dtype:
@@ -95,7 +95,7 @@ class Made:
     @classmethod
     def of(cls, p: Prepared, op: Op, device: torch.device, target: torch.dtype) -> Made:
         kept: list[torch.Tensor] = []
-        making = cost_of(device, lambda: kept.append(compute(p.merge, op, device)[0])).bytes
+        making = cost_of(device, lambda: kept.append(compute(p.merge.plan, op, device)[0])).bytes
         (value,) = kept
         return cls(making, value.nbytes, 0 if value.dtype == target else value.numel() * target.itemsize)
 
@@ -111,4 +111,4 @@ def _merging_there(ops: Sequence[Op], made: Mapping[tuple[Any, ...], Made]) -> i
 
 
 def _made(p: Prepared, op: Op, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return compute(p.merge, op, device)[0].to(dtype)
+    return compute(p.merge.plan, op, device)[0].to(dtype)

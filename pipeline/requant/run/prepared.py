@@ -1,0 +1,112 @@
+"""`Prepared`: the plans, settings and texts of one recipe, grouped by the stage that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from requant.data.canaries import Canaries
+from requant.deploy import engine_support
+from requant.merge import adapter_match
+from requant.merge.base_weights import Nf4Settings
+from requant.merge.plan import MergePlan
+from requant.quantize.plan import Plan, Settings
+from requant.recipe import Recipe
+from requant.run.heal_recipe import Healing
+from requant.run.recipe_texts import CalibrationFacts
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.windows import EvalSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Local directories of the models. simulate: how a 16-bit base was quantized for training, if it was."""
+
+    base: Path
+    adapter: Path
+    original: Path | None
+    simulate: Nf4Settings | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeInputs:
+    """What merge needs. onto_original: the plan of the variant `original`. matches: one for each adapter."""
+
+    plan: MergePlan
+    onto_original: MergePlan | None
+    matches: tuple[adapter_match.Match, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeInputs:
+    """What quantize needs. dtype: of serving and of unquantized tensors. engines: which of them load the result."""
+
+    plan: Plan
+    settings: Settings
+    dtype: torch.dtype
+    engines: tuple[engine_support.Verdict, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Tokenized texts. calibration: int64 [samples, length]. probes: calibration source -> a few token rows."""
+
+    calibration: Tensor
+    calibration_facts: CalibrationFacts
+    sets: tuple[EvalSet, ...]
+    probes: Mapping[str, tuple[Tensor, ...]]
+    canaries: Canaries | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Plans, settings and texts of one recipe.
+
+    heal: None when it was not asked for, or `auto` left it out.
+    unloadable: why transformers 5 cannot load the base as training did; None when it can.
+    """
+
+    recipe: Recipe
+    sources: Sources
+    merge: MergeInputs
+    quantize: QuantizeInputs
+    texts: Texts
+    heal: Healing | None
+    unloadable: str | None
+    warnings: tuple[str, ...]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants to score: those asked for, and healed beside gptq where healing is part of the run."""
+        asked: list[str] = [v for v in self.recipe.evaluate.variants if v != "healed"]
+        if self.heal and ("gptq" in asked or "healed" in self.recipe.evaluate.variants):
+            asked.append("healed")
+        return tuple(asked)
+
+    @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """The recipe's `quantize.overrides`, without defaults."""
+        asked = self.recipe.quantize.overrides
+        return {name: own.model_dump(exclude_none=True, exclude_defaults=True) for name, own in asked.items()}
+
+    @property
+    def unmeasurable(self) -> str | None:
+        """Why base and adapter of this recipe cannot be evaluated; None when they can."""
+        if self.unloadable is None:
+            return None
+        if self.recipe.evaluate.stream == "never":
+            return f"{self.unloadable}: set evaluate.stream to auto"
+        if self.heal and self.heal.section.target == "adapter":
+            return f"{self.unloadable}: set heal.target to merged"
+        if any(a.experts for a in self.merge.plan.adapters):
+            return (
+                f"{self.unloadable}, and the adapter's stacked experts are of transformers 5: "
+                "base.nf4.transformers is wrong"
+            )
+        return None
