@@ -13,8 +13,9 @@ import pytest
 from helpers.command_line import Here
 from helpers.e2e import copied, edit_json, edit_tensors, visible, write_recipe
 
-from requant import __version__
+from requant import __version__, errors
 from requant import recipe as recipes
+from requant.cli import exit_codes
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "numpy", "datasets"}
@@ -48,6 +49,31 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert "typer" in loaded.split(), "the list of modules is real"
     for command in ("init", "check", "run", "merge", "quantize", "evaluate", "report", "schema"):
         assert re.search(rf"^ +{command} ", text, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("command", "codes"),
+    [
+        ("", "0 1 2 3 4 130"),
+        ("run", "0 1 2 3 4 130"),
+        ("report", "0 1 2 3 4 130"),
+        ("gate", "0 1 2 3 4"),
+        *((name, "0 1 2 130") for name in ("check", "merge", "quantize", "heal", "evaluate", "verify", "push")),
+    ],
+)
+def test_help_names_the_exit_codes(here: Here, command: str, codes: str) -> None:
+    assert here(*command.split(), "--help") == 0
+    listed = here.out.split("Exit codes:\n")[1]
+    assert re.findall(r"^ +(\d+) +\w", listed, re.MULTILINE) == codes.split(), "one line each, none folded"
+
+
+def test_exit_codes_are_those_of_errors_and_gates() -> None:
+    from requant_eval.render.ci import EXIT_CODES
+
+    raised = {c.exit_code for c in (errors.RequantError, errors.InputError, errors.RecipeError, errors.StageError)}
+    assert exit_codes.MEANINGS.keys() == raised | set(EXIT_CODES.values()) | {130}
+    assert exit_codes.MEANINGS[EXIT_CODES["fail"]] == "a gate failed"
+    assert exit_codes.MEANINGS[EXIT_CODES["inconclusive"]] == "a gate is inconclusive"
 
 
 def test_version(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""CLI: argv, printing, exit codes. Heavy imports wait inside the commands.
+"""CLI: argv, printing, exit codes. Heavy imports are inside the commands.
 
     main              the commands of a recipe   <- start here
     report_commands   gate, compare: commands that need finished reports only
     deploy_commands   verify, push
+    exit_codes        what each exit code means, for the help texts
     console           progress bars on a terminal, plain lines elsewhere
 
 May import: errors, recipe, runtime, checkpoint, heal, deploy, run; requant_eval.gate, .report, .render.

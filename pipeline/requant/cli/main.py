@@ -1,6 +1,6 @@
-"""The command line: argv, printing, exit codes. Heavy imports wait inside the commands.
+"""The command line: commands of a recipe, printing, exit codes (`exit_codes`).
 
-0 done, 1 the run failed, 2 the recipe or the command is wrong.
+torch and transformers are imported inside the commands, so that help and recipe errors are immediate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from requant import __version__
-from requant.cli import deploy_commands, report_commands
+from requant.cli import deploy_commands, exit_codes, report_commands
 from requant.cli.report_commands import Junit
 from requant.errors import RecipeError, RequantError
 
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    epilog=exit_codes.epilog(),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -84,7 +88,9 @@ def init(adapter: Annotated[str, typer.Argument(help="PEFT directory or hub id."
     print(starter(adapter), end="")
 
 
-app.command()(report_commands.gate)
+app.command(epilog=exit_codes.epilog(exit_codes.GATES, {0: "every gate passed", 1: "a file cannot be written"}))(
+    report_commands.gate
+)
 app.command()(report_commands.compare)
 
 
@@ -103,7 +109,7 @@ def schema(
     print(json.dumps(json_schema(), indent=2))
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a recipe against its model, adapter and texts, from headers; of the weights a sample of a few layers is read."""
     wanted = _load(recipe, overrides)
@@ -136,25 +142,25 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     print("ok")
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(own={0: "done, and every gate passed"}))
 def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
-    """Dequantize, merge, quantize, heal, evaluate, report; goes on where an earlier run stopped. Exit code as `gate`."""
+    """Dequantize, merge, quantize, heal, evaluate, report; resumes where an earlier run stopped."""
     _run(recipe, overrides, "report", junit)
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def merge(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Only dequantize the base and merge the adapter."""
     _run(recipe, overrides, "merge")
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def quantize(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Merge, then quantize with GPTQ."""
     _run(recipe, overrides, "quantize")
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def heal(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; or use the options.")] = None,
     overrides: Overrides = [],  # noqa: B006
@@ -199,13 +205,13 @@ def heal(
     print(f"{summary(told)}: {target}")
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Everything but the report: merge, quantize and score every variant."""
     _run(recipe, overrides, "evaluate")
 
 
-@app.command()
+@app.command(epilog=exit_codes.epilog(own={0: "done, and every gate passed"}))
 def report(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -214,7 +220,7 @@ def report(
     ] = False,
     junit: Junit = None,
 ) -> None:
-    """Write the report from saved scores, scoring what is missing, and show it. Exit code as `gate`.
+    """Write the report from saved scores, scoring what is missing, and show it.
 
     A report.json or a run's directory instead of a recipe is rendered again as it is.
     """
@@ -227,8 +233,12 @@ def report(
     _run(recipe, overrides, "report", junit, suggest=suggest)
 
 
-app.command()(deploy_commands.verify)
-app.command()(deploy_commands.push)
+app.command(
+    epilog=exit_codes.epilog(exit_codes.WORK, {0: "nothing is wrong", 1: "something is wrong with the checkpoint"})
+)(deploy_commands.verify)
+app.command(epilog=exit_codes.epilog(exit_codes.WORK, {1: "the checkpoint is wrong, or the connection broke"}))(
+    deploy_commands.push
+)
 
 
 def _load(path: Path, overrides: list[str]) -> Recipe:
