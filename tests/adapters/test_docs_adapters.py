@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from requant.adapters import unsupported
+from requant.adapters.kinds import KINDS
 
 ROWS = [
     line.split("|")[1:4]
@@ -26,12 +27,12 @@ def column(word: str) -> str:
     return found.pop()
 
 
-@pytest.mark.parametrize("kind", unsupported.MERGED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_kinds(kind: str) -> None:
     rows = [row[1].strip() for row in ROWS if kind in row[0].replace("ADALORA", "")]
     assert "exact" in rows
 
 
-@pytest.mark.parametrize("kind", unsupported.KINDS)
+@pytest.mark.parametrize("kind", unsupported.REASONS)
 def test_refused_kinds(kind: str) -> None:
     assert column(PROMPTS.get(kind, kind)) == "refused"

@@ -1,4 +1,4 @@
-"""`requant.adapter_keys`: every trainer's spelling means what PEFT's means, and nothing else; what is ambiguous is refused."""
+"""`requant.adapters.keys`: every trainer's spelling means what PEFT's means, and nothing else; what is ambiguous is refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from requant.adapters import peft_directory as adapters
-from requant.adapters.keys import PARTS, PREFIX, Key, clean, locate, normalise, normalise_all, spell, stem, stems
+from requant.adapters.keys import PREFIX, Key, clean, locate, normalise, normalise_all, spell, stem, stems
+from requant.adapters.kinds import tensor_keys
 from requant.errors import InputError
 
 STEPS = st.sampled_from(
     ["model", "layers", "0", "11", "self_attn", "q_proj", "experts", "mlp", "embed_tokens", "h", "wte"]
 )
 MODULES = st.lists(STEPS, min_size=1, max_size=6).map(".".join)
-OWN = [p for p in PARTS if p not in ("vera_A", "vera_B")]
+NAMES = tensor_keys()
+OWN = [name for name, spelling in NAMES.items() if not spelling.shared]
 
 
 @st.composite
@@ -29,8 +31,8 @@ def keys(draw: Any) -> Key:
     module = draw(MODULES)
     if draw(st.booleans()):
         return Key(module, None, draw(st.sampled_from(["weight", "bias"])))
-    part = draw(st.sampled_from([*OWN, "lora_B.bias"]))
-    return Key(module, part, wrapped=draw(st.integers(0, 2)) if part.startswith(("lora_A", "lora_B")) else 0)
+    tensor = draw(st.sampled_from([*OWN, "lora_B.bias"]))
+    return Key(module, tensor, wrapped=draw(st.integers(0, 2)) if tensor.startswith(("lora_A", "lora_B")) else 0)
 
 
 @st.composite
@@ -39,10 +41,10 @@ def noisy(draw: Any) -> tuple[str, Key, str]:
     key = draw(keys())
     name = draw(st.sampled_from(["default", "tuned", "v2"]))
     steps = spell(key).removeprefix(PREFIX).split(".")
-    at = next((i for i, s in enumerate(steps) if s in PARTS), None)
+    at = next((i for i, s in enumerate(steps) if s in NAMES), None)
     if at is not None and draw(st.booleans()):
         steps[at + 1 : at + 1] = [name]
-        if key.part == "lora_magnitude_vector":
+        if key.tensor == "lora_magnitude_vector":
             steps += draw(st.sampled_from([[], ["weight"]]))
     if at is None:
         infix = draw(

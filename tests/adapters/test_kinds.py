@@ -1,4 +1,4 @@
-"""Every kind of adapter that is merged, against PEFT's own unmerged forward in fp32; and what of them is refused."""
+"""`requant.adapters`: every kind that is merged, against PEFT's own unmerged forward in fp32; and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from requant.adapters import peft_directory as adapters
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.merge import selftest_formulas
 from requant.run import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -138,12 +137,12 @@ def test_trained_tokens_of_a_resized_vocabulary(tmp_path: Path) -> None:
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out"), tokens), pico.logits(live, tokens)) < FP32
 
 
-# The twins of the self-test ------------------------------------------------------------------------------------
+# The formulas of the self-test ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["loha", "lokr both", "vera", "oft", "oft exact", "tokens"])
 def test_the_self_test_sees_a_wrong_value(tmp_path: Path, name: str) -> None:
-    """A deviation of 10 times the bound in any row is outside it: the twins are not so loose that they prove nothing."""
+    """A deviation of 10 times the bound in any row is outside it: the bounds are not so wide that they prove nothing."""
     made = pico.model()
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", config=CONFIGS[name])
@@ -151,11 +150,11 @@ def test_the_self_test_sees_a_wrong_value(tmp_path: Path, name: str) -> None:
     op = next(op for op in plan.ops if op.folds)
     weight = Checkpoint(base).read(op.name).double()
     rows = [0, op.shape[0] // 2, op.shape[0] - 1]
-    exact, slack = selftest_formulas.folded(weight[rows], op.folds[0], rows)
+    exact, bound = op.folds[0].exact_rows(weight[rows], rows)
     folded = weight.float()
     op.folds[0].apply(folded)
-    assert bool(((folded[rows].double() - exact).abs() <= slack).all())
-    assert float(slack.max()) < 1e-4 * float(exact.abs().max())
+    assert bool(((folded[rows].double() - exact).abs() <= bound).all())
+    assert float(bound.max()) < 1e-4 * float(exact.abs().max())
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`requant.adapter`: what is read, what is refused, and that every message says why."""
+"""`requant.adapters.peft_directory`: what is read, what is refused, and that every message says why."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from requant.adapters import peft_directory as adapters
+from requant.adapters.config import pattern_value
 from requant.errors import InputError
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -173,4 +174,4 @@ PATTERNS = [
 def test_patterns_match_as_in_peft(patterns: list[str], module: str) -> None:
     values = {p: i for i, p in enumerate(patterns)}
     expected = values.get(get_pattern_key(values.keys(), module), "default")
-    assert adapters.pattern_value(values, module, "default") == expected
+    assert pattern_value(values, module, "default") == expected

@@ -87,9 +87,12 @@ def test_the_adapter_stays_unmerged(tmp_path: Path, config: peft.PeftConfig, cha
 
 BASES = {
     "on disk": (None, 2e-6),
-    "nf4": (Nf4Settings("nf4", double_quant=False), 2e-6),
-    "fp4": (Nf4Settings("fp4", double_quant=False), 2e-6),
-    "nested": (Nf4Settings("nf4", double_quant=True), 2e-3),  # bitsandbytes rounds a few scales wrongly: see test_merge
+    "nf4": (Nf4Settings(quant_type="nf4", double_quant=False), 2e-6),
+    "fp4": (Nf4Settings(quant_type="fp4", double_quant=False), 2e-6),
+    "nested": (
+        Nf4Settings(quant_type="nf4", double_quant=True),
+        2e-3,
+    ),  # bitsandbytes rounds a few scales wrongly: see test_merge
 }
 
 
@@ -144,7 +147,9 @@ def test_two_weighted_adapters(tmp_path: Path) -> None:
         pico.train(pico.model(), tmp_path / name, seed=seed)
     loaded = [adapters.load(tmp_path / n, weight=w) for n, w in (("a", 0.5), ("b", 1.5))]
     plan, _ = prepare.plan_merge(base, loaded, None, False)
-    places = variants.Places(base, tmp_path / "a", base, base, Nf4Settings("nf4", False), {}, plan=plan)
+    places = variants.Places(
+        base, tmp_path / "a", base, base, Nf4Settings(quant_type="nf4", double_quant=False), {}, plan=plan
+    )
     live = variants.load("adapter", places, device=CPU, dtype=F32)
     compare(live, Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32)))
 

@@ -150,11 +150,11 @@ def test_original_is_the_16_bit_base_with_the_delta(project: Path, places: varia
 def test_a_16_bit_base_runs_through_bitsandbytes_as_the_recipe_says(
     project: Path, places: variants.Places, ids: Tensor
 ) -> None:
-    simulated = replace(places, base=project / "original", simulate=Nf4Settings("nf4", double_quant=True))
+    simulated = replace(places, base=project / "original", simulate=Nf4Settings(quant_type="nf4", double_quant=True))
     torch.testing.assert_close(
         logits(load("base", simulated), ids), logits(load("base", places), ids), rtol=0, atol=1e-5
     )
-    other = replace(simulated, simulate=Nf4Settings("fp4", double_quant=True))
+    other = replace(simulated, simulate=Nf4Settings(quant_type="fp4", double_quant=True))
     assert (logits(load("base", other), ids) - logits(load("base", places), ids)).abs().max() > 0.01
 
 

@@ -19,7 +19,12 @@ def ledger(plan: MergePlan, result: MergeResult) -> None:
     assert sum(base.values()) == len(plan.base.checkpoint) + plan.untied
     (one,) = plan.adapters
     assert adapter["consumed"] == len(load_file(one.path / adapters.WEIGHTS)) - one.copies
-    used = sum(len(f.tensors) for f in one.folds.values()) + len(one.replaced) + 2 * len(one.experts) + len(one.shared)
+    used = (
+        sum(len(f.tensors) for f in one.folds.values())
+        + len(one.replaced)
+        + 2 * len(one.expert_pairs)
+        + len(one.shared)
+    )
     assert used == adapter["consumed"]
     assert result.bytes == sum(s.nbytes for s in plan.slots(torch.float32))
 

@@ -1,4 +1,4 @@
-"""`requant.dequantize`: which tensors a base has, in which kind, and what bitsandbytes would have quantized."""
+"""`requant.merge.base_weights`: which tensors a base has, in which kind, and what bitsandbytes would have quantized."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from bitsandbytes.nn import Linear4bit
 from helpers import pico
 
 from requant.checkpoint.reader import Checkpoint
-from requant.merge.base_weights import Base, Nf4Settings, dequantize
+from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.modeling import skeleton
 from requant.numerics import nf4
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
 
+def decoded(base: BaseWeights) -> dict[str, torch.Tensor]:
+    return {name: base.read(name) for name in base.weights}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_stream_of_a_packed_base(tmp_path: Path) -> None:
+def test_weights_of_a_packed_base(tmp_path: Path) -> None:
     """Names and shapes of the 16-bit checkpoint, values of bitsandbytes' own decoder."""
     source = pico.save(pico.model(), tmp_path / "source", torch.bfloat16)
     path = pico.save_4bit(source, tmp_path / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    base = Base(Checkpoint(path))
+    base = BaseWeights(Checkpoint(path))
     original = Checkpoint(source)
-    stream = dict(dequantize(base))
-    assert {n: tuple(t.shape) for n, t in stream.items()} == {n: original[n].shape for n in original}
-    assert list(stream) == [n for n in Checkpoint(path) if n not in base.auxiliary]
+    read = decoded(base)
+    assert {n: tuple(t.shape) for n, t in read.items()} == {n: original[n].shape for n in original}
+    assert list(read) == [n for n in Checkpoint(path) if n not in base.auxiliary]
     live = pico.quantize(source, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     for name, module in live.named_modules():
         if isinstance(module, Linear4bit):
             module.weight.quant_state.dtype = torch.float32
             expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            assert torch.equal(stream[f"{name}.weight"], expected), name
+            assert torch.equal(read[f"{name}.weight"], expected), name
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -44,7 +48,7 @@ def test_parts_may_lie_in_different_shards(tmp_path: Path) -> None:
     pico.quantize(source, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "one")
     pico.quantize(source, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "many", max_shard_size="6KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4
-    one, many = (dict(dequantize(Base(Checkpoint(tmp_path / n)))) for n in ("one", "many"))
+    one, many = (decoded(BaseWeights(Checkpoint(tmp_path / n))) for n in ("one", "many"))
     assert one.keys() == many.keys()
     assert all(torch.equal(one[n], many[n]) for n in one)
 
@@ -52,10 +56,10 @@ def test_parts_may_lie_in_different_shards(tmp_path: Path) -> None:
 def test_a_16_bit_base_is_passed_through(tmp_path: Path) -> None:
     path = pico.save(pico.model(), tmp_path / "base", torch.bfloat16)
     checkpoint = Checkpoint(path)
-    base = Base(checkpoint)
+    base = BaseWeights(checkpoint)
     assert not base.packed
     assert not base.auxiliary
-    for name, tensor in dequantize(base):
+    for name, tensor in decoded(base).items():
         assert torch.equal(tensor, checkpoint.read(name))
         assert tensor.dtype == torch.bfloat16
 
@@ -64,7 +68,9 @@ def test_simulated_weights_are_cast_to_the_load_dtype_first(tmp_path: Path) -> N
     """Training saw bfloat16 weights rounded to NF4, whatever the file holds; other weights in bfloat16."""
     path = pico.save(pico.model(), tmp_path / "base", torch.float32)
     checkpoint = Checkpoint(path)
-    base = Base(checkpoint, simulate=Nf4Settings("nf4", double_quant=False), quantized=frozenset([NAME]))
+    base = BaseWeights(
+        checkpoint, simulate=Nf4Settings(quant_type="nf4", double_quant=False), quantized=frozenset([NAME])
+    )
     expected = nf4.round_trip(checkpoint.read(NAME).bfloat16(), "nf4", 64, False)
     assert torch.equal(base.read(NAME), expected)
     norm = "model.norm.weight"

@@ -42,7 +42,7 @@ def test_versions_4_and_5_agree_on_dense_models(tmp_path: Path, kind: str) -> No
     pico.train(pico.model(kind), tmp_path / "adapter", target_modules=target)
     kinds = []
     for version in (4, 5):
-        settings = Nf4Settings("nf4", False, version=version)  # type: ignore[arg-type]
+        settings = Nf4Settings(quant_type="nf4", double_quant=False, version=version)  # type: ignore[arg-type]
         plan, _ = prepare.plan_merge(base, adapters.load(tmp_path / "adapter"), settings, False)
         kinds.append({n: w.kind for n, w in plan.base.weights.items()})
     assert kinds[0] == kinds[1]
@@ -55,7 +55,7 @@ def test_version_4_quantized_single_experts(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
     stored = Checkpoint(base).read(name)
     for version, kind in ((4, "simulated"), (5, "stored")):
-        settings = Nf4Settings("nf4", False, version=version)  # type: ignore[arg-type]
+        settings = Nf4Settings(quant_type="nf4", double_quant=False, version=version)  # type: ignore[arg-type]
         plan, _ = prepare.plan_merge(base, adapters.load(adapter), settings, False)
         assert plan.base.weights[name].kind == kind
         assert plan.base.weights["model.layers.0.block_sparse_moe.gate.weight"].kind == kind
@@ -69,7 +69,7 @@ def places(base: Path, adapter: Path, simulate: Nf4Settings) -> variants.Places:
 
 def test_the_live_base_has_version_4s_selection(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path)
-    simulate = Nf4Settings("nf4", False, skip=("lm_head", "v_proj"), version=4)
+    simulate = Nf4Settings(quant_type="nf4", double_quant=False, skip=("lm_head", "v_proj"), version=4)
     live = variants.load("base", places(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
     plan, _ = prepare.plan_merge(base, adapters.load(adapter), simulate, False)
     packed = {f"{n}.weight" for n, m in live.named_modules() if isinstance(m, Linear4bit)}
@@ -79,7 +79,7 @@ def test_the_live_base_has_version_4s_selection(tmp_path: Path) -> None:
 
 def test_a_live_base_that_5_cannot_make_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path, "mixtral", **MOE)
-    simulate = Nf4Settings("nf4", False, version=4)
+    simulate = Nf4Settings(quant_type="nf4", double_quant=False, version=4)
     with pytest.raises(StageError) as caught:
         variants.load("base", places(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
     assert "transformers 4 quantized it, transformers 5 cannot" in str(caught.value)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from requant import merge
 from requant.adapters import peft_directory as adapters
 from requant.merge.plan import MergePlan
-from requant.merge.stage import ahead, compute
+from requant.merge.stage import compute, computed_ahead
 from requant.numerics import nf4
 from requant.run import prepare
 
@@ -48,7 +48,7 @@ def test_reading_ahead_gives_the_same_tensors_in_full_precision(tmp_path: Path) 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        for (op, value, changes), expected in zip(ahead(plan, CPU), plan.ops, strict=True):
+        for (op, value, changes), expected in zip(computed_ahead(plan, CPU), plan.ops, strict=True):
             assert torch.get_float32_matmul_precision() == "highest"
             theirs, changed = compute(plan, expected)
             assert op is expected

@@ -251,7 +251,7 @@ def test_base_quantized_on_the_fly(tmp_path: Path, kind: str, options: dict[str,
     live = pico.live_4bit(pico.quantize(base, llm_int8_skip_modules=list(skip) or None, **options))
     pico.train(made, tmp_path / "adapter", target_modules=targets, fan_in_fan_out=kind == "gpt2")
     live = peft.PeftModel.from_pretrained(live, tmp_path / "adapter").eval()
-    simulate = Nf4Settings(options["bnb_4bit_quant_type"], double_quant=False, skip=skip)
+    simulate = Nf4Settings(quant_type=options["bnb_4bit_quant_type"], double_quant=False, skip=skip)
     plan, _, _ = pico.merged(base, tmp_path / "adapter", tmp_path / "out", simulate=simulate)
     from bitsandbytes.nn import Linear4bit
 
@@ -269,7 +269,7 @@ def test_double_quantization_on_the_fly(tmp_path: Path) -> None:
     live = pico.live_4bit(pico.quantize(base, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True))
     pico.train(made, tmp_path / "adapter")
     live = peft.PeftModel.from_pretrained(live, tmp_path / "adapter").eval()
-    pico.merged(base, tmp_path / "adapter", tmp_path / "out", simulate=Nf4Settings("nf4", double_quant=True))
+    pico.merged(base, tmp_path / "adapter", tmp_path / "out", simulate=Nf4Settings(quant_type="nf4", double_quant=True))
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out")), pico.logits(live)) < 2e-3
 
 
@@ -489,7 +489,9 @@ def test_a_foreign_code_table_fails(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_settings_for_an_already_packed_base_fail(tmp_path: Path) -> None:
     base, adapter = four_bit(tmp_path)
-    assert "already 4-bit on disk; remove base.nf4" in no_plan(base, adapter, Nf4Settings("nf4", double_quant=False))
+    assert "already 4-bit on disk; remove base.nf4" in no_plan(
+        base, adapter, Nf4Settings(quant_type="nf4", double_quant=False)
+    )
 
 
 def test_an_8_bit_base_fails(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_merge(tmp_path: Path, family: Family) -> None:
     expected = pico.logits(live)
     assert pico.relative(plain, expected) > 100 * FP32, "the adapter must matter"
     packed = sum(isinstance(m, Linear4bit) for m in live.modules())
-    for source, simulate in (("base", Nf4Settings("nf4", double_quant=False)), ("packed", None)):
+    for source, simulate in (("base", Nf4Settings(quant_type="nf4", double_quant=False)), ("packed", None)):
         plan, _, tested = pico.merged(tmp_path / source, tmp_path / "adapter", tmp_path / "out", simulate=simulate)
         assert tested.worst <= 1
         assert sum(w.kind != "stored" for w in plan.base.weights.values()) == packed

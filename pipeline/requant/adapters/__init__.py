@@ -1,13 +1,16 @@
 """Adapters: a PEFT directory as exact changes of weights.
 
     peft_directory                     load(path): config and tensors, every tensor accounted for   <- start here
-    kinds                              peft_type -> how its tensors become a fold
-    fold                               what every kind has: the weight it changes, how, within which bound
-    keys                               tensor names as PEFT releases and training tools wrote them
-    lora, loha, lokr, vera, ia3, oft   one file a kind: its formula and its tensors
-    trained_tokens                     rows of an embedding that were trained
-    stacked_lora, expert_layouts       LoRA on stacked experts, and which layout PEFT wrote
-    unsupported                        what cannot be merged exactly, and why
+    kinds                              the table of adapter kinds: peft_type -> how it is read
+    lora, loha, lokr, vera, ia3, oft   one file a kind: its formula, its tensors, its settings
+    trained_tokens                     rows of an embedding replaced: a kind, and a part of LORA
+    stacked_lora, expert_layouts       LoRA on stacked experts, a part of LORA; which parameter a pair changes
+    fold                               the base class of the formulas, in fp32
+    fp64                               what the formulas of the self-test are made of
+    module_tensors                     the tensors of one module, and how PEFT spells their keys
+    config                             adapter_config.json: rank and scaling of a module
+    keys                               tensor names as PEFT releases and training tools write them
+    unsupported                        peft types and settings that are not merged, and why
 
 May import: errors, checkpoint, modeling (types of stacked_experts only).
 """

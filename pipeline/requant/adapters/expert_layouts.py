@@ -1,7 +1,7 @@
-"""LoRA on stacked experts (PEFT's `target_parameters`): which parameter each pair belongs to, and where that is stored.
+"""Which stacked expert parameter each LoRA pair changes (PEFT's `target_parameters`), and where it is stored.
 
 PEFT does not write the parameter's name, and its layout changed with its releases. The base's shapes and the recorded
-peft_version together prove it; what they leave open is refused.
+peft_version together prove both; a pair that they leave open is refused.
 """
 
 from __future__ import annotations
@@ -9,45 +9,48 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from requant.adapters.peft_directory import Adapter, ExpertPair
-from requant.adapters.stacked_lora import Experts
+from requant.adapters import lora
+from requant.adapters.peft_directory import Adapter
+from requant.adapters.stacked_lora import ExpertPair, StackedLora
 from requant.errors import InputError
 from requant.modeling.stacked_experts import Fused
 
-NEWEST, OLDEST, TURNED = (0, 22), (0, 18), (0, 19)
+OLDEST, NEWEST = (0, 18), (0, 22)  # releases of PEFT whose layout is known: from OLDEST to before NEWEST
+ORIENTED = (0, 19)  # since this release a parameter that is stored as [experts, out, in] is taken for that
 
 
-def place(adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], str]) -> Iterator[tuple[str, Experts]]:
-    """(stored tensor name, fold) of every pair on stacked experts; raises InputError when a layout is not proven."""
-    if not adapter.experts:
+def assign(
+    adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], str]
+) -> Iterator[tuple[str, StackedLora]]:
+    """(stored tensor's name, fold) of every pair on stacked experts; raises InputError when a layout is not proven.
+
+    fused: stacked parameter of the model -> its shape and where it is stored. locate: the base's name of a module.
+    """
+    if not adapter.expert_pairs:
         return
     version = _version(adapter)
     targets = tuple(str(t) for t in adapter.config.get("target_parameters") or ())
     taken: set[str] = set()
-    for pair in adapter.experts:
+    for pair in adapter.expert_pairs:
         module = locate(pair.module)
-        owned = {p: f for p, f in fused.items() if p.rpartition(".")[0] == module and _targeted(p, targets)}
-        name = _parameter(adapter, pair, owned, version)
+        candidates = {p: f for p, f in fused.items() if p.rpartition(".")[0] == module and _targeted(p, targets)}
+        name = _parameter(adapter, pair, candidates, version)
         if name in taken:
             raise InputError(f"{adapter.path}: two pairs of {pair.module} fit {name}: which is which is not recorded")
         taken.add(name)
-        there = fused[name]
-        turned = _turned(there, version)
-        for p in there.pieces:
-            yield (
-                p.name,
-                Experts(
-                    pair.module,
-                    pair.a,
-                    pair.b,
-                    adapter.scaling(name),
-                    there.shape[0],
-                    turned,
-                    p.expert,
-                    p.first,
-                    p.last,
-                ),
+        for piece in fused[name].pieces:
+            fold = StackedLora(
+                module=pair.module,
+                a=pair.a,
+                b=pair.b,
+                scaling=lora.scaling(adapter.config, name),
+                experts=fused[name].shape[0],
+                transposed=_transposed(fused[name], version),
+                expert=piece.expert,
+                first=piece.first,
+                last=piece.last,
             )
+            yield piece.name, fold
 
 
 def _targeted(parameter: str, targets: tuple[str, ...]) -> bool:
@@ -55,23 +58,23 @@ def _targeted(parameter: str, targets: tuple[str, ...]) -> bool:
     return any(parameter == t or parameter.endswith(f".{t}") for t in targets)
 
 
-def _turned(fused: Fused, version: tuple[int, int]) -> bool:
+def _transposed(parameter: Fused, version: tuple[int, int]) -> bool:
     """Whether PEFT of that version took the parameter for [experts, in, out]."""
-    return fused.transposed or version < TURNED
+    return parameter.transposed or version < ORIENTED
 
 
-def _parameter(adapter: Adapter, pair: ExpertPair, owned: Mapping[str, Fused], version: tuple[int, int]) -> str:
+def _parameter(adapter: Adapter, pair: ExpertPair, candidates: Mapping[str, Fused], version: tuple[int, int]) -> str:
     """The one parameter whose shape the pair fits."""
     fits = []
-    for name, there in owned.items():
-        count, rows, columns = there.shape
-        inputs, outputs = (rows, columns) if _turned(there, version) else (columns, rows)
-        rank = count * adapter.rank(name)
+    for name, parameter in candidates.items():
+        count, rows, columns = parameter.shape
+        inputs, outputs = (rows, columns) if _transposed(parameter, version) else (columns, rows)
+        rank = count * adapter.config.rank(name)
         if pair.a.shape == (rank, inputs) and pair.b.shape == (outputs, rank):
             fits.append(name)
     if len(fits) == 1:
         return fits[0]
-    shapes = ", ".join(f"{n} {f.shape}" for n, f in owned.items()) or "no stacked parameter of that module"
+    shapes = ", ".join(f"{n} {f.shape}" for n, f in candidates.items()) or "no stacked parameter of that module"
     raise InputError(
         f"{adapter.path}: LoRA {pair.a.shape} x {pair.b.shape} on {pair.module} fits {'both' if fits else 'none'} of the "
         f"base's target_parameters as PEFT {_shown(adapter)} lays them out ({shapes}): its layout is not proven, so it is "

@@ -1,24 +1,19 @@
-"""How an adapter changes a weight: one small class a kind, all in fp32, nothing read until it is applied.
+"""Fold: the change that an adapter makes to one weight, in fp32.
 
-    lora     W + s * B @ A                      arXiv:2106.09685; rsLoRA arXiv:2312.03732
-    dora     m * V / |V|,  V = W + s * B @ A    arXiv:2402.09353, by rows
-    rows     W[i] = new                         PEFT's trainable tokens
-    experts  W[e] + s * B[e] @ A[e]             PEFT's target_parameters on stacked experts
-
-`W` is [out, in] throughout; Conv1D's transposed storage is the caller's business. PEFT 0.21 is the reference.
-PEFT's other types are in `adapter_kinds`.
+Each kind of adapter derives one class from `Fold`, with its formula, its shapes and its bound. Nothing is read from disk
+until `apply` is called. `W` is [out, in] throughout: the caller transposes Conv1D weights. PEFT 0.21 is the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from requant.adapters.fp64 import Exact
 from requant.checkpoint.reader import TensorInfo, read_tensor
-from requant.errors import InputError
 
 
 def read(info: TensorInfo) -> Tensor:
@@ -27,48 +22,10 @@ def read(info: TensorInfo) -> Tensor:
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a 2-D adapter tensor in fp32, without reading the others."""
+    """Rows start..stop of a 2-D adapter tensor in fp32; the other rows are not read."""
     row = info.nbytes // info.shape[0]
     shape = (stop - start, *info.shape[1:])
     return read(TensorInfo(info.name, info.dtype, shape, info.file, info.offset + start * row, (stop - start) * row))
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """What every kind has: the module it changes and its tensors; `apply` changes `weight` (fp32) in place.
-
-    `apply` returns whether the adapter says to change anything; `bound(largest)` is an upper bound of the result's
-    largest magnitude, given the weight's; `misfit` says why a weight of this shape cannot be folded into, if so.
-    """
-
-    module: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight it folds into; -1 where the adapter does not say."""
-        raise NotImplementedError
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        raise NotImplementedError
-
-    def apply(self, weight: Tensor) -> bool:
-        raise NotImplementedError
-
-    def bound(self, largest: float) -> float:
-        raise NotImplementedError
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return None
-
-    @property
-    def bias(self) -> str | None:
-        """`needed`: the base must have a bias to change; `if any`: it is changed where there is one."""
-        return None
-
-    def changed_bias(self, bias: Tensor) -> Tensor:
-        """The module's bias, fp32, as this kind makes it."""
-        return bias
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:
@@ -76,12 +33,54 @@ def product_bound(left: Tensor, right: Tensor) -> float:
     return float(torch.linalg.vector_norm(left, dim=1).max() * torch.linalg.vector_norm(right, dim=0).max())
 
 
-Parts = Mapping[str, TensorInfo]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """Base class of all kinds: the module that is changed, and the change of its weight and bias.
 
+    on_any_device: whether `apply` takes a weight on any device; by default it is called with weights on the CPU.
+    """
 
-def _need(module: str, found: Parts, *names: str) -> list[TensorInfo]:
-    """These tensors of a module, all 2-D, and no others."""
-    lost, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
-    if lost or extra:
-        raise InputError(f"{module} has {', '.join(sorted(found))}; expected {', '.join(names)}")
-    return [found[n] for n in names]
+    on_any_device: ClassVar[bool] = False
+    module: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight; -1 where the adapter's tensors do not determine it."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The adapter tensors that the fold uses; shared ones are not counted."""
+        raise NotImplementedError
+
+    def apply(self, weight: Tensor) -> bool:
+        """Change `weight` (fp32) in place; returns False when the adapter's change is exactly zero."""
+        raise NotImplementedError
+
+    def bound(self, largest: float) -> float:
+        """Upper bound of max |W| after `apply`, given the one before."""
+        raise NotImplementedError
+
+    def exact_rows(self, rows: Tensor, index: list[int]) -> Exact:
+        """The change of fp64 `rows` [n, columns], which are rows `index` of the weight: the oracle of `apply`.
+
+        A stacked weight [experts, rows, columns] gives rows [n, rows, columns].
+        """
+        raise NotImplementedError
+
+    def why_it_does_not_fit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot be changed, where `shape` does not tell; None: it can."""
+        return None
+
+    @property
+    def bias(self) -> Literal["needed", "if any"] | None:
+        """Whether the module's bias changes too: `needed` is an error without a bias in the base."""
+        return None
+
+    def changed_bias(self, bias: Tensor) -> Tensor:
+        """The module's bias, fp32, after the change."""
+        return bias
+
+    def exact_bias(self, value: Tensor, row: int) -> Tensor:
+        """The change of element `row` of the bias in fp64: the oracle of `changed_bias`."""
+        return value

@@ -1,8 +1,8 @@
-"""Adapter keys, as trainers and wrappers spell them, and the one spelling that they all mean.
+"""Keys of adapter files: what each means, however a trainer or wrapper spelled it.
 
-PEFT writes `base_model.model.<module>.<part>`. Around that, torch.compile, FSDP, activation checkpointing and DDP leave
-wrapper names, doubled wrapping doubles the prefix, whole state dicts carry the adapter's name and PEFT's inner
-modules. `normalise` removes exactly this noise; what can mean two things is refused, never guessed.
+PEFT writes `base_model.model.<module>.<tensor>`. Around that, torch.compile, FSDP, activation checkpointing and DDP leave
+wrapper names, doubled wrapping doubles the prefix, whole state dicts contain the adapter's name and PEFT's inner
+modules. `normalise` removes exactly this noise. A key that can mean two things is refused.
 """
 
 from __future__ import annotations
@@ -10,33 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from requant.adapters.kinds import tensor_keys
 from requant.errors import InputError
 
 PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-PARTS = (
-    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
-    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "oft_R", "trainable_tokens_delta",
-)  # fmt: skip
-"""Names under which PEFT keeps an adapter's own tensors."""
-_MODULES = frozenset({"lora_A", "lora_B", "oft_R"})  # these are modules with a .weight; the others are parameters
+_INNER = ("base_layer", "token_adapter")  # modules that PEFT puts around or into an adapted one
 _COPIES = ("original_module", "trainable_tokens_original")  # the base's own values, kept for switching the adapter off
 _OUTER = frozenset({"model", "language_model", "text_model"})
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One adapter tensor: `part` of `module`.
+    """What the key of an adapter file means: `tensor` of `module`.
 
-    part: one of PARTS, with `.bias` for lora_B's; or None: the tensor `module`.`leaf` replaces the base's own.
-    wrapped: how many `base_layer` lie between module and part: how PEFT nests LoRA on several parameters of one module.
+    tensor: one of `kinds.tensor_keys`, with `.bias` for lora_B's; None: the file's tensor replaces `module`.`leaf`.
+    wrapped: how many `base_layer` are between module and tensor: PEFT nests LoRA on several parameters of one module so.
     """
 
     module: str
-    part: str | None
+    tensor: str | None
     leaf: str = ""
     wrapped: int = 0
 
@@ -54,12 +47,12 @@ def normalise(key: str, names: Collection[str] = ("default",)) -> Key | None:
     steps = _bare(key)
     if any(copy in steps for copy in _COPIES):
         return None
-    part = next((i for i, step in enumerate(steps) if step in PARTS), None)
-    if part is not None:
-        return _own(key, steps, part, names)
+    at = _tensor_step(steps)
+    if at is not None:
+        return _adapter_key(key, steps, at, names)
     if "modules_to_save" in steps:
         steps = _saved(key, steps, names)
-    steps = [s for s in steps if s not in ("base_layer", "token_adapter")]
+    steps = [s for s in steps if s not in _INNER]
     if len(steps) < 2:
         raise InputError(f"{key!r} is not a key of an adapter file: expected {PREFIX}<module>.<tensor>")
     return Key(".".join(steps[:-1]), None, steps[-1])
@@ -68,14 +61,15 @@ def normalise(key: str, names: Collection[str] = ("default",)) -> Key | None:
 def spell(key: Key) -> str:
     """The key as PEFT's save_pretrained writes it; `normalise(spell(k)) == k`."""
     inner = ".base_layer" * key.wrapped
-    if key.part is None:
+    if key.tensor is None:
         return f"{PREFIX}{key.replaces}"
-    name, _, leaf = key.part.partition(".")
-    if name.startswith(("vera_A", "vera_B")):
+    name, _, leaf = key.tensor.partition(".")
+    spelling = tensor_keys()[name]
+    if spelling.shared:
         return f"base_model.{name}"
-    if name == "trainable_tokens_delta":
-        inner += ".token_adapter"
-    return f"{PREFIX}{key.module}{inner}.{name}" + (f".{leaf or 'weight'}" if name in _MODULES else "")
+    if spelling.wrapper:
+        inner += f".{spelling.wrapper}"
+    return f"{PREFIX}{key.module}{inner}.{name}" + (f".{leaf or 'weight'}" if spelling.has_weight else "")
 
 
 def clean(key: str, names: Collection[str] = ("default",)) -> str | None:
@@ -83,12 +77,13 @@ def clean(key: str, names: Collection[str] = ("default",)) -> str | None:
     steps = _bare(key)
     if any(copy in steps for copy in _COPIES):
         return None
-    part = next((i for i, step in enumerate(steps) if step in PARTS), None)
-    if part is None:
+    at = _tensor_step(steps)
+    if at is None:
         return PREFIX + ".".join(_saved(key, steps, names) if "modules_to_save" in steps else steps)
-    own = spell(_own(key, steps, part, names))
-    inner = "." + ".".join(s for s in steps[:part] if s in ("base_layer", "token_adapter"))
-    return own.replace(".token_adapter", inner if len(inner) > 1 else "") if ".token_adapter" in own else own
+    spelled = spell(_adapter_key(key, steps, at, names))
+    wrapper = tensor_keys()[steps[at]].wrapper
+    inner = "".join(f".{s}" for s in steps[:at] if s in _INNER)
+    return spelled.replace(f".{wrapper}", inner) if wrapper else spelled
 
 
 def adapter_names(keys: Iterable[str]) -> frozenset[str]:
@@ -96,9 +91,9 @@ def adapter_names(keys: Iterable[str]) -> frozenset[str]:
     found = {"default"}
     for key in keys:
         steps = _bare(key)
-        part = next((i for i, step in enumerate(steps) if step in PARTS), None)
-        if part is not None:
-            found.update(s for s in steps[part + 1 : part + 2] if s not in ("weight", "bias"))
+        at = _tensor_step(steps)
+        if at is not None:
+            found.update(s for s in steps[at + 1 : at + 2] if s not in ("weight", "bias"))
     return frozenset(found)
 
 
@@ -151,35 +146,48 @@ def stems(modules: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
+def _tensor_step(steps: list[str]) -> int | None:
+    """Which step of a key is the name of one of the adapter's tensors."""
+    known = tensor_keys()
+    return next((i for i, step in enumerate(steps) if step in known), None)
+
+
+def _is_shared(step: str) -> bool:
+    """Whether a step is the name of a tensor that belongs to no module."""
+    spelling = tensor_keys().get(step)
+    return spelling is not None and spelling.shared
+
+
 def _bare(key: str) -> list[str]:
     """The steps of a key without wrappers and prefixes."""
     steps = [s for s in key.split(".") if s not in WRAPPERS]
     while len(steps) > 1:
         if steps[:2] == ["base_model", "model"]:
             steps = steps[2:]
-        elif steps[0] == "module" or (steps[0] == "base_model" and steps[1] in ("vera_A", "vera_B")):
+        elif steps[0] == "module" or (steps[0] == "base_model" and _is_shared(steps[1])):
             steps = steps[1:]
         else:
             break
     return steps
 
 
-def _own(key: str, steps: list[str], at: int, names: Collection[str]) -> Key:
-    """A key of one of the adapter's own tensors, whose part is step `at`."""
+def _adapter_key(key: str, steps: list[str], at: int, names: Collection[str]) -> Key:
+    """The key of one of the adapter's own tensors, whose name is step `at`."""
     module, rest = steps[:at], steps[at + 1 :]
     if rest and rest[0] in names and rest[0] not in ("weight", "bias"):
         rest = rest[1:]
     if len(rest) > 1 or (rest and rest[0] not in ("weight", "bias")):
         raise InputError(f"{key!r}: what is {'.'.join(rest)!r} after {steps[at]}? Expected weight or bias")
+    name = steps[at]
+    spelling = tensor_keys()[name]
     module = [s for s in module if s != "token_adapter"]
     wrapped = 0
     while module and module[-1] == "base_layer":
         module, wrapped = module[:-1], wrapped + 1
-    shared = steps[at] in ("vera_A", "vera_B")
-    if not module and not shared:
-        raise InputError(f"{key!r} names no module: expected {PREFIX}<module>.{steps[at]}")
-    part = f"{steps[at]}.bias" if rest == ["bias"] else steps[at]
-    return Key("" if shared else ".".join(module), part, wrapped=wrapped)
+    if not module and not spelling.shared:
+        raise InputError(f"{key!r} names no module: expected {PREFIX}<module>.{name}")
+    tensor = f"{name}.bias" if rest == ["bias"] else name
+    return Key("" if spelling.shared else ".".join(module), tensor, wrapped=wrapped)
 
 
 def _saved(key: str, steps: list[str], names: Collection[str]) -> list[str]:

@@ -1,39 +1,49 @@
-"""PEFT's types other than LoRA that a weight can absorb: their formulas, and how their tensors are read from the file.
+"""The table of adapter kinds: peft_type -> how its tensors and settings are read.
 
-loha     W + s * (A1 @ B1) * (A2 @ B2)      arXiv:2108.06098, elementwise product
-lokr     W + s * kron(W1, W2)               arXiv:2212.10650
-vera     W + diag(b) @ B @ diag(d) @ A      arXiv:2310.11454, A and B shared by all modules and cut to size
-ia3      W * l                              arXiv:2205.05638, l scales inputs or outputs
-oft      W @ R'                             arXiv:2306.07280, R block-diagonal, near orthogonal
+A kind is one file of this package and one line in `KINDS`. Everything else is derived from the table: which keys of the
+weights file belong to the adapter, which settings are understood, what is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from requant.adapters.fold import Fold, Parts
-from requant.adapters.ia3 import _ia3
-from requant.adapters.loha import _loha
-from requant.adapters.lokr import _lokr
-from requant.adapters.oft import _oft
-from requant.adapters.vera import _vera
-
-NEEDS = {"LOHA": "hada_w1_a", "LOKR": "lokr_w", "VERA": "vera_lambda_b", "IA3": "ia3_l", "OFT": "oft_R"}
-"""peft_type -> the tensor that every adapted module of that type has."""
+from requant.adapters import ia3, loha, lokr, lora, oft, trained_tokens, vera
+from requant.adapters.fold import Fold
+from requant.adapters.module_tensors import ModuleTensors, TensorKey
 
 
-def build(kind: str, config: Mapping[str, Any], module: str, found: Parts, shared: Parts, scaling: float) -> Fold:
-    """One module's fold of a peft_type in NEEDS; raises InputError when tensors are missing or do not fit together.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """How the adapters of one peft_type are read.
 
-    shared: the tensors of no module, VeRA's projections. scaling: alpha / r where the type has one.
+    build: the fold of one module; raises InputError when its tensors do not fit together or to the config.
+    tensors: name of each tensor that PEFT saves for the kind -> how its key is spelled.
+    settings: keys of adapter_config.json that the kind adds to the common ones (`unsupported.COMMON`); any other is refused.
+    why_not_merged: of the config, a setting that has no exact merge and its reason.
     """
-    if kind == "LOHA":
-        return _loha(module, found, scaling)
-    if kind == "LOKR":
-        return _lokr(module, found, scaling)
-    if kind == "VERA":
-        return _vera(module, found, shared)
-    if kind == "IA3":
-        return _ia3(module, found)
-    return _oft(config, module, found)
+
+    build: Callable[[ModuleTensors], Fold]
+    tensors: Mapping[str, TensorKey]
+    settings: frozenset[str]
+    why_not_merged: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+
+
+KINDS: dict[str, Kind] = {
+    "LORA": Kind(build=lora.build, tensors=lora.TENSORS, settings=lora.SETTINGS, why_not_merged=lora.why_not_merged),
+    "LOHA": Kind(build=loha.build, tensors=loha.TENSORS, settings=loha.SETTINGS),
+    "LOKR": Kind(build=lokr.build, tensors=lokr.TENSORS, settings=lokr.SETTINGS),
+    "VERA": Kind(build=vera.build, tensors=vera.TENSORS, settings=vera.SETTINGS),
+    "IA3": Kind(build=ia3.build, tensors=ia3.TENSORS, settings=ia3.SETTINGS),
+    "OFT": Kind(build=oft.build, tensors=oft.TENSORS, settings=oft.SETTINGS, why_not_merged=oft.why_not_merged),
+    "TRAINABLE_TOKENS": Kind(
+        build=trained_tokens.build, tensors=trained_tokens.TENSORS, settings=trained_tokens.SETTINGS
+    ),
+}
+
+
+def tensor_keys() -> dict[str, TensorKey]:
+    """Name of every tensor that an adapter of any kind may have -> how its key is spelled."""
+    return {name: key for kind in KINDS.values() for name, key in kind.tensors.items()}

@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.adapters.fold import Fold, Parts, _need, read
+from requant.adapters import fp64
+from requant.adapters.fold import Fold, read
+from requant.adapters.module_tensors import ModuleTensors, TensorKey
 from requant.checkpoint.reader import TensorInfo
-from requant.errors import InputError
+
+TENSORS = {"oft_R": TensorKey(has_weight=True)}
+SETTINGS = frozenset({
+    "r", "oft_block_size", "module_dropout", "init_weights", "coft", "eps", "block_share", "use_cayley_neumann",
+    "num_cayley_neumann_terms",
+})  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Oft(Fold):
-    """A rotation of the inputs in blocks: `vectors` [blocks or 1, b (b - 1) / 2] are skew-symmetric matrices' upper halves.
+    """A rotation of the inputs in blocks of b.
 
+    vectors: [blocks or 1, b (b - 1) / 2], the upper halves of skew-symmetric matrices.
     terms: of the Neumann series that PEFT takes for the Cayley transform; None: the transform itself.
     """
 
@@ -35,7 +43,7 @@ class Oft(Fold):
     def tensors(self) -> tuple[TensorInfo, ...]:
         return (self.vectors,)
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
+    def why_it_does_not_fit(self, shape: tuple[int, ...]) -> str | None:
         return f"{shape[1]} inputs do not divide into blocks of {self.block}" if shape[1] % self.block else None
 
     def rotations(self) -> Tensor:
@@ -47,8 +55,8 @@ class Oft(Fold):
         skew = skew - skew.transpose(1, 2)
         eye = torch.eye(self.block).expand_as(skew)
         if self.terms is None:
-            exact: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
-            return exact
+            cayley: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+            return cayley
         total, power = eye.clone(), eye
         for term in range(1, self.terms):
             power = power @ skew
@@ -65,17 +73,42 @@ class Oft(Fold):
     def bound(self, largest: float) -> float:
         return largest * float(self.rotations().abs().sum(dim=2).max())
 
+    def exact_rows(self, rows: Tensor, index: list[int]) -> fp64.Exact:
+        vectors, block = fp64.read64(self.vectors), self.block
+        out, size = torch.empty_like(rows), torch.empty_like(rows)
+        upper = torch.triu_indices(block, block, 1).tolist()
+        for start in range(0, rows.shape[1], block):
+            skew = torch.zeros(block, block, dtype=torch.float64)
+            skew[upper[0], upper[1]] = vectors[start // block % len(vectors)]
+            skew = skew - skew.T
+            rotation = torch.linalg.inv(torch.eye(block).double() + skew) @ (torch.eye(block).double() - skew)
+            if self.terms is not None:
+                powers = [torch.linalg.matrix_power(skew, k) for k in range(self.terms)]
+                ends = (0, self.terms - 1) if self.terms > 2 else (0,)
+                rotation = torch.stack([p * (1 if k in ends else 2) for k, p in enumerate(powers)]).sum(dim=0)
+            out[:, start : start + block] = rows[:, start : start + block] @ rotation.T
+            size[:, start : start + block] = rows[:, start : start + block].abs() @ rotation.abs().T
+        return fp64.Exact(out, size * (block + 16) * (self.terms or block) * fp64.EPS)
 
-def _oft(config: Mapping[str, Any], module: str, found: Parts) -> Fold:
-    (vectors,) = _need(module, found, "oft_R")
+
+def why_not_merged(config: Mapping[str, Any]) -> str | None:
+    """The setting without an exact merge, and its reason; None: there is no such setting."""
     if config.get("coft"):
-        raise InputError("coft is set: PEFT projects the rotations anew in every forward; that is not merged")
+        return "coft is set: PEFT projects the rotations anew in every forward; that is not merged"
     if "use_cayley_neumann" not in config:
-        raise InputError("use_cayley_neumann is not recorded: an older PEFT wrote this, whose OFT is another formula")
+        return "use_cayley_neumann is not recorded: an older PEFT wrote this, whose OFT is another formula"
+    return None
+
+
+def build(tensors: ModuleTensors) -> Fold:
+    """The rotation of one module's inputs; raises InputError when its vectors are not upper triangles."""
+    config = tensors.config
+    (vectors,) = tensors.exactly("oft_R")
     count = vectors.shape[-1]
     block = (1 + math.isqrt(1 + 8 * count)) // 2
     if len(vectors.shape) != 2 or block * (block - 1) // 2 != count:
-        raise InputError(f"{module}: oft_R has shape {vectors.shape}, not blocks of upper triangles")
+        raise tensors.error(f"{tensors.module}: oft_R has shape {vectors.shape}, not blocks of upper triangles")
     terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else None
     terms = 4 if terms == 3 else terms  # PEFT's third term brings the fourth with it
-    return Oft(module, vectors, block, -1 if config.get("block_share") else vectors.shape[0] * block, terms)
+    columns = -1 if config.get("block_share") else vectors.shape[0] * block
+    return Oft(module=tensors.module, vectors=vectors, block=block, columns=columns, terms=terms)

@@ -1,22 +1,38 @@
-"""LoRA on stacked experts: W[e] + s * B[e] @ A[e] (PEFT's target_parameters)."""
+"""LoRA on stacked experts: W[e] + s * B[e] @ A[e] (PEFT's target_parameters).
+
+A part of the kind LORA that cannot be built from the adapter alone: the file does not name the parameter. Loading keeps
+an `ExpertPair`; `expert_layouts` makes folds of it once the base's shapes are known.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from requant.adapters import fp64
 from requant.adapters.fold import Fold, product_bound, read, read_rows
+from requant.adapters.module_tensors import ModuleTensors
 from requant.checkpoint.reader import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Experts(Fold):
-    """LoRA on stacked experts, PEFT's `target_parameters`, or on the slice of them that one stored tensor holds.
+class ExpertPair:
+    """lora_A and lora_B of one stacked parameter of `module`; only the base's shapes tell which parameter it is."""
 
-    `a` is [experts * r, in], expert after expert; `b` [out, r * experts], the expert changing fastest. expert: which one,
-    None: all, stacked. transposed: PEFT took the parameter for [experts, in, out]. first, last: which rows of one
-    expert's matrix, as it is stored, the tensor holds; last -1: all.
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedLora(Fold):
+    """LoRA on stacked experts, or on the slice of them that one stored tensor contains.
+
+    a: [experts * r, in], expert after expert. b: [out, r * experts], the expert changing fastest.
+    expert: which one; None: all, stacked. transposed: PEFT took the parameter for [experts, in, out].
+    first, last: the rows of one expert's matrix, as it is stored, that the tensor contains; last -1: all.
     """
 
     a: TensorInfo
@@ -43,10 +59,10 @@ class Experts(Fold):
     def factors(self, expert: int, b: Tensor) -> tuple[Tensor, Tensor]:
         """(left [rows, r], right [r, columns]) of one expert as it is stored; `b` is `read_b()`."""
         rank = self.a.shape[0] // self.experts
-        own_b, own_a = b[:, expert :: self.experts], read_rows(self.a, expert * rank, (expert + 1) * rank)
+        expert_b, expert_a = b[:, expert :: self.experts], read_rows(self.a, expert * rank, (expert + 1) * rank)
         if not self.transposed:
-            return own_b, own_a
-        return (own_a if self.last < 0 else own_a[:, self.first : self.last]).T, own_b.T
+            return expert_b, expert_a
+        return (expert_a if self.last < 0 else expert_a[:, self.first : self.last]).T, expert_b.T
 
     def read_b(self) -> Tensor:
         """The rows of B that concern this tensor, fp32."""
@@ -66,3 +82,37 @@ class Experts(Fold):
         b = self.read_b()
         chosen = range(self.experts) if self.expert is None else (self.expert,)
         return largest + abs(self.scaling) * max(product_bound(*self.factors(e, b)) for e in chosen)
+
+    def exact_rows(self, rows: Tensor, index: list[int]) -> fp64.Exact:
+        a, b = fp64.read64(self.a), fp64.read64(self.b)
+        rank = a.shape[0] // self.experts
+        pairs = []
+        for expert in index if self.expert is None else [self.expert]:
+            left = b[:, [r * self.experts + expert for r in range(rank)]]
+            right = a[[expert * rank + r for r in range(rank)]]
+            pairs.append((right.T, left.T) if self.transposed else (left, right))
+        if self.expert is not None:
+            (left, right), chosen = pairs[0], [self.first + i for i in index]
+            return fp64.add_product(rows, left[chosen], right, self.scaling)
+        every = [fp64.add_product(row, *pair, self.scaling) for row, pair in zip(rows, pairs, strict=True)]
+        return fp64.Exact(torch.stack([e.values for e in every]), torch.stack([e.bound for e in every]))
+
+
+def is_stacked(tensors: ModuleTensors) -> bool:
+    """Whether a module's LoRA is on a stacked parameter: it is named so, or its tensors contain several ranks."""
+    module, a = tensors.module, tensors.found.get("lora_A")
+    names = [str(p).rpartition(".") for p in tensors.config["target_parameters"]]
+    if any(module == owner or module.endswith("." + owner) for owner, _, leaf in names if leaf != "weight"):
+        return True
+    return a is not None and len(a.shape) == 2 and a.shape[0] > tensors.config.rank(module)
+
+
+def pair(tensors: ModuleTensors) -> ExpertPair:
+    """The two tensors of one stacked parameter; raises InputError when there are others or they do not multiply."""
+    module, found = tensors.module, tensors.found
+    a, b = found.get("lora_A"), found.get("lora_B")
+    if a is None or b is None or len(found) > 2:
+        raise tensors.error(f"{module} has {', '.join(sorted(found))}; expected lora_A and lora_B alone")
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise tensors.error(f"{module}: lora_A {a.shape} and lora_B {b.shape} do not multiply")
+    return ExpertPair(module, a, b)

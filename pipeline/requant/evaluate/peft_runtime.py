@@ -59,13 +59,13 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
         wanted = clean(spelled, names)
         if key is None or wanted is None:
             continue
-        there = plan.located.get(key.module, key.module)
+        there = plan.renamed_modules.get(key.module, key.module)
         wanted = f"{PREFIX}{there}.{wanted.removeprefix(f'{PREFIX}{key.module}.')}" if there != key.module else wanted
         tensors[wanted] = read_tensor(adapter.tensors[spelled])
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = dict(adapter.config)
-    if plan.located and adapter.folds:
-        config["target_modules"] = sorted(plan.located.get(m, m) for m in adapter.folds)
+    if plan.renamed_modules and adapter.folds:
+        config["target_modules"] = sorted(plan.renamed_modules.get(m, m) for m in adapter.folds)
         config |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
@@ -73,7 +73,9 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
 
 def _rewritten(adapter: Adapter, plan: MergePlan) -> bool:
     names = adapter_names(adapter.tensors)
-    return any(clean(key, names) != key for key in adapter.tensors) or any(m in plan.located for m in adapter.folds)
+    return any(clean(key, names) != key for key in adapter.tensors) or any(
+        m in plan.renamed_modules for m in adapter.folds
+    )
 
 
 def _activate(wrapped: Any, names: list[str], plan: MergePlan) -> None:

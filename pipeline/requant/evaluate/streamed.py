@@ -177,7 +177,7 @@ class _Flow:
 
 def possible(name: str, places: Places) -> bool:
     """Whether a variant can be streamed: PEFT does not find LoRA on stacked experts in a model that has them one by one."""
-    return name != "adapter" or places.plan is None or not any(a.experts for a in places.plan.adapters)
+    return name != "adapter" or places.plan is None or not any(a.expert_pairs for a in places.plan.adapters)
 
 
 def walk_of(name: str, places: Places, *, device: torch.device, dtype: torch.dtype) -> Walk:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint
 from requant.formats import gptq as gptq_format
 from requant.formats.gptq import quantized_format
-from requant.merge.base_weights import Base, Nf4Settings
+from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import compute
 from requant.modeling import skeleton
@@ -26,7 +26,7 @@ from requant.numerics.grid import Grid, find_scales, nearest
 class Decoded:
     """The base as training saw it. rows: of tensors that get zero rows below, for a vocabulary that the adapter resized."""
 
-    def __init__(self, base: Base, device: torch.device, rows: Mapping[str, int]) -> None:
+    def __init__(self, base: BaseWeights, device: torch.device, rows: Mapping[str, int]) -> None:
         self.base, self.device, self.rows = base, device, rows
         self.path = base.checkpoint.path
 
@@ -113,11 +113,11 @@ class Packed:
         return value.T if name in self.turned else value
 
 
-def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | None) -> Base:
+def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | None) -> BaseWeights:
     """The base of a checkpoint and its skeleton. simulate: how a 16-bit one was quantized in training."""
     names = skeleton.tensor_names(model, checkpoint)
     modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
-    return Base(
+    return BaseWeights(
         checkpoint, simulate=simulate, conv1d=_stored(skeleton.conv1d_modules(model), names),
         quantized=_stored(modules, names),
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Whether an adapter belongs to a base, as far as files tell: names, shapes, recorded base, vocabulary, chat template.
+"""Whether an adapter belongs to a base, by names, shapes, recorded base, vocabulary, chat template.
 
-Right shape and wrong base (instruct for base, another release) merges without an error and answers badly: every sign is
-compared and said. What files cannot tell, `probe` measures.
+An adapter of the right shape for the wrong base (instruct for base, another release) merges without an error and answers
+badly, so every comparison is reported. What files do not tell is measured by `evaluate.adapter_probe`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FOUR_BIT = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.])?(4bit|nf4)([-_.].*)?$", 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """One comparison. agrees: None when one side does not say."""
+    """One comparison of an adapter with its base. agrees: None when one side records nothing."""
 
     what: Literal["names", "shapes", "base name", "revision", "vocabulary", "chat template"]
     agrees: bool | None
@@ -59,25 +59,27 @@ class Match:
 def match(adapter: Adapter, plan: MergePlan, bases: Sequence[tuple[str, str | None]]) -> Match:
     """Compare an adapter with the base of a plan. bases: (name or path, revision) of every base in the recipe."""
     base = plan.base.checkpoint.path
-    moved = sum(m in plan.located for m in adapter.folds)
-    renamed = f", {moved} of them under other outer names" if moved else ""
-    count = len(adapter.folds) + len(adapter.experts) + len(adapter.replaced)
-    return Match((
-        Sign("names", True, f"{count} adapted tensors, all found{renamed}"),
-        Sign("shapes", True, "all fit"),
-        _name(adapter, bases),
-        _revision(adapter, bases),
-        _vocabulary(base, adapter.path),
-        _template(base, adapter.path),
-    ))  # fmt: skip
+    others = sum(m in plan.renamed_modules for m in adapter.folds)
+    renamed = f", {others} of them under other outer names" if others else ""
+    count = len(adapter.folds) + len(adapter.expert_pairs) + len(adapter.replaced)
+    return Match(
+        (
+            Sign("names", True, f"{count} adapted tensors, all found{renamed}"),
+            Sign("shapes", True, "all fit"),
+            _name(adapter, bases),
+            _revision(adapter, bases),
+            _vocabulary(base, adapter.path),
+            _template(base, adapter.path),
+        )
+    )
 
 
 def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
     if not adapter.base_name:
         return Sign("base name", None, "the adapter does not record its base")
-    trained, ours = _plain(adapter.base_name), [_plain(name) for name, _ in bases]
+    trained, given = _plain(adapter.base_name), [_plain(name) for name, _ in bases]
     note = f"the adapter was trained on {Path(adapter.base_name).name}, the recipe's base is {Path(bases[0][0]).name}"
-    return Sign("base name", trained in ours, note if trained in ours else f"{note}: make sure they are the same")
+    return Sign("base name", trained in given, note if trained in given else f"{note}: make sure they are the same")
 
 
 def _plain(name: str) -> str:
@@ -86,10 +88,10 @@ def _plain(name: str) -> str:
 
 
 def _revision(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
-    trained, ours = adapter.config.get("revision"), {r for _, r in bases if r}
-    if not trained or not ours:
+    trained, given = adapter.config.get("revision"), {r for _, r in bases if r}
+    if not trained or not given:
         return Sign("revision", None, "not recorded on both sides")
-    return Sign("revision", trained in ours, f"trained on {trained}, the recipe's is {', '.join(sorted(ours))}")
+    return Sign("revision", trained in given, f"trained on {trained}, the recipe's is {', '.join(sorted(given))}")
 
 
 def _vocabulary(base: Path, adapter: Path) -> Sign:
@@ -100,12 +102,10 @@ def _vocabulary(base: Path, adapter: Path) -> Sign:
     if file_digest(files[0]) == file_digest(files[1]):
         return Sign("vocabulary", True, "the same file")
     of_base, of_adapter = (_tokens(f) for f in files)
-    moved = [t for t, i in of_base.items() if of_adapter.get(t) != i]
+    changed = [t for t, i in of_base.items() if of_adapter.get(t) != i]
     added = len(of_adapter.keys() - of_base.keys())
-    if moved:
-        note = (
-            f"{len(moved)} of the base's {len(of_base)} tokens are others in the adapter's tokenizer, e.g. {moved[0]!r}"
-        )
+    if changed:
+        note = f"{len(changed)} of the base's {len(of_base)} tokens are others in the adapter's tokenizer, e.g. {changed[0]!r}"
         return Sign("vocabulary", False, f"{note}: it was trained with another base's tokenizer")
     return Sign("vocabulary", True, f"the base's, and {added} added tokens" if added else "the same tokens")
 
@@ -118,7 +118,7 @@ def _tokens(file: Path) -> dict[str, int]:
 
 
 def _template(base: Path, adapter: Path) -> Sign:
-    """An adapter that brings a tokenizer brings the template that it was trained with."""
+    """The chat templates compared; an adapter with a tokenizer has the template that it was trained with."""
     if not model_files.tokenizer_files(adapter, None):
         return Sign("chat template", None, "the adapter brings no tokenizer")
     of_base, of_adapter = _chat_template(base), _chat_template(adapter)
@@ -136,7 +136,7 @@ def _template(base: Path, adapter: Path) -> Sign:
 
 
 def _chat_template(directory: Path) -> str | None:
-    """The chat template of a tokenizer's directory, by any of the places it may stand."""
+    """The chat template of a tokenizer's directory, from any of the files that may contain it."""
     jinja, legacy, config = (
         directory / n for n in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
     )

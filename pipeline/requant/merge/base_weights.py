@@ -1,11 +1,11 @@
-"""Stage: a stream of (name, tensor) from any base: bitsandbytes 4-bit on disk, 16-bit, or 16-bit seen through NF4.
+"""The base model's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4.
 
-Names and shapes are those of the 16-bit checkpoint. Planned from headers; one tensor is alive at a time.
+Names and shapes are those of the 16-bit checkpoint. Opening reads headers; `read` loads and decodes one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,25 +22,29 @@ AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 LOAD_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Nf4Settings:
-    """How a 16-bit base was quantized at load time in training; adapter_config.json does not record it."""
+    """How training quantized a 16-bit base while loading it; adapter_config.json does not record it.
+
+    load_dtype: of the weights before they are rounded. skip: modules left in 16 bit.
+    version: of transformers, which decides which other modules are left in 16 bit.
+    """
 
     quant_type: nf4.QuantType
     double_quant: bool
     blocksize: int = 64
     load_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
     skip: tuple[str, ...] = ()
-    version: Literal[4, 5] = 5  # of transformers: which modules it quantized
+    version: Literal[4, 5] = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One tensor of the base as the 16-bit model knows it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseWeight:
+    """One tensor of the base, named and shaped as in the 16-bit checkpoint.
 
     kind: `stored` as it is, `packed` in 4 bits on disk, or `simulated`: 16 bit on disk, 4 bit in training.
-    dtype: of the values `read` returns: fp32 for packed and simulated ones, else as stored.
-    transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file holds [in, out].
+    dtype: of the values that `read` returns: fp32 for packed and simulated ones, else as stored.
+    transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file contains [in, out].
     """
 
     name: str
@@ -51,8 +55,11 @@ class Weight:
     transposed: bool = False
 
 
-class Base:
-    """The base model's weights by name; `auxiliary` are the tensors that only describe packed ones."""
+class BaseWeights:
+    """The weights of a base checkpoint by name.
+
+    auxiliary: names of the tensors that only describe packed ones (scales, tables, quant_state).
+    """
 
     def __init__(
         self,
@@ -84,8 +91,8 @@ class Base:
         self.auxiliary = frozenset(
             n for n in checkpoint if STATE in n or any(n.endswith(s) and n.removesuffix(s) in states for s in AUXILIARY)
         )
-        self.weights: Mapping[str, Weight] = {
-            n: self._weight(n, states.get(n), n in quantized) for n in checkpoint if n not in self.auxiliary
+        self.weights: Mapping[str, BaseWeight] = {
+            n: self._weight(n, states.get(n), simulated=n in quantized) for n in checkpoint if n not in self.auxiliary
         }
 
     @property
@@ -93,7 +100,7 @@ class Base:
         """Whether any weight is stored in 4 bits."""
         return any(w.kind == "packed" for w in self.weights.values())
 
-    def _weight(self, name: str, state_name: str | None, simulated: bool) -> Weight:
+    def _weight(self, name: str, state_name: str | None, *, simulated: bool) -> BaseWeight:
         info = self.checkpoint[name]
         conv1d = name in self.conv1d
         if state_name is None:
@@ -102,16 +109,18 @@ class Base:
                     f"{info.file}: {name} is {info.dtype} but has no quant_state: not a bitsandbytes 4-bit weight"
                 )
             if simulated:
-                return Weight(name, "simulated", info.shape, torch.float32, transposed=conv1d)
-            loads_as = LOAD_DTYPES[self.simulate.load_dtype] if self.simulate else info.dtype
-            return Weight(name, "stored", info.shape, loads_as if info.dtype.is_floating_point else info.dtype)
+                return BaseWeight(name=name, kind="simulated", shape=info.shape, dtype=torch.float32, transposed=conv1d)
+            dtype = info.dtype
+            if self.simulate and dtype.is_floating_point:
+                dtype = LOAD_DTYPES[self.simulate.load_dtype]
+            return BaseWeight(name=name, kind="stored", shape=info.shape, dtype=dtype)
         try:
             state = nf4.parse_state(bytes(read_tensor(self.checkpoint[state_name]).numpy()))
         except nf4.Nf4Error as error:
             raise InputError(f"{self.checkpoint[state_name].file}: {state_name}: {error}") from error
         self._check_parts(name, state)
         shape = state.shape[::-1] if conv1d else state.shape
-        return Weight(name, "packed", shape, torch.float32, state, transposed=conv1d)
+        return BaseWeight(name=name, kind="packed", shape=shape, dtype=torch.float32, state=state, transposed=conv1d)
 
     def _check_parts(self, name: str, state: nf4.QuantState) -> None:
         """The headers of a packed weight's parts must agree with its quant_state."""
@@ -137,7 +146,7 @@ class Base:
                 f"{packed.nbytes} packed bytes and {scales.shape[0]} scales, expected {half} and {state.blocks}"
             )
 
-    def absmax(self, weight: Weight, device: torch.device = CPU) -> Tensor:
+    def absmax(self, weight: BaseWeight, device: torch.device = CPU) -> Tensor:
         """First-level scales of a packed weight, fp32 [blocks]."""
         assert weight.state is not None
         stored = self.checkpoint.read(weight.name + ".absmax").to(device)
@@ -151,9 +160,9 @@ class Base:
             raise StageError(f"{self.checkpoint[weight.name].file}: {weight.name}: {error}") from error
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """The values of one weight in `Weight.dtype` and `Weight.shape`, made on `device`, the same on every one.
+        """One weight in the dtype and shape of its `BaseWeight`, decoded on `device`; every device gives the same values.
 
-        Raises StageError when bytes and state disagree.
+        Raises StageError when the stored bytes and the quant_state disagree.
         """
         weight = self.weights[name]
         if weight.kind == "stored":
@@ -164,20 +173,14 @@ class Base:
             raise StageError(f"{self.checkpoint[name].file}: {name}: {error}") from error
         return value.T if weight.transposed else value
 
-    def _decode(self, weight: Weight, device: torch.device) -> Tensor:
+    def _decode(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert weight.state is not None
         nf4.check_table(self.checkpoint.read(weight.name + ".quant_map"), weight.state.quant_type)
         return nf4.decode(self.checkpoint.read(weight.name).to(device), self.absmax(weight, device), weight.state)
 
-    def _simulate(self, weight: Weight, device: torch.device) -> Tensor:
+    def _simulate(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert self.simulate is not None
         s = self.simulate
         stored = self.checkpoint.read(weight.name).to(device).to(LOAD_DTYPES[s.load_dtype])
         stored = stored.T.contiguous() if weight.transposed else stored
         return nf4.round_trip(stored, s.quant_type, s.blocksize, s.double_quant)
-
-
-def dequantize(base: Base) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the base in the checkpoint's order."""
-    for name in base.weights:
-        yield name, base.read(name)

@@ -1,4 +1,4 @@
-"""What the adapter changes in one weight of the merged checkpoint, by the tensor's name, read when asked for."""
+"""The adapter's delta to one weight of the merged checkpoint, computed when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from requant.numerics.delta_retention import Delta, Deltas
 
 
 def deltas(plan: MergePlan) -> Deltas:
-    """Name of a tensor of the merged checkpoint -> its delta to the base it was merged onto, None when untouched."""
-    touched = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
+    """Name of a tensor of the merged checkpoint -> its delta to the base; None: the adapter does not change it."""
+    changed = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
 
     def delta(name: str) -> Delta | None:
-        return of(plan, touched[name]) if name in touched else None
+        return delta_of(plan, changed[name]) if name in changed else None
 
     return delta
 
 
-def of(plan: MergePlan, op: Op) -> Delta:
-    """W - D of one op before rounding, [out, in]: in factors for plain LoRA, else (DoRA, a replaced weight) as a whole.
+def delta_of(plan: MergePlan, op: Op) -> Delta:
+    """Merged minus base weight of one op before rounding, [out, in]: as factors for plain LoRA, else as one matrix.
 
-    Raises ValueError for a replacement that has other rows than the base: there is no delta to a row that was not there.
+    Raises ValueError for a replacement with other rows than the base: a row that is not in the base has no delta.
     """
     assert op.source is not None
     plain = [f for f in op.folds if isinstance(f, Lora) and f.magnitude is None]

@@ -1,10 +1,13 @@
-"""What a merge will do to every tensor, known from headers: which adapter tensor goes where, and that all of them do."""
+"""The merge plan: what becomes of every tensor, known from headers alone.
+
+Every adapter tensor is matched to a tensor of the base; one that is left over or does not fit is an error.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,172 +17,178 @@ from requant.adapters import expert_layouts
 from requant.adapters.fold import Fold
 from requant.adapters.keys import locate, stems
 from requant.adapters.peft_directory import Adapter
-from requant.adapters.trained_tokens import Rows
+from requant.adapters.trained_tokens import TrainedTokens
 from requant.checkpoint.reader import TensorInfo, read_tensor
 from requant.checkpoint.writer import Slot
 from requant.errors import InputError
-from requant.merge.base_weights import Base, Weight
-from requant.modeling.stacked_experts import Fused
+from requant.merge.base_weights import BaseWeight, BaseWeights
+from requant.merge.model_layout import ModelLayout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """How one output tensor comes about: from a base weight, replaced, then folded by one adapter or several."""
+    """How one output tensor is computed: from a base weight, replaced, then folded by one adapter or several.
+
+    shape: of the output. bias_folds: the folds that change this bias. conv1d: the weight is stored as [in, out].
+    """
 
     name: str
     shape: tuple[int, ...]
-    source: Weight | None
+    source: BaseWeight | None
     folds: tuple[Fold, ...] = ()
     replacement: TensorInfo | None = None
-    bias_of: tuple[Fold, ...] = ()
+    bias_folds: tuple[Fold, ...] = ()
     conv1d: bool = False
 
     @property
     def action(self) -> str:
+        """The kind of computation, as the ledger counts it."""
         if self.replacement is not None:
             return "replaced+folded" if self.folds else "replaced"
         verb = "copied" if self.source is None or self.source.kind == "stored" else "decoded"
-        return f"{verb}+folded" if self.folds or self.bias_of else verb
+        return f"{verb}+folded" if self.folds or self.bias_folds else verb
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """Everything a merge will do, known from headers. `ops` are in the base checkpoint's order."""
+    """Everything a merge will do, known from headers.
 
-    base: Base
+    ops: in the base checkpoint's order. untied: input and output embeddings are written as two tensors.
+    vocab_size: the new one, where the adapter resized the embeddings.
+    renamed_modules: module in the adapter -> in the base, where the names differ.
+    """
+
+    base: BaseWeights
     adapters: tuple[Adapter, ...]
     ops: tuple[Op, ...]
     untied: bool
     vocab_size: int | None
-    located: Mapping[str, str]  # module name in the adapter -> in the base, where they differ
+    renamed_modules: Mapping[str, str]
     warnings: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Adapter:
-        """The first adapter: its tokenizer goes with the result."""
+        """The first adapter: its tokenizer is copied to the result."""
         return self.adapters[0]
 
     @property
     def ledger(self) -> dict[str, Any]:
         """Counts on both sides: what became of base tensors, and of adapter tensors."""
-        own = {
+        counts = {
             "consumed": sum(len(a.tensors) - a.copies for a in self.adapters),
-            "folds": sum(len(a.folds) + len(a.experts) for a in self.adapters),
+            "folds": sum(len(a.folds) + len(a.expert_pairs) for a in self.adapters),
             "replaced": sum(len(a.replaced) for a in self.adapters),
         }
         copies = sum(a.copies for a in self.adapters)
         return {
             "base": dict(Counter(op.action for op in self.ops)) | {"dropped": len(self.base.auxiliary)},
-            "adapter": own | ({"copies of the base": copies} if copies else {}),
+            "adapter": counts | ({"copies of the base": copies} if copies else {}),
             "untied_embeddings": self.untied,
         }
 
     def slots(self, dtype: torch.dtype) -> list[Slot]:
-        """The output checkpoint's layout."""
+        """Name, dtype and shape of every tensor of the output checkpoint."""
         return [Slot(op.name, target_dtype(op, dtype), op.shape) for op in self.ops]
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What the plan needs of the model's structure (`skeleton.py` and `fused.py` give it)."""
-
-    names: Mapping[str, str]  # parameter name -> checkpoint name
-    conv1d: frozenset[str]  # module names
-    tied: tuple[str, str] | None  # parameter names (input, output embedding)
-    embedding: str  # parameter name of the input embedding
-    fused: Mapping[str, Fused] = field(default_factory=dict)  # stacked expert parameter -> where it is stored
-    renamed: Callable[[str], str] = str  # an older release's tensor name -> today's
-
-
 @dataclass
-class _Wanted:
-    """What all adapters want of each checkpoint tensor, by name."""
+class _Changes:
+    """What all adapters change, by the checkpoint's tensor names."""
 
     folds: dict[str, list[Fold]] = field(default_factory=dict)
-    biases: dict[str, list[Fold]] = field(default_factory=dict)
+    bias_folds: dict[str, list[Fold]] = field(default_factory=dict)
     replaced: dict[str, TensorInfo] = field(default_factory=dict)
-    located: dict[str, str] = field(default_factory=dict)
+    renamed_modules: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.folds) + len(self.biases) + len(self.replaced)
+        return len(self.folds) + len(self.bias_folds) + len(self.replaced)
 
     def __contains__(self, name: str) -> bool:
         return name in self.folds or name in self.replaced
 
 
-def plan(base: Base, adapters: Adapter | Sequence[Adapter], structure: Structure) -> MergePlan:
+def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: ModelLayout) -> MergePlan:
     """Match every adapter tensor to a base weight; raises InputError when any is left over or does not fit."""
     every = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     sources = {w.name: w for w in base.weights.values()}
-    wanted = _Wanted()
+    changes = _Changes()
     for adapter in every:
-        _want(wanted, adapter, structure, sources)
-    _refuse_combinations(every, wanted)
-    conv1d = {_tensor(structure, f"{m}.weight") for m in structure.conv1d}
-    untied, sources = _untie(structure, any(a.ties_weights for a in every), sources, wanted)
-    lost = [n for n in (*wanted.folds, *wanted.biases, *wanted.replaced) if n not in sources]
+        _collect(changes, adapter, layout, sources)
+    _refuse_combinations(every)
+    conv1d = {layout.tensor(f"{m}.weight") for m in layout.conv1d}
+    untied, sources = _untie(layout, any(a.ties_weights for a in every), sources, changes)
+    lost = [n for n in (*changes.folds, *changes.bias_folds, *changes.replaced) if n not in sources]
     if lost:
-        theirs, ours = (", ".join(sorted(names)[:3]) for names in (lost, sources))
+        of_adapter, of_base = (", ".join(sorted(names)[:3]) for names in (lost, sources))
         raise InputError(
-            f"{_paths(every)}: {len(lost)} of {len(wanted)} adapted tensors do not exist in the base "
-            f"{base.checkpoint.path}: e.g. {theirs}; the base has e.g. {ours}. Is this the adapter's base?"
+            f"{_paths(every)}: {len(lost)} of {len(changes)} adapted tensors do not exist in the base "
+            f"{base.checkpoint.path}: e.g. {of_adapter}; the base has e.g. {of_base}. Is this the adapter's base?"
         )
-    ops = tuple(
-        _op(every, Op(n, w.shape, w, tuple(wanted.folds.get(n, ())), wanted.replaced.get(n),
-                      tuple(wanted.biases.get(n, ())), n in conv1d))
-        for n, w in sources.items()
-    )  # fmt: skip
-    embedding = _tensor(structure, structure.embedding)
+    ops = tuple(_op(every, changes, weight, name, conv1d=name in conv1d) for name, weight in sources.items())
+    embedding = layout.tensor(layout.embedding)
     rows = next((op.shape[0] for op in ops if op.name == embedding), None)
-    resized = rows if rows is not None and rows != sources[embedding].shape[0] else None
-    return MergePlan(base, every, ops, untied, resized, wanted.located, _warnings(every))
+    return MergePlan(
+        base=base,
+        adapters=every,
+        ops=ops,
+        untied=untied,
+        vocab_size=rows if rows is not None and rows != sources[embedding].shape[0] else None,
+        renamed_modules=changes.renamed_modules,
+        warnings=_warnings(every),
+    )
 
 
-def _want(wanted: _Wanted, adapter: Adapter, structure: Structure, sources: Mapping[str, Weight]) -> None:
-    """Enter one adapter's folds and replacements under the names of the checkpoint."""
-    modules = {p.rpartition(".")[0] for p in (*structure.names, *sources, *structure.fused)}
-    known, by_stem = modules, stems(modules)
+def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
+    """Add one adapter's folds and replacements under the names of the checkpoint."""
+    modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)}
+    by_stem = stems(modules)
 
-    def place(module: str) -> str:
-        found = locate(module, known, by_stem)
-        if found not in known:
-            found = locate(structure.renamed(f"{module}.weight").removesuffix(".weight"), known, by_stem)
-        if found != module and found in known:
-            wanted.located[module] = found
+    def in_base(module: str) -> str:
+        found = locate(module, modules, by_stem)
+        if found not in modules:
+            found = locate(layout.current_name(f"{module}.weight").removesuffix(".weight"), modules, by_stem)
+        if found != module and found in modules:
+            changes.renamed_modules[module] = found
         return found
 
     for module, fold in adapter.folds.items():
-        there = place(module)
-        wanted.folds.setdefault(_tensor(structure, f"{there}.weight"), []).append(fold)
-        bias = _tensor(structure, f"{there}.bias")
+        name = in_base(module)
+        changes.folds.setdefault(layout.tensor(f"{name}.weight"), []).append(fold)
+        bias = layout.tensor(f"{name}.bias")
         if fold.bias == "needed" or (fold.bias == "if any" and bias in sources):
-            wanted.biases.setdefault(bias, []).append(fold)
-    for name, info in adapter.replaced.items():
-        module, _, leaf = name.rpartition(".")
-        there = _tensor(structure, f"{place(module)}.{leaf}")
-        if there in wanted.replaced:
-            raise InputError(f"{adapter.path}: {there} is replaced twice: which tensor counts?")
-        wanted.replaced[there] = info
-    for name, piece in expert_layouts.place(adapter, structure.fused, place):
-        wanted.folds.setdefault(name, []).append(piece)
+            changes.bias_folds.setdefault(bias, []).append(fold)
+    for spelled, info in adapter.replaced.items():
+        module, _, leaf = spelled.rpartition(".")
+        name = layout.tensor(f"{in_base(module)}.{leaf}")
+        if name in changes.replaced:
+            raise InputError(f"{adapter.path}: {name} is replaced twice: which tensor counts?")
+        changes.replaced[name] = info
+    for name, stacked in expert_layouts.assign(adapter, layout.fused, in_base):
+        changes.folds.setdefault(name, []).append(stacked)
 
 
-def _refuse_combinations(adapters: Sequence[Adapter], wanted: _Wanted) -> None:
+def _refuse_combinations(adapters: Sequence[Adapter]) -> None:
     """Several adapters add up only if all of them are plain sums; PEFT has no meaning for the rest either."""
     if len(adapters) == 1 and adapters[0].weight == 1:
         return
     for adapter in adapters:
-        config = adapter.config
-        why = (
-            f"is {config.get('peft_type')}" if config.get("peft_type") != "LORA"
-            else "is DoRA: its norms depend on the other adapters" if config.get("use_dora")
-            else f"replaces {next(iter(adapter.replaced))} of the base" if adapter.replaced
-            else "has trained tokens, which replace rows of the base"
-            if any(isinstance(f, Rows) for f in adapter.folds.values())
-            else None
-        )  # fmt: skip
+        why = _why_not_a_sum(adapter)
         if why:
             raise InputError(f"{adapter.path}: this adapter {why}; only plain LoRA can be weighted or added to another")
+
+
+def _why_not_a_sum(adapter: Adapter) -> str | None:
+    """Why an adapter's change is not a delta that can be added to another; None: it is one."""
+    config = adapter.config
+    if config.get("peft_type") != "LORA":
+        return f"is {config.get('peft_type')}"
+    if config.get("use_dora"):
+        return "is DoRA: its norms depend on the other adapters"
+    if adapter.replaced:
+        return f"replaces {next(iter(adapter.replaced))} of the base"
+    if any(isinstance(f, TrainedTokens) for f in adapter.folds.values()):
+        return "has trained tokens, which replace rows of the base"
+    return None
 
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$")
@@ -199,23 +208,19 @@ def _paths(adapters: Sequence[Adapter]) -> str:
     return ", ".join(str(a.path) for a in adapters)
 
 
-def _tensor(structure: Structure, parameter: str) -> str:
-    return structure.names.get(parameter, parameter)
-
-
 def _untie(
-    structure: Structure, tie_on_purpose: bool, sources: dict[str, Weight], wanted: _Wanted
-) -> tuple[bool, dict[str, Weight]]:
-    """Decide about tied embeddings: once the adapter makes the two ends differ, both are written."""
-    if structure.tied is None:
+    layout: ModelLayout, tie_on_purpose: bool, sources: dict[str, BaseWeight], changes: _Changes
+) -> tuple[bool, dict[str, BaseWeight]]:
+    """Whether tied embeddings become two tensors, because the adapter makes them differ; and the sources then."""
+    if layout.tied is None:
         return False, sources
-    inner, outer = _tensor(structure, structure.tied[0]), structure.tied[1]
-    stored = structure.names.get(outer)
+    inner, outer = layout.tensor(layout.tied[0]), layout.tied[1]
+    stored = layout.names.get(outer)
     if stored is not None and stored != inner and stored in sources:
         sources = {n: w for n, w in sources.items() if n != stored}  # a redundant copy of a tied head
-    if inner not in wanted and outer not in wanted:
+    if inner not in changes and outer not in changes:
         return False, sources
-    folds, replaced = wanted.folds, wanted.replaced
+    folds, replaced = changes.folds, changes.replaced
     if _same_rows(folds.get(inner, []), folds.get(outer, [])) and inner not in replaced and outer not in replaced:
         folds.pop(outer, None)
         return False, sources
@@ -232,26 +237,35 @@ def _untie(
 
 
 def _same_rows(inner: list[Fold], outer: list[Fold]) -> bool:
-    """Whether only trained tokens touch a tied pair, and the same for both ends: PEFT keeps these tied."""
+    """Whether only trained tokens change a tied pair, and the same for both ends: PEFT keeps these tied."""
     if len(inner) != 1 or len(outer) > 1:
         return False
     (one,), (other,) = inner, outer or inner
-    if not isinstance(one, Rows) or not isinstance(other, Rows) or one.indices != other.indices:
+    if not isinstance(one, TrainedTokens) or not isinstance(other, TrainedTokens) or one.indices != other.indices:
         return False
     return torch.equal(read_tensor(one.rows), read_tensor(other.rows))
 
 
-def _op(adapters: Sequence[Adapter], op: Op) -> Op:
-    """Check one output tensor's shapes; a replacement may have other rows than the base (a resized vocabulary)."""
+def _op(adapters: Sequence[Adapter], changes: _Changes, source: BaseWeight, name: str, *, conv1d: bool) -> Op:
+    """One output tensor, its shapes checked; a replacement may have other rows than the base (a resized vocabulary)."""
+    op = Op(
+        name=name,
+        shape=source.shape,
+        source=source,
+        folds=tuple(changes.folds.get(name, ())),
+        replacement=changes.replaced.get(name),
+        bias_folds=tuple(changes.bias_folds.get(name, ())),
+        conv1d=conv1d,
+    )
     shape, new = op.shape, op.replacement
     if new is not None:
         if new.shape[1:] != shape[1:] or (len(shape) < 2 and new.shape != shape):
             raise InputError(
-                f"{_paths(adapters)}: {op.name} has shape {new.shape}, the base's is {shape}: "
+                f"{_paths(adapters)}: {name} has shape {new.shape}, the base's is {shape}: "
                 "this adapter belongs to another base"
             )
         shape = new.shape
-    oriented = shape[::-1] if op.conv1d else shape
+    oriented = shape[::-1] if conv1d else shape
     for fold in op.folds:
         expected = fold.shape
         if len(expected) != len(shape) or any(e not in (-1, n) for e, n in zip(expected, oriented, strict=True)):
@@ -259,7 +273,7 @@ def _op(adapters: Sequence[Adapter], op: Op) -> Op:
                 f"{_paths(adapters)}: LoRA of {fold.module} makes a {_shown(expected)} delta, the base's weight is "
                 f"{oriented}: this adapter belongs to another base"
             )
-        why = fold.misfit(oriented)
+        why = fold.why_it_does_not_fit(oriented)
         if why:
             raise InputError(f"{_paths(adapters)}: {fold.module}: {why}")
     return replace(op, shape=shape)
@@ -270,6 +284,6 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 
 def target_dtype(op: Op, dtype: torch.dtype) -> torch.dtype:
-    """Floating tensors go to `dtype`, others stay as they are."""
+    """The dtype that an output tensor is written in: `dtype` for floating tensors, others stay as they are."""
     value = op.replacement.dtype if op.replacement else op.source.dtype if op.source else dtype
     return dtype if value.is_floating_point else value

@@ -1,8 +1,8 @@
-"""Reopen a merged checkpoint and recompute random rows from base and adapter in fp64, by other code.
+"""The self-test: random rows of a merged checkpoint, recomputed from base and adapter in fp64 by other code.
 
-Shares no arithmetic with `nf4.decode` or `Fold.apply`: codes are looked up one row at a time in Python integers
-and fp64, formulas are those of `selftest_twins`. The tolerance is derived: fp32 products and sums, then one rounding to the
-stored dtype.
+It shares no arithmetic with `nf4.decode` or `Fold.apply`: codes are looked up one row at a time in Python integers and
+fp64, formulas are `Fold.exact_rows`. The tolerance is derived: fp32 products and sums, then one rounding to the stored
+dtype.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ import torch
 from torch import Tensor
 
 from requant.adapters.fold import Fold
-from requant.adapters.ia3 import Ia3
-from requant.adapters.lora import Lora
+from requant.adapters.fp64 import EPS, Exact
 from requant.checkpoint.reader import Checkpoint, read_tensor
 from requant.errors import StageError
-from requant.merge import selftest_formulas as twins
 from requant.merge.plan import MergePlan, Op
 from requant.numerics import nf4
-
-EPS = twins.EPS
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """How many rows of how many tensors were recomputed, and the worst error as a share of its bound (at most 1)."""
+    """Counts of what was recomputed, and the worst error as a share of its bound (at most 1)."""
 
     tensors: int
     rows: int
@@ -47,11 +43,11 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
     sample = draw.sample(changed, min(tensors, len(changed)))
     worst, checked = 0.0, 0
     for op in sample:
-        actual, exact_row = written.read(op.name), _rows(plan, op)
+        actual, exact_row = written.read(op.name), _exact_row(plan, op)
         kind = torch.finfo(written[op.name].dtype)
         for row in draw.sample(range(op.shape[0]), min(rows, op.shape[0])):
-            exact, slack = exact_row(row)
-            bound = slack + exact.abs() * kind.eps + kind.tiny * kind.eps  # half an ulp twice over, subnormals too
+            exact, fp32_bound = exact_row(row)
+            bound = fp32_bound + exact.abs() * kind.eps + kind.tiny * kind.eps  # half an ulp twice over, subnormals too
             share = float(((actual[row].double() - exact).abs() / bound).max())
             if not share <= 1:
                 raise StageError(
@@ -61,48 +57,45 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
     return SelfTest(len(sample), checked, worst)
 
 
-def _rows(plan: MergePlan, op: Op) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """row -> (exact row in fp64, allowed fp32 arithmetic error) of one output tensor."""
-    start = _start(plan, op)
-    if op.bias_of:
-        return lambda row: _bias(start(row), op.bias_of, row)
+def _exact_row(plan: MergePlan, op: Op) -> Callable[[int], Exact]:
+    """row -> the row of one output tensor in fp64, and how far fp32 may be from it."""
+    base_row = _base_row(plan, op)
+    if op.bias_folds:
+        return lambda row: _bias(base_row(row), op.bias_folds, row)
     if op.conv1d and op.folds:
-        stored = torch.stack([start(i) for i in range(op.shape[0])]).T
-        whole, slack = _folded(stored, op.folds, list(range(op.shape[1])))
-        return lambda row: (whole[:, row], slack[:, row])
+        stored = torch.stack([base_row(i) for i in range(op.shape[0])]).T
+        whole, bound = _folded(stored, op.folds, list(range(op.shape[1])))
+        return lambda row: Exact(whole[:, row], bound[:, row])
 
-    def folded(row: int) -> tuple[Tensor, Tensor]:
-        value = start(row)
+    def folded(row: int) -> Exact:
+        value = base_row(row)
         if not op.folds:
-            return value, value.abs() * 4 * EPS
-        exact, slack = _folded(value[None], op.folds, [row])
-        return exact[0], slack[0]
+            return Exact(value, value.abs() * 4 * EPS)
+        exact, bound = _folded(value[None], op.folds, [row])
+        return Exact(exact[0], bound[0])
 
     return folded
 
 
-def _bias(value: Tensor, folds: tuple[Fold, ...], row: int) -> tuple[Tensor, Tensor]:
-    """One element of a bias, fp64, and its slack."""
+def _bias(value: Tensor, folds: tuple[Fold, ...], row: int) -> Exact:
+    """One element of a bias."""
     size = value.abs()
     for fold in folds:
-        if isinstance(fold, Ia3):
-            value = value * read_tensor(fold.scale).double().flatten()[row]
-        elif isinstance(fold, Lora) and fold.bias_delta is not None:
-            value = value + fold.scaling * read_tensor(fold.bias_delta).double()[row]
+        value = fold.exact_bias(value, row)
         size = size + value.abs()
-    return value, 2 * size * 4 * EPS
+    return Exact(value, 2 * size * 4 * EPS)
 
 
-def _folded(rows: Tensor, folds: tuple[Fold, ...], index: list[int]) -> tuple[Tensor, Tensor]:
-    """Fold into fp64 rows [n, columns], which are rows `index` of the weight; returns them and the slack."""
-    slack = torch.zeros_like(rows)
+def _folded(rows: Tensor, folds: tuple[Fold, ...], index: list[int]) -> Exact:
+    """The folds of fp64 rows [n, columns], which are rows `index` of the weight."""
+    bound = torch.zeros_like(rows)
     for fold in folds:
-        rows, own = twins.folded(rows, fold, index)
-        slack = slack + own
-    return rows, slack
+        rows, added = fold.exact_rows(rows, index)
+        bound = bound + added
+    return Exact(rows, bound)
 
 
-def _start(plan: MergePlan, op: Op) -> Callable[[int], Tensor]:
+def _base_row(plan: MergePlan, op: Op) -> Callable[[int], Tensor]:
     """row -> the fp64 row that the adapter's delta is added to; packed ones are decoded element by element."""
     if op.replacement is not None:
         replaced = read_tensor(op.replacement)

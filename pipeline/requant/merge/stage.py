@@ -1,8 +1,8 @@
-"""Stage: fold the adapter into the stream of base weights, account for every tensor, write a 16-bit checkpoint.
+"""Merge stage: fold the adapter into the base weights and write a 16-bit checkpoint.
 
     W = D + scaling * B @ A     all in fp32, one rounding, at the end
 
-Planned and checked from headers; then one tensor is alive at a time, written straight to its place.
+The plan is made and checked from headers. Then one tensor at a time is in memory and is written to its final place.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from requant.adapters.lora import Lora
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_tensor
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
 from requant.merge.base_weights import CPU
-from requant.merge.plan import MergePlan, Op, Structure, plan, target_dtype
+from requant.merge.plan import MergePlan, Op, target_dtype
 from requant.numerics import matmul_precision
 
-__all__ = ["DTYPES", "MergePlan", "MergeResult", "Op", "Structure", "choose_dtype", "compute", "merge", "plan"]
 log = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Progress = Callable[[int, int], None]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MergeResult:
-    """What was done, for the report."""
+    """The outcome of a merge, for the report.
+
+    why: the reason for `dtype`. ledger: counts of tensors by what was done. untrained: modules with a zero delta.
+    max_abs: largest magnitude written. bytes: of all tensors.
+    """
 
     dtype: str
     why: str
@@ -46,13 +48,13 @@ class MergeResult:
 
 
 def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor, bool]:
-    """The value of one output tensor before rounding, and whether the adapter meant to change it (False: a zero delta).
+    """The value of one output tensor before rounding, and whether the adapter changes it (False: a zero delta).
 
-    device: where weights are decoded and LoRA is folded in; other kinds of adapters are on the CPU. What is only decoded is
-    the same on every device, a fold's products may be summed in another order.
+    device: where weights are decoded and folded; a fold that is not `on_any_device` is computed on the CPU. Decoded values
+    are the same on every device; the products of a fold may be summed in another order.
     """
     assert op.source is not None
-    if not all(isinstance(fold, Lora) for fold in (*op.folds, *op.bias_of)):
+    if not all(fold.on_any_device for fold in (*op.folds, *op.bias_folds)):
         device = CPU
     value = (read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name, device)).to(device)
     if op.folds:
@@ -60,9 +62,9 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
         oriented = value.T.contiguous() if op.conv1d else value
         changes = [fold.apply(oriented) for fold in op.folds]
         return (oriented.T if op.conv1d else oriented), any(changes)
-    if op.bias_of:
+    if op.bias_folds:
         value = value.float()
-        for fold in op.bias_of:
+        for fold in op.bias_folds:
             value = fold.changed_bias(value.cpu())
     return value, True
 
@@ -71,22 +73,22 @@ def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tenso
     """Every output tensor before rounding."""
     if device.type == "cpu":
         return ((op, *compute(plan, op)) for op in plan.ops)
-    return ahead(plan, device)
+    return computed_ahead(plan, device)
 
 
-def ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
-    """The same, the next one read and made while the last is rounded and written: for a device that does the work aside."""
+def computed_ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+    """The same for a GPU: the next tensor is read and computed while the last is rounded and written."""
     with ThreadPoolExecutor(1) as reader, matmul_precision.full_precision():
         coming = reader.submit(compute, plan, plan.ops[0], device)
         for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
-            made = coming.result()
+            computed = coming.result()
             if following is not None:
                 coming = reader.submit(compute, plan, following, device)
-            yield op, *made
+            yield op, *computed
 
 
 def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
-    """Resolve `auto`: float16 (8 times finer than bfloat16) unless a weight may exceed its range; returns (dtype, why)."""
+    """(dtype, why); `auto` is float16 (8 times finer than bfloat16) unless a weight may exceed its range."""
     if asked != "auto":
         return asked, "asked for in the recipe"
     largest = max((bound(plan, op), op.name) for op in plan.ops)
@@ -96,7 +98,7 @@ def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
 
 
 def bound(plan: MergePlan, op: Op) -> float:
-    """An upper bound of max|w| without decoding: scales bound packed weights, norms bound a delta."""
+    """An upper bound of max|w| without decoding: from the scales of packed weights and the norms of a delta."""
     assert op.source is not None
     if op.replacement is not None:
         largest = _largest(read_tensor(op.replacement))
@@ -110,22 +112,27 @@ def bound(plan: MergePlan, op: Op) -> float:
 
 
 def _largest(tensor: Tensor) -> float:
-    """max |x|, of NaN NaN; without a copy of a tensor that may be as large as a vocabulary."""
+    """max |x|, NaN if any is; without a copy of the tensor."""
     low, high = (float(v) for v in torch.aminmax(tensor))
     return high if high > -low else -low
 
 
 def merge(
-    plan: MergePlan, out: Path, *, dtype: Literal["auto", "float16", "bfloat16", "float32"], max_shard: int = 5 * 10**9,
-    device: torch.device = CPU, progress: Progress | None = None,
-) -> MergeResult:  # fmt: skip
+    plan: MergePlan,
+    out: Path,
+    *,
+    dtype: Literal["auto", "float16", "bfloat16", "float32"],
+    max_shard: int = 5 * 10**9,
+    device: torch.device = CPU,
+    progress: Progress | None = None,
+) -> MergeResult:
     """Write the merged checkpoint into the existing directory `out`, computing on `device`.
 
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
     chosen, why = choose_dtype(plan, dtype)
     target = DTYPES[chosen]
-    result = MergeResult(chosen, why, plan.ledger, warnings=list(plan.warnings))
+    result = MergeResult(dtype=chosen, why=why, ledger=plan.ledger, warnings=list(plan.warnings))
     total = len(plan.ops)
     with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer, ThreadPoolExecutor(1) as disk:
         writing: Future[None] | None = None
@@ -134,7 +141,7 @@ def merge(
                 result.untrained += [fold.module for fold in op.folds]
             rounded = _round(op, value, target_dtype(op, target), result)
             if writing is not None:
-                writing.result()  # one tensor is written while the next is made, never more
+                writing.result()  # one tensor is written while the next is computed, never more
             writing = disk.submit(writer.write, op.name, rounded)
             if progress:
                 progress(done + 1, total)
@@ -155,10 +162,10 @@ def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Te
         return rounded
     largest = _largest(rounded)
     if not largest < float("inf"):  # also NaN
-        exact = _largest(value.float())
-        if exact < float("inf"):
+        unrounded = _largest(value.float())
+        if unrounded < float("inf"):
             raise StageError(
-                f"{op.name}: {exact:.4g} overflows {str(dtype).removeprefix('torch.')}: "
+                f"{op.name}: {unrounded:.4g} overflows {str(dtype).removeprefix('torch.')}: "
                 "set merge.dtype to bfloat16 or auto"
             )
         raise StageError(

@@ -26,9 +26,10 @@ from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import Shape
 from requant.merge import adapter_match
 from requant.merge.base_weights import Nf4Settings
-from requant.merge.plan import MergePlan, Structure
+from requant.merge.model_layout import ModelLayout
+from requant.merge.plan import MergePlan
 from requant.merge.stage import DTYPES
-from requant.modeling import linears, skeleton, stacked_experts
+from requant.modeling import linears, skeleton
 from requant.numerics.grid import Grid
 from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
@@ -176,7 +177,14 @@ def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
 def _nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
     if isinstance(nf4, str):
         return None
-    return Nf4Settings(nf4.quant_type, nf4.double_quant, nf4.blocksize, nf4.load_dtype, nf4.skip, nf4.transformers)
+    return Nf4Settings(
+        quant_type=nf4.quant_type,
+        double_quant=nf4.double_quant,
+        blocksize=nf4.blocksize,
+        load_dtype=nf4.load_dtype,
+        skip=nf4.skip,
+        version=nf4.transformers,
+    )
 
 
 def plan_merge(
@@ -189,15 +197,8 @@ def plan_merge(
     checkpoint = Checkpoint(base)
     refuse_quantized(checkpoint)
     model: Any = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
-    names = skeleton.tensor_names(model, checkpoint)
-    conv1d = frozenset(skeleton.conv1d_modules(model))
     stored = variant_weights.open_base(checkpoint, model, simulate)
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    experts = stacked_experts.stacked(model, names, {w.name: w.shape for w in stored.weights.values()})
-    structure = Structure(
-        names, conv1d, skeleton.tied_pair(model), f"{embedding}.weight", experts, lambda n: skeleton.renamed(model, n)
-    )
-    return merge.plan(stored, loaded, structure), model
+    return merge.plan(stored, loaded, ModelLayout.of(model, stored)), model
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -104,7 +104,7 @@ class Prepared:
             return f"{self.unloadable}: set evaluate.stream to auto"
         if self.heal and self.heal.section.target == "adapter":
             return f"{self.unloadable}: set heal.target to merged"
-        if any(a.experts for a in self.merge.plan.adapters):
+        if any(a.expert_pairs for a in self.merge.plan.adapters):
             return (
                 f"{self.unloadable}, and the adapter's stacked experts are of transformers 5: "
                 "base.nf4.transformers is wrong"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.run_directory import RunDirectory
-from requant.merge.deltas import of
+from requant.merge.deltas import delta_of
 from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
 from requant.numerics.grid import Grid, find_scales, nearest
@@ -139,7 +139,7 @@ def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, device: torch.device
     merged = merged.T if op.conv1d else merged
     count = min(ROWS, merged.shape[0])
     which = torch.arange(count) * merged.shape[0] // count
-    delta = of(plan, op).rows(which).dense().to(device)
+    delta = delta_of(plan, op).rows(which).dense().to(device)
     return Sample(module, merged[which.to(device)].contiguous(), delta, grid)
 
 

@@ -1,0 +1,46 @@
+"""What a merge plan must know about the model: names, ties, Conv1D modules, stacked experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from requant.merge.base_weights import BaseWeights
+from requant.modeling import skeleton
+from requant.modeling.stacked_experts import Fused, stacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLayout:
+    """How the parameters of a model are stored in the base checkpoint.
+
+    names: parameter -> tensor of the checkpoint. conv1d: names of Conv1D modules.
+    tied: parameters (input, output embedding) that share one tensor. embedding: parameter of the input embedding.
+    fused: stacked expert parameter -> where it is stored. current_name: an older release's tensor name -> today's.
+    """
+
+    names: Mapping[str, str]
+    conv1d: frozenset[str]
+    tied: tuple[str, str] | None
+    embedding: str
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    current_name: Callable[[str], str] = str
+
+    @classmethod
+    def of(cls, model: Any, base: BaseWeights) -> ModelLayout:
+        """The layout of a model from `skeleton.build`, stored as `base`."""
+        names = skeleton.tensor_names(model, base.checkpoint)
+        embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        return cls(
+            names=names,
+            conv1d=frozenset(skeleton.conv1d_modules(model)),
+            tied=skeleton.tied_pair(model),
+            embedding=f"{embedding}.weight",
+            fused=stacked(model, names, {w.name: w.shape for w in base.weights.values()}),
+            current_name=lambda name: skeleton.renamed(model, name),
+        )
+
+    def tensor(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter."""
+        return self.names.get(parameter, parameter)
