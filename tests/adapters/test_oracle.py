@@ -16,7 +16,7 @@ import pytest
 from torch import Tensor
 
 from requant import adapters
-from requant.adapters import fp64
+from requant.adapters import fp64, kinds
 from requant.adapters.fold import Fold, read
 
 FILES = [importlib.import_module(f"{adapters.__name__}.{m.name}") for m in pkgutil.iter_modules(adapters.__path__)]
@@ -54,7 +54,7 @@ def shared(kind: type[Fold], function: Any) -> set[str]:
 
 
 def test_every_kind_has_one() -> None:
-    assert len(KINDS) == 8
+    assert len(KINDS) >= len(kinds.KINDS)
     for kind in KINDS:
         assert "apply" in vars(kind)
         assert "exact_rows" in vars(kind), kind
