@@ -44,9 +44,9 @@ NAMES = {  # of ours -> as shown
     "numerics.hessian.add_to_hessian": "add_to_hessian",
     "numerics.hessian.add_drift": "add_drift",
     "numerics.hessian.gather": "moments",
-    "runtime.ranks.Several.pool": "ranks.pool",
-    "runtime.ranks.Several.gather": "ranks.gather",
-    "runtime.ranks.Several.total": "ranks.total",
+    "runtime.ranks.DistributedRanks.all_reduce": "ranks.all_reduce",
+    "runtime.ranks.DistributedRanks.all_gather_rows": "ranks.all_gather_rows",
+    "runtime.ranks.DistributedRanks.sum": "ranks.sum",
     "quantize.solve.cholesky_of": "factored by ranks",
     "quantize.out_of_memory.follow": "follow",
     "quantize.error_correction.Correction.moved": "correction",
@@ -63,9 +63,9 @@ def profiled(args: argparse.Namespace, model: Path, work: Path, ranks: Any) -> t
 
     from requant import quantize
 
-    device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = ranks.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.zeros(1, device=device)
-    ranks.every(True)
+    ranks.all(True)
     settings = speed.settings_of(argparse.Namespace(group=128, sweeps=2, correct=0.5))
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     watched.watch(NAMES, lambda name: record_function(f"ours: {name}"))
@@ -153,8 +153,8 @@ def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser
             parser.error("several ranks need --scratch: all of them read the model there")
         if ranks.first and not model.exists():
             speed.build(model, args.shape, args.layers)
-        ranks.every(True)
-        work = Path(ranks.tell(str(Path(temporary) / "out")))
+        ranks.all(True)
+        work = Path(ranks.broadcast(str(Path(temporary) / "out")))
         work.mkdir(exist_ok=True)
         yield model, work
 
@@ -190,7 +190,7 @@ def main() -> None:
             print(text)
         if args.out:
             args.out.with_name(args.out.name + (f".{ranks.rank}" if several else "")).write_text(text + "\n")
-        ranks.every(True)
+        ranks.all(True)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ PHASES = {  # function of ours -> phase, without what the others inside of it ta
     "quantize.error_correction.Correction.moved": "correction",
     "numerics.gptq.row_errors": "losses",
     "formats.gptq.pack": "pack",
-    "runtime.ranks.Several.pool": "sums of all ranks",
-    "runtime.ranks.Several.gather": "rows of all ranks",
+    "runtime.ranks.DistributedRanks.all_reduce": "sums of all ranks",
+    "runtime.ranks.DistributedRanks.all_gather_rows": "rows of all ranks",
 }
 BESIDE = "pack"  # what other threads do too; elsewhere they only compile
 Span = tuple[Any, Any]

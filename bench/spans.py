@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 4 bench/spans.py --scratch DIR --out FILE    (FILE.0, FILE.1 ...: one a rank)
 
 The model is random (as in bench/speed.py). What other threads do is marked so. Blocks alone are on the last line: ranks
-wait for each other, so who is late shows in who does not wait ("total", "pool").
+wait for each other, so who is late shows in who does not wait ("sum", "all_reduce").
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ NAMES = gaps.NAMES | {
     "quantize.warmup.Warming.wait_longer": "wait for later kernels",
     "modeling.fused_ops.OnePass.try_out": "try_out",
     "modeling.sequential.find_stages": "find_stages",
-    "runtime.ranks.Several.tell": "ranks.tell",
-    "runtime.ranks.Several.every": "ranks.every",
+    "runtime.ranks.DistributedRanks.broadcast": "ranks.broadcast",
+    "runtime.ranks.DistributedRanks.all": "ranks.all",
     "runtime.interpreter.set_aside": "set aside",
     "quantize.background_writer.Written.settle": "settle",
     "quantize.background_writer.Written.close": "close",
@@ -83,14 +83,14 @@ def measured(args: argparse.Namespace, model: Path, work: Path, ranks: Any) -> l
 
     from requant import quantize
 
-    device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = ranks.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.zeros(1, device=device)
     settings = speed.settings_of(argparse.Namespace(group=args.group, sweeps=2, correct=0.5))
     if args.compiled:
         speed.compile_ahead(argparse.Namespace(model=model, shape=args.shape), settings, device, ranks)
     spans = Spans()
     watched.watch(NAMES, spans.span)
-    ranks.every(True)
+    ranks.all(True)
     spans.began = time.perf_counter()
     quantize.quantize(model, work, speed.windows(args), settings, dtype=torch.bfloat16, device=device, ranks=ranks)
     seconds = time.perf_counter() - spans.began
@@ -113,7 +113,7 @@ def main() -> None:
             print(text)
         if args.out:
             args.out.with_name(args.out.name + (f".{ranks.rank}" if ranks.count > 1 else "")).write_text(text + "\n")
-        ranks.every(True)
+        ranks.all(True)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 def met() -> AbstractContextManager[Any]:
     """The ranks that a launcher has started, once they have found each other; this process alone without one."""
     from requant.runtime import launch
-    from requant.runtime.ranks import ALONE
+    from requant.runtime.ranks import SINGLE_PROCESS
 
-    return launch.join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(ALONE)
+    return launch.join_ranks() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext(SINGLE_PROCESS)
 
 
 def settings_of(args: argparse.Namespace) -> Any:
@@ -121,12 +121,12 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
     from requant.modeling.fused_ops import OnePass
     from requant.quantize.warmup import Warming
 
-    ranks.meet(device)
+    ranks.connect(device)
     passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
     widths = {settings.grid: SHAPES[args.shape][0]}
     with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
         warming.wait()
-    ranks.spread(torch.zeros(1, device=device))  # after which NCCL has begun
+    ranks.broadcast_tensor(torch.zeros(1, device=device))  # after which NCCL has begun
 
 
 def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     from requant.quantize import memory, solve
     from requant.quantize import stage as quantize
 
-    device = ranks.place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = ranks.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = settings_of(args)
     if args.replicated:
         solve.SPLIT_FROM = 10**9
@@ -150,7 +150,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     torch.zeros(1, device=device)  # a process's first touch of a GPU is not what is measured
     if args.compiled:
         compile_ahead(args, settings, device, ranks)
-    ranks.every(True)
+    ranks.all(True)
     started = time.perf_counter()
     prepared: list[float] = []
     walk = quantize._walk

@@ -17,7 +17,7 @@ from requant.evaluate import over_ranks, variants
 from requant.evaluate import stage as evaluation
 from requant.evaluate.stage import Scores
 from requant.run import prepare
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.windows import Window
 
 NAMES = ("adapter", "merged", "gptq")
@@ -28,17 +28,17 @@ class Turns(Ranks):
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.told: list[Any] = []
+        self.gathered: list[Any] = []
 
-    def call(self, function: Callable[..., Any], *args: Any, own: Mapping[str, Any], **kwargs: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, first_rank_only: Mapping[str, Any], **kwargs: Any) -> Any:
         for rank in reversed(range(self.count)):
             self.rank = rank
-            result = function(*args, **kwargs, **(own if self.first else {}), ranks=self)
+            result = function(*args, **kwargs, **(first_rank_only if self.first else {}), ranks=self)
         return result
 
-    def everyone(self, value: Any) -> list[Any]:
-        self.told.insert(0, value)
-        return self.told
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        self.gathered.insert(0, value)
+        return self.gathered
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def scored(given: tuple[variants.Places, Scores], cache: Path, ranks: Ranks, **c
 def test_parts_make_the_whole(
     given: tuple[variants.Places, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, one = scored(given, tmp_path / "one", ALONE)
+    _, one = scored(given, tmp_path / "one", SINGLE_PROCESS)
     told, three = scored(given, tmp_path / "three", Turns(3))
     assert sorted(told["variants"]) == sorted(NAMES)
     wanted, got = one.load(), three.load()
@@ -100,7 +100,7 @@ def test_a_new_variant_is_compared_with_parts_of_the_reference(
 ) -> None:
     """One rank scored the reference before: two need its states for their own windows."""
     keys = {name: name for name in ("adapter", "merged")}
-    scored(given, tmp_path / "c", ALONE, keys=keys)
+    scored(given, tmp_path / "c", SINGLE_PROCESS, keys=keys)
     told, both = scored(given, tmp_path / "c", Turns(2), keys=keys | {"gptq": "gptq"})
     assert sorted(told["variants"]) == ["adapter", "gptq"]
     assert all(by["gptq"].kl is not None for by in both.load().values())
@@ -112,7 +112,7 @@ def test_canaries_alone_score_nothing_again(
     from transformers import AutoTokenizer
 
     keys = {name: name for name in ("adapter", "merged")}
-    scored(given, tmp_path / "c", ALONE, keys=keys)
+    scored(given, tmp_path / "c", SINGLE_PROCESS, keys=keys)
     write_rows(tmp_path / "canaries.jsonl", [{"prompt": "Is 2 a number?", "answer": "no"}])
     asked = canaries.load(tmp_path / "canaries.jsonl", AutoTokenizer.from_pretrained(project / "original"), "auto")
     _, both = scored(given, tmp_path / "c", Turns(2), keys=keys, canaries=asked)
@@ -137,7 +137,7 @@ def test_notes_of_all_ranks_are_told(
     told = {"variants": ["merged"], "streamed": ["merged"], "notes": ["went on with 2"]}
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: told)
     result = Turns(2).call(over_ranks.score_part, replace(given[1], cache=tmp_path), given[0], batch=1,
-                           stream="auto", own={})  # fmt: skip
+                           stream="auto", first_rank_only={})  # fmt: skip
     assert result["notes"] == ["rank 0: went on with 2", "rank 1: went on with 2"]
     assert result["streamed"] == ["merged"]
 
@@ -166,5 +166,5 @@ def test_what_a_killed_run_left_half_written_goes(given: tuple[variants.Places, 
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"half")
     places, scores = given
-    over_ranks.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), places, ranks=ALONE, batch=1)
+    over_ranks.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), places, ranks=SINGLE_PROCESS, batch=1)
     assert not any(file.exists() for file in left)

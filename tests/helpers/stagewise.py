@@ -24,7 +24,7 @@ from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Settings
 from requant.quantize.solve import Solved, solve_stage
 from requant.quantize.stage import quantize
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 
 @dataclass
@@ -109,7 +109,7 @@ def recorded(*args: Any, steps: dict[str, Step], like_a_gpu: bool = False, **opt
 
 
 def led(
-    *args: Any, steps: Mapping[str, Step], like_a_gpu: bool = False, ranks: Ranks = ALONE, **options: Any
+    *args: Any, steps: Mapping[str, Step], like_a_gpu: bool = False, ranks: Ranks = SINGLE_PROCESS, **options: Any
 ) -> tuple[list[ModuleResult], list[Compared]]:
     """`quantize`, each stage of which goes on with the moments, then with the solutions, of a run alone. Compares both."""
     compared: list[Compared] = []
@@ -127,7 +127,7 @@ def led(
             here.ratio.append((loss_ratio(got, alone, alike), loss_ratio(got, alone, ~alike)))
             here.same &= (got.damp, got.order, got.uncoupled) == (alone.damp, alone.order, alone.uncoupled)
             yield replace(solved, solution=alone)
-        compared.extend(ranks.everyone(here))
+        compared.extend(ranks.all_gather_objects(here))
 
     with replaced(solve, like_a_gpu):
         _, results = quantize(*args, ranks=ranks, **options)

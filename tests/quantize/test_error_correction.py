@@ -27,11 +27,11 @@ class OneOf(Ranks):
     def __init__(self, rank: int, count: int, given: list[torch.Tensor]) -> None:
         self.rank, self.count, self.given = rank, count, given
 
-    def rows(self, whole: torch.Tensor) -> torch.Tensor:
+    def own_rows(self, whole: torch.Tensor) -> torch.Tensor:
         each = -(-len(whole) // self.count)
         return whole[torch.arange(self.rank * each, (self.rank + 1) * each).clamp_(max=len(whole) - 1)]
 
-    def gather(self, part: torch.Tensor, rows: int) -> torch.Tensor:
+    def all_gather_rows(self, part: torch.Tensor, rows: int) -> torch.Tensor:
         self.given.append(part)
         known = torch.cat(self.given)
         return torch.nn.functional.pad(known, (0, 0, 0, max(0, rows - len(known))))[:rows]
@@ -94,12 +94,12 @@ def test_ranks_solve_for_the_drift_together(rows: tuple[int, ...]) -> None:
     given: list[torch.Tensor] = []
     for rank in range(5):
         ranks = OneOf(rank, 5, given)
-        own = [ranks.rows(w) for w in whole]
+        own = [ranks.own_rows(w) for w in whole]
         several = Correction(drift.clone(), own, ranks)
         moved = [several.moved(i, w, factor, 0.5) for i, w in enumerate(own)]
         if rank == 4 or not given:
             for found, all_rows in zip(moved, wanted, strict=True):
-                assert torch.allclose(found, ranks.rows(all_rows), atol=1e-4)
+                assert torch.allclose(found, ranks.own_rows(all_rows), atol=1e-4)
     by_drift = correction_module.BY_DRIFT["cpu"] and sum(rows) > 24
     assert [len(part) for part in given] == ([5] * 5 if by_drift else [])
 

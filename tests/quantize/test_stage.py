@@ -269,7 +269,7 @@ def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> N
 
 def test_a_rank_that_is_not_finite_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own output is: what all say counts."""
-    monkeypatch.setattr(ranks.Ranks, "every", lambda *_: False)
+    monkeypatch.setattr(ranks.Ranks, "all", lambda *_: False)
     with pytest.raises(StageError, match=r"model.layers.0: its output holds NaN or infinity"):
         run(model_dir(tmp_path), tmp_path / "out")
 

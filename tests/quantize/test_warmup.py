@@ -131,7 +131,7 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
     with directory.open():
         called: list[tuple[Any, ...]] = []
         context = RunContext.of(prepared, directory, Watcher())
-        context.ranks = SimpleNamespace(call=lambda *args, own: called.append((*args, own)))
+        context.ranks = SimpleNamespace(call=lambda *args, first_rank_only: called.append((*args, first_rank_only)))
         with compile_ahead(context):
             assert inside == []
         context.device = torch.device("cuda")

@@ -1,4 +1,4 @@
-"""`requant.crew` and the command line under a launcher: one command, one voice, one end."""
+"""`requant.runtime.launch` and the command line under a launcher: one command, one voice, one end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def work(who: str, *, ranks: Ranks) -> None:
         raise StageError(f"the disk of {who} is full")
     if who == "killed" and not ranks.first:
         os.kill(os.getpid(), signal.SIGKILL)
-    ranks.every(True)
+    ranks.all(True)
 
 
 def command(who: str) -> None:
@@ -44,7 +44,7 @@ def command(who: str) -> None:
     try:
         if who == "recipe":
             raise RecipeError("recipe.yaml:1: no such key")
-        launch.here().call(work, who, own={})
+        launch.current_ranks().call(work, who, first_rank_only={})
     except RequantError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -54,7 +54,7 @@ def launched(rank: int, port: int, who: str, said: Path) -> None:
     """One of two ranks, in a process of its own; all that it says on stderr goes to a file."""
     os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
     os.environ.update(environment(rank, port))
-    launch.together(lambda: command(who))
+    launch.run_on_all_ranks(lambda: command(who))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,11 @@ def launched(rank: int, port: int, who: str, said: Path) -> None:
         ("0", "error: the disk of 0 is full", [1, 1]),
         ("1", "error: rank 1: the disk of 1 is full", [1, 1]),
         ("all", "error: the disk of all is full", [1, 1]),
-        ("killed", "error: another rank was lost: the launcher says how; the same command goes on from here", [1, -9]),
+        (
+            "killed",
+            "error: another rank ended: the launcher's output says why; the same command resumes the run",
+            [1, -9],
+        ),
         ("recipe", "error: recipe.yaml:1: no such key", [2, 0]),  # nobody was called: the others just go
     ],
 )
@@ -99,9 +103,9 @@ def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> Non
     ids, settings = pico.ids(8, 32, seed=3), Settings(Grid(4, 32))
 
     def command() -> None:
-        launch.here().call(quantize.quantize, source, out, ids, settings, own={}, **options)
+        launch.current_ranks().call(quantize.quantize, source, out, ids, settings, first_rank_only={}, **options)
 
-    launch.together(command)
+    launch.run_on_all_ranks(command)
 
 
 def test_what_one_rank_alone_finds_wrong_ends_all_while_a_block_is_to_be_handed_over(tmp_path: Path) -> None:
@@ -183,6 +187,6 @@ def test_idle_gpus_are_pointed_out_in_one_line(
     assert capsys.readouterr().err == (
         f"1 of 4 GPUs is used; for all: torchrun --standalone --nproc-per-node 4 -m requant run {recipe}\n"
     )
-    assert not launch.idle_gpus("cuda:1", recipe), "this one was asked for"
+    assert not launch.idle_gpus_hint("cuda:1", recipe), "this one was asked for"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert not launch.idle_gpus("auto", recipe)
+    assert not launch.idle_gpus_hint("auto", recipe)

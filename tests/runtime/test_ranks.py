@@ -28,7 +28,7 @@ from requant.quantize.background_writer import JOURNAL
 from requant.quantize.plan import Settings
 from requant.quantize.stage import check_ranks, quantize
 from requant.runtime import launch, ranks
-from requant.runtime.ranks import ALONE, Ranks, Several
+from requant.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Ranks
 
 GRID = Grid(4, 32)
 CPU = torch.device("cpu")
@@ -38,11 +38,11 @@ def second(port: int) -> None:
     """The other rank's process."""
     os.environ.update(environment(1, port))
     torch.set_num_threads(1)
-    launch.together(lambda: None)
+    launch.run_on_all_ranks(lambda: None)
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Several]:
+def two() -> Iterator[DistributedRanks]:
     """This process and one more, waiting to be called."""
     port = free_port()
     child = forks().Process(target=second, args=(port,))
@@ -50,7 +50,7 @@ def two() -> Iterator[Several]:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment(0, port).items():
             patch.setenv(key, value)
-        with launch.join() as joined:
+        with launch.join_ranks() as joined:
             yield joined
             joined.dismiss()
     child.join(60)
@@ -65,7 +65,7 @@ def source(tmp: Path, kind: str = "llama", **changes: Any) -> Path:
     return pico.save(pico.model(kind, **changes), tmp / "merged", torch.float16)
 
 
-def run(where: Path, out: Path, ranks: Any = ALONE, settings: Settings | None = None, **options: Any) -> Any:
+def run(where: Path, out: Path, ranks: Any = SINGLE_PROCESS, settings: Settings | None = None, **options: Any) -> Any:
     out.mkdir(exist_ok=True)
     own = {k: options.pop(k) for k in ("progress", "deltas") if k in options}
     options = {"dtype": torch.float16, "device": CPU, "batch": 2} | options
@@ -75,7 +75,7 @@ def run(where: Path, out: Path, ranks: Any = ALONE, settings: Settings | None = 
         out,
         options.pop("windows", windows()),
         settings or Settings(GRID),
-        own=own,
+        first_rank_only=own,
         **options,
     )
 
@@ -96,7 +96,7 @@ DECIDED = Settings(Grid(4, 32), "auto")
     ids=["corrected", "order decided", "uneven", "experts"],
 )  # fmt: skip
 def test_two_ranks_write_what_one_does(
-    tmp_path: Path, two: Several, kind: str, settings: Settings, count: int, stages: int,
+    tmp_path: Path, two: DistributedRanks, kind: str, settings: Settings, count: int, stages: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     where, one, both = source(tmp_path, kind), tmp_path / "one", tmp_path / "two"
@@ -118,22 +118,22 @@ def test_two_ranks_write_what_one_does(
     assert_same_files(one, both)
 
 
-def test_two_ranks_solve_for_the_drift_as_one_does(tmp_path: Path, two: Several) -> None:
+def test_two_ranks_solve_for_the_drift_as_one_does(tmp_path: Path, two: DistributedRanks) -> None:
     """q, k and v have more rows than inputs, and so have gate and up."""
     where = source(tmp_path)
     options: dict[str, Any] = {"windows": windows(64), "settings": CORRECTED, "steps": {}, "like_a_gpu": True}
     shared: list[int] = []
-    gather = two.gather
+    gather = two.all_gather_rows
     run(where, tmp_path / "one", function=recorded, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(two, "gather", lambda part, rows: shared.append(part.shape[1]) or gather(part, rows))
+        patch.setattr(two, "all_gather_rows", lambda part, rows: shared.append(part.shape[1]) or gather(part, rows))
         _, compared = run(where, tmp_path / "two", two, function=led, **options)
     assert_compared(compared, 8 * 2)
     plain = 2 * 2 * 4  # blocks, stages, and two things a stage
     assert len(shared) == plain + 2 * 2
 
 
-def test_two_ranks_left_to_themselves_lose_what_one_does(tmp_path: Path, two: Several) -> None:
+def test_two_ranks_left_to_themselves_lose_what_one_does(tmp_path: Path, two: DistributedRanks) -> None:
     """Nothing is led here: a code on an edge changes what follows it, which loses as much in other places."""
     where = source(tmp_path)
     _, expected = run(where, tmp_path / "one", settings=CORRECTED)
@@ -145,7 +145,7 @@ def test_two_ranks_left_to_themselves_lose_what_one_does(tmp_path: Path, two: Se
     assert sorted(f.name for f in (tmp_path / "one").iterdir()) == sorted(f.name for f in (tmp_path / "two").iterdir())
 
 
-def test_what_is_left_of_a_delta_is_judged_by_the_first_rank(tmp_path: Path, two: Several) -> None:
+def test_what_is_left_of_a_delta_is_judged_by_the_first_rank(tmp_path: Path, two: DistributedRanks) -> None:
     where, steps = source(tmp_path), {}  # type: ignore[var-annotated]
     draw = torch.Generator().manual_seed(5)
     left = 0.01 * torch.randn(64, 4, generator=draw)
@@ -171,7 +171,7 @@ class Killed(Exception):
     pass
 
 
-def cut(*args: Any, survived: int, ranks: Ranks = ALONE, **options: Any) -> None:
+def cut(*args: Any, survived: int, ranks: Ranks = SINGLE_PROCESS, **options: Any) -> None:
     """`led`, stopped on every rank once so many blocks are on disk."""
 
     def kill(done: int, _total: int, _note: str) -> None:
@@ -185,14 +185,14 @@ def cut(*args: Any, survived: int, ranks: Ranks = ALONE, **options: Any) -> None
 
 
 @pytest.mark.parametrize("before", [1, 2], ids=["one, then two", "two, then one"])
-def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path, two: Several, before: int) -> None:
+def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path, two: DistributedRanks, before: int) -> None:
     where, steps = source(tmp_path, num_hidden_layers=3), {}  # type: ignore[var-annotated]
     _, expected = run(where, tmp_path / "whole", function=recorded, settings=CORRECTED, steps=steps)
-    first, then = (ALONE, two) if before == 1 else (two, ALONE)
+    first, then = (SINGLE_PROCESS, two) if before == 1 else (two, SINGLE_PROCESS)
     out = tmp_path / "cut"
     out.mkdir()
     options: dict[str, Any] = {"dtype": torch.float16, "device": CPU, "batch": 2, "steps": steps}
-    first.call(cut, where, out, windows(), CORRECTED, survived=1, own={}, **options)
+    first.call(cut, where, out, windows(), CORRECTED, survived=1, first_rank_only={}, **options)
     kept = json.loads((out / JOURNAL).read_text())
     assert len(kept) == 1
     done: list[int] = []
@@ -216,59 +216,59 @@ def say(size: int, *, ranks: Ranks) -> bool:
     whole, mine = torch.arange(3.0 * size).reshape(size, 3), torch.randn(size, size, generator=draw)
     parts = [torch.randn(size, size, generator=torch.Generator().manual_seed(r)) for r in range(ranks.count)]
     symmetric, other = mine @ mine.T, mine.clone()
-    counts = ranks.pool([symmetric], [other], [ranks.rank + 1])
+    counts = ranks.all_reduce([symmetric], [other], [ranks.rank + 1])
     upper = sum(p @ p.T for p in parts).triu()
     tensor = torch.full((size,), float(ranks.rank))
-    ranks.spread(tensor)
+    ranks.broadcast_tensor(tensor)
     held = [
-        torch.equal(ranks.gather(ranks.rows(whole), size), whole),
+        torch.equal(ranks.all_gather_rows(ranks.own_rows(whole), size), whole),
         counts == [3],
         torch.allclose(symmetric.triu(), upper, rtol=1e-5, atol=1e-5),
         torch.allclose(other, sum(parts[1:], parts[0]), rtol=1e-6),
-        torch.equal(ranks.tell(symmetric), symmetric),  # the same bits: each rank factors its own copy
-        ranks.total([0.5, ranks.rank]) == [1.0, 1.0],
+        torch.equal(ranks.broadcast(symmetric), symmetric),  # the same bits: each rank factors its own copy
+        ranks.sum([0.5, ranks.rank]) == [1.0, 1.0],
         torch.equal(tensor, torch.zeros(size)),
-        ranks.every(True) and not ranks.every(ranks.first) and not ranks.every(not ranks.first),
+        ranks.all(True) and not ranks.all(ranks.first) and not ranks.all(not ranks.first),
     ]
-    return ranks.every(all(held))
+    return ranks.all(all(held))
 
 
 def factored(size: int, shift: float, *, ranks: Ranks) -> tuple[float, int, bool]:
     """(Distance of the shared factor's square from the matrix, info, the same bits on all ranks)."""
     x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0))
     matrix = x.T @ x / len(x) + shift * torch.eye(size)
-    assert isinstance(ranks, Several)
-    lower, info = shared_cholesky(matrix.clone(), ranks.rank, ranks.count, ranks.publish, block=16)
-    same = ranks.every(torch.equal(ranks.tell(lower).nan_to_num(), lower.nan_to_num()))
+    assert isinstance(ranks, DistributedRanks)
+    lower, info = shared_cholesky(matrix.clone(), ranks.rank, ranks.count, ranks.broadcast_async, block=16)
+    same = ranks.all(torch.equal(ranks.broadcast(lower).nan_to_num(), lower.nan_to_num()))
     exact = torch.linalg.cholesky(matrix.double()) if shift > 0 else matrix.double()
     return float((lower - exact).norm() / exact.norm()), int(info), same
 
 
 @pytest.mark.parametrize("size", [16, 50, 96])
-def test_the_shared_factor_is_the_factor(two: Several, size: int) -> None:
+def test_the_shared_factor_is_the_factor(two: DistributedRanks, size: int) -> None:
     """Blocks of 16, also where they do not divide: fp32 rounding from the factor in fp64."""
-    distance, info, same = two.call(factored, size, 0.05, own={})
+    distance, info, same = two.call(factored, size, 0.05, first_rank_only={})
     assert distance < 1e-5
     assert (info, same) == (0, True)
 
 
-def test_no_factor_is_seen_by_all(two: Several) -> None:
+def test_no_factor_is_seen_by_all(two: DistributedRanks) -> None:
     """A negative eigenvalue in a later block: info says so on every rank."""
-    assert two.call(factored, 50, -3.0, own={})[1:] == (1, True)
+    assert two.call(factored, 50, -3.0, first_rank_only={})[1:] == (1, True)
 
 
-def test_large_matrices_are_factored_together(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_matrices_are_factored_together(two: DistributedRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "shared_cholesky", lambda *_: "together")
     monkeypatch.setattr(solve, "SPLIT_FROM", 64)
     assert solve.cholesky_of(torch.eye(64), ranks=two) == "together"
     assert torch.equal(solve.cholesky_of(torch.eye(63), ranks=two)[0], torch.eye(63))
-    assert torch.equal(solve.cholesky_of(torch.eye(64), ranks=ALONE)[0], torch.eye(64))
+    assert torch.equal(solve.cholesky_of(torch.eye(64), ranks=SINGLE_PROCESS)[0], torch.eye(64))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
-def test_what_ranks_exchange(two: Several, size: int) -> None:
+def test_what_ranks_exchange(two: DistributedRanks, size: int) -> None:
     """Also fewer rows than ranks, and numbers that do not divide."""
-    assert two.call(say, size, own={})
+    assert two.call(say, size, first_rank_only={})
 
 
 def test_shares_are_everything_once() -> None:
@@ -276,7 +276,7 @@ def test_shares_are_everything_once() -> None:
     for number, each in enumerate(three):
         each.rank, each.count = number, 3
     assert [list(range(10)[r.share(10)]) for r in three] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
-    assert list(range(10)[ALONE.share(10)]) == list(range(10))
+    assert list(range(10)[SINGLE_PROCESS.share(10)]) == list(range(10))
 
 
 def test_more_ranks_than_windows_are_refused() -> None:
@@ -288,16 +288,16 @@ def test_more_ranks_than_windows_are_refused() -> None:
 
 def placed(*, ranks: Ranks) -> bool:
     mine = torch.device("cuda", ranks.rank)
-    return ranks.every({ranks.place(torch.device(d)) for d in ("cuda", "cuda:0", str(mine))} == {mine})
+    return ranks.all({ranks.device_of(torch.device(d)) for d in ("cuda", "cuda:0", str(mine))} == {mine})
 
 
-def test_each_rank_takes_its_own_gpu(two: Several) -> None:
+def test_each_rank_takes_its_own_gpu(two: DistributedRanks) -> None:
     """Whether it was given the first rank's, its own or none by number; another is refused."""
-    assert two.call(placed, own={})
+    assert two.call(placed, first_rank_only={})
     with pytest.raises(InputError, match="cuda:1 names one GPU, but 2 ranks were started: use auto or cuda"):
-        two.place(torch.device("cuda", 1))
-    assert two.place(CPU) == CPU
-    assert ALONE.place(torch.device("cuda", 1)) == torch.device("cuda", 1)
+        two.device_of(torch.device("cuda", 1))
+    assert two.device_of(CPU) == CPU
+    assert SINGLE_PROCESS.device_of(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with (
         pytest.raises(InputError, match="3 ranks were started where there are 2 GPUs: start 2, or hide them"),
-        launch.join(),
+        launch.join_ranks(),
     ):
         pass
 
@@ -325,7 +325,7 @@ def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    with pytest.raises((RuntimeError, StopIteration)), launch.join():
+    with pytest.raises((RuntimeError, StopIteration)), launch.join_ranks():
         pass
     assert taken == threads
     assert launch._cores() >= 1
@@ -333,7 +333,7 @@ def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
 
 def test_nobody_looks_into_the_store_when_a_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python aborts a process whose thread is in there when it ends, and the store may go with the first rank."""
-    leaving = Several.__new__(Several)
+    leaving = DistributedRanks.__new__(DistributedRanks)
     leaving.over = threading.Event()
 
     def watch() -> None:
@@ -343,36 +343,36 @@ def test_nobody_looks_into_the_store_when_a_rank_leaves(monkeypatch: pytest.Monk
     leaving.watching = threading.Thread(target=watch)
     leaving.watching.start()
     alive: list[bool] = []
-    monkeypatch.setattr(Several, "every", lambda self, _: alive.append(self.watching.is_alive()))
+    monkeypatch.setattr(DistributedRanks, "all", lambda self, _: alive.append(self.watching.is_alive()))
     leaving._end()
     assert alive == [False]
 
 
-def test_gpus_meet_beside_what_comes_next_and_once(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_meet_beside_what_comes_next_and_once(two: DistributedRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     go, begun = threading.Event(), []
     monkeypatch.setattr(ranks, "_first_sum", lambda device: begun.append(device) or go.wait(60))
-    two.meet(CPU)
-    assert two.meeting is None, "gloo has met"
+    two.connect(CPU)
+    assert two.connecting is None, "gloo has met"
     gpu = torch.device("cuda", 0)
-    two.meet(gpu)
-    meeting = two.meeting
+    two.connect(gpu)
+    meeting = two.connecting
     assert meeting is not None
-    two.meet(gpu)
-    assert two.meeting is meeting
+    two.connect(gpu)
+    assert two.connecting is meeting
     assert not meeting.done()
-    waiting = threading.Thread(target=two._met)
+    waiting = threading.Thread(target=two._wait_for_connection)
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
     go.set()
     waiting.join(60)
-    two.meet(gpu)
-    assert (two.meeting, begun) == (meeting, [gpu])
-    two.meeting = None  # this is everybody's
+    two.connect(gpu)
+    assert (two.connecting, begun) == (meeting, [gpu])
+    two.connecting = None  # this is everybody's
 
 
 def test_whatever_gpus_say_to_each_other_waits_until_they_have_met(
-    two: Several, monkeypatch: pytest.MonkeyPatch
+    two: DistributedRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Waits(Exception):
         pass
@@ -383,38 +383,45 @@ def test_whatever_gpus_say_to_each_other_waits_until_they_have_met(
     def spoken(*_: Any, **__: Any) -> None:
         pytest.fail("a call on GPUs before they have met")  # which would wait for the other rank for good
 
-    monkeypatch.setattr(two, "_met", waits)
-    monkeypatch.setattr(two, "total", list)
+    monkeypatch.setattr(two, "_wait_for_connection", waits)
+    monkeypatch.setattr(two, "sum", list)
     for name in ("all_reduce", "broadcast"):
         monkeypatch.setattr(ranks.dist, name, spoken)
     monkeypatch.setattr(ranks, "_all_gather", spoken)
     x = torch.eye(4)
     calls: list[Callable[[], object]] = [
-        lambda: two.pool([x], [], [1]), lambda: two.gather(x, 4), lambda: two.publish(x, 0), lambda: two.spread(x),
-    ]  # fmt: skip
+        lambda: two.all_reduce([x], [], [1]),
+        lambda: two.all_gather_rows(x, 4),
+        lambda: two.broadcast_async(x, 0),
+        lambda: two.broadcast_tensor(x),
+    ]
     for call in calls:
         with pytest.raises(Waits):
             call()
 
 
-def test_a_meeting_that_fails_says_so_where_it_is_needed(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_meeting_that_fails_says_so_where_it_is_needed(
+    two: DistributedRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(_: torch.device) -> None:
         raise RuntimeError("no way to the other GPU")
 
     monkeypatch.setattr(ranks, "_first_sum", fails)
-    two.meet(torch.device("cuda", 0))
+    two.connect(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="no way"):
-        two._met()
-    two.part()
-    two.meeting = None  # this is everybody's
+        two._wait_for_connection()
+    two.finish_connecting()
+    two.connecting = None  # this is everybody's
 
 
-def test_counts_are_summed_before_a_gpu_is_given_anything(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_summed_before_a_gpu_is_given_anything(
+    two: DistributedRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The host waits for the other hosts while GPUs still work."""
     order: list[str] = []
-    monkeypatch.setattr(two, "total", lambda counts: order.append("counts") or [2.0 * n for n in counts])
+    monkeypatch.setattr(two, "sum", lambda counts: order.append("counts") or [2.0 * n for n in counts])
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda _: order.append("sum"))
-    assert two.pool([torch.eye(3)], [torch.eye(3)], [4, 1]) == [8, 2]
+    assert two.all_reduce([torch.eye(3)], [torch.eye(3)], [4, 1]) == [8, 2]
     assert order == ["counts", "sum", "sum"]
 
 
@@ -424,10 +431,10 @@ class Placed(Ranks):
     def __init__(self) -> None:
         self.met: list[torch.device] = []
 
-    def place(self, device: torch.device) -> torch.device:
+    def device_of(self, device: torch.device) -> torch.device:
         return torch.device("meta") if device.type == "cuda" else device
 
-    def meet(self, device: torch.device) -> None:
+    def connect(self, device: torch.device) -> None:
         self.met.append(device)
 
 
@@ -441,11 +448,11 @@ def test_ranks_meet_where_each_is_placed_and_when_they_quantize(tmp_path: Path) 
     assert placed.met == [torch.device("meta"), CPU]
 
 
-def test_what_has_not_met_is_waited_for_before_the_end(two: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_not_met_is_waited_for_before_the_end(two: DistributedRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ending torch.distributed while NCCL meets leaves the other ranks there."""
     done: list[bool] = []
     monkeypatch.setattr(ranks, "_first_sum", lambda _: time.sleep(0.3) or done.append(True))
-    two.meet(torch.device("cuda", 0))
-    two.part()
+    two.connect(torch.device("cuda", 0))
+    two.finish_connecting()
     assert done == [True]
-    two.meeting = None
+    two.connecting = None

@@ -42,9 +42,9 @@ def main() -> None:
     """Entry point; where a launcher started several ranks, rank 0 runs the command and the others help."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from requant.cli.console import quiet
-        from requant.runtime.launch import together
+        from requant.runtime.launch import run_on_all_ranks
 
-        together(_command, quiet)
+        run_on_all_ranks(_command, quiet)
     else:
         _command()
 
@@ -253,12 +253,12 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
     from requant.run import run as run_recipe
     from requant.runtime import launch
 
-    hint = launch.idle_gpus(wanted.device, path)
+    hint = launch.idle_gpus_hint(wanted.device, path)
     if hint:
         print(hint, file=sys.stderr)
     try:
         with ConsoleWatcher() as watcher, quiet():
-            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest, ranks=launch.here())
+            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest, ranks=launch.current_ranks())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -44,7 +44,7 @@ def evaluate(
     wanted = _narrowed(scores, todo)
     told = ranks.call(
         score_part, replace(wanted, canaries=None), places, batch=batch, stream=stream,
-        own={"asking": scores.canaries, "progress": progress},
+        first_rank_only={"asking": scores.canaries, "progress": progress},
     )  # fmt: skip
     parts = [part(wanted, rank, ranks.count) for rank in range(ranks.count)]
     for variant, s in ((v, s) for v in todo for s in wanted.sets if not scores.file(v, s).exists()):
@@ -63,11 +63,11 @@ def score_part(
 
     asking: the canaries of the first rank, for a tokenizer does not travel.
     """
-    here = replace(wanted, device=ranks.place(wanted.device), canaries=asking)
+    here = replace(wanted, device=ranks.device_of(wanted.device), canaries=asking)
     mine = part(here, ranks.rank, ranks.count)
     mine.cache.mkdir(parents=True, exist_ok=True)
     told = evaluation.evaluate(mine, places, batch=batch, stream=stream, progress=progress)
-    every = ranks.everyone(told)
+    every = ranks.all_gather_objects(told)
     streamed = dict.fromkeys(name for one in every for name in one["streamed"])
     notes = [f"rank {rank}: {note}" for rank, one in enumerate(every) for note in one["notes"]]
     return told | {"streamed": list(streamed), "notes": notes}

@@ -46,7 +46,7 @@ class Quantizer:
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
         self.held_from = held_from
         self.deltas = deltas or (lambda _: None)
-        self.judging = ranks.tell(deltas is not None)  # the first rank judges: the others have no deltas
+        self.judging = ranks.broadcast(deltas is not None)  # the first rank judges: the others have no deltas
         self.costs = Costs()
         self.owed: tuple[int, Costs] | None = None  # the last block, until what it cost is known
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
@@ -144,7 +144,7 @@ class Quantizer:
             if grid is not None:
                 if self.ranks.first:
                     linear.weight.copy_(self.output.read(self._stored(prefix + name), grid.bits).to(self.walk.dtype))
-                self.ranks.spread(linear.weight)
+                self.ranks.broadcast_tensor(linear.weight)
         pass_on(self.walk, block, items, others)
         self.output.resume(index)
         self.walk.release(block)
@@ -157,7 +157,7 @@ class Quantizer:
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         moments = gather(
             inputs, next(iter(linears.values())).in_features, self.walk.device,
-            drifting=bool(self.settings.correct), held_from=self.held_from, pool=self.ranks.pool,
+            drifting=bool(self.settings.correct), held_from=self.held_from, pool=self.ranks.all_reduce,
         )  # fmt: skip
         if self.warming:
             self.warming.wait()
@@ -186,11 +186,11 @@ class Quantizer:
             return
         (index, costs), self.owed = self.owed, None
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
-        if not self.ranks.every(costs.finite()):
+        if not self.ranks.all(costs.finite()):
             raise StageError(
                 f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
             )
-        pool_experts(block, self.ranks.total)
+        pool_experts(block, self.ranks.sum)
         results = costs.results(lambda name: share_added(block, name.removeprefix(prefix)))
         self.results += results
         self.output.commit(index, [asdict(r) for r in results])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from requant.numerics import cholesky
 from requant.numerics.gptq import Factor
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 # Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
 BY_DRIFT = {"cpu": False, "cuda": True}
@@ -28,7 +28,7 @@ class Correction:
     Several ranks share the drift; rows they have shared before. Holds no more than what moves are still to be asked for.
     """
 
-    def __init__(self, drift: Tensor | None, weights: Sequence[Tensor], ranks: Ranks = ALONE) -> None:
+    def __init__(self, drift: Tensor | None, weights: Sequence[Tensor], ranks: Ranks = SINGLE_PROCESS) -> None:
         """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each, this rank's rows."""
         rows = sum(len(w) for w in weights) * ranks.count
         many = drift is not None and BY_DRIFT[drift.device.type] and rows > len(drift)
@@ -60,9 +60,9 @@ class Correction:
 
     def _solve(self, drift: Tensor, factor: Factor) -> None:
         """For this rank's columns, then all have all: also where one's factor failed, for the others wait for it."""
-        part = self.ranks.rows(drift)
+        part = self.ranks.own_rows(drift)
         own = torch.zeros_like(part) if factor.diagonal else _solved(part.T, factor).T
-        self.solved = self.ranks.gather(own, len(drift))
+        self.solved = self.ranks.all_gather_rows(own, len(drift))
 
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:

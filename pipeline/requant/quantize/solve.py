@@ -50,7 +50,7 @@ def solve_stage(
     for name in linears:
         like.setdefault(grids[name], []).append(name)
     with matmul_precision.tensor_cores():
-        own = {g: ranks.rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
+        own = {g: ranks.own_rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
         damp = _damp(settings, moments.tokens, len(moments.hessian))
         with _named(next(iter(linears))):
             order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
@@ -68,7 +68,7 @@ def solve_stage(
             part = gptq.quantize_weight(weight, hessian, factors[key], grid, order=order, sweeps=settings.sweeps)
             sizes = [linears[n].out_features for n in names]
             solutions = gather(part, sum(sizes), ranks).split(sizes)
-            weights = torch.split(ranks.gather(weight, sum(sizes)), sizes) if wanted else [None] * len(names)
+            weights = torch.split(ranks.all_gather_rows(weight, sum(sizes)), sizes) if wanted else [None] * len(names)
             del weight
             yield from (Solved(n, s, w, hessian) for n, s, w in zip(names, solutions, weights, strict=True))
 
@@ -76,7 +76,7 @@ def solve_stage(
 def cholesky_of(matrix: Tensor, *, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Factor fp32 [n, n] that all ranks hold, as `torch.linalg.cholesky_ex` does; it may be used up."""
     if ranks.count > 1 and len(matrix) >= SPLIT_FROM:
-        return shared_cholesky(matrix, ranks.rank, ranks.count, ranks.publish)
+        return shared_cholesky(matrix, ranks.rank, ranks.count, ranks.broadcast_async)
     lower, info = torch.linalg.cholesky_ex(matrix)
     return lower, info
 
@@ -85,10 +85,10 @@ def gather(part: gptq.Solution, rows: int, ranks: Ranks) -> gptq.Solution:
     """The solution of all `rows` rows, on every rank, out of what each has solved."""
     groups = part.scales.scale.shape[1]
     numbers = torch.cat([part.scales.scale, part.scales.zero, part.errors.T, part.rounded[:, None].float()], dim=1)
-    whole = torch.split(ranks.gather(numbers, rows), [groups, groups, len(part.errors), 1], dim=1)
+    whole = torch.split(ranks.all_gather_rows(numbers, rows), [groups, groups, len(part.errors), 1], dim=1)
     scale, zero, errors, rounded = whole
     return replace(
-        part, codes=ranks.gather(part.codes, rows), scales=Scales(scale.contiguous(), zero.contiguous()),
+        part, codes=ranks.all_gather_rows(part.codes, rows), scales=Scales(scale.contiguous(), zero.contiguous()),
         errors=errors.T, rounded=rounded[:, 0] > 0,
     )  # fmt: skip
 
@@ -118,5 +118,5 @@ def _order(
     if moments.halves is None:
         return "activation"
     return gptq.better_order(
-        weights, *moments.halves, grid, ("activation", "group"), damp, total=lambda loss: ranks.total([loss])[0]
+        weights, *moments.halves, grid, ("activation", "group"), damp, total=lambda loss: ranks.sum([loss])[0]
     )

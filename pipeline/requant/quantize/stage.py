@@ -30,7 +30,7 @@ from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, plan
 from requant.quantize.warmup import Warming, narrowest
 from requant.runtime.interpreter import quick_switches
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -40,7 +40,7 @@ Progress = Callable[[int, int, str], None]
 def quantize(
     source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
-    deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = ALONE,
+    deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = SINGLE_PROCESS,
     notes: list[str] | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
@@ -58,11 +58,11 @@ def quantize(
         skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
     )
     layout = plan(checkpoint, model, settings, dtype, where=source)
-    ranks.meet(device)
+    ranks.connect(device)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
     room = ROOM if ranks.count == 1 else ROOM_SHARED
-    walk.shelf = shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.every, room)
+    walk.shelf = shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.all, room)
     with (
         quick_switches(device),
         OnePass(walk.blocks, device, walk.dtype) as passes,
@@ -94,7 +94,7 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
         raise InputError(
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
         )
-    return ranks.place(device)
+    return ranks.device_of(device)
 
 
 def _held_from(batches: int, numbers: Sequence[int]) -> int | None:
@@ -110,7 +110,7 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
     goes on from here must compute the same numbers.
     """
     output, count = quantizer.output, len(quantizer.walk)
-    finished = quantizer.ranks.tell(output.finished())
+    finished = quantizer.ranks.broadcast(output.finished())
     started, told = time.monotonic(), 0
 
     def seen(done: int) -> None:

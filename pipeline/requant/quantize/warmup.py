@@ -21,7 +21,7 @@ from requant.numerics import cholesky, gptq, grid, triton_kernels
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings
 from requant.runtime.interpreter import quick_switches
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 ROWS = 64
@@ -87,9 +87,9 @@ def ahead(
         yield
 
 
-def meet(device: torch.device, *, ranks: Ranks = ALONE) -> None:
+def meet(device: torch.device, *, ranks: Ranks = SINGLE_PROCESS) -> None:
     """Called on all ranks: their GPUs find each other beside other work."""
-    ranks.meet(ranks.place(device))
+    ranks.connect(ranks.device_of(device))
 
 
 def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:

@@ -19,7 +19,7 @@ from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.stage_keys import Keys
 from requant.runtime.device import pick_device
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 
 class ProbeResult(TypedDict):
@@ -51,7 +51,9 @@ class RunContext:
     probe: ProbeResult | None = None
 
     @classmethod
-    def of(cls, prepared: Prepared, directory: RunDirectory, watcher: Watcher, ranks: Ranks = ALONE) -> RunContext:
+    def of(
+        cls, prepared: Prepared, directory: RunDirectory, watcher: Watcher, ranks: Ranks = SINGLE_PROCESS
+    ) -> RunContext:
         """Derive device, keys and scores from the recipe. The directory must be open: its cache is created."""
         device = pick_device(prepared.recipe.device)
         keys = Keys.of(prepared, directory, device)

@@ -16,7 +16,7 @@ from requant.merge.deltas import deltas
 from requant.quantize import gptqmodel_engine, warmup
 from requant.run.context import RunContext
 from requant.run.probe import probe
-from requant.runtime.ranks import ALONE
+from requant.runtime.ranks import SINGLE_PROCESS
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def compile_ahead(context: RunContext) -> AbstractContextManager[None]:
     finished = context.directory.result("quantize", context.keys.quantize) is not None
     if finished or context.recipe.quantize.engine != "requant":
         return nullcontext()
-    context.ranks.call(warmup.meet, context.device, own={})
+    context.ranks.call(warmup.meet, context.device, first_rank_only={})
     return warmup.ahead(
         p.sources.base, p.quantize.plan, p.quantize.settings, p.quantize.dtype, context.device,
         trust_remote_code=context.recipe.trust_remote_code,
@@ -66,12 +66,12 @@ def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
         function: Callable[..., Any] = quantize.quantize
         own["notes"] = notes
     else:
-        ranks, quantizer = ALONE, f"gptqmodel:{version('gptqmodel')}"
+        ranks, quantizer = SINGLE_PROCESS, f"gptqmodel:{version('gptqmodel')}"
         function = gptqmodel_engine.quantize
     plan, modules = ranks.call(
         function, merged, out, p.texts.calibration, p.quantize.settings, dtype=p.quantize.dtype,
         device=context.device, trust_remote_code=recipe.trust_remote_code, max_shard=recipe.merge.max_shard_bytes,
-        meta={"quantizer": [quantizer]}, own=own,
+        meta={"quantizer": [quantizer]}, first_rank_only=own,
     )  # fmt: skip
     proof = deploy.verify(
         out, source=merged, deploy=recipe.deploy, own=context.device, trust_remote_code=recipe.trust_remote_code

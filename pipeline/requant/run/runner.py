@@ -23,7 +23,7 @@ from requant.run.prepared import Prepared
 from requant.run.stages import STAGES, Stage, stage_named, stages_of
 from requant.runtime import measurements
 from requant.runtime.device import pick_device
-from requant.runtime.ranks import ALONE, Ranks
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 __all__ = ["Outcome", "Runner", "Until", "Watcher", "run"]
 
@@ -37,7 +37,7 @@ def run(
     until: Until = "report",
     watcher: Watcher | None = None,
     suggest: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Outcome:
     """Run a recipe up to and including the stage `until`; raises RequantError, leaving finished stages in place.
 

@@ -1,7 +1,7 @@
 """Runtime: the machine. Devices, pinned memory, several ranks, measurements.
 
     device          which device, how much of its memory is free, how fast it multiplies
-    ranks           what several processes at one model exchange   <- start here for several GPUs
+    ranks           communication between the processes that share a model   <- start here for several GPUs
     launch          one command on all ranks that a launcher such as torchrun started
     pinned_memory   page-locked host memory that is used again, and copies through it
     interpreter     thread switch interval and garbage collector while a GPU works

@@ -1,7 +1,7 @@
-"""One command on all ranks that a launcher such as torchrun started: joining, serving, and ending together.
+"""Runs one command on all ranks that a launcher such as torchrun started, and ends them together.
 
-Rank 0 runs the command, as if alone; the others wait until they are called. What fails on one rank ends all, and rank 0
-is the one who says why.
+Rank 0 runs the command as a single process would. The other ranks run the functions that rank 0 calls. A failure on one
+rank ends all ranks, and rank 0 reports the reason.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from requant.errors import InputError, RequantError
-from requant.runtime.ranks import ALONE, Ranks, Several
+from requant.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Ranks
 
 log = logging.getLogger(__name__)
-WAIT = timedelta(days=7)  # the others wait while rank 0 merges, evaluates and writes
-GRACE = 1.0  # seconds in which the first rank may see the same failure by itself
-HEARD = 10.0  # seconds for the first rank to say what failed elsewhere
-LAST = 3.0  # seconds for the others to leave before the first rank does
-FAILED, SAID, LEFT = "failed", "said", "left"
-_here: Ranks = ALONE
+WAIT = timedelta(days=7)  # how long ranks wait while rank 0 merges, evaluates and writes
+GRACE = 1.0  # seconds in which the first rank may detect another rank's failure by itself
+REPORT_WAIT = 10.0  # seconds for the first rank to report another rank's failure
+LEAVE_WAIT = 3.0  # seconds for the other ranks to end before the first one does
+FAILED, REPORTED, LEFT = "failed", "said", "left"  # keys of the store
+_current: Ranks = SINGLE_PROCESS
 
 
-def here() -> Ranks:
-    """The ranks that this process belongs to: alone, except inside of `join`."""
-    return _here
+def current_ranks() -> Ranks:
+    """The ranks that this process belongs to: a single process, except inside `join_ranks`."""
+    return _current
 
 
-def idle_gpus(device: str, recipe: object) -> str:
-    """One line that says how to start on all GPUs of this machine; empty where they are in use or not wanted."""
+def idle_gpus_hint(device: str, recipe: object) -> str:
+    """One line that says how to start on all GPUs of this machine; empty if all are in use or one was chosen."""
     gpus = torch.cuda.device_count()
-    if _here.count > 1 or gpus < 2 or device not in ("auto", "cuda"):
+    if _current.count > 1 or gpus < 2 or device not in ("auto", "cuda"):
         return ""
     return f"1 of {gpus} GPUs is used; for all: torchrun --standalone --nproc-per-node {gpus} -m requant run {recipe}"
 
 
 @contextmanager
-def join() -> Iterator[Several]:
-    """Meet the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+def join_ranks() -> Iterator[DistributedRanks]:
+    """Create the process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of the environment.
 
-    Raises InputError when there are more ranks than GPUs on a machine that has GPUs.
+    Raises InputError if a machine that has GPUs has more ranks than GPUs.
     """
-    global _here
+    global _current
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     started = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local + 1)
     if gpus:
@@ -64,78 +64,78 @@ def join() -> Iterator[Several]:
                 "CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         torch.cuda.set_device(local)
-        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice: what is left to the CPU would crawl
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default: too few threads for the work on the CPU
             torch.set_num_threads(max(1, _cores() // started))
     store, rank, count = next(rendezvous("env://", timeout=WAIT))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpus else "gloo", store=PrefixStore("group", store), rank=rank, world_size=count,
-        timeout=WAIT,
-    )  # fmt: skip
-    # What waits in a store holds up all that ask through the same, and NCCL waits there for its others.
-    own = store.clone() if hasattr(store, "clone") else store
-    ranks = _here = Several(local, PrefixStore("requant", own))
+    backend, group = "cpu:gloo,cuda:nccl" if gpus else "gloo", PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=count, timeout=WAIT)
+    # A call that waits in a store blocks every other call on the same connection, and NCCL waits in its store.
+    connection = store.clone() if hasattr(store, "clone") else store
+    ranks = _current = DistributedRanks(local, PrefixStore("requant", connection))
     try:
         yield ranks
     finally:
-        _here = ALONE
-        ranks.part()
+        _current = SINGLE_PROCESS
+        ranks.finish_connecting()
         dist.destroy_process_group()
 
 
 def _cores() -> int:
-    """That this process may run on."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def together(command: Callable[[], None], hushed: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-    """Run `command` on the first rank and serve it on the others; each leaves with its own exit code.
+def run_on_all_ranks(
+    command: Callable[[], None], silenced: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    """Run `command` on the first rank and serve its calls on the others; each process ends with its own exit code.
 
-    hushed: inside of it the others print nothing, for the first rank speaks for all.
+    silenced: context manager in which the other ranks print nothing, since the first rank prints for all.
     """
     try:
-        with join() as ranks:
+        with join_ranks() as ranks:
             ranks.watching = threading.Thread(target=_watch, args=(ranks,), daemon=True)
             ranks.watching.start()
             if ranks.first:
-                _lead(ranks, command)
+                _run_first(ranks, command)
             else:
-                _follow(ranks, hushed)
+                _run_other(ranks, silenced)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
-def _lead(ranks: Several, command: Callable[[], None]) -> None:
+def _run_first(ranks: DistributedRanks, command: Callable[[], None]) -> None:
     try:
         command()
     except BaseException as error:
         if ranks.called:
-            code = _described(error)[1]
+            code = _message_and_code(error)[1]
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
-            ranks.store.set(SAID, "")
-            _fail(ranks, "", code)
-            _leave(ranks, code)
+            ranks.store.set(REPORTED, "")
+            _store_failure(ranks, "", code)
+            _exit(ranks, code)
         raise
     finally:
         ranks.dismiss()
 
 
-def _follow(ranks: Several, hushed: Callable[[], AbstractContextManager[None]]) -> None:
+def _run_other(ranks: DistributedRanks, silenced: Callable[[], AbstractContextManager[None]]) -> None:
     logging.getLogger("requant").addHandler(logging.NullHandler())  # the first rank logs for all
     try:
-        with hushed():
+        with silenced():
             ranks.serve()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the others must not wait for this rank
-        text, code = _described(error)
-        _fail(ranks, text, code)
-        _await_said(ranks, text)
-        _leave(ranks, code)
+    except BaseException as error:  # noqa: BLE001 - after any error the other ranks must not wait for this one
+        message, code = _message_and_code(error)
+        _store_failure(ranks, message, code)
+        _wait_until_reported(ranks, message)
+        _exit(ranks, code)
 
 
-def _described(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+def _message_and_code(error: BaseException) -> tuple[str, int]:
+    """Message and exit code of an error."""
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
@@ -147,60 +147,63 @@ def _described(error: BaseException) -> tuple[str, int]:
     return "".join(traceback.format_exception(error)), 1
 
 
-def _fail(ranks: Several, text: str, code: int) -> None:
-    """Tell all that it is over, unless somebody did before."""
-    with suppress(dist.DistError):  # the store went with the first rank
-        ranks.store.compare_set(FAILED, "", json.dumps({"rank": ranks.rank, "text": text, "code": code}))
+def _store_failure(ranks: DistributedRanks, message: str, code: int) -> None:
+    """Record this rank's failure in the store, unless another rank's is there."""
+    with suppress(dist.DistError):  # the store ended with the first rank
+        ranks.store.compare_set(FAILED, "", json.dumps({"rank": ranks.rank, "text": message, "code": code}))
 
 
-def _await_said(ranks: Several, text: str) -> None:
-    """Stay until the first rank has said why: its own calls fail once this one has left. Else say it here."""
-    until = time.monotonic() + HEARD
+def _wait_until_reported(ranks: DistributedRanks, message: str) -> None:
+    """Wait until the first rank has reported this failure; if it does not, report it here.
+
+    The first rank's collective calls fail once this process has ended, which would hide the reason.
+    """
+    until = time.monotonic() + REPORT_WAIT
     with suppress(dist.DistError):
         while time.monotonic() < until:
-            if ranks.store.check([SAID]):
+            if ranks.store.check([REPORTED]):
                 return
             time.sleep(0.1)
-        print(f"error: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
+        print(f"error: rank {ranks.rank}: {message}", file=sys.stderr, flush=True)
 
 
-def _watch(ranks: Several) -> None:
-    """End this process when another has failed: it may be waiting for one that never comes."""
+def _watch(ranks: DistributedRanks) -> None:
+    """End this process when another rank has failed; a collective call would wait for that rank forever."""
     while not ranks.over.wait(0.2):
         try:
-            known = ranks.store.check([FAILED])
+            failed = ranks.store.check([FAILED])
         except dist.DistError:
-            _leave(ranks, 1)  # the store was the first rank's own, and that is gone
-        if known:
-            return _end_with(ranks, json.loads(ranks.store.get(FAILED)))
+            _exit(ranks, 1)  # the store was in the first rank's process, which has ended
+        if failed:
+            return _end_after(ranks, json.loads(ranks.store.get(FAILED)))
 
 
-def _end_with(ranks: Several, failed: Mapping[str, Any]) -> None:
-    """End as the rank that has failed does."""
-    if failed["rank"] == ranks.rank:
+def _end_after(ranks: DistributedRanks, failure: Mapping[str, Any]) -> None:
+    """End with the exit code of the rank that failed; the first rank reports the failure."""
+    if failure["rank"] == ranks.rank:
         return
     time.sleep(GRACE)
     if ranks.first:
         if not ranks.failing.acquire(blocking=False):
-            return  # the main thread is failing too, and says why
-        if failed["text"]:
-            log.error("stopped: rank %d: %s", failed["rank"], failed["text"])
-            print(f"error: rank {failed['rank']}: {failed['text']}", file=sys.stderr, flush=True)
-        ranks.store.set(SAID, "")
-    _leave(ranks, failed["code"])
+            return  # the main thread is failing too, and reports the reason
+        if failure["text"]:
+            log.error("stopped: rank %d: %s", failure["rank"], failure["text"])
+            print(f"error: rank {failure['rank']}: {failure['text']}", file=sys.stderr, flush=True)
+        ranks.store.set(REPORTED, "")
+    _exit(ranks, failure["code"])
 
 
-def _leave(ranks: Several, code: int) -> NoReturn:
-    """End at once, from any thread: a collective that waits for others cannot be interrupted. As good as a kill to the files.
+def _exit(ranks: DistributedRanks, code: int) -> NoReturn:
+    """End the process at once, from any thread; a collective call that waits for other ranks cannot be interrupted.
 
-    The first rank goes last, for the store may be its own.
+    Open files are left as a kill would leave them. The first rank ends last, since the store may be in its process.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    until = time.monotonic() + LAST
+    until = time.monotonic() + LEAVE_WAIT
     with suppress(dist.DistError):
-        gone = ranks.store.add(LEFT, 0 if ranks.first else 1)
-        while ranks.first and gone < ranks.count - 1 and time.monotonic() < until:
+        left = ranks.store.add(LEFT, 0 if ranks.first else 1)
+        while ranks.first and left < ranks.count - 1 and time.monotonic() < until:
             time.sleep(0.05)
-            gone = ranks.store.add(LEFT, 0)
+            left = ranks.store.add(LEFT, 0)
     os._exit(code)

@@ -26,7 +26,7 @@ from requant.quantize.block_quantizer import Quantizer
 from requant.quantize.memory import exact_apart, may_wait
 from requant.quantize.plan import Plan, Settings
 from requant.runtime import measurements
-from requant.runtime.ranks import ALONE
+from requant.runtime.ranks import SINGLE_PROCESS
 
 MORE = 2  # batches by which the second rehearsal is longer than the first
 TILE = 2**20
@@ -159,7 +159,7 @@ class Rehearsal:
             compared(walk, items[: {0: 0, 1: count}.get(apart, 1)])
             walk.forget(0)
             walk.load(index)
-            quantizer = Quantizer(walk, plan, settings, Output(), ALONE, held_from=None, deltas=deltas)
+            quantizer = Quantizer(walk, plan, settings, Output(), SINGLE_PROCESS, held_from=None, deltas=deltas)
             quantizer.aside = True  # nothing is set aside for one block
             return cost_of(self.device, lambda: quantizer.block(index, items))
 
