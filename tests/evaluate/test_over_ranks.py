@@ -86,7 +86,7 @@ def test_parts_make_the_whole(
             assert (a.kl is None) == (b.kl is None)
             if a.kl is not None and b.kl is not None:
                 assert np.abs(a.kl - b.kl).max() < 1e-5
-                assert (a.agree == b.agree).mean() > 0.99
+                assert (a.agree != b.agree).sum() <= 2, "where the two best logits are the same but for rounding"
     assert not three.missing()
     monkeypatch.setattr(variants, "load", lambda *_, **__: pytest.fail("all of it was there"))
     for file in (tmp_path / "three").glob("gptq-*"):

@@ -78,7 +78,7 @@ def test_streamed_scores_are_the_whole_models(
         for variant, ours in by_variant.items():
             theirs = kept(finished, name, variant)
             np.testing.assert_allclose(ours.nll, theirs.nll, atol=2e-5)
-            assert (ours.top1 != theirs.top1).mean() < 0.01
+            assert (ours.top1 != theirs.top1).sum() <= 2, "where the two best logits are the same but for rounding"
             assert ours.runtime == streamed.RUNTIMES[variant]
             assert theirs.runtime == variants.RUNTIMES[variant]
             if variant != "adapter":

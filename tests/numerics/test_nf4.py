@@ -191,7 +191,9 @@ def test_nested_scales_are_nearest_and_bitsandbytes_at_most_a_step_away() -> Non
     assert int((codes.int() - reference.int()).abs().max()) <= 1
     assert torch.equal(scale, state.absmax)
     theirs_off = (levels[reference.long()].double() - wanted.double()).abs()[different]
-    assert bool((theirs_off >= got[different]).all()), "where they differ, ours is the nearer one"
+    assert bool((theirs_off >= got[different] - 2e-7).all()), (
+        "where they differ, ours is the nearer one, but for rounding"
+    )
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -84,7 +84,8 @@ def test_the_merged_model_is_the_adapter(finished: Path) -> None:
     for number in range(2):
         merged = edge(report, "adapter", "merged", number)
         assert abs(merged["delta"]["value"]) < 1e-4
-        assert merged["agreement"]["value"] == 1
+        undecided = 2 / report["sets"][number]["n_scored"]  # tokens whose two best logits are the same but for rounding
+        assert merged["agreement"]["value"] >= 1 - undecided
     assert edge(report, "base", "adapter")["delta"]["value"] < -0.3, "the pico adapter learned something"
     assert report["facts"]["merge"]["dtype"] == "float32"
     assert report["facts"]["merge"]["ledger"]["adapter"] == {"consumed": 28, "folds": 14, "replaced": 0}

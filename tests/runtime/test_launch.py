@@ -168,7 +168,8 @@ def assert_same_numbers(got: dict[str, Any], wanted: dict[str, Any]) -> None:
     for edge, alone in zip(got["edges"], wanted["edges"], strict=True):
         assert (edge["from"], edge["to"]) == (alone["from"], alone["to"])
         if alone["agreement"] is not None and alone["to"] != "gptq":
-            assert edge["agreement"]["value"] == pytest.approx(alone["agreement"]["value"], abs=1e-9)
+            undecided = 2 / wanted["n_scored"]  # tokens whose two best logits are the same but for rounding
+            assert edge["agreement"]["value"] == pytest.approx(alone["agreement"]["value"], abs=undecided)
             assert edge["kl"]["mean"]["value"] == pytest.approx(alone["kl"]["mean"]["value"], rel=1e-3, abs=1e-9)
 
 

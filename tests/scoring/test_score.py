@@ -78,6 +78,14 @@ def slow(model: Any, eval_set: EvalSet) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def decided(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Where the two best are further apart than fp32 rounding by far, bool [n]: elsewhere either may be the best."""
+    best = log_probabilities.topk(2).values
+    apart: torch.Tensor = best[:, 0] - best[:, 1] > 1e-3
+    assert apart.double().mean() > 0.9
+    return apart
+
+
 def targets(eval_set: EvalSet) -> torch.Tensor:
     return torch.cat([w.ids[w.scored] for w in eval_set.windows])
 
@@ -90,7 +98,7 @@ def test_score_is_the_slow_loop(kind: str, eval_set: EvalSet) -> None:
     wanted = targets(eval_set)
     nll = -expected.gather(1, wanted[:, None])[:, 0].numpy()
     np.testing.assert_allclose(got.nll, nll, rtol=1e-5, atol=1e-5)
-    assert (got.top1 == (expected.argmax(-1) == wanted).numpy()).all()
+    assert (got.top1 == (expected.argmax(-1) == wanted).numpy())[decided(expected).numpy()].all()
     assert got.document.tolist() == [w.document for w in eval_set.windows for _ in range(int(w.scored.sum()))]
     assert (got.nonfinite, got.digest, got.kl, got.agree) == (0, eval_set.digest, None, None)
     assert len(got.nll) == eval_set.n_scored
@@ -132,7 +140,7 @@ def test_kl_and_agreement_are_the_slow_loops(kind: str, eval_set: EvalSet, tmp_p
     assert got.kl is not None
     assert got.agree is not None
     np.testing.assert_allclose(got.kl, (r.exp() * (r - v)).sum(-1).numpy(), rtol=1e-4, atol=1e-6)
-    assert (got.agree == (r.argmax(-1) == v.argmax(-1)).numpy()).all()
+    assert (got.agree == (r.argmax(-1) == v.argmax(-1)).numpy())[(decided(r) & decided(v)).numpy()].all()
     assert 0 < got.agree.mean() < 1 or got.kl.mean() > 0.1
 
 
