@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from requant import recipe as recipes
-from requant.recipe.schema import Recipe
+from requant.recipe import Recipe
 
 VOCABULARY = 300
 LENGTH = 64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from requant.recipe.schema import load
+from requant.recipe import load
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*/recipe.yaml"))

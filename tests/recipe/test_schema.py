@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requant.errors import RecipeError
-from requant.recipe import yaml_document
+from requant.recipe import Recipe, dump, json_schema, load, parse, yaml_document
 from requant.recipe.fields import Source
 from requant.recipe.model_sections import Nf4
-from requant.recipe.schema import Recipe, dump, json_schema, load, parse
 
 GOOD = """\
 name: tiny

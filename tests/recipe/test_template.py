@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from requant.errors import InputError
-from requant.recipe import yaml_document
+from requant.recipe import Recipe, dump, parse, yaml_document
 from requant.recipe.model_sections import Nf4
-from requant.recipe.schema import Recipe, dump, parse
 from requant.recipe.template import starter
 
 

@@ -18,7 +18,7 @@ from requant.cli.report_commands import Junit
 from requant.errors import RecipeError, RequantError
 
 if TYPE_CHECKING:
-    from requant.recipe.schema import Recipe
+    from requant.recipe import Recipe
     from requant.run.check.delta_prediction import Prediction
     from requant.run.prepared import Prepared
 
@@ -104,7 +104,7 @@ def schema(
     if report:
         return report_commands.schema_of_reports()
 
-    from requant.recipe.schema import json_schema
+    from requant.recipe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

@@ -1,4 +1,4 @@
-"""pydantic's errors about a recipe as problem lines: what stands there, what was expected, at the line it stands on."""
+"""Validation errors of pydantic as lines for the user: file, line, key, value, expected."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from requant.recipe.yaml_document import Document, KeyPath, show_value
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The one section class inside a field's annotation."""
+    """The section class inside a field's annotation, None without one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_section_of, get_args(annotation))), None)
 
 
 def _known_keys(root: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys of the section at `path`; list positions and module patterns are stepped over."""
+    """The keys of the section at `path`; list positions and module patterns are skipped."""
     section = root
     for step in path:
         field = section.model_fields.get(str(step))
@@ -56,7 +56,7 @@ _PHRASES: dict[str, str] = {
 
 def add_validation_errors(document: Document, root: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> None:
     """Turn pydantic's error dicts into problem lines of `document`. root: the class of the whole recipe."""
-    wanted: dict[KeyPath, tuple[Any, list[str]]] = {}
+    expected_at: dict[KeyPath, tuple[Any, list[str]]] = {}
     located = [(_locate(document.data, error), error) for error in errors]
     for path, error in located:
         kind, context = error["type"], error.get("ctx", {})
@@ -67,18 +67,18 @@ def add_validation_errors(document: Document, root: type[BaseModel], errors: Seq
             document.report(path, _unknown_key(str(path[-1]), _known_keys(root, path[:-1])))
         elif kind == "missing":
             document.report(path, "required key is missing")
-        elif kind == "literal_error" and any(_meant(path, *other) for other in located):
-            pass  # the other arm of a union was meant, and has its own errors
+        elif kind == "literal_error" and any(_section_was_meant(path, *other) for other in located):
+            pass  # the other member of the union was meant, and has its own errors
         else:
-            wanted.setdefault(path, (error["input"], []))[1].append(_expectation(error))
-    for path, (value, phrases) in wanted.items():
+            expected_at.setdefault(path, (error["input"], []))[1].append(_expectation(error))
+    for path, (value, phrases) in expected_at.items():
         expected = " or ".join(dict.fromkeys(phrases))
         document.report(
             path, f"empty, expected {expected}" if value is None else f"{show_value(value)} is not {expected}"
         )
 
 
-def _meant(path: KeyPath, other: KeyPath, error: Mapping[str, Any]) -> bool:
+def _section_was_meant(path: KeyPath, other: KeyPath, error: Mapping[str, Any]) -> bool:
     """Whether another error shows that a section was meant at `path`."""
     return other[: len(path)] == path and (other != path or "problems" in error.get("ctx", {}))
 

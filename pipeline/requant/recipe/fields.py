@@ -1,4 +1,7 @@
-"""Field types and helpers that all sections of a recipe share."""
+"""Field types, checks and base classes that all sections of a recipe share.
+
+Sections are frozen, strict pydantic models: unknown keys are errors and nothing is coerced.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ PATTERNS = {
     DEVICE: "one of auto, cpu, cuda, cuda:N",
     SIZE: "a size such as 5GB or 500MB",
 }
-"""Each regular expression of the schema, in words for error messages."""
+"""Regular expression of the schema -> its meaning in words, for error messages."""
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -57,13 +60,19 @@ def absolute(path: str, directory: Path) -> Path:
     return Path(os.path.abspath(directory / os.path.expanduser(path)))
 
 
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size that matches `SIZE`: GB is 10^9, GiB is 2^30."""
+    unit = text.lstrip("0123456789. ")
+    return int(float(text.removesuffix(unit)) * _UNITS[unit])
+
+
 def looks_local(path: str) -> bool:
     """Whether the spelling alone says that this is a path and not a hub id."""
     return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
 
 
 def check_source(key: str, path: str, revision: str | None, info: ValidationInfo) -> None:
-    """Reject a revision of a local path and, when the recipe's directory is known, what is no hub id."""
+    """Reject a revision of a local path and, if the recipe's directory is known, text that is neither path nor hub id."""
     if looks_local(path):
         if revision is not None:
             fail((("revision",), f"only a hub id has one, and {key} {path!r} is a local path: remove it"))
@@ -75,7 +84,7 @@ def check_source(key: str, path: str, revision: str | None, info: ValidationInfo
 
 
 def _whole(value: object) -> object:
-    """A `Literal` of numbers alone would take 4.0 for 4 and true for 1."""
+    """Reject booleans and floats, since `Literal[1, 4]` accepts true and 4.0."""
     if isinstance(value, bool | float):
         fail(((), f"{show_value(value)} is not a whole number"))
     return value

@@ -1,4 +1,4 @@
-"""The recipe's section about gates: how much loss is acceptable. What a gate means: `requant_eval.gate`."""
+"""Recipe section gates: how much loss is acceptable. Rules and units: `requant_eval.gate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Gate(Section):
     )
 
     def rule(self) -> gate.Gate:
-        """As the judge knows it."""
+        """The gate as `requant_eval` evaluates it."""
         return gate.make(self.metric, self.set, most=self.max, least=self.min, relative_to=self.relative_to)
 
     @model_validator(mode="after")
@@ -45,15 +45,17 @@ Gates = Annotated[tuple[Gate, ...], AsTuple]
 
 
 def undecidable(gates: Sequence[Gate], evaluate: Evaluate) -> list[tuple[KeyPath, str]]:
-    """Gates that the evaluation cannot decide, as (steps, message)."""
+    """Gates that the evaluation cannot decide, as (key path, message)."""
     found: list[tuple[KeyPath, str]] = []
     names = [item.name for item in evaluate.sets]
-    home = evaluate.in_domain or names[0]
+    in_domain = evaluate.in_domain or names[0]
     for i, item in enumerate(gates):
         if item.set not in names:
             found.append(((i, "set"), f"{item.set!r} is not the name of a set: {', '.join(names)}"))
-        elif gate.METRICS[item.metric].in_domain and item.set != home:
-            found.append(((i, "set"), f"{item.metric} is measured on the in-domain set, {home!r}: evaluate.in_domain"))
+        elif gate.METRICS[item.metric].in_domain and item.set != in_domain:
+            found.append(
+                ((i, "set"), f"{item.metric} is measured on the in-domain set, {in_domain!r}: evaluate.in_domain")
+            )
         if not {"gptq", "healed"} & {str(name) for name in evaluate.variants}:
             found.append(((i,), "gptq is what ships and is judged: add it to evaluate.variants"))
         if item.relative_to is not None and item.relative_to not in evaluate.variants:

@@ -1,4 +1,4 @@
-"""The recipe's section `heal`: whether and how the quantized checkpoint is distilled towards the merged model."""
+"""Recipe section heal: how the quantized checkpoint is distilled towards the merged model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The recipe's sections about models: base, adapter, merge, quantize, output; and what every section shares.
+"""Recipe sections about models: base, adapter, merge, quantize, output.
 
-Frozen, strict pydantic models: unknown keys are errors and nothing is coerced. A check of two keys stands at
-the later one, so that it runs whatever else is wrong in the section. Loading and messages are `recipe`.
+A check of two keys is a validator of the later one, so that it runs whatever else is wrong in the section.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pydantic import (
 )
 
 from requant.recipe.fields import (
-    _UNITS,
     SIZE,
     AnySource,
     AsTuple,
@@ -30,6 +28,7 @@ from requant.recipe.fields import (
     Whole,
     check_source,
     fail,
+    size_in_bytes,
     unique,
 )
 from requant.recipe.yaml_document import KeyPath
@@ -60,7 +59,7 @@ class WeightedAdapter(Source):
 
     @field_validator("weight")
     @classmethod
-    def _not_nothing(cls, weight: float) -> float:
+    def _not_zero(cls, weight: float) -> float:
         if weight == 0:
             fail(((), "0 leaves this adapter out: remove it from the list"))
         return weight
@@ -132,8 +131,7 @@ class Merge(Section):
     @property
     def max_shard_bytes(self) -> int:
         """`max_shard` in bytes: GB is 10^9, GiB is 2^30."""
-        unit = self.max_shard.lstrip("0123456789. ")
-        return int(float(self.max_shard.removesuffix(unit)) * _UNITS[unit])
+        return size_in_bytes(self.max_shard)
 
 
 class Override(Section):

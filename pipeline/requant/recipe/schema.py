@@ -1,7 +1,6 @@
-"""What the user asked for: the recipe as a whole, and a readable error for everything that it cannot mean.
+"""The whole recipe: load, parse, dump, JSON Schema, and checks that involve several sections.
 
 Reads no weights, imports neither torch nor transformers.
-The sections are in `recipe_model` and `recipe_text`, YAML in `yaml_source`.
 """
 
 from __future__ import annotations
@@ -19,45 +18,15 @@ from requant.recipe.error_messages import add_validation_errors
 from requant.recipe.fields import DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, absolute, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
 from requant.recipe.heal_section import Heal
-from requant.recipe.model_sections import Base, Merge, Nf4, Output, Override, Quantize, WeightedAdapter
+from requant.recipe.model_sections import Base, Merge, Output, Quantize, WeightedAdapter
 from requant.recipe.text_sections import (
     AnyCanaries,
     Calibration,
-    Canaries,
-    Data,
-    EvalSet,
     Evaluate,
-    Format,
-    MixEntry,
-    Variant,
 )
 from requant.recipe.yaml_document import KeyPath
 
-__all__ = [
-    "Base",
-    "Calibration",
-    "Canaries",
-    "Data",
-    "EvalSet",
-    "Evaluate",
-    "Format",
-    "Gate",
-    "Heal",
-    "Merge",
-    "MixEntry",
-    "Nf4",
-    "Output",
-    "Override",
-    "Quantize",
-    "Recipe",
-    "Source",
-    "Variant",
-    "WeightedAdapter",
-    "dump",
-    "json_schema",
-    "load",
-    "parse",
-]
+__all__ = ["Recipe", "dump", "json_schema", "load", "parse"]
 
 
 class Recipe(Section):
@@ -191,7 +160,7 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = 
     """
     document = yaml_document.read(text, source)
     if overrides:
-        _spell_out_sources(document.data)
+        _expand_sources(document.data)
     for setting in overrides:
         document.override(setting)
     document.interpolate()
@@ -213,23 +182,23 @@ def dump(recipe: Recipe, directory: Path | None = None) -> str:
         directory: where the text will be saved; relative input paths are rewritten as seen from there.
     """
     data = recipe.model_dump(mode="json")
-    return yaml_document.write(_moved(data, recipe.directory, directory) if directory else data)
+    return yaml_document.write(_with_paths_from(data, recipe.directory, directory) if directory else data)
 
 
-def _moved(value: Any, old: Path, new: Path) -> Any:
-    """Dumped data with relative local paths of `old` as seen from `new`."""
+def _with_paths_from(value: Any, old: Path, new: Path) -> Any:
+    """Dumped data whose relative local paths start at `new` instead of `old`."""
     if isinstance(value, list):
-        return [_moved(item, old, new) for item in value]
+        return [_with_paths_from(item, old, new) for item in value]
     if not isinstance(value, dict):
         return value
-    moved = {key: _moved(item, old, new) for key, item in value.items()}
-    for key in {"path", "model"} & moved.keys():
-        text = moved[key]
+    rewritten = {key: _with_paths_from(item, old, new) for key, item in value.items()}
+    for key in {"path", "model"} & rewritten.keys():
+        text = rewritten[key]
         if not isinstance(text, str) or text.startswith(("/", "~")):
             continue
-        if "dataset" in moved or Source(path=text).is_local(old):
-            moved[key] = f"./{os.path.relpath(absolute(text, old), new)}"
-    return moved
+        if "dataset" in rewritten or Source(path=text).is_local(old):
+            rewritten[key] = f"./{os.path.relpath(absolute(text, old), new)}"
+    return rewritten
 
 
 def json_schema() -> dict[str, Any]:
@@ -239,8 +208,8 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "requant recipe"}
 
 
-def _spell_out_sources(data: dict[str, Any]) -> None:
-    """`adapter: x` -> `adapter: {path: x}` and the like, so that an override can reach adapter.revision."""
+def _expand_sources(data: dict[str, Any]) -> None:
+    """Expand `adapter: x` to `adapter: {path: x}` and the like, so that `--set adapter.revision=...` has a key."""
     base = data.get("base")
     for section, key in ((data, "adapter"), (data, "canaries"), (base, "original")):
         if isinstance(section, dict) and isinstance(section.get(key), str):

@@ -1,6 +1,6 @@
-"""A first recipe for an adapter: what adapter_config.json tells is filled in, the rest is explained.
+"""Starter recipe for an adapter (`requant init`): adapter_config.json filled in, comments for the rest.
 
-Reads two small JSON files and no weights. What a key may hold is `recipe`'s business.
+Reads two small JSON files and no weights.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _is_path(text: str) -> bool:
 
 
 def _as_path(text: str) -> str:
-    """A hub id as it is, a path so that it is read as one."""
+    """A hub id unchanged, a path with a prefix that marks it as one."""
     if _is_path(text) or text in (".", ".."):
         return text
     local = os.path.exists(text) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII)
@@ -163,7 +163,7 @@ def _slug(adapter: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Plain where YAML surely reads it back as this text, else in double quotes."""
+    """The text unquoted where YAML reads it back unchanged, else in double quotes."""
     if re.fullmatch(r"[./~]*[A-Za-z][\w./-]*/[\w./-]*[A-Za-z][\w.-]*", text, re.ASCII):
         return text
     if text.isprintable():

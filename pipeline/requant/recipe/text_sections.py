@@ -1,4 +1,4 @@
-"""The recipe's sections about text: data, calibration, evaluation. The rest: `recipe_model`."""
+"""Recipe sections about text: data, calibration, evaluation sets, canaries."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""YAML text -> plain data that remembers where each key came from, and its problem lines.
+"""YAML 1.2 document that records the line of each key, for messages.
 
-Knows YAML 1.2, `--set` overrides and `${env:VAR}`. Knows no key of the recipe.
+Includes `--set` overrides and `${env:VAR}`. Independent of the recipe's keys.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Document:
         self._problems.append((order, f"{prefix}: {message}"))
 
     def mark(self, path: KeyPath, node: Node) -> None:
-        """Remember the line (from 1) on which the key or item at `path` starts."""
+        """Record the line (from 1) on which the key or item at `path` starts."""
         line = node.start_mark.line + 1
         self._marks[path] = (line, f"{self.source}:{line}")
 
     def override(self, setting: str) -> None:
-        """Apply one `--set key.path=value`: YAML; a key that holds a dot stands in double quotes."""
+        """Apply one `--set key.path=value`: YAML; a key that contains a dot is in double quotes."""
         match = _SET.fullmatch(setting)
         if match is None:
             self._problems.append((_LAST, f"--set {setting}: expected key.path=value, such as --set quantize.bits=3"))
@@ -79,7 +79,7 @@ class Document:
             self._problems.append((_LAST, f"{label}: {message}"))
 
     def _assign(self, steps: list[str], value: Any, label: str) -> str:
-        """Put `value` at the end of `steps`, making sections on the way; returns what is wrong, or ''."""
+        """Set `value` at the path `steps`, creating sections; returns what is wrong, or an empty text."""
         holder, path = self.data, KeyPath()
         for depth, step in enumerate(steps):
             key: str | int = step
@@ -250,7 +250,7 @@ def _scalar(node: ScalarNode) -> Any:
 
 
 def show_path(path: KeyPath) -> str:
-    """`quantize.overrides."*.down_proj".bits`: steps that hold a dot are quoted, as `--set` wants them."""
+    """`quantize.overrides."*.down_proj".bits`: steps that contain a dot are quoted, as in `--set`."""
     return ".".join(f'"{step}"' if "." in str(step) else str(step) for step in path)
 
 

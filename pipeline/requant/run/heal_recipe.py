@@ -12,8 +12,8 @@ from torch import Tensor
 from requant.data.documents import Tokens
 from requant.heal.plan import Fit, Shape, choose
 from requant.heal.trainer import Settings
+from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal
-from requant.recipe.schema import Recipe
 from requant.run import recipe_texts
 from requant.runtime.device import pick_device
 

@@ -15,8 +15,8 @@ from requant.data import overlap, packing
 from requant.data.documents import Source, Tokens, adds_bos, read_texts, tokenize
 from requant.errors import InputError
 from requant.merge.plan import MergePlan
+from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal
-from requant.recipe.schema import Recipe
 from requant.recipe.text_sections import Data
 
 if TYPE_CHECKING:
