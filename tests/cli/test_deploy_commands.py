@@ -11,7 +11,7 @@ from helpers import e2e
 from helpers.command_line import Here, answers
 from helpers.e2e import edit_json, one_thread
 
-from requant.deploy import stage as verify
+from requant.deploy.verification import RESULTS
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_what_engines_said_reaches_the_report_and_the_card(
     answers(monkeypatch, 0.001)
     assert here("verify", str(ran / "pico" / "gptq"), "--with", "vllm") == 0
     assert "vllm       perplexity" in here.out
-    assert json.loads((ran / "pico" / verify.RESULTS["quantize"]).read_text())["engines"][0]["ok"] is True
+    assert json.loads((ran / "pico" / RESULTS["quantize"]).read_text())["engines"][0]["ok"] is True
     with one_thread():
         again = e2e.run(project, ran)
     assert again.ran == ["report"]

@@ -20,12 +20,12 @@ from requant.evaluate import variants
 
 def test_agreement_is_the_log_ratio_of_perplexities_within_the_rounding_of_the_dtype() -> None:
     ours = [[1.0, 2.0], [3.0]]
-    answer = Answer("vllm", "bfloat16", nll=((1.0, 2.0), (3.03,)))
+    answer = Answer(engine="vllm", dtype="bfloat16", nll=((1.0, 2.0), (3.03,)))
     assert answer.difference(ours) == pytest.approx(0.01)
     assert answer.agrees(ours)
-    assert not Answer("vllm", "float32", nll=answer.nll).agrees(ours)
-    assert not Answer("vllm", "bfloat16", nll=((1.0, 2.0), (float("nan"),))).agrees(ours)
-    assert not Answer("vllm", "bfloat16", error="OutOfMemoryError: no").agrees(ours)
+    assert not Answer(engine="vllm", dtype="float32", nll=answer.nll).agrees(ours)
+    assert not Answer(engine="vllm", dtype="bfloat16", nll=((1.0, 2.0), (float("nan"),))).agrees(ours)
+    assert not Answer(engine="vllm", dtype="bfloat16", error="OutOfMemoryError: no").agrees(ours)
 
 
 def test_the_interpreter_is_the_environments_then_the_projects_then_this(
@@ -161,7 +161,9 @@ def test_a_checkpoint_that_its_engine_misreads_is_not_put_in_place(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        engine_processes, "ask", lambda engine, *_, **__: Answer(engine, "float32", error="ValueError: no kernel")
+        engine_processes,
+        "ask",
+        lambda engine, *_, **__: Answer(engine=engine, dtype="float32", error="ValueError: no kernel"),
     )
     with pytest.raises(StageError, match=r"transformers: does not load it: ValueError: no kernel"):
         run(project, tmp_path, {"deploy": ["transformers"]}, until="quantize")

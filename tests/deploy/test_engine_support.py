@@ -245,7 +245,7 @@ def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
         for name in ("transformers", "gptqmodel")
         for kernel in ("Torch", "TorchAten", "Triton", "Marlin")
     }
-    assert {(n, k.name) for n, k in offered if k.lacks(signed) is None} == gptqmodel | {("vllm", "CPUWNA16")}
-    unproven = [k for _, k in offered if k.lacks(plain) is None and not k.signed]
+    assert {(n, k.name) for n, k in offered if k.why_not(signed) is None} == gptqmodel | {("vllm", "CPUWNA16")}
+    unproven = [k for _, k in offered if k.why_not(plain) is None and not k.signed]
     assert unproven
-    assert all(k.lacks(signed) == f"negative scales are not proven in {k.name}" for k in unproven)
+    assert all(k.why_not(signed) == f"negative scales are not proven in {k.name}" for k in unproven)

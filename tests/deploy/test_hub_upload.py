@@ -13,7 +13,7 @@ from helpers import hub, pico
 from helpers.e2e import edit_json, make_model, one_thread
 
 from requant.cli.main import main
-from requant.deploy.hub_upload import pack_up
+from requant.deploy.hub_upload import plan_upload
 from requant.errors import InputError, StageError
 from requant.numerics.grid import Grid
 
@@ -133,16 +133,16 @@ def test_a_drop_while_weights_are_sent_is_tried_again(server: hub.Hub, gptq: Pat
 
 def test_what_is_no_parcel(gptq: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'pico' is not a hub id: expected OWNER/NAME"):
-        pack_up(gptq, "pico")
+        plan_upload(gptq, "pico")
     with pytest.raises(
         InputError, match=r"holds no finished checkpoint \(gptq/config.json\): finish `requant run` first"
     ):
-        pack_up(tmp_path, REPO)
+        plan_upload(tmp_path, REPO)
     shutil.copytree(gptq / "gptq", tmp_path / "gptq")
     (tmp_path / "gptq" / "README.md").unlink()
     with pytest.raises(InputError, match="there is no model card: `requant report RECIPE` writes it"):
-        pack_up(tmp_path, REPO)
+        plan_upload(tmp_path, REPO)
     (tmp_path / "gptq" / "README.md").write_text("# pico\n")
     edit_json(tmp_path / "gptq" / "config.json", _name_or_path="/home/ann/base")
     with pytest.raises(StageError, match=r"not pushed, 1 things are wrong with it:\n  config.json: _name_or_path"):
-        pack_up(tmp_path, REPO)
+        plan_upload(tmp_path, REPO)

@@ -28,7 +28,7 @@ def test_no_more_than_an_interval_needs() -> None:
 
 
 def test_kept_by_the_run_for_its_checkpoints(tmp_path: Path) -> None:
-    assert Sample.kept(tmp_path / "gptq") is None
+    assert Sample.load(tmp_path / "gptq") is None
     sample = Sample(((1, 2), (3, 4, 5)), (0, 1), "home", "ab")
-    sample.keep(tmp_path)
-    assert Sample.kept(tmp_path / "gptq") == sample == Sample.kept(tmp_path / ".gptq.partial-1")
+    sample.save(tmp_path)
+    assert Sample.load(tmp_path / "gptq") == sample == Sample.load(tmp_path / ".gptq.partial-1")

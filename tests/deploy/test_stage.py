@@ -1,4 +1,4 @@
-"""`requant.verify`: a good checkpoint passes, and every way to break one is found by tensor and reason."""
+"""Tests of `requant.deploy.stage`: a good checkpoint passes, and every way to break one is found by tensor and reason."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from helpers.e2e import edit_json, edit_tensors, make_model, one_thread
 from safetensors.torch import load_file
 
 from requant.checkpoint.reader import INDEX
-from requant.deploy import check_headers, check_tensors
-from requant.deploy import stage as verify
+from requant.deploy import check_headers, check_tensors, own_scores, stage, verification
 from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
 from requant.numerics.grid import Grid
@@ -27,9 +26,9 @@ WEIGHTS = "model.safetensors"
 GRID = Grid(4, 32)
 
 
-def check(path: Path, **options: object) -> verify.Verification:
+def check(path: Path, **options: object) -> verification.Verification:
     with one_thread():
-        return verify.verify(path, **options)  # type: ignore[arg-type]
+        return stage.verify(path, **options)  # type: ignore[arg-type]
 
 
 def test_a_good_checkpoint_passes(good: Path, source: Path) -> None:
@@ -42,9 +41,9 @@ def test_a_good_checkpoint_passes(good: Path, source: Path) -> None:
     assert done.bits_per_weight == pytest.approx(4 + 20 / 32 + 32 / 64, abs=0.5)
     assert done.perplexity is not None
     assert 1 < done.perplexity < 10_000
-    assert len(done.generated) == verify.NEW_TOKENS
+    assert len(done.generated) == own_scores.NEW_TOKENS
     assert done.sample_tokens > 100
-    assert verify.demand(done) is done
+    done.raise_if_wrong()
 
 
 def test_the_size_is_what_the_config_describes(good: Path) -> None:
@@ -216,7 +215,7 @@ def test_what_is_broken_is_named(good: Path, tmp_path: Path, case: str) -> None:
     assert mine, done.message()
     assert any(re.search(reason, f.reason) for f in mine), done.message()
     with pytest.raises(StageError, match=re.escape(mine[0].reason[:40])):
-        verify.demand(done)
+        done.raise_if_wrong()
 
 
 def sharded(source: Path, out: Path) -> Path:
@@ -304,7 +303,7 @@ def test_many_findings_are_counted(good: Path, tmp_path: Path) -> None:
     done = check(bad)
     text = done.message()
     assert text.startswith(f"{bad}: {len(done.findings)} things are wrong:")
-    assert text.endswith(f"and {len(done.findings) - verify.SHOWN} more")
+    assert text.endswith(f"and {len(done.findings) - verification.SHOWN} more")
     assert done.skipped == ["generation and engines: not tried on a checkpoint that is wrong"]
 
 
@@ -320,7 +319,7 @@ def test_facts_are_json_without_local_paths(good: Path) -> None:
 
 
 def test_a_model_too_large_for_memory_is_said(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_free", lambda device: 1e5)
+    monkeypatch.setattr(own_scores, "_free", lambda device: 1e5)
     done = check(good)
     assert done.ok
     assert done.perplexity is None
@@ -338,7 +337,7 @@ def test_a_device_without_room_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPa
         return "done"
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: tried.append("released"))
-    assert verify._where_it_fits(torch.device("cuda", 0), short_of_memory) == "done"
+    assert stage._with_cpu_fallback(torch.device("cuda", 0), short_of_memory) == "done"
     assert tried == ["cuda", "released", "cpu"]
 
 
@@ -359,17 +358,17 @@ def test_tensors_are_compared_part_by_part() -> None:
     exact = float((now.double() - was.double()).norm() / was.double().norm())
     for size in (1000, 300, 7):
         parts = [torch.split(t, size) for t in (now, was)]
-        assert check_tensors._apart(*parts, torch.device("cpu")) == pytest.approx(exact, rel=1e-5)
+        assert check_tensors._relative_distance(*parts, torch.device("cpu")) == pytest.approx(exact, rel=1e-5)
     zeros = [torch.zeros(4)]
-    assert check_tensors._apart(zeros, zeros, torch.device("cpu")) == 0
-    assert check_tensors._apart([torch.ones(4)], zeros, torch.device("cpu")) > check_tensors.OTHER_WEIGHTS
+    assert check_tensors._relative_distance(zeros, zeros, torch.device("cpu")) == 0
+    assert check_tensors._relative_distance([torch.ones(4)], zeros, torch.device("cpu")) > check_tensors.OTHER_WEIGHTS
 
 
 @pytest.mark.parametrize("at", [0, 4, 9])
 def test_every_part_of_a_tensor_is_looked_at(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_tensors, "PART", 3)
     tensor = torch.ones(2, 5)
-    assert not list(check_tensors._plain("norm", tensor, None, torch.device("cpu")))
+    assert not list(check_tensors._unquantized("norm", tensor, None, torch.device("cpu")))
     tensor.view(-1)[at] = torch.inf
-    (finding,) = check_tensors._plain("norm", tensor, None, torch.device("cpu"))
+    (finding,) = check_tensors._unquantized("norm", tensor, None, torch.device("cpu"))
     assert finding.reason == "1 of 10 values are not finite"

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from requant import deploy
 from requant.deploy import engine_processes, engine_support, tensor_parallel
-from requant.deploy.stage import SAMPLE
+from requant.deploy.own_scores import SAMPLE
 from requant.evaluate import variants
 from requant.heal import trainer
 from requant.modeling import skeleton
@@ -182,12 +182,12 @@ def test_the_table_of_parts_is_vllms_own() -> None:
                 grid = Grid(4, group)
                 if columns % max(group, 1) or columns % degree:
                     continue
-                part = tensor_parallel.part("down_proj", 512, columns, degree, None)
+                part = tensor_parallel.shard_shape("down_proj", 512, columns, degree, None)
                 assert part is not None
-                fits = tensor_parallel.problem("down_proj", 512, columns, grid, degree, None) is None
+                fits = tensor_parallel.why_not("down_proj", 512, columns, grid, degree, None) is None
                 matrix = engine_support.Matrix("down_proj", *part, grid)
                 asked.append([[columns, 512], [part[1], part[0]], group])
-                ours.append([fits and marlin.lacks(matrix) is None, fits and machete.lacks(matrix) is None])
+                ours.append([fits and marlin.why_not(matrix) is None, fits and machete.why_not(matrix) is None])
     done = subprocess.run(
         [str(PYTHON), "-c", ASK], input=json.dumps(asked), capture_output=True, text=True, check=False
     )

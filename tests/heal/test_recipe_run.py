@@ -16,7 +16,7 @@ from helpers.e2e import copied, digests, killed_run, one_thread, recipe, run, ti
 
 from requant import deploy
 from requant.deploy import engine_processes
-from requant.deploy.stage import remember
+from requant.deploy.verification import save_verification
 from requant.errors import InputError
 from requant.heal import trainer
 from requant.run import heal_checkpoint, prepare
@@ -111,7 +111,7 @@ def test_engines_of_the_recipe_are_asked_about_what_ships(
     row = "| healed -> transformers | served in bfloat16 on cpu, 20 documents |"
     assert row in (outcome.path / "healed" / "README.md").read_text()
     assert row not in (outcome.path / "gptq" / "README.md").read_text()
-    remember(deploy.verify(outcome.path / "healed", load_in=["vllm"]))
+    save_verification(deploy.verify(outcome.path / "healed", load_in=["vllm"]))
     again = run(project, tmp_path, HEAL | {"heal": HEAL["heal"] | {"seed": 2}, "deploy": ["transformers"]})
     assert again.ran == ["report"]
     assert "| healed -> vllm | served" in (outcome.path / "report.md").read_text()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.e2e import one_thread
 from requant.cli.main import main
-from requant.deploy import engine_processes
-from requant.deploy import stage as verify
+from requant.deploy import engine_processes, own_scores
 from requant.deploy.engine_processes import Answer
 
 
@@ -37,10 +37,18 @@ def answers(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
         from requant.evaluate import variants
 
         places = variants.Places(path, path, path, path, None, {})
-        model = variants.quantized(path, places, verify.torch.device("cpu"), verify.torch.float32)
-        nll, _ = verify._score(model, rows, verify.torch.device("cpu"))
-        moved = tuple(tuple(x + shift for x in row) for row in nll)
-        return Answer(engine, "bfloat16", "cpu", None, None, 1.5, ("Kernel",), {engine: "9.9"}, moved, (1, 2))
+        model = variants.quantized(path, places, torch.device("cpu"), torch.float32)
+        nll, _ = own_scores.score_rows(model, rows, torch.device("cpu"))
+        shifted = tuple(tuple(x + shift for x in row) for row in nll)
+        return Answer(
+            engine=engine,
+            dtype="bfloat16",
+            load_seconds=1.5,
+            kernels=("Kernel",),
+            versions={engine: "9.9"},
+            nll=shifted,
+            generated=(1, 2),
+        )
 
     monkeypatch.setattr(engine_processes, "require", lambda engine: "python")
     monkeypatch.setattr(engine_processes, "ask", ask)

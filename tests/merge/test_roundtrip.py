@@ -127,7 +127,7 @@ def test_a_whole_checkpoint_of_gptqmodel(source: Path, tmp_path: Path, options: 
     import transformers
 
     out = by_gptqmodel(source, tmp_path / "out", **options)
-    found = check_headers.inspect(out)
+    found = check_headers.check(out)
     assert [f for f in found.findings if "path of the machine" not in f.reason] == []
     assert len(found.packed) == 14
     seen = check_tensors.check(found, Checkpoint(source))

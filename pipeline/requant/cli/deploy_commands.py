@@ -13,7 +13,7 @@ from requant.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
     from requant.deploy.engine_processes import Engine
-    from requant.deploy.stage import Verification
+    from requant.deploy.verification import Verification
 
 
 def verify(
@@ -46,19 +46,20 @@ def verify(
         raise RecipeError(f"--device {device}: expected cpu, cuda or cuda:N")
     import torch
 
+    from requant import deploy
     from requant.checkpoint.model_files import write_json
     from requant.cli.console import quiet
-    from requant.deploy import stage
+    from requant.deploy.verification import save_verification
 
     with quiet():
-        done = stage.verify(
+        done = deploy.verify(
             checkpoint, source=against, load_in=names, engine_dtype=dtype, device=torch.device(device),
             trust_remote_code=trust_remote_code, text=sample,
         )  # fmt: skip
     if out is not None:
         write_json(out, done.facts())
-    if names:  # the run knows the rest already
-        stage.remember(done)
+    if names:  # all other checks are in the run's own result
+        save_verification(done)
     if as_json:
         print(json.dumps(done.facts(), indent=1))
     else:
@@ -124,12 +125,12 @@ def push(
     from requant.deploy import hub_upload
 
     with quiet():
-        parcel = hub_upload.pack_up(run, repo, trust_remote_code=trust_remote_code)
-        for name, size in parcel.files:
+        upload = hub_upload.plan_upload(run, repo, trust_remote_code=trust_remote_code)
+        for name, size in upload.files:
             print(f"{size:>14,}  {name}")
         kind = "public" if public else "private"
-        print(f"{parcel.total:>14,}  bytes in {len(parcel.files)} files to {repo} ({kind})")
+        print(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind})")
         if not yes:
             print("dry run: nothing was sent; --yes sends it")
             return
-        print(f"sent: {hub_upload.push(parcel, private=not public, update=update)}")
+        print(f"sent: {hub_upload.push(upload, private=not public, update=update)}")

@@ -1,14 +1,16 @@
-"""Deploy: prove the written checkpoint, ask real engines, push it.
+"""Deploy: verify the written checkpoint, load it in real engines, upload it.
 
     stage                              verify(checkpoint, ...): all checks of a written checkpoint   <- start here
+    verification                       the result: findings, sizes, scores; saved beside a run
     check_headers                      configs and headers against the format and the model
     check_tensors                      values: scales, zero points, codes, NaN
+    own_scores                         scores and tokens by our own decoding in fp32
     engine_support                     which engines load which settings, and why not
-    tensor_parallel                    how engines split a linear over GPUs
+    tensor_parallel                    how servers split a linear over GPUs
     engine_processes                   start a real engine and compare its scores
     engine_vllm, engine_transformers   the programs that run inside them
     scored_sample                      the text that engines are compared on
-    hub_upload                         push to the hub
+    hub_upload                         upload to the hub
 
 May import: errors, runtime, numerics, checkpoint, formats, modeling, quantize, evaluate; requant_eval.scoring, .metrics.
 """

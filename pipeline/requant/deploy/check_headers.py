@@ -1,4 +1,4 @@
-"""What a GPTQ checkpoint says of itself, against what its files hold: configs and headers only, no tensor is read.
+"""Header check of a GPTQ checkpoint: configs, names, shapes and dtypes; no tensor is read.
 
 Every difference is a `Finding` that names the tensor, or the file and key, and the reason.
 """
@@ -41,9 +41,14 @@ class Finding:
         return f"{self.where}: {self.reason}"
 
 
-@dataclass
-class Structure:
-    """What the headers say. packed: stored stem -> its packing; only linears whose four tensors are as they must be."""
+@dataclass(kw_only=True)
+class HeaderCheck:
+    """Findings about the headers, and what later checks need of them.
+
+    model: skeleton on the meta device. v2: zero points as they are, not minus one.
+    packed: stored stem -> its packing, of linears whose four tensors are right.
+    transposed: stems whose 16-bit weight is stored [in, out].
+    """
 
     checkpoint: Checkpoint
     model: nn.Module
@@ -51,69 +56,73 @@ class Structure:
     packed: dict[str, Packing] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     expected_bytes: int = 0
-    turned: set[str] = field(default_factory=set)  # stems whose 16-bit weight is stored [in, out]
+    transposed: set[str] = field(default_factory=set)
 
     def report(self, where: str, reason: str) -> None:
         self.findings.append(Finding(where, reason))
 
 
-def inspect(path: Path, *, trust_remote_code: bool = False) -> Structure:
-    """Compare every header and config of `path` with the format; raises InputError when they cannot be read at all."""
+def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
+    """Compare every header and config in `path` with the format.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     model = skeleton.build(
         skeleton.load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
     )
     declared = config.get("quantization_config") or {}
-    found = Structure(checkpoint, model, declared.get("checkpoint_format") == "gptq_v2")
-    if not _declared(found, declared):
-        return found
-    _tensors(found, config, Rules(declared))
-    _index(found, path)
-    found.findings += _small_files(path, config, declared)
-    found.findings += _tokenizer(path, model)
-    return found
+    headers = HeaderCheck(checkpoint=checkpoint, model=model, v2=declared.get("checkpoint_format") == "gptq_v2")
+    if not _declared(headers, declared):
+        return headers
+    _tensors(headers, config, Rules(declared))
+    _index(headers, path)
+    headers.findings += _small_files(path, config, declared)
+    headers.findings += _tokenizer(path, model)
+    return headers
 
 
-def _declared(found: Structure, declared: Mapping[str, Any]) -> bool:
+def _declared(headers: HeaderCheck, declared: Mapping[str, Any]) -> bool:
     """Whether the quantization config is usable; reports what is wrong in it."""
     where = "config.json: quantization_config"
     method = declared.get("quant_method")
     if method != "gptq":
-        found.report(where, f"quant_method is {method!r}, expected 'gptq': servers would load it as something else")
+        headers.report(where, f"quant_method is {method!r}, expected 'gptq': servers would load it as something else")
         return False
     bits, group = declared.get("bits"), declared.get("group_size")
     if bits not in BITS:
-        found.report(where, f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
+        headers.report(where, f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
     if not isinstance(group, int) or (group != -1 and group < 1):
-        found.report(where, f"group_size is {group!r}, expected -1 or a positive number")
+        headers.report(where, f"group_size is {group!r}, expected -1 or a positive number")
     for key in ("sym", "desc_act"):
         if not isinstance(declared.get(key), bool):
-            found.report(where, f"{key} is {declared.get(key)!r}, expected true or false")
-    usable = not found.findings
+            headers.report(where, f"{key} is {declared.get(key)!r}, expected true or false")
+    usable = not headers.findings
     layout = declared.get("checkpoint_format", "gptq")
     if layout not in ("gptq", "gptq_v2"):
-        found.report(where, f"checkpoint_format is {layout!r}, expected 'gptq' (or 'gptq_v2')")
+        headers.report(where, f"checkpoint_format is {layout!r}, expected 'gptq' (or 'gptq_v2')")
     for key in declared:
         if key in LEFTOVERS or key.startswith("bnb_"):
-            found.report(where, f"{key} is a leftover of bitsandbytes: remove it")
+            headers.report(where, f"{key} is a leftover of bitsandbytes: remove it")
     return usable
 
 
-def _tensors(found: Structure, config: Mapping[str, Any], rules: Rules) -> None:
+def _tensors(headers: HeaderCheck, config: Mapping[str, Any], rules: Rules) -> None:
     """Names, dtypes and shapes of every tensor of the checkpoint against the model its config describes."""
-    checkpoint = found.checkpoint
+    checkpoint = headers.checkpoint
     plain = [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in checkpoint]
-    names = skeleton.tensor_names(found.model, plain)
-    turned = {f"{module}.weight" for module in skeleton.conv1d_modules(found.model)}
-    prefix, blocks = block_list(found.model)
+    names = skeleton.tensor_names(headers.model, plain)
+    transposed = {f"{module}.weight" for module in skeleton.conv1d_modules(headers.model)}
+    prefix, blocks = block_list(headers.model)
     linears = {
         f"{prefix}.{i}.{n}.weight": (n, m) for i, block in enumerate(blocks) for n, m in block_linears(block).items()
     }
-    found.turned = {names[w].removesuffix(".weight") for w in turned if w in names}
+    headers.transposed = {names[w].removesuffix(".weight") for w in transposed if w in names}
     used: set[str] = set()
-    tied = skeleton.tied_pair(found.model)
-    for parameter, value in found.model.named_parameters(remove_duplicate=False):
+    tied = skeleton.tied_pair(headers.model)
+    for parameter, value in headers.model.named_parameters(remove_duplicate=False):
         stored = names.get(parameter)
         packing = None
         if parameter in linears:
@@ -121,49 +130,49 @@ def _tensors(found: Structure, config: Mapping[str, Any], rules: Rules) -> None:
             packing = rules.of(parameter.removesuffix(".weight"), inner, linear)
         if packing is not None:
             stem = (stored or parameter).removesuffix(".weight")
-            used |= _packed(found, stem, packing)
+            used |= _packed(headers, stem, packing)
         elif stored is None or (stored not in checkpoint and f"{stored[:-6]}qweight" not in checkpoint):
             if not (tied and parameter == tied[1]):
-                found.report(parameter, f"missing: {type(found.model).__name__} has it")
+                headers.report(parameter, f"missing: {type(headers.model).__name__} has it")
         elif stored not in checkpoint:
-            found.report(f"{stored[:-6]}qweight", "packed, but the config says that this linear is not quantized")
+            headers.report(f"{stored[:-6]}qweight", "packed, but the config says that this linear is not quantized")
             used |= {f"{stored[:-6]}{s}" for s in gptq_format.SUFFIXES}
         else:
             used.add(stored)
             shape = tuple(value.shape)
-            _unquantized(found, stored, shape[::-1] if parameter in turned else shape)
+            _unquantized(headers, stored, shape[::-1] if parameter in transposed else shape)
     for name in sorted(set(checkpoint) - used):
-        found.report(name, f"extra: {type(found.model).__name__} with this config has no place for it")
+        headers.report(name, f"extra: {type(headers.model).__name__} with this config has no place for it")
     if tied and (end := names.get(tied[1])) is not None and end != names.get(tied[0]) and end in checkpoint:
-        found.report(
+        headers.report(
             end, "stored although tie_word_embeddings is true: servers ignore it or load it over the embedding"
         )
 
 
-def _packed(found: Structure, stem: str, packing: Packing) -> set[str]:
+def _packed(headers: HeaderCheck, stem: str, packing: Packing) -> set[str]:
     """Check one quantized linear's tensors; returns the names that belong to it."""
-    own = {suffix: f"{stem}.{suffix}" for suffix in gptq_format.SUFFIXES}
+    names = {suffix: f"{stem}.{suffix}" for suffix in gptq_format.SUFFIXES}
     try:
         shapes = gptq_format.shapes(packing.rows, packing.columns, packing.bits, packing.group_size)
     except gptq_format.PackError as error:
-        found.report(own["qweight"], f"the config cannot be meant: {error}")
-        return set(own.values())
-    before = len(found.findings)
-    if own["qweight"] not in found.checkpoint and f"{stem}.weight" in found.checkpoint:
-        found.report(f"{stem}.weight", f"in 16 bit, the config says that this linear is {packing.bits}-bit")
+        headers.report(names["qweight"], f"the config cannot be meant: {error}")
+        return set(names.values())
+    before = len(headers.findings)
+    if names["qweight"] not in headers.checkpoint and f"{stem}.weight" in headers.checkpoint:
+        headers.report(f"{stem}.weight", f"in 16 bit, the config says that this linear is {packing.bits}-bit")
         return {f"{stem}.weight"}
     for suffix, (shape, dtype) in shapes.items():
-        found.expected_bytes += torch.Size(shape).numel() * dtype.itemsize
-        info = found.checkpoint.get(own[suffix])
+        headers.expected_bytes += torch.Size(shape).numel() * dtype.itemsize
+        info = headers.checkpoint.get(names[suffix])
         if info is None:
-            found.report(own[suffix], f"missing: expected {_kind(dtype)} {list(shape)}")
+            headers.report(names[suffix], f"missing: expected {_dtype_name(dtype)} {list(shape)}")
         elif info.shape != shape:
-            found.report(own[suffix], _wrong_shape(suffix, info.shape, shape, packing))
+            headers.report(names[suffix], _wrong_shape(suffix, info.shape, shape, packing))
         elif info.dtype != dtype and not (suffix == "scales" and info.dtype in SCALES):
-            found.report(own[suffix], f"dtype {_kind(info.dtype)}, expected {_kind(dtype)}")
-    if len(found.findings) == before:
-        found.packed[stem] = packing
-    return set(own.values())
+            headers.report(names[suffix], f"dtype {_dtype_name(info.dtype)}, expected {_dtype_name(dtype)}")
+    if len(headers.findings) == before:
+        headers.packed[stem] = packing
+    return set(names.values())
 
 
 def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], packing: Packing) -> str:
@@ -178,33 +187,34 @@ def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], pack
     return text
 
 
-def _unquantized(found: Structure, name: str, shape: tuple[int, ...]) -> None:
-    info = found.checkpoint[name]
-    found.expected_bytes += info.nbytes
+def _unquantized(headers: HeaderCheck, name: str, shape: tuple[int, ...]) -> None:
+    """Check one 16-bit tensor."""
+    info = headers.checkpoint[name]
+    headers.expected_bytes += info.nbytes
     if info.shape != shape:
-        found.report(name, f"shape {list(info.shape)}, expected {list(shape)}")
+        headers.report(name, f"shape {list(info.shape)}, expected {list(shape)}")
     elif info.dtype not in UNQUANTIZED:
-        found.report(name, f"dtype {_kind(info.dtype)}, expected a 16-bit float")
+        headers.report(name, f"dtype {_dtype_name(info.dtype)}, expected a 16-bit float")
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _index(found: Structure, path: Path) -> None:
-    """Shards that no index names, and a total that is not theirs."""
-    files = {info.file.name for info in found.checkpoint.values()}
+def _index(headers: HeaderCheck, path: Path) -> None:
+    """Report shards that the index does not name, and a total_size that is not the tensors'."""
+    files = {info.file.name for info in headers.checkpoint.values()}
     for stray in sorted({f.name for f in path.glob("*.safetensors")} - files):
-        found.report(stray, f"not named by {INDEX}: servers that glob would load it too")
+        headers.report(stray, f"not named by {INDEX}: servers that glob would load it too")
     if (path / INDEX).exists():
-        said = (read_json(path / INDEX).get("metadata") or {}).get("total_size")
-        held = sum(info.nbytes for info in found.checkpoint.values())
-        if said != held:
-            found.report(f"{INDEX}: metadata.total_size", f"{said!r}, the tensors hold {held} bytes")
+        declared = (read_json(path / INDEX).get("metadata") or {}).get("total_size")
+        actual = sum(info.nbytes for info in headers.checkpoint.values())
+        if declared != actual:
+            headers.report(f"{INDEX}: metadata.total_size", f"{declared!r}, the tensors hold {actual} bytes")
 
 
 def _small_files(path: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> Iterator[Finding]:
-    """quantize_config.json, leftovers of training, paths of somebody's machine."""
+    """A quantize_config.json that differs, leftovers of training, paths of a local machine."""
     beside = path / "quantize_config.json"
     if beside.exists():
         other = read_json(beside)
@@ -238,6 +248,7 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(path: Path, model: nn.Module) -> Iterator[Finding]:
+    """A missing or unreadable vocabulary, or one with more ids than the embedding has rows."""
     names = [n for n in model_files.VOCABULARY if (path / n).exists()]
     if not names:
         yield Finding("tokenizer", f"none of {', '.join(model_files.VOCABULARY)} is here: servers need one")

@@ -1,6 +1,6 @@
-"""What the packed tensors of a checkpoint hold: scales, zero points, groups, and what they decode to.
+"""Value check of a GPTQ checkpoint: scales, zero points, group indices, decoded weights.
 
-One linear is in memory at a time. With the model that was quantized at hand, every weight is compared with it.
+One linear is in memory at a time. With a source, the model that was quantized, every weight is compared with it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
-from requant.deploy.check_headers import Finding, Structure
+from requant.deploy.check_headers import Finding, HeaderCheck
 from requant.formats import gptq as gptq_format
 from requant.formats.gptq import Packing
 
-PART = 2**24  # numbers of an unquantized tensor looked at together
+PART = 2**24  # values of an unquantized tensor that are checked at once
 OTHER_WEIGHTS = 0.9
 """Relative error from which a decoded weight is not the source's. Rounding costs 0.05 to 0.2 at 4 bits and up to 0.7 at 2;
 an unrelated weight of the same size is 1.4 away."""
@@ -27,8 +27,12 @@ SHIFT = 0.5
 
 
 @dataclass
-class Values:
-    """What was seen on the way. relative_error: largest of a decoded weight to its source, None without a source."""
+class TensorCheck:
+    """Findings about the values, and what was counted.
+
+    relative_error: the largest of a decoded weight to its source; None without a source.
+    shifts: stem -> mean distance of its weights from the source's (without one: from zero), in steps.
+    """
 
     linears: int = 0
     weights: int = 0
@@ -38,27 +42,28 @@ class Values:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(structure: Structure, source: Checkpoint | None = None, device: torch.device | None = None) -> Values:
-    """Read and decode, on `device`, every linear whose headers are right, look at every other tensor for NaN and infinity."""
-    seen, device = Values(), device or torch.device("cpu")
-    packed = {f"{stem}.{suffix}" for stem in structure.packed for suffix in gptq_format.SUFFIXES}
-    for stem, packing in structure.packed.items():
-        tensors = {s: structure.checkpoint.read(f"{stem}.{s}").to(device) for s in gptq_format.SUFFIXES}
-        wrong = list(_linear(stem, tensors, packing, structure.v2))
-        seen.findings += wrong
-        seen.linears += 1
-        seen.weights += packing.rows * packing.columns
-        seen.negative_scales += int((tensors["scales"] < 0).sum())
+def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.device | None = None) -> TensorCheck:
+    """Decode every linear whose headers are right, on `device`; search all other tensors for NaN and infinity."""
+    result, device = TensorCheck(), device or torch.device("cpu")
+    packed = {f"{stem}.{suffix}" for stem in headers.packed for suffix in gptq_format.SUFFIXES}
+    for stem, packing in headers.packed.items():
+        tensors = {s: headers.checkpoint.read(f"{stem}.{s}").to(device) for s in gptq_format.SUFFIXES}
+        wrong = list(_linear(stem, tensors, packing, v2=headers.v2))
+        result.findings += wrong
+        result.linears += 1
+        result.weights += packing.rows * packing.columns
+        result.negative_scales += int((tensors["scales"] < 0).sum())
         if not wrong:
-            _decoded(seen, stem, tensors, packing, structure, source)
-    for name, info in structure.checkpoint.items():
+            _compare_decoded(result, stem, tensors, packing, headers, source)
+    for name, info in headers.checkpoint.items():
         if name not in packed and info.dtype.is_floating_point:
-            seen.findings += _plain(name, structure.checkpoint.read(name), source, device)
-    seen.findings += _convention(seen, structure, source)
-    return seen
+            result.findings += _unquantized(name, headers.checkpoint.read(name), source, device)
+    result.findings += _zero_point_version(result, headers, source)
+    return result
 
 
-def _linear(stem: str, tensors: dict[str, Tensor], packing: Packing, v2: bool) -> Iterator[Finding]:
+def _linear(stem: str, tensors: dict[str, Tensor], packing: Packing, *, v2: bool) -> Iterator[Finding]:
+    """What is wrong with one linear's scales, zero points and group indices."""
     scales, g_idx = tensors["scales"], tensors["g_idx"].long()
     for what, bad in (("not finite", ~torch.isfinite(scales)), ("zero", scales == 0)):
         if bad.any():
@@ -66,7 +71,7 @@ def _linear(stem: str, tensors: dict[str, Tensor], packing: Packing, v2: bool) -
             count = f"{int(bad.sum())} of {scales.numel()} scales are {what}"
             yield Finding(f"{stem}.scales", f"{count}, the first of group {group}, output {row}")
     if packing.symmetric:
-        yield from _middle(stem, tensors["qzeros"], packing.bits, v2)
+        yield from _symmetric_zeros(stem, tensors["qzeros"], packing.bits, v2=v2)
     groups = scales.shape[0]
     size = packing.columns // groups
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
@@ -77,7 +82,7 @@ def _linear(stem: str, tensors: dict[str, Tensor], packing: Packing, v2: bool) -
         yield Finding(f"{stem}.g_idx", f"a group has more than {size} inputs")
 
 
-def _middle(stem: str, qzeros: Tensor, bits: int, v2: bool) -> Iterator[Finding]:
+def _symmetric_zeros(stem: str, qzeros: Tensor, bits: int, *, v2: bool) -> Iterator[Finding]:
     """A symmetric checkpoint stores one zero point: the middle, minus one in format v1."""
     stored = gptq_format.unpack_rows(qzeros.T.contiguous(), bits)
     expected = 2 ** (bits - 1) - (0 if v2 else 1)
@@ -85,58 +90,58 @@ def _middle(stem: str, qzeros: Tensor, bits: int, v2: bool) -> Iterator[Finding]
         return
     other = 2 ** (bits - 1) - (1 if v2 else 0)
     if bool((stored == other).all()):
-        said, meant = ("gptq_v2", "v1 (minus one)") if v2 else ("gptq", "v2 (as they are)")
-        reason = (
-            f"zero points are stored the {meant} way, checkpoint_format says {said!r}: every weight is off by one step"
-        )
+        declared, stored_as = ("gptq_v2", "v1 (minus one)") if v2 else ("gptq", "v2 (as they are)")
+        reason = f"zero points are stored the {stored_as} way, checkpoint_format says {declared!r}: every weight is off by one step"
     else:
         wrong = int(stored[stored != expected][0])
         reason = f"stores zero point {wrong}, a symmetric {bits}-bit checkpoint stores {expected} everywhere"
     yield Finding(f"{stem}.qzeros", reason)
 
 
-def _decoded(
-    seen: Values,
+def _compare_decoded(
+    result: TensorCheck,
     stem: str,
     tensors: dict[str, Tensor],
     packing: Packing,
-    structure: Structure,
+    headers: HeaderCheck,
     source: Checkpoint | None,
 ) -> None:
-    """Compare with the source's weight; remember how far the steps lie off it (or off a mean of zero)."""
-    codes, scale, zero, g_idx = gptq_format.unpack(tensors, packing.bits, v2=structure.v2)
+    """Compare one linear with its source's weight; record the shift in steps."""
+    codes, scale, zero, g_idx = gptq_format.unpack(tensors, packing.bits, v2=headers.v2)
     steps = codes.float() - zero[:, g_idx]
     name = f"{stem}.weight"
     if source is None or name not in source:
         if source is not None:
-            seen.findings.append(Finding(name, "the source has no such weight"))
-        seen.shifts[stem] = float(steps.mean())
+            result.findings.append(Finding(name, "the source has no such weight"))
+        result.shifts[stem] = float(steps.mean())
         return
-    wide = scale[:, g_idx]
+    scales = scale[:, g_idx]
     weight = source.read(name).to(steps.device).float()
-    weight = weight.T if stem in structure.turned else weight
+    weight = weight.T if stem in headers.transposed else weight
     if weight.shape != steps.shape:
-        seen.findings.append(Finding(name, f"shape {list(steps.shape)}, the source's is {list(weight.shape)}"))
+        result.findings.append(Finding(name, f"shape {list(steps.shape)}, the source's is {list(weight.shape)}"))
         return
-    seen.shifts[stem] = float((steps - weight / wide).mean())
-    error = float((steps * wide - weight).norm() / weight.norm().clamp(min=1e-30))
-    seen.relative_error = max(seen.relative_error or 0.0, error)
+    result.shifts[stem] = float((steps - weight / scales).mean())
+    error = float((steps * scales - weight).norm() / weight.norm().clamp(min=1e-30))
+    result.relative_error = max(result.relative_error or 0.0, error)
     if error > OTHER_WEIGHTS:
-        seen.findings.append(Finding(f"{stem}.qweight", f"decodes to other weights than the source's: {error:.0%} off"))
+        result.findings.append(
+            Finding(f"{stem}.qweight", f"decodes to other weights than the source's: {error:.0%} off")
+        )
 
 
-def _plain(name: str, tensor: Tensor, source: Checkpoint | None, device: torch.device) -> Iterator[Finding]:
+def _unquantized(name: str, tensor: Tensor, source: Checkpoint | None, device: torch.device) -> Iterator[Finding]:
     parts = torch.split(tensor.reshape(-1), PART)
     bad = sum(int((~torch.isfinite(part.to(device))).sum()) for part in parts)
     if bad:
         yield Finding(name, f"{bad} of {tensor.numel()} values are not finite")
     elif source is not None and name in source and source[name].shape == tuple(tensor.shape):
-        error = _apart(parts, torch.split(source.read(name).reshape(-1), PART), device)
+        error = _relative_distance(parts, torch.split(source.read(name).reshape(-1), PART), device)
         if error > OTHER_WEIGHTS:
             yield Finding(name, f"is not the source's: {error:.0%} off")
 
 
-def _apart(parts: Sequence[Tensor], before: Sequence[Tensor], device: torch.device) -> float:
+def _relative_distance(parts: Sequence[Tensor], before: Sequence[Tensor], device: torch.device) -> float:
     """Relative distance of a tensor from what it was, both in parts."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for new, old in zip(parts, before, strict=True):
@@ -146,26 +151,26 @@ def _apart(parts: Sequence[Tensor], before: Sequence[Tensor], device: torch.devi
     return math.sqrt(difference / max(whole, 1e-60))
 
 
-def _convention(seen: Values, structure: Structure, source: Checkpoint | None) -> Iterator[Finding]:
-    """Zero points of the other format version put every asymmetric weight one step off.
+def _zero_point_version(result: TensorCheck, headers: HeaderCheck, source: Checkpoint | None) -> Iterator[Finding]:
+    """A finding when asymmetric zero points are of the other format version: every weight is one step off.
 
-    With the source each linear shows it. Without, weights are taken to average to zero: over all linears the median says
-    so, up to 4 bits; at 8 a step is too small against the spread of the weights.
+    With a source each linear shows the shift. Without one, weights are assumed to average to zero, and the median over
+    all linears shows it up to 4 bits. At 8 bits a step is too small against the spread of the weights.
     """
-    packed = structure.packed
-    loose = {
+    packed = headers.packed
+    asymmetric = {
         stem: shift
-        for stem, shift in seen.shifts.items()
+        for stem, shift in result.shifts.items()
         if not packed[stem].symmetric and (source is not None or packed[stem].bits <= 4)
     }
-    if not loose:
+    if not asymmetric:
         return
-    said = "gptq_v2" if structure.v2 else "gptq"
-    off = abs(median(loose.values()))
+    declared = "gptq_v2" if headers.v2 else "gptq"
+    off = abs(median(asymmetric.values()))
     if (off > SHIFT) if source is not None else (abs(off - 1) < SHIFT / 2):
-        first = next(iter(loose))
+        first = next(iter(asymmetric))
         yield Finding(
             f"{first}.qzeros",
-            f"weights lie {off:.2f} steps off (here and in {len(loose) - 1} more linears): "
-            f"zero points of the other format version than checkpoint_format {said!r}",
+            f"weights lie {off:.2f} steps off (here and in {len(asymmetric) - 1} more linears): "
+            f"zero points of the other format version than checkpoint_format {declared!r}",
         )

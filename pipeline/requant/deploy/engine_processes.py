@@ -1,6 +1,6 @@
-"""The engines that will serve a checkpoint: found, started in a process of their own, asked for scores and tokens.
+"""Engine processes: find an installed engine, start it, get scores and tokens of a checkpoint.
 
-Each engine is one script that knows nothing of ours and may run in another interpreter: vLLM brings its own torch.
+Each engine is a script that imports nothing of ours and may run in another interpreter: vLLM needs its own torch.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _SETTINGS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one engine made of a checkpoint. error: why it refused it, then everything else is empty."""
+    """One engine's scores and tokens. error: why it does not load the checkpoint; all else is empty then."""
 
     engine: str
     dtype: str
@@ -93,7 +93,7 @@ def interpreter(engine: Engine, directory: Path | None = None) -> str | None:
 
 
 def installed(names: Container[str]) -> list[Engine]:
-    """Those of `names` that are engines we can start here."""
+    """Those of `names` that are engines with an interpreter on this machine."""
     return [engine for engine in ENGINES if engine in names and interpreter(engine) is not None]
 
 
@@ -126,6 +126,7 @@ def ask(
         "new_tokens": new_tokens, "prompt": prompt, "trust_remote_code": trust_remote_code, "speed": speed,
         "threads": threads,
     }  # fmt: skip
+    asked: dict[str, Any] = {"engine": engine, "dtype": dtype, "device": device, "backend": backend}
     script = Path(__file__).with_name(f"engine_{engine}.py")
     # -P: the script's own directory is full of names that others use too.
     command = [require(engine), "-P", str(script)]
@@ -139,32 +140,34 @@ def ask(
             f"{command[0]}: cannot be started ({error.strerror}): set {PYTHON.format(engine.upper())}"
         ) from error
     except subprocess.TimeoutExpired:
-        return Answer(engine, dtype, device, backend, error=f"no answer in {TIMEOUT} s")
+        return Answer(**asked, error=f"no answer in {TIMEOUT} s")
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        return Answer(engine, dtype, device, backend, error=_reason(done))
-    return _answer(engine, dtype, device, backend, json.loads(lines[-1].removeprefix("RESULT ")))
+        return Answer(**asked, error=_reason(done))
+    raw = json.loads(lines[-1].removeprefix("RESULT "))
+    return Answer(
+        **asked,
+        load_seconds=raw["load_seconds"],
+        kernels=tuple(raw["kernels"]),
+        versions=raw["versions"],
+        nll=tuple(tuple(row) for row in raw["nll"]),
+        generated=tuple(raw["generated"]),
+        speed=raw.get("speed"),
+    )
 
 
 def _environment(engine: Engine, python: str, threads: int | None) -> dict[str, str]:
-    """This one without tokens, and without an import path that is not the interpreter's; a hub is never asked."""
+    """This process's environment without tokens, offline, and without the import path of another interpreter."""
     hidden = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
     kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.endswith("_TOKEN")}
     limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return _SETTINGS[engine] | kept | limit | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _answer(engine: str, dtype: str, device: str, backend: str | None, raw: Mapping[str, Any]) -> Answer:
-    return Answer(
-        engine, dtype, device, backend, None, raw["load_seconds"], tuple(raw["kernels"]), raw["versions"],
-        tuple(tuple(row) for row in raw["nll"]), tuple(raw["generated"]), raw.get("speed"),
-    )  # fmt: skip
-
-
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     """The exception that ended an engine: the last line of its output that looks like one."""
-    told = (RANK.sub("", line).strip() for line in (done.stderr + done.stdout).splitlines())
-    lines = [line for line in told if line]
+    stripped = (RANK.sub("", line).strip() for line in (done.stderr + done.stdout).splitlines())
+    lines = [line for line in stripped if line]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ": " in line]
     last = named[-1] if named else (lines[-1] if lines else "no output")
     return f"{last[:400]} (exit {done.returncode})"

@@ -1,7 +1,7 @@
-"""What each server makes of a GPTQ checkpoint: one table, read off the engines' sources, and its verdict on a plan.
+"""Engine support: which engines load a GPTQ checkpoint, with which kernels, and why not.
 
-Known from headers, before any work: whether an engine loads the checkpoint, with which kernel on which hardware, or why
-not. A kernel is taken as the engine takes it: the first of its list that fits the matrix.
+One table, read off the engines' sources, judges a plan before any weight is read. As in the engines, the first kernel of
+a list that fits the matrix is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from requant.quantize.gptq_files import EXPERT, FUSED
 from requant.quantize.plan import Plan
 
 Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
-# What a plan may have that some engine cannot load.
+# Properties of a plan that some engine cannot load.
 Trait = Literal[
     "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "skipped in some blocks",
     "unlike fused parts", "unlike experts", "blocks elsewhere",
@@ -30,7 +30,7 @@ GROUPS = (-1, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What one kernel can multiply. inputs, outputs: what its matrix sizes must be multiples of (as fused)."""
+    """What one kernel multiplies. inputs, outputs: of what the fused matrix's sizes must be multiples."""
 
     name: str
     bits: tuple[int, ...] = (4, 8)
@@ -38,11 +38,11 @@ class Kernel:
     inputs: int = 1
     outputs: int = 1
     symmetric: bool = True  # only symmetric ones; False: both
-    signed: bool = False  # seen to read negative scales rightly (bench/kernel_table.py, make test-vllm)
+    signed: bool = False  # proven with negative scales (bench/kernel_table.py, make test-vllm)
     experts: bool | None = None  # True: only routed experts; False: everything else; None: both
 
-    def lacks(self, matrix: Matrix) -> str | None:
-        """Why it cannot take a matrix, None when it can."""
+    def why_not(self, matrix: Matrix) -> str | None:
+        """Why this kernel cannot multiply a matrix; None when it can."""
         grid = matrix.grid
         if grid.bits not in self.bits:
             return f"no {grid.bits}-bit weights"
@@ -60,7 +60,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One engine. hardware: where it runs -> its kernels in the order it tries them. refuses: trait -> what goes wrong."""
+    """One engine. hardware: device kind -> kernels in the order they are tried. refuses: trait -> what goes wrong."""
 
     name: Name
     source: str
@@ -137,7 +137,7 @@ _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.la
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One quantized matrix as a server holds it: rows are outputs, columns inputs, fused parts put together.
+    """One quantized matrix as a server holds it: rows are outputs, columns inputs, fused parts stacked.
 
     The experts of a layer are one, [expert width, model width], for a server that fuses them.
     """
@@ -150,9 +150,10 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """problems: why the engine does not load it (empty: it does). kernels: hardware -> kernel -> matrices.
+    """One engine's verdict on a plan. problems: why it does not load it; empty: it does.
 
-    parallel: number of GPUs that share every matrix -> why they cannot, None when they can; empty: not asked.
+    kernels: hardware -> kernel -> number of matrices. lacking: hardware -> why no kernel fits.
+    parallel: number of GPUs -> why they cannot split every matrix, None when they can; empty: not checked.
     """
 
     target: Target
@@ -170,10 +171,10 @@ class Verdict:
             return f"does not load this: {'; '.join(self.problems)}"
         parts = [f"{where}: {', '.join(f'{k} {n}' for k, n in found.items())}" for where, found in self.kernels.items()]
         parts += [f"not on {where}: {why}" for where, why in self.lacking.items()]
-        return "; ".join(["loads", *parts, *self._shared()])
+        return "; ".join(["loads", *parts, *self._parallel_text()])
 
-    def _shared(self) -> list[str]:
-        """On how many GPUs at once."""
+    def _parallel_text(self) -> list[str]:
+        """How many GPUs can split the matrices, and the first number that cannot."""
         if not self.parallel:
             return []
         able = ", ".join(str(n) for n in (1, *(n for n, why in self.parallel.items() if why is None)))
@@ -182,9 +183,9 @@ class Verdict:
 
 
 def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
-    """What `target` will do with the checkpoint of `plan`."""
-    have = traits(plan, model)
-    problems = [text.format(have[t]) for t, text in target.refuses.items() if t in have]
+    """Whether and with which kernels `target` loads the checkpoint of `plan`."""
+    found = traits(plan, model)
+    problems = [text.format(found[t]) for t, text in target.refuses.items() if t in found]
     matrices = list(_matrices(plan, model, fused=target.fuses))
     kernels: dict[str, Mapping[str, int]] = {}
     lacking: dict[str, str] = {}
@@ -197,18 +198,20 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     if not kernels:
         problems += list(dict.fromkeys(lacking.values()))
     gpus = [offered for where, offered in target.hardware.items() if where in kernels and where != "CPU"]
-    parallel = {n: _apart(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
+    parallel = (
+        {n: _why_not_parallel(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
+    )
     return Verdict(target, tuple(problems), kernels, lacking, parallel)
 
 
-def _apart(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:
-    """Why `degree` GPUs of none of these kinds can share the matrices; None when they can."""
+def _why_not_parallel(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:
+    """Why `degree` GPUs of none of these kinds can split the matrices; None when some can."""
     heads = tensor_parallel.Heads.of(model.config)
-    if heads and (why := heads.problem(degree)):
+    if heads and (why := heads.why_not(degree)):
         return why
     for name, grid in plan.grids.items():
         module: Any = model.get_submodule(name)
-        if why := tensor_parallel.problem(name, module.out_features, module.in_features, grid, degree, heads):
+        if why := tensor_parallel.why_not(name, module.out_features, module.in_features, grid, degree, heads):
             return why
     matrices = list(_matrices(plan, model, fused=True, degree=degree))
     tried = [_choose(offered, matrices)[1] for offered in gpus]
@@ -221,16 +224,16 @@ def _choose(offered: tuple[Kernel, ...], matrices: list[Matrix]) -> tuple[Mappin
     for matrix in matrices:
         expert = ".experts" in matrix.name
         fitting = [k for k in offered if k.experts in (None, expert)]
-        kernel = next((k for k in fitting if k.lacks(matrix) is None), None)
+        kernel = next((k for k in fitting if k.why_not(matrix) is None), None)
         if kernel is None:
-            why = fitting[-1].lacks(matrix) if fitting else "no kernel for experts"
+            why = fitting[-1].why_not(matrix) if fitting else "no kernel for experts"
             return {}, f"{matrix.name}: {why}"
         chosen[kernel.name] += 1
     return dict(chosen), None
 
 
 def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
-    """What in a plan some engine cannot load -> an example of it."""
+    """Trait that the plan has -> an example of it."""
     modules = {name: model.get_submodule(name) for name in plan.grids}
     by_grid: dict[tuple[int, int, bool], list[str]] = {}
     for name, grid in plan.grids.items():
@@ -287,13 +290,13 @@ def _experts(plan: Plan) -> dict[str, bool]:
 
 
 def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> Iterator[Matrix]:
-    """Every quantized matrix, put together as servers do, or what one of `degree` GPUs holds of it."""
+    """Every quantized matrix, fused as servers fuse it, or one GPU's shard of it. degree: number of GPUs."""
     heads = tensor_parallel.Heads.of(model.config)
 
     def size(name: str) -> tuple[int, int]:
         module: Any = model.get_submodule(name)
         whole = (module.out_features, module.in_features)
-        return tensor_parallel.part(name, *whole, degree, heads) or whole
+        return tensor_parallel.shard_shape(name, *whole, degree, heads) or whole
 
     taken: set[str] = set()
     if fused:

@@ -1,8 +1,8 @@
-"""Load a GPTQ checkpoint as a user of transformers does, score and generate: a script that imports nothing of ours.
+"""Engine script: load a GPTQ checkpoint with transformers, score, generate.
 
-    python engine_transformers.py < request.json       (see `engines`; needs transformers, gptqmodel, optimum)
+    python engine_transformers.py < request.json       (started by `engine_processes`; needs transformers, gptqmodel, optimum)
 
-A process of its own, because gptqmodel patches what it imports and compiles kernels.
+It imports nothing of ours and is a process of its own: gptqmodel patches what it imports and compiles kernels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Load a GPTQ checkpoint in vLLM, score and generate: a script that imports nothing of ours.
+"""Engine script: load a GPTQ checkpoint in vLLM, score, generate.
 
-python engine_vllm.py < request.json               (see `engines`; runs in the interpreter that has vLLM)
+    python engine_vllm.py < request.json       (started by `engine_processes` in the interpreter that has vLLM)
+
+It imports nothing of ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Put a finished checkpoint on a Hugging Face hub: what would go, then one commit that is whole or absent.
+"""Upload of a checkpoint to a Hugging Face hub: a list of files, then one atomic commit.
 
-The token comes from the environment (HF_TOKEN) and from nowhere else; it is handed to the client and never printed. Weights
-that an interrupted push has already sent are known to the hub by their sha256 and are not sent again.
+The token is read from the environment (HF_TOKEN) only, and never printed. The hub knows weights by their sha256, so a
+repeated upload does not send again what an interrupted one has sent.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TOKEN = "HF_TOKEN"
 ENDPOINT = "HF_ENDPOINT"
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CARD = "README.md"
-_STAYS = frozenset({MANIFEST, "blocks.json"})
+_NOT_UPLOADED = frozenset({MANIFEST, "blocks.json"})
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What would go where: (file, bytes) by name."""
+class Upload:
+    """Files of one upload, (name, bytes), and their repository."""
 
     repo: str
     folder: Path
@@ -38,8 +38,8 @@ class Parcel:
         return sum(size for _, size in self.files)
 
 
-def pack_up(run: Path, repo: str, *, trust_remote_code: bool = False) -> Parcel:
-    """What a push of `run` (a run directory or a checkpoint) would send; nothing is sent.
+def plan_upload(run: Path, repo: str, *, trust_remote_code: bool = False) -> Upload:
+    """The upload of `run`, a run directory or a checkpoint; nothing is sent.
 
     Raises InputError when there is no whole checkpoint or model card, or `repo` is no id; StageError when headers and
     configs of the checkpoint are wrong.
@@ -51,16 +51,18 @@ def pack_up(run: Path, repo: str, *, trust_remote_code: bool = False) -> Parcel:
         raise InputError(f"{run}: holds no finished checkpoint (gptq/config.json): finish `requant run` first")
     if not (folder / CARD).exists():
         raise InputError(f"{folder / CARD}: there is no model card: `requant report RECIPE` writes it")
-    found = check_headers.inspect(folder, trust_remote_code=trust_remote_code)
+    found = check_headers.check(folder, trust_remote_code=trust_remote_code)
     if found.findings:
         shown = "\n".join(f"  {f}" for f in found.findings[:5])
         raise StageError(f"{folder}: not pushed, {len(found.findings)} things are wrong with it:\n{shown}")
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in _STAYS and not f.name.startswith("."))
-    return Parcel(repo, folder, tuple((f.name, f.stat().st_size) for f in files))
+    files = sorted(
+        f for f in folder.iterdir() if f.is_file() and f.name not in _NOT_UPLOADED and not f.name.startswith(".")
+    )
+    return Upload(repo, folder, tuple((f.name, f.stat().st_size) for f in files))
 
 
-def push(parcel: Parcel, *, private: bool = True, update: bool = False, message: str = "Upload with requant") -> str:
-    """Create the repository and send the parcel in one commit; returns its address.
+def push(upload: Upload, *, private: bool = True, update: bool = False, message: str = "Upload with requant") -> str:
+    """Create the repository and send the upload in one commit; returns its address.
 
     update: add a commit to a repository that already holds files. Raises InputError without a token, for a refused one
     and for a repository that exists; StageError when the connection breaks: the same call goes on from there.
@@ -71,27 +73,27 @@ def push(parcel: Parcel, *, private: bool = True, update: bool = False, message:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get(ENDPOINT), token=token)
-    held = _try(lambda: _held(api, parcel.repo, private), parcel, token)
-    if held and not update:
+    existing = _try(lambda: _create(api, upload.repo, private=private), upload, token)
+    if existing and not update:
         raise InputError(
-            f"{parcel.repo}: exists and holds {len(held)} files, e.g. {held[0]}: pass --update to add a commit to it"
+            f"{upload.repo}: exists and holds {len(existing)} files, e.g. {existing[0]}: pass --update to add a commit to it"
         )
-    operations = [CommitOperationAdd(name, str(parcel.folder / name)) for name, _ in parcel.files]
+    operations = [CommitOperationAdd(name, str(upload.folder / name)) for name, _ in upload.files]
     done = _try(
-        lambda: api.create_commit(parcel.repo, operations, commit_message=message, repo_type="model"), parcel, token
+        lambda: api.create_commit(upload.repo, operations, commit_message=message, repo_type="model"), upload, token
     )
     return str(done.repo_url)
 
 
-def _held(api: Any, repo: str, private: bool) -> list[str]:
-    """Create the repository unless it is there; names of the files it holds, git's own aside."""
+def _create(api: Any, repo: str, *, private: bool) -> list[str]:
+    """Create the repository unless it exists; names of its files, without git's own."""
     api.create_repo(repo, private=private, exist_ok=True)
     info = api.model_info(repo)
     return [s.rfilename for s in info.siblings or () if s.rfilename != ".gitattributes"]
 
 
-def _try(work: Callable[[], Any], parcel: Parcel, token: str) -> Any:
-    """Run one step; the client's errors become ours, and never carry the token."""
+def _try(work: Callable[[], Any], upload: Upload, token: str) -> Any:
+    """Run one request; the client's errors become ours, without the token."""
     # Its HTTP client is httpx or httpx2, by version; both call the root of their errors so.
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
@@ -102,17 +104,17 @@ def _try(work: Callable[[], Any], parcel: Parcel, token: str) -> Any:
         text = _clean(str(error), token)
         if status in (401, 403):
             raise InputError(
-                f"{parcel.repo}: the hub refuses the token in {TOKEN} (HTTP {status}): it needs write access: {text}"
+                f"{upload.repo}: the hub refuses the token in {TOKEN} (HTTP {status}): it needs write access: {text}"
             ) from None
-        raise StageError(f"{parcel.repo}: the hub answered HTTP {status}: {text}") from None
+        raise StageError(f"{upload.repo}: the hub answered HTTP {status}: {text}") from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _broken(parcel, error, token) from None
+        raise _broken(upload, error, token) from None
 
 
-def _broken(parcel: Parcel, error: Exception, token: str) -> StageError:
+def _broken(upload: Upload, error: Exception, token: str) -> StageError:
     cause = error.__cause__ or error
     return StageError(
-        f"{parcel.repo}: the connection broke ({type(cause).__name__}: {_clean(str(cause), token)}): run the same command "
+        f"{upload.repo}: the connection broke ({type(cause).__name__}: {_clean(str(cause), token)}): run the same command "
         "again, weights that arrived are not sent again (with --update should the commit have arrived too)"
     )
 

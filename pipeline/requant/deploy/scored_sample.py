@@ -1,4 +1,4 @@
-"""What engines are asked to score: the beginnings of a run's own held-out documents, kept beside its scores."""
+"""The sample that engines score: the beginnings of a run's held-out documents, saved with the run."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Sample:
         return cls(tuple(firsts.values()), tuple(range(len(firsts))), source.name, source.digest)
 
     @classmethod
-    def kept(cls, checkpoint: Path) -> Sample | None:
-        """What the run that `checkpoint` is of keeps; None where it is no run's, or an older one's."""
+    def load(cls, checkpoint: Path) -> Sample | None:
+        """The sample of the run that wrote `checkpoint`; None without a run, or where an older version ran."""
         file = checkpoint.absolute().parent / CACHE / FILE
         if not file.exists():
             return None
         raw = read_json(file)
         return cls(tuple(map(tuple, raw["rows"])), tuple(raw["documents"]), raw["set"], raw["digest"])
 
-    def keep(self, run: Path) -> None:
-        """For every `verify` of a checkpoint of this run."""
+    def save(self, run: Path) -> None:
+        """Save it in the run directory, for every `verify` of its checkpoints."""
         (run / CACHE).mkdir(exist_ok=True)
         text, file = json.dumps(asdict(self)) + "\n", run / CACHE / FILE
         if not file.exists() or file.read_text() != text:  # a second run does nothing

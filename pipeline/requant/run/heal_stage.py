@@ -7,7 +7,6 @@ from typing import Any
 
 from requant import __version__, deploy, heal
 from requant.checkpoint.reader import Checkpoint
-from requant.deploy.stage import demand
 from requant.evaluate import variants
 from requant.merge.stage import DTYPES
 from requant.run.context import RunContext
@@ -32,8 +31,8 @@ def run_heal(context: RunContext, key: str) -> dict[str, Any]:
         meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress,
     )  # fmt: skip
     proof = deploy.verify(
-        out, source=places.merged, deploy=asked.deploy, own=device, trust_remote_code=places.trust_remote_code
+        out, source=places.merged, deploy=asked.deploy, own_device=device, trust_remote_code=places.trust_remote_code
     )
-    demand(proof)
+    proof.raise_if_wrong()
     artifact.finish(key, {"stage": "heal", "requant": __version__})
     return facts | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}

@@ -11,7 +11,6 @@ from typing import Any
 
 from requant import __version__, deploy, quantize
 from requant.deploy.scored_sample import Sample
-from requant.deploy.stage import demand
 from requant.merge.deltas import deltas
 from requant.quantize import gptqmodel_engine, warmup
 from requant.run.context import RunContext
@@ -47,7 +46,7 @@ def before_quantize(context: RunContext) -> None:
     for warning in probed["warnings"]:
         log.warning("probe: %s", warning)
         context.watcher.warn(warning)
-    Sample.of(context.prepared.texts.sets, context.recipe.evaluate.in_domain).keep(context.directory.path)
+    Sample.of(context.prepared.texts.sets, context.recipe.evaluate.in_domain).save(context.directory.path)
     context.delta_prediction()
 
 
@@ -74,9 +73,9 @@ def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
         meta={"quantizer": [quantizer]}, first_rank_only=own,
     )  # fmt: skip
     proof = deploy.verify(
-        out, source=merged, deploy=recipe.deploy, own=context.device, trust_remote_code=recipe.trust_remote_code
+        out, source=merged, deploy=recipe.deploy, own_device=context.device, trust_remote_code=recipe.trust_remote_code
     )
-    demand(proof)
+    proof.raise_if_wrong()
     artifact.finish(key, {"stage": "quantize", "requant": __version__})
     return {
         "modules": [asdict(m) for m in modules],

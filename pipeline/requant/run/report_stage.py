@@ -8,7 +8,7 @@ from typing import Any
 from requant import __version__
 from requant.checkpoint.reader import write_text
 from requant.checkpoint.run_directory import key_of
-from requant.deploy.stage import remembered as proofs_of
+from requant.deploy.verification import saved_verifications
 from requant.run import report_facts
 from requant.run.context import RunContext
 
@@ -80,7 +80,7 @@ def _cards(context: RunContext) -> dict[str, str | None]:
 
 def _proofs(context: RunContext) -> dict[str, dict[str, Any]]:
     """Stage -> what `requant verify` kept of its checkpoint after the run."""
-    return proofs_of(context.directory.path, {"quantize": context.keys.quantize, "heal": context.keys.heal})
+    return saved_verifications(context.directory.path, {"quantize": context.keys.quantize, "heal": context.keys.heal})
 
 
 def _stage_results(context: RunContext) -> dict[str, dict[str, Any]]:

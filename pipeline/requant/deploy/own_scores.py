@@ -1,0 +1,121 @@
+"""Scores and tokens of a checkpoint by our own decoding in fp32: what engines are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.deploy import engine_processes
+from requant.deploy.check_headers import Finding, HeaderCheck
+from requant.deploy.scored_sample import Sample
+from requant.deploy.verification import Verification
+from requant.evaluate import variants
+from requant.runtime.device import free_bytes, free_memory
+
+PROMPT, NEW_TOKENS = 8, 8
+LONGEST = 512  # tokens of the default text
+SAMPLE = """\
+The lighthouse keeper wrote the date at the top of the page, as he had done every evening for thirty years, and then sat
+for a while without writing anything. Outside, the wind had turned to the north and the rain came in short, hard bursts
+against the glass. He counted the seconds between the flashes of his own lamp, out of habit, and found them right. Two
+ships had passed since noon: a freighter low in the water, and a small sailing boat that should not have been out in
+such weather at all. He had watched the boat until it rounded the point. If the forecast was correct, the storm would be
+over by morning, and the supply launch would bring flour, paraffin, letters and, with luck, a new pair of boots.
+
+def count_words(text):
+    words = {}
+    for word in text.lower().split():
+        words[word] = words.get(word, 0) + 1
+    return words
+"""
+"""What engines score when no other text is given: prose and a little code, written for this."""
+
+
+def score_checkpoint(
+    done: Verification,
+    headers: HeaderCheck,
+    *,
+    sample: Sample | None,
+    text: str | None,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> tuple[Sample, list[list[float]]] | None:
+    """Score a sample and generate, filling in `done`; (the sample, -ln p of its tokens).
+
+    sample: a run's own documents, else `text`, else `SAMPLE`. None when there is not enough memory, or when logits are
+    not finite.
+    """
+    path = headers.checkpoint.path
+    need = 4 * sum(p.numel() for p in headers.model.parameters())
+    memory = _free(device)
+    if need > memory and device.type == "cuda":
+        device = torch.device("cpu")
+        memory = _free(device)
+    if need > memory:
+        done.skipped.append(
+            f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
+        )
+        return None
+    tokenizer: Any = _tokenizer(path, trust_remote_code)
+    longest = (getattr(headers.model.config.get_text_config(), "max_position_embeddings", None) or 512) - NEW_TOKENS  # type: ignore
+    if sample is None:
+        sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, LONGEST)]),), (0,))
+    rows = [row[:longest] for row in sample.rows]
+    places = variants.Places(path, path, path, path, None, {}, trust_remote_code=trust_remote_code)
+    model = variants.quantized(path, places, device, torch.float32)
+    nll, finite = score_rows(model, rows, device)
+    done.sample_tokens, done.sample_set, done.sample_digest = sum(map(len, nll)), sample.set, sample.digest
+    if finite:
+        done.perplexity = engine_processes.perplexity(nll)
+        done.generated = _generate(model, rows[0][:PROMPT], device)
+        done.text = tokenizer.decode(done.generated) if tokenizer is not None else None
+    else:
+        done.findings.append(Finding("model", "its logits hold NaN or infinity on the sample"))
+    del model
+    free_memory(device)
+    return (replace(sample, rows=tuple(rows)), nll) if finite else None
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that a model may take."""
+    if device.type == "cuda":
+        free_memory(device)
+        return 0.9 * free_bytes(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(0.9 * 1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+
+
+def score_rows(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[list[list[float]], bool]:
+    """-ln p of every token after the first, row by row, and whether all logits are finite."""
+    out: list[list[float]] = []
+    for row in rows:
+        ids = torch.tensor([list(row)], device=device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        if not torch.isfinite(logits).all():
+            return out, False
+        out.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist())
+    return out, True
+
+
+def _generate(model: Any, prompt: Sequence[int], device: torch.device) -> list[int]:
+    ids = torch.tensor([list(prompt)], device=device)
+    made: Tensor = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+    new: list[int] = made[0, ids.shape[1] :].tolist()
+    return new

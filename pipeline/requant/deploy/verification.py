@@ -1,0 +1,113 @@
+"""`Verification`: what was checked of one checkpoint and what is wrong; kept beside a run for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from requant.checkpoint.model_files import write_json
+from requant.checkpoint.reader import read_json
+from requant.checkpoint.run_directory import MANIFEST, MARKER
+from requant.deploy.check_headers import Finding
+from requant.errors import StageError
+
+SHOWN = 20  # findings in a message
+RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"}  # by the stage that wrote the checkpoint
+
+
+class EngineResult(TypedDict):
+    """One engine's row. difference: of mean -ln p in nats, theirs minus ours. tolerance: what its dtype explains.
+
+    delta to n_tokens: as `requant_eval.metrics.engine_step` pairs it with us; only if the engine loaded.
+    """
+
+    engine: str
+    dtype: str
+    device: str
+    kernels: list[str]
+    versions: dict[str, str]
+    load_seconds: float | None
+    error: str | None
+    tolerance: float
+    perplexity: float | None
+    difference: float | None
+    same_tokens: bool | None
+    tokens_per_second: float | None
+    delta: NotRequired[dict[str, float | None]]
+    loss_percent: NotRequired[dict[str, float | None]]
+    n_documents: NotRequired[int]
+    n_tokens: NotRequired[int]
+    ok: NotRequired[bool]
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What was checked and what was found; `ok` when nothing is wrong.
+
+    expected_bytes: of all tensors as the config describes them. disk_bytes: of the safetensors files.
+    perplexity: of the sample, decoded by us in fp32. sample_set, sample_digest: the evaluation set of the sample.
+    skipped: checks that could not be made, and why.
+    """
+
+    path: Path
+    findings: list[Finding] = field(default_factory=list)
+    tensors: int = 0
+    linears: int = 0
+    bits_per_weight: float | None = None
+    expected_bytes: int | None = None
+    disk_bytes: int | None = None
+    negative_scales: int | None = None
+    relative_error: float | None = None
+    sample_tokens: int = 0
+    sample_set: str | None = None
+    sample_digest: str | None = None
+    perplexity: float | None = None
+    generated: list[int] = field(default_factory=list)
+    text: str | None = None
+    engines: list[EngineResult] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing wrong was found."""
+        return not self.findings
+
+    def facts(self) -> dict[str, Any]:
+        """JSON types, without the path."""
+        raw = asdict(self)
+        del raw["path"]
+        return {"ok": self.ok} | raw
+
+    def message(self) -> str:
+        """The findings, one a line."""
+        more = len(self.findings) - SHOWN
+        lines = [f"{self.path}: {len(self.findings)} things are wrong:" if len(self.findings) > 1 else f"{self.path}:"]
+        lines += [f"  {finding}" for finding in self.findings[:SHOWN]]
+        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+
+    def raise_if_wrong(self) -> None:
+        """Raise StageError with the findings, if there are any."""
+        if not self.ok:
+            raise StageError(self.message())
+
+
+def save_verification(done: Verification) -> Path | None:
+    """Save the result beside a run's checkpoint, for its report; None when `path` is no artifact of a run."""
+    run, manifest = done.path.absolute().parent, done.path / MANIFEST
+    file = run / f"verify-{done.path.absolute().name}.json"
+    if not (run / MARKER).exists() or not manifest.exists() or file.name not in RESULTS.values():
+        return None
+    write_json(file, {"key": read_json(manifest).get("key")} | done.facts())
+    return file
+
+
+def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Stage -> the saved verification of its checkpoint. keys: stage -> key of the checkpoint that counts."""
+    saved = {stage: read_json(run / RESULTS[stage]) for stage in keys if (run / RESULTS[stage]).exists()}
+    return {
+        stage: {k: v for k, v in result.items() if k != "key"}
+        for stage, result in saved.items()
+        if result.get("key") == keys[stage]
+    }
