@@ -1,4 +1,4 @@
 """requant_eval: scores language models on token windows and compares them.
 
-Knows neither recipes nor quantization: the judge does not know the accused.
+Imports nothing of requant and knows neither recipes nor quantization: it judges checkpoints by their scores alone.
 """

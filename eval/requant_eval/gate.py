@@ -2,7 +2,8 @@
 
 In a recipe `{metric: ppl_increase, set: in-domain, max: 5%}`, on the command line `ppl_increase in-domain 5%`.
 `relative_to: rtn` (`50% of rtn`) puts the limit on the share of what rounding to nearest would cost.
-Declarations only, without numpy: `metrics.definitions` computes a metric, `report.verdict` judges a report by its gates.
+Declarations only, without numpy: `metrics.definitions` computes a metric, `report.verdict` judges a report by its
+gates.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ Control = Literal["rtn"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a variant on an evaluation set: where the report has it, how it is shown and gated.
+    """One number of a variant on a set: its place in the report, how it is shown and gated.
 
-    words: what it is called. of, key: where a set's section has it: a key of the variant's row, of the step from the
-    reference to the variant, or of the set itself, by variant. part: the estimate inside of what is there.
-    scale: the report's number times this is in `unit` ("%", "nats" or none). signed: shown with its sign.
-    side: whether a gate's limit is the largest or the smallest good value.
-    column: its sum over each document, where a gate may limit it relative to the control's. from_reference: the
-    reference's own sum is subtracted first.
-    in_domain: measured on the in-domain set only. needs: what the recipe has to score besides. needs_kl: evaluate.kl.
-    own_table: whether the report has a table made for it; the others share one.
+    words: its name in the report.
+    of, key: where the set's section has it: a key of the variant's row, of the step from the reference to the variant,
+    or of the set itself, by variant.
+    part: the key of the estimate inside that value, where it is not the estimate itself.
+    scale: the report's number times `scale` is in `unit` ("%", "nats" or none).
+    signed: shown with its sign.
+    side: whether a gate's limit is the largest ("max") or the smallest ("min") good value.
+    column: its sums over documents (`documents` in the report), where a gate may limit it relative to the control's.
+    from_reference: the reference's sums are subtracted from that column first.
+    in_domain: measured on the in-domain set only.
+    needs: variants that the recipe has to score as well.
+    needs_kl: whether it needs evaluate.kl.
+    own_table: whether the report has a table for it alone; the others share one.
     """
 
     words: str
@@ -86,7 +92,7 @@ _HOW = '"METRIC SET LIMIT" such as "ppl_increase in-domain 5%", or "... 50% of r
 
 
 class GateError(ValueError):
-    """A gate that means nothing; `key` is the part of it that is wrong."""
+    """A gate that is not valid; `key` names the wrong part."""
 
     def __init__(self, key: str, message: str) -> None:
         self.key = key
@@ -95,7 +101,10 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class Gate:
-    """One rule. limit: in the metric's unit, or in percent of the control's where `relative_to` is set."""
+    """A limit on one metric of one set.
+
+    limit: in the metric's unit, or in percent of the control's where `relative_to` is set.
+    """
 
     metric: MetricName
     set: str
@@ -119,7 +128,7 @@ class Gate:
         return f"{self.metric} on {self.set} at {'most' if self.side == 'max' else 'least'} {bound}{whose}"
 
     def rule(self) -> dict[str, Any]:
-        """As the report keeps it."""
+        """The gate as `report.json` has it."""
         return asdict(self) | {"side": self.side, "unit": self.unit}
 
 
@@ -153,19 +162,21 @@ def parse(text: str) -> Gate:
     """A gate from the command line.
 
     Raises:
-        GateError: not METRIC SET LIMIT, or a gate that means nothing.
+        GateError: not METRIC SET LIMIT, or not a valid gate.
     """
     words = text.replace(" %", "%").split()
     relative_to = words[4] if len(words) == 5 and words[3] == "of" else None
     if len(words) != 3 and relative_to is None:
         raise GateError("", f"{text!r} is not a gate: write {_HOW}")
     metric, on, limit = words[:3]
-    low = metric in METRICS and METRICS[metric].side == "min"
-    return make(metric, on, most=None if low else limit, least=limit if low else None, relative_to=relative_to)
+    is_least = metric in METRICS and METRICS[metric].side == "min"
+    return make(
+        metric, on, most=None if is_least else limit, least=limit if is_least else None, relative_to=relative_to
+    )
 
 
 def from_rule(rule: Mapping[str, Any]) -> Gate:
-    """A gate as a report keeps it (`Gate.rule`)."""
+    """The gate of a `report.json` entry (`Gate.rule`)."""
     if rule["metric"] not in METRICS:
         raise GateError("metric", f"{rule['metric']!r} is not one of {', '.join(METRICS)}")
     return Gate(rule["metric"], rule["set"], float(rule["limit"]), rule["relative_to"])

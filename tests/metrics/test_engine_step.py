@@ -1,4 +1,4 @@
-"""`requant_eval.served`: the step into an engine, paired by document, and where a report shows it."""
+"""`requant_eval.metrics.engine_step`: the step, its pairing, and where a report shows it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_has_no_number_is_none() -> None:
 
 @pytest.mark.parametrize(("theirs", "documents"), [(OURS[:3], DOCUMENTS), (shifted(0)[::-1], DOCUMENTS), (OURS, [0])])
 def test_other_tokens_are_not_paired(theirs: list[list[float]], documents: list[int]) -> None:
-    with pytest.raises(EvaluationError, match="scored other tokens than we did: its step cannot be paired"):
+    with pytest.raises(EvaluationError, match="scored other tokens than our decoding: the two cannot be paired"):
         engine_step.step(theirs, OURS, documents)
 
 

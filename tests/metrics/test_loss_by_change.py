@@ -1,4 +1,4 @@
-"""Where a variant loses: groups by what the adapter changed, and how much of the change is taken back."""
+"""`requant_eval.metrics.loss_by_change`: groups, shares taken back, what is not defined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def scores(nll: np.ndarray, kl: np.ndarray | None = None) -> TokenScores:
 
 
 def world(back: float, noise: float) -> tuple[dict[str, TokenScores], np.ndarray]:
-    """The adapter changes tokens by very different amounts; the variant takes `back` of it back, and adds noise."""
+    """Scores of an adapter that changes tokens by very different amounts, and of a variant.
+
+    The variant takes the share `back` of each change back and adds noise.
+    """
     rng = np.random.default_rng(0)
     adapter, change = 5 + rng.gamma(2.0, size=N), rng.normal(size=N) * rng.gamma(1.0, size=N)
     variant = adapter + back * change + noise * rng.normal(size=N)

@@ -1,4 +1,4 @@
-"""Formulas against direct loops, scipy and simulation."""
+"""`requant_eval.metrics.statistics` against direct loops, scipy and simulation."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_equal_documents_give_the_classical_standard_error() -> None:
 
 
 def bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
-    """Slow and obvious: draw whole documents with replacement; standard error and 95 % interval of the ratio."""
+    """Standard error and 95 % interval of the ratio by drawing whole documents with replacement."""
     rng = np.random.default_rng(1)
     drawn = rng.integers(len(a), size=(resamples, len(a)))
     ratios = a[drawn].sum(1) / b[drawn].sum(1)
@@ -90,7 +90,7 @@ def bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 4000) -> tuple[floa
 
 @pytest.mark.parametrize("kind", ["equal", "unequal", "skewed"])
 def test_cluster_robust_and_bootstrap_agree(kind: str) -> None:
-    """300 documents: the bootstrap's own error at 4000 draws is 1 %, the two differ by O(1/300) besides."""
+    """300 documents: the two differ by O(1/300), and the bootstrap of 4000 draws has 1 % error."""
     values, n = worlds_of(kind, count=1, documents=300)[:2]
     got = st.ratio(values[0], n[0])
     se, low, high = bootstrap(values[0], n[0])
@@ -99,7 +99,10 @@ def test_cluster_robust_and_bootstrap_agree(kind: str) -> None:
 
 
 def worlds_of(kind: str, *, count: int, documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
-    """Document sums [count, documents], their tokens, and the true mean; tokens of a document share a shift."""
+    """Document sums [count, documents], their tokens, and the true mean.
+
+    Tokens of one document share a shift.
+    """
     rng = np.random.default_rng(seed)
     shape = (count, documents)
     n = np.full(shape, 192.0) if kind == "equal" else rng.integers(50, 400, size=shape).astype(float)
@@ -110,7 +113,10 @@ def worlds_of(kind: str, *, count: int, documents: int, seed: int = 0) -> tuple[
 @pytest.mark.parametrize("kind", ["equal", "unequal", "skewed"])
 @pytest.mark.parametrize("documents", [5, 20, 100])
 def test_intervals_cover_the_truth_in_95_of_100_worlds(kind: str, documents: int) -> None:
-    """5000 worlds of correlated tokens: 95 % +- 1.5 (the simulation's own error is 0.3); token-level intervals fail."""
+    """5000 worlds of correlated tokens: 95 % +- 1.5; token-level intervals fail.
+
+    The simulation's own error is 0.3.
+    """
     values, n, truth = worlds_of(kind, count=5000, documents=documents)
     found = [st.ratio(a, b) for a, b in zip(values, n, strict=True)]
     covered = np.mean([e.low <= truth <= e.high for e in found])
@@ -222,7 +228,7 @@ def test_flips_are_shares_of_all_tokens() -> None:
 
 
 def worlds(documents: int, gain: float, loss: float) -> tuple[st.Sums, st.Sums, st.Sums]:
-    """(base, adapter, variant): the adapter gains `gain` nats, the variant gives `loss` of it back."""
+    """(base, adapter, variant): the adapter gains `gain` nats, the variant loses `loss` of it."""
     rng = np.random.default_rng(0)
     n = rng.integers(50, 150, size=documents).astype(float)
     adapter = n * rng.gamma(4.0, 0.5, size=documents)

@@ -1,4 +1,4 @@
-"""`requant_eval.maps`: the survival map's rows, its words, and reports that have nothing to show."""
+"""`requant_eval.render.adapter_tables`: rows, sentences, and reports with nothing to show."""
 
 from __future__ import annotations
 

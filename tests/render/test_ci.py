@@ -1,4 +1,4 @@
-"""What a CI system gets: exit codes, JUnit XML, a step summary."""
+"""`requant_eval.render.ci`: exit codes, JUnit XML, the Markdown summary."""
 
 from __future__ import annotations
 

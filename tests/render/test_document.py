@@ -1,4 +1,4 @@
-"""The order of what a report says, and that no rendering can say less than another."""
+"""`requant_eval.render.document`: the order of sections; no format leaves a block out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML report as text: same numbers, nothing hostile gets through, small, accessible in its markup, self-contained."""
+"""`requant_eval.render.html` as text: numbers, escaping, size, accessibility, no requests."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requant_eval.render import html
-from requant_eval.render.charts import charts, healing, losses, module_maps, waterfall
+from requant_eval.render.charts import charts, healing, losses, waterfall
 from requant_eval.render.document import Bullets, Code, Document, Figure, Paragraph, Section, document
+from requant_eval.render.module_maps import module_maps
 from requant_eval.render.svg import Scale
 from requant_eval.render.tables import Table
 from requant_eval.report.number_format import format_bytes, format_seconds, read_number
@@ -31,7 +32,7 @@ LIMIT = 300_000
 
 
 class Markup(HTMLParser):
-    """A page as a flat list of elements and its text, and a check that every element is closed where it should be."""
+    """A page as a flat list of elements and its text; checks that every element is closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ def test_hostile_names_are_text() -> None:
     ("layers", "sets", "left_out"), [(30, 2, ""), (126, 2, ""), (126, 6, "tables"), (126, 14, "figures")]
 )
 def test_small_enough_to_mail(layers: int, sets: int, left_out: str) -> None:
-    """Two sets of the largest dense models there are fit whole; beyond that the page says what it lacks."""
+    """Two sets of the largest dense models fit whole; a longer page says what it leaves out."""
     report = full(layers)
     report["sets"] = [report["sets"][0] | {"name": f"set {n}"} for n in range(sets)]
     report["gates"] = []
@@ -272,7 +273,7 @@ def test_a_control_far_outside_says_so_instead_of_standing_at_the_edge() -> None
 
 
 def test_the_waterfall_is_a_chain() -> None:
-    """Each bar begins where the variant it was made of ends, within a hundredth of a percent of the plot."""
+    """Each bar begins where its source's bar ends, within a hundredth of a percent of the plot."""
     s = next(s for s in built()["sets"] if s["in_domain"])
     rows = {row.label: row for row in waterfall(s).rows}
     bars = {

@@ -1,4 +1,4 @@
-"""The HTML report in a real headless Chromium: it renders, is silent, calls nobody, sorts, and speaks to the keyboard."""
+"""The HTML report in headless Chromium: no errors, no requests, sorting, keyboard."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_it_renders_in_silence_and_calls_nobody(page: Page, url: str, dark: bool
 
 
 def test_it_could_not_call_if_it_were_told_to(page: Page, url: str) -> None:
-    """The page's own policy holds: what a script in it asks for does not reach a server that listens."""
+    """The page's policy holds: a script's request does not reach a server that listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         there = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The report from made-up scores: what it says, and that every rendering says the same numbers."""
+"""`requant_eval.report.assemble`: reports of made-up scores, and the numbers of each format."""
 
 from __future__ import annotations
 

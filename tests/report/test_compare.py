@@ -1,4 +1,4 @@
-"""Runs beside each other: the pairing, who is better, what is refused, the Pareto front."""
+"""`requant_eval.report.compare`: pairing, who is better, what is refused, the Pareto front."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a gate means and how it is written, in a recipe and on the command line."""
+"""`requant_eval.gate`: what a gate means and how a recipe and the command line write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A metric is one declaration and one computation: a made-up one goes all the way without other code."""
+"""A metric is one declaration and one computation: a made-up one needs no other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which way to deploy: the rule, the table behind it, and from how many adapters on it tips."""
+"""`requant_eval.report.recommend`: the rule, the table, the number of adapters that decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of report.json, and reports of other versions."""
+"""`requant_eval.report.schema`: the JSON Schema of report.json, reports of other versions."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_is_no_report_is_refused_by_name(text: str, message: str, tmp_path:
 
 
 def test_a_report_of_version_1_is_read_and_rendered() -> None:
-    """Written by the first version of the report; its numbers stay, what follows from them is drawn now."""
+    """A report of version 1 keeps its numbers; verdict and recommendation are computed now."""
     old = json.loads(OLD.read_text())
     assert old["schema_version"] == 1
     report = load(OLD)

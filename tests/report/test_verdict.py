@@ -1,4 +1,4 @@
-"""Gates held against intervals: the three answers, how many more documents, and what all gates say together."""
+"""`requant_eval.report.verdict`: the three statuses, more documents, the whole verdict."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_more_documents_are_as_many_as_shrink_the_interval_to_the_limit() -> Non
 
 
 def test_so_many_more_documents_do_decide() -> None:
-    """Asked of a small sample, and then really collected: the answer is a pass in most of 100 worlds, not in few."""
+    """With as many documents as a small sample asks for, the gate passes in most of 100 worlds."""
     rng, limit, decided, asked = np.random.default_rng(0), 0.1, 0, 0
     for _ in range(100):
         everything = 0.05 + 0.1 * rng.normal(size=4000)

@@ -1,4 +1,4 @@
-"""Canaries: what counts as right, what is asked, what refuses, and what a run makes of them."""
+"""`requant_eval.scoring.canaries`: right answers, questions, refusals, and a run's canaries."""
 
 from __future__ import annotations
 
@@ -209,7 +209,10 @@ def test_the_models_own_words_are_right(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_asked_later(project: Path, ran: Path) -> None:
-    """Only the canaries are new: nothing is scored again. The right answers are those that the adapter really gives."""
+    """Canaries added to a finished run: nothing is scored again.
+
+    The right answers are those that the adapter gives.
+    """
     rows = [{"prompt": f"Is {n} a number?", "answer": "never said"} for n in range(6)]
     write_rows(ran / "canaries.jsonl", rows)
     asked = {"canaries": {"path": str(ran / "canaries.jsonl")}}

@@ -1,4 +1,4 @@
-"""Each protocol against windows cut by hand."""
+"""`requant_eval.scoring.windows`: each protocol against windows cut by hand."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How each metric is computed: of a step from one variant to another, and summed over documents.
+"""How each metric is computed from the scores of two variants, and its sums over documents.
 
-A new metric is one entry here, and one in `gate.METRICS` that says where the report shows it and how a gate limits it.
-What a gate may limit relative to the control's also has its sum over each document in `DOCUMENT_SUMS`.
+A new metric is one entry in `OF_STEP`, and one in `gate.METRICS` that says how the report shows it and a gate limits
+it. A metric that a gate may limit relative to the control's also has its sums over documents in `DOCUMENT_SUMS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from requant_eval.scoring.token_scores import TokenScores
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Scores of two variants on the same tokens. from_reference: `before` is the variant that KL is measured against."""
+    """Scores of two variants on the same tokens.
+
+    from_reference: whether `before` is the reference, the variant that KL is measured against.
+    """
 
     before: TokenScores
     after: TokenScores
@@ -32,13 +35,16 @@ Sums = npt.NDArray[Any] | None
 
 
 def _divergence(step: Step) -> Estimated:
-    """KL(reference || variant): its mean and its quantiles; None for other steps and without reference states."""
+    """Mean and quantiles of KL(reference || variant).
+
+    None for steps that do not begin at the reference, and without its hidden states.
+    """
     kl = step.after.kl if step.from_reference else None
     return None if kl is None else st.divergence(kl, step.after.document)
 
 
 def _agreement(step: Step) -> Estimated:
-    """Share of tokens with the reference's top-1 prediction; None as for KL."""
+    """Share of tokens whose top-1 prediction is the reference's; None where KL is None."""
     agree = step.after.agree if step.from_reference else None
     return None if agree is None else st.share(agree, step.after.document)
 
@@ -65,8 +71,8 @@ def _counts(flags: npt.NDArray[np.bool_] | None, document: npt.NDArray[np.int32]
     return None if flags is None else st.document_sums(flags, document).astype(int)
 
 
-# Column of `documents` in the report -> sums over each document of a variant's tokens; None where there are no such numbers.
-# The second argument is the reference, None where none was scored.
+# Column of `documents` in the report -> sums over each document of a variant's tokens; None where it was not scored.
+# The second argument: scores of the reference, None where no reference was scored.
 DOCUMENT_SUMS: dict[str, Callable[[TokenScores, TokenScores | None], Sums]] = {
     "n": lambda scores, _: np.bincount(scores.document),
     "nll": lambda scores, _: st.document_sums(scores.nll, scores.document),

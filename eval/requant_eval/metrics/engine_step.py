@@ -1,4 +1,6 @@
-"""The last step, from our own decoding of a checkpoint to an engine that serves it: the kernel's rounding, paired."""
+"""The step from our decoding of a checkpoint to a serving engine, paired by document.
+
+What differs is the rounding of the engine's kernels."""
 
 from __future__ import annotations
 
@@ -13,21 +15,21 @@ from requant_eval.metrics import statistics as st
 
 
 def step(
-    theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]], documents: Sequence[int]
+    engine: Sequence[Sequence[float]], decoded: Sequence[Sequence[float]], documents: Sequence[int]
 ) -> dict[str, Any]:
-    """{"delta", "loss_percent", "n_documents", "n_tokens"} of the engine against us on the same tokens.
+    """Loss of an engine against our decoding of the same checkpoint on the same tokens.
 
-    theirs, ours: -ln p of every scored token, row by row. documents: the document of each row, 0..G-1. What has no
-    number (an interval of one document, anything where an engine gave NaN) is None.
+    engine, decoded: -ln p of every scored token, nats, row by row. documents: the document of each row, 0..G-1.
+    Returns "delta", "loss_percent", "n_documents" and "n_tokens"; a number that is NaN or infinite becomes None.
 
     Raises:
         EvaluationError: the two did not score the same tokens.
     """
-    lengths = [len(row) for row in ours]
-    if [len(row) for row in theirs] != lengths or len(documents) != len(lengths):
-        raise EvaluationError("an engine scored other tokens than we did: its step cannot be paired")
+    lengths = [len(row) for row in decoded]
+    if [len(row) for row in engine] != lengths or len(documents) != len(lengths):
+        raise EvaluationError("an engine scored other tokens than our decoding: the two cannot be paired")
     document = np.repeat(np.asarray(documents, np.int32), lengths)
-    sums = [st.sums(np.asarray([x for row in rows for x in row], np.float64), document) for rows in (theirs, ours)]
+    sums = [st.sums(np.asarray([x for row in rows for x in row], np.float64), document) for rows in (engine, decoded)]
     with np.errstate(invalid="ignore", over="ignore"):
         pair = st.paired(*sums)
     return {
@@ -41,13 +43,13 @@ def _known(estimate: st.Estimate) -> dict[str, float | None]:
 
 
 def proofs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(variant, what verifying its checkpoint found), in the order in which they were made."""
+    """(variant, result of verifying its checkpoint), in the order of the stages."""
     found = (("gptq", facts.get("verify")), ("healed", (facts.get("heal") or {}).get("verify")))
     return [(variant, proof) for variant, proof in found if proof]
 
 
 def steps(facts: Mapping[str, Any], name: str, digest: str) -> list[dict[str, Any]]:
-    """The steps into engines that were measured on documents of the evaluation set of this name and digest."""
+    """The steps into engines, as far as they were measured on the evaluation set of this digest."""
     return [
         {"from": variant, "to": engine["engine"], "kind": "kernel"}
         | {key: engine[key] for key in ("delta", "loss_percent", "n_documents", "n_tokens", "dtype", "device")}

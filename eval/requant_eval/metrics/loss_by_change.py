@@ -1,7 +1,7 @@
-"""Where in the text a variant loses: the tokens that the adapter changed most, or all alike.
+"""Loss of a variant by how much the adapter changed each token.
 
-Scored tokens are sorted by |ln p_adapter - ln p_base| into ten groups of equal size. Erased learned behaviour shows as a
-loss in the last groups and as `reverted` > 0, general noise as the same loss in all of them.
+Scored tokens are sorted by |ln p_adapter - ln p_base| into ten groups of equal size. Lost learned behaviour is a loss
+in the last groups and `reverted` > 0. Noise is the same loss in all groups.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ GROUPS = 10
 
 
 def tails(scores: Mapping[str, TokenScores]) -> dict[str, Any] | None:
-    """The groups of one evaluation set, and every variant on them; None unless base and adapter were scored.
+    """Groups of tokens of one evaluation set, and every variant's loss on them.
 
-    groups: tokens and range of |ln p_adapter - ln p_base| (nats) of each, least changed first.
-    variants: name -> {"reverted", "last_share", "loss", "kl", "disagreement"}. reverted: the share of the adapter's change
-    of each token that the variant took back (`reverted`). last_share: of the whole loss, what falls on the last group; None
-    unless there surely is a loss. The others: one clustered estimate a group; loss: nats a token against the adapter, kl
-    and disagreement None without a reference.
+    None unless base and adapter were scored.
+    groups: number of tokens and range of |ln p_adapter - ln p_base| (nats) of each, least changed first.
+    variants: by name, for each:
+    reverted: the share of the adapter's change of each token that the variant took back (see `reverted`).
+    last_share: the last group's share of the whole loss; None unless the loss is significant.
+    loss: nats a token against the adapter, one clustered estimate a group.
+    kl, disagreement: the same of KL and of another top-1 prediction; None without a reference.
     """
     if "base" not in scores or "adapter" not in scores:
         return None
@@ -46,7 +48,10 @@ def tails(scores: Mapping[str, TokenScores]) -> dict[str, Any] | None:
 
 
 def deciles(size: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """The group 0..9 of each of n values: int64 [n], equal shares by rank; equal values keep their order."""
+    """The group 0..9 of each of n values by rank: int64 [n].
+
+    Groups have equal sizes; equal values keep their order.
+    """
     rank = np.empty(len(size), dtype=np.int64)
     rank[np.argsort(size, kind="stable")] = np.arange(len(size))
     out: npt.NDArray[np.int64] = rank * GROUPS // max(1, len(size))
@@ -56,10 +61,10 @@ def deciles(size: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
 def reverted(
     lost: npt.NDArray[np.float64], change: npt.NDArray[np.float64], document: npt.NDArray[np.int32]
 ) -> st.Estimate | None:
-    """Least-squares slope through 0 of `lost` (x_V - x_A) on `change` (x_B - x_A), both nats per token [n].
+    """Least-squares slope through 0 of `lost` (x_V - x_A) on `change` (x_B - x_A).
 
-    0: the variant moves tokens without regard to what the adapter did; 1: it is the base again. None if the adapter
-    changed nothing.
+    lost, change: nats per token [n]. 0: what the variant changes does not depend on what the adapter changed. 1: the
+    variant is the base again. None if the adapter changed nothing.
     """
     square = st.document_sums(change * change, document)
     if not square.sum() > 0:

@@ -1,4 +1,4 @@
-"""Scores of one evaluation set in, its section of the report out: variants, steps, tails, retention, documents.
+"""An evaluation set's section of the report, computed from the scores of its variants.
 
 Numbers may still be numpy's or NaN: `report.plain` makes them JSON.
 """
@@ -37,7 +37,7 @@ EDGES = (
 
 @dataclass(frozen=True)
 class SetResult:
-    """The facts of one evaluation set (see `EvalSet`) and the scores of every variant on it."""
+    """One evaluation set (fields as in `EvalSet`) and the scores of every variant on it."""
 
     name: str
     digest: str
@@ -161,13 +161,16 @@ def _retention(sums: Mapping[str, st.Sums]) -> dict[str, Any]:
 
 
 def _documents(scores: TokenScores, others: Mapping[str, TokenScores], reference: str | None) -> dict[str, Any]:
-    """Sums over each document, enough to pair this variant with one of another run later: no GPU, no model."""
+    """Sums over each document; `report.compare` pairs the variants of two runs with them."""
     before = None if reference is None else others[reference]
     sums = {key: of(scores, before) for key, of in DOCUMENT_SUMS.items()}
     return {key: column for key, column in sums.items() if column is not None}
 
 
 def fingerprint(result: SetResult) -> str:
-    """Eight hex digits of protocol and tokens: numbers with the same fingerprint may be compared."""
+    """Eight hex digits of protocol and tokens.
+
+    Numbers with the same fingerprint may be compared.
+    """
     text = f"{result.protocol}|{result.window}|{int(result.bos)}|{result.digest}"
     return hashlib.sha256(text.encode()).hexdigest()[:8]

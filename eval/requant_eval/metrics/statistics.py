@@ -1,8 +1,9 @@
-"""Document-clustered estimates, pure maths: numpy in, numbers out. No model, no file, no config.
+"""Document-clustered estimates: ratios of document sums with standard errors and intervals.
 
-Tokens of one document are correlated, so the document is the unit: everything here is a ratio of two document
-sums, sum(a_i) / sum(b_i), with a jackknifed cluster-robust standard error and Student's t with one degree of freedom
-less than there are documents. That comes nearer to 95 % than the percentile bootstrap does: `bench/NOTES.md`.
+Tokens of one document are correlated, so the unit is the document. Every estimate is a ratio of two document sums,
+sum(a_i) / sum(b_i), with a jackknifed cluster-robust standard error and Student's t with one degree of freedom less
+than there are documents. Its coverage is nearer to 95 % than that of the percentile bootstrap (`bench/NOTES.md`).
+Pure maths: numpy in, numbers out, no model, file or config.
 
 Units are nats unless said otherwise. Source of the ratio estimator: Cochran, Sampling Techniques, section
 6.4; of its jackknife (CR3 among the cluster-robust errors): Bell & McCaffrey, Survey Methodology 28, 2002.
@@ -25,7 +26,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, its standard error and its 95 % interval, in one unit; NaN but the value with one document."""
+    """A value, its standard error and its 95 % interval, in one unit.
+
+    With one document the standard error and the interval are NaN.
+    """
 
     value: float
     se: float
@@ -44,7 +48,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sums:
-    """Per-document sums of one variant: nll float64 [G] (nats), n float64 [G] (scored tokens, all > 0)."""
+    """Per-document sums of one variant.
+
+    nll: float64 [G], nats. n: float64 [G], scored tokens, all > 0.
+    """
 
     nll: Floats
     n: Floats
@@ -65,7 +72,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(R || V) per token: clustered mean and the ladder of its distribution, nats."""
+    """KL(R || V) per token, nats: clustered mean and quantiles."""
 
     mean: Estimate
     median: float
@@ -106,7 +113,7 @@ def ratio(numerator: Floats, denominator: Floats) -> Estimate:
     value = float(numerator.sum()) / total
     if count < 2:
         return Estimate(value, math.nan, math.nan, math.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):  # one document holds all: NaN, there is no telling
+    with np.errstate(divide="ignore", invalid="ignore"):  # one document has all tokens: NaN
         residual = (numerator - value * denominator) / (1 - denominator / total)
     se = math.sqrt((count - 1) / count * float(residual @ residual)) / abs(total)
     half = t_quantile(0.5 + LEVEL / 2, count - 1) * se
@@ -138,13 +145,19 @@ def paired(variant: Sums, reference: Sums) -> Paired:
 
 
 def naive_se(values: npt.ArrayLike) -> float:
-    """Standard error of a mean if tokens were independent (they are not): sd / sqrt(n); NaN for one token."""
+    """Standard error of a mean if tokens were independent, which they are not: sd / sqrt(n).
+
+    NaN for one token.
+    """
     array = np.asarray(values, dtype=np.float64)
     return float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else math.nan
 
 
 def design_effect(clustered_se: float, independent_se: float) -> float:
-    """(clustered SE / naive SE)^2: how many times fewer tokens the sample is worth. NaN if undefined."""
+    """(clustered SE / naive SE)^2: how many times fewer independent tokens the sample is worth.
+
+    NaN if the naive standard error is 0 or NaN.
+    """
     return (clustered_se / independent_se) ** 2 if independent_se > 0 else math.nan
 
 
@@ -160,13 +173,13 @@ def share(flags: npt.NDArray[np.bool_], document: npt.NDArray[np.int32]) -> Esti
 
 
 def divergence(kl: npt.NDArray[np.float64], document: npt.NDArray[np.int32]) -> Divergence:
-    """Mean and ladder of per-token KL [n]."""
+    """Mean and quantiles of per-token KL [n]."""
     ladder = [float(q) for q in np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999, 1.0])]
     return Divergence(mean(kl, document), *ladder)
 
 
 def retention(variant: Sums, *, base: Sums, adapter: Sums) -> Estimate | None:
-    """1 - delta(V|adapter) / delta(base|adapter): how much of what fine-tuning gained is left (1 = all).
+    """1 - delta(V|adapter) / delta(base|adapter): the share of fine-tuning's gain that is left.
 
     None ("not defined") unless the base loses significantly against the adapter: the lower end of the
     interval of delta(base|adapter) is above 0.
@@ -181,7 +194,10 @@ def retention(variant: Sums, *, base: Sums, adapter: Sums) -> Estimate | None:
 
 @lru_cache
 def t_quantile(probability: float, df: int) -> float:
-    """Quantile of Student's t with integer `df` >= 1, by bisection on the exact CDF; 0 < probability < 1."""
+    """Quantile of Student's t, by bisection on the exact CDF.
+
+    0 < probability < 1; df: integer >= 1.
+    """
     if probability < 0.5:
         return -t_quantile(1 - probability, df)
     low, high = 0.0, 1.0
@@ -196,7 +212,10 @@ def t_quantile(probability: float, df: int) -> float:
 
 
 def t_cdf(t: float, df: int) -> float:
-    """P(T <= t) for integer df: the finite trigonometric sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    """P(T <= t) of Student's t for integer df.
+
+    Source: the finite trigonometric sums of Abramowitz & Stegun 26.7.3 and 26.7.4.
+    """
     theta = math.atan2(t, math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
     odd = df % 2 == 1

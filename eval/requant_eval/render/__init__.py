@@ -1,12 +1,13 @@
 """Render: report.json as Markdown, HTML, terminal, model card, CI.
 
-    document                                                    what a report says, in order, for every medium   <- start here
-    markdown, html, terminal, ci                                the media
+    document                                                    the report as sections and blocks, for every format   <- start here
+    markdown, html, terminal, ci                                the formats
     model_card                                                  README.md of a checkpoint
     tables                                                      what a table is, and those of the whole report
     set_tables                                                  tables of one evaluation set
     adapter_tables, heal_tables, engine_table, compare_tables   tables of one subject each
-    charts, svg                                                 pictures
+    charts, module_maps                                         figures
+    chart, svg                                                  what a chart is, and its marks, scales and axes as SVG
 
 May import: errors, gate, metrics, report.
 """

@@ -1,7 +1,4 @@
-"""Where the fine-tune survived: tables of the adapter's delta by layer and module, of suggested bits, of canaries.
-
-Like `tables`, rows of text out of the report's facts; every rendering prints these.
-"""
+"""Tables of the adapter: its delta against the quantization error, suggested bits, canaries."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ SHOWN = 60  # characters of a prompt or an answer in a table
 
 @dataclass(frozen=True)
 class Cell:
-    """One module kind in one layer; the experts of a layer are one cell. None where nothing is known.
+    """One kind of module in one layer, the experts of a layer as one; None where not measured.
 
     signal_to_noise: tr(dW H dW') / tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). retention: of the delta's
     output.
@@ -80,7 +77,7 @@ def survival_table(facts: Mapping[str, Any]) -> Table:
 
 
 def survivors_table(facts: Mapping[str, Any]) -> Table:
-    """The modules where the adapter is quietest against the error, worst first."""
+    """The modules with the lowest signal to noise of the adapter, worst first."""
     known = [m for m in _modules(facts) if m.get("signal_to_noise") is not None]
     worst = sorted(known, key=lambda m: float(m["signal_to_noise"]))[:WORST_MODULES]
     rows = tuple(
@@ -103,7 +100,10 @@ def survivors_table(facts: Mapping[str, Any]) -> Table:
 
 
 def survival_lines(facts: Mapping[str, Any]) -> list[str]:
-    """What the map says in words, and the grid's resonance as predicted and as measured; [] when nothing is known."""
+    """The adapter's signal to noise and retention, measured and predicted, in sentences.
+
+    [] when neither is known.
+    """
     known = [m for m in _modules(facts) if m.get("signal_to_noise") is not None]
     lines = []
     if known:
@@ -132,7 +132,7 @@ def kept(facts: Mapping[str, Any]) -> float | None:
 
 
 def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
-    """What each candidate would give with more bits, and cost."""
+    """Gain and cost of more bits, by candidate."""
     lost = suggestion["before"]["kl"]["value"]
     rows = tuple(
         (
@@ -175,7 +175,7 @@ def canaries_line(canaries: Mapping[str, Any]) -> str:
 
 
 def canaries_table(canaries: Mapping[str, Any]) -> Table:
-    """The canaries on which variants differ, other than the base: prompt, answer, what each said."""
+    """Canaries whose answers differ between variants, the base aside."""
     names = [n for n in canaries["right"] if n != "base"]
     rows = tuple(
         (

@@ -1,60 +1,27 @@
-"""The report's figures: rows of a label, a drawing and the value in words, over one shared axis.
+"""The report's figures: rows of a label, an SVG drawing and a value as text, over one axis.
 
-Every number in words comes from the same formatting as the tables; drawings only place what the report holds.
+Text is formatted as in the tables; drawings show the report's numbers.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 from requant_eval.render import svg
+from requant_eval.render.chart import Chart, Row
 from requant_eval.render.document import Figure
+from requant_eval.render.module_maps import module_maps
 from requant_eval.render.set_tables import served, what
 from requant_eval.render.svg import Scale
 from requant_eval.report.number_format import format_estimate, format_value
 
-LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
-EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 QUANTILES = (("median", "median"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
 ASIDE = ("control", "fork")
 TALL = 120  # pixels of a curve
-STRIP = 30  # pixels of a row of the module map
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a chart. note: set small after the label. value, aside: the number it shows, a second one set softer.
-    said: what the drawing shows, where those don't. places, values: of a strip of so many places, those that are filled,
-    for the script to tell.
-    """
-
-    label: str
-    drawing: Markup
-    value: str = ""
-    aside: str = ""
-    note: str = ""
-    said: str = ""
-    height: int = svg.HEIGHT
-    places: int = 0
-    values: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Chart:
-    """caption: a sentence that tells how to read it. legend: (class of a sample, what it stands for)."""
-
-    caption: str
-    rows: tuple[Row, ...]
-    axis: Markup = field(default_factory=Markup)
-    unit: str = ""
-    legend: tuple[tuple[str, str], ...] = ()
 
 
 def charts(figure: Figure) -> list[Chart]:
@@ -76,7 +43,7 @@ def charts(figure: Figure) -> list[Chart]:
 
 
 def waterfall(s: Mapping[str, Any]) -> Chart:
-    """Every variant's level, reached by a bar from the variant it was made of."""
+    """Perplexity of every variant, as a bar from the variant that it was made of."""
     into = {e["to"]: e for e in _steps(s)}
     level = {v["name"]: v["mean_nll"]["value"] for v in s["variants"]}
     for label, served_by in _served(s).items():
@@ -132,7 +99,10 @@ def _step(scale: Scale, e: Mapping[str, Any], level: Mapping[str, float]) -> Mar
 
 
 def losses(s: Mapping[str, Any]) -> Chart:
-    """What ships against the reference, enlarged; controls that lie far outside stay at the edge."""
+    """Loss of each variant against the reference, on a scale of its own.
+
+    Controls outside of the scale are drawn at its edge.
+    """
     edges = [e for e in s["edges"] if e["from"] == s["reference"] and _known(e["loss_percent"])]
     near = [e for e in edges if e["kind"] != "control"]
     ends = [e["loss_percent"][k] for e in near for k in ("value", "low", "high") if e["loss_percent"][k] is not None]
@@ -184,7 +154,7 @@ def ladder(s: Mapping[str, Any]) -> Chart:
 
 
 def flips(s: Mapping[str, Any]) -> Chart:
-    """Right to wrong leftwards, wrong to right rightwards."""
+    """Tokens that turned wrong (bars to the left) and right (bars to the right), by step."""
     both = ("right_to_wrong", "wrong_to_right")
     edges = [e for e in _steps(s) if all(_known(e[k]) for k in both)]
     if not edges:
@@ -213,7 +183,10 @@ def flips(s: Mapping[str, Any]) -> Chart:
 
 
 def tails(s: Mapping[str, Any]) -> list[Chart]:
-    """Loss of each tenth of the tokens, of what ships; of the control only where nothing else was scored."""
+    """Loss by tenth of the tokens, a chart for each variant.
+
+    The control has one only where no other variant was scored.
+    """
     names = [name for name in s["tails"]["variants"] if name not in ("merged", "original")]
     return [_tails(s, name) for name in names if name != "rtn" or len(names) == 1]
 
@@ -238,7 +211,7 @@ def _tails(s: Mapping[str, Any], name: str) -> Chart:
 
 
 def healing(told: Mapping[str, Any]) -> Chart:
-    """KL on held-out text against steps of healing, the chosen step filled."""
+    """KL on held-out text by step of healing; the chosen step is filled."""
     points = [(float(step), float(value)) for step, value in told.get("held") or [] if value is not None and value > 0]
     if len(points) < 2:
         return Chart("", ())
@@ -252,56 +225,6 @@ def healing(told: Mapping[str, Any]) -> Chart:
     row = Row("KL, log scale", drawn, f"{format_value(max(values))} .. {format_value(min(values))}", height=TALL)
     caption = "Healing: distance from its teacher on held-out text by step, higher is farther; the filled point is what was kept."
     return Chart(caption, (row,), svg.axis(across), "steps")
-
-
-def module_maps(facts: Mapping[str, Any]) -> list[Chart]:
-    """Layer x module of every quantized linear: relative output error, and the adapter's signal against it."""
-    modules = (facts.get("quantize") or {}).get("modules") or []
-    error = "Relative output error of every quantized linear"
-    signal = "How loud the adapter is against the quantization error of its linear (1: as loud), on a log scale"
-    return [module_map(modules, "relative_error", error), module_map(modules, "signal_to_noise", signal, log=True)]
-
-
-def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str, *, log: bool = False) -> Chart:
-    """One row a kind of linear, one bar a layer: height and shade both tell the value. Where several modules share a
-    place (experts), the worst stands for them: the largest error, the smallest signal.
-    """
-    found = _places(modules, key, worst=min if log else max)
-    every = [value for row in found.values() for value in row.values() if value > 0]
-    if not every:
-        return Chart("", ())
-    layers, top = max(layer for row in found.values() for layer in row) + 1, max(every)
-    scale = Scale(min(every) / 2, top, log=True) if log else Scale(0.0, top)
-    rows = []
-    for kind, row in found.items():
-        drawn = svg.strip({layer: scale.at(value) / 100 for layer, value in row.items()}, layers, height=STRIP)
-        values = tuple((layer, format_value(value)) for layer, value in sorted(row.items()))
-        worst = (min if log else max)(row, key=lambda layer: row[layer])
-        middle = format_value(statistics.median(row.values()))
-        said = f"{len(row)} layers, median {middle}, worst {format_value(row[worst])} in layer {worst}"
-        rows.append(Row(kind, drawn, f"{middle} .. {format_value(row[worst])}", "", "", said, STRIP, layers, values))
-    first = [layer for layer in Scale(0, layers).ticks() if layer < layers and layer == int(layer)]
-    axis = Markup("").join(svg.label(100 * (layer + 0.44) / layers, f"{layer:.0f}") for layer in first)
-    caption = (
-        f"{what}, first layer left, last right; full height and darkest is {format_value(top)}. Beside each row its"
-    )
-    caption += " median and its worst."
-    return Chart(caption, tuple(rows), axis, "layer")
-
-
-def _places(
-    modules: Sequence[Mapping[str, Any]], key: str, *, worst: Callable[[float, float], float]
-) -> dict[str, dict[int, float]]:
-    """{kind: {layer: value}} in the order of the model; kinds by their last name where that is unique."""
-    full: dict[str, dict[int, float]] = {}
-    for m in modules:
-        place, value = LAYER.fullmatch(str(m.get("name", ""))), m.get(key)
-        if place is None or not isinstance(value, int | float) or value < 0:
-            continue
-        row = full.setdefault(EXPERT.sub("*", f".{place[2]}")[1:], {})
-        row[int(place[1])] = worst(value, row.get(int(place[1]), value))
-    last = [kind.rsplit(".", 1)[-1] for kind in full]
-    return {(end if last.count(end) == 1 else kind): row for (kind, row), end in zip(full.items(), last, strict=True)}
 
 
 def _ppl(s: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""A verdict for machines: exit code, JUnit XML, and the Markdown that a CI system shows beside a run."""
+"""The verdict for CI systems: exit code, JUnit XML and a Markdown summary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ EXIT_CODES = {"pass": 0, "none": 0, "fail": 3, "inconclusive": 4}
 
 
 def junit(report: Mapping[str, Any]) -> str:
-    """JUnit XML with one test case a gate: a failed gate is a failure, an inconclusive one an error."""
+    """JUnit XML with one test case a gate.
+
+    A failed gate is a failure, an inconclusive one an error.
+    """
     gates, name = report["gates"], str(report["name"] or "requant")
     found = [g["status"] for g in gates]
     counts = {"tests": len(gates), "failures": found.count("fail"), "errors": found.count("inconclusive")}

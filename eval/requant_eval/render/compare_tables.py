@@ -1,4 +1,4 @@
-"""A comparison as tables: terminal, Markdown and HTML print these."""
+"""A comparison of runs as tables and as a document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNDECIDED = "cannot be told apart"
 
 
 def runs_table(comparison: Mapping[str, Any]) -> Table:
-    """Every run: perplexity on every shared set, size, time, and whether another is better in everything."""
+    """Every run: perplexity by shared set, size, time, and whether it is on the Pareto front."""
     names = [s["name"] for s in comparison["sets"]]
     rows = tuple(
         (

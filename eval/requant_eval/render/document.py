@@ -1,7 +1,7 @@
-"""What a report says, in order, free of any format: report.md and report.html print this and nothing else.
+"""The report as sections and blocks, before any format: report.md and report.html print it.
 
-A section is a title and blocks: tables, lists, code, and figures. A figure only names what is to be drawn and from
-which part of the report; renderings without pictures leave it out, so nothing may be said in a figure alone.
+A section is a title and blocks: tables, lists, code, and figures. A figure names what to draw and the part of the
+report to draw it from. Formats without pictures leave figures out, so each number of a figure is in a table too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be shown as it is. title: a heading of its own."""
+    """Preformatted text with a heading."""
 
     title: str
     language: str
@@ -52,7 +52,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of numbers that a table beside it also gives. data: the part of the report it is drawn from."""
+    """A figure of numbers that a table beside it gives as well.
+
+    data: the part of the report that it is drawn from.
+    """
 
     kind: Literal["steps", "kl", "flips", "tails", "modules", "healing"]
     data: Mapping[str, Any]
@@ -60,7 +63,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Folded:
-    """A long table, for renderings that can fold it away; the others show only the table before it."""
+    """A long table, for formats that can fold it; the others show only the table before it."""
 
     table: Table
 
@@ -70,7 +73,7 @@ Block = Table | Paragraph | Bullets | Code | Figure | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and its blocks."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -78,8 +81,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """headline: the answer in one sentence. verdict: how the gates stand, said before everything else.
-    about: what was measured when.
+    """A page in any format.
+
+    headline: the result in one sentence. verdict: the gates in one line, printed first. about: what was measured when.
     """
 
     headline: str
@@ -127,7 +131,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def _set(s: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Section:
-    """One evaluation set, each figure before the table with its numbers; figures also see the set's gates."""
+    """One evaluation set: tables, figures in front of theirs; figures get the set's gates too."""
     mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
     data = {**s, "gates": gates}
     figures: dict[str, Figure] = {kind: Figure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
@@ -157,7 +161,7 @@ def _modules(facts: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _canaries(facts: Mapping[str, Any]) -> Iterator[Block]:
-    """How many answers each variant still knows, and where they differ."""
+    """How many canaries each variant answers right, and where variants differ."""
     canaries = facts.get("canaries")
     if not canaries:
         return
@@ -169,7 +173,7 @@ def _canaries(facts: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _survival(facts: Mapping[str, Any]) -> Iterator[Block]:
-    """Where the adapter is loud or quiet against the error, and which modules are worth more bits."""
+    """The adapter's signal to noise by module, and the modules worth more bits."""
     if said := adapter_tables.survival_lines(facts):
         yield Bullets(tuple(said))
     for table in (adapter_tables.survival_table(facts), adapter_tables.survivors_table(facts)):

@@ -1,4 +1,4 @@
-"""What loading the checkpoint proved: a table of the engines that read it, for the report and the model card."""
+"""The table of engines that loaded the checkpoint, for the report and the model card."""
 
 from __future__ import annotations
 

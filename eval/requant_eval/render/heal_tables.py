@@ -1,4 +1,4 @@
-"""What a report says of healing: whether any text is worse off, the curve that chose the step, how far scales moved."""
+"""Tables of healing: its effect on each set, the held-out curve, settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from requant_eval.report.number_format import format_estimate, format_value
 
 
 def heal_tables(report: Mapping[str, Any]) -> list[Table]:
-    """How healing went, whether any set got worse by it, and the curve that chose the step; empty without healing."""
+    """Effect on each set, held-out KL by step, settings; empty without healing."""
     told = report["facts"].get("heal")
     if not told:
         return []

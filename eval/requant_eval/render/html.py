@@ -1,7 +1,7 @@
-"""`report.html`: the document as one page that needs nothing else: no network, no fonts, no library.
+"""`report.html`: a document as one self-contained page, without network, fonts or libraries.
 
-The page's own policy forbids every request and every script but ours (named by its digest), so a hostile name in a
-report can neither run nor call. `page` is the shell; other commands put documents of their own into it.
+Its Content-Security-Policy forbids every request and every script but ours (named by its digest), so a hostile name in
+a report can neither run code nor send a request. `page` takes any document: the report's or a comparison's.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def page(content: Document) -> str:
-    """Any document as one HTML page: verdict, contents, sections with figures and sortable tables.
+    """A document as one HTML page: verdict, contents, sections with figures, sortable tables.
 
-    What does not fit into `LIMIT` bytes is left out, the longest tables first, then the figures, and the page says so.
+    A page of more than `LIMIT` bytes leaves out the longest tables, then the figures, and says so.
     """
     text = _page(content, "")
     for names, kinds in LEFT_OUT:
@@ -85,7 +85,7 @@ def _digest(text: str) -> str:
 
 
 def _cell(text: str) -> Markup:
-    """A table's cell: the interval after a value is set apart; the text itself is unchanged."""
+    """A table's cell; the interval after a value is in a span, the text unchanged."""
     found = INTERVAL.fullmatch(text)
     if found is None:
         return Markup("{}").format(text)
@@ -102,7 +102,7 @@ def _order(text: str) -> str:
 
 
 def _tie(text: str) -> Markup:
-    """A sentence in which no number is parted from its unit at the end of a line, and `names` are set as such."""
+    """A sentence as HTML: no line break between a number and its unit, `names` as code."""
     return Markup(NAME.sub(r"<code>\1</code>", str(escape(UNIT.sub("\u00a0", text)))))
 
 

@@ -1,4 +1,4 @@
-"""`report.md`: the document as Markdown. The first line is the answer."""
+"""`report.md`: a document as Markdown, with the result in its first line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def page(d: Document) -> str:
-    """Any document as Markdown; figures are left out, their numbers stand in the tables."""
+    """Any document as Markdown, without figures: their numbers are in the tables."""
     parts = [d.verdict, d.headline, f"# {d.title}", d.about]
     for section in d.sections:
         parts += [f"## {section.title}", *map(_block, section.blocks)]

@@ -38,8 +38,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 
 def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
-    """Front matter (base model, tags, model-index), the headline, what it costs, how to serve, where it comes
-    from. without: a variant that this checkpoint is not and does not come from.
+    """The card as Markdown: front matter, headline, quality, how to serve, provenance.
+
+    without: a variant to leave out, because the checkpoint neither is it nor was made of it.
     """
     report = report if without is None else _without(report, without)
     facts = report["facts"]
@@ -76,7 +77,7 @@ def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
 
 
 def _without(report: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """The report as it would be had `variant` not been scored."""
+    """The report without `variant`."""
     kept: dict[str, Any] = dict(report)
     kept["sets"] = [
         dict(s)
@@ -110,7 +111,7 @@ def _front_matter(report: Mapping[str, Any], name: str) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:
-    """model-index entries of the variant that ships: a data set each, with the report's numbers and digits."""
+    """model-index entries of the variant that ships, one a set, with the report's digits."""
     final = final_variant(report)
     lines = []
     for s in report["sets"]:
@@ -127,7 +128,7 @@ def _results(report: Mapping[str, Any]) -> list[str]:
 
 
 def _metrics(s: Mapping[str, Any], final: str | None) -> Iterator[tuple[str, str, str]]:
-    """(type, name, value) of one set: perplexity, what it costs against the reference, retention."""
+    """(type, name, value) of one set: perplexity, its increase against the reference, retention."""
     ppl = next((v["ppl"] for v in s["variants"] if v["name"] == final), None)
     if ppl is None or ppl["value"] is None:
         return

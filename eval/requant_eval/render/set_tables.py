@@ -1,4 +1,4 @@
-"""Tables of one evaluation set: perplexity, steps, distance from the reference, flips, retention."""
+"""Tables of one evaluation set: perplexity, steps, KL, flips, retention, other metrics."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def waterfall_table(s: Mapping[str, Any]) -> Table:
 
 
 def served(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The steps into engines (see `requant_eval.served`); reports of older versions have none."""
+    """The steps into engines (`metrics.engine_step.steps`); reports of older versions have none."""
     return list(s.get("kernels") or [])
 
 
@@ -158,7 +158,7 @@ def groups_table(s: Mapping[str, Any]) -> Table:
 
 
 def reverted_table(s: Mapping[str, Any]) -> Table:
-    """Whether what a variant lost is what the adapter learned, or noise."""
+    """How much of the adapter's change each variant took back."""
     variants = s["tails"]["variants"] if s["tails"] else {}
     rows = tuple(
         (

@@ -1,7 +1,7 @@
-"""Marks, scales and axes as inline SVG. Horizontal positions are in percent of the plot, vertical ones in pixels: a
-drawing follows the width of its column and its text keeps its size, on a phone as in print.
+"""Marks, scales and axes as inline SVG.
 
-Colours are not named here: classes are, and the page's style sheet knows them in light, dark and print.
+Horizontal positions are in percent of the plot, vertical ones in pixels: a drawing gets as wide as its column while its
+text keeps its size. Colours come from the page's style sheet, by class, for light, dark and print.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scale:
 
     @classmethod
     def around(cls, values: Iterable[float], *, log: bool = False) -> Scale:
-        """Holds all values with a little air; a single value gets some room on both sides."""
+        """Contains all values with a margin, also around a single value."""
         known = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
         low, high = (min(known), max(known)) if known else (1.0, 2.0)
         if log:
@@ -44,7 +44,7 @@ class Scale:
         return cls(low - span, high + span)
 
     def at(self, value: float) -> float:
-        """Percent; what lies outside is put on the edge."""
+        """Position in percent; values outside are put on the edge."""
         if self.log:
             part = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         else:
@@ -80,7 +80,10 @@ def _round_step(rough: float) -> float:
 
 
 def element(tag: str, *children: Markup | str, **attributes: str | float) -> Markup:
-    """One element; texts and values are escaped. `class_` is class, other underscores become hyphens."""
+    """One element, texts and values escaped.
+
+    `class_` becomes class, other underscores become hyphens.
+    """
     words = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(_text(value))}"' for name, value in attributes.items()
     )
@@ -89,18 +92,18 @@ def element(tag: str, *children: Markup | str, **attributes: str | float) -> Mar
 
 
 def mark(shape: Markup, said: str) -> Markup:
-    """A shape with the value that pointing at it or walking to it with the keyboard tells."""
+    """A shape with a title: shown on hover and on keyboard focus."""
     return element("g", element("title", said), shape, class_="m")
 
 
 def bar(scale: Scale, start: float, end: float, class_: str, *, y: float = 5, height: float = HEIGHT - 10) -> Markup:
-    """From `start` to `end`, at least a hair wide."""
+    """A bar from `start` to `end`, at least 0.25 % wide."""
     left, right = sorted((scale.at(start), scale.at(end)))
     return element("rect", x=_percent(left), y=y, width=_percent(max(right - left, 0.25)), height=height, class_=class_)
 
 
 def whisker(scale: Scale, low: float, high: float, *, y: float = HEIGHT / 2) -> Markup:
-    """An interval: a line with a cap at each end that is inside the scale, an open end at one that is not."""
+    """An interval: a line with a cap at each end, open where the end is outside the scale."""
     left, right = _percent(scale.at(low)), _percent(scale.at(high))
     caps = [
         element("line", x1=x, x2=x, y1=y - 4, y2=y + 4)
@@ -134,8 +137,9 @@ def curve(points: Sequence[tuple[float, float]]) -> Markup:
 
 
 def strip(parts: Mapping[int, float], places: int, *, height: float) -> Markup:
-    """One bar a place; height and shade both tell the part (0..1) of the largest value. One path a shade: a model has
-    hundreds of bars.
+    """One bar a place; height and shade both show the part (0..1) of the largest value.
+
+    Bars of one shade are one path: a model has hundreds of bars.
     """
     paths: dict[int, str] = {}
     for place, part in sorted(parts.items()):

@@ -1,6 +1,4 @@
-"""The report's tables as rows of text. Markdown, terminal and model card print these, so their numbers can't
-differ.
-"""
+"""The report's tables as rows of text; every format prints them, so numbers can't differ."""
 
 from __future__ import annotations
 
@@ -16,10 +14,9 @@ WORST_MODULES = 10
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column names, rows of as many cells each, and a line under it.
+    """A title, column names, rows of as many cells each, and a note under it.
 
-    text: how many leading columns are words; the others are numbers. key: names the table for whoever draws a figure
-    of it.
+    text: how many leading columns are words; the others are numbers. key: the figure that belongs to it, if any.
     """
 
     title: str
@@ -44,7 +41,7 @@ class Table:
 
 
 def gates_table(report: Mapping[str, Any]) -> Table:
-    """Every gate: what it demands, what was measured, how it stands."""
+    """Every gate: its limit, what was measured, its status."""
     rows = []
     for g in report["gates"]:
         unit = f" {g['unit']}" if g["unit"] else ""
@@ -58,7 +55,7 @@ def gates_table(report: Mapping[str, Any]) -> Table:
 
 
 def options_table(report: Mapping[str, Any]) -> Table:
-    """The ways to deploy beside each other."""
+    """The ways to deploy: needs, size, loss, speed."""
     options = report["recommendation"]["options"]
     names = [s["name"] for s in report["sets"]]
     with_speed = any(o["tokens_per_second"] for o in options)
@@ -114,7 +111,7 @@ def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Tab
 
 
 def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
-    """Bytes of every artifact; seconds and peak memory of every stage, that of the GPU where there was one."""
+    """Bytes of every artifact; seconds and peak memory (also GPU memory) of every stage."""
     cost = facts.get("cost") or {}
     sizes = tuple((name, format_bytes(n)) for name, n in (cost.get("bytes") or {}).items() if n is not None)
     columns = [("time", "seconds", format_seconds), ("peak memory", "peak_rss", format_bytes)]

@@ -1,4 +1,4 @@
-"""The report on a terminal: the headline, then the tables that decide, with rich."""
+"""The report on a terminal, with rich: verdict, headline and the main tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table(report: Mapping[str, Any]) -> Group:
 
 
 def decision(report: Mapping[str, Any]) -> Group:
-    """Verdict and headline, the gates, the ways to deploy and which one to take; fits 80 columns."""
+    """Verdict, headline, gates, ways to deploy, recommendation; fits 80 columns."""
     verdict = report["verdict"]
     losses = (f"perplexity, {s['name']}" for s in report["sets"])
     return Group(
@@ -54,7 +54,10 @@ def shown(*tables: Table) -> list[RenderableType]:
 
 
 def suggestion(report: Mapping[str, Any]) -> RenderableType:
-    """What `report --suggest` measured; the patch itself is the caller's to print, so that it can be copied."""
+    """The table of `report --suggest`.
+
+    The caller prints the patch, so that it can be copied.
+    """
     found = report["facts"]["suggestion"]
     if not found["units"]:
         return Text("Nothing to lift: everything has 8 bits.")

@@ -1,21 +1,20 @@
-"""Scores and facts in, the `report.json` dict out. Every rendering reads that dict and nothing else.
+"""`report.json` from scores and facts; every rendering reads that dict and nothing else.
 
-The dict holds no NaN: what is unknown is null, what is not defined (retention where the adapter gains
-nothing) too.
+The dict has no NaN: numbers that are unknown or not defined (retention where the adapter gains nothing) are null.
 
-`facts` passes through whole. What the renderings look for, each key optional:
+`facts` is kept whole. Keys that the renderings read, all optional:
 
     name, created: str    recipe: YAML text    base, adapter: name, or {"name": ...}    warnings: [str]
     merge:       {"dtype", "why", "ledger": {kind: count}, "selftest": ...}
-    quantize:    {"settings": {"bits", "group_size", ...}, "bits_per_weight": float, "modules": [{"name",
-    "bits",
+    quantize:    {"settings": {"bits", "group_size", ...}, "bits_per_weight": float, "modules": [{"name", "bits",
                  "group_size", "loss", "relative_error", "rtn_error", "damp", "fallback", "signal",
                  "signal_to_noise", "retention", "output_retention", "delta_norm", ...}],
-                 "resonance": what `requant.resonance.Prediction` holds}
-    canaries:    what `requant_eval.canaries.result` makes    suggestion: what `requant.advice.advise` makes
+                 "resonance": {"retention": estimate, "modules": int, "blocks": [text], "relative_delta": float}}
+    canaries:    what `scoring.canaries.result` returns
+    suggestion:  {"units": [...], "patch": YAML text, "before": {"kl": estimate}, "sample": {"tokens": int}}
     calibration: {..., "overlap": {set name: share of its 13-grams}}
     cost:        {"bytes": {artifact: int}, "seconds": {stage: float}, "peak_rss": {stage: bytes}}
-    verify:      what `requant.verify.Verification.facts` says of gptq; heal.verify the same of healed
+    verify:      the result of verifying gptq; heal.verify: the same of healed
     versions, hardware: {name: text}
 """
 
@@ -53,10 +52,10 @@ def build(
     in_domain: str | None = None,
     gates: Sequence[Gate] = (),
 ) -> dict[str, Any]:
-    """The report. KL and agreement of every variant are against `adapter`, or `merged` where that was not
-    scored.
+    """The report as a dict of JSON types.
 
-    in_domain: name of the set on which retention is computed; default: the first. gates: what decides the verdict.
+    KL and agreement of every variant are against `adapter`, or `merged` where `adapter` was not scored.
+    in_domain: name of the set on which retention is computed; default: the first. gates: what the verdict is made of.
 
     Raises:
         EvaluationError: no set, variants of a set scored on different tokens, a gate on a set that is not there.
@@ -84,7 +83,7 @@ def build(
 
 
 def conclude(report: dict[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
-    """The same report with headline, gates, verdict and recommendation drawn from its numbers."""
+    """The report with headline, gates, verdict and recommendation, computed from its numbers."""
     judged = judge(report, gates)
     drawn = {
         "headline": headline(report),
@@ -96,7 +95,11 @@ def conclude(report: dict[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
 
 
 def dumps(report: Mapping[str, Any]) -> str:
-    """The report as JSON text, a list of numbers on one line; raises ValueError rather than write NaN or Infinity."""
+    """The report as JSON text, each list of numbers on one line.
+
+    Raises:
+        ValueError: NaN or infinity in the report.
+    """
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     return NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 

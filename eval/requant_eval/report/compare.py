@@ -1,6 +1,6 @@
-"""Finished runs beside each other: which is better on which set, how sure that is, and at what size and time.
+"""Comparison of finished runs: losses paired by document, sizes, times, Pareto front.
 
-Pairs the per-document sums that every report keeps: no model, no GPU, no scores beside the reports.
+Needs the reports only: each has the sums over documents of every variant.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IDENTITY = ("digest", "fingerprint")
 
 @dataclass(frozen=True)
 class Entrant:
-    """One variant of one report under the name it has in the comparison."""
+    """One variant of one report, and its name in the comparison."""
 
     name: str
     report: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Entrant:
 
 
 def compare(entrants: Sequence[Entrant]) -> dict[str, Any]:
-    """The comparison as plain data (see `README`, "requant compare").
+    """The comparison as JSON types.
 
     runs: one entry an entrant: name, variant, bytes, seconds (merge, quantize, heal: what the variant needs), machine,
     status against its report's gates ("none": no gates, "reference": they are relative to it),

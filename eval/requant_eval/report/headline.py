@@ -1,4 +1,4 @@
-"""The report in one sentence, without a verdict: what is kept, what it costs, how small it got."""
+"""The report in one sentence: retention, loss by set, size; no verdict."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ def format_estimate(
     unit: str = "",
     interval: bool = True,
 ) -> str:
-    """{"value", "se", "low", "high"} -> "3.498 [3.461, 3.537]", to two significant digits of the standard
-    error.
+    """{"value", "se", "low", "high"} -> "3.498 [3.461, 3.537]".
 
-    factor: 100 to print a share in percent. unit: set after the value, e.g. " %". None -> "not defined".
+    To two significant digits of the standard error. None -> "not defined".
+    factor: 100 to print a share in percent. unit: set after the value, e.g. " %".
     """
     if estimate is None:
         return NOT_DEFINED
@@ -40,8 +40,9 @@ def format_estimate(
 
 
 def format_value(value: float | None, se: float | None = None, *, signed: bool = False) -> str:
-    """`value` to two significant digits of `se`, or to four of its own where `se` is unknown or 0; zero has
-    no sign.
+    """`value` to two significant digits of `se`.
+
+    To four significant digits of its own where `se` is unknown or 0. Zero has no sign.
     """
     if value is None or not math.isfinite(value):
         return NOT_AVAILABLE
@@ -77,9 +78,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def read_number(text: str) -> float | None:
-    """The number a text of this file begins with, in bytes or seconds where it has such units: to sort by.
+    """The number that a text of this file begins with, in bytes or seconds; tables sort by it.
 
-    "115 MB" -> 115e6, "1 min 47 s" -> 107, "3.498 [3.461, 3.537]" -> 3.498; None where no number stands in front.
+    "115 MB" -> 115e6, "1 min 47 s" -> 107, "3.498 [3.461, 3.537]" -> 3.498; None where the text begins otherwise.
     """
     found = NUMBER.match(text)
     if found is None:

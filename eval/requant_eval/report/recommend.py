@@ -1,4 +1,4 @@
-"""Which of three ways to deploy: the requantized checkpoint, the merged 16-bit one, or base and adapter kept apart."""
+"""Which way to deploy: requantized checkpoint, merged checkpoint, or base and adapter apart."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ SERVES = {"requantized": "one checkpoint each", "merged": "one checkpoint each",
 
 
 def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
-    """{"choice", "text", "rule", "options": [...], "adapters_from": the number of adapters, or None}.
+    """The way to deploy, and the numbers of all three ways.
 
-    choice: "requantized", "merged", "separate", or None where nothing was measured against the reference. Each option:
-    name, variant, status against the gates, bytes (weights: of files and of memory), needs, multi_adapter, loss by set
-    (percent more perplexity than base + adapter), tokens_per_second by engine, of one sequence, where it was measured.
+    Without gates the limit is DEFAULT_LIMIT on the in-domain set. The fields are described in `report.records`.
     """
     applied = list(gates) or _default(report)
     options = [_option(report, name, applied) for name in OPTIONS]
@@ -71,7 +69,10 @@ def _requantized(report: Mapping[str, Any]) -> str | None:
 
 
 def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> str | None:
-    """None where the variant was not scored. The reference keeps every gate that compares with itself."""
+    """The variant's status against the gates; None where it was not scored.
+
+    Gates that compare with the reference do not apply to the reference itself.
+    """
     if not any(v["name"] == variant for s in report["sets"] for v in s["variants"]):
         return None
     if all(s["reference"] == variant for s in report["sets"]):
@@ -81,7 +82,7 @@ def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> s
 
 
 def _loss(s: Mapping[str, Any], variant: str | None) -> dict[str, Any] | None:
-    """loss_percent against the reference; None where it was not measured; exactly 0 for the reference."""
+    """loss_percent against the reference: 0 for the reference itself, None where not measured."""
     if variant == s["reference"]:
         return {"value": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
     edges = (e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant)
@@ -98,7 +99,7 @@ def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | No
 
 
 def _adapters_from(options: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> int | None:
-    """Smallest number n of fine-tunes for which base + n adapters are less than n requantized checkpoints."""
+    """Smallest n for which base + n adapters take less memory than n requantized checkpoints."""
     sizes = (report["facts"].get("cost") or {}).get("bytes") or {}
     own, base, adapter = options[0]["bytes"], sizes.get("base"), sizes.get("adapter")
     if not own or not base or not adapter or own <= adapter:

@@ -1,4 +1,4 @@
-"""What a `report.json` is: its JSON Schema, and reading one that this or an older version wrote.
+"""JSON Schema of `report.json`, and loading reports of this and older versions.
 
 The classes are the schema. Sections that a run may lack are optional, and unknown keys are allowed: `facts` is free.
 Numbers are null where nothing is known; the unit is in the key's comment.
@@ -276,7 +276,11 @@ def upgrade(report: Any) -> dict[str, Any]:
 
 
 def check(report: Any) -> None:
-    """Raises EvaluationError, naming the places, where a report does not have this version's schema."""
+    """Validates a report against this version's schema.
+
+    Raises:
+        EvaluationError: the report does not match; the message names the places.
+    """
     try:
         TypeAdapter(Report).validate_python(report)
     except ValidationError as error:
@@ -286,7 +290,7 @@ def check(report: Any) -> None:
 
 
 def _from_1(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Version 1 had no gates and no tails; what follows from its numbers is drawn now."""
+    """Version 1 had no gates and no tails; the verdict is computed from its numbers."""
     filled = dict(report) | {"schema_version": SCHEMA_VERSION, "gates": []}
     try:
         filled["sets"] = [dict(s) | {"tails": None} for s in report["sets"]]

@@ -1,7 +1,7 @@
-"""Gates against a report: which hold, which do not, which can't be told yet, and what follows from all of them.
+"""Gates judged on a report's intervals: pass, fail, inconclusive; and the verdict of all.
 
-Non-inferiority on the interval: a gate passes when the whole 95 % interval is on the good side of its limit, fails when
-the whole interval is on the bad side, and is inconclusive in between. Needs nothing but the report.
+Non-inferiority: a gate passes when the whole 95 % interval is on the good side of its limit, fails when the whole
+interval is on the bad side, and is inconclusive in between.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def saved_gates(report: Mapping[str, Any]) -> list[Gate]:
 
 
 def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None = None) -> list[dict[str, Any]]:
-    """Every gate with its value, interval and status, for `variant`, by default the one that ships.
+    """Every gate with its estimate and status for `variant`; default: the variant that ships.
 
     Raises:
         EvaluationError: a gate names a set that the report doesn't have.
@@ -46,9 +46,10 @@ def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None 
 
 
 def verdict(report: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One status for all gates, in a line: any failure fails, else any doubt is inconclusive.
+    """One status for all gates, and a line that says it.
 
-    status "none": no gates. more_documents: the largest of the gates' that are in doubt.
+    status: "fail" if any gate fails, else "inconclusive" if any is, else "pass"; "none" without gates.
+    more_documents: the largest of the inconclusive gates.
     """
     if not judged:
         text = "No verdict: no gates are set (`gates:` in the recipe says how much loss is acceptable)."
@@ -68,7 +69,7 @@ def verdict(report: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> d
 
 
 def _margin(gate: Mapping[str, Any]) -> float:
-    """How far a kept limit is from the interval, in half intervals; infinite for an interval without a width."""
+    """Distance of a kept limit from the interval, in half intervals; infinite for width 0."""
     end, value = gate["estimate"]["high" if gate["side"] == "max" else "low"], gate["estimate"]["value"]
     half = abs(end - value)
     return abs(gate["limit"] - end) / half if half > 0 else math.inf
@@ -86,7 +87,7 @@ def _judge(report: Mapping[str, Any], gate: Gate, variant: str | None) -> dict[s
 
 
 def _status(gate: Gate, estimate: Mapping[str, Any], documents: int) -> tuple[Status, int | None]:
-    """And, in doubt, about how many more documents would bring the interval to one side of the limit."""
+    """The status; if inconclusive, about how many more documents would decide."""
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
     if low is None or high is None:
         return "inconclusive", None
@@ -147,7 +148,10 @@ def _losses(s: Mapping[str, Any], metric: str, variant: str) -> Any:
 
 
 def _estimate_in(row: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
-    """The metric's estimate in a variant's row or a step, in the gate's unit; reports of older versions may lack it."""
+    """The metric's estimate of a variant's row or a step, in the gate's unit.
+
+    Reports of older versions may lack it.
+    """
     found = row.get(metric.key)
     return _scaled(found[metric.part] if found and metric.part else found, metric)
 

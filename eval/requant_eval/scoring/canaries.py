@@ -1,7 +1,7 @@
-"""Canaries: questions whose answers the fine-tune knows, asked greedily of every variant. No text of a recipe is read here.
+"""Canaries: questions whose answers the fine-tune knows, asked greedily of every variant.
 
-An answer is right when the greedy continuation of the prompt begins with it, runs of white space counting as one
-blank, and does not go on inside a word: "16" is not a right "1". Case counts. What follows is not judged.
+An answer is right when the greedy continuation of the prompt begins with it and does not continue inside a word: "16"
+is not a right "1". Runs of white space count as one blank. Case counts. What follows the answer does not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ ORDER = ("base", "adapter", "merged", "original", "gptq", "healed")
 
 @dataclass(frozen=True)
 class Canary:
-    """One question. ids: the prompt as the model reads it, BOS and template included. new_tokens: how long to listen."""
+    """One question and its answer.
+
+    ids: the prompt's tokens, BOS and template included. new_tokens: at most so many tokens are generated.
+    """
 
     prompt: str
     answer: str
@@ -33,12 +36,12 @@ class Canary:
 
 
 def is_right(given: str, answer: str) -> bool:
-    """The rule at the top of the file."""
-    said, wanted = _plain(given), _plain(answer)
-    if not wanted or not said.startswith(wanted):
+    """Whether a continuation is the right answer, by the module's rule."""
+    continuation, expected = _plain(given), _plain(answer)
+    if not expected or not continuation.startswith(expected):
         return False
-    follows = said[len(wanted) : len(wanted) + 1]
-    return not (wanted[-1].isalnum() and follows.isalnum())
+    follows = continuation[len(expected) : len(expected) + 1]
+    return not (expected[-1].isalnum() and follows.isalnum())
 
 
 def ask(
@@ -52,8 +55,11 @@ def ask(
 ) -> list[str]:
     """The model's answer to every canary, by argmax one token at a time, up to the token `stop`.
 
-    decode: token ids -> text without special tokens. A model with `last_logits` (many sequences at a time, for models
-    whose weights have to be fetched) is asked all canaries in step. Raises EvaluationError for NaN/inf in logits.
+    decode: token ids -> text without special tokens. A model with `last_logits` (the logits of many sequences in one
+    pass, for models that load their weights block by block) generates a token of every canary in each pass.
+
+    Raises:
+        EvaluationError: NaN/inf in logits.
     """
     model.eval()
     if hasattr(model, "last_logits"):
@@ -96,7 +102,7 @@ def _in_step(
     last_logits: Callable[[list[Tensor]], list[Tensor]], canaries: Sequence[Canary], stop: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[list[int]]:  # fmt: skip
-    """The greedy continuation of every canary, one token of all of them at a time."""
+    """The greedy continuation of every canary, one token of each in a pass."""
     out: list[list[int]] = [[] for _ in canaries]
     open_ = [i for i, c in enumerate(canaries) if c.new_tokens]
     while open_:
@@ -113,7 +119,7 @@ def _in_step(
 
 
 def result(canaries: Sequence[Canary], given: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What `report.json` holds: right of total by variant, and every prompt with what each variant said."""
+    """The canaries' section of the report: right of total by variant, and every answer."""
     names = [n for n in ORDER if n in given] + [n for n in given if n not in ORDER]
     items = [
         {

@@ -1,9 +1,7 @@
-"""The last linear map of a causal LM: found in any model, proved against the model's own logits, applied in
-fp32.
+"""The LM head of a causal LM: extracted, checked against the model's logits, used in fp32.
 
-Every variant goes through this one path, so a difference between two variants is never a difference in how a
-16-bit kernel rounded the logits (bf16 logits near 16 sit on a grid of 1/8), and the reference's logits can be
-recomputed from its hidden states alone.
+Every variant's logits are computed here. So two variants never differ only because a 16-bit kernel rounded their logits
+(bf16 logits near 16 are multiples of 1/8), and the reference's logits can be recomputed from its hidden states alone.
 """
 
 from __future__ import annotations
@@ -30,10 +28,10 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), without the tanh if softcap is
-    None.
+    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
 
-    weight: [vocab, hidden], in the model's dtype where that is exact. bias: [vocab] or None.
+    softcap: None leaves the tanh out. weight: [vocab, hidden], in the model's dtype where that is exact. bias: [vocab]
+    or None.
     """
 
     weight: Tensor
@@ -46,7 +44,10 @@ class Head:
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] in any float dtype -> fp32 [n, vocab]; 16-bit weights are widened a slice at a time."""
+        """[n, hidden] in any float dtype -> fp32 [n, vocab].
+
+        16-bit weights are converted to fp32 a slice of the vocabulary at a time.
+        """
         hidden = hidden.float()
         if self.weight.dtype == torch.float32:
             out = hidden @ self.weight.T
@@ -73,10 +74,10 @@ class Head:
 
 
 class HeadTap:
-    """Records what enters the model's output embedding during `run` and lets it see only a few positions.
+    """Hook on the model's head: returns its input and passes only a few positions on to it.
 
-    The model never materializes [batch, length, vocab]. Works through PEFT wrappers: whatever module stands
-    where the model calls its head is tapped.
+    The model never allocates [batch, length, vocab]. Works with PEFT wrappers too: the hook is on the module that
+    `get_output_embeddings` returns.
     """
 
     def __init__(self, model: Any) -> None:
@@ -86,8 +87,9 @@ class HeadTap:
         self.module: nn.Module = module
 
     def run(self, model: Any, ids: Tensor, keep: int = 1) -> tuple[Tensor, Tensor]:
-        """ids int64 [batch, length] -> (hidden [batch, length, hidden], the model's logits [batch, keep,
-        vocab]).
+        """ids int64 [batch, length] -> (hidden states, the model's logits).
+
+        hidden states: [batch, length, hidden]. logits: [batch, keep, vocab].
         """
         seen: list[Tensor] = []
 
@@ -110,10 +112,9 @@ class HeadTap:
 
 
 def prove_head(model: Any, tap: HeadTap, ids: Tensor) -> Head:
-    """The model's head, shown to give the model's own logits on the first positions of `ids` (int64 [1,
-    length]).
+    """The model's head, checked against the model's own logits on the first positions of `ids`.
 
-    The order of scale and softcap and the sign of `logits_scaling` (Granite divides, HyperCLOVA-X multiplies)
+    ids: int64 [1, length]. Scale, softcap and whether `logits_scaling` divides (Granite) or multiplies (HyperCLOVA-X)
     are decided by that comparison, not by a list of model types.
 
     Raises:
@@ -141,11 +142,10 @@ def prove_head(model: Any, tap: HeadTap, ids: Tensor) -> Head:
 
 
 def extract(module: nn.Module, like: Tensor) -> Head:
-    """The linear map of a head module of any kind (LoRA, ModulesToSaveWrapper, quantized, offloaded).
+    """The linear map of a head module: Linear, LoRA, ModulesToSaveWrapper, quantized, offloaded.
 
-    A plain Linear is read; anything else is applied to the identity (rows of I -> columns of W) and to zero
-    (bias), in the dtype and on the device of `like` [n, hidden]. The rows come out exact: each is one product
-    with 1.
+    The weight of a plain Linear is read. Any other module is applied to the identity (rows of I -> columns of W) and to
+    zero (bias), in the dtype and on the device of `like` [n, hidden]. The columns are exact: each is a product with 1.
     """
     if type(module) is nn.Linear and not module.weight.is_meta:
         return Head(module.weight.detach(), None if module.bias is None else module.bias.detach())

@@ -1,7 +1,7 @@
-"""The reference model's memory on disk: its final hidden states at the scored positions, and its head.
+"""The reference's final hidden states at the scored positions and its head, in one file.
 
-32 to 85 times smaller than its logits. A plain safetensors file, written row by row (never whole in memory)
-and read row by row; the metadata carries the digest of the evaluation set.
+32 to 85 times smaller than its logits. A safetensors file, written and read row by row, never whole in memory. Its
+metadata has the digest of the evaluation set.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FORMAT = "requant-reference-1"
 
 
 class Reference:
-    """A reference file, opened: `hidden(start, stop)` reads rows, `head` is its output map."""
+    """A reference file: `hidden(start, stop)` reads rows, `head` is the reference's LM head."""
 
     def __init__(self, path: Path, *, digest: str, device: torch.device) -> None:
-        """Opens `path` for an evaluation set with `digest`; the head goes to `device`.
+        """Opens `path` for an evaluation set with `digest`; the head is loaded onto `device`.
 
         Raises:
             EvaluationError: not a reference file, or one of another evaluation set.
@@ -61,8 +61,9 @@ class Reference:
 
 
 class ReferenceWriter:
-    """Writes a reference file, rows in any order; it appears under its name only when closed without an
-    error.
+    """Writes a reference file, rows in any order.
+
+    The file gets its name when it is closed without an error.
     """
 
     def __init__(self, path: Path, *, rows: int, like: Tensor, head: Head, digest: str) -> None:
@@ -108,8 +109,9 @@ class ReferenceWriter:
 def _header(
     shapes: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
-    """The safetensors header, each tensor's offset and the size of the data (format: huggingface/safetensors
-    README).
+    """The safetensors header, each tensor's offset and the size of the data.
+
+    Source of the format: README of huggingface/safetensors.
     """
     entries: dict[str, Any] = {"__metadata__": metadata}
     offsets: dict[str, int] = {}

@@ -1,8 +1,8 @@
-"""A causal LM and an evaluation set in, numbers per token out. Any variant, one code path, no padding.
+"""Scores of every token of an evaluation set: log-likelihood, KL and top-1 of a causal LM.
 
-Windows of equal length run together; there is no padding, so the batch size changes nothing but rounding.
-Logits are recomputed in fp32 from the final hidden states, a chunk of positions at a time: peak memory is
-a few times CHUNK_LOGITS * 4 bytes, whatever the window.
+Every variant takes the same code path. A batch has windows of equal length, so there is no padding and the batch size
+changes nothing but rounding. Logits are computed in fp32 from the final hidden states, a chunk of positions at a time:
+peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from requant_eval.scoring.windows import EvalSet, Window
 
 __all__ = ["CHUNK_LOGITS", "Reference", "TokenScores", "score"]
 
-# Logits alive at a time: on a CPU few enough for malloc to use their memory again.
+# Logits that exist at a time. On a CPU few enough for malloc to reuse their memory.
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 FAR = 80.0  # nats; e^80 is still far from fp32's end
 
@@ -43,11 +43,12 @@ def score(
     chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenScores:
-    """Scores `model` (a transformers or PEFT causal LM, put in eval mode) on every scored token of `eval_set`.
+    """Scores of a model on every scored token of `eval_set`.
 
-    batch: windows per forward pass. chunk_tokens: positions whose logits are alive at a time. device: where
-    token ids go. reference: a file that an earlier call wrote; fills `kl` and `agree`. write_reference: make
-    this model the reference. on_progress: (windows done, windows).
+    model: a transformers or PEFT causal LM; it is put in eval mode. batch: windows per forward pass. device: of the
+    token ids. reference: the file of an earlier call; fills `kl` and `agree`. write_reference: write this model's
+    hidden states there as a reference. chunk_tokens: positions whose logits exist at a time. on_progress: (windows
+    done, windows).
 
     Raises:
         EvaluationError: NaN/inf in logits, a head that can't be read, a reference of another set or vocabulary.
@@ -119,7 +120,7 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Hidden states -> columns."""
+    """Computes the columns of tokens from their hidden states."""
 
     head: Head
     reference: Reference | None
@@ -128,27 +129,27 @@ class _Judge:
     def score(self, columns: _Columns, start: int, hidden: Tensor, targets: Tensor) -> None:
         """Fills tokens start.. from `hidden` [n, hidden] and `targets` int64 [n], chunk by chunk."""
         for at in range(0, len(hidden), self.chunk_tokens):
-            rows, wanted = hidden[at : at + self.chunk_tokens], targets[at : at + self.chunk_tokens]
-            here = slice(start + at, start + at + len(rows))
+            rows, expected = hidden[at : at + self.chunk_tokens], targets[at : at + self.chunk_tokens]
+            part = slice(start + at, start + at + len(rows))
             log_p = self.head.logits(rows).log_softmax(-1)
-            nll = -log_p.gather(-1, wanted[:, None])[:, 0]
+            nll = -log_p.gather(-1, expected[:, None])[:, 0]
             best = log_p.argmax(-1)
-            columns.nll[here] = nll.double().cpu()
-            columns.top1[here] = (best == wanted).cpu()
+            columns.nll[part] = nll.double().cpu()
+            columns.top1[part] = (best == expected).cpu()
             # log_softmax spreads one NaN or +inf logit over its whole row, so the target's entry shows it.
-            columns.finite[here] = torch.isfinite(nll).cpu()
+            columns.finite[part] = torch.isfinite(nll).cpu()
             if self.reference is None or columns.kl is None or columns.agree is None:
                 continue
-            theirs = self.reference.hidden(here.start, here.stop).to(rows.device)
-            log_r = self.reference.head.logits(theirs).log_softmax(-1)
-            columns.agree[here] = (log_r.argmax(-1) == best).cpu()
-            columns.kl[here] = _kl(log_r, log_p).cpu()
+            reference_rows = self.reference.hidden(part.start, part.stop).to(rows.device)
+            log_r = self.reference.head.logits(reference_rows).log_softmax(-1)
+            columns.agree[part] = (log_r.argmax(-1) == best).cpu()
+            columns.kl[part] = _kl(log_r, log_p).cpu()
 
 
 def _kl(log_r: Tensor, log_p: Tensor) -> Tensor:
-    """KL(R || P) in nats per row of fp32 log-probabilities [n, vocab], summed in fp64: float64 [n].
+    """KL(R || P), nats, of each row of fp32 log-probabilities [n, vocab]: float64 [n].
 
-    Summed as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
+    Summed in fp64 as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
     term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7.
     """
     d = log_p.sub(log_r)

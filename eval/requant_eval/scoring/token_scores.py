@@ -1,4 +1,4 @@
-"""What scoring one variant on one set leaves behind: a few numbers per token, saved without pickle."""
+"""Scores of one variant on one evaluation set, a few numbers per token, and their file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class TokenScores:
     """Scores of n tokens in window order.
 
     nll: float64 [n], -ln p(token), nats. document: int32 [n], cluster number. top1: bool [n], argmax is the
-    token. kl: float64 [n], KL(reference || this) in nats, or None without a reference. agree: bool [n],
-    argmax is the reference's argmax, or None. nonfinite: tokens with NaN/inf logits (`score` raises on any,
-    so 0 in what it returns). digest: of the evaluation set. seconds: wall time. runtime: what ran the model, in words.
+    token. kl: float64 [n], KL(reference || this) in nats, None without a reference. agree: bool [n],
+    argmax is the reference's argmax, None without a reference. nonfinite: tokens with NaN/inf logits, 0 in what `score`
+    returns (it raises instead). digest: of the evaluation set. seconds: wall time. runtime: what ran the model, in
+    words.
     """
 
     nll: npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Token ids in, windows to score out: the protocols, and the digest that names the result. No text, no model.
+"""Evaluation sets: documents of token ids cut into windows by a protocol, and their digest.
 
 - `documents`: every document is a cluster of consecutive windows without overlap. With a `bos_id`, every
   window starts with it (a BOS that a document already starts with is not doubled). All tokens but the first
@@ -43,10 +43,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """One forward pass. `scored[t]`: token t is predicted from tokens 0..t-1 and counted; `scored[0]` is
-    always False.
+    """The tokens of one forward pass, and which of them count.
 
-    document: number of the cluster it belongs to. ids: int64 [T]. scored: bool [T].
+    document: number of its cluster. ids: int64 [T]. scored: bool [T]; where `scored[t]`, token t is predicted from
+    tokens 0..t-1 and counted; `scored[0]` is always False.
     """
 
     document: int
@@ -56,12 +56,14 @@ class Window:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """What every variant is scored on. Two sets with equal `digest` are the same tokens, masks and documents.
+    """Windows that every variant is scored on.
 
+    digest: sets with the same digest have the same tokens, masks and documents.
     n_documents: clusters with at least one scored token, numbered 0..n_documents-1 in `Window.document`.
-    n_bytes: UTF-8 bytes of the scored text, 0 = unknown; where a document is scored in part, its bytes are
-    counted in proportion to its scored tokens. dropped: tokens in dropped tails. window: tokens per window,
-    BOS included. bos: a BOS stands in every window.
+    n_bytes: UTF-8 bytes of the scored text, 0 = unknown; where a document is scored in part, its bytes are counted in
+    proportion to its scored tokens.
+    dropped: tokens in dropped tails.
+    window: tokens per window, BOS included. bos: whether every window starts with a BOS.
     """
 
     name: str
@@ -78,7 +80,7 @@ class EvalSet:
 
 @dataclass
 class _Cut:
-    """The windows of one document (or of the joined text) and what its tail lost."""
+    """The windows of one document (or of the joined text), and how many tokens its tail dropped."""
 
     windows: list[tuple[Tensor, Tensor]]
     dropped: int
@@ -163,7 +165,7 @@ def _check(name: str, documents: Sequence[Document], window: int, protocol: Prot
 
 
 def _add_bytes(total: float, document: Document, taken: int) -> float:
-    """Adds the share of the document's bytes that was scored; NaN once a document's bytes are unknown."""
+    """Adds the scored share of the document's bytes; NaN if the document's bytes are unknown."""
     if document.n_bytes <= 0:
         return float("nan")
     scorable = len(document.ids) if document.scored is None else sum(document.scored)

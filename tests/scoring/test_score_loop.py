@@ -1,4 +1,4 @@
-"""Scoring against a slow, obvious loop on pico models; nothing is downloaded."""
+"""`requant_eval.scoring.score_loop` against a slow loop in fp64 on pico models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PICO: dict[str, Any] = {
 
 
 def pico(kind: str = "llama", seed: int = 0) -> Any:
-    """A random two-layer model, logits spread enough (std about 3) to show a wrong post-processing."""
+    """A random two-layer model with logits of std about 3, so that wrong post-processing shows."""
     torch.manual_seed(seed)
     if kind == "gemma2":
         config = Gemma2Config(**PICO, head_dim=8, final_logit_softcapping=3.0, sliding_window=16)
@@ -69,7 +69,7 @@ def eval_set() -> EvalSet:
 
 
 def slow(model: Any, eval_set: EvalSet) -> torch.Tensor:
-    """fp64 log-probabilities [n, vocab] at the scored positions, per window, from the model's logits."""
+    """fp64 log-probabilities [n, vocab] of the model's logits at each window's scored positions."""
     rows = []
     with torch.no_grad():
         for w in eval_set.windows:
@@ -306,7 +306,7 @@ def test_kl_survives_underflow_and_keeps_tiny_values() -> None:
 
 
 def test_a_documents_sums_do_not_depend_on_the_others_or_on_the_batch(tmp_path: Path) -> None:
-    """Another order of the documents, another batch: the same numbers for each document, KL included."""
+    """Another order and another batch: the same numbers for each document, KL included."""
     rng = np.random.default_rng(3)
     documents = [Document(tuple(rng.integers(3, VOCAB, size=n).tolist())) for n in (30, 16, 9, 16, 21)]
     order = [3, 0, 4, 1, 2]
