@@ -129,12 +129,21 @@ def test_a_prediction(tmp_path: Path) -> None:
     assert predicted.retention["low"] < predicted.retention["value"] < predicted.retention["high"]
     assert 0 < predicted.relative_delta < 1
     assert 0 < predicted.relative_error < 0.2
-    assert "(4 modules of layers 0, 1)" in predicted.said()
+    assert "(4 modules of layers 0, 1)" in predicted.sentence()
 
 
 def prediction(high: float, others: dict[str, dict[str, float]]) -> Prediction:
     kept = {"value": high - 0.02, "se": 0.01, "low": high - 0.04, "high": high}
-    return Prediction("4-bit g64", kept, 0.01, 0.09, 21, ("0", "15", "29"), others, 1.0)
+    return Prediction(
+        grid="4-bit g64",
+        retention=kept,
+        relative_delta=0.01,
+        relative_error=0.09,
+        modules=21,
+        blocks=("0", "15", "29"),
+        others=others,
+        seconds=1.0,
+    )
 
 
 def test_the_warning_names_only_what_is_surely_better() -> None:

@@ -19,7 +19,7 @@ from requant.quantize import block_quantizer
 from requant.run import evaluation_inputs, prepare
 from requant.run.check import forecast, forecast_merge
 from requant.run.check.forecast_merge import PROBED, Made, Need
-from requant.run.check.rehearsal import Cost, Drawn, Quantized, Rehearsal, Scored, cost_of
+from requant.run.check.rehearsal import Cost, Quantized, RandomWeights, Rehearsal, Scored, cost_of
 from requant.run.prepared import Prepared
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
     def scoring(_: Rehearsal, sample: Any, rows: int, *__: Any) -> Scored:
         seen.append((rows, len(sample.windows)))
         nothing = (Cost(), Cost())
-        return Scored(1, Cost(), Cost(), nothing, nothing)
+        return Scored(tokens=1, forward=Cost(), token=Cost(), head=nothing, first=nothing)
 
     monkeypatch.setattr(Rehearsal, "scoring", scoring)
     longer = [replace(s, window=100 * s.window) for s in prepared.texts.sets]
@@ -81,7 +81,7 @@ def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
 
 def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
     model = skeleton.build(skeleton.load_config(prepared.sources.base))
-    drawn = Drawn(model, CPU)
+    drawn = RandomWeights(model, CPU)
     for name, parameter in model.named_parameters():
         value = drawn.read(name)
         assert value.shape == parameter.shape
@@ -116,9 +116,15 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
 
 def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of the rehearsed one's size, 2 batches of calibration, and the evaluation's tokens and sets."""
-    quantized = Quantized(Cost(2.0, 1000), Cost(0.5, 10), Cost(0.75, 20), apart=2, waits=True)
+    quantized = Quantized(
+        one=Cost(2.0, 1000), more=Cost(0.5, 10), unquantized=Cost(0.75, 20), unquantized_every=2, waits=True
+    )
     scored = Scored(
-        100, Cost(1.0, 5000), Cost(0.0, 0), (Cost(1.0, 0), Cost(3.0, 0)), (Cost(1.5, 7000), Cost(4.0, 9000))
+        tokens=100,
+        forward=Cost(1.0, 5000),
+        token=Cost(0.0, 0),
+        head=(Cost(1.0, 0), Cost(3.0, 0)),
+        first=(Cost(1.5, 7000), Cost(4.0, 9000)),
     )
     monkeypatch.setattr(Rehearsal, "quantizing", lambda *_: quantized)
     monkeypatch.setattr(Rehearsal, "scoring", lambda *_: scored)
@@ -175,7 +181,7 @@ def test_a_gpu_holds_what_is_made_rounded_and_written() -> None:
             ((1,), "folded"): Made(7, 4, 2),
             ((9,), "folded"): Made(90, 18, 0),
         }
-        return forecast_merge._merging_there([op(n) for n in shapes], made)
+        return forecast_merge._peak_on_gpu([op(n) for n in shapes], made)
 
     assert there(10) == 500
     assert there(10, 1) == 500, "nothing else is there while the first is made"
@@ -212,7 +218,7 @@ def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatc
     rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.sources.base)), CPU)
     outputs = (64, 32, 32, 64, 128, 128)  # of the linears with 64 inputs; down has 128
     assert rehearsal.effort == sum(64**2 * (2 * 64 + 4 * n) for n in outputs) + 128**2 * (2 * 128 + 4 * 64)
-    monkeypatch.setattr(forecast, "product_rate", lambda _: rehearsal.effort / forecast.PATIENCE / 1.01)
+    monkeypatch.setattr(forecast, "product_rate", lambda _: rehearsal.effort / forecast.LONGEST_REHEARSAL / 1.01)
     assert list(of(prepared)) == ["merge"]
 
 

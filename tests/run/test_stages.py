@@ -51,7 +51,7 @@ class World:
         self.keys = {"first": "a", "second": "b"}
         context: Any = SimpleNamespace(
             directory=RunDirectory(path), recipe=SimpleNamespace(output=SimpleNamespace(keep=keep)),
-            device=torch.device("cpu"), watcher=watcher, outcome=Outcome(path), event=lambda kind, **values: None,
+            device=torch.device("cpu"), watcher=watcher, outcome=Outcome(path), event=lambda **event: None,
         )  # fmt: skip
         self.context: RunContext = context
         self.first = Stage(

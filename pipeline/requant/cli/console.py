@@ -1,4 +1,4 @@
-"""How a run looks on a console: bars with an ETA on a terminal, plain lines otherwise."""
+"""Progress of a run on stderr: bars with an ETA on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ConsoleWatcher(Watcher):
     """Shows stages and progress on stderr; use as a context manager."""
 
     def __init__(self) -> None:
-        self.name, self.started, self.said = "", time.monotonic(), 0.0
+        self.name, self.started, self.printed = "", time.monotonic(), 0.0
         self.bar: Any = None
         self.task: Any = None
         if sys.stderr.isatty():
@@ -48,7 +48,7 @@ class ConsoleWatcher(Watcher):
             self.bar.stop()
 
     def stage(self, name: str, done: bool) -> None:
-        self.name, self.started, self.said = name, time.monotonic(), time.monotonic()
+        self.name, self.started, self.printed = name, time.monotonic(), time.monotonic()
         if self.bar:
             self.task = self.bar.add_task(
                 name, total=1 if done else None, completed=int(done), note="up to date" if done else ""
@@ -67,8 +67,8 @@ class ConsoleWatcher(Watcher):
             self.bar.update(self.task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if now - self.said >= PLAIN_EVERY or done == total:
-            self.said = now
+        if now - self.printed >= PLAIN_EVERY or done == total:
+            self.printed = now
             left = (now - self.started) / done * (total - done)
             print(
                 f"{self.name}: {done}/{total} {note} ({now - self.started:.0f} s, about {left:.0f} s left)",

@@ -1,4 +1,4 @@
-"""The commands about finished checkpoints: verify, push. Registered by `cli`; heavy imports wait inside."""
+"""Commands about finished checkpoints: verify, push. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction
     print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     print(f"heal      {_healing(prepared)}")
     if predicted:
-        print(f"grid      {predicted.said()}")
+        print(f"grid      {predicted.sentence()}")
     for warning in [*prepared.warnings, *(predicted.warnings() if predicted else [])]:
         print(f"warning   {warning}")
 

@@ -1,4 +1,4 @@
-"""The commands that need nothing but finished reports: no recipe, no model, no GPU."""
+"""Commands that read finished reports only: gate, compare. No model, no GPU."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def compare(
 
 
 def _entrants(runs: list[str]) -> list[Any]:
-    """Each RUN or RUN:VARIANT with the shortest name that tells it from the others."""
+    """Each RUN or RUN:VARIANT with the shortest unique name."""
     from requant_eval.report.compare import Entrant
     from requant_eval.report.schema import load
 
@@ -129,7 +129,7 @@ def schema_of_reports() -> None:
 
 
 def finish(report: Mapping[str, Any], junit: Path | None = None) -> None:
-    """Tell machines how the gates stand: JUnit file, step summary, exit code.
+    """Report the gates to CI: JUnit file, step summary, exit code.
 
     Raises:
         typer.Exit: with 3 or 4, unless every gate holds.
@@ -149,7 +149,7 @@ def finish(report: Mapping[str, Any], junit: Path | None = None) -> None:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What the judge refuses is a wrong input here: exit code 2."""
+    """Turn errors of `requant_eval` into InputError: exit code 2."""
     from requant_eval.errors import EvaluationError
     from requant_eval.gate import GateError
 

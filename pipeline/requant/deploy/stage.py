@@ -6,6 +6,7 @@ What is wrong is collected, not raised: a `Verification` lists all findings, by 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,25 +63,20 @@ def verify(
         done.findings.append(_unreadable(path, error))
         return done
     device = device or torch.device("cpu")
-    own_device = own_device or device
-    tensors = _with_cpu_fallback(
-        own_device, lambda d: check_tensors.check(headers, Checkpoint(source) if source else None, d)
-    )
-    _record_checks(done, headers, tensors)
+    own = own_device or device
+    original = Checkpoint(source) if source else None
+    _record_checks(done, headers, _with_cpu_fallback(own, lambda d: check_tensors.check(headers, original, d)))
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
     sample = Sample.load(path) if engines and text is None else None
-    scored = _with_cpu_fallback(
-        own_device,
-        lambda d: score_checkpoint(
-            done, headers, sample=sample, text=text, device=d, trust_remote_code=trust_remote_code
-        ),
-    )
-    if scored is not None:
-        for engine in engines:
-            dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
-            _ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    score = partial(score_checkpoint, done, headers, sample=sample, text=text, trust_remote_code=trust_remote_code)
+    scored = _with_cpu_fallback(own, lambda d: score(device=d))
+    if scored is None:
+        return done
+    for engine in engines:
+        dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
+        _ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return done
 
 

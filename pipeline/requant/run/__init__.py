@@ -1,4 +1,4 @@
-"""Run: the stages of a recipe in order. The only package, besides cli for printing, that reads a Recipe.
+"""Run: the stages of a recipe in order. Only this package, and cli for printing, reads a Recipe.
 
     runner              run(recipe): skip what is finished, run the rest   <- start here
     stages              the list of stages, one record each
@@ -6,6 +6,7 @@
     prepare             recipe -> plans, texts and settings of all stages, from headers
     prepared            the record that prepare returns: sources, merge, quantize, texts
     stage_keys          what each stage depends on, as digests
+    stage_results       shapes of stored results and events
     merge_stage         the merged checkpoint
     quantize_stage      the GPTQ checkpoint, and what comes before it
     probe               does the adapter lower the loss on its own text

@@ -1,11 +1,11 @@
-"""What the stages of one run share: the prepared recipe, its directory, device, keys and scores."""
+"""`RunContext`: what the stages of one run share: inputs, directory, device, keys, scores."""
 
 from __future__ import annotations
 
 import json
 import time
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Unpack
 
 import torch
 
@@ -14,20 +14,13 @@ from requant.evaluate.stage import Scores
 from requant.evaluate.variants import Places
 from requant.recipe import Recipe
 from requant.run import evaluation_inputs
-from requant.run.check.delta_prediction import remembered
+from requant.run.check.delta_prediction import stored_prediction
 from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.stage_keys import Keys
+from requant.run.stage_results import Event, PredictionResult, ProbeResult
 from requant.runtime.device import pick_device
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
-
-
-class ProbeResult(TypedDict):
-    """The adapter's loss on its own text: one row a calibration source, a sentence, and warnings."""
-
-    probes: list[dict[str, Any]]
-    said: str
-    warnings: list[str]
 
 
 @dataclass(kw_only=True)
@@ -79,13 +72,13 @@ class RunContext:
         """The recipe of this run."""
         return self.prepared.recipe
 
-    def event(self, kind: str, **values: Any) -> None:
-        """Append one line to events.jsonl."""
-        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values})
+    def event(self, **event: Unpack[Event]) -> None:
+        """Append one line to events.jsonl; its time is added."""
+        line = json.dumps({"time": round(time.time(), 3), **event})
         with (self.directory.path / "events.jsonl").open("a") as file:
             file.write(line + "\n")
 
-    def delta_prediction(self) -> dict[str, Any]:
+    def delta_prediction(self) -> PredictionResult:
         """How much of the adapter's delta round-to-nearest keeps; computed once for each quantization."""
         p = self.prepared
-        return remembered(self.directory, self.keys.quantize, p.merge.plan, p.quantize.plan, self.device)
+        return stored_prediction(self.directory, self.keys.quantize, p.merge.plan, p.quantize.plan, self.device)

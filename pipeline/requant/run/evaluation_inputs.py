@@ -1,4 +1,4 @@
-"""What a recipe gives to the stage that scores: where variants are made from, dtype and batch."""
+"""Inputs of the evaluation from a recipe: sources of the variants, dtype, batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing without a recipe: any GPTQ checkpoint, whoever wrote it, towards the 16-bit model that it was made from."""
+"""Healing without a recipe: any GPTQ checkpoint, towards the 16-bit model that it was made from."""
 
 from __future__ import annotations
 

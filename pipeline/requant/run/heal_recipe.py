@@ -1,4 +1,4 @@
-"""A recipe's healing: its text, whether it fits the machine, and the stage run on a run directory's checkpoints."""
+"""Healing as a recipe asks for it: text, settings, and whether it fits the device."""
 
 from __future__ import annotations
 

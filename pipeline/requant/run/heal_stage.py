@@ -1,4 +1,4 @@
-"""Stage heal of a run: distil the quantized checkpoint, write the result beside it, verify it."""
+"""Stage heal of a run: distil the quantized checkpoint into a new one, verify it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What lifting a few modules would give: put the merged weights back into the quantized model, one candidate at a time.
+"""Module swap: the gain of putting merged weights back into a quantized model, a candidate at a time.
 
-Each swap is scored on a small sample of the calibration text, paired with the quantized model on the same tokens. The
-gain is the KL divergence from the merged model that goes away, in nats a token: on text like the merged model's own it is
-the ln perplexity won. Judged on calibration text, so that the evaluation sets stay unseen by the choice.
+Each swap is scored on a small sample of the calibration text, paired with the quantized model on the same tokens. The gain
+is the KL divergence from the merged model that disappears, in nats a token. On text like the merged model's own this is the
+gain in ln perplexity. The evaluation sets take no part in the choice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run tells while it goes, and what it leaves."""
+"""`Watcher`, which a run reports its progress to, and `Outcome`, what it leaves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Watcher:
-    """What is told how a run goes; the CLI shows it. This one is silent."""
+    """Receives the progress of a run. The CLI shows it; this base class is silent."""
 
     def stage(self, name: str, done: bool) -> None:
         """A stage begins; `done` when there is nothing to do for it."""
@@ -22,7 +22,7 @@ class Watcher:
 
 @dataclass
 class Outcome:
-    """What a run left: its directory, the stages that were really run, the report if it got that far."""
+    """Result of a run: its directory, the stages that were not skipped, the report if that stage was reached."""
 
     path: Path
     ran: list[str] = field(default_factory=list)

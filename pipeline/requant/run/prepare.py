@@ -1,6 +1,6 @@
-"""Everything that can be known before the first weight is read: sources, plans, texts, and whether they fit together.
+"""Prepare: sources, plans and texts of a recipe, cross-checked before any weight is read.
 
-`requant check` prints it; `requant run` starts from it. Raises InputError for whatever would fail later.
+`requant check` prints the result, `requant run` starts from it. Raises InputError for what would fail later.
 """
 
 from __future__ import annotations

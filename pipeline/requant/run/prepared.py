@@ -1,4 +1,4 @@
-"""`Prepared`: the plans, settings and texts of one recipe, grouped by the stage that uses them."""
+"""`Prepared`: plans, settings and texts of one recipe, grouped by stage."""
 
 from __future__ import annotations
 

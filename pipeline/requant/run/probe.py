@@ -1,4 +1,4 @@
-"""Adapter probe of a run: does the adapter lower the loss on its own text? Measured before quantizing."""
+"""Adapter probe of a run: does the adapter lower the loss on its calibration text?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from requant.data.packing import digest
 from requant.errors import StageError
 from requant.evaluate import adapter_probe
 from requant.evaluate import stage as evaluate
-from requant.run.context import ProbeResult, RunContext
+from requant.run.context import RunContext
 from requant.run.stage_keys import LAYOUT
+from requant.run.stage_results import ProbeResult
 
 
 def probe(context: RunContext) -> ProbeResult:

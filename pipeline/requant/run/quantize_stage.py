@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from requant import __version__, deploy, quantize
 from requant.deploy.scored_sample import Sample
@@ -15,6 +15,7 @@ from requant.merge.deltas import deltas
 from requant.quantize import gptqmodel_engine, warmup
 from requant.run.context import RunContext
 from requant.run.probe import probe
+from requant.run.stage_results import ModuleRow, QuantizeStageResult
 from requant.runtime.ranks import SINGLE_PROCESS
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def before_quantize(context: RunContext) -> None:
     context.delta_prediction()
 
 
-def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
+def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
     """Write and verify the artifact `gptq`; returns module results and the verification, for the report.
 
     Our own engine uses all ranks, gptqmodel the first alone.
@@ -78,7 +79,7 @@ def run_quantize(context: RunContext, key: str) -> dict[str, Any]:
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "quantize", "requant": __version__})
     return {
-        "modules": [asdict(m) for m in modules],
+        "modules": cast(list[ModuleRow], [asdict(m) for m in modules]),
         "bits_per_weight": plan.bits_per_weight,
         "left": list(plan.left),
         "verify": proof.facts(),

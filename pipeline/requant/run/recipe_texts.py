@@ -1,4 +1,4 @@
-"""The texts of a recipe: tokenizer, calibration windows, evaluation sets, and what they have in common."""
+"""Texts of a recipe: tokenizer, calibration and healing windows, evaluation sets, their overlap."""
 
 from __future__ import annotations
 

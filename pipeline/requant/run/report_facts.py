@@ -1,4 +1,4 @@
-"""What a report says besides scores: the facts of a run, with names instead of local paths."""
+"""Facts of a run for its report, besides scores; with names instead of local paths."""
 
 from __future__ import annotations
 
@@ -8,24 +8,48 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from requant import recipe
 from requant.merge import adapter_match
 from requant.recipe import fields
 from requant.run.check import delta_prediction
 from requant.run.prepared import Prepared
+from requant.run.recipe_texts import CalibrationFacts
+from requant.run.stage_results import Measured, MergeStageResult, ModuleRow, StageResults
 from requant.runtime import measurements
 
-MEASURED = ("seconds", "peak_rss", "peak_device")
+PEAKS: tuple[Literal["peak_rss"], Literal["peak_device"]] = ("peak_rss", "peak_device")
+MEASURED = ("seconds", *PEAKS)
 
 
-def account(
-    prepared: Prepared, stages: Mapping[str, Mapping[str, Any]], run: Path, *, device: str, dtype: str
-) -> dict[str, Any]:
-    """The facts of one run. stages: what each stage's `remember` kept. run: its directory, for sizes."""
+class RunFacts(TypedDict):
+    """`facts` of report.json; each section's keys are in `requant_eval.report.schema`."""
+
+    name: str
+    created: str
+    recipe: str
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    merge: dict[str, Any]
+    quantize: dict[str, Any]
+    verify: dict[str, Any] | None
+    calibration: CalibrationFacts
+    heal: dict[str, Any] | None
+    cost: dict[str, Any]
+    evaluation: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    warnings: list[str]
+    canaries: NotRequired[dict[str, Any] | None]
+    suggestion: NotRequired[dict[str, Any] | None]
+
+
+def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: str, dtype: str) -> RunFacts:
+    """The facts of one run. stages: stored results. run: its directory, for sizes."""
     r, merged, quantized = prepared.recipe, stages["merge"], stages["quantize"]
     modules = quantized.get("modules", [])
+    costs = cast(Mapping[str, Measured], stages)
     return {
         "name": r.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -53,8 +77,8 @@ def account(
         "heal": _healing(prepared, stages.get("heal")),
         "cost": {
             "bytes": _bytes(prepared, run, merged),
-            "seconds": {n: s["seconds"] for n, s in stages.items() if "seconds" in s},
-            **{k: {n: s[k] for n, s in stages.items() if k in s} for k in MEASURED[1:]},
+            "seconds": {n: s["seconds"] for n, s in costs.items() if "seconds" in s},
+            **{k: {n: s[k] for n, s in costs.items() if k in s} for k in PEAKS},
         },
         "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
         "versions": measurements.versions(),
@@ -63,7 +87,7 @@ def account(
     }
 
 
-def _bytes(prepared: Prepared, run: Path, merged: Mapping[str, Any]) -> dict[str, int | None]:
+def _bytes(prepared: Prepared, run: Path, merged: MergeStageResult) -> dict[str, int | None]:
     """Weights of every artifact; None where it is not known."""
     sizes = {
         "base": _base_bytes(prepared),
@@ -74,11 +98,11 @@ def _bytes(prepared: Prepared, run: Path, merged: Mapping[str, Any]) -> dict[str
     return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {})
 
 
-def _healing(prepared: Prepared, told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _healing(prepared: Prepared, healed: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What healing did; None where it was not asked for or `auto` left it out."""
-    if prepared.heal is None or not told:
+    if prepared.heal is None or not healed:
         return None
-    return {k: v for k, v in told.items() if k not in MEASURED} | {"overlap": prepared.heal.facts.get("overlap", {})}
+    return {k: v for k, v in healed.items() if k not in MEASURED} | {"overlap": prepared.heal.facts.get("overlap", {})}
 
 
 def public_name(source: fields.Source, directory: Path) -> str:
@@ -88,19 +112,19 @@ def public_name(source: fields.Source, directory: Path) -> str:
 
 def _adapters(r: recipe.Recipe) -> dict[str, Any]:
     """The name of the adapter, or of all with their weights."""
-    every = [(public_name(source, r.directory), weight) for source, weight in r.weighted_adapters]
-    if len(every) == 1 and every[0][1] == 1:
-        return {"name": every[0][0]}
+    adapters = [(public_name(source, r.directory), weight) for source, weight in r.weighted_adapters]
+    if len(adapters) == 1 and adapters[0][1] == 1:
+        return {"name": adapters[0][0]}
     return {
-        "name": " + ".join(f"{weight:g} x {name}" for name, weight in every),
-        "parts": [{"name": name, "weight": weight} for name, weight in every],
+        "name": " + ".join(f"{weight:g} x {name}" for name, weight in adapters),
+        "parts": [{"name": name, "weight": weight} for name, weight in adapters],
     }
 
 
 def _match(m: adapter_match.Match) -> dict[str, Any]:
     """The adapter-base match: signs that agree, of how many, and each of them."""
-    agree, known = m.score
-    return {"agree": agree, "of": known, "signs": [asdict(s) for s in m.signs]}
+    agree, of = m.score
+    return {"agree": agree, "of": of, "signs": [asdict(s) for s in m.signs]}
 
 
 def public_recipe(r: recipe.Recipe) -> str:
@@ -129,37 +153,37 @@ def _base_bytes(p: Prepared) -> int | None:
     return total
 
 
-def _warnings(stages: Mapping[str, Mapping[str, Any]], modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the stages found on the way."""
+def _warnings(stages: StageResults, modules: Sequence[ModuleRow]) -> list[str]:
+    """Warnings and notes of all stages."""
     merged = stages["merge"]
-    said = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
-    said += [note for stage in ("quantize", "evaluate") for note in stages.get(stage, {}).get("notes", [])]
-    return [*said, *_untrained(merged), *_fallbacks(modules), *_starved(modules), *_faded(modules)]
+    found = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
+    found += [*stages.get("quantize", {}).get("notes", []), *stages.get("evaluate", {}).get("notes", [])]
+    return [*found, *_untrained(merged), *_fallbacks(modules), *_rarely_routed(modules), *_lost_delta(modules)]
 
 
-def _untrained(merged: Mapping[str, Any]) -> list[str]:
+def _untrained(merged: MergeStageResult) -> list[str]:
     zero = merged.get("untrained") or []
     return [f"{len(zero)} LoRA deltas are exactly zero, e.g. {zero[0]}: they were never trained"] if zero else []
 
 
-def _fallbacks(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+def _fallbacks(modules: Sequence[ModuleRow]) -> list[str]:
     lost = [m["name"] for m in modules if m["fallback"]]
     return [f"{len(lost)} linears were rounded without error feedback, e.g. {lost[0]}"] if lost else []
 
 
-def _starved(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+def _rarely_routed(modules: Sequence[ModuleRow]) -> list[str]:
     """A warning about experts that the calibration text hardly uses."""
-    starved = [m["name"] for m in modules if m.get("added", 0) > 0.5]
-    if not starved:
+    rare = [m["name"] for m in modules if m.get("added", 0) > 0.5]
+    if not rare:
         return []
     return [
-        f"{len(starved)} matrices of experts were calibrated mostly on tokens routed elsewhere, e.g. {starved[0]}: "
+        f"{len(rare)} matrices of experts were calibrated mostly on tokens routed elsewhere, e.g. {rare[0]}: "
         "the calibration text hardly uses these experts"
     ]
 
 
-def _faded(modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Said when the quantizer took more of the adapter's delta away than `resonance.LIMIT` allows."""
+def _lost_delta(modules: Sequence[ModuleRow]) -> list[str]:
+    """A warning when less of the adapter's delta is left than `delta_prediction.LIMIT`."""
     from requant_eval.render.adapter_tables import kept
 
     share = kept({"quantize": {"modules": modules}})

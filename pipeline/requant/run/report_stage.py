@@ -1,9 +1,9 @@
-"""Stage report of a run: report.json, its renderings and the model cards, from saved scores and results."""
+"""Stage report of a run: report.json, its renderings, model cards."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from requant import __version__
 from requant.checkpoint.reader import write_text
@@ -11,6 +11,7 @@ from requant.checkpoint.run_directory import key_of
 from requant.deploy.verification import saved_verifications
 from requant.run import report_facts
 from requant.run.context import RunContext
+from requant.run.stage_results import StageResults
 
 FILES = ("report.json", "report.md", "report.html")
 INCOMPLETE = "being written"
@@ -49,7 +50,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
 
     scores, path = context.scores.load(), context.directory.path
     sets = [SetResult.of(s, scores[s.name]) for s in context.prepared.texts.sets]
-    facts = report_facts.account(
+    facts = report_facts.run_facts(
         context.prepared, _stage_results(context), path, device=str(context.device), dtype=str(context.scores.dtype)[6:]
     )
     first = context.prepared.texts.sets[0].name
@@ -83,13 +84,13 @@ def _proofs(context: RunContext) -> dict[str, dict[str, Any]]:
     return saved_verifications(context.directory.path, {"quantize": context.keys.quantize, "heal": context.keys.heal})
 
 
-def _stage_results(context: RunContext) -> dict[str, dict[str, Any]]:
+def _stage_results(context: RunContext) -> StageResults:
     """Stage -> its stored result; a later `requant verify` replaces the verification inside."""
     keys = {"merge": context.keys.merge, "quantize": context.keys.quantize, "evaluate": context.scores.key}
     keys |= {"heal": context.keys.heal} if context.prepared.heal else {}
-    results: dict[str, dict[str, Any]] = {name: context.directory.result(name, key) or {} for name, key in keys.items()}
-    results["probe"] = dict(context.probe or {})
+    results: dict[str, Any] = {name: context.directory.result(name, key) or {} for name, key in keys.items()}
+    results["probe"] = context.probe or {}
     for name, proof in _proofs(context).items():
         results[name] = {**results.get(name, {}), "verify": proof}
     results["resonance"] = context.delta_prediction()
-    return results
+    return cast(StageResults, results)

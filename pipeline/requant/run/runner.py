@@ -1,4 +1,4 @@
-"""Runs a recipe: walks the list of stages, skips what is finished, runs and measures the rest.
+"""run(recipe): walk the list of stages, skip what is finished, run and measure the rest.
 
 Each result is stored under its stage's key, so a killed run resumes at the stage where it stopped.
 """
@@ -106,12 +106,12 @@ class Runner:
         """Run one stage, measure it and store its result under `key`."""
         context = self.context
         context.watcher.stage(stage.name, False)
-        context.event("start", stage=stage.name)
+        context.event(event="start", stage=stage.name)
         log.info("%s: started", stage.name)
         with measurements.measured(str(context.device)) as cost:
             result = stage.function(context, key)
         context.directory.remember(stage.name, key, {**result, **cost.facts})
-        context.event("done", stage=stage.name, seconds=round(cost.seconds, 2), peak_rss=cost.peak_rss)
+        context.event(event="done", stage=stage.name, seconds=round(cost.seconds, 2), peak_rss=cost.peak_rss)
         log.info("%s: done in %.1f s, peak %.2f GB", stage.name, cost.seconds, cost.peak_rss / 1e9)
         context.outcome.ran.append(stage.name)
         if stage.scratch:

@@ -1,4 +1,4 @@
-"""What each stage and variant of a run depends on, as digests: a stage whose key is unchanged is not run again."""
+"""Keys of stages and variants: digests of all that each depends on."""
 
 from __future__ import annotations
 

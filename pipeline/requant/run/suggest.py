@@ -1,8 +1,8 @@
-"""Which modules to give more bits: candidates from the survival map, and the recipe's `overrides` that lift them.
+"""Suggestions: which modules deserve more bits, and the recipe's `overrides` that give them.
 
 Engines fuse q/k/v, gate/up and the experts of a layer, so those are one candidate each and are lifted together. vLLM and
-SGLang load 4 and 8 bits: 2 and 3 are lifted to 4, 4 to 8, and 8 is not a candidate. No model is loaded here; `swap`
-measures what lifting would give.
+SGLang load 4 and 8 bits: 2 and 3 are lifted to 4, 4 to 8, and 8 is not a candidate. No model is loaded here; `module_swap`
+measures the gain.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage suggest of a run: what the modules with the largest error would gain from more bits."""
+"""Stage suggest of a run: the gain of more bits for the modules with the largest error."""
 
 from __future__ import annotations
 

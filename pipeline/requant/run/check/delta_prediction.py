@@ -1,14 +1,14 @@
-"""Will the recipe's grid take the adapter's delta? Predicted from a sample of the weights, in seconds, before any GPTQ.
+"""Delta retention of a grid, predicted from a sample of weights in seconds, before GPTQ.
 
-A dequantized NF4 base stands on a coarse grid of its own. Where the new grid falls together with it, rounding D + dW
-gives the same codes as rounding D, and a small dW is gone. Each sampled module is rounded to nearest on the recipe's
-grid, with the recipe's scale search; all inputs count alike, since nothing is known of them yet. Then
+The weights of a dequantized NF4 base lie on a coarse grid. Where the new grid coincides with it, rounding D + dW gives
+the same codes as rounding D, and a small dW is lost. Each sampled module is rounded to nearest on the recipe's grid,
+with the recipe's scale search and equal weight for all inputs, since no Hessian exists yet. Then
 
     retention = <Q - D, dW> / <dW, dW>,     Q = round(D + dW)
 
-pooled over the sample: 1 when the rounding errors have nothing to do with the delta, 0 when they undo it. Plain rounding
-is the worst case: the error feedback of GPTQ works like a dither. On the demo, whose delta is 0.3 % of the weights, rounding
-keeps 24 % and GPTQ 97 %. What GPTQ kept is measured while it runs (`survival`).
+pooled over the sample: 1 when the rounding errors are independent of the delta, 0 when they undo it. Rounding to nearest is
+the worst case: GPTQ's error feedback works like a dither. On the demo, whose delta is 0.3 % of the weights, rounding keeps
+24 % and GPTQ 97 %. What GPTQ keeps is measured while it runs (`numerics/delta_retention.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
 from requant.numerics.grid import Grid, find_scales, nearest
 from requant.quantize.plan import Plan
+from requant.run.stage_results import PredictionResult
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of one module: D + dW and dW, fp32 [rows, n], and the grid it will be put on."""
+    """Some rows of one module: D + dW and dW, fp32 [rows, n], and the grid of its quantization."""
 
     module: str
     merged: Tensor
@@ -48,13 +49,13 @@ class Sample:
 
     @cached_property
     def error(self) -> Tensor:
-        """What rounding to nearest on the grid adds."""
+        """The error of rounding to nearest on the grid, fp32 [rows, n]."""
         return rounded(self.merged, self.grid) - self.merged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a rounding to nearest keeps of the adapter, over a sample.
+    """How much of the adapter's delta rounding to nearest keeps, over a sample.
 
     grid: the recipe's, in words. retention: {"value", "se", "low", "high"}, clustered by row. relative_delta: |dW| /
     |D + dW|. relative_error: |Q - (D + dW)| / |D + dW|. others: retention of other grids on the same sample, by their
@@ -70,7 +71,7 @@ class Prediction:
     others: dict[str, dict[str, float]]
     seconds: float
 
-    def said(self) -> str:
+    def sentence(self) -> str:
         """One line for `requant check`."""
         r = self.retention
         return (
@@ -80,15 +81,15 @@ class Prediction:
         )
 
     def warnings(self) -> list[str]:
-        """Said when the loss is beyond LIMIT and beyond doubt, with what would help."""
+        """A warning when retention is below LIMIT with 95 % confidence, and grids that keep more."""
         if self.retention["high"] >= LIMIT:
             return []
         better = {n: r for n, r in self.others.items() if r["low"] > self.retention["high"]}
-        told = ", ".join(f"{n} {r['value']:.0%}" for n, r in better.items())
+        shown = ", ".join(f"{n} {r['value']:.0%}" for n, r in better.items())
         return [
             f"grid resonance: rounded to nearest on the {self.grid} grid only {self.retention['value']:.0%} of the "
             "adapter's delta is left, since that grid and the base's own 4-bit grid fall together"
-            + (f" ({told})" if told else "")
+            + (f" ({shown})" if shown else "")
             + "; GPTQ's error feedback keeps more, the report says how much. Never ship this grid without it"
         ]
 
@@ -107,19 +108,30 @@ def predict(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Predic
     blocks = tuple(dict.fromkeys(_block(s.module, layout.prefix) for s in samples))
     grids = " and ".join(dict.fromkeys(_name(s.grid) for s in samples))
     seconds = time.monotonic() - started
-    return Prediction(grids, kept, delta / size, error / size, len(samples), blocks, others, seconds)
+    return Prediction(
+        grid=grids,
+        retention=kept,
+        relative_delta=delta / size,
+        relative_error=error / size,
+        modules=len(samples),
+        blocks=blocks,
+        others=others,
+        seconds=seconds,
+    )
 
 
-def remembered(run: RunDirectory, key: str, plan: MergePlan, layout: Plan, device: torch.device) -> dict[str, Any]:
+def stored_prediction(
+    run: RunDirectory, key: str, plan: MergePlan, layout: Plan, device: torch.device
+) -> PredictionResult:
     """{"prediction": facts or None}, made once for the `key` of a quantization; warnings go to the log."""
-    known = run.result("resonance", key)
-    if known is None:
+    stored = cast("PredictionResult | None", run.result("resonance", key))
+    if stored is None:
         predicted = predict(plan, layout, device)
         for warning in predicted.warnings() if predicted else []:
             log.warning("%s", warning)
-        known = {"prediction": asdict(predicted) if predicted else None}
-        run.remember("resonance", key, known)
-    return known
+        stored = {"prediction": asdict(predicted) if predicted else None}
+        run.remember("resonance", key, dict(stored))
+    return stored
 
 
 def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[Sample]:

@@ -1,7 +1,7 @@
-"""What each stage of a recipe will take on this machine: seconds, memory of the host and of the device.
+"""Forecast of each stage on this machine: seconds, host memory, device memory.
 
-Sums of pieces that were rehearsed here (`rehearse`) and of sizes from headers, for one rank; held against real runs in
-bench/stream.py. Not in it: what else the machine does, and files that are read from a slower place than the sample was.
+It adds up pieces that were timed here (`rehearsal`) and sizes from headers, for one rank. bench/stream.py compares it with
+real runs. Not included: other load on the machine, and files that are read from slower storage than the sample was.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ __all__ = ["Need", "forecast"]
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
 
-LIBRARIES = 40 * 2**20  # what PEFT, bitsandbytes and a model's own module add to the process on their first use
-PATIENCE = 20.0  # seconds that the products of a rehearsed block may take
+LIBRARIES = 40 * 2**20  # bytes that PEFT, bitsandbytes and a model's module add to the process on first use
+LONGEST_REHEARSAL = 20.0  # seconds that the products of a rehearsed block may take
 TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
-STARTING = {"cpu": 0.0, "cuda": 1.0}  # seconds until a GPU's libraries are met and compiled kernels found
+STARTING = {"cpu": 0.0, "cuda": 1.0}  # seconds to load a GPU's libraries and compiled kernels
 TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
 
 def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
-    """Merge, quantize (by our own engine) and evaluate from nothing. places, dtype, batch: of the evaluation (`given`).
+    """Merge, quantize (by our own engine) and evaluate, nothing being finished. dtype, batch: of the evaluation.
 
-    Only the merge where a block is too much work to try on this processor.
+    Only the merge where a block takes too long to rehearse on this processor.
     """
     free_memory(device)
     rate = product_rate(device)  # on a GPU also what its libraries take of the host
@@ -57,7 +57,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         needs = [merging(p, device, started, Disk.probed(Path(folder), device))]
-        if rehearsal.effort / rate > PATIENCE:
+        if rehearsal.effort / rate > LONGEST_REHEARSAL:
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
         scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder), build)
@@ -76,35 +76,37 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     added = deltas(p.merge.plan)
     parts = rehearsal.quantizing(p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored[name]))
     batches = -(-len(windows) // batch)
-    exact = -(-batches // parts.apart) if parts.apart else 0
-    rest = parts.more * (batches - max(1, exact)) + parts.exact * max(0, exact - 1)
+    unquantized = -(-batches // parts.unquantized_every) if parts.unquantized_every else 0
+    rest = parts.more * (batches - max(1, unquantized)) + parts.unquantized * max(0, unquantized - 1)
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
     again: float = 2 * (size.total - size.outside)
-    if (
-        device.type == "cuda"
-    ):  # blocks come beside the work: what remains is the last check, and embeddings on the way in
+    if device.type == "cuda":  # blocks are read during the work: only verification and embeddings remain
         again = 3 * size.outside + 2 * p.quantize.settings.grid.bits / 16 * (size.total - size.outside)
     checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
     free_memory(device)
-    there, here = (checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu")))
-    seconds = (parts.one.seconds + rest.seconds) * like + scored.reading * again + scored.check(there > 0)
+    device_bytes, host_bytes = (
+        checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu"))
+    )
+    seconds = (parts.one.seconds + rest.seconds) * like + scored.reading * again
+    seconds += scored.check(on_device=device_bytes > 0)
     seconds += 4 * scored.build + STARTING[device.type]
     item = 4 if device.type == "cpu" else 2
-    states = windows.numel() * size.width * item * (1 + (exact / batches if exact else 0))
+    states = windows.numel() * size.width * item * (1 + (unquantized / batches if unquantized else 0))
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
     working += int(rest.bytes + states) if parts.waits else 0
     if device.type == "cpu":
-        return Need("quantize", seconds, started + max(working, here))
+        return Need("quantize", seconds, started + max(working, host_bytes))
     waiting = 0 if parts.waits else int(states)
     merged = merged_in(p)
     each = p.quantize.dtype.itemsize + (merged.itemsize if merged != p.quantize.dtype else 0)  # while it is cast
     ends = 2 * size.vocabulary * size.width  # embeddings to compute and to write
     beginning = each * (ends + size.block)
-    return Need("quantize", seconds, started + max(waiting + beginning, 0 if there else here), max(working, there))
+    host = max(waiting + beginning, 0 if device_bytes else host_bytes)
+    return Need("quantize", seconds, started + host, max(working, device_bytes))
 
 
 class _Scoring:
-    """What scoring costs, by token, weight and variant."""
+    """Cost of scoring by token, weight and variant, and its forecast."""
 
     def __init__(
         self, p: Prepared, places: Places, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path, build: float
@@ -123,10 +125,10 @@ class _Scoring:
         if self.device.type == "cuda":
             self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
 
-    def check(self, there: bool) -> float:
-        """Seconds of the last check of a written checkpoint: a text in fp32, every weight decoded. there: on the device."""
+    def check(self, *, on_device: bool) -> float:
+        """Seconds to verify a written checkpoint: a text in fp32, every weight decoded. on_device: else on the host."""
         text, (reading, decoding) = self.token * SAMPLE / 8, (self.reading, self.decoding)
-        if self.device.type == "cuda" and not there:
+        if self.device.type == "cuda" and not on_device:
             text = 2.0 * self.size.total * TEXT / (BUSY["cpu"] * product_rate(torch.device("cpu")))
             reading, decoding = self.on_host
         return text + (reading + 2 * decoding) * self.size.total
@@ -182,7 +184,7 @@ class _Scoring:
         )  # fmt: skip
 
     def _size(self, name: str) -> Size:
-        """Of a variant, before its files are there."""
+        """Size of a variant before its files exist."""
         if name not in ("base", "adapter"):
             return self.size
         return Size.of(name, self.places)
@@ -204,7 +206,7 @@ def _forwards(sets: Sequence[EvalSet], batch: int) -> int:
 
 
 def _rates(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds a weight: to read it in 16 bit and have it on the device; to decode it from 4 bits there."""
+    """Seconds a weight: to read it in 16 bit and copy it to the device; to decode it there from 4 bits."""
     count = PROBED // 2
     with (folder / "probe").open("rb", buffering=0) as file:
         raw = bytearray(PROBED)

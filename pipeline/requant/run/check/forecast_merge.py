@@ -1,4 +1,4 @@
-"""What a merge will take on this machine: one tensor of each shape and treatment is made, the rest are sums of sizes."""
+"""Forecast of the merge: one tensor of each shape and action is timed, the rest is sums of sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBED = 64 * 2**20  # bytes written to know the disk
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one stage takes. device: bytes on the GPU, 0 without one."""
+    """Forecast of one stage: seconds, peak bytes of the host. device: peak bytes of the GPU, 0 without one."""
 
     stage: str
     seconds: float
@@ -38,7 +38,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Seconds a byte: to write it to a file, to have it on the disk in the end, and before that to fetch it from a GPU."""
+    """Seconds a byte: write to a file, sync to the disk, fetch from a GPU."""
 
     write: float
     sync: float
@@ -56,18 +56,18 @@ class Disk:
 
 
 def merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need:
-    """One tensor of each shape and treatment is made; writing runs beside the next one's making."""
+    """Forecast of the merge. Writing a tensor overlaps with computing the next."""
     kinds: dict[tuple[Any, ...], list[Op]] = defaultdict(list)
     for op in p.merge.plan.ops:
         kinds[op.shape, op.action].append(op)
     target = merged_in(p)
     seconds, before, worst = 0.0, 0.0, 0
-    there: dict[tuple[Any, ...], Made] = {}
+    on_gpu: dict[tuple[Any, ...], Made] = {}
     for kind, ops in kinds.items():
         made = partial(_made, p, ops[-1], device, target)
         first, cost = cost_of(device, made), cost_of(device, made)
         if device.type == "cuda":
-            there[kind] = Made.of(p, ops[-1], device, target)
+            on_gpu[kind] = Made.of(p, ops[-1], device, target)
         seconds += cost.seconds * len(ops)
         if p.recipe.merge.dtype == "auto":
             before += cost_of(device, partial(bound, p.merge.plan, ops[-1])).seconds * len(ops)
@@ -76,17 +76,17 @@ def merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need
         worst = max(worst, made_of + size * target.itemsize)  # with the one before, which is being written
     total = sum(s.nbytes for s in p.merge.plan.slots(target))
     seconds = before + max(seconds, total * (disk.fetch + disk.write)) + total * disk.sync
-    return Need("merge", seconds, started + worst, _merging_there(p.merge.plan.ops, there) if there else 0)
+    return Need("merge", seconds, started + worst, _peak_on_gpu(p.merge.plan.ops, on_gpu) if on_gpu else 0)
 
 
 def merged_in(p: Prepared) -> torch.dtype:
-    """The merged model's dtype, where `auto` chooses as it mostly does."""
+    """The merged model's dtype; for `auto` the one that it usually chooses."""
     return DTYPES.get(p.recipe.merge.dtype, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Bytes of the GPU for one tensor: at the worst moment of making it, what is made, and the same rounded."""
+    """GPU bytes of one tensor: peak while it is computed, the result, the rounded result."""
 
     making: int
     held: int
@@ -100,13 +100,13 @@ class Made:
         return cls(making, value.nbytes, 0 if value.dtype == target else value.numel() * target.itemsize)
 
 
-def _merging_there(ops: Sequence[Op], made: Mapping[tuple[Any, ...], Made]) -> int:
+def _peak_on_gpu(ops: Sequence[Op], made: Mapping[tuple[Any, ...], Made]) -> int:
     """Bytes of the GPU: one tensor is made while the one before it is rounded and the one before that is written."""
     each = [made[op.shape, op.action] for op in ops]
     peak, written = each[0].making, 0
-    for here, following in zip(each, [*each[1:], None], strict=True):
-        peak = max(peak, here.held + here.rounded + written + (following.making if following else 0))
-        written = here.rounded or here.held
+    for current, following in zip(each, [*each[1:], None], strict=True):
+        peak = max(peak, current.held + current.rounded + written + (following.making if following else 0))
+        written = current.rounded or current.held
     return peak
 
 

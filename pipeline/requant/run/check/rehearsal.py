@@ -1,7 +1,7 @@
-"""What a stage's pieces cost on this machine: one block of random weights is run, quantized and scored, and timed.
+"""Rehearsal: one block of random weights is run, quantized and scored, with time and memory measured.
 
-The work does not depend on the values of weights, so nothing of a model is read but its shapes (and, for the merge, one
-tensor of each kind). `forecast` adds the pieces up.
+The cost does not depend on the values of weights, so only shapes are read (and, for the merge, one tensor of each kind).
+`forecast` adds the pieces up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TILE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds, and bytes at the worst moment beyond what was there before."""
+    """Seconds, and peak bytes beyond those in use before."""
 
     seconds: float = 0.0
     bytes: int = 0
@@ -50,7 +50,7 @@ class Cost:
 
 
 def cost_of(device: torch.device, work: Callable[[], object]) -> Cost:
-    """Do it once and see."""
+    """Time and peak memory of one call of `work`."""
     before = _held(device, reset=True)
     started = time.perf_counter()
     work()
@@ -69,8 +69,8 @@ def _held(device: torch.device, *, reset: bool) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-class Drawn:
-    """Random weights in the shapes of a skeleton, by parameter name: a tile of normal numbers, again and again."""
+class RandomWeights:
+    """Random weights in the shapes of a skeleton, by parameter name: one tile of normal numbers, repeated."""
 
     path = Path("rehearsal")
 
@@ -92,25 +92,26 @@ class Drawn:
         return self.tile.repeat(-(-count // TILE))[:count].view(shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """A block with one batch; what each plain one beyond costs, and each that also runs unquantized, one in `apart` (0: none).
+    """Cost of quantizing a block.
 
-    waits: whether batches wait inside a block.
+    one: with one batch. more: each further batch. unquantized: each further batch that also runs unquantized, which is
+    one in `unquantized_every` (0: none). waits: whether batches are paused inside a block.
     """
 
     one: Cost
     more: Cost
-    exact: Cost
-    apart: int
+    unquantized: Cost
+    unquantized_every: int
     waits: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A block on a batch of windows of so many tokens; a block on one token; scoring those after a set's first, and the first.
+    """Cost of scoring: a block on a batch of `tokens` tokens, a block on one token, the LM head.
 
-    head and first: alone, and against a reference.
+    head: of each batch after a set's first. first: of the first. Both alone, and against a reference.
     """
 
     tokens: int
@@ -124,7 +125,7 @@ class Rehearsal:
     """One block of a model, the middle one, on a device."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device, self.weights = model, device, Drawn(model, device)
+        self.model, self.device, self.weights = model, device, RandomWeights(model, device)
         self.names = {n: n for n in self.weights}
 
     def walk(self, dtype: torch.dtype) -> Walk:
@@ -149,14 +150,14 @@ class Rehearsal:
     def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
         """What `quantize` would do. deltas: what the adapter adds, by parameter."""
         walk = self.walk(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        apart = exact_apart(walk, windows) if settings.correct else 0
-        waits = may_wait(walk, windows.numel(), 1 / apart if apart else 0)
+        every = exact_apart(walk, windows) if settings.correct else 0  # batches that also run unquantized
+        waits = may_wait(walk, windows.numel(), 1 / every if every else 0)
         walk.shelf = Shelf(self.device, on_host=not waits)
         index = len(walk) // 2
 
         def once(count: int) -> Cost:
             items = walk.embed(windows[:batch].repeat(count, 1), batch)
-            compared(walk, items[: {0: 0, 1: count}.get(apart, 1)])
+            compared(walk, items[: {0: 0, 1: count}.get(every, 1)])
             walk.forget(0)
             walk.load(index)
             quantizer = Quantizer(walk, plan, settings, Output(), SINGLE_PROCESS, held_from=None, deltas=deltas)
@@ -170,7 +171,13 @@ class Rehearsal:
             one = once(1)
             more = (once(1 + MORE) - one) * (1 / MORE)
         walk.release(self.model)
-        return Quantized(one, more * 0.5 if apart == 1 else more, more if apart == 1 else more * 2.0, apart, waits)
+        return Quantized(
+            one=one,
+            more=more * 0.5 if every == 1 else more,
+            unquantized=more if every == 1 else more * 2.0,
+            unquantized_every=every,
+            waits=waits,
+        )
 
     @torch.no_grad()
     def scoring(self, eval_set: Any, batch: int, dtype: torch.dtype, scratch: Path) -> Scored:
@@ -192,7 +199,7 @@ class Rehearsal:
         more = max(1, len(items) - 1)
         heads = [(b - a) * (1 / more) if len(items) > 1 else b for a, b in zip(one, all_, strict=True)]
         walk.release(self.model)
-        return Scored(ids[:batch].numel(), forward, token, (heads[0], heads[1]), one)
+        return Scored(tokens=ids[:batch].numel(), forward=forward, token=token, head=(heads[0], heads[1]), first=one)
 
     def _heads(self, model: Streamed, eval_set: Any, batch: int, scratch: Path) -> tuple[Cost, Cost]:
         """Scoring a set whose blocks are done: alone, writing hidden states, and against these."""
