@@ -16,7 +16,7 @@ from requant.checkpoint.reader import Checkpoint, read_json
 from requant.modeling import linears, sequential, skeleton
 from requant.modeling.moe import ROLES, calibrate_experts, share_added, split_experts
 from requant.numerics.grid import Grid
-from requant.quantize import stage
+from requant.quantize import block_quantizer
 from requant.quantize.plan import Settings
 from requant.quantize.stage import quantize
 
@@ -182,7 +182,9 @@ def test_running_blocks_again_gives_experts_the_same_rows(tmp_path: Path, monkey
     for name, hold in (("held", True), ("again", False)):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(
-            stage, "step", lambda *args, hold, forced=hold, **options: sequential.step(*args, hold=forced, **options)
+            block_quantizer,
+            "step",
+            lambda *args, hold, forced=hold, **options: sequential.step(*args, hold=forced, **options),
         )
         quantize(
             source, tmp_path / name, pico.ids(4, 16), Settings(Grid(4, 32), correct=0.5), dtype=torch.float16,
