@@ -48,13 +48,24 @@ def scores(shift: float, *, documents: int = 30, reference: bool = False, digest
     nll = common.gamma(2.0, size=len(document)) + shift * (1 + 0.2 * own.normal(size=len(document)))
     kl = np.abs(shift * own.normal(size=len(document))) if reference else None
     agree = own.random(len(document)) > shift if reference else None
-    return TokenScores(nll, document, nll < 1.5, kl, agree, 0, digest, 1.5)
+    return TokenScores(
+        nll=nll, document=document, top1=nll < 1.5, kl=kl, agree=agree, nonfinite=0, digest=digest, seconds=1.5
+    )
 
 
 def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: int = 30) -> set_metrics.SetResult:
     made = {v: scores(SHIFT[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants}
     return set_metrics.SetResult(
-        name, "d" * 64, "documents", 2048, True, documents, documents * 40, documents * 160, 7, made
+        name=name,
+        digest="d" * 64,
+        protocol="documents",
+        window=2048,
+        bos=True,
+        n_documents=documents,
+        n_scored=documents * 40,
+        n_bytes=documents * 160,
+        dropped=7,
+        scores=made,
     )
 
 

@@ -19,7 +19,9 @@ N = DOCUMENTS * LENGTH
 def scores(nll: np.ndarray, kl: np.ndarray | None = None) -> TokenScores:
     document = np.repeat(np.arange(DOCUMENTS, dtype=np.int32), LENGTH)
     agree = None if kl is None else kl < 0.05
-    return TokenScores(nll, document, nll < 1, kl, agree, 0, "d" * 64, 0.0)
+    return TokenScores(
+        nll=nll, document=document, top1=nll < 1, kl=kl, agree=agree, nonfinite=0, digest="d" * 64, seconds=0.0
+    )
 
 
 def world(back: float, noise: float) -> tuple[dict[str, TokenScores], np.ndarray]:
@@ -128,7 +130,16 @@ def test_without_base_or_adapter_there_are_no_tails() -> None:
 
 def test_few_tokens_make_fewer_groups() -> None:
     tiny = {
-        name: TokenScores(np.array(nll), np.array([0, 1, 2], np.int32), np.zeros(3, bool), None, None, 0, "d", 0.0)
+        name: TokenScores(
+            nll=np.array(nll),
+            document=np.array([0, 1, 2], np.int32),
+            top1=np.zeros(3, bool),
+            kl=None,
+            agree=None,
+            nonfinite=0,
+            digest="d",
+            seconds=0.0,
+        )
         for name, nll in {"base": [3.0, 2.0, 1.0], "adapter": [1.0, 1.0, 1.0], "gptq": [1.5, 1.0, 1.0]}.items()
     }
     found: Any = tails(tiny)

@@ -183,8 +183,12 @@ def test_templates_travel_in_the_wheel(tmp_path: Path) -> None:
 
 
 def test_any_document_fits_the_shell() -> None:
-    table = Table("Ways", ("way", "size"), (("a", "115 MB"), ("b", "1.19 GB")))
-    page = html.page(Document("A beats B.", "compare", "", (Section("Runs", (table, Bullets(("x < y",)))),)))
+    table = Table(title="Ways", columns=("way", "size"), rows=(("a", "115 MB"), ("b", "1.19 GB")))
+    page = html.page(
+        Document(
+            headline="A beats B.", title="compare", about="", sections=(Section("Runs", (table, Bullets(("x < y",)))),)
+        )
+    )
     assert "x &lt; y" in page
     assert re.findall(r'data-k="([^"]*)"', page) == ["115000000", "1190000000"]
 

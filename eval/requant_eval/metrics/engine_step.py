@@ -33,9 +33,11 @@ def step(
     with np.errstate(invalid="ignore", over="ignore"):
         pair = st.paired(*sums)
     return {
-        "delta": _known(pair.delta), "loss_percent": _known(pair.loss_percent), "n_documents": pair.n_documents,
+        "delta": _known(pair.delta),
+        "loss_percent": _known(pair.loss_percent),
+        "n_documents": pair.n_documents,
         "n_tokens": len(document),
-    }  # fmt: skip
+    }
 
 
 def _known(estimate: st.Estimate) -> dict[str, float | None]:

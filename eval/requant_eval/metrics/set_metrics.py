@@ -35,7 +35,7 @@ EDGES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SetResult:
     """One evaluation set (fields as in `EvalSet`) and the scores of every variant on it."""
 

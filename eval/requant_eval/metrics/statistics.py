@@ -57,7 +57,7 @@ class Sums:
     n: Floats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Paired:
     """Variant against reference on the same tokens.
 
@@ -70,7 +70,7 @@ class Paired:
     few_documents: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Divergence:
     """KL(R || V) per token, nats: clustered mean and quantiles."""
 
@@ -141,7 +141,8 @@ def paired(variant: Sums, reference: Sums) -> Paired:
     delta = ratio(variant.nll - reference.nll, reference.n)
     factor = delta.exp()
     loss = Estimate(100 * (factor.value - 1), 100 * factor.se, 100 * (factor.low - 1), 100 * (factor.high - 1))
-    return Paired(delta, loss, len(variant.n), len(variant.n) < FEW_DOCUMENTS)
+    count = len(variant.n)
+    return Paired(delta=delta, loss_percent=loss, n_documents=count, few_documents=count < FEW_DOCUMENTS)
 
 
 def naive_se(values: npt.ArrayLike) -> float:
@@ -174,8 +175,8 @@ def share(flags: npt.NDArray[np.bool_], document: npt.NDArray[np.int32]) -> Esti
 
 def divergence(kl: npt.NDArray[np.float64], document: npt.NDArray[np.int32]) -> Divergence:
     """Mean and quantiles of per-token KL [n]."""
-    ladder = [float(q) for q in np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999, 1.0])]
-    return Divergence(mean(kl, document), *ladder)
+    median, p90, p95, p99, p99_9, largest = (float(q) for q in np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999, 1.0]))
+    return Divergence(mean=mean(kl, document), median=median, p90=p90, p95=p95, p99=p99, p99_9=p99_9, max=largest)
 
 
 def retention(variant: Sums, *, base: Sums, adapter: Sums) -> Estimate | None:

@@ -16,7 +16,7 @@ _EXPERT = re.compile(r"\bexperts\.\d+\.")
 SHOWN = 60  # characters of a prompt or an answer in a table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One kind of module in one layer, the experts of a layer as one; None where not measured.
 
@@ -49,11 +49,11 @@ def _cell(layer: int, module: str, many: Sequence[Mapping[str, Any]]) -> Cell:
     noise = sum(m["loss"] for m in adapted)
     kept = sum(m["signal"] * m["output_retention"] for m in adapted if m.get("output_retention") is not None)
     return Cell(
-        layer,
-        module,
-        signal / noise if adapted and noise > 0 else None,
-        (loss / whole) ** 0.5 if whole > 0 else None,
-        kept / signal if signal > 0 else None,
+        layer=layer,
+        module=module,
+        signal_to_noise=signal / noise if adapted and noise > 0 else None,
+        relative_error=(loss / whole) ** 0.5 if whole > 0 else None,
+        retention=kept / signal if signal > 0 else None,
     )
 
 
@@ -73,7 +73,9 @@ def survival_table(facts: Mapping[str, Any]) -> Table:
         "calibration text; * marks the ten lowest. Below 1 the error is the louder one, as it often is for a small delta: the "
         "adapter is lost only where its own output is not kept (next table)."
     )
-    return Table("Adapter survival: signal to noise by layer and module", ("layer", *short), rows, note)
+    return Table(
+        title="Adapter survival: signal to noise by layer and module", columns=("layer", *short), rows=rows, note=note
+    )
 
 
 def survivors_table(facts: Mapping[str, Any]) -> Table:
@@ -96,7 +98,9 @@ def survivors_table(facts: Mapping[str, Any]) -> Table:
         "Kept: the part of the stored weight's change from the base that is the adapter's, <Q - D, dW> / <dW, dW>, and "
         "the same of its output. 100 % with a low signal to noise: all there, under noise."
     )
-    return Table(f"The {len(rows)} modules where the adapter survived worst", columns, rows, note)
+    return Table(
+        title=f"The {len(rows)} modules where the adapter survived worst", columns=columns, rows=rows, note=note
+    )
 
 
 def survival_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -163,7 +167,7 @@ def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
         f"{format_estimate(suggestion['before']['kl'])}. Gains of several modules add up roughly; with `correct`, later layers "
         "go on making up for an error that is gone, so a gain is rather too low. In the patch: those whose interval is above 0."
     )
-    return Table("More bits where they count", columns, rows, note)
+    return Table(title="More bits where they count", columns=columns, rows=rows, note=note)
 
 
 def canaries_line(canaries: Mapping[str, Any]) -> str:
@@ -187,7 +191,7 @@ def canaries_table(canaries: Mapping[str, Any]) -> Table:
         if len({item["right"][n] for n in names}) > 1
     )
     columns = ("prompt", "answer", *names)
-    return Table("Canaries answered differently", columns, rows, text=len(columns))
+    return Table(title="Canaries answered differently", columns=columns, rows=rows, text=len(columns))
 
 
 def _modules(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from requant_eval.render import svg
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of a chart.
 
@@ -29,7 +29,7 @@ class Row:
     values: tuple[tuple[int, str], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """Rows over one axis.
 

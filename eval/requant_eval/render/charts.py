@@ -20,6 +20,7 @@ from requant_eval.render.svg import Scale
 from requant_eval.report.number_format import format_estimate, format_value
 
 QUANTILES = (("median", "median"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
+FLIPS = (("right_to_wrong", -1, "worse", "right -> wrong"), ("wrong_to_right", 1, "better", "wrong -> right"))
 ASIDE = ("control", "fork")
 TALL = 120  # pixels of a curve
 
@@ -58,19 +59,19 @@ def waterfall(s: Mapping[str, Any]) -> Chart:
         text = f"perplexity {_ppl(s, name) or format_value(ppl)}"
         if name not in into:
             shape = svg.mark(svg.dot(scale, ppl, "level"), f"{name}: {text}")
-            rows.append(Row(name, svg.grid(scale) + shape, _ppl(s, name)))
+            rows.append(Row(label=name, drawing=svg.grid(scale) + shape, value=_ppl(s, name)))
             continue
         e = into[name]
         change = format_estimate(e["loss_percent"], signed=True, unit=" %", interval=False)
         said = f"{e['from']} -> {name}: {format_estimate(e['delta'], signed=True)} ln perplexity, to {text}"
         drawn = svg.grid(scale) + svg.mark(_step(scale, e, level), said)
-        rows.append(Row(name, drawn, _ppl(s, name), change, what(e)))
+        rows.append(Row(label=name, drawing=drawn, value=_ppl(s, name), aside=change, note=what(e)))
     caption = (
         "Perplexity from the base to what ships. Each bar leads from the variant a step starts at to its own level;"
     )
     caption += " the line at its end is the step's 95 % interval."
     legend = (("better", "lower: better"), ("worse", "higher: worse"), ("control", "control"))
-    return Chart(caption, tuple(rows), svg.axis(scale), "perplexity, log scale", legend)
+    return Chart(caption=caption, rows=tuple(rows), axis=svg.axis(scale), unit="perplexity, log scale", legend=legend)
 
 
 def _steps(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -107,7 +108,7 @@ def losses(s: Mapping[str, Any]) -> Chart:
     near = [e for e in edges if e["kind"] != "control"]
     ends = [e["loss_percent"][k] for e in near for k in ("value", "low", "high") if e["loss_percent"][k] is not None]
     if not near:
-        return Chart("", ())
+        return Chart(caption="", rows=())
     limits = [g["limit"] for g in s["gates"] if g["metric"] == "ppl_increase" and g["relative_to"] is None]
     scale = Scale.around([0.0, *ends, *limits])
     behind = svg.grid(scale) + svg.upright(scale, 0, "zero")
@@ -122,12 +123,12 @@ def losses(s: Mapping[str, Any]) -> Chart:
             if loss["low"] is not None:
                 shape = svg.whisker(scale, loss["low"], loss["high"]) + shape
         drawn = behind + svg.mark(shape, f"{e['to']} against {s['reference']}: perplexity {text}")
-        rows.append(Row(e["to"], drawn, text))
+        rows.append(Row(label=e["to"], drawing=drawn, value=text))
     caption = (
         f"The loss against {s['reference']} enlarged: point and 95 % interval; an interval that touches the zero line"
     )
     caption += " is no proven loss." + (" Dashed: the gate's limit." if limits else "")
-    return Chart(caption, tuple(rows), svg.axis(scale, " %"), "change of perplexity")
+    return Chart(caption=caption, rows=tuple(rows), axis=svg.axis(scale, " %"), unit="change of perplexity")
 
 
 def ladder(s: Mapping[str, Any]) -> Chart:
@@ -135,7 +136,7 @@ def ladder(s: Mapping[str, Any]) -> Chart:
     edges = [e for e in s["edges"] if e["kl"] is not None]
     known = [e["kl"][k] for e in edges for k, _ in QUANTILES if e["kl"][k]]
     if not known:
-        return Chart("", ())
+        return Chart(caption="", rows=())
     scale = Scale.around(known, log=True)
     rows = []
     for e in edges:
@@ -147,10 +148,10 @@ def ladder(s: Mapping[str, Any]) -> Chart:
             radius = 6 - 0.7 * number
             shape = svg.dot(scale, value, "level" if key == "median" else "open", radius=radius)
             drawn += svg.mark(shape, f"{e['to']}: {name} {format_value(value)} nats")
-        rows.append(Row(e["to"], drawn, f"p99 {format_value(kl['p99'])}"))
+        rows.append(Row(label=e["to"], drawing=drawn, value=f"p99 {format_value(kl['p99'])}"))
     caption = f"How far each token's prediction moved from {s['reference']}'s, KL: from left to right the median"
     caption += " (filled), then p90, p95, p99, p99.9 and the largest, ever smaller."
-    return Chart(caption, tuple(rows), svg.axis(scale), "nats per token, log scale")
+    return Chart(caption=caption, rows=tuple(rows), axis=svg.axis(scale), unit="nats per token, log scale")
 
 
 def flips(s: Mapping[str, Any]) -> Chart:
@@ -158,14 +159,13 @@ def flips(s: Mapping[str, Any]) -> Chart:
     both = ("right_to_wrong", "wrong_to_right")
     edges = [e for e in _steps(s) if all(_known(e[k]) for k in both)]
     if not edges:
-        return Chart("", ())
+        return Chart(caption="", rows=())
     reach = max(100 * (e[k]["high"] if e[k]["high"] is not None else e[k]["value"]) for e in edges for k in both)
     scale = Scale.around([-reach, reach]) if reach else Scale(-1, 1)
     rows = []
     for e in edges:
         drawn, texts = svg.grid(scale) + svg.upright(scale, 0, "zero"), []
-        for key, sign, class_, words in (("right_to_wrong", -1, "worse", "right -> wrong"),
-                                         ("wrong_to_right", 1, "better", "wrong -> right")):  # fmt: skip
+        for key, sign, class_, words in FLIPS:
             share = e[key]
             shape = svg.bar(scale, 0, 100 * sign * share["value"], class_)
             if share["low"] is not None:
@@ -174,12 +174,14 @@ def flips(s: Mapping[str, Any]) -> Chart:
             texts.append(format_estimate(share, factor=100, unit=" %", interval=False))
             full = format_estimate(share, factor=100, unit=" %")
             drawn += svg.mark(shape, f"{e['from']} -> {e['to']}: {words} {full}")
-        rows.append(Row(f"{e['from']} -> {e['to']}", drawn, " | ".join(texts)))
+        rows.append(Row(label=f"{e['from']} -> {e['to']}", drawing=drawn, value=" | ".join(texts)))
     caption = (
         "Tokens whose most likely prediction turned wrong (left) or right (right) at each step, with 95 % intervals."
     )
     legend = (("worse", "right -> wrong"), ("better", "wrong -> right"))
-    return Chart(caption, tuple(rows), svg.axis(scale, " %"), "of the scored tokens", legend)
+    return Chart(
+        caption=caption, rows=tuple(rows), axis=svg.axis(scale, " %"), unit="of the scored tokens", legend=legend
+    )
 
 
 def tails(s: Mapping[str, Any]) -> list[Chart]:
@@ -204,17 +206,17 @@ def _tails(s: Mapping[str, Any], name: str) -> Chart:
         label = f"{number} of {len(groups)}"
         said = f"{name}, tokens {label}, ln p changed by {group['low']:.3g} to {group['high']:.3g}: {text} nats a token"
         drawn = svg.grid(scale) + svg.upright(scale, 0, "zero") + svg.mark(shape, said)
-        rows.append(Row(label, drawn, text))
+        rows.append(Row(label=label, drawing=drawn, value=text))
     caption = f"{name}: loss of the tokens by how much the adapter had changed them, least changed first. Long bars at the end"
     caption += " are learned behaviour that was lost, equal bars are general noise."
-    return Chart(caption, tuple(rows), svg.axis(scale), f"nats a token against {s['reference']}")
+    return Chart(caption=caption, rows=tuple(rows), axis=svg.axis(scale), unit=f"nats a token against {s['reference']}")
 
 
 def healing(told: Mapping[str, Any]) -> Chart:
     """KL on held-out text by step of healing; the chosen step is filled."""
     points = [(float(step), float(value)) for step, value in told.get("held") or [] if value is not None and value > 0]
     if len(points) < 2:
-        return Chart("", ())
+        return Chart(caption="", rows=())
     across, up = Scale(0.0, max(step for step, _ in points) or 1.0), Scale.around([v for _, v in points], log=True)
     place = [(across.at(step), (TALL - 8) * (1 - up.at(value) / 100) + 4) for step, value in points]
     drawn = svg.grid(across, height=TALL) + svg.curve(place)
@@ -222,9 +224,14 @@ def healing(told: Mapping[str, Any]) -> Chart:
         shape = svg.dot(across, step, "level" if step == told.get("best_step") else "open", y=y)
         drawn += svg.mark(shape, f"step {step:.0f}: {format_value(value)} nats a token")
     values = [value for _, value in points]
-    row = Row("KL, log scale", drawn, f"{format_value(max(values))} .. {format_value(min(values))}", height=TALL)
+    row = Row(
+        label="KL, log scale",
+        drawing=drawn,
+        value=f"{format_value(max(values))} .. {format_value(min(values))}",
+        height=TALL,
+    )
     caption = "Healing: distance from its teacher on held-out text by step, higher is farther; the filled point is what was kept."
-    return Chart(caption, (row,), svg.axis(across), "steps")
+    return Chart(caption=caption, rows=(row,), axis=svg.axis(across), unit="steps")
 
 
 def _ppl(s: Mapping[str, Any], name: str) -> str:

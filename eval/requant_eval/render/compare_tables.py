@@ -36,7 +36,7 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
         "Time: merge, quantize, heal. On the Pareto front: no other run is smaller and better, or one of them and equal in the "
         "rest, by the values; whether a difference is real is the table of pairs."
     )
-    return Table("Runs", columns, rows, note, text=3)
+    return Table(title="Runs", columns=columns, rows=rows, note=note, text=3)
 
 
 def pairs_table(comparison: Mapping[str, Any]) -> Table:
@@ -54,7 +54,7 @@ def pairs_table(comparison: Mapping[str, Any]) -> Table:
     )
     columns = ("set", "pair", "better", "ln perplexity", "perplexity")
     note = "Paired by document; brackets are 95 % intervals; negative: the first named is better."
-    return Table("Who is better", columns, rows, note, text=3)
+    return Table(title="Who is better", columns=columns, rows=rows, note=note, text=3)
 
 
 def line(comparison: Mapping[str, Any]) -> str:

@@ -9,15 +9,22 @@ from requant_eval.render.tables import Table
 from requant_eval.report.number_format import format_estimate, format_seconds
 
 COLUMNS = (
-    "read by", "kernel", "dtype", "perplexity", "ln perplexity, from ours", "tolerance", "load", "tokens/s, one sequence"
-)  # fmt: skip
+    "read by",
+    "kernel",
+    "dtype",
+    "perplexity",
+    "ln perplexity, from ours",
+    "tolerance",
+    "load",
+    "tokens/s, one sequence",
+)
 
 
 def checks_table(variant: str, proof: Mapping[str, Any]) -> Table:
     """Our decoding first, then every engine. Empty when nothing was scored."""
     title = f"{variant} in each engine"
     if proof.get("perplexity") is None:
-        return Table(title, COLUMNS, ())
+        return Table(title=title, columns=COLUMNS, rows=())
     ours = ("our decoding", "plain weights", "float32", f"{proof['perplexity']:.4f}", "", "", "", "")
     rows = [ours, *(_row(e) for e in proof.get("engines") or [])]
     name = proof.get("sample_set")
@@ -26,7 +33,7 @@ def checks_table(variant: str, proof: Mapping[str, Any]) -> Table:
         f"Checked: {proof['tensors']} tensors and {proof['linears']} packed linears against the format and the merged "
         f"model; perplexity of the same {proof['sample_tokens']} tokens{whose}; 8 tokens generated."
     )
-    return Table(title, COLUMNS, tuple(rows), note, text=3)
+    return Table(title=title, columns=COLUMNS, rows=tuple(rows), note=note, text=3)
 
 
 def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:

@@ -28,8 +28,10 @@ def heal_tables(report: Mapping[str, Any]) -> list[Table]:
     best = f"The held-out windows chose step {told.get('best_step')}; step 0 is the quantized checkpoint."
     skip = ("train", "held", "moved_most", "blocks", "overlap", "verify")
     tables = [
-        Table("Is any text worse off?", ("set", "ln perplexity by healing", "loss"), tuple(guard), "", text=1),
-        Table("KL on held-out healing text", ("steps", "nats/token"), curve, best, key="healing"),
+        Table(title="Is any text worse off?", columns=("set", "ln perplexity by healing", "loss"), rows=tuple(guard)),
+        Table(
+            title="KL on held-out healing text", columns=("steps", "nats/token"), rows=curve, note=best, key="healing"
+        ),
         facts_table("Settings and movement of the scales", told, skip=skip),
     ]
     return [table for table in tables if table.rows]

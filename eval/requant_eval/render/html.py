@@ -51,18 +51,30 @@ def page(content: Document) -> str:
 
 def _page(content: Document, note: str) -> str:
     style, script = _source("style.css"), _source("script.js")
-    return _environment().get_template("page.html").render(
-        d=content, note=note, style=Markup(style), script=Markup(script), style_digest=_digest(style),
-        script_digest=_digest(script),
-    )  # fmt: skip
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            d=content,
+            note=note,
+            style=Markup(style),
+            script=Markup(script),
+            style_digest=_digest(style),
+            script_digest=_digest(script),
+        )
+    )
 
 
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("requant_eval.render"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=PackageLoader("requant_eval.render"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= {
         "kind": lambda block: type(block).__name__,
         "cell": _cell,

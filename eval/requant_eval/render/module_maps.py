@@ -35,7 +35,7 @@ def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str, *, log
     found = _places(modules, key, worst=min if log else max)
     every = [value for row in found.values() for value in row.values() if value > 0]
     if not every:
-        return Chart("", ())
+        return Chart(caption="", rows=())
     layers, top = max(layer for row in found.values() for layer in row) + 1, max(every)
     scale = Scale(min(every) / 2, top, log=True) if log else Scale(0.0, top)
     rows = []
@@ -45,14 +45,24 @@ def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str, *, log
         worst = (min if log else max)(row, key=lambda layer: row[layer])
         middle = format_value(statistics.median(row.values()))
         said = f"{len(row)} layers, median {middle}, worst {format_value(row[worst])} in layer {worst}"
-        rows.append(Row(kind, drawn, f"{middle} .. {format_value(row[worst])}", "", "", said, STRIP, layers, values))
+        rows.append(
+            Row(
+                label=kind,
+                drawing=drawn,
+                value=f"{middle} .. {format_value(row[worst])}",
+                said=said,
+                height=STRIP,
+                places=layers,
+                values=values,
+            )
+        )
     first = [layer for layer in Scale(0, layers).ticks() if layer < layers and layer == int(layer)]
     axis = Markup("").join(svg.label(100 * (layer + 0.44) / layers, f"{layer:.0f}") for layer in first)
     caption = (
         f"{what}, first layer left, last right; full height and darkest is {format_value(top)}. Beside each row its"
     )
     caption += " median and its worst."
-    return Chart(caption, tuple(rows), axis, "layer")
+    return Chart(caption=caption, rows=tuple(rows), axis=axis, unit="layer")
 
 
 def _places(

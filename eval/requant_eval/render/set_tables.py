@@ -43,7 +43,7 @@ def variants_table(s: Mapping[str, Any]) -> Table:
     ]
     columns = ("variant", "perplexity", "nats/token", "bits/byte", "top-1 right", "tokens")
     note = f"{protocol(s)}; {s['n_documents']} documents; brackets are 95 % intervals."
-    return Table(f"{s['name']}: perplexity", columns, tuple(rows), note)
+    return Table(title=f"{s['name']}: perplexity", columns=columns, rows=tuple(rows), note=note)
 
 
 def waterfall_table(s: Mapping[str, Any]) -> Table:
@@ -61,7 +61,9 @@ def waterfall_table(s: Mapping[str, Any]) -> Table:
     note = "Paired; steps add up in ln perplexity, negative is better."
     if served(s):
         note += " Served: the engine's own computation against ours, on the beginnings of some documents."
-    return Table(f"{s['name']}: what each step costs", columns, tuple(rows), note, text=2, key="steps")
+    return Table(
+        title=f"{s['name']}: what each step costs", columns=columns, rows=tuple(rows), note=note, text=2, key="steps"
+    )
 
 
 def served(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -87,7 +89,9 @@ def divergence_table(s: Mapping[str, Any]) -> Table:
         rows.append((e["to"], format_estimate(kl["mean"]), *ladder, agreement))
     columns = ("variant", "mean KL", "median", "p90", "p95", "p99", "p99.9", "max", "same top-1")
     note = f"KL({s['reference']} || variant) per token, nats."
-    return Table(f"{s['name']}: distance from {s['reference']}", columns, tuple(rows), note, key="kl")
+    return Table(
+        title=f"{s['name']}: distance from {s['reference']}", columns=columns, rows=tuple(rows), note=note, key="kl"
+    )
 
 
 def flips_table(s: Mapping[str, Any]) -> Table:
@@ -102,14 +106,16 @@ def flips_table(s: Mapping[str, Any]) -> Table:
     ]
     columns = ("step", "right -> wrong", "wrong -> right")
     note = "Share of scored tokens, top-1 against the text."
-    return Table(f"{s['name']}: flips", columns, tuple(rows), note, key="flips")
+    return Table(title=f"{s['name']}: flips", columns=columns, rows=tuple(rows), note=note, key="flips")
 
 
 def retention_table(s: Mapping[str, Any]) -> Table:
     """How much of what the adapter learned is left."""
     rows = [(name, format_estimate(kept, factor=100, unit=" %")) for name, kept in s["retention"].items()]
     note = "1 - ln(ppl variant / adapter) / ln(ppl base / adapter); not defined if the adapter gains nothing."
-    return Table(f"{s['name']}: retention", ("variant", "of what the adapter learned"), tuple(rows), note)
+    return Table(
+        title=f"{s['name']}: retention", columns=("variant", "of what the adapter learned"), rows=tuple(rows), note=note
+    )
 
 
 def more_metrics_table(s: Mapping[str, Any]) -> Table:
@@ -126,7 +132,7 @@ def more_metrics_table(s: Mapping[str, Any]) -> Table:
         if any(found):
             rows.append((v["name"], *(_metric_cell(value, m) for value, m in zip(found, metrics, strict=True))))
     columns = ("variant", *(m.words for m in metrics))
-    return Table(f"{s['name']}: other metrics", columns, tuple(rows))
+    return Table(title=f"{s['name']}: other metrics", columns=columns, rows=tuple(rows))
 
 
 def _metric_cell(found: Mapping[str, Any] | None, metric: Metric) -> str:
@@ -141,7 +147,7 @@ def groups_table(s: Mapping[str, Any]) -> Table:
     """Loss of each variant by how much the adapter changed the token."""
     tails = s["tails"]
     if not tails:
-        return Table(f"{s['name']}: loss by what the adapter changed", (), ())
+        return Table(title=f"{s['name']}: loss by what the adapter changed", columns=(), rows=())
     shown = [name for name in tails["variants"] if name not in ("merged", "original")]
     rows = tuple(
         (
@@ -154,7 +160,9 @@ def groups_table(s: Mapping[str, Any]) -> Table:
     )
     columns = ("tokens by change", "ln p changed by", "tokens", *(f"{name}: nats/token lost" for name in shown))
     note = "Tokens sorted by |ln p adapter - ln p base|, least changed first; loss against the adapter."
-    return Table(f"{s['name']}: loss by what the adapter changed", columns, rows, note, key="tails")
+    return Table(
+        title=f"{s['name']}: loss by what the adapter changed", columns=columns, rows=rows, note=note, key="tails"
+    )
 
 
 def reverted_table(s: Mapping[str, Any]) -> Table:
@@ -174,7 +182,7 @@ def reverted_table(s: Mapping[str, Any]) -> Table:
         "sure can only lose. A loss spread evenly has 10 % on the tenth."
     )
     columns = ("variant", "adapter's changes taken back", "of its loss on the most changed tenth")
-    return Table(f"{s['name']}: learned behaviour or noise", columns, rows, note)
+    return Table(title=f"{s['name']}: learned behaviour or noise", columns=columns, rows=rows, note=note)
 
 
 def protocol(s: Mapping[str, Any]) -> str:

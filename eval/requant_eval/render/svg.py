@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from markupsafe import Markup, escape
@@ -30,7 +30,7 @@ class Scale:
 
     low: float
     high: float
-    log: bool = False
+    log: bool = field(default=False, kw_only=True)
 
     @classmethod
     def around(cls, values: Iterable[float], *, log: bool = False) -> Scale:
@@ -39,7 +39,7 @@ class Scale:
         low, high = (min(known), max(known)) if known else (1.0, 2.0)
         if log:
             span = max(math.log(high / low), 0.1) * MARGIN
-            return cls(low / math.exp(span), high * math.exp(span), log)
+            return cls(low / math.exp(span), high * math.exp(span), log=log)
         span = (high - low or abs(high) or 1.0) * MARGIN
         return cls(low - span, high + span)
 

@@ -12,7 +12,7 @@ from requant_eval.report.recommend import OPTIONS
 WORST_MODULES = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """A title, column names, rows of as many cells each, and a note under it.
 
@@ -51,7 +51,13 @@ def gates_table(report: Mapping[str, Any]) -> Table:
         more = f", about {g['more_documents']} more documents" if g["more_documents"] else ""
         rows.append((g["metric"], g["set"], str(g["variant"]), g["status"].upper() + more, bound, value))
     note = "A gate passes when its whole 95 % interval keeps the limit, fails when the whole interval breaks it."
-    return Table("Gates", ("metric", "set", "variant", "status", "limit", "measured"), tuple(rows), note, text=4)
+    return Table(
+        title="Gates",
+        columns=("metric", "set", "variant", "status", "limit", "measured"),
+        rows=tuple(rows),
+        note=note,
+        text=4,
+    )
 
 
 def options_table(report: Mapping[str, Any]) -> Table:
@@ -83,7 +89,7 @@ def options_table(report: Mapping[str, Any]) -> Table:
         "Perplexity against base + adapter. Weights: bytes on disk, and about that in memory; the cache for the context comes "
         "on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
     )
-    return Table("Ways to deploy", columns, tuple(rows), note, text=3)
+    return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, text=3)
 
 
 def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Table:
@@ -107,7 +113,9 @@ def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Tab
     every = len(rows) == len(modules) > WORST_MODULES
     title = f"All {len(rows)} modules" if every else f"The {len(rows)} worst of {len(modules)} modules"
     note = "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data."
-    return Table(title, ("module", *(optional[key] for key in shown)), rows, note, key="modules")
+    return Table(
+        title=title, columns=("module", *(optional[key] for key in shown)), rows=rows, note=note, key="modules"
+    )
 
 
 def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
@@ -122,8 +130,8 @@ def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
         for name in dict.fromkeys(name for values, _ in known for name in values)
     )
     tables = [
-        Table("Size", ("artifact", "bytes"), sizes),
-        Table("Time and memory", ("stage", *(title for title, _, _ in columns)), stages),
+        Table(title="Size", columns=("artifact", "bytes"), rows=sizes),
+        Table(title="Time and memory", columns=("stage", *(title for title, _, _ in columns)), rows=stages),
     ]
     return [table for table in tables if table.rows]
 
@@ -131,7 +139,7 @@ def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
 def facts_table(title: str, facts: Any, *, skip: Sequence[str] = ()) -> Table:
     """Any mapping as name and value; nested names are joined with a dot."""
     rows = tuple((name, text) for name, text in _flat(facts) if name.split(".")[0] not in skip)
-    return Table(title, ("fact", "value"), rows, text=2)
+    return Table(title=title, columns=("fact", "value"), rows=rows, text=2)
 
 
 def escape(text: str) -> str:

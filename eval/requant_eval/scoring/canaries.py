@@ -99,9 +99,11 @@ def _best(logits: Tensor) -> int:
 
 @torch.inference_mode()
 def _in_step(
-    last_logits: Callable[[list[Tensor]], list[Tensor]], canaries: Sequence[Canary], stop: int | None,
+    last_logits: Callable[[list[Tensor]], list[Tensor]],
+    canaries: Sequence[Canary],
+    stop: int | None,
     on_progress: Callable[[int, int], None] | None,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """The greedy continuation of every canary, one token of each in a pass."""
     out: list[list[int]] = [[] for _ in canaries]
     open_ = [i for i, c in enumerate(canaries) if c.new_tokens]

@@ -83,7 +83,7 @@ def score(
     return columns.scores(eval_set, time.perf_counter() - started)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Columns:
     """Per-token results, filled in any order. starts: first token of every window, then n."""
 
@@ -100,9 +100,15 @@ class _Columns:
         starts = [0, *np.cumsum([int(w.scored.sum()) for w in eval_set.windows]).tolist()]
         n = starts[-1]
         real, flag = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
-        if not compared:
-            return cls(n, starts, real, flag, flag.clone(), None, None)
-        return cls(n, starts, real, flag, flag.clone(), real.clone(), flag.clone())
+        return cls(
+            n=n,
+            starts=starts,
+            nll=real,
+            top1=flag,
+            finite=flag.clone(),
+            kl=real.clone() if compared else None,
+            agree=flag.clone() if compared else None,
+        )
 
     def scores(self, eval_set: EvalSet, seconds: float) -> TokenScores:
         document = np.repeat(np.array([w.document for w in eval_set.windows], dtype=np.int32), np.diff(self.starts))

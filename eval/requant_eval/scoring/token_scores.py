@@ -15,7 +15,7 @@ from requant_eval.errors import EvaluationError
 FORMAT = "requant-scores-1"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TokenScores:
     """Scores of n tokens in window order.
 

@@ -54,7 +54,7 @@ class Window:
     scored: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalSet:
     """Windows that every variant is scored on.
 
@@ -128,14 +128,23 @@ def make_set(
         if tokens is not None and scored >= tokens:
             break
     if not windows:
+        cause = f"protocol {protocol}, window {window}, {dropped} tokens in dropped tails"
         raise EvaluationError(
-            f"set '{name}': nothing to score in {len(documents)} documents (protocol {protocol}, window "
-            f"{window}, {dropped} tokens in dropped tails): give longer texts, or check the `score` mask"
+            f"set '{name}': nothing to score in {len(documents)} documents ({cause}): "
+            "give longer texts, or check the `score` mask"
         )
-    bos = bos_id is not None and protocol != "gptq-2048"
-    size = 0 if math.isnan(n_bytes) else round(n_bytes)
-    sha = digest(windows)
-    return EvalSet(name, tuple(windows), sha, clusters, scored, size, dropped, protocol, window, bos)
+    return EvalSet(
+        name=name,
+        windows=tuple(windows),
+        digest=digest(windows),
+        n_documents=clusters,
+        n_scored=scored,
+        n_bytes=0 if math.isnan(n_bytes) else round(n_bytes),
+        dropped=dropped,
+        protocol=protocol,
+        window=window,
+        bos=bos_id is not None and protocol != "gptq-2048",
+    )
 
 
 def digest(windows: Sequence[Window]) -> str:
