@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -86,6 +86,17 @@ class _Cut:
     dropped: int
 
 
+@dataclass(kw_only=True)
+class _Taken:
+    """The windows of a set so far, and its counts (see `EvalSet`). n_bytes: NaN = unknown."""
+
+    windows: list[Window] = field(default_factory=list)
+    n_documents: int = 0
+    n_scored: int = 0
+    n_bytes: float = 0.0
+    dropped: int = 0
+
+
 def make_set(
     name: str,
     documents: Sequence[Document],
@@ -107,44 +118,49 @@ def make_set(
     """
     window = FIXED_WINDOW.get(protocol, window)
     _check(name, documents, window, protocol, tokens)
-    windows: list[Window] = []
-    scored = dropped = clusters = 0
-    n_bytes: float = 0.0
-    for document in documents:
-        cut = _cut(document, window, protocol, bos_id, tail)
-        taken = 0
-        for ids, mask in cut.windows:
-            if tokens is not None and scored + taken >= tokens:
-                break
-            windows.append(Window(clusters, ids, mask))
-            taken += int(mask.sum())
-            clusters += protocol != "documents"
-        else:
-            dropped += cut.dropped
-        if taken:
-            n_bytes = _add_bytes(n_bytes, document, taken)
-            clusters += protocol == "documents"
-        scored += taken
-        if tokens is not None and scored >= tokens:
-            break
-    if not windows:
-        cause = f"protocol {protocol}, window {window}, {dropped} tokens in dropped tails"
+    taken = _take(documents, window=window, protocol=protocol, bos_id=bos_id, tokens=tokens, tail=tail)
+    if not taken.windows:
         raise EvaluationError(
-            f"set '{name}': nothing to score in {len(documents)} documents ({cause}): "
-            "give longer texts, or check the `score` mask"
+            f"set '{name}': nothing to score in {len(documents)} documents (protocol {protocol}, window "
+            f"{window}, {taken.dropped} tokens in dropped tails): give longer texts, or check the `score` mask"
         )
     return EvalSet(
         name=name,
-        windows=tuple(windows),
-        digest=digest(windows),
-        n_documents=clusters,
-        n_scored=scored,
-        n_bytes=0 if math.isnan(n_bytes) else round(n_bytes),
-        dropped=dropped,
+        windows=tuple(taken.windows),
+        digest=digest(taken.windows),
+        n_documents=taken.n_documents,
+        n_scored=taken.n_scored,
+        n_bytes=0 if math.isnan(taken.n_bytes) else round(taken.n_bytes),
+        dropped=taken.dropped,
         protocol=protocol,
         window=window,
         bos=bos_id is not None and protocol != "gptq-2048",
     )
+
+
+def _take(
+    documents: Sequence[Document], *, window: int, protocol: Protocol, bos_id: int | None, tokens: int | None, tail: int
+) -> _Taken:
+    """The windows of the documents in order, until they have `tokens` scored tokens."""
+    taken = _Taken()
+    for document in documents:
+        cut = _cut(document, window, protocol, bos_id, tail)
+        scored = 0
+        for ids, mask in cut.windows:
+            if tokens is not None and taken.n_scored + scored >= tokens:
+                break
+            taken.windows.append(Window(taken.n_documents, ids, mask))
+            scored += int(mask.sum())
+            taken.n_documents += protocol != "documents"
+        else:
+            taken.dropped += cut.dropped
+        if scored:
+            taken.n_bytes = _add_bytes(taken.n_bytes, document, scored)
+            taken.n_documents += protocol == "documents"
+        taken.n_scored += scored
+        if tokens is not None and taken.n_scored >= tokens:
+            break
+    return taken
 
 
 def digest(windows: Sequence[Window]) -> str:
