@@ -18,8 +18,9 @@ GATES = (0, 1, 2, 3, 4)  # of commands that only read finished reports
 
 
 def epilog(codes: Iterable[int] = MEANINGS, own: Mapping[int, str] = MappingProxyType({})) -> str:
-    r"""The last paragraph of a help text: one line a code. own: what a code means for one command alone.
+    r"""The last paragraph of a help text: one line a code.
 
+    own: what a code means for one command alone.
     The mark \b keeps the lines as they are.
     """
     return "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {own.get(code, MEANINGS[code])}" for code in codes)

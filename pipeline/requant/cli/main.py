@@ -39,7 +39,7 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point; where a launcher started several ranks, rank 0 runs the command and the others help."""
+    """Entry point. Of several ranks the first runs the command, the others execute its calls."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from requant.cli.console import quiet
         from requant.runtime.launch import run_on_all_ranks

@@ -47,7 +47,7 @@ def gate(
 
 
 def render(file: Path, junit: Path | None = None) -> None:
-    """Render a report.json of this or an older version again, beside it, and show it; the file itself stays as it is.
+    """Render a report.json of this or an older version again, and show it.
 
     file: the report.json, or the directory of its run.
     """

@@ -43,7 +43,10 @@ class TensorCheck:
 
 
 def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.device | None = None) -> TensorCheck:
-    """Decode every linear whose headers are right, on `device`; search all other tensors for NaN and infinity."""
+    """Decode every linear whose headers are right, on `device`.
+
+    Search all other tensors for NaN and infinity.
+    """
     result, device = TensorCheck(), device or torch.device("cpu")
     packed = {f"{stem}.{suffix}" for stem in headers.packed for suffix in gptq_format.SUFFIXES}
     for stem, packing in headers.packed.items():

@@ -1,4 +1,4 @@
-"""Engine processes: find an installed engine, start it, get scores and tokens of a checkpoint.
+"""Engine processes: find an installed engine, start it, get scores and tokens.
 
 Each engine is a script that imports nothing of ours and may run in another interpreter: vLLM needs its own torch.
 """
@@ -38,7 +38,10 @@ _SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One engine's scores and tokens. error: why it does not load the checkpoint; all else is empty then."""
+    """One engine's scores and tokens.
+
+    error: why it does not load the checkpoint; all else is empty then.
+    """
 
     engine: str
     dtype: str
@@ -53,7 +56,7 @@ class Answer:
     speed: Mapping[str, float] | None = None
 
     def difference(self, ours: Sequence[Sequence[float]]) -> float:
-        """Mean -ln p of the same tokens, theirs less ours: the logarithm of the ratio of perplexities."""
+        """Mean -ln p of the same tokens, theirs minus ours: the log ratio of perplexities."""
         return mean(self.nll) - mean(ours)
 
     def agrees(self, ours: Sequence[Sequence[float]]) -> bool:
@@ -116,7 +119,9 @@ def ask(
     backend: str | None = None, new_tokens: int = 8, prompt: int = 8, trust_remote_code: bool = False,
     speed: Mapping[str, int] | None = None, threads: int | None = None,
 ) -> Answer:  # fmt: skip
-    """Start the engine on `path`, let it score `rows` of token ids and continue the first `prompt` tokens greedily.
+    """Score and generate with one engine, in a process of its own.
+
+    rows: token ids to score. The first `prompt` tokens of the first row are continued greedily.
 
     Raises InputError when the engine is not installed or its interpreter does not start; a checkpoint that it refuses
     is an answer.

@@ -30,7 +30,10 @@ GROUPS = (-1, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What one kernel multiplies. inputs, outputs: of what the fused matrix's sizes must be multiples."""
+    """What one kernel multiplies.
+
+    inputs, outputs: of what the fused matrix's sizes must be multiples.
+    """
 
     name: str
     bits: tuple[int, ...] = (4, 8)
@@ -60,7 +63,10 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One engine. hardware: device kind -> kernels in the order they are tried. refuses: trait -> what goes wrong."""
+    """One engine. hardware: device kind -> kernels in the order they are tried.
+
+    refuses: trait -> what goes wrong.
+    """
 
     name: Name
     source: str
@@ -137,7 +143,7 @@ _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.la
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One quantized matrix as a server holds it: rows are outputs, columns inputs, fused parts stacked.
+    """One quantized matrix as a server holds it: rows are outputs, fused parts stacked.
 
     The experts of a layer are one, [expert width, model width], for a server that fuses them.
     """

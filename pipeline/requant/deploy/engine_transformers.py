@@ -16,7 +16,7 @@ from typing import Any
 
 
 def load(request: dict[str, Any]) -> Any:
-    """The model on its device, with the kernel `request["backend"]` or the one the library picks."""
+    """The model on its device; request["backend"]: the kernel, default the library's choice."""
     import torch
     import transformers
 
@@ -54,7 +54,7 @@ def kernels(model: Any) -> list[str]:
 
 
 def speed(model: Any, request: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a prefill and of decoding, when `request["speed"]` asks: {"prompt", "new", "batch", "repeat"}."""
+    """Seconds of a prefill and of decoding; request["speed"]: prompt, new, batch, repeat."""
     import torch
 
     asked = request["speed"]

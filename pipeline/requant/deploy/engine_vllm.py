@@ -31,7 +31,7 @@ def nll(output: Any, row: list[int]) -> list[float]:
 
 
 def speed(llm: Any, request: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a prefill and of decoding, when `request["speed"]` asks: {"prompt", "new", "batch", "repeat"}."""
+    """Seconds of a prefill and of decoding; request["speed"]: prompt, new, batch, repeat."""
     from vllm import SamplingParams
 
     asked = request["speed"]

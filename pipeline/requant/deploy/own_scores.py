@@ -1,4 +1,4 @@
-"""Scores and tokens of a checkpoint by our own decoding in fp32: what engines are compared with."""
+"""Scores and tokens by our own decoding in fp32, which engines are compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sample that engines score: the beginnings of a run's held-out documents, saved with the run."""
+"""The sample that engines score: beginnings of a run's held-out documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ CACHE, FILE = ".cache", "sample.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of token ids and the document of each, numbered from 0 without gaps. set, digest: the evaluation set's."""
+    """Rows of token ids and the document of each, numbered from 0 without gaps.
+
+    set, digest: the evaluation set's.
+    """
 
     rows: tuple[tuple[int, ...], ...]
     documents: tuple[int, ...]
@@ -28,7 +31,7 @@ class Sample:
 
     @classmethod
     def of(cls, sets: Sequence[EvalSet], name: str | None = None) -> Sample:
-        """TOKENS tokens of each of the first DOCUMENTS documents of the set called `name`, else of the first set."""
+        """TOKENS tokens of each of the first DOCUMENTS documents of the set `name`, or the first."""
         source = next((s for s in sets if s.name == name), sets[0])
         firsts: dict[int, tuple[int, ...]] = {}
         for window in source.windows:
@@ -38,7 +41,10 @@ class Sample:
 
     @classmethod
     def load(cls, checkpoint: Path) -> Sample | None:
-        """The sample of the run that wrote `checkpoint`; None without a run, or where an older version ran."""
+        """The sample of the run that wrote `checkpoint`.
+
+        None without a run, or where an older version ran.
+        """
         file = checkpoint.absolute().parent / CACHE / FILE
         if not file.exists():
             return None

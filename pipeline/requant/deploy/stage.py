@@ -1,4 +1,4 @@
-"""Stage: verify a GPTQ checkpoint: headers, values, our own scores, a few tokens, real engines.
+"""Stage verify: headers, values, our own scores, a few tokens, real engines.
 
 What is wrong is collected, not raised: a `Verification` lists all findings, by tensor and reason.
 """

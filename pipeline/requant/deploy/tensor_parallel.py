@@ -46,7 +46,10 @@ class Heads:
 
 
 def shard_shape(name: str, rows: int, columns: int, degree: int, heads: Heads | None) -> tuple[int, int] | None:
-    """(rows, columns) of one GPU's shard of the matrix `name` [rows, columns]; None if it cannot be split evenly."""
+    """(rows, columns) of one GPU's shard of the matrix `name` [rows, columns].
+
+    None if it cannot be split evenly.
+    """
     leaf = name.rpartition(".")[2]
     if leaf in WHOLE or degree == 1:
         return rows, columns

@@ -1,4 +1,4 @@
-"""`Verification`: what was checked of one checkpoint and what is wrong; kept beside a run for its report."""
+"""`Verification`: what was checked of one checkpoint, and what is wrong."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"}  # by t
 
 
 class EngineResult(TypedDict):
-    """One engine's row. difference: of mean -ln p in nats, theirs minus ours. tolerance: what its dtype explains.
+    """One engine's row.
 
+    difference: of mean -ln p in nats, theirs minus ours. tolerance: what its dtype explains.
     delta to n_tokens: as `requant_eval.metrics.engine_step` pairs it with us; only if the engine loaded.
     """
 
@@ -94,7 +95,10 @@ class Verification:
 
 
 def save_verification(done: Verification) -> Path | None:
-    """Save the result beside a run's checkpoint, for its report; None when `path` is no artifact of a run."""
+    """Save the result beside a run's checkpoint, for its report.
+
+    None when `path` is no artifact of a run.
+    """
     run, manifest = done.path.absolute().parent, done.path / MANIFEST
     file = run / f"verify-{done.path.absolute().name}.json"
     if not (run / MARKER).exists() or not manifest.exists() or file.name not in RESULTS.values():
@@ -104,7 +108,10 @@ def save_verification(done: Verification) -> Path | None:
 
 
 def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Stage -> the saved verification of its checkpoint. keys: stage -> key of the checkpoint that counts."""
+    """Stage -> the saved verification of its checkpoint.
+
+    keys: stage -> key of the checkpoint that counts.
+    """
     saved = {stage: read_json(run / RESULTS[stage]) for stage in keys if (run / RESULTS[stage]).exists()}
     return {
         stage: {k: v for k, v in result.items() if k != "key"}

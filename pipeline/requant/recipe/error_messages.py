@@ -1,4 +1,4 @@
-"""Validation errors of pydantic as lines for the user: file, line, key, value, expected."""
+"""pydantic's validation errors as lines for the user: file, line, key, value, expected."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ _PHRASES: dict[str, str] = {
 
 
 def add_validation_errors(document: Document, root: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> None:
-    """Turn pydantic's error dicts into problem lines of `document`. root: the class of the whole recipe."""
+    """Turn pydantic's error dicts into problem lines of `document`.
+
+    root: the class of the whole recipe.
+    """
     expected_at: dict[KeyPath, tuple[Any, list[str]]] = {}
     located = [(_locate(document.data, error), error) for error in errors]
     for path, error in located:

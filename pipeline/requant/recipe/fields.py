@@ -72,7 +72,10 @@ def looks_local(path: str) -> bool:
 
 
 def check_source(key: str, path: str, revision: str | None, info: ValidationInfo) -> None:
-    """Reject a revision of a local path and, if the recipe's directory is known, text that is neither path nor hub id."""
+    """Reject a revision of a local path, and text that is neither a path nor a hub id.
+
+    The latter only if the recipe's directory is known.
+    """
     if looks_local(path):
         if revision is not None:
             fail((("revision",), f"only a hub id has one, and {key} {path!r} is a local path: remove it"))

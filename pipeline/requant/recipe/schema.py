@@ -1,4 +1,4 @@
-"""The whole recipe: load, parse, dump, JSON Schema, and checks that involve several sections.
+"""The whole recipe: load, parse, dump, JSON Schema, checks that involve two sections.
 
 Reads no weights, imports neither torch nor transformers.
 """
@@ -153,7 +153,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = (), directory: Path) -> Recipe:
-    """Read a recipe from text; `source` is its name in messages, `directory` where its relative inputs start.
+    """Read a recipe from text.
+
+    `source` is its name in messages, `directory` where its relative inputs start.
 
     Raises:
         RecipeError: as in `load`.

@@ -1,4 +1,4 @@
-"""Starter recipe for an adapter (`requant init`): adapter_config.json filled in, comments for the rest.
+"""Starter recipe for an adapter (`requant init`), filled in from adapter_config.json.
 
 Reads two small JSON files and no weights.
 """

@@ -49,7 +49,7 @@ class Document:
         return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def report(self, path: KeyPath, message: str, line: int | None = None) -> None:
-        """Add the problem `where: key.path: message`, at `line` or where the nearest key was written."""
+        """Add the problem `where: key.path: message`, at `line` or at the nearest key."""
         nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in self._marks)
         order, label = self._marks[nearest] if line is None else (line, f"{self.source}:{line}")
         key = show_path(path)
@@ -106,7 +106,10 @@ class Document:
         self._marks = {known: mark for known, mark in self._marks.items() if known[: len(path)] != path}
 
     def interpolate(self, environment: Mapping[str, str] = os.environ) -> None:
-        """Replace `${env:VAR}` and `${env:VAR:-default}` in every text value; any other `${` is a problem."""
+        """Replace `${env:VAR}` and `${env:VAR:-default}` in every text value.
+
+        Any other `${` is a problem.
+        """
         self.data = self._interpolated(self.data, (), environment)
 
     def _interpolated(self, value: Any, path: KeyPath, environment: Mapping[str, str]) -> Any:
@@ -250,7 +253,7 @@ def _scalar(node: ScalarNode) -> Any:
 
 
 def show_path(path: KeyPath) -> str:
-    """`quantize.overrides."*.down_proj".bits`: steps that contain a dot are quoted, as in `--set`."""
+    """A key path as `--set` spells it: `quantize.overrides."*.down_proj".bits`."""
     return ".".join(f'"{step}"' if "." in str(step) else str(step) for step in path)
 
 

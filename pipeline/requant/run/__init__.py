@@ -1,4 +1,6 @@
-"""Run: the stages of a recipe in order. Only this package, and cli for printing, reads a Recipe.
+"""Run: the stages of a recipe in order.
+
+Only this package, and cli for printing, reads a Recipe.
 
     runner              run(recipe): skip what is finished, run the rest   <- start here
     stages              the list of stages, one record each

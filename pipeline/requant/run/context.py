@@ -47,7 +47,10 @@ class RunContext:
     def of(
         cls, prepared: Prepared, directory: RunDirectory, watcher: Watcher, ranks: Ranks = SINGLE_PROCESS
     ) -> RunContext:
-        """Derive device, keys and scores from the recipe. The directory must be open: its cache is created."""
+        """Derive device, keys and scores from the recipe.
+
+        The directory must be open: its cache is created.
+        """
         device = pick_device(prepared.recipe.device)
         keys = Keys.of(prepared, directory, device)
         scores = Scores(
@@ -79,6 +82,9 @@ class RunContext:
             file.write(line + "\n")
 
     def delta_prediction(self) -> PredictionResult:
-        """How much of the adapter's delta round-to-nearest keeps; computed once for each quantization."""
+        """How much of the adapter's delta round-to-nearest keeps.
+
+        Computed once for each quantization.
+        """
         p = self.prepared
         return stored_prediction(self.directory, self.keys.quantize, p.merge.plan, p.quantize.plan, self.device)

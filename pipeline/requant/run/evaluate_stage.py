@@ -21,7 +21,10 @@ def evaluate_needs(context: RunContext) -> tuple[str, ...]:
 
 
 def run_evaluate(context: RunContext, key: str) -> dict[str, Any]:
-    """Score what has no scores yet, on all ranks; returns which variants, how, and notes for the report."""
+    """Score what has no scores yet, on all ranks.
+
+    Returns which variants, how, and notes for the report.
+    """
     return over_ranks.evaluate(
         context.scores, context.places, ranks=context.ranks, batch=context.batch,
         stream=context.recipe.evaluate.stream, progress=context.watcher.progress,

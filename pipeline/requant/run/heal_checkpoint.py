@@ -1,4 +1,4 @@
-"""Healing without a recipe: any GPTQ checkpoint, towards the 16-bit model that it was made from."""
+"""Healing of any GPTQ checkpoint towards its 16-bit model, without a recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def heal_checkpoint(
     checkpoint: Path, teacher: Path, files: Sequence[Path], out: Path, settings: Settings, *, device: torch.device,
     trust_remote_code: bool = False, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Heal `checkpoint` towards `teacher` on the text of `files`, in equal shares, into the new directory `out`.
+    """Heal `checkpoint` towards `teacher` into the new directory `out`.
+
+    files: text, each in an equal share.
 
     Raises:
         InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.

@@ -20,8 +20,9 @@ from requant.runtime.device import pick_device
 
 @dataclass(frozen=True)
 class Healing:
-    """How and on what a checkpoint will be healed; the last `held` of the windows are not trained on.
+    """How and on what a checkpoint will be healed.
 
+    The last `held` of the windows are not trained on.
     deploy: engines that must load the result, if they are installed.
     """
 
@@ -52,7 +53,10 @@ class Healing:
 
 
 def plan_healing(recipe: Recipe, tokenizer: Any, seen: list[Sequence[Tokens]], shape: Shape) -> Healing | None:
-    """The healing that a recipe asks for, None for none; `seen` grows by documents that no evaluation set may hold."""
+    """The healing that a recipe asks for, None for none.
+
+    `seen` grows by documents that no evaluation set may hold.
+    """
     section = recipe.heal
     if section == "auto":
         section = Heal() if pick_device(recipe.device).type == "cuda" else "off"

@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def run_heal(context: RunContext, key: str) -> dict[str, Any]:
-    """Write the artifact `healed`; returns losses, settings and the verification, for the report."""
+    """Write the artifact `healed`.
+
+    Returns losses, settings and the verification, for the report.
+    """
     asked, places, device = context.prepared.heal, context.places, context.device
     assert asked is not None, "the stage is part of a run only with healing"
     scratch = context.directory.scratch("heal", key)

@@ -1,4 +1,4 @@
-"""Module swap: the gain of putting merged weights back into a quantized model, a candidate at a time.
+"""Module swap: the gain of putting merged weights back into a quantized model, one at a time.
 
 Each swap is scored on a small sample of the calibration text, paired with the quantized model on the same tokens. The gain
 is the KL divergence from the merged model that disappears, in nats a token. On text like the merged model's own this is the
@@ -32,7 +32,10 @@ Progress = Callable[[int, int, str], None]
 
 
 def sample(calibration: Tensor, windows: int = WINDOWS, length: int = LENGTH) -> EvalSet:
-    """Evenly spaced calibration windows (int64 [n, length]) cut to their first `length` tokens, each a document."""
+    """Evenly spaced calibration windows as an evaluation set, each cut to `length` tokens.
+
+    calibration: int64 [n, tokens]. Each window is a document.
+    """
     from requant_eval.scoring.windows import Document, make_set
 
     count = min(windows, len(calibration))
@@ -52,7 +55,7 @@ def measure(
     batch: int,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the quantized model's own distance from the merged one, the gain of each unit of modules), as estimates.
+    """(distance of the quantized model from the merged one, gain of each unit of modules).
 
     weights: module -> name of its weight in the merged checkpoint. Both are {"kl": ..., "nll": ...}, each an estimate
     with its interval; gains are positive where the swap helps.
@@ -84,7 +87,10 @@ def measure(
 
 @contextmanager
 def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights (as a 16-bit checkpoint holds them) in some modules for the time of a `with`."""
+    """Context in which some modules of the model have other weights.
+
+    weights: module -> weight as a 16-bit checkpoint stores it.
+    """
     old = {f"{m}.weight": model.get_submodule(m)._parameters["weight"] for m in weights}
     new = {}
     for name, parameter in old.items():

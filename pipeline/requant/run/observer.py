@@ -22,7 +22,7 @@ class Watcher:
 
 @dataclass
 class Outcome:
-    """Result of a run: its directory, the stages that were not skipped, the report if that stage was reached."""
+    """Result of a run: directory, stages that were not skipped, report if it was reached."""
 
     path: Path
     ran: list[str] = field(default_factory=list)

@@ -149,7 +149,10 @@ def _hints(recipe: Recipe) -> list[str]:
 
 
 def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
-    """The local directory of a source; a hub id is downloaded to the hub cache (safetensors and small files only)."""
+    """The local directory of a source.
+
+    A hub id is downloaded to the hub cache (safetensors and small files only).
+    """
     if source.is_local(directory):
         path = Path(source.resolve(directory))
         if path.suffix == ".gguf":
@@ -193,7 +196,7 @@ def plan_merge(
     simulate: Nf4Settings | None,
     trust: bool,
 ) -> tuple[MergePlan, Any]:
-    """(merge plan, model skeleton) of one adapter, or several that add up, on one base, from headers."""
+    """(merge plan, model skeleton) of one or several adapters on one base, from headers."""
     checkpoint = Checkpoint(base)
     refuse_quantized(checkpoint)
     model: Any = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
@@ -274,7 +277,10 @@ def _left_fused(model: Any) -> list[str]:
 
 
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
-    """(bytes still to be written, bytes free) for the run directory `where`; raises InputError when they do not fit."""
+    """(bytes still to be written, bytes free) for the run directory `where`.
+
+    Raises InputError when they do not fit.
+    """
     dtype = DTYPES.get(prepared.recipe.merge.dtype, torch.float16)
     need = sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.plan.slots)
     need += sum(s.nbytes for s in prepared.quantize.plan.slots) if prepared.heal else 0

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Local directories of the models. simulate: how a 16-bit base was quantized for training, if it was."""
+    """Local directories of the models.
+
+    simulate: how a 16-bit base was quantized for training, if it was.
+    """
 
     base: Path
     adapter: Path
@@ -36,7 +39,10 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInputs:
-    """What merge needs. onto_original: the plan of the variant `original`. matches: one for each adapter."""
+    """What merge needs.
+
+    onto_original: the plan of the variant `original`. matches: one for each adapter.
+    """
 
     plan: MergePlan
     onto_original: MergePlan | None
@@ -45,7 +51,10 @@ class MergeInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeInputs:
-    """What quantize needs. dtype: of serving and of unquantized tensors. engines: which of them load the result."""
+    """What quantize needs.
+
+    dtype: of serving and of unquantized tensors. engines: which of them load the result.
+    """
 
     plan: Plan
     settings: Settings
@@ -55,7 +64,10 @@ class QuantizeInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Tokenized texts. calibration: int64 [samples, length]. probes: calibration source -> a few token rows."""
+    """Tokenized texts.
+
+    calibration: int64 [samples, length]. probes: calibration source -> a few token rows.
+    """
 
     calibration: Tensor
     calibration_facts: CalibrationFacts
@@ -83,7 +95,7 @@ class Prepared:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The variants to score: those asked for, and healed beside gptq where healing is part of the run."""
+        """The variants to score: those asked for, and healed beside gptq in a run with healing."""
         asked: list[str] = [v for v in self.recipe.evaluate.variants if v != "healed"]
         if self.heal and ("gptq" in asked or "healed" in self.recipe.evaluate.variants):
             asked.append("healed")

@@ -16,7 +16,7 @@ from requant.run.stage_results import ProbeResult
 
 
 def probe(context: RunContext) -> ProbeResult:
-    """Measure base and adapter on a few rows of each calibration source, or return the stored result."""
+    """Loss of base and adapter on a few rows of each calibration source; stored by key."""
     scores, rows = context.scores, context.prepared.texts.probes
     digests = {name: [digest(row[None]) for row in source] for name, source in rows.items()}
     reference = scores.keys[evaluate.REFERENCE]

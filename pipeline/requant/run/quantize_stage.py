@@ -38,8 +38,9 @@ def compile_ahead(context: RunContext) -> AbstractContextManager[None]:
 
 
 def before_quantize(context: RunContext) -> None:
-    """Check, before the long work, that the adapter and the grid are worth it; keep the sample for engines.
+    """Check, before the long work, that the adapter and the grid are worth it.
 
+    Keep the sample for engines.
     Warns when the adapter does not lower the loss on its own text, and when the grid rounds its delta away.
     """
     context.probe = probed = probe(context)
@@ -52,8 +53,9 @@ def before_quantize(context: RunContext) -> None:
 
 
 def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
-    """Write and verify the artifact `gptq`; returns module results and the verification, for the report.
+    """Write and verify the artifact `gptq`.
 
+    Returns module results and the verification, for the report.
     Our own engine uses all ranks, gptqmodel the first alone.
     """
     p, recipe = context.prepared, context.recipe

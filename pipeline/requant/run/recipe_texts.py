@@ -1,4 +1,4 @@
-"""Texts of a recipe: tokenizer, calibration and healing windows, evaluation sets, their overlap."""
+"""Texts of a recipe: tokenizer, windows of calibration and healing, evaluation sets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ IDENTICAL, OVERLAPS = 0.5, 0.01
 
 
 class CalibrationFacts(TypedDict):
-    """The calibration text, for the report. overlap: evaluation set -> share of its 13-grams in the text."""
+    """The calibration text, for the report.
+
+    overlap: evaluation set -> share of its 13-grams in the text.
+    """
 
     data: list[str]
     documents: int
@@ -39,7 +42,10 @@ class CalibrationFacts(TypedDict):
 
 
 def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, trust_remote_code: bool = False) -> Any:
-    """The tokenizer the merged model will have; refuses one with more tokens than the model has embeddings."""
+    """The tokenizer the merged model will have.
+
+    Refuses one with more tokens than the model has embeddings.
+    """
     from transformers import AutoTokenizer
 
     files = model_files.tokenizer_files(base, adapter)
@@ -72,7 +78,7 @@ def source_of(item: Data, directory: Path) -> Source:
 
 
 def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]], Tensor, CalibrationFacts]:
-    """(all documents of each source, windows int64 [samples, length] drawn from them, facts for the report)."""
+    """(documents of each source, windows int64 [samples, length], facts for the report)."""
     c = recipe.calibration
     sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
     entries = [(str(s), tokenize(s, tokenizer, e.format), e.share) for s, e in sources]
@@ -90,7 +96,9 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]],
 def healing(
     recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[Tokens]]
 ) -> tuple[list[Sequence[Tokens]], Tensor, int, dict[str, Any]]:
-    """(documents of its own sources, windows int64, how many of them at the end are held out, facts for the report).
+    """(documents of its own sources, windows int64, number held out, facts for the report).
+
+    The last windows are held out.
 
     calibrated: the documents of the calibration sources, which are the text when the section names none.
     """
@@ -157,7 +165,10 @@ def _refuse_identical(name: str, share: float, what: str, where: str = "calibrat
 def overlaps(
     windows: Tensor, sets: tuple[EvalSet, ...], warnings: list[str], where: str = "calibration"
 ) -> dict[str, float]:
-    """Share of each set's 13-grams that the calibration text holds; raises InputError when it is mostly the same text."""
+    """Share of each set's 13-grams that the calibration text holds.
+
+    Raises InputError when it is mostly the same text.
+    """
     shares = {}
     for s in sets:
         share = overlap.overlap(windows, [w.ids.tolist() for w in s.windows])

@@ -128,7 +128,7 @@ def _match(m: adapter_match.Match) -> dict[str, Any]:
 
 
 def public_recipe(r: recipe.Recipe) -> str:
-    """The recipe without the directories of this machine: absolute paths are cut to their last part."""
+    """The recipe as YAML, absolute paths cut to their last part."""
     return re.sub(r"(?m)^(\s*(?:- )?(?:path|model): )(['\"]?)(?:/|~)\S*/([^/\s'\"]+)", r"\1\2\3", recipe.dump(r))
 
 

@@ -19,7 +19,7 @@ INCOMPLETE = "being written"
 
 
 def report_key(context: RunContext) -> str:
-    """Digest of all that the report depends on: stages, scores, gates, canaries, suggestions, verifications."""
+    """Digest of stages, scores, gates, canaries, suggestions and verifications."""
     from requant_eval.report.assemble import SCHEMA_VERSION
 
     p, keys = context.prepared, context.keys

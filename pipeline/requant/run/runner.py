@@ -39,8 +39,9 @@ def run(
     suggest: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Outcome:
-    """Run a recipe up to and including the stage `until`; raises RequantError, leaving finished stages in place.
+    """Run a recipe up to and including the stage `until`.
 
+    Raises RequantError, leaving finished stages in place.
     suggest: before the report, also measure which modules are worth more bits.
     ranks: the other processes of this run, which execute what this one calls.
     """

@@ -1,4 +1,4 @@
-"""Stored results of the stages, as `.stages.json` holds them; all keys may be missing in an older run."""
+"""Stored results of the stages in `.stages.json`; keys may be missing in an older run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class EvaluateStageResult(Measured, total=False):
 
 
 class ProbeResult(TypedDict, total=False):
-    """The adapter's loss on its own text: one row a calibration source, a sentence, and warnings."""
+    """The adapter's loss on its own text: one row a source, a sentence, warnings."""
 
     probes: list[dict[str, Any]]
     said: str
@@ -79,7 +79,10 @@ class PredictionResult(TypedDict):
 
 
 class StageResults(TypedDict, total=False):
-    """Stage -> its stored result, as the report needs them. heal: as `heal.heal` returns it, and its verification."""
+    """Stage -> its stored result, as the report needs them.
+
+    heal: as `heal.heal` returns it, and its verification.
+    """
 
     merge: MergeStageResult
     quantize: QuantizeStageResult

@@ -50,7 +50,10 @@ class Stage:
     when_finished: Callable[[RunContext], None] | None = None
 
     def is_finished(self, context: RunContext, key: str, *, needed: bool = False) -> bool:
-        """Whether nothing is left to do for `key`. needed: a later stage reads the artifact, so it must exist."""
+        """Whether nothing is left to do for `key`.
+
+        needed: a later stage reads the artifact, so it must exist.
+        """
         if self.finished is not None:
             return self.finished(context, key)
         if context.directory.result(self.name, key) is None:

@@ -30,7 +30,10 @@ _FUSED = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Modules that share one override. bits: what they would get. bytes: how much larger the checkpoint would be."""
+    """Modules that share one override.
+
+    bits: what they would get. bytes: how much larger the checkpoint would be.
+    """
 
     pattern: str
     modules: tuple[str, ...]
@@ -48,8 +51,9 @@ class Candidate:
 
 
 def candidates(modules: Sequence[Mapping[str, Any]], plan: Plan, count: int = COUNT) -> list[Candidate]:
-    """The units whose output error is largest for their output, among them every fused partner; worst first.
+    """The units whose output error is largest for their output, among them every fused partner.
 
+    Worst first.
     modules: `ModuleResult` as dicts. plan: what the checkpoint holds.
     """
     results = {m["name"]: m for m in modules}
@@ -104,7 +108,7 @@ def _growth(plan: Plan, module: str, bits: int) -> int:
 def patched(
     overrides: Mapping[str, Mapping[str, Any]], chosen: Sequence[Candidate], usual: Grid
 ) -> dict[str, dict[str, Any]]:
-    """The recipe's overrides with the candidates lifted: new ones last, since the last match wins."""
+    """The recipe's overrides with those of the candidates last, since the last match wins."""
     lifted = {c.pattern: c.override(usual) for c in chosen}
     return {k: dict(v) for k, v in overrides.items() if k not in lifted} | lifted
 
@@ -131,7 +135,7 @@ def advise(
     batch: int,
     progress: module_swap.Progress | None = None,
 ) -> dict[str, Any]:
-    """The facts for the report: every candidate with its gain, the best first, and the patch that lifts those that help.
+    """Every candidate with its gain, the best first, and the patch that lifts those that help.
 
     modules: `ModuleResult` of every quantized module as dicts. plan, grid, overrides: what they were quantized with.
     calibration: windows int64 [n, length]; the first of them are scored. A candidate helps when its interval is above 0.

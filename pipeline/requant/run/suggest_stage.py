@@ -9,7 +9,10 @@ from requant.run.suggest import advise
 
 
 def run_suggest(context: RunContext, key: str) -> dict[str, Any]:
-    """Measure every candidate; returns them with their gain and a patch of the recipe, for the report."""
+    """Measure every candidate.
+
+    Returns them with their gain and a patch of the recipe, for the report.
+    """
     p = context.prepared
     quantized = context.directory.result("quantize", context.keys.quantize) or {}
     return advise(

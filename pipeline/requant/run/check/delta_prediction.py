@@ -95,7 +95,10 @@ class Prediction:
 
 
 def predict(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Prediction | None:
-    """Sample the first, middle and last block that the adapter touches; None when no delta is quantized."""
+    """Sample the first, middle and last block that the adapter touches.
+
+    None when no delta is quantized.
+    """
     started = time.monotonic()
     samples = list(draw(plan, layout, device))
     if not any(bool(s.delta.any()) for s in samples):
@@ -123,7 +126,10 @@ def predict(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Predic
 def stored_prediction(
     run: RunDirectory, key: str, plan: MergePlan, layout: Plan, device: torch.device
 ) -> PredictionResult:
-    """{"prediction": facts or None}, made once for the `key` of a quantization; warnings go to the log."""
+    """{"prediction": facts or None}, made once for the `key` of a quantization.
+
+    Warnings go to the log.
+    """
     stored = cast("PredictionResult | None", run.result("resonance", key))
     if stored is None:
         predicted = predict(plan, layout, device)
@@ -135,7 +141,7 @@ def stored_prediction(
 
 
 def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[Sample]:
-    """Up to ROWS evenly spaced rows of every adapted module in BLOCKS evenly spaced blocks, on `device`."""
+    """Up to ROWS rows of every adapted module in BLOCKS evenly spaced blocks, on `device`."""
     touched = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
     adapted = {m: touched[t] for m, t in layout.weights.items() if t in touched}
     blocks = list(dict.fromkeys(_block(m, layout.prefix) for m in adapted))
@@ -162,7 +168,7 @@ def rounded(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def retention(samples: Sequence[Sample]) -> dict[str, float]:
-    """<Q - D, dW> / <dW, dW> over all rows of all samples, with a 95 % interval, rows being the clusters."""
+    """<Q - D, dW> / <dW, dW> over all samples, with a 95 % interval clustered by row."""
     from requant_eval.metrics import statistics as st
 
     kept, whole = [], []

@@ -44,8 +44,9 @@ SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens
 
 
 def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
-    """Merge, quantize (by our own engine) and evaluate, nothing being finished. dtype, batch: of the evaluation.
+    """Merge, quantize (by our own engine) and evaluate, nothing being finished.
 
+    dtype, batch: of the evaluation.
     Only the merge where a block takes too long to rehearse on this processor.
     """
     free_memory(device)
@@ -126,7 +127,10 @@ class _Scoring:
             self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
 
     def check(self, *, on_device: bool) -> float:
-        """Seconds to verify a written checkpoint: a text in fp32, every weight decoded. on_device: else on the host."""
+        """Seconds to verify a written checkpoint: a text in fp32, every weight decoded.
+
+        on_device: else on the host.
+        """
         text, (reading, decoding) = self.token * SAMPLE / 8, (self.reading, self.decoding)
         if self.device.type == "cuda" and not on_device:
             text = 2.0 * self.size.total * TEXT / (BUSY["cpu"] * product_rate(torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Forecast of the merge: one tensor of each shape and action is timed, the rest is sums of sizes."""
+"""Forecast of the merge: one tensor of each shape and action is timed, sizes are summed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ PROBED = 64 * 2**20  # bytes written to know the disk
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Forecast of one stage: seconds, peak bytes of the host. device: peak bytes of the GPU, 0 without one."""
+    """Forecast of one stage: seconds, peak bytes of the host.
+
+    device: peak bytes of the GPU, 0 without one.
+    """
 
     stage: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Rehearsal: one block of random weights is run, quantized and scored, with time and memory measured.
+"""Rehearsal: time and memory to run, quantize and score one block of random weights.
 
 The cost does not depend on the values of weights, so only shapes are read (and, for the merge, one tensor of each kind).
 `forecast` adds the pieces up.
@@ -70,7 +70,7 @@ def _held(device: torch.device, *, reset: bool) -> int:
 
 
 class RandomWeights:
-    """Random weights in the shapes of a skeleton, by parameter name: one tile of normal numbers, repeated."""
+    """Random weights by parameter name: one tile of normal numbers, repeated."""
 
     path = Path("rehearsal")
 
@@ -181,7 +181,10 @@ class Rehearsal:
 
     @torch.no_grad()
     def scoring(self, eval_set: Any, batch: int, dtype: torch.dtype, scratch: Path) -> Scored:
-        """What scoring the windows of `eval_set` (all of one length) in batches costs. scratch: a folder."""
+        """What scoring the windows of `eval_set` (all of one length) in batches costs.
+
+        scratch: a folder.
+        """
         walk = self.walk(dtype)
         model = Streamed(walk)
         ids = torch.stack([w.ids for w in eval_set.windows])
