@@ -26,7 +26,7 @@ from requant.data import packing
 from requant.data.documents import Source, tokenize
 from requant.evaluate import variants
 from requant.numerics.grid import Grid
-from requant.quantize import memory as stages
+from requant.quantize import memory
 from requant.quantize.plan import Settings
 from requant.run import prepare
 from requant_eval.scoring import windows as ev
@@ -106,7 +106,7 @@ def main() -> None:
     for name, (settings, exact, samples, length) in SETTINGS.items():
         if not any(part in name for part in args.only.split(";")):
             continue
-        stages.EXACT_TOKENS, stages.EXACT_LEAST = exact, {"cpu": 0, "cuda": 0}
+        memory.UNQUANTIZED_TOKENS, memory.UNQUANTIZED_LEAST = exact, {"cpu": 0, "cuda": 0}
         windows = packing.calibration_windows(
             entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )

@@ -25,7 +25,8 @@ import watched
 NAMES = gaps.NAMES | {
     "modeling.skeleton.build": "skeleton",
     "quantize.plan.plan": "plan",
-    "quantize.memory.shelf_for": "shelf_for",
+    "quantize.calibration_plan.plan_calibration": "plan calibration",
+    "quantize.calibration_plan.CalibrationPlan.reserve": "reserve",
     "quantize.background_writer.Written.__init__": "Written",
     "modeling.block_walk.Walk.embed_all": "embed",
     "modeling.block_walk.Walk._read": "read",

@@ -141,7 +141,7 @@ def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     if args.replicated:
         solve.SPLIT_FROM = 10**9
     if args.lean:
-        memory.may_wait = lambda *_: False
+        memory.fits_inside_block = lambda *_: False
     phases = Phases()
     phases.watch()
     tokens = windows(args)

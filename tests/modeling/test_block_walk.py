@@ -6,22 +6,18 @@ import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import pico
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, block_linears, block_list
 from requant.modeling.sequential import Stage, find_stages, step
-from requant.quantize import memory
-from requant.quantize.memory import ROOM, held_bytes, may_wait, shelf_for, solving_bytes, waiting_bytes
 
 STAGES = {
     "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
@@ -161,76 +157,6 @@ def test_the_twin_runs_the_original_block_in_step(tmp_path: Path, hold: bool) ->
     assert items[0].exact is not None
     assert torch.allclose(items[0].exact, final[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(items[0].hidden, final[0], rtol=1e-3, atol=1e-3)
-
-
-def test_what_waits_is_counted(tmp_path: Path) -> None:
-    """Every linear's input and output, 2 bytes each, 10 tokens."""
-    _, walk = walk_of(tmp_path, "llama")
-    linears = block_linears(walk.load(0))
-    wide = sum(m.in_features + m.out_features for m in linears.values())
-    assert held_bytes(walk.blocks[0], tuple(linears), 10, 2) == 20 * wide
-
-
-def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the tokens run twice: half as much again."""
-    _, walk = walk_of(tmp_path, "llama")
-    assert may_wait(walk, 10**12), "a CPU has no other memory to send them to"
-    guess = held_bytes(walk.load(0), tuple(block_linears(walk.blocks[0])), 1000, walk.dtype.itemsize)
-    rest = solving_bytes(walk.blocks[0], walk.dtype.itemsize)
-    assert rest == 3 * 4 * sum(p.numel() for p in walk.blocks[0].parameters()) + 5 * 4 * 128**2
-    walk.device = torch.device("cuda")
-    asked: list[str] = []
-
-    def free(_: torch.device) -> tuple[int, int]:
-        asked.append("free")
-        return int((guess * 1.5 / 3 + rest) / ROOM) + 2, 10**12
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
-    assert may_wait(walk, 1000, 0.5)
-    assert asked == ["emptied", "free"], "what nobody uses must not be missing"
-    assert not may_wait(walk, 1001, 0.5)
-
-
-def test_memory_for_what_waits_is_taken_once_where_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, walk = walk_of(tmp_path, "llama")
-    taken: list[int] = []
-    monkeypatch.setattr(memory, "hold", lambda _, nbytes: taken.append(nbytes))
-    monkeypatch.setattr(memory, "Shelf", lambda _, *, on_host: on_host)
-    assert not shelf_for(walk, 1000, 0.5, bool)
-    assert taken == [], "a CPU's memory is taken as it is needed"
-    walk.device = torch.device("cuda")
-    need = waiting_bytes(walk, 1000, 0.5)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(need / ROOM) + 2, 10**12))
-    assert shelf_for(walk, 1000, 0.5, lambda _: False)
-    assert shelf_for(walk, 10**6, 0.5, bool)
-    assert taken == []
-    assert not shelf_for(walk, 1000, 0.5, bool)
-    assert taken == [need]
-
-
-@pytest.mark.parametrize(
-    ("hidden", "inner", "samples", "twice", "waits"),
-    [(4096, 14336, 512, 1 / 8, True), (4096, 14336, 1024, 1 / 16, False), (8192, 28672, 128, 1.0, False)],
-)
-def test_what_ran_out_of_memory_on_a_gpu_is_not_tried_again(
-    hidden: int, inner: int, samples: int, twice: float, waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """80 GB: windows of 2048 tokens of Llama's 8B and 70B shapes; the last one did (bench/results/*-speed-70b-slope-h100).
-
-    The first fits when a context and compiled kernels have taken 4 GB of it too.
-    """
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_attention_heads=hidden // 128, num_key_value_heads=8,
-        num_hidden_layers=1, vocab_size=8,
-    )  # fmt: skip
-    _, blocks = block_list(skeleton.build(config))
-    walk: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, blocks=blocks)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (84_400_000_000, 85_000_000_000))
-    assert may_wait(walk, samples * 2048, twice) is waits
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (81_000_000_000, 85_000_000_000))
-    assert may_wait(walk, samples * 2048, twice) is waits
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -20,7 +20,7 @@ from requant.errors import StageError
 from requant.modeling.block_walk import Walk
 from requant.modeling.hidden_state_store import Shelf
 from requant.quantize import background_writer, block_quantizer
-from requant.quantize.out_of_memory import Lean
+from requant.quantize.out_of_memory import OutOfMemoryRecovery
 from requant.quantize.plan import Settings
 
 CORRECTED = Settings(GRID, correct=0.5)
@@ -174,14 +174,14 @@ def test_what_was_set_aside_is_looked_at_again_when_memory_runs_out(
     ring = Ring()
     gone = weakref.ref(ring)
     found: list[bool] = []
-    less = Lean.less
+    leaner = OutOfMemoryRecovery.leaner
 
-    def looked(self: Lean, *args: Any) -> Any:
-        done = less(self, *args)
+    def validated(self: OutOfMemoryRecovery, *args: Any) -> Any:
+        done = leaner(self, *args)
         found.append(gone() is None)
         return done
 
-    monkeypatch.setattr(Lean, "less", looked)
+    monkeypatch.setattr(OutOfMemoryRecovery, "leaner", validated)
     fails_once(monkeypatch, 3, Walk, "forward")
     gc.freeze()
     del ring

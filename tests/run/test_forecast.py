@@ -16,6 +16,7 @@ from helpers.e2e import one_thread, recipe
 from requant.evaluate import stage as evaluate
 from requant.modeling import fused_ops, skeleton
 from requant.quantize import block_quantizer
+from requant.quantize.calibration_plan import CalibrationPlan
 from requant.run import evaluation_inputs, prepare
 from requant.run.check import forecast, forecast_merge
 from requant.run.check.forecast_merge import PROBED, Made, Need
@@ -109,15 +110,19 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
     assert scored.tokens == sum(len(w.ids) for w in sample.windows[:4])
     assert parts.one.seconds > parts.more.seconds >= 0
     assert scored.forward.seconds > 0
-    assert parts.waits
+    assert parts.calibration.inside_block
+    assert parts.calibration.batches == (4, 4)
     assert order[:2] == ["one pass", "block"], "as the run computes all blocks but the first"
     assert all(p.is_meta for p in rehearsal.model.parameters())
 
 
 def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of the rehearsed one's size, 2 batches of calibration, and the evaluation's tokens and sets."""
+    calibration = CalibrationPlan(
+        share=slice(0, 8), batches=(4, 4), unquantized=(0,), held_out_from=1, inside_block=True, waiting_bytes=0
+    )
     quantized = Quantized(
-        one=Cost(2.0, 1000), more=Cost(0.5, 10), unquantized=Cost(0.75, 20), unquantized_every=2, waits=True
+        one=Cost(2.0, 1000), more=Cost(0.5, 10), unquantized=Cost(0.75, 20), calibration=calibration
     )
     scored = Scored(
         tokens=100,
@@ -129,7 +134,6 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rehearsal, "quantizing", lambda *_: quantized)
     monkeypatch.setattr(Rehearsal, "scoring", lambda *_: scored)
     monkeypatch.setattr(forecast, "_rates", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(forecast, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(forecast, "product_rate", lambda _: math.inf)
     for module in (forecast, evaluate):  # no last check, and everything is streamed

@@ -3,7 +3,8 @@
     plan                what the quantized checkpoint will hold, from headers only
     stage               quantize(source, out, windows, settings, ...)   <- start here
     block_quantizer     one block: calibrate, solve, replace, commit
-    memory              what waiting batches need, and where hidden states are kept
+    calibration_plan    which batches wait where, run unquantized too, are held out
+    memory              bytes of batches that pause inside a block, and whether they fit
     solve               the linears that share an input: order, correction, rows over ranks
     error_correction    make up for the error of earlier layers (QEP)
     out_of_memory       restart a block with less memory

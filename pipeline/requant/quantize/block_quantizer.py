@@ -19,39 +19,38 @@ from requant.modeling.sequential import Inputs, Stage, find_stages, pass_on, ste
 from requant.numerics.delta_retention import Deltas, measure
 from requant.numerics.hessian import gather
 from requant.quantize.background_writer import Output
+from requant.quantize.calibration_plan import CalibrationPlan
 from requant.quantize.module_results import Costs, ModuleResult
-from requant.quantize.out_of_memory import Lean, follow
+from requant.quantize.out_of_memory import OutOfMemoryRecovery, follow
 from requant.quantize.plan import Plan, Settings
 from requant.quantize.solve import Solved, solve_stage
 from requant.quantize.warmup import Warming
 from requant.runtime.interpreter import set_aside
 from requant.runtime.ranks import Ranks
 
-TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
 LATER = {"cpu": False, "cuda": True}  # whether a block is handed over while the next is at work
-HELD_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
 class Quantizer:
     """The walk over one model; holds what every block needs. Use `quantize`. Left by an error, it hands over what is solved."""
 
     def __init__(
-        self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *, held_from: int | None,
-        deltas: Deltas | None, notes: list[str] | None = None, warming: Warming | None = None,
+        self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *,
+        calibration: CalibrationPlan, deltas: Deltas | None, notes: list[str] | None = None, warming: Warming | None = None,
     ) -> None:  # fmt: skip
-        """held_from: the first batch that judges the column order, None when none does. deltas: by the tensor's stored name.
+        """calibration: of the batches that `block` is called with. deltas: by the tensor's stored name.
 
         notes: gets what goes otherwise than begun. warming: what is waited for before the first stage is solved.
         """
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
-        self.held_from = held_from
+        self.calibration = calibration
         self.deltas = deltas or (lambda _: None)
         self.judging = ranks.broadcast(deltas is not None)  # the first rank judges: the others have no deltas
         self.costs = Costs()
         self.owed: tuple[int, Costs] | None = None  # the last block, until what it cost is known
         self.stages: dict[tuple[str, ...], list[Stage]] = {}
         self.results: list[ModuleResult] = []
-        self.lean = Lean(walk, [] if notes is None else notes)
+        self.recovery = OutOfMemoryRecovery(walk, [] if notes is None else notes)
         self.twin: nn.Module | None = None
         self.warming = warming
         self.aside = False  # whether what does not change from block to block was set aside
@@ -73,12 +72,12 @@ class Quantizer:
         """
         while not self._solved(index, items):
             self.hand_over()  # taking less may be more than can be had
-            self.held_from = self.lean.less(index, items, self.held_from)
+            self.calibration = self.recovery.leaner(self.calibration, index, items)
         block = self.walk.blocks[index]
         self.hand_over()  # the one before, if no stage has
         self.walk.read_soon(index + 1)  # likewise
         while not follow(self.walk, block, self.twin, index, items):
-            self.held_from = self.lean.less(index, items, self.held_from)
+            self.calibration = self.recovery.leaner(self.calibration, index, items)
         self.twin = None
         self.costs.send(self.walk.shelf.total())
         self.output.end(index)
@@ -122,7 +121,7 @@ class Quantizer:
             self._stage(block, prefix, stage, self._then_read(inputs, index + 1) if stage is stages[-1] else inputs)
             reached.append(stage)
 
-        step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.lean.hold)
+        step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.calibration.inside_block)
 
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
         """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
@@ -157,7 +156,7 @@ class Quantizer:
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         moments = gather(
             inputs, next(iter(linears.values())).in_features, self.walk.device,
-            drifting=bool(self.settings.correct), held_from=self.held_from, pool=self.ranks.all_reduce,
+            drifting=bool(self.settings.correct), held_from=self.calibration.held_out_from, pool=self.ranks.all_reduce,
         )  # fmt: skip
         if self.warming:
             self.warming.wait()

@@ -30,7 +30,7 @@ from requant.numerics import gptq
 from requant.numerics.delta_retention import Deltas, survival
 from requant.numerics.grid import find_scales, nearest
 from requant.numerics.hessian import gather
-from requant.quantize.block_quantizer import TOKENS
+from requant.quantize.calibration_plan import batch_size
 from requant.quantize.gptq_files import write_small_files
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, convert, plan
@@ -56,7 +56,7 @@ def quantize(
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """As `quantize.quantize`; of `settings` the grid, overrides and damp count. Raises StageError when it fails."""
     check(settings)
-    batch = batch or max(1, TOKENS[device.type] // windows.shape[1])
+    batch = batch or batch_size(device, windows.shape[1])
     checkpoint = Checkpoint(source)
     model = skeleton.build(
         skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code

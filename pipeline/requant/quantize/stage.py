@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from requant.errors import InputError
 from requant.modeling import sequential, skeleton
 from requant.modeling.block_walk import BlockInput, Walk
 from requant.modeling.fused_ops import OnePass
+from requant.modeling.hidden_state_store import Shelf
 from requant.numerics.delta_retention import Deltas
 from requant.quantize.background_writer import BEHIND, JOURNAL, Output, Written
-from requant.quantize.block_quantizer import HELD_SHARE, LATER, TOKENS, Quantizer
+from requant.quantize.block_quantizer import LATER, Quantizer
+from requant.quantize.calibration_plan import plan_calibration
 from requant.quantize.gptq_files import write_small_files
-from requant.quantize.memory import ROOM, ROOM_SHARED, exact_apart, shelf_for
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, plan
 from requant.quantize.warmup import Warming, narrowest
@@ -60,24 +61,19 @@ def quantize(
     layout = plan(checkpoint, model, settings, dtype, where=source)
     ranks.connect(device)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
-    own, apart = ranks.share(len(windows)), exact_apart(walk, windows) if settings.correct else 0
-    room = ROOM if ranks.count == 1 else ROOM_SHARED
-    walk.shelf = shelf_for(walk, windows[own].numel(), 1 / apart if apart else 0, ranks.all, room)
+    calibration = plan_calibration(walk, windows, settings, ranks, batch=batch)
+    calibration.reserve(device)
+    walk.shelf = Shelf(device, on_host=calibration.on_host)
     with (
         quick_switches(device),
         OnePass(walk.blocks, device, walk.dtype) as passes,
         Warming(device, narrowest(model, layout), settings, dtype, later=passes.try_out) as warming,
         Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
     ):
-        size = batch or max(1, TOKENS[device.type] // windows.shape[1])
-        items = walk.embed(windows[own], size)
-        numbers = [first // size for first in range(own.start, own.stop, size)]  # among those of a rank alone
-        if apart:
-            sequential.compared(walk, [i for i, n in zip(items, numbers, strict=True) if n % apart == 0])
-        deciding = settings.order == "auto" and not settings.sweeps  # after sweeps there is nothing left to decide
-        held_from = _held_from(-(-len(windows) // size), numbers) if deciding else None
+        items = walk.embed_all(torch.split(windows[calibration.share], list(calibration.batches)))
+        sequential.compared(walk, [items[i] for i in calibration.unquantized])
         with Quantizer(
-            walk, layout, settings, output, ranks, held_from=held_from, deltas=deltas, notes=notes, warming=warming
+            walk, layout, settings, output, ranks, calibration=calibration, deltas=deltas, notes=notes, warming=warming
         ) as quantizer:
             _walk(quantizer, items, progress, passes)
         output.close()
@@ -95,12 +91,6 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
         )
     return ranks.device_of(device)
-
-
-def _held_from(batches: int, numbers: Sequence[int]) -> int | None:
-    """Which of this rank's batches, `numbers` among all `batches`, is the first that is held out; None with one batch in all."""
-    first = batches - max(1, batches // HELD_SHARE)
-    return sum(n < first for n in numbers) if batches > 1 else None
 
 
 def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: OnePass) -> None:

@@ -23,7 +23,7 @@ from requant.evaluate.variants import Places
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
 from requant.numerics import nf4
-from requant.quantize.block_quantizer import TOKENS
+from requant.quantize.calibration_plan import batch_size
 from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merging
 from requant.run.check.rehearsal import Rehearsal, cost_of
 from requant.run.prepared import Prepared
@@ -72,12 +72,11 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
 
 def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
     device, windows, size = rehearsal.device, p.texts.calibration, scored.size
-    batch = max(1, TOKENS[device.type] // windows.shape[1])
+    batch = batch_size(device, windows.shape[1])
     stored = skeleton.tensor_names(rehearsal.model, p.merge.plan.base.weights)
     added = deltas(p.merge.plan)
     parts = rehearsal.quantizing(p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored[name]))
-    batches = -(-len(windows) // batch)
-    unquantized = -(-batches // parts.unquantized_every) if parts.unquantized_every else 0
+    batches, unquantized = len(parts.calibration.batches), len(parts.calibration.unquantized)
     rest = parts.more * (batches - max(1, unquantized)) + parts.unquantized * max(0, unquantized - 1)
     like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
     again: float = 2 * (size.total - size.outside)
@@ -92,12 +91,12 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     seconds += scored.check(on_device=device_bytes > 0)
     seconds += 4 * scored.build + STARTING[device.type]
     item = 4 if device.type == "cpu" else 2
-    states = windows.numel() * size.width * item * (1 + (unquantized / batches if unquantized else 0))
+    states = windows.numel() * size.width * item * (1 + unquantized / batches)
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
-    working += int(rest.bytes + states) if parts.waits else 0
+    working += int(rest.bytes + states) if parts.calibration.inside_block else 0
     if device.type == "cpu":
         return Need("quantize", seconds, started + max(working, host_bytes))
-    waiting = 0 if parts.waits else int(states)
+    waiting = 0 if parts.calibration.inside_block else int(states)
     merged = merged_in(p)
     each = p.quantize.dtype.itemsize + (merged.itemsize if merged != p.quantize.dtype else 0)  # while it is cast
     ends = 2 * size.vocabulary * size.width  # embeddings to compute and to write

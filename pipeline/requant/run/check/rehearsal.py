@@ -23,7 +23,7 @@ from requant.modeling.sequential import compared
 from requant.numerics.delta_retention import Deltas
 from requant.quantize.background_writer import Output
 from requant.quantize.block_quantizer import Quantizer
-from requant.quantize.memory import exact_apart, may_wait
+from requant.quantize.calibration_plan import CalibrationPlan, plan_calibration
 from requant.quantize.plan import Plan, Settings
 from requant.runtime import measurements
 from requant.runtime.ranks import SINGLE_PROCESS
@@ -96,15 +96,14 @@ class RandomWeights:
 class Quantized:
     """Cost of quantizing a block.
 
-    one: with one batch. more: each further batch. unquantized: each further batch that also runs unquantized, which is
-    one in `unquantized_every` (0: none). waits: whether batches are paused inside a block.
+    one: with one batch. more: each further batch. unquantized: each further batch that also runs unquantized.
+    calibration: the plan of the real run on one rank.
     """
 
     one: Cost
     more: Cost
     unquantized: Cost
-    unquantized_every: int
-    waits: bool
+    calibration: CalibrationPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,17 +149,23 @@ class Rehearsal:
     def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
         """What `quantize` would do. deltas: what the adapter adds, by parameter."""
         walk = self.walk(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        every = exact_apart(walk, windows) if settings.correct else 0  # batches that also run unquantized
-        waits = may_wait(walk, windows.numel(), 1 / every if every else 0)
-        walk.shelf = Shelf(self.device, on_host=not waits)
+        calibration = plan_calibration(walk, windows, settings, SINGLE_PROCESS, batch=batch)
+        whole = len(calibration.unquantized) == len(calibration.batches)  # every batch also runs unquantized
+        walk.shelf = Shelf(self.device, on_host=calibration.on_host)
         index = len(walk) // 2
 
         def once(count: int) -> Cost:
             items = walk.embed(windows[:batch].repeat(count, 1), batch)
-            compared(walk, items[: {0: 0, 1: count}.get(every, 1)])
+            sample = replace(
+                calibration,
+                batches=tuple(len(item.hidden) for item in items),
+                unquantized=tuple(range(len(items))) if whole else calibration.unquantized[:1],
+                held_out_from=None,
+            )
+            compared(walk, [items[i] for i in sample.unquantized])
             walk.forget(0)
             walk.load(index)
-            quantizer = Quantizer(walk, plan, settings, Output(), SINGLE_PROCESS, held_from=None, deltas=deltas)
+            quantizer = Quantizer(walk, plan, settings, Output(), SINGLE_PROCESS, calibration=sample, deltas=deltas)
             quantizer.aside = True  # nothing is set aside for one block
             return cost_of(self.device, lambda: quantizer.block(index, items))
 
@@ -173,10 +178,9 @@ class Rehearsal:
         walk.release(self.model)
         return Quantized(
             one=one,
-            more=more * 0.5 if every == 1 else more,
-            unquantized=more if every == 1 else more * 2.0,
-            unquantized_every=every,
-            waits=waits,
+            more=more * 0.5 if whole else more,
+            unquantized=more if whole else more * 2.0,
+            calibration=calibration,
         )
 
     @torch.no_grad()

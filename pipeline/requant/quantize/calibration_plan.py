@@ -1,0 +1,100 @@
+"""Which calibration batches wait where, which also run unquantized, which are held out.
+
+Computed once before the walk. A walk that runs out of memory goes on with `CalibrationPlan.leaner()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from requant.modeling.block_walk import Walk, larger_half
+from requant.quantize import memory
+from requant.quantize.plan import Settings
+from requant.runtime.device import hold
+from requant.runtime.ranks import Ranks
+
+TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
+HELD_OUT_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationPlan:
+    """One rank's calibration batches: their sizes, where they wait, what each is used for."""
+
+    share: slice  # of all calibration windows: this rank's
+    batches: tuple[int, ...]  # windows in each batch of this rank
+    unquantized: tuple[int, ...]  # batches that also run through the unquantized model, to measure the drift of inputs
+    held_out_from: int | None  # the first batch that judges the column order; None: no batch does
+    inside_block: bool  # batches pause inside a block at each group of linears; False: each group runs the block again
+    waiting_bytes: int  # GPU memory of batches that pause inside a block; 0 where nothing needs reserving
+
+    @property
+    def on_host(self) -> bool:
+        """Whether hidden states of a GPU's batches wait in host memory."""
+        return not self.inside_block
+
+    def reserve(self, device: torch.device) -> None:
+        """Reserve the GPU memory of paused batches as one block: allocated piece by piece it takes longer and fragments."""
+        if self.waiting_bytes:
+            hold(device, self.waiting_bytes)
+
+    def leaner(self) -> CalibrationPlan | None:
+        """The plan that takes less memory: first without paused batches, then with each batch halved; None: there is none."""
+        if self.inside_block:
+            return replace(self, inside_block=False, waiting_bytes=0)
+        if max(self.batches) == 1:
+            return None
+        parts = [_halves(count) for count in self.batches]
+        starts = [sum(map(len, parts[:i])) for i in range(len(parts) + 1)]
+        return replace(
+            self,
+            batches=tuple(count for halves in parts for count in halves),
+            unquantized=tuple(n for i in self.unquantized for n in range(starts[i], starts[i + 1])),
+            held_out_from=None if self.held_out_from is None else starts[self.held_out_from],
+        )
+
+
+def plan_calibration(
+    walk: Walk, windows: Tensor, settings: Settings, ranks: Ranks, *, batch: int | None = None
+) -> CalibrationPlan:
+    """The plan of this rank for `windows`, int64 [n, length]; every rank makes this call. Reserves nothing.
+
+    batch: windows in a batch, by default `batch_size`.
+    """
+    size = batch or batch_size(walk.device, windows.shape[1])
+    share = ranks.share(len(windows))
+    every = memory.unquantized_every(walk, windows) if settings.correct else 0
+    own, twice = windows[share].numel(), 1 / every if every else 0.0
+    limit = memory.MEMORY_SHARE if ranks.count == 1 else memory.MEMORY_SHARE_OF_RANKS
+    inside = ranks.all(memory.fits_inside_block(walk, own, twice, limit))
+    firsts = range(share.start, share.stop, size)
+    numbers = [first // size for first in firsts]  # among the batches of a rank that has all windows
+    judged = settings.order == "auto" and not settings.sweeps  # after sweeps the order makes no difference
+    return CalibrationPlan(
+        share=share,
+        batches=tuple(min(size, share.stop - first) for first in firsts),
+        unquantized=tuple(i for i, n in enumerate(numbers) if every and n % every == 0),
+        held_out_from=_held_out_from(-(-len(windows) // size), numbers) if judged else None,
+        inside_block=inside,
+        waiting_bytes=memory.waiting_bytes(walk, own, twice) if inside and walk.device.type == "cuda" else 0,
+    )
+
+
+def batch_size(device: torch.device, length: int) -> int:
+    """Calibration windows of so many tokens in a batch, where the recipe does not say."""
+    return max(1, TOKENS[device.type] // length)
+
+
+def _held_out_from(batches: int, numbers: list[int]) -> int | None:
+    """Which of this rank's batches, `numbers` among all `batches`, is the first held-out one; None with one batch in all."""
+    first = batches - max(1, batches // HELD_OUT_SHARE)
+    return sum(n < first for n in numbers) if batches > 1 else None
+
+
+def _halves(count: int) -> tuple[int, ...]:
+    """The sizes that `Walk.halved` splits a batch of `count` windows into."""
+    half = larger_half(count)
+    return (half, count - half) if count > half else (half,)
