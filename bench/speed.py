@@ -122,7 +122,7 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
     from requant.quantize.warmup import Warming
 
     ranks.connect(device)
-    passes = OnePass(block_list(skeleton.build(skeleton.load_config(args.model)))[1], device, torch.bfloat16)
+    passes = OnePass(block_list(skeleton.open_model(args.model))[1], device, torch.bfloat16)
     widths = {settings.grid: SHAPES[args.shape][0]}
     with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
         warming.wait()

@@ -179,7 +179,7 @@ def test_a_system_that_reads_less_than_asked_is_asked_again(
 def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
     """On a CPU they are read where they stay."""
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float32))
-    walk = Walk(checkpoint, skeleton.build(skeleton.load_config(checkpoint.path)), device=CPU, dtype=torch.float32)
+    walk = Walk(checkpoint, skeleton.open_model(checkpoint.path), device=CPU, dtype=torch.float32)
     assert walk._carrier is None
     walk._carrier = Carrier(CPU)
     brought = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
@@ -206,7 +206,7 @@ def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
             return 2 * self.stored.read(name)
 
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float16))
-    model = skeleton.build(skeleton.load_config(checkpoint.path))
+    model = skeleton.open_model(checkpoint.path)
     walk = Walk(Doubled(checkpoint), model, device=CPU, dtype=torch.float32)
     walk._carrier = Carrier(CPU)
     prefix = f"{walk.prefix}.0."
@@ -217,8 +217,7 @@ def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
 @GPU
 def test_blocks_read_ahead_are_the_checkpoints(tmp_path: Path) -> None:
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.bfloat16))
-    config = skeleton.load_config(checkpoint.path)
-    walk = Walk(checkpoint, skeleton.build(config), device=torch.device("cuda"), dtype=torch.bfloat16)
+    walk = Walk(checkpoint, skeleton.open_model(checkpoint.path), device=torch.device("cuda"), dtype=torch.bfloat16)
     for index in range(len(walk)):
         for name, parameter in walk.load(index).named_parameters():
             stored = checkpoint.read(walk.names[f"{walk.prefix}.{index}.{name}"])

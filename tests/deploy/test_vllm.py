@@ -89,7 +89,7 @@ def test_vllm_reads_healed_numbers(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("grid", [Grid(4, 64, symmetric=False), Grid(8, 64)], ids=["asymmetric", "8 bit on a CPU"])
 def test_vllm_refuses_what_the_table_of_servers_says(source: Path, tmp_path: Path, grid: Grid) -> None:
     planned = pico.packed(source, tmp_path / "gptq", grid)
-    judged = engine_support.judge(planned, skeleton.build(skeleton.load_config(source)), engine_support.TARGETS["vllm"])
+    judged = engine_support.judge(planned, skeleton.open_model(source), engine_support.TARGETS["vllm"])
     assert "CPU" in judged.lacking
     done = deploy.verify(tmp_path / "gptq", load_in=["vllm"])
     assert [f.where for f in done.findings] == ["vllm"]

@@ -52,7 +52,7 @@ def test_blocks_one_after_another_are_the_model(tmp_path: Path, kind: str) -> No
     """Tied heads (gemma2, gpt2, ...), soft caps, windowed attention, multipliers, Conv1D, experts."""
     made = pico.model(kind, **BY_KIND[kind].changes)
     path = pico.save(made, tmp_path / "model")
-    walk = Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32)
+    walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
     compare(made, Streamed(walk))
 
 
@@ -175,7 +175,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -
     """Wherever it happens, batches that were done stay done: the logits do not change."""
     made = pico.model()
     path = pico.save(made, tmp_path / "model")
-    walk = Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32)
+    walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
     parts = Streamed(walk)
     Full(walk, 1, when)
     parts.run(windows(), 3)
@@ -187,7 +187,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -
 
 def test_out_of_memory_with_one_window(tmp_path: Path) -> None:
     path = pico.save(pico.model(), tmp_path / "model")
-    walk = Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32)
+    walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
     parts = Streamed(walk)
     Full(walk, 0)
     with pytest.raises(StageError, match=r"layers.0: out of memory on cpu with one window at a time: shorten"):
@@ -214,7 +214,7 @@ def test_canaries_are_asked_in_step(tmp_path: Path) -> None:
     """Answers of different lengths, some ending early: those of the whole model, one way through the blocks a token."""
     made = pico.model()
     path = pico.save(made, tmp_path / "model")
-    parts = Streamed(Walk(Checkpoint(path), skeleton.build(skeleton.load_config(path)), device=CPU, dtype=F32))
+    parts = Streamed(Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32))
     asked = [Canary("", "", tuple(w.tolist()), 3 + i) for i, w in enumerate(windows())]
     stop = greedy(made, asked[0].ids, 3, stop=None, device=CPU)[-1]
     alone = [greedy(made, c.ids, c.new_tokens, stop=stop, device=CPU) for c in asked]

@@ -223,7 +223,7 @@ def linears(made: nn.Module) -> list[str]:
 def packed(source: Path, out: Path, grid: Grid, *, dtype: torch.dtype = torch.float16, **options: Any) -> layout.Plan:
     """A GPTQ checkpoint of a saved model, rounded to nearest: the real files without the minutes of calibration."""
     checkpoint = Checkpoint(source)
-    made = skeleton.build(skeleton.load_config(source))
+    made = skeleton.open_model(source)
     settings = layout.Settings(grid, overrides=options.pop("overrides", ()))
     planned = layout.plan(checkpoint, made, settings, dtype, where=source)
     names = skeleton.tensor_names(made, checkpoint)

@@ -144,7 +144,7 @@ def test_a_whole_checkpoint_of_gptqmodel(source: Path, tmp_path: Path, options: 
 
 def ours(path: Path) -> Any:
     """The model as `load_quantized` reads it, fp32."""
-    made = skeleton.build(skeleton.load_config(path))
+    made = skeleton.open_model(path)
     stored = dict(gptq_format.load_quantized(path))
     names = skeleton.tensor_names(made, stored)
     skeleton.place(made, {parameter: stored[name].float() for parameter, name in names.items()})

@@ -38,7 +38,7 @@ def no_gradients() -> Iterator[None]:
 def walk_of(tmp: Path, kind: str = "llama", **changes: Any) -> tuple[Any, Walk]:
     made = pico.model(kind, **changes)
     checkpoint = Checkpoint(pico.save(made, tmp / "model"))
-    built = skeleton.build(skeleton.load_config(tmp / "model"))
+    built = skeleton.open_model(tmp / "model")
     return made, Walk(checkpoint, built, device=torch.device("cpu"), dtype=torch.float32)
 
 
@@ -190,7 +190,7 @@ def test_structure_that_is_not_there(tmp_path: Path) -> None:
         block_list(nn.Linear(2, 2))
     path = pico.save(pico.model(), tmp_path / "model")
     pico.edit_tensors(path / "model.safetensors", drop=["model.layers.1.mlp.up_proj.weight"])
-    built = skeleton.build(skeleton.load_config(path))
+    built = skeleton.open_model(path)
     with pytest.raises(
         InputError, match=r"1 of the model's tensors are missing, e.g. model.layers.1.mlp.up_proj.weight"
     ):

@@ -33,7 +33,7 @@ def exposed(tmp: Path, kind: str) -> tuple[Any, Any]:
     """(transformers' model, the same with every matrix a Linear)."""
     made = pico.model(kind)
     checkpoint = Checkpoint(pico.save(made, tmp / "model"))
-    built = skeleton.build(skeleton.load_config(tmp / "model"))
+    built = skeleton.open_model(tmp / "model")
     names = skeleton.tensor_names(built, checkpoint)
     skeleton.place(built, {p: checkpoint.read(n) for p, n in names.items()})
     built.tie_weights()

@@ -39,7 +39,7 @@ class Rank(Ranks):
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     path = pico.save(pico.model(), tmp_path_factory.mktemp("walk") / "model")
-    model = skeleton.build(skeleton.load_config(path))
+    model = skeleton.open_model(path)
     return Walk(Checkpoint(path), model, device=CPU, dtype=torch.float32)
 
 

@@ -19,7 +19,7 @@ from requant.quantize.memory import MEMORY_SHARE, activation_bytes, fits_inside_
 
 def walk_of(tmp: Path) -> Walk:
     path = pico.save(pico.model("llama"), tmp / "model")
-    built = skeleton.build(skeleton.load_config(path))
+    built = skeleton.open_model(path)
     return Walk(Checkpoint(path), built, device=torch.device("cpu"), dtype=torch.float32)
 
 

@@ -467,7 +467,7 @@ def test_unquantized_tensors_that_do_not_fit_the_serving_dtype(tmp_path: Path) -
 def test_the_plan_is_the_file(tmp_path: Path) -> None:
     """What `requant check` promises from headers is what is written."""
     source = model_dir(tmp_path)
-    made = skeleton.build(skeleton.load_config(source))
+    made = skeleton.open_model(source)
     promised = plan(Checkpoint(source), made, Settings(GRID), torch.bfloat16, where=source)
     run(source, tmp_path / "out", dtype=torch.bfloat16)
     written = Checkpoint(tmp_path / "out")

@@ -81,7 +81,7 @@ def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
 
 
 def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:
-    model = skeleton.build(skeleton.load_config(prepared.sources.base))
+    model = skeleton.open_model(prepared.sources.base)
     drawn = RandomWeights(model, CPU)
     for name, parameter in model.named_parameters():
         value = drawn.read(name)
@@ -99,7 +99,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
     block = block_quantizer.Quantizer.block
     monkeypatch.setattr(fused_ops.OnePass, "use", lambda _: order.append("one pass"))
     monkeypatch.setattr(block_quantizer.Quantizer, "block", lambda *args: order.append("block") or block(*args))
-    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.sources.base)), CPU)
+    rehearsal = Rehearsal(skeleton.open_model(prepared.sources.base), CPU)
     assert rehearsal.parameters == BLOCK
     parts = rehearsal.quantizing(
         prepared.quantize.plan, prepared.quantize.settings, prepared.texts.calibration, 4, lambda _: None
@@ -219,7 +219,7 @@ def test_the_disk_is_asked_to_write_and_to_sync(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    rehearsal = Rehearsal(skeleton.build(skeleton.load_config(prepared.sources.base)), CPU)
+    rehearsal = Rehearsal(skeleton.open_model(prepared.sources.base), CPU)
     outputs = (64, 32, 32, 64, 128, 128)  # of the linears with 64 inputs; down has 128
     assert rehearsal.effort == sum(64**2 * (2 * 64 + 4 * n) for n in outputs) + 128**2 * (2 * 128 + 4 * 64)
     monkeypatch.setattr(forecast, "product_rate", lambda _: rehearsal.effort / forecast.LONGEST_REHEARSAL / 1.01)

@@ -70,9 +70,7 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
     """
     checkpoint = Checkpoint(path)
     config = checkpoint.config
-    model = skeleton.build(
-        skeleton.load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    model = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     declared = config.get("quantization_config") or {}
     headers = HeaderCheck(checkpoint=checkpoint, model=model, v2=declared.get("checkpoint_format") == "gptq_v2")
     if not _declared(headers, declared):

@@ -43,7 +43,7 @@ class Size:
         paths = {"base": places.base, "adapter": places.base, "gptq": places.gptq, "healed": places.healed}
         trust = places.trust_remote_code
         path = paths.get(name) or places.merged
-        model = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
+        model = skeleton.open_model(path, trust_remote_code=trust)
         packed = 0
         if quantized:
             base = variant_weights.open_base(Checkpoint(path), model, places.simulate)

@@ -66,7 +66,7 @@ def plain(name: str, places: Places, device: torch.device) -> tuple[Any, Weights
     if path is None or name not in PLAIN or (name == "original" and places.original is None):
         raise ValueError(f"no variant {name!r}")
     trust = places.trust_remote_code
-    model = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
+    model = skeleton.open_model(path, trust_remote_code=trust)
     if name == "original" and places.original is not None:
         return model, variant_weights.Merged(places.original, device)
     if name == "rtn":
@@ -120,10 +120,7 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
         tensor = stored.read(name).to(device, dtype)
         skeleton.place(model, dict.fromkeys(parameters, tensor))
     model.tie_weights()
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(device)
+    skeleton.buffers_to(model, device)
     return model
 
 
@@ -152,9 +149,7 @@ def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list
     """`llm_int8_skip_modules` with which transformers 5 quantizes what the training's version did."""
     if simulate.version == 5:
         return list(simulate.skip) or None
-    model = skeleton.build(
-        skeleton.load_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     wanted, now = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
     if not wanted <= now:
         raise StageError(

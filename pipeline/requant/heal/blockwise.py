@@ -143,18 +143,15 @@ def _train(
 
 
 def _walk(path: Path, device: torch.device, trust: bool) -> Walk:
-    model = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
+    model = skeleton.open_model(path, trust_remote_code=trust)
     return Walk(Checkpoint(path), model, device=device, dtype=product_dtype(device))
 
 
 def _pupil(path: Path, device: torch.device, trust: bool) -> tuple[Any, dict[str, str]]:
     """(structure of the student without weights, parameter -> stored name)."""
-    model: Any = skeleton.build(skeleton.load_config(path, trust_remote_code=trust), trust_remote_code=trust)
+    model: Any = skeleton.open_model(path, trust_remote_code=trust)
     names = skeleton.tensor_names(model, gptq_format.stored_names(Checkpoint(path)))
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    skeleton.buffers_to(model, device)
     return model, names
 
 

@@ -121,12 +121,7 @@ def _teacher(
 def check_same(source: Path, teacher: Path, trust_remote_code: bool = False) -> None:
     """Raise InputError when `source` cannot be a quantization of the model in `teacher`: structure, and a few tensors."""
     v2 = gptq_format.is_v2(source)
-    models: list[Any] = [
-        skeleton.build(
-            skeleton.load_config(p, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-        )
-        for p in (source, teacher)
-    ]
+    models: list[Any] = [skeleton.open_model(p, trust_remote_code=trust_remote_code) for p in (source, teacher)]
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
     differing = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)]
     _refuse(source, teacher, differing[:1], f"{[s.get(n) for s in shapes for n in differing[:1]]} by their config.json")

@@ -280,18 +280,13 @@ def load(
 ) -> Student:
     """The whole model of a GPTQ checkpoint, ready to be trained."""
     checkpoint, v2 = Checkpoint(path), is_v2(path)
-    model: Any = skeleton.build(
-        skeleton.load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     names = skeleton.tensor_names(model, stored_names(checkpoint))
     layers = fill(model, "", checkpoint, names, device=device, dtype=dtype, v2=v2)
     if not layers:
         raise InputError(f"{path}: no quantized linear found: nothing to heal")
     model.tie_weights()
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(device)
+    skeleton.buffers_to(model, device)
     widen(model)
     return Student(model, movable(model, "", layers, tune, checkpoint, names, dtype))
 

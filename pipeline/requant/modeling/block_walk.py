@@ -90,10 +90,7 @@ class Walk:
         lost = [n for n, p in model.named_parameters() if p.is_meta and n not in self.names]
         if lost:
             raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+        skeleton.buffers_to(model, device)
 
     def __len__(self) -> int:
         return len(self.blocks)

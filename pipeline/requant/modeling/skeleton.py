@@ -21,6 +21,11 @@ from requant.modeling import linears, moe
 log = logging.getLogger(__name__)
 
 
+def open_model(path: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """`build` of the config in a local model directory."""
+    return build(load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+
+
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local model directory, without any `quantization_config`."""
     from transformers import AutoConfig
@@ -143,6 +148,14 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str
         found = ([rule for rule in every if type(rule) is WeightRenaming], experts)
         model._requant_rules = found
     return found  # type: ignore[no-any-return]
+
+
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move every buffer of a model, such as a rotary table, to `device`; parameters stay."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def tied_pair(model: nn.Module) -> tuple[str, str] | None:

@@ -58,9 +58,7 @@ def quantize(
     check(settings)
     batch = batch or batch_size(device, windows.shape[1])
     checkpoint = Checkpoint(source)
-    model = skeleton.build(
-        skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    model = skeleton.open_model(source, trust_remote_code=trust_remote_code)
     layout = plan(checkpoint, model, settings, dtype, where=source)
     computed = torch.float32 if device.type == "cpu" else dtype
     theirs = out / ".gptqmodel"

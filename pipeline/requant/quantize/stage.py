@@ -55,9 +55,7 @@ def quantize(
     """
     device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)
-    model = skeleton.build(
-        skeleton.load_config(source, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    model = skeleton.open_model(source, trust_remote_code=trust_remote_code)
     layout = plan(checkpoint, model, settings, dtype, where=source)
     ranks.connect(device)
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)

@@ -80,8 +80,7 @@ def ahead(
     if device.type != "cuda":
         yield
         return
-    config = skeleton.load_config(base, trust_remote_code=trust_remote_code)
-    model = skeleton.build(config, trust_remote_code=trust_remote_code)
+    model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     passes = OnePass(block_list(model)[1], device, dtype)
     with quick_switches(device), Warming(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]):
         yield

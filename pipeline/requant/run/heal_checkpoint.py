@@ -88,9 +88,7 @@ def _dtype(path: Path) -> torch.dtype | None:
 def _shape(path: Path, trust_remote_code: bool) -> Shape:
     """What memory and time depend on, from the checkpoint's headers."""
     stored = Checkpoint(path)
-    model: nn.Module = skeleton.build(
-        skeleton.load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    model: nn.Module = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     grids = {}
     for parameter, name in skeleton.tensor_names(model, gptq_format.stored_names(stored)).items():
         stem = name.removesuffix(".weight")

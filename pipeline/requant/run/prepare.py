@@ -199,7 +199,7 @@ def plan_merge(
     """(merge plan, model skeleton) of one or several adapters on one base, from headers."""
     checkpoint = Checkpoint(base)
     refuse_quantized(checkpoint)
-    model: Any = skeleton.build(skeleton.load_config(base, trust_remote_code=trust), trust_remote_code=trust)
+    model: Any = skeleton.open_model(base, trust_remote_code=trust)
     stored = variant_weights.open_base(checkpoint, model, simulate)
     return merge.plan(stored, loaded, ModelLayout.of(model, stored)), model
 

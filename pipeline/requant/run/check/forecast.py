@@ -54,7 +54,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
     started = measurements.reset_peak()
     trust = p.recipe.trust_remote_code
     began = time.perf_counter()
-    model: Any = skeleton.build(skeleton.load_config(p.sources.base, trust_remote_code=trust), trust_remote_code=trust)
+    model: Any = skeleton.open_model(p.sources.base, trust_remote_code=trust)
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         needs = [merging(p, device, started, Disk.probed(Path(folder), device))]
