@@ -52,7 +52,7 @@ NAMES = {  # of ours -> as shown
     "quantize.error_correction.Correction.moved": "correction",
     "quantize.error_correction.Correction.__init__": "pulled",
     "quantize.solve.gather": "solution to all ranks",
-    "modeling.sequential._advance": "forward",
+    "modeling.paused_batches._continue": "forward",
 }
 
 

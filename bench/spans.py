@@ -37,7 +37,7 @@ NAMES = gaps.NAMES | {
     "quantize.warmup.Warming.wait": "wait for kernels",
     "quantize.warmup.Warming.wait_longer": "wait for later kernels",
     "modeling.fused_ops.OnePass.try_out": "try_out",
-    "modeling.sequential.find_stages": "find_stages",
+    "modeling.linear_groups.find_linear_groups": "find_linear_groups",
     "runtime.ranks.DistributedRanks.broadcast": "ranks.broadcast",
     "runtime.ranks.DistributedRanks.all": "ranks.all",
     "runtime.interpreter.set_aside": "set aside",

@@ -1,4 +1,4 @@
-"""`requant.blocks`: the walk must see what the whole model's forward sees, stage by stage."""
+"""`requant.modeling.block_walk`: the walk must see what the whole model's forward sees, group by group."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, block_linears, block_list
-from requant.modeling.sequential import Stage, find_stages, step
+from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
+from requant.modeling.sequential import run_block, start_unquantized
 
-STAGES = {
+GROUPS = {
     "llama": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
               ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
     "gpt_neox": [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]],
     "opt": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.out_proj"], ["fc1"], ["fc2"]],
 }  # fmt: skip
-STAGES |= dict.fromkeys(("gemma2", "qwen2", "qwen3"), STAGES["llama"])
-KINDS = list(STAGES)
+GROUPS |= dict.fromkeys(("gemma2", "qwen2", "qwen3"), GROUPS["llama"])
+KINDS = list(GROUPS)
 
 
 @pytest.fixture(autouse=True)
@@ -73,34 +74,34 @@ def test_blocks_alone_give_the_models_hidden_states(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_are_linears_that_share_their_input(tmp_path: Path, kind: str) -> None:
+def test_groups_are_linears_that_share_their_input(tmp_path: Path, kind: str) -> None:
     _, walk = walk_of(tmp_path, kind)
     (item,) = walk.embed(pico.ids(), 2)
     block = walk.load(0)
-    stages = find_stages(walk, 0, item, tuple(block_linears(block)))
-    assert [list(s.linears) for s in stages] == STAGES[kind]
+    groups = find_linear_groups(walk, 0, item, tuple(block_linears(block)))
+    assert [list(s.linears) for s in groups] == GROUPS[kind]
 
 
-@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("paused", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2"])
-def test_replacing_weights_between_stages_is_running_the_replaced_model(tmp_path: Path, kind: str, hold: bool) -> None:
-    """Each stage's inputs must come from the already replaced stages before it, whether batches wait or start anew."""
+def test_replacing_weights_between_groups_is_running_the_replaced_model(
+    tmp_path: Path, kind: str, paused: bool
+) -> None:
+    """Each group receives what the replaced groups before it give, whether batches pause or run again."""
     made, walk = walk_of(tmp_path, kind)
     tokens = pico.ids(4, 16)
     items = walk.embed(tokens, 3)
     seen: dict[str, Tensor] = {}
     for index in range(len(walk)):
         block = walk.load(index)
-        stages = find_stages(walk, index, items[0], tuple(block_linears(block)))
+        groups = find_linear_groups(walk, index, items[0], tuple(block_linears(block)))
 
-        def reach(
-            stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], index: int = index, block: Any = block
-        ) -> None:
-            seen[f"{index}.{stage.linears[0]}"] = torch.cat([x for x, _ in inputs])
-            for name in stage.linears:
+        def on_group(group: LinearGroup, inputs: Inputs, index: int = index, block: Any = block) -> None:
+            seen[f"{index}.{group.linears[0]}"] = torch.cat([x for x, _ in inputs])
+            for name in group.linears:
                 block.get_submodule(name).weight.mul_(0.5)
 
-        step(walk, index, items, stages, reach, hold=hold)
+        run_block(walk, index, items, groups, on_group, paused=paused)
         walk.release(block)
     blocks = block_list(made)[1]
     expected: dict[str, Tensor] = {}
@@ -131,8 +132,8 @@ def test_one_block_is_resident(tmp_path: Path) -> None:
     assert all(p.is_meta for n, p in walk.model.named_parameters() if ".layers." not in n), "nor embeddings and head"
 
 
-@pytest.mark.parametrize("hold", [True, False])
-def test_the_twin_runs_the_original_block_in_step(tmp_path: Path, hold: bool) -> None:
+@pytest.mark.parametrize("paused", [True, False])
+def test_the_reference_block_runs_beside_the_block(tmp_path: Path, paused: bool) -> None:
     """Its inputs stay those of the unquantized model while the block's own weights are halved under way."""
     made, walk = walk_of(tmp_path, "llama")
     tokens = pico.ids(4, 16)
@@ -141,37 +142,37 @@ def test_the_twin_runs_the_original_block_in_step(tmp_path: Path, hold: bool) ->
         linear.register_forward_pre_hook(lambda _m, args, key=name: expected.update({key: args[0].clone()}))
     final = seen_by_model(made, tokens)
     items = walk.embed(tokens, 4)
-    items[0].exact = items[0].hidden
+    start_unquantized(walk, items)
     block = walk.load(0)
-    twin = copy.deepcopy(block)
-    stages = find_stages(walk, 0, items[0], tuple(block_linears(block)))
+    reference_block = copy.deepcopy(block)
+    groups = find_linear_groups(walk, 0, items[0], tuple(block_linears(block)))
 
-    def reach(stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]]) -> None:
+    def on_group(group: LinearGroup, inputs: Inputs) -> None:
         ((_, exact),) = inputs
         assert exact is not None
-        assert torch.allclose(exact, expected[stage.linears[0]], rtol=1e-5, atol=1e-5)
-        for name in stage.linears:
+        assert torch.allclose(exact, expected[group.linears[0]], rtol=1e-5, atol=1e-5)
+        for name in group.linears:
             block.get_submodule(name).weight.mul_(0.5)
 
-    step(walk, 0, items, stages, reach, twin=twin, hold=hold)
-    assert items[0].exact is not None
-    assert torch.allclose(items[0].exact, final[0], rtol=1e-5, atol=1e-5)
+    run_block(walk, 0, items, groups, on_group, reference_block=reference_block, paused=paused)
+    assert items[0].unquantized is not None
+    assert torch.allclose(items[0].unquantized, final[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(items[0].hidden, final[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("hold", [True, False])
-def test_a_failing_stage_leaves_no_hooks(tmp_path: Path, hold: bool) -> None:
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_failing_group_leaves_no_hooks(tmp_path: Path, paused: bool) -> None:
     _, walk = walk_of(tmp_path)
     (item,) = walk.embed(pico.ids(), 2)
     block = walk.load(0)
-    stages = find_stages(walk, 0, item, tuple(block_linears(block)))
+    groups = find_linear_groups(walk, 0, item, tuple(block_linears(block)))
 
-    def fail(stage: Stage, inputs: Iterator[Tensor]) -> None:
+    def fail(group: LinearGroup, inputs: Inputs) -> None:
         next(inputs)
         raise StageError("stop")
 
     with pytest.raises(StageError, match="stop"):
-        step(walk, 0, [item], stages, fail, hold=hold)
+        run_block(walk, 0, [item], groups, fail, paused=paused)
     assert all(not m._forward_pre_hooks for m in block.modules())
     assert torch.isfinite(walk.run(0, item)).all()
 
@@ -182,7 +183,7 @@ def test_a_linear_that_is_never_called_is_an_error(tmp_path: Path) -> None:
     block = walk.load(0)
     block.idle = nn.Linear(4, 4)
     with pytest.raises(StageError, match=r"model.layers.0: idle was never called on the calibration text"):
-        find_stages(walk, 0, item, (*block_linears(walk.blocks[1]), "idle"))
+        find_linear_groups(walk, 0, item, (*block_linears(walk.blocks[1]), "idle"))
 
 
 def test_structure_that_is_not_there(tmp_path: Path) -> None:

@@ -177,14 +177,14 @@ def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path)
 
 
 def test_running_blocks_again_gives_experts_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where batches cannot wait in memory each stage runs the block anew: same tokens, same codes."""
+    """Where batches cannot wait in memory each group runs the block again: same tokens, same codes."""
     source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
     for name, hold in (("held", True), ("again", False)):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(
             block_quantizer,
-            "step",
-            lambda *args, hold, forced=hold, **options: sequential.step(*args, hold=forced, **options),
+            "run_block",
+            lambda *args, paused, forced=hold, **options: sequential.run_block(*args, paused=forced, **options),
         )
         quantize(
             source, tmp_path / name, pico.ids(4, 16), Settings(Grid(4, 32), correct=0.5), dtype=torch.float16,

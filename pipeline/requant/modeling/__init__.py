@@ -5,7 +5,9 @@
     moe                  mixture-of-experts layers as one Linear a projection and expert
     stacked_experts      where stacked expert parameters are stored
     block_walk           one block loaded, run on all batches, released
-    sequential           all batches of a block to one group of linears, before any goes on
+    linear_groups        the linears of a block that share an input
+    sequential           all batches of a block to one group of linears, before any continues
+    paused_batches       the same with every forward run once, paused at each group
     hidden_state_store   hidden states between blocks, on the device or the host
     fused_ops            norms, rotary embeddings and gates as one kernel each
 

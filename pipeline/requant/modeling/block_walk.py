@@ -28,9 +28,9 @@ class BlockInput:
 
     hidden: Tensor  # [batch, length, width]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    exact: Tensor | None = None  # what `hidden` would be had no earlier block been quantized, where that is wanted
+    unquantized: Tensor | None = None  # `hidden` in the unquantized model, for batches that also run there
     passed: int = 0  # blocks that `hidden` has gone through
-    exact_passed: int = 0
+    unquantized_passed: int = 0
 
     def half(self) -> int:
         """The larger half of its windows, at least one."""
@@ -189,8 +189,10 @@ class Walk:
         parts: list[BlockInput] = []
         for item in items:
             hidden = torch.split(item.hidden, item.half())
-            exact = [None] * len(hidden) if item.exact is None else torch.split(item.exact, item.half())
-            parts += [BlockInput(h, [], e, item.passed, item.exact_passed) for h, e in zip(hidden, exact, strict=True)]
+            both = [None] * len(hidden) if item.unquantized is None else torch.split(item.unquantized, item.half())
+            parts += [
+                BlockInput(h, [], u, item.passed, item.unquantized_passed) for h, u in zip(hidden, both, strict=True)
+            ]
         shapes = list(dict.fromkeys(part.hidden.shape[:2] for part in parts))
         kept, self.shelf = self.shelf, Shelf(self.device)
         lent = not _filled(self.blocks[0])

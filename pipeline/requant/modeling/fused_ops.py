@@ -83,7 +83,7 @@ class OnePass:
     def use(self) -> None:
         """From now on, in this process. Modules get a subclass of their own class.
 
-        A method bound to a module would tie it to itself: copies of it, such as the unquantized twin of each block, would keep
+        A method bound to a module would tie it to itself: copies of it, such as the reference block of each, would keep
         their weights until Python looks for such rings.
         """
         if not self.tried:  # or memory ran out while it was
@@ -223,22 +223,22 @@ def _agrees(check: Callable[..., bool], *args: Any) -> bool:
 
 
 def _same_norm(module: Any, sample: Sample) -> bool:
-    twin, n = copy.copy(module), len(module.weight)
-    twin.__dict__["_parameters"] = {"weight": nn.Parameter(sample(n), requires_grad=False)}
+    sampled, n = copy.copy(module), len(module.weight)
+    sampled.__dict__["_parameters"] = {"weight": nn.Parameter(sample(n), requires_grad=False)}
     x = sample(64, n) * _sizes(64, sample)
-    return close(rms_norm(x, twin.weight, _epsilon(module)), type(module).forward(twin, x))
+    return close(rms_norm(x, sampled.weight, _epsilon(module)), type(module).forward(sampled, x))
 
 
 def _same_gate(module: Any, sample: Sample) -> bool:
     """The order of its linears counts too: batches wait at whichever was called first when no gate was ours yet."""
-    twin, x, called = copy.copy(module), sample(64, 64) * _sizes(64, sample), list[str]()
+    sampled, x, called = copy.copy(module), sample(64, 64) * _sizes(64, sample), list[str]()
     parts = {name: nn.Linear(64, 64, bias=False, device="meta") for name in ("gate_proj", "up_proj")}
     for name, part in parts.items():
         part.weight = nn.Parameter(sample(64, 64) / 8, requires_grad=False)
         part.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-    twin.__dict__["_modules"] = {**module._modules, **parts, "down_proj": nn.Identity()}
-    theirs = type(module).forward(twin, x)
-    return called == ["gate_proj", "up_proj"] and close(_gated(type(module).forward)(twin, x), theirs)
+    sampled.__dict__["_modules"] = {**module._modules, **parts, "down_proj": nn.Identity()}
+    theirs = type(module).forward(sampled, x)
+    return called == ["gate_proj", "up_proj"] and close(_gated(type(module).forward)(sampled, x), theirs)
 
 
 def _same_rotary(original: Callable[..., Any], n: int, sample: Sample) -> bool:

@@ -89,13 +89,13 @@ class SplitExperts(nn.Module):
         return rows
 
 
-def calibrate_experts(block: nn.Module, twin: nn.Module | None, floor: float = FLOOR) -> None:
-    """Prepare a block's experts, and those of its twin that runs one step behind, for calibration."""
+def calibrate_experts(block: nn.Module, reference_block: nn.Module | None, floor: float = FLOOR) -> None:
+    """Prepare a block's experts, and those of the reference block that runs one step behind, for calibration."""
     for name, experts in split_experts(block):
         experts.floor = floor
         experts.routed, experts.added = [0] * experts.count, [0] * experts.count
-        if twin is not None:
-            follower: Any = twin.get_submodule(name)
+        if reference_block is not None:
+            follower: Any = reference_block.get_submodule(name)
             follower.leader = (experts,)
 
 
@@ -106,9 +106,9 @@ def pool_experts(block: nn.Module, total: Callable[[Sequence[int]], Sequence[flo
         experts.routed, experts.added = counts[: experts.count], counts[experts.count :]
 
 
-def unfollow(twin: nn.Module) -> None:
-    """Let a twin's experts run alone again, on their own rows only."""
-    for _, experts in split_experts(twin):
+def unfollow(reference_block: nn.Module) -> None:
+    """Let a reference block's experts run alone again, on their own rows only."""
+    for _, experts in split_experts(reference_block):
         experts.leader = ()
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from requant.errors import NotFiniteError, StageError
 from requant.modeling.block_walk import BlockInput, Walk, block_linears
+from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
 from requant.modeling.moe import calibrate_experts, pool_experts, share_added
-from requant.modeling.sequential import Inputs, Stage, find_stages, pass_on, step
+from requant.modeling.sequential import pass_on, run_block
 from requant.numerics.delta_retention import Deltas, measure
 from requant.numerics.hessian import gather
 from requant.quantize.background_writer import Output
@@ -48,10 +49,10 @@ class Quantizer:
         self.judging = ranks.broadcast(deltas is not None)  # the first rank judges: the others have no deltas
         self.costs = Costs()
         self.owed: tuple[int, Costs] | None = None  # the last block, until what it cost is known
-        self.stages: dict[tuple[str, ...], list[Stage]] = {}
+        self.stages: dict[tuple[str, ...], list[LinearGroup]] = {}
         self.results: list[ModuleResult] = []
         self.recovery = OutOfMemoryRecovery(walk, [] if notes is None else notes)
-        self.twin: nn.Module | None = None
+        self.reference_block: nn.Module | None = None
         self.warming = warming
         self.aside = False  # whether what does not change from block to block was set aside
 
@@ -76,9 +77,9 @@ class Quantizer:
         block = self.walk.blocks[index]
         self.hand_over()  # the one before, if no stage has
         self.walk.read_soon(index + 1)  # likewise
-        while not follow(self.walk, block, self.twin, index, items):
+        while not follow(self.walk, block, self.reference_block, index, items):
             self.calibration = self.recovery.leaner(self.calibration, index, items)
-        self.twin = None
+        self.reference_block = None
         self.costs.send(self.walk.shelf.total())
         self.output.end(index)
         self.owed, self.costs = (index, self.costs), Costs()
@@ -86,8 +87,8 @@ class Quantizer:
 
     def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
         """Solve a block and take all batches through it; False when memory ran out before the end of its last stage."""
-        reached: list[Stage] = []
-        stages: list[Stage] | None = None
+        reached: list[LinearGroup] = []
+        stages: list[LinearGroup] | None = None
         try:
             stages = self._stages(index, items[0])
             self._step(index, items, stages, reached)
@@ -103,25 +104,37 @@ class Quantizer:
         self.walk.release(self.walk.blocks[index])
         return False
 
-    def _stages(self, index: int, item: BlockInput) -> list[Stage]:
+    def _stages(self, index: int, item: BlockInput) -> list[LinearGroup]:
         block, prefix = self.walk.load(index, ahead=False), f"{self.walk.prefix}.{index}."
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.stages:
-            self.stages[linears] = find_stages(self.walk, index, item, linears)
+            self.stages[linears] = find_linear_groups(self.walk, index, item, linears)
         return self.stages.get(linears, [])
 
-    def _step(self, index: int, items: Sequence[BlockInput], stages: Sequence[Stage], reached: list[Stage]) -> None:
+    def _step(
+        self, index: int, items: Sequence[BlockInput], stages: Sequence[LinearGroup], reached: list[LinearGroup]
+    ) -> None:
         """All batches through the block, stage by stage; `reached` are those that are solved."""
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
-        shared = {id(p): p for p in block.parameters()}  # replaced, never changed in place: the twin keeps them
-        self.twin = copy.deepcopy(block, shared) if self.settings.correct else None
-        calibrate_experts(block, self.twin)
+        shared = {
+            id(p): p for p in block.parameters()
+        }  # replaced, never changed in place: the reference block keeps them
+        self.reference_block = copy.deepcopy(block, shared) if self.settings.correct else None
+        calibrate_experts(block, self.reference_block)
 
-        def reach(stage: Stage, inputs: Inputs) -> None:
+        def reach(stage: LinearGroup, inputs: Inputs) -> None:
             self._stage(block, prefix, stage, self._then_read(inputs, index + 1) if stage is stages[-1] else inputs)
             reached.append(stage)
 
-        step(self.walk, index, items, stages, reach, twin=self.twin, hold=self.calibration.inside_block)
+        run_block(
+            self.walk,
+            index,
+            items,
+            stages,
+            reach,
+            reference_block=self.reference_block,
+            paused=self.calibration.inside_block,
+        )
 
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
         """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
@@ -137,7 +150,7 @@ class Quantizer:
         block = self.walk.load(index)
         prefix = f"{self.walk.prefix}.{index}."
         others = [item.arguments[index] for item in items]
-        pass_on(self.walk, block, items, others, exact=True)
+        pass_on(self.walk, block, items, others, unquantized=True)
         for name, linear in block_linears(block).items():
             grid = self.plan.grids.get(prefix + name)
             if grid is not None:
@@ -151,7 +164,7 @@ class Quantizer:
     def _stored(self, module: str) -> str:
         return self.walk.names[f"{module}.weight"].removesuffix(".weight")
 
-    def _stage(self, block: nn.Module, prefix: str, stage: Stage, inputs: Inputs) -> None:
+    def _stage(self, block: nn.Module, prefix: str, stage: LinearGroup, inputs: Inputs) -> None:
         """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
         moments = gather(

@@ -25,7 +25,8 @@ from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk, block_linears
-from requant.modeling.sequential import Stage, find_stages, step
+from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
+from requant.modeling.sequential import run_block
 from requant.numerics import gptq
 from requant.numerics.delta_retention import Deltas, survival
 from requant.numerics.grid import find_scales, nearest
@@ -181,16 +182,14 @@ class Judge:
             block: Any = self.walk.load(index)
             prefix = f"{self.walk.prefix}.{index}."
             linears = tuple(n for n in block_linears(block) if prefix + n in self.layout.grids)
-            stages = find_stages(self.walk, index, items[0], linears) if linears else []
+            groups = find_linear_groups(self.walk, index, items[0], linears) if linears else []
 
-            def reach(
-                stage: Stage, inputs: Iterator[tuple[Tensor, Tensor | None]], block: Any = block, prefix: str = prefix
-            ) -> None:
-                n = block.get_submodule(stage.linears[0]).in_features
+            def on_group(group: LinearGroup, inputs: Inputs, block: Any = block, prefix: str = prefix) -> None:
+                n = block.get_submodule(group.linears[0]).in_features
                 hessian = gather(inputs, n, self.walk.device).hessian
-                results.extend(self.cost(prefix + n, block.get_submodule(n), hessian) for n in stage.linears)
+                results.extend(self.cost(prefix + n, block.get_submodule(n), hessian) for n in group.linears)
 
-            step(self.walk, index, items, stages, reach, hold=False)
+            run_block(self.walk, index, items, groups, on_group, paused=False)
             self.walk.release(block)
             if progress:
                 progress(index + 1, len(self.walk), "measuring")

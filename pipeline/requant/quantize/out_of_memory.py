@@ -54,7 +54,7 @@ class OutOfMemoryRecovery:
         self.walk.shelf = Shelf(self.walk.device, on_host=True)
         for item in items:
             item.hidden = self.walk.shelf.put(item.hidden)
-            item.exact = None if item.exact is None else self.walk.shelf.put(item.exact)
+            item.unquantized = None if item.unquantized is None else self.walk.shelf.put(item.unquantized)
         torch.cuda.synchronize(self.walk.device)
         free_memory(self.walk.device)
 
@@ -63,15 +63,17 @@ class OutOfMemoryRecovery:
         self.notes.append(text)
 
 
-def follow(walk: Walk, block: nn.Module, twin: nn.Module | None, index: int, items: Sequence[BlockInput]) -> bool:
+def follow(
+    walk: Walk, block: nn.Module, reference_block: nn.Module | None, index: int, items: Sequence[BlockInput]
+) -> bool:
     """Run the batches that have not passed a solved block through it; False when memory runs out again."""
-    if twin is not None:
-        unfollow(twin)
-    behind = [i for i in items if i.exact is not None and i.exact_passed == index]
+    if reference_block is not None:
+        unfollow(reference_block)
+    behind = [i for i in items if i.unquantized is not None and i.unquantized_passed == index]
     left = [i for i in items if i.passed == index]
     try:
-        if twin is not None:
-            pass_on(walk, twin, behind, [i.arguments[index] for i in behind], exact=True)
+        if reference_block is not None:
+            pass_on(walk, reference_block, behind, [i.arguments[index] for i in behind], unquantized=True)
         pass_on(walk, block, left, [i.arguments[index] for i in left])
     except torch.OutOfMemoryError:
         return False

@@ -69,7 +69,7 @@ def quantize(
         Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
     ):
         items = walk.embed_all(torch.split(windows[calibration.share], list(calibration.batches)))
-        sequential.compared(walk, [items[i] for i in calibration.unquantized])
+        sequential.start_unquantized(walk, [items[i] for i in calibration.unquantized])
         with Quantizer(
             walk, layout, settings, output, ranks, calibration=calibration, deltas=deltas, notes=notes, warming=warming
         ) as quantizer:

@@ -19,7 +19,7 @@ from requant.evaluate.streamed import Streamed
 from requant.modeling.block_walk import Walk, block_linears, block_list
 from requant.modeling.fused_ops import OnePass
 from requant.modeling.hidden_state_store import Shelf
-from requant.modeling.sequential import compared
+from requant.modeling.sequential import start_unquantized
 from requant.numerics.delta_retention import Deltas
 from requant.quantize.background_writer import Output
 from requant.quantize.block_quantizer import Quantizer
@@ -162,7 +162,7 @@ class Rehearsal:
                 unquantized=tuple(range(len(items))) if whole else calibration.unquantized[:1],
                 held_out_from=None,
             )
-            compared(walk, [items[i] for i in sample.unquantized])
+            start_unquantized(walk, [items[i] for i in sample.unquantized])
             walk.forget(0)
             walk.load(index)
             quantizer = Quantizer(walk, plan, settings, Output(), SINGLE_PROCESS, calibration=sample, deltas=deltas)
