@@ -120,7 +120,7 @@ def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.Monke
             solved.set()
 
     def slow(self: CheckpointWriter) -> None:
-        in_time.append(solved.wait(30))
+        in_time.append(solved.wait(300))
         sync(self)
 
     monkeypatch.setattr(block_quantizer.Quantizer, "block", counted)
@@ -146,7 +146,7 @@ def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypat
 
     def slow(self: Any, names: list[str]) -> None:
         if "model.embed_tokens.weight" in names:
-            in_time.append(closing.wait(30))
+            in_time.append(closing.wait(300))
         rest(self, names)
 
     monkeypatch.setattr(background_writer.Written, "close", closed)
