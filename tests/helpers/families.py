@@ -1,5 +1,7 @@
 """The table of model families that are proven end to end: what the tests run and the documentation lists.
 
+What the code must know of a family beyond its structure is in `requant.modeling.families`.
+
 `python tests/families.py` writes docs/families.md.
 """
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from requant.deploy import tensor_parallel
 from requant.modeling import linears
+from requant.modeling.families import EXPERT, FUSED
 from requant.numerics.grid import Grid
-from requant.quantize.gptq_files import EXPERT, FUSED
 from requant.quantize.plan import Plan
 
 Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
@@ -276,7 +276,7 @@ def _renamed(plan: Plan, model: nn.Module) -> list[str]:
 def _groups(plan: Plan) -> Iterator[tuple[str, str, tuple[str, ...], bool]]:
     """(stem, fused name, parts, whether all are quantized alike) of every set of matrices that servers fuse."""
     every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
-    for fused, parts in FUSED.items():
+    for fused, parts in ((name, made.parts) for name, made in FUSED.items()):
         for name in every:
             stem = name.removesuffix(parts[0])
             if name.endswith("." + parts[0]) and all(stem + p in every for p in parts):

@@ -10,14 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from requant.modeling.families import BY_INPUTS, FUSED_HEADS, KEY_HEADS, UNCUT
 from requant.numerics.grid import Grid
 
 DEGREES = (2, 4, 8)
-# Last names of matrices: split by inputs; fused and split by heads; keys and values; whole on every GPU.
-INPUTS = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "output_linear"})
-FUSED_HEADS = frozenset({"qkv_proj", "query_key_value", "c_attn", "Wqkv"})
-KEYS = frozenset({"k_proj", "v_proj"})
-WHOLE = frozenset({"gate", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +47,15 @@ def shard_shape(name: str, rows: int, columns: int, degree: int, heads: Heads | 
     None if it cannot be split evenly.
     """
     leaf = name.rpartition(".")[2]
-    if leaf in WHOLE or degree == 1:
+    if leaf in UNCUT or degree == 1:
         return rows, columns
-    if leaf in INPUTS:
+    if leaf in BY_INPUTS:
         return None if columns % degree else (rows, columns // degree)
     if heads and leaf in FUSED_HEADS:
         all_heads = heads.queries + 2 * heads.keys
         shard_heads = heads.queries // degree + 2 * max(1, heads.keys // degree)
         return None if rows % all_heads else (rows // all_heads * shard_heads, columns)
-    if heads and leaf in KEYS and heads.keys < degree:
+    if heads and leaf in KEY_HEADS and heads.keys < degree:
         return rows // heads.keys, columns
     return None if rows % degree else (rows // degree, columns)
 
@@ -68,7 +64,7 @@ def why_not(name: str, rows: int, columns: int, grid: Grid, degree: int, heads: 
     """Why `degree` GPUs cannot split a quantized matrix [rows, columns]; None when they can."""
     shard = shard_shape(name, rows, columns, degree, heads)
     if shard is None:
-        by_inputs = name.rpartition(".")[2] in INPUTS
+        by_inputs = name.rpartition(".")[2] in BY_INPUTS
         return f"{name}: its {columns if by_inputs else rows} {'inputs' if by_inputs else 'outputs'}"
     if shard[1] != columns and grid.group_size != -1 and shard[1] % _unit_of_inputs(name, grid.group_size):
         return f"{name}: {shard[1]} inputs each would cut a group of {grid.group_size}"

@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from requant.modeling.families import LINEAR_CLASSES
 from requant.modeling.moe import SplitExperts
-
-# nn.Linear under another name: its own forward is the same product. bitsandbytes does not know it as a Linear.
-_LINEAR_LIKE = frozenset({"FalconLinear"})
 
 
 class Turned(nn.Linear):
@@ -23,7 +21,7 @@ class Turned(nn.Linear):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by its `weight` [out, in] and adds its `bias`, nothing else."""
-    return type(module) in (nn.Linear, Turned) or type(module).__name__ in _LINEAR_LIKE
+    return type(module) in (nn.Linear, Turned) or type(module).__name__ in LINEAR_CLASSES
 
 
 def expose(model: nn.Module, single: Callable[[str], bool]) -> None:

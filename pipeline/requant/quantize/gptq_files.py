@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ import torch
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
 from requant.formats import gptq as gptq_format
+from requant.modeling.families import EXPERT, FUSED
 from requant.quantize.plan import Plan, Settings, _inner
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 
 
 def write_small_files(
@@ -53,7 +50,7 @@ def write_small_files(
 def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The same rules under the names of engines that fuse q/k/v and gate/up, where all parts share one."""
     extra = {}
-    for fused, parts in FUSED.items():
+    for fused, parts in ((name, made.parts) for name, made in FUSED.items()):
         for name, own in overrides.items():
             stem = name.removesuffix(parts[0])
             if name.endswith("." + parts[0]) and all(overrides.get(stem + p, ...) == own for p in parts):

@@ -34,6 +34,7 @@ from requant.recipe.fields import (
 from requant.recipe.yaml_document import KeyPath
 
 _LAST_WORD = re.compile(r"([A-Za-z0-9_]*)\Z")
+# As in `modeling.families`, which is not imported here: it would load torch. A test compares them.
 _FUSED = {("q_proj", "k_proj", "v_proj"): "[qkv]_proj", ("gate_proj", "up_proj"): "[gu]*_proj"}
 
 

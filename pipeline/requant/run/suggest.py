@@ -16,16 +16,13 @@ from torch import Tensor
 
 from requant.evaluate.variants import Places
 from requant.formats import gptq as gptq_format
+from requant.modeling.families import FUSED
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 from requant.run import module_swap
 
 COUNT = 10  # candidates that are measured
 LIFTED = {2: 4, 3: 4, 4: 8}
-_FUSED = {
-    ("q_proj", "k_proj", "v_proj"): "[qkv]_proj",
-    ("gate_proj", "up_proj"): "[gu]*_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def pattern(module: str) -> str:
     if ".experts." in module:
         return module.split(".experts.")[0] + ".experts.*"
     stem, _, leaf = module.rpartition(".")
-    cover = next((cover for parts, cover in _FUSED.items() if leaf in parts), leaf)
+    cover = next((fused.pattern for fused in FUSED.values() if leaf in fused.parts), leaf)
     return f"{stem}.{cover}"
 
 

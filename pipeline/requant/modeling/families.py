@@ -1,0 +1,110 @@
+"""Model families: what the structure of a model does not tell, one declarative entry each.
+
+Blocks, matrices and experts are found by structure (`block_walk`, `linears`, `moe`); renamed tensors and modules kept in
+fp32 are read off transformers (`skeleton`). An entry names the rest: a linear class of its own, what engines fuse, and how
+they cut a matrix for several GPUs. Other code asks by the names of modules, so the sets at the end are unions of all
+entries: a family whose modules are called like those of another needs no entry of its own, only its model type in one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
+"""A module of one expert -> the module of its layer's experts, which engines hold as one. So in every family here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fused:
+    """Linears of a checkpoint that engines load as one matrix: all of them share one setting.
+
+    pattern: an fnmatch pattern that covers `parts` and no other linear.
+    """
+
+    parts: tuple[str, ...]
+    pattern: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One build of transformer blocks. Names are the last part of a module's name.
+
+    model_types: of transformers, without claim to be complete. linear_classes: subclasses of nn.Linear whose forward is the
+    same product. fused: an engine's matrix -> the linears it is made of. For several GPUs, where an engine cuts matrices:
+    by_inputs: cut by their inputs, for they lead back into the residual stream; fused_heads: q, k and v in one, cut by
+    attention heads; key_heads: cut by key heads, repeated where there are fewer than GPUs; uncut: whole on every GPU.
+    """
+
+    model_types: tuple[str, ...]
+    linear_classes: frozenset[str] = frozenset()
+    fused: Mapping[str, Fused] | None = None
+    by_inputs: frozenset[str] = frozenset()
+    fused_heads: frozenset[str] = frozenset()
+    key_heads: frozenset[str] = frozenset()
+    uncut: frozenset[str] = frozenset()
+
+
+_QKV = Fused(parts=("q_proj", "k_proj", "v_proj"), pattern="[qkv]_proj")
+_GATE_UP = Fused(parts=("gate_proj", "up_proj"), pattern="[gu]*_proj")
+
+FAMILIES = (
+    Family(
+        model_types=(
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "cohere", "cohere2", "olmo2",
+            "granite", "smollm3",
+        ),
+        fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(  # routers stay whole; in transformers 5 experts are stacked, in checkpoints they are single
+        model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+        fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+        uncut=frozenset({"gate", "shared_expert_gate"}),
+    ),
+    Family(  # latent attention: the projections into the latent space are whole on every GPU
+        model_types=("deepseek_v2", "deepseek_v3"),
+        fused={"gate_up_proj": _GATE_UP},
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        uncut=frozenset({"gate", "q_a_proj", "kv_a_proj_with_mqa"}),
+    ),
+    Family(
+        model_types=("granitemoe",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"o_proj", "output_linear"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(  # fused in the checkpoint already
+        model_types=("phi3", "glm4"), by_inputs=frozenset({"o_proj", "down_proj"}), fused_heads=frozenset({"qkv_proj"}),
+    ),
+    Family(
+        model_types=("phi",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"dense", "fc2"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(
+        model_types=("starcoder2",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"o_proj", "c_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(
+        model_types=("opt",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"out_proj", "fc2"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(model_types=("gpt2",), by_inputs=frozenset({"c_proj"}), fused_heads=frozenset({"c_attn"})),
+    Family(
+        model_types=("gpt_neox",), by_inputs=frozenset({"dense", "dense_4h_to_h"}), fused_heads=frozenset({"query_key_value"}),
+    ),
+    Family(  # bitsandbytes does not know its class as a Linear: a base in 4 bits holds it in 16
+        model_types=("falcon",), linear_classes=frozenset({"FalconLinear"}),
+        by_inputs=frozenset({"dense", "dense_4h_to_h"}), fused_heads=frozenset({"query_key_value"}),
+    ),
+    Family(model_types=("mpt",), by_inputs=frozenset({"out_proj", "down_proj"}), fused_heads=frozenset({"Wqkv"})),
+)  # fmt: skip
+
+LINEAR_CLASSES = frozenset[str]().union(*(f.linear_classes for f in FAMILIES))
+FUSED: dict[str, Fused] = {name: fused for f in FAMILIES for name, fused in (f.fused or {}).items()}
+BY_INPUTS = frozenset[str]().union(*(f.by_inputs for f in FAMILIES))
+FUSED_HEADS = frozenset[str]().union(*(f.fused_heads for f in FAMILIES))
+KEY_HEADS = frozenset[str]().union(*(f.key_heads for f in FAMILIES))
+UNCUT = frozenset[str]().union(*(f.uncut for f in FAMILIES))
