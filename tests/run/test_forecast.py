@@ -121,9 +121,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = CalibrationPlan(
         share=slice(0, 8), batches=(4, 4), unquantized=(0,), held_out_from=1, inside_block=True, waiting_bytes=0
     )
-    quantized = Quantized(
-        one=Cost(2.0, 1000), more=Cost(0.5, 10), unquantized=Cost(0.75, 20), calibration=calibration
-    )
+    quantized = Quantized(one=Cost(2.0, 1000), more=Cost(0.5, 10), unquantized=Cost(0.75, 20), calibration=calibration)
     scored = Scored(
         tokens=100,
         forward=Cost(1.0, 5000),
