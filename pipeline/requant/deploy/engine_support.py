@@ -289,8 +289,7 @@ def _experts(plan: Plan) -> dict[str, bool]:
     grids: dict[str, set[Grid | None]] = {}
     every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
     for name, grid in every.items():
-        match = EXPERT.fullmatch(name)
-        if match:
+        if match := EXPERT.fullmatch(name):
             grids.setdefault(match[1], set()).add(grid)
     return {name: len(found) == 1 for name, found in grids.items()}
 
