@@ -166,12 +166,12 @@ def tokenizer(folder: Path, vocabulary: int) -> None:
 
 def merge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from requant import merge as merging
-    from requant.adapters import peft_directory as adapters
+    from requant.adapters import peft_directory
     from requant.checkpoint.reader import Checkpoint
     from requant.run import prepare
 
     base, adapter = nf4_base(args, folder)
-    plan, _ = prepare.plan_merge(base, [adapters.load(adapter)], None, False)
+    plan, _ = prepare.plan_merge(base, [peft_directory.load(adapter)], None, False)
     out: dict[str, Any] = {}
     for name in dict.fromkeys(("cpu", DEVICE.type)):
         target = folder / f"merged-{name}"

@@ -1,4 +1,4 @@
-"""LoRA on experts: PEFT's `target_parameters` on transformers 5's stacks, and adapters of single experts from before.
+"""`requant.adapters.expert_layouts`: LoRA on stacked experts, and adapters of single experts from transformers 4.
 
 Stored expert by expert (Mixtral, Qwen3-MoE) or stacked (gpt-oss), the merge must give PEFT's unmerged logits; where PEFT
 is wrong, the fp64 formula is the judge.
@@ -17,7 +17,7 @@ from helpers import old_peft, pico
 from helpers.merging import FP32, ledger
 from safetensors.torch import load_file, save_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.run import prepare
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "intermediate_size": 48},
     "gpt_oss": {"num_local_experts": 4, "intermediate_size": 48, "head_dim": 16},
 }
-"""Sizes that no expert shares with another side of its matrix, so that a turned layout cannot fit."""
+"""Sizes that no expert shares with another side of its matrix, so that a transposed layout cannot fit."""
 
 
 def saved(tmp: Path, kind: str, **changes: Any) -> tuple[Any, Path]:
@@ -95,7 +95,7 @@ def test_the_layout_of_peft_0_18(tmp_path: Path, kind: str) -> None:
     count, rows, columns = getattr(stack, "get_base_layer", lambda: stack)().gate_up_proj.shape
     a, b = torch.randn(count * 4, rows) * 0.05, torch.randn(columns, 4 * count) * 0.05
     key = "base_model.model.model.layers.1.mlp.experts"
-    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "adapter" / adapters.WEIGHTS)
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "adapter" / peft_directory.WEIGHTS)
     pico.edit_adapter(tmp_path / "adapter", peft_version="0.18.1")
     pico.merged(base, tmp_path / "adapter", tmp_path / "out")
     got, before = (
@@ -108,7 +108,7 @@ def test_the_layout_of_peft_0_18(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("folder", sorted(old_peft.DATA.glob("peft-*")), ids=lambda p: p.name)
 def test_what_older_pefts_wrote(tmp_path: Path, folder: Path) -> None:
-    """Real files of PEFT 0.18.1, 0.19.1 and 0.20.0 (tests/old_peft.py): the delta that each of them adds itself."""
+    """Real files of PEFT 0.18.1, 0.19.1 and 0.20.0 (tests/helpers/old_peft.py): the delta that each of them adds itself."""
     kind = folder.name.rsplit("-", 1)[1]
     base = pico.save(pico.model(kind, **old_peft.KINDS[kind]), tmp_path / "base")
     pico.merged(base, folder, tmp_path / "out")
@@ -144,7 +144,7 @@ def single_experts(tmp: Path, kind: str, roles: tuple[str, ...], inside: str, **
                 tensors[f"{key}.lora_B.weight"] = torch.randn(rows, 3, generator=generator) * 0.05
     options = {"r": 3, "lora_alpha": 5, "target_modules": list(roles), "task_type": "CAUSAL_LM", "inference_mode": True}
     peft.LoraConfig(**(options | config)).save_pretrained(tmp)
-    save_file(tensors, tmp / adapters.WEIGHTS)
+    save_file(tensors, tmp / peft_directory.WEIGHTS)
     return tmp
 
 
@@ -170,7 +170,7 @@ def test_rslora_on_single_experts_is_right_where_peft_is_not(tmp_path: Path) -> 
     adapter = single_experts(tmp_path / "adapter", "mixtral", ("w1", "w2", "w3"), "block_sparse_moe", use_rslora=True)
     plan, _, _ = pico.merged(base, adapter, tmp_path / "out")
     assert any("sqrt(2)" in w for w in plan.warnings)
-    before, after, t = Checkpoint(base), Checkpoint(tmp_path / "out"), load_file(adapter / adapters.WEIGHTS)
+    before, after, t = Checkpoint(base), Checkpoint(tmp_path / "out"), load_file(adapter / peft_directory.WEIGHTS)
     module = "model.layers.1.block_sparse_moe.experts.2"
     for role in ("w1", "w2", "w3"):
         a, b = (t[f"base_model.model.{module}.{role}.lora_{x}.weight"].double() for x in "AB")
@@ -192,9 +192,9 @@ def refused(tmp: Path, *, kind: str = "mixtral", model: dict[str, Any] | None = 
     tensors = changes.pop("tensors", None)
     pico.edit_adapter(tmp / "adapter", **changes)
     if tensors:
-        pico.edit_tensors(tmp / "adapter" / adapters.WEIGHTS, **tensors)
+        pico.edit_tensors(tmp / "adapter" / peft_directory.WEIGHTS, **tensors)
     with pytest.raises(InputError) as caught:
-        prepare.plan_merge(base, adapters.load(tmp / "adapter"), None, False)
+        prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
     return str(caught.value)
 
 
@@ -234,13 +234,13 @@ def test_two_pairs_for_one_parameter(tmp_path: Path) -> None:
     """Of one shape under both nestings: which of them is the stack's is not in the file."""
     made, base = saved(tmp_path, "mixtral")
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS[1:])
-    file = tmp_path / "adapter" / adapters.WEIGHTS
+    file = tmp_path / "adapter" / peft_directory.WEIGHTS
     copies = {k.replace("experts.", "experts.base_layer."): v.clone() for k, v in load_file(file).items()}
     pico.edit_tensors(file, add=copies)
     with pytest.raises(
         InputError, match=r"two pairs of model\.layers\.0\.mlp\.experts fit .*down_proj: which is which"
     ):
-        prepare.plan_merge(base, adapters.load(tmp_path / "adapter"), None, False)
+        prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, False)
 
 
 def test_another_number_of_experts(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_another_number_of_experts(tmp_path: Path) -> None:
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS)
     _, other = saved(tmp_path / "other", "mixtral", num_local_experts=8)
     with pytest.raises(InputError, match=r"fits none of the base's target_parameters.*\(8, 96, 64\)"):
-        prepare.plan_merge(other, adapters.load(tmp_path / "adapter"), None, False)
+        prepare.plan_merge(other, peft_directory.load(tmp_path / "adapter"), None, False)
 
 
 def test_a_base_without_experts(tmp_path: Path) -> None:
@@ -256,12 +256,12 @@ def test_a_base_without_experts(tmp_path: Path) -> None:
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS)
     dense = pico.save(pico.model(), tmp_path / "dense")
     with pytest.raises(InputError, match="no stacked parameter of that module"):
-        prepare.plan_merge(dense, adapters.load(tmp_path / "adapter"), None, False)
+        prepare.plan_merge(dense, peft_directory.load(tmp_path / "adapter"), None, False)
 
 
 def test_a_second_wrapper_without_target_parameters(tmp_path: Path) -> None:
     pico.train(pico.model(), tmp_path / "adapter")
     key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.lora_A.weight"
-    pico.edit_tensors(tmp_path / "adapter" / adapters.WEIGHTS, add={key: torch.ones(4, 64)})
+    pico.edit_tensors(tmp_path / "adapter" / peft_directory.WEIGHTS, add={key: torch.ones(4, 64)})
     with pytest.raises(InputError, match="is wrapped twice, but target_parameters is not set"):
-        adapters.load(tmp_path / "adapter")
+        peft_directory.load(tmp_path / "adapter")

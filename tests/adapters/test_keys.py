@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.adapters.keys import PREFIX, Key, clean, locate, normalise, normalise_all, spell, stem, stems
 from requant.adapters.kinds import tensor_keys
 from requant.errors import InputError
@@ -199,7 +199,7 @@ def test_an_adapter_in_another_style_merges_alike(tmp_path: Path, style: str) ->
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", modules_to_save=["lm_head"], target_modules=["q_proj", "down_proj"])
     pico.merged(base, tmp_path / "adapter", tmp_path / "plain")
-    file = tmp_path / "adapter" / adapters.WEIGHTS
+    file = tmp_path / "adapter" / peft_directory.WEIGHTS
     tensors = load_file(file)
     head = "base_model.model.lm_head"
     changed = {restyled(k, style): v for k, v in tensors.items()}
@@ -236,9 +236,9 @@ def test_peft_gets_what_it_can_load(tmp_path: Path, style: str) -> None:
     made = pico.model()
     base = pico.save(made, tmp_path / "base")
     expected = pico.logits(pico.train(made, tmp_path / "adapter", modules_to_save=["lm_head"]))
-    file = tmp_path / "adapter" / adapters.WEIGHTS
+    file = tmp_path / "adapter" / peft_directory.WEIGHTS
     save_file({restyled(k, style): v for k, v in load_file(file).items()}, file)
-    plan, _ = prepare.plan_merge(base, adapters.load(tmp_path / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, False)
     live = peft_runtime.attach(pico.model(), plan).eval()
     assert pico.relative(pico.logits(live), expected) < 1e-6
     assert isinstance(live, peft.PeftModel)

@@ -12,7 +12,7 @@ from helpers import pico
 from helpers.merging import FP32, ledger
 from safetensors.torch import load_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.run import prepare
@@ -146,7 +146,7 @@ def test_the_self_test_sees_a_wrong_value(tmp_path: Path, name: str) -> None:
     made = pico.model()
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", config=CONFIGS[name])
-    plan, _ = prepare.plan_merge(base, adapters.load(tmp_path / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, False)
     op = next(op for op in plan.ops if op.folds)
     weight = Checkpoint(base).read(op.name).double()
     rows = [0, op.shape[0] // 2, op.shape[0] - 1]
@@ -168,9 +168,9 @@ def refused(tmp: Path, config: peft.PeftConfig, **changes: Any) -> str:
     pico.train(made, tmp / "adapter", config=config)
     pico.edit_adapter(tmp / "adapter", **changes)
     if tensors:
-        pico.edit_tensors(tmp / "adapter" / adapters.WEIGHTS, **tensors)
+        pico.edit_tensors(tmp / "adapter" / peft_directory.WEIGHTS, **tensors)
     with pytest.raises(InputError) as caught:
-        prepare.plan_merge(base, adapters.load(tmp / "adapter"), None, False)
+        prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
     return str(caught.value)
 
 
@@ -254,6 +254,6 @@ def test_the_tensors_of_peft_are_all_known(tmp_path: Path) -> None:
     """Each kind's file, as PEFT writes it, is read back to the last tensor."""
     for name in ("loha", "lokr", "vera", "ia3", "oft", "tokens"):
         pico.train(pico.model(), tmp_path / name, config=CONFIGS[name])
-        loaded = adapters.load(tmp_path / name)
+        loaded = peft_directory.load(tmp_path / name)
         used = sum(len(f.tensors) for f in loaded.folds.values()) + len(loaded.shared)
-        assert used == len(load_file(tmp_path / name / adapters.WEIGHTS)), name
+        assert used == len(load_file(tmp_path / name / peft_directory.WEIGHTS)), name

@@ -14,8 +14,7 @@ from helpers import pico
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from requant.adapters import fp64, kinds
-from requant.adapters import peft_directory as adapters
+from requant.adapters import fp64, kinds, peft_directory
 from requant.adapters.fold import Fold, read
 from requant.adapters.kinds import Kind
 from requant.adapters.module_tensors import ModuleTensors, TensorKey, parameters
@@ -94,8 +93,10 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
         f"base_model.model.{MODULE}.outer_column": torch.randn(64) * 0.1,
         "base_model.outer_gain": torch.tensor([1.75]),
     }
-    save_file(tensors, folder / adapters.WEIGHTS)
-    (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "OUTER", "r": 2, "alpha": 3, "temper": "mild"}))
+    save_file(tensors, folder / peft_directory.WEIGHTS)
+    (folder / peft_directory.CONFIG).write_text(
+        json.dumps({"peft_type": "OUTER", "r": 2, "alpha": 3, "temper": "mild"})
+    )
     return base, folder
 
 
@@ -105,7 +106,7 @@ def test_a_kind_is_one_class_and_one_line(
     base, folder = files
     monkeypatch.setitem(kinds.KINDS, "OUTER", kind())
     plan, result, tested = pico.merged(base, folder, tmp_path / "out")
-    tensors = {k.rpartition("outer_")[2]: v.double() for k, v in load_file(folder / adapters.WEIGHTS).items()}
+    tensors = {k.rpartition("outer_")[2]: v.double() for k, v in load_file(folder / peft_directory.WEIGHTS).items()}
     before, after = Checkpoint(base), Checkpoint(tmp_path / "out")
     name = f"{MODULE}.weight"
     delta = 1.5 * tensors["gain"] * torch.outer(tensors["column"], tensors["row.weight"])
@@ -129,16 +130,16 @@ def test_its_self_test_catches_a_wrong_formula(
 def test_what_it_does_not_understand_is_refused(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = files
     with pytest.raises(InputError, match="peft_type is 'OUTER', which is unknown here"):
-        adapters.load(folder)
+        peft_directory.load(folder)
     monkeypatch.setitem(kinds.KINDS, "OUTER", kind())
-    assert adapters.load(folder).folds[MODULE].shape == (64, 128)
+    assert peft_directory.load(folder).folds[MODULE].shape == (64, 128)
     pico.edit_adapter(folder, feedforward_modules=["down_proj"])
     with pytest.raises(InputError, match="unknown settings feedforward_modules"):
-        adapters.load(folder)
+        peft_directory.load(folder)
     pico.edit_adapter(folder, feedforward_modules=None, spin=True)
     with pytest.raises(InputError, match=r"adapter_config\.json: spin is set: it turns"):
-        adapters.load(folder)
+        peft_directory.load(folder)
     pico.edit_adapter(folder, spin=None)
-    pico.edit_tensors(folder / adapters.WEIGHTS, drop=[f"base_model.model.{MODULE}.outer_column"])
+    pico.edit_tensors(folder / peft_directory.WEIGHTS, drop=[f"base_model.model.{MODULE}.outer_column"])
     with pytest.raises(InputError, match=f"{MODULE} has outer_row; expected outer_row, outer_column"):
-        adapters.load(folder)
+        peft_directory.load(folder)

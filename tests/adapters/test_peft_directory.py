@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.adapters.config import pattern_value
 from requant.errors import InputError
 
@@ -29,12 +29,12 @@ def adapter(tmp_path: Path) -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        adapters.load(path)
+        peft_directory.load(path)
     return str(caught.value)
 
 
 def test_what_peft_writes_is_read(adapter: Path) -> None:
-    loaded = adapters.load(adapter)
+    loaded = peft_directory.load(adapter)
     assert sorted(loaded.folds) == [f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("q_proj", "v_proj")]
     fold = loaded.folds["model.layers.0.self_attn.v_proj"]
     assert (fold.shape, fold.scaling, fold.magnitude, fold.bias) == ((32, 64), 6 / 4, None, None)
@@ -85,37 +85,37 @@ def test_what_cannot_be_merged_exactly_is_refused(adapter: Path, changes: dict[s
 )
 def test_unset_unknown_settings_change_nothing(adapter: Path, changes: dict[str, Any]) -> None:
     pico.edit_adapter(adapter, **changes)
-    assert len(adapters.load(adapter).folds) == 4
+    assert len(peft_directory.load(adapter).folds) == 4
 
 
 def test_magnitudes_without_dora_are_refused(adapter: Path) -> None:
-    pico.edit_tensors(adapter / adapters.WEIGHTS, add={f"{Q}.lora_magnitude_vector": torch.ones(64)})
+    pico.edit_tensors(adapter / peft_directory.WEIGHTS, add={f"{Q}.lora_magnitude_vector": torch.ones(64)})
     assert "use_dora is False but model.layers.0.self_attn.q_proj has" in refused(adapter)
 
 
 def test_half_a_pair_is_refused(adapter: Path) -> None:
-    pico.edit_tensors(adapter / adapters.WEIGHTS, drop=[f"{Q}.lora_B.weight"])
+    pico.edit_tensors(adapter / peft_directory.WEIGHTS, drop=[f"{Q}.lora_B.weight"])
     assert "model.layers.0.self_attn.q_proj has lora_A but not both lora_A and lora_B" in refused(adapter)
 
 
 @pytest.mark.parametrize("cut", [lambda t: t[:, :3], lambda t: t[..., None], lambda t: t[0]])
 def test_factors_that_do_not_multiply_are_refused(adapter: Path, cut: Any) -> None:
-    pico.edit_tensors(adapter / adapters.WEIGHTS, change={f"{Q}.lora_B.weight": cut})
+    pico.edit_tensors(adapter / peft_directory.WEIGHTS, change={f"{Q}.lora_B.weight": cut})
     assert "do not multiply (linear layers only)" in refused(adapter)
 
 
 def test_a_file_without_tensors_is_refused(adapter: Path) -> None:
-    save_file({}, adapter / adapters.WEIGHTS)
+    save_file({}, adapter / peft_directory.WEIGHTS)
     assert refused(adapter).endswith("adapter_model.safetensors: holds no tensors")
 
 
 def test_a_file_with_copies_of_the_base_alone_is_refused(adapter: Path) -> None:
-    save_file({"base_model.model.lm_head.original_module.weight": torch.zeros(2, 2)}, adapter / adapters.WEIGHTS)
+    save_file({"base_model.model.lm_head.original_module.weight": torch.zeros(2, 2)}, adapter / peft_directory.WEIGHTS)
     assert "no LoRA tensors found among 1, e.g. 'base_model.model.lm_head.original_module.weight'" in refused(adapter)
 
 
 def test_what_a_key_may_mean_is_said_with_its_file(adapter: Path) -> None:
-    save_file({"lora_A.weight": torch.zeros(2, 2)}, adapter / adapters.WEIGHTS)
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, adapter / peft_directory.WEIGHTS)
     assert "adapter_model.safetensors: " in refused(adapter)
     assert "names no module" in refused(adapter)
 
@@ -124,7 +124,7 @@ def test_trained_tokens_beside_something_else_are_refused(tmp_path: Path) -> Non
     config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 5], task_type="CAUSAL_LM")
     pico.train(pico.model(), tmp_path / "adapter", config=config)
     key = "base_model.model.model.embed_tokens.lora_A.weight"
-    pico.edit_tensors(tmp_path / "adapter" / adapters.WEIGHTS, add={key: torch.zeros(4, 64)})
+    pico.edit_tensors(tmp_path / "adapter" / peft_directory.WEIGHTS, add={key: torch.zeros(4, 64)})
     message = refused(tmp_path / "adapter")
     assert "model.embed_tokens has trained tokens and lora_A, trainable_tokens_delta" in message
 
@@ -132,13 +132,15 @@ def test_trained_tokens_beside_something_else_are_refused(tmp_path: Path) -> Non
 def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:
     """DoRA's vector has one number a row; one of another length must not broadcast or end in a RuntimeError."""
     pico.train(pico.model(), tmp_path / "adapter", use_dora=True)
-    pico.edit_tensors(tmp_path / "adapter" / adapters.WEIGHTS, change={f"{Q}.lora_magnitude_vector": lambda t: t[:1]})
+    pico.edit_tensors(
+        tmp_path / "adapter" / peft_directory.WEIGHTS, change={f"{Q}.lora_magnitude_vector": lambda t: t[:1]}
+    )
     assert "q_proj" in refused(tmp_path / "adapter")
 
 
 def test_directories_that_are_no_adapter(adapter: Path, tmp_path: Path) -> None:
     assert "no such adapter directory" in refused(tmp_path / "absent")
-    (adapter / adapters.WEIGHTS).rename(adapter / "adapter_model.bin")
+    (adapter / peft_directory.WEIGHTS).rename(adapter / "adapter_model.bin")
     assert "a pickle; requant never loads pickles" in refused(adapter)
     (adapter / "adapter_model.bin").unlink()
     assert "adapter_model.safetensors: missing" in refused(adapter)
@@ -150,11 +152,11 @@ def test_old_key_spellings(adapter: Path) -> None:
     """Adapter names inside keys (older PEFT) and without the prefix mean the same tensors."""
     from safetensors.torch import load_file, save_file
 
-    before = adapters.load(adapter)
-    tensors = load_file(adapter / adapters.WEIGHTS)
+    before = peft_directory.load(adapter)
+    tensors = load_file(adapter / peft_directory.WEIGHTS)
     old = {k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}
-    save_file(old, adapter / adapters.WEIGHTS)
-    assert adapters.load(adapter).folds.keys() == before.folds.keys()
+    save_file(old, adapter / peft_directory.WEIGHTS)
+    assert peft_directory.load(adapter).folds.keys() == before.folds.keys()
 
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.10.mlp.down_proj", "lm_head", "transformer.h.1.attn.c_attn"]

@@ -1,4 +1,4 @@
-"""Experts that checkpoints hold in one tensor (gpt-oss, Granite MoE, Llama 4): merged, left in 16 bit, and said so."""
+"""Experts stored in one tensor (gpt-oss, Granite MoE, Llama 4): merged, left in 16 bit, and check says so."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_adapter_on_them_is_merged(tmp_path: Path, kind: str) -> None:
 
 @BOTH
 def test_they_stay_in_16_bit_and_every_engine_is_told(tmp_path: Path, kind: str) -> None:
-    """A rule for their container: without it vLLM takes them for quantized (tests/test_vllm.py)."""
+    """A rule for their container: without it vLLM takes them for quantized (tests/deploy/test_vllm.py)."""
     source = pico.save(pico.model(kind, **KINDS[kind][0]), tmp_path / "model", torch.float16)
     pico.save_tokenizer(source)
     plan = pico.packed(source, tmp_path / "out", Grid(4, 32))

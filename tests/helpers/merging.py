@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.merge.plan import MergePlan
 from requant.merge.stage import MergeResult
 
@@ -18,7 +18,7 @@ def ledger(plan: MergePlan, result: MergeResult) -> None:
     base, adapter = result.ledger["base"], result.ledger["adapter"]
     assert sum(base.values()) == len(plan.base.checkpoint) + plan.untied
     (one,) = plan.adapters
-    assert adapter["consumed"] == len(load_file(one.path / adapters.WEIGHTS)) - one.copies
+    assert adapter["consumed"] == len(load_file(one.path / peft_directory.WEIGHTS)) - one.copies
     used = (
         sum(len(f.tensors) for f in one.folds.values())
         + len(one.replaced)

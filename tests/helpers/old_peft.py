@@ -1,7 +1,7 @@
-"""A program: adapters on stacked experts by an older PEFT, and what that PEFT makes of them; writes tests/data/peft-VERSION.
+"""A program that writes tests/data/peft-VERSION: adapters on stacked experts by an older PEFT, and its own deltas.
 
     pip download peft==0.18.1 --no-deps -d /tmp/old && unzip -q /tmp/old/peft-0.18.1-*.whl -d /tmp/old/0.18.1
-    PYTHONPATH=/tmp/old/0.18.1:tests:pipeline:eval python tests/old_peft.py
+    PYTHONPATH=/tmp/old/0.18.1:tests:pipeline:eval python tests/helpers/old_peft.py
 
 The delta is what its merge adds to the stack in fp32, and its merge gives the logits of its unmerged forward.
 """
@@ -21,15 +21,21 @@ from safetensors.torch import save_file
 from helpers import pico
 
 DATA = Path(__file__).parents[1] / "data"
-SIZES = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_local_experts": 3, "num_attention_heads": 2,
-         "num_experts_per_tok": 2}  # fmt: skip
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_local_experts": 3,
+    "num_attention_heads": 2,
+    "num_experts_per_tok": 2,
+}
 KINDS: dict[str, dict[str, Any]] = {"mixtral": SIZES, "gpt_oss": SIZES | {"head_dim": 8}}
 STACKS = ("gate_up_proj", "down_proj")
 OWNER = "model.layers.0.mlp.experts"
 
 
-def alone() -> None:
-    """Hide the quantization libraries from PEFT: it asks for each by an interface of its own time."""
+def hide_quantization_libraries() -> None:
+    """Let PEFT find no quantization library: it would call each by an interface of its own time."""
     for found in pkgutil.iter_modules(peft.tuners.lora.__path__, "peft.tuners.lora."):
         module: Any = importlib.import_module(found.name)
         for name in vars(module).keys() & {
@@ -40,7 +46,7 @@ def alone() -> None:
 
 
 def main() -> None:
-    alone()
+    hide_quantization_libraries()
     for kind, sizes in KINDS.items():
         out = DATA / f"peft-{peft.__version__}-{kind}"
         made = pico.model(kind, **sizes)

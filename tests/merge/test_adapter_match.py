@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a base: what files tell (`requant.match`) and what a few rows tell (`requant.probe`)."""
+"""`requant.merge.adapter_match`, and `requant.evaluate.adapter_probe`: whether an adapter belongs to a base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from helpers import pico
 from helpers.e2e import copied, edit_json, make_model, make_nf4, recipe
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.data.documents import Tokens
 from requant.evaluate import adapter_probe
 from requant.merge.adapter_match import Match, match
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def matched(project: Path, name: str = "./base", revision: str | None = None) -> Match:
-    plan, _ = prepare.plan_merge(project / "base", adapters.load(project / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(project / "base", peft_directory.load(project / "adapter"), None, False)
     return match(plan.adapter, plan, [(name, revision)])
 
 
@@ -40,7 +40,7 @@ def test_names_shapes_and_base_name(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "ours", "agrees"),
+    ("trained", "given", "agrees"),
     [
         ("unsloth/Qwen3-8B-bnb-4bit", "Qwen/Qwen3-8B", True),
         ("unsloth/llama-3-8b-unsloth-bnb-4bit", "/models/Llama-3-8B", True),
@@ -50,16 +50,16 @@ def test_names_shapes_and_base_name(project: Path) -> None:
     ],
 )
 def test_base_names_are_compared_without_owner_and_4_bit_suffix(
-    project: Path, tmp_path: Path, trained: str, ours: str, agrees: bool
+    project: Path, tmp_path: Path, trained: str, given: str, agrees: bool
 ) -> None:
     mine = copied(project, tmp_path / "p", "adapter")
     edit_json(mine / "adapter" / "adapter_config.json", base_model_name_or_path=trained)
-    found = matched(mine, ours)
+    found = matched(mine, given)
     assert sign(found, "base name").agrees is agrees
     if not agrees:
         assert found.score == (2, 3)
         (warning,) = found.warnings
-        assert f"trained on {Path(trained).name}, the recipe's base is {Path(ours).name}" in warning
+        assert f"trained on {Path(trained).name}, the recipe's base is {Path(given).name}" in warning
         assert "different: base name" in str(found)
 
 

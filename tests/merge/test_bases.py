@@ -1,4 +1,4 @@
-"""Bases: which modules of a 16-bit model training held in 4 bits, by transformers' version; the original; what is refused."""
+"""Bases: which modules of a 16-bit model were in 4 bits in training; the original; what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.e2e import edit_json, recipe, run
 from helpers.merging import FP32
 from safetensors.torch import load_file, save_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
@@ -43,20 +43,20 @@ def test_versions_4_and_5_agree_on_dense_models(tmp_path: Path, kind: str) -> No
     kinds = []
     for version in (4, 5):
         settings = Nf4Settings(quant_type="nf4", double_quant=False, version=version)  # type: ignore[arg-type]
-        plan, _ = prepare.plan_merge(base, adapters.load(tmp_path / "adapter"), settings, False)
+        plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), settings, False)
         kinds.append({n: w.kind for n, w in plan.base.weights.items()})
     assert kinds[0] == kinds[1]
     assert "simulated" in kinds[0].values()
 
 
 def test_version_4_quantized_single_experts(tmp_path: Path) -> None:
-    """5 holds experts in one stack that bitsandbytes does not touch; 4 had a Linear for each, and for the router."""
+    """5 has experts in one stack that bitsandbytes leaves alone; 4 had a Linear for each, and for the router."""
     base, adapter, _ = made(tmp_path, "mixtral", **MOE)
     name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
     stored = Checkpoint(base).read(name)
     for version, kind in ((4, "simulated"), (5, "stored")):
         settings = Nf4Settings(quant_type="nf4", double_quant=False, version=version)  # type: ignore[arg-type]
-        plan, _ = prepare.plan_merge(base, adapters.load(adapter), settings, False)
+        plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), settings, False)
         assert plan.base.weights[name].kind == kind
         assert plan.base.weights["model.layers.0.block_sparse_moe.gate.weight"].kind == kind
         expected = nf4.round_trip(stored, "nf4", 64, False) if version == 4 else stored
@@ -71,7 +71,7 @@ def test_the_live_base_has_version_4s_selection(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path)
     simulate = Nf4Settings(quant_type="nf4", double_quant=False, skip=("lm_head", "v_proj"), version=4)
     live = variants.load("base", places(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
-    plan, _ = prepare.plan_merge(base, adapters.load(adapter), simulate, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), simulate, False)
     packed = {f"{n}.weight" for n, m in live.named_modules() if isinstance(m, Linear4bit)}
     assert packed == {n for n, w in plan.base.weights.items() if w.kind == "simulated"}
     assert len(packed) == 12
@@ -105,7 +105,7 @@ def pack_4bit(folder: Path) -> None:
 def test_experts_in_4_bits_are_merged_and_measured_without_transformers(
     project: Path, tmp_path: Path, way: str
 ) -> None:
-    """transformers 5 fuses experts before bitsandbytes sees them: said by check; with streaming off, run does not start."""
+    """transformers 5 fuses experts before bitsandbytes is applied: check says so; with streaming off, run does not start."""
     base, adapter, _ = made(tmp_path, "mixtral", num_local_experts=4, intermediate_size=64, vocab_size=300)
     for file in (project / "base").glob("tokenizer*"):
         shutil.copy(file, base)
@@ -174,7 +174,7 @@ def test_dora_onto_the_original_takes_the_originals_norms(tmp_path: Path) -> Non
 
 def refused(base: Path, adapter: Path) -> str:
     with pytest.raises(InputError) as caught:
-        prepare.plan_merge(base, adapters.load(adapter), None, False)
+        prepare.plan_merge(base, peft_directory.load(adapter), None, False)
     return str(caught.value)
 
 
@@ -214,7 +214,7 @@ def test_one_tensor_replaced_under_two_names(tmp_path: Path) -> None:
     """Both spellings are the base's norm: which values count is not in the file."""
     base, adapter, _ = made(tmp_path)
     pico.train(pico.model(), adapter, target_modules=["q_proj"], modules_to_save=["norm"])
-    file = adapter / adapters.WEIGHTS
+    file = adapter / peft_directory.WEIGHTS
     key = next(k for k in load_file(file) if k.endswith("model.norm.weight"))
     pico.edit_tensors(file, add={key.replace("model.norm", "model.language_model.norm"): load_file(file)[key] + 1})
     assert "model.norm.weight is replaced twice: which tensor counts?" in refused(base, adapter)
@@ -233,7 +233,7 @@ def test_a_peft_that_leaves_tensors_out_is_noticed(tmp_path: Path) -> None:
     from requant.evaluate import peft_runtime
 
     base, adapter, _ = made(tmp_path)
-    plan, _ = prepare.plan_merge(base, adapters.load(adapter), None, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), None, False)
     smaller = pico.model(num_hidden_layers=1)
     with pytest.raises(StageError, match=r"PEFT .* does not load 2 tensors, e\.g\..*layers\.1"):
         peft_runtime.attach(smaller, plan)

@@ -12,7 +12,7 @@ from helpers import oracle, pico
 from helpers.merging import FP32, NAME, Q
 from safetensors.torch import load_file
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.evaluate import peft_runtime
@@ -43,7 +43,7 @@ def test_the_sum_of_the_deltas(tmp_path: Path, weights: tuple[float, float]) -> 
     expected = pico.logits(live)
     assert tested.worst <= 1
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out")), expected) < FP32
-    assert result.ledger["adapter"]["consumed"] == sum(len(load_file(p / adapters.WEIGHTS)) for p in paths)
+    assert result.ledger["adapter"]["consumed"] == sum(len(load_file(p / peft_directory.WEIGHTS)) for p in paths)
     with live.disable_adapter():
         assert pico.relative(pico.logits(live), pico.logits(pico.model())) < FP32
 
@@ -51,7 +51,7 @@ def test_the_sum_of_the_deltas(tmp_path: Path, weights: tuple[float, float]) -> 
 def test_the_formula(tmp_path: Path) -> None:
     base, paths = two(tmp_path)
     plan, _, _ = pico.merged(base, [(paths[0], 0.5), (paths[1], 3.0)], tmp_path / "out")
-    one, other = (load_file(p / adapters.WEIGHTS) for p in paths)
+    one, other = (load_file(p / peft_directory.WEIGHTS) for p in paths)
     exact = oracle.fold(Checkpoint(base).read(NAME), one[f"{Q}.lora_A.weight"], one[f"{Q}.lora_B.weight"], 0.5 * 6 / 4)
     exact = oracle.fold(exact, other[f"{Q}.lora_A.weight"], other[f"{Q}.lora_B.weight"], 3.0 * 5 / 2**0.5)
     assert torch.allclose(Checkpoint(tmp_path / "out").read(NAME).double(), exact, rtol=0, atol=1e-6)
@@ -103,6 +103,6 @@ def test_what_does_not_add_up(tmp_path: Path, other: dict[str, Any], says: str, 
 def test_another_kind_does_not_add_up(tmp_path: Path) -> None:
     base, paths = two(tmp_path)
     pico.train(pico.model(), tmp_path / "ia3", config=peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    loaded = [adapters.load(paths[0]), adapters.load(tmp_path / "ia3")]
+    loaded = [peft_directory.load(paths[0]), peft_directory.load(tmp_path / "ia3")]
     with pytest.raises(InputError, match="this adapter is IA3; only plain LoRA"):
         prepare.plan_merge(base, loaded, None, False)

@@ -1,4 +1,4 @@
-"""A base by its hub id and revision: downloaded from a stand-in of the hub on loopback, nothing but weights and small files."""
+"""A base by its hub id and revision, downloaded from a stand-in of the hub on loopback."""
 
 from __future__ import annotations
 

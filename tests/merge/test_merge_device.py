@@ -1,4 +1,4 @@
-"""The merge on a device: read ahead, decoded there, folded in full fp32. What needs a GPU is skipped without one."""
+"""`requant.merge.stage` on a GPU: read ahead, decoded there, folded in full fp32; skipped where there is none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import pico
 from safetensors.torch import load_file
 
 from requant import merge
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.merge.plan import MergePlan
 from requant.merge.stage import compute, computed_ahead
 from requant.numerics import nf4
@@ -27,7 +27,7 @@ def planned(tmp: Path, **lora: Any) -> MergePlan:
     source = pico.save(made, tmp / "source", torch.bfloat16)
     base = pico.save_4bit(source, tmp / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     pico.train(made, tmp / "adapter", **lora)
-    return prepare.plan_merge(base, [adapters.load(tmp / "adapter")], None, False)[0]
+    return prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, False)[0]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -50,10 +50,10 @@ def test_reading_ahead_gives_the_same_tensors_in_full_precision(tmp_path: Path) 
     try:
         for (op, value, changes), expected in zip(computed_ahead(plan, CPU), plan.ops, strict=True):
             assert torch.get_float32_matmul_precision() == "highest"
-            theirs, changed = compute(plan, expected)
+            expected_value, changed = compute(plan, expected)
             assert op is expected
             assert changes == changed
-            assert torch.equal(value, theirs)
+            assert torch.equal(value, expected_value)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -67,9 +67,9 @@ def test_a_gpu_writes_what_the_cpu_writes(tmp_path: Path, lora: dict[str, Any]) 
     for name in ("cpu", "cuda"):
         (tmp_path / name).mkdir()
         merge.merge(plan, tmp_path / name, dtype="float32", device=torch.device(name))
-    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("cuda", "cpu"))
+    on_gpu, on_cpu = (load_file(tmp_path / n / "model.safetensors") for n in ("cuda", "cpu"))
     for op in plan.ops:
         if op.folds:
-            torch.testing.assert_close(ours[op.name], theirs[op.name], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(on_gpu[op.name], on_cpu[op.name], rtol=1e-6, atol=1e-7)
         else:
-            assert torch.equal(ours[op.name], theirs[op.name]), op.name
+            assert torch.equal(on_gpu[op.name], on_cpu[op.name]), op.name

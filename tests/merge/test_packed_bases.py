@@ -1,4 +1,4 @@
-"""Every base that people have: 4-bit checkpoints of each storage dtype, nested or not, partly 4-bit, in one file or many."""
+"""4-bit checkpoints of each storage dtype, nested or not, partly 4-bit, in one file or many."""
 
 from __future__ import annotations
 

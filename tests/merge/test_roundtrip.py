@@ -162,7 +162,7 @@ def by_its_loader(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[st
 
 @pytest.mark.filterwarnings("ignore")
 def test_mixtral_is_kept_from_gptqmodel_by_names_alone(tmp_path: Path) -> None:
-    """It asks for the names of transformers 5's modules, servers for the original ones (tests/test_vllm.py): ours."""
+    """It asks for the names of transformers 5's modules, servers for the original ones (tests/deploy/test_vllm.py): ours."""
     model = pico.save(pico.model("mixtral"), tmp_path / "model", torch.float16)
     pico.save_tokenizer(model)
     out = tmp_path / "gptq"

@@ -1,4 +1,4 @@
-"""dequantize -> merge -> self-test -> reload, against PEFT's unmerged forward and bitsandbytes' live model in fp32."""
+"""`requant.merge`: decode, fold, self-test, reload, against PEFT's unmerged forward and bitsandbytes' live model in fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.merging import FP32, NAME, Q, ledger
 from safetensors.torch import load_file
 
 from requant import merge
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.merge.base_weights import Nf4Settings
@@ -285,15 +285,15 @@ def small(tmp: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> tuple[P
 
 
 def plan_of(base: Path, adapter: Path, simulate: Nf4Settings | None = None) -> MergePlan:
-    return prepare.plan_merge(base, adapters.load(adapter), simulate, False)[0]
+    return prepare.plan_merge(base, peft_directory.load(adapter), simulate, False)[0]
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_fold_is_the_formula(tmp_path: Path, dora: bool) -> None:
     base, adapter = small(tmp_path, use_dora=dora)
-    loaded = adapters.load(adapter)
+    loaded = peft_directory.load(adapter)
     weight = Checkpoint(base).read(NAME)
-    t = load_file(adapter / adapters.WEIGHTS)
+    t = load_file(adapter / peft_directory.WEIGHTS)
     magnitude = t[f"{Q}.lora_magnitude_vector"] if dora else None
     expected = oracle.fold(weight, t[f"{Q}.lora_A.weight"], t[f"{Q}.lora_B.weight"], 6 / 4, magnitude)
     fold = loaded.folds[NAME.removesuffix(".weight")]
@@ -305,9 +305,9 @@ def test_fold_is_the_formula(tmp_path: Path, dora: bool) -> None:
 
 def test_a_zero_adapter_changes_no_bit(tmp_path: Path) -> None:
     base, adapter = small(tmp_path)
-    weights = adapter / adapters.WEIGHTS
+    weights = adapter / peft_directory.WEIGHTS
     pico.edit_tensors(weights, change={n: torch.zeros_like for n in load_file(weights) if "lora_B" in n})
-    fold = adapters.load(adapter).folds[NAME.removesuffix(".weight")]
+    fold = peft_directory.load(adapter).folds[NAME.removesuffix(".weight")]
     weight = Checkpoint(base).read(NAME)
     before = weight.clone()
     assert not fold.apply(weight)
@@ -319,7 +319,7 @@ def test_one_rounding_at_the_end(tmp_path: Path) -> None:
     base, adapter = small(tmp_path, torch.bfloat16)
     _, result, tested = pico.merged(base, adapter, tmp_path / "out", dtype="auto")
     assert (result.dtype, tested.worst <= 1) == ("float16", True)
-    t = load_file(adapter / adapters.WEIGHTS)
+    t = load_file(adapter / peft_directory.WEIGHTS)
     exact = oracle.fold(Checkpoint(base).read(NAME), t[f"{Q}.lora_A.weight"], t[f"{Q}.lora_B.weight"], 6 / 4)
     written = Checkpoint(tmp_path / "out").read(NAME).double()
     ulp = torch.maximum(exact.abs(), torch.tensor(2.0**-14)).log2().floor().exp2() * 2.0**-10
@@ -393,20 +393,20 @@ def test_wrong_shapes_fail(tmp_path: Path) -> None:
 def test_a_replaced_tensor_of_another_shape_fails(tmp_path: Path) -> None:
     base, adapter = small(tmp_path, modules_to_save=["lm_head"])
     name = "base_model.model.lm_head.weight"
-    pico.edit_tensors(adapter / adapters.WEIGHTS, change={name: lambda t: t[:, :32]})
+    pico.edit_tensors(adapter / peft_directory.WEIGHTS, change={name: lambda t: t[:, :32]})
     assert "lm_head.weight has shape (96, 32), the base's is (96, 64)" in no_plan(base, adapter)
 
 
 def test_all_zero_b_fails(tmp_path: Path) -> None:
     base, adapter = small(tmp_path)
-    weights = adapter / adapters.WEIGHTS
+    weights = adapter / peft_directory.WEIGHTS
     pico.edit_tensors(weights, change={n: torch.zeros_like for n in load_file(weights) if "lora_B" in n})
     assert "every LoRA delta is exactly zero: this adapter was never trained" in no_merge(base, adapter)
 
 
 def test_some_zero_b_is_reported(tmp_path: Path) -> None:
     base, adapter = small(tmp_path)
-    pico.edit_tensors(adapter / adapters.WEIGHTS, change={f"{Q}.lora_B.weight": torch.zeros_like})
+    pico.edit_tensors(adapter / peft_directory.WEIGHTS, change={f"{Q}.lora_B.weight": torch.zeros_like})
     _, result, _ = pico.merged(base, adapter, tmp_path / "out")
     assert result.untrained == ["model.layers.0.self_attn.q_proj"]
 
@@ -424,7 +424,7 @@ def test_nan_in_the_base_fails(tmp_path: Path) -> None:
 
 def test_nan_in_the_adapter_fails(tmp_path: Path) -> None:
     base, adapter = small(tmp_path)
-    pico.edit_tensors(adapter / adapters.WEIGHTS, change={f"{Q}.lora_B.weight": lambda t: t * float("inf")})
+    pico.edit_tensors(adapter / peft_directory.WEIGHTS, change={f"{Q}.lora_B.weight": lambda t: t * float("inf")})
     assert f"{NAME}: NaN or infinity" in no_merge(base, adapter, "auto")
 
 

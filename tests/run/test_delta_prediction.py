@@ -11,7 +11,7 @@ import torch
 from helpers import pico
 from torch import Tensor
 
-from requant.adapters import peft_directory as adapters
+from requant.adapters import peft_directory
 from requant.numerics import nf4
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Settings
@@ -94,7 +94,7 @@ def test_nf4_and_a_symmetric_grid_of_its_own_block_size_resonate() -> None:
 def planned(tmp: Path, **options: Any) -> tuple[Any, Any]:
     base = pico.save(pico.model(), tmp / "base", torch.float32)
     pico.train(pico.reload(base), tmp / "adapter", **options)
-    plan, model = prepare.plan_merge(base, adapters.load(tmp / "adapter"), None, False)
+    plan, model = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
     return plan, prepare.plan_quantize(plan, model, Settings(Grid(4, 32)), torch.bfloat16)
 
 
