@@ -79,10 +79,12 @@ class Bench:
             plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
             merge.merge(plan, self.merged, dtype="auto")
         self.documents = {n: tokenize(Source(path=args.texts / n), self.tokenizer) for n in ENTRIES}
-        self.places = variants.Places(args.base, args.adapter, self.merged, self.merged, None, {})
+        self.sources = variants.VariantSources(
+            base=args.base, adapter=args.adapter, merged=self.merged, gptq=self.merged
+        )
         with phase("score merged", self.seconds):
             self.sets = [self._set(name, file) for name, file in SETS]
-            self.judge = variants.load("merged", self.places, device=DEVICE, dtype=torch.float32)
+            self.judge = variants.load("merged", self.sources, device=DEVICE, dtype=torch.float32)
             self.floor = self.scored()
         self.parameters = dict(self.judge.named_parameters())
 
@@ -197,7 +199,7 @@ class Bench:
     def model(self, name: str) -> Any:
         """A teacher: in the merged file's 16 bit on a GPU, fp32 on a CPU."""
         dtype = torch.float16 if DEVICE.type == "cuda" and name == "merged" else teacher.product_dtype(DEVICE)
-        return variants.load(name, self.places, device=DEVICE, dtype=dtype)
+        return variants.load(name, self.sources, device=DEVICE, dtype=dtype)
 
 
 def save(out: Path, result: dict[str, Any]) -> None:

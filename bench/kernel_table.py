@@ -73,8 +73,7 @@ def make_model(out: Path) -> None:
 @torch.no_grad()
 def reference(path: Path, rows: list[list[int]]) -> list[float]:
     """-ln p of every token by our own decoding, fp32."""
-    places = variants.Places(path, path, path, path, None, {})
-    model = variants.quantized(path, places, torch.device("cpu"), torch.float32)
+    model = variants.quantized(path, device=torch.device("cpu"), dtype=torch.float32)
     logits = model(input_ids=torch.tensor(rows)).logits[:, :-1].float()
     targets = torch.tensor(rows)[:, 1:]
     nll: list[float] = torch.nn.functional.cross_entropy(

@@ -93,12 +93,12 @@ def score(args: argparse.Namespace) -> None:
     from requant_eval.scoring.score_loop import score as score_set
 
     _, _, sets = windows(args.recipe, args.set)
-    places = variants.Places(args.merged, args.merged, args.merged, args.merged, None, {})
+    sources = variants.VariantSources.of_checkpoint(args.merged)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.work == args.merged:
-        model = variants.load("merged", places, device=device, dtype=torch.float32)
+        model = variants.load("merged", sources, device=device, dtype=torch.float32)
     else:
-        model = variants.quantized(args.work, places, device, torch.float32)
+        model = variants.quantized(args.work, device=device, dtype=torch.float32)
     nll = {s.name: float(score_set(model, s, batch=4, device=device).nll.mean()) for s in sets}
     print("RESULT " + json.dumps(nll))
 

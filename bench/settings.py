@@ -99,8 +99,8 @@ def main() -> None:
     plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
     merge.merge(plan, merged, dtype="auto")
     entries, sets = texts(args.texts, tokenizer)
-    places = variants.Places(args.base, args.adapter, merged, merged, None, {})
-    model = variants.load("merged", places, device=device, dtype=torch.float32)
+    sources = variants.VariantSources.of_checkpoint(merged)
+    model = variants.load("merged", sources, device=device, dtype=torch.float32)
     floor = {s.name: float(score(model, s, batch=16, device=device).nll.mean()) for s in sets}
     rows: list[dict[str, Any]] = [{"setting": "merged"} | floor]
     for name, (settings, exact, samples, length) in SETTINGS.items():
@@ -115,7 +115,7 @@ def main() -> None:
         started = time.perf_counter()
         quantize.quantize(merged, out, windows, settings, dtype=torch.bfloat16, device=device)
         seconds = time.perf_counter() - started
-        model = variants.quantized(out, places, device, torch.float32)
+        model = variants.quantized(out, device=device, dtype=torch.float32)
         loss = {s.name: float(score(model, s, batch=16, device=device).nll.mean()) - floor[s.name] for s in sets}
         rows.append({"setting": name, "seconds": round(seconds, 1)} | loss)
         print(f"{name:44} {loss['in-domain']:.4f} {loss['general']:.4f}  {seconds:.1f} s", flush=True)

@@ -61,8 +61,8 @@ def evaluation(vocabulary: int, count: int, length: int) -> Any:
     return make_set("random", [Document(tuple(row)) for row in ids], window=length, bos_id=None)
 
 
-def places(model: Path) -> variants.Places:
-    return variants.Places(model, model, model, model, None, {})
+def sources(model: Path) -> variants.VariantSources:
+    return variants.VariantSources.of_checkpoint(model)
 
 
 def scored(model: Path, eval_set: Any, batch: int, *, whole: bool, **reference: Any) -> tuple[Any, dict[str, float]]:
@@ -71,9 +71,9 @@ def scored(model: Path, eval_set: Any, batch: int, *, whole: bool, **reference: 
 
     def work() -> Any:
         if whole:
-            made: Any = variants.load("merged", places(model), device=DEVICE, dtype=DTYPE)
+            made: Any = variants.load("merged", sources(model), device=DEVICE, dtype=DTYPE)
         else:
-            made = streamed.Streamed(streamed.walk_of("merged", places(model), device=DEVICE, dtype=DTYPE))
+            made = streamed.Streamed(streamed.walk_of("merged", sources(model), device=DEVICE, dtype=DTYPE))
             made.run([w.ids for w in eval_set.windows], batch)
         return score(made, eval_set, batch=batch, device=DEVICE, **reference)
 
@@ -225,7 +225,7 @@ def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     needs = forecast(
         prepared,
-        evaluation_inputs.places(prepared, where),
+        evaluation_inputs.variant_sources(prepared, where),
         device,
         evaluation_inputs.dtype(prepared, device),
         evaluation_inputs.batch(prepared, device),

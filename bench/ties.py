@@ -59,8 +59,8 @@ def losses(args: argparse.Namespace, checkpoint: Path) -> Any:
 
     from requant.evaluate import variants
 
-    places = variants.Places(args.merged, args.merged, args.merged, checkpoint, None, {})
-    model = variants.load("gptq", places, device=torch.device("cpu"), dtype=torch.float32)
+    sources = variants.VariantSources.of_checkpoint(checkpoint)
+    model = variants.load("gptq", sources, device=torch.device("cpu"), dtype=torch.float32)
     out = []
     with torch.no_grad():
         for ids in windows(args)[args.samples :].split(8):

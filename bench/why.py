@@ -41,11 +41,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     sets = [recipe_texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
     plan, _ = prepare.plan_merge(args.original, peft_directory.load(folder), None, False)
-    places = variants.Places(base, folder, args.original, base, None, {}, original=plan)
+    sources = variants.VariantSources(base=base, adapter=folder, merged=args.original, gptq=base, original=plan)
     rows: dict[str, Any] = {}
     for road in ("base", "adapter", "merged into the 16-bit original", "merge_and_unload on the 4-bit layers"):
         name = road if road in ("base", "adapter") else "original" if "original" in road else "adapter"
-        model = variants.load(name, places, device=torch.device("cpu"), dtype=torch.float32)
+        model = variants.load(name, sources, device=torch.device("cpu"), dtype=torch.float32)
         if "unload" in road:
             model = model.merge_and_unload()
         rows[road] = {

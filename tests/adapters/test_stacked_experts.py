@@ -81,8 +81,8 @@ def test_transformers_reads_them_as_we_do(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gptqmodel")
     source = pico.save(pico.model(kind, **KINDS[kind][0]), tmp_path / "model", torch.float16)
     plan = pico.packed(source, tmp_path / "out", Grid(4, 32))
-    places = variants.Places(source, source, source, tmp_path / "out", None, plan.grids)
-    ours = variants.load("gptq", places, device=torch.device("cpu"), dtype=torch.float32)
+    sources = variants.VariantSources.of_checkpoint(source, gptq=tmp_path / "out")
+    ours = variants.load("gptq", sources, device=torch.device("cpu"), dtype=torch.float32)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", device_map={"": "cpu"}, dtype=torch.float32,
         quantization_config=transformers.GPTQConfig(bits=4, backend="gptq_torch"),

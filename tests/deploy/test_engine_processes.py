@@ -116,8 +116,7 @@ def test_the_logits_of_transformers_are_those_of_our_decoding(good: Path, dtype:
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(good, dtype=dtype, device_map={"": "cpu"}).eval()
     assert sum(hasattr(m, "qweight") for m in loaded.modules()) == 14, "packed, not plain linears"
-    places = variants.Places(good, good, good, good, None, {})
-    ours = variants.quantized(good, places, torch.device("cpu"), torch.float32)
+    ours = variants.quantized(good, device=torch.device("cpu"), dtype=torch.float32)
     with one_thread():
         assert pico.relative(pico.logits(loaded), pico.logits(ours)) < bound
         made = loaded.generate(pico.ids(1, 8), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)

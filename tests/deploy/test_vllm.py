@@ -243,8 +243,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def ours(path: Path, ids: list[int]) -> float:
-    places = variants.Places(path, path, path, path, None, {})
-    model = variants.quantized(path, places, torch.device("cpu"), torch.float32)
+    model = variants.quantized(path, device=torch.device("cpu"), dtype=torch.float32)
     logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])))
 

@@ -42,20 +42,19 @@ class Turns(Ranks):
 
 
 @pytest.fixture(scope="module")
-def given(project: Path, finished: Path) -> tuple[variants.Places, Scores]:
+def given(project: Path, finished: Path) -> tuple[variants.VariantSources, Scores]:
     """What the finished run evaluated, of three variants."""
     p = prepare.prepare(recipe(project, finished.parent))
-    places = variants.Places(
-        p.sources.base,
-        p.sources.adapter,
-        finished / "merged",
-        finished / "gptq",
-        None,
-        p.quantize.plan.grids,
+    sources = variants.VariantSources(
+        base=p.sources.base,
+        adapter=p.sources.adapter,
+        merged=finished / "merged",
+        gptq=finished / "gptq",
+        grids=p.quantize.plan.grids,
         plan=p.merge.plan,
     )
     keys = {name: name for name in NAMES}
-    return places, Scores(finished / ".cache", p.texts.sets, keys, torch.device("cpu"), torch.float32, True)
+    return sources, Scores(finished / ".cache", p.texts.sets, keys, torch.device("cpu"), torch.float32, True)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +63,16 @@ def alone() -> Iterator[None]:
         yield
 
 
-def scored(given: tuple[variants.Places, Scores], cache: Path, ranks: Ranks, **changes: Any) -> tuple[Any, Scores]:
+def scored(
+    given: tuple[variants.VariantSources, Scores], cache: Path, ranks: Ranks, **changes: Any
+) -> tuple[Any, Scores]:
     cache.mkdir(exist_ok=True)
     scores = replace(given[1], cache=cache, **changes)
     return over_ranks.evaluate(scores, given[0], ranks=ranks, batch=4), scores
 
 
 def test_parts_make_the_whole(
-    given: tuple[variants.Places, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: tuple[variants.VariantSources, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, one = scored(given, tmp_path / "one", SINGLE_PROCESS)
     told, three = scored(given, tmp_path / "three", Turns(3))
@@ -96,7 +97,7 @@ def test_parts_make_the_whole(
 
 
 def test_a_new_variant_is_compared_with_parts_of_the_reference(
-    given: tuple[variants.Places, Scores], tmp_path: Path
+    given: tuple[variants.VariantSources, Scores], tmp_path: Path
 ) -> None:
     """One rank scored the reference before: two need its states for their own windows."""
     keys = {name: name for name in ("adapter", "merged")}
@@ -107,7 +108,7 @@ def test_a_new_variant_is_compared_with_parts_of_the_reference(
 
 
 def test_canaries_alone_score_nothing_again(
-    given: tuple[variants.Places, Scores], tmp_path: Path, project: Path
+    given: tuple[variants.VariantSources, Scores], tmp_path: Path, project: Path
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -122,7 +123,9 @@ def test_canaries_alone_score_nothing_again(
     assert not list((tmp_path / "c" / "ranks-2").rglob("*.safetensors"))
 
 
-def test_parts_of_another_number_of_ranks_are_removed(given: tuple[variants.Places, Scores], tmp_path: Path) -> None:
+def test_parts_of_another_number_of_ranks_are_removed(
+    given: tuple[variants.VariantSources, Scores], tmp_path: Path
+) -> None:
     keys = {"merged": "merged"}
     scored(given, tmp_path / "c", Turns(3), keys=keys, kl=False)
     for file in (tmp_path / "c").glob("merged-*"):
@@ -132,7 +135,7 @@ def test_parts_of_another_number_of_ranks_are_removed(given: tuple[variants.Plac
 
 
 def test_notes_of_all_ranks_are_told(
-    given: tuple[variants.Places, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: tuple[variants.VariantSources, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = {"variants": ["merged"], "streamed": ["merged"], "notes": ["went on with 2"]}
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: told)
@@ -159,12 +162,14 @@ def test_fewer_windows_than_ranks_leave_some_with_none() -> None:
     assert [len(over_ranks.windows_of(one, rank, 3)) for rank in range(3)] == [0, 1, 0]
 
 
-def test_what_a_killed_run_left_half_written_goes(given: tuple[variants.Places, Scores], tmp_path: Path) -> None:
+def test_what_a_killed_run_left_half_written_goes(
+    given: tuple[variants.VariantSources, Scores], tmp_path: Path
+) -> None:
     """Names hold the process's number: nobody else writes them again."""
     left = [tmp_path / name for name in (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp")]
     for file in left:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"half")
-    places, scores = given
-    over_ranks.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), places, ranks=SINGLE_PROCESS, batch=1)
+    sources, scores = given
+    over_ranks.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), sources, ranks=SINGLE_PROCESS, batch=1)
     assert not any(file.exists() for file in left)

@@ -26,21 +26,20 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def given(project: Path, finished: Path) -> tuple[variants.Places, Scores]:
+def given(project: Path, finished: Path) -> tuple[variants.VariantSources, Scores]:
     """What the finished run evaluated, and its scores."""
     p = prepare.prepare(recipe(project, finished.parent))
-    places = variants.Places(
-        p.sources.base,
-        p.sources.adapter,
-        finished / "merged",
-        finished / "gptq",
-        None,
-        p.quantize.plan.grids,
-        p.merge.onto_original,
+    sources = variants.VariantSources(
+        base=p.sources.base,
+        adapter=p.sources.adapter,
+        merged=finished / "merged",
+        gptq=finished / "gptq",
+        grids=p.quantize.plan.grids,
+        original=p.merge.onto_original,
         plan=p.merge.plan,
     )
     keys = {name: name for name in ALL}
-    return places, Scores(finished / ".cache", p.texts.sets, keys, CPU, torch.float32, True)
+    return sources, Scores(finished / ".cache", p.texts.sets, keys, CPU, torch.float32, True)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture
-def scores(given: tuple[variants.Places, Scores], tmp_path: Path) -> Scores:
+def scores(given: tuple[variants.VariantSources, Scores], tmp_path: Path) -> Scores:
     return replace(given[1], cache=tmp_path)
 
 
@@ -62,7 +61,7 @@ def kept(finished: Path, name: str, variant: str) -> Any:
 
 
 def test_streamed_scores_are_the_whole_models(
-    given: tuple[variants.Places, Scores], scores: Scores, finished: Path
+    given: tuple[variants.VariantSources, Scores], scores: Scores, finished: Path
 ) -> None:
     """Every variant, against the scores of the finished run; KL against the streamed reference too."""
     steps: list[tuple[int, int, str]] = []
@@ -86,7 +85,7 @@ def test_streamed_scores_are_the_whole_models(
 
 
 def test_what_fits_stays_whole_and_what_does_not_is_streamed(
-    given: tuple[variants.Places, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch
+    given: tuple[variants.VariantSources, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = replace(scores, keys={n: n for n in ("adapter", "merged")}, sets=scores.sets[:1])
     tokens = 8 * two.sets[0].window
@@ -99,7 +98,11 @@ def test_what_fits_stays_whole_and_what_does_not_is_streamed(
 
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_out_of_memory_halves_the_batch(
-    given: tuple[variants.Places, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path, stream: Any
+    given: tuple[variants.VariantSources, Scores],
+    scores: Scores,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Path,
+    stream: Any,
 ) -> None:
     score = score_loop.score
 
@@ -120,7 +123,7 @@ def test_out_of_memory_halves_the_batch(
 
 
 def test_what_turns_out_not_to_fit_is_streamed(
-    given: tuple[variants.Places, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path
+    given: tuple[variants.VariantSources, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

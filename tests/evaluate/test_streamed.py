@@ -62,8 +62,8 @@ def tuned(tmp: Path, config: peft.PeftConfig, kind: str = "llama", **changes: An
     base = pico.save(made, tmp / "base")
     live = pico.train(made, tmp / "adapter", config=config)
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, False)
-    places = variants.Places(base, tmp / "adapter", base, base, None, {}, plan=plan)
-    return live, Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32))
+    sources = variants.VariantSources(base=base, adapter=tmp / "adapter", merged=base, gptq=base, plan=plan)
+    return live, Streamed(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
 
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -107,10 +107,12 @@ def test_base_and_adapter_are_those_of_bitsandbytes(
         base = pico.save_4bit(base, tmp_path / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     pico.train(made, tmp_path / "adapter")
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], simulate, False)
-    places = variants.Places(base, tmp_path / "adapter", base, base, simulate, {}, plan=plan)
+    sources = variants.VariantSources(
+        base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, simulate=simulate, plan=plan
+    )
     for name in ("base", "adapter"):
-        live = variants.load(name, places, device=CPU, dtype=F32)
-        compare(live, Streamed(streamed.walk_of(name, places, device=CPU, dtype=F32)), tolerance=tolerance)
+        live = variants.load(name, sources, device=CPU, dtype=F32)
+        compare(live, Streamed(streamed.walk_of(name, sources, device=CPU, dtype=F32)), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -122,10 +124,17 @@ def test_what_is_made_of_the_merged_model(tmp_path: Path, kind: str) -> None:
     planned, _ = quantize.quantize(
         source, tmp_path / "gptq", pico.ids(4), Settings(grid), dtype=torch.bfloat16, device=CPU
     )
-    places = variants.Places(source, source, source, tmp_path / "gptq", None, planned.grids, healed=tmp_path / "gptq")
+    sources = variants.VariantSources(
+        base=source,
+        adapter=source,
+        merged=source,
+        gptq=tmp_path / "gptq",
+        healed=tmp_path / "gptq",
+        grids=planned.grids,
+    )
     for name in ("merged", "rtn", "gptq", "healed"):
-        live = variants.load(name, places, device=CPU, dtype=F32)
-        compare(live, Streamed(streamed.walk_of(name, places, device=CPU, dtype=F32)))
+        live = variants.load(name, sources, device=CPU, dtype=F32)
+        compare(live, Streamed(streamed.walk_of(name, sources, device=CPU, dtype=F32)))
 
 
 def test_a_resized_vocabulary(tmp_path: Path) -> None:
@@ -135,8 +144,8 @@ def test_a_resized_vocabulary(tmp_path: Path) -> None:
     made.resize_token_embeddings(pico.VOCABULARY + 8, mean_resizing=False)
     live = pico.train(made, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, False)
-    places = variants.Places(base, tmp_path / "adapter", base, base, None, {}, plan=plan)
-    parts = Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32))
+    sources = variants.VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plan)
+    parts = Streamed(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
     ids = torch.tensor([[1, pico.VOCABULARY + 3, 5, pico.VOCABULARY + 7]])
     assert pico.relative(parts(ids).logits.double(), pico.logits(live, ids)) < 2e-6
 
@@ -147,11 +156,16 @@ def test_two_weighted_adapters(tmp_path: Path) -> None:
         pico.train(pico.model(), tmp_path / name, seed=seed)
     loaded = [peft_directory.load(tmp_path / n, weight=w) for n, w in (("a", 0.5), ("b", 1.5))]
     plan, _ = prepare.plan_merge(base, loaded, None, False)
-    places = variants.Places(
-        base, tmp_path / "a", base, base, Nf4Settings(quant_type="nf4", double_quant=False), {}, plan=plan
+    sources = variants.VariantSources(
+        base=base,
+        adapter=tmp_path / "a",
+        merged=base,
+        gptq=base,
+        simulate=Nf4Settings(quant_type="nf4", double_quant=False),
+        plan=plan,
     )
-    live = variants.load("adapter", places, device=CPU, dtype=F32)
-    compare(live, Streamed(streamed.walk_of("adapter", places, device=CPU, dtype=F32)))
+    live = variants.load("adapter", sources, device=CPU, dtype=F32)
+    compare(live, Streamed(streamed.walk_of("adapter", sources, device=CPU, dtype=F32)))
 
 
 class Full:
@@ -232,5 +246,5 @@ def test_lora_on_stacked_experts_is_not_streamed(tmp_path: Path) -> None:
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", target_parameters=["mlp.experts.gate_up_proj"])
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, False)
-    places = variants.Places(base, tmp_path / "adapter", base, base, None, {}, plan=plan)
-    assert [streamed.possible(n, places) for n in ("base", "adapter", "merged")] == [True, False, True]
+    sources = variants.VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plan)
+    assert [streamed.possible(n, sources) for n in ("base", "adapter", "merged")] == [True, False, True]

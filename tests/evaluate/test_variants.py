@@ -27,12 +27,16 @@ GROUP = 32
 
 
 @pytest.fixture(scope="module")
-def places(project: Path, finished: Path) -> variants.Places:
+def sources(project: Path, finished: Path) -> variants.VariantSources:
     prepared = prepare.prepare(recipe(project, finished.parent))
-    return variants.Places(
-        prepared.sources.base, prepared.sources.adapter, finished / "merged", finished / "gptq", None, prepared.quantize.plan.grids,
-        prepared.merge.onto_original,
-    )  # fmt: skip
+    return variants.VariantSources(
+        base=prepared.sources.base,
+        adapter=prepared.sources.adapter,
+        merged=finished / "merged",
+        gptq=finished / "gptq",
+        grids=prepared.quantize.plan.grids,
+        original=prepared.merge.onto_original,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +50,8 @@ def alone() -> Iterator[None]:
         yield
 
 
-def load(name: str, places: variants.Places, dtype: torch.dtype = torch.float32) -> Any:
-    return variants.load(name, places, device=CPU, dtype=dtype)
+def load(name: str, sources: variants.VariantSources, dtype: torch.dtype = torch.float32) -> Any:
+    return variants.load(name, sources, device=CPU, dtype=dtype)
 
 
 @torch.no_grad()
@@ -83,20 +87,20 @@ def llama(project: Path, weights: dict[str, Tensor]) -> Any:
     return model.float().eval()
 
 
-def test_gptq_is_the_written_checkpoint(project: Path, places: variants.Places, ids: Tensor) -> None:
-    expected = llama(project, by_hand(places.gptq))
-    ours = load("gptq", places)
+def test_gptq_is_the_written_checkpoint(project: Path, sources: variants.VariantSources, ids: Tensor) -> None:
+    expected = llama(project, by_hand(sources.gptq))
+    ours = load("gptq", sources)
     torch.testing.assert_close(logits(ours, ids), logits(expected, ids), rtol=0, atol=1e-5)
     torch.testing.assert_close(dict(ours.named_parameters()), dict(expected.named_parameters()), rtol=1e-6, atol=0)
 
 
-def test_merged_is_the_merged_checkpoint(project: Path, places: variants.Places, ids: Tensor) -> None:
-    expected = llama(project, load_file(places.merged / "model.safetensors"))
-    torch.testing.assert_close(logits(load("merged", places), ids), logits(expected, ids), rtol=0, atol=1e-5)
+def test_merged_is_the_merged_checkpoint(project: Path, sources: variants.VariantSources, ids: Tensor) -> None:
+    expected = llama(project, load_file(sources.merged / "model.safetensors"))
+    torch.testing.assert_close(logits(load("merged", sources), ids), logits(expected, ids), rtol=0, atol=1e-5)
 
 
-def test_rtn_is_nearest_on_its_own_grid_and_nothing_else_changes(places: variants.Places) -> None:
-    merged, rtn = dict(load("merged", places).named_parameters()), dict(load("rtn", places).named_parameters())
+def test_rtn_is_nearest_on_its_own_grid_and_nothing_else_changes(sources: variants.VariantSources) -> None:
+    merged, rtn = dict(load("merged", sources).named_parameters()), dict(load("rtn", sources).named_parameters())
     changed = {f"{m}.weight" for m in MODULES}
     assert merged.keys() == rtn.keys()
     for name in merged.keys() - changed:
@@ -112,18 +116,20 @@ def test_rtn_is_nearest_on_its_own_grid_and_nothing_else_changes(places: variant
         assert not torch.equal(before, after)
 
 
-def test_rtn_follows_every_modules_own_grid(places: variants.Places) -> None:
+def test_rtn_follows_every_modules_own_grid(sources: variants.VariantSources) -> None:
     name = MODULES[-1]
-    finer = replace(places, grids={**places.grids, name: Grid(8, GROUP)})
+    finer = replace(sources, grids={**sources.grids, name: Grid(8, GROUP)})
     merged, coarse, fine = (
         dict(load(v, p).named_parameters())[f"{name}.weight"]
-        for v, p in (("merged", places), ("rtn", places), ("rtn", finer))
+        for v, p in (("merged", sources), ("rtn", sources), ("rtn", finer))
     )
     assert (fine - merged).norm() < (coarse - merged).norm() / 10
 
 
-def test_base_and_adapter_differ_by_the_lora_delta(places: variants.Places, project: Path, ids: Tensor) -> None:
-    base, adapter = load("base", places), load("adapter", places)
+def test_base_and_adapter_differ_by_the_lora_delta(
+    sources: variants.VariantSources, project: Path, ids: Tensor
+) -> None:
+    base, adapter = load("base", sources), load("adapter", sources)
     weights = load_file(project / "adapter" / "adapter_model.safetensors")
     name = MODULES[0]
     a, b = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
@@ -133,62 +139,66 @@ def test_base_and_adapter_differ_by_the_lora_delta(places: variants.Places, proj
         tuned = adapter.get_submodule(f"base_model.model.{name}")(x)
     torch.testing.assert_close(tuned - plain, 12 / 8 * x @ a.T @ b.T, rtol=1e-4, atol=1e-5)
     assert (logits(adapter, ids) - logits(base, ids)).abs().max() > 0.1
-    torch.testing.assert_close(logits(adapter, ids), logits(load("merged", places), ids), rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits(adapter, ids), logits(load("merged", sources), ids), rtol=0, atol=1e-3)
 
 
-def test_original_is_the_16_bit_base_with_the_delta(project: Path, places: variants.Places, ids: Tensor) -> None:
+def test_original_is_the_16_bit_base_with_the_delta(
+    project: Path, sources: variants.VariantSources, ids: Tensor
+) -> None:
     weights = {n: t.float() for n, t in load_file(project / "original" / "model.safetensors").items()}
     adapter = load_file(project / "adapter" / "adapter_model.safetensors")
     for module in MODULES:
         a, b = (adapter[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
         weights[f"{module}.weight"] = (weights[f"{module}.weight"].double() + 12 / 8 * b @ a).float()
-    ours = load("original", places)
+    ours = load("original", sources)
     torch.testing.assert_close(logits(ours, ids), logits(llama(project, weights), ids), rtol=0, atol=1e-4)
-    assert (logits(ours, ids) - logits(load("merged", places), ids)).abs().max() > 0.01, "NF4 cost something"
+    assert (logits(ours, ids) - logits(load("merged", sources), ids)).abs().max() > 0.01, "NF4 cost something"
 
 
 def test_a_16_bit_base_runs_through_bitsandbytes_as_the_recipe_says(
-    project: Path, places: variants.Places, ids: Tensor
+    project: Path, sources: variants.VariantSources, ids: Tensor
 ) -> None:
-    simulated = replace(places, base=project / "original", simulate=Nf4Settings(quant_type="nf4", double_quant=True))
+    simulated = replace(sources, base=project / "original", simulate=Nf4Settings(quant_type="nf4", double_quant=True))
     torch.testing.assert_close(
-        logits(load("base", simulated), ids), logits(load("base", places), ids), rtol=0, atol=1e-5
+        logits(load("base", simulated), ids), logits(load("base", sources), ids), rtol=0, atol=1e-5
     )
     other = replace(simulated, simulate=Nf4Settings(quant_type="fp4", double_quant=True))
-    assert (logits(load("base", other), ids) - logits(load("base", places), ids)).abs().max() > 0.01
+    assert (logits(load("base", other), ids) - logits(load("base", sources), ids)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["base", "adapter", "merged", "rtn", "gptq", "original"])
-def test_the_forward_pass_computes_in_the_dtype_asked_for(places: variants.Places, ids: Tensor, name: str) -> None:
-    model = load(name, places, torch.bfloat16)
+def test_the_forward_pass_computes_in_the_dtype_asked_for(
+    sources: variants.VariantSources, ids: Tensor, name: str
+) -> None:
+    model = load(name, sources, torch.bfloat16)
     assert not model.training
     with torch.no_grad():
         out = model(input_ids=ids).logits
     assert out.dtype == torch.bfloat16
-    exact = logits(load(name, places), ids)
+    exact = logits(load(name, sources), ids)
     error = (out.float() - exact).norm() / exact.norm()
     assert 0 < error < 0.1
 
 
-def test_rtn_rounds_the_merged_weights_and_not_their_cast(places: variants.Places) -> None:
+def test_rtn_rounds_the_merged_weights_and_not_their_cast(sources: variants.VariantSources) -> None:
     """What would ship is rounded from the stored weights; the forward pass's dtype comes after."""
-    exact, cast = (dict(load("rtn", places, dtype).named_parameters()) for dtype in (torch.float32, torch.bfloat16))
+    exact, cast = (dict(load("rtn", sources, dtype).named_parameters()) for dtype in (torch.float32, torch.bfloat16))
     for module in MODULES:
         assert torch.equal(cast[f"{module}.weight"], exact[f"{module}.weight"].bfloat16()), module
 
 
-def test_a_checkpoint_without_one_of_its_tensors(places: variants.Places) -> None:
-    model, stored = variants.plain("merged", places, CPU)
+def test_a_checkpoint_without_one_of_its_tensors(sources: variants.VariantSources) -> None:
+    model, stored = variants.plain("merged", sources, CPU)
     del stored._infos["model.norm.weight"]  # type: ignore[attr-defined]
     with pytest.raises(StageError, match=r"1 tensors of the model are missing, e.g. model.norm.weight"):
         variants.fill(model, stored, CPU, torch.float32)
 
 
-def test_an_unknown_name(places: variants.Places) -> None:
+def test_an_unknown_name(sources: variants.VariantSources) -> None:
     with pytest.raises(ValueError, match="no variant 'healed'"):
-        load("healed", places)
+        load("healed", sources)
     with pytest.raises(ValueError, match="no variant 'original'"):
-        load("original", replace(places, original=None))
+        load("original", replace(sources, original=None))
 
 
 class Loading:
@@ -213,23 +223,23 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> Loading:
     return loader
 
 
-def test_a_gpu_gets_a_model_without_a_copy_on_the_host(places: variants.Places, loading: Loading) -> None:
+def test_a_gpu_gets_a_model_without_a_copy_on_the_host(sources: variants.VariantSources, loading: Loading) -> None:
     gpu = torch.device("cuda", 1)
-    model = variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    model = variants.load("merged", sources, device=gpu, dtype=torch.bfloat16)
     assert [options["device_map"] for options in loading.asked] == [{"": gpu}]
     assert not model.training
-    variants.load("merged", places, device=CPU, dtype=torch.float32)
+    variants.load("merged", sources, device=CPU, dtype=torch.float32)
     assert "device_map" not in loading.asked[1]
 
 
-def test_memory_that_runs_out_while_loading_is_told_as_such(places: variants.Places, loading: Loading) -> None:
+def test_memory_that_runs_out_while_loading_is_told_as_such(sources: variants.VariantSources, loading: Loading) -> None:
     """Scoring goes on block by block then; transformers hides it where it puts experts together, so the host does that."""
     gpu = torch.device("cuda")
     loading.failing = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+        variants.load("merged", sources, device=gpu, dtype=torch.bfloat16)
     assert len(loading.asked) == 1
     loading.failing = RuntimeError("We encountered some issues during automatic conversion of the weights")
-    variants.load("merged", places, device=gpu, dtype=torch.bfloat16)
+    variants.load("merged", sources, device=gpu, dtype=torch.bfloat16)
     assert "device_map" not in loading.asked[2]
     assert loading.moved[-1] == gpu

@@ -54,11 +54,7 @@ def windows(train: int = 48, held: int = 8) -> Tensor:
 
 
 def model_of(merged: Path) -> Any:
-    return variants.load("merged", places(merged), device=CPU, dtype=torch.float32)
-
-
-def places(merged: Path) -> variants.Places:
-    return variants.Places(merged, merged, merged, merged, None, {})
+    return variants.load("merged", variants.VariantSources.of_checkpoint(merged), device=CPU, dtype=torch.float32)
 
 
 def run(pair: tuple[Path, Path], out: Path, settings: trainer.Settings = SETTINGS, **changes: Any) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def run(pair: tuple[Path, Path], out: Path, settings: trainer.Settings = SETTING
 
 def dense(path: Path) -> Any:
     """The checkpoint as an ordinary fp32 model."""
-    return variants.quantized(path, places(path), CPU, torch.float32)
+    return variants.quantized(path, device=CPU, dtype=torch.float32)
 
 
 def divergence(path: Path, merged: Path, ids: Tensor) -> float:

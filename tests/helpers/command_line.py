@@ -36,8 +36,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
     def ask(engine: str, path: Path, rows: list[list[int]], **options: object) -> Answer:
         from requant.evaluate import variants
 
-        places = variants.Places(path, path, path, path, None, {})
-        model = variants.quantized(path, places, torch.device("cpu"), torch.float32)
+        model = variants.quantized(path, device=torch.device("cpu"), dtype=torch.float32)
         nll, _ = own_scores.score_rows(model, rows, torch.device("cpu"))
         shifted = tuple(tuple(x + shift for x in row) for row in nll)
         return Answer(

@@ -63,14 +63,14 @@ def test_version_4_quantized_single_experts(tmp_path: Path) -> None:
         assert torch.equal(plan.base.read(name), expected)
 
 
-def places(base: Path, adapter: Path, simulate: Nf4Settings) -> variants.Places:
-    return variants.Places(base, adapter, base, base, simulate, {})
+def sources(base: Path, adapter: Path, simulate: Nf4Settings) -> variants.VariantSources:
+    return variants.VariantSources(base=base, adapter=adapter, merged=base, gptq=base, simulate=simulate)
 
 
 def test_the_live_base_has_version_4s_selection(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path)
     simulate = Nf4Settings(quant_type="nf4", double_quant=False, skip=("lm_head", "v_proj"), version=4)
-    live = variants.load("base", places(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
+    live = variants.load("base", sources(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
     plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), simulate, False)
     packed = {f"{n}.weight" for n, m in live.named_modules() if isinstance(m, Linear4bit)}
     assert packed == {n for n, w in plan.base.weights.items() if w.kind == "simulated"}
@@ -81,7 +81,7 @@ def test_a_live_base_that_5_cannot_make_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path, "mixtral", **MOE)
     simulate = Nf4Settings(quant_type="nf4", double_quant=False, version=4)
     with pytest.raises(StageError) as caught:
-        variants.load("base", places(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
+        variants.load("base", sources(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
     assert "transformers 4 quantized it, transformers 5 cannot" in str(caught.value)
     assert "The merge is not affected" in str(caught.value)
 

@@ -94,8 +94,8 @@ def quantized(family: Family, tmp: Path, grid: Grid) -> tuple[Any, Any, Any]:
         source, tmp / "gptq", pico.ids(8, 32, seed=3), Settings(grid, order="activation"), dtype=torch.float16,
         device=torch.device("cpu"), batch=4,
     )  # fmt: skip
-    places = variants.Places(source, source, source, tmp / "gptq", None, plan.grids)
-    return plan, results, variants.load("gptq", places, device=torch.device("cpu"), dtype=torch.float32)
+    sources = variants.VariantSources.of_checkpoint(source, gptq=tmp / "gptq")
+    return plan, results, variants.load("gptq", sources, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_quantize(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

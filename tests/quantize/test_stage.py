@@ -34,8 +34,8 @@ from requant.runtime import ranks
 
 def ours(source: Path, out: Path) -> Any:
     """The model as `load_quantized` reads it, fp32."""
-    places = variants.Places(source, source, source, out, None, {})
-    return variants.load("gptq", places, device=CPU, dtype=torch.float32)
+    sources = variants.VariantSources.of_checkpoint(source, gptq=out)
+    return variants.load("gptq", sources, device=CPU, dtype=torch.float32)
 
 
 def test_the_written_weights_are_on_their_grid(tmp_path: Path) -> None:

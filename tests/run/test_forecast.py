@@ -40,7 +40,7 @@ def alone() -> Iterator[None]:
 
 
 def of(p: Prepared, batch: int = 4) -> dict[str, Need]:
-    needs = forecast.forecast(p, evaluation_inputs.places(p, Path("nowhere")), CPU, torch.float32, batch)
+    needs = forecast.forecast(p, evaluation_inputs.variant_sources(p, Path("nowhere")), CPU, torch.float32, batch)
     return {need.stage: need for need in needs}
 
 

@@ -133,19 +133,23 @@ def test_the_patch_reads_back(project: Path) -> None:
 # --- the swap ---
 
 
-def places(project: Path, finished: Path) -> tuple[variants.Places, Plan]:
+def sources(project: Path, finished: Path) -> tuple[variants.VariantSources, Plan]:
     p = prepared(project)
-    grids = p.quantize.plan.grids
-    return variants.Places(
-        p.sources.base, p.sources.adapter, finished / "merged", finished / "gptq", None, grids, None
-    ), p.quantize.plan  # fmt: skip
+    made = variants.VariantSources(
+        base=p.sources.base,
+        adapter=p.sources.adapter,
+        merged=finished / "merged",
+        gptq=finished / "gptq",
+        grids=p.quantize.plan.grids,
+    )
+    return made, p.quantize.plan
 
 
 def test_what_a_swap_gains(project: Path, finished: Path) -> None:
     """Nothing for a module that is the merged one already; all of the loss for all modules at once; the model is left as
     it was.
     """
-    where, layout = places(project, finished)
+    where, layout = sources(project, finished)
     text = module_swap.sample(prepared(project).texts.calibration, 8, 48)
     every = tuple(layout.grids)
     before, gains = module_swap.measure(
@@ -163,7 +167,7 @@ def test_what_a_swap_gains(project: Path, finished: Path) -> None:
 
 
 def test_swapping_the_weights_it_has_changes_nothing(project: Path, finished: Path) -> None:
-    where, layout = places(project, finished)
+    where, layout = sources(project, finished)
     model = variants.load("merged", where, device=torch.device("cpu"), dtype=torch.float32)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

@@ -130,7 +130,7 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     with quiet():
         needs = forecast(
             prepared,
-            evaluation_inputs.places(prepared, where),
+            evaluation_inputs.variant_sources(prepared, where),
             device,
             evaluation_inputs.dtype(prepared, device),
             evaluation_inputs.batch(prepared, device),

@@ -67,8 +67,7 @@ def score_checkpoint(
     if sample is None:
         sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, LONGEST)]),), (0,))
     rows = [row[:longest] for row in sample.rows]
-    places = variants.Places(path, path, path, path, None, {}, trust_remote_code=trust_remote_code)
-    model = variants.quantized(path, places, device, torch.float32)
+    model = variants.quantized(path, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code)
     nll, finite = score_rows(model, rows, device)
     done.sample_tokens, done.sample_set, done.sample_digest = sum(map(len, nll)), sample.set, sample.digest
     if finite:

@@ -1,6 +1,6 @@
 """Evaluate: every variant as a model, and its scores on every set.
 
-    stage             evaluate(scores, places, ...)   <- start here
+    stage             evaluate(scores, sources, ...)   <- start here
     variants          base, adapter, merged, rtn, gptq, healed, original as models
     variant_weights   their weights, each made when it is read
     streamed          a variant block by block, for models that do not fit

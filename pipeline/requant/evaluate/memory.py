@@ -10,7 +10,7 @@ from torch import nn
 
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variant_weights
-from requant.evaluate.variants import Places
+from requant.evaluate.variants import VariantSources
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
@@ -37,18 +37,18 @@ class Size:
     adapter: int = 0  # bytes
 
     @classmethod
-    def of(cls, name: str, places: Places) -> Size:
+    def of(cls, name: str, sources: VariantSources) -> Size:
         """From the variant's structure and, of base and adapter, the headers of the base."""
         quantized = name in ("base", "adapter")
-        paths = {"base": places.base, "adapter": places.base, "gptq": places.gptq, "healed": places.healed}
-        trust = places.trust_remote_code
-        path = paths.get(name) or places.merged
+        paths = {"base": sources.base, "adapter": sources.base, "gptq": sources.gptq, "healed": sources.healed}
+        trust = sources.trust_remote_code
+        path = paths.get(name) or sources.merged
         model = skeleton.open_model(path, trust_remote_code=trust)
         packed = 0
         if quantized:
-            base = variant_weights.open_base(Checkpoint(path), model, places.simulate)
+            base = variant_weights.open_base(Checkpoint(path), model, sources.simulate)
             packed = sum(_count(w.shape) for w in base.weights.values() if w.kind != "stored")
-        loaded = places.plan.adapters if name == "adapter" and places.plan else ()
+        loaded = sources.plan.adapters if name == "adapter" and sources.plan else ()
         return cls.of_model(model, packed, 4 * sum(_count(t.shape) for a in loaded for t in a.tensors.values()))
 
     @classmethod

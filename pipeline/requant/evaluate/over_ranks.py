@@ -18,7 +18,7 @@ import numpy as np
 from requant.data.canaries import Canaries
 from requant.evaluate import stage as evaluation
 from requant.evaluate.stage import REFERENCE, Progress, Scores, Stream
-from requant.evaluate.variants import Places
+from requant.evaluate.variants import VariantSources
 from requant.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    scores: Scores, places: Places, *, ranks: Ranks, batch: int, stream: Stream = "auto", progress: Progress | None = None
+    scores: Scores, sources: VariantSources, *, ranks: Ranks, batch: int, stream: Stream = "auto", progress: Progress | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """As `evaluate.evaluate`, on all ranks: each needs the room that one alone would need. Called by the first.
 
@@ -36,14 +36,14 @@ def evaluate(
     for left in scores.cache.rglob(".*.tmp"):
         left.unlink()
     if ranks.count == 1:
-        return evaluation.evaluate(scores, places, batch=batch, stream=stream, progress=progress)
+        return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress)
     todo = scores.missing()
     for other in scores.cache.glob("ranks-*"):
         if other != _shelf(scores.cache, ranks.count):
             shutil.rmtree(other)
     wanted = _narrowed(scores, todo)
     told = ranks.call(
-        score_part, replace(wanted, canaries=None), places, batch=batch, stream=stream,
+        score_part, replace(wanted, canaries=None), sources, batch=batch, stream=stream,
         first_rank_only={"asking": scores.canaries, "progress": progress},
     )  # fmt: skip
     parts = [part(wanted, rank, ranks.count) for rank in range(ranks.count)]
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def score_part(
-    wanted: Scores, places: Places, *, batch: int, stream: Stream, ranks: Ranks, asking: Canaries | None = None,
+    wanted: Scores, sources: VariantSources, *, batch: int, stream: Stream, ranks: Ranks, asking: Canaries | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score this rank's windows of what is wanted; returns what a report tells of it, once all ranks have done so.
@@ -66,7 +66,7 @@ def score_part(
     here = replace(wanted, device=ranks.device_of(wanted.device), canaries=asking)
     mine = part(here, ranks.rank, ranks.count)
     mine.cache.mkdir(parents=True, exist_ok=True)
-    told = evaluation.evaluate(mine, places, batch=batch, stream=stream, progress=progress)
+    told = evaluation.evaluate(mine, sources, batch=batch, stream=stream, progress=progress)
     every = ranks.all_gather_objects(told)
     streamed = dict.fromkeys(name for one in every for name in one["streamed"])
     notes = [f"rank {rank}: {note}" for rank, one in enumerate(every) for note in one["notes"]]

@@ -115,7 +115,12 @@ class Scores:
 
 
 def evaluate(
-    scores: Scores, places: variants.Places, *, batch: int, stream: Stream = "auto", progress: Progress | None = None
+    scores: Scores,
+    sources: variants.VariantSources,
+    *,
+    batch: int,
+    stream: Stream = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score and ask what is missing; returns what a report tells of it. Raises StageError for NaN/inf in logits.
 
@@ -123,7 +128,7 @@ def evaluate(
     batch and goes on; with one window left, a resident variant is streamed, unless that is ruled out.
     """
     free_memory(scores.device)  # of what came before: it decides what fits
-    work = _Work(scores, places, batch, stream, progress)
+    work = _Work(scores, sources, batch, stream, progress)
     todo, unanswered = scores.missing(), scores.unanswered()
     ways = {name: work.streams(name, sets) for name, sets in todo.items()}
     work.total = sum(work.steps(sets, name in unanswered, ways[name]) for name, sets in todo.items())
@@ -133,15 +138,20 @@ def evaluate(
 
 
 def reference(
-    scores: Scores, places: variants.Places, samples: Mapping[str, Sequence[Tensor]], *, batch: int, stream: Stream
+    scores: Scores,
+    sources: variants.VariantSources,
+    samples: Mapping[str, Sequence[Tensor]],
+    *,
+    batch: int,
+    stream: Stream,
 ) -> Any:
     """The model of the reference, to be asked about these rows int64 [length], with its adapters and without."""
     rows = [row for many in samples.values() for row in many]
     free_memory(scores.device)
-    work = _Work(scores, places, batch, stream, None)
+    work = _Work(scores, sources, batch, stream, None)
     if not work.streams(REFERENCE, ()):
-        return variants.load(REFERENCE, places, device=scores.device, dtype=scores.dtype)
-    model = streamed.Streamed(streamed.walk_of(REFERENCE, places, device=scores.device, dtype=scores.dtype))
+        return variants.load(REFERENCE, sources, device=scores.device, dtype=scores.dtype)
+    model = streamed.Streamed(streamed.walk_of(REFERENCE, sources, device=scores.device, dtype=scores.dtype))
     model.run(rows, batch)
     with model.disable_adapter():
         model.run(rows, batch)
@@ -153,7 +163,7 @@ class _Work:
     """What `evaluate` is in the middle of. steps are windows, and canaries."""
 
     scores: Scores
-    places: variants.Places
+    sources: variants.VariantSources
     batch: int
     stream: Stream
     progress: Progress | None
@@ -169,9 +179,9 @@ class _Work:
     def streams(self, name: str, sets: Sequence[EvalSet]) -> bool:
         """Whether a variant is scored block by block."""
         tokens = self.batch * max((s.window for s in sets), default=1)
-        size = partial(Size.of, name, self.places)
+        size = partial(Size.of, name, self.sources)
         return streams(
-            name, self.places, size, stream=self.stream, device=self.scores.device, dtype=self.scores.dtype, tokens=tokens
+            name, self.sources, size, stream=self.stream, device=self.scores.device, dtype=self.scores.dtype, tokens=tokens
         )  # fmt: skip
 
     def variant(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> None:
@@ -179,7 +189,7 @@ class _Work:
         if self._tried(name, sets, asked, streaming):
             return
         free_memory(self.scores.device)
-        if streaming or self.stream == "never" or not streamed.possible(name, self.places):
+        if streaming or self.stream == "never" or not streamed.possible(name, self.sources):
             raise StageError(
                 f"variant {name}: out of memory on {self.scores.device} with one window at a time: shorten evaluate.window"
                 + (", or set evaluate.stream to auto" if self.stream == "never" else "")
@@ -214,9 +224,9 @@ class _Work:
         """(model, what runs it). Streamed, all windows have gone through its blocks."""
         device, dtype = self.scores.device, self.scores.dtype
         if not streaming:
-            return variants.load(name, self.places, device=device, dtype=dtype), variants.RUNTIMES[name]
+            return variants.load(name, self.sources, device=device, dtype=dtype), variants.RUNTIMES[name]
         self.streamed.append(name)
-        model = streamed.Streamed(streamed.walk_of(name, self.places, device=device, dtype=dtype))
+        model = streamed.Streamed(streamed.walk_of(name, self.sources, device=device, dtype=dtype))
         windows = [w.ids for s in sets for w in s.windows]
 
         def tell(done: int, blocks: int) -> None:
@@ -258,13 +268,19 @@ class _Work:
 
 
 def streams(
-    name: str, places: variants.Places, size: Callable[[], Size], *, stream: Stream, device: torch.device, dtype: torch.dtype,
+    name: str,
+    sources: variants.VariantSources,
+    size: Callable[[], Size],
+    *,
+    stream: Stream,
+    device: torch.device,
+    dtype: torch.dtype,
     tokens: int,
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether a variant is scored block by block: asked for, needed or impossible. tokens: of a batch. size: what to compare."""
-    if stream == "never" or not streamed.possible(name, places):
+    if stream == "never" or not streamed.possible(name, sources):
         return False
-    if stream == "always" or (name in ("base", "adapter") and not places.live):
+    if stream == "always" or (name in ("base", "adapter") and not sources.live):
         return True
     need, free = size().resident(dtype.itemsize, tokens, CHUNK_LOGITS[device.type]), free_bytes(device)
     if need > USABLE * free:

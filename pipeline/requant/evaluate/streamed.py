@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
 from requant.evaluate import peft_runtime, variant_weights
-from requant.evaluate.variants import PLAIN, Places, plain
+from requant.evaluate.variants import PLAIN, VariantSources, plain
 from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, larger_half
 from requant.modeling.hidden_state_store import Shelf
@@ -175,23 +175,23 @@ class _Flow:
         free_memory(self.walk.device)
 
 
-def possible(name: str, places: Places) -> bool:
+def possible(name: str, sources: VariantSources) -> bool:
     """Whether a variant can be streamed: PEFT does not find LoRA on stacked experts in a model that has them one by one."""
-    return name != "adapter" or places.plan is None or not any(a.expert_pairs for a in places.plan.adapters)
+    return name != "adapter" or sources.plan is None or not any(a.expert_pairs for a in sources.plan.adapters)
 
 
-def walk_of(name: str, places: Places, *, device: torch.device, dtype: torch.dtype) -> Walk:
+def walk_of(name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Walk:
     """The walk over one variant's blocks."""
     if name not in ("base", "adapter"):
-        structure, stored = plain(name, places, device)
+        structure, stored = plain(name, sources, device)
         return Walk(stored, structure, device=device, dtype=dtype)
-    trust, plan = places.trust_remote_code, places.plan if name == "adapter" else None
-    config = skeleton.load_config(places.base, trust_remote_code=trust)
-    checkpoint, rows = Checkpoint(places.base), None
+    trust, plan = sources.trust_remote_code, sources.plan if name == "adapter" else None
+    config = skeleton.load_config(sources.base, trust_remote_code=trust)
+    checkpoint, rows = Checkpoint(sources.base), None
     if plan is not None and plan.vocab_size is not None:
         rows = config.get_text_config().vocab_size = plan.vocab_size
     model: Any = skeleton.build(config, trust_remote_code=trust)
-    base = variant_weights.open_base(checkpoint, model, places.simulate)
+    base = variant_weights.open_base(checkpoint, model, sources.simulate)
     names = skeleton.tensor_names(model, base.weights)
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     stored_as = {id(p): names[n] for n, p in model.named_parameters(remove_duplicate=False) if n in names}
@@ -199,12 +199,12 @@ def walk_of(name: str, places: Places, *, device: torch.device, dtype: torch.dty
     source = variant_weights.Decoded(base, device, resized)
     if name == "base":
         return Walk(source, model, device=device, dtype=dtype)
-    tuned, own_names = _tuned(model, stored_as, places, device)
+    tuned, own_names = _tuned(model, stored_as, sources, device)
     return Walk(source, tuned, device=device, dtype=dtype, names=own_names)
 
 
 def _tuned(
-    model: Any, stored_as: Mapping[int, str], places: Places, device: torch.device
+    model: Any, stored_as: Mapping[int, str], sources: VariantSources, device: torch.device
 ) -> tuple[Any, dict[str, str]]:
     """(the PEFT model on a skeleton, parameter -> stored name). stored_as: the same by the id of the parameter.
 
@@ -216,7 +216,7 @@ def _tuned(
             if parameter is not None:
                 module._parameters[leaf] = zeros[id(parameter)]
     stored_as = {id(zeros[old]): name for old, name in stored_as.items()}
-    tuned = peft_runtime.attach(model, places.plan or places.adapter, structure=True).eval()
+    tuned = peft_runtime.attach(model, sources.plan or sources.adapter, structure=True).eval()
     names = {n: stored_as[id(p)] for n, p in tuned.named_parameters(remove_duplicate=False) if id(p) in stored_as}
     skeleton.place(tuned, {n: tuned.get_parameter(n).detach().to("meta") for n in names}, turn=False)
     return tuned, names

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,69 +32,78 @@ PLAIN = ("merged", "original", "rtn", "gptq", "healed")
 RUNTIMES = {"base": "bitsandbytes", "adapter": "bitsandbytes and PEFT, unmerged"} | dict.fromkeys(PLAIN, "torch")
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where variants are made from. `original` is a merge plan onto the 16-bit base, when there is one."""
+@dataclass(frozen=True, kw_only=True)
+class VariantSources:
+    """The directories and plans that variants are made from.
+
+    simulate: how a 16-bit base was quantized in training. grids: of every quantized module, for the variant rtn.
+    """
 
     base: Path
     adapter: Path
     merged: Path
     gptq: Path
-    simulate: Nf4Settings | None
-    grids: Mapping[str, Grid]
-    original: MergePlan | None = None
-    trust_remote_code: bool = False
-    plan: MergePlan | None = None  # whose adapters make the variant adapter; None: the directory `adapter`
     healed: Path | None = None
-    live: bool = True  # whether transformers 5 can hold the base as training did
+    simulate: Nf4Settings | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    original: MergePlan | None = None  # the merge onto the 16-bit base; None: no variant original
+    plan: MergePlan | None = None  # its adapters make the variant adapter; None: the directory `adapter`
+    live: bool = True  # whether transformers 5 can load the base as training did
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of_checkpoint(cls, path: Path, *, gptq: Path | None = None, trust_remote_code: bool = False) -> VariantSources:
+        """Every variant from the checkpoint `path`; `gptq`, if given, is the one from there."""
+        return cls(base=path, adapter=path, merged=path, gptq=gptq or path, trust_remote_code=trust_remote_code)
 
 
 @torch.no_grad()
-def load(name: str, places: Places, *, device: torch.device, dtype: torch.dtype) -> Any:
+def load(name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The model of one variant on `device`, computing in `dtype`, in eval mode."""
     if name in ("base", "adapter"):
-        return _quantized_base(places, device, dtype, with_adapter=name == "adapter")
+        return _quantized_base(sources, device, dtype, with_adapter=name == "adapter")
     if name == "merged":
-        return _pretrained(places, device, dtype)
-    model, stored = plain(name, places, device)
+        return _pretrained(sources, device, dtype)
+    model, stored = plain(name, sources, device)
     return fill(model, stored, device, dtype)
 
 
-def plain(name: str, places: Places, device: torch.device) -> tuple[Any, Weights]:
+def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any, Weights]:
     """(skeleton, weights) of a variant that is a plain model, all but base and adapter."""
-    path = {"gptq": places.gptq, "healed": places.healed}.get(name, places.merged)
-    if path is None or name not in PLAIN or (name == "original" and places.original is None):
+    path = {"gptq": sources.gptq, "healed": sources.healed}.get(name, sources.merged)
+    if path is None or name not in PLAIN or (name == "original" and sources.original is None):
         raise ValueError(f"no variant {name!r}")
-    trust = places.trust_remote_code
+    trust = sources.trust_remote_code
     model = skeleton.open_model(path, trust_remote_code=trust)
-    if name == "original" and places.original is not None:
-        return model, variant_weights.Merged(places.original, device)
+    if name == "original" and sources.original is not None:
+        return model, variant_weights.Merged(sources.original, device)
     if name == "rtn":
-        return model, variant_weights.rounded(path, model, places.grids, device)
+        return model, variant_weights.rounded(path, model, sources.grids, device)
     return model, Checkpoint(path) if name == "merged" else variant_weights.packed(path, model, device)
 
 
-def teacher(name: str, places: Places, *, device: torch.device, stored: torch.dtype | None) -> Any:
+def teacher(name: str, sources: VariantSources, *, device: torch.device, stored: torch.dtype | None) -> Any:
     """What healing imitates, `merged` or `adapter`: fp32 on a CPU, else 16 bit, the merged model as it is `stored`."""
     if device.type == "cpu":
-        return load(name, places, device=device, dtype=torch.float32)
+        return load(name, sources, device=device, dtype=torch.float32)
     exact = name == "merged" and stored in (torch.float16, torch.bfloat16)
-    return load(name, places, device=device, dtype=stored if exact and stored else torch.bfloat16)
+    return load(name, sources, device=device, dtype=stored if exact and stored else torch.bfloat16)
 
 
-def quantized(path: Path, places: Places, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of a GPTQ checkpoint."""
-    return load("gptq", replace(places, gptq=path), device=device, dtype=dtype)
+def quantized(path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of the GPTQ checkpoint `path`."""
+    sources = VariantSources.of_checkpoint(path, trust_remote_code=trust_remote_code)
+    return load("gptq", sources, device=device, dtype=dtype)
 
 
-def _pretrained(places: Places, device: torch.device, dtype: torch.dtype) -> Any:
+def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     load = partial(
         AutoModelForCausalLM.from_pretrained,
-        str(places.merged),
+        str(sources.merged),
         dtype=dtype,
-        trust_remote_code=places.trust_remote_code,
+        trust_remote_code=sources.trust_remote_code,
     )
     if device.type != "cpu":  # straight there: of its files the host keeps what is mapped
         try:
@@ -124,25 +133,25 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
     return model
 
 
-def _quantized_base(places: Places, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
+def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
     """The 4-bit base as training loaded it, through bitsandbytes; with the adapter unmerged on top through PEFT."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
-    if places.simulate is not None:
-        s = places.simulate
+    if sources.simulate is not None:
+        s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=s.quant_type, bnb_4bit_use_double_quant=s.double_quant,
-            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(places.base, s, places.trust_remote_code),
+            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(sources.base, s, sources.trust_remote_code),
         )  # fmt: skip
     else:
         options["dtype"] = dtype
     model = AutoModelForCausalLM.from_pretrained(
-        str(places.base), device_map={"": device}, trust_remote_code=places.trust_remote_code, **options
+        str(sources.base), device_map={"": device}, trust_remote_code=sources.trust_remote_code, **options
     )
-    _compute_in(model, dtype, places.simulate.blocksize if places.simulate else None)
-    return (peft_runtime.attach(model, places.plan or places.adapter) if with_adapter else model).eval()
+    _compute_in(model, dtype, sources.simulate.blocksize if sources.simulate else None)
+    return (peft_runtime.attach(model, sources.plan or sources.adapter) if with_adapter else model).eval()
 
 
 def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:

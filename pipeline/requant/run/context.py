@@ -11,7 +11,7 @@ import torch
 
 from requant.checkpoint.run_directory import RunDirectory
 from requant.evaluate.stage import Scores
-from requant.evaluate.variants import Places
+from requant.evaluate.variants import VariantSources
 from requant.recipe import Recipe
 from requant.run import evaluation_inputs
 from requant.run.check.delta_prediction import stored_prediction
@@ -27,7 +27,7 @@ from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 class RunContext:
     """Inputs and state of one run, handed to every stage.
 
-    ranks: the other processes of this run. places: files of each variant. batch: evaluation windows at a time.
+    ranks: the other processes of this run. variant_sources: where each variant is made from. batch: evaluation windows at a time.
     outcome: filled in by the stages. probe: set before quantizing.
     """
 
@@ -36,7 +36,7 @@ class RunContext:
     watcher: Watcher
     ranks: Ranks
     device: torch.device
-    places: Places
+    variant_sources: VariantSources
     batch: int
     keys: Keys
     scores: Scores
@@ -63,7 +63,7 @@ class RunContext:
             watcher=watcher,
             ranks=ranks,
             device=device,
-            places=evaluation_inputs.places(prepared, directory.path),
+            variant_sources=evaluation_inputs.variant_sources(prepared, directory.path),
             batch=evaluation_inputs.batch(prepared, device),
             keys=keys,
             scores=scores,

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from requant.evaluate.variants import Places
+from requant.evaluate.variants import VariantSources
 from requant.merge.stage import DTYPES
 from requant.run.prepared import Prepared
 
 
-def places(p: Prepared, run: Path) -> Places:
+def variant_sources(p: Prepared, run: Path) -> VariantSources:
     """Where variants are made from, in the run directory `run`."""
-    return Places(
+    return VariantSources(
         base=p.sources.base,
         adapter=p.sources.adapter,
         merged=run / "merged",

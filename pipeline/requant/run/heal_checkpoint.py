@@ -51,13 +51,13 @@ def heal_checkpoint(
         _shape(checkpoint, trust_remote_code), steps=settings.steps, batch=settings.batch, length=settings.length,
         unique=len(windows), held=held, looks=len(settings.looks()), device=device,
     )  # fmt: skip
-    places = variants.Places(teacher, teacher, teacher, checkpoint, None, {}, trust_remote_code=trust_remote_code)
+    sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         (partial / "out").mkdir()
         told = heal.heal(
             checkpoint, partial / "out", windows, held, settings, way,
-            teacher=lambda: variants.teacher("merged", places, device=device, stored=_dtype(teacher)),
+            teacher=lambda: variants.teacher("merged", sources, device=device, stored=_dtype(teacher)),
             teacher_path=teacher, key=key_of(packing.digest(windows)), work=partial / "work", device=device,
             trust_remote_code=trust_remote_code, meta={"healer": [f"requant:{__version__}"]}, progress=progress,
         )  # fmt: skip

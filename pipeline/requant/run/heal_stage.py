@@ -19,22 +19,22 @@ def run_heal(context: RunContext, key: str) -> dict[str, Any]:
 
     Returns losses, settings and the verification, for the report.
     """
-    asked, places, device = context.prepared.heal, context.places, context.device
+    asked, sources, device = context.prepared.heal, context.variant_sources, context.device
     assert asked is not None, "the stage is part of a run only with healing"
     scratch = context.directory.scratch("heal", key)
     artifact = context.directory.artifact("healed")
     out = artifact.begin(key)
     way, target = asked.fit(device), asked.section.target
     log.info("heal: %s", way)
-    stored = DTYPES.get(str(Checkpoint(places.merged).config.get("dtype")))
+    stored = DTYPES.get(str(Checkpoint(sources.merged).config.get("dtype")))
     facts = heal.heal(
-        places.gptq, out, asked.windows, asked.held, asked.settings, way,
-        teacher=lambda: variants.teacher(target, places, device=device, stored=stored), teacher_path=places.merged,
-        key=key, work=scratch, device=device, trust_remote_code=places.trust_remote_code,
+        sources.gptq, out, asked.windows, asked.held, asked.settings, way,
+        teacher=lambda: variants.teacher(target, sources, device=device, stored=stored), teacher_path=sources.merged,
+        key=key, work=scratch, device=device, trust_remote_code=sources.trust_remote_code,
         meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress,
     )  # fmt: skip
     proof = deploy.verify(
-        out, source=places.merged, deploy=asked.deploy, own_device=device, trust_remote_code=places.trust_remote_code
+        out, source=sources.merged, deploy=asked.deploy, own_device=device, trust_remote_code=sources.trust_remote_code
     )
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "heal", "requant": __version__})

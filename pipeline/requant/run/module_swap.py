@@ -47,7 +47,7 @@ def sample(calibration: Tensor, windows: int = WINDOWS, length: int = LENGTH) ->
 def measure(
     units: Sequence[Sequence[str]],
     weights: Mapping[str, str],
-    places: variants.Places,
+    sources: variants.VariantSources,
     text: EvalSet,
     *,
     device: torch.device,
@@ -71,10 +71,10 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "merged.safetensors"
-        merged = run(variants.load("merged", places, device=device, dtype=dtype), 0, "merged", write_reference=file)
-        model = variants.load("gptq", places, device=device, dtype=dtype)
+        merged = run(variants.load("merged", sources, device=device, dtype=dtype), 0, "merged", write_reference=file)
+        model = variants.load("gptq", sources, device=device, dtype=dtype)
         before = run(model, 1, "gptq", reference=file)
-        checkpoint = Checkpoint(places.merged)
+        checkpoint = Checkpoint(sources.merged)
         gains = []
         for number, unit in enumerate(units):
             with swapped(model, {m: checkpoint.read(weights[m]) for m in unit}):

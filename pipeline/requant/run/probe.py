@@ -27,7 +27,7 @@ def probe(context: RunContext) -> ProbeResult:
     result: ProbeResult
     try:
         model = evaluate.reference(
-            scores, context.places, rows, batch=context.batch, stream=context.recipe.evaluate.stream
+            scores, context.variant_sources, rows, batch=context.batch, stream=context.recipe.evaluate.stream
         )
         probes = adapter_probe.measure(model, rows, scores.device)
         said, warnings = adapter_probe.verdict(probes)

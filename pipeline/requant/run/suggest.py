@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.evaluate.variants import Places
+from requant.evaluate.variants import VariantSources
 from requant.formats import gptq as gptq_format
 from requant.modeling.families import FUSED
 from requant.numerics.grid import Grid
@@ -121,7 +121,7 @@ def patch_text(overrides: Mapping[str, Mapping[str, Any]]) -> str:
 
 def advise(
     modules: Sequence[Mapping[str, Any]],
-    places: Places,
+    sources: VariantSources,
     *,
     plan: Plan,
     grid: Grid,
@@ -140,7 +140,7 @@ def advise(
     found = candidates(modules, plan)
     text = module_swap.sample(calibration)
     before, gains = module_swap.measure(
-        [c.modules for c in found], plan.weights, places, text, device=device, dtype=dtype, batch=batch,
+        [c.modules for c in found], plan.weights, sources, text, device=device, dtype=dtype, batch=batch,
         progress=progress,
     )  # fmt: skip
     ranked = sorted(zip(found, gains, strict=True), key=lambda pair: -pair[1]["kl"]["value"])

@@ -19,7 +19,7 @@ import torch
 
 from requant.evaluate.memory import PACKED, Size
 from requant.evaluate.stage import REFERENCE, streams
-from requant.evaluate.variants import Places
+from requant.evaluate.variants import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
 from requant.numerics import nf4
@@ -43,7 +43,7 @@ TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
 
-def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
+def forecast(p: Prepared, sources: VariantSources, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
     """Merge, quantize (by our own engine) and evaluate, nothing being finished.
 
     dtype, batch: of the evaluation.
@@ -61,7 +61,7 @@ def forecast(p: Prepared, places: Places, device: torch.device, dtype: torch.dty
         if rehearsal.effort / rate > LONGEST_REHEARSAL:
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
-        scored = _Scoring(p, places, dtype, batch, rehearsal, Path(folder), build)
+        scored = _Scoring(p, sources, dtype, batch, rehearsal, Path(folder), build)
     if device.type == "cuda":  # its libraries stay on the host once they were used
         free_memory(device)
         started = max(started, measurements.reset_peak())
@@ -109,9 +109,9 @@ class _Scoring:
     """Cost of scoring by token, weight and variant, and its forecast."""
 
     def __init__(
-        self, p: Prepared, places: Places, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path, build: float
+        self, p: Prepared, sources: VariantSources, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path, build: float
     ) -> None:  # fmt: skip
-        self.p, self.places, self.dtype, self.batch, self.device = p, places, dtype, batch, rehearsal.device
+        self.p, self.sources, self.dtype, self.batch, self.device = p, sources, dtype, batch, rehearsal.device
         self.build = build  # seconds to make a model's structure
         self.size = Size.of_model(rehearsal.model)
         alike = _alike(p.texts.sets)
@@ -182,7 +182,7 @@ class _Scoring:
     def _streams(self, name: str, size: Size) -> bool:
         tokens = self.batch * max(s.window for s in self.p.texts.sets)
         return streams(
-            name, self.places, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
+            name, self.sources, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
             tokens=tokens,
         )  # fmt: skip
 
@@ -190,7 +190,7 @@ class _Scoring:
         """Size of a variant before its files exist."""
         if name not in ("base", "adapter"):
             return self.size
-        return Size.of(name, self.places)
+        return Size.of(name, self.sources)
 
 
 def _alike(sets: Sequence[EvalSet]) -> EvalSet:
