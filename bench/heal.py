@@ -21,23 +21,27 @@ from typing import Any
 import torch
 from heal_lab import DEVICE, HALF, Bench, peak, phase, reset_peak, sync
 
+from requant.data.packing import HealingText
 from requant.heal import blockwise, student, teacher, trainer
-from requant.heal.stage import movement, write
-from requant.heal.trainer import EndToEnd, Settings, Trainer
+from requant.heal.job import HealJob
+from requant.heal.plan import HealPlan
+from requant.heal.settings import HealSettings
+from requant.heal.stage import scale_changes, write
+from requant.heal.trainer import EndToEndLoss, Trainer
 
 
 class ByRow(torch.optim.Optimizer):
     """Adam with one second moment for all scales of a row: inside of it steps are as gradients are."""
 
     def __init__(self, pupil: student.Student, lr: float, first: float = 0.9) -> None:
-        super().__init__([m.offset for m in pupil.movable], {"lr": lr})
+        super().__init__([m.offset for m in pupil.trainable], {"lr": lr})
         self.pupil, self.first, self.count = pupil, first, 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.count += 1
         rate = self.param_groups[0]["lr"] / (1 - self.first**self.count)
-        for moving in self.pupil.movable:
+        for moving in self.pupil.trainable:
             state = self.state[moving.offset]
             mean = state.setdefault("mean", torch.zeros_like(moving.offset))
             mean.lerp_(moving.offset.grad, 1 - self.first)
@@ -52,7 +56,7 @@ Optimizer = Callable[[student.Student, float], torch.optim.Optimizer]
 
 
 def adam(*betas: float) -> Optimizer:
-    return lambda pupil, lr: torch.optim.AdamW([m.offset for m in pupil.movable], lr=lr, betas=betas)  # type: ignore[arg-type]
+    return lambda pupil, lr: torch.optim.AdamW([m.offset for m in pupil.trainable], lr=lr, betas=betas)  # type: ignore[arg-type]
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -85,12 +89,12 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
 }
 
 
-def base_settings(args: argparse.Namespace) -> Settings:
-    return Settings(steps=args.steps, batch=args.batch, length=args.window)
+def base_settings(args: argparse.Namespace) -> HealSettings:
+    return HealSettings(steps=args.steps, batch=args.batch, length=args.window)
 
 
 def heal_whole(
-    bench: Bench, path: Path, settings: Settings, taught: Any, windows: torch.Tensor, held: int, micro: int,
+    bench: Bench, path: Path, settings: HealSettings, taught: Any, text: HealingText, micro: int,
     optimizer: Optimizer | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:  # fmt: skip
     """Heal in memory: (row, best values)."""
@@ -99,21 +103,21 @@ def heal_whole(
     started = time.perf_counter()
     pupil = student.load(path, device=DEVICE, dtype=teacher.product_dtype(DEVICE), tune=settings.tune)
     loading = time.perf_counter() - started
-    loss = EndToEnd(pupil, taught, windows, held, DEVICE)
-    trained = Trainer(pupil, loss, len(windows) - held, held, settings, micro=micro)
+    loss = EndToEndLoss(pupil, taught, text, DEVICE)
+    trained = Trainer(pupil, loss, settings, train=text.train, held_out=text.held_out, micro_batch=micro)
     if optimizer:
         trained.optimizer = optimizer(pupil, settings.lr)
     curve = trained.run(None)
     sync()
     row = {"seconds": round(time.perf_counter() - started, 2), "loading": round(loading, 2), "peak_gb": peak()}
-    return row | told(curve), pupil.values()
+    return row | facts(curve), pupil.values()
 
 
-def told(curve: trainer.Curve) -> dict[str, Any]:
+def facts(curve: trainer.LossCurve) -> dict[str, Any]:
     step, value = curve.best
     return {
-        "kl_start": curve.held[0][1], "kl_best": value, "best_step": step, "stopped": curve.stopped,
-        "held": curve.held, "train": [round(v, 5) for v in curve.train],
+        "kl_start": curve.held_out[0][1], "kl_best": value, "best_step": step, "stopped": curve.stopped,
+        "held": curve.held_out, "train": [round(v, 5) for v in curve.train],
     }  # fmt: skip
 
 
@@ -121,8 +125,8 @@ def compare(args: argparse.Namespace) -> None:
     """Unhealed and healed, ours and the peer's, at each width."""
     bench = Bench(args)
     settings = base_settings(args)
-    windows, held = bench.windows(settings)
-    taught = teacher.Resident(bench.model("merged"), windows, DEVICE)
+    text = bench.windows(settings)
+    taught = teacher.ResidentTeacher(bench.model("merged"), text.windows, DEVICE)
     for bits in [int(b) for b in args.bits.split(",")]:
         makers = [("ours", bench.quantized), *([("gptqmodel", bench.peer)] if args.peer else [])]
         for maker, make in makers:
@@ -130,12 +134,14 @@ def compare(args: argparse.Namespace) -> None:
                 path = make(bits)
             bench.add({"checkpoint": f"{maker} {bits} bits", "healed": False} | bench.losses(path))
             with phase(f"{maker} {bits} bits: heal", bench.seconds):
-                row, values = heal_whole(bench, path, settings, taught, windows, held, args.micro or args.batch)
+                row, values = heal_whole(bench, path, settings, taught, text, args.micro or args.batch)
             written = bench.work / f"{path.name}-healed"
             written.mkdir()
             write(path, written, values, {"healer": ["bench"]})
             loss = bench.losses(written)
-            bench.add({"checkpoint": f"{maker} {bits} bits", "healed": True} | loss | row | movement(path, values))
+            bench.add(
+                {"checkpoint": f"{maker} {bits} bits", "healed": True} | loss | row | dict(scale_changes(path, values))
+            )
 
 
 def ablate(args: argparse.Namespace) -> None:
@@ -160,16 +166,16 @@ def ablate(args: argparse.Namespace) -> None:
         if rate * settings.steps * settings.batch > left:
             print(f"  {name}: left out, {left:.0f} s left", flush=True)
             continue
-        windows, held = bench.windows(settings, shares)
+        text = bench.windows(settings, shares)
         with phase(name, bench.seconds):
             if mode == "blocks":
-                row, values = heal_blocks(bench, path, settings, windows, held, args.micro or args.batch)
+                row, values = heal_blocks(bench, path, settings, text, args.micro or args.batch)
             else:
                 if target not in taught:
-                    taught[target] = teacher.Resident(bench.model(target), windows, DEVICE)
-                taught[target].windows = windows
+                    taught[target] = teacher.ResidentTeacher(bench.model(target), text.windows, DEVICE)
+                taught[target].windows = text.windows
                 row, values = heal_whole(
-                    bench, path, settings, taught[target], windows, held, args.micro or settings.batch,
+                    bench, path, settings, taught[target], text, args.micro or settings.batch,
                     OPTIMIZERS.get(optimizer),
                 )  # fmt: skip
                 rate = row["seconds"] / (settings.steps * settings.batch)
@@ -178,16 +184,25 @@ def ablate(args: argparse.Namespace) -> None:
 
 
 def heal_blocks(
-    bench: Bench, path: Path, settings: Settings, windows: torch.Tensor, held: int, micro: int
+    bench: Bench, path: Path, settings: HealSettings, text: HealingText, micro: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     reset_peak()
     started = time.perf_counter()
     state = bench.work / "state"
     state.mkdir(exist_ok=True)
-    values, curve, blocks = blockwise.heal_blocks(
-        path, bench.merged, windows, held, settings, device=DEVICE, micro=micro, state=state, key=str(time.time())
+    job = HealJob(
+        source=path,
+        teacher=bench.merged,
+        load_teacher=lambda: bench.model("merged"),
+        text=text,
+        settings=settings,
+        plan=HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro),
+        device=DEVICE,
+        work=state,
+        key=str(time.time()),
     )
-    row = {"seconds": round(time.perf_counter() - started, 2), "peak_gb": peak()} | told(curve)
+    values, curve, blocks = blockwise.heal_blocks(job)
+    row = {"seconds": round(time.perf_counter() - started, 2), "peak_gb": peak()} | facts(curve)
     return row | {"blocks": blocks}, values
 
 

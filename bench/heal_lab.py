@@ -28,11 +28,12 @@ from requant import merge, quantize
 from requant.adapters import peft_directory
 from requant.checkpoint import reader
 from requant.data import packing
-from requant.data.documents import Source, Tokens, tokenize
+from requant.data.documents import TextSource, TokenDocument, tokenize
+from requant.data.packing import HealingText
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
 from requant.heal import student, teacher
-from requant.heal.trainer import Settings
+from requant.heal.settings import HealSettings
 from requant.numerics.grid import Grid
 from requant.quantize import plan as layout
 from requant.run import prepare
@@ -78,7 +79,7 @@ class Bench:
         with phase("merge", self.seconds):
             plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
             merge.merge(plan, self.merged, dtype="auto")
-        self.documents = {n: tokenize(Source(path=args.texts / n), self.tokenizer) for n in ENTRIES}
+        self.documents = {n: tokenize(TextSource(path=args.texts / n), self.tokenizer) for n in ENTRIES}
         self.sources = variants.VariantSources(
             base=args.base, adapter=args.adapter, merged=self.merged, gptq=self.merged
         )
@@ -89,7 +90,7 @@ class Bench:
         self.parameters = dict(self.judge.named_parameters())
 
     def _set(self, name: str, file: str) -> ev.EvalSet:
-        rows = tokenize(Source(path=self.args.texts / file), self.tokenizer)
+        rows = tokenize(TextSource(path=self.args.texts / file), self.tokenizer)
         return ev.make_set(name, [ev.Document(d.ids) for d in rows], window=512, bos_id=None, tokens=self.args.tokens)
 
     def scored(self) -> dict[str, float]:
@@ -168,19 +169,19 @@ class Bench:
             raise SystemExit(f"gptqmodel failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
         return out
 
-    def windows(self, settings: Settings, shares: tuple[float, float, float] = HALF) -> tuple[torch.Tensor, int]:
+    def windows(self, settings: HealSettings, shares: tuple[float, float, float] = HALF) -> HealingText:
         if shares[2] and OWN not in self.documents:
             with phase("text written by the merged model", self.seconds):
                 self.documents[OWN] = self.written()
         names = [*ENTRIES, OWN]
         entries = [(n, self.documents[n], share) for n, share in zip(names, shares, strict=True) if share]
         return packing.pack(
-            entries, train=settings.steps * settings.batch, held=2 * settings.batch, length=settings.length,
+            entries, train=settings.steps * settings.batch, held_out=2 * settings.batch, length=settings.length,
             seed=settings.seed, bos=None, eos=self.tokenizer.eos_token_id,
         )  # fmt: skip
 
     @torch.no_grad()
-    def written(self, documents: int = 256, given: int = 32) -> list[Tokens]:
+    def written(self, documents: int = 256, given: int = 32) -> list[TokenDocument]:
         """Text sampled from the merged model: what it makes of the first tokens of windows of both texts."""
         model = self.model("merged")
         torch.manual_seed(0)
@@ -194,7 +195,7 @@ class Bench:
             begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, temperature=1.0,
             min_length=self.args.window, max_length=self.args.window, pad_token_id=0,
         )  # fmt: skip
-        return [Tokens(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
+        return [TokenDocument(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
 
     def model(self, name: str) -> Any:
         """A teacher: in the merged file's 16 bit on a GPU, fp32 on a CPU."""

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from heal_lab import DEVICE, peak, phase, reset_peak, save, sync
 
+from requant.data.packing import HealingText
 from requant.heal import kl_loss, student, teacher, trainer
-from requant.heal.trainer import EndToEnd, Settings, Trainer
+from requant.heal.settings import HealSettings
+from requant.heal.trainer import EndToEndLoss, Trainer
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 
@@ -31,14 +33,14 @@ class Bench:
     """Settings, rows so far, and where they go."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.settings = args, Settings(steps=args.steps, batch=args.batch, length=args.window)
+        self.args, self.settings = args, HealSettings(steps=args.steps, batch=args.batch, length=args.window)
         self.seconds: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
 
     def measure(self, mode: str, runs: Trainer, micro: int, whole: Callable[[float], float]) -> None:
         """Two steps after a first one; `whole` makes the seconds of everything of those of a step."""
         batch = self.settings.batch
-        runs.micro = micro
+        runs.micro_batch = micro
         reset_peak()
         runs.step(0, range(batch))
         sync()
@@ -71,14 +73,20 @@ def end_to_end(bench: Bench, config: Any) -> None:
     with phase("random student", bench.seconds):
         pupil = random_student(random_model(config, quantized=True))
         student.widen(pupil.model)
-        trainer.thrifty(pupil.model)
+        trainer.recompute_in_backward(pupil.model)
     with phase("random teacher", bench.seconds):
         big = random_model(config, quantized=False)
-        taught = teacher.Resident(big, windows, DEVICE)
+        taught = teacher.ResidentTeacher(big, windows, DEVICE)
 
     def measure(mode: str, source: Any, micro: int, before: float) -> None:
         with phase(f"{mode}, {micro} windows at a time", bench.seconds):
-            runs = Trainer(pupil, EndToEnd(pupil, source, windows, s.batch, DEVICE), 2 * s.batch, s.batch, s)
+            runs = Trainer(
+                pupil,
+                EndToEndLoss(pupil, source, HealingText(windows, s.batch), DEVICE),
+                s,
+                train=2 * s.batch,
+                held_out=s.batch,
+            )
             bench.measure(mode, runs, micro, lambda each: before + each * s.steps)
 
     for micro in (s.batch, max(1, s.batch // 4)):
@@ -123,7 +131,7 @@ def block_by_block(bench: Bench, config: Any) -> None:
     forward = (time.perf_counter() - started) / 3
     for micro in (s.batch, max(1, s.batch // 4)):
         with phase(f"block by block, {micro} windows at a time", bench.seconds):
-            runs = Trainer(pupil, loss, 2 * s.batch, s.batch, s)
+            runs = Trainer(pupil, loss, s, train=2 * s.batch, held_out=s.batch)
             bench.measure(
                 "block by block", runs, micro,
                 lambda each: bench.args.layers * (each * s.steps + 3 * forward * s.steps),
@@ -158,7 +166,7 @@ def random_linear(rows: int, columns: int, dtype: torch.dtype) -> student.Scaled
 
 def random_student(model: Any) -> student.Student:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, student.ScaledLinear)}
-    return student.Student(model, [student.movable_scales(layers, teacher.product_dtype(DEVICE))])
+    return student.Student(model, [student.trainable_scales(layers, teacher.product_dtype(DEVICE))])
 
 
 def main() -> None:

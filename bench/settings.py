@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 from requant import merge, quantize
 from requant.adapters import peft_directory
 from requant.data import packing
-from requant.data.documents import Source, tokenize
+from requant.data.documents import TextSource, tokenize
 from requant.evaluate import variants
 from requant.numerics.grid import Grid
 from requant.quantize import memory
@@ -73,7 +73,7 @@ def texts(folder: Path, tokenizer: Any) -> tuple[list[tuple[str, Any, float]], l
     """(calibration entries, evaluation sets) of the demo."""
 
     def read(name: str) -> Any:
-        return tokenize(Source(path=folder / name), tokenizer)
+        return tokenize(TextSource(path=folder / name), tokenizer)
 
     entries = [(n, read(n), 0.5) for n in ("train.jsonl", "general-calibration.jsonl")]
     sets = []

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from requant.data import overlap, packing
-from requant.data.documents import COMPLETION_KEYS, Source, Tokens, adds_bos, read_texts, tokenize
+from requant.data.documents import COMPLETION_KEYS, TextSource, TokenDocument, adds_bos, read_texts, tokenize
 from requant.errors import InputError
 
 TEMPLATE = (
@@ -34,25 +34,25 @@ def tokenizer() -> Any:
     return made
 
 
-def rows(path: Path, *values: Any, suffix: str = "jsonl") -> Source:
+def rows(path: Path, *values: Any, suffix: str = "jsonl") -> TextSource:
     file = path / f"rows.{suffix}"
     text = json.dumps(list(values)) if suffix == "json" else "\n".join(json.dumps(v) for v in values)
     file.write_text(text, encoding="utf-8")
-    return Source(path=file)
+    return TextSource(path=file)
 
 
-def marked(tokenizer: Any, document: Tokens) -> str:
+def marked(tokenizer: Any, document: TokenDocument) -> str:
     """The text of the tokens that count."""
     text: str = tokenizer.decode([i for i, s in zip(document.ids, document.scored, strict=True) if s])
     return text
 
 
-def whole(tokenizer: Any, document: Tokens) -> str:
+def whole(tokenizer: Any, document: TokenDocument) -> str:
     text: str = tokenizer.decode(document.ids)
     return text
 
 
-def refused(source: Source, tokenizer: Any, asked: Any = "auto") -> str:
+def refused(source: TextSource, tokenizer: Any, asked: Any = "auto") -> str:
     with pytest.raises(InputError) as caught:
         tokenize(source, tokenizer, asked)
     return str(caught.value)
@@ -118,10 +118,10 @@ def test_a_template_that_rewrites_history_is_refused(
 
 def test_a_column_may_be_named(tmp_path: Path, tokenizer: Any) -> None:
     source = rows(tmp_path, {"body": "xyz", "text": "no"})
-    named = Source(path=source.path, column="body")
+    named = TextSource(path=source.path, column="body")
     assert whole(tokenizer, tokenize(named, tokenizer)[0]) == "xyz"
     assert read_texts(named) == ["xyz"]
-    assert "no column 'bodi'; it has body, text" in refused(Source(path=source.path, column="bodi"), tokenizer)
+    assert "no column 'bodi'; it has body, text" in refused(TextSource(path=source.path, column="bodi"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -139,21 +139,21 @@ def test_unknown_columns_are_named(tmp_path: Path, tokenizer: Any, asked: str, m
 
 def test_file_kinds(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.txt").write_text("one document\nof two lines")
-    assert len(tokenize(Source(path=tmp_path / "a.txt"), tokenizer)) == 1
+    assert len(tokenize(TextSource(path=tmp_path / "a.txt"), tokenizer)) == 1
     (tmp_path / "a.csv").write_text('id,text\n1,"x, y"\n2,z\n')
-    assert read_texts(Source(path=tmp_path / "a.csv")) == ["x, y", "z"]
+    assert read_texts(TextSource(path=tmp_path / "a.csv")) == ["x, y", "z"]
     assert read_texts(rows(tmp_path, {"text": "p"}, {"text": "q"}, suffix="json")) == ["p", "q"]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["m", "n"]}), tmp_path / "a.parquet")
-    assert read_texts(Source(path=tmp_path / "a.parquet", documents=1)) == ["m"]
-    assert len(read_texts(Source(builtin="pydoc"))) > 50
+    assert read_texts(TextSource(path=tmp_path / "a.parquet", documents=1)) == ["m"]
+    assert len(read_texts(TextSource(builtin="pydoc"))) > 50
 
 
 def test_quoted_newlines_of_a_csv_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text\n"line one\nline two"\nnext\n')
-    assert read_texts(Source(path=tmp_path / "a.csv")) == ["line one\nline two", "next"]
+    assert read_texts(TextSource(path=tmp_path / "a.csv")) == ["line one\nline two", "next"]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\u2029"])
@@ -162,19 +162,19 @@ def test_json_lines_end_at_newlines_only(tmp_path: Path, separator: str) -> None
     text = f"a{separator}b"
     line = json.dumps({"text": text}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(line + "\n" + line + "\n", encoding="utf-8")
-    assert read_texts(Source(path=tmp_path / "a.jsonl")) == [text, text]
+    assert read_texts(TextSource(path=tmp_path / "a.jsonl")) == [text, text]
 
 
 def test_broken_files_name_the_line(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
-    assert "a.jsonl:3: not valid JSON" in refused(Source(path=tmp_path / "a.jsonl"), tokenizer)
+    assert "a.jsonl:3: not valid JSON" in refused(TextSource(path=tmp_path / "a.jsonl"), tokenizer)
     (tmp_path / "b.jsonl").write_text('"just a string"\n')
-    assert "expected objects with columns, found str" in refused(Source(path=tmp_path / "b.jsonl"), tokenizer)
+    assert "expected objects with columns, found str" in refused(TextSource(path=tmp_path / "b.jsonl"), tokenizer)
     (tmp_path / "c.jsonl").write_text("")
-    assert "holds no rows" in refused(Source(path=tmp_path / "c.jsonl"), tokenizer)
+    assert "holds no rows" in refused(TextSource(path=tmp_path / "c.jsonl"), tokenizer)
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00\xd8")
-    assert "cannot be read" in refused(Source(path=tmp_path / "d.txt"), tokenizer)
-    assert "no such file" in refused(Source(path=tmp_path / "absent.txt"), tokenizer)
+    assert "cannot be read" in refused(TextSource(path=tmp_path / "d.txt"), tokenizer)
+    assert "no such file" in refused(TextSource(path=tmp_path / "absent.txt"), tokenizer)
     assert "every row is empty" in refused(rows(tmp_path, {"text": ""}), tokenizer)
     assert "row 2 is not a chat row" in refused(
         rows(
@@ -185,12 +185,12 @@ def test_broken_files_name_the_line(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_report_never_shows_a_local_path(tmp_path: Path) -> None:
-    assert str(Source(path=tmp_path / "secret" / "a.txt")) == "a.txt"
-    assert str(Source(dataset="org/name", config="en", split="test")) == "org/name:en:test"
+    assert str(TextSource(path=tmp_path / "secret" / "a.txt")) == "a.txt"
+    assert str(TextSource(dataset="org/name", config="en", split="test")) == "org/name:en:test"
 
 
-def documents(*lengths: int, start: int = 10) -> list[Tokens]:
-    return [Tokens(tuple(range(start, start + n)), (True,) * n, n) for n in lengths]
+def documents(*lengths: int, start: int = 10) -> list[TokenDocument]:
+    return [TokenDocument(tuple(range(start, start + n)), (True,) * n, n) for n in lengths]
 
 
 def test_windows_are_packed_from_shuffled_documents() -> None:

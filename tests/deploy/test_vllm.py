@@ -30,7 +30,7 @@ from requant import deploy
 from requant.deploy import engine_processes, engine_support, tensor_parallel
 from requant.deploy.own_scores import SAMPLE
 from requant.evaluate import variants
-from requant.heal import trainer
+from requant.heal.settings import HealSettings
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.run import heal_checkpoint
@@ -75,7 +75,7 @@ def test_vllm_reads_healed_numbers(source: Path, tmp_path: Path) -> None:
     pico.packed(source, tmp_path / "gptq", Grid(4, 64), dtype=torch.bfloat16)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(texts()["train"]))
-    settings = trainer.Settings(steps=5, batch=2, length=32, lr=3e-3)
+    settings = HealSettings(steps=5, batch=2, length=32, lr=3e-3)
     with one_thread():
         told = heal_checkpoint.heal_checkpoint(
             tmp_path / "gptq", source, [text], tmp_path / "healed", settings, device=torch.device("cpu")

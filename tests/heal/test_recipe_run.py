@@ -18,7 +18,7 @@ from requant import deploy
 from requant.deploy import engine_processes
 from requant.deploy.verification import save_verification
 from requant.errors import InputError
-from requant.heal import trainer
+from requant.heal.settings import HealSettings
 from requant.run import heal_checkpoint, prepare
 from requant.runtime.device import pick_device
 
@@ -193,6 +193,6 @@ def test_what_stands_alone_leaves_nothing_behind_when_refused(healed: Path, proj
     short.write_text("a b c")
     with pytest.raises(InputError, match=r"healing: short\.txt has \d+ tokens"):
         heal_checkpoint.heal_checkpoint(
-            healed / "gptq", healed / "merged", [short], tmp_path / "out", trainer.Settings(), device=pick_device("cpu")
+            healed / "gptq", healed / "merged", [short], tmp_path / "out", HealSettings(), device=pick_device("cpu")
         )
     assert [f.name for f in tmp_path.iterdir()] == ["short.txt"]

@@ -1,4 +1,4 @@
-"""Tests of healing: gradients and losses against slow twins, what is written, resuming, refusals."""
+"""`requant.heal`: gradients and losses against slow references, what is written, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from requant import quantize
 from requant.checkpoint.reader import Checkpoint
 from requant.data import packing
-from requant.data.documents import Tokens
+from requant.data.documents import TokenDocument
+from requant.data.packing import HealingText
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
 from requant.heal import blockwise, kl_loss, student, teacher, trainer
 from requant.heal import stage as heal
-from requant.heal.plan import Fit, Shape, choose
+from requant.heal.job import HealJob
+from requant.heal.plan import HealPlan, ModelSize, choose_plan
+from requant.heal.settings import HealSettings
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid, deployable
 from requant.quantize.plan import Settings
@@ -30,8 +33,8 @@ from requant_eval.scoring.lm_head import Head
 
 CPU = torch.device("cpu")
 LENGTH = 24
-WHOLE = Fit("whole", True, False, 4, 0, 0.0)
-SETTINGS = trainer.Settings(steps=12, batch=4, length=LENGTH, lr=5e-3)
+WHOLE = HealPlan(mode="whole", teacher_resident=True, recompute=False, micro_batch=4)
+SETTINGS = HealSettings(steps=12, batch=4, length=LENGTH, lr=5e-3)
 
 
 def quantized(path: Path, kind: str = "llama", *, grid: Grid = Grid(3, 32), **changes: Any) -> tuple[Path, Path]:  # noqa: B008
@@ -49,22 +52,32 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return quantized(tmp_path_factory.mktemp("pair"), tie_word_embeddings=True)
 
 
-def windows(train: int = 48, held: int = 8) -> Tensor:
-    return torch.cat([pico.ids(train, LENGTH, seed=1), pico.ids(held, LENGTH, seed=2)])
+def healing_text() -> HealingText:
+    return HealingText(torch.cat([pico.ids(48, LENGTH, seed=1), pico.ids(8, LENGTH, seed=2)]), 8)
 
 
 def model_of(merged: Path) -> Any:
     return variants.load("merged", variants.VariantSources.of_checkpoint(merged), device=CPU, dtype=torch.float32)
 
 
-def run(pair: tuple[Path, Path], out: Path, settings: trainer.Settings = SETTINGS, **changes: Any) -> dict[str, Any]:
+def run(pair: tuple[Path, Path], out: Path, settings: HealSettings = SETTINGS, **changes: Any) -> dict[str, Any]:
     """Heal on random text; `out` is made."""
     merged, source = pair
     out.mkdir()
-    options: dict[str, Any] = {"teacher": lambda: model_of(merged), "work": out.with_name(out.name + "-work")} | changes
-    way = options.pop("way", WHOLE)
-    given = options.pop("windows", windows())
-    return heal.heal(source, out, given, 8, settings, way, teacher_path=merged, key="k", device=CPU, **options)
+    options = {name: changes.pop(name) for name in ("meta", "progress") if name in changes}
+    job = HealJob(
+        source=source,
+        teacher=merged,
+        load_teacher=lambda: model_of(merged),
+        text=healing_text(),
+        settings=settings,
+        plan=changes.pop("plan", WHOLE),
+        device=CPU,
+        work=out.with_name(out.name + "-work"),
+        key="k",
+    )
+    assert not changes
+    return dict(heal.heal(job, out, **options))
 
 
 def dense(path: Path) -> Any:
@@ -148,7 +161,7 @@ def test_gradients_of_scales_and_inputs_are_autograds() -> None:
     codes, scale = torch.randint(0, 16, (32, 64), dtype=torch.uint8), deployable(torch.rand(32, 2) * 0.1 + 0.05)
     zero, g_idx = torch.full((32, 2), 8.0), torch.arange(64) // 32
     layer = student.ScaledLinear(student.Codes.of(codes, scale, zero, g_idx, where="x"), None, torch.float32)
-    moving = student.movable_scales({"x": layer}, torch.float32)
+    moving = student.trainable_scales({"x": layer}, torch.float32)
     x, weights = torch.randn(7, 64, requires_grad=True), torch.randn(7, 32)
     (layer(x) * weights).sum().backward()
     twin, d = x.detach().double().requires_grad_(), torch.zeros(32, 2, dtype=torch.float64, requires_grad=True)
@@ -174,7 +187,7 @@ def test_an_unmoved_student_is_the_checkpoint(tmp_path: Path, kind: str, changes
 def test_moved_values_are_those_that_a_file_can_hold(pair: tuple[Path, Path]) -> None:
     pupil = student.load(pair[1], device=CPU, dtype=torch.float32, tune=("scales", "norms"))
     before = pupil.values()
-    for m in pupil.movable:
+    for m in pupil.trainable:
         m.offset.copy_(torch.randn_like(m.offset) * 0.1)
     pupil.refresh()
     stored = Checkpoint(pair[1])
@@ -183,7 +196,7 @@ def test_moved_values_are_those_that_a_file_can_hold(pair: tuple[Path, Path]) ->
         if name.endswith(".scales"):
             assert torch.equal(value.bfloat16().float(), value)
         assert not torch.equal(value, before[name])
-    for m in pupil.movable:
+    for m in pupil.trainable:
         m.offset.zero_()
     pupil.refresh()
     assert all(torch.equal(value, before[name]) for name, value in pupil.values().items()), "offset 0 is the file"
@@ -200,8 +213,8 @@ def test_healing_brings_the_divergence_down(pair: tuple[Path, Path], tmp_path: P
     assert told["healed"]
     assert after < 0.95 * before, "on text that neither training nor the choice of the step has seen"
     assert told["kl_best"] == min(value for _, value in told["held"])
-    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, windows()[-8:]), rel=1e-3)
-    assert told["kl_start"] == pytest.approx(divergence(source, merged, windows()[-8:]), rel=1e-3)
+    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, healing_text().windows[-8:]), rel=1e-3)
+    assert told["kl_start"] == pytest.approx(divergence(source, merged, healing_text().windows[-8:]), rel=1e-3)
     assert 0 < told["moved"]["mean"] < 0.5
     assert len(told["train"]) == 40
 
@@ -234,27 +247,27 @@ def test_a_stored_teacher_recomputed_blocks_and_small_batches_change_nothing(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     plain = run(pair, tmp_path / "a")
-    lean = run(pair, tmp_path / "b", way=Fit("whole", False, True, 2, 0, 0.0))
+    lean = run(pair, tmp_path / "b", plan=replace(WHOLE, teacher_resident=False, recompute=True, micro_batch=2))
     assert lean["held"] == [[n, pytest.approx(v, rel=1e-3)] for n, v in plain["held"]]
     assert (tmp_path / "b-work" / "teacher.safetensors").exists()
 
 
 def test_block_by_block_comes_near_end_to_end(pair: tuple[Path, Path], tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=40, lr=1e-2)
-    told = run(pair, tmp_path / "out", settings, way=Fit("blocks", False, False, 4, 0, 0.0))
+    told = run(pair, tmp_path / "out", settings, plan=replace(WHOLE, mode="blocks", teacher_resident=False))
     merged, source = pair
     fresh = pico.ids(16, LENGTH, seed=3)
     assert told["healed"]
     assert divergence(tmp_path / "out", merged, fresh) < 0.97 * divergence(source, merged, fresh)
-    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, windows()[-8:]), rel=5e-3)
-    assert told["kl_start"] == pytest.approx(divergence(source, merged, windows()[-8:]), rel=5e-3), (
+    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, healing_text().windows[-8:]), rel=5e-3)
+    assert told["kl_start"] == pytest.approx(divergence(source, merged, healing_text().windows[-8:]), rel=5e-3), (
         "merged's final norm"
     )
     assert all(b["best"] <= b["start"] for b in told["blocks"])
 
 
 def test_what_gains_nothing_is_the_start_byte_for_byte(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """With a rate that ruins the model every look is worse than the first."""
+    """With a rate that ruins the model every validation is worse than the first."""
     told = run(pair, tmp_path / "out", replace(SETTINGS, lr=1.0))
     assert not told["healed"]
     assert told["best_step"] == 0
@@ -279,7 +292,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("mode", ["whole", "blocks"])
 def test_a_killed_healing_goes_on_with_the_same_numbers(pair: tuple[Path, Path], tmp_path: Path, mode: Any) -> None:
-    way = Fit(mode, False, False, 4, 0, 0.0)
+    plan = replace(WHOLE, mode=mode, teacher_resident=False)
     armed, steps = [True], []
 
     def progress(done: int, total: int, note: str) -> None:
@@ -287,17 +300,19 @@ def test_a_killed_healing_goes_on_with_the_same_numbers(pair: tuple[Path, Path],
         if armed and steps[-1] == (False, 7 if mode == "whole" else 1):
             raise Killed
 
-    whole = run(pair, tmp_path / "a", way=way)
+    whole = run(pair, tmp_path / "a", plan=plan)
     with pytest.raises(Killed):
-        run(pair, tmp_path / "b", way=way, progress=progress)
+        run(pair, tmp_path / "b", plan=plan, progress=progress)
     shutil.rmtree(tmp_path / "b")
     armed.clear()
     steps.clear()
-    again = run(pair, tmp_path / "b", way=way, progress=progress)
+    again = run(pair, tmp_path / "b", plan=plan, progress=progress)
     assert again["held"] == whole["held"]
     assert again["train"] == whole["train"]
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
-    assert steps == [(False, n) for n in (range(7, 13) if mode == "whole" else (1, 2))], "the last look was at step 6"
+    assert steps == [(False, n) for n in (range(7, 13) if mode == "whole" else (1, 2))], (
+        "the last validation was at step 6"
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
@@ -315,7 +330,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
     assert told["stopped"] == "the loss was not finite at step 9"
     assert told["best_step"] <= 6
     assert told["kl_best"] <= told["kl_start"]
-    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", pair[0], windows()[-8:]), rel=1e-3)
+    assert told["kl_best"] == pytest.approx(
+        divergence(tmp_path / "out", pair[0], healing_text().windows[-8:]), rel=1e-3
+    )
 
 
 # --- what cannot be healed ---
@@ -367,59 +384,61 @@ def test_a_checkpoint_that_gives_nan_is_refused(pair: tuple[Path, Path], tmp_pat
 # --- text ---
 
 
-def documents(*lengths: int, start: int = 0) -> list[Tokens]:
+def documents(*lengths: int, start: int = 0) -> list[TokenDocument]:
     """Documents of running numbers: every token tells where it is from."""
     out = []
     for n in lengths:
-        out.append(Tokens(tuple(range(start, start + n)), (True,) * n, n))
+        out.append(TokenDocument(tuple(range(start, start + n)), (True,) * n, n))
         start += n
     return out
 
 
 def test_held_out_windows_share_no_text_with_the_others() -> None:
     entries = [("a", documents(100, 300, 50), 0.5), ("b", documents(500, start=1000), 0.5)]
-    packed, held = packing.pack(entries, train=80, held=6, length=10, seed=0, bos=None, eos=None)
-    assert packed.shape == (80 + held, 10)
+    text = packing.pack(entries, train=80, held_out=6, length=10, seed=0, bos=None, eos=None)
+    packed = text.windows
+    assert packed.shape == (80 + text.held_out, 10)
+    assert (text.train, text.length) == (80, 10)
     seen, judged = set(packed[:80].flatten().tolist()), set(packed[80:].flatten().tolist())
     assert not seen & judged
     assert sum(t < 1000 for t in packed[:80, 0].tolist()) == 40, "equal shares, though one is read more often"
-    again, _ = packing.pack(entries, train=80, held=6, length=10, seed=0, bos=None, eos=None)
-    assert torch.equal(packed, again)
+    again = packing.pack(entries, train=80, held_out=6, length=10, seed=0, bos=None, eos=None)
+    assert torch.equal(packed, again.windows)
 
 
 def test_little_text_gives_few_held_out_windows() -> None:
     entries = [("a", documents(90), 0.5), ("b", documents(1000, start=1000), 0.5)]
-    packed, held = packing.pack(entries, train=8, held=16, length=10, seed=0, bos=None, eos=None)
-    assert held == 1 + 8
-    assert len(packed) == 8 + held
+    text = packing.pack(entries, train=8, held_out=16, length=10, seed=0, bos=None, eos=None)
+    assert text.held_out == 1 + 8
+    assert len(text.windows) == 8 + text.held_out
 
 
 def test_text_shorter_than_two_windows_is_refused() -> None:
     with pytest.raises(InputError, match=r"healing: a has 19 tokens, .* need 20: lower heal\.length"):
-        packing.pack([("a", documents(19), 1.0)], train=4, held=2, length=10, seed=0, bos=None, eos=None)
+        packing.pack([("a", documents(19), 1.0)], train=4, held_out=2, length=10, seed=0, bos=None, eos=None)
 
 
 def test_every_epoch_has_its_own_order() -> None:
-    order = trainer.batches(10, trainer.Settings(steps=6, batch=5))
+    order = trainer.batches(10, HealSettings(steps=6, batch=5))
     flat = [n for batch in order for n in batch]
     assert [sorted(flat[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert flat[:10] != flat[10:20]
 
 
 def test_the_rate_warms_up_and_ends_at_nothing() -> None:
-    s = trainer.Settings(steps=100, lr=0.5)
+    s = HealSettings(steps=100, lr=0.5)
     rates = [s.rate(n) for n in range(100)]
     assert max(rates) == rates[9] == 0.5
     assert rates[0] == pytest.approx(0.05)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0 < rates[-1] < 1e-3
-    assert s.looks() == {0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100}
+    assert s.validation_steps() == {0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100}
 
 
 # --- fitting a machine ---
 
 
-def shape_8b() -> Shape:
+def size_8b() -> ModelSize:
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -428,28 +447,20 @@ def shape_8b() -> Shape:
     )  # fmt: skip
     model = skeleton.build(config)
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear and "lm_head" not in n]
-    return Shape.of(model, dict.fromkeys(names, Grid(4, 128)))
+    return ModelSize.of(model, dict.fromkeys(names, Grid(4, 128)))
 
 
 def test_the_mode_follows_the_memory() -> None:
-    shape = shape_8b()
-    assert shape.quantized == 6_979_321_856
-    asked: dict[str, Any] = {
-        "steps": 150,
-        "batch": 16,
-        "length": 512,
-        "unique": 2432,
-        "held": 32,
-        "looks": 11,
-        "rate": 5e14,
-    }
-    asked["device"] = torch.device("cuda")
-    found = [choose(shape, free=gb * 10**9, **asked) for gb in (160, 78, 23, 9)]
+    size = size_8b()
+    assert size.quantized == 6_979_321_856
+    text = HealingText(torch.zeros(2432, 512, dtype=torch.int64), 32)
+    asked: dict[str, Any] = {"device": torch.device("cuda"), "rate": 5e14}
+    found = [choose_plan(size, HealSettings(), text, free=gb * 10**9, **asked) for gb in (160, 78, 23, 9)]
     assert [f.mode for f in found] == ["whole", "whole", "whole", "blocks"]
-    assert [f.resident for f in found] == [True, True, False, False]
+    assert [f.teacher_resident for f in found] == [True, True, False, False]
     assert all(f.bytes <= 0.85 * gb * 10**9 for f, gb in zip(found, (160, 78, 23, 9), strict=True))
     with pytest.raises(InputError, match=r"healing needs at least [0-9.]+ GB \(blocks\), cuda has 0\.5 GB free"):
-        choose(shape, free=5 * 10**8, **asked)
+        choose_plan(size, HealSettings(), text, free=5 * 10**8, **asked)
     assert "block by block" in str(found[3])
 
 
@@ -457,17 +468,17 @@ def test_teacher_and_student_find_their_heads_in_mixed_precision(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does, on the CPU: bfloat16 products, fp32 residual stream; the loss stays near that of fp32."""
-    ids = windows()
-    exact = _start(pair, ids)
+    text = healing_text()
+    unquantized = _start(pair, text)
     for module in (teacher, trainer, blockwise, heal):
         monkeypatch.setattr(module, "product_dtype", lambda _: torch.bfloat16)
     for module in (teacher, trainer, blockwise):
         monkeypatch.setattr(module, "precision", lambda _: torch.autocast("cpu", torch.bfloat16))
-    assert _start(pair, ids) == pytest.approx(exact, rel=0.02)
+    assert _start(pair, text) == pytest.approx(unquantized, rel=0.02)
 
 
-def _start(pair: tuple[Path, Path], ids: Tensor) -> float:
+def _start(pair: tuple[Path, Path], text: HealingText) -> float:
     pupil = student.load(pair[1], device=CPU, dtype=teacher.product_dtype(CPU), tune=("scales",))
-    taught = teacher.Resident(model_of(pair[0]), ids, CPU)
-    loss = trainer.EndToEnd(pupil, taught, ids, 8, CPU)
-    return trainer.Trainer(pupil, loss, 48, 8, SETTINGS).held_out()
+    taught = teacher.ResidentTeacher(model_of(pair[0]), text.windows, CPU)
+    loss = trainer.EndToEndLoss(pupil, taught, text, CPU)
+    return trainer.Trainer(pupil, loss, SETTINGS, train=text.train, held_out=text.held_out).held_out_loss()

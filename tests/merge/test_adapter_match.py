@@ -12,7 +12,7 @@ from helpers import pico
 from helpers.e2e import copied, edit_json, make_model, make_nf4, recipe
 
 from requant.adapters import peft_directory
-from requant.data.documents import Tokens
+from requant.data.documents import TokenDocument
 from requant.evaluate import adapter_probe
 from requant.merge.adapter_match import Match, match
 from requant.run import observer, prepare, runner
@@ -116,7 +116,7 @@ def test_the_chat_template(project: Path, tmp_path: Path) -> None:
 
 
 def test_rows_are_spread_cut_and_long_enough() -> None:
-    documents = [Tokens(tuple(range(n)), (True,) * n, n) for n in [4, *range(100, 400, 10)]]
+    documents = [TokenDocument(tuple(range(n)), (True,) * n, n) for n in [4, *range(100, 400, 10)]]
     rows = adapter_probe.rows(["a", "b"], [documents, documents[:1]])["a"]
     assert len(rows) == adapter_probe.ROWS
     assert all(adapter_probe.LEAST <= len(r) <= adapter_probe.LENGTH for r in rows)

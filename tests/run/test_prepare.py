@@ -190,7 +190,7 @@ def test_the_adapters_own_tokenizer_comes_first(project: Path, tmp_path: Path) -
 
 
 def rows(file: Path) -> list[Any]:
-    return [dict(row) for row in documents.read_rows(documents.Source(path=file))]
+    return [dict(row) for row in documents.read_rows(documents.TextSource(path=file))]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])

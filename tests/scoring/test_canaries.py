@@ -141,7 +141,7 @@ def test_how_a_prompt_reaches_the_model(tmp_path: Path, tokenizer: Any, kind: An
     loaded = load(tmp_path, [{"prompt": prompt, "answer": "four"}], tokenizer, kind)
     (canary,) = loaded.items
     assert text_of(canary.ids) == read
-    assert canary.new_tokens == 4 + canaries.LISTEN
+    assert canary.new_tokens == 4 + canaries.EXTRA_TOKENS
     assert loaded.decode([10 + ord(c) for c in "four"]) == "four"
 
 
@@ -155,7 +155,7 @@ def test_how_a_prompt_reaches_the_model(tmp_path: Path, tokenizer: Any, kind: An
         ({"prompt": " ", "answer": "1"}, "canary 2: its prompt is empty"),
         ({"prompt": 7, "answer": "1"}, "canary 2: its prompt is 7, expected text or a list of chat messages"),
         ({"prompt": [{"role": "user", "content": "x"}], "answer": "1"}, "the tokenizer has no chat template"),
-        ({"prompt": "first?", "answer": "2"}, "canary 2: its prompt stands there twice: 'first?'"),
+        ({"prompt": "first?", "answer": "2"}, "canary 2: its prompt occurs twice: 'first?'"),
     ],
 )
 def test_refusals_name_the_canary(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -189,12 +189,14 @@ def heal(
         missing = ", ".join(name for name, value in alone.items() if not value)
         raise RecipeError(f"healing needs a RECIPE, or {missing} too")
     from requant.cli.console import ConsoleWatcher, quiet
+    from requant.heal.settings import HealSettings
     from requant.heal.stage import summary
-    from requant.heal.trainer import Settings
     from requant.run.heal_checkpoint import heal_checkpoint
     from requant.runtime.device import pick_device
 
-    settings = Settings(steps, batch, length, lr, ("scales", "norms") if norms else ("scales",), seed)
+    settings = HealSettings(
+        steps=steps, batch=batch, length=length, lr=lr, tune=("scales", "norms") if norms else ("scales",), seed=seed
+    )
     target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
     with ConsoleWatcher() as watcher, quiet():
         watcher.stage("heal", False)
@@ -311,5 +313,5 @@ def _healing(prepared: Prepared) -> str:
         asked = prepared.recipe.heal
         return "off" if asked == "off" else "off: auto heals on a GPU only; give heal settings of its own to heal here"
     s = prepared.heal.section
-    way = prepared.heal.fit(pick_device(prepared.recipe.device))
-    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {way}"
+    plan = prepared.heal.plan(pick_device(prepared.recipe.device))
+    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {plan}"

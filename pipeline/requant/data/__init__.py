@@ -1,9 +1,9 @@
-"""Data: text from files and the hub, as token documents and windows.
+"""Text from files and the hub as token documents and packed windows.
 
     documents   rows of text, chat or prompt and completion as token ids   <- start here
-    packing     windows of calibration and healing text
-    overlap     evaluation text that also occurs in calibration text
-    canaries    prompts whose answers are shown in the report
+    packing     windows for calibration and for healing
+    overlap     how much evaluation text also occurs in calibration text
+    canaries    prompts whose answers the report shows
 
 May import: errors, checkpoint; requant_eval.scoring.
 """

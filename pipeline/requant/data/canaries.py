@@ -1,7 +1,7 @@
-"""The recipe's canaries: a file of prompts and answers as token ids, and what variants said to them.
+"""Canaries: prompts with expected answers, read from a file, and the answers of each variant.
 
-A line is {"prompt": ..., "answer": ...}; a prompt may also be a list of chat messages. `chat` sends prompts through the
-tokenizer's template, `text` gives them to the model as they are, `auto` is `chat` where there is a template.
+A line is {"prompt": ..., "answer": ...}; a prompt may also be a list of chat messages. Format `chat` renders prompts by
+the tokenizer's template, `text` passes them to the model unchanged, `auto` is `chat` where the tokenizer has a template.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from requant.checkpoint.reader import read_json, write_text
-from requant.data.documents import Source, adds_bos, read_rows
+from requant.data.documents import TextSource, adds_bos, read_rows
 from requant.errors import InputError
 
 if TYPE_CHECKING:
     from requant_eval.scoring.canaries import Canary
 
 ASKED = ("base", "adapter", "merged", "gptq", "healed")
-LISTEN = 8  # tokens beyond the answer's own: other spellings of it may be longer
+EXTRA_TOKENS = 8  # generated beyond the length of the answer: other spellings of it may be longer
 Format = Literal["auto", "text", "chat"]
 _KEYS = {"prompt", "answer"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Canaries:
-    """All canaries of a file. digest: of everything that an answer depends on but the model."""
+    """All canaries of one file. digest: of everything that an answer depends on except the model."""
 
     name: str
     items: tuple[Canary, ...]
@@ -38,26 +38,26 @@ class Canaries:
     stop: int | None
     decode: Callable[[list[int]], str]
 
-    def ask(self, model: Any, device: torch.device, tell: Callable[[int, int], None]) -> list[str]:
-        """What one variant answers, one text for each canary."""
+    def ask(self, model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> list[str]:
+        """The answers of one variant's model, one text for each canary. on_progress: (done, of)."""
         from requant_eval.scoring.canaries import ask
 
-        return ask(model, self.items, self.decode, stop=self.stop, device=device, on_progress=tell)
+        return ask(model, self.items, self.decode, stop=self.stop, device=device, on_progress=on_progress)
 
-    def result(self, given: Mapping[str, list[str]]) -> dict[str, Any]:
+    def result(self, answers: Mapping[str, list[str]]) -> dict[str, Any]:
         """The facts for the report, from answers by variant."""
         from requant_eval.scoring.canaries import result
 
-        return {"file": self.name, **result(self.items, given)}
+        return {"file": self.name, **result(self.items, answers)}
 
 
 def load(path: Path, tokenizer: Any, kind: Format = "auto") -> Canaries:
-    """Read and tokenize a file of canaries; raises InputError naming the line for anything that is not one."""
+    """Read and tokenize a file of canaries; raises InputError naming the line that is none."""
     from requant_eval.scoring.canaries import Canary
 
     items: list[Canary] = []
     seen: set[str] = set()
-    for number, row in enumerate(read_rows(Source(path=path)), 1):
+    for number, row in enumerate(read_rows(TextSource(path=path)), 1):
         where = f"{path}: canary {number}"
         if set(row) != _KEYS:
             raise InputError(f"{where} has {', '.join(map(str, row)) or 'nothing'}; expected exactly prompt and answer")
@@ -66,9 +66,9 @@ def load(path: Path, tokenizer: Any, kind: Format = "auto") -> Canaries:
             raise InputError(f"{where}: its answer is {answer!r}, expected text")
         shown, ids = _prompt(where, prompt, tokenizer, kind)
         if shown in seen:
-            raise InputError(f"{where}: its prompt stands there twice: {shown!r}")
+            raise InputError(f"{where}: its prompt occurs twice: {shown!r}")
         seen.add(shown)
-        longest = len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + LISTEN
+        longest = len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + EXTRA_TOKENS
         items.append(Canary(shown, answer, ids, longest))
     asked = [(c.ids, c.new_tokens) for c in items]
     digest = hashlib.sha256(json.dumps([asked, tokenizer.eos_token_id]).encode()).hexdigest()
@@ -76,11 +76,11 @@ def load(path: Path, tokenizer: Any, kind: Format = "auto") -> Canaries:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    return Canaries(path.name, tuple(items), digest, tokenizer.eos_token_id, decode)
+    return Canaries(name=path.name, items=tuple(items), digest=digest, stop=tokenizer.eos_token_id, decode=decode)
 
 
 def _prompt(where: str, prompt: Any, tokenizer: Any, kind: Format) -> tuple[str, tuple[int, ...]]:
-    """(the prompt as a report shows it, its token ids with the BOS that the tokenizer adds)."""
+    """(the prompt as the report shows it, its token ids with the BOS that the tokenizer adds)."""
     chat = not isinstance(prompt, str)
     if chat and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
         raise InputError(f"{where}: its prompt is {prompt!r}, expected text or a list of chat messages")
@@ -107,12 +107,12 @@ def _prompt(where: str, prompt: Any, tokenizer: Any, kind: Format) -> tuple[str,
     return shown, tuple(ids)
 
 
-def save(given: list[str], file: Path) -> None:
-    """Keep one variant's answers."""
-    write_text(file, json.dumps({"given": given}, indent=1, ensure_ascii=False) + "\n")
+def save_answers(answers: list[str], file: Path) -> None:
+    """Write one variant's answers to `file`."""
+    write_text(file, json.dumps({"given": answers}, indent=1, ensure_ascii=False) + "\n")
 
 
-def saved(file: Path) -> list[str]:
-    """What `save` kept."""
-    given: list[str] = read_json(file)["given"]
-    return given
+def load_answers(file: Path) -> list[str]:
+    """The answers that `save_answers` wrote."""
+    answers: list[str] = read_json(file)["given"]
+    return answers

@@ -1,7 +1,7 @@
-"""Datasets -> token documents and calibration windows: seeded, digested, no padding.
+"""Rows of a dataset as token documents: plain text, chats, or prompts with completions.
 
-A row is plain text, a chat (rendered by the tokenizer's own template) or a prompt with its completion. Every document
-is token ids with one flag per token: whether it belongs to what the model is to learn to say.
+Chats are rendered by the tokenizer's own template. A document is token ids with one flag a token: whether the token
+belongs to the text that the model learns to produce (the completion, the assistant's turns, or all of a plain text).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _ROLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where rows come from: exactly one of path, dataset (hub id) and builtin."""
+class TextSource:
+    """Where rows of text are read from: exactly one of path, dataset (hub id) and builtin."""
 
     path: Path | None = None
     dataset: str | None = None
@@ -50,25 +50,26 @@ class Source:
     documents: int | None = None
 
     def __str__(self) -> str:
-        """How a report names it: never a local path, only a file name."""
-        return (
-            self.path.name
-            if self.path
-            else self.builtin or ":".join(filter(None, (self.dataset, self.config, self.split)))
-        )
+        """The name shown in reports: of a local path only the file name."""
+        if self.path:
+            return self.path.name
+        return self.builtin or ":".join(filter(None, (self.dataset, self.config, self.split)))
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """One document: token ids without BOS, one flag a token (True: completion), UTF-8 bytes of the flagged text."""
+class TokenDocument:
+    """A tokenized document.
+
+    ids: without BOS. scored: one flag a token, True inside completions. n_bytes: of the flagged text in UTF-8.
+    """
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
     n_bytes: int
 
 
-def read_rows(source: Source) -> list[Row]:
-    """All rows, or the first `documents` of them; raises InputError when unreadable or empty."""
+def read_rows(source: TextSource) -> list[Row]:
+    """All rows of a source, or its first `documents`; raises InputError when unreadable or empty."""
     if source.path is not None:
         rows = list(_file_rows(source.path))
     elif source.builtin is not None:
@@ -120,7 +121,7 @@ def _json_rows(path: Path, text: str, line: int | None = None) -> list[Row]:
     return rows
 
 
-def _hub_rows(source: Source) -> list[Row]:
+def _hub_rows(source: TextSource) -> list[Row]:
     from datasets import load_dataset
 
     try:
@@ -130,19 +131,20 @@ def _hub_rows(source: Source) -> list[Row]:
     return list(table)
 
 
-def row_format(source: Source, row: Row, asked: Format) -> Format:
-    """Resolve `auto` from the columns of the first row; raises InputError naming the columns there are."""
+def row_format(source: TextSource, row: Row, asked: Format) -> Format:
+    """The format of a source's rows; `auto` is resolved from the columns of its first row.
+
+    Raises InputError, naming the columns found, when they do not fit the format.
+    """
     columns = ", ".join(map(str, row)) or "none"
     if source.column is not None and source.column not in row:
         raise InputError(f"{source}: no column {source.column!r}; it has {columns}")
     if asked == "auto":
-        asked = (
-            "chat"
-            if _chat_key(row) and not source.column
-            else "completion"
-            if _completion_keys(row) and not source.column
-            else "text"
-        )
+        asked = "text"
+        if not source.column and _chat_key(row):
+            asked = "chat"
+        elif not source.column and _completion_keys(row):
+            asked = "completion"
     if asked == "text" and not (source.column or any(k in row for k in TEXT_KEYS)):
         raise InputError(f"{source}: no text column ({' or '.join(TEXT_KEYS)}); it has {columns}: set data.column")
     if asked == "chat" and not (source.column or _chat_key(row)):
@@ -160,16 +162,19 @@ def _completion_keys(row: Row) -> tuple[str, str] | None:
     return next((pair for pair in COMPLETION_KEYS if all(k in row for k in pair)), None)
 
 
-def read_texts(source: Source) -> list[str]:
-    """The text column alone, for protocols that join texts before tokenizing."""
+def read_texts(source: TextSource) -> list[str]:
+    """The text column of a source, for protocols that join texts before tokenizing."""
     rows = read_rows(source)
     row_format(source, rows[0], "text")
     key = source.column or next(k for k in TEXT_KEYS if k in rows[0])
     return [str(row[key]) for row in rows]
 
 
-def tokenize(source: Source, tokenizer: Any, asked: Format = "auto") -> list[Tokens]:
-    """Every row as a document; rows that come out empty are left out. Raises InputError for columns or roles that don't fit."""
+def tokenize(source: TextSource, tokenizer: Any, asked: Format = "auto") -> list[TokenDocument]:
+    """Every row of a source as a document, except rows that render to no tokens.
+
+    Raises InputError for columns or roles that do not fit the format, and when every row is empty.
+    """
     rows = read_rows(source)
     kind = row_format(source, rows[0], asked)
     documents = []
@@ -186,7 +191,7 @@ def tokenize(source: Source, tokenizer: Any, asked: Format = "auto") -> list[Tok
     return documents
 
 
-def _render(source: Source, row: Row, kind: Format, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+def _render(source: TextSource, row: Row, kind: Format, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """(text, spans of it that count as completion)."""
     if kind == "text":
         key = source.column or next((k for k in TEXT_KEYS if k in row), TEXT_KEYS[0])
@@ -207,7 +212,7 @@ def _render(source: Source, row: Row, kind: Format, tokenizer: Any) -> tuple[str
 
 
 def _render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Render by the tokenizer's template; a span runs from the generation prompt to the end of the assistant's turn."""
+    """(text by the tokenizer's template, spans from each generation prompt to the end of the assistant's turn)."""
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
     turns = [
@@ -222,23 +227,23 @@ def _render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple
         before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
         after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
         if not (text.startswith(before) and text.startswith(after.rstrip())):
-            raise ValueError("the chat template rewrites earlier turns: the assistant's part cannot be told apart")
+            raise ValueError("the chat template rewrites earlier turns: the assistant's part cannot be located")
         spans.append((len(before), len(after)))
     return text, spans
 
 
-def _encode(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Tokens:
-    """Tokenize once; a token counts when it begins inside a span."""
+def _encode(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> TokenDocument:
+    """Tokenize the whole text at once; a token is flagged when it begins inside a span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     bos = tokenizer.bos_token_id
     if adds_bos(tokenizer) and ids and ids[0] == bos:  # a template that writes BOS itself
         ids, offsets = ids[1:], offsets[1:]
     scored = tuple(any(start <= begin < stop for start, stop in spans) for begin, _ in offsets)
-    return Tokens(tuple(ids), scored, sum(len(text[a:b].encode()) for a, b in spans))
+    return TokenDocument(tuple(ids), scored, sum(len(text[a:b].encode()) for a, b in spans))
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts BOS in front of a text by itself."""
+    """Whether the tokenizer adds BOS to a text by default."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -1,4 +1,4 @@
-"""How much evaluation text also occurs in calibration text: shared n-grams, shared documents."""
+"""Overlap of evaluation text with calibration text: shared n-grams and shared documents."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from requant.data.documents import Tokens
+from requant.data.documents import TokenDocument
 
 NGRAM = 13
 
 
 def overlap(calibration: Tensor, documents: Sequence[Sequence[int]], n: int = NGRAM) -> float:
-    """Share of the documents' token n-grams that also occur in a calibration window (0 when there are none)."""
-    known = {tuple(row[i : i + n]) for row in calibration.tolist() for i in range(len(row) - n + 1)}
+    """Share of the documents' token n-grams that also occur in a calibration window (0 without n-grams)."""
+    calibrated = {tuple(row[i : i + n]) for row in calibration.tolist() for i in range(len(row) - n + 1)}
     grams = [tuple(ids[i : i + n]) for ids in documents for i in range(len(ids) - n + 1)]
-    return sum(g in known for g in grams) / len(grams) if grams else 0.0
+    return sum(g in calibrated for g in grams) / len(grams) if grams else 0.0
 
 
-def shared_documents(calibration: Sequence[Sequence[Tokens]], documents: Sequence[Tokens]) -> float:
-    """Share of `documents` that stand whole in a calibration source, drawn into a window or not."""
-    known = {d.ids for source in calibration for d in source}
-    return sum(d.ids in known for d in documents) / max(len(documents), 1)
+def shared_documents(calibration: Sequence[Sequence[TokenDocument]], documents: Sequence[TokenDocument]) -> float:
+    """Share of `documents` that are whole documents of a calibration source, used in a window or not."""
+    calibrated = {d.ids for source in calibration for d in source}
+    return sum(d.ids in calibrated for d in documents) / max(len(documents), 1)

@@ -1,47 +1,80 @@
-"""The text that healing reads: packed windows in the sources' shares, and others, of other text, that judge."""
+"""Packed windows for calibration and healing, in the shares of their text sources, no padding."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from requant.data.documents import Tokens, adds_bos
+from requant.data.documents import TokenDocument, adds_bos
 from requant.errors import InputError
 
-HELD_SHARE = 8  # at most one in so many windows of an entry is held out
+Entry = tuple[str, Sequence[TokenDocument], float]  # name, documents, share of the windows
+MIN_WINDOWS_PER_HELD_OUT = 8  # at most one in so many windows of an entry is held out
 
 
-def draw(
-    entries: Sequence[tuple[str, Sequence[Tokens], float]], tokenizer: Any, *, steps: int, batch: int, length: int,
-    seed: int,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """(windows int64, how many of them at the end are held out): two batches' worth judge, if there is that much text."""
+@dataclass(frozen=True, slots=True)
+class HealingText:
+    """Packed windows for healing: the last `held_out` choose the best step, the others are trained on.
+
+    windows: int64 [n, length].
+    """
+
+    windows: Tensor
+    held_out: int
+
+    @property
+    def train(self) -> int:
+        """Number of windows that are trained on: the first ones."""
+        return len(self.windows) - self.held_out
+
+    @property
+    def length(self) -> int:
+        """Tokens a window."""
+        return int(self.windows.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the windows, hex."""
+        return digest(self.windows)
+
+
+def healing_windows(
+    entries: Sequence[Entry], tokenizer: Any, *, steps: int, batch: int, length: int, seed: int
+) -> HealingText:
+    """Windows for `steps` steps of `batch`, and up to two batches of held-out ones."""
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     return pack(
-        entries, train=steps * batch, held=2 * batch, length=length, seed=seed, bos=bos, eos=tokenizer.eos_token_id
+        entries, train=steps * batch, held_out=2 * batch, length=length, seed=seed, bos=bos, eos=tokenizer.eos_token_id
     )
 
 
 def pack(
-    entries: Sequence[tuple[str, Sequence[Tokens], float]], *, train: int, held: int, length: int, seed: int,
-    bos: int | None, eos: int | None,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """(packed windows int64 [train + n, length] in the entries' shares, n): the last n <= `held` judge.
+    entries: Sequence[Entry],
+    *,
+    train: int,
+    held_out: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    eos: int | None,
+) -> HealingText:
+    """`train` packed windows in the entries' shares, and at most `held_out` held-out ones of other text.
 
-    They share no text with the others; each entry gives its share of them, but at least one and at most an eighth of its
-    text. Where an entry is shorter than its share of `train`, it is read again, its documents in another order. Raises
-    InputError when an entry has less text than two windows.
+    Each entry gives its share of the held-out windows, but at least one and at most an eighth of its text. An entry that
+    is shorter than its share of `train` is repeated, its documents in another order. Raises InputError when an entry has
+    less text than two windows.
     """
     draw = random.Random(seed)
-    counts, kept = (shares([share for _, _, share in entries], n) for n in (train, held))
-    trained: list[list[int]] = []
-    judging: list[list[int]] = []
-    for (name, documents, _), count, apart in zip(entries, counts, kept, strict=True):
+    counts, held_out_counts = (shares([share for _, _, share in entries], n) for n in (train, held_out))
+    training: list[list[int]] = []
+    validating: list[list[int]] = []
+    for (name, documents, _), count, wanted in zip(entries, counts, held_out_counts, strict=True):
         order = [[*([] if bos is None else [bos]), *d.ids, *([] if eos is None else [eos])] for d in documents]
         draw.shuffle(order)
         total = sum(map(len, order))
@@ -50,24 +83,24 @@ def pack(
                 f"healing: {name} has {total} tokens, a window to train on and a held-out one need {2 * length}: "
                 "lower heal.length (--length), or give more text"
             )
-        apart = max(1, min(apart, total // length // HELD_SHARE))
+        validated = max(1, min(wanted, total // length // MIN_WINDOWS_PER_HELD_OUT))
         stream: list[int] = []
-        while len(stream) < apart * length:
+        while len(stream) < validated * length:
             stream += order.pop()
-        order.append(stream[apart * length :])
-        judging += [stream[i * length : (i + 1) * length] for i in range(apart)]
+        order.append(stream[validated * length :])
+        validating += [stream[i * length : (i + 1) * length] for i in range(validated)]
         stream = []
         while len(stream) < count * length:
             draw.shuffle(order)
             for document in order:
                 stream += document
-        trained += [stream[i * length : (i + 1) * length] for i in range(count)]
-    draw.shuffle(trained)
-    return torch.tensor(trained + judging, dtype=torch.int64), len(judging)
+        training += [stream[i * length : (i + 1) * length] for i in range(count)]
+    draw.shuffle(training)
+    return HealingText(torch.tensor(training + validating, dtype=torch.int64), len(validating))
 
 
 def calibration_windows(
-    entries: Sequence[tuple[str, Sequence[Tokens], float]],
+    entries: Sequence[Entry],
     *,
     samples: int,
     length: int,
@@ -75,10 +108,10 @@ def calibration_windows(
     bos: int | None,
     eos: int | None,
 ) -> Tensor:
-    """Packed windows int64 [samples, length], `share` of them from each (name, documents, share) entry, shuffled.
+    """Packed windows for calibration, int64 [samples, length], in the entries' shares, shuffled.
 
-    Documents are shuffled, each begins with `bos` and ends with `eos` where there is one, and are packed end to end.
-    Raises InputError when an entry is too short for its share: nothing is repeated to fill up.
+    Documents are shuffled, begin with `bos` and end with `eos` where these are not None, and are packed end to end.
+    Raises InputError when an entry is too short for its share: nothing is repeated.
     """
     draw = random.Random(seed)
     counts = shares([share for _, _, share in entries], samples)
@@ -99,14 +132,14 @@ def calibration_windows(
 
 
 def shares(weights: Sequence[float], count: int) -> list[int]:
-    """`count` split by weight, the remainder to the first."""
+    """`count` split in proportion to the weights; the first part also gets the remainder."""
     counts = [int(count * w / sum(weights)) for w in weights]
     counts[0] += count - sum(counts)
     return counts
 
 
 def digest(windows: Tensor) -> str:
-    """sha256 of token ids and their layout, hex."""
+    """sha256 of windows' token ids and shape, hex."""
     return hashlib.sha256(
         f"{tuple(windows.shape)}".encode() + windows.contiguous().numpy().astype("<i8").tobytes()
     ).hexdigest()

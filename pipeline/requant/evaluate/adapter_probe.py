@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.data.documents import Tokens
+from requant.data.documents import TokenDocument
 
 log = logging.getLogger(__name__)
 ROWS, LENGTH, LEAST = 6, 256, 16
@@ -44,7 +44,7 @@ class Probe:
         return self.gain / self.moved if self.moved > 0 else 0.0
 
 
-def rows(names: Sequence[str], documents: Sequence[Sequence[Tokens]]) -> dict[str, tuple[Tensor, ...]]:
+def rows(names: Sequence[str], documents: Sequence[Sequence[TokenDocument]]) -> dict[str, tuple[Tensor, ...]]:
     """A few rows of each calibration source, evenly spread: int64 [at most LENGTH], none shorter than LEAST."""
     found = {}
     for name, every in zip(names, documents, strict=True):

@@ -96,7 +96,7 @@ class Scores:
         """What all variants answered, for the report; None without canaries."""
         if self.canaries is None:
             return None
-        return self.canaries.result({v: canaries.saved(file) for v, file in self.asked.items()})
+        return self.canaries.result({v: canaries.load_answers(file) for v, file in self.asked.items()})
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
         """Everything, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
@@ -309,4 +309,4 @@ def _score(scores: Scores, name: str, model: Any, s: EvalSet, batch: int, runtim
 def _ask(scores: Scores, model: Any, file: Path, tell: Tell) -> None:
     """One variant's answers to all canaries, into its file."""
     assert scores.canaries is not None
-    canaries.save(scores.canaries.ask(model, scores.device, lambda at, _: tell(at, "canaries")), file)
+    canaries.save_answers(scores.canaries.ask(model, scores.device, lambda at, _: tell(at, "canaries")), file)

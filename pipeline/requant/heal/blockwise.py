@@ -1,17 +1,15 @@
-"""Healing for models whose student and teacher do not fit together: each block against the merged model's block.
+"""Healing block by block, for models that do not fit whole: each block towards the merged model's block.
 
-One block of each is resident, and three streams of hidden states: the merged model's, the healed student's, and on the
-held-out windows the unhealed student's, so that the end can be compared with the start. A student's block takes what
-the healed blocks before it give, and learns to answer with what the merged model has there.
+One block of student and teacher is resident, and three streams of hidden states: the merged model's, the healed
+student's, and on the held-out windows the unhealed student's, with which the result is compared. The input of a student's
+block is the output of the healed blocks before it; its target is the output of the merged model's block.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -21,159 +19,168 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint
 from requant.formats import gptq as gptq_format
 from requant.heal import kl_loss, student
+from requant.heal.job import HealJob, Progress
 from requant.heal.plan import BLOCK_WINDOWS
 from requant.heal.student import Student
-from requant.heal.teacher import Progress, head_of, precision, product_dtype
-from requant.heal.trainer import Curve, Settings, Trainer
+from requant.heal.teacher import head_of, precision, product_dtype
+from requant.heal.trainer import LossCurve, Trainer
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk, block_list
 from requant_eval.scoring.lm_head import HeadTap
 
 
-class Streams:
-    """Hidden states [n, length, width] of all windows at the current block, and what else its blocks are given."""
+class BlockErrors(TypedDict):
+    """One block's relative error on the held-out windows, before and after healing, for the report."""
 
-    def __init__(self, walk: Walk, windows: Tensor, held: int, micro: int) -> None:
-        items = walk.embed(windows, micro)
-        self.walk, self.micro, self.held = walk, micro, held
+    block: int
+    start: float
+    best: float
+    best_step: int
+
+
+class Streams:
+    """Hidden states [n, length, width] of all windows before the current block, and its other arguments."""
+
+    def __init__(self, walk: Walk, windows: Tensor, *, held_out: int, micro_batch: int) -> None:
+        items = walk.embed(windows, micro_batch)
+        self.walk, self.micro_batch, self.held_out = walk, micro_batch, held_out
         self.arguments = {len(item.hidden): item.arguments for item in items}
-        self.theirs = torch.cat([item.hidden for item in items]).to(product_dtype(walk.device))
-        self.ours = self.theirs.clone()
-        self.unhealed = self.theirs[len(windows) - held :].clone()
+        self.teacher = torch.cat([item.hidden for item in items]).to(product_dtype(walk.device))
+        self.student = self.teacher.clone()
+        self.unhealed = self.teacher[len(windows) - held_out :].clone()
         self.tail = walk.tail
 
     def forward(self, block: nn.Module, hidden: Tensor, index: int) -> Tensor:
-        """One block on a few windows, in fp32 hidden states."""
+        """The output of one block on a few windows, with fp32 hidden states."""
         with precision(self.walk.device):
             return self.walk.forward(block, hidden.float(), self.arguments[len(hidden)][index])
 
     @torch.no_grad()
     def advance(self, stream: Tensor, block: nn.Module, index: int) -> None:
-        """Replace a stream by what `block` makes of it."""
-        for at in range(0, len(stream), self.micro):
-            part = stream[at : at + self.micro]
+        """Replace a stream by the block's output, in place."""
+        for at in range(0, len(stream), self.micro_batch):
+            part = stream[at : at + self.micro_batch]
             part.copy_(self.forward(block, part, index))
 
     def loss(self, block: nn.Module, index: int) -> Callable[[Sequence[int]], Tensor]:
-        """Relative error of `block` on windows, summed; the merged stream must already be one block ahead."""
+        """The loss of one block: sum of its relative errors on windows. The teacher's stream must be one block ahead."""
 
         def of(numbers: Sequence[int]) -> Tensor:
             chosen = list(numbers)
             return len(chosen) * kl_loss.relative_error(
-                self.forward(block, self.ours[chosen], index), self.theirs[chosen]
+                self.forward(block, self.student[chosen], index), self.teacher[chosen]
             )
 
         return of
 
 
-class Shell:
-    """The model around its blocks: from hidden states after the last block to the head's input."""
+class AfterBlocks:
+    """The part of a model after its last block, up to the input of the head."""
 
     def __init__(self, walk: Walk, ids: Tensor, streams: Streams) -> None:
-        """ids: int64 [1, length], any."""
-        self.model, self.ids, self.given = walk.model, ids, streams.theirs[:1].float()
+        """ids: any int64 [1, length]."""
+        self.model, self.ids, self.states = walk.model, ids, streams.teacher[:1].float()
         walk.fill_rest()
         for block in walk.blocks:
-            block.forward = lambda *_, **__: self.given if streams.tail is None else (self.given, *streams.tail)
+            block.forward = lambda *_, **__: self.states if streams.tail is None else (self.states, *streams.tail)
         self.tap = HeadTap(self.model)
         self.head = head_of(self.model, ids)
 
     @torch.no_grad()
     def hidden(self, states: Tensor) -> Tensor:
-        """[n, length, width] after the last block -> the same before the head."""
-        self.given = states.float()
+        """Hidden states before the head from those after the last block, both [n, length, width]."""
+        self.states = states.float()
         with precision(states.device):
             return self.tap.run(self.model, self.ids.expand(len(states), -1))[0]
 
 
 def heal_blocks(
-    source: Path, teacher: Path, windows: Tensor, held: int, settings: Settings, *, device: torch.device, micro: int,
-    state: Path, key: str, trust_remote_code: bool = False, progress: Progress | None = None,
-) -> tuple[dict[str, Tensor], Curve, list[dict[str, Any]]]:  # fmt: skip
-    """Heal the GPTQ checkpoint `source` towards the 16-bit model `teacher`, a block at a time.
+    job: HealJob, progress: Progress | None = None
+) -> tuple[dict[str, Tensor], LossCurve, list[BlockErrors]]:
+    """Heal the checkpoint `job.source` towards the 16-bit model `job.teacher`, a block at a time.
 
-    The last `held` windows are held out. Each finished block is a file in `state`, which belongs to `key`. Returns the
-    new values by stored name, a curve of two points (KL on held-out windows of start and end) and each block's errors.
+    Each finished block is a file in `job.work`, valid for `job.key`. Returns the new values by stored name, a curve of
+    two points (KL on held-out windows of start and end) and each block's errors.
     """
-    walk = _walk(teacher, device, trust_remote_code)
-    pupil, names = _pupil(source, device, trust_remote_code)
-    prefix, items = block_list(pupil)
-    train = min(len(windows) - held, BLOCK_WINDOWS) // micro * micro
-    windows = torch.cat([windows[:train], windows[len(windows) - held :]])
-    streams = Streams(walk, windows, held, micro)
+    text, device, micro = job.text, job.device, job.plan.micro_batch
+    walk = _walk(job.teacher, device, trust_remote_code=job.trust_remote_code)
+    model, names = _student_skeleton(job.source, device, trust_remote_code=job.trust_remote_code)
+    prefix, items = block_list(model)
+    train = min(text.train, BLOCK_WINDOWS) // micro * micro
+    windows = torch.cat([text.windows[:train], text.windows[text.train :]])
+    streams = Streams(walk, windows, held_out=text.held_out, micro_batch=micro)
     values: dict[str, Tensor] = {}
-    told: list[dict[str, Any]] = []
+    errors: list[BlockErrors] = []
     for index in range(len(walk)):
-        streams.advance(streams.theirs, walk.load(index), index)
+        streams.advance(streams.teacher, walk.load(index), index)
         walk.release(walk.blocks[index])
-        part = _load_block(pupil, items[index], f"{prefix}.{index}.", Checkpoint(source), names, settings, device)
+        part = _load_block(model, items[index], f"{prefix}.{index}.", names, job)
         streams.advance(streams.unhealed, part.model, index)
-        curve = _train(
-            part, streams.loss(part.model, index), train, held, settings, micro, state / f"block-{index:04d}", key
-        )
-        streams.advance(streams.ours, part.model, index)
+        curve = _train(part, streams.loss(part.model, index), train, job.work / f"block-{index:04d}", job)
+        streams.advance(streams.student, part.model, index)
         values |= {name: value.cpu() for name, value in part.values().items()}
-        told.append({"block": index, "start": curve.held[0][1], "best": curve.best[1], "best_step": curve.best[0]})
+        best_step, best = curve.best
+        errors.append({"block": index, "start": curve.held_out[0][1], "best": best, "best_step": best_step})
         items[index] = nn.Identity()  # its weights are no longer needed
         if progress:
-            progress(index + 1, len(walk), f"block error {told[-1]['start']:.2e} -> {told[-1]['best']:.2e}")
-    return values, _judge(walk, streams, windows.to(device), settings.steps), told
+            progress(index + 1, len(walk), f"block error {errors[-1]['start']:.2e} -> {best:.2e}")
+    return values, _compare_with_teacher(walk, streams, windows.to(device), job.settings.steps), errors
 
 
-def _train(
-    part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, held: int, settings: Settings, micro: int,
-    file: Path, key: str,
-) -> Curve:  # fmt: skip
-    """Heal one block, or take the finished one from `file`."""
-    trainer = Trainer(part, loss, train, held, settings, micro=micro)
+def _train(part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, file: Path, job: HealJob) -> LossCurve:
+    """Heal one block, or load the finished one from `file`."""
+    trainer = Trainer(
+        part, loss, job.settings, train=train, held_out=job.text.held_out, micro_batch=job.plan.micro_batch
+    )
     if file.exists():
         with safe_open(file, framework="pt") as stored:
-            if stored.metadata().get("key") == key:
-                for i, m in enumerate(part.movable):
-                    m.offset.copy_(stored.get_tensor(f"offset.{i}"))
+            if stored.metadata().get("key") == job.key:
+                for i, vector in enumerate(part.trainable):
+                    vector.offset.copy_(stored.get_tensor(f"offset.{i}"))
                 part.refresh()
-                points = json.loads(stored.metadata()["curve"])
-                return Curve(points["train"], [(int(n), v) for n, v in points["held"]], points["stopped"])
+                return LossCurve.from_json(stored.metadata()["curve"])
     curve = trainer.run(None)
-    tensors = {f"offset.{i}": m.offset.detach().cpu() for i, m in enumerate(part.movable)}
+    tensors = {f"offset.{i}": vector.offset.detach().cpu() for i, vector in enumerate(part.trainable)}
     temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, {"key": key, "curve": json.dumps(asdict(curve))})
+    save_file(tensors, temporary, {"key": job.key, "curve": curve.to_json()})
     temporary.replace(file)
     return curve
 
 
-def _walk(path: Path, device: torch.device, trust: bool) -> Walk:
-    model = skeleton.open_model(path, trust_remote_code=trust)
+def _walk(path: Path, device: torch.device, *, trust_remote_code: bool) -> Walk:
+    model = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     return Walk(Checkpoint(path), model, device=device, dtype=product_dtype(device))
 
 
-def _pupil(path: Path, device: torch.device, trust: bool) -> tuple[Any, dict[str, str]]:
+def _student_skeleton(path: Path, device: torch.device, *, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
     """(structure of the student without weights, parameter -> stored name)."""
-    model: Any = skeleton.open_model(path, trust_remote_code=trust)
+    model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     names = skeleton.tensor_names(model, gptq_format.stored_names(Checkpoint(path)))
     skeleton.buffers_to(model, device)
     return model, names
 
 
-def _load_block(
-    model: Any, block: nn.Module, where: str, checkpoint: Checkpoint, names: Mapping[str, str], settings: Settings,
-    device: torch.device,
-) -> Student:  # fmt: skip
-    dtype = product_dtype(device)
+def _load_block(model: Any, block: nn.Module, prefix: str, names: Mapping[str, str], job: HealJob) -> Student:
+    """One block of the student with its weights."""
+    dtype, checkpoint = product_dtype(job.device), Checkpoint(job.source)
     layers = student.fill(
-        model, where, checkpoint, names, device=device, dtype=dtype, v2=gptq_format.is_v2(checkpoint.path)
+        model, prefix, checkpoint, names, device=job.device, dtype=dtype, v2=gptq_format.is_v2(checkpoint.path)
     )
-    return Student(block, student.movable(model, where, layers, settings.tune, checkpoint, names, dtype))
+    vectors = student.trainable_vectors(
+        model, prefix, layers, job.settings.tune, checkpoint=checkpoint, names=names, dtype=dtype
+    )
+    return Student(block, vectors)
 
 
-def _judge(walk: Walk, streams: Streams, windows: Tensor, steps: int) -> Curve:
+def _compare_with_teacher(walk: Walk, streams: Streams, windows: Tensor, steps: int) -> LossCurve:
     """KL of the unhealed and the healed student from the merged model, on the held-out windows."""
-    shell = Shell(walk, windows[:1], streams)
-    begin, points = len(streams.theirs) - streams.held, []
-    for stream, offset in ((streams.unhealed, 0), (streams.ours, begin)):
+    after = AfterBlocks(walk, windows[:1], streams)
+    begin, points = len(streams.teacher) - streams.held_out, []
+    for stream, offset in ((streams.unhealed, 0), (streams.student, begin)):
         total = 0.0
-        for i in range(streams.held):
-            theirs, ours = (shell.hidden(s[None])[0] for s in (streams.theirs[begin + i], stream[offset + i]))
-            total += float(kl_loss.divergence(ours, shell.head, theirs, shell.head, product_dtype(walk.device)))
-        points.append(total / (streams.held * windows.shape[1]))
-    return Curve([], [(0, points[0]), (steps, points[1])])
+        for i in range(streams.held_out):
+            teacher = after.hidden(streams.teacher[begin + i][None])[0]
+            healed = after.hidden(stream[offset + i][None])[0]
+            total += float(kl_loss.divergence(healed, after.head, teacher, after.head, product_dtype(walk.device)))
+        points.append(total / (streams.held_out * windows.shape[1]))
+    return LossCurve([], [(0, points[0]), (steps, points[1])])

@@ -1,7 +1,7 @@
-"""What healing minimises: KL(teacher || student) over the vocabulary, from final hidden states, never all logits at once.
+"""Healing's losses: KL(teacher || student) over the vocabulary, and a block's relative error.
 
-The gradient is written out by hand: a chunk of positions at a time, logits of both models are made, compared and
-dropped again, and only the gradient with respect to the student's hidden states is kept. Tensors only.
+The KL divergence and its gradient are computed from final hidden states, a chunk of positions at a time: logits of both
+models exist for one chunk only, and only the gradient with respect to the student's hidden states is kept.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from requant_eval.scoring.lm_head import Head
 
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # logits of one model alive at a time
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # logits of one model in memory at a time
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k] @ b [k, m] -> fp32 [n, m]; 16-bit factors are multiplied in 16 bit and summed in fp32."""
+    """a [n, k] @ b [k, m] as fp32 [n, m]; 16-bit factors are multiplied in 16 bit and summed in fp32."""
     if a.dtype == torch.float32:
         return a @ b.float()
     if a.device.type == "cuda":
@@ -26,7 +26,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def logits(head: Head, hidden: Tensor) -> Tensor:
-    """[n, hidden] -> fp32 [n, vocab], as `Head.logits`, but multiplied in the dtype of `hidden`."""
+    """Logits fp32 [n, vocab] of hidden states [n, hidden], as `Head.logits`, multiplied in the dtype of `hidden`."""
     out = product(hidden, head.weight.to(hidden.dtype).T)
     if head.bias is not None:
         out += head.bias.float()
@@ -38,7 +38,7 @@ def logits(head: Head, hidden: Tensor) -> Tensor:
 
 
 def _through_head(head: Head, out: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient with respect to logits `out` (destroyed) -> with respect to hidden states, fp32 [n, hidden]."""
+    """Gradient with respect to hidden states, fp32 [n, hidden], from that of the logits `out` (overwritten)."""
     if head.softcap is not None:
         gradient.mul_(out.div_(head.softcap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
     if head.scale != 1.0:
@@ -47,23 +47,24 @@ def _through_head(head: Head, out: Tensor, gradient: Tensor, dtype: torch.dtype)
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum over positions of KL(teacher || student); the gradient is made in the forward pass, chunk by chunk."""
+    """Sum over positions of KL(teacher || student); its gradient is computed in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, theirs: Tensor, their_head: Head, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, dtype: torch.dtype
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         step = max(1, CHUNK_LOGITS[hidden.device.type] // head.vocab)
         for at in range(0, len(hidden), step):
-            here = slice(at, at + step)
-            ours = logits(head, hidden[here].to(dtype))
-            log_p = logits(their_head, theirs[here].to(dtype)).log_softmax(-1)
-            log_q = ours.log_softmax(-1)
+            chunk = slice(at, at + step)
+            student_logits = logits(head, hidden[chunk].to(dtype))
+            log_p = logits(teacher_head, teacher[chunk].to(dtype)).log_softmax(-1)
+            log_q = student_logits.log_softmax(-1)
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum(-1).sum(dtype=torch.float64)
             if gradient is not None:
-                gradient[here] = _through_head(head, ours, log_q.exp_().sub_(p), dtype).to(hidden.dtype)
+                gradient[chunk] = _through_head(head, student_logits, log_q.exp_().sub_(p), dtype).to(hidden.dtype)
         ctx.save_for_backward(*(() if gradient is None else (gradient,)))
         return total
 
@@ -73,21 +74,21 @@ class _Divergence(torch.autograd.Function):
         return gradient * outer[0].to(gradient.dtype), None, None, None, None
 
 
-def divergence(hidden: Tensor, head: Head, theirs: Tensor, their_head: Head, dtype: torch.dtype) -> Tensor:
+def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, dtype: torch.dtype) -> Tensor:
     """Sum over n positions of KL(teacher || student) in nats, float64 scalar, differentiable in `hidden`.
 
-    hidden, theirs: final hidden states [n, width] of student and teacher. dtype: of the products with the heads.
+    hidden, teacher: final hidden states [n, width] of student and teacher. dtype: of the products with the heads.
     """
-    total: Tensor = _Divergence.apply(hidden, head, theirs, their_head, dtype)  # type: ignore[no-untyped-call]
+    total: Tensor = _Divergence.apply(hidden, head, teacher, teacher_head, dtype)  # type: ignore[no-untyped-call]
     return total
 
 
-def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of |output - wanted|^2 / |wanted|^2 of hidden states [..., width], fp32 scalar.
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |output - target|^2 / |target|^2 of hidden states [..., width], fp32 scalar.
 
-    Each token counts alike, as in the next block, whose norm divides by its length: a sum of squares would be ruled by
-    the few tokens with outlying activations.
+    Every token has the same weight, as in the next block, whose norm divides by the length of the hidden state. In a
+    plain sum of squares the few tokens with outlying activations would outweigh all others.
     """
-    wanted = wanted.float()
-    error = (output.float() - wanted).square().sum(-1)
-    return (error / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+    target = target.float()
+    error = (output.float() - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp_min(1e-12)).mean()

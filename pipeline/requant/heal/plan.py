@@ -1,7 +1,7 @@
-"""How healing fits a machine: mode, memory and time, from a model's structure alone. Estimates, and called so.
+"""Plan of a healing: mode, memory and time, estimated from the model's structure.
 
-whole       student and loss end to end; the teacher beside it (resident) or run before it (stored)
-blocks      one block at a time against the merged model's block, for models that do not fit whole
+whole       end to end; the teacher is resident beside the student, or its hidden states were stored before
+blocks      one block at a time towards the merged model's block, for models that do not fit whole
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from requant.data.packing import HealingText
 from requant.errors import InputError
 from requant.heal.kl_loss import CHUNK_LOGITS
+from requant.heal.settings import HealSettings
 from requant.modeling import block_walk
 from requant.numerics.grid import Grid
 from requant.runtime.device import BUSY, USABLE, free_bytes, product_rate
 
 Mode = Literal["whole", "blocks"]
-BLOCK_WINDOWS = 256  # block by block all their hidden states are kept: more would not fit for large models
-PER_SCALE = 7 * 4  # bytes: base, unit, offset, gradient, two moments, best; and the values in use
+BLOCK_WINDOWS = 256  # block by block the hidden states of all windows are kept: more do not fit for large models
+BYTES_PER_SCALE = 7 * 4  # base, unit, offset, gradient, two moments, best; and the values in use
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What memory and time depend on. inputs_outputs: widths of all linears of a block, added up."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """The sizes of a model that memory and time depend on. inputs_outputs: sum of the widths of a block's linears."""
 
     quantized: int  # weights
     stored_bytes: int  # of their codes
@@ -39,7 +41,7 @@ class Shape:
     inputs_outputs: int
 
     @classmethod
-    def of(cls, model: nn.Module, grids: Mapping[str, Grid]) -> Shape:
+    def of(cls, model: nn.Module, grids: Mapping[str, Grid]) -> ModelSize:
         """From a skeleton and the grid of every quantized linear."""
         linears = {name: model.get_submodule(name) for name in grids}
         sizes = {name: m.weight.numel() for name, m in linears.items()}  # type: ignore[operator]
@@ -51,91 +53,121 @@ class Shape:
             stored_bytes=sum(n if grids[name].bits == 8 else n // 2 for name, n in sizes.items()),
             scales=sum(m.out_features * grids[name].groups(m.in_features) for name, m in linears.items()),  # type: ignore[arg-type,operator,misc]
             other=sum(p.numel() for p in model.parameters()) - sum(sizes.values()),
-            largest=max(sizes.values()), layers=len(items), width=embedding.embedding_dim,
-            vocabulary=embedding.num_embeddings, inputs_outputs=sum(m.in_features + m.out_features for m in inside),
-        )  # fmt: skip
+            largest=max(sizes.values()),
+            layers=len(items),
+            width=embedding.embedding_dim,
+            vocabulary=embedding.num_embeddings,
+            inputs_outputs=sum(m.in_features + m.out_features for m in inside),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A way to heal that fits. micro: windows in one forward. recompute: blocks run again in the backward pass."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealPlan:
+    """How a checkpoint is healed on a device, with estimates of memory and time.
+
+    teacher_resident: the teacher stays in memory. recompute: blocks run again in the backward pass. micro_batch: windows
+    in one forward pass.
+    """
 
     mode: Mode
-    resident: bool
+    teacher_resident: bool
     recompute: bool
-    micro: int
-    bytes: int
-    seconds: float
+    micro_batch: int
+    bytes: int = 0
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         how = {"whole": "end to end", "blocks": "block by block"}[self.mode]
-        teacher = f", teacher {'beside it' if self.resident else 'run before it'}" if self.mode == "whole" else ""
+        teacher = ""
+        if self.mode == "whole":
+            teacher = f", teacher {'beside it' if self.teacher_resident else 'run before it'}"
         return f"{how}{teacher}, about {self.bytes / 1e9:.1f} GB and {max(self.seconds / 60, 0.1):.1f} min"
 
 
-def choose(
-    shape: Shape, *, steps: int, batch: int, length: int, unique: int, held: int, looks: int, device: torch.device,
-    asked: Mode | Literal["auto"] = "auto", free: int | None = None, rate: float | None = None,
-) -> Fit:  # fmt: skip
-    """The fastest way that fits in `free` bytes of the device; raises InputError when none does.
+def choose_plan(
+    size: ModelSize,
+    settings: HealSettings,
+    text: HealingText,
+    *,
+    device: torch.device,
+    mode: Mode | Literal["auto"] = "auto",
+    free: int | None = None,
+    rate: float | None = None,
+) -> HealPlan:
+    """The fastest plan that fits in `free` bytes of the device; raises InputError when none does.
 
-    unique: windows that are read at all, the `held` ones among them, at which it looks `looks` times. rate: flops a second
-    of matrix products.
+    free: None: what the device has now. rate: flops a second of matrix products; None: the device's.
     """
-    room = USABLE * (free if free is not None else free_bytes(device))
+    memory_share = USABLE * (free if free is not None else free_bytes(device))
     speed = (rate or product_rate(device)) * BUSY[device.type]
-    tried: list[Fit] = []
-    for fit in _ways(batch):
-        if asked not in ("auto", fit.mode):
+    unique, length = len(text.windows), text.length
+    tokens = Tokens(
+        trained=settings.steps * settings.batch * length,
+        unique=unique * length,
+        validated=len(settings.validation_steps()) * text.held_out * length,
+    )
+    tried: list[HealPlan] = []
+    for plan in _candidates(settings.batch):
+        if mode not in ("auto", plan.mode):
             continue
-        found = replace(
-            fit,
-            bytes=_memory(shape, fit, length, unique, device),
-            seconds=_flops(shape, fit, steps * batch * length, unique * length, looks * held * length) / speed,
+        estimated = replace(
+            plan, bytes=_memory(size, plan, length, unique, device), seconds=_flops(size, plan, tokens) / speed
         )
-        if found.bytes <= room:
-            return found
-        tried.append(found)
-    least = min(tried, key=lambda f: f.bytes)
+        if estimated.bytes <= memory_share:
+            return estimated
+        tried.append(estimated)
+    least = min(tried, key=lambda plan: plan.bytes)
     raise InputError(
-        f"healing needs at least {least.bytes / 1e9:.1f} GB ({least.mode}), {device} has {room / USABLE / 1e9:.1f} GB free: "
-        "lower heal.length, or set heal: off"
+        f"healing needs at least {least.bytes / 1e9:.1f} GB ({least.mode}), {device} has "
+        f"{memory_share / USABLE / 1e9:.1f} GB free: lower heal.length, or set heal: off"
     )
 
 
-def _ways(batch: int) -> list[Fit]:
-    """From the fastest to the leanest."""
-    micros = [batch // k for k in range(1, batch + 1) if batch % k == 0]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Numbers of tokens: trained on, read at all, and in all validations together."""
+
+    trained: int
+    unique: int
+    validated: int
+
+
+def _candidates(batch: int) -> list[HealPlan]:
+    """All plans, from the fastest to the one with the least memory."""
+    micro_batches = [batch // k for k in range(1, batch + 1) if batch % k == 0]
     whole = [
-        Fit("whole", resident, again, micro, 0, 0.0)
+        HealPlan(mode="whole", teacher_resident=resident, recompute=recompute, micro_batch=micro)
         for resident in (True, False)
-        for again in (False, True)
-        for micro in micros[: 2 if not again else None]
+        for recompute in (False, True)
+        for micro in micro_batches[: None if recompute else 2]
     ]
-    return whole + [Fit("blocks", False, False, micro, 0, 0.0) for micro in micros]
+    return whole + [
+        HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro) for micro in micro_batches
+    ]
 
 
-def _memory(s: Shape, fit: Fit, length: int, unique: int, device: torch.device) -> int:
-    """Bytes on the device at the worst moment."""
+def _memory(s: ModelSize, plan: HealPlan, length: int, unique: int, device: torch.device) -> int:
+    """Peak bytes on the device."""
     item = 2 if device.type == "cuda" else 4
-    tokens = fit.micro * length
-    block = tokens * s.inputs_outputs * (item + 4)  # what the backward pass of one block keeps
+    tokens = plan.micro_batch * length
+    block = tokens * s.inputs_outputs * (item + 4)  # kept by one block for its backward pass
     rebuilt = 4 * s.largest * item
-    if fit.mode == "blocks":
+    if plan.mode == "blocks":
         one = (s.quantized * item + s.stored_bytes) // s.layers
         streams = 3 * min(unique, BLOCK_WINDOWS) * length * s.width * item
-        return int(one + block + rebuilt + PER_SCALE * s.scales // s.layers + streams + s.other * item)
-    kept = s.layers * tokens * s.width * 4 + block if fit.recompute else s.layers * block
-    pupil = s.stored_bytes + s.other * item + PER_SCALE * s.scales
-    teacher = (s.quantized + s.other) * item if fit.resident else 0
-    return int(pupil + teacher + kept + rebuilt + 4 * 4 * CHUNK_LOGITS[device.type])
+        return int(one + block + rebuilt + BYTES_PER_SCALE * s.scales // s.layers + streams + s.other * item)
+    kept = s.layers * tokens * s.width * 4 + block if plan.recompute else s.layers * block
+    student = s.stored_bytes + s.other * item + BYTES_PER_SCALE * s.scales
+    teacher = (s.quantized + s.other) * item if plan.teacher_resident else 0
+    return int(student + teacher + kept + rebuilt + 4 * 4 * CHUNK_LOGITS[device.type])
 
 
-def _flops(s: Shape, fit: Fit, trained: int, seen: int, looks: int) -> float:
-    """Multiplications and additions of all of healing. Tokens: trained on, seen at all, and in looks at held-out windows."""
+def _flops(s: ModelSize, plan: HealPlan, tokens: Tokens) -> float:
+    """Multiplications and additions of the whole healing."""
     forward = 2 * (s.quantized + s.vocabulary * s.width)
-    if fit.mode == "blocks":
-        return 2.0 * s.quantized * (3 * trained + 3 * seen + looks)
-    teacher = (trained if fit.resident else seen) * forward
-    passes = 4 if fit.recompute else 3
-    return float(teacher + looks * forward + trained * (2 * s.quantized * passes + 6 * s.vocabulary * s.width))
+    if plan.mode == "blocks":
+        return 2.0 * s.quantized * (3 * tokens.trained + 3 * tokens.unique + tokens.validated)
+    teacher = (tokens.trained if plan.teacher_resident else tokens.unique) * forward
+    passes = 4 if plan.recompute else 3
+    student = tokens.trained * (2 * s.quantized * passes + 6 * s.vocabulary * s.width)
+    return float(teacher + tokens.validated * forward + student)

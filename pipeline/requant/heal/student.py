@@ -1,8 +1,8 @@
-"""A GPTQ checkpoint as a model that can be trained: integer codes stay, group scales (and norms) may move.
+"""The student: a GPTQ checkpoint as a model whose group scales (and norms) are trainable.
 
-Weights are never kept: a layer is rebuilt from its packed codes when it runs, and again in its backward pass.
-Every value used is one that the file can hold and a server will use: scales exact in fp16 and bf16, norms in their
-stored dtype; the gradient passes straight through the rounding.
+Integer codes are frozen. A weight is rebuilt from its packed codes when its layer runs, and again in the backward pass.
+Every value in use can be stored in the file and is what a server computes with: scales exact in fp16 and bf16, norms in
+their stored dtype. The gradient passes straight through the rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,14 @@ from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.formats import gptq as gptq_format
 from requant.formats.gptq import is_v2, stored_names
+from requant.heal.settings import Tune
 from requant.modeling import skeleton
 from requant.numerics.grid import deployable
-
-Tune = Literal["scales", "norms"]
 
 
 @dataclass
 class Codes:
-    """One linear as stored: W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]).
+    """One quantized linear as stored: W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]).
 
     packed: uint8 [out, in] for 8 bits; else [out, in/2], columns j and j + in/2 in the low and high half of byte j.
     scale: fp32 [out, groups]. zero: uint8 [out, groups]. order: int64 [in], the columns sorted by group, where the file
@@ -73,35 +72,40 @@ class Codes:
         return out.view(rows, self.scale.shape[1], -1).sub_(self.zero[..., None])
 
 
-class _Product(torch.autograd.Function):
-    """x @ W.T with W rebuilt from codes, here and in the backward pass."""
+class _DequantizedProduct(torch.autograd.Function):
+    """x @ W.T with W rebuilt from codes, in the forward and again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offset: Tensor, codes: Codes, now: Tensor) -> Tensor:
-        weight = codes.centred(now.dtype).mul_(now[..., None]).view(len(now), -1)
-        rounded = x.to(now.dtype)
-        ctx.codes, ctx.now, ctx.dtype = codes, now, x.dtype
+    def forward(ctx: Any, x: Tensor, offset: Tensor, codes: Codes, current_scales: Tensor) -> Tensor:
+        weight = codes.centred(current_scales.dtype).mul_(current_scales[..., None]).view(len(current_scales), -1)
+        rounded = x.to(current_scales.dtype)
+        ctx.codes, ctx.current_scales, ctx.dtype = codes, current_scales, x.dtype
         ctx.save_for_backward(rounded)
         return rounded @ weight.T
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        gradient = outer[0].to(x.dtype)
+        output_gradient = outer[0].to(x.dtype)
         centred = ctx.codes.centred(x.dtype)
         rows, groups, _ = centred.shape
-        moved = None
+        offset_gradient = None
         if ctx.needs_input_grad[1]:  # dL/dW contracted with the codes of each group, times the unit of an offset
-            flat = gradient.reshape(-1, rows).T @ x.reshape(-1, x.shape[-1])
-            moved = flat.view(rows, groups, -1).mul_(centred).sum(-1, dtype=torch.float32).mul_(ctx.codes.scale)
-        back = None
+            flat = output_gradient.reshape(-1, rows).T @ x.reshape(-1, x.shape[-1])
+            offset_gradient = flat.view(rows, groups, -1).mul_(centred).sum(-1, dtype=torch.float32)
+            offset_gradient.mul_(ctx.codes.scale)
+        input_gradient = None
         if ctx.needs_input_grad[0]:
-            back = (gradient @ centred.mul_(ctx.now[..., None]).view(rows, -1)).to(ctx.dtype)
-        return back, moved, None, None
+            weight = centred.mul_(ctx.current_scales[..., None]).view(rows, -1)
+            input_gradient = (output_gradient @ weight).to(ctx.dtype)
+        return input_gradient, offset_gradient, None, None
 
 
 class ScaledLinear(nn.Module):
-    """A quantized linear. `offset` fp32 [out, groups] moves its scales; `now` [out, groups] are the values in use."""
+    """A quantized linear with trainable scales.
+
+    offset: fp32 [out, groups], relative change of each scale. current_scales: [out, groups], the values in use.
+    """
 
     def __init__(self, codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,45 +113,46 @@ class ScaledLinear(nn.Module):
         self.in_features, self.out_features = codes.columns, len(codes.scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.offset = nn.Parameter(torch.zeros_like(codes.scale), requires_grad=False)
-        self.now = codes.scale.to(dtype)
+        self.current_scales = codes.scale.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.codes.order is not None:
             x = x.index_select(-1, self.codes.order)
-        out: Tensor = _Product.apply(x, self.offset, self.codes, self.now)  # type: ignore[no-untyped-call]
+        out: Tensor = _DequantizedProduct.apply(x, self.offset, self.codes, self.current_scales)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-class _Norm(nn.Module):
-    """The weight of a norm as it is now; its gradient goes to `offset`."""
+class _TrainableNorm(nn.Module):
+    """The current weight of a norm; its gradient is accumulated in `offset`."""
 
-    def __init__(self, now: Tensor, unit: Tensor, offset: nn.Parameter) -> None:
+    def __init__(self, current: Tensor, unit: Tensor, offset: nn.Parameter) -> None:
         super().__init__()
-        self.now, self.unit, self.offset = now, unit, offset
+        self.current, self.unit, self.offset = current, unit, offset
 
     def forward(self, _: Tensor) -> Tensor:
-        return self.now + self.unit * (self.offset - self.offset.detach())
+        return self.current + self.unit * (self.offset - self.offset.detach())
 
 
-@dataclass
-class Movable:
-    """Everything of one kind that may move, as one vector: now = rounding(base + unit * offset).
+@dataclass(kw_only=True)
+class TrainableVector:
+    """All trainable values of one kind as one vector: current = rounding(base + unit * offset).
 
-    parts: stored tensor name -> (begin, shape) in the vector. At offset 0 `now` is the file's own value, rounded or not.
+    parts: stored tensor name -> (begin, shape) in the vector. Where `offset` is 0, `current` is the file's own value,
+    rounded or not.
     """
 
     base: Tensor
     unit: Tensor
     offset: Tensor
-    now: Tensor
+    current: Tensor
     rounding: Callable[[Tensor], Tensor]
     parts: Mapping[str, tuple[int, torch.Size]]
 
     @classmethod
-    def over(
+    def concatenate(
         cls, parts: Mapping[str, tuple[Tensor, Tensor]], rounding: Callable[[Tensor], Tensor], dtype: torch.dtype
-    ) -> Movable:
-        """parts: name -> (base, unit), fp32 of one shape."""
+    ) -> TrainableVector:
+        """One vector from parts: name -> (base, unit), fp32 of one shape. dtype: of `current`."""
         begins, at = {}, 0
         for name, (base, _) in parts.items():
             begins[name] = (at, base.shape)
@@ -155,14 +160,21 @@ class Movable:
         base, unit = (torch.cat([part[i].reshape(-1) for part in parts.values()]) for i in range(2))
         offset = torch.zeros_like(base)
         offset.grad = torch.zeros_like(base)
-        return cls(base, unit, offset, base.to(dtype, copy=True), rounding, begins)
+        return cls(
+            base=base,
+            unit=unit,
+            offset=offset,
+            current=base.to(dtype, copy=True),
+            rounding=rounding,
+            parts=begins,
+        )
 
     def view(self, vector: Tensor, name: str) -> Tensor:
-        """One part of a vector, in its own shape."""
+        """The part of a vector that belongs to one stored tensor, in its own shape."""
         begin, shape = self.parts[name]
         return vector[begin : begin + shape.numel()].view(shape)
 
-    def leaf(self, name: str) -> nn.Parameter:
+    def parameter(self, name: str) -> nn.Parameter:
         """The part of `offset` as a parameter whose gradient is the part of `offset.grad`."""
         assert self.offset.grad is not None
         parameter = nn.Parameter(self.view(self.offset, name))
@@ -170,24 +182,25 @@ class Movable:
         return parameter
 
     def refresh(self) -> None:
-        """Make `now` what `offset` says."""
-        self.now.copy_(torch.where(self.offset == 0, self.base, self.rounding(self.base + self.unit * self.offset)))
+        """Compute `current` from `offset`."""
+        self.current.copy_(torch.where(self.offset == 0, self.base, self.rounding(self.base + self.unit * self.offset)))
 
 
 @dataclass
 class Student:
-    """model: the causal LM, or a part of it. movable: what is trained."""
+    """A causal LM, or a part of it, with its trainable values."""
 
     model: Any
-    movable: list[Movable]
+    trainable: list[TrainableVector]
 
     def refresh(self) -> None:
-        for movable in self.movable:
-            movable.refresh()
+        """Compute all current values from their offsets."""
+        for vector in self.trainable:
+            vector.refresh()
 
     def values(self) -> dict[str, Tensor]:
-        """Stored tensor name -> its values now, fp32 (scales [out, groups])."""
-        return {name: m.view(m.now, name).float().clone() for m in self.movable for name in m.parts}
+        """Stored tensor name -> current values, fp32 (scales [out, groups])."""
+        return {name: v.view(v.current, name).float().clone() for v in self.trainable for name in v.parts}
 
 
 def read_linear(checkpoint: Checkpoint, stem: str, v2: bool, device: torch.device | None = None) -> Codes:
@@ -209,11 +222,11 @@ def fill(
     names: parameter -> stored name. dtype: of products; vectors (norms, biases) stay fp32. Returns stored stem -> layer.
     """
     layers: dict[str, ScaledLinear] = {}
-    wanted = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
-    lost = [n for n in wanted if n not in names]
-    if lost:
-        raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
-    for name in wanted:
+    parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
+    missing = [n for n in parameters if n not in names]
+    if missing:
+        raise InputError(f"{checkpoint.path}: {len(missing)} of the model's tensors are missing, e.g. {missing[0]}")
+    for name in parameters:
         stem, leaf = names[name].rpartition(".")[::2]
         if leaf == "weight" and f"{stem}.qweight" in checkpoint:
             codes = read_linear(checkpoint, stem, v2, device)
@@ -229,28 +242,37 @@ def fill(
     return layers
 
 
-def movable(
-    model: nn.Module, prefix: str, layers: Mapping[str, ScaledLinear], tune: Iterable[Tune],
-    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype,
-) -> list[Movable]:  # fmt: skip
-    """Let what `tune` names move: every group scale by its own size, every norm by its root mean square."""
-    scales = [movable_scales(layers, dtype)] if "scales" in tune and layers else []
+def trainable_vectors(
+    model: nn.Module,
+    prefix: str,
+    layers: Mapping[str, ScaledLinear],
+    tune: Iterable[Tune],
+    *,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+) -> list[TrainableVector]:
+    """The values named by `tune` as trainable vectors, with units of change.
+
+    The unit of a group scale is the scale itself, that of a norm's weight the root mean square of the norm's weights.
+    """
+    scales = [trainable_scales(layers, dtype)] if "scales" in tune and layers else []
     return scales + (_norms(model, prefix, checkpoint, names) if "norms" in tune else [])
 
 
-def movable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> Movable:
-    """Gather the scales of `layers` (stored stem -> layer) in one vector that they then look into."""
+def trainable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> TrainableVector:
+    """The scales of `layers` (stored stem -> layer) as one vector; each layer then holds views into the vector."""
     parts = {f"{stem}.scales": (layer.codes.scale, layer.codes.scale) for stem, layer in layers.items()}
-    scales = Movable.over(parts, deployable, dtype)
+    scales = TrainableVector.concatenate(parts, deployable, dtype)
     for stem, layer in layers.items():
         name = f"{stem}.scales"
-        layer.offset = scales.leaf(name)
-        layer.now = scales.view(scales.now, name)
+        layer.offset = scales.parameter(name)
+        layer.current_scales = scales.view(scales.current, name)
         layer.codes.scale = scales.view(scales.base, name)
     return scales
 
 
-def _norms(model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping[str, str]) -> list[Movable]:
+def _norms(model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping[str, str]) -> list[TrainableVector]:
     owners = {
         names[f"{name}.weight"]: module
         for name, module in model.named_modules()
@@ -263,22 +285,22 @@ def _norms(model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping
     stored = {checkpoint[name].dtype for name in owners}
     if len(stored) > 1:
         raise InputError(f"{checkpoint.path}: norms are stored in {' and '.join(map(str, stored))}: heal scales only")
-    kept = stored.pop()
+    dtype = stored.pop()
     parts = {}
     for name, module in owners.items():
         value = module.weight.detach().float()
         parts[name] = (value, value.square().mean().sqrt().clamp_min(1e-3).expand_as(value))
-    moving = Movable.over(parts, lambda value: value.to(kept).float(), torch.float32)
+    norms = TrainableVector.concatenate(parts, lambda value: value.to(dtype).float(), torch.float32)
     for name, module in owners.items():
-        now = _Norm(moving.view(moving.now, name), moving.view(moving.unit, name), moving.leaf(name))
-        parametrize.register_parametrization(module, "weight", now, unsafe=True)
-    return [moving]
+        current = _TrainableNorm(norms.view(norms.current, name), norms.view(norms.unit, name), norms.parameter(name))
+        parametrize.register_parametrization(module, "weight", current, unsafe=True)
+    return [norms]
 
 
 def load(
     path: Path, *, device: torch.device, dtype: torch.dtype, tune: Iterable[Tune], trust_remote_code: bool = False
 ) -> Student:
-    """The whole model of a GPTQ checkpoint, ready to be trained."""
+    """The whole model of a GPTQ checkpoint as a student."""
     checkpoint, v2 = Checkpoint(path), is_v2(path)
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     names = skeleton.tensor_names(model, stored_names(checkpoint))
@@ -288,9 +310,9 @@ def load(
     model.tie_weights()
     skeleton.buffers_to(model, device)
     widen(model)
-    return Student(model, movable(model, "", layers, tune, checkpoint, names, dtype))
+    return Student(model, trainable_vectors(model, "", layers, tune, checkpoint=checkpoint, names=names, dtype=dtype))
 
 
 def widen(model: Any) -> None:
-    """Keep the residual stream in fp32: 16-bit embeddings are widened as they come out."""
+    """Keep the residual stream in fp32: cast the output of 16-bit embeddings."""
     model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.float())

@@ -1,13 +1,13 @@
-"""What a student imitates: the final hidden states of a better model on the healing windows, and that model's head.
+"""The teacher: the 16-bit model's final hidden states on the healing windows, and its LM head.
 
-A resident teacher runs beside the student. A stored one ran before it and left its hidden states on disk, which is
-exact and 32 to 85 times smaller than its logits; the head makes the logits again.
+A resident teacher runs beside the student. A stored one ran before, and its hidden states are on disk. Logits are
+computed again from hidden states and head: they are the same, and 32 to 85 times larger.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,25 +17,24 @@ from torch import Tensor
 
 from requant.errors import StageError
 from requant.heal import student
+from requant.heal.job import Progress
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring.lm_head import Head, HeadTap, prove_head
 from requant_eval.scoring.reference_states import Reference, ReferenceWriter
 
-Progress = Callable[[int, int, str], None]
-
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Products in bfloat16 on a GPU, everything in fp32 on a CPU."""
+    """The autocast context of a forward pass: products in bfloat16 on a GPU, fp32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """dtype in which weights are multiplied: bfloat16 on a GPU, fp32 on a CPU."""
+    """The dtype in which weights are multiplied: bfloat16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class _RoundedTap(HeadTap):
-    """Hidden states as the head's product sees them: the proof's tolerance goes by their dtype."""
+    """Hidden states in the dtype of the head's product: the tolerance of `prove_head` depends on the dtype."""
 
     def run(self, model: Any, ids: Tensor, keep: int = 1) -> tuple[Tensor, Tensor]:
         hidden, out = super().run(model, ids, keep)
@@ -44,7 +43,7 @@ class _RoundedTap(HeadTap):
 
 @torch.no_grad()
 def head_of(model: Any, ids: Tensor) -> Head:
-    """The model's last linear map in the product's dtype, proved on the first positions of ids int64 [1, length]."""
+    """The model's LM head in the product's dtype, proved on the first positions of ids int64 [1, length]."""
     try:
         with precision(ids.device):
             head = prove_head(model, _RoundedTap(model), ids)
@@ -54,15 +53,15 @@ def head_of(model: Any, ids: Tensor) -> Head:
 
 
 class Teacher(Protocol):
-    """Final hidden states of chosen windows, [n, length, width] on the student's device, and the head they belong to."""
+    """Final hidden states of chosen windows, [n, length, width] on the student's device, and the LM head."""
 
     head: Head
 
     def hidden(self, numbers: Sequence[int]) -> Tensor: ...
 
 
-class Resident:
-    """A teacher that stays in memory; windows int64 [n, length]."""
+class ResidentTeacher:
+    """A teacher that stays in memory beside the student; windows int64 [n, length]."""
 
     def __init__(self, model: Any, windows: Tensor, device: torch.device) -> None:
         self.model, self.windows, self.device = model, windows, device
@@ -76,10 +75,10 @@ class Resident:
             return self.tap.run(self.model, self.windows[list(numbers)].to(self.device))[0]
 
 
-class Stored:
-    """A teacher whose hidden states were written by `store`."""
+class StoredTeacher:
+    """A teacher whose hidden states were written by `store_teacher`."""
 
-    def __init__(self, file: Path, length: int, digest: str, device: torch.device) -> None:
+    def __init__(self, file: Path, *, length: int, digest: str, device: torch.device) -> None:
         try:
             self.reference = Reference(file, digest=digest, device=device)
         except EvaluationError as error:
@@ -90,14 +89,16 @@ class Stored:
         return torch.stack([self.reference.hidden(i * self.length, (i + 1) * self.length) for i in numbers])
 
 
-def store(resident: Resident, file: Path, *, digest: str, batch: int, progress: Progress | None = None) -> None:
-    """Write the hidden states of all windows in 16 bit (fp32 on a CPU); `file` appears when they are complete."""
-    count, length = resident.windows.shape
-    kept = product_dtype(resident.device)
-    like = resident.hidden([0]).to(kept)
-    with ReferenceWriter(file, rows=count * length, like=like, head=resident.head, digest=digest) as writer:
+def store_teacher(
+    teacher: ResidentTeacher, file: Path, *, digest: str, batch: int, progress: Progress | None = None
+) -> None:
+    """Write a teacher's hidden states of all windows, in 16 bit (fp32 on a CPU); `file` appears when complete."""
+    count, length = teacher.windows.shape
+    dtype = product_dtype(teacher.device)
+    like = teacher.hidden([0]).to(dtype)
+    with ReferenceWriter(file, rows=count * length, like=like, head=teacher.head, digest=digest) as writer:
         for at in range(0, count, batch):
             numbers = range(at, min(at + batch, count))
-            writer.write(at * length, resident.hidden(numbers).to(kept))
+            writer.write(at * length, teacher.hidden(numbers).to(dtype))
             if progress:
                 progress(numbers.stop, count, "teacher's hidden states")

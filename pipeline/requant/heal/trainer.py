@@ -1,6 +1,7 @@
-"""Healing's training loop: moves a student's scales to bring a loss down; windows not trained on pick the best step.
+"""Healing's training loop: AdamW on a student's offsets; the held-out loss picks the best step.
 
-Step 0 is among them: the result is never worse than the start there. A killed run goes on with the same numbers.
+Step 0 is among the candidates, so the result is never worse than the start on the held-out windows. A killed run resumes
+from its last saved step with the same numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +23,48 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from requant.data.packing import HealingText
 from requant.errors import StageError
 from requant.heal import kl_loss
-from requant.heal.student import Student, Tune
+from requant.heal.job import Progress
+from requant.heal.settings import HealSettings
+from requant.heal.student import Student
 from requant.heal.teacher import Teacher, head_of, precision, product_dtype
 from requant.modeling import block_walk
 from requant_eval.scoring.lm_head import HeadTap
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int, str], None]
-LOOKS, EVERY = 10, 5  # at most so many looks at the held-out windows, and at least so many steps between two
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to heal. batch windows of `length` tokens a step; lr: how far an offset, relative
-    to its scale, may go in one."""
-
-    steps: int = 150
-    batch: int = 16
-    length: int = 512
-    lr: float = 5e-3
-    tune: tuple[Tune, ...] = ("scales",)
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
-        warm = max(1, round(WARM_UP * self.steps))
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-
-    def looks(self) -> set[int]:
-        """Numbers of steps after which the held-out windows decide."""
-        count = max(1, min(LOOKS, self.steps // EVERY))
-        return {round(self.steps * i / count) for i in range(count + 1)}
 
 
 @dataclass
-class Curve:
-    """How healing went. train: KL of each step, nats a token. held: (steps done, KL on held-out windows)."""
+class LossCurve:
+    """The losses of a healing, in nats a token.
+
+    train: of each step's batch. held_out: (steps done, loss on the held-out windows). stopped: why it ended early.
+    """
 
     train: list[float] = field(default_factory=list)
-    held: list[tuple[int, float]] = field(default_factory=list)
-    stopped: str | None = None  # why it ended early
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str | None = None
 
     @property
     def best(self) -> tuple[int, float]:
-        return min(self.held, key=lambda point: point[1])
+        """(steps done, loss) of the lowest held-out loss."""
+        return min(self.held_out, key=lambda point: point[1])
+
+    def to_json(self) -> str:
+        """The curve as text for the metadata of a state file."""
+        return json.dumps({"train": self.train, "held": self.held_out, "stopped": self.stopped})
+
+    @classmethod
+    def from_json(cls, text: str) -> LossCurve:
+        """The curve that `to_json` wrote."""
+        stored = json.loads(text)
+        return cls(stored["train"], [(int(n), v) for n, v in stored["held"]], stored["stopped"])
 
 
-def batches(count: int, settings: Settings) -> list[list[int]]:
-    """Numbers of the windows of every step: epochs in an order of their own, from the seed alone."""
+def batches(count: int, settings: HealSettings) -> list[list[int]]:
+    """Window numbers of every step; the order of each epoch depends on seed and epoch only."""
     need, order = settings.steps * settings.batch, []
     for epoch in range(-(-need // count)):
         generator = torch.Generator().manual_seed(settings.seed * 1000003 + epoch)
@@ -83,46 +73,56 @@ def batches(count: int, settings: Settings) -> list[list[int]]:
 
 
 class Trainer:
-    """Moves the scales of one student. loss(numbers) is the summed loss of these windows, each its mean over tokens."""
+    """Trains the offsets of one student. loss(numbers): sum over these windows of each one's mean loss over tokens."""
 
     def __init__(
-        self, pupil: Student, loss: Callable[[Sequence[int]], Tensor], train: int, held: int, settings: Settings,
-        *, micro: int | None = None,
-    ) -> None:  # fmt: skip
-        """Windows 0 .. train-1 are trained on, the next `held` judge. micro: windows in one forward; None: a batch."""
-        self.pupil, self.loss, self.settings = pupil, loss, settings
-        self.train, self.held = train, range(train, train + held)
-        self.micro = micro or settings.batch
-        self.optimizer = torch.optim.AdamW([m.offset for m in pupil.movable], lr=settings.lr)
-        self.best = [m.offset.clone() for m in pupil.movable]
-        self.curve = Curve()
+        self,
+        student: Student,
+        loss: Callable[[Sequence[int]], Tensor],
+        settings: HealSettings,
+        *,
+        train: int,
+        held_out: int,
+        micro_batch: int | None = None,
+    ) -> None:
+        """Windows 0 .. train-1 are trained on, the next `held_out` validate.
+
+        micro_batch: windows in one forward pass; None: a whole batch.
+        """
+        self.student, self.loss, self.settings = student, loss, settings
+        self.train, self.held_out = train, range(train, train + held_out)
+        self.micro_batch = micro_batch or settings.batch
+        self.optimizer = torch.optim.AdamW([v.offset for v in student.trainable], lr=settings.lr)
+        self.best = [v.offset.clone() for v in student.trainable]
+        self.curve = LossCurve()
 
     def step(self, number: int, chosen: Sequence[int]) -> float:
-        """One step; returns the loss before it. Nothing moves when that is not finite."""
-        for m in self.pupil.movable:
-            assert m.offset.grad is not None
-            m.offset.grad.zero_()
+        """One optimizer step on the chosen windows; returns the loss before it. Without effect if that is not finite."""
+        for vector in self.student.trainable:
+            assert vector.offset.grad is not None
+            vector.offset.grad.zero_()
         total = 0.0
-        for at in range(0, len(chosen), self.micro):
-            loss = self.loss(chosen[at : at + self.micro]) / len(chosen)
+        for at in range(0, len(chosen), self.micro_batch):
+            loss = self.loss(chosen[at : at + self.micro_batch]) / len(chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if math.isfinite(total):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.rate(number)
             self.optimizer.step()
-            self.pupil.refresh()
+            self.student.refresh()
         return total
 
     @torch.no_grad()
-    def held_out(self) -> float:
+    def held_out_loss(self) -> float:
         """Mean loss of the held-out windows."""
-        parts = [self.held[i : i + self.micro] for i in range(0, len(self.held), self.micro)]
-        return sum(float(self.loss(part)) for part in parts) / len(self.held)
+        numbers, size = self.held_out, self.micro_batch
+        parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        return sum(float(self.loss(part)) for part in parts) / len(numbers)
 
-    def look(self, done: int) -> None:
-        """Let the held-out windows judge the state after `done` steps."""
-        value = self.held_out()
+    def validate(self, done: int) -> None:
+        """Take the held-out loss after `done` steps, and keep the offsets if it is the lowest."""
+        value = self.held_out_loss()
         if not math.isfinite(value):
             if not done:
                 raise StageError(
@@ -131,16 +131,16 @@ class Trainer:
             self.curve.stopped = f"the KL on held-out text was not finite after {done} steps"
             return
         if done and value < self.curve.best[1]:
-            self.best = [m.offset.clone() for m in self.pupil.movable]
-        self.curve.held.append((done, value))
+            self.best = [v.offset.clone() for v in self.student.trainable]
+        self.curve.held_out.append((done, value))
 
-    def run(self, state: Path | None, key: str = "", progress: Progress | None = None) -> Curve:
-        """All steps, going on from the file `state` if it belongs to `key`; the student ends as it was at its best."""
-        chosen, looks = batches(self.train, self.settings), self.settings.looks()
+    def run(self, state: Path | None, key: str = "", progress: Progress | None = None) -> LossCurve:
+        """All steps, resumed from the file `state` if it belongs to `key`; the student ends with its best offsets."""
+        chosen, validated = batches(self.train, self.settings), self.settings.validation_steps()
         begin = self.restore(state, key) if state else 0
-        with repeatable(self.best[0].device):
-            if not self.curve.held:
-                self.look(0)
+        with deterministic(self.best[0].device):
+            if not self.curve.held_out:
+                self.validate(0)
             for number in range(begin, self.settings.steps):
                 loss = self.step(number, chosen[number])
                 if not math.isfinite(loss):
@@ -148,94 +148,93 @@ class Trainer:
                 if self.curve.stopped:
                     break
                 self.curve.train.append(loss)
-                if number + 1 in looks:
-                    self.look(number + 1)
+                if number + 1 in validated:
+                    self.validate(number + 1)
                     if state:
                         self.save(state, key)
                 if progress:
-                    progress(number + 1, self.settings.steps, f"{self.curve.held[-1][1]:.4f} on held-out text")
-        for m, offset in zip(self.pupil.movable, self.best, strict=True):
-            m.offset.copy_(offset)
-        self.pupil.refresh()
+                    progress(number + 1, self.settings.steps, f"{self.curve.held_out[-1][1]:.4f} on held-out text")
+        for vector, offset in zip(self.student.trainable, self.best, strict=True):
+            vector.offset.copy_(offset)
+        self.student.refresh()
         return self.curve
 
     def save(self, state: Path, key: str) -> None:
-        """Everything a killed run needs to go on with the same numbers."""
+        """Write everything that a killed run needs to resume with the same numbers."""
         tensors: dict[str, Tensor] = {}
-        for i, (m, best) in enumerate(zip(self.pupil.movable, self.best, strict=True)):
-            moments = self.optimizer.state[m.offset]
-            tensors |= {f"offset.{i}": m.offset, f"best.{i}": best}
+        for i, (vector, best) in enumerate(zip(self.student.trainable, self.best, strict=True)):
+            moments = self.optimizer.state[vector.offset]
+            tensors |= {f"offset.{i}": vector.offset, f"best.{i}": best}
             tensors |= {f"{name}.{i}": moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
         temporary = state.with_name(state.name + ".tmp")
         save_file(
             {k: v.detach().cpu() for k, v in tensors.items()},
             temporary,
-            {"key": key, "curve": json.dumps(asdict(self.curve))},
+            {"key": key, "curve": self.curve.to_json()},
         )
         temporary.replace(state)
 
     def restore(self, state: Path, key: str) -> int:
-        """Take up what `save` left for the same key; returns the number of steps done."""
+        """Load what `save` wrote for the same key; returns the number of steps done, 0 without such a file."""
         if not state.exists():
             return 0
         with safe_open(state, framework="pt") as file:
             meta = file.metadata()
             if meta.get("key") != key:
                 return 0
-            told = json.loads(meta["curve"])
-            self.curve = Curve(told["train"], [(int(n), v) for n, v in told["held"]], told["stopped"])
-            for i, m in enumerate(self.pupil.movable):
-                m.offset.copy_(file.get_tensor(f"offset.{i}"))
+            self.curve = LossCurve.from_json(meta["curve"])
+            for i, vector in enumerate(self.student.trainable):
+                vector.offset.copy_(file.get_tensor(f"offset.{i}"))
                 self.best[i].copy_(file.get_tensor(f"best.{i}"))
                 moments = {n: file.get_tensor(f"{n}.{i}") for n in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[m.offset] = {
-                    n: v if n == "step" else v.to(m.offset.device) for n, v in moments.items()
+                self.optimizer.state[vector.offset] = {
+                    n: v if n == "step" else v.to(vector.offset.device) for n, v in moments.items()
                 }
-        self.pupil.refresh()
+        self.student.refresh()
         return len(self.curve.train)
 
 
-class EndToEnd:
-    """The loss of a whole student: KL(teacher || student) over all positions of `windows` int64 [n, length].
+class EndToEndLoss:
+    """The loss of a whole student: KL(teacher || student) over all positions of the healing windows.
 
-    The last `held` windows judge again and again: what the teacher says of them is kept.
+    The teacher's hidden states of the held-out windows are cached: every validation uses them.
     """
 
-    def __init__(self, pupil: Student, teacher: Teacher, windows: Tensor, held: int, device: torch.device) -> None:
-        self.pupil, self.teacher, self.windows, self.device = pupil, teacher, windows, device
-        self.keep = range(len(windows) - held, len(windows))
-        self.kept: dict[tuple[int, ...], Tensor] = {}
-        self.tap = HeadTap(pupil.model)
-        self.head = head_of(pupil.model, windows[:1].to(device))
+    def __init__(self, student: Student, teacher: Teacher, text: HealingText, device: torch.device) -> None:
+        self.student, self.teacher, self.windows, self.device = student, teacher, text.windows, device
+        self.held_out = range(text.train, len(text.windows))
+        self.cached: dict[tuple[int, ...], Tensor] = {}
+        self.tap = HeadTap(student.model)
+        self.head = head_of(student.model, text.windows[:1].to(device))
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
         ids = self.windows[list(numbers)].to(self.device)
-        theirs = self._theirs(numbers)
+        teacher = self._teacher_states(numbers)
         with precision(self.device):
-            hidden, _ = self.tap.run(self.pupil.model, ids)
+            hidden, _ = self.tap.run(self.student.model, ids)
         total = kl_loss.divergence(
-            hidden.flatten(0, 1), self.head, theirs.flatten(0, 1), self.teacher.head, product_dtype(self.device)
+            hidden.flatten(0, 1), self.head, teacher.flatten(0, 1), self.teacher.head, product_dtype(self.device)
         )
         return total / ids.shape[1]
 
-    def _theirs(self, numbers: Sequence[int]) -> Tensor:
-        """The teacher's hidden states; those of held-out windows are kept, since they are asked for again and again."""
-        if not set(numbers) <= set(self.keep):
+    def _teacher_states(self, numbers: Sequence[int]) -> Tensor:
+        """The teacher's final hidden states [n, length, width]; those of held-out windows come from the cache."""
+        if not set(numbers) <= set(self.held_out):
             return self.teacher.hidden(numbers)
-        if tuple(numbers) not in self.kept:
-            self.kept[tuple(numbers)] = self.teacher.hidden(numbers).to(product_dtype(self.device))
-        return self.kept[tuple(numbers)]
+        if tuple(numbers) not in self.cached:
+            self.cached[tuple(numbers)] = self.teacher.hidden(numbers).to(product_dtype(self.device))
+        return self.cached[tuple(numbers)]
 
 
-def thrifty(model: Any) -> None:
-    """Keep only the blocks' inputs for the backward pass, and run each block again there."""
+def recompute_in_backward(model: Any) -> None:
+    """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
     for block in block_walk.block_list(model)[1]:
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """The same sums in the same order every time, where the device has such kernels."""
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Context in which torch uses deterministic algorithms, where the device has them."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if device.type == "cuda":

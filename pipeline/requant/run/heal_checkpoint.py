@@ -18,16 +18,16 @@ from requant.data import documents, packing
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
-from requant.heal.plan import Shape, choose
+from requant.heal.job import HealJob, Progress
+from requant.heal.plan import ModelSize, choose_plan
+from requant.heal.settings import HealSettings
 from requant.heal.stage import check_same
-from requant.heal.teacher import Progress
-from requant.heal.trainer import Settings
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 
 
 def heal_checkpoint(
-    checkpoint: Path, teacher: Path, files: Sequence[Path], out: Path, settings: Settings, *, device: torch.device,
+    checkpoint: Path, teacher: Path, files: Sequence[Path], out: Path, settings: HealSettings, *, device: torch.device,
     trust_remote_code: bool = False, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Heal `checkpoint` towards `teacher` into the new directory `out`.
@@ -41,32 +41,36 @@ def heal_checkpoint(
         raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
-    check_same(checkpoint, teacher, trust_remote_code)
+    check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(checkpoint, trust_remote_code)
-    entries = [(f.name, documents.tokenize(documents.Source(path=f), tokenizer), 1.0) for f in files]
-    windows, held = packing.draw(
+    entries = [(f.name, documents.tokenize(documents.TextSource(path=f), tokenizer), 1.0) for f in files]
+    text = packing.healing_windows(
         entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
     )
-    way = choose(
-        _shape(checkpoint, trust_remote_code), steps=settings.steps, batch=settings.batch, length=settings.length,
-        unique=len(windows), held=held, looks=len(settings.looks()), device=device,
-    )  # fmt: skip
+    plan = choose_plan(_model_size(checkpoint, trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         (partial / "out").mkdir()
-        told = heal.heal(
-            checkpoint, partial / "out", windows, held, settings, way,
-            teacher=lambda: variants.teacher("merged", sources, device=device, stored=_dtype(teacher)),
-            teacher_path=teacher, key=key_of(packing.digest(windows)), work=partial / "work", device=device,
-            trust_remote_code=trust_remote_code, meta={"healer": [f"requant:{__version__}"]}, progress=progress,
-        )  # fmt: skip
+        job = HealJob(
+            source=checkpoint,
+            teacher=teacher,
+            load_teacher=lambda: variants.teacher("merged", sources, device=device, stored=_dtype(teacher)),
+            text=text,
+            settings=settings,
+            plan=plan,
+            device=device,
+            work=partial / "work",
+            key=key_of(text.digest),
+            trust_remote_code=trust_remote_code,
+        )
+        facts = heal.heal(job, partial / "out", meta={"healer": [f"requant:{__version__}"]}, progress=progress)
         (partial / "out").rename(out)
     except OSError as error:
         raise StageError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return told | {"way": str(way)}
+    return {**facts, "way": str(plan)}
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
@@ -85,7 +89,7 @@ def _dtype(path: Path) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _shape(path: Path, trust_remote_code: bool) -> Shape:
+def _model_size(path: Path, trust_remote_code: bool) -> ModelSize:
     """What memory and time depend on, from the checkpoint's headers."""
     stored = Checkpoint(path)
     model: nn.Module = skeleton.open_model(path, trust_remote_code=trust_remote_code)
@@ -98,4 +102,4 @@ def _shape(path: Path, trust_remote_code: bool) -> Shape:
             grids[parameter.removesuffix(".weight")] = Grid(bits, columns // groups)
     if not grids:
         raise InputError(f"{path}: no quantized linear found: nothing to heal")
-    return Shape.of(model, grids)
+    return ModelSize.of(model, grids)

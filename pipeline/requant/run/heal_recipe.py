@@ -7,52 +7,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from requant.data.documents import Tokens
-from requant.heal.plan import Fit, Shape, choose
-from requant.heal.trainer import Settings
+from requant.data.documents import TokenDocument
+from requant.data.packing import HealingText
+from requant.heal.plan import HealPlan, ModelSize, choose_plan
+from requant.heal.settings import HealSettings
 from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal
 from requant.run import recipe_texts
 from requant.runtime.device import pick_device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Healing:
-    """How and on what a checkpoint will be healed.
+    """The healing that a recipe asks for: settings, text and the size of the model.
 
-    The last `held` of the windows are not trained on.
     deploy: engines that must load the result, if they are installed.
     """
 
     section: Heal
-    shape: Shape
-    windows: Tensor
-    held: int
+    size: ModelSize
+    text: HealingText
     facts: dict[str, Any]
     deploy: tuple[str, ...] = ()
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> HealSettings:
+        """The section's settings for the stage."""
         s = self.section
-        return Settings(s.steps, s.batch, s.length, s.lr, s.tune, s.seed)
+        return HealSettings(steps=s.steps, batch=s.batch, length=s.length, lr=s.lr, tune=s.tune, seed=s.seed)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the result depends on besides the models."""
         return (self.section.model_dump(exclude={"data", "mix", "format"}), self.facts["digest"])
 
-    def fit(self, device: torch.device) -> Fit:
-        """How it fits the device; raises InputError when it does not."""
-        s = self.section
-        return choose(
-            self.shape, steps=s.steps, batch=s.batch, length=s.length, unique=len(self.windows), held=self.held,
-            looks=len(self.settings.looks()), device=device, asked="whole" if s.target == "adapter" else s.mode,
-        )  # fmt: skip
+    def plan(self, device: torch.device) -> HealPlan:
+        """The fastest plan for the device; raises InputError when none fits."""
+        mode = "whole" if self.section.target == "adapter" else self.section.mode
+        return choose_plan(self.size, self.settings, self.text, device=device, mode=mode)
 
 
-def plan_healing(recipe: Recipe, tokenizer: Any, seen: list[Sequence[Tokens]], shape: Shape) -> Healing | None:
+def plan_healing(
+    recipe: Recipe, tokenizer: Any, seen: list[Sequence[TokenDocument]], size: ModelSize
+) -> Healing | None:
     """The healing that a recipe asks for, None for none.
 
     `seen` grows by documents that no evaluation set may hold.
@@ -62,6 +60,6 @@ def plan_healing(recipe: Recipe, tokenizer: Any, seen: list[Sequence[Tokens]], s
         section = Heal() if pick_device(recipe.device).type == "cuda" else "off"
     if not isinstance(section, Heal):
         return None
-    documents, windows, held, facts = recipe_texts.healing(recipe, section, tokenizer, seen)
+    documents, text, facts = recipe_texts.healing(recipe, section, tokenizer, seen)
     seen += documents
-    return Healing(section, shape, windows, held, facts, tuple(recipe.deploy))
+    return Healing(section=section, size=size, text=text, facts=facts, deploy=tuple(recipe.deploy))

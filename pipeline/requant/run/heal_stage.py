@@ -8,6 +8,7 @@ from typing import Any
 from requant import __version__, deploy, heal
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
+from requant.heal.job import HealJob
 from requant.merge.stage import DTYPES
 from requant.run.context import RunContext
 
@@ -24,18 +25,25 @@ def run_heal(context: RunContext, key: str) -> dict[str, Any]:
     scratch = context.directory.scratch("heal", key)
     artifact = context.directory.artifact("healed")
     out = artifact.begin(key)
-    way, target = asked.fit(device), asked.section.target
-    log.info("heal: %s", way)
+    plan, target = asked.plan(device), asked.section.target
+    log.info("heal: %s", plan)
     stored = DTYPES.get(str(Checkpoint(sources.merged).config.get("dtype")))
-    facts = heal.heal(
-        sources.gptq, out, asked.windows, asked.held, asked.settings, way,
-        teacher=lambda: variants.teacher(target, sources, device=device, stored=stored), teacher_path=sources.merged,
-        key=key, work=scratch, device=device, trust_remote_code=sources.trust_remote_code,
-        meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress,
-    )  # fmt: skip
+    job = HealJob(
+        source=sources.gptq,
+        teacher=sources.merged,
+        load_teacher=lambda: variants.teacher(target, sources, device=device, stored=stored),
+        text=asked.text,
+        settings=asked.settings,
+        plan=plan,
+        device=device,
+        work=scratch,
+        key=key,
+        trust_remote_code=sources.trust_remote_code,
+    )
+    facts = heal.heal(job, out, meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress)
     proof = deploy.verify(
         out, source=sources.merged, deploy=asked.deploy, own_device=device, trust_remote_code=sources.trust_remote_code
     )
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "heal", "requant": __version__})
-    return facts | {"data": asked.facts["data"], "target": target, "verify": proof.facts()}
+    return {**facts, "data": asked.facts["data"], "target": target, "verify": proof.facts()}

@@ -23,7 +23,7 @@ from requant.data.canaries import Canaries
 from requant.deploy import engine_support
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
-from requant.heal.plan import Shape
+from requant.heal.plan import ModelSize
 from requant.merge import adapter_match
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
@@ -59,7 +59,7 @@ def prepare(recipe: Recipe) -> Prepared:
     warnings += _refusing_engines(recipe, quantize_inputs.engines)
     warnings += [*_left_fused(model), *([unloadable] if unloadable else [])]
     tokenizer = recipe_texts.load_tokenizer(plan.base.checkpoint.path, sources.adapter, plan, recipe.trust_remote_code)
-    texts, healing = _texts(recipe, tokenizer, Shape.of(model, quantize_inputs.plan.grids), warnings)
+    texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings)
     return Prepared(
         recipe=recipe,
         sources=sources,
@@ -108,10 +108,10 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines)
 
 
-def _texts(recipe: Recipe, tokenizer: Any, shape: Shape, warnings: list[str]) -> tuple[Texts, Healing | None]:
+def _texts(recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str]) -> tuple[Texts, Healing | None]:
     """Calibration, healing and evaluation texts; adds a warning where they overlap."""
     seen, windows, facts = recipe_texts.calibration(recipe, tokenizer)
-    healing = plan_healing(recipe, tokenizer, seen, shape)
+    healing = plan_healing(recipe, tokenizer, seen, size)
     sets = tuple(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
     facts["overlap"] = _overlaps(windows, healing, sets, warnings)
     texts = Texts(
@@ -129,7 +129,7 @@ def _overlaps(
 ) -> dict[str, float]:
     """What the sets share with the calibration text; with the healing text it is kept in the healing's own facts."""
     if healing:
-        drawn = torch.unique(healing.windows, dim=0)
+        drawn = torch.unique(healing.text.windows, dim=0)
         healing.facts["overlap"] = recipe_texts.overlaps(drawn, sets, warnings, "healing")
     return recipe_texts.overlaps(windows, sets, warnings)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from requant.checkpoint import model_files
 from requant.data import overlap, packing
-from requant.data.documents import Source, Tokens, adds_bos, read_texts, tokenize
+from requant.data.documents import TextSource, TokenDocument, adds_bos, read_texts, tokenize
+from requant.data.packing import HealingText
 from requant.errors import InputError
 from requant.merge.plan import MergePlan
 from requant.recipe import Recipe
@@ -70,14 +71,14 @@ def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, trust_remote_code
             raise InputError(f"{base}: transformers cannot load the tokenizer ({', '.join(files)}): {error}") from error
 
 
-def source_of(item: Data, directory: Path) -> Source:
-    return Source(
+def source_of(item: Data, directory: Path) -> TextSource:
+    return TextSource(
         path=item.resolve(directory), dataset=item.dataset, builtin=item.builtin, config=item.config, split=item.split,
         revision=item.revision, column=item.column, documents=item.documents,
     )  # fmt: skip
 
 
-def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]], Tensor, CalibrationFacts]:
+def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[TokenDocument]], Tensor, CalibrationFacts]:
     """(documents of each source, windows int64 [samples, length], facts for the report)."""
     c = recipe.calibration
     sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
@@ -94,11 +95,9 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[Tokens]],
 
 
 def healing(
-    recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[Tokens]]
-) -> tuple[list[Sequence[Tokens]], Tensor, int, dict[str, Any]]:
-    """(documents of its own sources, windows int64, number held out, facts for the report).
-
-    The last windows are held out.
+    recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[TokenDocument]]
+) -> tuple[list[Sequence[TokenDocument]], HealingText, dict[str, Any]]:
+    """(documents of its own sources, packed windows, facts for the report).
 
     calibrated: the documents of the calibration sources, which are the text when the section names none.
     """
@@ -108,14 +107,16 @@ def healing(
     else:
         named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
         entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
-    windows, held = packing.draw(
+    text = packing.healing_windows(
         entries, tokenizer, steps=section.steps, batch=section.batch, length=section.length, seed=section.seed
     )
-    facts = {"data": [name for name, _, _ in entries], "digest": packing.digest(windows)}
-    return [documents for _, documents, _ in entries] if own else [], windows, held, facts
+    facts = {"data": [name for name, _, _ in entries], "digest": text.digest}
+    return [documents for _, documents, _ in entries] if own else [], text, facts
 
 
-def evaluation_set(recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequence[Sequence[Tokens]] = ()) -> EvalSet:
+def evaluation_set(
+    recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequence[Sequence[TokenDocument]] = ()
+) -> EvalSet:
     """One evaluation set, cut into windows by the recipe's protocol.
 
     calibrated: the documents of the calibration sources. Raises InputError when most of the set's documents are
@@ -148,7 +149,7 @@ def evaluation_set(recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequen
     return made
 
 
-def _document(row: Tokens, cut: int | None, completion: bool) -> Any:
+def _document(row: TokenDocument, cut: int | None, completion: bool) -> Any:
     from requant_eval.scoring.windows import Document
 
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)

@@ -1,0 +1,37 @@
+"""One healing: the checkpoint, its teacher, the text, the settings and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from requant.data.packing import HealingText
+from requant.heal.plan import HealPlan
+from requant.heal.settings import HealSettings
+
+Progress = Callable[[int, int, str], None]  # (done, of, note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealJob:
+    """What is healed, towards what, on which text and how.
+
+    source: a GPTQ checkpoint. teacher: the 16-bit checkpoint that it was made from; block by block it is the teacher.
+    load_teacher: loads the model that a student trained end to end imitates. work: a directory for the state that a
+    killed run resumes from. key: digest of everything that the result depends on.
+    """
+
+    source: Path
+    teacher: Path
+    load_teacher: Callable[[], Any]
+    text: HealingText
+    settings: HealSettings
+    plan: HealPlan
+    device: torch.device
+    work: Path
+    key: str
+    trust_remote_code: bool = False

@@ -1,0 +1,38 @@
+"""Settings of healing: steps, batch, learning rate schedule, and when the held-out loss is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Tune = Literal["scales", "norms"]
+MAX_VALIDATIONS, MIN_STEPS_BETWEEN = 10, 5  # validations after step 0
+WARM_UP = 0.1  # share of the steps in which the learning rate rises
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealSettings:
+    """How to heal: `steps` optimizer steps on `batch` windows of `length` tokens each.
+
+    lr: the largest change of an offset, relative to its scale, in one step. tune: what is trained.
+    """
+
+    steps: int = 150
+    batch: int = 16
+    length: int = 512
+    lr: float = 5e-3
+    tune: tuple[Tune, ...] = ("scales",)
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
+        warm = max(1, round(WARM_UP * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+    def validation_steps(self) -> set[int]:
+        """Numbers of steps after which the held-out loss is taken; 0 and the last are among them."""
+        count = max(1, min(MAX_VALIDATIONS, self.steps // MIN_STEPS_BETWEEN))
+        return {round(self.steps * i / count) for i in range(count + 1)}
