@@ -73,7 +73,7 @@ def scored(model: Path, eval_set: Any, batch: int, *, whole: bool, **reference: 
         if whole:
             made: Any = variants.load("merged", sources(model), device=DEVICE, dtype=DTYPE)
         else:
-            made = streamed.Streamed(streamed.walk_of("merged", sources(model), device=DEVICE, dtype=DTYPE))
+            made = streamed.StreamedModel(streamed.walk_of("merged", sources(model), device=DEVICE, dtype=DTYPE))
             made.run([w.ids for w in eval_set.windows], batch)
         return score(made, eval_set, batch=batch, device=DEVICE, **reference)
 

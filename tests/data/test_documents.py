@@ -1,4 +1,4 @@
-"""`requant.data`: formats, what counts as completion, seeded windows, overlap; errors name the columns."""
+"""`requant.data` but canaries: formats, what counts as completion, seeded windows, overlap, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.parts`: what ranks score apart is what one scores; here two ranks take turns in one process."""
+"""`requant.evaluate.over_ranks`: several ranks score what one scores; here ranks take turns in one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,14 @@ def given(project: Path, finished: Path) -> tuple[variants.VariantSources, Score
         plan=p.merge.plan,
     )
     keys = {name: name for name in NAMES}
-    return sources, Scores(finished / ".cache", p.texts.sets, keys, torch.device("cpu"), torch.float32, True)
+    return sources, Scores(
+        cache=finished / ".cache",
+        sets=p.texts.sets,
+        keys=keys,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        kl=True,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +146,7 @@ def test_notes_of_all_ranks_are_told(
 ) -> None:
     told = {"variants": ["merged"], "streamed": ["merged"], "notes": ["went on with 2"]}
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: told)
-    result = Turns(2).call(over_ranks.score_part, replace(given[1], cache=tmp_path), given[0], batch=1,
+    result = Turns(2).call(over_ranks.score_share, replace(given[1], cache=tmp_path), given[0], batch=1,
                            stream="auto", first_rank_only={})  # fmt: skip
     assert result["notes"] == ["rank 0: went on with 2", "rank 1: went on with 2"]
     assert result["streamed"] == ["merged"]
@@ -151,7 +158,7 @@ def test_windows_are_shared_by_their_tokens(count: int) -> None:
     windows = [
         Window(i, torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)) for i, n in enumerate(lengths)
     ]
-    shares = [over_ranks.windows_of(windows, rank, count) for rank in range(count)]
+    shares = [over_ranks.rank_windows(windows, rank, count) for rank in range(count)]
     assert [w.document for share in shares for w in share] == list(range(len(windows)))
     tokens = [sum(len(w.ids) for w in share) for share in shares]
     assert all(abs(n - sum(lengths) / count) <= max(lengths) for n in tokens)
@@ -159,7 +166,7 @@ def test_windows_are_shared_by_their_tokens(count: int) -> None:
 
 def test_fewer_windows_than_ranks_leave_some_with_none() -> None:
     one = [Window(0, torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool))]
-    assert [len(over_ranks.windows_of(one, rank, 3)) for rank in range(3)] == [0, 1, 0]
+    assert [len(over_ranks.rank_windows(one, rank, 3)) for rank in range(3)] == [0, 1, 0]
 
 
 def test_what_a_killed_run_left_half_written_goes(

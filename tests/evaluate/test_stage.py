@@ -1,4 +1,4 @@
-"""`requant.evaluate`: whole or block by block the scores are the same, and running out of memory is not the end."""
+"""`requant.evaluate.stage`: whole or block by block the scores are the same, and running out of memory is not the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.e2e import ALL, one_thread, recipe
 from requant.errors import StageError
 from requant.evaluate import stage as evaluate
 from requant.evaluate import streamed, variants
-from requant.evaluate.memory import Size
+from requant.evaluate.memory import VariantSize
 from requant.evaluate.stage import Scores
 from requant.run import prepare
 from requant.runtime import device
@@ -39,7 +39,9 @@ def given(project: Path, finished: Path) -> tuple[variants.VariantSources, Score
         plan=p.merge.plan,
     )
     keys = {name: name for name in ALL}
-    return sources, Scores(finished / ".cache", p.texts.sets, keys, CPU, torch.float32, True)
+    return sources, Scores(
+        cache=finished / ".cache", sets=p.texts.sets, keys=keys, device=CPU, dtype=torch.float32, kl=True
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,7 @@ def test_what_fits_stays_whole_and_what_does_not_is_streamed(
 ) -> None:
     two = replace(scores, keys={n: n for n in ("adapter", "merged")}, sets=scores.sets[:1])
     tokens = 8 * two.sets[0].window
-    need = {n: Size.of(n, given[0]).resident(4, tokens, CHUNK_LOGITS["cpu"]) for n in two.keys}
+    need = {n: VariantSize.of(n, given[0]).resident(4, tokens, CHUNK_LOGITS["cpu"]) for n in two.keys}
     assert need["adapter"] < need["merged"], "4 bits take less than 32"
     between = sum(need.values()) / 2 / device.USABLE
     monkeypatch.setattr(evaluate, "free_bytes", lambda _: between)

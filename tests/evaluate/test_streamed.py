@@ -1,4 +1,4 @@
-"""`requant.streamed`: block by block must be the whole model, for every family, variant and kind of adapter."""
+"""`requant.evaluate.streamed`: block by block must be the whole model, for every family, variant and kind of adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
 from requant.evaluate import adapter_probe, streamed, variants
-from requant.evaluate.streamed import Streamed
+from requant.evaluate.streamed import StreamedModel
 from requant.merge.base_weights import Nf4Settings
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
@@ -37,7 +37,7 @@ def windows(count: int = 5) -> list[Tensor]:
 
 
 @torch.no_grad()
-def compare(whole: Any, parts: Streamed, batch: int = 2, *, tolerance: float = 2e-6) -> None:
+def compare(whole: Any, parts: StreamedModel, batch: int = 2, *, tolerance: float = 2e-6) -> None:
     """Logits of every window, alone and in batches, and of a window that was not run before."""
     seen: list[tuple[int, int]] = []
     parts.run(windows(), batch, lambda done, of: seen.append((done, of)))
@@ -53,17 +53,17 @@ def test_blocks_one_after_another_are_the_model(tmp_path: Path, kind: str) -> No
     made = pico.model(kind, **BY_KIND[kind].changes)
     path = pico.save(made, tmp_path / "model")
     walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
-    compare(made, Streamed(walk))
+    compare(made, StreamedModel(walk))
 
 
-def tuned(tmp: Path, config: peft.PeftConfig, kind: str = "llama", **changes: Any) -> tuple[Any, Streamed]:
+def tuned(tmp: Path, config: peft.PeftConfig, kind: str = "llama", **changes: Any) -> tuple[Any, StreamedModel]:
     """(PEFT's model on a 16-bit base, the streamed variant `adapter` made of the files)."""
     made = pico.model(kind, **changes)
     base = pico.save(made, tmp / "base")
     live = pico.train(made, tmp / "adapter", config=config)
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, False)
     sources = variants.VariantSources(base=base, adapter=tmp / "adapter", merged=base, gptq=base, plan=plan)
-    return live, Streamed(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
+    return live, StreamedModel(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
 
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -112,7 +112,7 @@ def test_base_and_adapter_are_those_of_bitsandbytes(
     )
     for name in ("base", "adapter"):
         live = variants.load(name, sources, device=CPU, dtype=F32)
-        compare(live, Streamed(streamed.walk_of(name, sources, device=CPU, dtype=F32)), tolerance=tolerance)
+        compare(live, StreamedModel(streamed.walk_of(name, sources, device=CPU, dtype=F32)), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -134,7 +134,7 @@ def test_what_is_made_of_the_merged_model(tmp_path: Path, kind: str) -> None:
     )
     for name in ("merged", "rtn", "gptq", "healed"):
         live = variants.load(name, sources, device=CPU, dtype=F32)
-        compare(live, Streamed(streamed.walk_of(name, sources, device=CPU, dtype=F32)))
+        compare(live, StreamedModel(streamed.walk_of(name, sources, device=CPU, dtype=F32)))
 
 
 def test_a_resized_vocabulary(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_resized_vocabulary(tmp_path: Path) -> None:
     live = pico.train(made, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, False)
     sources = variants.VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plan)
-    parts = Streamed(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
+    parts = StreamedModel(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
     ids = torch.tensor([[1, pico.VOCABULARY + 3, 5, pico.VOCABULARY + 7]])
     assert pico.relative(parts(ids).logits.double(), pico.logits(live, ids)) < 2e-6
 
@@ -165,7 +165,7 @@ def test_two_weighted_adapters(tmp_path: Path) -> None:
         plan=plan,
     )
     live = variants.load("adapter", sources, device=CPU, dtype=F32)
-    compare(live, Streamed(streamed.walk_of("adapter", sources, device=CPU, dtype=F32)))
+    compare(live, StreamedModel(streamed.walk_of("adapter", sources, device=CPU, dtype=F32)))
 
 
 class Full:
@@ -190,7 +190,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -
     made = pico.model()
     path = pico.save(made, tmp_path / "model")
     walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
-    parts = Streamed(walk)
+    parts = StreamedModel(walk)
     Full(walk, 1, when)
     parts.run(windows(), 3)
     assert [n.split(": ")[1] for n in parts.notes][:1] == ["out of memory with 3 windows at a time, went on with 2"]
@@ -202,7 +202,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -
 def test_out_of_memory_with_one_window(tmp_path: Path) -> None:
     path = pico.save(pico.model(), tmp_path / "model")
     walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
-    parts = Streamed(walk)
+    parts = StreamedModel(walk)
     Full(walk, 0)
     with pytest.raises(StageError, match=r"layers.0: out of memory on cpu with one window at a time: shorten"):
         parts.run(windows(), 2)
@@ -228,7 +228,7 @@ def test_canaries_are_asked_in_step(tmp_path: Path) -> None:
     """Answers of different lengths, some ending early: those of the whole model, one way through the blocks a token."""
     made = pico.model()
     path = pico.save(made, tmp_path / "model")
-    parts = Streamed(Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32))
+    parts = StreamedModel(Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32))
     asked = [Canary("", "", tuple(w.tolist()), 3 + i) for i, w in enumerate(windows())]
     stop = greedy(made, asked[0].ids, 3, stop=None, device=CPU)[-1]
     alone = [greedy(made, c.ids, c.new_tokens, stop=stop, device=CPU) for c in asked]
@@ -247,4 +247,4 @@ def test_lora_on_stacked_experts_is_not_streamed(tmp_path: Path) -> None:
     pico.train(made, tmp_path / "adapter", target_parameters=["mlp.experts.gate_up_proj"])
     plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, False)
     sources = variants.VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plan)
-    assert [streamed.possible(n, sources) for n in ("base", "adapter", "merged")] == [True, False, True]
+    assert [streamed.can_stream(n, sources) for n in ("base", "adapter", "merged")] == [True, False, True]

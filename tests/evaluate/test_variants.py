@@ -1,4 +1,4 @@
-"""Tests of `requant.variants`: each name gives exactly the model it says, checked by other code."""
+"""`requant.evaluate.variants`: each name gives exactly the model it says, checked by other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.merge.adapter_match`, and `requant.evaluate.adapter_probe`: whether an adapter belongs to a base."""
+"""`requant.merge.adapter_match` and `requant.evaluate.adapter_probe`: does an adapter belong to a base."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def test_the_chat_template(project: Path, tmp_path: Path) -> None:
 
 def test_rows_are_spread_cut_and_long_enough() -> None:
     documents = [TokenDocument(tuple(range(n)), (True,) * n, n) for n in [4, *range(100, 400, 10)]]
-    rows = adapter_probe.rows(["a", "b"], [documents, documents[:1]])["a"]
-    assert len(rows) == adapter_probe.ROWS
-    assert all(adapter_probe.LEAST <= len(r) <= adapter_probe.LENGTH for r in rows)
+    rows = adapter_probe.sample_rows(["a", "b"], [documents, documents[:1]])["a"]
+    assert len(rows) == adapter_probe.MAX_ROWS
+    assert all(adapter_probe.MIN_LENGTH <= len(r) <= adapter_probe.MAX_LENGTH for r in rows)
     assert [len(r) for r in rows][:2] == [100, 150]
-    assert "b" not in adapter_probe.rows(["a", "b"], [documents, documents[:1]]), "nothing long enough"
+    assert "b" not in adapter_probe.sample_rows(["a", "b"], [documents, documents[:1]]), "nothing long enough"
 
 
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])

@@ -1,13 +1,13 @@
-"""Evaluate: every variant as a model, and its scores on every set.
+"""Stage: load every variant as a model and score it on every set.
 
     stage             evaluate(scores, sources, ...)   <- start here
     variants          base, adapter, merged, rtn, gptq, healed, original as models
-    variant_weights   their weights, each made when it is read
-    streamed          a variant block by block, for models that do not fit
-    memory            what a variant needs, and so whether it is streamed
-    over_ranks        the same work shared by several ranks
+    variant_weights   the weights of a variant, computed when they are read
+    streamed          a variant run block by block, for models that do not fit on the device
+    memory            the memory that a variant takes when it is scored whole
+    over_ranks        evaluation with the windows shared by several ranks
     peft_runtime      the adapter applied by PEFT, as in training
-    adapter_probe     does the adapter lower the loss on its own text
+    adapter_probe     whether the adapter lowers the loss on calibration text
 
 May import: errors, runtime, numerics, checkpoint, formats, data, modeling, adapters, merge; requant_eval.scoring.
 """

@@ -1,8 +1,8 @@
-"""Does the adapter help on this base? The loss on a few calibration rows with and without it, and how far it moved.
+"""Adapter probe: the loss on a few calibration rows with and without the adapter.
 
-Right shape and wrong base shows nowhere in files. But on text that the adapted model has learned, the mean gain in log
-probability is the divergence KL(adapted || base) itself: E[ln p_a / p_b] under p_a. On another base the adapter still
-moves the predictions, and gains little by it.
+Files do not show whether an adapter of the right shape belongs to the base. But on text that the adapted model has
+learned, the mean gain in log probability equals the divergence KL(adapted || base): E[ln p_a / p_b] under p_a. On another
+base the adapter still changes the predictions, and the gain is small.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor
 from requant.data.documents import TokenDocument
 
 log = logging.getLogger(__name__)
-ROWS, LENGTH, LEAST = 6, 256, 16
-# Gain per nat of movement. The demo's adapter has 0.96 on held-out text of its kind, 0.26 and 0.32 on other text; an
+MAX_ROWS, MAX_LENGTH, MIN_LENGTH = 6, 256, 16
+# Gain per nat of KL(adapted || base). The demo's adapter has 0.96 on held-out text of its kind, 0.26 and 0.32 on other text; an
 # adapter on another base of the same shape has 0.24 in the tests.
-POOR = 0.35
+LOW_EFFICIENCY = 0.35
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """On the rows of one calibration source, in nats a token: mean losses, and mean KL(with the adapter || without)."""
+    """Losses on the rows of one calibration source, in nats a token.
+
+    moved: mean KL(with the adapter || without).
+    """
 
     source: str
     without: float
@@ -35,37 +38,37 @@ class Probe:
 
     @property
     def gain(self) -> float:
-        """How much the adapter lowers the loss."""
+        """The decrease of the loss by the adapter."""
         return self.without - self.with_adapter
 
     @property
     def efficiency(self) -> float:
-        """Gain per nat of movement: about 1 on text that the adapter has learned; 0 when nothing moved."""
+        """Gain per nat of KL: about 1 on text that the adapter has learned; 0 where predictions are unchanged."""
         return self.gain / self.moved if self.moved > 0 else 0.0
 
 
-def rows(names: Sequence[str], documents: Sequence[Sequence[TokenDocument]]) -> dict[str, tuple[Tensor, ...]]:
-    """A few rows of each calibration source, evenly spread: int64 [at most LENGTH], none shorter than LEAST."""
-    found = {}
+def sample_rows(names: Sequence[str], documents: Sequence[Sequence[TokenDocument]]) -> dict[str, tuple[Tensor, ...]]:
+    """A few rows of each calibration source, evenly spread: int64 [at most MAX_LENGTH], none below MIN_LENGTH."""
+    sampled = {}
     for name, every in zip(names, documents, strict=True):
-        long = [d for d in every if len(d.ids) >= LEAST]
-        step = max(1, len(long) // ROWS)
-        found[name] = tuple(torch.tensor(d.ids[:LENGTH]) for d in long[::step][:ROWS])
-    return {name: chosen for name, chosen in found.items() if chosen}
+        long = [d for d in every if len(d.ids) >= MIN_LENGTH]
+        step = max(1, len(long) // MAX_ROWS)
+        sampled[name] = tuple(torch.tensor(d.ids[:MAX_LENGTH]) for d in long[::step][:MAX_ROWS])
+    return {name: rows for name, rows in sampled.items() if rows}
 
 
 @torch.inference_mode()
 def measure(model: Any, samples: Mapping[str, Sequence[Tensor]], device: torch.device) -> list[Probe]:
-    """The losses of a PEFT model on each source's rows, with its adapters on and off."""
+    """The losses of a PEFT model on each source's rows, with its adapters enabled and disabled."""
 
     def log_probabilities(ids: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=ids[None].to(device)).logits[0, :-1]
         return logits.float().log_softmax(dim=-1)
 
-    found = []
-    for source, many in samples.items():
+    probes = []
+    for source, rows in samples.items():
         sums, count = torch.zeros(3, dtype=torch.float64), 0
-        for ids in many:
+        for ids in rows:
             on = log_probabilities(ids)
             with model.disable_adapter():
                 off = log_probabilities(ids)
@@ -73,21 +76,25 @@ def measure(model: Any, samples: Mapping[str, Sequence[Tensor]], device: torch.d
             losses = [-p.gather(1, target).double().sum() for p in (off, on)]
             sums += torch.stack([*losses, (on.exp() * (on - off)).double().sum()]).cpu()
             count += len(ids) - 1
-        found.append(Probe(source, *(sums / count).tolist()))
-    return found
+        without, with_adapter, moved = (sums / count).tolist()
+        probes.append(Probe(source=source, without=without, with_adapter=with_adapter, moved=moved))
+    return probes
 
 
 def verdict(probes: Sequence[Probe]) -> tuple[str, list[str]]:
-    """(one line of what was measured, warnings). The source that the adapter helps most counts: a mix holds general text."""
+    """(one line of what was measured, warnings), from the source with the highest efficiency.
+
+    The others do not matter: a mix also holds general text, on which an adapter gains nothing.
+    """
     best = max(probes, key=lambda p: p.efficiency)
-    said = (
+    summary = (
         f"loss on {best.source}: {best.without:.3f} without the adapter, {best.with_adapter:.3f} with it, "
         f"predictions moved by {best.moved:.3f} nats"
     )
-    if best.efficiency >= POOR:
-        return said, []
+    if best.efficiency >= LOW_EFFICIENCY:
+        return summary, []
     found = "does not lower the loss" if best.gain <= 0 else "moves predictions far and gains little"
-    return said, [
-        f"the adapter {found} on calibration text ({said}): right shape, but is this the base it was trained on (an instruct "
+    return summary, [
+        f"the adapter {found} on calibration text ({summary}): right shape, but is this the base it was trained on (an instruct "
         "model's adapter on the base model looks like this), and is this its kind of text?"
     ]

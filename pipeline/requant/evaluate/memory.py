@@ -1,4 +1,4 @@
-"""How much memory a variant takes while it is scored, whole or block by block, from headers."""
+"""Memory that a variant takes while it is scored, estimated from headers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
 
-__all__ = ["CHUNK_LOGITS", "Size"]
+__all__ = ["CHUNK_LOGITS", "VariantSize"]
 
-PACKED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in NF4, its nested scales included; fp32 scales: 0.5625
-LOGITS = 6 * 4  # bytes for each logit of a chunk: two models' logits, their softmaxes, and what KL makes of them
+BYTES_PER_NF4_WEIGHT = 0.5 + 1 / 64 + 4 / 64 / 256  # with nested scales; with fp32 scales 0.5625
+BYTES_PER_LOGIT = 6 * 4  # of a chunk: two models' logits, their softmaxes, and the terms of KL
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Numbers of parameters, of the whole and of its parts. traffic: inputs and outputs of all linears of a block."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantSize:
+    """Numbers of parameters of a variant and its parts. inputs_outputs: sum of the widths of a block's linears."""
 
     total: int
     packed: int  # held in 4 bits by bitsandbytes when the variant is resident
@@ -32,13 +32,13 @@ class Size:
     outside: int  # of all blocks
     width: int
     vocabulary: int
-    traffic: int
+    inputs_outputs: int
     largest: int  # matrix
     adapter: int = 0  # bytes
 
     @classmethod
-    def of(cls, name: str, sources: VariantSources) -> Size:
-        """From the variant's structure and, of base and adapter, the headers of the base."""
+    def of(cls, name: str, sources: VariantSources) -> VariantSize:
+        """The size of a variant from its structure; of base and adapter also from the headers of the base."""
         quantized = name in ("base", "adapter")
         paths = {"base": sources.base, "adapter": sources.base, "gptq": sources.gptq, "healed": sources.healed}
         trust = sources.trust_remote_code
@@ -52,34 +52,39 @@ class Size:
         return cls.of_model(model, packed, 4 * sum(_count(t.shape) for a in loaded for t in a.tensors.values()))
 
     @classmethod
-    def of_model(cls, model: Any, packed: int = 0, adapter: int = 0) -> Size:
+    def of_model(cls, model: Any, packed: int = 0, adapter: int = 0) -> VariantSize:
+        """The size of a model. packed: weights held in 4 bits. adapter: bytes."""
         _, blocks = block_list(model)
         counts = [_parameters(block) for block in blocks]
         total = _parameters(model)
         embedding = model.get_input_embeddings()
         linears = max((list(block_linears(b).values()) for b in blocks), key=len)
         return cls(
-            total, packed, max(counts), len(blocks), total - sum(counts), embedding.embedding_dim,
-            embedding.num_embeddings, sum(m.in_features + m.out_features for m in linears),
-            max((m.weight.numel() for m in linears), default=0), adapter,
-        )  # fmt: skip
+            total=total,
+            packed=packed,
+            block=max(counts),
+            layers=len(blocks),
+            outside=total - sum(counts),
+            width=embedding.embedding_dim,
+            vocabulary=embedding.num_embeddings,
+            inputs_outputs=sum(m.in_features + m.out_features for m in linears),
+            largest=max((m.weight.numel() for m in linears), default=0),
+            adapter=adapter,
+        )
 
     def resident(self, item: int, tokens: int, chunk: int) -> int:
-        """Bytes to score it whole. item: bytes of a number. tokens: in a batch. chunk: logits alive at a time."""
-        held = (self.total - self.packed) * item + self.packed * PACKED + self.adapter
+        """Bytes to score the variant whole. item: bytes of a number. tokens: in a batch. chunk: logits at a time."""
+        weights = (self.total - self.packed) * item + self.packed * BYTES_PER_NF4_WEIGHT + self.adapter
         decoded = self.largest * (item + 4) if self.packed else 0
-        return int(held + decoded + self._work(item, tokens, chunk))
+        return int(weights + decoded + self._activations(item, tokens, chunk))
 
-    def streamed(self, item: int, tokens: int, chunk: int, waiting: int, ahead: bool) -> int:
-        """Bytes to score it block by block. waiting: tokens whose hidden states wait on the device. ahead: the next block too."""
-        blocks = (2 if ahead else 1) * self.block * item + self.largest * 4
-        states = (waiting + tokens) * self.width * item
-        return int(blocks + self.outside * item + self.adapter + states + self._work(item, tokens, chunk))
+    def _activations(self, item: int, tokens: int, chunk: int) -> int:
+        """Bytes of one batch's activations or logits, whichever is larger, and of the reference's head.
 
-    def _work(self, item: int, tokens: int, chunk: int) -> int:
-        """Activations of one batch, the reference's head and the logits. Not all inputs and outputs live at once."""
+        Three quarters of a block's inputs and outputs exist at the same time.
+        """
         head = self.vocabulary * self.width * item
-        return max(tokens * (self.traffic * 3 // 4 + 4 * self.width) * item, LOGITS * chunk) + head
+        return max(tokens * (self.inputs_outputs * 3 // 4 + 4 * self.width) * item, BYTES_PER_LOGIT * chunk) + head
 
 
 def _parameters(module: nn.Module) -> int:

@@ -1,7 +1,7 @@
-"""The adapters of a merge plan, unmerged on a live model through the real PEFT: what the merge is compared with.
+"""The adapters of a merge plan, unmerged, applied to a model by PEFT: the reference of the merge.
 
-PEFT finds tensors by their keys and says nothing of those that it does not find: files in another spelling are written
-again in PEFT's own to a temporary directory, and nothing may be left over.
+PEFT finds tensors by their keys and silently ignores others. Adapters with other spellings of keys are therefore written
+with PEFT's keys to a temporary directory first, and a tensor that PEFT still does not load is an error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from requant.merge.plan import MergePlan
 def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> Any:
     """The PEFT model of `model` with all adapters of the plan active; raises StageError when PEFT leaves a tensor out.
 
-    In place of a plan: the adapter in a directory, as it is. structure: `model` has its parameters on the meta device and
-    the vocabulary of the adapter; only the adapters' own get values.
+    plan: or the directory of one adapter, loaded as it is. structure: `model` is on the meta device and has the
+    vocabulary of the adapter; only the adapters' own parameters get values.
     """
     import peft
 
@@ -34,14 +34,14 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
     names = ["default", *(f"adapter{i}" for i in range(1, len(plan.adapters)))]
     for name, one in zip(names, plan.adapters, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            path = str(export(one, plan, Path(folder)) if _rewritten(one, plan) else one.path)
+            path = str(export(one, plan, Path(folder)) if _needs_export(one, plan) else one.path)
             if wrapped is None:
                 wrapped = peft.PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=structure)
             result = wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=structure)
-        lost = [*result.missing_keys, *result.unexpected_keys]
-        if lost:
+        missing = [*result.missing_keys, *result.unexpected_keys]
+        if missing:
             raise StageError(
-                f"{one.path}: PEFT {peft.__version__} does not load {len(lost)} tensors, e.g. {lost[0]}: the variant adapter "
+                f"{one.path}: PEFT {peft.__version__} does not load {len(missing)} tensors, e.g. {missing[0]}: the variant adapter "
                 "cannot be measured. The merge does not use PEFT and is not affected"
             )
     if len(names) > 1 or plan.adapter.weight != 1:
@@ -50,18 +50,18 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
 
 
 def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
-    """Write the adapter with the keys and module names that PEFT looks for on this base; returns `folder`."""
+    """Write the adapter with the keys and module names that PEFT expects on this base; returns `folder`."""
     from safetensors.torch import save_file
 
     names = adapter_names(adapter.tensors)
     tensors = {}
     for spelled, key in adapter.keys.items():
-        wanted = clean(spelled, names)
-        if key is None or wanted is None:
+        name = clean(spelled, names)
+        if key is None or name is None:
             continue
-        there = plan.renamed_modules.get(key.module, key.module)
-        wanted = f"{PREFIX}{there}.{wanted.removeprefix(f'{PREFIX}{key.module}.')}" if there != key.module else wanted
-        tensors[wanted] = read_tensor(adapter.tensors[spelled])
+        module = plan.renamed_modules.get(key.module, key.module)
+        name = f"{PREFIX}{module}.{name.removeprefix(f'{PREFIX}{key.module}.')}" if module != key.module else name
+        tensors[name] = read_tensor(adapter.tensors[spelled])
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = dict(adapter.config)
     if plan.renamed_modules and adapter.folds:
@@ -71,7 +71,8 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
     return folder
 
 
-def _rewritten(adapter: Adapter, plan: MergePlan) -> bool:
+def _needs_export(adapter: Adapter, plan: MergePlan) -> bool:
+    """Whether PEFT would not find the adapter's tensors by their present keys."""
     names = adapter_names(adapter.tensors)
     return any(clean(key, names) != key for key in adapter.tensors) or any(
         m in plan.renamed_modules for m in adapter.folds
@@ -79,7 +80,7 @@ def _rewritten(adapter: Adapter, plan: MergePlan) -> bool:
 
 
 def _activate(wrapped: Any, names: list[str], plan: MergePlan) -> None:
-    """All adapters at once, each with its weight: their deltas add up."""
+    """Activate all adapters at once, each with its weight; their deltas are added."""
     from peft.tuners.lora.layer import LoraLayer
 
     wrapped.base_model.set_adapter(names)

@@ -1,6 +1,6 @@
-"""Stage: score every variant on every set and ask it the canaries, one variant at a time, whole or block by block.
+"""Stage evaluate: score every variant on every set and generate its answers to the canaries.
 
-Finished scores and answers are kept and reused.
+One variant is in memory at a time, whole or block by block. Finished scores and answers are cached and reused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from requant.data import canaries
 from requant.data.canaries import Canaries
 from requant.errors import StageError
 from requant.evaluate import streamed, variants
-from requant.evaluate.memory import Size
+from requant.evaluate.memory import VariantSize
 from requant.runtime.device import USABLE, free_bytes, free_memory
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
 
@@ -30,16 +30,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REFERENCE = "adapter"
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], None]  # (done, of, note)
+OnProgress = Callable[[int, str], None]  # (done of the current part, what)
 Stream = Literal["auto", "always", "never"]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The scores of one run's variants and sets in `cache`, each under a name that holds everything it depends on.
+class EvaluationResult(TypedDict):
+    """What an evaluation did, for the report. streamed: variants scored block by block. notes: e.g. smaller batches."""
 
-    keys: variant name -> digest of what the variant is made from. kl: also compare with the reference, whose final
-    hidden states stay in the cache.
+    variants: list[str]
+    streamed: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The scores of one run's variants on its sets, in files of `cache` named by everything they depend on.
+
+    keys: variant name -> digest of its sources. kl: also compare with the reference, whose final hidden states are cached.
     """
 
     cache: Path
@@ -51,19 +59,19 @@ class Scores:
     canaries: Canaries | None = None
 
     def file(self, variant: str, s: EvalSet) -> Path:
-        """Where the scores of one variant on one set are kept."""
+        """The file of one variant's scores on one set."""
         reference = self.keys[REFERENCE] if self.kl and variant != REFERENCE else None
         key = key_of(self.keys[variant], s.digest, str(self.dtype), self.device.type, reference)
         return self.cache / f"{variant}-{s.name}-{key[:16]}.safetensors"
 
     def reference(self, s: EvalSet) -> Path:
-        """Where the reference's hidden states on one set are kept."""
+        """The file of the reference's hidden states on one set."""
         key = key_of(self.keys[REFERENCE], s.digest, str(self.dtype), self.device.type)
         return self.cache / f"reference-{s.name}-{key[:16]}.safetensors"
 
     @property
-    def asked(self) -> dict[str, Path]:
-        """Where the answers of each variant that is asked are kept; {} without canaries."""
+    def answer_files(self) -> dict[str, Path]:
+        """The file of each variant's answers to the canaries; {} without canaries."""
         if self.canaries is None:
             return {}
         parts = (self.canaries.digest, str(self.dtype), self.device.type)
@@ -72,14 +80,15 @@ class Scores:
 
     @property
     def key(self) -> str:
-        """Digest of all scores and answers together."""
-        answers = [file.name for file in self.asked.values()]
+        """Digest of the names of all scores and answers."""
+        answers = [file.name for file in self.answer_files.values()]
         return key_of([self.file(v, s).name for v in self.keys for s in self.sets], *([answers] if answers else []))
 
     def missing(self) -> dict[str, list[EvalSet]]:
-        """What is not scored yet, {variant: sets}, the reference first (again, if others need its lost states).
+        """Variants and sets without scores, {variant: sets}, the reference first.
 
-        A variant without sets has only canaries left to answer.
+        The reference is scored again where its hidden states are lost and others need them. A variant without sets has
+        only canaries left to answer.
         """
         names = sorted(self.keys, key=lambda n: n != REFERENCE)
         todo = {v: [s for s in self.sets if not self.file(v, s).exists()] for v in names}
@@ -89,21 +98,22 @@ class Scores:
         return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
 
     def unanswered(self) -> dict[str, Path]:
-        """The variants that have not been asked yet, and where their answers go."""
-        return {v: file for v, file in self.asked.items() if not file.exists()}
+        """The variants without saved answers, and the files for them."""
+        return {v: file for v, file in self.answer_files.items() if not file.exists()}
 
     def answers(self) -> dict[str, Any] | None:
-        """What all variants answered, for the report; None without canaries."""
+        """The answers of all variants, for the report; None without canaries."""
         if self.canaries is None:
             return None
-        return self.canaries.result({v: canaries.load_answers(file) for v, file in self.asked.items()})
+        return self.canaries.result({v: canaries.load_answers(file) for v, file in self.answer_files.items()})
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
-        """Everything, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
+        """All scores, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
         return {s.name: {v: self.read(self.file(v, s)) for v in self.keys} for s in self.sets}
 
     @staticmethod
     def read(file: Path) -> TokenScores:
+        """The scores in one file; raises StageError for a damaged file, which is removed."""
         from requant_eval.errors import EvaluationError
         from requant_eval.scoring.token_scores import TokenScores
 
@@ -121,23 +131,25 @@ def evaluate(
     batch: int,
     stream: Stream = "auto",
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Score and ask what is missing; returns what a report tells of it. Raises StageError for NaN/inf in logits.
+) -> EvaluationResult:
+    """Score and ask what is missing; returns facts for the report. Raises StageError for NaN or infinity in logits.
 
-    stream: score block by block always, never, or where a variant does not fit on the device. Out of memory halves the
-    batch and goes on; with one window left, a resident variant is streamed, unless that is ruled out.
+    stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory halves
+    the batch; with a batch of one window, a resident variant is streamed, unless `stream` is never.
     """
-    free_memory(scores.device)  # of what came before: it decides what fits
-    work = _Work(scores, sources, batch, stream, progress)
+    free_memory(scores.device)  # of earlier stages: what is free decides what is streamed
+    work = _Evaluation(scores, sources, batch, stream, progress)
     todo, unanswered = scores.missing(), scores.unanswered()
-    ways = {name: work.streams(name, sets) for name, sets in todo.items()}
-    work.total = sum(work.steps(sets, name in unanswered, ways[name]) for name, sets in todo.items())
+    streaming = {name: work.should_stream(name, sets) for name, sets in todo.items()}
+    work.total = sum(
+        work.steps(sets, canaries=name in unanswered, streaming=streaming[name]) for name, sets in todo.items()
+    )
     for name, sets in todo.items():
-        work.variant(name, sets, unanswered.get(name), ways[name])
+        work.variant(name, sets, unanswered.get(name), streaming=streaming[name])
     return {"variants": list(todo), "streamed": work.streamed, "notes": work.notes}
 
 
-def reference(
+def load_reference(
     scores: Scores,
     sources: variants.VariantSources,
     samples: Mapping[str, Sequence[Tensor]],
@@ -145,13 +157,13 @@ def reference(
     batch: int,
     stream: Stream,
 ) -> Any:
-    """The model of the reference, to be asked about these rows int64 [length], with its adapters and without."""
+    """The reference's model, whole, or streamed with these rows int64 [length] run with its adapters and without."""
     rows = [row for many in samples.values() for row in many]
     free_memory(scores.device)
-    work = _Work(scores, sources, batch, stream, None)
-    if not work.streams(REFERENCE, ()):
+    work = _Evaluation(scores, sources, batch, stream, None)
+    if not work.should_stream(REFERENCE, ()):
         return variants.load(REFERENCE, sources, device=scores.device, dtype=scores.dtype)
-    model = streamed.Streamed(streamed.walk_of(REFERENCE, sources, device=scores.device, dtype=scores.dtype))
+    model = streamed.StreamedModel(streamed.walk_of(REFERENCE, sources, device=scores.device, dtype=scores.dtype))
     model.run(rows, batch)
     with model.disable_adapter():
         model.run(rows, batch)
@@ -159,8 +171,8 @@ def reference(
 
 
 @dataclass
-class _Work:
-    """What `evaluate` is in the middle of. steps are windows, and canaries."""
+class _Evaluation:
+    """The state of one call of `evaluate`. total, done: steps, which are windows and canaries."""
 
     scores: Scores
     sources: variants.VariantSources
@@ -172,45 +184,51 @@ class _Work:
     streamed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def steps(self, sets: Sequence[EvalSet], asked: bool, streamed: bool) -> int:
-        questions = len(self.scores.canaries.items) if self.scores.canaries and asked else 0
-        return questions + sum(len(s.windows) for s in sets) * (2 if streamed else 1)
+    def steps(self, sets: Sequence[EvalSet], *, canaries: bool, streaming: bool) -> int:
+        """Steps of one variant; streamed, each window counts twice."""
+        questions = len(self.scores.canaries.items) if self.scores.canaries and canaries else 0
+        return questions + sum(len(s.windows) for s in sets) * (2 if streaming else 1)
 
-    def streams(self, name: str, sets: Sequence[EvalSet]) -> bool:
+    def should_stream(self, name: str, sets: Sequence[EvalSet]) -> bool:
         """Whether a variant is scored block by block."""
         tokens = self.batch * max((s.window for s in sets), default=1)
-        size = partial(Size.of, name, self.sources)
-        return streams(
-            name, self.sources, size, stream=self.stream, device=self.scores.device, dtype=self.scores.dtype, tokens=tokens
-        )  # fmt: skip
+        return should_stream(
+            name,
+            self.sources,
+            partial(VariantSize.of, name, self.sources),
+            stream=self.stream,
+            device=self.scores.device,
+            dtype=self.scores.dtype,
+            tokens=tokens,
+        )
 
-    def variant(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> None:
-        """Score one variant on its sets and ask it, in one way or, when memory runs out, the other."""
-        if self._tried(name, sets, asked, streaming):
+    def variant(self, name: str, sets: Sequence[EvalSet], answers: Path | None, *, streaming: bool) -> None:
+        """Score one variant on its sets and save its answers; out of memory, stream it."""
+        if self._completed(name, sets, answers, streaming=streaming):
             return
         free_memory(self.scores.device)
-        if streaming or self.stream == "never" or not streamed.possible(name, self.sources):
+        if streaming or self.stream == "never" or not streamed.can_stream(name, self.sources):
             raise StageError(
                 f"variant {name}: out of memory on {self.scores.device} with one window at a time: shorten evaluate.window"
                 + (", or set evaluate.stream to auto" if self.stream == "never" else "")
             )
         self._note(f"{name}: out of memory with one window at a time, went on block by block")
         left = [s for s in sets if not self.scores.file(name, s).exists()]
-        self.total += self.steps(left, False, False)
-        if not self._tried(name, left, asked, True):
+        self.total += self.steps(left, canaries=False, streaming=False)
+        if not self._completed(name, left, answers, streaming=True):
             raise StageError(f"variant {name}: out of memory on {self.scores.device}, also block by block")
 
-    def _tried(self, name: str, sets: Sequence[EvalSet], asked: Path | None, streaming: bool) -> bool:
-        """One way from its start; False when memory ran out."""
+    def _completed(self, name: str, sets: Sequence[EvalSet], answers: Path | None, *, streaming: bool) -> bool:
+        """Score one variant whole or streamed; False when memory ran out."""
         from requant_eval.errors import EvaluationError
 
         try:
-            model, runtime = self._open(name, sets, streaming)
+            model, runtime = self._load(name, sets, streaming=streaming)
             for s in sets:
-                self._scored(name, model, s, runtime)
-            if asked is not None:
-                _ask(self.scores, model, asked, partial(self._tell, name, self.done))
-                self.done += self.steps((), True, False)
+                self._score(name, model, s, runtime)
+            if answers is not None:
+                _answer_canaries(self.scores, model, answers, partial(self._on_progress, name, self.done))
+                self.done += self.steps((), canaries=True, streaming=False)
             self.notes += [f"{name}: {note}" for note in getattr(model, "notes", [])]
         except EvaluationError as error:
             raise StageError(f"variant {name}: {error}") from error
@@ -220,29 +238,29 @@ class _Work:
         free_memory(self.scores.device)
         return True
 
-    def _open(self, name: str, sets: Sequence[EvalSet], streaming: bool) -> tuple[Any, str]:
-        """(model, what runs it). Streamed, all windows have gone through its blocks."""
+    def _load(self, name: str, sets: Sequence[EvalSet], *, streaming: bool) -> tuple[Any, str]:
+        """(model, name of its runtime). A streamed model has run all windows through its blocks."""
         device, dtype = self.scores.device, self.scores.dtype
         if not streaming:
             return variants.load(name, self.sources, device=device, dtype=dtype), variants.RUNTIMES[name]
         self.streamed.append(name)
-        model = streamed.Streamed(streamed.walk_of(name, self.sources, device=device, dtype=dtype))
+        model = streamed.StreamedModel(streamed.walk_of(name, self.sources, device=device, dtype=dtype))
         windows = [w.ids for s in sets for w in s.windows]
 
-        def tell(done: int, blocks: int) -> None:
+        def on_block(done: int, blocks: int) -> None:
             if self.progress:
                 self.progress(
                     self.done + len(windows) * done // blocks, self.total, f"{name}, block {done} of {blocks}"
                 )
 
         if windows:
-            model.run(windows, self.batch, tell)
+            model.run(windows, self.batch, on_block)
         self.done += len(windows)
         return model, streamed.RUNTIMES[name]
 
-    def _scored(self, name: str, model: Any, s: EvalSet, runtime: str) -> None:
-        """One set, with ever smaller batches while memory runs out."""
-        while not self._fits(name, model, s, runtime):
+    def _score(self, name: str, model: Any, s: EvalSet, runtime: str) -> None:
+        """Score one set; out of memory halves the batch."""
+        while not self._fits_in_memory(name, model, s, runtime):
             free_memory(self.scores.device)
             before = self.batch
             if before == 1:
@@ -251,14 +269,14 @@ class _Work:
             self._note(f"{name} on {s.name}: out of memory with {before} windows at a time, went on with {self.batch}")
         self.done += len(s.windows)
 
-    def _fits(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
+    def _fits_in_memory(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
         try:
-            _score(self.scores, name, model, s, self.batch, runtime, partial(self._tell, name, self.done))
+            _score_set(self.scores, name, model, s, self.batch, runtime, partial(self._on_progress, name, self.done))
         except torch.OutOfMemoryError:
-            return False  # the failed forward's memory goes with its frames
+            return False  # the failed forward's memory is released with its frames
         return True
 
-    def _tell(self, name: str, before: int, at: int, what: str) -> None:
+    def _on_progress(self, name: str, before: int, at: int, what: str) -> None:
         if self.progress:
             self.progress(before + at, self.total, f"{name} on {what}")
 
@@ -267,18 +285,21 @@ class _Work:
         self.notes.append(text)
 
 
-def streams(
+def should_stream(
     name: str,
     sources: variants.VariantSources,
-    size: Callable[[], Size],
+    size: Callable[[], VariantSize],
     *,
     stream: Stream,
     device: torch.device,
     dtype: torch.dtype,
     tokens: int,
 ) -> bool:
-    """Whether a variant is scored block by block: asked for, needed or impossible. tokens: of a batch. size: what to compare."""
-    if stream == "never" or not streamed.possible(name, sources):
+    """Whether a variant is scored block by block: always or never, or when it takes more memory than is free.
+
+    size: computes the variant's size, where it matters. tokens: of a batch.
+    """
+    if stream == "never" or not streamed.can_stream(name, sources):
         return False
     if stream == "always" or (name in ("base", "adapter") and not sources.live):
         return True
@@ -288,25 +309,30 @@ def streams(
     return need > USABLE * free
 
 
-Tell = Callable[[int, str], None]
-
-
-def _score(scores: Scores, name: str, model: Any, s: EvalSet, batch: int, runtime: str, tell: Tell) -> None:
-    """One variant on one set, into its file; the reference's hidden states into theirs."""
+def _score_set(
+    scores: Scores, name: str, model: Any, s: EvalSet, batch: int, runtime: str, on_progress: OnProgress
+) -> None:
+    """Write the scores of one variant on one set; of the reference also the hidden states."""
     from requant_eval.scoring.score_loop import score
 
     log.info("scoring %s on %s", name, s.name)
-    compared = scores.reference(s) if scores.kl else None
-    own = name == REFERENCE
+    states = scores.reference(s) if scores.kl else None
+    is_reference = name == REFERENCE
     result = score(
-        model, s, batch=batch, device=scores.device, on_progress=lambda at, _: tell(at, s.name),
-        reference=None if own else compared, write_reference=compared if own else None,
-    )  # fmt: skip
+        model,
+        s,
+        batch=batch,
+        device=scores.device,
+        on_progress=lambda at, _: on_progress(at, s.name),
+        reference=None if is_reference else states,
+        write_reference=states if is_reference else None,
+    )
     result.runtime = runtime
     result.save(scores.file(name, s))
 
 
-def _ask(scores: Scores, model: Any, file: Path, tell: Tell) -> None:
-    """One variant's answers to all canaries, into its file."""
+def _answer_canaries(scores: Scores, model: Any, file: Path, on_progress: OnProgress) -> None:
+    """Write one variant's answers to all canaries."""
     assert scores.canaries is not None
-    canaries.save_answers(scores.canaries.ask(model, scores.device, lambda at, _: tell(at, "canaries")), file)
+    answers = scores.canaries.ask(model, scores.device, lambda at, _: on_progress(at, "canaries"))
+    canaries.save_answers(answers, file)

@@ -1,8 +1,8 @@
-"""A causal LM that does not fit on the device, as one that can be scored: run block by block, one block resident.
+"""A causal LM run block by block, one block resident, for models that do not fit on the device.
 
-All windows go through block after block together; then the model answers for them as if it were whole: its embedding
-and head are there, and its blocks say what they said. `base` is our own decoder's (bit for bit bitsandbytes' values) and
-`adapter` that with the real PEFT on top, unmerged; the others are plain models.
+All windows are run through one block after the other. Afterwards the model is called like a whole one: embedding and head
+are resident, and the blocks return the hidden states computed before. `base` is decoded by our own decoder (bit for bit
+bitsandbytes' values), `adapter` is the base with PEFT's adapter, unmerged; the others are plain models.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from requant.modeling.hidden_state_store import Shelf
 from requant.runtime.device import free_bytes, free_memory
 
 log = logging.getLogger(__name__)
-Tell = Callable[[int, int], None]
+OnBlock = Callable[[int, int], None]  # (blocks done, blocks)
 RUNTIMES = {
     "base": "requant's decoder, block by block",
     "adapter": "requant's decoder and PEFT, unmerged, block by block",
 } | dict.fromkeys(PLAIN, "torch, block by block")
-SHELF = 0.25  # share of free device memory that hidden states may take before they wait on the host
+MEMORY_SHARE = 0.25  # of free device memory for hidden states; larger ones are kept on the host
 
 
-class Streamed:
-    """Answers like the model of `walk`: at once for windows that were `run`, for other inputs block by block.
+class StreamedModel:
+    """The model of `walk`, callable like a whole one: at once for windows that were `run`, else block by block.
 
-    notes: what went otherwise than asked, for the report.
+    notes: smaller batches than asked for, for the report.
     """
 
     def __init__(self, walk: Walk) -> None:
@@ -44,91 +44,91 @@ class Streamed:
         self.model: Any = walk.model
         self.config: Any = self.model.config
         self.notes: list[str] = []
-        self._known: dict[tuple[bool, bytes], tuple[BlockInput, int]] = {}
-        self._plain = False
+        self._cached: dict[tuple[bool, bytes], tuple[BlockInput, int]] = {}
+        self._without_adapter = False
         with torch.no_grad():
             walk.fill_rest()
 
-    def eval(self) -> Streamed:
+    def eval(self) -> StreamedModel:
         return self
 
     def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
 
     @torch.no_grad()
-    def run(self, windows: Sequence[Tensor], batch: int, tell: Tell | None = None) -> None:
-        """Take windows int64 [length] of any lengths through all blocks. tell: (blocks done, blocks).
+    def run(self, windows: Sequence[Tensor], batch: int, on_block: OnBlock | None = None) -> None:
+        """Run windows int64 [length] of any lengths through all blocks and cache their last hidden states.
 
-        Out of memory halves the batch, down to one window, and goes on where it was.
+        Out of memory halves the batch, down to one window, and continues with the first unfinished batch.
         """
         batches = list(_batches(list({_key(w): w for w in windows}.values()), batch))
         self.walk.shelf = Shelf(self.walk.device, on_host=self._on_host(sum(b.numel() for b in batches)))
-        flow = _Flow(self.walk, batches, self.notes)
+        batches_in_flight = _BatchesInFlight(self.walk, batches, self.notes)
         for index in range(len(self.walk)):
-            flow.block(index)
-            if tell:
-                tell(index + 1, len(self.walk))
-        for ids, item in zip(flow.batches, flow.items, strict=True):
-            self.assume(ids, item)
+            batches_in_flight.block(index)
+            if on_block:
+                on_block(index + 1, len(self.walk))
+        for ids, item in zip(batches_in_flight.batches, batches_in_flight.items, strict=True):
+            self.set_hidden_states(ids, item)
 
-    def assume(self, ids: Tensor, item: BlockInput) -> None:
-        """Take the hidden states of `item` for what comes out of the last block for windows int64 [n, length]."""
-        self._known |= {(self._plain, _key(row)): (item, at) for at, row in enumerate(ids)}
+    def set_hidden_states(self, ids: Tensor, item: BlockInput) -> None:
+        """Cache the hidden states of `item` as the last block's output for windows int64 [n, length]."""
+        self._cached |= {(self._without_adapter, _key(row)): (item, at) for at, row in enumerate(ids)}
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None) -> Any:
-        """Like a transformers model's; `past_key_values` of its answer are the token ids so far."""
+        """The output of a transformers model; its `past_key_values` are the token ids so far."""
         ids = input_ids if past_key_values is None else torch.cat((past_key_values, input_ids), dim=1)
         rows = [row.cpu() for row in ids]
-        new = [row for row in rows if (self._plain, _key(row)) not in self._known]
+        new = [row for row in rows if (self._without_adapter, _key(row)) not in self._cached]
         if new:
             self.run(new, len(new))
-        found = [self._known[self._plain, _key(row)] for row in rows]
-        given = torch.stack([item.hidden[at] for item, at in found]).to(self.walk.device)
+        found = [self._cached[self._without_adapter, _key(row)] for row in rows]
+        states = torch.stack([item.hidden[at] for item, at in found]).to(self.walk.device)
         for row in new:
-            self._known.pop((self._plain, _key(row)), None)
-        with self.walk.instead(lambda *_, **__: given):
-            answer = self.model(input_ids=ids, use_cache=False)
+            self._cached.pop((self._without_adapter, _key(row)), None)
+        with self.walk.instead(lambda *_, **__: states):
+            output = self.model(input_ids=ids, use_cache=False)
         if use_cache:
-            answer.past_key_values = ids
-        return answer
+            output.past_key_values = ids
+        return output
 
     @torch.no_grad()
     def last_logits(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """What follows each of some sequences int64 [length]: logits [vocabulary], from one way through all blocks."""
-        known = dict(self._known)
+        """Logits [vocabulary] after each of some sequences int64 [length], from one pass through all blocks."""
+        cached = dict(self._cached)
         self.run(sequences, len(sequences))
-        answers = [self(ids[None].to(self.walk.device)).logits[0, -1] for ids in sequences]
-        self._known = known
-        return answers
+        logits = [self(ids[None].to(self.walk.device)).logits[0, -1] for ids in sequences]
+        self._cached = cached
+        return logits
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Be the base without its adapters; windows are `run` for it apart."""
+        """Context in which the model is the base without its adapters; windows are `run` for it separately."""
         with self.model.disable_adapter():
-            self._plain = True
+            self._without_adapter = True
             try:
                 yield
             finally:
-                self._plain = False
+                self._without_adapter = False
 
     def _on_host(self, tokens: int) -> bool:
         if self.walk.device.type != "cuda":
             return False
         width = self.config.get_text_config().hidden_size
-        return bool(tokens * width * self.walk.dtype.itemsize > SHELF * free_bytes(self.walk.device))
+        return bool(tokens * width * self.walk.dtype.itemsize > MEMORY_SHARE * free_bytes(self.walk.device))
 
 
-class _Flow:
-    """All batches on their way through the blocks."""
+class _BatchesInFlight:
+    """The hidden states of all batches between two blocks."""
 
     def __init__(self, walk: Walk, batches: list[Tensor], notes: list[str]) -> None:
         self.walk, self.batches, self.notes = walk, batches, notes
         self.items: list[BlockInput] = []
         while not self._embedded():
-            self._smaller("the embedding")
+            self._halve_batches("the embedding")
 
     def block(self, index: int) -> None:
-        """One block on every batch; those that were done before memory ran out are not done again."""
+        """Run one block on every batch; batches finished before memory ran out are not repeated."""
         self.walk.load(index)
         done = self._advance(index, 0)
         while done < len(self.items):
@@ -143,7 +143,7 @@ class _Flow:
         return True
 
     def _advance(self, index: int, done: int) -> int:
-        """Run a block from batch `done` on; returns where it ended, by itself or out of memory."""
+        """Run a block from batch `done` on; returns the number of finished batches, fewer than all out of memory."""
         walk, left = self.walk, self.items[done:]
         try:
             for item, x in zip(left, walk.shelf.take([i.hidden for i in left]), strict=True):
@@ -151,17 +151,17 @@ class _Flow:
                 item.hidden = walk.shelf.put(out, item.hidden)
                 done += 1
         except torch.OutOfMemoryError:
-            pass  # what the failed forward holds goes with its frames: the caller cleans up
+            pass  # the failed forward's memory is released with its frames, by the caller
         return done
 
     def _halve(self, index: int, done: int) -> int:
-        """Cut every batch in two; returns how many of the new ones are done."""
-        ahead = sum(-(-len(item.hidden) // item.half()) for item in self.items[:done])
-        self._smaller(f"{self.walk.prefix}.{index}")
+        """Split every batch in two; returns how many of the new ones are finished."""
+        finished = sum(-(-len(item.hidden) // item.half()) for item in self.items[:done])
+        self._halve_batches(f"{self.walk.prefix}.{index}")
         self.items = self.walk.halved(self.items)
-        return ahead
+        return finished
 
-    def _smaller(self, where: str) -> None:
+    def _halve_batches(self, where: str) -> None:
         largest = max(len(b) for b in self.batches)
         if largest == 1:
             raise StageError(
@@ -175,8 +175,11 @@ class _Flow:
         free_memory(self.walk.device)
 
 
-def possible(name: str, sources: VariantSources) -> bool:
-    """Whether a variant can be streamed: PEFT does not find LoRA on stacked experts in a model that has them one by one."""
+def can_stream(name: str, sources: VariantSources) -> bool:
+    """Whether a variant can be streamed; an adapter with LoRA on stacked experts cannot.
+
+    A streamed model has its experts as separate modules, and PEFT does not find stacked ones there.
+    """
     return name != "adapter" or sources.plan is None or not any(a.expert_pairs for a in sources.plan.adapters)
 
 
@@ -206,9 +209,9 @@ def walk_of(name: str, sources: VariantSources, *, device: torch.device, dtype: 
 def _tuned(
     model: Any, stored_as: Mapping[int, str], sources: VariantSources, device: torch.device
 ) -> tuple[Any, dict[str, str]]:
-    """(the PEFT model on a skeleton, parameter -> stored name). stored_as: the same by the id of the parameter.
+    """(the PEFT model on a skeleton, parameter -> stored name). stored_as: id of the parameter -> stored name.
 
-    PEFT moves adapters to where the base's weights are: while it works these are one zero each, seen in full shape.
+    PEFT moves adapters to the device of the base's weights: meanwhile each is a single zero expanded to the full shape.
     """
     zeros = {id(p): nn.Parameter(_zeros(p, device), requires_grad=False) for p in model.parameters()}
     for module in model.modules():
@@ -227,7 +230,7 @@ def _zeros(like: Tensor, device: torch.device) -> Tensor:
 
 
 def _batches(windows: list[Tensor], batch: int) -> Iterator[Tensor]:
-    """Windows of one length each, int64 [up to batch, length]."""
+    """Batches int64 [up to batch, length] of windows of equal length."""
     lengths: dict[int, list[Tensor]] = {}
     for window in windows:
         lengths.setdefault(len(window), []).append(window)

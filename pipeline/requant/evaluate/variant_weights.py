@@ -1,7 +1,7 @@
-"""Where a variant's weights come from: any tensor by its name in the 16-bit checkpoint, made when it is read.
+"""The weights of a variant by their names in the 16-bit checkpoint, computed when they are read.
 
-All of them are `checkpoint.Weights`: a model can be filled from one at once, or walk through it block by block.
-Decoding happens on `device`; what was stored in 4 bits travels there in 4 bits.
+Each class is a `checkpoint.Weights`: a model is filled from it at once or block by block. 4-bit weights are copied to
+`device` in 4 bits and decoded there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from requant.numerics.grid import Grid, find_scales, nearest
 
 
 class Decoded:
-    """The base as training saw it. rows: of tensors that get zero rows below, for a vocabulary that the adapter resized."""
+    """The decoded base, as training used it. rows: of tensors padded with zero rows, where the adapter has a larger vocabulary."""
 
     def __init__(self, base: BaseWeights, device: torch.device, rows: Mapping[str, int]) -> None:
         self.base, self.device, self.rows = base, device, rows
@@ -38,12 +38,12 @@ class Decoded:
 
     def read(self, name: str) -> Tensor:
         value = self.base.read(name, self.device)
-        lacking = self.rows.get(name, 0) - len(value) if value.ndim else 0
-        return value if lacking <= 0 else torch.cat((value, value.new_zeros(lacking, *value.shape[1:])))
+        missing = self.rows.get(name, 0) - len(value) if value.ndim else 0
+        return value if missing <= 0 else torch.cat((value, value.new_zeros(missing, *value.shape[1:])))
 
 
 class Merged:
-    """What a merge would write, in fp32 before the one rounding."""
+    """The weights of a merge in fp32, before their one rounding."""
 
     def __init__(self, plan: MergePlan, device: torch.device) -> None:
         self.plan, self.path, self.device = plan, plan.base.checkpoint.path, device
@@ -61,12 +61,12 @@ class Merged:
 
 
 class Rounded:
-    """A 16-bit checkpoint whose weights in `grids` (by name) are rounded to nearest on min-max scales in fp32."""
+    """A 16-bit checkpoint with the weights in `grids` (by name) rounded to nearest on min-max scales, in fp32."""
 
     def __init__(
-        self, checkpoint: Checkpoint, grids: Mapping[str, Grid], turned: frozenset[str], device: torch.device
+        self, checkpoint: Checkpoint, grids: Mapping[str, Grid], transposed: frozenset[str], device: torch.device
     ) -> None:
-        self.checkpoint, self.grids, self.turned, self.device = checkpoint, grids, turned, device
+        self.checkpoint, self.grids, self.transposed, self.device = checkpoint, grids, transposed, device
         self.path = checkpoint.path
 
     def __iter__(self) -> Iterator[str]:
@@ -79,9 +79,9 @@ class Rounded:
         value = self.checkpoint.read(name).to(self.device)
         if name not in self.grids:
             return value
-        turned = name in self.turned
-        rounded = _round((value.T if turned else value).float().contiguous(), self.grids[name])
-        return rounded.T if turned else rounded
+        transposed = name in self.transposed
+        rounded = _round((value.T if transposed else value).float().contiguous(), self.grids[name])
+        return rounded.T if transposed else rounded
 
 
 class Packed:

@@ -1,6 +1,6 @@
-"""A name -> a model that can be scored. Each is built when asked for and owned by the caller alone.
+"""Variants as models: base, adapter, merged, original, rtn, gptq and healed.
 
-`base` and `adapter` run through the real bitsandbytes and PEFT; the others are plain models of the given dtype.
+`base` and `adapter` run in bitsandbytes and PEFT, as in training; the others are plain models of the given dtype.
 """
 
 from __future__ import annotations
@@ -83,11 +83,12 @@ def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any
 
 
 def teacher(name: str, sources: VariantSources, *, device: torch.device, stored: torch.dtype | None) -> Any:
-    """What healing imitates, `merged` or `adapter`: fp32 on a CPU, else 16 bit, the merged model as it is `stored`."""
+    """The teacher of healing, `merged` or `adapter`: fp32 on a CPU, else 16 bit; merged in its `stored` dtype."""
     if device.type == "cpu":
         return load(name, sources, device=device, dtype=torch.float32)
-    exact = name == "merged" and stored in (torch.float16, torch.bfloat16)
-    return load(name, sources, device=device, dtype=stored if exact and stored else torch.bfloat16)
+    if name == "merged" and stored in (torch.float16, torch.bfloat16):
+        return load(name, sources, device=device, dtype=stored)
+    return load(name, sources, device=device, dtype=torch.bfloat16)
 
 
 def quantized(path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -105,12 +106,14 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
         dtype=dtype,
         trust_remote_code=sources.trust_remote_code,
     )
-    if device.type != "cpu":  # straight there: of its files the host keeps what is mapped
+    if device.type != "cpu":  # without a copy on the host
         try:
             return load(device_map={"": device}).eval()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # transformers hides what failed where it puts experts together: below it shows
+        except (
+            RuntimeError
+        ) as error:  # transformers hides errors of stacking experts: load on the host, which shows them
             log.debug("loading straight to %s: %s", device, error)
         free_memory(device)
     return load().to(device).eval()
@@ -118,7 +121,7 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
 
 @torch.no_grad()
 def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) -> Any:
-    """Give a skeleton all its weights; raises StageError when some are missing."""
+    """Fill a skeleton with all its weights; raises StageError when some are missing."""
     owners: dict[str, list[str]] = {}
     for parameter, name in skeleton.tensor_names(model, stored).items():
         owners.setdefault(name, []).append(parameter)
@@ -155,21 +158,21 @@ def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.
 
 
 def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:
-    """`llm_int8_skip_modules` with which transformers 5 quantizes what the training's version did."""
+    """`llm_int8_skip_modules` with which transformers 5 quantizes the modules that the training's version did."""
     if simulate.version == 5:
         return list(simulate.skip) or None
     model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
-    wanted, now = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
-    if not wanted <= now:
+    trained, possible = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
+    if not trained <= possible:
         raise StageError(
-            f"{sorted(wanted - now)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter cannot be "
+            f"{sorted(trained - possible)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter cannot be "
             "measured here. The merge is not affected"
         )
-    return [f"{re.escape(name)}$" for name in sorted(now - wanted)]
+    return [f"{re.escape(name)}$" for name in sorted(possible - trained)]
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
-    """Let 4-bit layers decode to and multiply in `dtype`; check bitsandbytes' decoder where it is known to be wrong.
+    """Set the compute dtype of 4-bit layers to `dtype`, and check bitsandbytes' decoder where it may be wrong.
 
     bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not a whole number of blocks.
     """
@@ -207,13 +210,13 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
 def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
     """Raise StageError when bitsandbytes decodes this layer differently from its own stored bytes."""
     absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    ours = nf4.decode(
+    expected = nf4.decode(
         weight.data,
         absmax.float(),
         nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32"),
     )
-    theirs = bnb.dequantize_4bit(weight.data, state).float()
-    error = float((ours - theirs).norm() / ours.norm())
+    decoded = bnb.dequantize_4bit(weight.data, state).float()
+    error = float((expected - decoded).norm() / expected.norm())
     if error > 0.01:
         raise StageError(
             f"{name}: bitsandbytes decodes {tuple(state.shape)} wrongly on this CPU (off by {error:.0%}), so base and adapter "

@@ -54,9 +54,14 @@ class RunContext:
         device = pick_device(prepared.recipe.device)
         keys = Keys.of(prepared, directory, device)
         scores = Scores(
-            directory.cache, prepared.texts.sets, keys.variants, device, evaluation_inputs.dtype(prepared, device),
-            prepared.recipe.evaluate.kl, prepared.texts.canaries,
-        )  # fmt: skip
+            cache=directory.cache,
+            sets=prepared.texts.sets,
+            keys=keys.variants,
+            device=device,
+            dtype=evaluation_inputs.dtype(prepared, device),
+            kl=prepared.recipe.evaluate.kl,
+            canaries=prepared.texts.canaries,
+        )
         return cls(
             prepared=prepared,
             directory=directory,

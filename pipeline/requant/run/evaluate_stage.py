@@ -25,7 +25,8 @@ def run_evaluate(context: RunContext, key: str) -> dict[str, Any]:
 
     Returns which variants, how, and notes for the report.
     """
-    return over_ranks.evaluate(
+    result = over_ranks.evaluate(
         context.scores, context.variant_sources, ranks=context.ranks, batch=context.batch,
         stream=context.recipe.evaluate.stream, progress=context.watcher.progress,
     )  # fmt: skip
+    return {**result}

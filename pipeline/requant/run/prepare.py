@@ -118,7 +118,7 @@ def _texts(recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str])
         calibration=windows,
         calibration_facts=facts,
         sets=sets,
-        probes=adapter_probe.rows(facts["data"], seen),
+        probes=adapter_probe.sample_rows(facts["data"], seen),
         canaries=_canaries(recipe, tokenizer),
     )
     return texts, healing

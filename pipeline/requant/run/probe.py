@@ -26,7 +26,7 @@ def probe(context: RunContext) -> ProbeResult:
         return stored  # type: ignore[no-any-return]  # written below
     result: ProbeResult
     try:
-        model = evaluate.reference(
+        model = evaluate.load_reference(
             scores, context.variant_sources, rows, batch=context.batch, stream=context.recipe.evaluate.stream
         )
         probes = adapter_probe.measure(model, rows, scores.device)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from requant.evaluate.memory import PACKED, Size
-from requant.evaluate.stage import REFERENCE, streams
+from requant.evaluate.memory import BYTES_PER_NF4_WEIGHT, VariantSize
+from requant.evaluate.stage import REFERENCE, should_stream
 from requant.evaluate.variants import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
@@ -113,7 +113,7 @@ class _Scoring:
     ) -> None:  # fmt: skip
         self.p, self.sources, self.dtype, self.batch, self.device = p, sources, dtype, batch, rehearsal.device
         self.build = build  # seconds to make a model's structure
-        self.size = Size.of_model(rehearsal.model)
+        self.size = VariantSize.of_model(rehearsal.model)
         alike = _alike(p.texts.sets)
         length = len(alike.windows[0].ids)
         self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // length))
@@ -150,7 +150,7 @@ class _Scoring:
         loaded = 2 * self.size.total if whole else 4 * self.size.block  # by transformers: its file is mapped
         return Need("evaluate", seconds, started + loaded, worst)
 
-    def _seconds(self, name: str, size: Size) -> float:
+    def _seconds(self, name: str, size: VariantSize) -> float:
         """Loading, blocks, and the head on what is scored."""
         per_token = self.parts.forward.seconds / self.parts.tokens * self.like
         tokens = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows)
@@ -168,29 +168,29 @@ class _Scoring:
         times = 1 if self._streams(name, size) else _forwards(self.p.texts.sets, self.batch)
         return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
-    def _bytes(self, name: str, size: Size) -> int:
+    def _bytes(self, name: str, size: VariantSize) -> int:
         forward = self.parts.forward.bytes * self.batch // self.rows
         item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
         if self._streams(name, size):
             ahead = 2 if self.device.type == "cuda" else 1
             states = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows) * size.width * item
             return int((size.block * ahead + size.outside) * item + size.adapter + states + work)
-        held = (size.total - size.packed) * item + size.packed * PACKED + size.adapter + work
+        held = (size.total - size.packed) * item + size.packed * BYTES_PER_NF4_WEIGHT + size.adapter + work
         mapped = 2 * size.total if name == "merged" and self.device.type == "cpu" else 0  # its file, while it is cast
         return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
 
-    def _streams(self, name: str, size: Size) -> bool:
+    def _streams(self, name: str, size: VariantSize) -> bool:
         tokens = self.batch * max(s.window for s in self.p.texts.sets)
-        return streams(
+        return should_stream(
             name, self.sources, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
             tokens=tokens,
         )  # fmt: skip
 
-    def _size(self, name: str) -> Size:
+    def _size(self, name: str) -> VariantSize:
         """Size of a variant before its files exist."""
         if name not in ("base", "adapter"):
             return self.size
-        return Size.of(name, self.sources)
+        return VariantSize.of(name, self.sources)
 
 
 def _alike(sets: Sequence[EvalSet]) -> EvalSet:

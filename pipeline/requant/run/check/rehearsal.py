@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.evaluate.streamed import Streamed
+from requant.evaluate.streamed import StreamedModel
 from requant.modeling.block_walk import Walk, block_linears, block_list
 from requant.modeling.fused_ops import OnePass
 from requant.modeling.hidden_state_store import Shelf
@@ -190,7 +190,7 @@ class Rehearsal:
         scratch: a folder.
         """
         walk = self.walk(dtype)
-        model = Streamed(walk)
+        model = StreamedModel(walk)
         ids = torch.stack([w.ids for w in eval_set.windows])
         index, short, items = len(walk) // 2, walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, batch)
         walk.forget(0)
@@ -200,7 +200,7 @@ class Rehearsal:
         token = cost_of(self.device, lambda: walk.run(index, short))
         walk.release(walk.blocks[index])
         for rows, item in zip(torch.split(ids, batch), items, strict=True):
-            model.assume(rows, item)
+            model.set_hidden_states(rows, item)
         first = replace(eval_set, windows=eval_set.windows[:batch])
         one, all_ = (self._heads(model, s, batch, scratch) for s in (first, eval_set))
         more = max(1, len(items) - 1)
@@ -208,7 +208,7 @@ class Rehearsal:
         walk.release(self.model)
         return Scored(tokens=ids[:batch].numel(), forward=forward, token=token, head=(heads[0], heads[1]), first=one)
 
-    def _heads(self, model: Streamed, eval_set: Any, batch: int, scratch: Path) -> tuple[Cost, Cost]:
+    def _heads(self, model: StreamedModel, eval_set: Any, batch: int, scratch: Path) -> tuple[Cost, Cost]:
         """Scoring a set whose blocks are done: alone, writing hidden states, and against these."""
         from requant_eval.scoring.score_loop import score
 
