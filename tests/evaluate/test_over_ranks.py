@@ -15,7 +15,7 @@ from helpers.e2e import one_thread, recipe, write_rows
 from requant.data import canaries
 from requant.evaluate import over_ranks, variants
 from requant.evaluate import stage as evaluation
-from requant.evaluate.stage import Scores
+from requant.evaluate.scores import Scores
 from requant.run import prepare
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.windows import Window

@@ -16,7 +16,7 @@ from requant.errors import StageError
 from requant.evaluate import stage as evaluate
 from requant.evaluate import streamed, variants
 from requant.evaluate.memory import VariantSize
-from requant.evaluate.stage import Scores
+from requant.evaluate.scores import Scores
 from requant.run import prepare
 from requant.runtime import device
 from requant_eval.scoring import score_loop

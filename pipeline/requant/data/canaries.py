@@ -1,4 +1,4 @@
-"""Canaries: prompts with expected answers, read from a file, and the answers of each variant.
+"""Canaries: prompts with expected answers from a file, and the answers of each variant.
 
 A line is {"prompt": ..., "answer": ...}; a prompt may also be a list of chat messages. Format `chat` renders prompts by
 the tokenizer's template, `text` passes them to the model unchanged, `auto` is `chat` where the tokenizer has a template.

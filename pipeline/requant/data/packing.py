@@ -1,4 +1,4 @@
-"""Packed windows for calibration and healing, in the shares of their text sources, no padding."""
+"""Packed windows for calibration and healing, in the shares of their text sources."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Stage: load every variant as a model and score it on every set.
 
     stage             evaluate(scores, sources, ...)   <- start here
+    scores            the files of scores and canary answers
     variants          base, adapter, merged, rtn, gptq, healed, original as models
     variant_weights   the weights of a variant, computed when they are read
     streamed          a variant run block by block, for models that do not fit on the device

@@ -1,4 +1,4 @@
-"""Evaluation over several ranks: each scores a share of the windows, the first joins the scores.
+"""Evaluation over ranks: each scores a share of the windows, the first joins the scores.
 
 A share has its own files and, for KL, its own hidden states of the reference: ranks do not communicate until the end.
 """
@@ -17,7 +17,8 @@ import numpy as np
 
 from requant.data.canaries import Canaries
 from requant.evaluate import stage as evaluation
-from requant.evaluate.stage import REFERENCE, EvaluationResult, Progress, Scores, Stream
+from requant.evaluate.scores import REFERENCE, Scores
+from requant.evaluate.stage import EvaluationResult, Progress, Stream
 from requant.evaluate.variants import VariantSources
 from requant.runtime.ranks import Ranks
 

@@ -1,4 +1,4 @@
-"""The adapters of a merge plan, unmerged, applied to a model by PEFT: the reference of the merge.
+"""The adapters of a merge plan applied to a model by PEFT, unmerged: the merge's reference.
 
 PEFT finds tensors by their keys and silently ignores others. Adapters with other spellings of keys are therefore written
 with PEFT's keys to a temporary directory first, and a tensor that PEFT still does not load is an error.

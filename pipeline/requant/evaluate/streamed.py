@@ -1,4 +1,4 @@
-"""A causal LM run block by block, one block resident, for models that do not fit on the device.
+"""A causal LM run block by block, one resident, for models that do not fit on the device.
 
 All windows are run through one block after the other. Afterwards the model is called like a whole one: embedding and head
 are resident, and the blocks return the hidden states computed before. `base` is decoded by our own decoder (bit for bit

@@ -5,6 +5,7 @@
     settings    HealSettings: steps, batch, learning rate, when to validate
     plan        HealPlan: mode, memory and time from the structure of a model
     student     the GPTQ checkpoint as a trainable model
+    trainable   the trainable values of a student as vectors of offsets
     teacher     the 16-bit model: resident beside the student, or its stored hidden states
     kl_loss     KL divergence from the teacher, a chunk of positions at a time
     trainer     optimizer steps, held-out loss, the best step

@@ -1,4 +1,4 @@
-"""Healing block by block, for models that do not fit whole: each block towards the merged model's block.
+"""Healing block by block, for models that do not fit whole: each towards the merged block.
 
 One block of student and teacher is resident, and three streams of hidden states: the merged model's, the healed
 student's, and on the held-out windows the unhealed student's, with which the result is compared. The input of a student's
@@ -63,7 +63,10 @@ class Streams:
             part.copy_(self.forward(block, part, index))
 
     def loss(self, block: nn.Module, index: int) -> Callable[[Sequence[int]], Tensor]:
-        """The loss of one block: sum of its relative errors on windows. The teacher's stream must be one block ahead."""
+        """The loss of one block: the sum of its relative errors on windows.
+
+        The teacher's stream must be one block ahead.
+        """
 
         def of(numbers: Sequence[int]) -> Tensor:
             chosen = list(numbers)

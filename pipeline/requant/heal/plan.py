@@ -65,8 +65,8 @@ class ModelSize:
 class HealPlan:
     """How a checkpoint is healed on a device, with estimates of memory and time.
 
-    teacher_resident: the teacher stays in memory. recompute: blocks run again in the backward pass. micro_batch: windows
-    in one forward pass.
+    teacher_resident: the teacher stays in memory. recompute: blocks run again in the backward pass.
+    micro_batch: windows in one forward pass.
     """
 
     mode: Mode

@@ -1,4 +1,4 @@
-"""Settings of healing: steps, batch, learning rate schedule, and when the held-out loss is taken."""
+"""Settings of healing: steps, batch, learning rate schedule, when to validate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealSettings:
-    """How to heal: `steps` optimizer steps on `batch` windows of `length` tokens each.
+    """The settings of a healing: `steps` optimizer steps on `batch` windows of `length` tokens.
 
     lr: the largest change of an offset, relative to its scale, in one step. tune: what is trained.
     """

@@ -157,7 +157,10 @@ def _teacher(job: HealJob, progress: Progress | None) -> Teacher:
 
 
 def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise InputError when `source` cannot be a quantization of the model in `teacher`: structure, and a few tensors."""
+    """Raise InputError when `source` cannot be a quantization of the model in `teacher`.
+
+    Compares the structure of both, and a few tensors.
+    """
     v2 = gptq_format.is_v2(source)
     models: list[Any] = [skeleton.open_model(p, trust_remote_code=trust_remote_code) for p in (source, teacher)]
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]

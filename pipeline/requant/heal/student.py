@@ -7,7 +7,7 @@ their stored dtype. The gradient passes straight through the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from requant.errors import InputError
 from requant.formats import gptq as gptq_format
 from requant.formats.gptq import is_v2, stored_names
 from requant.heal.settings import Tune
+from requant.heal.trainable import TrainableVector
 from requant.modeling import skeleton
 from requant.numerics.grid import deployable
 
@@ -131,59 +132,6 @@ class _TrainableNorm(nn.Module):
 
     def forward(self, _: Tensor) -> Tensor:
         return self.current + self.unit * (self.offset - self.offset.detach())
-
-
-@dataclass(kw_only=True)
-class TrainableVector:
-    """All trainable values of one kind as one vector: current = rounding(base + unit * offset).
-
-    parts: stored tensor name -> (begin, shape) in the vector. Where `offset` is 0, `current` is the file's own value,
-    rounded or not.
-    """
-
-    base: Tensor
-    unit: Tensor
-    offset: Tensor
-    current: Tensor
-    rounding: Callable[[Tensor], Tensor]
-    parts: Mapping[str, tuple[int, torch.Size]]
-
-    @classmethod
-    def concatenate(
-        cls, parts: Mapping[str, tuple[Tensor, Tensor]], rounding: Callable[[Tensor], Tensor], dtype: torch.dtype
-    ) -> TrainableVector:
-        """One vector from parts: name -> (base, unit), fp32 of one shape. dtype: of `current`."""
-        begins, at = {}, 0
-        for name, (base, _) in parts.items():
-            begins[name] = (at, base.shape)
-            at += base.numel()
-        base, unit = (torch.cat([part[i].reshape(-1) for part in parts.values()]) for i in range(2))
-        offset = torch.zeros_like(base)
-        offset.grad = torch.zeros_like(base)
-        return cls(
-            base=base,
-            unit=unit,
-            offset=offset,
-            current=base.to(dtype, copy=True),
-            rounding=rounding,
-            parts=begins,
-        )
-
-    def view(self, vector: Tensor, name: str) -> Tensor:
-        """The part of a vector that belongs to one stored tensor, in its own shape."""
-        begin, shape = self.parts[name]
-        return vector[begin : begin + shape.numel()].view(shape)
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """The part of `offset` as a parameter whose gradient is the part of `offset.grad`."""
-        assert self.offset.grad is not None
-        parameter = nn.Parameter(self.view(self.offset, name))
-        parameter.grad = self.view(self.offset.grad, name)
-        return parameter
-
-    def refresh(self) -> None:
-        """Compute `current` from `offset`."""
-        self.current.copy_(torch.where(self.offset == 0, self.base, self.rounding(self.base + self.unit * self.offset)))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The teacher: the 16-bit model's final hidden states on the healing windows, and its LM head.
+"""The teacher: the 16-bit model's final hidden states on the healing text, and its LM head.
 
 A resident teacher runs beside the student. A stored one ran before, and its hidden states are on disk. Logits are
 computed again from hidden states and head: they are the same, and 32 to 85 times larger.
@@ -53,11 +53,12 @@ def head_of(model: Any, ids: Tensor) -> Head:
 
 
 class Teacher(Protocol):
-    """Final hidden states of chosen windows, [n, length, width] on the student's device, and the LM head."""
+    """Final hidden states of windows, [n, length, width] on the student's device; and the LM head."""
 
     head: Head
 
-    def hidden(self, numbers: Sequence[int]) -> Tensor: ...
+    def hidden(self, numbers: Sequence[int]) -> Tensor:
+        """Final hidden states [n, length, width] of these windows."""
 
 
 class ResidentTeacher:

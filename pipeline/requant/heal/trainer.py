@@ -1,4 +1,4 @@
-"""Healing's training loop: AdamW on a student's offsets; the held-out loss picks the best step.
+"""Healing's training loop: AdamW on a student's offsets, the best step by held-out loss.
 
 Step 0 is among the candidates, so the result is never worse than the start on the held-out windows. A killed run resumes
 from its last saved step with the same numbers.
@@ -73,7 +73,10 @@ def batches(count: int, settings: HealSettings) -> list[list[int]]:
 
 
 class Trainer:
-    """Trains the offsets of one student. loss(numbers): sum over these windows of each one's mean loss over tokens."""
+    """Trains the offsets of one student.
+
+    loss(numbers): the sum over these windows of each one's mean loss over tokens.
+    """
 
     def __init__(
         self,
@@ -97,7 +100,10 @@ class Trainer:
         self.curve = LossCurve()
 
     def step(self, number: int, chosen: Sequence[int]) -> float:
-        """One optimizer step on the chosen windows; returns the loss before it. Without effect if that is not finite."""
+        """One optimizer step on the chosen windows; returns the loss before it.
+
+        A loss that is not finite changes nothing.
+        """
         for vector in self.student.trainable:
             assert vector.offset.grad is not None
             vector.offset.grad.zero_()

@@ -10,7 +10,7 @@ from typing import Unpack
 import torch
 
 from requant.checkpoint.run_directory import RunDirectory
-from requant.evaluate.stage import Scores
+from requant.evaluate.scores import Scores
 from requant.evaluate.variants import VariantSources
 from requant.recipe import Recipe
 from requant.run import evaluation_inputs

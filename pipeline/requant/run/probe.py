@@ -9,7 +9,8 @@ from requant.checkpoint.run_directory import key_of
 from requant.data.packing import digest
 from requant.errors import StageError
 from requant.evaluate import adapter_probe
-from requant.evaluate import stage as evaluate
+from requant.evaluate.scores import REFERENCE
+from requant.evaluate.stage import load_reference
 from requant.run.context import RunContext
 from requant.run.stage_keys import LAYOUT
 from requant.run.stage_results import ProbeResult
@@ -19,14 +20,14 @@ def probe(context: RunContext) -> ProbeResult:
     """Loss of base and adapter on a few rows of each calibration source; stored by key."""
     scores, rows = context.scores, context.prepared.texts.probes
     digests = {name: [digest(row[None]) for row in source] for name, source in rows.items()}
-    reference = scores.keys[evaluate.REFERENCE]
+    reference = scores.keys[REFERENCE]
     key = key_of(LAYOUT, "probe", reference, digests, str(scores.dtype), scores.device.type)
     stored: Any = context.directory.result("probe", key)
     if stored is not None:
         return stored  # type: ignore[no-any-return]  # written below
     result: ProbeResult
     try:
-        model = evaluate.load_reference(
+        model = load_reference(
             scores, context.variant_sources, rows, batch=context.batch, stream=context.recipe.evaluate.stream
         )
         probes = adapter_probe.measure(model, rows, scores.device)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from requant.evaluate.memory import BYTES_PER_NF4_WEIGHT, VariantSize
-from requant.evaluate.stage import REFERENCE, should_stream
+from requant.evaluate.scores import REFERENCE
+from requant.evaluate.stage import should_stream
 from requant.evaluate.variants import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton

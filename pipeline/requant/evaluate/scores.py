@@ -1,0 +1,102 @@
+"""Score files: the cached scores of a run's variants on its sets, and their canary answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from requant.checkpoint.run_directory import key_of
+from requant.data import canaries
+from requant.data.canaries import Canaries
+from requant.errors import StageError
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.token_scores import TokenScores
+    from requant_eval.scoring.windows import EvalSet
+
+REFERENCE = "adapter"  # the variant that KL compares the others with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The scores of one run's variants on its sets, in files of `cache` named by everything they depend on.
+
+    keys: variant name -> digest of its sources. kl: also compare with the reference, whose final hidden states are cached.
+    """
+
+    cache: Path
+    sets: Sequence[EvalSet]
+    keys: Mapping[str, str]
+    device: torch.device
+    dtype: torch.dtype
+    kl: bool
+    canaries: Canaries | None = None
+
+    def file(self, variant: str, s: EvalSet) -> Path:
+        """The file of one variant's scores on one set."""
+        reference = self.keys[REFERENCE] if self.kl and variant != REFERENCE else None
+        key = key_of(self.keys[variant], s.digest, str(self.dtype), self.device.type, reference)
+        return self.cache / f"{variant}-{s.name}-{key[:16]}.safetensors"
+
+    def reference(self, s: EvalSet) -> Path:
+        """The file of the reference's hidden states on one set."""
+        key = key_of(self.keys[REFERENCE], s.digest, str(self.dtype), self.device.type)
+        return self.cache / f"reference-{s.name}-{key[:16]}.safetensors"
+
+    @property
+    def answer_files(self) -> dict[str, Path]:
+        """The file of each variant's answers to the canaries; {} without canaries."""
+        if self.canaries is None:
+            return {}
+        parts = (self.canaries.digest, str(self.dtype), self.device.type)
+        names = [v for v in canaries.ASKED if v in self.keys]
+        return {v: self.cache / f"canaries-{v}-{key_of(self.keys[v], *parts)[:16]}.json" for v in names}
+
+    @property
+    def key(self) -> str:
+        """Digest of the names of all scores and answers."""
+        answers = [file.name for file in self.answer_files.values()]
+        return key_of([self.file(v, s).name for v in self.keys for s in self.sets], *([answers] if answers else []))
+
+    def missing(self) -> dict[str, list[EvalSet]]:
+        """Variants and sets without scores, {variant: sets}, the reference first.
+
+        The reference is scored again where its hidden states are lost and others need them. A variant without sets has
+        only canaries left to answer.
+        """
+        names = sorted(self.keys, key=lambda n: n != REFERENCE)
+        todo = {v: [s for s in self.sets if not self.file(v, s).exists()] for v in names}
+        if self.kl and any(todo.values()):
+            lost = [s for s in self.sets if not self.reference(s).exists()]
+            todo[REFERENCE] = [s for s in self.sets if s in todo[REFERENCE] or s in lost]
+        return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
+
+    def unanswered(self) -> dict[str, Path]:
+        """The variants without saved answers, and the files for them."""
+        return {v: file for v, file in self.answer_files.items() if not file.exists()}
+
+    def answers(self) -> dict[str, Any] | None:
+        """The answers of all variants, for the report; None without canaries."""
+        if self.canaries is None:
+            return None
+        return self.canaries.result({v: canaries.load_answers(file) for v, file in self.answer_files.items()})
+
+    def load(self) -> dict[str, dict[str, TokenScores]]:
+        """All scores, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
+        return {s.name: {v: self.read(self.file(v, s)) for v in self.keys} for s in self.sets}
+
+    @staticmethod
+    def read(file: Path) -> TokenScores:
+        """The scores in one file; raises StageError for a damaged file, which is removed."""
+        from requant_eval.errors import EvaluationError
+        from requant_eval.scoring.token_scores import TokenScores
+
+        try:
+            return TokenScores.load(file)
+        except EvaluationError as error:
+            file.unlink(missing_ok=True)
+            raise StageError(f"{error}; it was removed, the same command scores it again") from error
