@@ -5,18 +5,18 @@ What differs is the rounding of the engine's kernels."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from requant_eval.errors import EvaluationError
+from requant_eval.metrics import records
 from requant_eval.metrics import statistics as st
 
 
 def step(
     engine: Sequence[Sequence[float]], decoded: Sequence[Sequence[float]], documents: Sequence[int]
-) -> dict[str, Any]:
+) -> records.PairedLoss:
     """Loss of an engine against our decoding of the same checkpoint on the same tokens.
 
     engine, decoded: -ln p of every scored token, nats, row by row. documents: the document of each row, 0..G-1.
@@ -40,8 +40,12 @@ def step(
     }
 
 
-def _known(estimate: st.Estimate) -> dict[str, float | None]:
-    return {name: value if np.isfinite(value) else None for name, value in asdict(estimate).items()}
+def _known(estimate: st.Estimate) -> records.Estimate:
+    found = estimate.record()
+    for part in records.FIELDS:
+        value = found[part]
+        found[part] = value if value is not None and np.isfinite(value) else None
+    return found
 
 
 def proofs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -50,11 +54,20 @@ def proofs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(variant, proof) for variant, proof in found if proof]
 
 
-def steps(facts: Mapping[str, Any], name: str, digest: str) -> list[dict[str, Any]]:
+def steps(facts: Mapping[str, Any], name: str, digest: str) -> list[records.KernelStep]:
     """The steps into engines, as far as they were measured on the evaluation set of this digest."""
     return [
-        {"from": variant, "to": engine["engine"], "kind": "kernel"}
-        | {key: engine[key] for key in ("delta", "loss_percent", "n_documents", "n_tokens", "dtype", "device")}
+        {
+            "from": variant,
+            "to": engine["engine"],
+            "kind": "kernel",
+            "delta": engine["delta"],
+            "loss_percent": engine["loss_percent"],
+            "n_documents": engine["n_documents"],
+            "n_tokens": engine["n_tokens"],
+            "dtype": engine["dtype"],
+            "device": engine["device"],
+        }
         for variant, proof in proofs(facts)
         if (proof.get("sample_set"), proof.get("sample_digest")) == (name, digest)
         for engine in proof.get("engines") or []

@@ -7,19 +7,19 @@ in the last groups and `reverted` > 0. Noise is the same loss in all groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from requant_eval.metrics import records
 from requant_eval.metrics import statistics as st
 from requant_eval.scoring.token_scores import TokenScores
 
 GROUPS = 10
 
 
-def tails(scores: Mapping[str, TokenScores]) -> dict[str, Any] | None:
+def tails(scores: Mapping[str, TokenScores]) -> records.Tails | None:
     """Groups of tokens of one evaluation set, and every variant's loss on them.
 
     None unless base and adapter were scored.
@@ -74,12 +74,12 @@ def reverted(
 
 def _variant(
     scores: TokenScores, adapter: TokenScores, change: npt.NDArray[np.float64], groups: npt.NDArray[np.int64]
-) -> dict[str, Any]:
+) -> records.VariantTails:
     lost = scores.nll - adapter.nll
     slope = reverted(lost, change, scores.document)
     different = None if scores.agree is None else ~scores.agree
     return {
-        "reverted": None if slope is None else asdict(slope),
+        "reverted": None if slope is None else slope.record(),
         "last_share": _last_share(lost, scores.document, groups),
         "loss": _by_group(lost, scores.document, groups),
         "kl": None if scores.kl is None else _by_group(scores.kl, scores.document, groups),
@@ -89,16 +89,16 @@ def _variant(
 
 def _last_share(
     lost: npt.NDArray[np.float64], document: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]
-) -> dict[str, float] | None:
+) -> records.Estimate | None:
     if not st.mean(lost, document).low > 0:
         return None
     last = np.where(groups == groups.max(), lost, 0.0)
-    return asdict(st.ratio(st.document_sums(last, document), st.document_sums(lost, document)))
+    return st.ratio(st.document_sums(last, document), st.document_sums(lost, document)).record()
 
 
 def _by_group(
     values: npt.NDArray[Any], document: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]
-) -> list[dict[str, Any]]:
+) -> list[records.Estimate]:
     """Mean of the values of each group, clustered by the documents that have a token in it."""
     count = int(document.max()) + 1
     found = []
@@ -108,5 +108,5 @@ def _by_group(
             continue
         n = np.bincount(document[at], minlength=count).astype(np.float64)
         total = np.bincount(document[at], weights=values[at], minlength=count).astype(np.float64)
-        found.append(asdict(st.ratio(total[n > 0], n[n > 0])))
+        found.append(st.ratio(total[n > 0], n[n > 0]).record())
     return found

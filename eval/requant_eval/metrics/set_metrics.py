@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from requant_eval.errors import EvaluationError
+from requant_eval.metrics import records
 from requant_eval.metrics import statistics as st
 from requant_eval.metrics.definitions import DOCUMENT_SUMS, OF_STEP, Step
 from requant_eval.metrics.loss_by_change import tails
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 REFERENCES = ("adapter", "merged")
 MIN_DOCUMENTS = 3
 # (from, to, kind): the way from the base to what ships, then the controls.
-EDGES = (
+EDGES: tuple[tuple[str, str, records.Kind], ...] = (
     ("base", "adapter", "learned"),
     ("adapter", "merged", "merge"),
     ("merged", "gptq", "quantize"),
@@ -67,8 +68,8 @@ class SetResult:
         )
 
 
-def section(result: SetResult, *, in_domain: bool) -> dict[str, Any]:
-    """One entry of the report's `sets`.
+def section(result: SetResult, *, in_domain: bool) -> records.EvaluationSet:
+    """One entry of the report's `sets`; document sums are still arrays, numbers may be NaN.
 
     Raises:
         EvaluationError: no variant, other tokens, NaN, or too few documents for an interval.
@@ -76,8 +77,16 @@ def section(result: SetResult, *, in_domain: bool) -> dict[str, Any]:
     _check(result)
     sums = {name: st.sums(s.nll, s.document) for name, s in result.scores.items()}
     reference = next((name for name in REFERENCES if name in sums), None)
-    facts = {key: value for key, value in vars(result).items() if key != "scores"}
-    return facts | {
+    return {
+        "name": result.name,
+        "digest": result.digest,
+        "protocol": result.protocol,
+        "window": result.window,
+        "bos": result.bos,
+        "n_documents": result.n_documents,
+        "n_scored": result.n_scored,
+        "n_bytes": result.n_bytes,
+        "dropped": result.dropped,
         "in_domain": in_domain,
         "fingerprint": fingerprint(result),
         "few_documents": result.n_documents < st.FEW_DOCUMENTS,
@@ -108,21 +117,21 @@ def _check(result: SetResult) -> None:
             raise EvaluationError(f"set '{result.name}': '{name}' has {scores.nonfinite} NaN/inf tokens")
 
 
-def _variant(name: str, result: SetResult, sums: st.Sums) -> dict[str, Any]:
+def _variant(name: str, result: SetResult, sums: st.Sums) -> records.VariantResult:
     scores = result.scores[name]
     mean = st.mean_nll(sums)
     return {
         "name": name,
         "n": len(scores.nll),
-        "mean_nll": asdict(mean),
-        "ppl": asdict(mean.exp()),
-        "bits_per_byte": asdict(st.bits_per_byte(sums, result.n_bytes)) if result.n_bytes else None,
-        "top1_accuracy": asdict(st.share(scores.top1, scores.document)),
+        "mean_nll": mean.record(),
+        "ppl": mean.exp().record(),
+        "bits_per_byte": st.bits_per_byte(sums, result.n_bytes).record() if result.n_bytes else None,
+        "top1_accuracy": st.share(scores.top1, scores.document).record(),
         "seconds": scores.seconds,
     }
 
 
-def _edges(names: list[str], reference: str | None) -> list[tuple[str, str, str]]:
+def _edges(names: list[str], reference: str | None) -> list[tuple[str, str, records.Kind]]:
     edges = [edge for edge in EDGES if edge[0] in names and edge[1] in names]
     if reference is not None:
         reached = {end for start, end, _ in edges if start == reference} | {reference, "base"}
@@ -131,40 +140,41 @@ def _edges(names: list[str], reference: str | None) -> list[tuple[str, str, str]
 
 
 def _edge(
-    result: SetResult, sums: Mapping[str, st.Sums], edge: tuple[str, str, str], reference: str | None
-) -> dict[str, Any]:
+    result: SetResult, sums: Mapping[str, st.Sums], edge: tuple[str, str, records.Kind], reference: str | None
+) -> records.Edge:
     start, end, kind = edge
     before, after = result.scores[start], result.scores[end]
     pair = st.paired(sums[end], sums[start])
     independent = st.naive_se(after.nll - before.nll)
     step = Step(before=before, after=after, paired=pair, from_reference=start == reference)
     computed = {key: of(step) for key, of in OF_STEP.items()}
-    shown = {key: None if value is None else asdict(value) for key, value in computed.items()}
-    return {
+    shown = {key: None if value is None else value.record() for key, value in computed.items()}
+    row: dict[str, Any] = {
         "from": start,
         "to": end,
         "kind": kind,
-        "delta": asdict(pair.delta),
+        "delta": pair.delta.record(),
         "loss_percent": shown.pop("loss_percent"),
         "naive_se": independent,
         "design_effect": st.design_effect(pair.delta.se, independent),
-    } | shown
+    }
+    return cast("records.Edge", row | shown)  # metrics that `Edge` does not list have keys of their own
 
 
-def _retention(sums: Mapping[str, st.Sums]) -> dict[str, Any]:
+def _retention(sums: Mapping[str, st.Sums]) -> dict[str, records.Estimate | None]:
     """By variant; None = not defined. Empty unless both `base` and `adapter` were scored."""
     if "base" not in sums or "adapter" not in sums:
         return {}
     others = [name for name in sums if name not in ("base", "adapter")]
     kept = {name: st.retention(sums[name], base=sums["base"], adapter=sums["adapter"]) for name in others}
-    return {name: None if estimate is None else asdict(estimate) for name, estimate in kept.items()}
+    return {name: None if estimate is None else estimate.record() for name, estimate in kept.items()}
 
 
-def _documents(scores: TokenScores, others: Mapping[str, TokenScores], reference: str | None) -> dict[str, Any]:
+def _documents(scores: TokenScores, others: Mapping[str, TokenScores], reference: str | None) -> records.Documents:
     """Sums over each document; `report.compare` pairs the variants of two runs with them."""
     before = None if reference is None else others[reference]
     sums = {key: of(scores, before) for key, of in DOCUMENT_SUMS.items()}
-    return {key: column for key, column in sums.items() if column is not None}
+    return cast("records.Documents", {key: column for key, column in sums.items() if column is not None})
 
 
 def fingerprint(result: SetResult) -> str:

@@ -18,6 +18,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from requant_eval.metrics import records
+
 FEW_DOCUMENTS = 20
 LEVEL = 0.95
 
@@ -35,6 +37,10 @@ class Estimate:
     se: float
     low: float
     high: float
+
+    def record(self) -> records.Estimate:
+        """As the report has it."""
+        return {"value": self.value, "se": self.se, "low": self.low, "high": self.high}
 
     def scaled(self, factor: float) -> Estimate:
         """In another unit; `factor` > 0."""
@@ -81,6 +87,18 @@ class Divergence:
     p99: float
     p99_9: float
     max: float
+
+    def record(self) -> records.Ladder:
+        """As the report has it."""
+        return {
+            "mean": self.mean.record(),
+            "median": self.median,
+            "p90": self.p90,
+            "p95": self.p95,
+            "p99": self.p99,
+            "p99_9": self.p99_9,
+            "max": self.max,
+        }
 
 
 def document_sums(values: npt.ArrayLike, document: npt.NDArray[np.int32]) -> Floats:

@@ -10,6 +10,7 @@ from typing import Any
 
 from requant_eval.render.tables import WORST_MODULES, Table
 from requant_eval.report.number_format import format_bytes, format_estimate
+from requant_eval.report.records import ModuleRow
 
 _PLACE = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
@@ -33,7 +34,7 @@ class Cell:
 
 def cells(facts: Mapping[str, Any]) -> list[Cell]:
     """Every quantized module of the report, by layer; modules outside the layers are left out."""
-    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    found: dict[tuple[int, str], list[ModuleRow]] = {}
     for m in _modules(facts):
         place = _PLACE.match(str(m.get("name")))
         if place:
@@ -41,13 +42,13 @@ def cells(facts: Mapping[str, Any]) -> list[Cell]:
     return [_cell(layer, module, many) for (layer, module), many in sorted(found.items(), key=lambda x: x[0][0])]
 
 
-def _cell(layer: int, module: str, many: Sequence[Mapping[str, Any]]) -> Cell:
+def _cell(layer: int, module: str, many: Sequence[ModuleRow]) -> Cell:
     loss = sum(m["loss"] for m in many)
-    whole = sum(m["loss"] / m["relative_error"] ** 2 for m in many if m.get("relative_error"))
+    whole = sum(m["loss"] / error**2 for m in many if (error := m.get("relative_error")))
     adapted = [m for m in many if m.get("signal") is not None]
-    signal = sum(m["signal"] for m in adapted)
+    signal = sum(m["signal"] or 0.0 for m in adapted)
     noise = sum(m["loss"] for m in adapted)
-    kept = sum(m["signal"] * m["output_retention"] for m in adapted if m.get("output_retention") is not None)
+    kept = sum((m["signal"] or 0.0) * part for m in adapted if (part := m.get("output_retention")) is not None)
     return Cell(
         layer=layer,
         module=module,
@@ -80,18 +81,18 @@ def survival_table(facts: Mapping[str, Any]) -> Table:
 
 def survivors_table(facts: Mapping[str, Any]) -> Table:
     """The modules with the lowest signal to noise of the adapter, worst first."""
-    known = [m for m in _modules(facts) if m.get("signal_to_noise") is not None]
-    worst = sorted(known, key=lambda m: float(m["signal_to_noise"]))[:WORST_MODULES]
+    known = [(m, float(ratio)) for m in _modules(facts) if (ratio := m.get("signal_to_noise")) is not None]
+    worst = sorted(known, key=lambda found: found[1])[:WORST_MODULES]
     rows = tuple(
         (
             str(m["name"]),
             str(m["bits"]),
-            _ratio(m["signal_to_noise"]),
+            _ratio(ratio),
             _percent(m["relative_error"]),
             _percent(m.get("retention")),
             _percent(m.get("output_retention")),
         )
-        for m in worst
+        for m, ratio in worst
     )
     columns = ("module", "bits", "signal to noise", "relative error", "delta kept", "its output kept")
     note = (
@@ -108,12 +109,11 @@ def survival_lines(facts: Mapping[str, Any]) -> list[str]:
 
     [] when neither is known.
     """
-    known = [m for m in _modules(facts) if m.get("signal_to_noise") is not None]
+    ratios = [float(ratio) for m in _modules(facts) if (ratio := m.get("signal_to_noise")) is not None]
     lines = []
-    if known:
-        ratios = [float(m["signal_to_noise"]) for m in known]
+    if ratios:
         lines.append(
-            f"{len(known)} modules carry the adapter. Its output has {median(ratios):.3g} times the power of the "
+            f"{len(ratios)} modules carry the adapter. Its output has {median(ratios):.3g} times the power of the "
             f"quantization error's in the median, {min(ratios):.3g} times in the worst; {sum(r < 1 for r in ratios)} are below 1."
         )
     if (measured := kept(facts)) is not None:
@@ -130,9 +130,9 @@ def survival_lines(facts: Mapping[str, Any]) -> list[str]:
 
 def kept(facts: Mapping[str, Any]) -> float | None:
     """<Q - D, dW> / <dW, dW> over all adapted modules together; None when no run measured it."""
-    known = [m for m in _modules(facts) if m.get("retention") is not None]
-    whole = sum(m["delta_norm"] ** 2 for m in known)
-    return sum(m["retention"] * m["delta_norm"] ** 2 for m in known) / whole if whole > 0 else None
+    known = [(part, m["delta_norm"] ** 2) for m in _modules(facts) if (part := m.get("retention")) is not None]
+    whole = sum(square for _, square in known)
+    return sum(part * square for part, square in known) / whole if whole > 0 else None
 
 
 def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
@@ -194,7 +194,7 @@ def canaries_table(canaries: Mapping[str, Any]) -> Table:
     return Table(title="Canaries answered differently", columns=columns, rows=rows, text=len(columns))
 
 
-def _modules(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def _modules(facts: Mapping[str, Any]) -> Sequence[ModuleRow]:
     return (facts.get("quantize") or {}).get("modules") or []
 
 

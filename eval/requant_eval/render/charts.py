@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from markupsafe import Markup
 
+from requant_eval.metrics.records import EvaluationSet, KernelStep
 from requant_eval.render import svg
 from requant_eval.render.chart import Chart, Row
 from requant_eval.render.document import Figure
@@ -45,7 +46,7 @@ def charts(figure: Figure) -> list[Chart]:
 
 def waterfall(s: Mapping[str, Any]) -> Chart:
     """Perplexity of every variant, as a bar from the variant that it was made of."""
-    into = {e["to"]: e for e in _steps(s)}
+    into: dict[str, Any] = {e["to"]: e for e in _steps(s)}
     level = {v["name"]: v["mean_nll"]["value"] for v in s["variants"]}
     for label, served_by in _served(s).items():
         into[label], level[label] = served_by, level[served_by["from"]] + served_by["delta"]["value"]
@@ -83,10 +84,10 @@ def _steps(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(into.values())
 
 
-def _served(s: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _served(s: Mapping[str, Any]) -> dict[str, KernelStep]:
     """Steps into engines from variants that were scored, by a name of their own."""
     scored = [v["name"] for v in s["variants"]]
-    return {f"{e['from']} in {e['to']}": e for e in served(s) if e["from"] in scored}
+    return {f"{e['from']} in {e['to']}": e for e in served(cast("EvaluationSet", s)) if e["from"] in scored}
 
 
 def _step(scale: Scale, e: Mapping[str, Any], level: Mapping[str, float]) -> Markup:
@@ -212,16 +213,16 @@ def _tails(s: Mapping[str, Any], name: str) -> Chart:
     return Chart(caption=caption, rows=tuple(rows), axis=svg.axis(scale), unit=f"nats a token against {s['reference']}")
 
 
-def healing(told: Mapping[str, Any]) -> Chart:
+def healing(facts: Mapping[str, Any]) -> Chart:
     """KL on held-out text by step of healing; the chosen step is filled."""
-    points = [(float(step), float(value)) for step, value in told.get("held") or [] if value is not None and value > 0]
+    points = [(float(step), float(value)) for step, value in facts.get("held") or [] if value is not None and value > 0]
     if len(points) < 2:
         return Chart(caption="", rows=())
     across, up = Scale(0.0, max(step for step, _ in points) or 1.0), Scale.around([v for _, v in points], log=True)
     place = [(across.at(step), (TALL - 8) * (1 - up.at(value) / 100) + 4) for step, value in points]
     drawn = svg.grid(across, height=TALL) + svg.curve(place)
     for (step, value), (_, y) in zip(points, place, strict=True):
-        shape = svg.dot(across, step, "level" if step == told.get("best_step") else "open", y=y)
+        shape = svg.dot(across, step, "level" if step == facts.get("best_step") else "open", y=y)
         drawn += svg.mark(shape, f"step {step:.0f}: {format_value(value)} nats a token")
     values = [value for _, value in points]
     row = Row(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from requant_eval.render.tables import gates_table, options_table
+from requant_eval.report.records import GateResult
 
 EXIT_CODES = {"pass": 0, "none": 0, "fail": 3, "inconclusive": 4}
 
@@ -41,7 +42,7 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, report["recommendation"]["text"], options_table(report).markdown()]) + "\n"
 
 
-def title(gate: Mapping[str, Any]) -> str:
+def title(gate: GateResult) -> str:
     """A judged gate's rule, without its numbers: the same in every run."""
     whose = f" of {gate['relative_to']}" if gate["relative_to"] else ""
     unit = gate["unit"] if gate["unit"] == "%" else f" {gate['unit']}".rstrip()

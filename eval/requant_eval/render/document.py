@@ -6,16 +6,18 @@ report to draw it from. Formats without pictures leave figures out, so each numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from requant_eval.metrics.engine_step import proofs
+from requant_eval.metrics.records import EvaluationSet
 from requant_eval.render import adapter_tables
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.heal_tables import heal_tables
 from requant_eval.render.set_tables import set_tables
 from requant_eval.render.tables import Table, cost_tables, facts_table, gates_table, modules_table, options_table
+from requant_eval.report.records import GateResult
 
 LONGEST = 300  # rows of a folded table
 LIMITS = (
@@ -48,6 +50,12 @@ class Code:
     title: str
     language: str
     text: str
+
+
+class DrawnSet(EvaluationSet):
+    """A set's section with its gates, for figures."""
+
+    gates: list[GateResult]
 
 
 @dataclass(frozen=True)
@@ -130,10 +138,10 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
     yield Section("What this cannot tell you", (Bullets(LIMITS),))
 
 
-def _set(s: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Section:
+def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:
     """One evaluation set: tables, figures in front of theirs; figures get the set's gates too."""
     mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
-    data = {**s, "gates": gates}
+    data: DrawnSet = {**s, "gates": gates}
     figures: dict[str, Figure] = {kind: Figure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
     blocks: list[Block] = []
     for table in set_tables(s):

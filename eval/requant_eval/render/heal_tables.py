@@ -11,8 +11,8 @@ from requant_eval.report.number_format import format_estimate, format_value
 
 def heal_tables(report: Mapping[str, Any]) -> list[Table]:
     """Effect on each set, held-out KL by step, settings; empty without healing."""
-    told = report["facts"].get("heal")
-    if not told:
+    facts = report["facts"].get("heal")
+    if not facts:
         return []
     guard = [
         (
@@ -24,14 +24,14 @@ def heal_tables(report: Mapping[str, Any]) -> list[Table]:
         for e in s["edges"]
         if e["kind"] == "heal"
     ]
-    curve = tuple((str(step), format_value(value)) for step, value in told.get("held") or [])
-    best = f"The held-out windows chose step {told.get('best_step')}; step 0 is the quantized checkpoint."
+    curve = tuple((str(step), format_value(value)) for step, value in facts.get("held") or [])
+    best = f"The held-out windows chose step {facts.get('best_step')}; step 0 is the quantized checkpoint."
     skip = ("train", "held", "moved_most", "blocks", "overlap", "verify")
     tables = [
         Table(title="Is any text worse off?", columns=("set", "ln perplexity by healing", "loss"), rows=tuple(guard)),
         Table(
             title="KL on held-out healing text", columns=("steps", "nats/token"), rows=curve, note=best, key="healing"
         ),
-        facts_table("Settings and movement of the scales", told, skip=skip),
+        facts_table("Settings and movement of the scales", facts, skip=skip),
     ]
     return [table for table in tables if table.rows]

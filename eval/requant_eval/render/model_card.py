@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from requant_eval.metrics.engine_step import proofs
+from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
@@ -127,7 +128,7 @@ def _results(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _metrics(s: Mapping[str, Any], final: str | None) -> Iterator[tuple[str, str, str]]:
+def _metrics(s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, str]]:
     """(type, name, value) of one set: perplexity, its increase against the reference, retention."""
     ppl = next((v["ppl"] for v in s["variants"] if v["name"] == final), None)
     if ppl is None or ppl["value"] is None:
@@ -136,16 +137,16 @@ def _metrics(s: Mapping[str, Any], final: str | None) -> Iterator[tuple[str, str
     edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == final), None)
     if edge is not None and edge["loss_percent"]["value"] is not None:
         loss = edge["loss_percent"]
-        name = f"perplexity increase against {SPOKEN[s['reference']]}, %{_interval(loss)}"
+        name = f"perplexity increase against {SPOKEN[edge['from']]}, %{_interval(loss)}"
         yield "perplexity_increase", name, format_value(loss["value"], loss["se"])
-    kept = s["retention"].get(final)
-    if kept is not None:
-        kept = {key: None if value is None else 100 * value for key, value in kept.items()}
+    found = s["retention"].get(final or "")
+    if found is not None:
+        kept = scaled(found, 100)
         name = f"of what the adapter learned, kept, %{_interval(kept)}"
         yield "retention", name, format_value(kept["value"], kept["se"])
 
 
-def _interval(estimate: Mapping[str, Any]) -> str:
+def _interval(estimate: Estimate) -> str:
     low, high = (format_value(estimate[end], estimate["se"]) for end in ("low", "high"))
     return "" if estimate["low"] is None else f", 95 % interval {low} to {high}"
 

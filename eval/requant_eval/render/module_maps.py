@@ -13,6 +13,7 @@ from requant_eval.render import svg
 from requant_eval.render.chart import Chart, Row
 from requant_eval.render.svg import Scale
 from requant_eval.report.number_format import format_value
+from requant_eval.report.records import ModuleRow
 
 LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -27,7 +28,7 @@ def module_maps(facts: Mapping[str, Any]) -> list[Chart]:
     return [module_map(modules, "relative_error", error), module_map(modules, "signal_to_noise", signal, log=True)]
 
 
-def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str, *, log: bool = False) -> Chart:
+def module_map(modules: Sequence[ModuleRow], key: str, what: str, *, log: bool = False) -> Chart:
     """One row a kind of linear, one bar a layer; height and shade both show the value.
 
     Modules that share a place (experts) are drawn as the worst of them: the largest error, the smallest signal.
@@ -66,7 +67,7 @@ def module_map(modules: Sequence[Mapping[str, Any]], key: str, what: str, *, log
 
 
 def _places(
-    modules: Sequence[Mapping[str, Any]], key: str, *, worst: Callable[[float, float], float]
+    modules: Sequence[ModuleRow], key: str, *, worst: Callable[[float, float], float]
 ) -> dict[str, dict[int, float]]:
     """{kind: {layer: value}} in the model's order; a kind gets its last name if that is unique."""
     full: dict[str, dict[int, float]] = {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from requant_eval.gate import METRICS, Metric
+from requant_eval.metrics.records import Edge, EvaluationSet, KernelStep
 from requant_eval.render.tables import Table
 from requant_eval.report.number_format import format_estimate, format_value
 
@@ -21,14 +22,14 @@ KINDS = {
 }
 
 
-def set_tables(s: Mapping[str, Any]) -> list[Table]:
+def set_tables(s: EvaluationSet) -> list[Table]:
     """All tables of one evaluation set of the report, empty ones left out."""
     tables = [variants_table(s), waterfall_table(s), divergence_table(s), flips_table(s), retention_table(s)]
     tables += [more_metrics_table(s), groups_table(s), reverted_table(s)]
     return [table for table in tables if table.rows]
 
 
-def variants_table(s: Mapping[str, Any]) -> Table:
+def variants_table(s: EvaluationSet) -> Table:
     """Perplexity of every variant."""
     rows = [
         (
@@ -46,8 +47,9 @@ def variants_table(s: Mapping[str, Any]) -> Table:
     return Table(title=f"{s['name']}: perplexity", columns=columns, rows=tuple(rows), note=note)
 
 
-def waterfall_table(s: Mapping[str, Any]) -> Table:
+def waterfall_table(s: EvaluationSet) -> Table:
     """What each step costs, paired on the same tokens."""
+    steps: list[Edge | KernelStep] = [*s["edges"], *served(s)]
     rows = [
         (
             f"{e['from']} -> {e['to']}",
@@ -55,7 +57,7 @@ def waterfall_table(s: Mapping[str, Any]) -> Table:
             format_estimate(e["delta"], signed=True),
             format_estimate(e["loss_percent"], signed=True, unit=" %"),
         )
-        for e in [*s["edges"], *served(s)]
+        for e in steps
     ]
     columns = ("step", "what", "ln perplexity", "perplexity")
     note = "Paired; steps add up in ln perplexity, negative is better."
@@ -66,19 +68,19 @@ def waterfall_table(s: Mapping[str, Any]) -> Table:
     )
 
 
-def served(s: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def served(s: EvaluationSet) -> list[KernelStep]:
     """The steps into engines (`metrics.engine_step.steps`); reports of older versions have none."""
     return list(s.get("kernels") or [])
 
 
-def what(e: Mapping[str, Any]) -> str:
+def what(e: Edge | KernelStep) -> str:
     """What a step does."""
     if e["kind"] != "kernel":
         return KINDS[e["kind"]]
     return f"{KINDS['kernel']} in {e['dtype']} on {e['device']}, {e['n_documents']} documents"
 
 
-def divergence_table(s: Mapping[str, Any]) -> Table:
+def divergence_table(s: EvaluationSet) -> Table:
     """KL(reference || variant) and top-1 agreement with the reference."""
     rows = []
     for e in s["edges"]:
@@ -94,7 +96,7 @@ def divergence_table(s: Mapping[str, Any]) -> Table:
     )
 
 
-def flips_table(s: Mapping[str, Any]) -> Table:
+def flips_table(s: EvaluationSet) -> Table:
     """Tokens whose top-1 prediction became wrong or right."""
     rows = [
         (
@@ -109,7 +111,7 @@ def flips_table(s: Mapping[str, Any]) -> Table:
     return Table(title=f"{s['name']}: flips", columns=columns, rows=tuple(rows), note=note, key="flips")
 
 
-def retention_table(s: Mapping[str, Any]) -> Table:
+def retention_table(s: EvaluationSet) -> Table:
     """How much of what the adapter learned is left."""
     rows = [(name, format_estimate(kept, factor=100, unit=" %")) for name, kept in s["retention"].items()]
     note = "1 - ln(ppl variant / adapter) / ln(ppl base / adapter); not defined if the adapter gains nothing."
@@ -118,17 +120,19 @@ def retention_table(s: Mapping[str, Any]) -> Table:
     )
 
 
-def more_metrics_table(s: Mapping[str, Any]) -> Table:
+def more_metrics_table(s: EvaluationSet) -> Table:
     """The metrics of `gate.METRICS` that no other table shows, by variant."""
     metrics = [m for m in METRICS.values() if not m.own_table]
-    steps = {e["to"]: e for e in s["edges"] if e["from"] == s["reference"]}
+    by_key = cast("Mapping[str, Any]", s)
     of: dict[str, Any] = {
         "variant": {v["name"]: v for v in s["variants"]},
-        "step": steps,
+        "step": {e["to"]: e for e in s["edges"] if e["from"] == s["reference"]},
     }
     rows = []
     for v in s["variants"]:
-        found = [s[m.key].get(v["name"]) if m.of == "set" else of[m.of].get(v["name"], {}).get(m.key) for m in metrics]
+        found = [
+            by_key[m.key].get(v["name"]) if m.of == "set" else of[m.of].get(v["name"], {}).get(m.key) for m in metrics
+        ]
         if any(found):
             rows.append((v["name"], *(_metric_cell(value, m) for value, m in zip(found, metrics, strict=True))))
     columns = ("variant", *(m.words for m in metrics))
@@ -143,7 +147,7 @@ def _metric_cell(found: Mapping[str, Any] | None, metric: Metric) -> str:
     )
 
 
-def groups_table(s: Mapping[str, Any]) -> Table:
+def groups_table(s: EvaluationSet) -> Table:
     """Loss of each variant by how much the adapter changed the token."""
     tails = s["tails"]
     if not tails:
@@ -165,7 +169,7 @@ def groups_table(s: Mapping[str, Any]) -> Table:
     )
 
 
-def reverted_table(s: Mapping[str, Any]) -> Table:
+def reverted_table(s: EvaluationSet) -> Table:
     """How much of the adapter's change each variant took back."""
     variants = s["tails"]["variants"] if s["tails"] else {}
     rows = tuple(
@@ -185,7 +189,7 @@ def reverted_table(s: Mapping[str, Any]) -> Table:
     return Table(title=f"{s['name']}: learned behaviour or noise", columns=columns, rows=rows, note=note)
 
 
-def protocol(s: Mapping[str, Any]) -> str:
+def protocol(s: EvaluationSet) -> str:
     """The protocol of a set and its fingerprint, one short phrase."""
     bos = "BOS in every window" if s["bos"] else "no BOS added"
     return f"Protocol {s['protocol']}, windows of {s['window']}, {bos}, fingerprint {s['fingerprint']}"

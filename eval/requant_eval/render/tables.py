@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
 from requant_eval.report.recommend import OPTIONS
 
@@ -147,7 +148,7 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _option_loss(estimate: Mapping[str, Any] | None) -> str:
+def _option_loss(estimate: Estimate | None) -> str:
     if estimate is None:
         return "not measured"
     if estimate["value"] == estimate["se"] == 0:

@@ -1,6 +1,7 @@
 """Report: estimates and facts in, report.json out.
 
     assemble        build(sets=..., facts=...): the report as a dict   <- start here
+    records         the parts of the report, as its schema has them
     schema          its JSON Schema, and loading reports of older versions
     verdict         gates against the numbers
     recommend       which of three ways to deploy

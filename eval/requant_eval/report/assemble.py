@@ -33,6 +33,7 @@ from requant_eval.errors import EvaluationError
 from requant_eval.gate import Gate
 from requant_eval.metrics import engine_step
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.records import EvaluationSet
 from requant_eval.metrics.set_metrics import SetResult, fingerprint, section
 from requant_eval.report.headline import headline
 from requant_eval.report.recommend import recommend
@@ -63,8 +64,8 @@ def build(
     if not sets:
         raise EvaluationError("no evaluation set was scored: nothing to report")
     home = in_domain or sets[0].name
-    rendered = [
-        section(s, in_domain=s.name == home) | {"kernels": engine_step.steps(facts, s.name, s.digest)} for s in sets
+    rendered: list[EvaluationSet] = [
+        {**section(s, in_domain=s.name == home), "kernels": engine_step.steps(facts, s.name, s.digest)} for s in sets
     ]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -121,7 +122,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _warnings(sets: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+def _warnings(sets: Sequence[EvaluationSet], facts: Mapping[str, Any]) -> list[str]:
     found = []
     for s in sets:
         if s["few_documents"]:

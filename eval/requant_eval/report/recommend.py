@@ -7,8 +7,10 @@ from typing import Any
 
 from requant_eval.gate import METRICS, Gate, make
 from requant_eval.metrics.engine_step import speeds
+from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.headline import final_variant
 from requant_eval.report.number_format import format_bytes
+from requant_eval.report.records import Choice, Option, Recommendation, Status
 from requant_eval.report.verdict import judge, verdict
 
 pass
@@ -24,7 +26,7 @@ NEEDS = {"requantized": "vLLM or SGLang", "merged": "any engine", "separate": "b
 SERVES = {"requantized": "one checkpoint each", "merged": "one checkpoint each", "separate": "one base for all"}
 
 
-def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
+def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> Recommendation:
     """The way to deploy, and the numbers of all three ways.
 
     Without gates the limit is DEFAULT_LIMIT on the in-domain set. The fields are described in `report.records`.
@@ -47,7 +49,7 @@ def _default(report: Mapping[str, Any]) -> list[Gate]:
     return [make("ppl_increase", home, most=DEFAULT_LIMIT, relative_to=None)]
 
 
-def _option(report: Mapping[str, Any], name: str, gates: Sequence[Gate]) -> dict[str, Any]:
+def _option(report: Mapping[str, Any], name: Choice, gates: Sequence[Gate]) -> Option:
     facts = report["facts"]
     variant = {"merged": "merged", "separate": "adapter"}.get(name) or _requantized(report)
     status = None if variant is None else _status(report, gates, variant)
@@ -68,7 +70,7 @@ def _requantized(report: Mapping[str, Any]) -> str | None:
     return final if final in ("gptq", "healed") else None
 
 
-def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> str | None:
+def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> Status | None:
     """The variant's status against the gates; None where it was not scored.
 
     Gates that compare with the reference do not apply to the reference itself.
@@ -77,16 +79,16 @@ def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> s
         return None
     if all(s["reference"] == variant for s in report["sets"]):
         gates = [gate for gate in gates if METRICS[gate.metric].of == "variant"]
-    status = str(verdict(report, judge(report, gates, variant))["status"])
+    status = verdict(report, judge(report, gates, variant))["status"]
     return "pass" if status == "none" else status
 
 
-def _loss(s: Mapping[str, Any], variant: str | None) -> dict[str, Any] | None:
+def _loss(s: EvaluationSet, variant: str | None) -> Estimate | None:
     """loss_percent against the reference: 0 for the reference itself, None where not measured."""
     if variant == s["reference"]:
         return {"value": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
     edges = (e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant)
-    return next((dict(e["loss_percent"]) for e in edges), None)
+    return next((e["loss_percent"] for e in edges), None)
 
 
 def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | None:
@@ -98,7 +100,7 @@ def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | No
     return None if size is None else int(size)
 
 
-def _adapters_from(options: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> int | None:
+def _adapters_from(options: Sequence[Option], report: Mapping[str, Any]) -> int | None:
     """Smallest n for which base + n adapters take less memory than n requantized checkpoints."""
     sizes = (report["facts"].get("cost") or {}).get("bytes") or {}
     own, base, adapter = options[0]["bytes"], sizes.get("base"), sizes.get("adapter")
@@ -107,7 +109,7 @@ def _adapters_from(options: Sequence[Mapping[str, Any]], report: Mapping[str, An
     return int(base // (own - adapter)) + 1
 
 
-def _text(options: Sequence[Mapping[str, Any]], choice: str | None, many: int | None, *, own_gates: bool) -> str:
+def _text(options: Sequence[Option], choice: Choice | None, many: int | None, *, own_gates: bool) -> str:
     if choice is None:
         measured = any(o["status"] for o in options)
         why = (
@@ -134,4 +136,8 @@ def _text(options: Sequence[Mapping[str, Any]], choice: str | None, many: int | 
     return text
 
 
-OPTIONS = {"requantized": "requantized", "merged": "merged 16-bit", "separate": "base + adapter apart"}
+OPTIONS: dict[Choice, str] = {
+    "requantized": "requantized",
+    "merged": "merged 16-bit",
+    "separate": "base + adapter apart",
+}

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, cast
 
 import numpy as np
 
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import METRICS, Gate, GateError, Metric, from_rule
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.records import PARTS, Estimate, EvaluationSet, scaled
 from requant_eval.report.headline import final_variant, method
 from requant_eval.report.number_format import format_estimate
+from requant_eval.report.records import GateResult, Status, Verdict
 
-Status = Literal["pass", "fail", "inconclusive"]
 HOPELESS = 1000  # times the documents there are: nobody collects that many
 
 
@@ -35,7 +35,7 @@ def saved_gates(report: Mapping[str, Any]) -> list[Gate]:
         raise EvaluationError(f"gates in the report: {error}: upgrade requant, or give the gates anew") from error
 
 
-def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None = None) -> list[dict[str, Any]]:
+def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None = None) -> list[GateResult]:
     """Every gate with its estimate and status for `variant`; default: the variant that ships.
 
     Raises:
@@ -45,7 +45,7 @@ def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None 
     return [_judge(report, gate, judged) for gate in gates]
 
 
-def verdict(report: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def verdict(report: Mapping[str, Any], judged: Sequence[GateResult]) -> Verdict:
     """One status for all gates, and a line that says it.
 
     status: "fail" if any gate fails, else "inconclusive" if any is, else "pass"; "none" without gates.
@@ -68,28 +68,46 @@ def verdict(report: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> d
     return {"status": status, "line": line, "more_documents": max(more) if more else None}
 
 
-def _margin(gate: Mapping[str, Any]) -> float:
+def _margin(gate: GateResult) -> float:
     """Distance of a kept limit from the interval, in half intervals; infinite for width 0."""
-    end, value = gate["estimate"]["high" if gate["side"] == "max" else "low"], gate["estimate"]["value"]
+    estimate = gate["estimate"]
+    if estimate is None:
+        return math.inf
+    end, value = estimate["high" if gate["side"] == "max" else "low"], estimate["value"]
+    if end is None or value is None:
+        return math.inf
     half = abs(end - value)
     return abs(gate["limit"] - end) / half if half > 0 else math.inf
 
 
-def _judge(report: Mapping[str, Any], gate: Gate, variant: str | None) -> dict[str, Any]:
+def _judge(report: Mapping[str, Any], gate: Gate, variant: str | None) -> GateResult:
     s = next((s for s in report["sets"] if s["name"] == gate.set), None)
     if s is None:
         known = ", ".join(str(s["name"]) for s in report["sets"])
         raise EvaluationError(f"gate '{gate.text}': the report has no set {gate.set!r}, only {known}")
     estimate, missing = _estimate(s, gate, variant)
     status, more = ("inconclusive", None) if estimate is None else _status(gate, estimate, s["n_documents"])
-    result = gate.rule() | {"variant": variant, "estimate": estimate, "status": status, "more_documents": more}
-    return result | {"text": _text(gate, result, missing)}
+    result: GateResult = {
+        "metric": gate.metric,
+        "set": gate.set,
+        "limit": gate.limit,
+        "relative_to": gate.relative_to,
+        "side": gate.side,
+        "unit": gate.unit,
+        "variant": variant,
+        "estimate": estimate,
+        "status": status,
+        "more_documents": more,
+        "text": "",
+    }
+    result["text"] = _text(gate, result, missing)
+    return result
 
 
-def _status(gate: Gate, estimate: Mapping[str, Any], documents: int) -> tuple[Status, int | None]:
+def _status(gate: Gate, estimate: Estimate, documents: int) -> tuple[Status, int | None]:
     """The status; if inconclusive, about how many more documents would decide."""
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if low is None or high is None:
+    value, low, high = (estimate[part] for part in PARTS)
+    if value is None or low is None or high is None:
         return "inconclusive", None
     if gate.side == "min":
         value, low, high, limit = -value, -high, -low, -gate.limit
@@ -104,7 +122,7 @@ def _status(gate: Gate, estimate: Mapping[str, Any], documents: int) -> tuple[St
     return "inconclusive", math.ceil(documents * (times - 1)) + 1 if times < HOPELESS else None
 
 
-def _estimate(s: Mapping[str, Any], gate: Gate, variant: str | None) -> tuple[dict[str, Any] | None, str]:
+def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estimate | None, str]:
     """The metric of one variant on one set in the gate's unit, or None and the reason."""
     if variant is None or variant not in s["documents"]:
         return None, f"{variant or 'no quantized variant'} was not scored on {s['name']}"
@@ -115,7 +133,9 @@ def _estimate(s: Mapping[str, Any], gate: Gate, variant: str | None) -> tuple[di
         row = next(v for v in s["variants"] if v["name"] == variant)
         return _estimate_in(row, metric), f"{gate.metric} was not measured on {s['name']}"
     if metric.of == "set":
-        return _scaled(s[metric.key].get(variant), metric), f"{gate.metric} is not defined on {s['name']}"
+        return _scaled(
+            cast("Mapping[str, Any]", s)[metric.key].get(variant), metric
+        ), f"{gate.metric} is not defined on {s['name']}"
     if variant == s["reference"]:
         return None, f"{variant} is the reference itself"
     edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
@@ -124,7 +144,7 @@ def _estimate(s: Mapping[str, Any], gate: Gate, variant: str | None) -> tuple[di
     return _estimate_in(edge, metric), f"{gate.metric} was not measured on {s['name']}"
 
 
-def _relative(s: Mapping[str, Any], metric: str, variant: str, control: str) -> tuple[dict[str, Any] | None, str]:
+def _relative(s: EvaluationSet, metric: str, variant: str, control: str) -> tuple[Estimate | None, str]:
     """The variant's loss in percent of the control's, paired by document."""
     if control not in s["documents"]:
         return None, f"{control} was not scored on {s['name']}"
@@ -133,21 +153,23 @@ def _relative(s: Mapping[str, Any], metric: str, variant: str, control: str) -> 
         return None, f"{metric} was not measured on {s['name']}"
     if not st.ratio(theirs, np.asarray(s["documents"][control]["n"], np.float64)).low > 0:
         return None, f"{control} loses nothing measurable on {s['name']}: there is nothing to be relative to"
-    return asdict(st.ratio(ours, theirs).scaled(100)), ""
+    return st.ratio(ours, theirs).scaled(100).record(), ""
 
 
-def _losses(s: Mapping[str, Any], metric: str, variant: str) -> Any:
+def _losses(s: EvaluationSet, metric: str, variant: str) -> Any:
     """Per-document sums of one metric of a variant, float64 [G]; None where it was not measured."""
-    sums, reference = s["documents"], s["reference"]
+    sums, reference = cast("Mapping[str, Mapping[str, Any]]", s["documents"]), s["reference"]
     declared = METRICS[metric]
+    if declared.column is None or reference is None:
+        return None
     own = sums[variant].get(declared.column)
-    if own is None or reference is None:
+    if own is None:
         return None
     before = sums[reference][declared.column] if declared.from_reference else 0.0
     return np.asarray(own, np.float64) - np.asarray(before, np.float64)
 
 
-def _estimate_in(row: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
+def _estimate_in(row: Mapping[str, Any], metric: Metric) -> Estimate | None:
     """The metric's estimate of a variant's row or a step, in the gate's unit.
 
     Reports of older versions may lack it.
@@ -156,13 +178,11 @@ def _estimate_in(row: Mapping[str, Any], metric: Metric) -> dict[str, Any] | Non
     return _scaled(found[metric.part] if found and metric.part else found, metric)
 
 
-def _scaled(estimate: Mapping[str, Any] | None, metric: Metric) -> dict[str, Any] | None:
-    if estimate is None:
-        return None
-    return {key: None if value is None else metric.scale * value for key, value in estimate.items()}
+def _scaled(estimate: Estimate | None, metric: Metric) -> Estimate | None:
+    return None if estimate is None else scaled(estimate, metric.scale)
 
 
-def _text(gate: Gate, result: Mapping[str, Any], missing: str) -> str:
+def _text(gate: Gate, result: GateResult, missing: str) -> str:
     if result["estimate"] is None:
         return f"{gate.text}: {missing}"
     unit = f" {gate.unit}" if gate.unit else ""
