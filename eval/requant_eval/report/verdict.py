@@ -133,9 +133,8 @@ def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estima
         row = next(v for v in s["variants"] if v["name"] == variant)
         return _estimate_in(row, metric), f"{gate.metric} was not measured on {s['name']}"
     if metric.of == "set":
-        return _scaled(
-            cast("Mapping[str, Any]", s)[metric.key].get(variant), metric
-        ), f"{gate.metric} is not defined on {s['name']}"
+        by_variant: Mapping[str, Estimate | None] = cast("Mapping[str, Any]", s)[metric.key]
+        return _scaled(by_variant.get(variant), metric), f"{gate.metric} is not defined on {s['name']}"
     if variant == s["reference"]:
         return None, f"{variant} is the reference itself"
     edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
