@@ -630,7 +630,7 @@ def test_gates_are_read_and_kept() -> None:
     r = recipe(
         GATE + "  - {metric: kl, set: in-domain, max: 0.1}\n  - {metric: retention, set: in-domain, min: 90 %}\n"
     )
-    assert [gate.rule().text for gate in r.gates] == [
+    assert [gate.parsed().text for gate in r.gates] == [
         "ppl_increase on in-domain at most 5 %",
         "kl on in-domain at most 0.1 nats",
         "retention on in-domain at least 90 %",

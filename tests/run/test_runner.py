@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.e2e import ALL, copied, digests, edit_json, killed_run, run, times, visible
+from helpers.e2e import ALL, copied, digests, edit_json, killed_run, recipe, run, times, visible
 
+from requant import __version__
 from requant import recipe as recipes
 from requant.checkpoint import reader
 from requant.checkpoint.reader import Checkpoint
-from requant.checkpoint.run_directory import RunDirectory
+from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.errors import InputError, RequantError, StageError
-from requant.run import observer, report_stage, runner
+from requant.run import observer, prepare, report_stage, runner
+from requant.run.context import RunContext
 
 WEIGHTS = "*.safetensors"
 STAGES = ["merge", "quantize", "evaluate", "report"]  # of a run on a CPU, where nothing is healed
@@ -268,6 +270,18 @@ def test_other_gates_redo_only_the_report(project: Path, ran: Path) -> None:
     assert run(project, ran, strict).ran == []
     assert run(project, ran).ran == ["report"]
     assert read(out / "report.json")["verdict"]["status"] == "none"
+
+
+def test_the_key_of_a_report_is_that_of_older_versions(project: Path, finished: Path) -> None:
+    """Gates are in it as the report has them: a finished run of an older version is still up to date."""
+    gates = {"gates": [{"metric": "ppl_increase", "set": "general", "max": "5%"}]}
+    prepared = prepare.prepare(recipe(project, finished.parent, gates))
+    context = RunContext.of(prepared, RunDirectory(finished), observer.Watcher())
+    keys = (context.keys.merge, context.keys.quantize, context.keys.heal, context.scores.key)
+    gate = {
+        "metric": "ppl_increase", "set": "general", "limit": 5.0, "relative_to": None, "side": "max", "unit": "%",
+    }  # fmt: skip
+    assert report_stage.report_key(context) == key_of(*keys, "in-domain", [gate], [], False, 2, __version__, {})
 
 
 def test_the_ways_to_deploy_have_the_sizes_of_the_files(finished: Path, project: Path) -> None:

@@ -28,14 +28,14 @@ class Gate(Section):
         default=None, description="The limit is a share of what rounding to nearest costs."
     )
 
-    def rule(self) -> gate.Gate:
+    def parsed(self) -> gate.Gate:
         """The gate as `requant_eval` evaluates it."""
         return gate.make(self.metric, self.set, most=self.max, least=self.min, relative_to=self.relative_to)
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
         try:
-            self.rule()
+            self.parsed()
         except gate.GateError as error:
             fail(((error.key,), str(error)))
         return self

@@ -24,7 +24,7 @@ def report_key(context: RunContext) -> str:
 
     p, keys = context.prepared, context.keys
     suggested = context.directory.result("suggest", keys.suggest)
-    gates = [gate.rule() for gate in context.recipe.gates]
+    gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context))
@@ -57,7 +57,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     facts["evaluation"]["runtimes"] = {variant: s.runtime for variant, s in scores[first].items()}
     facts["canaries"] = context.scores.answers()
     facts["suggestion"] = context.directory.result("suggest", context.keys.suggest)
-    gates = [gate.rule() for gate in context.recipe.gates]
+    gates = [gate.parsed() for gate in context.recipe.gates]
     report = build(sets=sets, facts=facts, in_domain=_in_domain(context), gates=gates)
     context.directory.remember("report", INCOMPLETE, {})
     save(report, path / "report.json")
