@@ -14,6 +14,7 @@
 May import: errors, runtime, numerics, checkpoint, formats, data, modeling; requant_eval.scoring.
 """
 
+from requant.heal.job import HealJob
 from requant.heal.stage import heal
 
-__all__ = ["heal"]
+__all__ = ["HealJob", "heal"]
