@@ -63,7 +63,7 @@ def test_names_that_would_be_alike_are_written_out() -> None:
 
 
 def test_the_ten_worst_are_sorted() -> None:
-    table = adapter_tables.survivors_table(
+    table = adapter_tables.worst_modules_table(
         facts(*(module(i, "q_proj", 15.0 - i) for i in range(14)), module(20, "q_proj", None))
     )
     assert [row[2] for row in table.rows] == [f"{x:g}" for x in range(2, 12)]
@@ -74,7 +74,7 @@ def test_the_ten_worst_are_sorted() -> None:
 def test_what_is_said_of_the_delta() -> None:
     """Pooled by the delta's size: 0.9 of 4 and 0.5 of 16 are 0.58."""
     told = facts(module(0, "q_proj", 3.0), module(1, "q_proj", 0.5, retention=0.5, delta_norm=4.0))
-    assert adapter_tables.kept(told) == pytest.approx((0.9 * 4 + 0.5 * 16) / 20)
+    assert adapter_tables.delta_retention(told) == pytest.approx((0.9 * 4 + 0.5 * 16) / 20)
     lines = adapter_tables.survival_lines(told)
     assert "1.75 times the power" in lines[0]
     assert "0.5 times in the worst; 1 are below 1" in lines[0]
@@ -93,14 +93,14 @@ def test_a_report_without_measurements_says_nothing() -> None:
     for empty in ({}, {"quantize": None}, facts(), facts(module(0, "q_proj", None))):
         assert adapter_tables.survival_lines(empty) == []
         assert adapter_tables.survival_table(empty).rows == ()
-        assert adapter_tables.survivors_table(empty).rows == ()
-        assert adapter_tables.kept(empty) is None
+        assert adapter_tables.worst_modules_table(empty).rows == ()
+        assert adapter_tables.delta_retention(empty) is None
 
 
 def test_an_untrained_delta_has_no_share() -> None:
     """signal 0: no retention is defined, the map shows 0."""
     zero = module(0, "q_proj", 0.0, retention=None, output_retention=None, delta_norm=0.0)
-    assert adapter_tables.kept(facts(zero)) is None
+    assert adapter_tables.delta_retention(facts(zero)) is None
     assert adapter_tables.cells(facts(zero))[0].retention is None
     assert adapter_tables.survival_table(facts(zero)).rows == (("0", "0 *"),)
 

@@ -79,7 +79,7 @@ def survival_table(facts: Mapping[str, Any]) -> Table:
     )
 
 
-def survivors_table(facts: Mapping[str, Any]) -> Table:
+def worst_modules_table(facts: Mapping[str, Any]) -> Table:
     """The modules with the lowest signal to noise of the adapter, worst first."""
     known = [(m, float(ratio)) for m in _modules(facts) if (ratio := m.get("signal_to_noise")) is not None]
     worst = sorted(known, key=lambda found: found[1])[:WORST_MODULES]
@@ -116,7 +116,7 @@ def survival_lines(facts: Mapping[str, Any]) -> list[str]:
             f"{len(ratios)} modules carry the adapter. Its output has {median(ratios):.3g} times the power of the "
             f"quantization error's in the median, {min(ratios):.3g} times in the worst; {sum(r < 1 for r in ratios)} are below 1."
         )
-    if (measured := kept(facts)) is not None:
+    if (measured := delta_retention(facts)) is not None:
         lines.append(f"Of the adapter's delta, {_percent(measured)} is in the quantized weights (projection on it).")
     predicted = (facts.get("quantize") or {}).get("resonance")
     if predicted:
@@ -128,7 +128,7 @@ def survival_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def kept(facts: Mapping[str, Any]) -> float | None:
+def delta_retention(facts: Mapping[str, Any]) -> float | None:
     """<Q - D, dW> / <dW, dW> over all adapted modules together; None when no run measured it."""
     known = [(part, m["delta_norm"] ** 2) for m in _modules(facts) if (part := m.get("retention")) is not None]
     whole = sum(square for _, square in known)

@@ -22,7 +22,7 @@ from requant_eval.report.number_format import format_estimate, format_value
 
 QUANTILES = (("median", "median"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
 FLIPS = (("right_to_wrong", -1, "worse", "right -> wrong"), ("wrong_to_right", 1, "better", "wrong -> right"))
-ASIDE = ("control", "fork")
+CONTROLS = ("control", "fork")
 TALL = 120  # pixels of a curve
 
 
@@ -50,7 +50,7 @@ def waterfall(s: Mapping[str, Any]) -> Chart:
     level = {v["name"]: v["mean_nll"]["value"] for v in s["variants"]}
     for label, served_by in _served(s).items():
         into[label], level[label] = served_by, level[served_by["from"]] + served_by["delta"]["value"]
-    level = dict(sorted(level.items(), key=lambda item: item[0] in into and into[item[0]]["kind"] in ASIDE))
+    level = dict(sorted(level.items(), key=lambda item: item[0] in into and into[item[0]]["kind"] in CONTROLS))
     reached = list(into.values())
     ends = [math.exp(level[e["from"]] + e["delta"][k]) for e in reached for k in ("value", "low", "high") if _has(e, k)]
     scale = Scale.around([*ends, *(math.exp(v) for v in level.values())], log=True)
@@ -93,7 +93,7 @@ def _served(s: Mapping[str, Any]) -> dict[str, KernelStep]:
 def _step(scale: Scale, e: Mapping[str, Any], level: Mapping[str, float]) -> Markup:
     start, delta = level[e["from"]], e["delta"]
     end = start + delta["value"]
-    class_ = "control" if e["kind"] in ASIDE else "worse" if delta["value"] > 0 else "better"
+    class_ = "control" if e["kind"] in CONTROLS else "worse" if delta["value"] > 0 else "better"
     drawn = svg.bar(scale, math.exp(start), math.exp(end), class_)
     if _has(e, "low"):
         drawn += svg.whisker(scale, math.exp(start + delta["low"]), math.exp(start + delta["high"]))

@@ -52,7 +52,7 @@ class Code:
     text: str
 
 
-class DrawnSet(EvaluationSet):
+class SetWithGates(EvaluationSet):
     """A set's section with its gates, for figures."""
 
     gates: list[GateResult]
@@ -141,7 +141,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
 def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:
     """One evaluation set: tables, figures in front of theirs; figures get the set's gates too."""
     mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
-    data: DrawnSet = {**s, "gates": gates}
+    data: SetWithGates = {**s, "gates": gates}
     figures: dict[str, Figure] = {kind: Figure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
     blocks: list[Block] = []
     for table in set_tables(s):
@@ -184,7 +184,7 @@ def _survival(facts: Mapping[str, Any]) -> Iterator[Block]:
     """The adapter's signal to noise by module, and the modules worth more bits."""
     if said := adapter_tables.survival_lines(facts):
         yield Bullets(tuple(said))
-    for table in (adapter_tables.survival_table(facts), adapter_tables.survivors_table(facts)):
+    for table in (adapter_tables.survival_table(facts), adapter_tables.worst_modules_table(facts)):
         if table.rows:
             yield table
     suggestion = facts.get("suggestion")

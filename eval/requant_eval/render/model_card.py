@@ -12,7 +12,7 @@ from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
-from requant_eval.report.headline import SPOKEN, final_variant, headline, method
+from requant_eval.report.headline import REFERENCE_NAMES, final_variant, headline, method
 from requant_eval.report.number_format import format_value
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -137,7 +137,7 @@ def _metrics(s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, st
     edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == final), None)
     if edge is not None and edge["loss_percent"]["value"] is not None:
         loss = edge["loss_percent"]
-        name = f"perplexity increase against {SPOKEN[edge['from']]}, %{_interval(loss)}"
+        name = f"perplexity increase against {REFERENCE_NAMES[edge['from']]}, %{_interval(loss)}"
         yield "perplexity_increase", name, format_value(loss["value"], loss["se"])
     found = s["retention"].get(final or "")
     if found is not None:

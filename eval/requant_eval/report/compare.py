@@ -19,7 +19,7 @@ from requant_eval.report.headline import final_variant
 from requant_eval.report.verdict import judge, saved_gates, verdict
 
 # The stages that make a variant; the others are used as they came.
-MAKING = {
+STAGES_OF = {
     "merged": ("merge",),
     "original": ("merge",),
     "rtn": ("merge",),
@@ -127,7 +127,7 @@ def _run(entrant: Entrant, shared: Sequence[str]) -> dict[str, Any]:
     facts = entrant.report["facts"]
     cost = facts.get("cost") or {}
     times = cost.get("seconds") or {}
-    seconds = [times.get(stage) for stage in MAKING.get(entrant.variant, ())]
+    seconds = [times.get(stage) for stage in STAGES_OF.get(entrant.variant, ())]
     return {
         "name": entrant.name,
         "variant": entrant.variant,

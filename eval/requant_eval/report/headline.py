@@ -9,7 +9,7 @@ from requant_eval.report.number_format import format_bytes, format_estimate, for
 
 # What ships, best first.
 FINAL = ("healed", "gptq", "rtn", "merged")
-SPOKEN = {"adapter": "base+adapter", "merged": "the merged model"}
+REFERENCE_NAMES = {"adapter": "base+adapter", "merged": "the merged model"}
 
 
 def final_variant(report: Mapping[str, Any]) -> str | None:
@@ -69,7 +69,7 @@ def _losses(report: Mapping[str, Any], final: str) -> str:
                 word = "" if parts else " perplexity"
                 loss = format_estimate(edge["loss_percent"], signed=True, unit=" %")
                 parts.append(f"{s['name']}{word} {loss}")
-                against = SPOKEN[s["reference"]]
+                against = REFERENCE_NAMES[s["reference"]]
     return f"{', '.join(parts)} against {against}" if parts else ""
 
 

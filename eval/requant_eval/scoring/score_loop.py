@@ -62,7 +62,7 @@ def score(
     with torch.inference_mode(), ExitStack() as stack:
         head = prove_head(model, tap, windows[0].ids[None].to(device))
         chunk = chunk_tokens or max(16, CHUNK_LOGITS[torch.device(device).type] // head.vocab)
-        judge = _Judge(head, _open(reference, eval_set, head), chunk)
+        scorer = _TokenScorer(head, _open(reference, eval_set, head), chunk)
         sink: ReferenceWriter | None = None
         for numbers in _batches(windows, batch):
             hidden, _ = tap.run(model, torch.stack([windows[i].ids for i in numbers]).to(device))
@@ -75,7 +75,7 @@ def score(
                 rows, targets = _scored_rows(hidden[row], windows[number])
                 if sink is not None:
                     sink.write(columns.starts[number], rows)
-                judge.score(columns, columns.starts[number], rows, targets)
+                scorer.score(columns, columns.starts[number], rows, targets)
                 _check_finite(columns, number, eval_set)
             done += len(numbers)
             if on_progress is not None:
@@ -125,7 +125,7 @@ class _Columns:
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _TokenScorer:
     """Computes the columns of tokens from their hidden states."""
 
     head: Head

@@ -184,9 +184,9 @@ def _rarely_routed(modules: Sequence[ModuleRow]) -> list[str]:
 
 def _lost_delta(modules: Sequence[ModuleRow]) -> list[str]:
     """A warning when less of the adapter's delta is left than `delta_prediction.LIMIT`."""
-    from requant_eval.render.adapter_tables import kept
+    from requant_eval.render.adapter_tables import delta_retention
 
-    share = kept({"quantize": {"modules": modules}})
+    share = delta_retention({"quantize": {"modules": modules}})
     if share is None or share >= delta_prediction.LIMIT:
         return []
     return [
