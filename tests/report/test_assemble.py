@@ -21,7 +21,7 @@ from requant_eval.metrics import set_metrics
 from requant_eval.render import ci, markdown, model_card, terminal
 from requant_eval.render.set_tables import divergence_table, variants_table
 from requant_eval.render.tables import modules_table
-from requant_eval.report.assemble import build, dumps, save
+from requant_eval.report.assemble import build, dumps, save, save_text
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds, format_value
 
 
@@ -264,6 +264,15 @@ def test_document_sums_stand_on_one_line_each() -> None:
     sums = [line for line in text.splitlines() if '"nll": [' in line]
     assert len(sums) == 2 * len(SHIFT)
     assert all(line.rstrip(",").endswith("]") for line in sums)
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "report.md"
+    save_text(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        save_text(file, "half \ud800")
+    assert [f.name for f in tmp_path.iterdir()] == ["report.md"]
+    assert file.read_text() == "old"
 
 
 def test_save_writes_what_dumps_says(tmp_path: Path) -> None:
