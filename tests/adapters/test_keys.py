@@ -1,4 +1,4 @@
-"""`requant.adapters.keys`: every trainer's spelling means what PEFT's means, and nothing else; what is ambiguous is refused."""
+"""`requant.adapters.keys`: every trainer's spelling means what PEFT's means; what is ambiguous is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.adapters.kinds`: a made-up kind, one class and one line in KINDS, is loaded, planned, merged and self-tested."""
+"""`requant.adapters.kinds`: a made-up kind, one class and one line, is loaded, planned, merged and self-tested."""
 
 from __future__ import annotations
 

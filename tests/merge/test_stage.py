@@ -1,4 +1,4 @@
-"""`requant.merge`: decode, fold, self-test, reload, against PEFT's unmerged forward and bitsandbytes' live model in fp32."""
+"""`requant.merge`: decode, fold, self-test, reload, against PEFT's unmerged forward and bitsandbytes in fp32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which stacked expert parameter each LoRA pair changes (PEFT's `target_parameters`), and where it is stored.
+"""Assigns each LoRA pair on experts to its stacked parameter and stored tensors.
 
-PEFT does not write the parameter's name, and its layout changed with its releases. The base's shapes and the recorded
-peft_version together prove both; a pair that they leave open is refused.
+PEFT does not write the parameter's name of `target_parameters`, and its layout changed with its releases. The base's
+shapes and the recorded peft_version together prove both; a pair that they leave open is refused.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def _parameter(adapter: Adapter, pair: ExpertPair, candidates: Mapping[str, Fuse
         return fits[0]
     shapes = ", ".join(f"{n} {f.shape}" for n, f in candidates.items()) or "no stacked parameter of that module"
     raise InputError(
-        f"{adapter.path}: LoRA {pair.a.shape} x {pair.b.shape} on {pair.module} fits {'both' if fits else 'none'} of the "
-        f"base's target_parameters as PEFT {_shown(adapter)} lays them out ({shapes}): its layout is not proven, so it is "
-        "not merged"
+        f"{adapter.path}: LoRA {pair.a.shape} x {pair.b.shape} on {pair.module} fits "
+        f"{'both' if fits else 'none'} of the base's target_parameters as PEFT {_shown(adapter)} lays them out "
+        f"({shapes}): its layout is not proven, so it is not merged"
     )
 
 
@@ -87,15 +87,15 @@ def _version(adapter: Adapter) -> tuple[int, int]:
     mapping = adapter.config.get("auto_mapping")
     if isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"):
         raise InputError(
-            f"{adapter.path}: written by unsloth, which packs lora_B of experts in another order than PEFT says in its file: "
-            "merge it with unsloth's save_pretrained_merged"
+            f"{adapter.path}: written by unsloth, which packs lora_B of experts in another order than PEFT says in its "
+            "file: merge it with unsloth's save_pretrained_merged"
         )
     match = re.match(r"(\d+)\.(\d+)", str(adapter.config.get("peft_version") or ""))
     found = (int(match[1]), int(match[2])) if match else (0, 0)
     if not OLDEST <= found < NEWEST:
         raise InputError(
-            f"{adapter.path}: LoRA on stacked experts, peft_version {_shown(adapter)}: its layout is known for 0.18 to 0.21 "
-            "only. Load it and save it again with one of these"
+            f"{adapter.path}: LoRA on stacked experts, peft_version {_shown(adapter)}: its layout is known for 0.18 to "
+            "0.21 only. Load it and save it again with one of these"
         )
     return found
 

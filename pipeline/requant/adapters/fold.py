@@ -1,7 +1,7 @@
 """Fold: the change that an adapter makes to one weight, in fp32.
 
-Each kind of adapter derives one class from `Fold`, with its formula, its shapes and its bound. Nothing is read from disk
-until `apply` is called. `W` is [out, in] throughout: the caller transposes Conv1D weights. PEFT 0.21 is the reference.
+Each kind of adapter derives one class from `Fold`, with its formula, its shapes and its bound. Tensors are read
+when `apply` is called. `W` is [out, in] throughout: the caller transposes Conv1D weights. PEFT 0.21 is the reference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Keys of adapter files: what each means, however a trainer or wrapper spelled it.
 
-PEFT writes `base_model.model.<module>.<tensor>`. Around that, torch.compile, FSDP, activation checkpointing and DDP leave
-wrapper names, doubled wrapping doubles the prefix, whole state dicts contain the adapter's name and PEFT's inner
-modules. `normalise` removes exactly this noise. A key that can mean two things is refused.
+PEFT writes `base_model.model.<module>.<tensor>`. torch.compile, FSDP, activation checkpointing and DDP add wrapper
+names, doubled wrapping doubles the prefix, whole state dicts contain the adapter's name and PEFT's inner modules.
+`normalise` removes exactly this noise. A key that can mean two things is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Key:
     """What the key of an adapter file means: `tensor` of `module`.
 
     tensor: one of `kinds.tensor_keys`, with `.bias` for lora_B's; None: the file's tensor replaces `module`.`leaf`.
-    wrapped: how many `base_layer` are between module and tensor: PEFT nests LoRA on several parameters of one module so.
+    wrapped: how many `base_layer` are between module and tensor. PEFT nests LoRA on several parameters of a module so.
     """
 
     module: str
@@ -87,7 +87,7 @@ def clean(key: str, names: Collection[str] = ("default",)) -> str | None:
 
 
 def adapter_names(keys: Iterable[str]) -> frozenset[str]:
-    """The adapter names inside the keys (`lora_A.<name>.weight`), with "default", which PEFT uses when none was given."""
+    """The adapter names inside the keys (`lora_A.<name>.weight`), and "default", the name that PEFT uses by default."""
     found = {"default"}
     for key in keys:
         steps = _bare(key)
@@ -98,7 +98,9 @@ def adapter_names(keys: Iterable[str]) -> frozenset[str]:
 
 
 def normalise_all(keys: Iterable[str], same: Callable[[str, str], bool] = lambda a, b: False) -> dict[str, Key | None]:
-    """`normalise` for all keys of one file; raises InputError when two of them mean the same tensor or two adapters mix.
+    """`normalise` for all keys of one file.
+
+    Raises InputError when two keys mean the same tensor, or the file contains several adapters.
 
     same: whether two keys hold the same values; then the second is only a copy (PEFT saves resized embeddings so).
     """

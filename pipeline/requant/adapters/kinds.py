@@ -21,7 +21,7 @@ class Kind:
 
     build: the fold of one module; raises InputError when its tensors do not fit together or to the config.
     tensors: name of each tensor that PEFT saves for the kind -> how its key is spelled.
-    settings: keys of adapter_config.json that the kind adds to the common ones (`unsupported.COMMON`); any other is refused.
+    settings: keys of adapter_config.json that it adds to the common ones (`unsupported.COMMON`); others are refused.
     why_not_merged: of the config, a setting that has no exact merge and its reason.
     """
 

@@ -1,4 +1,4 @@
-"""What cannot be merged exactly: peft types and settings, each with its reason, from adapter_config.json alone."""
+"""Refusal of peft types and settings that cannot be merged exactly, each with its reason."""
 
 from __future__ import annotations
 

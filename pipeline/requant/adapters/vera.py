@@ -64,8 +64,9 @@ def build(tensors: ModuleTensors) -> Fold:
     shared = tensors.shared
     if not {"vera_A", "vera_B"} <= set(shared):
         raise tensors.error(
-            "save_projection was false: vera_A and vera_B are not in the file, and PEFT draws them anew from a seed whose "
-            "numbers depend on the machine. Load the adapter where it was trained, set save_projection and save it again"
+            "save_projection was false: vera_A and vera_B are not in the file, and PEFT draws them anew from a seed "
+            "whose numbers depend on the machine. Load the adapter where it was trained, set save_projection and save "
+            "it again"
         )
     a, b = shared["vera_A"], shared["vera_B"]
     if b.shape[0] < lambda_b.shape[0] or min(a.shape[0], b.shape[1]) < lambda_d.shape[0]:

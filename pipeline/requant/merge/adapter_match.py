@@ -1,7 +1,7 @@
-"""Whether an adapter belongs to a base, by names, shapes, recorded base, vocabulary, chat template.
+"""Whether an adapter belongs to a base: names, shapes, vocabulary, what the config says.
 
-An adapter of the right shape for the wrong base (instruct for base, another release) merges without an error and answers
-badly, so every comparison is reported. What files do not tell is measured by `evaluate.adapter_probe`.
+An adapter of the right shape for the wrong base (instruct for base, another release) merges without an error and
+answers badly, so every comparison is reported. What files do not tell is measured by `evaluate.adapter_probe`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def _vocabulary(base: Path, adapter: Path) -> Sign:
     changed = [t for t, i in of_base.items() if of_adapter.get(t) != i]
     added = len(of_adapter.keys() - of_base.keys())
     if changed:
-        note = f"{len(changed)} of the base's {len(of_base)} tokens are others in the adapter's tokenizer, e.g. {changed[0]!r}"
+        count = f"{len(changed)} of the base's {len(of_base)} tokens"
+        note = f"{count} are others in the adapter's tokenizer, e.g. {changed[0]!r}"
         return Sign("vocabulary", False, f"{note}: it was trained with another base's tokenizer")
     return Sign("vocabulary", True, f"the base's, and {added} added tokens" if added else "the same tokens")
 

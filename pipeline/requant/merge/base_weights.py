@@ -160,9 +160,9 @@ class BaseWeights:
             raise StageError(f"{self.checkpoint[weight.name].file}: {weight.name}: {error}") from error
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """One weight in the dtype and shape of its `BaseWeight`, decoded on `device`; every device gives the same values.
+        """One weight in the dtype and shape of its `BaseWeight`, decoded on `device`.
 
-        Raises StageError when the stored bytes and the quant_state disagree.
+        Every device gives the same values. Raises StageError when the stored bytes and the quant_state disagree.
         """
         weight = self.weights[name]
         if weight.kind == "stored":

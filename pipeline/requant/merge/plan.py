@@ -116,7 +116,7 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
         _collect(changes, adapter, layout, sources)
     _refuse_combinations(every)
     conv1d = {layout.tensor(f"{m}.weight") for m in layout.conv1d}
-    untied, sources = _untie(layout, any(a.ties_weights for a in every), sources, changes)
+    untied, sources = _untie(layout, sources, changes, tie_on_purpose=any(a.ties_weights for a in every))
     lost = [n for n in (*changes.folds, *changes.bias_folds, *changes.replaced) if n not in sources]
     if lost:
         of_adapter, of_base = (", ".join(sorted(names)[:3]) for names in (lost, sources))
@@ -198,8 +198,8 @@ def _warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """Where PEFT itself is wrong, so that comparing with it will show a difference."""
     wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
     return tuple(
-        f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so it "
-        "will differ from the variant adapter"
+        f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
+        "it will differ from the variant adapter"
         for a in wrong
     )
 
@@ -209,7 +209,7 @@ def _paths(adapters: Sequence[Adapter]) -> str:
 
 
 def _untie(
-    layout: ModelLayout, tie_on_purpose: bool, sources: dict[str, BaseWeight], changes: _Changes
+    layout: ModelLayout, sources: dict[str, BaseWeight], changes: _Changes, *, tie_on_purpose: bool
 ) -> tuple[bool, dict[str, BaseWeight]]:
     """Whether tied embeddings become two tensors, because the adapter makes them differ; and the sources then."""
     if layout.tied is None:

@@ -1,4 +1,4 @@
-"""The self-test: random rows of a merged checkpoint, recomputed from base and adapter in fp64 by other code.
+"""Self-test of a merged checkpoint: random rows, recomputed in fp64 by other code.
 
 It shares no arithmetic with `nf4.decode` or `Fold.apply`: codes are looked up one row at a time in Python integers and
 fp64, formulas are `Fold.exact_rows`. The tolerance is derived: fp32 products and sums, then one rounding to the stored
@@ -33,7 +33,7 @@ class SelfTest:
 
 
 def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, seed: int = 0) -> SelfTest:
-    """Compare `rows` random rows of `tensors` random tensors; raises StageError naming the tensor and row that differ."""
+    """Compare random rows of random tensors; raises StageError that names the tensor and row that differ."""
     written = Checkpoint(out)
     expected = {op.name for op in plan.ops}
     if set(written) != expected:

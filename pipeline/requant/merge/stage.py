@@ -50,8 +50,8 @@ class MergeResult:
 def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor, bool]:
     """The value of one output tensor before rounding, and whether the adapter changes it (False: a zero delta).
 
-    device: where weights are decoded and folded; a fold that is not `on_any_device` is computed on the CPU. Decoded values
-    are the same on every device; the products of a fold may be summed in another order.
+    device: where weights are decoded and folded; a fold that is not `on_any_device` is computed on the CPU.
+    Decoded values are the same on every device; the products of a fold may be summed in another order.
     """
     assert op.source is not None
     if not all(fold.on_any_device for fold in (*op.folds, *op.bias_folds)):
