@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from requant.checkpoint import reader
-from requant.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, file_digest, read_header, read_json, write_text
+from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, file_digest, read_header, read_json
 from requant.checkpoint.writer import CheckpointWriter, Slot, plan_shards
 from requant.errors import InputError, StageError
 

@@ -173,7 +173,8 @@ def test_what_a_killed_run_left_half_written_goes(
     given: tuple[variants.VariantSources, Scores], tmp_path: Path
 ) -> None:
     """Names hold the process's number: nobody else writes them again."""
-    left = [tmp_path / name for name in (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp")]
+    names = (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp", ".answers-gptq-1.json.tmp")
+    left = [tmp_path / name for name in names]
     for file in left:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"half")

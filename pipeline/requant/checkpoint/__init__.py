@@ -2,6 +2,7 @@
 
     reader          a directory of safetensors: headers first, tensors when asked for   <- start here
     writer          sharded safetensors, written in order and resumable
+    atomic_write    files that are whole or absent
     model_files     config.json, tokenizer and other small files of a model
     run_directory   artifacts, manifests, results and the log of a run
     device_loader   tensors of a checkpoint straight to a GPU

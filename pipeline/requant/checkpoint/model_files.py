@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.reader import read_json, write_text
+from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.reader import read_json
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 TOKENIZER = (

@@ -231,19 +231,6 @@ def _tables(path: Path) -> dict[str, TensorInfo]:
     raise InputError(f"{path}: no safetensors weights found")
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a small file at once: readers see the old text or the new one, never a part."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise StageError(f"{file}: write failed ({error.strerror or error})") from error
-
-
 def file_digest(file: Path) -> str:
     """sha256 of a file's content, as hex."""
     with file.open("rb") as f:

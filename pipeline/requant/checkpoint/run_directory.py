@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.reader import file_digest, read_json, write_text
+from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.reader import file_digest, read_json
 from requant.errors import InputError, StageError
 
 MARKER = ".requant.json"

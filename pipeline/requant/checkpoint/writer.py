@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor, write_text
+from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
 from requant.errors import StageError
 
 AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB

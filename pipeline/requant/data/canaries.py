@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from requant.checkpoint.reader import read_json, write_text
+from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.reader import read_json
 from requant.data.documents import TextSource, adds_bos, read_rows
 from requant.errors import InputError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,12 +84,7 @@ def _free(device: torch.device) -> float:
     """Bytes that a model may take."""
     if device.type == "cuda":
         free_memory(device)
-        return 0.9 * free_bytes(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next(0.9 * 1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return 0.9 * free_bytes(device)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> Any:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.checkpoint.reader import read_json, write_text
+from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.reader import read_json
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet

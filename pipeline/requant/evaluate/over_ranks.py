@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from requant.checkpoint.atomic_write import TEMPORARY, write_text
 from requant.data.canaries import Canaries
 from requant.evaluate import stage as evaluation
 from requant.evaluate.scores import REFERENCE, Scores
@@ -34,7 +35,7 @@ def evaluate(
 
     Finished shares of a killed run are reused with the same number of ranks; its half-written files are removed.
     """
-    for unfinished in scores.cache.rglob(".*.tmp"):
+    for unfinished in scores.cache.rglob(TEMPORARY):
         unfinished.unlink()
     if ranks.count == 1:
         return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress)
@@ -52,7 +53,7 @@ def evaluate(
         pieces = [scores.read(p.file(variant, own)) for p in parts for own in p.sets if own.name == s.name]
         join(pieces, s).save(scores.file(variant, s))
     for variant, file in scores.unanswered().items():
-        shutil.copyfile(parts[0].answer_files[variant], file)
+        write_text(file, parts[0].answer_files[variant].read_text(encoding="utf-8"))
     return result
 
 

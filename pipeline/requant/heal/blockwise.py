@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from requant.checkpoint.atomic_write import atomic_write
 from requant.checkpoint.reader import Checkpoint
 from requant.formats import gptq as gptq_format
 from requant.heal import kl_loss, student
@@ -144,9 +145,8 @@ def _train(part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, f
                 return LossCurve.from_json(stored.metadata()["curve"])
     curve = trainer.run(None)
     tensors = {f"offset.{i}": vector.offset.detach().cpu() for i, vector in enumerate(part.trainable)}
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, {"key": job.key, "curve": curve.to_json()})
-    temporary.replace(file)
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, {"key": job.key, "curve": curve.to_json()})
     return curve
 
 

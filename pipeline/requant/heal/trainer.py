@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from requant.checkpoint.atomic_write import atomic_write
 from requant.data.packing import HealingText
 from requant.errors import StageError
 from requant.heal import kl_loss
@@ -172,13 +173,9 @@ class Trainer:
             moments = self.optimizer.state[vector.offset]
             tensors |= {f"offset.{i}": vector.offset, f"best.{i}": best}
             tensors |= {f"{name}.{i}": moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
-        temporary = state.with_name(state.name + ".tmp")
-        save_file(
-            {k: v.detach().cpu() for k, v in tensors.items()},
-            temporary,
-            {"key": key, "curve": self.curve.to_json()},
-        )
-        temporary.replace(state)
+        on_host = {k: v.detach().cpu() for k, v in tensors.items()}
+        with atomic_write(state) as temporary:
+            save_file(on_host, temporary, {"key": key, "curve": self.curve.to_json()})
 
     def restore(self, state: Path, key: str) -> int:
         """Load what `save` wrote for the same key; returns the number of steps done, 0 without such a file."""

@@ -6,7 +6,7 @@ import json
 from typing import Any, cast
 
 from requant import __version__
-from requant.checkpoint.reader import write_text
+from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.run_directory import key_of
 from requant.deploy.verification import saved_verifications
 from requant.run import report_facts

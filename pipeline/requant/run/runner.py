@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from requant import recipe
-from requant.checkpoint.reader import write_text
+from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.errors import InputError
 from requant.quantize.stage import check_ranks

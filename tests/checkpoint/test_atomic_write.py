@@ -1,0 +1,41 @@
+"""`requant.checkpoint.atomic_write`: a file is the old one or the new one, and nothing stays beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from requant.checkpoint.atomic_write import TEMPORARY, atomic_write, write_text
+from requant.errors import StageError
+
+
+def test_a_file_changes_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "answers.json"
+    write_text(file, "old")
+    with atomic_write(file) as temporary:
+        temporary.write_text("new")
+        assert file.read_text() == "old"
+        assert list(tmp_path.glob(TEMPORARY)) == [temporary], "who cleans up finds it"
+    assert file.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_after_an_error_the_file_is_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "answers.json"
+    write_text(file, "old")
+
+    def interrupted() -> None:
+        with atomic_write(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_write_that_fails_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"answers\.json: write failed \(No such file or directory\)"):
+        write_text(tmp_path / "nowhere" / "answers.json", "text")
