@@ -1,4 +1,4 @@
-"""`requant.engines`: real loads through transformers and gptqmodel; what a refusal or a broken interpreter becomes."""
+"""Tests of `requant.deploy.engine_processes`: real loads, refusals, broken interpreters."""
 
 from __future__ import annotations
 

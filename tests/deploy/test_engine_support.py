@@ -1,4 +1,4 @@
-"""`requant.targets`: the verdict on a plan, engine by engine; the table against the engines' own where they are installed."""
+"""Tests of `requant.deploy.engine_support`: verdicts on plans, and the table against installed engines."""
 
 from __future__ import annotations
 

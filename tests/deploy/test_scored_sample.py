@@ -1,4 +1,4 @@
-"""`requant.sample`: what engines score is the beginning of documents, and a run keeps it for later."""
+"""Tests of `requant.deploy.scored_sample`: what engines score is the beginning of documents, and a run keeps it for later."""
 
 from __future__ import annotations
 

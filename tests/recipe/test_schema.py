@@ -1,4 +1,4 @@
-"""Tests of `requant.recipe` and `requant.yaml_source`: what is accepted, and every message word for word."""
+"""Tests of `requant.recipe.schema` and `yaml_document`: what is accepted, and every message word for word."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `requant.init`: the schema accepts the starter, and bad adapters are told what to do."""
+"""Tests of `requant.recipe.template`: the schema accepts the starter, and every bad adapter has a message that says what to do."""
 
 from __future__ import annotations
 

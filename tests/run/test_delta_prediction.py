@@ -1,4 +1,4 @@
-"""`requant.resonance`: what rounding keeps of a delta, where it must be all or nothing, and what `check` says."""
+"""Tests of `requant.run.check.delta_prediction`: retention where it must be all or nothing, warnings."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.e2e import one_thread, recipe
 
-from requant.evaluate import stage as evaluate
+from requant.evaluate import stage as evaluate_stage
 from requant.modeling import fused_ops, skeleton
 from requant.quantize import block_quantizer
 from requant.quantize.calibration_plan import CalibrationPlan
@@ -134,7 +134,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "_rates", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(forecast, "product_rate", lambda _: math.inf)
-    for module in (forecast, evaluate):  # no last check, and everything is streamed
+    for module in (forecast, evaluate_stage):  # no last check, and everything is streamed
         monkeypatch.setattr(module, "free_bytes", lambda _: 0)
     monkeypatch.setattr(forecast.measurements, "reset_peak", lambda: 0)
     monkeypatch.setattr(forecast, "LIBRARIES", 0)

@@ -1,4 +1,4 @@
-"""Tests of `requant.run`: what a run leaves, what it does not do again, and that nothing interrupts it for good."""
+"""Tests of `requant.run.runner`: what a run leaves, what it does not do again, and that nothing interrupts it for good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suggested bits: what is lifted together, the patch that a recipe takes, and what swapping a module back gains."""
+"""Tests of `requant.run.suggest` and `module_swap`: candidates, the patch of a recipe, what a swap gains."""
 
 from __future__ import annotations
 
