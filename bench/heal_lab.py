@@ -133,7 +133,7 @@ class Bench:
         """Our GPTQ of the merged model, as the demo's recipe asks for it."""
         out = self.work / f"ours-{bits}"
         out.mkdir()
-        settings = layout.Settings(Grid(bits, 64), "auto", 2, 0.5)
+        settings = layout.Settings(grid=Grid(bits, 64), order="auto", sweeps=2, correct=0.5)
         quantize.quantize(
             self.merged, out, self.calibration(), settings, dtype=torch.bfloat16, device=DEVICE,
         )  # fmt: skip

@@ -161,7 +161,7 @@ def checkpoints(work: Path, names: list[str]) -> dict[str, str]:
     for name in names:
         out = work / name.replace(" ", "-")
         out.mkdir()
-        settings = Settings(FORMATS[name])
+        settings = Settings(grid=FORMATS[name])
         quantize.quantize(
             work / "model", out, windows, settings, dtype=torch.float16, device=torch.device("cpu"), batch=8
         )

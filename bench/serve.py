@@ -103,7 +103,7 @@ def make(folder: Path, layers: int, device: str) -> tuple[Path, Path]:
     del model
     gptq.mkdir(parents=True)
     windows = torch.randint(3, 32000, (8, 512), generator=torch.Generator().manual_seed(1))
-    settings = Settings(Grid(4, 128, search="minmax"))
+    settings = Settings(grid=Grid(4, 128, search="minmax"))
     quantize.quantize(merged, gptq, windows, settings, dtype=torch.bfloat16, device=torch.device(device))
     return merged, gptq
 

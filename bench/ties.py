@@ -48,7 +48,7 @@ def quantize(args: argparse.Namespace) -> None:
     args.checkpoint.mkdir(exist_ok=True)
     with speed.met() as ranks:
         stage.quantize(
-            args.merged, args.checkpoint, windows(args)[: args.samples], Settings(Grid(4, 64), sweeps=2, correct=0.5),
+            args.merged, args.checkpoint, windows(args)[: args.samples], Settings(grid=Grid(4, 64), sweeps=2, correct=0.5),
             dtype=torch.float16, device=torch.device("cpu"), batch=args.batch, ranks=ranks,
         )  # fmt: skip
 

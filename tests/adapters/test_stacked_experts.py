@@ -114,6 +114,6 @@ def test_single_experts_that_a_checkpoint_holds_stacked_are_refused(tmp_path: Pa
     model = skeleton.build(pico.config("mixtral"))
     named = dict(pico.model("mixtral").named_parameters())
     with pytest.raises(InputError) as caught:
-        layout.plan(named, model, quantize.Settings(Grid(4, 32)), torch.float16, where=tmp_path)
+        layout.plan(named, model, quantize.Settings(grid=Grid(4, 32)), torch.float16, where=tmp_path)
     message = "model.layers.0.mlp.experts.0.gate_proj: its weight is not in the checkpoint under a name that transformers knows"
     assert message in str(caught.value)

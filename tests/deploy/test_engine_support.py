@@ -34,7 +34,7 @@ def planned(kind: str = "llama", settings: Settings | None = None, **changes: An
 
     tensors = revert_weight_conversion(stored, stored.state_dict())
     slots = {n: Slot(n, torch.bfloat16, tuple(t.shape)) for n, t in tensors.items()}
-    return plan(slots, model, settings or Settings(Grid(4, 32)), torch.bfloat16, where=Path("here")), model
+    return plan(slots, model, settings or Settings(grid=Grid(4, 32)), torch.bfloat16, where=Path("here")), model
 
 
 def verdict(
@@ -45,7 +45,7 @@ def verdict(
 
 def test_which_kernel_on_which_hardware() -> None:
     """Machete from groups of 64 on and for outputs in units of 128 (as fused); everything else is Marlin's."""
-    settings = Settings(Grid(4, 64))
+    settings = Settings(grid=Grid(4, 64))
     got = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 48}))
     assert got.loads
     # a block: qkv 192 + 2 * 96 outputs, o_proj, gate_up, down; the 384 of qkv are 3 * 128
@@ -55,11 +55,11 @@ def test_which_kernel_on_which_hardware() -> None:
     assert str(got).startswith("loads; Hopper: Machete 8; ")
     narrow = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 16, "num_key_value_heads": 1}))
     assert narrow.kernels["Hopper"] == {"Machete": 6, "Marlin": 2}, "qkv has 96 outputs"
-    assert verdict("vllm", "llama", Settings(Grid(4, 32)), **LLAMA).kernels["Hopper"] == {"Marlin": 8}
+    assert verdict("vllm", "llama", Settings(grid=Grid(4, 32)), **LLAMA).kernels["Hopper"] == {"Marlin": 8}
 
 
 def test_8_bits_have_no_kernel_on_vllms_cpu() -> None:
-    got = verdict("vllm", "llama", Settings(Grid(8, 32)), **LLAMA)
+    got = verdict("vllm", "llama", Settings(grid=Grid(8, 32)), **LLAMA)
     assert got.loads
     assert got.lacking == {"CPU": "model.layers.0.self_attn.qkv_proj: no 8-bit weights"}
     assert "not on CPU: model.layers.0.self_attn.qkv_proj: no 8-bit weights" in str(got)
@@ -69,16 +69,16 @@ def test_8_bits_have_no_kernel_on_vllms_cpu() -> None:
     ("grid", "says"), [(Grid(3, 32), "no 3-bit weights"), (Grid(4, 32, symmetric=False), "no asymmetric weights")]
 )
 def test_what_vllm_refuses_and_others_load(grid: Grid, says: str) -> None:
-    got = verdict("vllm", "llama", Settings(grid), **LLAMA)
+    got = verdict("vllm", "llama", Settings(grid=grid), **LLAMA)
     assert not got.loads
     assert says in str(got)
-    assert verdict("transformers", "llama", Settings(grid), **LLAMA).loads
-    sglang = verdict("sglang", "llama", Settings(grid), **LLAMA)
+    assert verdict("transformers", "llama", Settings(grid=grid), **LLAMA).loads
+    sglang = verdict("sglang", "llama", Settings(grid=grid), **LLAMA)
     assert list(sglang.kernels) == ["NVIDIA GPU with --quantization gptq --dtype half"]
 
 
 def test_sglang_does_not_pad() -> None:
-    got = verdict("sglang", "llama", Settings(Grid(4, 64)), **(LLAMA | {"hidden_size": 192, "head_dim": 64}))
+    got = verdict("sglang", "llama", Settings(grid=Grid(4, 64)), **(LLAMA | {"hidden_size": 192, "head_dim": 64}))
     assert got.lacking == {
         "NVIDIA GPU from Ampere on": "model.layers.0.self_attn.qkv_proj: its 192 inputs are no multiple of 128"
     }
@@ -86,20 +86,20 @@ def test_sglang_does_not_pad() -> None:
 
 def test_overrides() -> None:
     """Servers read them, transformers does not; parts that are fused must agree."""
-    one = Settings(Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}),))
+    one = Settings(grid=Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}),))
     assert verdict("vllm", "llama", one, **LLAMA).loads
     assert verdict("gptqmodel", "llama", one, **LLAMA).loads
     assert "ignores settings of single modules (model.layers.0.mlp.down_proj)" in str(
         verdict("transformers", "llama", one, **LLAMA)
     )
-    uneven = Settings(Grid(4, 32), overrides=(("*.k_proj", {"bits": 8}),))
+    uneven = Settings(grid=Grid(4, 32), overrides=(("*.k_proj", {"bits": 8}),))
     says = "the parts of model.layers.0.self_attn.qkv_proj differ in their settings"
     assert says in str(verdict("vllm", "llama", uneven, **LLAMA))
     assert says in str(verdict("sglang", "llama", uneven, **LLAMA))
-    skipped = Settings(Grid(4, 32), overrides=(("*.0.mlp.up_proj", None),))
+    skipped = Settings(grid=Grid(4, 32), overrides=(("*.0.mlp.up_proj", None),))
     assert "the parts of model.layers.0.mlp.gate_up_proj differ" in str(verdict("vllm", "llama", skipped, **LLAMA))
     assert "mlp.up_proj stays in 16 bit in some blocks only" in str(verdict("transformers", "llama", skipped, **LLAMA))
-    whole = Settings(Grid(4, 32), overrides=(("*.o_proj", None),))
+    whole = Settings(grid=Grid(4, 32), overrides=(("*.o_proj", None),))
     assert verdict("transformers", "llama", whole, **LLAMA).loads
 
 
@@ -109,7 +109,7 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_hea
 
 def test_on_how_many_gpus_at_once() -> None:
     """down_proj is cut by its inputs: 13824 / 8 = 13.5 groups of 128, but 27 of 64."""
-    g128, g64 = (Settings(Grid(4, g)) for g in (128, 64))
+    g128, g64 = (Settings(grid=Grid(4, g)) for g in (128, 64))
     assert str(verdict("vllm", "llama", g128, **LLAMA_70B)).endswith("; tensor parallel 1, 2, 4, 8")
     got = verdict("vllm", "llama", g128, **LLAMA_13B)
     assert got.parallel[4] is None
@@ -117,31 +117,31 @@ def test_on_how_many_gpus_at_once() -> None:
         "; tensor parallel 1, 2, 4, not 8 (model.layers.0.mlp.down_proj: 1728 inputs each would cut a group of 128)"
     )
     assert str(verdict("vllm", "llama", g64, **LLAMA_13B)).endswith("; tensor parallel 1, 2, 4, 8")
-    row = verdict("vllm", "llama", Settings(Grid(4, -1)), **LLAMA_13B)
+    row = verdict("vllm", "llama", Settings(grid=Grid(4, -1)), **LLAMA_13B)
     assert row.parallel == {2: None, 4: None, 8: None}, "one scale a row: every GPU has it"
     assert verdict("transformers", "llama", g128, **LLAMA_13B).parallel == {}
 
 
 def test_heads_are_not_cut() -> None:
     nine = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    got = verdict("vllm", "llama", Settings(Grid(4, 64)), **nine)
+    got = verdict("vllm", "llama", Settings(grid=Grid(4, 64)), **nine)
     assert str(got).endswith("; tensor parallel 1, not 2 (9 attention heads)")
     odd = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 3}
-    assert verdict("vllm", "llama", Settings(Grid(4, 64)), **odd).parallel[2] == "3 key heads"
+    assert verdict("vllm", "llama", Settings(grid=Grid(4, 64)), **odd).parallel[2] == "3 key heads"
     # Two key heads on four GPUs: each has one of them, and its own queries.
-    shared = verdict("vllm", "llama", Settings(Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
+    shared = verdict("vllm", "llama", Settings(grid=Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
     assert shared.parallel[4] is None
-    fused = verdict("vllm", "phi3", Settings(Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
+    fused = verdict("vllm", "phi3", Settings(grid=Grid(4, 64)), **(LLAMA | {"num_attention_heads": 4}))
     assert fused.parallel[4] is None
 
 
 def test_a_part_is_too_small_for_a_kernel() -> None:
     """SGLang's Marlin does not pad; its other kernel takes what is left, but not half a group."""
-    settings = Settings(Grid(4, 64))
+    settings = Settings(grid=Grid(4, 64))
     got = verdict("sglang", "llama", settings, **LLAMA)
     assert got.parallel[4] is None, "64 of o_proj's 256 inputs: not for Marlin, but for GPTQ"
     assert got.parallel[8] == "4 attention heads"
-    alone = Settings(Grid(4, 128))
+    alone = Settings(grid=Grid(4, 128))
     assert verdict("vllm", "llama", alone, **LLAMA).parallel[4] == (
         "model.layers.0.self_attn.o_proj: 64 inputs each would cut a group of 128"
     )
@@ -151,9 +151,9 @@ def test_experts_are_cut_inside() -> None:
     """vLLM halves groups of experts down to 32 before it gives up."""
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     sizes |= {"moe_intermediate_size": 256}
-    got = verdict("vllm", "qwen3_moe", Settings(Grid(4, 64)), **sizes)
+    got = verdict("vllm", "qwen3_moe", Settings(grid=Grid(4, 64)), **sizes)
     assert got.parallel == {2: None, 4: None, 8: None}
-    narrow = verdict("vllm", "qwen3_moe", Settings(Grid(4, 32)), **(sizes | {"moe_intermediate_size": 96}))
+    narrow = verdict("vllm", "qwen3_moe", Settings(grid=Grid(4, 32)), **(sizes | {"moe_intermediate_size": 96}))
     assert narrow.parallel[2] == "model.layers.0.mlp.experts.0.down_proj: 48 inputs each would cut a group of 32"
 
 
@@ -165,7 +165,7 @@ def test_experts() -> None:
     assert got.kernels["CPU"] == {"CPUWNA16": 4, "CPU MoE (needs AMX)": 2}
     narrow = verdict("vllm", "qwen3_moe")
     assert narrow.kernels["Hopper"] == {"Marlin": 4, "MoeWNA16": 2}
-    uneven = Settings(Grid(4, 32), overrides=(("*.experts.3.*", {"bits": 8}),))
+    uneven = Settings(grid=Grid(4, 32), overrides=(("*.experts.3.*", {"bits": 8}),))
     assert "model.layers.0.mlp.experts differ in their settings" in str(verdict("vllm", "qwen3_moe", uneven))
     assert "keeps experts fused" in str(verdict("transformers", "qwen3_moe"))
     assert verdict("gptqmodel", "qwen3_moe").loads

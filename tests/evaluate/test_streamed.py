@@ -122,7 +122,7 @@ def test_what_is_made_of_the_merged_model(tmp_path: Path, kind: str) -> None:
     grid = Grid(4, 32)
     (tmp_path / "gptq").mkdir()
     planned, _ = quantize.quantize(
-        source, tmp_path / "gptq", pico.ids(4), Settings(grid), dtype=torch.bfloat16, device=CPU
+        source, tmp_path / "gptq", pico.ids(4), Settings(grid=grid), dtype=torch.bfloat16, device=CPU
     )
     sources = variants.VariantSources(
         base=source,

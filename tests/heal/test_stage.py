@@ -42,7 +42,7 @@ def quantized(path: Path, kind: str = "llama", *, grid: Grid = Grid(3, 32), **ch
     merged, out = path / "merged", path / "gptq"
     out.mkdir(parents=True)
     pico.save(pico.model(kind, **changes), merged)
-    settings = Settings(grid)
+    settings = Settings(grid=grid)
     quantize.quantize(merged, out, pico.ids(8, LENGTH), settings, dtype=torch.bfloat16, device=CPU)
     return merged, out
 

@@ -224,7 +224,7 @@ def packed(source: Path, out: Path, grid: Grid, *, dtype: torch.dtype = torch.fl
     """A GPTQ checkpoint of a saved model, rounded to nearest: the real files without the minutes of calibration."""
     checkpoint = Checkpoint(source)
     made = skeleton.open_model(source)
-    settings = layout.Settings(grid, overrides=options.pop("overrides", ()))
+    settings = layout.Settings(grid=grid, overrides=options.pop("overrides", ()))
     planned = layout.plan(checkpoint, made, settings, dtype, where=source)
     names = skeleton.tensor_names(made, checkpoint)
     out.mkdir(exist_ok=True)

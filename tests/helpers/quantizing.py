@@ -29,4 +29,4 @@ def run(source: Path, out: Path, settings: Settings | None = None, **options: An
     out.mkdir(exist_ok=True)
     options = {"dtype": torch.float16, "device": CPU, "batch": 2} | options
     function = options.pop("function", quantize)
-    return function(source, out, options.pop("windows", windows()), settings or Settings(GRID), **options)
+    return function(source, out, options.pop("windows", windows()), settings or Settings(grid=GRID), **options)

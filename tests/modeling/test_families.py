@@ -91,7 +91,7 @@ def quantized(family: Family, tmp: Path, grid: Grid) -> tuple[Any, Any, Any]:
     source = pico.save(pico.model(family.kind, **family.changes), tmp / "merged", torch.float16)
     (tmp / "gptq").mkdir()
     plan, results = quantize(
-        source, tmp / "gptq", pico.ids(8, 32, seed=3), Settings(grid, order="activation"), dtype=torch.float16,
+        source, tmp / "gptq", pico.ids(8, 32, seed=3), Settings(grid=grid, order="activation"), dtype=torch.float16,
         device=torch.device("cpu"), batch=4,
     )  # fmt: skip
     sources = variants.VariantSources.of_checkpoint(source, gptq=tmp / "gptq")

@@ -147,7 +147,7 @@ def test_experts_that_the_text_hardly_uses_are_counted(tmp_path: Path) -> None:
     source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
     (tmp_path / "out").mkdir()
     _, results = quantize(
-        source, tmp_path / "out", torch.full((8, 32), 5), Settings(Grid(4, 32), correct=0.5), dtype=torch.float16,
+        source, tmp_path / "out", torch.full((8, 32), 5), Settings(grid=Grid(4, 32), correct=0.5), dtype=torch.float16,
         device=torch.device("cpu"), batch=2,
     )  # fmt: skip
     shares = {r.name: r.added for r in results}
@@ -164,7 +164,7 @@ def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path)
     (tmp_path / "out").mkdir()
     overrides = (("*.0.mlp.experts.*", None), ("*.1.mlp.experts.2.up_proj", {"bits": 8}))
     quantize(
-        source, tmp_path / "out", pico.ids(4, 16), Settings(Grid(4, 32), overrides=overrides), dtype=torch.float16,
+        source, tmp_path / "out", pico.ids(4, 16), Settings(grid=Grid(4, 32), overrides=overrides), dtype=torch.float16,
         device=torch.device("cpu"),
     )  # fmt: skip
     rules = read_json(tmp_path / "out" / "config.json")["quantization_config"]["dynamic"]
@@ -187,7 +187,7 @@ def test_running_blocks_again_gives_experts_the_same_rows(tmp_path: Path, monkey
             lambda *args, paused, forced=hold, **options: sequential.run_block(*args, paused=forced, **options),
         )
         quantize(
-            source, tmp_path / name, pico.ids(4, 16), Settings(Grid(4, 32), correct=0.5), dtype=torch.float16,
+            source, tmp_path / name, pico.ids(4, 16), Settings(grid=Grid(4, 32), correct=0.5), dtype=torch.float16,
             device=torch.device("cpu"), batch=2,
         )  # fmt: skip
     held, again = Checkpoint(tmp_path / "held"), Checkpoint(tmp_path / "again")

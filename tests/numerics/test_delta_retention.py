@@ -152,7 +152,7 @@ def test_what_the_quantizer_measures(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     ids = pico.ids(8, 32, seed=3)
     _, results = quantize(
-        source, tmp_path / "out", ids, Settings(Grid(4, 32)), dtype=torch.float16, device=torch.device("cpu"), batch=2,
+        source, tmp_path / "out", ids, Settings(grid=Grid(4, 32)), dtype=torch.float16, device=torch.device("cpu"), batch=2,
         deltas=deltas(plan),
     )  # fmt: skip
     by_name = {r.name: r for r in results}
@@ -189,7 +189,7 @@ def test_without_deltas_nothing_is_said(tmp_path: Path) -> None:
     source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
     (tmp_path / "out").mkdir()
     _, results = quantize(
-        source, tmp_path / "out", pico.ids(8, 32), Settings(Grid(4, 32)), dtype=torch.float16,
+        source, tmp_path / "out", pico.ids(8, 32), Settings(grid=Grid(4, 32)), dtype=torch.float16,
         device=torch.device("cpu"), batch=2,
     )  # fmt: skip
     assert all(isinstance(r, ModuleResult) and r.signal is None and r.retention is None for r in results)

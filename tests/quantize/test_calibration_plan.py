@@ -19,8 +19,8 @@ from requant.quantize.calibration_plan import CalibrationPlan, batch_size, plan_
 from requant.quantize.plan import Settings
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
-AUTO = Settings(GRID, order="auto")
-CORRECTED = Settings(GRID, order="auto", correct=0.5)
+AUTO = Settings(grid=GRID, order="auto")
+CORRECTED = Settings(grid=GRID, order="auto", correct=0.5)
 WIDEST = 128  # inputs of the widest linear: 8 tokens for each are enough of the unquantized model
 
 

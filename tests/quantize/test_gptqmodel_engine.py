@@ -41,7 +41,7 @@ def windows() -> torch.Tensor:
 
 
 def test_the_same_files_and_the_same_numbers(source: Path, tmp_path: Path) -> None:
-    settings = Settings(Grid(4, 32))
+    settings = Settings(grid=Grid(4, 32))
     (tmp_path / "theirs").mkdir()
     (tmp_path / "ours").mkdir()
     said: list[tuple[int, int]] = []
@@ -102,7 +102,7 @@ def test_what_the_library_itself_wrote_is_healed(source: Path, tmp_path: Path) -
 
 
 def test_overrides_and_skipped_linears(source: Path, tmp_path: Path) -> None:
-    settings = Settings(Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}), ("*.o_proj", None)))
+    settings = Settings(grid=Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}), ("*.o_proj", None)))
     out = tmp_path / "out"
     out.mkdir()
     layout, results = gptqmodel_engine.quantize(source, out, windows(), settings, dtype=torch.float16, device=CPU)
@@ -129,8 +129,8 @@ def test_what_it_cannot_do_is_refused_before_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(InputError, match=r"gptqmodel has no signed scales: set quantize.signed_scales to false"):
-        gptqmodel_engine.check(Settings(Grid(4, 32, signed=True)))
+        gptqmodel_engine.check(Settings(grid=Grid(4, 32, signed=True)))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "gptqmodel" else find(n, *a))
     with pytest.raises(InputError, match="which is not installed: pip install gptqmodel optimum"):
-        gptqmodel_engine.check(Settings(Grid(4, 32)))
+        gptqmodel_engine.check(Settings(grid=Grid(4, 32)))

@@ -23,7 +23,7 @@ from requant.quantize import background_writer, block_quantizer
 from requant.quantize.out_of_memory import OutOfMemoryRecovery
 from requant.quantize.plan import Settings
 
-CORRECTED = Settings(GRID, correct=0.5)
+CORRECTED = Settings(grid=GRID, correct=0.5)
 WAITING = "out of memory with 4 batches waiting inside a block, went on with one at a time"
 
 
@@ -56,7 +56,7 @@ def digest(out: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(GRID), CORRECTED, Settings(GRID, order="auto")], ids=["plain", "corrected", "auto"]
+    "settings", [Settings(grid=GRID), CORRECTED, Settings(grid=GRID, order="auto")], ids=["plain", "corrected", "auto"]
 )
 @pytest.mark.parametrize("at", [1, 3, 6, 9])
 def test_a_block_begins_again_from_its_inputs(
@@ -73,7 +73,7 @@ def test_a_block_begins_again_from_its_inputs(
     assert results == expected
 
 
-@pytest.mark.parametrize("settings", [Settings(GRID), CORRECTED], ids=["plain", "corrected"])
+@pytest.mark.parametrize("settings", [Settings(grid=GRID), CORRECTED], ids=["plain", "corrected"])
 @pytest.mark.parametrize("behind", [1, 2, 4])
 def test_after_the_last_stage_only_those_behind_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, behind: int
@@ -88,7 +88,7 @@ def test_after_the_last_stage_only_those_behind_go_on(
     assert digest(tmp_path / "again") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("settings", [CORRECTED, Settings(GRID, order="auto")], ids=["corrected", "auto"])
+@pytest.mark.parametrize("settings", [CORRECTED, Settings(grid=GRID, order="auto")], ids=["corrected", "auto"])
 def test_batches_are_halved_down_to_what_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:

@@ -72,7 +72,7 @@ def test_errors_are_reported_and_below_round_to_nearest(tmp_path: Path) -> None:
 def test_the_walk_ends_in_the_quantized_models_own_states(tmp_path: Path) -> None:
     """8 bits lose almost nothing: logits of the file are those of the model within the weights' rounding."""
     source = model_dir(tmp_path)
-    run(source, tmp_path / "out", Settings(Grid(8, 32)))
+    run(source, tmp_path / "out", Settings(grid=Grid(8, 32)))
     expected = pico.logits(pico.reload(source))
     got = pico.logits(ours(source, tmp_path / "out"))
     assert 0 < pico.relative(got, expected) < 0.03
@@ -179,7 +179,7 @@ def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatc
 def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
     """On a GPU each is handed over while the next is at work."""
     source, order = model_dir(tmp_path, num_hidden_layers=3), list[str]()
-    settings = Settings(GRID) if stages else Settings(GRID, overrides=(("model.layers.1.*", None),))
+    settings = Settings(grid=GRID) if stages else Settings(grid=GRID, overrides=(("model.layers.1.*", None),))
     _, expected = run(source, tmp_path / "whole", settings)
     block, commit = block_quantizer.Quantizer.block, background_writer.Written.commit
 
@@ -328,7 +328,7 @@ def test_killed_before_the_first_block_starts_anew(tmp_path: Path) -> None:
 def test_batch_size_hardly_matters(tmp_path: Path) -> None:
     """Sums of the same outer products in another order."""
     source, steps = model_dir(tmp_path), {}  # type: ignore[var-annotated]
-    settings = Settings(GRID, order="activation")
+    settings = Settings(grid=GRID, order="activation")
     run(source, tmp_path / "a", settings, batch=1, function=recorded, steps=steps)
     _, compared = run(source, tmp_path / "b", settings, batch=8, function=led, steps=steps)
     assert_compared(compared, 8)
@@ -349,7 +349,7 @@ LOADS = {
 def test_every_architecture_is_quantized(tmp_path: Path, case: str) -> None:
     """Biases, tied heads, fused projections, parallel blocks: 8 bits keep the logits."""
     source = model_dir(tmp_path, case.split()[0], **LOADS[case])
-    layout, _ = run(source, tmp_path / "out", Settings(Grid(8, 32)))
+    layout, _ = run(source, tmp_path / "out", Settings(grid=Grid(8, 32)))
     assert not layout.left
     assert pico.relative(pico.logits(ours(source, tmp_path / "out")), pico.logits(pico.reload(source))) < 0.03
     assert ("lm_head.weight" in Checkpoint(tmp_path / "out")) == ("lm_head.weight" in Checkpoint(source))
@@ -374,7 +374,7 @@ def test_transformers_loads_it_with_our_numbers(tmp_path: Path, kind: str, grid:
     import transformers
 
     source = model_dir(tmp_path, kind)
-    run(source, tmp_path / "out", Settings(grid))
+    run(source, tmp_path / "out", Settings(grid=grid))
     # The plain torch kernel: the one chosen by itself on a CPU multiplies in int4 with a 16-bit accumulator.
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out",
@@ -398,7 +398,7 @@ def skeleton_blocks(made: Any) -> Any:
 def test_overrides_and_what_the_config_says(tmp_path: Path) -> None:
     source = model_dir(tmp_path)
     overrides = (("*.down_proj", {"bits": 8, "group_size": 64}), ("model.layers.0.self_attn.o_proj", None))
-    layout, results = run(source, tmp_path / "out", Settings(GRID, overrides=overrides), meta={"tool": "requant"})
+    layout, results = run(source, tmp_path / "out", Settings(grid=GRID, overrides=overrides), meta={"tool": "requant"})
     assert layout.left == ("model.layers.0.self_attn.o_proj",)
     assert {r.name: (r.bits, r.group_size) for r in results if r.bits == 8} == {
         f"model.layers.{i}.mlp.down_proj": (8, 64) for i in (0, 1)
@@ -426,7 +426,7 @@ def test_overrides_and_what_the_config_says(tmp_path: Path) -> None:
 
 def test_everything_skipped_in_one_block(tmp_path: Path) -> None:
     source = model_dir(tmp_path)
-    layout, results = run(source, tmp_path / "out", Settings(GRID, overrides=(("model.layers.0.*", None),)))
+    layout, results = run(source, tmp_path / "out", Settings(grid=GRID, overrides=(("model.layers.0.*", None),)))
     assert len(layout.left) == len(results) == 7
     assert pico.logits(ours(source, tmp_path / "out")).isfinite().all()
 
@@ -434,7 +434,7 @@ def test_everything_skipped_in_one_block(tmp_path: Path) -> None:
 def test_a_group_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> None:
     source = model_dir(tmp_path, hidden_size=96, num_attention_heads=6)
     with pytest.raises(InputError) as caught:
-        run(source, tmp_path / "out", Settings(Grid(4, 128)))
+        run(source, tmp_path / "out", Settings(grid=Grid(4, 128)))
     message = str(caught.value)
     assert "12 linears cannot be quantized as asked" in message
     assert "model.layers.0.self_attn.q_proj: group_size 128 does not divide its 96 inputs; use 32 or -1" in message
@@ -445,7 +445,7 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
     made = torch.nn.Module()
     made.blocks = torch.nn.ModuleList([torch.nn.LayerNorm(4)])
     with pytest.raises(InputError, match=r"the blocks of Module hold no Linear to quantize"):
-        plan({}, made, Settings(GRID), torch.float16, where=tmp_path)
+        plan({}, made, Settings(grid=GRID), torch.float16, where=tmp_path)
 
 
 @pytest.mark.parametrize("order", ["activation", "auto"])
@@ -454,7 +454,7 @@ def test_nan_activations_stop_the_run(tmp_path: Path, order: Any) -> None:
     name = "model.layers.1.input_layernorm.weight"
     pico.edit_tensors(source / "model.safetensors", change={name: lambda t: t * float("nan")})
     with pytest.raises(StageError, match=r"model.layers.1.self_attn.q_proj: its calibration inputs hold NaN"):
-        run(source, tmp_path / "out", Settings(GRID, order=order))
+        run(source, tmp_path / "out", Settings(grid=GRID, order=order))
 
 
 def test_unquantized_tensors_that_do_not_fit_the_serving_dtype(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_the_plan_is_the_file(tmp_path: Path) -> None:
     """What `requant check` promises from headers is what is written."""
     source = model_dir(tmp_path)
     made = skeleton.open_model(source)
-    promised = plan(Checkpoint(source), made, Settings(GRID), torch.bfloat16, where=source)
+    promised = plan(Checkpoint(source), made, Settings(grid=GRID), torch.bfloat16, where=source)
     run(source, tmp_path / "out", dtype=torch.bfloat16)
     written = Checkpoint(tmp_path / "out")
     assert {s.name: (s.dtype, s.shape) for s in promised.slots} == {n: (i.dtype, i.shape) for n, i in written.items()}
@@ -482,7 +482,7 @@ def test_load_quantized_refuses_other_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_last_matching_override_wins() -> None:
-    settings = Settings(GRID, overrides=(("*", {"bits": 8}), ("*.o_proj", None), ("a.*", {"group_size": 64})))
+    settings = Settings(grid=GRID, overrides=(("*", {"bits": 8}), ("*.o_proj", None), ("a.*", {"group_size": 64})))
     assert settings.grid_of("b.q_proj") == Grid(8, 32)
     assert settings.grid_of("b.o_proj") is None
     assert settings.grid_of("a.o_proj") == Grid(4, 64)
@@ -501,7 +501,7 @@ def test_correcting_keeps_the_model_closer_to_itself(
     def distance(correct: float) -> float:
         out = tmp_path / f"out-{correct}"
         out.mkdir()
-        settings = Settings(GRID, "activation", correct=correct, overrides=overrides)
+        settings = Settings(grid=GRID, order="activation", correct=correct, overrides=overrides)
         quantize(source, out, windows, settings, dtype=torch.float16, device=torch.device("cpu"), batch=4)
         return hidden_error(source, dict(load_quantized(out)), windows)
 

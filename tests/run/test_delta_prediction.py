@@ -95,7 +95,7 @@ def planned(tmp: Path, **options: Any) -> tuple[Any, Any]:
     base = pico.save(pico.model(), tmp / "base", torch.float32)
     pico.train(pico.reload(base), tmp / "adapter", **options)
     plan, model = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
-    return plan, prepare.plan_quantize(plan, model, Settings(Grid(4, 32)), torch.bfloat16)
+    return plan, prepare.plan_quantize(plan, model, Settings(grid=Grid(4, 32)), torch.bfloat16)
 
 
 def test_the_sample_is_every_adapted_module_of_three_blocks(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
     ],
 )
 def test_a_pattern_covers_what_engines_fuse_and_nothing_else(module: str, covered: list[str], apart: list[str]) -> None:
-    settings = Settings(Grid(4, 32), overrides=((pattern(module), {"bits": 8}),))
+    settings = Settings(grid=Grid(4, 32), overrides=((pattern(module), {"bits": 8}),))
     for name in (module, *covered):
         assert settings.grid_of(name) == Grid(8, 32), name
         assert pattern(name) == pattern(module)

@@ -100,7 +100,7 @@ def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> Non
 
     block_quantizer.Quantizer._stage = failing  # type: ignore[method-assign]
     options: dict[str, Any] = {"dtype": torch.float16, "device": torch.device("cpu"), "batch": 2}
-    ids, settings = pico.ids(8, 32, seed=3), Settings(Grid(4, 32))
+    ids, settings = pico.ids(8, 32, seed=3), Settings(grid=Grid(4, 32))
 
     def command() -> None:
         launch.current_ranks().call(quantize.quantize, source, out, ids, settings, first_rank_only={}, **options)

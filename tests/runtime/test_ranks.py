@@ -74,14 +74,14 @@ def run(where: Path, out: Path, ranks: Any = SINGLE_PROCESS, settings: Settings 
         where,
         out,
         options.pop("windows", windows()),
-        settings or Settings(GRID),
+        settings or Settings(grid=GRID),
         first_rank_only=own,
         **options,
     )
 
 
-CORRECTED = Settings(GRID, "activation", sweeps=2, correct=0.5)
-DECIDED = Settings(Grid(4, 32), "auto")
+CORRECTED = Settings(grid=GRID, order="activation", sweeps=2, correct=0.5)
+DECIDED = Settings(grid=Grid(4, 32), order="auto")
 
 
 # --- what one run leaves, two leave ---
@@ -444,7 +444,7 @@ def test_ranks_meet_where_each_is_placed_and_when_they_quantize(tmp_path: Path) 
     assert placed.met == [torch.device("meta")]
     (tmp_path / "out").mkdir()
     options: dict[str, Any] = {"dtype": torch.float16, "device": CPU, "ranks": placed}
-    quantize(source(tmp_path), tmp_path / "out", windows(), Settings(GRID), **options)
+    quantize(source(tmp_path), tmp_path / "out", windows(), Settings(grid=GRID), **options)
     assert placed.met == [torch.device("meta"), CPU]
 
 

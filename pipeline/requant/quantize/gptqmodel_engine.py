@@ -213,6 +213,14 @@ class Judge:
             adapted = asdict(survival(delta.to(weight.device), decoded - weight, hessian, loss))
         linear.weight.copy_(decoded.to(self.walk.dtype))
         return ModuleResult(
-            name, grid.bits, grid.group_size, loss, (loss / whole) ** 0.5, (control / whole) ** 0.5, self.damp,
-            "gptqmodel", False, **adapted,
-        )  # fmt: skip
+            name=name,
+            bits=grid.bits,
+            group_size=grid.group_size,
+            loss=loss,
+            relative_error=(loss / whole) ** 0.5,
+            rtn_error=(control / whole) ** 0.5,
+            damp=self.damp,
+            order="gptqmodel",
+            fallback=False,
+            **adapted,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from requant.numerics.delta_retention import Survival
 from requant.numerics.gptq import Losses, Solution
 from requant.numerics.grid import Grid
 from requant.runtime.pinned_memory import sent
-
-pass
 
 log = logging.getLogger(__name__)
 Added = Callable[[str], float]
@@ -75,9 +74,18 @@ def _result(made: _Made, numbers: list[float], added: Added) -> ModuleResult:
     if losses.fallback:
         log.warning("%s: rounded without error feedback (damp %.2f)", made.name, made.damp)
     return ModuleResult(
-        made.name, made.grid.bits, made.grid.group_size, losses.loss, losses.relative, losses.rtn_relative, made.damp, made.order,
-        losses.fallback, **adapted, added=added(made.name),
-    )  # fmt: skip
+        name=made.name,
+        bits=made.grid.bits,
+        group_size=made.grid.group_size,
+        loss=losses.loss,
+        relative_error=losses.relative,
+        rtn_error=losses.rtn_relative,
+        damp=made.damp,
+        order=made.order,
+        fallback=losses.fallback,
+        added=added(made.name),
+        **adapted,
+    )
 
 
 def _first(numbers: list[float], count: int) -> list[float]:
@@ -87,7 +95,7 @@ def _first(numbers: list[float], count: int) -> list[float]:
     return taken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleResult:
     """What quantizing one linear cost on the calibration text, against the weight it was solved for.
 
@@ -112,3 +120,23 @@ class ModuleResult:
     retention: float | None = None
     output_retention: float | None = None
     added: float = 0.0
+
+
+class ModuleRow(TypedDict, total=False):
+    """A `ModuleResult` as stored in JSON; an older run may lack keys."""
+
+    name: str
+    bits: int
+    group_size: int
+    loss: float
+    relative_error: float
+    rtn_error: float
+    damp: float
+    order: str
+    fallback: bool
+    delta_norm: float | None
+    signal: float | None
+    signal_to_noise: float | None
+    retention: float | None
+    output_retention: float | None
+    added: float

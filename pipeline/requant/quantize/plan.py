@@ -22,7 +22,7 @@ from requant.numerics.grid import Grid
 NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """How to quantize. overrides: (fnmatch pattern of a module name, changed Grid fields or None to leave in 16 bit)."""
 
@@ -42,7 +42,7 @@ class Settings:
         return grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will be written where, from headers: slots of the output, the grid of every quantized linear."""
 
@@ -114,7 +114,17 @@ def plan(
     stored = {n: names[f"{n}.weight"] for n in grids}
     bits = 8 * packed_bytes / max(weights, 1)
     fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
-    return Plan(tuple(slots), per_block, grids, left, bits, prefix, renamed, stored, fused)
+    return Plan(
+        slots=tuple(slots),
+        block_slots=per_block,
+        grids=grids,
+        left=left,
+        bits_per_weight=bits,
+        prefix=prefix,
+        renamed=renamed,
+        weights=stored,
+        fused=fused,
+    )
 
 
 def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:

@@ -26,7 +26,7 @@ from requant.runtime.ranks import Ranks
 SPLIT_FROM = 8192  # rows of a matrix that ranks factor together: below, the exchange takes longer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
     """One linear's codes, and the weight that they were solved for (fp32 [rows, n]; None unless asked for)."""
 
@@ -70,7 +70,10 @@ def solve_stage(
             solutions = gather(part, sum(sizes), ranks).split(sizes)
             weights = torch.split(ranks.all_gather_rows(weight, sum(sizes)), sizes) if wanted else [None] * len(names)
             del weight
-            yield from (Solved(n, s, w, hessian) for n, s, w in zip(names, solutions, weights, strict=True))
+            yield from (
+                Solved(name=n, solution=s, wanted=w, hessian=hessian)
+                for n, s, w in zip(names, solutions, weights, strict=True)
+            )
 
 
 def cholesky_of(matrix: Tensor, *, ranks: Ranks) -> tuple[Tensor, Tensor]:

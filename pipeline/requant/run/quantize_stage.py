@@ -13,9 +13,10 @@ from requant import __version__, deploy, quantize
 from requant.deploy.scored_sample import Sample
 from requant.merge.deltas import deltas
 from requant.quantize import gptqmodel_engine, warmup
+from requant.quantize.module_results import ModuleRow
 from requant.run.context import RunContext
 from requant.run.probe import probe
-from requant.run.stage_results import ModuleRow, QuantizeStageResult
+from requant.run.stage_results import QuantizeStageResult
 from requant.runtime.ranks import SINGLE_PROCESS
 
 log = logging.getLogger(__name__)

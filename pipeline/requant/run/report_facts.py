@@ -12,11 +12,12 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from requant import recipe
 from requant.merge import adapter_match
+from requant.quantize.module_results import ModuleRow
 from requant.recipe import fields
 from requant.run.check import delta_prediction
 from requant.run.prepared import Prepared
 from requant.run.recipe_texts import CalibrationFacts
-from requant.run.stage_results import Measured, MergeStageResult, ModuleRow, StageResults
+from requant.run.stage_results import Measured, MergeStageResult, StageResults
 from requant.runtime import measurements
 
 PEAKS: tuple[Literal["peak_rss"], Literal["peak_device"]] = ("peak_rss", "peak_device")

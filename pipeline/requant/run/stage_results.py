@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from requant.quantize.module_results import ModuleRow
+
 
 class Measured(TypedDict, total=False):
     """Wall seconds, peak resident bytes, peak bytes of the GPU (absent without one)."""
@@ -24,26 +26,6 @@ class MergeStageResult(Measured, total=False):
     bytes: int
     warnings: list[str]
     selftest: dict[str, Any]
-
-
-class ModuleRow(TypedDict, total=False):
-    """`quantize.module_results.ModuleResult` of one linear."""
-
-    name: str
-    bits: int
-    group_size: int
-    loss: float
-    relative_error: float
-    rtn_error: float
-    damp: float
-    order: str
-    fallback: bool
-    delta_norm: float | None
-    signal: float | None
-    signal_to_noise: float | None
-    retention: float | None
-    output_retention: float | None
-    added: float
 
 
 class QuantizeStageResult(Measured, total=False):

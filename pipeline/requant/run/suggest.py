@@ -18,6 +18,7 @@ from requant.evaluate.variants import VariantSources
 from requant.formats import gptq as gptq_format
 from requant.modeling.families import FUSED
 from requant.numerics.grid import Grid
+from requant.quantize.module_results import ModuleRow
 from requant.quantize.plan import Plan
 from requant.run import module_swap
 
@@ -47,11 +48,11 @@ class Candidate:
         return own | ({} if self.grid.symmetric == usual.symmetric else {"symmetric": self.grid.symmetric})
 
 
-def candidates(modules: Sequence[Mapping[str, Any]], plan: Plan, count: int = COUNT) -> list[Candidate]:
+def candidates(modules: Sequence[ModuleRow], plan: Plan, count: int = COUNT) -> list[Candidate]:
     """The units whose output error is largest for their output, among them every fused partner.
 
     Worst first.
-    modules: `ModuleResult` as dicts. plan: what the checkpoint holds.
+    modules: what quantizing each of them cost. plan: what the checkpoint holds.
     """
     results = {m["name"]: m for m in modules}
     units: dict[str, list[str]] = {}
@@ -71,9 +72,7 @@ def pattern(module: str) -> str:
     return f"{stem}.{cover}"
 
 
-def _candidate(
-    name: str, modules: Sequence[str], results: Mapping[str, Mapping[str, Any]], plan: Plan
-) -> Candidate | None:
+def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRow], plan: Plan) -> Candidate | None:
     """None when the modules cannot be lifted: 8 bits already, or settings that differ among them."""
     grids = {plan.grids[m] for m in modules}
     grid = next(iter(grids))
@@ -82,7 +81,7 @@ def _candidate(
     bits = LIFTED[grid.bits]
     loss = sum(results[m]["loss"] for m in modules)
     whole = sum(results[m]["loss"] / results[m]["relative_error"] ** 2 for m in modules if results[m]["relative_error"])
-    adapted = [results[m]["signal"] for m in modules if results[m].get("signal") is not None]
+    adapted = [signal for m in modules if (signal := results[m].get("signal")) is not None]
     return Candidate(
         name, tuple(modules), grid, bits, sum(_growth(plan, m, bits) for m in modules),
         sum(adapted) / loss if adapted and loss else None, (loss / whole) ** 0.5 if whole else 0.0,
@@ -120,7 +119,7 @@ def patch_text(overrides: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def advise(
-    modules: Sequence[Mapping[str, Any]],
+    modules: Sequence[ModuleRow],
     sources: VariantSources,
     *,
     plan: Plan,
@@ -134,7 +133,7 @@ def advise(
 ) -> dict[str, Any]:
     """Every candidate with its gain, the best first, and the patch that lifts those that help.
 
-    modules: `ModuleResult` of every quantized module as dicts. plan, grid, overrides: what they were quantized with.
+    modules: what quantizing every module cost. plan, grid, overrides: what they were quantized with.
     calibration: windows int64 [n, length]; the first of them are scored. A candidate helps when its interval is above 0.
     """
     found = candidates(modules, plan)
