@@ -30,10 +30,10 @@ KERNELS = 40
 
 NAMES = {  # of ours -> as shown
     "quantize.block_quantizer.Quantizer.block": "block",
-    "quantize.block_quantizer.Quantizer._stage": "_stage",
+    "quantize.block_quantizer.Quantizer._solve_group": "_stage",
     "quantize.block_quantizer.Quantizer._keep": "_keep",
     "quantize.block_quantizer.Quantizer.hand_over": "hand over",
-    "quantize.module_results.Costs.send": "send costs",
+    "quantize.module_results.BlockResults.send": "send costs",
     "numerics.gptq.factorize": "factorize",
     "numerics.grid.find_scales": "find_scales",
     "numerics.gptq.solve": "solve",

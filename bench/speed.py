@@ -118,13 +118,13 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
 
     from requant.modeling import skeleton
     from requant.modeling.block_walk import block_list
-    from requant.modeling.fused_ops import OnePass
-    from requant.quantize.warmup import Warming
+    from requant.modeling.fused_ops import FusedOps
+    from requant.quantize.warmup import WarmUp
 
     ranks.connect(device)
-    passes = OnePass(block_list(skeleton.open_model(args.model))[1], device, torch.bfloat16)
+    passes = FusedOps(block_list(skeleton.open_model(args.model))[1], device, torch.bfloat16)
     widths = {settings.grid: SHAPES[args.shape][0]}
-    with Warming(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
+    with WarmUp(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
         warming.wait()
     ranks.broadcast_tensor(torch.zeros(1, device=device))  # after which NCCL has begun
 

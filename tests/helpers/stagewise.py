@@ -22,7 +22,7 @@ from requant.numerics.hessian import Moments
 from requant.quantize import block_quantizer, error_correction
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Settings
-from requant.quantize.solve import Solved, solve_stage
+from requant.quantize.solve import Solved, solve_group
 from requant.quantize.stage import quantize
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
@@ -100,7 +100,7 @@ def recorded(*args: Any, steps: dict[str, Step], like_a_gpu: bool = False, **opt
 
     def solve(linears: Any, grids: Any, moments: Moments, *rest: Any, **more: Any) -> Iterator[Solved]:
         step = steps[next(iter(linears))] = Step(copied(moments), [])
-        for solved in solve_stage(linears, grids, moments, *rest, **more):
+        for solved in solve_group(linears, grids, moments, *rest, **more):
             step.solutions.append(solved.solution)
             yield solved
 
@@ -119,7 +119,7 @@ def led(
     ) -> Iterator[Solved]:
         step = steps[next(iter(linears))]
         here = Compared(far(moments, step.moments), (moments.tokens, step.moments.tokens), [], [], True)
-        own = solve_stage(linears, grids, copied(step.moments), settings, ranks, **more)
+        own = solve_group(linears, grids, copied(step.moments), settings, ranks, **more)
         for solved, alone in zip(own, step.solutions, strict=True):
             got = solved.solution
             alike = rows_alike(got, alone)
@@ -138,7 +138,7 @@ def led(
 def replaced(solve: Any, like_a_gpu: bool) -> Iterator[None]:
     """like_a_gpu: with the correction as a GPU has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_quantizer, "solve_stage", solve)
+        patch.setattr(block_quantizer, "solve_group", solve)
         for choice in (error_correction.BY_DRIFT, error_correction.SOLVERS) if like_a_gpu else ():
             patch.setitem(choice, "cpu", choice["cuda"])
         yield

@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from requant.modeling import fused_ops
-from requant.modeling.fused_ops import OnePass
+from requant.modeling.fused_ops import FusedOps
 from requant.numerics import triton_kernels
 
 CUDA = torch.cuda.is_available()
@@ -137,7 +137,7 @@ def test_a_gate_rounds_as_transformers_does(shape: tuple[int, ...], dtype: torch
 def test_a_block_computes_the_same(module: Any, config: Any, norms: int, dtype: torch.dtype, taken: list[str]) -> None:
     layer = block(module, config, dtype)
     plain, own = run(layer, dtype), vars(module)[fused_ops.ROTARY]
-    with OnePass([layer], DEVICE, dtype) as passes:
+    with FusedOps([layer], DEVICE, dtype) as passes:
         passes.try_out()
         assert torch.equal(run(layer, dtype), plain)  # not yet
         passes.use()
@@ -154,7 +154,7 @@ def test_a_block_computes_the_same(module: Any, config: Any, norms: int, dtype: 
 def test_what_a_copy_computes_is_its_own(taken: list[str]) -> None:
     """The unquantized twin of a block is a copy of it that has begun already."""
     layer = block(modeling_llama, modeling_llama.LlamaConfig)
-    with OnePass([layer], DEVICE, torch.float16) as passes:
+    with FusedOps([layer], DEVICE, torch.float16) as passes:
         passes.try_out()
         passes.use()
         twin = copy.deepcopy(layer)
@@ -170,7 +170,7 @@ def test_what_a_copy_computes_is_its_own(taken: list[str]) -> None:
 def test_a_copy_goes_when_nobody_has_it_any_more() -> None:
     """Else the weights of block after block would stay on the GPU until Python collects its garbage."""
     layer = block(modeling_llama, modeling_llama.LlamaConfig)
-    with OnePass([layer], DEVICE, torch.float16) as passes:
+    with FusedOps([layer], DEVICE, torch.float16) as passes:
         passes.try_out()
         passes.use()
         passes.use()  # a second time changes nothing
@@ -202,7 +202,7 @@ def test_another_meaning_of_the_names_is_left_alone(taken: list[str], monkeypatc
     monkeypatch.setattr(modeling_gemma, fused_ops.ROTARY, neighbours)
     layer = block(modeling_gemma, modeling_gemma.GemmaConfig)
     plain = run(layer)
-    with OnePass([layer], DEVICE, torch.float16) as passes:
+    with FusedOps([layer], DEVICE, torch.float16) as passes:
         passes.try_out()
         passes.use()
         taken.clear()
@@ -245,7 +245,7 @@ class Asks(Gate):
 
 def used(*modules: nn.Module) -> list[bool]:
     """Which of them compute in one pass."""
-    with OnePass(modules, DEVICE, torch.float16) as passes:
+    with FusedOps(modules, DEVICE, torch.float16) as passes:
         passes.use()
         return [type(m) in passes.before for m in modules]
 
@@ -301,7 +301,7 @@ def test_what_is_tried_in_vain_is_tried_once(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(modeling_llama, fused_ops.ROTARY, failing)
     layers = [block(modeling_llama, modeling_llama.LlamaConfig) for _ in range(2)]
-    with OnePass(layers, DEVICE, torch.float16) as passes:
+    with FusedOps(layers, DEVICE, torch.float16) as passes:
         passes.try_out()
         passes.use()
         assert vars(modeling_llama)[fused_ops.ROTARY] is failing
@@ -316,7 +316,7 @@ def test_leaving_early_looks_at_nothing_that_is_still_being_tried() -> None:
             raise RuntimeError("dictionary changed size during iteration")
 
     norm = PlainRMSNorm()
-    with OnePass([norm], DEVICE, torch.float16) as passes:
+    with FusedOps([norm], DEVICE, torch.float16) as passes:
         passes.turns = Growing()
     assert type(norm) is PlainRMSNorm
 
@@ -330,7 +330,7 @@ def test_memory_that_ran_out_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(fused_ops, "rms_norm", full)
     norm = PlainRMSNorm()
-    with OnePass([norm], DEVICE, torch.float16) as passes:
+    with FusedOps([norm], DEVICE, torch.float16) as passes:
         with pytest.raises(torch.OutOfMemoryError):
             passes.try_out()
         monkeypatch.setattr(fused_ops, "rms_norm", whole)
@@ -349,7 +349,7 @@ def test_nothing_stays_while_a_batch_waits(taken: list[str]) -> None:
         linear.register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out)))
     alive: list[bool] = []
     made.down_proj.register_forward_pre_hook(lambda *_: alive.extend(o() is not None for o in outputs))
-    with OnePass([made], DEVICE, torch.float16) as passes, torch.no_grad():
+    with FusedOps([made], DEVICE, torch.float16) as passes, torch.no_grad():
         passes.try_out()
         passes.use()
         taken.clear()
@@ -368,7 +368,7 @@ def test_one_that_wants_more_than_an_input_is_left_alone(taken: list[str]) -> No
             return x * gate * self.weight
 
     norm = GatedRMSNorm()
-    with OnePass([norm], DEVICE, torch.float16) as passes:
+    with FusedOps([norm], DEVICE, torch.float16) as passes:
         passes.try_out()
         passes.use()
         taken.clear()
@@ -391,7 +391,7 @@ def test_what_does_not_lie_as_expected_takes_the_long_way(taken: list[str]) -> N
     ]
     plain = [norm(x), norm(hidden_states=drawn(4, 96)), norm(drawn(4, 96).float())]
     turned = [original(*args, **named) for args, named in turns]
-    with OnePass([layer], DEVICE, torch.float16) as passes:
+    with FusedOps([layer], DEVICE, torch.float16) as passes:
         passes.use()
         assert modeling_llama.apply_rotary_pos_emb is not original
         taken.clear()
@@ -416,7 +416,7 @@ def test_a_function_may_be_called_with_less_than_four(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(modeling_llama, fused_ops.ROTARY, either)
     q, cos = drawn(2, 12, 4, 32).transpose(1, 2), drawn(2, 12, 32)
-    with OnePass([block(modeling_llama, modeling_llama.LlamaConfig)], DEVICE, torch.float16) as passes:
+    with FusedOps([block(modeling_llama, modeling_llama.LlamaConfig)], DEVICE, torch.float16) as passes:
         passes.use()
         assert modeling_llama.apply_rotary_pos_emb is not either
         taken.clear()
@@ -437,7 +437,7 @@ def test_a_gate_too_may_take_the_long_way(way: str, taken: list[str]) -> None:
         made.up_proj.register_forward_pre_hook(lambda _, args: (args[0].float(),))
         made.down_proj.float()
     plain = made(x)
-    with OnePass([made], DEVICE, torch.float16) as passes:
+    with FusedOps([made], DEVICE, torch.float16) as passes:
         passes.use()
         assert type(made) is not Gate
         taken.clear()
@@ -447,6 +447,6 @@ def test_a_gate_too_may_take_the_long_way(way: str, taken: list[str]) -> None:
 
 def test_fp32_and_a_cpu_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = block(modeling_llama, modeling_llama.LlamaConfig)
-    assert OnePass([layer], DEVICE, torch.float32).modules == []
+    assert FusedOps([layer], DEVICE, torch.float32).modules == []
     monkeypatch.setattr(triton_kernels, "usable", lambda t: t.is_cuda)
-    assert OnePass([layer], torch.device("cpu"), torch.bfloat16).modules == []
+    assert FusedOps([layer], torch.device("cpu"), torch.bfloat16).modules == []

@@ -1,11 +1,11 @@
-"""`requant.shelf`: what is put comes back as it was, on the host too, and NaN is noticed."""
+"""`requant.states`: what is put comes back as it was, on the host too, and NaN is noticed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.hidden_state_store import HiddenStateStore
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -14,7 +14,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_put_comes_back_in_order(device: str, on_host: bool) -> None:
     """Twice round, each into its old place: a copy still on its way must not be overtaken."""
-    shelf = Shelf(torch.device(device), on_host=on_host)
+    shelf = HiddenStateStore(torch.device(device), on_host=on_host)
     values = [torch.randn(3, 64, 32, device=device) for _ in range(5)]
     kept = [shelf.put(v) for v in values]
     for turn in range(2):
@@ -29,7 +29,7 @@ def test_what_is_put_comes_back_in_order(device: str, on_host: bool) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_number_is_noticed(bad: float) -> None:
-    shelf = Shelf(torch.device("cpu"))
+    shelf = HiddenStateStore(torch.device("cpu"))
     shelf.put(torch.zeros(4))
     assert shelf.total().isfinite()
     shelf.put(torch.tensor([0.0, bad]))
@@ -39,7 +39,7 @@ def test_one_bad_number_is_noticed(bad: float) -> None:
 
 def test_many_numbers_of_16_bits_are_no_infinity() -> None:
     """Noticed by a sum, which must have room for more than one of them."""
-    shelf = Shelf(torch.device("cpu"))
+    shelf = HiddenStateStore(torch.device("cpu"))
     for _ in range(3):
         shelf.put(torch.full((7, 10_000), 60_000.0, dtype=torch.float16))
     assert shelf.total().isfinite()

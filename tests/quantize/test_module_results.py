@@ -11,7 +11,7 @@ from helpers.gptq_problems import problem, solved
 from requant.numerics.delta_retention import Delta, measure, survival
 from requant.numerics.gptq import Solution
 from requant.numerics.grid import Grid
-from requant.quantize.module_results import Costs
+from requant.quantize.module_results import BlockResults
 
 
 def solution(seed: int) -> tuple[Solution, torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def solution(seed: int) -> tuple[Solution, torch.Tensor, torch.Tensor]:
 
 
 def test_numbers_come_back_to_whom_they_belong() -> None:
-    costs, expected = Costs(), []
+    costs, expected = BlockResults(), []
     for seed, name in enumerate(("a", "b", "c")):
         made, weight, hessian = solution(seed)
         delta = Delta(torch.randn(len(weight), 2), torch.randn(2, 64)) if name != "b" else None
@@ -43,14 +43,14 @@ def test_numbers_come_back_to_whom_they_belong() -> None:
 
 @pytest.mark.parametrize("total", [float("nan"), float("inf"), -float("inf")])
 def test_an_output_that_is_not_finite_shows(total: float) -> None:
-    costs = Costs()
+    costs = BlockResults()
     costs.send(torch.tensor(total))
     assert not costs.finite()
     assert costs.results(lambda _: 0.0) == []
 
 
 def test_no_tensor_of_a_solution_stays_in_memory() -> None:
-    costs = Costs()
+    costs = BlockResults()
     made = solution(0)[0]
     held = [weakref.ref(t) for t in (made.codes, made.scales.scale, made.errors, made.rounded)]
     costs.add("a", made, None)
@@ -60,4 +60,4 @@ def test_no_tensor_of_a_solution_stays_in_memory() -> None:
 
 def test_nothing_is_read_before_it_was_sent() -> None:
     with pytest.raises(RuntimeError, match="before they were sent"):
-        Costs().finite()
+        BlockResults().finite()

@@ -18,7 +18,7 @@ from helpers.stagewise import assert_compared, led, recorded
 
 from requant.errors import StageError
 from requant.modeling.block_walk import Walk
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.quantize import background_writer, block_quantizer
 from requant.quantize.out_of_memory import OutOfMemoryRecovery
 from requant.quantize.plan import Settings
@@ -82,7 +82,7 @@ def test_after_the_last_stage_only_those_behind_go_on(
     source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
     run(source, tmp_path / "whole", settings)
     embedded = 8 if settings.correct else 4
-    fails_once(monkeypatch, embedded + behind, Shelf, "put")
+    fails_once(monkeypatch, embedded + behind, HiddenStateStore, "put")
     run(source, tmp_path / "again", settings, notes=notes)
     assert not notes, "nothing was asked to take less: the rest simply followed"
     assert digest(tmp_path / "again") == digest(tmp_path / "whole")
@@ -121,7 +121,7 @@ def test_memory_that_runs_out_as_a_stage_is_solved(
     source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
     _, expected = run(source, tmp_path / "whole")
     monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
-    fails_once(monkeypatch, at, block_quantizer, "solve_stage")
+    fails_once(monkeypatch, at, block_quantizer, "solve_group")
     _, results = run(source, tmp_path / "again", notes=notes)
     assert len(notes) == 1
     assert results == expected

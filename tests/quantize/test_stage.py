@@ -27,7 +27,7 @@ from requant.quantize import background_writer, block_quantizer, error_correctio
 from requant.quantize import stage as quantize_module
 from requant.quantize.background_writer import JOURNAL
 from requant.quantize.plan import Settings, convert, plan
-from requant.quantize.solve import solve_stage
+from requant.quantize.solve import solve_group
 from requant.quantize.stage import quantize
 from requant.runtime import ranks
 
@@ -138,7 +138,7 @@ def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypat
     source = model_dir(tmp_path, num_hidden_layers=3)
     run(source, tmp_path / "whole")
     closing, in_time = threading.Event(), []
-    close, rest = background_writer.Written.close, background_writer.Written._write_rest
+    close, rest = background_writer.BackgroundWriter.close, background_writer.BackgroundWriter._write_rest
 
     def closed(self: Any) -> None:
         threading.Timer(0.3, closing.set).start()
@@ -149,8 +149,8 @@ def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypat
             in_time.append(closing.wait(300))
         rest(self, names)
 
-    monkeypatch.setattr(background_writer.Written, "close", closed)
-    monkeypatch.setattr(background_writer.Written, "_write_rest", slow)
+    monkeypatch.setattr(background_writer.BackgroundWriter, "close", closed)
+    monkeypatch.setattr(background_writer.BackgroundWriter, "_write_rest", slow)
     run(source, tmp_path / "slow")
     assert in_time == [True]
     assert file_digest(tmp_path / "slow" / "model.safetensors") == file_digest(tmp_path / "whole" / "model.safetensors")
@@ -158,7 +158,7 @@ def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypat
 
 def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    rest = background_writer.Written._write_rest
+    rest = background_writer.BackgroundWriter._write_rest
 
     def slow(self: Any, names: list[str]) -> None:
         time.sleep(0.5)
@@ -168,7 +168,7 @@ def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatc
     def failing(*_: Any) -> None:
         raise StageError("no block")
 
-    monkeypatch.setattr(background_writer.Written, "_write_rest", slow)
+    monkeypatch.setattr(background_writer.BackgroundWriter, "_write_rest", slow)
     monkeypatch.setattr(block_quantizer.Quantizer, "block", failing)
     with pytest.raises(StageError, match="no block"):
         run(model_dir(tmp_path), tmp_path / "out")
@@ -181,7 +181,7 @@ def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pyte
     source, order = model_dir(tmp_path, num_hidden_layers=3), list[str]()
     settings = Settings(grid=GRID) if stages else Settings(grid=GRID, overrides=(("model.layers.1.*", None),))
     _, expected = run(source, tmp_path / "whole", settings)
-    block, commit = block_quantizer.Quantizer.block, background_writer.Written.commit
+    block, commit = block_quantizer.Quantizer.block, background_writer.BackgroundWriter.commit
 
     def begun(self: Any, index: int, items: Any) -> None:
         order.append(f"block {index}")
@@ -193,7 +193,7 @@ def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setitem(block_quantizer.LATER, "cpu", True)
     monkeypatch.setattr(block_quantizer.Quantizer, "block", begun)
-    monkeypatch.setattr(background_writer.Written, "commit", committed)
+    monkeypatch.setattr(background_writer.BackgroundWriter, "commit", committed)
     told: list[int] = []
     _, results = run(source, tmp_path / "later", settings, progress=lambda done, *_: told.append(done))
     assert results == expected
@@ -214,7 +214,7 @@ def test_on_a_cpu_a_block_is_handed_over_at_once(tmp_path: Path, monkeypatch: py
         block(self, index, items)
 
     def handed_over(self: Any) -> None:
-        order.extend(f"block {index} handed over" for index, _ in ([self.owed] if self.owed else []))
+        order.extend(f"block {index} handed over" for index, _ in ([self.uncommitted] if self.uncommitted else []))
         hand_over(self)
 
     monkeypatch.setattr(block_quantizer.Quantizer, "block", begun)
@@ -229,14 +229,14 @@ def test_what_is_solved_is_kept_when_the_next_block_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool, error: type[BaseException]
 ) -> None:
     monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
-    stage = block_quantizer.Quantizer._stage
+    stage = block_quantizer.Quantizer._solve_group
 
     def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:
         if prefix.endswith(".2."):
             raise error("here")
         stage(self, block, prefix, *rest)
 
-    monkeypatch.setattr(block_quantizer.Quantizer, "_stage", failing)
+    monkeypatch.setattr(block_quantizer.Quantizer, "_solve_group", failing)
     with pytest.raises(error, match="here"):
         run(model_dir(tmp_path, num_hidden_layers=3), tmp_path / "out")
     assert len(json.loads((tmp_path / "out" / JOURNAL).read_text())) == 2
@@ -510,17 +510,17 @@ def test_correcting_keeps_the_model_closer_to_itself(
 
 def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    solve = solve_stage
-    monkeypatch.setattr(warmup.Warming, "wait", lambda _: order.append("wait"))
-    monkeypatch.setattr(warmup.Warming, "wait_longer", lambda _: order.append("wait longer"))
-    monkeypatch.setattr(fused_ops.OnePass, "use", lambda _: order.append("use"))
-    warming, later = warmup.Warming, []
-    monkeypatch.setattr(quantize_module, "Warming", lambda *a, **k: later.append(k["later"]) or warming(*a, **k))
-    monkeypatch.setattr(block_quantizer, "solve_stage", lambda *a, **k: order.append("solve") or solve(*a, **k))
+    solve = solve_group
+    monkeypatch.setattr(warmup.WarmUp, "wait", lambda _: order.append("wait"))
+    monkeypatch.setattr(warmup.WarmUp, "wait_longer", lambda _: order.append("wait longer"))
+    monkeypatch.setattr(fused_ops.FusedOps, "use", lambda _: order.append("use"))
+    warming, later = warmup.WarmUp, []
+    monkeypatch.setattr(quantize_module, "WarmUp", lambda *a, **k: later.append(k["later"]) or warming(*a, **k))
+    monkeypatch.setattr(block_quantizer, "solve_group", lambda *a, **k: order.append("solve") or solve(*a, **k))
     run(model_dir(tmp_path), tmp_path / "out")
     stages = order.count("solve") // 2  # of each of two blocks
     assert order == ["wait", "solve"] * stages + ["wait longer", "use"] + ["wait", "solve"] * stages
-    assert [f.__func__ for f in later] == [fused_ops.OnePass.try_out]
+    assert [f.__func__ for f in later] == [fused_ops.FusedOps.try_out]
 
 
 def test_the_next_block_is_read_once_the_last_stage_has_all_its_inputs(
@@ -528,8 +528,8 @@ def test_the_next_block_is_read_once_the_last_stage_has_all_its_inputs(
 ) -> None:
     """Not while the host is busy with a block's first stages; and where a block has none, all the same."""
     order: list[str] = []
-    solve, soon = solve_stage, block_walk.Walk.read_soon
-    monkeypatch.setattr(block_quantizer, "solve_stage", lambda *a, **k: order.append("solve") or solve(*a, **k))
+    solve, soon = solve_group, block_walk.Walk.read_soon
+    monkeypatch.setattr(block_quantizer, "solve_group", lambda *a, **k: order.append("solve") or solve(*a, **k))
     monkeypatch.setattr(
         block_walk.Walk, "read_soon", lambda self, index: order.append(f"read {index}") or soon(self, index)
     )

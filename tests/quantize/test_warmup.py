@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def test_on_a_cpu_there_is_nothing_to_do() -> None:
-    with warmup.Warming(CPU, {Grid(4, 32): 64}, Settings(grid=Grid(4, 32)), torch.float32) as begun:
+    with warmup.WarmUp(CPU, {Grid(4, 32): 64}, Settings(grid=Grid(4, 32)), torch.float32) as begun:
         assert begun.running == []
         begun.wait()
 
@@ -86,13 +86,13 @@ def test_a_failure_is_left_to_where_it_matters_and_leaving_ends_the_rest(monkeyp
         may_end.wait(30)
 
     monkeypatch.setattr(warmup, "_apart", lambda _, work: work())
-    first = warmup.Warming(CPU, {}, Settings(grid=Grid(4, 32)), torch.float32)
+    first = warmup.WarmUp(CPU, {}, Settings(grid=Grid(4, 32)), torch.float32)
     first.parts = [failing, lambda: done.append(1)]
     with first:
         first.wait()
         assert done == [1]
         assert first.running == []
-    second = warmup.Warming(CPU, {}, Settings(grid=Grid(4, 32)), torch.float32)
+    second = warmup.WarmUp(CPU, {}, Settings(grid=Grid(4, 32)), torch.float32)
     second.parts = [slow] * 4 + [lambda: done.append(2)]
     with second:
         assert begun.wait(30)
@@ -124,8 +124,8 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
             inside.append("left")
 
     passes = SimpleNamespace(try_out="norms and embeddings")
-    monkeypatch.setattr(warmup, "OnePass", lambda blocks, *_: len(blocks) and passes)
-    monkeypatch.setattr(warmup, "Warming", Watched)
+    monkeypatch.setattr(warmup, "FusedOps", lambda blocks, *_: len(blocks) and passes)
+    monkeypatch.setattr(warmup, "WarmUp", Watched)
     prepared = prepare.prepare(recipe(project, tmp_path))
     directory = RunDirectory(tmp_path / "runs")
     with directory.open():
@@ -151,7 +151,7 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_all_of_it_works() -> None:
     settings = Settings(grid=Grid(4, 32), sweeps=1, correct=0.5)
-    with warmup.Warming(torch.device("cuda"), {Grid(4, 32): 192}, settings, torch.bfloat16) as begun:
+    with warmup.WarmUp(torch.device("cuda"), {Grid(4, 32): 192}, settings, torch.bfloat16) as begun:
         running = list(begun.running)
         begun.wait()
     assert len(running) == 6
@@ -192,7 +192,7 @@ def test_what_may_come_later_begins_when_all_else_is_done(pretended: Any) -> Non
     def later() -> None:
         done.append("later")
 
-    with warmup.Warming(pretended, {}, SETTINGS, torch.float32, also=[part, lambda: None], later=later) as begun:
+    with warmup.WarmUp(pretended, {}, SETTINGS, torch.float32, also=[part, lambda: None], later=later) as begun:
         assert begun.after is None
         threading.Timer(0.05, go_on.set).start()
         begun.wait()
@@ -205,7 +205,7 @@ def test_what_may_come_later_begins_when_all_else_is_done(pretended: Any) -> Non
 
 def test_waiting_for_what_comes_later_waits_for_all_else(pretended: Any) -> None:
     done: list[str] = []
-    with warmup.Warming(
+    with warmup.WarmUp(
         pretended, {}, SETTINGS, torch.float32, also=[lambda: done.append("part")], later=lambda: done.append("later")
     ) as begun:
         begun.wait_longer()
@@ -214,7 +214,7 @@ def test_waiting_for_what_comes_later_waits_for_all_else(pretended: Any) -> None
 
 def test_a_cpu_waits_for_nothing_that_comes_later() -> None:
     done: list[str] = []
-    with warmup.Warming(
+    with warmup.WarmUp(
         CPU, {}, SETTINGS, torch.float32, also=[lambda: done.append("part")], later=lambda: done.append("later")
     ) as begun:
         begun.wait_longer()
@@ -229,7 +229,7 @@ def test_what_comes_later_may_fail(pretended: Any) -> None:
         tried.append(1)
         raise RuntimeError("no compiler")
 
-    with warmup.Warming(pretended, {}, SETTINGS, torch.float32, later=failing) as begun:
+    with warmup.WarmUp(pretended, {}, SETTINGS, torch.float32, later=failing) as begun:
         begun.wait_longer()
         begun.wait_longer()
     assert tried == [1]

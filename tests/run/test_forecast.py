@@ -97,7 +97,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
 ) -> None:
     order: list[str] = []
     block = block_quantizer.Quantizer.block
-    monkeypatch.setattr(fused_ops.OnePass, "use", lambda _: order.append("one pass"))
+    monkeypatch.setattr(fused_ops.FusedOps, "use", lambda _: order.append("one pass"))
     monkeypatch.setattr(block_quantizer.Quantizer, "block", lambda *args: order.append("block") or block(*args))
     rehearsal = Rehearsal(skeleton.open_model(prepared.sources.base), CPU)
     assert rehearsal.parameters == BLOCK

@@ -91,14 +91,14 @@ def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> Non
     os.environ.update(environment(rank, port))
     torch.set_num_threads(1)
     block_quantizer.LATER["cpu"] = True
-    stage = block_quantizer.Quantizer._stage
+    stage = block_quantizer.Quantizer._solve_group
 
     def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:
         if rank == 1 and prefix.endswith(".1."):
             raise StageError("a shard ends early")
         stage(self, block, prefix, *rest)
 
-    block_quantizer.Quantizer._stage = failing  # type: ignore[method-assign]
+    block_quantizer.Quantizer._solve_group = failing  # type: ignore[method-assign]
     options: dict[str, Any] = {"dtype": torch.float16, "device": torch.device("cpu"), "batch": 2}
     ids, settings = pico.ids(8, 32, seed=3), Settings(grid=Grid(4, 32))
 

@@ -246,8 +246,8 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         by_grid.setdefault((grid.bits, grid.group_size, grid.symmetric), []).append(name)
     rarest = min(by_grid.values(), key=len)
     found: dict[Trait, list[str]] = {
-        "conv1d": [n for n, m in modules.items() if type(m) is linears.Turned],
-        "linear-like": [type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.Turned)],
+        "conv1d": [n for n, m in modules.items() if type(m) is linears.TransposedLinear],
+        "linear-like": [type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.TransposedLinear)],
         "experts": [n for n in modules if EXPERT.fullmatch(n)],
         "renamed": _renamed(plan, model),
         "fused gate_up": [n for n in modules if n.endswith(".gate_up_proj")],

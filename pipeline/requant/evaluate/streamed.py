@@ -21,7 +21,7 @@ from requant.evaluate import peft_runtime, variant_weights
 from requant.evaluate.variants import PLAIN, VariantSources, plain
 from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, larger_half
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.runtime.device import free_bytes, free_memory
 
 log = logging.getLogger(__name__)
@@ -146,9 +146,9 @@ class _BatchesInFlight:
         """Run a block from batch `done` on; returns the number of finished batches, fewer than all out of memory."""
         walk, left = self.walk, self.items[done:]
         try:
-            for item, x in zip(left, walk.shelf.take([i.hidden for i in left]), strict=True):
+            for item, x in zip(left, walk.states.take([i.hidden for i in left]), strict=True):
                 out = walk.forward(walk.blocks[index], x, item.arguments[index])
-                item.hidden = walk.shelf.put(out, item.hidden)
+                item.hidden = walk.states.put(out, item.hidden)
                 done += 1
         except torch.OutOfMemoryError:
             pass  # the failed forward's memory is released with its frames, by the caller

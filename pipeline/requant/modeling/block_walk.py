@@ -1,4 +1,4 @@
-"""Run a causal LM one block at a time, one block resident, the next one on its way.
+"""Runs a causal LM one block at a time: one block resident, the next one being loaded.
 
 Structure is found, not tabulated: the blocks are the largest list of like modules.
 """
@@ -18,7 +18,7 @@ from requant.checkpoint.device_loader import Carrier
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import InputError, StageError
 from requant.modeling import linears, skeleton
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.runtime.pinned_memory import on
 
 
@@ -83,7 +83,7 @@ class Walk:
         self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._carrier = Carrier(device) if device.type == "cuda" else None
-        self.shelf = Shelf(device)
+        self.states = HiddenStateStore(device)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.explicit = names is not None
         self.names = skeleton.tensor_names(model, checkpoint) if names is None else names
@@ -96,7 +96,7 @@ class Walk:
         return len(self.blocks)
 
     def load(self, index: int, *, ahead: bool = True) -> nn.Module:
-        """Give block `index` its weights; ahead: on a device the next block's begin their journey."""
+        """Load the weights of block `index`; ahead: on a GPU, start to load those of the next block."""
         block = self.blocks[index]
         if _filled(block):
             return block
@@ -113,7 +113,7 @@ class Walk:
         return block
 
     def read_soon(self, index: int) -> None:
-        """Let the weights that a block has not yet begin their journey, where there is a device to travel to."""
+        """Start to load a block's weights in a thread, on a GPU, unless the block has them."""
         if self._reader and index < len(self) and index not in self._coming and not _filled(self.blocks[index]):
             self._coming[index] = self._reader.submit(self._read_ahead, index)
 
@@ -179,7 +179,7 @@ class Walk:
             hidden, arguments = self._capture(ids)
             if ids.shape not in recorded:
                 recorded[ids.shape] = self._record(ids, first, hidden, arguments)
-            inputs.append(BlockInput(self.shelf.put(hidden), recorded[ids.shape]))
+            inputs.append(BlockInput(self.states.put(hidden), recorded[ids.shape]))
         for _, module in outside:
             self.release(module)
         return inputs
@@ -194,12 +194,12 @@ class Walk:
                 BlockInput(h, [], u, item.passed, item.unquantized_passed) for h, u in zip(hidden, both, strict=True)
             ]
         shapes = list(dict.fromkeys(part.hidden.shape[:2] for part in parts))
-        kept, self.shelf = self.shelf, Shelf(self.device)
+        kept, self.states = self.states, HiddenStateStore(self.device)
         lent = not _filled(self.blocks[0])
         samples = self.embed_all([torch.zeros(shape, dtype=torch.int64) for shape in shapes])
         if lent:
             self.forget(0)
-        self.shelf = kept
+        self.states = kept
         found = {shape: sample.arguments for shape, sample in zip(shapes, samples, strict=True)}
         for part in parts:
             part.arguments = found[part.hidden.shape[:2]]
@@ -279,7 +279,7 @@ class Walk:
 
     @contextmanager
     def instead(self, function: Callable[..., Tensor]) -> Iterator[None]:
-        """Let every block answer what `function` makes of its arguments."""
+        """Replace every block's forward by `function` inside the context."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""RMS norms, rotary embeddings and gates of a model's blocks in one pass over memory each, as Triton kernels, on a GPU.
+"""RMS norms, rotary embeddings and gated activations as one Triton kernel each.
 
 transformers writes them as 2 to 12 operations that each read and write the whole tensor: a third of a forward's time. What
 stands here rounds where those do. It is put in their place only where it gave the same numbers on a sample, so a model that
@@ -35,8 +35,8 @@ Kind = tuple[Any, ...]  # a class and the numbers and words that its instance ho
 Turn = tuple[ModuleType, Callable[..., Any], bool]  # a file, its own function, whether ours does the same
 
 
-class OnePass:
-    """What of some blocks can be done in one pass: `try_out` finds it, `use` puts it there, leaving takes it away again.
+class FusedOps:
+    """Replaces operations of blocks by fused kernels: `try_out` compares them, `use` replaces, leaving restores.
 
     Nothing can be, and no module is looked at, without Triton and a GPU, and where blocks compute in fp32.
     """
@@ -51,7 +51,7 @@ class OnePass:
         self.turns: dict[str, Turn] = {}  # by the name of the file
         self.before: dict[type, type] = {}  # class that computes in one pass -> the module's own
 
-    def __enter__(self) -> OnePass:
+    def __enter__(self) -> FusedOps:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

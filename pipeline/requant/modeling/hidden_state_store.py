@@ -1,4 +1,4 @@
-"""Where the hidden states of all batches wait between blocks: on the device, or in pinned host memory."""
+"""Stores the hidden states of all batches between blocks, on the device or in pinned host memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from requant.runtime.pinned_memory import on
 
 
-class Shelf:
-    """Hidden states on their device or, `on_host`, in pinned host memory, from where each travels while the one before it
-    computes and to where each returns while the next one does. A GPU is never waited for.
+class HiddenStateStore:
+    """Hidden states on their device or, `on_host`, in pinned host memory.
+
+    Copies from and to the host overlap with the computation of the batches before and after. Nothing waits for the GPU.
     """
 
     def __init__(self, device: torch.device, *, on_host: bool = False) -> None:

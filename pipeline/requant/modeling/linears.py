@@ -1,4 +1,4 @@
-"""Every matrix of a model as a Linear: GPT-2's Conv1D turned, fused experts split into one Linear for each of theirs.
+"""Every matrix of a model as a Linear: Conv1D transposed, fused experts split.
 
 Makes a model that other code can walk without special cases: a quantizable weight is the `weight` [out, in] of a module
 that `is_linear`, called once in every forward, in a fixed order, on the rows that it acts on.
@@ -15,13 +15,13 @@ from requant.modeling.families import LINEAR_CLASSES
 from requant.modeling.moe import SplitExperts
 
 
-class Turned(nn.Linear):
+class TransposedLinear(nn.Linear):
     """A GPT-2 style Conv1D, whose 16-bit checkpoint holds [in, out], as a Linear that holds [out, in]."""
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by its `weight` [out, in] and adds its `bias`, nothing else."""
-    return type(module) in (nn.Linear, Turned) or type(module).__name__ in LINEAR_CLASSES
+    return type(module) in (nn.Linear, TransposedLinear) or type(module).__name__ in LINEAR_CLASSES
 
 
 def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
@@ -35,7 +35,7 @@ def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is Conv1D:
             inputs, outputs = module.weight.shape
-            _replace(model, name, Turned(inputs, outputs, bias=module.bias is not None, device="meta"))
+            _replace(model, name, TransposedLinear(inputs, outputs, bias=module.bias is not None, device="meta"))
         elif _splittable(module) and single(name):
             _replace(model, name, SplitExperts(module))
             module._parameters.clear()  # the module lives on for its way to combine gate and up

@@ -50,10 +50,10 @@ def run_paused(run: BlockRun) -> None:
         for position, group in enumerate(run.groups):
             run.on_group(group, inputs(group, position == 0))
         for forward, reference, item in zip(forwards, references, run.items, strict=True):
-            item.hidden = run.walk.shelf.put(forward.switch())
+            item.hidden = run.walk.states.put(forward.switch())
             item.passed += 1
             if reference is not None:
-                item.unquantized = run.walk.shelf.put(reference.switch())
+                item.unquantized = run.walk.states.put(reference.switch())
                 item.unquantized_passed += 1
     finally:
         alive[0] = False

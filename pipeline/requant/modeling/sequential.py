@@ -59,8 +59,8 @@ def _run_again_for_each_group(run: BlockRun) -> None:
     walk, items, reference = run.walk, run.items, run.reference_block
 
     def inputs(group: LinearGroup) -> Inputs:
-        hidden = walk.shelf.take([item.hidden for item in items])
-        unquantized = walk.shelf.take(
+        hidden = walk.states.take([item.hidden for item in items])
+        unquantized = walk.states.take(
             [i.unquantized for i in items if reference is not None and i.unquantized is not None]
         )
         for item, start, other in zip(items, hidden, run.arguments, strict=True):
@@ -84,20 +84,20 @@ def pass_on(
     """Run a block on every batch: its output becomes `hidden`, or `unquantized` of the batches that have it."""
     chosen = [(i, a) for i, a in zip(items, arguments, strict=True) if not unquantized or i.unquantized is not None]
     kept = [item.unquantized if unquantized else item.hidden for item, _ in chosen]
-    for (item, other), x in zip(chosen, walk.shelf.take([k for k in kept if k is not None]), strict=True):
+    for (item, other), x in zip(chosen, walk.states.take([k for k in kept if k is not None]), strict=True):
         out = Walk.forward(block, x, other)
         if unquantized:
-            item.unquantized = walk.shelf.put(out, item.unquantized)
+            item.unquantized = walk.states.put(out, item.unquantized)
             item.unquantized_passed += 1
         else:
-            item.hidden = walk.shelf.put(out, item.hidden)
+            item.hidden = walk.states.put(out, item.hidden)
             item.passed += 1
 
 
 def start_unquantized(walk: Walk, items: Sequence[BlockInput]) -> None:
     """Let these batches, which have passed no block, also run unquantized."""
     for item in items:
-        item.unquantized = walk.shelf.put(item.hidden.to(walk.device))
+        item.unquantized = walk.states.put(item.hidden.to(walk.device))
 
 
 class _GroupReached(Exception):

@@ -82,7 +82,7 @@ def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> s
         if (
             _version_4_linear(module, name)
             if version == 4
-            else type(module) in (nn.Linear, linears.Turned) and name not in expert
+            else type(module) in (nn.Linear, linears.TransposedLinear) and name not in expert
         )
         and should_convert_module(name, kept)
     }
@@ -95,7 +95,7 @@ def _version_4_linear(module: nn.Module, name: str) -> bool:
 
 def conv1d_modules(model: nn.Module) -> set[str]:
     """Names of GPT-2 style Conv1D modules: their 16-bit weight is stored [in, out]."""
-    return {name for name, module in model.named_modules() if type(module) is linears.Turned}
+    return {name for name, module in model.named_modules() if type(module) is linears.TransposedLinear}
 
 
 def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
@@ -178,6 +178,6 @@ def place(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, turn: bool =
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if turn and leaf == "weight" and type(module) is linears.Turned:
+        if turn and leaf == "weight" and type(module) is linears.TransposedLinear:
             tensor = tensor.T.contiguous()
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

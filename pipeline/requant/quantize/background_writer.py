@@ -1,4 +1,4 @@
-"""Where a quantized model goes while it is made: written by the first rank, behind the walk's back.
+"""Writes finished blocks on background threads (rank 0 only).
 
 Each finished block is a resume point once it is on disk. Its tensors have left the device before the next but one is
 finished; the disk may take a few blocks longer.
@@ -27,8 +27,8 @@ JOURNAL = "blocks.json"
 BEHIND = 4  # finished blocks that the disk may still be taking in: at first it has the embeddings to take in too
 
 
-class Beside:
-    """Work on a GPU that another thread does beside what the GPU is doing, on what is solved there by then."""
+class SideStream:
+    """A CUDA stream for a writing thread: its work on a solved tensor starts when that tensor is ready."""
 
     def __init__(self) -> None:
         self.stream: Any = None
@@ -51,10 +51,10 @@ class Beside:
             yield
 
 
-class Output:
-    """What a rank does that writes nothing: nothing."""
+class BlockWriter:
+    """The interface of `BackgroundWriter`, doing nothing: ranks other than the first write nothing."""
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> BlockWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -87,7 +87,7 @@ class Output:
         """Finish the files, once what lies outside of the blocks is in them too."""
 
 
-class Written(Output):
+class BackgroundWriter(BlockWriter):
     """The checkpoint `path`, going on from what it already holds. modules are named as their tensors are stored."""
 
     def __init__(self, path: Path, plan: Plan, source: Checkpoint, *, max_bytes: int) -> None:
@@ -95,20 +95,20 @@ class Written(Output):
         self.journal = Journal(path / JOURNAL)
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
         self.slots = {s.name: s for s in plan.slots}
-        self.disk, self.beside, self.staging = ThreadPoolExecutor(1), Beside(), Staging()
-        self.syncing, self.apart = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.disk, self.side_stream, self.staging = ThreadPoolExecutor(1), SideStream(), Staging()
+        self.syncing, self.outside_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.writing: list[Future[None]] = []  # of the block at work
         self.ended: list[list[Future[None]]] = []
         self.written: list[Future[None]] = []  # of blocks that are committed
         self.committed: list[Future[None]] = []
         # What lies outside of the blocks is large: it is on its way while the first ones are solved, and none waits for it.
         inside = {n for names in plan.block_slots for n in names}
-        self.outside = self.apart.submit(self._write_rest, [n for n in self.slots if n not in inside])
+        self.outside = self.outside_pool.submit(self._write_rest, [n for n in self.slots if n not in inside])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.disk.shutdown()  # first: what was solved is committed even when the walk is stopped
         self.syncing.shutdown()
-        self.apart.shutdown()
+        self.outside_pool.shutdown()
         self.writer.abandon()
 
     def finished(self) -> list[list[dict[str, Any]]]:
@@ -121,7 +121,7 @@ class Written(Output):
         return gptq_format.dequantize({s: self.writer.read(f"{module}.{s}") for s in gptq_format.SUFFIXES}, bits)
 
     def put(self, module: str, solution: gptq.Solution) -> None:
-        self._submit(self._write_packed, module, solution, self.beside.solved(solution.codes))
+        self._submit(self._write_packed, module, solution, self.side_stream.solved(solution.codes))
 
     def end(self, index: int) -> None:
         self._submit(self._write_rest, self.plan.block_slots[index])
@@ -151,7 +151,7 @@ class Written(Output):
         self.writing.append(self.disk.submit(work, *args))
 
     def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
-        with self.beside.once(solved):
+        with self.side_stream.once(solved):
             for suffix, tensor in _packed(solution).items():
                 self.writer.write(f"{module}.{suffix}", self.staging.fetched(tensor))
 

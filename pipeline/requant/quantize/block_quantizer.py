@@ -19,13 +19,13 @@ from requant.modeling.moe import calibrate_experts, pool_experts, share_added
 from requant.modeling.sequential import pass_on, run_block
 from requant.numerics.delta_retention import Deltas, measure
 from requant.numerics.hessian import gather
-from requant.quantize.background_writer import Output
+from requant.quantize.background_writer import BlockWriter
 from requant.quantize.calibration_plan import CalibrationPlan
-from requant.quantize.module_results import Costs, ModuleResult
+from requant.quantize.module_results import BlockResults, ModuleResult
 from requant.quantize.out_of_memory import OutOfMemoryRecovery, follow
 from requant.quantize.plan import Plan, Settings
-from requant.quantize.solve import Solved, solve_stage
-from requant.quantize.warmup import Warming
+from requant.quantize.solve import Solved, solve_group
+from requant.quantize.warmup import WarmUp
 from requant.runtime.interpreter import set_aside
 from requant.runtime.ranks import Ranks
 
@@ -33,28 +33,28 @@ LATER = {"cpu": False, "cuda": True}  # whether a block is handed over while the
 
 
 class Quantizer:
-    """The walk over one model; holds what every block needs. Use `quantize`. Left by an error, it hands over what is solved."""
+    """Quantizes the blocks of one model; used by `quantize`. Left by an error, it commits what is solved."""
 
     def __init__(
-        self, walk: Walk, plan: Plan, settings: Settings, output: Output, ranks: Ranks, *,
-        calibration: CalibrationPlan, deltas: Deltas | None, notes: list[str] | None = None, warming: Warming | None = None,
+        self, walk: Walk, plan: Plan, settings: Settings, output: BlockWriter, ranks: Ranks, *,
+        calibration: CalibrationPlan, deltas: Deltas | None, notes: list[str] | None = None, warming: WarmUp | None = None,
     ) -> None:  # fmt: skip
         """calibration: of the batches that `block` is called with. deltas: by the tensor's stored name.
 
-        notes: gets what goes otherwise than begun. warming: what is waited for before the first stage is solved.
+        notes: gets what goes otherwise than begun. warming: waited for before the first group is solved.
         """
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
         self.calibration = calibration
         self.deltas = deltas or (lambda _: None)
         self.judging = ranks.broadcast(deltas is not None)  # the first rank judges: the others have no deltas
-        self.costs = Costs()
-        self.owed: tuple[int, Costs] | None = None  # the last block, until what it cost is known
-        self.stages: dict[tuple[str, ...], list[LinearGroup]] = {}
+        self.costs = BlockResults()
+        self.uncommitted: tuple[int, BlockResults] | None = None  # the last block, until its results are on the host
+        self.groups: dict[tuple[str, ...], list[LinearGroup]] = {}
         self.results: list[ModuleResult] = []
         self.recovery = OutOfMemoryRecovery(walk, [] if notes is None else notes)
         self.reference_block: nn.Module | None = None
         self.warming = warming
-        self.aside = False  # whether what does not change from block to block was set aside
+        self.gc_frozen = False  # whether objects that live through all blocks were excluded from garbage collection
 
     def __enter__(self) -> Quantizer:
         return self
@@ -75,46 +75,46 @@ class Quantizer:
             self.hand_over()  # taking less may be more than can be had
             self.calibration = self.recovery.leaner(self.calibration, index, items)
         block = self.walk.blocks[index]
-        self.hand_over()  # the one before, if no stage has
+        self.hand_over()  # the block before, if no group has done so
         self.walk.read_soon(index + 1)  # likewise
         while not follow(self.walk, block, self.reference_block, index, items):
             self.calibration = self.recovery.leaner(self.calibration, index, items)
         self.reference_block = None
-        self.costs.send(self.walk.shelf.total())
+        self.costs.send(self.walk.states.total())
         self.output.end(index)
-        self.owed, self.costs = (index, self.costs), Costs()
+        self.uncommitted, self.costs = (index, self.costs), BlockResults()
         self.walk.release(block)
 
     def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
-        """Solve a block and take all batches through it; False when memory ran out before the end of its last stage."""
-        reached: list[LinearGroup] = []
-        stages: list[LinearGroup] | None = None
+        """Solve a block and run all batches through it; False if memory ran out before its last group ended."""
+        solved: list[LinearGroup] = []
+        groups: list[LinearGroup] | None = None
         try:
-            stages = self._stages(index, items[0])
-            self._step(index, items, stages, reached)
+            groups = self._groups(index, items[0])
+            self._step(index, items, groups, solved)
         except torch.OutOfMemoryError:
             if self.ranks.count > 1:
                 raise  # the others wait elsewhere
         except NotFiniteError:  # on all ranks
             self.hand_over()  # the block before may have put it out
             raise
-        if stages is not None and len(reached) == len(stages):
+        if groups is not None and len(solved) == len(groups):
             return True
-        self.costs = Costs()
+        self.costs = BlockResults()
         self.walk.release(self.walk.blocks[index])
         return False
 
-    def _stages(self, index: int, item: BlockInput) -> list[LinearGroup]:
+    def _groups(self, index: int, item: BlockInput) -> list[LinearGroup]:
         block, prefix = self.walk.load(index, ahead=False), f"{self.walk.prefix}.{index}."
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
-        if linears and linears not in self.stages:
-            self.stages[linears] = find_linear_groups(self.walk, index, item, linears)
-        return self.stages.get(linears, [])
+        if linears and linears not in self.groups:
+            self.groups[linears] = find_linear_groups(self.walk, index, item, linears)
+        return self.groups.get(linears, [])
 
     def _step(
-        self, index: int, items: Sequence[BlockInput], stages: Sequence[LinearGroup], reached: list[LinearGroup]
+        self, index: int, items: Sequence[BlockInput], groups: Sequence[LinearGroup], solved: list[LinearGroup]
     ) -> None:
-        """All batches through the block, stage by stage; `reached` are those that are solved."""
+        """Run all batches through the block, group by group; `solved` gets the groups that are solved."""
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
         shared = {
             id(p): p for p in block.parameters()
@@ -122,28 +122,30 @@ class Quantizer:
         self.reference_block = copy.deepcopy(block, shared) if self.settings.correct else None
         calibrate_experts(block, self.reference_block)
 
-        def reach(stage: LinearGroup, inputs: Inputs) -> None:
-            self._stage(block, prefix, stage, self._then_read(inputs, index + 1) if stage is stages[-1] else inputs)
-            reached.append(stage)
+        def on_group(group: LinearGroup, inputs: Inputs) -> None:
+            self._solve_group(
+                block, prefix, group, self._then_read(inputs, index + 1) if group is groups[-1] else inputs
+            )
+            solved.append(group)
 
         run_block(
             self.walk,
             index,
             items,
-            stages,
-            reach,
+            groups,
+            on_group,
             reference_block=self.reference_block,
             paused=self.calibration.inside_block,
         )
 
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
-        """The inputs of a block's last stage. Once a GPU has all of them to work on the host only waits: time for other things."""
+        """The inputs of a block's last group, then host work that overlaps with the GPU's."""
         yield from inputs
         self.hand_over()
         self.walk.read_soon(index)
-        if not self.aside:
+        if not self.gc_frozen:
             set_aside(self.walk.device)
-            self.aside = True
+            self.gc_frozen = True
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:
         """Run a block that was finished before an interruption, from its own files."""
@@ -164,16 +166,16 @@ class Quantizer:
     def _stored(self, module: str) -> str:
         return self.walk.names[f"{module}.weight"].removesuffix(".weight")
 
-    def _stage(self, block: nn.Module, prefix: str, stage: LinearGroup, inputs: Inputs) -> None:
-        """Accumulate the stage's Hessian over all batches, solve its linears, put the quantized weights in place."""
-        linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in stage.linears}
+    def _solve_group(self, block: nn.Module, prefix: str, group: LinearGroup, inputs: Inputs) -> None:
+        """Accumulate the group's Hessian over all batches, solve its linears, replace their weights."""
+        linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in group.linears}
         moments = gather(
             inputs, next(iter(linears.values())).in_features, self.walk.device,
             drifting=bool(self.settings.correct), held_from=self.calibration.held_out_from, pool=self.ranks.all_reduce,
         )  # fmt: skip
         if self.warming:
             self.warming.wait()
-        solving = solve_stage(linears, self.plan.grids, moments, self.settings, self.ranks, wanted=self.judging)
+        solving = solve_group(linears, self.plan.grids, moments, self.settings, self.ranks, wanted=self.judging)
         del moments  # as large as anything here; used up as it is solved
         for solved in solving:
             quantized = solved.solution.weight()
@@ -194,9 +196,9 @@ class Quantizer:
 
     def hand_over(self) -> None:
         """Hand over the last block with what it cost, if that has not been done."""
-        if self.owed is None:
+        if self.uncommitted is None:
             return
-        (index, costs), self.owed = self.owed, None
+        (index, costs), self.uncommitted = self.uncommitted, None
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
         if not self.ranks.all(costs.finite()):
             raise StageError(

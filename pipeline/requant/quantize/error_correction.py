@@ -1,4 +1,4 @@
-"""Making up for earlier layers: weights whose outputs on the inputs as they are come closest to those before. Tensors only.
+"""Error correction (QEP): move a weight to make up for inputs that earlier layers changed.
 
 With X the inputs after earlier layers were quantized, X0 those before and drift = (X0 - X)' X, the least squares answer
 in the measure of H = X' X is W + W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et al.,
@@ -23,7 +23,7 @@ SOLVERS = {"cpu": lambda lower, columns: torch.cholesky_solve(columns, lower), "
 
 
 class Correction:
-    """The moves of weights that share their input, solved for the rows of all or, on a GPU, for the drift, whichever has less.
+    """Corrected weights of one group: solved for their rows or, on a GPU, for the drift if that is smaller.
 
     Several ranks share the drift; rows they have shared before. Holds no more than what moves are still to be asked for.
     """

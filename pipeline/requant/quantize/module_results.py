@@ -1,4 +1,4 @@
-"""What quantizing a block's linears cost: gathered on the device, read once that can be had without waiting for it."""
+"""Loss and delta retention of a block's linears: summed on the device, copied to the host asynchronously."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class _Made:
     measured: bool
 
 
-class Costs:
-    """One block's. After `send` they travel to the host, and `results` waits for these alone."""
+class BlockResults:
+    """The numbers of one block. `send` starts their copy to the host; `results` waits for that copy only."""
 
     def __init__(self) -> None:
         self.made: list[_Made] = []

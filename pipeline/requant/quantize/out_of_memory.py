@@ -11,7 +11,7 @@ from torch import nn
 
 from requant.errors import StageError
 from requant.modeling.block_walk import BlockInput, Walk
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.modeling.moe import unfollow
 from requant.modeling.sequential import pass_on
 from requant.quantize.calibration_plan import CalibrationPlan
@@ -51,10 +51,10 @@ class OutOfMemoryRecovery:
     def _to_host(self, items: Sequence[BlockInput]) -> None:
         if self.walk.device.type != "cuda":
             return
-        self.walk.shelf = Shelf(self.walk.device, on_host=True)
+        self.walk.states = HiddenStateStore(self.walk.device, on_host=True)
         for item in items:
-            item.hidden = self.walk.shelf.put(item.hidden)
-            item.unquantized = None if item.unquantized is None else self.walk.shelf.put(item.unquantized)
+            item.hidden = self.walk.states.put(item.hidden)
+            item.unquantized = None if item.unquantized is None else self.walk.states.put(item.unquantized)
         torch.cuda.synchronize(self.walk.device)
         free_memory(self.walk.device)
 

@@ -1,4 +1,4 @@
-"""What a GPTQ checkpoint of a model holds: planned from headers, its small files, and reading one back."""
+"""Plan of a GPTQ checkpoint, from headers only: its tensors, and the grid of every linear."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be written where, from headers: slots of the output, the grid of every quantized linear."""
+    """A planned checkpoint: the slots of its tensors, and the grid of every quantized linear."""
 
     slots: tuple[Slot, ...]
     block_slots: tuple[tuple[str, ...], ...]  # output tensor names of each block

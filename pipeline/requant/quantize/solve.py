@@ -1,4 +1,4 @@
-"""One stage of a block, the linears that share an input: solved together, their rows dealt out to all ranks.
+"""Solves the linears of one group together, with their rows distributed over all ranks.
 
 Given the Hessian, rows do not depend on each other: each rank solves its own, and every rank gets the whole.
 """
@@ -28,7 +28,7 @@ SPLIT_FROM = 8192  # rows of a matrix that ranks factor together: below, the exc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """One linear's codes, and the weight that they were solved for (fp32 [rows, n]; None unless asked for)."""
+    """One linear's codes, and the weight they were solved for (fp32 [rows, n]; None unless requested)."""
 
     name: str
     solution: gptq.Solution
@@ -36,7 +36,7 @@ class Solved:
     hessian: Tensor
 
 
-def solve_stage(
+def solve_group(
     linears: Mapping[str, Any], grids: Mapping[str, Grid], moments: Moments, settings: Settings, ranks: Ranks,
     *, wanted: bool = False,
 ) -> Iterator[Solved]:  # fmt: skip

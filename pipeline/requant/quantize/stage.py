@@ -1,4 +1,4 @@
-"""Stage: block by block calibrate, solve, replace, carry on, write a GPTQ checkpoint.
+"""Stage: calibrate and solve block by block, and write a GPTQ checkpoint.
 
 One block is resident. Each finished block is written while the next are solved, and is a resume point: a killed run
 replays the finished blocks from their own files and goes on with the same numbers. Several ranks share the windows, and
@@ -20,16 +20,16 @@ from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.modeling import sequential, skeleton
 from requant.modeling.block_walk import BlockInput, Walk
-from requant.modeling.fused_ops import OnePass
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.fused_ops import FusedOps
+from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.numerics.delta_retention import Deltas
-from requant.quantize.background_writer import BEHIND, JOURNAL, Output, Written
+from requant.quantize.background_writer import BEHIND, JOURNAL, BackgroundWriter, BlockWriter
 from requant.quantize.block_quantizer import LATER, Quantizer
 from requant.quantize.calibration_plan import plan_calibration
 from requant.quantize.gptq_files import write_small_files
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, plan
-from requant.quantize.warmup import Warming, narrowest
+from requant.quantize.warmup import WarmUp, narrowest
 from requant.runtime.interpreter import quick_switches
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
@@ -61,12 +61,12 @@ def quantize(
     walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     calibration = plan_calibration(walk, windows, settings, ranks, batch=batch)
     calibration.reserve(device)
-    walk.shelf = Shelf(device, on_host=calibration.on_host)
+    walk.states = HiddenStateStore(device, on_host=calibration.on_host)
     with (
         quick_switches(device),
-        OnePass(walk.blocks, device, walk.dtype) as passes,
-        Warming(device, narrowest(model, layout), settings, dtype, later=passes.try_out) as warming,
-        Written(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else Output() as output,
+        FusedOps(walk.blocks, device, walk.dtype) as passes,
+        WarmUp(device, narrowest(model, layout), settings, dtype, later=passes.try_out) as warming,
+        BackgroundWriter(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else BlockWriter() as output,
     ):
         items = walk.embed_all(torch.split(windows[calibration.share], list(calibration.batches)))
         sequential.start_unquantized(walk, [items[i] for i in calibration.unquantized])
@@ -91,7 +91,7 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
     return ranks.device_of(device)
 
 
-def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: OnePass) -> None:
+def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: FusedOps) -> None:
     """Quantize every block, or replay it where an earlier run left it whole; a block is written while the next is solved.
 
     Progress counts blocks on disk. `passes` are used from the second block on, whatever is compiled sooner: a run that

@@ -1,4 +1,4 @@
-"""So that a GPU need not wait for the host: at the start libraries are met and kernels compiled beside what else it takes."""
+"""Warm-up: load CUDA libraries and compile Triton kernels in threads while other work runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_list
-from requant.modeling.fused_ops import OnePass
+from requant.modeling.fused_ops import FusedOps
 from requant.numerics import cholesky, gptq, grid, triton_kernels
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings
@@ -28,8 +28,8 @@ ROWS = 64
 COLUMNS = gptq.OUTER["cuda"]  # and what is left over of a linear's own width: every kernel that its columns need
 
 
-class Warming:
-    """Small problems of the kinds that will come, solved by threads; leaving ends what has not begun.
+class WarmUp:
+    """Runs small problems of each kind in threads; leaving the context cancels those that have not started.
 
     A library or kernel that fails here fails again where it is needed, and says so there.
     """
@@ -49,7 +49,7 @@ class Warming:
         self.running: list[Future[None]] = []
         self.after: Future[None] | None = None
 
-    def __enter__(self) -> Warming:
+    def __enter__(self) -> WarmUp:
         self.running = [self.pool.submit(_apart, self.device, part) for part in self.parts]
         return self
 
@@ -76,13 +76,13 @@ class Warming:
 def ahead(
     base: Path, layout: Plan, settings: Settings, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
 ) -> Iterator[None]:  # fmt: skip
-    """Inside, what `quantize` will call on a GPU is met and compiled beside other work. base: the config of its model."""
+    """Warm up for `quantize` in threads while the body runs. base: directory with the config of its model."""
     if device.type != "cuda":
         yield
         return
     model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
-    passes = OnePass(block_list(model)[1], device, dtype)
-    with quick_switches(device), Warming(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]):
+    passes = FusedOps(block_list(model)[1], device, dtype)
+    with quick_switches(device), WarmUp(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]):
         yield
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from requant.evaluate.streamed import StreamedModel
 from requant.modeling.block_walk import Walk, block_linears, block_list
-from requant.modeling.fused_ops import OnePass
-from requant.modeling.hidden_state_store import Shelf
+from requant.modeling.fused_ops import FusedOps
+from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.modeling.sequential import start_unquantized
 from requant.numerics.delta_retention import Deltas
-from requant.quantize.background_writer import Output
+from requant.quantize.background_writer import BlockWriter
 from requant.quantize.block_quantizer import Quantizer
 from requant.quantize.calibration_plan import CalibrationPlan, plan_calibration
 from requant.quantize.plan import Plan, Settings
@@ -151,7 +151,7 @@ class Rehearsal:
         walk = self.walk(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         calibration = plan_calibration(walk, windows, settings, SINGLE_PROCESS, batch=batch)
         whole = len(calibration.unquantized) == len(calibration.batches)  # every batch also runs unquantized
-        walk.shelf = Shelf(self.device, on_host=calibration.on_host)
+        walk.states = HiddenStateStore(self.device, on_host=calibration.on_host)
         index = len(walk) // 2
 
         def once(count: int) -> Cost:
@@ -165,11 +165,13 @@ class Rehearsal:
             start_unquantized(walk, [items[i] for i in sample.unquantized])
             walk.forget(0)
             walk.load(index)
-            quantizer = Quantizer(walk, plan, settings, Output(), SINGLE_PROCESS, calibration=sample, deltas=deltas)
-            quantizer.aside = True  # nothing is set aside for one block
+            quantizer = Quantizer(
+                walk, plan, settings, BlockWriter(), SINGLE_PROCESS, calibration=sample, deltas=deltas
+            )
+            quantizer.gc_frozen = True  # nothing is set aside for one block
             return cost_of(self.device, lambda: quantizer.block(index, items))
 
-        with OnePass(walk.blocks, self.device, walk.dtype) as passes:
+        with FusedOps(walk.blocks, self.device, walk.dtype) as passes:
             passes.use()
             if self.device.type == "cuda":
                 once(1)  # kernels are compiled
