@@ -62,7 +62,7 @@ class StreamedModel:
         Out of memory halves the batch, down to one window, and continues with the first unfinished batch.
         """
         batches = list(_batches(list({_key(w): w for w in windows}.values()), batch))
-        self.walk.shelf = Shelf(self.walk.device, on_host=self._on_host(sum(b.numel() for b in batches)))
+        self.walk.states = HiddenStateStore(self.walk.device, on_host=self._on_host(sum(b.numel() for b in batches)))
         batches_in_flight = _BatchesInFlight(self.walk, batches, self.notes)
         for index in range(len(self.walk)):
             batches_in_flight.block(index)
