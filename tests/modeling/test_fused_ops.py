@@ -1,4 +1,4 @@
-"""`requant.elementwise` against transformers' own: in Triton's interpreter where there is no GPU.
+"""`requant.modeling.fused_ops` against transformers' own: in Triton's interpreter where there is no GPU.
 
 Without either the kernels have plain twins here, and what is tested is which modules are taken, how, and for how long.
 """

@@ -1,4 +1,4 @@
-"""`requant.states`: what is put comes back as it was, on the host too, and NaN is noticed."""
+"""`requant.modeling.hidden_state_store`: what is put comes back as it was, on the host too, and NaN is noticed."""
 
 from __future__ import annotations
 

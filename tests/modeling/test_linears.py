@@ -1,4 +1,4 @@
-"""`requant.linears`: every matrix is a Linear, experts see the rows they should, and nothing that a model returns changes."""
+"""`requant.modeling.linears`: every matrix is a Linear, and no output of a model changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.correction` against least squares in fp64."""
+"""`requant.quantize.error_correction` against least squares in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.costs`: what solutions lose comes back as the numbers that each has by itself, in their order."""
+"""`requant.quantize.module_results`: what solutions lose comes back as the numbers that each has by itself, in their order."""
 
 from __future__ import annotations
 

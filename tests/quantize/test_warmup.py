@@ -1,4 +1,4 @@
-"""`requant.warming`: nothing on a CPU; what it would run on a GPU runs here too."""
+"""`requant.quantize.warmup`: nothing on a CPU; what it would run on a GPU runs here too."""
 
 from __future__ import annotations
 

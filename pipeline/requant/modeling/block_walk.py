@@ -24,7 +24,7 @@ from requant.runtime.pinned_memory import on
 
 @dataclass
 class BlockInput:
-    """What the model passes to its blocks for one batch: hidden states, and the other arguments of every block."""
+    """One batch's input of the blocks: hidden states, and the other arguments of every block."""
 
     hidden: Tensor  # [batch, length, width]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -43,7 +43,7 @@ def larger_half(count: int) -> int:
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, blocks) of the largest ModuleList whose items are of one class; raises InputError when there is none."""
+    """(name, blocks) of the largest ModuleList of one class; raises InputError without one."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -155,7 +155,7 @@ class Walk:
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
-        """Run what comes before the blocks; windows int64 [n, length] -> one BlockInput for each batch."""
+        """Run what precedes the blocks; windows int64 [n, length] -> one BlockInput a batch."""
         return self.embed_all(torch.split(windows, batch))
 
     def embed_all(self, batches: Sequence[Tensor]) -> list[BlockInput]:
@@ -185,7 +185,7 @@ class Walk:
         return inputs
 
     def halved(self, items: Sequence[BlockInput]) -> list[BlockInput]:
-        """The same windows, as far as they have come, in batches of half the size; single windows stay as they are."""
+        """The same windows and states in batches of half the size; single windows stay."""
         parts: list[BlockInput] = []
         for item in items:
             hidden = torch.split(item.hidden, item.half())

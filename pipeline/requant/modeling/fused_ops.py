@@ -36,7 +36,7 @@ Turn = tuple[ModuleType, Callable[..., Any], bool]  # a file, its own function, 
 
 
 class FusedOps:
-    """Replaces operations of blocks by fused kernels: `try_out` compares them, `use` replaces, leaving restores.
+    """Replaces operations of blocks by fused kernels; leaving restores them.
 
     Nothing can be, and no module is looked at, without Triton and a GPU, and where blocks compute in fp32.
     """
@@ -105,7 +105,10 @@ class FusedOps:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * round(x / sqrt(mean(x^2) + eps)): x [..., n] contiguous, weight [n], both bf16 or fp16; inside fp32."""
+    """weight * round(x / sqrt(mean(x^2) + eps)).
+
+    x [..., n] contiguous, weight [n], both bf16 or fp16; computed in fp32.
+    """
     out, n = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(n)
     if x.numel():
@@ -114,7 +117,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin, each step rounded: x [batch, heads, length, n], of which heads lie inside of length.
+    """x * cos + rotate_half(x) * sin, each step rounded.
+
+    x: [batch, heads, length, n], where heads lie inside of length in memory.
 
     cos, sin: [batch or 1, length, n], contiguous.
     """
@@ -182,7 +187,7 @@ def _gated(original: Callable[..., Any]) -> Callable[..., Any]:
     """In place of a gate's forward."""
 
     def forward(module: Any, *args: Any, **named: Any) -> Any:
-        """A batch may wait before the last linear: nothing of what comes before it may stay till then."""
+        """A batch may pause before the last linear: no earlier activation may stay alive."""
         if len(args) != 1 or named:
             return original(module, *args, **named)
         return module.down_proj(_product(module.act_fn, module.gate_proj(*args), module.up_proj(*args)))
@@ -213,7 +218,7 @@ def _turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def _agrees(check: Callable[..., bool], *args: Any) -> bool:
-    """What `check` says; no where anything fails, for then it wants something else than it is given here."""
+    """The result of `check`; False when it raises: the module then needs other arguments."""
     try:
         return check(*args)
     except torch.OutOfMemoryError:
@@ -230,7 +235,7 @@ def _same_norm(module: Any, sample: Sample) -> bool:
 
 
 def _same_gate(module: Any, sample: Sample) -> bool:
-    """The order of its linears counts too: batches wait at whichever was called first when no gate was ours yet."""
+    """Also the order of its linears: batches pause at the one that is called first."""
     sampled, x, called = copy.copy(module), sample(64, 64) * _sizes(64, sample), list[str]()
     parts = {name: nn.Linear(64, 64, bias=False, device="meta") for name in ("gate_proj", "up_proj")}
     for name, part in parts.items():
@@ -255,7 +260,7 @@ def _sizes(rows: int, sample: Sample) -> Tensor:
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results have one dtype and shape and few numbers differ, none by more than two units in the last place."""
+    """Whether few numbers differ, none by more than two units in the last place."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     kind, values = torch.finfo(theirs.dtype), theirs.double()

@@ -1,4 +1,4 @@
-"""Stores the hidden states of all batches between blocks, on the device or in pinned host memory."""
+"""Stores hidden states of all batches between blocks, on the device or in pinned memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HiddenStateStore:
         self._sum = torch.zeros((), device=device)
 
     def put(self, value: Tensor, old: Tensor | None = None) -> Tensor:
-        """Keep `value` (on the device), in the place of `old` where that is in host memory: what to remember it by."""
+        """Store `value` (on the device), in the memory of `old` on the host: the stored tensor."""
         self._sum += value.sum(dtype=torch.float32)  # the cheapest that no NaN or infinity leaves finite
         if self._side is None:
             return value
@@ -49,7 +49,7 @@ class HiddenStateStore:
             yield value
 
     def total(self) -> Tensor:
-        """Of everything put so far, fp32 [] on the device: finite where all of it was (and below 3e38 in sum)."""
+        """Sum of all stored values, fp32 [] on the device: finite if all are (and below 3e38)."""
         return self._sum.clone()
 
     def _fetch(self, kept: Tensor) -> tuple[Tensor, Any]:

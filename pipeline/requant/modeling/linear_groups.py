@@ -1,4 +1,4 @@
-"""Groups of linears that share an input tensor, in call order, found from one forward of a block."""
+"""Groups of linears that share an input tensor, found from one forward of a block."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OnGroup = Callable[[LinearGroup, Inputs], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockRun:
-    """One block with its weights, the batches that run through it, and what is done at each group.
+    """One block, the batches that run through it, and what is done at each group.
 
     reference_block: the block with its original weights, for the batches that also run unquantized.
     """
@@ -42,7 +42,7 @@ class BlockRun:
 
 
 def find_linear_groups(walk: Walk, index: int, item: BlockInput, linears: Sequence[str]) -> list[LinearGroup]:
-    """Group `linears` of a block by the input they receive, in call order, from one forward of one batch.
+    """Group `linears` of a block by the input they receive, in call order, from one batch.
 
     Raises StageError when a linear is not called: nothing would be known about its input.
     """
@@ -73,5 +73,5 @@ def find_linear_groups(walk: Walk, index: int, item: BlockInput, linears: Sequen
 
 
 def comparable_rows(x: Tensor, unquantized: Tensor | None) -> Tensor | None:
-    """The rows of the unquantized input that belong to those of `x`: an expert's own rows come after them."""
+    """The rows of the unquantized input that belong to `x`: an expert's own rows come later."""
     return None if unquantized is None else unquantized[: len(x)]

@@ -16,7 +16,7 @@ from requant.modeling.moe import SplitExperts
 
 
 class TransposedLinear(nn.Linear):
-    """A GPT-2 style Conv1D, whose 16-bit checkpoint holds [in, out], as a Linear that holds [out, in]."""
+    """A GPT-2 style Conv1D, stored as [in, out], as a Linear that holds [out, in]."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -42,7 +42,7 @@ def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
 
 
 def _splittable(module: Any) -> bool:
-    """Fused experts of transformers 5 (integrations/moe.py `use_experts_implementation`) in the layout [gate; up], no biases."""
+    """Fused experts of transformers 5 (integrations/moe.py) as [gate; up], without biases."""
     if not fused_experts(module):
         return False
     plain = not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
@@ -55,7 +55,7 @@ def fused_experts(module: nn.Module) -> bool:
 
 
 def left_fused(model: nn.Module) -> list[str]:
-    """Names of three-dimensional expert weights that stay as they are: no Linear is quantized in their place."""
+    """Names of three-dimensional expert weights that stay fused and are not quantized."""
     return [
         f"{name}.{leaf}"
         for name, module in model.named_modules()

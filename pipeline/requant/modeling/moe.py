@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers as one Linear a projection and expert, and their calibration rows."""
+"""Mixture-of-experts layers as one Linear a projection and expert; calibration rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Expert(nn.Module):
-    """One gated expert: down(act(gate(x)) * up(x)), with its family's own way to combine gate and up."""
+    """One gated expert: down(act(gate(x)) * up(x)), combined as its family does."""
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Expert(nn.Module):
 
 
 class SplitExperts(nn.Module):
-    """transformers' fused experts as one module of three Linears for each expert, named 0, 1, 2 ... like before fusing.
+    """transformers' fused experts as one module of three Linears an expert, named 0, 1, 2 ...
 
     Every expert is called once in every forward, on the rows (tokens) routed to it, also when there are none.
 
@@ -51,7 +51,7 @@ class SplitExperts(nn.Module):
         self.routed, self.added = [0] * self.count, [0] * self.count
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, k]; an index of `count` means no expert."""
+        """hidden_states [tokens, width], top_k_* [tokens, k]; index `count` means no expert."""
         rows = self._rows(top_k_index, hidden_states.shape[0])
         weights = top_k_weights.new_zeros(hidden_states.shape[0], self.count + 1).scatter_(
             1, top_k_index, top_k_weights
@@ -90,7 +90,7 @@ class SplitExperts(nn.Module):
 
 
 def calibrate_experts(block: nn.Module, reference_block: nn.Module | None, floor: float = FLOOR) -> None:
-    """Prepare a block's experts, and those of the reference block that runs one step behind, for calibration."""
+    """Prepare the experts of a block and of its reference block for calibration."""
     for name, experts in split_experts(block):
         experts.floor = floor
         experts.routed, experts.added = [0] * experts.count, [0] * experts.count
@@ -113,7 +113,7 @@ def unfollow(reference_block: nn.Module) -> None:
 
 
 def share_added(block: nn.Module, linear: str) -> float:
-    """Added rows as a share of all that a Linear of a block has seen while calibrating; 0 outside of experts."""
+    """Added rows as a share of all calibration rows of a block's Linear; 0 outside of experts."""
     for name, experts in split_experts(block):
         if linear.startswith(f"{name}."):
             return experts.share_added(int(linear.removeprefix(f"{name}.").split(".")[0]))

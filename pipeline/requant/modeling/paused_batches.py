@@ -1,4 +1,4 @@
-"""All batches through a block with each forward run once: a batch pauses at every group of linears.
+"""All batches through a block in one forward each, paused at every group of linears.
 
 Each batch's forward is a greenlet, a call stack of its own. A hook on the first linear of each group switches back to
 the caller with that linear's input, and the forward continues there when the caller switches to it again:
@@ -25,7 +25,7 @@ from requant.modeling.linear_groups import BlockRun, Inputs, LinearGroup, compar
 
 
 def run_paused(run: BlockRun) -> None:
-    """Run all batches to one group, call `on_group`, and continue; `hidden` becomes the block's output."""
+    """Run all batches to one group, call `on_group`, continue; `hidden` becomes the output."""
     alive = [True]
     blocks = [m for m in (run.block, run.reference_block) if m is not None]
     handles = [h for m in blocks for h in _pausing_hooks(m, run.groups, alive)]

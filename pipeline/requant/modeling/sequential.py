@@ -1,4 +1,4 @@
-"""All batches of a block to one group of linears, which may be replaced, before any batch continues.
+"""All batches of a block to one group of linears before any batch continues.
 
 The algorithm, for each group in call order: run every batch through the block up to the group, give the inputs there to
 `on_group`, which may replace the group's weights. Each group so receives what the replaced weights before it produce.
@@ -29,7 +29,7 @@ def run_block(
     reference_block: nn.Module | None = None,
     paused: bool = True,
 ) -> None:
-    """Run one block on every batch, all of them to one group before any continues; `hidden` becomes the block's output.
+    """Run one block on every batch, group by group; `hidden` becomes the block's output.
 
     on_group(group, inputs): called once a group with an iterator over the batches' (input, unquantized input), each
     [batch, length, in]; an expert's inputs are [rows, in] (`moe.SplitExperts`). `reference_block` runs on the batches that
@@ -81,7 +81,7 @@ def _run_again_for_each_group(run: BlockRun) -> None:
 def pass_on(
     walk: Walk, block: nn.Module, items: Sequence[BlockInput], arguments: Sequence[Any], *, unquantized: bool = False
 ) -> None:
-    """Run a block on every batch: its output becomes `hidden`, or `unquantized` of the batches that have it."""
+    """Run a block on every batch; its output becomes `hidden`, or `unquantized`."""
     chosen = [(i, a) for i, a in zip(items, arguments, strict=True) if not unquantized or i.unquantized is not None]
     kept = [item.unquantized if unquantized else item.hidden for item, _ in chosen]
     for (item, other), x in zip(chosen, walk.states.take([k for k in kept if k is not None]), strict=True):

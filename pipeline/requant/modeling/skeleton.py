@@ -1,4 +1,4 @@
-"""A model's structure without its weights: the modules transformers would build, on the meta device.
+"""A model's structure without weights: the modules transformers builds, on the meta device.
 
 Answers what file names and shapes alone cannot: what bitsandbytes would have quantized, which weights are tied, what
 a parameter is called in the checkpoint. Every matrix is a Linear here (`linears.py`).
@@ -40,7 +40,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM of `config` with parameters on the meta device; buffers (rotary tables) are real, on the CPU."""
+    """The causal LM of `config` with parameters on the meta device, buffers on the CPU."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -89,7 +89,7 @@ def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> s
 
 
 def _version_4_linear(module: nn.Module, name: str) -> bool:
-    """A Linear of transformers 4: also the routers of mixtures of experts, which version 5 made classes of their own."""
+    """A Linear of transformers 4: also the routers of mixtures of experts."""
     return linears.is_linear(module) or type(module).__name__.endswith("TopKRouter")
 
 
@@ -125,7 +125,7 @@ def renamed(model: nn.Module, name: str) -> str:
 
 
 def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str]]]:
-    """transformers' one-to-one renamings for this model, and (pattern, replacement) of the weights of single experts.
+    """transformers' renamings for this model, and (pattern, replacement) of expert weights.
 
     Which of an expert's weights is the gate is read off the conversion that fuses them: [gate, up] in this order.
     """

@@ -1,4 +1,4 @@
-"""Where a model's stacked expert parameters are stored: one tensor, or one for each expert and projection.
+"""Where stacked expert parameters are stored: in one tensor, or one an expert and projection.
 
 transformers 5 holds the experts of a layer in parameters [experts, rows, columns]; adapters are named after these.
 """
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from requant.modeling import moe
-
-pass
 
 
 def stacked(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fused]:
@@ -61,7 +59,7 @@ def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One stored tensor of a stacked parameter: rows first..last of one expert, or all of it (expert None)."""
+    """One stored tensor of a stacked parameter: rows of one expert, or all (expert None)."""
 
     name: str
     expert: int | None = None
@@ -71,7 +69,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A stacked parameter [experts, rows, columns]; transposed: the model multiplies by it as [experts, in, out]."""
+    """A stacked parameter [experts, rows, columns]; transposed: it is [experts, in, out]."""
 
     shape: tuple[int, int, int]
     transposed: bool

@@ -28,7 +28,7 @@ BEHIND = 4  # finished blocks that the disk may still be taking in: at first it 
 
 
 class SideStream:
-    """A CUDA stream for a writing thread: its work on a solved tensor starts when that tensor is ready."""
+    """A CUDA stream for a writing thread, whose work waits until a tensor is solved."""
 
     def __init__(self) -> None:
         self.stream: Any = None
@@ -52,7 +52,7 @@ class SideStream:
 
 
 class BlockWriter:
-    """The interface of `BackgroundWriter`, doing nothing: ranks other than the first write nothing."""
+    """The interface of `BackgroundWriter` for other ranks than the first: it writes nothing."""
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -81,14 +81,14 @@ class BlockWriter:
         """Have the oldest block that has ended, `index`, noted once all of it is on disk."""
 
     def settle(self, behind: int = 0) -> None:
-        """Wait until the blocks committed so far have left the device and are on disk, but for the last `behind` of them."""
+        """Wait until committed blocks left the device and all but the last `behind` are on disk."""
 
     def close(self) -> None:
         """Finish the files, once what lies outside of the blocks is in them too."""
 
 
 class BackgroundWriter(BlockWriter):
-    """The checkpoint `path`, going on from what it already holds. modules are named as their tensors are stored."""
+    """Writes the checkpoint `path`, resuming what it holds. modules: by their stored names."""
 
     def __init__(self, path: Path, plan: Plan, source: Checkpoint, *, max_bytes: int) -> None:
         self.plan, self.source = plan, source

@@ -33,13 +33,13 @@ LATER = {"cpu": False, "cuda": True}  # whether a block is handed over while the
 
 
 class Quantizer:
-    """Quantizes the blocks of one model; used by `quantize`. Left by an error, it commits what is solved."""
+    """Quantizes the blocks of one model; on an error, commits what is solved."""
 
     def __init__(
         self, walk: Walk, plan: Plan, settings: Settings, output: BlockWriter, ranks: Ranks, *,
         calibration: CalibrationPlan, deltas: Deltas | None, notes: list[str] | None = None, warming: WarmUp | None = None,
     ) -> None:  # fmt: skip
-        """calibration: of the batches that `block` is called with. deltas: by the tensor's stored name.
+        """calibration: the plan of the batches given to `block`. deltas: by stored name.
 
         notes: gets what goes otherwise than begun. warming: waited for before the first group is solved.
         """
@@ -66,7 +66,7 @@ class Quantizer:
                 self.hand_over()
 
     def block(self, index: int, items: list[BlockInput]) -> None:
-        """Quantize one block; `items` come out as its output. It is handed over by `hand_over`, or by the next block.
+        """Quantize one block; `items` become its output. `hand_over` or the next block commits it.
 
         Out of memory, it is begun again from its inputs in ways that take less; once all of it is solved, only the
         batches that have not come through it are.
@@ -86,7 +86,7 @@ class Quantizer:
         self.walk.release(block)
 
     def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
-        """Solve a block and run all batches through it; False if memory ran out before its last group ended."""
+        """Solve a block and run all batches through it; False: out of memory before the end."""
         solved: list[LinearGroup] = []
         groups: list[LinearGroup] | None = None
         try:
@@ -114,7 +114,7 @@ class Quantizer:
     def _step(
         self, index: int, items: Sequence[BlockInput], groups: Sequence[LinearGroup], solved: list[LinearGroup]
     ) -> None:
-        """Run all batches through the block, group by group; `solved` gets the groups that are solved."""
+        """Run all batches through the block, group by group; `solved` gets each solved group."""
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
         shared = {
             id(p): p for p in block.parameters()

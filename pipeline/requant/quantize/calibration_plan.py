@@ -37,12 +37,18 @@ class CalibrationPlan:
         return not self.inside_block
 
     def reserve(self, device: torch.device) -> None:
-        """Reserve the GPU memory of paused batches as one block: allocated piece by piece it takes longer and fragments."""
+        """Reserve the GPU memory of paused batches as one block.
+
+        Allocated piece by piece it takes longer and fragments.
+        """
         if self.waiting_bytes:
             hold(device, self.waiting_bytes)
 
     def leaner(self) -> CalibrationPlan | None:
-        """The plan that takes less memory: first without paused batches, then with each batch halved; None: there is none."""
+        """The plan that takes less memory; None when no plan does.
+
+        First without paused batches, then with each batch halved.
+        """
         if self.inside_block:
             return replace(self, inside_block=False, waiting_bytes=0)
         if max(self.batches) == 1:
@@ -60,9 +66,9 @@ class CalibrationPlan:
 def plan_calibration(
     walk: Walk, windows: Tensor, settings: Settings, ranks: Ranks, *, batch: int | None = None
 ) -> CalibrationPlan:
-    """The plan of this rank for `windows`, int64 [n, length]; every rank makes this call. Reserves nothing.
+    """The plan of this rank for `windows`, int64 [n, length]; every rank makes this call.
 
-    batch: windows in a batch, by default `batch_size`.
+    batch: windows in a batch, by default `batch_size`. No memory is reserved.
     """
     size = batch or batch_size(walk.device, windows.shape[1])
     share = ranks.share(len(windows))
@@ -89,7 +95,7 @@ def batch_size(device: torch.device, length: int) -> int:
 
 
 def _held_out_from(batches: int, numbers: list[int]) -> int | None:
-    """Which of this rank's batches, `numbers` among all `batches`, is the first held-out one; None with one batch in all."""
+    """The first held-out batch of this rank, whose batches have `numbers` among all; None: no batch."""
     first = batches - max(1, batches // HELD_OUT_SHARE)
     return sum(n < first for n in numbers) if batches > 1 else None
 

@@ -23,7 +23,7 @@ SOLVERS = {"cpu": lambda lower, columns: torch.cholesky_solve(columns, lower), "
 
 
 class Correction:
-    """Corrected weights of one group: solved for their rows or, on a GPU, for the drift if that is smaller.
+    """Corrected weights of one group, by a solve for their rows or, if smaller, for the drift.
 
     Several ranks share the drift; rows they have shared before. Holds no more than what moves are still to be asked for.
     """
@@ -59,7 +59,7 @@ class Correction:
         return None if self.solved is None else weight @ self.solved
 
     def _solve(self, drift: Tensor, factor: Factor) -> None:
-        """For this rank's columns, then all have all: also where one's factor failed, for the others wait for it."""
+        """Solve for this rank's columns, then gather all; also after a failed factor, as others wait."""
         part = self.ranks.own_rows(drift)
         own = torch.zeros_like(part) if factor.diagonal else _solved(part.T, factor).T
         self.solved = self.ranks.all_gather_rows(own, len(drift))

@@ -25,7 +25,7 @@ def write_small_files(
     damp: float,
     meta: Mapping[str, Any],
 ) -> None:
-    """config.json, quantize_config.json, tokenizer and generation config of a GPTQ checkpoint. damp: as it was used."""
+    """Write config.json, quantize_config.json, tokenizer and generation config. damp: as used."""
     overrides: dict[str, Mapping[str, Any] | None] = dict.fromkeys(layout.left)
     for name, grid in layout.grids.items():
         if grid != settings.grid:
@@ -48,7 +48,7 @@ def write_small_files(
 
 
 def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The same rules under the names of engines that fuse q/k/v and gate/up, where all parts share one."""
+    """The same rules under engines' fused names, where all parts share one."""
     extra = {}
     for fused, parts in ((name, made.parts) for name, made in FUSED.items()):
         for name, own in overrides.items():
@@ -59,7 +59,7 @@ def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _containers(overrides: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
-    """The same rules under the names of layers' experts, which engines hold as one, where all parts share one."""
+    """The same rules under the names of experts' containers, where all experts share one."""
     parts: dict[str, list[str]] = {}
     for name in every:
         match = EXPERT.fullmatch(name)

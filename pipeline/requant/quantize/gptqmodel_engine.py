@@ -55,7 +55,7 @@ def quantize(
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
     deltas: Deltas | None = None, progress: Progress | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
-    """As `quantize.quantize`; of `settings` the grid, overrides and damp count. Raises StageError when it fails."""
+    """As `quantize.quantize`, with grid, overrides and damp of `settings`; raises StageError."""
     check(settings)
     batch = batch or batch_size(device, windows.shape[1])
     checkpoint = Checkpoint(source)
@@ -128,7 +128,7 @@ def _dynamic(layout: Plan, settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Its banner and tables go nowhere; what it needs on a machine without a compiler is set first."""
+    """Discard the library's output, and set what it needs on a machine without a compiler."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
@@ -139,7 +139,7 @@ def _silent() -> Iterator[None]:
 def _rewrite(
     theirs: Checkpoint, source: Checkpoint, layout: Plan, names: Mapping[str, str], writer: CheckpointWriter
 ) -> None:
-    """Their packed tensors and the source's other ones, in our layout: v1 zeros, fp16 scales, our names."""
+    """Write the library's packed tensors in our layout (v1 zeros, fp16 scales), and all others."""
     config = theirs.config.get("quantization_config") or {}
     v2 = config.get("checkpoint_format") == "gptq_v2"
     packed = set()
@@ -166,7 +166,7 @@ def _rewrite(
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures written weights as our own stage does: every linear against the inputs it gets in the quantized model."""
+    """Measures written weights as `quantize` does, on the inputs in the quantized model."""
 
     walk: Walk
     written: Checkpoint

@@ -1,4 +1,4 @@
-"""GPU memory of calibration: bytes of batches that pause inside a block, and whether they fit."""
+"""GPU memory of calibration: bytes of paused batches, and whether they fit."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def unquantized_every(walk: Walk, windows: Tensor) -> int:
 
 
 def fits_inside_block(walk: Walk, tokens: int, unquantized: float = 0.0, memory_share: float = MEMORY_SHARE) -> bool:
-    """Whether all batches can pause inside a block: always on the CPU, on a GPU within `memory_share` of its free memory.
+    """Whether all batches can pause inside a block; always on the CPU.
 
-    unquantized: the share of tokens that also runs unquantized. Where the estimate is too low and memory runs out, a
-    rank that works alone restarts the block with less (`out_of_memory`).
+    memory_share: of a GPU's free memory that they may take. unquantized: the share of tokens that also runs unquantized.
+    Where the estimate is too low and memory runs out, a rank that works alone restarts the block with less (`out_of_memory`).
     """
     if walk.device.type != "cuda":
         return True
@@ -50,7 +50,7 @@ def waiting_bytes(walk: Walk, tokens: int, unquantized: float) -> int:
 
 
 def solving_bytes(block: nn.Module, itemsize: int) -> int:
-    """Rough memory while a block's widest linear is solved: three blocks' weights, and square matrices in fp32.
+    """Rough memory while a block's widest linear is solved: three blocks and square matrices.
 
     The three are the block's own weights, those it had before, and the next block's.
     """

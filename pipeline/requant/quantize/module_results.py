@@ -1,4 +1,4 @@
-"""Loss and delta retention of a block's linears: summed on the device, copied to the host asynchronously."""
+"""Loss and delta retention of linears, summed on the device and copied asynchronously."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Added = Callable[[str], float]
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What is known of a solution without its device, and no tensor of it. measured: whether it has a delta."""
+    """What the host knows of a solution, without its tensors. measured: whether it has a delta."""
 
     name: str
     grid: Grid
@@ -33,7 +33,7 @@ class _Made:
 
 
 class BlockResults:
-    """The numbers of one block. `send` starts their copy to the host; `results` waits for that copy only."""
+    """The numbers of one block: `send` starts their copy to the host, `results` waits for it."""
 
     def __init__(self) -> None:
         self.made: list[_Made] = []
@@ -97,7 +97,7 @@ def _first(numbers: list[float], count: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleResult:
-    """What quantizing one linear cost on the calibration text, against the weight it was solved for.
+    """Error of one quantized linear on the calibration text, against the weight it was solved for.
 
     loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). With `correct`, W is the corrected weight: what it makes
     up for is not counted as an error. rtn_error: the same for rounding W to nearest on min-max scales.

@@ -1,4 +1,4 @@
-"""Out-of-memory recovery: restart the block with less, first without paused batches, then with halved ones."""
+"""Out-of-memory recovery: restart the block without paused batches, then with halved ones."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OutOfMemoryRecovery:
 def follow(
     walk: Walk, block: nn.Module, reference_block: nn.Module | None, index: int, items: Sequence[BlockInput]
 ) -> bool:
-    """Run the batches that have not passed a solved block through it; False when memory runs out again."""
+    """Run the batches that have not passed a solved block through it; False: out of memory."""
     if reference_block is not None:
         unfollow(reference_block)
     behind = [i for i in items if i.unquantized is not None and i.unquantized_passed == index]

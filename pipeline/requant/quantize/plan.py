@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,7 +24,7 @@ NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a ker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to quantize. overrides: (fnmatch pattern of a module name, changed Grid fields or None to leave in 16 bit)."""
+    """How to quantize. overrides: (fnmatch pattern, changed Grid fields, or None for 16 bit)."""
 
     grid: Grid = Grid()  # noqa: RUF009 - frozen
     order: Literal["auto", "natural", "activation", "group"] = "auto"
@@ -34,7 +34,7 @@ class Settings:
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
 
     def grid_of(self, module: str) -> Grid | None:
-        """The grid of one module by its full name, None when it is left in 16 bit; the last matching override wins."""
+        """The grid of one module by its full name, None: 16 bit. The last matching override wins."""
         grid: Grid | None = self.grid
         for pattern, own in self.overrides:
             if fnmatch.fnmatchcase(module, pattern):
@@ -75,7 +75,7 @@ class Layout(Protocol):
 def plan(
     tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path
 ) -> Plan:
-    """Lay out the quantized checkpoint; raises InputError listing every linear that cannot be packed as asked."""
+    """Plan the quantized checkpoint; raises InputError listing linears that cannot be packed."""
     prefix, blocks = block_list(model)
     names = skeleton.tensor_names(model, tensors)
     linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
@@ -106,25 +106,27 @@ def plan(
     per_block = tuple(
         tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
     )
-    weights = sum(linears[n].weight.numel() for n in grids)
-    packed_bytes = sum(s.nbytes for many in replaced.values() for s in many)
     left = tuple(n for n in linears if n not in grids)
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
     renamed = {n: stored for n, stored in renamed.items() if not n.endswith(stored)}
     stored = {n: names[f"{n}.weight"] for n in grids}
-    bits = 8 * packed_bytes / max(weights, 1)
     fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
     return Plan(
         slots=tuple(slots),
         block_slots=per_block,
         grids=grids,
         left=left,
-        bits_per_weight=bits,
+        bits_per_weight=_bits_per_weight([linears[n] for n in grids], replaced.values()),
         prefix=prefix,
         renamed=renamed,
         weights=stored,
         fused=fused,
     )
+
+
+def _bits_per_weight(linears: Iterable[nn.Linear], packed: Iterable[Iterable[Slot]]) -> float:
+    """Bits of the packed tensors for each weight of the linears that they replace."""
+    return 8 * sum(s.nbytes for slots in packed for s in slots) / max(sum(m.weight.numel() for m in linears), 1)
 
 
 def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:

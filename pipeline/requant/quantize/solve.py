@@ -28,7 +28,7 @@ SPLIT_FROM = 8192  # rows of a matrix that ranks factor together: below, the exc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """One linear's codes, and the weight they were solved for (fp32 [rows, n]; None unless requested)."""
+    """One linear's codes, and the weight they were solved for (fp32 [rows, n], if requested)."""
 
     name: str
     solution: gptq.Solution
@@ -40,7 +40,9 @@ def solve_group(
     linears: Mapping[str, Any], grids: Mapping[str, Grid], moments: Moments, settings: Settings, ranks: Ranks,
     *, wanted: bool = False,
 ) -> Iterator[Solved]:  # fmt: skip
-    """Quantize the weights of `linears` against the moments of their input, which are used up. wanted: whether to keep those.
+    """Quantize the weights of `linears` against the moments of their input, which are used up.
+
+    wanted: whether to keep the weights that codes were solved for.
 
     Until the last is yielded fp32 products run on a GPU's tensor cores, for the caller too: what it measures of a solution
     needs no more than 10 bits.
@@ -77,7 +79,7 @@ def solve_group(
 
 
 def cholesky_of(matrix: Tensor, *, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Factor fp32 [n, n] that all ranks hold, as `torch.linalg.cholesky_ex` does; it may be used up."""
+    """Factor fp32 [n, n] of all ranks as `torch.linalg.cholesky_ex`; `matrix` may be used up."""
     if ranks.count > 1 and len(matrix) >= SPLIT_FROM:
         return shared_cholesky(matrix, ranks.rank, ranks.count, ranks.broadcast_async)
     lower, info = torch.linalg.cholesky_ex(matrix)
@@ -98,7 +100,7 @@ def gather(part: gptq.Solution, rows: int, ranks: Ranks) -> gptq.Solution:
 
 @contextmanager
 def _named(linear: str) -> Iterator[None]:
-    """Say of a Hessian that is not finite whose it is. Before it is factored a GPU is not waited for to look."""
+    """Name the linear whose Hessian is not finite; factoring checks this without a wait before it."""
     try:
         yield
     except FloatingPointError as error:

@@ -44,7 +44,7 @@ def quantize(
     deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = SINGLE_PROCESS,
     notes: list[str] | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
-    """Quantize the model in `source` into the existing directory `out`, going on from what `out` already holds.
+    """Quantize the model in `source` into the existing directory `out`, resuming what it holds.
 
     windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
     batch: windows at a time, by default about 2048 tokens on the CPU and 8192 on a GPU.
@@ -83,7 +83,7 @@ def quantize(
 
 
 def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.device:
-    """This rank's own device; raises InputError for one GPU by its number, and for fewer calibration windows than ranks."""
+    """This rank's own device; raises InputError for fewer calibration windows than ranks."""
     if windows < ranks.count:
         raise InputError(
             f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
@@ -92,7 +92,7 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
 
 
 def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: FusedOps) -> None:
-    """Quantize every block, or replay it where an earlier run left it whole; a block is written while the next is solved.
+    """Quantize every block, or replay those that an earlier run finished.
 
     Progress counts blocks on disk. `passes` are used from the second block on, whatever is compiled sooner: a run that
     goes on from here must compute the same numbers.

@@ -29,7 +29,7 @@ COLUMNS = gptq.OUTER["cuda"]  # and what is left over of a linear's own width: e
 
 
 class WarmUp:
-    """Runs small problems of each kind in threads; leaving the context cancels those that have not started.
+    """Runs small problems of each kind in threads; leaving cancels those not started.
 
     A library or kernel that fails here fails again where it is needed, and says so there.
     """
@@ -38,7 +38,7 @@ class WarmUp:
         self, device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype,
         *, also: Sequence[Callable[[], object]] = (), later: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
-        """widths: inputs of a linear of each grid that will come. later: begun once all else is done and waited for.
+        """widths: inputs of a linear of each grid. later: started after all else is done.
 
         On a CPU there is nothing to do.
         """
@@ -76,7 +76,7 @@ class WarmUp:
 def ahead(
     base: Path, layout: Plan, settings: Settings, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
 ) -> Iterator[None]:  # fmt: skip
-    """Warm up for `quantize` in threads while the body runs. base: directory with the config of its model."""
+    """Warm up for `quantize` in threads while the body runs. base: directory of its config."""
     if device.type != "cuda":
         yield
         return
@@ -109,7 +109,7 @@ def _apart(device: torch.device, work: Callable[[], object]) -> None:
 def _parts(
     device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype
 ) -> list[Callable[[], object]]:
-    """What a forward and a stage call, each part by itself: one compiles while another does. None holds memory before it runs.
+    """The parts of a forward and a solve that compile in parallel; none holds memory before it runs.
 
     Only one factors: torch's linear algebra must not be met by two threads at once.
     """
