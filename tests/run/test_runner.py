@@ -14,7 +14,7 @@ from helpers.e2e import ALL, copied, digests, edit_json, killed_run, recipe, run
 
 from requant import __version__
 from requant import recipe as recipes
-from requant.checkpoint import reader
+from requant.checkpoint import atomic_write
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.errors import InputError, RequantError, StageError
@@ -392,7 +392,7 @@ def test_a_half_written_report_of_other_settings_is_not_taken_for_ours(
     project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = numbers(read(ran / "pico" / "report.json"))
-    write = reader.write_text
+    write = atomic_write.write_text
 
     def broken(file: Path, text: str) -> None:
         if file.name == "report.md":
