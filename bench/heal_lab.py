@@ -26,12 +26,11 @@ sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
 from requant import merge, quantize
 from requant.adapters import peft_directory
-from requant.checkpoint import reader
 from requant.data import packing
 from requant.data.documents import TextSource, TokenDocument, tokenize
 from requant.data.packing import HealingText
 from requant.evaluate import variants
-from requant.formats import gptq as gptq_format
+from requant.formats.gptq_reader import GptqReader
 from requant.heal import student, teacher
 from requant.heal.settings import HealSettings
 from requant.numerics.grid import Grid
@@ -101,14 +100,14 @@ class Bench:
     @torch.no_grad()
     def losses(self, path: Path, values: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
         """Log-perplexity lost against the merged model by the checkpoint in `path`, some tensors replaced by `values`."""
-        checkpoint, v2 = reader.Checkpoint(path), gptq_format.is_v2(path)
-        names = student.skeleton.tensor_names(self.judge, gptq_format.stored_names(checkpoint))
+        checkpoint = GptqReader(path)
+        names = student.skeleton.tensor_names(self.judge, checkpoint)
         for parameter, stored in names.items():
             stem = stored.removesuffix(".weight")
-            if stored in checkpoint:
+            if stored not in checkpoint.quantized:
                 value = (values or {}).get(stored, checkpoint.read(stored))
             else:
-                codes = student.read_linear(checkpoint, stem, v2, DEVICE)
+                codes = student.read_linear(checkpoint, stem, DEVICE)
                 scale = (values or {}).get(f"{stem}.scales", codes.scale).to(DEVICE)
                 value = (codes.centred(torch.float32) * scale[..., None]).flatten(1)
                 value = value if codes.order is None else value[:, torch.argsort(codes.order)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from requant.formats.gptq import load_quantized
+from requant.formats.gptq_reader import load_quantized
 from requant.numerics import gptq
 from requant.numerics.hessian import Moments
 from requant.quantize import block_quantizer, error_correction

@@ -22,6 +22,7 @@ from requant import deploy
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy import check_headers, check_tensors
 from requant.formats import gptq as gptq_format
+from requant.formats.gptq_reader import load_quantized
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid, find_scales, round_to_grid
 
@@ -145,7 +146,7 @@ def test_a_whole_checkpoint_of_gptqmodel(source: Path, tmp_path: Path, options: 
 def ours(path: Path) -> Any:
     """The model as `load_quantized` reads it, fp32."""
     made = skeleton.open_model(path)
-    stored = dict(gptq_format.load_quantized(path))
+    stored = dict(load_quantized(path))
     names = skeleton.tensor_names(made, stored)
     skeleton.place(made, {parameter: stored[name].float() for parameter, name in names.items()})
     made.tie_weights()

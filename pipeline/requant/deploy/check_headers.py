@@ -19,6 +19,7 @@ from requant.checkpoint.reader import INDEX, Checkpoint, read_json
 from requant.errors import InputError
 from requant.formats import gptq as gptq_format
 from requant.formats.gptq import Packing, Rules
+from requant.formats.quantized_format import PackError
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 
@@ -110,7 +111,7 @@ def _declared(headers: HeaderCheck, declared: Mapping[str, Any]) -> bool:
 def _tensors(headers: HeaderCheck, config: Mapping[str, Any], rules: Rules) -> None:
     """Names, dtypes and shapes of every tensor of the checkpoint against the model its config describes."""
     checkpoint = headers.checkpoint
-    plain = [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in checkpoint]
+    plain = gptq_format.unquantized_names(checkpoint)
     names = skeleton.tensor_names(headers.model, plain)
     transposed = {f"{module}.weight" for module in skeleton.conv1d_modules(headers.model)}
     prefix, blocks = block_list(headers.model)
@@ -152,7 +153,7 @@ def _packed(headers: HeaderCheck, stem: str, packing: Packing) -> set[str]:
     names = {suffix: f"{stem}.{suffix}" for suffix in gptq_format.SUFFIXES}
     try:
         shapes = gptq_format.shapes(packing.rows, packing.columns, packing.bits, packing.group_size)
-    except gptq_format.PackError as error:
+    except PackError as error:
         headers.report(names["qweight"], f"the config cannot be meant: {error}")
         return set(names.values())
     before = len(headers.findings)
@@ -179,7 +180,7 @@ def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], pack
     if len(have) != 2:
         return text
     if suffix == "qweight" and have[1] == want[1] and 32 * have[0] % packing.columns == 0:
-        text += f"; the tensor is {32 * have[0] // packing.columns}-bit"
+        text += f"; the tensor is {gptq_format.bits_of(have, packing.columns)}-bit"
     if suffix in ("scales", "qzeros") and have[1] == want[1] and have[0] and packing.columns % have[0] == 0:
         text += f"; the tensor has groups of {packing.columns // have[0]}"
     return text

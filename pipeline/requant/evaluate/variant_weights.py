@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.checkpoint.reader import Checkpoint
-from requant.formats import gptq as gptq_format
-from requant.formats.gptq import quantized_format
+from requant.formats.gptq_reader import GptqReader
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import compute
@@ -85,32 +84,24 @@ class Rounded:
 
 
 class Packed:
-    """A GPTQ checkpoint, its quantized linears as fp32 `.weight`. turned: stored names of Conv1D weights.
+    """A GPTQ checkpoint, its quantized linears as fp32 `.weight`. transposed: stored names of Conv1D weights.
 
     Raises InputError when config.json says that it is none.
     """
 
-    def __init__(self, path: Path, turned: frozenset[str], device: torch.device) -> None:
-        self.checkpoint, self.v2 = Checkpoint(path), quantized_format(path) == "gptq_v2"
-        self.path, self.turned, self.device = path, turned, device
-        self.packed = {n.removesuffix("qweight") + "weight" for n in self.checkpoint if n.endswith(".qweight")}
+    def __init__(self, path: Path, transposed: frozenset[str], device: torch.device) -> None:
+        self.reader = GptqReader(path)
+        self.path, self.transposed, self.device = path, transposed, device
 
     def __iter__(self) -> Iterator[str]:
-        parts = {f"{n.removesuffix('weight')}{s}" for n in self.packed for s in gptq_format.SUFFIXES}
-        yield from (n for n in self.checkpoint if n not in parts)
-        yield from self.packed
+        return iter(self.reader)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.packed or name in self.checkpoint
+        return name in self.reader
 
     def read(self, name: str) -> Tensor:
-        if name not in self.packed:
-            return self.checkpoint.read(name)
-        stem = name.removesuffix("weight")
-        parts = {s: self.checkpoint.read(f"{stem}{s}").to(self.device) for s in gptq_format.SUFFIXES}
-        bits = 32 * parts["qweight"].shape[0] // parts["g_idx"].shape[0]
-        value = gptq_format.dequantize(parts, bits, v2=self.v2)
-        return value.T if name in self.turned else value
+        value = self.reader.read(name, self.device)
+        return value.T if name in self.reader.quantized and name in self.transposed else value
 
 
 def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | None) -> BaseWeights:

@@ -1,4 +1,4 @@
-"""Integer codes <-> the GPTQ on-disk tensors (format v1, as gptqmodel, vLLM, SGLang and transformers read it).
+"""GPTQ tensors on disk from integer codes, and back (as gptqmodel, vLLM and transformers read them).
 
 qweight int32 [in*bits/32, out]      codes packed along the inputs, lowest bits first
 qzeros  int32 [groups, out*bits/32]  zero points, stored minus one
@@ -9,23 +9,17 @@ g_idx   int32 [in]                   i // group_size
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from requant.checkpoint.reader import Checkpoint, read_json
-from requant.errors import InputError
+from requant.formats.quantized_format import PackError
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _WORD = 32
-
-
-class PackError(ValueError):
-    """The tensors do not follow the format; the message says what was found and what was expected."""
 
 
 def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -46,6 +40,21 @@ def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tup
         "scales": ((columns // group, rows), torch.float16),
         "g_idx": ((columns,), torch.int32),
     }
+
+
+def bits_of(qweight: Sequence[int], columns: int) -> int:
+    """Bits a code has, from the shape of `qweight` [in*bits/32, out] and the number of inputs."""
+    return _WORD * qweight[0] // columns
+
+
+def recognise(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` describes this format, in version 1 or 2."""
+    return config.get("quant_method") == "gptq"
+
+
+def unquantized_names(stored: Iterable[str]) -> list[str]:
+    """Tensor names of a GPTQ checkpoint with `weight` in place of `qweight`."""
+    return [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in stored]
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -195,41 +204,3 @@ class Rules:
             values["bits"], values["group_size"], values["sym"], values["desc_act"],
             linear.out_features, linear.in_features,
         )  # fmt: skip
-
-
-def quantized_format(path: Path) -> str:
-    """The `checkpoint_format` of a GPTQ checkpoint; raises InputError when config.json says that it is none."""
-    config = read_json(path / "config.json").get("quantization_config") or {}
-    if config.get("quant_method") != "gptq":
-        raise InputError(
-            f"{path / 'config.json'}: quantization_config.quant_method is {config.get('quant_method')!r}, expected 'gptq'"
-        )
-    return str(config.get("checkpoint_format"))
-
-
-def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a GPTQ checkpoint with quantized linears dequantized to fp32 `.weight`, one at a time."""
-    checkpoint = Checkpoint(path)
-    v2 = quantized_format(path) == "gptq_v2"
-    for name in checkpoint:
-        stem, _, suffix = name.rpartition(".")
-        if suffix == "qweight":
-            tensors = {s: checkpoint.read(f"{stem}.{s}") for s in SUFFIXES}
-            bits = 32 * tensors["qweight"].shape[0] // tensors["g_idx"].shape[0]
-            yield f"{stem}.weight", dequantize(tensors, bits, v2=v2)
-        elif suffix not in SUFFIXES:
-            yield name, checkpoint.read(name)
-
-
-def is_v2(path: Path) -> bool:
-    """Whether zeros are stored as they are and not minus one; raises InputError when `path` is no GPTQ checkpoint."""
-    config = Checkpoint(path).config.get("quantization_config") or {}
-    if config.get("quant_method") != "gptq":
-        found = config.get("quant_method")
-        raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {found!r}, expected 'gptq'")
-    return bool(config.get("checkpoint_format") == "gptq_v2")
-
-
-def stored_names(checkpoint: Iterable[str]) -> list[str]:
-    """Tensor names of a GPTQ checkpoint as they would be unquantized."""
-    return [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in checkpoint]

@@ -20,7 +20,7 @@ from torch import Tensor
 from requant.checkpoint.model_files import write_json
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.errors import InputError, StageError
-from requant.formats import gptq as gptq_format
+from requant.formats.gptq_reader import GptqReader
 from requant.heal import blockwise, student
 from requant.heal.job import HealJob, Progress
 from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, product_dtype, store_teacher
@@ -161,24 +161,23 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
 
     Compares the structure of both, and a few tensors.
     """
-    v2 = gptq_format.is_v2(source)
+    quantized = GptqReader(source)
     models: list[Any] = [skeleton.open_model(p, trust_remote_code=trust_remote_code) for p in (source, teacher)]
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
     for name in {**shapes[0], **shapes[1]}:
         if shapes[0].get(name) != shapes[1].get(name):
             raise _not_same(source, teacher, name, f"{[s.get(name) for s in shapes]} by their config.json")
-    quantized, original = Checkpoint(source), Checkpoint(teacher)
-    stored = (gptq_format.stored_names(quantized), original)
-    names = [skeleton.tensor_names(m, c) for m, c in zip(models, stored, strict=True)]
+    original = Checkpoint(teacher)
+    names = [skeleton.tensor_names(models[0], quantized), skeleton.tensor_names(models[1], original)]
     both = [n for n in shapes[0] if n in names[0] and n in names[1]]
-    packed = [n for n in both if names[0][n] not in quantized]
-    plain = [n for n in both if names[0][n] in quantized]
+    packed = [n for n in both if names[0][n] in quantized.quantized]
+    plain = [n for n in both if names[0][n] not in quantized.quantized]
     for name in {*plain[:1], *plain[-1:]}:
         a, b = quantized.read(names[0][name]).float(), original.read(names[1][name]).float()
         if a.shape != b.shape or float((a - b).norm() / b.norm().clamp_min(1e-30)) > SAME:
             raise _not_same(source, teacher, name, "different values")
     for name in packed[:1]:
-        codes = student.read_linear(quantized, names[0][name].removesuffix(".weight"), v2)
+        codes = student.read_linear(quantized, names[0][name].removesuffix(".weight"))
         rebuilt = (codes.centred(torch.float32) * codes.scale[..., None]).flatten(1)
         weight = original.read(names[1][name]).float()
         weight = weight if codes.order is None else weight[:, codes.order]

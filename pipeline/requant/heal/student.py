@@ -18,8 +18,7 @@ from torch.nn.utils import parametrize
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats import gptq as gptq_format
-from requant.formats.gptq import is_v2, stored_names
+from requant.formats.gptq_reader import CPU, GptqReader
 from requant.heal.settings import Tune
 from requant.heal.trainable import TrainableVector
 from requant.modeling import skeleton
@@ -151,19 +150,14 @@ class Student:
         return {name: v.view(v.current, name).float().clone() for v in self.trainable for name in v.parts}
 
 
-def read_linear(checkpoint: Checkpoint, stem: str, v2: bool, device: torch.device | None = None) -> Codes:
-    """One quantized linear by the name its tensors share, on `device`."""
-    lost = [s for s in gptq_format.SUFFIXES if f"{stem}.{s}" not in checkpoint]
-    if lost:
-        raise InputError(f"{checkpoint.path}: {stem}.{lost[0]} is missing: not a GPTQ checkpoint that can be healed")
-    tensors = {s: checkpoint.read(f"{stem}.{s}").to(device or "cpu") for s in gptq_format.SUFFIXES}
-    bits = 32 * tensors["qweight"].shape[0] // tensors["g_idx"].shape[0]
-    return Codes.of(*gptq_format.unpack(tensors, bits, v2=v2), where=f"{checkpoint.path}: {stem}")
+def read_linear(reader: GptqReader, stem: str, device: torch.device = CPU) -> Codes:
+    """One quantized linear by the name that its tensors share, on `device`."""
+    return Codes.of(*reader.unpack(f"{stem}.weight", device), where=f"{reader.path}: {stem}")
 
 
 def fill(
-    model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping[str, str], *,
-    device: torch.device, dtype: torch.dtype, v2: bool,
+    model: nn.Module, prefix: str, reader: GptqReader, names: Mapping[str, str], *,
+    device: torch.device, dtype: torch.dtype,
 ) -> dict[str, ScaledLinear]:  # fmt: skip
     """Give the parameters of `model` that begin with `prefix` their values; quantized linears are replaced.
 
@@ -173,19 +167,19 @@ def fill(
     parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
     missing = [n for n in parameters if n not in names]
     if missing:
-        raise InputError(f"{checkpoint.path}: {len(missing)} of the model's tensors are missing, e.g. {missing[0]}")
+        raise InputError(f"{reader.path}: {len(missing)} of the model's tensors are missing, e.g. {missing[0]}")
     for name in parameters:
-        stem, leaf = names[name].rpartition(".")[::2]
-        if leaf == "weight" and f"{stem}.qweight" in checkpoint:
-            codes = read_linear(checkpoint, stem, v2, device)
+        stem = names[name].removesuffix(".weight")
+        if names[name] in reader.quantized:
+            codes = read_linear(reader, stem, device)
             owner = name.removesuffix(".weight")
             has_bias = getattr(model.get_submodule(owner), "bias", None) is not None
-            bias = checkpoint.read(names[f"{owner}.bias"]).to(device).float() if has_bias else None
+            bias = reader.read(names[f"{owner}.bias"]).to(device).float() if has_bias else None
             layers[stem] = ScaledLinear(codes, bias, dtype)
             model.set_submodule(owner, layers[stem])
     for name, parameter in list(model.named_parameters()):
         if name.startswith(prefix) and parameter.is_meta:
-            value = checkpoint.read(names[name])
+            value = reader.read(names[name])
             skeleton.place(model, {name: value.to(device, torch.float32 if value.ndim == 1 else dtype)})
     return layers
 
@@ -249,16 +243,17 @@ def load(
     path: Path, *, device: torch.device, dtype: torch.dtype, tune: Iterable[Tune], trust_remote_code: bool = False
 ) -> Student:
     """The whole model of a GPTQ checkpoint as a student."""
-    checkpoint, v2 = Checkpoint(path), is_v2(path)
+    reader = GptqReader(path)
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
-    names = skeleton.tensor_names(model, stored_names(checkpoint))
-    layers = fill(model, "", checkpoint, names, device=device, dtype=dtype, v2=v2)
+    names = skeleton.tensor_names(model, reader)
+    layers = fill(model, "", reader, names, device=device, dtype=dtype)
     if not layers:
         raise InputError(f"{path}: no quantized linear found: nothing to heal")
     model.tie_weights()
     skeleton.buffers_to(model, device)
     widen(model)
-    return Student(model, trainable_vectors(model, "", layers, tune, checkpoint=checkpoint, names=names, dtype=dtype))
+    vectors = trainable_vectors(model, "", layers, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype)
+    return Student(model, vectors)
 
 
 def widen(model: Any) -> None:

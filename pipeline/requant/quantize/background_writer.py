@@ -18,9 +18,8 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter, Journal
-from requant.formats import gptq as gptq_format
 from requant.numerics import gptq
-from requant.quantize.plan import Plan, convert
+from requant.quantize.plan import OUTPUT_FORMAT, Plan, convert
 from requant.runtime.pinned_memory import Staging, on
 
 JOURNAL = "blocks.json"
@@ -118,7 +117,7 @@ class BackgroundWriter(BlockWriter):
         self.writer.mark_written(self.plan.block_slots[index])
 
     def read(self, module: str, bits: int) -> Tensor:
-        return gptq_format.dequantize({s: self.writer.read(f"{module}.{s}") for s in gptq_format.SUFFIXES}, bits)
+        return OUTPUT_FORMAT.dequantize({s: self.writer.read(f"{module}.{s}") for s in OUTPUT_FORMAT.suffixes}, bits)
 
     def put(self, module: str, solution: gptq.Solution) -> None:
         self._submit(self._write_packed, module, solution, self.side_stream.solved(solution.codes))
@@ -165,6 +164,6 @@ class BackgroundWriter(BlockWriter):
 def _packed(solution: gptq.Solution) -> dict[str, Tensor]:
     scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
     try:
-        return gptq_format.pack(solution.codes, scale, zero, bits)
+        return OUTPUT_FORMAT.pack(solution.codes, scale, zero, bits)
     except torch.OutOfMemoryError:  # what waits may have left no room
-        return gptq_format.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)
+        return OUTPUT_FORMAT.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)

@@ -10,9 +10,8 @@ import torch
 
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
-from requant.formats import gptq as gptq_format
 from requant.modeling.families import EXPERT, FUSED
-from requant.quantize.plan import Plan, Settings, _inner
+from requant.quantize.plan import OUTPUT_FORMAT, Plan, Settings, _inner
 
 
 def write_small_files(
@@ -37,7 +36,7 @@ def write_small_files(
     # Only where it says something: vLLM compares it with names of its own, which differ for gpt-oss.
     wanted = layout.left and not layout.partly_left
     inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if wanted else []
-    quantization = gptq_format.quantization_config(
+    quantization = OUTPUT_FORMAT.config(
         bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
         damp=damp, overrides=overrides, quantized=inside, meta=meta,
     )  # fmt: skip

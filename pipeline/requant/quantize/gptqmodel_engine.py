@@ -23,6 +23,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
+from requant.formats.quantized_format import PackError
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk, block_linears
 from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
@@ -154,7 +155,7 @@ def _rewrite(
             raise StageError(f"gptqmodel wrote {module} with a permuted g_idx although desc_act is false")
         try:
             ours = gptq_format.pack(codes, scale.half().float(), zero, grid.bits)
-        except gptq_format.PackError as error:
+        except PackError as error:
             raise StageError(f"gptqmodel wrote {module} in a way that format v1 cannot hold: {error}") from error
         for suffix, tensor in ours.items():
             writer.write(f"{stem}.{suffix}", tensor)

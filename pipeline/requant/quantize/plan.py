@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from requant.checkpoint.writer import Slot
 from requant.errors import InputError, StageError
-from requant.formats import gptq as gptq_format
+from requant.formats.quantized_format import PackError
+from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 from requant.modeling.linears import left_fused
 from requant.numerics.grid import Grid
 
+OUTPUT_FORMAT = FORMATS["gptq"]  # the layout that quantize writes
 NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
 
 
@@ -89,8 +91,8 @@ def plan(
         if grid is None or module.out_features < NARROW:
             continue
         try:
-            layout = gptq_format.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
-        except gptq_format.PackError as error:
+            layout = OUTPUT_FORMAT.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
+        except PackError as error:
             problems.append(f"{name}: {error}")
             continue
         grids[name] = grid

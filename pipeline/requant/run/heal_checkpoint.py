@@ -17,7 +17,7 @@ from requant.checkpoint.run_directory import key_of
 from requant.data import documents, packing
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
-from requant.formats import gptq as gptq_format
+from requant.formats.gptq_reader import GptqReader
 from requant.heal.job import HealJob, Progress
 from requant.heal.plan import ModelSize, choose_plan
 from requant.heal.settings import HealSettings
@@ -91,15 +91,12 @@ def _dtype(path: Path) -> torch.dtype | None:
 
 def _model_size(path: Path, trust_remote_code: bool) -> ModelSize:
     """What memory and time depend on, from the checkpoint's headers."""
-    stored = Checkpoint(path)
+    reader = GptqReader(path)
     model: nn.Module = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     grids = {}
-    for parameter, name in skeleton.tensor_names(model, gptq_format.stored_names(stored)).items():
-        stem = name.removesuffix(".weight")
-        if name not in stored and f"{stem}.g_idx" in stored and f"{stem}.scales" in stored:
-            columns, groups = stored[f"{stem}.g_idx"].shape[0], stored[f"{stem}.scales"].shape[0]
-            bits = 32 * stored[f"{stem}.qweight"].shape[0] // columns
-            grids[parameter.removesuffix(".weight")] = Grid(bits, columns // groups)
+    for parameter, name in skeleton.tensor_names(model, reader).items():
+        if name in reader.quantized:
+            grids[parameter.removesuffix(".weight")] = Grid(*reader.bits_and_group_size(name))
     if not grids:
         raise InputError(f"{path}: no quantized linear found: nothing to heal")
     return ModelSize.of(model, grids)

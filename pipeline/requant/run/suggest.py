@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from requant.evaluate.variants import VariantSources
-from requant.formats import gptq as gptq_format
 from requant.modeling.families import FUSED
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleRow
-from requant.quantize.plan import Plan
+from requant.quantize.plan import OUTPUT_FORMAT, Plan
 from requant.run import module_swap
 
 COUNT = 10  # candidates that are measured
@@ -95,7 +94,7 @@ def _growth(plan: Plan, module: str, bits: int) -> int:
     columns = words * 32 // grid.bits
 
     def size(b: int) -> int:
-        parts = gptq_format.shapes(rows, columns, b, grid.group_size).values()
+        parts = OUTPUT_FORMAT.shapes(rows, columns, b, grid.group_size).values()
         return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) * dtype.itemsize for shape, dtype in parts)
 
     return size(bits) - size(grid.bits)

@@ -1,0 +1,79 @@
+"""Reads a GPTQ checkpoint back: the one reader that healing, evaluation and tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError
+from requant.formats.gptq import SUFFIXES, bits_of, dequantize, recognise, unpack
+
+CPU = torch.device("cpu")
+
+
+class GptqReader:
+    """The tensors of a GPTQ checkpoint by the names that they have in a 16-bit checkpoint.
+
+    quantized: names of the `.weight`s that are stored as four GPTQ tensors.
+    Raises InputError when config.json describes no GPTQ checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoint = path, Checkpoint(path)
+        config = self.checkpoint.config.get("quantization_config") or {}
+        if not recognise(config):
+            found = config.get("quant_method")
+            raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {found!r}, expected 'gptq'")
+        self.v2 = config.get("checkpoint_format") == "gptq_v2"  # zero points are stored as they are, not minus one
+        self.quantized = frozenset(
+            n.removesuffix("qweight") + "weight" for n in self.checkpoint if n.endswith(".qweight")
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the checkpoint, a quantized weight at the place of its `qweight`."""
+        for name in self.checkpoint:
+            stem, _, suffix = name.rpartition(".")
+            if suffix == "qweight":
+                yield f"{stem}.weight"
+            elif suffix not in SUFFIXES or f"{stem}.weight" not in self.quantized:
+                yield name
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.quantized or name in self.checkpoint
+
+    def tensors(self, weight: str, device: torch.device = CPU) -> dict[str, Tensor]:
+        """The four tensors of a quantized weight by their suffixes; raises InputError when one is missing."""
+        stem = weight.removesuffix("weight")
+        missing = [s for s in SUFFIXES if f"{stem}{s}" not in self.checkpoint]
+        if missing:
+            raise InputError(f"{self.path}: {stem}{missing[0]} is missing: the GPTQ checkpoint is damaged")
+        return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in SUFFIXES}
+
+    def unpack(self, weight: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes uint8 [out, in], scale and zero fp32 [out, groups], g_idx int64 [in] of a quantized weight."""
+        tensors = self.tensors(weight, device)
+        return unpack(tensors, bits_of(tensors["qweight"].shape, tensors["g_idx"].shape[0]), v2=self.v2)
+
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """A tensor; a quantized weight is dequantized on `device` to fp32 [out, in], others are read as stored."""
+        if name not in self.quantized:
+            return self.checkpoint.read(name)
+        tensors = self.tensors(name, device)
+        return dequantize(tensors, bits_of(tensors["qweight"].shape, tensors["g_idx"].shape[0]), v2=self.v2)
+
+    def bits_and_group_size(self, weight: str) -> tuple[int, int]:
+        """Bits and group size of a quantized weight, from headers."""
+        stem = weight.removesuffix("weight")
+        columns, groups = self.checkpoint[f"{stem}g_idx"].shape[0], self.checkpoint[f"{stem}scales"].shape[0]
+        return bits_of(self.checkpoint[f"{stem}qweight"].shape, columns), columns // groups
+
+
+def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a GPTQ checkpoint, quantized linears as fp32 `.weight`, one at a time."""
+    reader = GptqReader(path)
+    for name in reader:
+        yield name, reader.read(name)

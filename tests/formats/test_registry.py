@@ -1,0 +1,58 @@
+"""`requant.formats.registry`: whatever the stages call of a layout works together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import pico
+
+from requant.errors import InputError
+from requant.formats.gptq_reader import GptqReader
+from requant.formats.quantized_format import QuantizedFormat
+from requant.formats.registry import FORMATS
+from requant.numerics.grid import Grid
+
+
+@pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
+def test_a_layout_packs_what_its_shapes_say_and_recognises_its_config(layout: QuantizedFormat) -> None:
+    codes = torch.arange(64 * 64).reshape(64, 64).to(torch.uint8) % 16
+    scale, zero = torch.full((64, 2), 0.5), torch.full((64, 2), 8.0)
+    tensors = layout.pack(codes, scale, zero, 4)
+    assert tuple(tensors) == layout.suffixes
+    assert {s: (tuple(t.shape), t.dtype) for s, t in tensors.items()} == dict(layout.shapes(64, 64, 4, 32))
+    assert torch.equal(layout.unpack(tensors, 4)[0], codes)
+    assert torch.equal(layout.dequantize(tensors, 4), (codes.float() - 8) * 0.5)
+    config = layout.config(bits=4, group_size=32, symmetric=True, damp=0.1, overrides={}, quantized=(), meta={})
+    assert layout.recognise(config)
+    assert not layout.recognise({"quant_method": "bitsandbytes"})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_reader_finds_bits_and_groups_from_headers(tmp_path: Path, bits: int) -> None:
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
+    pico.packed(source, tmp_path / "out", Grid(bits, 32))
+    reader = GptqReader(tmp_path / "out")
+    assert reader.quantized
+    for name in reader.quantized:
+        assert name in reader
+        assert reader.bits_and_group_size(name) == (bits, 32)
+        assert int(reader.unpack(name)[0].max()) < 2**bits
+    assert not any(n.endswith(("qweight", "qzeros", "scales", "g_idx")) for n in reader)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
+    pico.packed(source, tmp_path / "out", Grid(4, 32))
+    reader = GptqReader(tmp_path / "out")
+    name = min(reader.quantized)
+    stem = name.removesuffix("weight")
+    kept = {n: reader.checkpoint.read(n) for n in reader.checkpoint if n != f"{stem}qzeros"}
+    from safetensors.torch import save_file
+
+    for file in (tmp_path / "out").glob("*.safetensors*"):
+        file.unlink()
+    save_file(kept, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(InputError, match=rf"{stem}qzeros is missing: the GPTQ checkpoint is damaged"):
+        GptqReader(tmp_path / "out").read(name)
