@@ -22,6 +22,7 @@ from torch import Tensor
 
 from requant.numerics import gptq, matmul_precision, triton_kernels
 from requant.numerics.grid import Grid, Scales, find_scales
+from requant.runtime.device import PROFILES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BUSY = 60_000_000  # clock ticks, some 35 ms, that the GPU is kept busy
@@ -52,7 +53,7 @@ def apart(work: Callable[[], object]) -> tuple[float, float]:
 
 def one_launch(rows: int) -> dict[str, Any]:
     """A block of columns: rounded in turn, and swept over."""
-    k = gptq.BLOCK["cuda"]
+    k = PROFILES["cuda"].gptq_block
     weight, lower = torch.randn(k, rows, device=DEVICE), 0.05 * torch.randn(k, k, device=DEVICE)
     unit = lower.tril(-1) + torch.eye(k, device=DEVICE)
     inside = (unit @ unit.T).contiguous()

@@ -29,6 +29,7 @@ from requant.numerics.grid import Grid
 from requant.quantize import memory
 from requant.quantize.plan import Settings
 from requant.run import prepare
+from requant.runtime.device import PROFILES
 from requant_eval.scoring import windows as ev
 from requant_eval.scoring.score_loop import score
 
@@ -106,7 +107,9 @@ def main() -> None:
     for name, (settings, exact, samples, length) in SETTINGS.items():
         if not any(part in name for part in args.only.split(";")):
             continue
-        memory.UNQUANTIZED_TOKENS, memory.UNQUANTIZED_LEAST = exact, {"cpu": 0, "cuda": 0}
+        memory.UNQUANTIZED_TOKENS = exact
+        for name, profile in list(PROFILES.items()):
+            PROFILES[name] = replace(profile, least_unquantized_tokens=0)
         windows = packing.calibration_windows(
             entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )

@@ -18,7 +18,7 @@ FILES = sorted(file for name, root in SOURCES.items() for file in (root / name).
 # A file of the top level is a package of its own.
 ALLOWED: dict[str, set[str]] = {
     "requant.errors": set(),
-    "requant.numerics": set(),
+    "requant.numerics": {"requant.runtime"},
     "requant.runtime": set(),
     "requant.recipe": {"requant_eval.gate"},
     "requant.checkpoint": {"requant.runtime"},
@@ -60,7 +60,10 @@ ALLOWED: dict[str, set[str]] = {
     "requant_eval.render": {"requant_eval.gate", "requant_eval.metrics", "requant_eval.report"},
 }  # fmt: skip
 # package -> of one other package, the only files that it may know
-NARROW = {"requant.adapters": {"requant.modeling": {"requant.modeling.stacked_experts"}}}
+NARROW = {
+    "requant.adapters": {"requant.modeling": {"requant.modeling.stacked_experts"}},
+    "requant.numerics": {"requant.runtime": {"requant.runtime.device"}},  # block sizes: one profile a device type
+}
 ERRORS = {"requant": {"requant.errors", "requant_eval.errors"}, "requant_eval": {"requant_eval.errors"}}
 DOORS = {"requant", "requant.__main__", "requant_eval"}  # they belong to no package
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import pico
+from helpers.devices import set_profile
 from torch import Tensor, nn
 
 from requant import quantize
@@ -99,7 +100,7 @@ def divergence(path: Path, merged: Path, ids: Tensor) -> float:
 def test_the_divergence_and_its_gradient_are_autograds(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None, chunk: int
 ) -> None:
-    monkeypatch.setitem(kl_loss.CHUNK_LOGITS, "cpu", chunk * 40)
+    set_profile(monkeypatch, kl_chunk_logits=chunk * 40)
     weight, theirs_weight = torch.randn(40, 16), torch.randn(40, 16)
     head = Head(weight, torch.randn(40), 0.5, softcap)
     other = Head(theirs_weight, None, 2.0, None)

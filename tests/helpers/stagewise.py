@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.devices import set_profile
+from requant.formats.gptq import load_quantized
 from requant.formats.gptq_reader import load_quantized
 from requant.numerics import gptq
 from requant.numerics.hessian import Moments
-from requant.quantize import block_quantizer, error_correction
+from requant.quantize import block_quantizer
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Settings
 from requant.quantize.solve import Solved, solve_group
@@ -139,8 +141,8 @@ def replaced(solve: Any, like_a_gpu: bool) -> Iterator[None]:
     """like_a_gpu: with the correction as a GPU has it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_quantizer, "solve_group", solve)
-        for choice in (error_correction.BY_DRIFT, error_correction.SOLVERS) if like_a_gpu else ():
-            patch.setitem(choice, "cpu", choice["cuda"])
+        if like_a_gpu:
+            set_profile(patch, corrects_by_drift=True, blocked_solve=True)
         yield
 
 

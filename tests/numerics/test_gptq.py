@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import oracle
+from helpers.devices import set_profile
 from helpers.gptq_problems import COLUMNS, ROWS, problem, solved
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,8 +85,8 @@ def test_block_size_does_not_change_the_codes(block: int, outer: int, monkeypatc
     columns = gptq.column_order(hessian.diagonal(), "activation", 64)
     factor = gptq.factorize(hessian, columns, 0.01)
     scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
-    monkeypatch.setitem(gptq.BLOCK, "cpu", block)
-    monkeypatch.setitem(gptq.OUTER, "cpu", outer)
+    set_profile(monkeypatch, gptq_block=block)
+    set_profile(monkeypatch, gptq_outer=outer)
     assert classic(looped(weight, factor, scales, grid), weight, hessian, scales, grid, columns) <= NEAREST
 
 
@@ -170,7 +171,7 @@ def test_weighted_search_is_no_worse_than_minmax(bits: int, group: int, symmetri
 def test_a_scale_does_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem()
     whole = grid_module.find_scales(weight, hessian.diagonal(), Grid(4, 64))
-    monkeypatch.setattr(grid_module, "_SEARCH_ELEMENTS", {"cpu": 3 * COLUMNS})
+    set_profile(monkeypatch, search_elements=3 * COLUMNS)
     cut = grid_module.find_scales(weight, hessian.diagonal(), Grid(4, 64))
     # Sums of another shape round differently: two candidates that tie in fp32 may swap.
     assert float((whole.scale != cut.scale).double().mean()) < 0.02
@@ -389,8 +390,8 @@ def test_refining_never_loses_and_block_size_does_not_matter(monkeypatch: pytest
         return oracle.from_descent(after, codes[0], weight, hessian, scales.scale, scales.zero, grid.levels)
 
     assert descended(codes[1]) <= NEAREST
-    monkeypatch.setitem(gptq.BLOCK, "cpu", 48)
+    set_profile(monkeypatch, gptq_block=48)
     for outer in (48, 128, 1000):
-        monkeypatch.setitem(gptq.OUTER, "cpu", outer)
+        set_profile(monkeypatch, gptq_outer=outer)
         other = refined(weight, codes[0], hessian, scales, grid, 1)
         assert descended(other) <= NEAREST

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.devices import set_profile
 from helpers.gptq_problems import problem
 
 from requant.numerics import gptq, triton_kernels
@@ -60,8 +61,8 @@ def test_the_loops_choose_the_twins_codes(
     both: list[bool], grid: Grid, sweeps: int, outer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """192 columns are a whole block of 128 and a part of one, or a part of one of 256; 3 rows leave a program with idle lanes."""
-    monkeypatch.setitem(gptq.OUTER, DEVICE.type, outer)
-    monkeypatch.setitem(gptq.BLOCK, DEVICE.type, outer // 2 if outer > 128 else 128)
+    set_profile(monkeypatch, DEVICE.type, gptq_outer=outer)
+    set_profile(monkeypatch, DEVICE.type, gptq_block=outer // 2 if outer > 128 else 128)
     weight, hessian = (t.to(DEVICE) for t in problem(rows=3, columns=192))
     order = gptq.column_order(hessian.diagonal(), "activation", grid.group_size)
     factor = gptq.factorize(hessian, order, 0.02)
@@ -84,8 +85,8 @@ def test_blocks_parts_and_programs_that_are_not_full(both: list[bool], monkeypat
     both[0] = False
     plain = gptq.quantize_weight(weight, hessian, factor, grid, sweeps=1)
     both[0] = True
-    monkeypatch.setitem(gptq.OUTER, DEVICE.type, 104)
-    monkeypatch.setitem(gptq.BLOCK, DEVICE.type, 40)
+    set_profile(monkeypatch, DEVICE.type, gptq_outer=104)
+    set_profile(monkeypatch, DEVICE.type, gptq_block=40)
     codes, error = gptq.solve(weight, factor, plain.scales, grid)
     gptq.refine(codes, error, hessian, 0.02 * float(hessian.diagonal().mean()), plain.scales, grid, 1)
     assert float((plain.codes != codes.T).double().mean()) < 0.01

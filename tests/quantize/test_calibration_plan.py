@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import pico
+from helpers.devices import set_profile
 from helpers.quantizing import CPU, GRID
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def on_gpu(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(walk, "device", torch.device("cuda"))
-    monkeypatch.setitem(memory.UNQUANTIZED_LEAST, "cuda", 0)
+    set_profile(monkeypatch, "cuda", least_unquantized_tokens=0)
     return free
 
 

@@ -7,18 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.devices import set_profile
 
 from requant.numerics import cholesky, gptq
 from requant.quantize import error_correction as correction_module
 from requant.quantize.error_correction import Correction
+from requant.runtime.device import PROFILES
 from requant.runtime.ranks import Ranks
 
 
 @pytest.fixture(autouse=True, params=["cpu", "cuda"])
 def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does runs here too."""
-    for choice in (correction_module.BY_DRIFT, correction_module.SOLVERS):
-        monkeypatch.setitem(choice, "cpu", choice[request.param])
+    profile = PROFILES[request.param]
+    set_profile(monkeypatch, corrects_by_drift=profile.corrects_by_drift, blocked_solve=profile.blocked_solve)
 
 
 class OneOf(Ranks):
@@ -100,9 +102,14 @@ def test_ranks_solve_for_the_drift_together(rows: tuple[int, ...]) -> None:
         if rank == 4 or not given:
             for found, all_rows in zip(moved, wanted, strict=True):
                 assert torch.allclose(found, ranks.own_rows(all_rows), atol=1e-4)
-    by_drift = correction_module.BY_DRIFT["cpu"] and sum(rows) > 24
+    by_drift = PROFILES["cpu"].corrects_by_drift and sum(rows) > 24
     assert [len(part) for part in given] == ([5] * 5 if by_drift else [])
 
 
-def test_a_gpu_solves_by_blocks() -> None:
-    assert correction_module.SOLVERS["cuda"] is cholesky.solve
+def test_a_gpu_solves_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[int] = []
+    solve = cholesky.solve
+    monkeypatch.setattr(cholesky, "solve", lambda lower, columns: solved.append(len(lower)) or solve(lower, columns))
+    factor = gptq.factorize(torch.eye(8), torch.arange(8), 0.01)
+    correction_module._solved(torch.ones(8, 2), factor)
+    assert solved == ([8] if PROFILES["cpu"].blocked_solve else [])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.devices import set_profile
 from helpers.e2e import one_thread
 from helpers.quantizing import GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
@@ -120,7 +121,7 @@ def test_memory_that_runs_out_as_a_stage_is_solved(
     """Each linear is accounted for once, whatever had been solved by then."""
     source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
     _, expected = run(source, tmp_path / "whole")
-    monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
+    set_profile(monkeypatch, commits_later=later)
     fails_once(monkeypatch, at, block_quantizer, "solve_group")
     _, results = run(source, tmp_path / "again", notes=notes)
     assert len(notes) == 1
@@ -131,7 +132,7 @@ def test_memory_that_runs_out_as_a_stage_is_solved(
 @pytest.mark.parametrize("later", [False, True])
 def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
     """The message says where; what was finished before it stays."""
-    monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
+    set_profile(monkeypatch, commits_later=later)
     source = model_dir(tmp_path)
     forward, seen = Walk.forward, [0]
 

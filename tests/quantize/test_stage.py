@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import pico
+from helpers.devices import set_profile
 from helpers.quantizing import CPU, GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
 from torch import Tensor
@@ -23,7 +24,7 @@ from requant.formats import gptq as gptq_format
 from requant.formats.gptq_reader import load_quantized
 from requant.modeling import block_walk, fused_ops, skeleton
 from requant.numerics.grid import Grid
-from requant.quantize import background_writer, block_quantizer, error_correction, warmup
+from requant.quantize import background_writer, block_quantizer, warmup
 from requant.quantize import stage as quantize_module
 from requant.quantize.background_writer import JOURNAL
 from requant.quantize.plan import Settings, convert, plan
@@ -191,7 +192,7 @@ def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pyte
         order.append(f"commit {index}")
         commit(self, index, results)
 
-    monkeypatch.setitem(block_quantizer.LATER, "cpu", True)
+    set_profile(monkeypatch, commits_later=True)
     monkeypatch.setattr(block_quantizer.Quantizer, "block", begun)
     monkeypatch.setattr(background_writer.BackgroundWriter, "commit", committed)
     told: list[int] = []
@@ -228,7 +229,7 @@ def test_on_a_cpu_a_block_is_handed_over_at_once(tmp_path: Path, monkeypatch: py
 def test_what_is_solved_is_kept_when_the_next_block_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool, error: type[BaseException]
 ) -> None:
-    monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
+    set_profile(monkeypatch, commits_later=later)
     stage = block_quantizer.Quantizer._solve_group
 
     def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:
@@ -245,7 +246,7 @@ def test_what_is_solved_is_kept_when_the_next_block_fails(
 def test_a_blocks_place_in_the_journal_needs_no_tensor_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(block_quantizer.LATER, "cpu", True)
+    set_profile(monkeypatch, commits_later=True)
     write = CheckpointWriter.write
 
     def failing(self: Any, name: str, tensor: Tensor) -> None:
@@ -280,7 +281,7 @@ def test_an_output_that_is_not_finite_stops_the_run_and_names_its_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, later: bool
 ) -> None:
     """Also where the next block has begun with it."""
-    monkeypatch.setitem(block_quantizer.LATER, "cpu", later)
+    set_profile(monkeypatch, commits_later=later)
     source = pico.save(pico.model(), tmp_path / "merged", torch.float32)
     name = f"model.layers.{index}.mlp.down_proj.weight"
     pico.edit_tensors(source / "model.safetensors", change={name: lambda t: t * 1e38})
@@ -494,7 +495,7 @@ def test_correcting_keeps_the_model_closer_to_itself(
     tmp_path: Path, overrides: Any, by_drift: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each layer makes up for part of what earlier ones lost: the last hidden states end nearer to the original's."""
-    monkeypatch.setitem(error_correction.BY_DRIFT, "cpu", by_drift)
+    set_profile(monkeypatch, corrects_by_drift=by_drift)
     source = model_dir(tmp_path)
     windows = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
 

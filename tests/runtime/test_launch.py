@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from requant.numerics.grid import Grid
 from requant.quantize import block_quantizer
 from requant.quantize.plan import Settings
 from requant.runtime import launch
+from requant.runtime.device import PROFILES
 from requant.runtime.ranks import Ranks
 
 PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
@@ -90,7 +92,7 @@ def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> Non
     os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
     os.environ.update(environment(rank, port))
     torch.set_num_threads(1)
-    block_quantizer.LATER["cpu"] = True
+    PROFILES["cpu"] = replace(PROFILES["cpu"], commits_later=True)
     stage = block_quantizer.Quantizer._solve_group
 
     def failing(self: Any, block: Any, prefix: str, *rest: Any) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from requant.runtime.device import profile_of
 from requant_eval.scoring.lm_head import Head
-
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # logits of one model in memory at a time
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = max(1, CHUNK_LOGITS[hidden.device.type] // head.vocab)
+        step = max(1, profile_of(hidden.device).kl_chunk_logits // head.vocab)
         for at in range(0, len(hidden), step):
             chunk = slice(at, at + step)
             student_logits = logits(head, hidden[chunk].to(dtype))

@@ -15,11 +15,10 @@ from torch import nn
 
 from requant.data.packing import HealingText
 from requant.errors import InputError
-from requant.heal.kl_loss import CHUNK_LOGITS
 from requant.heal.settings import HealSettings
 from requant.modeling import block_walk
 from requant.numerics.grid import Grid
-from requant.runtime.device import BUSY, USABLE, free_bytes, product_rate
+from requant.runtime.device import USABLE, free_bytes, product_rate, profile_of
 
 Mode = Literal["whole", "blocks"]
 BLOCK_WINDOWS = 256  # block by block the hidden states of all windows are kept: more do not fit for large models
@@ -99,7 +98,7 @@ def choose_plan(
     free: None: what the device has now. rate: flops a second of matrix products; None: the device's.
     """
     memory_share = USABLE * (free if free is not None else free_bytes(device))
-    speed = (rate or product_rate(device)) * BUSY[device.type]
+    speed = (rate or product_rate(device)) * profile_of(device).busy_share
     unique, length = len(text.windows), text.length
     tokens = Tokens(
         trained=settings.steps * settings.batch * length,
@@ -159,7 +158,7 @@ def _memory(s: ModelSize, plan: HealPlan, length: int, unique: int, device: torc
     kept = s.layers * tokens * s.width * 4 + block if plan.recompute else s.layers * block
     student = s.stored_bytes + s.other * item + BYTES_PER_SCALE * s.scales
     teacher = (s.quantized + s.other) * item if plan.teacher_resident else 0
-    return int(student + teacher + kept + rebuilt + 4 * 4 * CHUNK_LOGITS[device.type])
+    return int(student + teacher + kept + rebuilt + 4 * 4 * profile_of(device).kl_chunk_logits)
 
 
 def _flops(s: ModelSize, plan: HealPlan, tokens: Tokens) -> float:

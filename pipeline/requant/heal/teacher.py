@@ -18,6 +18,7 @@ from torch import Tensor
 from requant.errors import StageError
 from requant.heal import student
 from requant.heal.job import Progress
+from requant.runtime.device import compute_dtype
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring.lm_head import Head, HeadTap, prove_head
 from requant_eval.scoring.reference_states import Reference, ReferenceWriter
@@ -25,12 +26,13 @@ from requant_eval.scoring.reference_states import Reference, ReferenceWriter
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The autocast context of a forward pass: products in bfloat16 on a GPU, fp32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    dtype = product_dtype(device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which weights are multiplied: bfloat16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return compute_dtype(device, torch.bfloat16)
 
 
 class _RoundedTap(HeadTap):

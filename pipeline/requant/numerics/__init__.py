@@ -9,5 +9,5 @@
     matmul_precision   fp32 products in full precision or TF32, for a block of code
     delta_retention    how much of an adapter's delta is left after rounding
 
-May import: nothing of ours but errors.
+May import: errors, runtime (device profiles only).
 """

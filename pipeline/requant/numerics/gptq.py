@@ -22,12 +22,11 @@ from torch import Tensor
 
 from requant.numerics import triton_kernels
 from requant.numerics.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
+from requant.runtime.device import profile_of
 
 Order = Literal["natural", "activation", "group"]
 Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_DAMP = 0.64
-BLOCK = {"cpu": 128, "cuda": 256}  # columns that are chosen one after another; on a GPU by one launch
-OUTER = {"cpu": 128, "cuda": 512}  # columns for which the feedback of all others is one product, whole blocks
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
 
 
@@ -88,7 +87,7 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     """The column loop: fp32 [rows, n] -> codes uint8 [n, rows] and the error (W - Q)' fp32 [n, rows], columns as in W.
 
     Each block of columns takes the feedback of what was rounded before it in products, first of what lies outside of the
-    OUTER columns around it, then its columns one after another. The sizes change nothing beyond fp32 rounding.
+    `DeviceProfile.gptq_outer` columns around it, then its columns one after another. The sizes change nothing beyond fp32 rounding.
     """
     n = weight.shape[1]
     error = weight.T[factor.order]  # (n, rows), the column to round first at the end; until then the weight itself
@@ -98,12 +97,12 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     codes = torch.empty_like(error, dtype=torch.uint8)
     fused = triton_kernels.usable(weight)
     loop = triton_kernels.round_columns if fused else _round_columns
-    for outer in reversed(_cut(n, OUTER[weight.device.type])):
+    for outer in reversed(_cut(n, profile_of(weight.device).gptq_outer)):
         width = outer.stop - outer.start
         into = error.new_empty(n - outer.start, width) if fused else None  # by rows: torch's factor lies columns first
         unit = torch.div(factor.lower[outer.start :, outer], pivots[outer], out=into)  # these columns of L
         wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
-        for here in reversed(_cut(width, BLOCK[weight.device.type])):
+        for here in reversed(_cut(width, profile_of(weight.device).gptq_block)):
             target, feedback = wide[here], unit[here, here]
             if here.stop < width:
                 target.addmm_(unit[here.stop : width, here].T, error[outer.start + here.stop : outer.stop])
@@ -142,9 +141,9 @@ def refine(
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     sweep = triton_kernels.sweep_columns if triton_kernels.usable(error) else _sweep_columns
     inverse = 1 / (hessian.diagonal() + ridge)
-    for outer in _cut(n, OUTER[codes.device.type]) * sweeps:
+    for outer in _cut(n, profile_of(codes.device).gptq_outer) * sweeps:
         wide = torch.addmm(error[outer], hessian[outer], error, beta=ridge)  # (E H)', these columns
-        for part in _cut(outer.stop - outer.start, BLOCK[codes.device.type]):
+        for part in _cut(outer.stop - outer.start, profile_of(codes.device).gptq_block):
             here, pull = slice(outer.start + part.start, outer.start + part.stop), wide[part]
             if part.start:
                 pull.addmm_(hessian[here, outer.start : here.start], wide[: part.start])

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from requant.numerics import triton_kernels
+from requant.runtime.device import profile_of
 
 Search = Literal["hessian", "minmax"]
-_SEARCH_ELEMENTS = {"cpu": 2**17}  # weights searched at a time: a CPU's working set stays in its cache
-_SEARCH_ELEMENTS_ELSE = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def find_scales(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
     """
     rows, columns = weight.shape
     groups = grid.groups(columns)
-    step = max(1, _SEARCH_ELEMENTS.get(weight.device.type, _SEARCH_ELEMENTS_ELSE) // columns)
+    step = max(1, profile_of(weight.device).search_elements // columns)
     parts = [
         _search(weight[i : i + step].reshape(-1, groups, columns // groups), importance.reshape(groups, -1), grid)
         for i in range(0, rows, step)

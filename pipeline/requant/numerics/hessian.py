@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PANEL = {"cpu": 512}
-_PANEL_ELSE = 2048
+from requant.runtime.device import profile_of
+
+MIRRORED = 2048  # columns of the upper triangle copied at a time
 
 
 def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
     """hessian (fp32 [n, n], upper triangle only) += inputs' @ inputs, inputs [..., n]. Panels below the diagonal are skipped."""
     x = _rows(inputs)
-    panel = _PANEL.get(x.device.type, _PANEL_ELSE)
+    panel = profile_of(x.device).hessian_panel
     for start in range(0, x.shape[1], panel):
         _add_product(hessian[start : start + panel, start:], x[:, start : start + panel], x[:, start:])
 
@@ -33,8 +34,8 @@ def add_drift(drift: Tensor, inputs: Tensor, exact: Tensor) -> None:
 def symmetrize(hessian: Tensor) -> Tensor:
     """Mirror the upper triangle into the lower one, in place."""
     n = hessian.shape[0]
-    for start in range(0, n, _PANEL_ELSE):
-        stop = min(start + _PANEL_ELSE, n)
+    for start in range(0, n, MIRRORED):
+        stop = min(start + MIRRORED, n)
         corner = hessian[start:stop, start:stop]
         corner.copy_(corner.triu() + corner.triu(1).T)
         hessian[stop:, start:stop] = hessian[start:stop, stop:].T

@@ -26,10 +26,9 @@ from requant.quantize.out_of_memory import OutOfMemoryRecovery, follow
 from requant.quantize.plan import Plan, Settings
 from requant.quantize.solve import Solved, solve_group
 from requant.quantize.warmup import WarmUp
+from requant.runtime.device import profile_of
 from requant.runtime.interpreter import set_aside
 from requant.runtime.ranks import Ranks
-
-LATER = {"cpu": False, "cuda": True}  # whether a block is handed over while the next is at work
 
 
 class Quantizer:
@@ -61,7 +60,7 @@ class Quantizer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         alone = self.ranks.count == 1  # several would wait for each other
-        if kind is not None and alone and LATER[self.walk.device.type]:
+        if kind is not None and alone and profile_of(self.walk.device).commits_later:
             with suppress(StageError):
                 self.hand_over()
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from requant.modeling.block_walk import Walk, larger_half
 from requant.quantize import memory
 from requant.quantize.plan import Settings
-from requant.runtime.device import hold
+from requant.runtime.device import hold, profile_of
 from requant.runtime.ranks import Ranks
 
-TOKENS = {"cpu": 2048, "cuda": 8192}  # of a batch: enough to fill the processor, little to hold
 HELD_OUT_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
 
 
@@ -91,7 +90,7 @@ def plan_calibration(
 
 def batch_size(device: torch.device, length: int) -> int:
     """Calibration windows of so many tokens in a batch, where the recipe does not say."""
-    return max(1, TOKENS[device.type] // length)
+    return max(1, profile_of(device).batch_tokens // length)
 
 
 def _held_out_from(batches: int, numbers: list[int]) -> int | None:

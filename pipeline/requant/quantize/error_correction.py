@@ -14,12 +14,8 @@ from torch import Tensor
 
 from requant.numerics import cholesky
 from requant.numerics.gptq import Factor
+from requant.runtime.device import profile_of
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
-
-# Whether the drift may be solved for in place of the rows: on a CPU that is no hot spot.
-BY_DRIFT = {"cpu": False, "cuda": True}
-# What solves with a factor: on a CPU its library is as quick.
-SOLVERS = {"cpu": lambda lower, columns: torch.cholesky_solve(columns, lower), "cuda": cholesky.solve}
 
 
 class Correction:
@@ -31,7 +27,7 @@ class Correction:
     def __init__(self, drift: Tensor | None, weights: Sequence[Tensor], ranks: Ranks = SINGLE_PROCESS) -> None:
         """drift: fp32 [n, n], None for no move. weights: fp32 [rows, n] each, this rank's rows."""
         rows = sum(len(w) for w in weights) * ranks.count
-        many = drift is not None and BY_DRIFT[drift.device.type] and rows > len(drift)
+        many = drift is not None and profile_of(drift.device).corrects_by_drift and rows > len(drift)
         self.ranks = ranks
         self.drift = drift if many else None
         self.pulled = [] if drift is None or many else [drift.T @ w.T for w in weights]  # then the drift is free to go
@@ -67,5 +63,7 @@ class Correction:
 
 def _solved(columns: Tensor, factor: Factor) -> Tensor:
     """(H + damping)^-1 @ columns, fp32 [n, k]."""
-    solved = SOLVERS[columns.device.type](factor.lower, columns[factor.order])
+    blocked = profile_of(columns.device).blocked_solve
+    ordered = columns[factor.order]
+    solved = cholesky.solve(factor.lower, ordered) if blocked else torch.cholesky_solve(ordered, factor.lower)
     return solved.index_select(0, torch.argsort(factor.order))

@@ -36,6 +36,7 @@ from requant.quantize.calibration_plan import batch_size
 from requant.quantize.gptq_files import write_small_files
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, convert, plan
+from requant.runtime.device import compute_dtype
 
 Progress = Callable[[int, int, str], None]
 DAMP = 0.05
@@ -62,7 +63,7 @@ def quantize(
     checkpoint = Checkpoint(source)
     model = skeleton.open_model(source, trust_remote_code=trust_remote_code)
     layout = plan(checkpoint, model, settings, dtype, where=source)
-    computed = torch.float32 if device.type == "cpu" else dtype
+    computed = compute_dtype(device, dtype)
     theirs = out / ".gptqmodel"
     shutil.rmtree(theirs, ignore_errors=True)
     _run(source, theirs, windows, settings, layout, computed, device, batch, trust_remote_code)

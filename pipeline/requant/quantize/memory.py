@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from requant.modeling.block_walk import Walk, block_linears
 from requant.modeling.moe import split_experts
-from requant.runtime.device import free_bytes
+from requant.runtime.device import free_bytes, profile_of
 
 MEMORY_SHARE = 0.9  # of a GPU's free memory that paused batches may take by our estimate
 MEMORY_SHARE_OF_RANKS = (
     0.6  # the same with several ranks: none can restart a block with less while the others wait for it
 )
 UNQUANTIZED_TOKENS = 8  # run unquantized too, for each input of the widest linear, to measure what earlier layers lost
-UNQUANTIZED_LEAST = {"cpu": 0, "cuda": 2**17}  # tokens run unquantized in any case: more is better, and cheap on a GPU
 SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring takes
 
 
 def unquantized_every(walk: Walk, windows: Tensor) -> int:
     """One batch in so many is enough to measure how far inputs have drifted."""
     widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
-    return max(1, round(windows.numel() / max(UNQUANTIZED_TOKENS * widest, UNQUANTIZED_LEAST[walk.device.type])))
+    return max(
+        1, round(windows.numel() / max(UNQUANTIZED_TOKENS * widest, profile_of(walk.device).least_unquantized_tokens))
+    )
 
 
 def fits_inside_block(walk: Walk, tokens: int, unquantized: float = 0.0, memory_share: float = MEMORY_SHARE) -> bool:

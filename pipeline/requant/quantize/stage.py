@@ -24,12 +24,13 @@ from requant.modeling.fused_ops import FusedOps
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.numerics.delta_retention import Deltas
 from requant.quantize.background_writer import BEHIND, JOURNAL, BackgroundWriter, BlockWriter
-from requant.quantize.block_quantizer import LATER, Quantizer
+from requant.quantize.block_quantizer import Quantizer
 from requant.quantize.calibration_plan import plan_calibration
 from requant.quantize.gptq_files import write_small_files
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, plan
 from requant.quantize.warmup import WarmUp, narrowest
+from requant.runtime.device import compute_dtype, profile_of
 from requant.runtime.interpreter import quick_switches
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
@@ -58,7 +59,7 @@ def quantize(
     model = skeleton.open_model(source, trust_remote_code=trust_remote_code)
     layout = plan(checkpoint, model, settings, dtype, where=source)
     ranks.connect(device)
-    walk = Walk(checkpoint, model, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    walk = Walk(checkpoint, model, device=device, dtype=compute_dtype(device, dtype))
     calibration = plan_calibration(walk, windows, settings, ranks, batch=batch)
     calibration.reserve(device)
     walk.states = HiddenStateStore(device, on_host=calibration.on_host)
@@ -120,7 +121,7 @@ def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | No
             quantizer.block(index, items)
             output.settle(BEHIND)
             seen(max(index - BEHIND, len(output.finished())))
-            if not LATER[quantizer.walk.device.type]:
+            if not profile_of(quantizer.walk.device).commits_later:
                 quantizer.hand_over()
     quantizer.hand_over()
     output.settle()

@@ -20,12 +20,15 @@ from requant.modeling.fused_ops import FusedOps
 from requant.numerics import cholesky, gptq, grid, triton_kernels
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings
+from requant.runtime.device import PROFILES
 from requant.runtime.interpreter import quick_switches
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 ROWS = 64
-COLUMNS = gptq.OUTER["cuda"]  # and what is left over of a linear's own width: every kernel that its columns need
+COLUMNS = PROFILES[
+    "cuda"
+].gptq_outer  # and what is left over of a linear's own width: every kernel that its columns need
 
 
 class WarmUp:

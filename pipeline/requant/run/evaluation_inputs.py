@@ -9,6 +9,7 @@ import torch
 from requant.evaluate.variants import VariantSources
 from requant.merge.stage import DTYPES
 from requant.run.prepared import Prepared
+from requant.runtime.device import compute_dtype, profile_of
 
 
 def variant_sources(p: Prepared, run: Path) -> VariantSources:
@@ -33,11 +34,11 @@ def dtype(p: Prepared, device: torch.device) -> torch.dtype:
     asked = p.recipe.evaluate.dtype
     if asked != "auto":
         return DTYPES[asked]
-    return torch.float32 if device.type == "cpu" else p.quantize.dtype
+    return compute_dtype(device, p.quantize.dtype)
 
 
 def batch(p: Prepared, device: torch.device) -> int:
     """Windows at a time."""
     asked = p.recipe.evaluate.batch
-    tokens = 2048 if device.type == "cpu" else 16384
+    tokens = profile_of(device).scoring_tokens
     return max(1, tokens // p.texts.sets[0].window) if asked == "auto" else asked

@@ -1,15 +1,105 @@
-"""Choice of device, its free memory and its measured matrix product rate."""
+"""Devices: one profile a device type, the choice of a device, its free memory and product rate."""
 
 from __future__ import annotations
 
 import gc
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
+from requant.errors import InputError
+
 USABLE = 0.85  # share of free memory that a plan may fill
-BUSY = {"cpu": 0.6, "cuda": 0.35}  # share of the matrix product rate that a whole step reaches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """What the code needs to know of a device type. A new device is one more entry of `PROFILES`.
+
+    busy_share: share of the matrix product rate that a whole forward and backward pass reaches.
+    product_size, product_dtype: of the product that measures the rate. start_seconds: to load its libraries and kernels.
+    computes_fp32: blocks compute in fp32, whatever dtype is served; elsewhere in the serving dtype.
+    batch_tokens: of a calibration batch: enough to fill the processor, few enough to keep in memory.
+    scoring_tokens: the same of an evaluation batch. kl_chunk_logits: logits of one model in memory at a time.
+    commits_later: a block is committed while the next one is being solved.
+    least_unquantized_tokens: run through the unquantized block in any case: more is better where it costs little.
+    corrects_by_drift: error correction may solve for the drift in place of the rows. blocked_solve: by our blocked
+    substitution, where the library's is slower.
+    gptq_block: columns that GPTQ rounds one after another. gptq_outer: columns whose feedback to all others is one product.
+    hessian_panel: columns of the Hessian added in one product. search_elements: weights whose scales are searched at once.
+    """
+
+    busy_share: float
+    product_size: int
+    product_dtype: torch.dtype
+    start_seconds: float
+    computes_fp32: bool
+    batch_tokens: int
+    scoring_tokens: int
+    kl_chunk_logits: int
+    commits_later: bool
+    least_unquantized_tokens: int
+    corrects_by_drift: bool
+    blocked_solve: bool
+    gptq_block: int
+    gptq_outer: int
+    hessian_panel: int
+    search_elements: int
+
+
+PROFILES: dict[str, DeviceProfile] = {
+    "cpu": DeviceProfile(
+        busy_share=0.6,
+        product_size=1024,
+        product_dtype=torch.float32,
+        start_seconds=0.0,
+        computes_fp32=True,
+        batch_tokens=2048,
+        scoring_tokens=2048,
+        kl_chunk_logits=2**22,
+        commits_later=False,
+        least_unquantized_tokens=0,
+        corrects_by_drift=False,
+        blocked_solve=False,
+        gptq_block=128,
+        gptq_outer=128,
+        hessian_panel=512,
+        search_elements=2**17,  # the working set stays in the cache
+    ),
+    "cuda": DeviceProfile(
+        busy_share=0.35,
+        product_size=4096,
+        product_dtype=torch.bfloat16,
+        start_seconds=1.0,
+        computes_fp32=False,
+        batch_tokens=8192,
+        scoring_tokens=16384,
+        kl_chunk_logits=2**26,
+        commits_later=True,
+        least_unquantized_tokens=2**17,
+        corrects_by_drift=True,
+        blocked_solve=True,
+        gptq_block=256,  # one launch
+        gptq_outer=512,
+        hessian_panel=2048,
+        search_elements=2**26,
+    ),
+}
+
+
+def profile_of(device: torch.device) -> DeviceProfile:
+    """The profile of a device's type; raises InputError for a type without one."""
+    try:
+        return PROFILES[device.type]
+    except KeyError:
+        raise InputError(f"device {device}: expected one of {', '.join(PROFILES)}") from None
+
+
+def compute_dtype(device: torch.device, serving: torch.dtype) -> torch.dtype:
+    """The dtype in which blocks compute on the device: fp32 on a CPU, the serving dtype elsewhere."""
+    return torch.float32 if profile_of(device).computes_fp32 else serving
 
 
 def pick_device(asked: str) -> torch.device:
@@ -47,7 +137,7 @@ def free_memory(device: torch.device) -> None:
 
 def product_rate(device: torch.device) -> float:
     """Flops a second of one large matrix product, measured on the spot (some 50 ms on a CPU)."""
-    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    n, dtype = profile_of(device).product_size, profile_of(device).product_dtype
     a = torch.ones(n, n, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(4):

@@ -29,7 +29,7 @@ from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merg
 from requant.run.check.rehearsal import Rehearsal, cost_of
 from requant.run.prepared import Prepared
 from requant.runtime import measurements
-from requant.runtime.device import BUSY, USABLE, free_bytes, free_memory, product_rate
+from requant.runtime.device import PROFILES, USABLE, free_bytes, free_memory, product_rate, profile_of
 
 __all__ = ["Need", "forecast"]
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 LIBRARIES = 40 * 2**20  # bytes that PEFT, bitsandbytes and a model's module add to the process on first use
 LONGEST_REHEARSAL = 20.0  # seconds that the products of a rehearsed block may take
 TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
-STARTING = {"cpu": 0.0, "cuda": 1.0}  # seconds to load a GPU's libraries and compiled kernels
 TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
@@ -90,7 +89,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     )
     seconds = (parts.one.seconds + rest.seconds) * like + scored.reading * again
     seconds += scored.check(on_device=device_bytes > 0)
-    seconds += 4 * scored.build + STARTING[device.type]
+    seconds += 4 * scored.build + profile_of(device).start_seconds
     item = 4 if device.type == "cpu" else 2
     states = windows.numel() * size.width * item * (1 + unquantized / batches)
     working = size.block * item * (1 if device.type == "cpu" else 2) + parts.one.bytes
@@ -133,7 +132,7 @@ class _Scoring:
         """
         text, (reading, decoding) = self.token * SAMPLE / 8, (self.reading, self.decoding)
         if self.device.type == "cuda" and not on_device:
-            text = 2.0 * self.size.total * TEXT / (BUSY["cpu"] * product_rate(torch.device("cpu")))
+            text = 2.0 * self.size.total * TEXT / (PROFILES["cpu"].busy_share * product_rate(torch.device("cpu")))
             reading, decoding = self.on_host
         return text + (reading + 2 * decoding) * self.size.total
 

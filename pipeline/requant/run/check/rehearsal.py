@@ -26,6 +26,7 @@ from requant.quantize.block_quantizer import Quantizer
 from requant.quantize.calibration_plan import CalibrationPlan, plan_calibration
 from requant.quantize.plan import Plan, Settings
 from requant.runtime import measurements
+from requant.runtime.device import compute_dtype
 from requant.runtime.ranks import SINGLE_PROCESS
 
 MORE = 2  # batches by which the second rehearsal is longer than the first
@@ -148,7 +149,7 @@ class Rehearsal:
     @torch.no_grad()
     def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
         """What `quantize` would do. deltas: what the adapter adds, by parameter."""
-        walk = self.walk(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        walk = self.walk(compute_dtype(self.device, torch.bfloat16))
         calibration = plan_calibration(walk, windows, settings, SINGLE_PROCESS, batch=batch)
         whole = len(calibration.unquantized) == len(calibration.batches)  # every batch also runs unquantized
         walk.states = HiddenStateStore(self.device, on_host=calibration.on_host)

@@ -1,0 +1,32 @@
+"""`requant.runtime.device`: one profile a device type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from requant.errors import InputError
+from requant.runtime.device import PROFILES, compute_dtype, free_bytes, profile_of
+
+
+def test_a_device_is_one_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more entry is all that is asked of a new device type."""
+    device = torch.device("xpu")
+    with pytest.raises(InputError, match="device xpu: expected one of cpu, cuda"):
+        profile_of(device)
+    monkeypatch.setitem(PROFILES, "xpu", PROFILES["cuda"])
+    assert profile_of(device) is PROFILES["cuda"]
+    assert compute_dtype(device, torch.bfloat16) == torch.bfloat16
+
+
+def test_a_cpu_computes_in_fp32() -> None:
+    assert compute_dtype(torch.device("cpu"), torch.float16) == torch.float32
+    assert compute_dtype(torch.device("cuda", 1), torch.float16) == torch.float16
+
+
+def test_host_memory_without_meminfo_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", missing)
+    assert free_bytes(torch.device("cpu")) == 16 * 2**30
