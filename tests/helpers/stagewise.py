@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from helpers.devices import set_profile
-from requant.formats.gptq import load_quantized
 from requant.formats.gptq_reader import load_quantized
 from requant.numerics import gptq
 from requant.numerics.hessian import Moments
