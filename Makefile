@@ -1,5 +1,6 @@
 # make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
-# make test   the tests          make check   format, lint, types          make setup   only the installation
+# make test   the tests          make quick   those that take a moment: under 90 seconds in all
+# make check   format, lint, types          make setup   only the installation
 # make test-vllm   our checkpoints in a real vLLM (make setup-vllm installs it in an environment of its own)
 PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
@@ -10,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 export GPTQMODEL_CPU_WORKERS ?= 2
 export GPTQMODEL_DISABLE_PACK_EXT ?= 1
 
-.PHONY: setup setup-vllm demo test test-vllm check clean browser
+.PHONY: setup setup-vllm demo test quick test-vllm check clean browser
 
 setup: .venv/.ready
 
@@ -57,6 +58,10 @@ browser:
 
 test: .venv/.ready browser
 	$(BIN)/python -m pytest
+
+# What a change breaks first, while one works on it.
+quick: .venv/.ready
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

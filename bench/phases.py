@@ -21,7 +21,7 @@ PHASES = {  # function of ours -> phase, without what the others inside of it ta
     "numerics.gptq.refine": "sweeps",
     "quantize.error_correction.Correction.moved": "correction",
     "numerics.gptq.row_errors": "losses",
-    "formats.gptq.pack": "pack",
+    "quantize.background_writer._packed": "pack",
     "runtime.ranks.DistributedRanks.all_reduce": "sums of all ranks",
     "runtime.ranks.DistributedRanks.all_gather_rows": "rows of all ranks",
 }

@@ -1,9 +1,10 @@
-"""What every test of the pipeline shares: no network, two threads, fixed seeds, reproducible hypothesis."""
+"""What all tests share: no network, one thread, fixed seeds, reproducible hypothesis, GPU tests skipped without one."""
 
 from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: two threads take twice the time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles its CPU quantizer: 10 s for nothing here
@@ -14,9 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from requant.numerics import triton_kernels
+
 pytest_plugins = ("helpers.e2e",)
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile(
     "requant",
     deadline=None,
@@ -25,6 +28,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("requant")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there are not so many (count=1); interpreted: Triton's interpreter will do."""
+    for mark in item.iter_markers("gpu"):
+        wanted, interpreted = mark.kwargs.get("count", 1), mark.kwargs.get("interpreted", False)
+        may_interpret = interpreted and os.environ.get("TRITON_INTERPRET") == "1"
+        if interpreted and triton_kernels.triton is None:
+            pytest.skip("needs Triton")
+        if torch.cuda.device_count() < wanted and not may_interpret:
+            pytest.skip(
+                f"needs {wanted} GPU{'s' if wanted > 1 else ''}{' or TRITON_INTERPRET=1' if interpreted else ''}"
+            )
 
 
 @pytest.fixture(autouse=True)

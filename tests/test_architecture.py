@@ -101,6 +101,7 @@ def test_files_are_found_and_each_is_in_a_package() -> None:
         assert any(m.startswith(f"requant_eval.{name}.") for m in MODULES), name
 
 
+@pytest.mark.slow
 def test_rules_name_what_exists() -> None:
     packages = ALLOWED.keys()
     assert {p for allowed in ALLOWED.values() for p in allowed} <= packages
@@ -202,6 +203,7 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
             yield node.name, (node.end_lineno or 0) - node.lineno + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_sizes(module: str) -> None:
     """The ugliness of this trade is its 300-line mains: no function over 50 lines, no file over 320."""
@@ -220,6 +222,7 @@ def test_every_file_says_what_it_is(module: str) -> None:
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "face", ["requant.cli", "requant.recipe", "requant_eval", "requant_eval.report", "requant_eval.scoring"]
 )

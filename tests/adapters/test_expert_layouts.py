@@ -38,6 +38,7 @@ def saved(tmp: Path, kind: str, **changes: Any) -> tuple[Any, Path]:
     return made, pico.save(made, tmp / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stacks", [STACKS, STACKS[:1], STACKS[1:]], ids=["both", "gate_up", "down"])
 def test_target_parameters(tmp_path: Path, kind: str, stacks: list[str]) -> None:
@@ -214,6 +215,7 @@ def test_a_version_whose_layout_the_shapes_contradict(tmp_path: Path) -> None:
     assert "its layout is not proven" in message
 
 
+@pytest.mark.slow
 def test_unsloth_packs_experts_in_another_order(tmp_path: Path) -> None:
     message = refused(tmp_path, auto_mapping={"unsloth_fixed": True})
     assert "written by unsloth, which packs lora_B of experts in another order" in message

@@ -63,6 +63,7 @@ def noisy(draw: Any) -> tuple[str, Key, str]:
     return prefix + ".".join(steps), key, name
 
 
+@pytest.mark.slow
 @given(keys())
 def test_peft_own_spelling_is_read_back(key: Key) -> None:
     assert normalise(spell(key)) == key

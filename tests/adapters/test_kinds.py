@@ -69,6 +69,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_llama(tmp_path: Path, config: peft.PeftConfig) -> None:
     parity(tmp_path, config)

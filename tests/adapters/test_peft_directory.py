@@ -42,6 +42,7 @@ def test_what_peft_writes_is_read(adapter: Path) -> None:
     assert not loaded.replaced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -54,6 +54,7 @@ def test_an_adapter_on_them_is_merged(tmp_path: Path, kind: str) -> None:
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out")), expected) < FP32
 
 
+@pytest.mark.slow
 @BOTH
 def test_they_stay_in_16_bit_and_every_engine_is_told(tmp_path: Path, kind: str) -> None:
     """A rule for their container: without it vLLM takes them for quantized (tests/deploy/test_vllm.py)."""
@@ -76,6 +77,7 @@ def test_they_stay_in_16_bit_and_every_engine_is_told(tmp_path: Path, kind: str)
     assert done.ok, done.message()
 
 
+@pytest.mark.slow
 @BOTH
 def test_transformers_reads_them_as_we_do(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gptqmodel")
@@ -91,6 +93,7 @@ def test_transformers_reads_them_as_we_do(tmp_path: Path, kind: str) -> None:
     assert pico.relative(pico.logits(loaded), pico.logits(ours)) < FP32
 
 
+@pytest.mark.slow
 @BOTH
 def test_check_says_so(project: Path, tmp_path: Path, kind: str) -> None:
     made = pico.model(kind, **(KINDS[kind][0] | {"vocab_size": 300}))

@@ -26,7 +26,7 @@ from requant.modeling.block_walk import Walk
 from requant.runtime import pinned_memory
 
 CPU = torch.device("cpu")
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = pytest.mark.gpu
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=GPU)]
 PLACE = 1000  # bytes
 

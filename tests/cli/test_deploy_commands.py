@@ -20,6 +20,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return Here(monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_a_finished_run_passes(here: Here, finished: Path) -> None:
     assert here("verify", str(finished / "gptq"), "--against", str(finished / "merged")) == 0
     lines = here.out.splitlines()
@@ -29,6 +30,7 @@ def test_a_finished_run_passes(here: Here, finished: Path) -> None:
     assert lines[-1] == "ok"
 
 
+@pytest.mark.slow
 def test_json_is_the_same_and_a_broken_one_exits_1(here: Here, finished: Path, tmp_path: Path) -> None:
     assert here("verify", str(finished / "gptq"), "--json", "--out", "result.json") == 0
     assert json.loads(here.out) == json.loads((tmp_path / "result.json").read_text())
@@ -60,6 +62,7 @@ def test_wrong_commands(here: Here, finished: Path, tmp_path: Path) -> None:
     assert "2 words are too few to score" in here.err
 
 
+@pytest.mark.slow
 def test_what_engines_said_reaches_the_report_and_the_card(
     here: Here, project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +81,7 @@ def test_what_engines_said_reaches_the_report_and_the_card(
         assert "| gptq -> vllm | served in bfloat16 on cpu, 20 documents | +0.001" in text, file
 
 
+@pytest.mark.slow
 def test_an_engine_that_reads_other_weights_is_a_failure(
     here: Here, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

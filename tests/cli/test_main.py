@@ -135,6 +135,7 @@ def test_schema_accepts_the_recipe_and_refuses_others(here: Here, project: Path)
     assert list(validator.iter_errors({**document, "quantise": {}}))
 
 
+@pytest.mark.slow
 def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Path, tmp_path: Path) -> None:
     before = sorted(project.rglob("*"))
     assert here("check", str(project / "recipe.yaml")) == 0
@@ -153,6 +154,7 @@ def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "warning"),
     [
@@ -175,6 +177,7 @@ def test_check_warns_of_what_servers_refuse(here: Here, project: Path, setting: 
     assert warning not in here.out
 
 
+@pytest.mark.slow
 def test_check_warns_of_another_base_name(here: Here, project: Path, tmp_path: Path) -> None:
     mine = copied(project, tmp_path / "p", "adapter")
     edit_json(mine / "adapter" / "adapter_config.json", base_model_name_or_path="meta-llama/Llama-3.1-8B")
@@ -184,6 +187,7 @@ def test_check_warns_of_another_base_name(here: Here, project: Path, tmp_path: P
     assert "the adapter was trained on" not in here.out
 
 
+@pytest.mark.slow
 def test_set_reaches_the_recipe_and_has_its_checks(here: Here, project: Path) -> None:
     file = str(project / "recipe.yaml")
     assert here("check", file, "--set", "calibration.samples=4", "--set", "calibration.length=32") == 0
@@ -196,6 +200,7 @@ def test_set_reaches_the_recipe_and_has_its_checks(here: Here, project: Path) ->
     assert "quantize.bits" in here.err
 
 
+@pytest.mark.slow
 def test_init_writes_a_recipe_that_check_accepts(here: Here, project: Path, tmp_path: Path) -> None:
     """As a user would: texts put where the recipe says, the hub's data set replaced (there is no network here)."""
     mine = copied(project, tmp_path / "p", "adapter")
@@ -225,6 +230,7 @@ def test_init_of_nothing(here: Here) -> None:
     assert here.out == ""
 
 
+@pytest.mark.slow
 def test_run_shows_the_report_and_the_second_says_nothing_to_do(here: Here, project: Path, tmp_path: Path) -> None:
     changes = {"evaluate.variants": ["adapter", "gptq"], "name": "shown"}
     mine = copied(project, tmp_path / "p")
@@ -251,6 +257,7 @@ def test_run_shows_the_report_and_the_second_says_nothing_to_do(here: Here, proj
         assert here.out == shown + "nothing to do: everything in runs/shown is up to date\n"
 
 
+@pytest.mark.slow
 def test_exit_code_1_when_the_data_is_bad(here: Here, project: Path, tmp_path: Path) -> None:
     mine = copied(project, tmp_path / "p", "adapter")
     weights = mine / "adapter" / "adapter_model.safetensors"
@@ -318,6 +325,7 @@ def test_gate_needs_gates_and_a_report(here: Here, finished: Path, tmp_path: Pat
     assert not (tmp_path / "gates.xml").exists()
 
 
+@pytest.mark.slow
 def test_run_ends_with_the_exit_code_of_its_gates(
     here: Here, project: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

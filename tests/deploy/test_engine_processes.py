@@ -91,6 +91,7 @@ def gptqmodel() -> None:
     pytest.importorskip("optimum")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gptqmodel")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_reads_the_same_numbers(good: Path, source: Path, dtype: str) -> None:
@@ -107,6 +108,7 @@ def test_transformers_reads_the_same_numbers(good: Path, source: Path, dtype: st
     json.dumps(done.facts())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gptqmodel")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
@@ -123,6 +125,7 @@ def test_the_logits_of_transformers_are_those_of_our_decoding(good: Path, dtype:
     assert made.shape == (1, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_kernel_that_cannot_run_here_is_an_answer(good: Path) -> None:
     """Marlin needs a GPU: the library's own error, not ours."""
@@ -134,6 +137,7 @@ def test_a_kernel_that_cannot_run_here_is_an_answer(good: Path) -> None:
     assert "(exit 1)" in answer.error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_recipe_that_names_an_engine_has_it_load_what_it_wrote(project: Path, tmp_path: Path) -> None:
     """deploy: judged by the table of servers before the work, asked itself after it, and shown with an interval."""
@@ -155,6 +159,7 @@ def test_a_recipe_that_names_an_engine_has_it_load_what_it_wrote(project: Path, 
     assert "transformers " in (out.path / "report.md").read_text().split("### Ways to deploy")[1].split("###")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_checkpoint_that_its_engine_misreads_is_not_put_in_place(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

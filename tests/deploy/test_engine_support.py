@@ -175,6 +175,7 @@ def test_experts() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.kind)
 def test_the_verdict_agrees_with_what_the_loading_tests_find(family: Family) -> None:
     """`test_families` loads each family with what its entry names: the table must say the same."""
@@ -187,6 +188,7 @@ def test_the_documented_table_is_current() -> None:
     assert families.DOCUMENT.read_text() == families.document(), "run: python tests/families.py"
 
 
+@pytest.mark.slow
 def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
     def prepared(**changes: Any) -> Prepared:
         return prepare.prepare(recipe(project, Path("runs"), changes))

@@ -71,6 +71,7 @@ def push(server: hub.Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return command
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_go_and_asks_nobody(server: hub.Hub, gptq: Path, push: Push) -> None:
     done = push(gptq, token=None)
     assert done.returncode == 0, done.stderr
@@ -81,6 +82,7 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(server: hub.Hub, gptq: Pat
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_a_push_sends_every_file_as_it_is(server: hub.Hub, gptq: Path, push: Push) -> None:
     done = push(gptq, "--yes")
     assert done.returncode == 0, done.stderr
@@ -90,6 +92,7 @@ def test_a_push_sends_every_file_as_it_is(server: hub.Hub, gptq: Path, push: Pus
     assert server.private[REPO] is True
 
 
+@pytest.mark.slow
 def test_no_token_and_a_wrong_one(server: hub.Hub, gptq: Path, push: Push) -> None:
     done = push(gptq, "--yes", token=None)
     assert (done.returncode, server.requests) == (2, [])
@@ -101,6 +104,7 @@ def test_no_token_and_a_wrong_one(server: hub.Hub, gptq: Path, push: Push) -> No
     assert server.repos == {}
 
 
+@pytest.mark.slow
 def test_a_repository_that_has_files_is_not_overwritten(server: hub.Hub, gptq: Path, push: Push) -> None:
     server.repos[REPO] = {"model.safetensors": b"somebody's work"}
     done = push(gptq, "--yes")
@@ -111,6 +115,7 @@ def test_a_repository_that_has_files_is_not_overwritten(server: hub.Hub, gptq: P
     assert server.repos[REPO]["model.safetensors"] == (gptq / "gptq" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_drop_leaves_nothing_visible_and_the_next_push_goes_on(server: hub.Hub, gptq: Path, push: Push) -> None:
     server.drop.append(("POST", "/commit/"))
     done = push(gptq, "--yes")
@@ -124,6 +129,7 @@ def test_a_drop_leaves_nothing_visible_and_the_next_push_goes_on(server: hub.Hub
     assert "config.json" in server.repos[REPO]
 
 
+@pytest.mark.slow
 def test_a_drop_while_weights_are_sent_is_tried_again(server: hub.Hub, gptq: Path, push: Push) -> None:
     server.drop.append(("PUT", "/blob/"))
     assert push(gptq, "--yes").returncode == 0

@@ -31,6 +31,7 @@ def check(path: Path, **options: object) -> verification.Verification:
         return stage.verify(path, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_good_checkpoint_passes(good: Path, source: Path) -> None:
     done = check(good, source=source)
     assert done.ok, done.message()
@@ -46,6 +47,7 @@ def test_a_good_checkpoint_passes(good: Path, source: Path) -> None:
     done.raise_if_wrong()
 
 
+@pytest.mark.slow
 def test_the_size_is_what_the_config_describes(good: Path) -> None:
     """Every byte of the files is a tensor the format page asks for, or the header."""
     done = check(good)
@@ -54,6 +56,7 @@ def test_the_size_is_what_the_config_describes(good: Path) -> None:
     assert done.disk_bytes == (good / WEIGHTS).stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "grid",
     [Grid(b, 32, s) for b in (2, 3, 4, 8) for s in (True, False)] + [Grid(4, -1), Grid(4, 64, signed=True)],
@@ -66,6 +69,7 @@ def test_every_format_passes(source: Path, tmp_path: Path, grid: Grid) -> None:
     assert (done.negative_scales or 0) > 0 if grid.signed else done.negative_scales == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama tied", "qwen2", "gemma2", "gpt_neox", "opt"])
 def test_every_architecture_passes(tmp_path: Path, kind: str, good: Path) -> None:
     """Biases, tied heads, other prefixes: everything in the file has its place in the model."""
@@ -78,6 +82,7 @@ def test_every_architecture_passes(tmp_path: Path, kind: str, good: Path) -> Non
     assert done.ok, done.message()
 
 
+@pytest.mark.slow
 def test_overrides_and_skipped_modules_pass(source: Path, tmp_path: Path) -> None:
     overrides = (("*.down_proj", {"bits": 8, "group_size": 64}), ("*.layers.0.self_attn.o_proj", None))
     pico.packed(source, tmp_path / "out", GRID, overrides=overrides)
@@ -224,6 +229,7 @@ def sharded(source: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_shards_pass_and_swapped_ones_do_not(source: Path, tmp_path: Path) -> None:
     out = sharded(source, tmp_path / "out")
     assert check(out).ok
@@ -249,6 +255,7 @@ def test_a_lost_shard_and_a_wrong_total(source: Path, tmp_path: Path) -> None:
     assert "missing; the checkpoint is incomplete" in done.findings[0].reason
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_model_is_seen_beside_the_source(source: Path, good: Path, tmp_path: Path) -> None:
     """Same names, same shapes: only the weights tell."""
     make_model(tmp_path / "other", seed=5)
@@ -274,6 +281,7 @@ def test_asymmetric_zero_points_of_the_other_version(
     assert "zero points of the other format version than checkpoint_format 'gptq_v2'" in wrong[0].reason
 
 
+@pytest.mark.slow
 def test_a_tied_head_stored_apart(tmp_path: Path, good: Path) -> None:
     make_model(tmp_path / "model", tied=True)
     pico.packed(tmp_path / "model", tmp_path / "out", GRID)
@@ -284,6 +292,7 @@ def test_a_tied_head_stored_apart(tmp_path: Path, good: Path) -> None:
     assert "stored although tie_word_embeddings is true" in done.findings[0].reason
 
 
+@pytest.mark.slow
 def test_a_true_activation_order_is_read(source: Path, tmp_path: Path) -> None:
     """desc_act of another tool: groups in any order, each of at most group_size inputs."""
     pico.packed(source, tmp_path / "out", GRID)
@@ -312,6 +321,7 @@ def test_no_directory_is_a_wrong_command(tmp_path: Path) -> None:
         check(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_facts_are_json_without_local_paths(good: Path) -> None:
     text = json.dumps(check(good).facts())
     assert str(good.parent) not in text
@@ -326,6 +336,7 @@ def test_a_model_too_large_for_memory_is_said(good: Path, monkeypatch: pytest.Mo
     assert done.skipped == ["generation and engines: fp32 weights are 0.0 GB, 0.0 GB are free"]
 
 
+@pytest.mark.slow
 def test_a_device_without_room_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs out of memory on the GPU is done on the CPU."""
     tried: list[str] = []

@@ -78,6 +78,7 @@ def scored(
     return over_ranks.evaluate(scores, given[0], ranks=ranks, batch=4), scores
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(
     given: tuple[variants.VariantSources, Scores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_parts_make_the_whole(
     assert not three.missing(), "a killed run puts the parts together that it finds"
 
 
+@pytest.mark.slow
 def test_a_new_variant_is_compared_with_parts_of_the_reference(
     given: tuple[variants.VariantSources, Scores], tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_new_variant_is_compared_with_parts_of_the_reference(
     assert all(by["gptq"].kl is not None for by in both.load().values())
 
 
+@pytest.mark.slow
 def test_canaries_alone_score_nothing_again(
     given: tuple[variants.VariantSources, Scores], tmp_path: Path, project: Path
 ) -> None:
@@ -130,6 +133,7 @@ def test_canaries_alone_score_nothing_again(
     assert not list((tmp_path / "c" / "ranks-2").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_parts_of_another_number_of_ranks_are_removed(
     given: tuple[variants.VariantSources, Scores], tmp_path: Path
 ) -> None:

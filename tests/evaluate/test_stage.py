@@ -62,6 +62,7 @@ def kept(finished: Path, name: str, variant: str) -> Any:
     return TokenScores.load(file)
 
 
+@pytest.mark.slow
 def test_streamed_scores_are_the_whole_models(
     given: tuple[variants.VariantSources, Scores], scores: Scores, finished: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_streamed_scores_are_the_whole_models(
                 np.testing.assert_allclose(ours.kl, theirs.kl, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_fits_stays_whole_and_what_does_not_is_streamed(
     given: tuple[variants.VariantSources, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +100,7 @@ def test_what_fits_stays_whole_and_what_does_not_is_streamed(
     assert evaluate.evaluate(two, given[0], batch=8)["streamed"] == ["merged"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_out_of_memory_halves_the_batch(
     given: tuple[variants.VariantSources, Scores],
@@ -124,6 +127,7 @@ def test_out_of_memory_halves_the_batch(
         np.testing.assert_allclose(by_variant["adapter"].nll, kept(finished, name, "adapter").nll, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_turns_out_not_to_fit_is_streamed(
     given: tuple[variants.VariantSources, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:

@@ -79,6 +79,7 @@ KINDS: dict[str, tuple[peft.PeftConfig, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "changes"), KINDS.values(), ids=KINDS.keys())
 def test_the_adapter_stays_unmerged(tmp_path: Path, config: peft.PeftConfig, changes: dict[str, Any]) -> None:
     """The real PEFT over streamed weights: the logits of its model that is whole in memory."""
@@ -96,6 +97,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("simulate", "tolerance"), BASES.values(), ids=BASES.keys())
 def test_base_and_adapter_are_those_of_bitsandbytes(
     tmp_path: Path, simulate: Nf4Settings | None, tolerance: float
@@ -115,6 +117,7 @@ def test_base_and_adapter_are_those_of_bitsandbytes(
         compare(live, StreamedModel(streamed.walk_of(name, sources, device=CPU, dtype=F32)), tolerance=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_what_is_made_of_the_merged_model(tmp_path: Path, kind: str) -> None:
     made = pico.model(kind)
@@ -183,6 +186,7 @@ class Full:
         walk.forward = limited  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0, 1, 4])
 @torch.no_grad()
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -> None:
@@ -199,6 +203,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -
     assert all(p.is_meta for b in walk.blocks for p in b.parameters())
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_one_window(tmp_path: Path) -> None:
     path = pico.save(pico.model(), tmp_path / "model")
     walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)

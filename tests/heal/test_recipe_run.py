@@ -41,6 +41,7 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.slow
 def test_a_healed_run(healed: Path) -> None:
     report = read(healed / "report.json")
     events = [json.loads(line) for line in (healed / "events.jsonl").read_text().splitlines()]
@@ -72,6 +73,7 @@ def test_the_healed_checkpoint_is_the_quantized_one_with_other_scales(healed: Pa
     assert changed == {"model.safetensors", "config.json", "quantize_config.json"}
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_healed_numbers(healed: Path) -> None:
     pytest.importorskip("gptqmodel")
     pytest.importorskip("optimum")
@@ -82,6 +84,7 @@ def test_transformers_reads_the_healed_numbers(healed: Path) -> None:
     assert abs(done.engines[0]["difference"]) <= engine_processes.TOLERANCE["float32"]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_other_settings_heal_again(project: Path, healed: Path, tmp_path: Path) -> None:
     shutil.copytree(healed, tmp_path / healed.name)
     out = tmp_path / healed.name
@@ -96,6 +99,7 @@ def test_a_second_run_does_nothing_and_other_settings_heal_again(project: Path, 
     assert [v["name"] for v in read(out / "report.json")["sets"][0]["variants"]] == ["adapter", "merged", "gptq"]
 
 
+@pytest.mark.slow
 def test_engines_of_the_recipe_are_asked_about_what_ships(
     project: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +121,7 @@ def test_engines_of_the_recipe_are_asked_about_what_ships(
     assert "| healed -> vllm | served" in (outcome.path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_healing_goes_on(project: Path, healed: Path, tmp_path: Path) -> None:
     assert killed_run(project, tmp_path, "heal:7", HEAL) == -signal.SIGKILL
     out = tmp_path / "pico"
@@ -126,6 +131,7 @@ def test_a_killed_healing_goes_on(project: Path, healed: Path, tmp_path: Path) -
     assert digests(out / "healed", WEIGHTS) == digests(healed / "healed", WEIGHTS)
 
 
+@pytest.mark.slow
 def test_towards_the_adapter_through_its_own_runtime(project: Path, tmp_path: Path) -> None:
     settings = HEAL | {"heal": HEAL["heal"] | {"target": "adapter", "tune": ["scales", "norms"]}}
     outcome = run(project, tmp_path, settings, until="heal")
@@ -152,6 +158,7 @@ def cli(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
 
 
+@pytest.mark.slow
 def test_any_checkpoint_from_the_command_line(healed: Path, project: Path, tmp_path: Path) -> None:
     checkpoint, teacher, text = healed / "gptq", healed / "merged", project / "train.jsonl"
     small = ("--steps", 5, "--batch", 2, "--length", 32, "--lr", 0.003, "--device", "cpu")
@@ -180,6 +187,7 @@ def test_any_checkpoint_from_the_command_line(healed: Path, project: Path, tmp_p
     assert (both.returncode, both.stderr) == (2, "a recipe says what --teacher says: give one of them\n")
 
 
+@pytest.mark.slow
 def test_check_says_how_healing_fits(project: Path, tmp_path: Path) -> None:
     other = copied(project, tmp_path / "p")
     off = cli("check", write_recipe(other), cwd=tmp_path)

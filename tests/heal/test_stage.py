@@ -172,6 +172,7 @@ def test_gradients_of_scales_and_inputs_are_autograds() -> None:
     torch.testing.assert_close(moving.view(moving.offset.grad, "x.scales").double(), d.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes"), [("llama", {"attention_bias": True}), ("opt", {}), ("qwen3", {}), ("gpt2", {})]
 )
@@ -206,6 +207,7 @@ def test_moved_values_are_those_that_a_file_can_hold(pair: tuple[Path, Path]) ->
 # --- healing ---
 
 
+@pytest.mark.slow
 def test_healing_brings_the_divergence_down(pair: tuple[Path, Path], tmp_path: Path) -> None:
     told = run(pair, tmp_path / "out", replace(SETTINGS, steps=40, lr=1e-2))
     merged, source = pair
@@ -244,6 +246,7 @@ def test_norms_move_when_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert all("norm" in n for n in changed)
 
 
+@pytest.mark.slow
 def test_a_stored_teacher_recomputed_blocks_and_small_batches_change_nothing(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -253,6 +256,7 @@ def test_a_stored_teacher_recomputed_blocks_and_small_batches_change_nothing(
     assert (tmp_path / "b-work" / "teacher.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_block_by_block_comes_near_end_to_end(pair: tuple[Path, Path], tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=40, lr=1e-2)
     told = run(pair, tmp_path / "out", settings, plan=replace(WHOLE, mode="blocks", teacher_resident=False))
@@ -278,6 +282,7 @@ def test_what_gains_nothing_is_the_start_byte_for_byte(pair: tuple[Path, Path], 
     assert (tmp_path / "out" / "config.json").read_text() == (pair[1] / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -291,6 +296,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["whole", "blocks"])
 def test_a_killed_healing_goes_on_with_the_same_numbers(pair: tuple[Path, Path], tmp_path: Path, mode: Any) -> None:
     plan = replace(WHOLE, mode=mode, teacher_resident=False)

@@ -136,6 +136,7 @@ def test_losses_are_those_of_the_model(tmp_path: Path, lora: dict[str, Any]) -> 
     assert found.moved == pytest.approx(float((on.exp() * (on - off)).sum(-1).mean()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gain_is_movement_on_the_adapters_own_text(tmp_path: Path) -> None:
     """Text drawn from the adapted model itself: the efficiency is 1, whatever the adapter."""
     live = pico.train(pico.model(), tmp_path / "adapter", scale=0.4)
@@ -176,6 +177,7 @@ class Heard(observer.Watcher):
         self.warnings.append(text)
 
 
+@pytest.mark.slow
 def test_the_right_base_is_not_warned_of(project: Path, tmp_path: Path) -> None:
     heard = Heard()
     runner.run(recipe(project, tmp_path), until="quantize", watcher=heard)
@@ -184,6 +186,7 @@ def test_the_right_base_is_not_warned_of(project: Path, tmp_path: Path) -> None:
     assert "probe: loss on train.jsonl" in log
 
 
+@pytest.mark.slow
 def test_right_shape_and_wrong_base_is_caught_and_said(project: Path, tmp_path: Path) -> None:
     """Another model of the same architecture: nothing in names and shapes tells, the loss does; and it is in the report."""
     mine = copied(project, tmp_path / "p")

@@ -77,6 +77,7 @@ def test_simulated_weights_are_cast_to_the_load_dtype_first(tmp_path: Path) -> N
     assert torch.equal(base.read(norm), checkpoint.read(norm).bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["llama", "qwen2", "opt", "gpt_neox", "gpt2", "gemma2", "falcon", "qwen2_moe", "mixtral"]
 )

@@ -101,6 +101,7 @@ def pack_4bit(folder: Path) -> None:
     edit_json(folder / "config.json", quantization_config=settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in training", "on disk"])
 def test_experts_in_4_bits_are_merged_and_measured_without_transformers(
     project: Path, tmp_path: Path, way: str
@@ -188,6 +189,7 @@ def test_other_quantized_formats(tmp_path: Path, method: str) -> None:
     assert "Use the 16-bit model that it was made from" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "says"),
     [

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.e2e import write_recipe
 
 NAME, REVISION, COMMIT = "ann/base", "v1.2", "c" * 40
@@ -80,6 +81,7 @@ def check(project: Path, tmp: Path, url: str, revision: str) -> subprocess.Compl
     return subprocess.run(command, cwd=tmp, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_base_by_hub_id_and_revision(project: Path, tmp_path: Path) -> None:
     with hub(project / "base") as (url, asked):
         done = check(project, tmp_path, url, REVISION)

@@ -18,7 +18,7 @@ from requant.numerics import nf4
 from requant.run import prepare
 
 CPU = torch.device("cpu")
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = pytest.mark.gpu
 
 
 def planned(tmp: Path, **lora: Any) -> MergePlan:

@@ -30,6 +30,7 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BASES.values(), ids=BASES.keys())
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 @pytest.mark.filterwarnings("ignore")

@@ -67,6 +67,7 @@ def test_gptqmodel_decodes_ours(bits: int, group: int, sym: bool) -> None:
     torch.testing.assert_close(decoded, expected, rtol=2**-10, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("desc_act", [False, True], ids=["plain", "desc_act"])
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("group", GROUPS)
@@ -112,6 +113,7 @@ def by_gptqmodel(source: Path, out: Path, **options: Any) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "options",
@@ -161,6 +163,7 @@ def by_its_loader(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mixtral_is_kept_from_gptqmodel_by_names_alone(tmp_path: Path) -> None:
     """It asks for the names of transformers 5's modules, servers for the original ones (tests/deploy/test_vllm.py): ours."""
@@ -178,6 +181,7 @@ def test_mixtral_is_kept_from_gptqmodel_by_names_alone(tmp_path: Path) -> None:
     assert pico.relative(load_file(tmp_path / "seen")["logits"], expected) < 5e-3, "float16"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_verify_finds_the_path_that_gptqmodel_leaves(source: Path, tmp_path: Path) -> None:
     """7.7 writes a temporary directory of the machine into its metadata; without it the file is right to the end."""

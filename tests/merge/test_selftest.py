@@ -43,6 +43,7 @@ def flip(out: Path, row: int, column: int, bit: int) -> None:
         f.write(bytes([byte ^ (1 << bit % 8)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])

@@ -70,6 +70,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", PLAIN.values(), ids=PLAIN.keys())
 @pytest.mark.filterwarnings("ignore")
 def test_llama(tmp_path: Path, lora: dict[str, Any]) -> None:
@@ -90,6 +91,7 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "untied"), TIED.values(), ids=TIED.keys())
 @pytest.mark.filterwarnings("ignore")
 def test_tied_llama(tmp_path: Path, lora: dict[str, Any], untied: bool) -> None:
@@ -174,6 +176,7 @@ def test_resized_vocabulary(tmp_path: Path) -> None:
 # 4-bit bases ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
@@ -230,6 +233,7 @@ def test_prequantized_gpt2(tmp_path: Path) -> None:
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out")), pico.logits(live)) < FP32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "skip"),
     [

@@ -110,6 +110,7 @@ def worlds_of(kind: str, *, count: int, documents: int, seed: int = 0) -> tuple[
     return n * shift + 0.3 * np.sqrt(n) * rng.normal(size=shape), n, 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["equal", "unequal", "skewed"])
 @pytest.mark.parametrize("documents", [5, 20, 100])
 def test_intervals_cover_the_truth_in_95_of_100_worlds(kind: str, documents: int) -> None:

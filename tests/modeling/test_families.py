@@ -40,6 +40,7 @@ def lora(family: Family) -> dict[str, Any]:
     return {"target_modules": "all-linear", "r": 4, "lora_alpha": 6} | family.lora
 
 
+@pytest.mark.slow
 def test_merge(tmp_path: Path, family: Family) -> None:
     """The base quantized while loading, and the same base saved in 4 bits, both give PEFT's unmerged logits."""
     made = pico.model(family.kind, **family.changes)
@@ -98,6 +99,7 @@ def quantized(family: Family, tmp: Path, grid: Grid) -> tuple[Any, Any, Any]:
     return plan, results, variants.load("gptq", sources, device=torch.device("cpu"), dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_quantize(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """The written file is the model that the walk ended in, and 8 bits keep the logits."""
     states = seen(monkeypatch)
@@ -112,6 +114,7 @@ def test_quantize(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatc
     assert float(worst.quantile(0.9)) < 0.03, "all but tokens whose router was undecided between experts"
 
 
+@pytest.mark.slow
 def test_load_back(tmp_path: Path, family: Family) -> None:
     """transformers with gptqmodel reads the 4-bit file as we mean it."""
     pytest.importorskip("gptqmodel")
@@ -127,6 +130,7 @@ def test_load_back(tmp_path: Path, family: Family) -> None:
     assert pico.relative(pico.logits(loaded), pico.logits(ours)) < FP32
 
 
+@pytest.mark.slow
 def test_load_back_by_gptqmodel(tmp_path: Path, family: Family) -> None:
     """What transformers cannot load, gptqmodel's own loader can: in float16, the only kind it computes in."""
     pytest.importorskip("gptqmodel")

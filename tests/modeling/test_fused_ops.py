@@ -25,7 +25,7 @@ from requant.numerics import triton_kernels
 
 CUDA = torch.cuda.is_available()
 KERNELS = fused_ops.triton is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+needs_kernels = pytest.mark.gpu(interpreted=True)
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not CUDA, reason="cut off there"))]
 

@@ -7,7 +7,7 @@ import torch
 
 from requant.modeling.hidden_state_store import HiddenStateStore
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("on_host", [False, True])

@@ -176,6 +176,7 @@ def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path)
     assert not any(r"\.1\." in rule and rule.endswith(r"experts$") for rule in rules), "its experts differ"
 
 
+@pytest.mark.slow
 def test_running_blocks_again_gives_experts_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where batches cannot wait in memory each group runs the block again: same tokens, same codes."""
     source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)

@@ -41,6 +41,7 @@ def refined(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid
     return result.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])
 @pytest.mark.parametrize("grid", [Grid(4, 64), Grid(4, 32, symmetric=False), Grid(3, 64, signed=True), Grid(8, -1)])
 def test_solve_is_classic_gptq(order: gptq.Order, grid: Grid) -> None:
@@ -90,6 +91,7 @@ def test_block_size_does_not_change_the_codes(block: int, outer: int, monkeypatc
     assert classic(looped(weight, factor, scales, grid), weight, hessian, scales, grid, columns) <= NEAREST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "grid", [Grid(4, 64), Grid(3, 32), Grid(4, 128, search="minmax"), Grid(4, 64, symmetric=False)]

@@ -1,11 +1,10 @@
-"""`requant.kernels` against their plain twins: in Triton's interpreter where there is no GPU.
+"""`requant.numerics.triton_kernels` against their plain twins: in Triton's interpreter where there is no GPU.
 
 The twins are what the rest of the tests prove right. Sums of another order may tie differently: a code in a thousand.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,10 +18,7 @@ from requant.numerics import grid as grid_module
 from requant.numerics.grid import Grid
 
 CUDA = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    triton_kernels.triton is None or not (CUDA or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.gpu(interpreted=True)
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 

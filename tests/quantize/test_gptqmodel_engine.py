@@ -40,6 +40,7 @@ def windows() -> torch.Tensor:
     return pico.ids(8, 32, seed=3)
 
 
+@pytest.mark.slow
 def test_the_same_files_and_the_same_numbers(source: Path, tmp_path: Path) -> None:
     settings = Settings(grid=Grid(4, 32))
     (tmp_path / "theirs").mkdir()
@@ -69,6 +70,7 @@ def test_the_same_files_and_the_same_numbers(source: Path, tmp_path: Path) -> No
     assert done.ok, done.message()
 
 
+@pytest.mark.slow
 def test_what_the_library_itself_wrote_is_healed(source: Path, tmp_path: Path) -> None:
     """Its own process from loading to saving; healing then moves its scales and nothing else."""
     rows = tmp_path / "rows.json"
@@ -101,6 +103,7 @@ def test_what_the_library_itself_wrote_is_healed(source: Path, tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_overrides_and_skipped_linears(source: Path, tmp_path: Path) -> None:
     settings = Settings(grid=Grid(4, 32), overrides=(("*.down_proj", {"bits": 8}), ("*.o_proj", None)))
     out = tmp_path / "out"
@@ -112,6 +115,7 @@ def test_overrides_and_skipped_linears(source: Path, tmp_path: Path) -> None:
     assert done.ok, done.message()
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_through_it(project: Path, tmp_path: Path) -> None:
     done = e2e.run(
         project, tmp_path, {"quantize.engine": "gptqmodel", "evaluate.variants": ["adapter", "merged", "gptq"]}

@@ -58,6 +58,7 @@ def digest(out: Path) -> str:
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [Settings(grid=GRID), CORRECTED, Settings(grid=GRID, order="auto")], ids=["plain", "corrected", "auto"]
 )
@@ -76,6 +77,7 @@ def test_a_block_begins_again_from_its_inputs(
     assert results == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [Settings(grid=GRID), CORRECTED], ids=["plain", "corrected"])
 @pytest.mark.parametrize("behind", [1, 2, 4])
 def test_after_the_last_stage_only_those_behind_go_on(
@@ -91,6 +93,7 @@ def test_after_the_last_stage_only_those_behind_go_on(
     assert digest(tmp_path / "again") == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [CORRECTED, Settings(grid=GRID, order="auto")], ids=["corrected", "auto"])
 def test_batches_are_halved_down_to_what_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
@@ -115,6 +118,7 @@ def test_batches_are_halved_down_to_what_fits(
     assert digest(tmp_path / "again") == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("at", [2, 4, 6, 8])
 def test_memory_that_runs_out_as_a_stage_is_solved(
@@ -131,6 +135,7 @@ def test_memory_that_runs_out_as_a_stage_is_solved(
     assert digest(tmp_path / "again") == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [False, True])
 def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
     """The message says where; what was finished before it stays."""
@@ -167,6 +172,7 @@ def test_packing_that_finds_no_room_goes_on_elsewhere(tmp_path: Path, monkeypatc
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_was_set_aside_is_looked_at_again_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

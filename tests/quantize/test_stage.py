@@ -83,6 +83,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("survived", [1, 2])
 @pytest.mark.parametrize("shard", [5 * 10**9, 30_000])
 def test_an_interrupted_run_ends_in_the_same_bytes(
@@ -108,6 +109,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         assert file_digest(tmp_path / "cut" / name) == file_digest(tmp_path / "whole" / name), name
 
 
+@pytest.mark.slow
 def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is handed to the disk need not have arrived there; at the end all of it has."""
     source = model_dir(tmp_path, num_hidden_layers=5)
@@ -134,6 +136,7 @@ def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.Monke
         assert file_digest(tmp_path / "slow" / name) == file_digest(tmp_path / "whole" / name)
 
 
+@pytest.mark.slow
 def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings may still be on their way when all is solved; a run without them is not whole."""
     source = model_dir(tmp_path, num_hidden_layers=3)
@@ -157,6 +160,7 @@ def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypat
     assert file_digest(tmp_path / "slow" / "model.safetensors") == file_digest(tmp_path / "whole" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     rest = background_writer.BackgroundWriter._write_rest
@@ -176,6 +180,7 @@ def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatc
     assert ended == ["written"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [True, False], ids=["", "a block without stages"])
 def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
     """On a GPU each is handed over while the next is at work."""
@@ -224,6 +229,7 @@ def test_on_a_cpu_a_block_is_handed_over_at_once(tmp_path: Path, monkeypatch: py
     assert order == ["block 0", "block 0 handed over", "block 1", "block 1 handed over"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("error", [StageError, RuntimeError, KeyboardInterrupt])
 def test_what_is_solved_is_kept_when_the_next_block_fails(
@@ -293,6 +299,7 @@ def test_an_output_that_is_not_finite_stops_the_run_and_names_its_block(
     assert len(json.loads(journal.read_text()) if journal.exists() else []) == index
 
 
+@pytest.mark.slow
 def test_a_disk_too_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than so many blocks would be lost with the process."""
     source = model_dir(tmp_path, num_hidden_layers=4)
@@ -346,6 +353,7 @@ LOADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOADS)
 def test_every_architecture_is_quantized(tmp_path: Path, case: str) -> None:
     """Biases, tied heads, fused projections, parallel blocks: 8 bits keep the logits."""
@@ -356,6 +364,7 @@ def test_every_architecture_is_quantized(tmp_path: Path, case: str) -> None:
     assert ("lm_head.weight" in Checkpoint(tmp_path / "out")) == ("lm_head.weight" in Checkpoint(source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "grid"),
     [
@@ -489,6 +498,7 @@ def test_the_last_matching_override_wins() -> None:
     assert settings.grid_of("a.o_proj") == Grid(4, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_drift", [False, True])
 @pytest.mark.parametrize("overrides", [(), (("*.q_proj", {"bits": 8}),)])  # one grid a stage; two
 def test_correcting_keeps_the_model_closer_to_itself(

@@ -148,7 +148,7 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
         assert called == [(warmup.meet, CPU, {}), (warmup.meet, context.device, {})], "and nobody to do it with"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_all_of_it_works() -> None:
     settings = Settings(grid=Grid(4, 32), sweeps=1, correct=0.5)
     with warmup.WarmUp(torch.device("cuda"), {Grid(4, 32): 192}, settings, torch.bfloat16) as begun:
@@ -247,6 +247,7 @@ def lost() -> weakref.ref[Ring]:
     return weakref.ref(Ring())
 
 
+@pytest.mark.slow
 def test_what_is_set_aside_is_no_garbage_and_is_looked_at_again_afterwards(pretended: Any) -> None:
     gc.unfreeze()  # what a library may have set aside
     gc.disable()
@@ -268,6 +269,7 @@ def test_what_is_set_aside_is_no_garbage_and_is_looked_at_again_afterwards(prete
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_cpu_sets_nothing_aside() -> None:
     gc.unfreeze()
     gc.disable()

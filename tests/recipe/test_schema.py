@@ -514,6 +514,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: "${" not in text)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     text=NAMES,

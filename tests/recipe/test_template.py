@@ -141,6 +141,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filt
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(model=WORDS, revision=st.none() | WORDS, target=WORDS)
 def test_any_base_name_survives(model: str, revision: str | None, target: str) -> None:

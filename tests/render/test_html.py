@@ -136,6 +136,7 @@ def test_hostile_names_are_text() -> None:
     assert "hacked=1" in spoilt.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "sets", "left_out"), [(30, 2, ""), (126, 2, ""), (126, 6, "tables"), (126, 14, "figures")]
 )

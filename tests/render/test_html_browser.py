@@ -48,6 +48,7 @@ def tag(page: Page, words: str, number: int) -> str:
     return f"#button{number}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_renders_in_silence_and_calls_nobody(page: Page, url: str, dark: bool) -> None:
     page.open(url, dark=dark)
@@ -60,6 +61,7 @@ def test_it_renders_in_silence_and_calls_nobody(page: Page, url: str, dark: bool
     assert sum(int(part) for part in ground[4:-1].split(",")) < 150 if dark else ground == "rgb(253, 252, 249)"
 
 
+@pytest.mark.slow
 def test_it_could_not_call_if_it_were_told_to(page: Page, url: str) -> None:
     """The page's policy holds: a script's request does not reach a server that listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -73,6 +75,7 @@ def test_it_could_not_call_if_it_were_told_to(page: Page, url: str) -> None:
     assert any("Content Security Policy" in line for line in page.console)
 
 
+@pytest.mark.slow
 def test_hostile_names_do_not_run(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "hostile.html"
     path.write_text(html.render(hostile()), encoding="utf-8")
@@ -83,6 +86,7 @@ def test_hostile_names_do_not_run(page: Page, tmp_path: Path) -> None:
     assert "<script>hacked=1</script>" in page.run("document.querySelector('h1').textContent")
 
 
+@pytest.mark.slow
 def test_a_click_sorts_up_down_and_back(page: Page, url: str) -> None:
     page.open(url)
     before = column(page, "worst of", 0)
@@ -103,6 +107,7 @@ def test_a_click_sorts_up_down_and_back(page: Page, url: str) -> None:
     assert column(page, "worst of", 0) == before
 
 
+@pytest.mark.slow
 def test_the_keyboard_sorts_numbers_as_numbers(page: Page, url: str) -> None:
     page.open(url)
     page.run(f"document.querySelector({json.dumps(tag(page, 'in-domain: what each', 2))}).focus()")
@@ -115,6 +120,7 @@ def test_the_keyboard_sorts_numbers_as_numbers(page: Page, url: str) -> None:
     assert page.run("document.activeElement.closest('th').ariaSort") == "descending"
 
 
+@pytest.mark.slow
 def test_units_sort_by_what_they_mean(page: Page, url: str) -> None:
     page.open(url)
     page.click(tag(page, "Time and memory", 1))
@@ -123,6 +129,7 @@ def test_units_sort_by_what_they_mean(page: Page, url: str) -> None:
     assert column(page, "Time and memory", 1) == ["1 min 23 s", "3.0 s"]
 
 
+@pytest.mark.slow
 def test_pointing_and_arrow_keys_read_values(page: Page, url: str) -> None:
     page.open(url)
     read = "document.querySelector('.read').textContent"
@@ -148,6 +155,7 @@ def test_pointing_and_arrow_keys_read_values(page: Page, url: str) -> None:
     assert page.run(read) == hint
 
 
+@pytest.mark.slow
 def test_no_page_wider_than_a_phone(page: Page, url: str) -> None:
     for width in (320, 360, 768):
         page.open(url, width=width, height=740)
@@ -162,6 +170,7 @@ def test_no_page_wider_than_a_phone(page: Page, url: str) -> None:
     assert page.console == []
 
 
+@pytest.mark.slow
 def test_what_scrolls_sideways_can_be_reached(page: Page, url: str) -> None:
     page.open(url, width=360)
     loose = page.run(
@@ -173,6 +182,7 @@ def test_what_scrolls_sideways_can_be_reached(page: Page, url: str) -> None:
     assert page.run("document.querySelectorAll('.table[tabindex]').length") == 0
 
 
+@pytest.mark.slow
 def test_a_screen_reader_finds_headings_tables_and_figures(page: Page, url: str) -> None:
     page.open(url)
     nodes = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in page.tree()]
@@ -187,6 +197,7 @@ def test_a_screen_reader_finds_headings_tables_and_figures(page: Page, url: str)
     assert "main" in roles
 
 
+@pytest.mark.slow
 def test_it_prints(page: Page, url: str) -> None:
     page.open(url, dark=True)
     page.view(800, media="print", dark=True)
@@ -198,6 +209,7 @@ def test_it_prints(page: Page, url: str) -> None:
     assert page.console == []
 
 
+@pytest.mark.slow
 def test_without_scripts_everything_can_be_read(page: Page, url: str) -> None:
     page._send("Emulation.setScriptExecutionDisabled", value=True)
     try:

@@ -47,6 +47,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", DAMAGE)
 def test_damage_is_found_by_the_schema_and_by_the_reader(place: str, tmp_path: Path) -> None:
     report = json.loads(dumps(built()))

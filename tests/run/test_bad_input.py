@@ -165,6 +165,7 @@ DAMAGES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.do.__name__)
 def test_a_damaged_model_or_adapter_is_refused_before_any_work(project: Path, tmp_path: Path, damage: Damage) -> None:
     mine = copied(project, tmp_path / "p", "base", "adapter")
@@ -269,6 +270,7 @@ def poison(file: Path, name: str, value: float) -> None:
     edit_tensors(file, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("part", "file", "name", "named"),
@@ -316,6 +318,7 @@ def test_an_untrained_adapter(project: Path, tmp_path: Path) -> None:
     assert "never trained" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_at", [1, 2], ids=["merge", "quantize"])
 def test_a_full_disk(
     project: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
@@ -345,6 +348,7 @@ def test_a_disk_too_small_is_seen_before_the_work(
     assert "free space or set output.dir" in str(error)
 
 
+@pytest.mark.slow
 def test_a_model_that_overflows_when_it_is_scored(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -398,6 +402,7 @@ def test_an_empty_evaluation_set(project: Path, tmp_path: Path) -> None:
     assert "general.jsonl" in str(error)
 
 
+@pytest.mark.slow
 def test_damaged_scores_are_named_and_scored_again(project: Path, ran: Path) -> None:
     report = (ran / "pico" / "report.json").read_bytes()
     file = next((ran / "pico" / ".cache").glob("rtn-in-domain-*.safetensors"))

@@ -112,6 +112,7 @@ def test_split_does_not_depend_on_the_order_of_topics(split: dict[str, list[str]
     assert json.dumps(again) == json.dumps(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["assignment", "class"])
 def test_another_python_may_lack_a_topic_or_have_a_new_one(split: dict[str, list[str]], missing: str) -> None:
     other = {topic: text for topic, text in pydoc_topics.items() if topic != missing}

@@ -59,6 +59,7 @@ def test_the_peak_of_a_piece_is_seen() -> None:
     assert cost.seconds > 0
 
 
+@pytest.mark.slow
 def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
     assert all(p.is_meta for p in rehearsal.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of the rehearsed one's size, 2 batches of calibration, and the evaluation's tokens and sets."""
     calibration = CalibrationPlan(
@@ -216,6 +218,7 @@ def test_the_disk_is_asked_to_write_and_to_sync(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "probe").stat().st_size == PROBED
 
 
+@pytest.mark.slow
 def test_a_block_that_takes_too_long_is_not_tried(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsal = Rehearsal(skeleton.open_model(prepared.sources.base), CPU)
     outputs = (64, 32, 32, 64, 128, 128)  # of the linears with 64 inputs; down has 128

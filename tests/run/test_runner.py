@@ -139,6 +139,7 @@ def test_every_rendering_shows_the_same_perplexity_and_no_local_path(finished: P
     assert str(project) not in (finished / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_progress_counts_up_to_its_total(project: Path, tmp_path: Path) -> None:
     watcher = Recorder()
     run(project, tmp_path, {"evaluate.variants": ["adapter", "merged"]}, watcher=watcher)
@@ -150,6 +151,7 @@ def test_progress_counts_up_to_its_total(project: Path, tmp_path: Path) -> None:
     assert watcher.scored() == pairs("adapter", "merged")
 
 
+@pytest.mark.slow
 def test_stages_alone(project: Path, tmp_path: Path, finished: Path) -> None:
     assert run(project, tmp_path, until="merge").ran == ["merge"]
     assert visible(tmp_path / "pico") == {"merged", "recipe.yaml", "log.txt", "events.jsonl"}
@@ -186,6 +188,7 @@ def test_the_resolved_recipe_is_the_recipe(project: Path, ran: Path) -> None:
     assert times(ran / "pico") == before
 
 
+@pytest.mark.slow
 def test_other_bits_redo_quantize_and_what_depends_on_it(project: Path, ran: Path) -> None:
     out, watcher = ran / "pico", Recorder()
     before, merged = times(out / ".cache"), times(out / "merged")
@@ -201,6 +204,7 @@ def test_other_bits_redo_quantize_and_what_depends_on_it(project: Path, ran: Pat
     assert digests(out / "gptq", WEIGHTS) == weights
 
 
+@pytest.mark.slow
 def test_other_tokens_redo_the_scores_of_that_set(project: Path, ran: Path) -> None:
     out, watcher = ran / "pico", Recorder()
     artifacts = times(out / "merged") | times(out / "gptq", but=("README.md",))
@@ -212,6 +216,7 @@ def test_other_tokens_redo_the_scores_of_that_set(project: Path, ran: Path) -> N
     assert outcome.report == read(out / "report.json")
 
 
+@pytest.mark.slow
 def test_another_merge_redoes_everything_after_it(project: Path, ran: Path) -> None:
     watcher = Recorder()
     outcome = run(project, ran, {"merge.dtype": "bfloat16"}, watcher=watcher)
@@ -220,6 +225,7 @@ def test_another_merge_redoes_everything_after_it(project: Path, ran: Path) -> N
     assert abs(edge(outcome.report, "adapter", "merged")["delta"]["value"]) > 1e-5, "bfloat16 rounds"
 
 
+@pytest.mark.slow
 def test_another_adapter_redoes_all_but_the_base(project: Path, ran: Path, tmp_path: Path) -> None:
     other, watcher = copied(project, tmp_path / "other", "adapter"), Recorder()
     edit_json(other / "adapter" / "adapter_config.json", lora_alpha=16)
@@ -231,6 +237,7 @@ def test_another_adapter_redoes_all_but_the_base(project: Path, ran: Path, tmp_p
     assert abs(edge(outcome.report, "adapter", "merged")["delta"]["value"]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["report.md", "report.html", "report.json", "gptq/README.md"])
 def test_a_lost_report_is_written_again(project: Path, ran: Path, lost: str) -> None:
     (ran / "pico" / lost).unlink()
@@ -238,6 +245,7 @@ def test_a_lost_report_is_written_again(project: Path, ran: Path, lost: str) -> 
     assert (ran / "pico" / lost).exists()
 
 
+@pytest.mark.slow
 def test_a_cut_checkpoint_is_made_again(project: Path, ran: Path, finished: Path) -> None:
     weights = ran / "pico" / "gptq" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -251,6 +259,7 @@ def test_in_domain_is_the_set_that_the_recipe_names(project: Path, ran: Path) ->
     assert set(report["sets"][1]["retention"]) == {"merged", "original", "rtn", "gptq"}
 
 
+@pytest.mark.slow
 def test_in_domain_is_the_first_set_by_default(project: Path, ran: Path) -> None:
     changes = {"evaluate.sets.0.name": "general", "evaluate.sets.1.name": "in-domain"}
     report = run(project, ran, changes | {"evaluate.variants": ["adapter"]}).report
@@ -304,6 +313,7 @@ def test_the_merged_model_is_not_kept_and_not_missed(project: Path, ran: Path) -
     assert times(ran / "pico") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variants", [["adapter", "gptq"], ["adapter", "base"], ["adapter", "rtn"]])
 def test_more_scores_without_the_merged_model(project: Path, ran: Path, variants: list[str]) -> None:
     keep = {"output.keep": ["gptq"], "evaluate.variants": variants}
@@ -329,6 +339,7 @@ def whole_or_absent(out: Path, finished: Path) -> None:
     assert named <= HELD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "left"),
     [
@@ -353,6 +364,7 @@ def test_a_killed_run_goes_on(project: Path, tmp_path: Path, finished: Path, whe
     assert run(project, tmp_path, SMALL).ran == []
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_gets_there(project: Path, tmp_path: Path, finished: Path) -> None:
     """Each time it dies just before a file gets its final name, each time a little later."""
     out, deaths = tmp_path / "pico", 0
@@ -369,6 +381,7 @@ def test_a_run_killed_again_and_again_gets_there(project: Path, tmp_path: Path, 
     assert run(project, tmp_path, SMALL).ran == []
 
 
+@pytest.mark.slow
 def test_a_block_finished_before_the_kill_is_not_solved_again(
     project: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +401,7 @@ def test_a_block_finished_before_the_kill_is_not_solved_again(
     assert digests(tmp_path / "pico" / "gptq", WEIGHTS) == digests(finished / "gptq", WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_half_written_report_of_other_settings_is_not_taken_for_ours(
     project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +429,7 @@ def test_a_report_that_was_being_written_is_written_again(project: Path, ran: Pa
     assert run(project, ran).ran == []
 
 
+@pytest.mark.slow
 def test_a_failing_stage_keeps_what_is_finished(
     project: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

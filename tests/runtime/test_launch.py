@@ -59,6 +59,7 @@ def launched(rank: int, port: int, who: str, said: Path) -> None:
     launch.run_on_all_ranks(lambda: command(who))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "message", "codes"),
     [
@@ -110,6 +111,7 @@ def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> Non
     launch.run_on_all_ranks(command)
 
 
+@pytest.mark.slow
 def test_what_one_rank_alone_finds_wrong_ends_all_while_a_block_is_to_be_handed_over(tmp_path: Path) -> None:
     source, out = pico.save(pico.model(), tmp_path / "merged", torch.float16), tmp_path / "out"
     out.mkdir()
@@ -124,6 +126,7 @@ def test_what_one_rank_alone_finds_wrong_ends_all_while_a_block_is_to_be_handed_
     assert "rank 1: a shard ends early" in (tmp_path / "0").read_text() + (tmp_path / "1").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "canaries.jsonl", [{"prompt": f"Is {n} a number?", "answer": "no"} for n in range(3)])
     changes = {"output.dir": str(tmp_path), "canaries": {"path": str(tmp_path / "canaries.jsonl")}}

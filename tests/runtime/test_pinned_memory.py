@@ -12,8 +12,8 @@ import torch
 from requant.runtime import pinned_memory
 from requant.runtime.pinned_memory import Staging, sent
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+GPU = pytest.mark.gpu
+TWO = pytest.mark.gpu(count=2)
 
 
 def test_the_place_grows_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ DECIDED = Settings(grid=Grid(4, 32), order="auto")
 # --- what one run leaves, two leave ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "count", "stages"),
     [
@@ -118,6 +119,7 @@ def test_two_ranks_write_what_one_does(
     assert_same_files(one, both)
 
 
+@pytest.mark.slow
 def test_two_ranks_solve_for_the_drift_as_one_does(tmp_path: Path, two: DistributedRanks) -> None:
     """q, k and v have more rows than inputs, and so have gate and up."""
     where = source(tmp_path)
@@ -184,6 +186,7 @@ def cut(*args: Any, survived: int, ranks: Ranks = SINGLE_PROCESS, **options: Any
             led(*args, **options, progress=kill, ranks=ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [1, 2], ids=["one, then two", "two, then one"])
 def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path, two: DistributedRanks, before: int) -> None:
     where, steps = source(tmp_path, num_hidden_layers=3), {}  # type: ignore[var-annotated]

@@ -208,6 +208,7 @@ def test_the_models_own_words_are_right(tmp_path: Path) -> None:
 # --- a run ---
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_asked_later(project: Path, ran: Path) -> None:
     """Canaries added to a finished run: nothing is scored again.
 
