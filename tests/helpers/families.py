@@ -2,7 +2,7 @@
 
 What the code must know of a family beyond its structure is in `requant.modeling.families`.
 
-`python tests/families.py` writes docs/families.md.
+`PYTHONPATH=pipeline:eval:tests python -m helpers.families` writes docs/families.md.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 _HEAD = """\
 # Model families
 
-Written by `python tests/families.py` from the table that the tests run (`tests/test_families.py`), on random models of
-two layers: base in NF4 (bitsandbytes 0.50, transformers 5.23) + LoRA on every linear but a mixture's experts -> merged:
+Written by `python -m helpers.families` from the table that the tests run (`tests/modeling/test_families.py`), on random
+models of two layers: base in NF4 (bitsandbytes 0.50, transformers 5.23) + LoRA on every linear but a mixture's experts -> merged:
 the logits of PEFT's unmerged forward in fp32, from a base quantized while loading and from one saved in 4 bits ->
 GPTQ block by block: the written file gives the states that the walk ended in -> loaded by transformers with optimum
 2.3 and gptqmodel 7.7, or by gptqmodel's own loader: the logits of our own decoder (where both are named the tests load
