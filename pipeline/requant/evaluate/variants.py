@@ -21,9 +21,9 @@ from requant.errors import StageError
 from requant.evaluate import peft_runtime, variant_weights
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
-from requant.merge.stage import DTYPES
 from requant.modeling import skeleton
 from requant.numerics import nf4
+from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid
 from requant.runtime.device import free_memory
 

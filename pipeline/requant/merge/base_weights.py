@@ -15,11 +15,11 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint, read_tensor
 from requant.errors import InputError, StageError
 from requant.numerics import nf4
+from requant.numerics.dtypes import DTYPES
 
 STATE = ".quant_state.bitsandbytes__"
 CPU = torch.device("cpu")
 AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-LOAD_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class BaseWeights:
                 return BaseWeight(name=name, kind="simulated", shape=info.shape, dtype=torch.float32, transposed=conv1d)
             dtype = info.dtype
             if self.simulate and dtype.is_floating_point:
-                dtype = LOAD_DTYPES[self.simulate.load_dtype]
+                dtype = DTYPES[self.simulate.load_dtype]
             return BaseWeight(name=name, kind="stored", shape=info.shape, dtype=dtype)
         try:
             state = nf4.parse_state(bytes(read_tensor(self.checkpoint[state_name]).numpy()))
@@ -181,6 +181,6 @@ class BaseWeights:
     def _simulate(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert self.simulate is not None
         s = self.simulate
-        stored = self.checkpoint.read(weight.name).to(device).to(LOAD_DTYPES[s.load_dtype])
+        stored = self.checkpoint.read(weight.name).to(device).to(DTYPES[s.load_dtype])
         stored = stored.T.contiguous() if weight.transposed else stored
         return nf4.round_trip(stored, s.quant_type, s.blocksize, s.double_quant)

@@ -24,9 +24,9 @@ from requant.errors import StageError
 from requant.merge.base_weights import CPU
 from requant.merge.plan import MergePlan, Op, target_dtype
 from requant.numerics import matmul_precision
+from requant.numerics.dtypes import DTYPES
 
 log = logging.getLogger(__name__)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Progress = Callable[[int, int], None]
 
 

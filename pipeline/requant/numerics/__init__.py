@@ -6,6 +6,8 @@
     hessian            sums of x x^T over calibration tokens, and the drift of inputs
     cholesky           triangular solves and a Cholesky factorization shared by several ranks
     triton_kernels     the inner loops as Triton kernels, and when they may run
+    blocks             a dimension as slices of one size
+    dtypes             dtypes of unquantized weights by name
     matmul_precision   fp32 products in full precision or TF32, for a block of code
     delta_retention    how much of an adapter's delta is left after rounding
 

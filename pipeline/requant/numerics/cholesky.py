@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from requant.numerics import matmul_precision
+from requant.numerics.blocks import blocks_of
 
 BLOCK = 1024
 CORNER = 64  # a triangle that is inverted by substitution; twice as large ones by products
@@ -28,7 +29,7 @@ def shared_cholesky(
     Returns (lower, info): info int64 [], not 0 when no factor was found; `lower` is then of no use.
     """
     n = len(matrix)
-    parts = _cut(n, block)
+    parts = blocks_of(n, block)
     with matmul_precision.full_precision():  # a factor in TF32 would lose more than the damping adds
         arrived, coming = _begin(matrix, parts[0], 0, rank, count, publish)
         for number, here in enumerate(parts):
@@ -81,7 +82,7 @@ def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
 
 def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
     """`solve` in the precision that products have; it is the whole process's, no thread beside may change it."""
-    parts = _cut(len(lower), block)
+    parts = blocks_of(len(lower), block)
     corners = inverses(lower, block)
     for corner, here in zip(corners, parts, strict=True):
         columns[here] = _within(corner, here) @ columns[here]
@@ -97,7 +98,7 @@ def inverses(lower: Tensor, block: int) -> Tensor:
 
     By halves: that of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
     """
-    parts, rest, size = _cut(len(lower), block), -len(lower) % block, block
+    parts, rest, size = blocks_of(len(lower), block), -len(lower) % block, block
     while size % 2 == 0 and size > CORNER:
         size //= 2
     out = lower.new_zeros(len(parts), block, block)
@@ -119,11 +120,6 @@ def _on_diagonal(matrices: Tensor, size: int) -> Tensor:
     """A view of the blocks on the diagonal of each [k, k] matrix: [count, k / size, size, size]."""
     count, k, _ = matrices.shape
     return matrices.view(count, k // size, size, k // size, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
-
-def _cut(stop: int, size: int) -> list[slice]:
-    """Up to stop in pieces of `size`, the last one shorter."""
-    return [slice(s, min(s + size, stop)) for s in range(0, stop, size)]
 
 
 def _within(corner: Tensor, here: slice) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from requant.numerics import triton_kernels
+from requant.numerics.blocks import blocks_of
 from requant.numerics.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
 from requant.runtime.device import profile_of
 
@@ -97,12 +98,12 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     codes = torch.empty_like(error, dtype=torch.uint8)
     fused = triton_kernels.usable(weight)
     loop = triton_kernels.round_columns if fused else _round_columns
-    for outer in reversed(_cut(n, profile_of(weight.device).gptq_outer)):
+    for outer in reversed(blocks_of(n, profile_of(weight.device).gptq_outer)):
         width = outer.stop - outer.start
         into = error.new_empty(n - outer.start, width) if fused else None  # by rows: torch's factor lies columns first
         unit = torch.div(factor.lower[outer.start :, outer], pivots[outer], out=into)  # these columns of L
         wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
-        for here in reversed(_cut(width, profile_of(weight.device).gptq_block)):
+        for here in reversed(blocks_of(width, profile_of(weight.device).gptq_block)):
             target, feedback = wide[here], unit[here, here]
             if here.stop < width:
                 target.addmm_(unit[here.stop : width, here].T, error[outer.start + here.stop : outer.stop])
@@ -141,9 +142,9 @@ def refine(
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     sweep = triton_kernels.sweep_columns if triton_kernels.usable(error) else _sweep_columns
     inverse = 1 / (hessian.diagonal() + ridge)
-    for outer in _cut(n, profile_of(codes.device).gptq_outer) * sweeps:
+    for outer in blocks_of(n, profile_of(codes.device).gptq_outer) * sweeps:
         wide = torch.addmm(error[outer], hessian[outer], error, beta=ridge)  # (E H)', these columns
-        for part in _cut(outer.stop - outer.start, profile_of(codes.device).gptq_block):
+        for part in blocks_of(outer.stop - outer.start, profile_of(codes.device).gptq_block):
             here, pull = slice(outer.start + part.start, outer.start + part.stop), wide[part]
             if part.start:
                 pull.addmm_(hessian[here, outer.start : here.start], wide[: part.start])
@@ -168,11 +169,6 @@ def _sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: triton_
         level[j] = best
     block.error.add_(moved)
     block.codes.copy_(level.add_(zero))
-
-
-def _cut(stop: int, size: int) -> list[slice]:
-    """Up to stop in pieces of `size`, the last one shorter."""
-    return [slice(s, min(s + size, stop)) for s in range(0, stop, size)]
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:

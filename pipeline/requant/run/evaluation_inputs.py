@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from requant.evaluate.variants import VariantSources
-from requant.merge.stage import DTYPES
+from requant.numerics.dtypes import DTYPES
 from requant.run.prepared import Prepared
 from requant.runtime.device import compute_dtype, profile_of
 

@@ -9,7 +9,7 @@ from requant import __version__, deploy, heal
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
 from requant.heal.job import HealJob
-from requant.merge.stage import DTYPES
+from requant.numerics.dtypes import DTYPES
 from requant.run.context import RunContext
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from requant.merge import adapter_match
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
-from requant.merge.stage import DTYPES
 from requant.modeling import linears, skeleton
+from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid
 from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from requant.merge.plan import Op
-from requant.merge.stage import DTYPES, bound, compute
+from requant.merge.stage import bound, compute
+from requant.numerics.dtypes import DTYPES
 from requant.run.check.rehearsal import cost_of
 from requant.run.prepared import Prepared
 
