@@ -216,7 +216,7 @@ def test_sizes(module: str) -> None:
 def test_every_file_says_what_it_is(module: str) -> None:
     first = (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n")[0]
     assert first
-    assert len(first) <= 125, f"{len(first)} characters"
+    assert len(first) <= 90, f"{len(first)} characters"
 
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets")

@@ -1,4 +1,4 @@
-"""Maps of a model's modules, kind x layer: relative output error and the adapter's signal to noise."""
+"""Heat maps by module kind and layer: relative output error and signal to noise."""
 
 from __future__ import annotations
 

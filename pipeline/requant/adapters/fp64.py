@@ -1,4 +1,4 @@
-"""The self-test's arithmetic: adapter tensors in fp64, and a bound of what fp32 may differ by.
+"""The self-test's arithmetic: adapter tensors in fp64, and error bounds for fp32.
 
 The formula of a kind is written twice in its file: `apply` in fp32 and in place, `exact_rows` in fp64 and row by row.
 The second is the oracle of the first, so `exact_rows` uses the fold's fields and this file alone:

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors on their way to a device: in parts, some of which are read while others travel."""
+"""Loads a checkpoint's tensors to a device in parts: reads and copies overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small files of a model directory: config.json edited as raw JSON, tokenizer copied byte for byte.
+"""Small files of a model: config.json edited as raw JSON, tokenizer copied bytewise.
 
 transformers re-serializes both with changes that break servers; nothing here goes through its classes.
 """

@@ -1,4 +1,4 @@
-"""A run directory: artifacts that are whole or absent, results of finished stages, one run at a time.
+"""A run directory: whole artifacts, results of finished stages, and a lock.
 
 An artifact is written as `.NAME.partial-KEY`, gets its manifest last and is renamed. KEY is the digest of everything the
 artifact depends on, so what an interrupted run left is used again only for the same inputs and settings.

@@ -1,4 +1,4 @@
-"""Writes a directory of safetensors in place: laid out by a plan before the first tensor arrives.
+"""Sharded safetensors, written in place: files are laid out before any tensor arrives.
 
 No tensor waits in a buffer, tensors may come in any order, and an interrupted writer can go on where it stopped.
 Format: https://github.com/huggingface/safetensors#format

@@ -1,4 +1,4 @@
-"""The weights of a variant by their names in the 16-bit checkpoint, computed when they are read.
+"""A variant's weights by their names in the 16-bit checkpoint, computed when read.
 
 Each class is a `checkpoint.Weights`: a model is filled from it at once or block by block. 4-bit weights are copied to
 `device` in 4 bits and decoded there.

@@ -1,4 +1,4 @@
-"""GPTQ tensors on disk from integer codes, and back (as gptqmodel, vLLM and transformers read them).
+"""GPTQ tensors on disk: packing and unpacking of integer codes, and the config.
 
 qweight int32 [in*bits/32, out]      codes packed along the inputs, lowest bits first
 qzeros  int32 [groups, out*bits/32]  zero points, stored minus one

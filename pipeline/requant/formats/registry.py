@@ -1,4 +1,4 @@
-"""FORMATS: every quantized layout by its name; a new one is a file of this package and an entry here."""
+"""FORMATS: every quantized layout by its name. A new one is a file and an entry here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing's losses: KL(teacher || student) over the vocabulary, and a block's relative error.
+"""Healing's losses: KL(teacher || student) over the vocabulary, and relative block error.
 
 The KL divergence and its gradient are computed from final hidden states, a chunk of positions at a time: logits of both
 models exist for one chunk only, and only the gradient with respect to the student's hidden states is kept.

@@ -1,4 +1,4 @@
-"""Where stacked expert parameters are stored: in one tensor, or one an expert and projection.
+"""Where stacked expert parameters are stored: one tensor, or one per projection.
 
 transformers 5 holds the experts of a layer in parameters [experts, rows, columns]; adapters are named after these.
 """

@@ -1,4 +1,4 @@
-"""Cholesky factorization by several who hold the same matrix, and solving with a factor, both by blocks. Tensors only.
+"""Blocked Cholesky factorization, shared by several ranks, and blocked solves.
 
 Right-looking: the owner of a block finishes its columns, everybody gets them and takes them off the columns it owns. While
 the others still do, the next owner is already at its next columns. Source: Golub & Van Loan, Matrix Computations, 4.2.

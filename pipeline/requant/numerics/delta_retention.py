@@ -1,4 +1,4 @@
-"""How much of the adapter's delta comes through a change of its weight, and how loud it is against it. Tensors only.
+"""How much of an adapter's delta is left after rounding, and its signal to noise.
 
 With W = D + dW the merged weight, Q what is stored for it and E = Q - W, on inputs whose second moment is H:
 

@@ -1,4 +1,4 @@
-"""The numbers a quantized weight may take: groups, scales and zeros, and the search for good ones. Tensors only."""
+"""Quantization grids: bits, groups, scales and zeros, and the search for scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Second moments of what a linear receives: X' X, and how far the inputs have drifted. Tensors in, tensors out.
+"""Second moments of a linear's inputs, X' X, and the drift of the inputs.
 
 On the CPU everything is fp32. On a GPU 16-bit inputs are multiplied as they are and summed in fp32: products of two
 bf16 or fp16 numbers are exact there.

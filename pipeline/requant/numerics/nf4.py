@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit weights, bytes <-> fp32: the maths only, without bitsandbytes, a GPU or any file.
+"""bitsandbytes 4-bit weights (NF4, FP4): decode and encode, without bitsandbytes.
 
 Layout and semantics: Dettmers et al., QLoRA (arXiv:2305.14314), section 3, as stored by bitsandbytes:
 

@@ -1,6 +1,7 @@
-"""The quantizer's inner loops as Triton kernels, each the twin of a plain torch function: same numbers but for ties.
+"""Triton kernels of the quantizer's inner loops, each with a torch reference function.
 
-Without Triton (any CPU, and builds of torch that lack it) nothing here runs and the twins do the work.
+Both give the same numbers but for ties. Without Triton (any CPU, and builds of torch that lack it) the reference
+functions are used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Module swap: the gain of putting merged weights back into a quantized model, one at a time.
+"""Module swap: the gain of restoring one merged weight at a time in a quantized model.
 
 Each swap is scored on a small sample of the calibration text, paired with the quantized model on the same tokens. The gain
 is the KL divergence from the merged model that disappears, in nats a token. On text like the merged model's own this is the

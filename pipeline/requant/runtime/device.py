@@ -1,4 +1,4 @@
-"""Devices: one profile a device type, the choice of a device, its free memory and product rate."""
+"""Devices: a profile for each type, choice of device, free memory and product rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process-global interpreter state while a GPU works: thread switch interval, garbage collector."""
+"""Thread switch interval and garbage collector while a GPU works."""
 
 from __future__ import annotations
 

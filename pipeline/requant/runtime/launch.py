@@ -1,4 +1,4 @@
-"""Runs one command on all ranks that a launcher such as torchrun started, and ends them together.
+"""Launch of one command on all ranks of a launcher such as torchrun; they end together.
 
 Rank 0 runs the command as a single process would. The other ranks run the functions that rank 0 calls. A failure on one
 rank ends all ranks, and rank 0 reports the reason.

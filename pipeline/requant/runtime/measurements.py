@@ -1,4 +1,4 @@
-"""What a report says of the machine and of time: versions, hardware, seconds and peak memory of a stage."""
+"""Measurements for a report: versions, hardware, seconds and peak memory of a stage."""
 
 from __future__ import annotations
 

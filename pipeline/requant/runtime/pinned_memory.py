@@ -1,4 +1,4 @@
-"""Host memory that tensors pass through on their way from a GPU, one after another in the same place."""
+"""Page-locked host memory that is used again for copies from a GPU."""
 
 from __future__ import annotations
 
