@@ -105,7 +105,7 @@ def wide_mixtral(out: Path) -> Path:
 
 
 def test_vllm_reads_mixtrals_original_names_and_no_others(tmp_path: Path) -> None:
-    """Those that we write; gptqmodel's own loader wants the others (tests/test_roundtrip.py)."""
+    """Those that we write; gptqmodel's own loader wants the others (tests/merge/test_roundtrip.py)."""
     path = wide_mixtral(tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in tensors

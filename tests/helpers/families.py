@@ -79,18 +79,18 @@ transformers' modules). Experts are written one by one under the names of the or
 (0.32 on a CPU, seen with the experts left in 16 bit: its CPU kernel for quantized ones needs AMX).
 
 No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.block_sparse_moe.experts.0.w1` and stops at
-`model.layers.0.mlp...` (`tests/test_vllm.py`); gptqmodel 7.7 insists on `model.layers.0.mlp.experts.0.gate_proj`
+`model.layers.0.mlp...` (`tests/deploy/test_vllm.py`); gptqmodel 7.7 insists on `model.layers.0.mlp.experts.0.gate_proj`
 (`up_proj`: w3, `down_proj`: w2) and on `mlp.gate`, and with these names loads our tensors and gives our logits
-(`tests/test_roundtrip.py`). Ours are the original checkpoint's, for servers.
+(`tests/merge/test_roundtrip.py`). Ours are the original checkpoint's, for servers.
 
 Experts that the checkpoint holds in one tensor (gpt-oss, Granite MoE, Llama 4) are merged, adapters on them too, and
 stay in 16 bit: `requant check` warns, and a rule in the config tells engines. transformers with gptqmodel gives our
-decoder's logits for the three (`tests/test_fused_experts.py`), vLLM 0.32 ours for gpt-oss and Granite MoE. Matrices
+decoder's logits for the three (`tests/adapters/test_stacked_experts.py`), vLLM 0.32 ours for gpt-oss and Granite MoE. Matrices
 with fewer than 32 outputs, like the gate of a shared expert, stay in 16 bit.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
 merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our
-own decoder's values, and `requant check` says so (`tests/test_bases.py`).
+own decoder's values, and `requant check` says so (`tests/merge/test_bases.py`).
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from requant.errors import InputError
-from requant.runtime.device import PROFILES, compute_dtype, free_bytes, profile_of
+from requant.runtime.device import PROFILES, compute_dtype, free_bytes, pick_device, profile_of
 
 
 def test_a_device_is_one_profile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +30,15 @@ def test_host_memory_without_meminfo_is_assumed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("builtins.open", missing)
     assert free_bytes(torch.device("cpu")) == 16 * 2**30
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda") == torch.device("cuda")
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(InputError, match="device cuda:1: torch finds 1 GPUs here: use auto or cpu"):
+        pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="device cuda: torch finds 0 GPUs here"):
+        pick_device("cuda")
+    assert pick_device("cpu") == torch.device("cpu")

@@ -106,7 +106,11 @@ def pick_device(asked: str) -> torch.device:
     """`auto` is the first GPU, else the CPU."""
     if asked == "auto":
         asked = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
+    device = torch.device(asked)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise InputError(f"device {asked}: torch finds {found} GPUs here: use auto or cpu, or install a CUDA build of torch")
+    return device
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,7 +1,9 @@
 """Check: what a run will take and cost, before it starts.
 
-forecast           seconds and memory of every stage   <- start here
-forecast_merge     the same of the merge
-rehearsal          one block of random weights run, quantized, scored and timed
-delta_prediction   how much of the adapter's delta the grid will keep
+    forecast           seconds and memory of every stage   <- start here
+    forecast_merge     the same of the merge
+    rehearsal          one block of random weights run, quantized, scored and timed
+    delta_prediction   how much of the adapter's delta the grid will keep
+
+Part of package run: may import what that may.
 """
