@@ -58,7 +58,7 @@ class AdapterConfig(Mapping[str, Any]):
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT chooses it."""
+    """The value of the first pattern that matches the end of a module's name (PEFT's rule)."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -22,8 +22,9 @@ ORIENTED = (0, 19)  # since this release a parameter that is stored as [experts,
 def assign(
     adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], str]
 ) -> Iterator[tuple[str, StackedLora]]:
-    """(stored tensor's name, fold) of every pair on stacked experts; raises InputError when a layout is not proven.
+    """Pairs (stored tensor's name, fold): the LoRA of every stacked parameter.
 
+    Raises InputError when a layout is not proven.
     fused: stacked parameter of the model -> its shape and where it is stored. locate: the base's name of a module.
     """
     if not adapter.expert_pairs:
@@ -83,7 +84,10 @@ def _parameter(adapter: Adapter, pair: ExpertPair, candidates: Mapping[str, Fuse
 
 
 def _version(adapter: Adapter) -> tuple[int, int]:
-    """(major, minor) of the PEFT that wrote the adapter; raises InputError where its expert layout is not known."""
+    """(major, minor) of the PEFT release that wrote the adapter.
+
+    Raises InputError where the layout of experts in that release is not known.
+    """
     mapping = adapter.config.get("auto_mapping")
     if isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"):
         raise InputError(

@@ -35,7 +35,7 @@ def product_bound(left: Tensor, right: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
-    """Base class of all kinds: the module that is changed, and the change of its weight and bias.
+    """Base class of the adapter kinds: the change of one module's weight and bias.
 
     on_any_device: whether `apply` takes a weight on any device; by default it is called with weights on the CPU.
     """
@@ -62,8 +62,9 @@ class Fold:
         raise NotImplementedError
 
     def exact_rows(self, rows: Tensor, index: list[int]) -> Exact:
-        """The change of fp64 `rows` [n, columns], which are rows `index` of the weight: the oracle of `apply`.
+        """The change of fp64 `rows` [n, columns], the oracle of `apply`.
 
+        index: the numbers of these rows in the weight.
         A stacked weight [experts, rows, columns] gives rows [n, rows, columns].
         """
         raise NotImplementedError

@@ -18,7 +18,10 @@ SETTINGS = frozenset({"feedforward_modules", "init_ia3_weights"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3(Fold):
-    """A learned scale of each input (feed-forward modules, [1, in]) or of each output and its bias ([out, 1])."""
+    """IA3 of one module: a learned scale of each input or of each output.
+
+    scale: [1, in] for feed-forward modules, else [out, 1], which also scales the bias.
+    """
 
     scale: TensorInfo
     inputs: bool

@@ -40,8 +40,9 @@ class Key:
 
 
 def normalise(key: str, names: Collection[str] = ("default",)) -> Key | None:
-    """What a key of an adapter file means; None for a copy of the base's own values that some trainers save along.
+    """The meaning of a key of an adapter file; None for a copy of the base's values.
 
+    Some trainers save such copies along.
     names: the adapter names that the file uses (`adapter_names`). Raises InputError for a key that can mean two things.
     """
     steps = _bare(key)
@@ -73,7 +74,10 @@ def spell(key: Key) -> str:
 
 
 def clean(key: str, names: Collection[str] = ("default",)) -> str | None:
-    """The key without noise but with PEFT's own inner modules: one that PEFT's loader finds; None for a copy."""
+    """The key in a form that PEFT's loader finds; None for a copy of the base's values.
+
+    Noise is removed, PEFT's inner modules stay.
+    """
     steps = _bare(key)
     if any(copy in steps for copy in _COPIES):
         return None
@@ -87,7 +91,10 @@ def clean(key: str, names: Collection[str] = ("default",)) -> str | None:
 
 
 def adapter_names(keys: Iterable[str]) -> frozenset[str]:
-    """The adapter names inside the keys (`lora_A.<name>.weight`), and "default", the name that PEFT uses by default."""
+    """The adapter names in the keys of a file: `<name>` in `lora_A.<name>.weight`.
+
+    "default", the name that PEFT uses by default, is always among them.
+    """
     found = {"default"}
     for key in keys:
         steps = _bare(key)
@@ -120,8 +127,9 @@ def normalise_all(keys: Iterable[str], same: Callable[[str, str], bool] = lambda
 
 
 def locate(module: str, modules: Collection[str], by_stem: Mapping[str, Collection[str]]) -> str:
-    """The base's name of an adapter's module: its own, or else the only one that differs in outer names alone.
+    """The name in the base of an adapter's module.
 
+    A name that the base has too stays. Otherwise it is the only name that differs in outer names alone:
     `model.language_model.layers.0.mlp` and `model.layers.0.mlp` are the same module of a model loaded with and without
     its other towers. A module that is not found comes back as it is. Raises InputError when two would fit.
     """

@@ -51,7 +51,10 @@ class Loha(Fold):
 
 
 def build(tensors: ModuleTensors) -> Fold:
-    """The LoHa of one linear; raises InputError for a convolution, or when its tensors do not fit together."""
+    """The LoHa of one linear layer.
+
+    Raises InputError for a convolution, or when its tensors do not fit together.
+    """
     module = tensors.module
     if "hada_t1" in tensors.found:
         raise tensors.error(f"{module} has hada_t1: LoHa on convolutions is not merged")

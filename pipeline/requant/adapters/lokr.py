@@ -21,7 +21,10 @@ SETTINGS = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lokr(Fold):
-    """Kronecker product of w1 [a, b] and w2 [c, d]; either may be stored as two factors to multiply."""
+    """LoKr of one linear layer: the Kronecker product of w1 [a, b] and w2 [c, d].
+
+    Either may be stored as two factors to multiply.
+    """
 
     w1: tuple[TensorInfo, ...]
     w2: tuple[TensorInfo, ...]
@@ -65,7 +68,10 @@ class Lokr(Fold):
 
 
 def build(tensors: ModuleTensors) -> Fold:
-    """The LoKr of one linear; raises InputError for a convolution, or when its tensors do not fit together."""
+    """The LoKr of one linear layer.
+
+    Raises InputError for a convolution, or when its tensors do not fit together.
+    """
     module, found = tensors.module, tensors.found
     if "lokr_t2" in found:
         raise tensors.error(f"{module} has lokr_t2: LoKr on convolutions is not merged")

@@ -116,7 +116,10 @@ class Lora(Fold):
 
 
 def scaling(config: AdapterConfig, name: str) -> float:
-    """alpha / r of a module or parameter, or alpha / sqrt(r) with rsLoRA, times the adapter's weight."""
+    """The scaling of a module or parameter: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    It is multiplied by the adapter's weight.
+    """
     rank, alpha = config.rank(name), config.alpha(name, "lora_alpha")
     return config.weight * (alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
@@ -133,7 +136,10 @@ def why_not_merged(config: Mapping[str, Any]) -> str | None:
 
 
 def build(tensors: ModuleTensors) -> Fold:
-    """The LoRA of one module, or its trained tokens; raises InputError when tensors and config do not agree."""
+    """The LoRA of one module, or its trained tokens.
+
+    Raises InputError when tensors and config do not agree.
+    """
     module, found, config = tensors.module, tensors.found, tensors.config
     if trained_tokens.ROWS in found:
         return trained_tokens.build(tensors, setting="trainable_token_indices")

@@ -13,8 +13,9 @@ from requant.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorKey:
-    """How PEFT's save_pretrained writes the key of a tensor `name`: `base_model.model.<module>.<name>` by default.
+    """The spelling of a tensor's key in files of PEFT's save_pretrained.
 
+    By default `base_model.model.<module>.<name>` for a tensor `name`.
     has_weight: PEFT keeps the tensor in a torch module, so the key ends in `.weight`.
     wrapper: PEFT's own module between the adapted module and the tensor.
     shared: one tensor for the whole adapter; the key is `base_model.<name>`.
@@ -45,7 +46,10 @@ class ModuleTensors:
     file: Path
 
     def exactly(self, *names: str) -> list[TensorInfo]:
-        """The tensors of these names; raises InputError when one is missing or the module has others too."""
+        """The tensors of exactly these names.
+
+        Raises InputError when one is missing or the module has others too.
+        """
         if set(names) != set(self.found):
             raise self.error(f"{self.module} has {', '.join(sorted(self.found))}; expected {', '.join(names)}")
         return [self.found[n] for n in names]

@@ -101,7 +101,10 @@ def why_not_merged(config: Mapping[str, Any]) -> str | None:
 
 
 def build(tensors: ModuleTensors) -> Fold:
-    """The rotation of one module's inputs; raises InputError when its vectors are not upper triangles."""
+    """The OFT rotation of one module's inputs.
+
+    Raises InputError when its vectors are not upper triangles.
+    """
     config = tensors.config
     (vectors,) = tensors.exactly("oft_R")
     count = vectors.shape[-1]

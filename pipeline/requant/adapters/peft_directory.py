@@ -68,8 +68,9 @@ class Adapter:
 
 
 def load(path: Path, *, weight: float = 1.0) -> Adapter:
-    """Read a PEFT directory's headers; raises InputError for anything that cannot be merged exactly.
+    """Load a PEFT directory: its config and the headers of its tensors.
 
+    Raises InputError for anything that cannot be merged exactly.
     weight: multiplies the deltas; other than 1 only for LoRA without DoRA and without tensors that replace the base's.
     """
     config_file = path / CONFIG
@@ -100,7 +101,11 @@ def _equal(a: TensorInfo, b: TensorInfo) -> bool:
 
 
 def _assemble(empty: Adapter) -> Adapter:
-    """Sort every tensor of the file into folds, expert pairs and replacements; nothing may be left over."""
+    """The adapter with every tensor of its file as a fold, expert pair or replacement.
+
+    No tensor may be left over. Raises InputError for a file without adapter tensors, and for a module that is wrapped
+    twice without `target_parameters`.
+    """
     file, config = empty.path / WEIGHTS, empty.config
     by_module: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}

@@ -19,7 +19,10 @@ from requant.checkpoint.reader import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class ExpertPair:
-    """lora_A and lora_B of one stacked parameter of `module`; only the base's shapes tell which parameter it is."""
+    """lora_A and lora_B of one stacked parameter of `module`.
+
+    Only the base's shapes determine which parameter it is.
+    """
 
     module: str
     a: TensorInfo
@@ -99,7 +102,10 @@ class StackedLora(Fold):
 
 
 def is_stacked(tensors: ModuleTensors) -> bool:
-    """Whether a module's LoRA is on a stacked parameter: it is named so, or its tensors contain several ranks."""
+    """Whether a module's LoRA is on a stacked parameter.
+
+    It is if `target_parameters` names it, or if its tensors contain several ranks.
+    """
     module, a = tensors.module, tensors.found.get("lora_A")
     names = [str(p).rpartition(".") for p in tensors.config["target_parameters"]]
     if any(module == owner or module.endswith("." + owner) for owner, _, leaf in names if leaf != "weight"):
@@ -108,7 +114,10 @@ def is_stacked(tensors: ModuleTensors) -> bool:
 
 
 def pair(tensors: ModuleTensors) -> ExpertPair:
-    """The two tensors of one stacked parameter; raises InputError when there are others or they do not multiply."""
+    """The pair lora_A, lora_B of one stacked parameter.
+
+    Raises InputError when there are other tensors or the two do not multiply.
+    """
     module, found = tensors.module, tensors.found
     a, b = found.get("lora_A"), found.get("lora_B")
     if a is None or b is None or len(found) > 2:

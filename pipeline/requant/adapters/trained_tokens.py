@@ -20,7 +20,10 @@ SETTINGS = frozenset({"token_indices", "init_weights"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedTokens(Fold):
-    """Rows [tokens, width] of an embedding (or of the tied head) that replace the base's rows `indices`."""
+    """Trained rows [tokens, width] of an embedding, or of the head tied to it.
+
+    They replace the base's rows `indices`.
+    """
 
     indices: tuple[int, ...]
     rows: TensorInfo
@@ -52,8 +55,9 @@ class TrainedTokens(Fold):
 
 
 def build(tensors: ModuleTensors, setting: str = "token_indices") -> Fold:
-    """The trained rows of one embedding; raises InputError when the config does not say which rows they are.
+    """The trained rows of one embedding.
 
+    Raises InputError when the config does not say which rows they are.
     setting: the key of adapter_config.json with the token ids: a list, or a dict from the module's name to a list.
     """
     module, config, file = tensors.module, tensors.config, tensors.file.name

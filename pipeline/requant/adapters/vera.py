@@ -17,7 +17,10 @@ SETTINGS = frozenset({"r", "projection_prng_key", "save_projection", "vera_dropo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vera(Fold):
-    """Two vectors between projections of the whole adapter: `a` [r, >= in] and `b` [>= out, r], cut to size."""
+    """VeRA of one module: two vectors, and random projections shared by all modules.
+
+    Of the projections `a` [r, >= in] and `b` [>= out, r] a part of the module's size is used.
+    """
 
     a: TensorInfo
     b: TensorInfo
@@ -59,7 +62,10 @@ class Vera(Fold):
 
 
 def build(tensors: ModuleTensors) -> Fold:
-    """The VeRA of one module; raises InputError when the shared projections are not in the file or too small."""
+    """The VeRA of one module.
+
+    Raises InputError when the shared projections are not in the file or too small.
+    """
     lambda_b, lambda_d = tensors.exactly("vera_lambda_b", "vera_lambda_d")
     shared = tensors.shared
     if not {"vera_A", "vera_B"} <= set(shared):

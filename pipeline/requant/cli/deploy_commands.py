@@ -37,7 +37,10 @@ def verify(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON there too.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the checkpoint's own model code.")] = False,
 ) -> None:
-    """Prove a GPTQ checkpoint: names, shapes, values, a few tokens, and the engines that will serve it."""
+    """Verify a GPTQ checkpoint: tensors, a few tokens, and the engines that will serve it.
+
+    Of the tensors, names, shapes and values are checked.
+    """
     names = _engines(with_)
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise RecipeError(f"--dtype {dtype}: expected float16, bfloat16 or float32")
@@ -120,7 +123,10 @@ def push(
     update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that has files.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Build the checkpoint's own model code to check it.")] = False,
 ) -> None:
-    """Send a checkpoint and its model card to a Hugging Face hub; token from HF_TOKEN. A dry run unless --yes."""
+    """Send a checkpoint and its model card to a Hugging Face hub.
+
+    The token is read from HF_TOKEN. A dry run unless --yes.
+    """
     from requant.cli.console import quiet
     from requant.deploy import hub_upload
 

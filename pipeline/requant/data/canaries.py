@@ -31,7 +31,10 @@ _KEYS = {"prompt", "answer"}
 
 @dataclass(frozen=True, kw_only=True)
 class Canaries:
-    """All canaries of one file. digest: of everything that an answer depends on except the model."""
+    """The canaries of one file, tokenized.
+
+    digest: of everything that an answer depends on except the model.
+    """
 
     name: str
     items: tuple[Canary, ...]

@@ -69,7 +69,10 @@ class TokenDocument:
 
 
 def read_rows(source: TextSource) -> list[Row]:
-    """All rows of a source, or its first `documents`; raises InputError when unreadable or empty."""
+    """All rows of a source, or its first `documents`.
+
+    Raises InputError when unreadable or empty.
+    """
     if source.path is not None:
         rows = list(_file_rows(source.path))
     elif source.builtin is not None:
@@ -212,7 +215,10 @@ def _render(source: TextSource, row: Row, kind: Format, tokenizer: Any) -> tuple
 
 
 def _render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """(text by the tokenizer's template, spans from each generation prompt to the end of the assistant's turn)."""
+    """(text by the tokenizer's template, spans of the assistant's turns in it).
+
+    A span reaches from the generation prompt to the end of the turn.
+    """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
     turns = [

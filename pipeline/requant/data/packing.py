@@ -20,9 +20,9 @@ MIN_WINDOWS_PER_HELD_OUT = 8  # at most one in so many windows of an entry is he
 
 @dataclass(frozen=True, slots=True)
 class HealingText:
-    """Packed windows for healing: the last `held_out` choose the best step, the others are trained on.
+    """Packed windows for healing: training windows, then held-out ones.
 
-    windows: int64 [n, length].
+    windows: int64 [n, length]. held_out: how many of the last windows are not trained on; they choose the best step.
     """
 
     windows: Tensor
@@ -64,11 +64,12 @@ def pack(
     bos: int | None,
     eos: int | None,
 ) -> HealingText:
-    """`train` packed windows in the entries' shares, and at most `held_out` held-out ones of other text.
+    """Packed windows for healing: `train` to train on, at most `held_out` held out.
 
-    Each entry gives its share of the held-out windows, but at least one and at most an eighth of its text. An entry that
-    is shorter than its share of `train` is repeated, its documents in another order. Raises InputError when an entry has
-    less text than two windows.
+    The training windows are in the entries' shares, and held-out windows are of other text.
+    Each entry gives its share of the held-out windows, but at least one and at most an eighth of its text.
+    An entry that is shorter than its share of `train` is repeated, its documents in another order.
+    Raises InputError when an entry has less text than two windows.
     """
     draw = random.Random(seed)
     counts, held_out_counts = (shares([share for _, _, share in entries], n) for n in (train, held_out))

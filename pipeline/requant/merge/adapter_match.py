@@ -57,7 +57,10 @@ class Match:
 
 
 def match(adapter: Adapter, plan: MergePlan, bases: Sequence[tuple[str, str | None]]) -> Match:
-    """Compare an adapter with the base of a plan. bases: (name or path, revision) of every base in the recipe."""
+    """Compare an adapter with the base of a merge plan.
+
+    bases: (name or path, revision) of every base in the recipe.
+    """
     base = plan.base.checkpoint.path
     others = sum(m in plan.renamed_modules for m in adapter.folds)
     renamed = f", {others} of them under other outer names" if others else ""
@@ -119,7 +122,10 @@ def _tokens(file: Path) -> dict[str, int]:
 
 
 def _template(base: Path, adapter: Path) -> Sign:
-    """The chat templates compared; an adapter with a tokenizer has the template that it was trained with."""
+    """Whether adapter and base have the same chat template.
+
+    An adapter with a tokenizer has the template that it was trained with.
+    """
     if not model_files.tokenizer_files(adapter, None):
         return Sign("chat template", None, "the adapter brings no tokenizer")
     of_base, of_adapter = _chat_template(base), _chat_template(adapter)

@@ -24,8 +24,9 @@ AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nf4Settings:
-    """How training quantized a 16-bit base while loading it; adapter_config.json does not record it.
+    """Settings of the 4-bit quantization of a 16-bit base during training.
 
+    adapter_config.json does not record them.
     load_dtype: of the weights before they are rounded. skip: modules left in 16 bit.
     version: of transformers, which decides which other modules are left in 16 bit.
     """
@@ -69,8 +70,9 @@ class BaseWeights:
         quantized: frozenset[str] = frozenset(),
         conv1d: frozenset[str] = frozenset(),
     ) -> None:
-        """quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules.
+        """Classify the tensors of a checkpoint: stored, packed, simulated or auxiliary.
 
+        quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules.
         Raises InputError for an 8-bit base, missing or contradictory parts of a packed weight, or `simulate` on a
         checkpoint that is already packed.
         """

@@ -11,7 +11,10 @@ from requant.numerics.delta_retention import Delta, Deltas
 
 
 def deltas(plan: MergePlan) -> Deltas:
-    """Name of a tensor of the merged checkpoint -> its delta to the base; None: the adapter does not change it."""
+    """Function from a merged checkpoint's tensor name to the tensor's delta to the base.
+
+    The delta is None where the adapter does not change the tensor.
+    """
     changed = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
 
     def delta(name: str) -> Delta | None:
@@ -21,8 +24,9 @@ def deltas(plan: MergePlan) -> Deltas:
 
 
 def delta_of(plan: MergePlan, op: Op) -> Delta:
-    """Merged minus base weight of one op before rounding, [out, in]: as factors for plain LoRA, else as one matrix.
+    """Merged minus base weight [out, in] of one op, before rounding.
 
+    For plain LoRA it is given as factors, else as one matrix.
     Raises ValueError for a replacement with other rows than the base: a row that is not in the base has no delta.
     """
     assert op.source is not None

@@ -27,8 +27,9 @@ from requant.merge.model_layout import ModelLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """How one output tensor is computed: from a base weight, replaced, then folded by one adapter or several.
+    """Computation of one output tensor: base weight, replacement, folds of adapters.
 
+    The base weight is read or replaced, then folded by one adapter or several.
     shape: of the output. bias_folds: the folds that change this bias. conv1d: the weight is stored as [in, out].
     """
 
@@ -108,7 +109,10 @@ class _Changes:
 
 
 def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: ModelLayout) -> MergePlan:
-    """Match every adapter tensor to a base weight; raises InputError when any is left over or does not fit."""
+    """The merge plan: every adapter tensor matched to a base weight.
+
+    Raises InputError when any is left over or does not fit.
+    """
     every = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     sources = {w.name: w for w in base.weights.values()}
     changes = _Changes()
@@ -168,7 +172,10 @@ def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: 
 
 
 def _refuse_combinations(adapters: Sequence[Adapter]) -> None:
-    """Several adapters add up only if all of them are plain sums; PEFT has no meaning for the rest either."""
+    """Raise InputError for several adapters whose changes do not add up.
+
+    They add up only if all of them are plain sums; PEFT has no meaning for the rest either.
+    """
     if len(adapters) == 1 and adapters[0].weight == 1:
         return
     for adapter in adapters:
@@ -211,7 +218,10 @@ def _paths(adapters: Sequence[Adapter]) -> str:
 def _untie(
     layout: ModelLayout, sources: dict[str, BaseWeight], changes: _Changes, *, tie_on_purpose: bool
 ) -> tuple[bool, dict[str, BaseWeight]]:
-    """Whether tied embeddings become two tensors, because the adapter makes them differ; and the sources then."""
+    """(whether tied embeddings become two tensors, the sources of the output tensors).
+
+    They become two tensors where the adapter makes them differ.
+    """
     if layout.tied is None:
         return False, sources
     inner, outer = layout.tensor(layout.tied[0]), layout.tied[1]
@@ -237,7 +247,10 @@ def _untie(
 
 
 def _same_rows(inner: list[Fold], outer: list[Fold]) -> bool:
-    """Whether only trained tokens change a tied pair, and the same for both ends: PEFT keeps these tied."""
+    """Whether a tied pair changes by trained tokens alone, the same at both ends.
+
+    PEFT keeps these tied.
+    """
     if len(inner) != 1 or len(outer) > 1:
         return False
     (one,), (other,) = inner, outer or inner
@@ -247,7 +260,10 @@ def _same_rows(inner: list[Fold], outer: list[Fold]) -> bool:
 
 
 def _op(adapters: Sequence[Adapter], changes: _Changes, source: BaseWeight, name: str, *, conv1d: bool) -> Op:
-    """One output tensor, its shapes checked; a replacement may have other rows than the base (a resized vocabulary)."""
+    """The computation of one output tensor, with checked shapes.
+
+    A replacement may have other rows than the base (a resized vocabulary).
+    """
     op = Op(
         name=name,
         shape=source.shape,
@@ -284,6 +300,9 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 
 def target_dtype(op: Op, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an output tensor is written in: `dtype` for floating tensors, others stay as they are."""
+    """The dtype of an output tensor in the file.
+
+    It is `dtype` for floating tensors; others stay as they are.
+    """
     value = op.replacement.dtype if op.replacement else op.source.dtype if op.source else dtype
     return dtype if value.is_floating_point else value

@@ -33,7 +33,10 @@ class SelfTest:
 
 
 def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, seed: int = 0) -> SelfTest:
-    """Compare random rows of random tensors; raises StageError that names the tensor and row that differ."""
+    """Recompute random rows of random tensors and compare them with the file.
+
+    Raises StageError that names the tensor and row that differ.
+    """
     written = Checkpoint(out)
     expected = {op.name for op in plan.ops}
     if set(written) != expected:
@@ -96,7 +99,10 @@ def _folded(rows: Tensor, folds: tuple[Fold, ...], index: list[int]) -> Exact:
 
 
 def _base_row(plan: MergePlan, op: Op) -> Callable[[int], Tensor]:
-    """row -> the fp64 row that the adapter's delta is added to; packed ones are decoded element by element."""
+    """Function from a row's number to the fp64 row that the adapter's delta is added to.
+
+    Packed rows are decoded element by element.
+    """
     if op.replacement is not None:
         replaced = read_tensor(op.replacement)
         return lambda row: replaced[row].double()

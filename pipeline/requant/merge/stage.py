@@ -48,8 +48,9 @@ class MergeResult:
 
 
 def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor, bool]:
-    """The value of one output tensor before rounding, and whether the adapter changes it (False: a zero delta).
+    """One output tensor before rounding, and whether the adapter changes it.
 
+    False means that the delta is zero.
     device: where weights are decoded and folded; a fold that is not `on_any_device` is computed on the CPU.
     Decoded values are the same on every device; the products of a fold may be summed in another order.
     """
@@ -77,7 +78,10 @@ def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tenso
 
 
 def computed_ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
-    """The same for a GPU: the next tensor is read and computed while the last is rounded and written."""
+    """Every output tensor before rounding, computed on a GPU one tensor ahead.
+
+    The next tensor is read and computed while the last is rounded and written.
+    """
     with ThreadPoolExecutor(1) as reader, matmul_precision.full_precision():
         coming = reader.submit(compute, plan, plan.ops[0], device)
         for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
@@ -88,7 +92,10 @@ def computed_ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, 
 
 
 def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
-    """(dtype, why); `auto` is float16 (8 times finer than bfloat16) unless a weight may exceed its range."""
+    """(dtype of the merged checkpoint, the reason for it).
+
+    `auto` is float16 (8 times finer than bfloat16) unless a weight may exceed its range.
+    """
     if asked != "auto":
         return asked, "asked for in the recipe"
     largest = max((bound(plan, op), op.name) for op in plan.ops)
@@ -98,7 +105,10 @@ def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
 
 
 def bound(plan: MergePlan, op: Op) -> float:
-    """An upper bound of max|w| without decoding: from the scales of packed weights and the norms of a delta."""
+    """An upper bound of max |w| of an output tensor, without decoding it.
+
+    It is computed from the scales of packed weights and the norms of a delta.
+    """
     assert op.source is not None
     if op.replacement is not None:
         largest = _largest(read_tensor(op.replacement))

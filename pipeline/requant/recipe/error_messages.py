@@ -87,7 +87,10 @@ def _section_was_meant(path: KeyPath, other: KeyPath, error: Mapping[str, Any]) 
 
 
 def _locate(data: Any, error: Mapping[str, Any]) -> KeyPath:
-    """The error's location without the names of union members, which are not keys of the document."""
+    """The path of the key that an error of pydantic is about.
+
+    Names of union members are left out: they are not keys of the document.
+    """
     path: KeyPath = ()
     for step in error["loc"]:
         inside = isinstance(data, dict) and step in data

@@ -99,7 +99,10 @@ GroupSize = Annotated[Literal[32, 64, 128, -1], Whole]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, nothing is coerced, nothing changes afterwards."""
+    """Base class of a recipe's sections: strict and frozen.
+
+    Unknown keys are errors, nothing is coerced, nothing changes afterwards.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

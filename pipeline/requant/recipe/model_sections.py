@@ -39,7 +39,10 @@ _FUSED = {("q_proj", "k_proj", "v_proj"): "[qkv]_proj", ("gate_proj", "up_proj")
 
 
 def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]:
-    """Patterns that set one part of a fused projection (q/k/v, gate/up) and not the others alike."""
+    """Patterns that set parts of a fused projection (q/k/v, gate/up) differently.
+
+    Each is a pair: the pattern's key path, and a message for the reader.
+    """
     problems: list[tuple[KeyPath, str]] = []
     for pattern, setting in overrides.items():
         stem, part = _LAST_WORD.split(pattern)[:2]

@@ -211,7 +211,10 @@ def json_schema() -> dict[str, Any]:
 
 
 def _expand_sources(data: dict[str, Any]) -> None:
-    """Expand `adapter: x` to `adapter: {path: x}` and the like, so that `--set adapter.revision=...` has a key."""
+    """Expand plain strings to sections: `adapter: x` to `adapter: {path: x}`.
+
+    Then `--set adapter.revision=...` has a key.
+    """
     base = data.get("base")
     for section, key in ((data, "adapter"), (data, "canaries"), (base, "original")):
         if isinstance(section, dict) and isinstance(section.get(key), str):

@@ -32,8 +32,9 @@ _SET = re.compile(rf"({_STEP}(?:\.{_STEP})*)=(.*)", re.DOTALL)
 
 
 class Document:
-    """A YAML mapping as plain dicts, lists and scalars, with the line or `--set` each key came from.
+    """A YAML mapping as plain dicts, lists and scalars, with the origin of each key.
 
+    The origin is a line of the file or a `--set`.
     `data` may be changed by `override` and `interpolate`; what is wrong is collected, not raised.
     """
 
@@ -79,7 +80,10 @@ class Document:
             self._problems.append((_LAST, f"{label}: {message}"))
 
     def _assign(self, steps: list[str], value: Any, label: str) -> str:
-        """Set `value` at the path `steps`, creating sections; returns what is wrong, or an empty text."""
+        """Set `value` at the path `steps`, creating sections.
+
+        Returns what is wrong, or an empty text.
+        """
         holder, path = self.data, KeyPath()
         for depth, step in enumerate(steps):
             key: str | int = step
