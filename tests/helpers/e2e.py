@@ -230,7 +230,7 @@ class _Killer:
     def __init__(self, stage: str, at: int) -> None:
         self.wanted, self.at, self.now = stage, at, ""
 
-    def stage(self, name: str, done: bool) -> None:
+    def stage(self, name: str, *, done: bool) -> None:
         self.now = name
         self.progress(0, 0)
 

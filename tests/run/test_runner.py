@@ -33,7 +33,7 @@ class Recorder(observer.Watcher):
         self.stages: list[tuple[str, bool]] = []
         self.steps: list[tuple[str, int, int, str]] = []
 
-    def stage(self, name: str, done: bool) -> None:
+    def stage(self, name: str, *, done: bool) -> None:
         self.stages.append((name, done))
 
     def progress(self, done: int, total: int, note: str = "") -> None:

@@ -158,8 +158,8 @@ def stems(modules: Iterable[str]) -> dict[str, set[str]]:
 
 def _tensor_step(steps: list[str]) -> int | None:
     """Which step of a key is the name of one of the adapter's tensors."""
-    known = tensor_keys()
-    return next((i for i, step in enumerate(steps) if step in known), None)
+    names = tensor_keys()
+    return next((i for i, step in enumerate(steps) if step in names), None)
 
 
 def _is_shared(step: str) -> bool:

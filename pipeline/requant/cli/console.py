@@ -34,9 +34,14 @@ class ConsoleWatcher(Watcher):
             )
 
             self.bar = Progress(
-                TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"), console=Console(stderr=True),
-            )  # fmt: skip
+                TextColumn("{task.description:10}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
 
     def __enter__(self) -> ConsoleWatcher:
         if self.bar:
@@ -47,7 +52,7 @@ class ConsoleWatcher(Watcher):
         if self.bar:
             self.bar.stop()
 
-    def stage(self, name: str, done: bool) -> None:
+    def stage(self, name: str, *, done: bool) -> None:
         self.name, self.started, self.printed = name, time.monotonic(), time.monotonic()
         if self.bar:
             self.task = self.bar.add_task(

@@ -56,9 +56,14 @@ def verify(
 
     with quiet():
         done = deploy.verify(
-            checkpoint, source=against, load_in=names, engine_dtype=dtype, device=torch.device(device),
-            trust_remote_code=trust_remote_code, text=sample,
-        )  # fmt: skip
+            checkpoint,
+            source=against,
+            load_in=names,
+            engine_dtype=dtype,
+            device=torch.device(device),
+            trust_remote_code=trust_remote_code,
+            text=sample,
+        )
     if out is not None:
         write_json(out, done.facts())
     if names:  # all other checks are in the run's own result

@@ -17,10 +17,10 @@ WORK = (0, 1, 2, 130)  # of commands that end before the gates are evaluated
 GATES = (0, 1, 2, 3, 4)  # of commands that only read finished reports
 
 
-def epilog(codes: Iterable[int] = MEANINGS, own: Mapping[int, str] = MappingProxyType({})) -> str:
+def epilog(codes: Iterable[int] = MEANINGS, for_command: Mapping[int, str] = MappingProxyType({})) -> str:
     r"""The last paragraph of a help text: one line a code.
 
-    own: what a code means for one command alone.
+    for_command: what a code means for one command alone.
     The mark \b keeps the lines as they are.
     """
-    return "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {own.get(code, MEANINGS[code])}" for code in codes)
+    return "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {for_command.get(code, MEANINGS[code])}" for code in codes)

@@ -115,18 +115,18 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 
     Of the weights a sample of a few layers is read.
     """
-    wanted = _load(recipe, overrides)
+    loaded = _load(recipe, overrides)
     from requant.cli.console import quiet
     from requant.run import evaluation_inputs, prepare
     from requant.run.check import delta_prediction
     from requant.run.check.forecast import forecast
     from requant.runtime.device import pick_device
 
-    where = Path(wanted.output.dir) / wanted.name
+    where = Path(loaded.output.dir) / loaded.name
     with quiet():
-        prepared = prepare.prepare(wanted)
+        prepared = prepare.prepare(loaded)
         need, free = prepare.check_disk(prepared, where)
-        device = pick_device(wanted.device)
+        device = pick_device(loaded.device)
     _print_check(prepared, need, free, delta_prediction.predict(prepared.merge.plan, prepared.quantize.plan, device))
     sys.stdout.flush()
     print(f"trying one block on {device} for time and memory ...", file=sys.stderr, flush=True)
@@ -145,7 +145,7 @@ def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     print("ok")
 
 
-@app.command(epilog=exit_codes.epilog(own={0: "done, and every gate passed"}))
+@app.command(epilog=exit_codes.epilog(for_command={0: "done, and every gate passed"}))
 def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
     """Dequantize, merge, quantize, heal, evaluate, report; resumes where an earlier run stopped."""
     _run(recipe, overrides, "report", junit)
@@ -205,12 +205,18 @@ def heal(
     )
     target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
     with ConsoleWatcher() as watcher, quiet():
-        watcher.stage("heal", False)
-        told = heal_checkpoint(
-            checkpoint, teacher, data, target, settings, device=pick_device(device),
-            trust_remote_code=trust_remote_code, progress=watcher.progress,
-        )  # fmt: skip
-    print(f"{summary(told)}: {target}")
+        watcher.stage("heal", done=False)
+        facts = heal_checkpoint(
+            checkpoint,
+            teacher,
+            data,
+            target,
+            settings,
+            device=pick_device(device),
+            trust_remote_code=trust_remote_code,
+            progress=watcher.progress,
+        )
+    print(f"{summary(facts)}: {target}")
 
 
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))
@@ -219,7 +225,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
     _run(recipe, overrides, "evaluate")
 
 
-@app.command(epilog=exit_codes.epilog(own={0: "done, and every gate passed"}))
+@app.command(epilog=exit_codes.epilog(for_command={0: "done, and every gate passed"}))
 def report(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -256,17 +262,17 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
 
 
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
-    wanted = _load(path, overrides)
+    loaded = _load(path, overrides)
     from requant.cli.console import ConsoleWatcher, quiet
     from requant.run import run as run_recipe
     from requant.runtime import launch
 
-    hint = launch.idle_gpus_hint(wanted.device, path)
+    hint = launch.idle_gpus_hint(loaded.device, path)
     if hint:
         print(hint, file=sys.stderr)
     try:
         with ConsoleWatcher() as watcher, quiet():
-            outcome = run_recipe(wanted, until=until, watcher=watcher, suggest=suggest, ranks=launch.current_ranks())
+            outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=launch.current_ranks())
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -298,8 +304,8 @@ def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction
     print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
     print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
     for s in prepared.texts.sets:
-        known = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
-        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {known}")
+        shared = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
+        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {shared}")
     for verdict in prepared.quantize.engines:
         print(f"serve     {verdict.target.name} {verdict}")
     if prepared.texts.canaries:

@@ -1,7 +1,8 @@
 """Canaries: prompts with expected answers from a file, and the answers of each variant.
 
 A line is {"prompt": ..., "answer": ...}; a prompt may also be a list of chat messages. Format `chat` renders prompts by
-the tokenizer's template, `text` passes them to the model unchanged, `auto` is `chat` where the tokenizer has a template.
+the tokenizer's template, `text` passes them to the model unchanged. `auto` is `chat` where the tokenizer has a
+template.
 """
 
 from __future__ import annotations

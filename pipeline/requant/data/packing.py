@@ -75,7 +75,7 @@ def pack(
     counts, held_out_counts = (shares([share for _, _, share in entries], n) for n in (train, held_out))
     training: list[list[int]] = []
     validating: list[list[int]] = []
-    for (name, documents, _), count, wanted in zip(entries, counts, held_out_counts, strict=True):
+    for (name, documents, _), count, held_out_count in zip(entries, counts, held_out_counts, strict=True):
         order = [[*([] if bos is None else [bos]), *d.ids, *([] if eos is None else [eos])] for d in documents]
         draw.shuffle(order)
         total = sum(map(len, order))
@@ -84,7 +84,7 @@ def pack(
                 f"healing: {name} has {total} tokens, a window to train on and a held-out one need {2 * length}: "
                 "lower heal.length (--length), or give more text"
             )
-        validated = max(1, min(wanted, total // length // MIN_WINDOWS_PER_HELD_OUT))
+        validated = max(1, min(held_out_count, total // length // MIN_WINDOWS_PER_HELD_OUT))
         stream: list[int] = []
         while len(stream) < validated * length:
             stream += order.pop()
@@ -124,8 +124,8 @@ def calibration_windows(
         available = len(stream) // length
         if available < count:
             raise InputError(
-                f"calibration: {name} has {len(stream)} tokens, {available} windows of {length}, but its share is {count}: "
-                "lower calibration.samples or length, or give more text"
+                f"calibration: {name} has {len(stream)} tokens, {available} windows of {length}, "
+                f"but its share is {count}: lower calibration.samples or length, or give more text"
             )
         chosen += [stream[i * length : (i + 1) * length] for i in draw.sample(range(available), count)]
     draw.shuffle(chosen)

@@ -39,8 +39,8 @@ class Match:
     @property
     def score(self) -> tuple[int, int]:
         """(signs that agree, signs that could be compared)."""
-        known = [s.agrees for s in self.signs if s.agrees is not None]
-        return sum(known), len(known)
+        compared = [s.agrees for s in self.signs if s.agrees is not None]
+        return sum(compared), len(compared)
 
     @property
     def warnings(self) -> list[str]:
@@ -48,10 +48,10 @@ class Match:
 
     def __str__(self) -> str:
         """`4 of 5 agree (...); differs: ...; unknown: ...`."""
-        right, known = self.score
+        right, compared = self.score
         groups = [[s.what for s in self.signs if s.agrees is a] for a in (True, False, None)]
         words = [", ".join(g) for g in groups]
-        text = f"{right} of {known} signs agree ({words[0]})"
+        text = f"{right} of {compared} signs agree ({words[0]})"
         text += f"; different: {words[1]}" if words[1] else ""
         return text + (f"; not known: {words[2]}" if words[2] else "")
 

@@ -28,10 +28,10 @@ def _known_keys(root: type[BaseModel], path: KeyPath) -> list[str]:
     return list(section.model_fields)
 
 
-def _unknown_key(key: str, known: Sequence[str]) -> str:
+def _unknown_key(key: str, accepted: Sequence[str]) -> str:
     """Message for a key that the section doesn't have."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key, did you mean {close[0]!r}?" if close else f"unknown key, known here: {', '.join(known)}"
+    close = difflib.get_close_matches(key, accepted, n=1)
+    return f"unknown key, did you mean {close[0]!r}?" if close else f"unknown key, known here: {', '.join(accepted)}"
 
 
 _PHRASES: dict[str, str] = {

@@ -107,7 +107,7 @@ class Document:
 
     def _forget(self, path: KeyPath) -> None:
         """Drop the lines of everything below `path`: an override replaces it."""
-        self._marks = {known: mark for known, mark in self._marks.items() if known[: len(path)] != path}
+        self._marks = {marked: mark for marked, mark in self._marks.items() if marked[: len(path)] != path}
 
     def interpolate(self, environment: Mapping[str, str] = os.environ) -> None:
         """Replace `${env:VAR}` and `${env:VAR:-default}` in every text value.

@@ -10,7 +10,7 @@ from typing import Any
 class Watcher:
     """Receives the progress of a run. The CLI shows it; this base class is silent."""
 
-    def stage(self, name: str, done: bool) -> None:
+    def stage(self, name: str, *, done: bool) -> None:
         """A stage begins; `done` when there is nothing to do for it."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:

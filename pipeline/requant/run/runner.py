@@ -99,14 +99,14 @@ class Runner:
                 self._finish(stage_named(name), needed=True)
             self._run(stage, key)
         elif not needed:
-            context.watcher.stage(stage.name, True)
+            context.watcher.stage(stage.name, done=True)
             if stage.when_finished is not None:
                 stage.when_finished(context)
 
     def _run(self, stage: Stage, key: str) -> None:
         """Run one stage, measure it and store its result under `key`."""
         context = self.context
-        context.watcher.stage(stage.name, False)
+        context.watcher.stage(stage.name, done=False)
         context.event(event="start", stage=stage.name)
         log.info("%s: started", stage.name)
         with measurements.measured(str(context.device)) as cost:
