@@ -37,10 +37,7 @@ def verify(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON there too.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the checkpoint's own model code.")] = False,
 ) -> None:
-    """Verify a GPTQ checkpoint: tensors, a few tokens, and the engines that will serve it.
-
-    Of the tensors, names, shapes and values are checked.
-    """
+    """Verify a GPTQ checkpoint: names, shapes, values, a few tokens, the serving engines."""
     names = _engines(with_)
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise RecipeError(f"--dtype {dtype}: expected float16, bfloat16 or float32")
@@ -56,14 +53,9 @@ def verify(
 
     with quiet():
         done = deploy.verify(
-            checkpoint,
-            source=against,
-            load_in=names,
-            engine_dtype=dtype,
-            device=torch.device(device),
-            trust_remote_code=trust_remote_code,
-            text=sample,
-        )
+            checkpoint, source=against, load_in=names, engine_dtype=dtype, device=torch.device(device),
+            trust_remote_code=trust_remote_code, text=sample,
+        )  # fmt: skip
     if out is not None:
         write_json(out, done.facts())
     if names:  # all other checks are in the run's own result

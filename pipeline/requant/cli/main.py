@@ -111,10 +111,7 @@ def schema(
 
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Check a recipe against its model, adapter and texts, from headers.
-
-    Of the weights a sample of a few layers is read.
-    """
+    """Check a recipe against model, adapter and texts: from headers and a few layers."""
     loaded = _load(recipe, overrides)
     from requant.cli.console import quiet
     from requant.run import evaluation_inputs, prepare
@@ -180,10 +177,7 @@ def heal(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Distil the scales of a quantized checkpoint.
-
-    The checkpoint is that of a recipe's run, or any (--checkpoint, --teacher, --data).
-    """
+    """Distil the scales of a run's checkpoint, or any (--checkpoint, --teacher, --data)."""
     alone = {"--checkpoint": checkpoint, "--teacher": teacher, "--data": data}
     if recipe is not None:
         given = [name for name, value in alone.items() if value]
@@ -207,15 +201,9 @@ def heal(
     with ConsoleWatcher() as watcher, quiet():
         watcher.stage("heal", done=False)
         facts = heal_checkpoint(
-            checkpoint,
-            teacher,
-            data,
-            target,
-            settings,
-            device=pick_device(device),
-            trust_remote_code=trust_remote_code,
-            progress=watcher.progress,
-        )
+            checkpoint, teacher, data, target, settings, device=pick_device(device),
+            trust_remote_code=trust_remote_code, progress=watcher.progress,
+        )  # fmt: skip
     print(f"{summary(facts)}: {target}")
 
 

@@ -109,7 +109,9 @@ def pick_device(asked: str) -> torch.device:
     device = torch.device(asked)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise InputError(f"device {asked}: torch finds {found} GPUs here: use auto or cpu, or install a CUDA build of torch")
+        raise InputError(
+            f"device {asked}: torch finds {found} GPUs here: use auto or cpu, or install a CUDA build of torch"
+        )
     return device
 
 
