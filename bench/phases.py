@@ -19,7 +19,7 @@ PHASES = {  # function of ours -> phase, without what the others inside of it ta
     "numerics.grid.find_scales": "scale search",
     "numerics.gptq.solve": "column loop",
     "numerics.gptq.refine": "sweeps",
-    "quantize.error_correction.Correction.moved": "correction",
+    "quantize.error_correction.Correction.corrected": "correction",
     "numerics.gptq.row_errors": "losses",
     "quantize.background_writer._packed": "pack",
     "runtime.ranks.DistributedRanks.all_reduce": "sums of all ranks",

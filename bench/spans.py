@@ -35,7 +35,7 @@ NAMES = gaps.NAMES | {
     "modeling.block_walk.Walk._record": "record",
     "modeling.block_walk.Walk._read_ahead": "read ahead",
     "quantize.warmup.WarmUp.wait": "wait for kernels",
-    "quantize.warmup.WarmUp.wait_longer": "wait for later kernels",
+    "quantize.warmup.WarmUp.wait_all": "wait for later kernels",
     "modeling.fused_ops.FusedOps.try_out": "try_out",
     "modeling.linear_groups.find_linear_groups": "find_linear_groups",
     "runtime.ranks.DistributedRanks.broadcast": "ranks.broadcast",

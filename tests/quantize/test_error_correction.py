@@ -51,9 +51,9 @@ def test_corrected_weights_are_the_least_squares_answer(rows: tuple[int, ...]) -
     correction = Correction(drift, weights)
     for i, weight in enumerate(weights):
         exact = torch.linalg.lstsq(now.double(), (before @ weight.T).double()).solution.T
-        ours = correction.moved(i, weight, factor, 1.0)
+        ours = correction.corrected(i, weight, factor, 1.0)
         assert torch.allclose(ours.double(), exact, atol=1e-4)
-        half = Correction(drift, weights).moved(i, weight, factor, 0.5)
+        half = Correction(drift, weights).corrected(i, weight, factor, 0.5)
         assert torch.allclose(half.double(), (weight + exact) / 2, atol=1e-4)
 
 
@@ -62,11 +62,11 @@ def test_without_drift_factor_or_share_a_weight_stays(rows: int) -> None:
     torch.manual_seed(1)
     weight, hessian = torch.randn(rows, 24), torch.eye(24)
     factor = gptq.factorize(hessian, torch.arange(24), 0.01)
-    assert Correction(None, [weight]).moved(0, weight, factor, 1.0) is weight
+    assert Correction(None, [weight]).corrected(0, weight, factor, 1.0) is weight
     drifting = Correction(torch.randn(24, 24), [weight])
-    assert drifting.moved(0, weight, replace(factor, diagonal=True), 1.0) is weight
-    assert drifting.moved(0, weight, factor, 0.0) is weight
-    assert torch.equal(Correction(torch.zeros(24, 24), [weight]).moved(0, weight, factor, 1.0), weight)
+    assert drifting.corrected(0, weight, replace(factor, diagonal=True), 1.0) is weight
+    assert drifting.corrected(0, weight, factor, 0.0) is weight
+    assert torch.equal(Correction(torch.zeros(24, 24), [weight]).corrected(0, weight, factor, 1.0), weight)
 
 
 @pytest.mark.parametrize("rows", [(8,), (30, 12)])
@@ -78,7 +78,7 @@ def test_nothing_large_outlives_the_last_move(rows: tuple[int, ...]) -> None:
     del drift
     factor = gptq.factorize(torch.eye(24), torch.arange(24), 0.01)
     for i, weight in enumerate(weights):
-        correction.moved(i, weight, factor, 0.5)
+        correction.corrected(i, weight, factor, 0.5)
     assert held() is None
     assert correction.solved is None
     assert all(p.numel() == 0 for p in correction.pulled)
@@ -92,13 +92,13 @@ def test_ranks_solve_for_the_drift_together(rows: tuple[int, ...]) -> None:
     factor, drift = gptq.factorize(x.T @ x, torch.randperm(24), 0.01), torch.randn(24, 24)
     whole = [torch.randn(n, 24) for n in rows]
     alone = Correction(drift.clone(), whole)
-    wanted = [alone.moved(i, w, factor, 0.5) for i, w in enumerate(whole)]
+    wanted = [alone.corrected(i, w, factor, 0.5) for i, w in enumerate(whole)]
     given: list[torch.Tensor] = []
     for rank in range(5):
         ranks = OneOf(rank, 5, given)
         own = [ranks.own_rows(w) for w in whole]
         several = Correction(drift.clone(), own, ranks)
-        moved = [several.moved(i, w, factor, 0.5) for i, w in enumerate(own)]
+        moved = [several.corrected(i, w, factor, 0.5) for i, w in enumerate(own)]
         if rank == 4 or not given:
             for found, all_rows in zip(moved, wanted, strict=True):
                 assert torch.allclose(found, ranks.own_rows(all_rows), atol=1e-4)

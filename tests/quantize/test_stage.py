@@ -182,8 +182,8 @@ def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [True, False], ids=["", "a block without stages"])
-def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
-    """On a GPU each is handed over while the next is at work."""
+def test_committed_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
+    """On a GPU each is committed while the next is at work."""
     source, order = model_dir(tmp_path, num_hidden_layers=3), list[str]()
     settings = Settings(grid=GRID) if stages else Settings(grid=GRID, overrides=(("model.layers.1.*", None),))
     _, expected = run(source, tmp_path / "whole", settings)
@@ -210,23 +210,23 @@ def test_handed_over_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pyte
     assert told[-1] == 3
 
 
-def test_on_a_cpu_a_block_is_handed_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_a_block_is_committed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks take long there: a killed run must not lose one more."""
     order, source = list[str](), model_dir(tmp_path)
-    block, hand_over = block_quantizer.Quantizer.block, block_quantizer.Quantizer.hand_over
+    block, commit_block = block_quantizer.Quantizer.block, block_quantizer.Quantizer.commit_block
 
     def begun(self: Any, index: int, items: Any) -> None:
         order.append(f"block {index}")
         block(self, index, items)
 
-    def handed_over(self: Any) -> None:
-        order.extend(f"block {index} handed over" for index, _ in ([self.uncommitted] if self.uncommitted else []))
-        hand_over(self)
+    def committed(self: Any) -> None:
+        order.extend(f"block {index} committed" for index, _ in ([self.uncommitted] if self.uncommitted else []))
+        commit_block(self)
 
     monkeypatch.setattr(block_quantizer.Quantizer, "block", begun)
-    monkeypatch.setattr(block_quantizer.Quantizer, "hand_over", handed_over)
+    monkeypatch.setattr(block_quantizer.Quantizer, "commit_block", committed)
     run(source, tmp_path / "out")
-    assert order == ["block 0", "block 0 handed over", "block 1", "block 1 handed over"]
+    assert order == ["block 0", "block 0 committed", "block 1", "block 1 committed"]
 
 
 @pytest.mark.slow
@@ -523,14 +523,14 @@ def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypat
     order: list[str] = []
     solve = solve_group
     monkeypatch.setattr(warmup.WarmUp, "wait", lambda _: order.append("wait"))
-    monkeypatch.setattr(warmup.WarmUp, "wait_longer", lambda _: order.append("wait longer"))
+    monkeypatch.setattr(warmup.WarmUp, "wait_all", lambda _: order.append("wait all"))
     monkeypatch.setattr(fused_ops.FusedOps, "use", lambda _: order.append("use"))
     warming, later = warmup.WarmUp, []
     monkeypatch.setattr(quantize_module, "WarmUp", lambda *a, **k: later.append(k["later"]) or warming(*a, **k))
     monkeypatch.setattr(block_quantizer, "solve_group", lambda *a, **k: order.append("solve") or solve(*a, **k))
     run(model_dir(tmp_path), tmp_path / "out")
     stages = order.count("solve") // 2  # of each of two blocks
-    assert order == ["wait", "solve"] * stages + ["wait longer", "use"] + ["wait", "solve"] * stages
+    assert order == ["wait", "solve"] * stages + ["wait all", "use"] + ["wait", "solve"] * stages
     assert [f.__func__ for f in later] == [fused_ops.FusedOps.try_out]
 
 

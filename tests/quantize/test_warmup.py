@@ -145,7 +145,7 @@ def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
         context.directory.remember("quantize", context.keys.quantize, {})
         with compile_ahead(context):
             assert len(inside) == 2, "what is done needs no kernels"
-        assert called == [(warmup.meet, CPU, {}), (warmup.meet, context.device, {})], "and nobody to do it with"
+        assert called == [(warmup.connect, CPU, {}), (warmup.connect, context.device, {})], "and nobody to do it with"
 
 
 @pytest.mark.gpu
@@ -197,9 +197,9 @@ def test_what_may_come_later_begins_when_all_else_is_done(pretended: Any) -> Non
         threading.Timer(0.05, go_on.set).start()
         begun.wait()
         assert done[0] == "part"
-        begun.wait_longer()
+        begun.wait_all()
         assert done == ["part", "later"]
-        begun.wait_longer()
+        begun.wait_all()
         assert done == ["part", "later"]
 
 
@@ -208,7 +208,7 @@ def test_waiting_for_what_comes_later_waits_for_all_else(pretended: Any) -> None
     with warmup.WarmUp(
         pretended, {}, SETTINGS, torch.float32, also=[lambda: done.append("part")], later=lambda: done.append("later")
     ) as begun:
-        begun.wait_longer()
+        begun.wait_all()
     assert done == ["part", "later"]
 
 
@@ -217,7 +217,7 @@ def test_a_cpu_waits_for_nothing_that_comes_later() -> None:
     with warmup.WarmUp(
         CPU, {}, SETTINGS, torch.float32, also=[lambda: done.append("part")], later=lambda: done.append("later")
     ) as begun:
-        begun.wait_longer()
+        begun.wait_all()
     assert done == []
 
 
@@ -230,8 +230,8 @@ def test_what_comes_later_may_fail(pretended: Any) -> None:
         raise RuntimeError("no compiler")
 
     with warmup.WarmUp(pretended, {}, SETTINGS, torch.float32, later=failing) as begun:
-        begun.wait_longer()
-        begun.wait_longer()
+        begun.wait_all()
+        begun.wait_all()
     assert tried == [1]
 
 

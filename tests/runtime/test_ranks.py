@@ -443,7 +443,7 @@ class Placed(Ranks):
 
 def test_ranks_meet_where_each_is_placed_and_when_they_quantize(tmp_path: Path) -> None:
     placed = Placed()
-    warmup.meet(torch.device("cuda"), ranks=placed)
+    warmup.connect(torch.device("cuda"), ranks=placed)
     assert placed.met == [torch.device("meta")]
     (tmp_path / "out").mkdir()
     options: dict[str, Any] = {"dtype": torch.float16, "device": CPU, "ranks": placed}

@@ -31,7 +31,10 @@ from requant_eval.scoring.lm_head import HeadTap
 
 
 class BlockErrors(TypedDict):
-    """One block's relative error on the held-out windows, before and after healing, for the report."""
+    """One block's relative error on the held-out windows, for the report.
+
+    start, best: before and after healing.
+    """
 
     block: int
     start: float
@@ -40,7 +43,10 @@ class BlockErrors(TypedDict):
 
 
 class Streams:
-    """Hidden states [n, length, width] of all windows before the current block, and its other arguments."""
+    """Hidden states [n, length, width] of all windows before the current block.
+
+    arguments: the other arguments of every block, by number of windows in a batch.
+    """
 
     def __init__(self, walk: Walk, windows: Tensor, *, held_out: int, micro_batch: int) -> None:
         items = walk.embed(windows, micro_batch)
@@ -101,8 +107,9 @@ class AfterBlocks:
 def heal_blocks(
     job: HealJob, progress: Progress | None = None
 ) -> tuple[dict[str, Tensor], LossCurve, list[BlockErrors]]:
-    """Heal the checkpoint `job.source` towards the 16-bit model `job.teacher`, a block at a time.
+    """Heal a checkpoint block by block towards the 16-bit model.
 
+    The checkpoint is `job.source`, the 16-bit model `job.teacher`.
     Each finished block is a file in `job.work`, valid for `job.key`. Returns the new values by stored name, a curve of
     two points (KL on held-out windows of start and end) and each block's errors.
     """

@@ -1,4 +1,4 @@
-"""Healing's losses: KL(teacher || student) over the vocabulary, and relative block error.
+"""Losses of healing: KL(teacher || student) over the vocabulary, relative error of a block.
 
 The KL divergence and its gradient are computed from final hidden states, a chunk of positions at a time: logits of both
 models exist for one chunk only, and only the gradient with respect to the student's hidden states is kept.
@@ -16,7 +16,10 @@ from requant_eval.scoring.lm_head import Head
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k] @ b [k, m] as fp32 [n, m]; 16-bit factors are multiplied in 16 bit and summed in fp32."""
+    """The matrix product a [n, k] @ b [k, m] as fp32 [n, m].
+
+    16-bit factors are multiplied in 16 bit and summed in fp32.
+    """
     if a.dtype == torch.float32:
         return a @ b.float()
     if a.device.type == "cuda":
@@ -25,7 +28,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def logits(head: Head, hidden: Tensor) -> Tensor:
-    """Logits fp32 [n, vocab] of hidden states [n, hidden], as `Head.logits`, multiplied in the dtype of `hidden`."""
+    """Logits fp32 [n, vocab] of hidden states [n, hidden], as `Head.logits`.
+
+    Multiplied in the dtype of `hidden`.
+    """
     out = product(hidden, head.weight.to(hidden.dtype).T)
     if head.bias is not None:
         out += head.bias.float()
@@ -37,7 +43,10 @@ def logits(head: Head, hidden: Tensor) -> Tensor:
 
 
 def _through_head(head: Head, out: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient with respect to hidden states, fp32 [n, hidden], from that of the logits `out` (overwritten)."""
+    """The gradient with respect to hidden states, fp32 [n, hidden].
+
+    gradient: with respect to the logits `out`. Both may be overwritten.
+    """
     if head.softcap is not None:
         gradient.mul_(out.div_(head.softcap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
     if head.scale != 1.0:
@@ -46,7 +55,10 @@ def _through_head(head: Head, out: Tensor, gradient: Tensor, dtype: torch.dtype)
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum over positions of KL(teacher || student); its gradient is computed in the forward pass, chunk by chunk."""
+    """Sum over positions of KL(teacher || student).
+
+    The gradient is computed in the forward pass, chunk by chunk.
+    """
 
     @staticmethod
     def forward(
@@ -74,8 +86,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, dtype: torch.dtype) -> Tensor:
-    """Sum over n positions of KL(teacher || student) in nats, float64 scalar, differentiable in `hidden`.
+    """Sum over n positions of KL(teacher || student) in nats, float64 scalar.
 
+    Differentiable in `hidden`.
     hidden, teacher: final hidden states [n, width] of student and teacher. dtype: of the products with the heads.
     """
     total: Tensor = _Divergence.apply(hidden, head, teacher, teacher_head, dtype)  # type: ignore[no-untyped-call]
@@ -83,8 +96,9 @@ def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, 
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |output - target|^2 / |target|^2 of hidden states [..., width], fp32 scalar.
+    """Mean over tokens of |output - target|^2 / |target|^2, fp32 scalar.
 
+    output, target: hidden states [..., width].
     Every token has the same weight, as in the next block, whose norm divides by the length of the hidden state. In a
     plain sum of squares the few tokens with outlying activations would outweigh all others.
     """

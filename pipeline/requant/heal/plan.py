@@ -27,7 +27,10 @@ BYTES_PER_SCALE = 7 * 4  # base, unit, offset, gradient, two moments, best; and 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """The sizes of a model that memory and time depend on. inputs_outputs: sum of the widths of a block's linears."""
+    """The sizes of a model that memory and time depend on.
+
+    inputs_outputs: sum of the widths of a block's linears.
+    """
 
     quantized: int  # weights
     stored_bytes: int  # of their codes
@@ -93,9 +96,10 @@ def choose_plan(
     free: int | None = None,
     rate: float | None = None,
 ) -> HealPlan:
-    """The fastest plan that fits in `free` bytes of the device; raises InputError when none does.
+    """The fastest plan that fits in the memory of the device.
 
-    free: None: what the device has now. rate: flops a second of matrix products; None: the device's.
+    free: bytes; None: the free bytes of the device now. rate: flops a second of matrix products; None: the device's.
+    Raises InputError when no plan fits.
     """
     memory_share = USABLE * (free if free is not None else free_bytes(device))
     speed = (rate or product_rate(device)) * profile_of(device).busy_share

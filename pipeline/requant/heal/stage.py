@@ -42,14 +42,20 @@ class BlockFacts(TypedDict, total=False):
 
 
 class ScaleChanges(TypedDict, total=False):
-    """Relative changes of the scales: quantiles over all of them, and the modules with the largest mean."""
+    """Relative changes of the scales.
+
+    moved: mean and quantiles over all scales. moved_most: the modules with the largest mean.
+    """
 
     moved: dict[str, float] | None
     moved_most: list[dict[str, Any]]
 
 
 class HealResult(BlockFacts, ScaleChanges):
-    """What a healing did, for the report. held: [steps done, KL on held-out windows]; KL in nats a token."""
+    """Facts of a healing, for the report.
+
+    held: [steps done, KL on held-out windows]. KL is in nats a token.
+    """
 
     healed: bool
     mode: str
@@ -71,8 +77,9 @@ class HealResult(BlockFacts, ScaleChanges):
 def heal(
     job: HealJob, out: Path, *, meta: Mapping[str, Any] | None = None, progress: Progress | None = None
 ) -> HealResult:
-    """Heal the GPTQ checkpoint `job.source` into the existing, empty directory `out`; returns facts for the report.
+    """Heal the GPTQ checkpoint `job.source` into the existing, empty directory `out`.
 
+    Returns facts for the report.
     meta: added to `meta` of the quantization config of a checkpoint that was changed.
 
     Raises:
@@ -139,7 +146,10 @@ def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tens
 
 
 def _teacher(job: HealJob, progress: Progress | None) -> Teacher:
-    """The resident teacher, or its hidden states in `job.work`, after which the model is released."""
+    """The resident teacher, or a stored one.
+
+    A stored teacher's hidden states are in `job.work`; its model is released after they are written.
+    """
     windows, device = job.text.windows, job.device
     if job.plan.teacher_resident:
         return ResidentTeacher(job.load_teacher(), windows, device)
@@ -193,7 +203,7 @@ def _not_same(source: Path, teacher: Path, name: str, found: str) -> InputError:
 
 
 def scale_changes(source: Path, values: Mapping[str, Tensor]) -> ScaleChanges:
-    """Relative changes of scales from the file's: quantiles over all, and the modules with the largest mean."""
+    """Relative changes of the healed scales `values` from those of the checkpoint `source`."""
     checkpoint = Checkpoint(source)
     means, every = {}, []
     for name, value in values.items():
@@ -221,14 +231,18 @@ def scale_changes(source: Path, values: Mapping[str, Tensor]) -> ScaleChanges:
 
 
 def _oriented(name: str, tensor: Tensor) -> Tensor:
-    """A tensor between file and student: scales are [groups, out] in the file and [out, groups] in a student."""
+    """A tensor converted between the layouts of file and student.
+
+    Scales are [groups, out] in the file and [out, groups] in a student; other tensors are the same in both.
+    """
     return tensor.T if name.endswith(".scales") else tensor
 
 
 def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Copy a checkpoint with new values of some tensors; every other byte of its weights is the same.
+    """Copy a checkpoint with new values of some tensors.
 
-    values: by stored name. Raises StageError when a value cannot be stored in the tensor's dtype, or a write fails.
+    Every other byte of the weights is the same. values: by stored name.
+    Raises StageError when a value cannot be stored in the tensor's dtype, or a write fails.
     """
     checkpoint = Checkpoint(source)
     for file in sorted(source.iterdir()):
@@ -251,7 +265,10 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
 
 
 def _with_meta(config: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with entries added to `meta` of its quantization settings, which loaders ignore."""
+    """The config with entries added to `meta` of its quantization settings.
+
+    Loaders ignore `meta`.
+    """
     target = config.get("quantization_config", config)
     target["meta"] = {**(target.get("meta") or {}), **meta}
     return config

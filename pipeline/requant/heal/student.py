@@ -42,7 +42,10 @@ class Codes:
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor, *, where: str) -> Codes:
-        """From `pack.unpack`; raises InputError for zero or non-finite scales and groups of unequal size."""
+        """Codes from the result of `GptqReader.unpack`.
+
+        Raises InputError for zero or non-finite scales and groups of unequal size.
+        """
         if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
             raise InputError(
                 f"{where}.scales: holds zeros, NaN or infinity: the checkpoint is damaged, quantize it again"
@@ -156,11 +159,17 @@ def read_linear(reader: GptqReader, stem: str, device: torch.device = CPU) -> Co
 
 
 def fill(
-    model: nn.Module, prefix: str, reader: GptqReader, names: Mapping[str, str], *,
-    device: torch.device, dtype: torch.dtype,
-) -> dict[str, ScaledLinear]:  # fmt: skip
-    """Give the parameters of `model` that begin with `prefix` their values; quantized linears are replaced.
+    model: nn.Module,
+    prefix: str,
+    reader: GptqReader,
+    names: Mapping[str, str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, ScaledLinear]:
+    """Load the parameters of `model` whose names begin with `prefix`.
 
+    Quantized linears are replaced by `ScaledLinear`.
     names: parameter -> stored name. dtype: of products; vectors (norms, biases) stay fp32. Returns stored stem -> layer.
     """
     layers: dict[str, ScaledLinear] = {}
@@ -203,7 +212,10 @@ def trainable_vectors(
 
 
 def trainable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> TrainableVector:
-    """The scales of `layers` (stored stem -> layer) as one vector; each layer then holds views into the vector."""
+    """The scales of `layers` (stored stem -> layer) as one vector.
+
+    Each layer then holds views into the vector.
+    """
     parts = {f"{stem}.scales": (layer.codes.scale, layer.codes.scale) for stem, layer in layers.items()}
     scales = TrainableVector.concatenate(parts, deployable, dtype)
     for stem, layer in layers.items():

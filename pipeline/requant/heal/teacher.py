@@ -36,7 +36,10 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 
 class _RoundedTap(HeadTap):
-    """Hidden states in the dtype of the head's product: the tolerance of `prove_head` depends on the dtype."""
+    """Hidden states in the dtype of the head's product.
+
+    The tolerance of `prove_head` depends on the dtype.
+    """
 
     def run(self, model: Any, ids: Tensor, keep: int = 1) -> tuple[Tensor, Tensor]:
         hidden, out = super().run(model, ids, keep)
@@ -45,7 +48,10 @@ class _RoundedTap(HeadTap):
 
 @torch.no_grad()
 def head_of(model: Any, ids: Tensor) -> Head:
-    """The model's LM head in the product's dtype, proved on the first positions of ids int64 [1, length]."""
+    """The model's LM head in the product's dtype.
+
+    ids: int64 [1, length]; the head is proved on its first positions.
+    """
     try:
         with precision(ids.device):
             head = prove_head(model, _RoundedTap(model), ids)
@@ -55,7 +61,7 @@ def head_of(model: Any, ids: Tensor) -> Head:
 
 
 class Teacher(Protocol):
-    """Final hidden states of windows, [n, length, width] on the student's device; and the LM head."""
+    """Final hidden states of windows, and the LM head, on the student's device."""
 
     head: Head
 
@@ -95,7 +101,10 @@ class StoredTeacher:
 def store_teacher(
     teacher: ResidentTeacher, file: Path, *, digest: str, batch: int, progress: Progress | None = None
 ) -> None:
-    """Write a teacher's hidden states of all windows, in 16 bit (fp32 on a CPU); `file` appears when complete."""
+    """Write a teacher's hidden states of all windows, in 16 bit (fp32 on a CPU).
+
+    `file` appears when complete.
+    """
     count, length = teacher.windows.shape
     dtype = product_dtype(teacher.device)
     like = teacher.hidden([0]).to(dtype)

@@ -142,7 +142,10 @@ class Trainer:
         self.curve.held_out.append((done, value))
 
     def run(self, state: Path | None, key: str = "", progress: Progress | None = None) -> LossCurve:
-        """All steps, resumed from the file `state` if it belongs to `key`; the student ends with its best offsets."""
+        """Run all steps, resumed from the file `state` if it belongs to `key`.
+
+        The student ends with its best offsets.
+        """
         chosen, validated = batches(self.train, self.settings), self.settings.validation_steps()
         begin = self.restore(state, key) if state else 0
         with deterministic(self.best[0].device):
@@ -178,7 +181,10 @@ class Trainer:
             save_file(on_host, temporary, {"key": key, "curve": self.curve.to_json()})
 
     def restore(self, state: Path, key: str) -> int:
-        """Load what `save` wrote for the same key; returns the number of steps done, 0 without such a file."""
+        """Load the state that `save` wrote for the same key.
+
+        Returns the number of steps done, 0 without such a file.
+        """
         if not state.exists():
             return 0
         with safe_open(state, framework="pt") as file:
@@ -198,9 +204,9 @@ class Trainer:
 
 
 class EndToEndLoss:
-    """The loss of a whole student: KL(teacher || student) over all positions of the healing windows.
+    """The loss of a whole student: KL(teacher || student) over the healing windows.
 
-    The teacher's hidden states of the held-out windows are cached: every validation uses them.
+    All positions count. The teacher's hidden states of the held-out windows are cached: every validation uses them.
     """
 
     def __init__(self, student: Student, teacher: Teacher, text: HealingText, device: torch.device) -> None:
@@ -221,7 +227,10 @@ class EndToEndLoss:
         return total / ids.shape[1]
 
     def _teacher_states(self, numbers: Sequence[int]) -> Tensor:
-        """The teacher's final hidden states [n, length, width]; those of held-out windows come from the cache."""
+        """The teacher's final hidden states [n, length, width].
+
+        Those of held-out windows come from the cache.
+        """
         if not set(numbers) <= set(self.held_out):
             return self.teacher.hidden(numbers)
         if tuple(numbers) not in self.cached:

@@ -38,7 +38,7 @@ class BlockInput:
 
 
 def larger_half(count: int) -> int:
-    """Of so many windows, at least one."""
+    """The larger half of `count` windows, at least one."""
     return max(1, -(-count // 2))
 
 
@@ -66,9 +66,9 @@ class _Captured(Exception):
 class Walk:
     """A model's weights as a sequence of blocks, of which one at a time is in memory.
 
-    device, dtype: where and in what precision blocks run (fp32 on the CPU). names: parameter -> stored name, where it is
-    not what `skeleton.tensor_names` finds (then of both ends of a tie). Parameters that have values already, such as an
-    adapter's, keep them.
+    device, dtype: where and in what precision blocks run (fp32 on the CPU). names: parameter -> stored name, where the
+    caller knows better than `skeleton.tensor_names` (then of both ends of a tie). Parameters that have values already,
+    such as an adapter's, keep them.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Walk:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def load(self, index: int, *, ahead: bool = True) -> nn.Module:
-        """Load the weights of block `index`; ahead: on a GPU, start to load those of the next block."""
+    def load(self, index: int, *, read_next: bool = True) -> nn.Module:
+        """Load the weights of block `index`; read_next: on a GPU, start to load the next too."""
         block = self.blocks[index]
         if _filled(block):
             return block
@@ -108,7 +108,7 @@ class Walk:
         else:
             tensors = self._read(block, f"{self.prefix}.{index}.")
         skeleton.place(block, tensors)
-        if ahead:
+        if read_next:
             self.read_soon(index + 1)
         return block
 
@@ -118,7 +118,7 @@ class Walk:
             self._coming[index] = self._reader.submit(self._read_ahead, index)
 
     def no_reading_ahead(self) -> None:
-        """Only what is asked for is read."""
+        """Read no block before it is loaded."""
         self._reader = None
 
     def forget(self, index: int) -> None:
@@ -134,7 +134,7 @@ class Walk:
         return tensors
 
     def release(self, module: nn.Module) -> None:
-        """Take the weights away again."""
+        """Release the weights of a module; its parameters are on the meta device again."""
         for sub in module.modules():
             for name, parameter in sub._parameters.items():
                 if parameter is not None and id(parameter) not in self.own:
@@ -159,7 +159,7 @@ class Walk:
         return self.embed_all(torch.split(windows, batch))
 
     def embed_all(self, batches: Sequence[Tensor]) -> list[BlockInput]:
-        """The same for batches int64 [n, length] of any size each.
+        """Run what precedes the blocks on batches int64 [n, length] of any size each.
 
         The other arguments (rotary tables, masks) are recorded for every block, once per size.
         """
@@ -169,7 +169,7 @@ class Walk:
             for name, module in outside:
                 skeleton.place(module, self._read(module, name + "."))
         except BaseException:
-            self._coming.pop(0, None)  # memory is what there may be too little of
+            self._coming.pop(0, None)  # it holds memory, and the error may be a lack of memory
             raise
         first = self.load(0)
         recorded: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -310,7 +310,7 @@ class Walk:
 
 
 def _filled(block: nn.Module) -> bool:
-    """Whether it has its weights."""
+    """Whether a block has its weights."""
     return all(not p.is_meta for p in block.parameters())
 
 

@@ -52,8 +52,19 @@ _GATE_UP = Fused(parts=("gate_proj", "up_proj"), pattern="[gu]*_proj")
 FAMILIES = (
     Family(
         model_types=(
-            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "cohere", "cohere2", "olmo2",
-            "granite", "smollm3",
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "stablelm",
+            "cohere",
+            "cohere2",
+            "olmo2",
+            "granite",
+            "smollm3",
         ),
         fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
         by_inputs=frozenset({"o_proj", "down_proj"}),
@@ -73,34 +84,48 @@ FAMILIES = (
         uncut=frozenset({"gate", "q_a_proj", "kv_a_proj_with_mqa"}),
     ),
     Family(
-        model_types=("granitemoe",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"o_proj", "output_linear"}),
+        model_types=("granitemoe",),
+        fused={"qkv_proj": _QKV},
+        by_inputs=frozenset({"o_proj", "output_linear"}),
         key_heads=frozenset({"k_proj", "v_proj"}),
     ),
     Family(  # fused in the checkpoint already
-        model_types=("phi3", "glm4"), by_inputs=frozenset({"o_proj", "down_proj"}), fused_heads=frozenset({"qkv_proj"}),
+        model_types=("phi3", "glm4"),
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        fused_heads=frozenset({"qkv_proj"}),
     ),
     Family(
-        model_types=("phi",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"dense", "fc2"}),
+        model_types=("phi",),
+        fused={"qkv_proj": _QKV},
+        by_inputs=frozenset({"dense", "fc2"}),
         key_heads=frozenset({"k_proj", "v_proj"}),
     ),
     Family(
-        model_types=("starcoder2",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"o_proj", "c_proj"}),
+        model_types=("starcoder2",),
+        fused={"qkv_proj": _QKV},
+        by_inputs=frozenset({"o_proj", "c_proj"}),
         key_heads=frozenset({"k_proj", "v_proj"}),
     ),
     Family(
-        model_types=("opt",), fused={"qkv_proj": _QKV}, by_inputs=frozenset({"out_proj", "fc2"}),
+        model_types=("opt",),
+        fused={"qkv_proj": _QKV},
+        by_inputs=frozenset({"out_proj", "fc2"}),
         key_heads=frozenset({"k_proj", "v_proj"}),
     ),
     Family(model_types=("gpt2",), by_inputs=frozenset({"c_proj"}), fused_heads=frozenset({"c_attn"})),
     Family(
-        model_types=("gpt_neox",), by_inputs=frozenset({"dense", "dense_4h_to_h"}), fused_heads=frozenset({"query_key_value"}),
+        model_types=("gpt_neox",),
+        by_inputs=frozenset({"dense", "dense_4h_to_h"}),
+        fused_heads=frozenset({"query_key_value"}),
     ),
     Family(  # bitsandbytes does not know its class as a Linear: a base in 4 bits holds it in 16
-        model_types=("falcon",), linear_classes=frozenset({"FalconLinear"}),
-        by_inputs=frozenset({"dense", "dense_4h_to_h"}), fused_heads=frozenset({"query_key_value"}),
+        model_types=("falcon",),
+        linear_classes=frozenset({"FalconLinear"}),
+        by_inputs=frozenset({"dense", "dense_4h_to_h"}),
+        fused_heads=frozenset({"query_key_value"}),
     ),
     Family(model_types=("mpt",), by_inputs=frozenset({"out_proj", "down_proj"}), fused_heads=frozenset({"Wqkv"})),
-)  # fmt: skip
+)
 
 LINEAR_CLASSES = frozenset[str]().union(*(f.linear_classes for f in FAMILIES))
 FUSED: dict[str, Fused] = {name: fused for f in FAMILIES for name, fused in (f.fused or {}).items()}

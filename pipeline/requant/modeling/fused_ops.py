@@ -1,8 +1,8 @@
 """RMS norms, rotary embeddings and gated activations as one Triton kernel each.
 
-transformers writes them as 2 to 12 operations that each read and write the whole tensor: a third of a forward's time. What
-stands here rounds where those do. It is put in their place only where it gave the same numbers on a sample, so a model that
-means something else by these names keeps its own.
+transformers writes them as 2 to 12 operations that each read and write the whole tensor: a third of a forward's time. The
+kernels here round at the same steps. A kernel replaces an operation only where both gave the same numbers on a sample: a
+model that uses one of these names for another operation keeps its own.
 """
 
 from __future__ import annotations

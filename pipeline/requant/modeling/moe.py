@@ -36,8 +36,9 @@ class SplitExperts(nn.Module):
 
     floor: while calibrating, an expert gets at least this share of the rows it would get if all were chosen alike:
     tokens routed elsewhere are added to its input, their outputs are dropped. `added` counts them by expert.
-    leader: (at most one) the experts that run ahead on the same tokens with other hidden states; their rows come first in each
-    input here, so that the two inputs can be compared row by row. What this forward returns is not changed by either.
+    leader: (at most one) experts that run before these on the same tokens with other hidden states. The leader's rows come
+    first in each input here, so that the two inputs can be compared row by row.
+    Neither `floor` nor `leader` changes what the forward returns.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -77,7 +78,7 @@ class SplitExperts(nn.Module):
         rows: tuple[Tensor, ...] = torch.split(order, counts)[: self.count]
         if self.leader:
             (leader,) = self.leader
-            return tuple(_first(own, ahead) for own, ahead in zip(rows, leader.rows, strict=True))
+            return tuple(_leader_first(own, leading) for own, leading in zip(rows, leader.rows, strict=True))
         if self.floor:
             least = min(tokens, -(-int(self.floor * tokens * k) // self.count))
             filled = tuple(_fill(own, least, tokens) for own in rows)
@@ -120,13 +121,13 @@ def share_added(block: nn.Module, linear: str) -> float:
     return 0.0
 
 
-def _first(own: Tensor, ahead: Tensor) -> Tensor:
-    """`ahead`, then what only `own` has."""
-    return torch.cat((ahead, own[~torch.isin(own, ahead)]))
+def _leader_first(own: Tensor, leading: Tensor) -> Tensor:
+    """The rows of the leader, then those that only `own` has."""
+    return torch.cat((leading, own[~torch.isin(own, leading)]))
 
 
 def _fill(own: Tensor, least: int, tokens: int) -> Tensor:
-    """`own` rows, and others evenly spread over all tokens until there are `least`."""
+    """`own` rows, and others evenly spread over all tokens up to `least` rows."""
     lacking = least - len(own)
     if lacking <= 0:
         return own

@@ -1,7 +1,7 @@
 """All batches through a block in one forward each, paused at every group of linears.
 
 Each batch's forward is a greenlet, a call stack of its own. A hook on the first linear of each group switches back to
-the caller with that linear's input, and the forward continues there when the caller switches to it again:
+the caller with that linear's input, and the forward continues at that point when the caller switches to it again:
 
     batch 0   norm ─┤ pause at q,k,v ├─ attention ─┤ pause at o ├─ ... ─ output
     batch 1   norm ─┤ pause at q,k,v ├─ attention ─┤ pause at o ├─ ... ─ output
@@ -35,8 +35,8 @@ def run_paused(run: BlockRun) -> None:
         for item in run.items
     ]
 
-    def inputs(group: LinearGroup, starting: bool) -> Inputs:
-        """starting: the forwards have not begun, and take their arguments."""
+    def inputs(group: LinearGroup, *, starting: bool) -> Inputs:
+        """The batches' inputs of a group. starting: the forwards start now, with their arguments."""
         for forward, reference, item, other in zip(forwards, references, run.items, run.arguments, strict=True):
             x = _continue(forward, (run.block, item.hidden, other) if starting else (), group)
             unquantized = None
@@ -48,7 +48,7 @@ def run_paused(run: BlockRun) -> None:
 
     try:
         for position, group in enumerate(run.groups):
-            run.on_group(group, inputs(group, position == 0))
+            run.on_group(group, inputs(group, starting=position == 0))
         for forward, reference, item in zip(forwards, references, run.items, strict=True):
             item.hidden = run.walk.states.put(forward.switch())
             item.passed += 1

@@ -55,7 +55,7 @@ def run_block(
 
 
 def _run_again_for_each_group(run: BlockRun) -> None:
-    """The algorithm of this file as it is written at its head."""
+    """Run the block again from its start for each group (the module's docstring)."""
     walk, items, reference = run.walk, run.items, run.reference_block
 
     def inputs(group: LinearGroup) -> Inputs:
@@ -95,13 +95,13 @@ def pass_on(
 
 
 def start_unquantized(walk: Walk, items: Sequence[BlockInput]) -> None:
-    """Let these batches, which have passed no block, also run unquantized."""
+    """Start the unquantized run of these batches, which have passed no block."""
     for item in items:
         item.unquantized = walk.states.put(item.hidden.to(walk.device))
 
 
 class _GroupReached(Exception):
-    """Ends a forward at the group that was asked for."""
+    """Ends a forward at a group."""
 
 
 def _input_of(block: nn.Module, hidden: Tensor, arguments: Any, group: LinearGroup) -> Tensor:

@@ -170,14 +170,14 @@ def tied_pair(model: nn.Module) -> tuple[str, str] | None:
     return f"{names[id(ends[0])]}.weight", f"{names[id(ends[1])]}.weight"
 
 
-def place(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, turn: bool = True) -> None:
+def place(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, transpose: bool = True) -> None:
     """Put real tensors where the model has meta parameters, by parameter name.
 
-    turn: Conv1D weights are as a 16-bit checkpoint holds them, [in, out]; False: [out, in] already, like dequantized ones.
+    transpose: Conv1D weights are [in, out], as in a 16-bit checkpoint; False: they are [out, in], as dequantized ones are.
     """
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if turn and leaf == "weight" and type(module) is linears.TransposedLinear:
+        if transpose and leaf == "weight" and type(module) is linears.TransposedLinear:
             tensor = tensor.T.contiguous()
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

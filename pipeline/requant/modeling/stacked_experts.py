@@ -1,5 +1,6 @@
-"""Where stacked expert parameters are stored: one tensor, or one per projection.
+"""Locations of stacked expert parameters in a checkpoint.
 
+They are stored as one tensor, or as one tensor for each expert and projection.
 transformers 5 holds the experts of a layer in parameters [experts, rows, columns]; adapters are named after these.
 """
 
@@ -14,7 +15,7 @@ from requant.modeling import moe
 
 
 def stacked(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fused]:
-    """Stacked parameter's name -> its places, of a model from `skeleton.build`.
+    """Name of a stacked parameter -> its stored tensors, of a model from `skeleton.build`.
 
     names: `skeleton.tensor_names`. shapes: of the checkpoint's tensors. A parameter that is not stored is left out.
     """
@@ -32,7 +33,7 @@ def stacked(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tup
 def _split(
     module: str, experts: moe.SplitExperts, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Fused]:
-    """The two stacked parameters that one module of split experts stands for."""
+    """The two stacked parameters that one module of split experts replaces."""
     found = {}
     for leaf, roles in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
         linear: nn.Linear = experts.get_submodule(f"0.{roles[0]}")  # type: ignore[assignment]

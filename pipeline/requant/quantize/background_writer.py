@@ -1,7 +1,7 @@
 """Writes finished blocks on background threads (rank 0 only).
 
-Each finished block is a resume point once it is on disk. Its tensors have left the device before the next but one is
-finished; the disk may take a few blocks longer.
+Each finished block is a resume point once it is on disk. Its tensors are copied to the host before the block after the
+next is finished; the disk may be a few blocks behind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from requant.quantize.plan import OUTPUT_FORMAT, Plan, convert
 from requant.runtime.pinned_memory import Staging, on
 
 JOURNAL = "blocks.json"
-BEHIND = 4  # finished blocks that the disk may still be taking in: at first it has the embeddings to take in too
+BEHIND = 4  # finished blocks that may not be on disk yet: at first the embeddings are written too
 
 
 class SideStream:
@@ -33,7 +33,7 @@ class SideStream:
         self.stream: Any = None
 
     def solved(self, tensor: Tensor) -> Any:
-        """Called by the thread that solves: what `once` waits for."""
+        """The event that `once` waits for; called by the thread that solves."""
         if not tensor.is_cuda:
             return None
         self.stream = self.stream or torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
@@ -41,7 +41,10 @@ class SideStream:
 
     @contextmanager
     def once(self, solved: Any) -> Iterator[None]:
-        """Called by the other thread. All that is made inside must have left the GPU at the end."""
+        """Context on the side stream after `solved`; called by the writing thread.
+
+        All tensors made inside must be copied to the host at its end.
+        """
         if solved is None:
             yield
             return
@@ -60,30 +63,30 @@ class BlockWriter:
         pass
 
     def finished(self) -> list[list[dict[str, Any]]]:
-        """Results of the blocks that are whole on disk, also those that an earlier run has left."""
+        """Results of the blocks that are complete on disk, also those of an interrupted run."""
         return []
 
     def resume(self, index: int) -> None:
-        """Block `index` is one of these: nothing of it will be written."""
+        """Mark block `index`, a finished one, as written."""
 
     def read(self, module: str, bits: int) -> Tensor:
         """The weight of a finished module as servers dequantize it, fp32 [rows, n]."""
         raise NotImplementedError("only the first rank reads what was written")
 
     def put(self, module: str, solution: gptq.Solution) -> None:
-        """Have a solved module's tensors packed and written."""
+        """Start to pack and write a solved module's tensors."""
 
     def end(self, index: int) -> None:
-        """Have the rest of block `index` written: what comes now is of the next one."""
+        """Start to write the rest of block `index`; later tensors belong to the next one."""
 
     def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
-        """Have the oldest block that has ended, `index`, noted once all of it is on disk."""
+        """Add block `index`, the oldest that has ended, to the journal once it is on disk."""
 
     def settle(self, behind: int = 0) -> None:
         """Wait until committed blocks left the device and all but the last `behind` are on disk."""
 
     def close(self) -> None:
-        """Finish the files, once what lies outside of the blocks is in them too."""
+        """Finish the files, after the tensors outside of the blocks are written too."""
 
 
 class BackgroundWriter(BlockWriter):
@@ -96,11 +99,11 @@ class BackgroundWriter(BlockWriter):
         self.slots = {s.name: s for s in plan.slots}
         self.disk, self.side_stream, self.staging = ThreadPoolExecutor(1), SideStream(), Staging()
         self.syncing, self.outside_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.writing: list[Future[None]] = []  # of the block at work
+        self.writing: list[Future[None]] = []  # of the block being solved
         self.ended: list[list[Future[None]]] = []
         self.written: list[Future[None]] = []  # of blocks that are committed
         self.committed: list[Future[None]] = []
-        # What lies outside of the blocks is large: it is on its way while the first ones are solved, and none waits for it.
+        # The tensors outside of the blocks are large: they are written while blocks are solved, and no block waits for them.
         inside = {n for names in plan.block_slots for n in names}
         self.outside = self.outside_pool.submit(self._write_rest, [n for n in self.slots if n not in inside])
 
@@ -135,7 +138,7 @@ class BackgroundWriter(BlockWriter):
 
     def settle(self, behind: int = 0) -> None:
         if self.outside.done():
-            self.outside.result()  # where that failed, all else is in vain
+            self.outside.result()  # if that failed, the run cannot finish
         while self.written:
             self.written.pop(0).result()
         while self.committed and (len(self.committed) > behind or self.committed[0].done()):
@@ -165,5 +168,5 @@ def _packed(solution: gptq.Solution) -> dict[str, Tensor]:
     scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
     try:
         return OUTPUT_FORMAT.pack(solution.codes, scale, zero, bits)
-    except torch.OutOfMemoryError:  # what waits may have left no room
+    except torch.OutOfMemoryError:  # paused batches may hold all memory
         return OUTPUT_FORMAT.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)

@@ -32,21 +32,31 @@ from requant.runtime.ranks import Ranks
 
 
 class Quantizer:
-    """Quantizes the blocks of one model; on an error, commits what is solved."""
+    """Quantizes the blocks of one model; on an error, commits the block that is solved."""
 
     def __init__(
-        self, walk: Walk, plan: Plan, settings: Settings, output: BlockWriter, ranks: Ranks, *,
-        calibration: CalibrationPlan, deltas: Deltas | None, notes: list[str] | None = None, warming: WarmUp | None = None,
-    ) -> None:  # fmt: skip
-        """calibration: the plan of the batches given to `block`. deltas: by stored name.
+        self,
+        walk: Walk,
+        plan: Plan,
+        settings: Settings,
+        output: BlockWriter,
+        ranks: Ranks,
+        *,
+        calibration: CalibrationPlan,
+        deltas: Deltas | None,
+        notes: list[str] | None = None,
+        warming: WarmUp | None = None,
+    ) -> None:
+        """Prepare to quantize the blocks of `walk`.
 
-        notes: gets what goes otherwise than begun. warming: waited for before the first group is solved.
+        calibration: the plan of the batches given to `block`. deltas: the adapter's, by stored name.
+        notes: gets a line for each change of plan. warming: waited for before the first group is solved.
         """
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
         self.calibration = calibration
         self.deltas = deltas or (lambda _: None)
-        self.judging = ranks.broadcast(deltas is not None)  # the first rank judges: the others have no deltas
-        self.costs = BlockResults()
+        self.measures_deltas = ranks.broadcast(deltas is not None)  # only the first rank has deltas
+        self.block_results = BlockResults()
         self.uncommitted: tuple[int, BlockResults] | None = None  # the last block, until its results are on the host
         self.groups: dict[tuple[str, ...], list[LinearGroup]] = {}
         self.results: list[ModuleResult] = []
@@ -62,26 +72,27 @@ class Quantizer:
         alone = self.ranks.count == 1  # several would wait for each other
         if kind is not None and alone and profile_of(self.walk.device).commits_later:
             with suppress(StageError):
-                self.hand_over()
+                self.commit_block()
 
     def block(self, index: int, items: list[BlockInput]) -> None:
-        """Quantize one block; `items` become its output. `hand_over` or the next block commits it.
+        """Quantize one block; `items` become its output.
 
-        Out of memory, it is begun again from its inputs in ways that take less; once all of it is solved, only the
-        batches that have not come through it are.
+        `commit_block` or the next call commits the block.
+        Out of memory, the block restarts from its inputs with a plan that takes less memory. Once all of its linears are
+        solved, only the batches that have not passed the block run again.
         """
         while not self._solved(index, items):
-            self.hand_over()  # taking less may be more than can be had
+            self.commit_block()  # no plan may take less: then leaner() raises
             self.calibration = self.recovery.leaner(self.calibration, index, items)
         block = self.walk.blocks[index]
-        self.hand_over()  # the block before, if no group has done so
+        self.commit_block()  # the block before, if no group has committed it
         self.walk.read_soon(index + 1)  # likewise
         while not follow(self.walk, block, self.reference_block, index, items):
             self.calibration = self.recovery.leaner(self.calibration, index, items)
         self.reference_block = None
-        self.costs.send(self.walk.states.total())
+        self.block_results.send(self.walk.states.total())
         self.output.end(index)
-        self.uncommitted, self.costs = (index, self.costs), BlockResults()
+        self.uncommitted, self.block_results = (index, self.block_results), BlockResults()
         self.walk.release(block)
 
     def _solved(self, index: int, items: Sequence[BlockInput]) -> bool:
@@ -95,16 +106,16 @@ class Quantizer:
             if self.ranks.count > 1:
                 raise  # the others wait elsewhere
         except NotFiniteError:  # on all ranks
-            self.hand_over()  # the block before may have put it out
+            self.commit_block()  # the block before may have produced the NaN: its error is raised first
             raise
         if groups is not None and len(solved) == len(groups):
             return True
-        self.costs = BlockResults()
+        self.block_results = BlockResults()
         self.walk.release(self.walk.blocks[index])
         return False
 
     def _groups(self, index: int, item: BlockInput) -> list[LinearGroup]:
-        block, prefix = self.walk.load(index, ahead=False), f"{self.walk.prefix}.{index}."
+        block, prefix = self.walk.load(index, read_next=False), f"{self.walk.prefix}.{index}."
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.groups:
             self.groups[linears] = find_linear_groups(self.walk, index, item, linears)
@@ -140,7 +151,7 @@ class Quantizer:
     def _then_read(self, inputs: Inputs, index: int) -> Inputs:
         """The inputs of a block's last group, then host work that overlaps with the GPU's."""
         yield from inputs
-        self.hand_over()
+        self.commit_block()
         self.walk.read_soon(index)
         if not self.gc_frozen:
             set_aside(self.walk.device)
@@ -169,41 +180,50 @@ class Quantizer:
         """Accumulate the group's Hessian over all batches, solve its linears, replace their weights."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in group.linears}
         moments = gather(
-            inputs, next(iter(linears.values())).in_features, self.walk.device,
-            drifting=bool(self.settings.correct), held_from=self.calibration.held_out_from, pool=self.ranks.all_reduce,
-        )  # fmt: skip
+            inputs,
+            next(iter(linears.values())).in_features,
+            self.walk.device,
+            drifting=bool(self.settings.correct),
+            held_from=self.calibration.held_out_from,
+            pool=self.ranks.all_reduce,
+        )
         if self.warming:
             self.warming.wait()
-        solving = solve_group(linears, self.plan.grids, moments, self.settings, self.ranks, wanted=self.judging)
-        del moments  # as large as anything here; used up as it is solved
+        solving = solve_group(
+            linears, self.plan.grids, moments, self.settings, self.ranks, keep_weights=self.measures_deltas
+        )
+        del moments  # the largest tensors here: the solver releases them as it proceeds
         for solved in solving:
             quantized = solved.solution.weight()
             self._keep(solved, quantized)
             linears[solved.name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
     def _keep(self, solved: Solved, quantized: Tensor) -> None:
-        """Have one linear's tensors written, and what it cost counted."""
-        self.costs.add(solved.name, solved.solution, self._survival(solved, quantized))
+        """Start to write one linear's tensors, and add its numbers to the block's results."""
+        self.block_results.add(solved.name, solved.solution, self._retention(solved, quantized))
         self.output.put(self._stored(solved.name), solved.solution)
 
-    def _survival(self, solved: Solved, quantized: Tensor) -> Tensor | None:
-        """What is left of the adapter's delta in one module, None where it has none."""
-        delta = None if solved.wanted is None else self.deltas(f"{self._stored(solved.name)}.weight")
-        if delta is None or solved.wanted is None:
+    def _retention(self, solved: Solved, quantized: Tensor) -> Tensor | None:
+        """The adapter's delta against the error of one linear; None where there is no delta."""
+        delta = None if solved.weight is None else self.deltas(f"{self._stored(solved.name)}.weight")
+        if delta is None or solved.weight is None:
             return None
-        return measure(delta.to(quantized.device), quantized - solved.wanted, solved.hessian)
+        return measure(delta.to(quantized.device), quantized - solved.weight, solved.hessian)
 
-    def hand_over(self) -> None:
-        """Hand over the last block with what it cost, if that has not been done."""
+    def commit_block(self) -> None:
+        """Commit the last block with its results, if it has not been committed.
+
+        Raises StageError when the block's output is not finite.
+        """
         if self.uncommitted is None:
             return
-        (index, costs), self.uncommitted = self.uncommitted, None
+        (index, block_results), self.uncommitted = self.uncommitted, None
         block, prefix = self.walk.blocks[index], f"{self.walk.prefix}.{index}."
-        if not self.ranks.all(costs.finite()):
+        if not self.ranks.all(block_results.finite()):
             raise StageError(
                 f"{prefix.rstrip('.')}: its output holds NaN or infinity on the calibration text ({self.walk.dtype})"
             )
         pool_experts(block, self.ranks.sum)
-        results = costs.results(lambda name: share_added(block, name.removeprefix(prefix)))
+        results = block_results.results(lambda name: share_added(block, name.removeprefix(prefix)))
         self.results += results
         self.output.commit(index, [asdict(r) for r in results])

@@ -94,7 +94,10 @@ def batch_size(device: torch.device, length: int) -> int:
 
 
 def _held_out_from(batches: int, numbers: list[int]) -> int | None:
-    """The first held-out batch of this rank, whose batches have `numbers` among all; None: no batch."""
+    """The first held-out batch of this rank; None: no batch is held out.
+
+    batches: of all ranks together. numbers: those of this rank's batches among them.
+    """
     first = batches - max(1, batches // HELD_OUT_SHARE)
     return sum(n < first for n in numbers) if batches > 1 else None
 

@@ -21,7 +21,8 @@ from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 class Correction:
     """Corrected weights of one group, by a solve for their rows or, if smaller, for the drift.
 
-    Several ranks share the drift; rows they have shared before. Holds no more than what moves are still to be asked for.
+    The solve for the drift is distributed over the ranks; the rows of the weights already are.
+    Tensors are released as soon as no later call needs them.
     """
 
     def __init__(self, drift: Tensor | None, weights: Sequence[Tensor], ranks: Ranks = SINGLE_PROCESS) -> None:
@@ -34,10 +35,12 @@ class Correction:
         self.solved: Tensor | None = None
         self.left = len(weights)
 
-    def moved(self, position: int, weight: Tensor, factor: Factor, share: float) -> Tensor:
-        """W + share * W drift (H + damping)^-1, fp32 [rows, n], of the weight at `position`, once for each weight.
+    def corrected(self, position: int, weight: Tensor, factor: Factor, share: float) -> Tensor:
+        """The corrected weight W + share * W drift (H + damping)^-1, fp32 [rows, n].
 
-        factor: of the Hessian; the first to come solves for the drift. Where it is none (`diagonal`) the weight stays.
+        position: the weight's place among `weights`; each weight is corrected once.
+        factor: of the Hessian; the first call's factor solves for the drift. After a failed factorization (`diagonal`)
+        the weight is returned unchanged.
         """
         self.left -= 1
         if share and self.drift is not None:
@@ -55,7 +58,10 @@ class Correction:
         return None if self.solved is None else weight @ self.solved
 
     def _solve(self, drift: Tensor, factor: Factor) -> None:
-        """Solve for this rank's columns, then gather all; also after a failed factor, as others wait."""
+        """Solve for this rank's rows of the drift, then gather the rows of all ranks.
+
+        Ranks also gather after a failed factorization: the others wait for this rank's rows.
+        """
         part = self.ranks.own_rows(drift)
         own = torch.zeros_like(part) if factor.diagonal else _solved(part.T, factor).T
         self.solved = self.ranks.all_gather_rows(own, len(drift))

@@ -31,15 +31,20 @@ def write_small_files(
             overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
     overrides |= {layout.renamed[name]: own for name, own in overrides.items() if name in layout.renamed}
     every = [*layout.grids, *layout.left, *layout.renamed.values()]
-    # Engines hold experts in a class of its own, and take it for quantized unless a rule names it.
+    # Engines hold experts in one module of its own class, and treat it as quantized unless a rule names it.
     overrides |= _fused(overrides) | _containers(overrides, every) | dict.fromkeys(layout.fused)
-    # Only where it says something: vLLM compares it with names of its own, which differ for gpt-oss.
-    wanted = layout.left and not layout.partly_left
-    inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if wanted else []
+    # Only where it adds information: vLLM compares it with names of its own, which differ for gpt-oss.
+    list_quantized = layout.left and not layout.partly_left
+    inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if list_quantized else []
     quantization = OUTPUT_FORMAT.config(
-        bits=settings.grid.bits, group_size=settings.grid.group_size, symmetric=settings.grid.symmetric,
-        damp=damp, overrides=overrides, quantized=inside, meta=meta,
-    )  # fmt: skip
+        bits=settings.grid.bits,
+        group_size=settings.grid.group_size,
+        symmetric=settings.grid.symmetric,
+        damp=damp,
+        overrides=overrides,
+        quantized=inside,
+        meta=meta,
+    )
     config = model_files.edit_config(read_json(source / "config.json"), dtype=str(dtype).removeprefix("torch."))
     model_files.write_json(out / "config.json", config | {"quantization_config": quantization})
     model_files.write_json(out / "quantize_config.json", quantization)

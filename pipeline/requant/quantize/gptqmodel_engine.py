@@ -53,10 +53,20 @@ def check(settings: Settings) -> None:
 
 @torch.no_grad()
 def quantize(
-    source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
-    batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
-    deltas: Deltas | None = None, progress: Progress | None = None,
-) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
+    source: Path,
+    out: Path,
+    windows: Tensor,
+    settings: Settings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int | None = None,
+    trust_remote_code: bool = False,
+    max_shard: int = 5 * 10**9,
+    meta: Mapping[str, Any] | None = None,
+    deltas: Deltas | None = None,
+    progress: Progress | None = None,
+) -> tuple[Plan, list[ModuleResult]]:
     """As `quantize.quantize`, with grid, overrides and damp of `settings`; raises StageError."""
     check(settings)
     batch = batch or batch_size(device, windows.shape[1])
@@ -80,9 +90,16 @@ def quantize(
 
 
 def _run(
-    source: Path, out: Path, windows: Tensor, settings: Settings, layout: Plan, dtype: torch.dtype,
-    device: torch.device, batch: int, trust: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    out: Path,
+    windows: Tensor,
+    settings: Settings,
+    layout: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    trust: bool,
+) -> None:
     """Let the library quantize `source` and save to `out`."""
     with _silent():
         from gptqmodel import GPTQModel, QuantizeConfig

@@ -13,15 +13,13 @@ from requant.modeling.moe import split_experts
 from requant.runtime.device import free_bytes, profile_of
 
 MEMORY_SHARE = 0.9  # of a GPU's free memory that paused batches may take by our estimate
-MEMORY_SHARE_OF_RANKS = (
-    0.6  # the same with several ranks: none can restart a block with less while the others wait for it
-)
+MEMORY_SHARE_OF_RANKS = 0.6  # with several ranks, none of which can restart a block while the others wait
 UNQUANTIZED_TOKENS = 8  # run unquantized too, for each input of the widest linear, to measure what earlier layers lost
 SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring takes
 
 
 def unquantized_every(walk: Walk, windows: Tensor) -> int:
-    """One batch in so many is enough to measure how far inputs have drifted."""
+    """One batch in this many also runs unquantized, to measure the drift of inputs."""
     widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
     return max(
         1, round(windows.numel() / max(UNQUANTIZED_TOKENS * widest, profile_of(walk.device).least_unquantized_tokens))
@@ -32,7 +30,7 @@ def fits_inside_block(walk: Walk, tokens: int, unquantized: float = 0.0, memory_
     """Whether all batches can pause inside a block; always on the CPU.
 
     memory_share: of a GPU's free memory that they may take. unquantized: the share of tokens that also runs unquantized.
-    Where the estimate is too low and memory runs out, a rank that works alone restarts the block with less (`out_of_memory`).
+    The estimate may be too low: a single rank then restarts the block with a plan that takes less (`out_of_memory`).
     """
     if walk.device.type != "cuda":
         return True

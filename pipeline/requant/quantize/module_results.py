@@ -20,9 +20,12 @@ Added = Callable[[str], float]
 """A linear of the block, by its full name -> the share of its calibration rows that were added to it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What the host knows of a solution, without its tensors. measured: whether it has a delta."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LinearFacts:
+    """The host's part of a linear's result, without tensors.
+
+    measured: whether the adapter changed the linear, so that four more numbers follow.
+    """
 
     name: str
     grid: Grid
@@ -36,60 +39,75 @@ class BlockResults:
     """The numbers of one block: `send` starts their copy to the host, `results` waits for it."""
 
     def __init__(self) -> None:
-        self.made: list[_Made] = []
+        self.linears: list[_LinearFacts] = []
         self.numbers: list[Tensor] = []
         self.arrived: Callable[[], Tensor] | None = None
 
     def add(self, name: str, solution: Solution, measured: Tensor | None) -> None:
-        """One linear; measured: of its delta, by `survival.measure`. Nothing is waited for."""
-        self.made.append(
-            _Made(name, solution.grid, solution.damp, solution.order, solution.uncoupled, measured is not None)
+        """Add one linear, without synchronization.
+
+        measured: the numbers of its adapter delta, from `delta_retention.measure`; None without a delta.
+        """
+        self.linears.append(
+            _LinearFacts(
+                name=name,
+                grid=solution.grid,
+                damp=solution.damp,
+                order=solution.order,
+                uncoupled=solution.uncoupled,
+                measured=measured is not None,
+            )
         )
         self.numbers.append(solution.sums().double())
         if measured is not None:
             self.numbers.append(measured)
 
     def send(self, total: Tensor) -> None:
-        """total: of all that the block has put out, [] on the device: finite where all of it is."""
+        """Start to copy the numbers to the host.
+
+        total: the sum of all outputs of the block, a scalar on the device: finite exactly where all outputs are.
+        """
         self.arrived = sent(torch.cat([total.double()[None], *self.numbers]))
         self.numbers.clear()
 
     def finite(self) -> bool:
+        """Whether all outputs of the block are finite; waits for the copy."""
         return bool(torch.isfinite(self._read()[0]))
 
     def results(self, added: Added) -> list[ModuleResult]:
+        """The results of all linears; waits for the copy."""
         numbers = self._read()[1:].tolist()
-        return [_result(made, numbers, added) for made in self.made]
+        return [_result(linear, numbers, added) for linear in self.linears]
 
     def _read(self) -> Tensor:
         if self.arrived is None:
-            raise RuntimeError("costs are read before they were sent")
+            raise RuntimeError("results are read before they were sent")
         return self.arrived()
 
 
-def _result(made: _Made, numbers: list[float], added: Added) -> ModuleResult:
-    """Takes its numbers from the front of all that are left."""
-    losses = Losses(made.uncoupled, *_first(numbers, 4))
-    adapted = asdict(Survival.of(_first(numbers, 4), losses.loss)) if made.measured else {}
+def _result(facts: _LinearFacts, numbers: list[float], added: Added) -> ModuleResult:
+    """The result of one linear; its numbers are removed from the front of `numbers`."""
+    losses = Losses(facts.uncoupled, *_take(numbers, 4))
+    adapted = asdict(Survival.of(_take(numbers, 4), losses.loss)) if facts.measured else {}
     if losses.fallback:
-        log.warning("%s: rounded without error feedback (damp %.2f)", made.name, made.damp)
+        log.warning("%s: rounded without error feedback (damp %.2f)", facts.name, facts.damp)
     return ModuleResult(
-        name=made.name,
-        bits=made.grid.bits,
-        group_size=made.grid.group_size,
+        name=facts.name,
+        bits=facts.grid.bits,
+        group_size=facts.grid.group_size,
         loss=losses.loss,
         relative_error=losses.relative,
         rtn_error=losses.rtn_relative,
-        damp=made.damp,
-        order=made.order,
+        damp=facts.damp,
+        order=facts.order,
         fallback=losses.fallback,
-        added=added(made.name),
+        added=added(facts.name),
         **adapted,
     )
 
 
-def _first(numbers: list[float], count: int) -> list[float]:
-    """Taken off."""
+def _take(numbers: list[float], count: int) -> list[float]:
+    """The first `count` numbers, removed from the list."""
     taken = numbers[:count]
     del numbers[:count]
     return taken
@@ -97,12 +115,13 @@ def _first(numbers: list[float], count: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleResult:
-    """Error of one quantized linear on the calibration text, against the weight it was solved for.
+    """Error of one quantized linear on the calibration text.
 
-    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). With `correct`, W is the corrected weight: what it makes
-    up for is not counted as an error. rtn_error: the same for rounding W to nearest on min-max scales.
-    added: share of an expert's calibration rows that were not routed to it, because too few were.
-    The rest, of the adapter's delta against the same error, is described in `survival`; None without a delta.
+    The error E is against the weight W that codes were solved for. With `correct`, W is the corrected weight: the
+    correction itself is not counted as an error.
+    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: relative_error of rounding W to nearest on
+    min-max scales. added: share of an expert's calibration rows that were not routed to it, because too few were.
+    The other fields compare the adapter's delta with the same error (`delta_retention`); None without a delta.
     """
 
     name: str

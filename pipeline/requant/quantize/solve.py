@@ -32,20 +32,24 @@ class Solved:
 
     name: str
     solution: gptq.Solution
-    wanted: Tensor | None
+    weight: Tensor | None
     hessian: Tensor
 
 
 def solve_group(
-    linears: Mapping[str, Any], grids: Mapping[str, Grid], moments: Moments, settings: Settings, ranks: Ranks,
-    *, wanted: bool = False,
-) -> Iterator[Solved]:  # fmt: skip
-    """Quantize the weights of `linears` against the moments of their input, which are used up.
+    linears: Mapping[str, Any],
+    grids: Mapping[str, Grid],
+    moments: Moments,
+    settings: Settings,
+    ranks: Ranks,
+    *,
+    keep_weights: bool = False,
+) -> Iterator[Solved]:
+    """Quantize the weights of `linears` against the moments of their input.
 
-    wanted: whether to keep the weights that codes were solved for.
-
-    Until the last is yielded fp32 products run on a GPU's tensor cores, for the caller too: what it measures of a solution
-    needs no more than 10 bits.
+    moments: overwritten. keep_weights: whether to keep the weights that codes were solved for.
+    Until the last linear is yielded fp32 products run on a GPU's tensor cores, for the caller too: its measurements of a
+    solution need no more than 10 bits.
     Raises NotFiniteError when the moments are not finite.
     """
     like: dict[Grid, list[str]] = {}
@@ -66,20 +70,22 @@ def solve_group(
                 columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
                 with _named(names[0]):
                     factors[key] = gptq.factorize(hessian, columns, damp, partial(cholesky_of, ranks=ranks))
-            weight = correction.moved(position, own.pop(grid), factors[key], settings.correct)
+            weight = correction.corrected(position, own.pop(grid), factors[key], settings.correct)
             part = gptq.quantize_weight(weight, hessian, factors[key], grid, order=order, sweeps=settings.sweeps)
             sizes = [linears[n].out_features for n in names]
             solutions = gather(part, sum(sizes), ranks).split(sizes)
-            weights = torch.split(ranks.all_gather_rows(weight, sum(sizes)), sizes) if wanted else [None] * len(names)
+            weights = (
+                torch.split(ranks.all_gather_rows(weight, sum(sizes)), sizes) if keep_weights else [None] * len(names)
+            )
             del weight
             yield from (
-                Solved(name=n, solution=s, wanted=w, hessian=hessian)
+                Solved(name=n, solution=s, weight=w, hessian=hessian)
                 for n, s, w in zip(names, solutions, weights, strict=True)
             )
 
 
 def cholesky_of(matrix: Tensor, *, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Factor fp32 [n, n] of all ranks as `torch.linalg.cholesky_ex`; `matrix` may be used up."""
+    """Factor fp32 [n, n] of all ranks as `torch.linalg.cholesky_ex`; may overwrite `matrix`."""
     if ranks.count > 1 and len(matrix) >= SPLIT_FROM:
         return shared_cholesky(matrix, ranks.rank, ranks.count, ranks.broadcast_async)
     lower, info = torch.linalg.cholesky_ex(matrix)
@@ -87,20 +93,26 @@ def cholesky_of(matrix: Tensor, *, ranks: Ranks) -> tuple[Tensor, Tensor]:
 
 
 def gather(part: gptq.Solution, rows: int, ranks: Ranks) -> gptq.Solution:
-    """The solution of all `rows` rows, on every rank, out of what each has solved."""
+    """The solution of all `rows` rows, on every rank, gathered from the ranks' parts."""
     groups = part.scales.scale.shape[1]
     numbers = torch.cat([part.scales.scale, part.scales.zero, part.errors.T, part.rounded[:, None].float()], dim=1)
     whole = torch.split(ranks.all_gather_rows(numbers, rows), [groups, groups, len(part.errors), 1], dim=1)
     scale, zero, errors, rounded = whole
     return replace(
-        part, codes=ranks.all_gather_rows(part.codes, rows), scales=Scales(scale.contiguous(), zero.contiguous()),
-        errors=errors.T, rounded=rounded[:, 0] > 0,
-    )  # fmt: skip
+        part,
+        codes=ranks.all_gather_rows(part.codes, rows),
+        scales=Scales(scale.contiguous(), zero.contiguous()),
+        errors=errors.T,
+        rounded=rounded[:, 0] > 0,
+    )
 
 
 @contextmanager
 def _named(linear: str) -> Iterator[None]:
-    """Name the linear whose Hessian is not finite; factoring checks this without a wait before it."""
+    """Context that names the linear whose Hessian is not finite.
+
+    The factorization checks the Hessian itself; a check before it would add a synchronization.
+    """
     try:
         yield
     except FloatingPointError as error:

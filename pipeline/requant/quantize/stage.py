@@ -1,7 +1,7 @@
 """Stage: calibrate and solve block by block, and write a GPTQ checkpoint.
 
 One block is resident. Each finished block is written while the next are solved, and is a resume point: a killed run
-replays the finished blocks from their own files and goes on with the same numbers. Several ranks share the windows, and
+replays the finished blocks from their own files and continues with the same numbers. Several ranks share the windows, and
 the rows of what is solved; each holds every block.
 """
 
@@ -49,10 +49,11 @@ def quantize(
 
     windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
     batch: windows at a time, by default about 2048 tokens on the CPU and 8192 on a GPU.
-    Blocks compute in fp32 on the CPU and in `dtype` on a GPU. deltas: what an adapter added to the weights of `source`,
-    to measure what comes through. `out` must belong to the same source, windows and settings: the caller names it after
-    their digest. With several ranks each makes this call (`Ranks.call`); only the first needs deltas, writes and tells.
-    notes: gets what goes otherwise than begun, such as smaller batches when memory runs out.
+    Blocks compute in fp32 on the CPU and in `dtype` on a GPU.
+    deltas: what an adapter added to the weights of `source`, to measure how much of it is retained.
+    notes: gets a line for each change of plan, such as smaller batches when memory runs out.
+    `out` must belong to the same source, windows and settings: the caller names it after their digest.
+    With several ranks each makes this call (`Ranks.call`). Only the first needs deltas, writes files and reports progress.
     """
     device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)
@@ -87,7 +88,8 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
     """This rank's own device; raises InputError for fewer calibration windows than ranks."""
     if windows < ranks.count:
         raise InputError(
-            f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise calibration.samples"
+            f"{windows} calibration windows cannot be split over {ranks.count} ranks: start fewer, or raise "
+            "calibration.samples"
         )
     return ranks.device_of(device)
 
@@ -95,34 +97,34 @@ def check_ranks(windows: int, device: torch.device, ranks: Ranks) -> torch.devic
 def _walk(quantizer: Quantizer, items: list[BlockInput], progress: Progress | None, passes: FusedOps) -> None:
     """Quantize every block, or replay those that an earlier run finished.
 
-    Progress counts blocks on disk. `passes` are used from the second block on, whatever is compiled sooner: a run that
-    goes on from here must compute the same numbers.
+    Progress counts blocks on disk. `passes` are used from the second block on, even if they are compiled earlier: a run
+    that resumes must compute the same numbers.
     """
     output, count = quantizer.output, len(quantizer.walk)
     finished = quantizer.ranks.broadcast(output.finished())
-    started, told = time.monotonic(), 0
+    started, reported = time.monotonic(), 0
 
-    def seen(done: int) -> None:
-        nonlocal told
-        if progress and done > told:
-            told, since = done, (time.monotonic() - started) / max(done - len(finished), 1)
+    def report(done: int) -> None:
+        nonlocal reported
+        if progress and done > reported:
+            reported, since = done, (time.monotonic() - started) / max(done - len(finished), 1)
             progress(done, count, f"{since:.1f} s a block")
 
     for index in range(count):
         if index == 1:
             if quantizer.warming:
-                quantizer.warming.wait_longer()
+                quantizer.warming.wait_all()
             passes.use()
         if index < len(finished):
             quantizer.replay(index, items)
             quantizer.results += [ModuleResult(**m) for m in finished[index]]
-            seen(index + 1)
+            report(index + 1)
         else:
             quantizer.block(index, items)
             output.settle(BEHIND)
-            seen(max(index - BEHIND, len(output.finished())))
+            report(max(index - BEHIND, len(output.finished())))
             if not profile_of(quantizer.walk.device).commits_later:
-                quantizer.hand_over()
-    quantizer.hand_over()
+                quantizer.commit_block()
+    quantizer.commit_block()
     output.settle()
-    seen(count)
+    report(count)

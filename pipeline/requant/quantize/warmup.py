@@ -32,22 +32,28 @@ COLUMNS = PROFILES[
 
 
 class WarmUp:
-    """Runs small problems of each kind in threads; leaving cancels those not started.
+    """Runs small problems of each kind in threads; on exit, those not started are cancelled.
 
-    A library or kernel that fails here fails again where it is needed, and says so there.
+    Errors are only logged here: a library or kernel that fails raises where it is first needed.
     """
 
     def __init__(
-        self, device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype,
-        *, also: Sequence[Callable[[], object]] = (), later: Callable[[], object] | None = None,
-    ) -> None:  # fmt: skip
-        """widths: inputs of a linear of each grid. later: started after all else is done.
+        self,
+        device: torch.device,
+        widths: Mapping[Grid, int],
+        settings: Settings,
+        dtype: torch.dtype,
+        *,
+        also: Sequence[Callable[[], object]] = (),
+        later: Callable[[], object] | None = None,
+    ) -> None:
+        """Prepare the parts; on a CPU there are none.
 
-        On a CPU there is nothing to do.
+        widths: inputs of a linear of each grid. also: more parts. later: runs in a thread after all parts are done.
         """
-        here = device.type == "cuda"
-        self.device, self.later = device, later if here else None
-        self.parts = [*_parts(device, widths, settings, dtype), *also] if here else []
+        on_gpu = device.type == "cuda"
+        self.device, self.later = device, later if on_gpu else None
+        self.parts = [*_parts(device, widths, settings, dtype), *also] if on_gpu else []
         self.pool = ThreadPoolExecutor(max(1, len(self.parts)))
         self.running: list[Future[None]] = []
         self.after: Future[None] | None = None
@@ -61,25 +67,31 @@ class WarmUp:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def wait(self) -> None:
-        """Until all is done, so that nothing is compiled twice."""
+        """Wait for all parts, so that nothing is compiled twice, and start `later`."""
         while self.running:
             if (error := self.running.pop().exception()) is not None:
                 log.debug("first use of a kernel failed: %s", error)
         if self.later is not None:
             self.after, self.later = self.pool.submit(_apart, self.device, self.later), None
 
-    def wait_longer(self) -> None:
-        """Until what came later is done too."""
+    def wait_all(self) -> None:
+        """Wait for all parts and for `later`."""
         self.wait()
         if self.after is not None and (error := self.after.exception()) is not None:
-            log.debug("what came later failed: %s", error)
+            log.debug("compiling the fused operations failed: %s", error)
 
 
 @contextmanager
-def ahead(
-    base: Path, layout: Plan, settings: Settings, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
-) -> Iterator[None]:  # fmt: skip
-    """Warm up for `quantize` in threads while the body runs. base: directory of its config."""
+def warm_up(
+    base: Path,
+    layout: Plan,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+) -> Iterator[None]:
+    """Context that warms up for `quantize` in threads. base: the directory of config.json."""
     if device.type != "cuda":
         yield
         return
@@ -89,22 +101,22 @@ def ahead(
         yield
 
 
-def meet(device: torch.device, *, ranks: Ranks = SINGLE_PROCESS) -> None:
-    """Called on all ranks: their GPUs find each other beside other work."""
+def connect(device: torch.device, *, ranks: Ranks = SINGLE_PROCESS) -> None:
+    """Connect the GPUs of all ranks while other work runs; every rank makes this call."""
     ranks.connect(ranks.device_of(device))
 
 
 def narrowest(model: nn.Module, layout: Plan) -> dict[Grid, int]:
     """The fewest inputs that a linear of each grid has."""
     widths: dict[Grid, int] = {}
-    for name, wanted in layout.grids.items():
+    for name, quantized in layout.grids.items():
         n: Any = model.get_submodule(name).in_features
-        widths[wanted] = min(n, widths.get(wanted, n))
+        widths[quantized] = min(n, widths.get(quantized, n))
     return widths
 
 
 def _apart(device: torch.device, work: Callable[[], object]) -> None:
-    """In a thread, which has settings of its own."""
+    """Run `work` in a thread: gradient mode and current device are set for each thread."""
     with torch.no_grad(), torch.cuda.device(device):
         work()
 
@@ -112,20 +124,23 @@ def _apart(device: torch.device, work: Callable[[], object]) -> None:
 def _parts(
     device: torch.device, widths: Mapping[Grid, int], settings: Settings, dtype: torch.dtype
 ) -> list[Callable[[], object]]:
-    """The parts of a forward and a solve that compile in parallel; none holds memory before it runs.
+    """The parts of a forward and a solve that compile in parallel.
 
-    Only one factors: torch's linear algebra must not be met by two threads at once.
+    No part holds memory before it runs. Only one part factors: torch's linear algebra libraries must not be loaded by two
+    threads at once.
     """
     parts: list[Callable[[], object]] = [
-        partial(triton_kernels.begin, device), partial(_forward, device, dtype), partial(_factor, device, settings)
-    ]  # fmt: skip
-    for wanted, width in widths.items():
+        partial(triton_kernels.begin, device),
+        partial(_forward, device, dtype),
+        partial(_factor, device, settings),
+    ]
+    for quantized, width in widths.items():
         n = width
-        if wanted.group_size > 0 and COLUMNS % wanted.group_size == 0 and width > COLUMNS:
+        if quantized.group_size > 0 and COLUMNS % quantized.group_size == 0 and width > COLUMNS:
             n = COLUMNS + width % COLUMNS
-        parts += [partial(part, device, wanted, n) for part in (_search, _solve)]
+        parts += [partial(part, device, quantized, n) for part in (_search, _solve)]
         if settings.sweeps:
-            parts.append(partial(_refine, device, wanted, n))
+            parts.append(partial(_refine, device, quantized, n))
     return parts
 
 
@@ -140,21 +155,21 @@ def _factor(device: torch.device, settings: Settings) -> None:
         cholesky.substitute(found.lower, torch.ones(COLUMNS, ROWS, device=device))
 
 
-def _search(device: torch.device, wanted: Grid, n: int) -> None:
-    grid.find_scales(torch.ones(ROWS, n, device=device), torch.ones(n, device=device), wanted)
+def _search(device: torch.device, quantized: Grid, n: int) -> None:
+    grid.find_scales(torch.ones(ROWS, n, device=device), torch.ones(n, device=device), quantized)
 
 
-def _solve(device: torch.device, wanted: Grid, n: int) -> None:
+def _solve(device: torch.device, quantized: Grid, n: int) -> None:
     factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01, 1.0)
-    gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, wanted, n), wanted)
+    gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, quantized, n), quantized)
 
 
-def _refine(device: torch.device, wanted: Grid, n: int) -> None:
+def _refine(device: torch.device, quantized: Grid, n: int) -> None:
     codes = torch.zeros(n, ROWS, dtype=torch.uint8, device=device)
     error = torch.zeros(n, ROWS, device=device)
-    gptq.refine(codes, error, torch.eye(n, device=device), 0.01, _scales(device, wanted, n), wanted, 1)
+    gptq.refine(codes, error, torch.eye(n, device=device), 0.01, _scales(device, quantized, n), quantized, 1)
 
 
-def _scales(device: torch.device, wanted: Grid, n: int) -> grid.Scales:
-    scale = torch.ones(ROWS, wanted.groups(n), device=device)
-    return grid.Scales(scale, torch.full_like(scale, wanted.levels // 2))
+def _scales(device: torch.device, quantized: Grid, n: int) -> grid.Scales:
+    scale = torch.ones(ROWS, quantized.groups(n), device=device)
+    return grid.Scales(scale, torch.full_like(scale, quantized.levels // 2))

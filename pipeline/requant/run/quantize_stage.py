@@ -31,8 +31,8 @@ def compile_ahead(context: RunContext) -> AbstractContextManager[None]:
     finished = context.directory.result("quantize", context.keys.quantize) is not None
     if finished or context.recipe.quantize.engine != "requant":
         return nullcontext()
-    context.ranks.call(warmup.meet, context.device, first_rank_only={})
-    return warmup.ahead(
+    context.ranks.call(warmup.connect, context.device, first_rank_only={})
+    return warmup.warm_up(
         p.sources.base, p.quantize.plan, p.quantize.settings, p.quantize.dtype, context.device,
         trust_remote_code=context.recipe.trust_remote_code,
     )  # fmt: skip
