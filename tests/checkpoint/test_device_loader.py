@@ -18,7 +18,7 @@ from helpers import pico
 from safetensors.torch import save_file
 
 from requant.checkpoint import device_loader, reader
-from requant.checkpoint.device_loader import Carrier
+from requant.checkpoint.device_loader import DeviceLoader
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
 from requant.modeling import skeleton
@@ -33,7 +33,7 @@ PLACE = 1000  # bytes
 
 @pytest.fixture(autouse=True)
 def small_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_loader, "PLACE", PLACE)
+    monkeypatch.setattr(device_loader, "BUFFER_BYTES", PLACE)
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def stored(tmp_path: Path) -> Checkpoint:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_arrives_is_what_is_stored(stored: Checkpoint, device: torch.device) -> None:
-    carrier = Carrier(device)
+    loader = DeviceLoader(device)
     for name in stored:
-        arrived, wanted = carrier.bring(stored[name], stored[name].dtype), stored.read(name)
+        arrived, wanted = loader.load(stored[name], stored[name].dtype), stored.read(name)
         assert (arrived.dtype, arrived.shape, arrived.device.type) == (wanted.dtype, wanted.shape, device.type)
         assert torch.equal(arrived.cpu(), wanted), name
 
@@ -60,9 +60,9 @@ def test_what_arrives_is_what_is_stored(stored: Checkpoint, device: torch.device
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_arrives_in_the_dtype_that_is_wanted(stored: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    carrier = Carrier(device)
+    loader = DeviceLoader(device)
     for name in stored:
-        assert torch.equal(carrier.bring(stored[name], dtype).cpu(), stored.read(name).to(dtype)), name
+        assert torch.equal(loader.load(stored[name], dtype).cpu(), stored.read(name).to(dtype)), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -73,7 +73,7 @@ def test_several_threads_share_the_places(
     made: list[torch.Tensor] = []
     busy: set[int] = set()
     guard = threading.Lock()
-    locked, read_part = pinned_memory.locked, reader.read_part
+    locked, read_part = pinned_memory.allocate_pinned, reader.read_part
 
     def making(nbytes: int) -> torch.Tensor:
         made.append(locked(nbytes))
@@ -89,34 +89,34 @@ def test_several_threads_share_the_places(
 
     monkeypatch.setattr(device_loader, "locked", making)
     monkeypatch.setattr(device_loader, "read_part", reading)
-    carrier = Carrier(device)
+    loader = DeviceLoader(device)
     names = ["many", "codes", "words", "brain"] * 5
     with ThreadPoolExecutor(4) as pool:
         for name, arrived in zip(
-            names, pool.map(lambda n: carrier.bring(stored[n], stored[n].dtype), names), strict=True
+            names, pool.map(lambda n: loader.load(stored[n], stored[n].dtype), names), strict=True
         ):
             assert torch.equal(arrived.cpu(), stored.read(name)), name
-    assert 1 <= len(made) <= device_loader.PLACES
-    assert carrier.places.qsize() == device_loader.PLACES
+    assert 1 <= len(made) <= device_loader.BUFFERS
+    assert loader.buffers.qsize() == device_loader.BUFFERS
 
 
 def test_a_file_that_was_cut_is_named_and_the_next_still_comes(stored: Checkpoint) -> None:
     last = max(stored.values(), key=lambda info: info.offset + info.nbytes)
-    carrier = Carrier(CPU)
+    loader = DeviceLoader(CPU)
     with last.file.open("r+b") as file:
         file.truncate(last.offset + last.nbytes - 2)
-    for _ in range(2 * device_loader.PLACES):  # no place is lost
+    for _ in range(2 * device_loader.BUFFERS):  # no place is lost
         with pytest.raises(StageError, match=rf"{last.file}.*{last.name}.* ends after"):
-            carrier.bring(last, last.dtype)
+            loader.load(last, last.dtype)
     other = next(info for info in stored.values() if info.nbytes > PLACE and info.name != last.name)
-    assert torch.equal(carrier.bring(other, other.dtype), stored.read(other.name))
-    assert carrier.places.qsize() == device_loader.PLACES
+    assert torch.equal(loader.load(other, other.dtype), stored.read(other.name))
+    assert loader.buffers.qsize() == device_loader.BUFFERS
 
 
 def test_a_file_that_is_gone_is_named(stored: Checkpoint) -> None:
     info = stored["many"]
     info.file.unlink()
-    for read in (lambda: Carrier(CPU).bring(info, info.dtype), lambda: stored.read("many")):
+    for read in (lambda: DeviceLoader(CPU).load(info, info.dtype), lambda: stored.read("many")):
         with pytest.raises(StageError, match=rf"{info.file}: 'many' cannot be read \(No such file"):
             read()
 
@@ -133,20 +133,20 @@ def test_no_place_is_free_while_somebody_writes_to_it(stored: Checkpoint, monkey
         under_way.remove(part.start)
 
     monkeypatch.setattr(device_loader, "read_part", reading)
-    carrier = Carrier(CPU)
+    loader = DeviceLoader(CPU)
     with pytest.raises(StageError, match="the first part"):
-        carrier.bring(stored["many"], torch.float32)
+        loader.load(stored["many"], torch.float32)
     assert under_way == []
-    assert carrier.places.qsize() == device_loader.PLACES
+    assert loader.buffers.qsize() == device_loader.BUFFERS
 
 
 def test_a_place_is_free_once_its_part_has_arrived() -> None:
     places: SimpleQueue[torch.Tensor | None] = SimpleQueue()
-    way = device_loader._Way(places, torch.empty(0), torch.float32)
+    transfer = device_loader._Transfer(places, torch.empty(0), torch.float32)
     free: list[bool] = []
     place = torch.empty(1)
-    way.away.append((SimpleNamespace(synchronize=lambda: free.append(not places.empty())), place))
-    way.clear()
+    transfer.in_flight.append((SimpleNamespace(synchronize=lambda: free.append(not places.empty())), place))
+    transfer.clear()
     assert free == [False]
     assert places.get_nowait() is place
 
@@ -155,14 +155,14 @@ def test_memory_that_is_not_to_be_had_costs_no_place(stored: Checkpoint, monkeyp
     def none(_: int) -> torch.Tensor:
         raise MemoryError
 
-    carrier = Carrier(CPU)
+    loader = DeviceLoader(CPU)
     with monkeypatch.context() as patch:
         patch.setattr(device_loader, "locked", none)
-        for _ in range(2 * device_loader.PLACES):
+        for _ in range(2 * device_loader.BUFFERS):
             with pytest.raises(MemoryError):
-                carrier.bring(stored["many"], torch.float32)
-    assert carrier.places.qsize() == device_loader.PLACES
-    assert torch.equal(carrier.bring(stored["many"], torch.float32), stored.read("many"))
+                loader.load(stored["many"], torch.float32)
+    assert loader.buffers.qsize() == device_loader.BUFFERS
+    assert torch.equal(loader.load(stored["many"], torch.float32), stored.read("many"))
 
 
 def test_a_system_that_reads_less_than_asked_is_asked_again(
@@ -173,17 +173,17 @@ def test_a_system_that_reads_less_than_asked_is_asked_again(
     monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:7]], at))
     for name in ("odd", "codes"):
         assert torch.equal(stored.read(name), whole[name])
-        assert torch.equal(Carrier(CPU).bring(stored[name], whole[name].dtype), whole[name])
+        assert torch.equal(DeviceLoader(CPU).load(stored[name], whole[name].dtype), whole[name])
 
 
 def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
     """On a CPU they are read where they stay."""
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float32))
     walk = Walk(checkpoint, skeleton.open_model(checkpoint.path), device=CPU, dtype=torch.float32)
-    assert walk._carrier is None
-    walk._carrier = Carrier(CPU)
+    assert walk._device_loader is None
+    walk._device_loader = DeviceLoader(CPU)
     brought = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
-    walk._carrier = None
+    walk._device_loader = None
     read = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
     assert brought.keys() == read.keys()
     assert all(torch.equal(brought[name], read[name]) for name in read)
@@ -208,7 +208,7 @@ def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float16))
     model = skeleton.open_model(checkpoint.path)
     walk = Walk(Doubled(checkpoint), model, device=CPU, dtype=torch.float32)
-    walk._carrier = Carrier(CPU)
+    walk._device_loader = DeviceLoader(CPU)
     prefix = f"{walk.prefix}.0."
     for name, tensor in walk._read(walk.blocks[0], prefix).items():
         assert torch.equal(tensor, 2 * checkpoint.read(walk.names[prefix + name]).float())

@@ -40,7 +40,7 @@ def test_a_device_decodes_the_same_bits(quant_type: Any, shape: tuple[int, int],
     table = nf4.table(quant_type)
     byte = torch.arange(256)
     pairs = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
-    assert torch.equal(nf4._decode_there(packed, pairs, absmax, state), nf4.decode(packed, absmax, state))
+    assert torch.equal(nf4._decode_on_device(packed, pairs, absmax, state), nf4.decode(packed, absmax, state))
 
 
 def test_reading_ahead_gives_the_same_tensors_in_full_precision(tmp_path: Path) -> None:

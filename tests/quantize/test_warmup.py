@@ -162,10 +162,10 @@ def test_on_a_gpu_all_of_it_works() -> None:
 @pytest.mark.parametrize(("device", "wanted"), [("cuda", interpreter.SWITCH), ("cpu", None)])
 def test_threads_let_each_other_run_sooner_beside_a_gpu_only(device: str, wanted: float | None) -> None:
     before = sys.getswitchinterval()
-    with interpreter.quick_switches(torch.device(device)):
+    with interpreter.gpu_interpreter_settings(torch.device(device)):
         assert sys.getswitchinterval() == pytest.approx(wanted or before)
     assert sys.getswitchinterval() == before
-    with pytest.raises(ZeroDivisionError), interpreter.quick_switches(torch.device(device)):
+    with pytest.raises(ZeroDivisionError), interpreter.gpu_interpreter_settings(torch.device(device)):
         _ = 1 / 0
     assert sys.getswitchinterval() == before
 
@@ -253,10 +253,10 @@ def test_what_is_set_aside_is_no_garbage_and_is_looked_at_again_afterwards(prete
     gc.disable()
     try:
         earlier = lost()
-        with interpreter.quick_switches(pretended):
+        with interpreter.gpu_interpreter_settings(pretended):
             assert gc.get_freeze_count() > 0, "what was there before is not looked at"
             since = lost()
-            interpreter.set_aside(pretended)
+            interpreter.freeze_garbage_collector(pretended)
             assert since() is None
             assert earlier() is not None
             new = lost()
@@ -275,8 +275,8 @@ def test_a_cpu_sets_nothing_aside() -> None:
     gc.disable()
     try:
         held = lost()
-        with interpreter.quick_switches(CPU):
-            interpreter.set_aside(CPU)
+        with interpreter.gpu_interpreter_settings(CPU):
+            interpreter.freeze_garbage_collector(CPU)
             assert held() is not None
             gc.collect()
             assert held() is None
@@ -287,8 +287,8 @@ def test_a_cpu_sets_nothing_aside() -> None:
 def test_what_others_have_set_aside_stays_so(pretended: Any) -> None:
     gc.freeze()
     try:
-        with interpreter.quick_switches(pretended):
-            interpreter.set_aside(pretended)
+        with interpreter.gpu_interpreter_settings(pretended):
+            interpreter.freeze_garbage_collector(pretended)
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from requant.runtime import pinned_memory
-from requant.runtime.pinned_memory import Staging, sent
+from requant.runtime.pinned_memory import PinnedBuffer, copy_to_host_async
 
 GPU = pytest.mark.gpu
 TWO = pytest.mark.gpu(count=2)
@@ -18,21 +18,21 @@ TWO = pytest.mark.gpu(count=2)
 
 def test_the_place_grows_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned_memory, "LARGEST", 128)
-    here = Staging()
-    first = here.room(64)
+    here = PinnedBuffer()
+    first = here.of_size(64)
     assert (first.dtype, len(first)) == (torch.uint8, 64)
-    assert here.room(10).data_ptr() == first.data_ptr()
-    grown = here.room(100)
+    assert here.of_size(10).data_ptr() == first.data_ptr()
+    grown = here.of_size(100)
     assert len(grown) == 100
-    assert here.room(64).data_ptr() == here.room(100).data_ptr() == grown.data_ptr()
-    beyond = here.room(129)
+    assert here.of_size(64).data_ptr() == here.of_size(100).data_ptr() == grown.data_ptr()
+    beyond = here.of_size(129)
     assert len(beyond) == 129
-    assert here.room(128).data_ptr() not in (beyond.data_ptr(), grown.data_ptr())
+    assert here.of_size(128).data_ptr() not in (beyond.data_ptr(), grown.data_ptr())
 
 
 def test_a_tensor_of_the_cpu_is_fetched_as_it_is() -> None:
     tensor = torch.arange(5)
-    assert Staging().fetched(tensor) is tensor
+    assert PinnedBuffer().to_host(tensor) is tensor
 
 
 def test_memory_that_cannot_be_locked_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,27 +45,27 @@ def test_memory_that_cannot_be_locked_is_taken_as_it_is(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", refusing)
-    assert len(Staging().room(64)) == 64
+    assert len(PinnedBuffer().of_size(64)) == 64
 
 
 @GPU
 def test_what_a_gpu_has_is_fetched_to_one_place() -> None:
-    here = Staging()
+    here = PinnedBuffer()
     for tensor in (torch.randn(7, 5), torch.arange(12).view(3, 4), torch.randn(9, 9).T[2:], torch.ones(())):
-        fetched = here.fetched(tensor.cuda())
+        fetched = here.to_host(tensor.cuda())
         assert fetched.is_pinned()
         assert torch.equal(fetched, tensor)
 
 
 def test_what_is_sent_from_a_cpu_is_there() -> None:
     tensor = torch.arange(5)
-    assert sent(tensor)() is tensor
+    assert copy_to_host_async(tensor)() is tensor
 
 
 @GPU
 def test_what_is_sent_is_as_it_was_then() -> None:
     tensor = torch.arange(5, device="cuda")
-    there = [sent(tensor.add_(1)) for _ in range(3)]
+    there = [copy_to_host_async(tensor.add_(1)) for _ in range(3)]
     torch.cuda._sleep(10**8)
     tensor.zero_()
     assert [t().tolist() for t in there] == [[i + n for i in range(5)] for n in (1, 2, 3)]

@@ -11,95 +11,96 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import TensorInfo, cut, opened, read_part
-from requant.runtime.pinned_memory import locked
+from requant.runtime.pinned_memory import allocate_pinned
 
 # Bytes of a part, whole numbers of any dtype. Many small ones take the interpreter from who starts a GPU's work.
-PLACE = 2**25
-PLACES = 4
+BUFFER_BYTES = 2**25
+BUFFERS = 4
 
 
-class Carrier:
-    """Brings tensors from their files to `device`, through a few places of page-locked memory that are used again.
+class DeviceLoader:
+    """Loads tensors from their files to a device through a few reusable page-locked buffers.
 
-    Several threads may ask at once. A tensor is never whole on the host: its pages there would be paid for twice, when they
-    are filled and when they are given back.
+    Several threads may load at once. A tensor is never whole on the host: its pages would cost time twice, when they are
+    filled and when they are freed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.readers = ThreadPoolExecutor(PLACES)
-        self.places: SimpleQueue[Tensor | None] = SimpleQueue()
-        for _ in range(PLACES):
-            self.places.put(None)  # made when it is needed
+        self.readers = ThreadPoolExecutor(BUFFERS)
+        self.buffers: SimpleQueue[Tensor | None] = SimpleQueue()
+        for _ in range(BUFFERS):
+            self.buffers.put(None)  # made when it is needed
 
-    def bring(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
-        """A tensor on the device, in the shape of its file, for the stream that is current.
+    def load(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
+        """A tensor on the device in the shape of its file, for the current stream.
 
         Raises StageError when the file has changed or cannot be read.
         """
         whole = torch.empty(info.shape, dtype=dtype, device=self.device)
-        way = _Way(self.places, whole.view(-1), info.dtype)
+        transfer = _Transfer(self.buffers, whole.view(-1), info.dtype)
         with opened(info) as file:
             try:
-                for part in cut(info.nbytes, PLACE):
-                    place = way.place()
-                    here = place[: part.stop - part.start]
-                    way.reading.append((self.readers.submit(read_part, file, info, part, here), part, place))
-                while way.reading:
-                    way.send()
+                for part in cut(info.nbytes, BUFFER_BYTES):
+                    buffer = transfer.free_buffer()
+                    piece = buffer[: part.stop - part.start]
+                    transfer.reading.append((self.readers.submit(read_part, file, info, part, piece), part, buffer))
+                while transfer.reading:
+                    transfer.send()
             finally:
-                way.clear()
+                transfer.clear()
         return whole
 
 
-class _Way:
-    """One tensor's parts: those being read, and those that have left for `whole` but may not have arrived."""
+class _Transfer:
+    """The transfer of one tensor: parts that are being read, and parts in flight to `whole`."""
 
-    def __init__(self, places: SimpleQueue[Tensor | None], whole: Tensor, stored: torch.dtype) -> None:
-        self.places, self.whole, self.stored = places, whole, stored
+    def __init__(self, buffers: SimpleQueue[Tensor | None], whole: Tensor, stored: torch.dtype) -> None:
+        self.buffers, self.whole, self.stored = buffers, whole, stored
         self.reading: deque[tuple[Future[None], slice, Tensor]] = deque()
-        self.away: deque[tuple[Any, Tensor]] = deque()
+        self.in_flight: deque[tuple[Any, Tensor]] = deque()
 
-    def place(self) -> Tensor:
-        """A free place. Who holds any waits for none of those that others hold."""
+    def free_buffer(self) -> Tensor:
+        """A free buffer. A transfer that has buffers frees its own before it waits for those of others."""
         while True:
             try:
-                place = self.places.get(block=not self.reading and not self.away)
+                buffer = self.buffers.get(block=not self.reading and not self.in_flight)
             except Empty:
                 self.send() if self.reading else self.arrive()
                 continue
             try:
-                return locked(PLACE) if place is None else place
+                return allocate_pinned(BUFFER_BYTES) if buffer is None else buffer
             except BaseException:
-                self.places.put(None)
+                self.buffers.put(None)
                 raise
 
     def send(self) -> None:
-        """Wait until the first part is read, and let it go; the one before it makes its place free."""
-        reading, part, place = self.reading[0]
+        """Wait until the first part is read and begin to copy it; the part before it frees its buffer."""
+        reading, part, buffer = self.reading[0]
         reading.result()
-        numbers = place[: part.stop - part.start].view(self.stored)
+        numbers = buffer[: part.stop - part.start].view(self.stored)
         first = part.start // self.stored.itemsize
         if self.stored != self.whole.dtype:
             numbers = numbers.to(self.whole.device, non_blocking=True)  # it converts, not the host
         self.whole[first : first + len(numbers)].copy_(numbers, non_blocking=True)
         self.reading.popleft()
         arriving = torch.cuda.current_stream(self.whole.device).record_event() if self.whole.is_cuda else None
-        self.away.append((arriving, place))
-        if len(self.away) > 1:
+        self.in_flight.append((arriving, buffer))
+        if len(self.in_flight) > 1:
             self.arrive()
 
     def arrive(self) -> None:
-        arrived, place = self.away.popleft()
+        """Wait until the oldest part in flight has arrived and free its buffer."""
+        arrived, buffer = self.in_flight.popleft()
         if arrived is not None:
             arrived.synchronize()
-        self.places.put(place)
+        self.buffers.put(buffer)
 
     def clear(self) -> None:
-        """Give all places back, once nobody writes to or reads from them."""
-        while self.away:
+        """Free all buffers once no thread and no copy uses them."""
+        while self.in_flight:
             self.arrive()
         while self.reading:
-            reading, _, place = self.reading.popleft()
+            reading, _, buffer = self.reading.popleft()
             reading.exception()
-            self.places.put(place)
+            self.buffers.put(buffer)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from requant.errors import InputError, StageError
-from requant.runtime.pinned_memory import fresh
+from requant.runtime.pinned_memory import allocate
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -146,7 +146,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
-    flat = fresh(info.nbytes)
+    flat = allocate(info.nbytes)
     parts = cut(info.nbytes, PART)
     with opened(info) as file:
         if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.checkpoint.device_loader import Carrier
+from requant.checkpoint.device_loader import DeviceLoader
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import InputError, StageError
 from requant.modeling import linears, skeleton
 from requant.modeling.hidden_state_store import HiddenStateStore
-from requant.runtime.pinned_memory import on
+from requant.runtime.pinned_memory import use_stream
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Walk:
         self.prefix, self.blocks = block_list(model)
         self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._carrier = Carrier(device) if device.type == "cuda" else None
+        self._device_loader = DeviceLoader(device) if device.type == "cuda" else None
         self.states = HiddenStateStore(device)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.explicit = names is not None
@@ -128,7 +128,7 @@ class Walk:
 
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """A block's tensors, copied to the device beside what it computes."""
-        with on(self._stream):
+        with use_stream(self._stream):
             tensors = self._read(self.blocks[index], f"{self.prefix}.{index}.")
             torch.cuda.current_stream(self.device).synchronize()
         return tensors
@@ -150,8 +150,8 @@ class Walk:
 
     def _stored(self, name: str) -> Tensor:
         """A stored tensor on the device, in the dtype that blocks have."""
-        if self._carrier and isinstance(self.checkpoint, Checkpoint):
-            return self._carrier.bring(self.checkpoint[name], self.dtype)
+        if self._device_loader and isinstance(self.checkpoint, Checkpoint):
+            return self._device_loader.load(self.checkpoint[name], self.dtype)
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.runtime.pinned_memory import on
+from requant.runtime.pinned_memory import use_stream
 
 
 class HiddenStateStore:
@@ -29,7 +29,7 @@ class HiddenStateStore:
             return value
         place = torch.empty(value.shape, dtype=value.dtype, pin_memory=True) if old is None else old
         self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with on(self._side):
+        with use_stream(self._side):
             place.copy_(value, non_blocking=True)
         value.record_stream(self._side)
         return place
@@ -55,6 +55,6 @@ class HiddenStateStore:
     def _fetch(self, kept: Tensor) -> tuple[Tensor, Any]:
         value = torch.empty_like(kept, device=self.device)
         self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with on(self._side):
+        with use_stream(self._side):
             value.copy_(kept, non_blocking=True)
         return value, self._side.record_event()

@@ -39,10 +39,10 @@ def shared_cholesky(
             rest = [j for j in range(number + 1, len(parts)) if j % count == rank]
             if number + 1 < len(parts):
                 if rest and rest[0] == number + 1:
-                    _take_off(matrix, panel, here, parts[rest.pop(0)])
+                    _subtract_panel(matrix, panel, here, parts[rest.pop(0)])
                 arrived, coming = _begin(matrix, parts[number + 1], number + 1, rank, count, publish)
             for j in rest:
-                _take_off(matrix, panel, here, parts[j])
+                _subtract_panel(matrix, panel, here, parts[j])
     lower = matrix.tril_()
     return lower, (~torch.isfinite(lower.diagonal()).all()).long()
 
@@ -65,7 +65,7 @@ def _finished(rows: Tensor) -> Tensor:
     return torch.cat([corner, rows[k:] @ inverses(corner, k)[0].T])
 
 
-def _take_off(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
+def _subtract_panel(matrix: Tensor, panel: Tensor, here: slice, block: slice) -> None:
     """Subtract what the columns `here`, finished in `panel`, contribute to those of `block`."""
     below = panel[block.start - here.start :]
     matrix[block.start :, block].addmm_(below, below[: block.stop - block.start].T, alpha=-1)
@@ -85,10 +85,10 @@ def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
     parts = blocks_of(len(lower), block)
     corners = inverses(lower, block)
     for corner, here in zip(corners, parts, strict=True):
-        columns[here] = _within(corner, here) @ columns[here]
+        columns[here] = _unpadded(corner, here) @ columns[here]
         columns[here.stop :].addmm_(lower[here.stop :, here], columns[here], alpha=-1)
     for corner, here in reversed(list(zip(corners, parts, strict=True))):
-        columns[here] = _within(corner, here).T @ columns[here]
+        columns[here] = _unpadded(corner, here).T @ columns[here]
         columns[: here.start].addmm_(lower[here, : here.start].T, columns[here], alpha=-1)
     return columns
 
@@ -103,7 +103,7 @@ def inverses(lower: Tensor, block: int) -> Tensor:
         size //= 2
     out = lower.new_zeros(len(parts), block, block)
     for corner, here in zip(out, parts, strict=True):
-        _within(corner, here).copy_(lower[here, here])
+        _unpadded(corner, here).copy_(lower[here, here])
     if rest:
         out[-1].diagonal()[-rest:] = 1
     smallest = _on_diagonal(out, size)
@@ -122,6 +122,6 @@ def _on_diagonal(matrices: Tensor, size: int) -> Tensor:
     return matrices.view(count, k // size, size, k // size, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def _within(corner: Tensor, here: slice) -> Tensor:
+def _unpadded(corner: Tensor, here: slice) -> Tensor:
     """Without what fills it up."""
     return corner[: here.stop - here.start, : here.stop - here.start]

@@ -25,10 +25,10 @@ def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
         _add_product(hessian[start : start + panel, start:], x[:, start : start + panel], x[:, start:])
 
 
-def add_drift(drift: Tensor, inputs: Tensor, exact: Tensor) -> None:
-    """drift (fp32 [n, n]) += (exact - inputs)' @ inputs, both [..., n]."""
-    x, was = _rows(inputs), _rows(exact)
-    _add_product(drift, was - x, x)
+def add_drift(drift: Tensor, inputs: Tensor, unquantized: Tensor) -> None:
+    """drift (fp32 [n, n]) += (unquantized - inputs)' @ inputs, both [..., n]."""
+    x, original = _rows(inputs), _rows(unquantized)
+    _add_product(drift, original - x, x)
 
 
 def symmetrize(hessian: Tensor) -> Tensor:
@@ -74,20 +74,20 @@ def gather(
     inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, device: torch.device,
     *, drifting: bool = False, held_from: int | None = None, pool: Pool = lambda _triangles, _others, counts: list(counts),
 ) -> Moments:  # fmt: skip
-    """Sum up batches of (input, exact input), each [..., n].
+    """Sum up batches of (input, unquantized input), each [..., n].
 
-    drifting: whether the drift is wanted, from the batches that have an exact input. held_from: the first batch of the
+    drifting: whether the drift is wanted, from the batches that have an unquantized input. held_from: the first batch of the
     second of the two parts, None when one Hessian of everything will do. pool: what others have gathered.
     """
     total = torch.zeros(n, n, device=device)
     held = total if held_from is None else torch.zeros_like(total)
     drift = torch.zeros_like(total) if drifting else None
     compared = tokens = 0
-    for i, (x, exact) in enumerate(inputs):
+    for i, (x, unquantized) in enumerate(inputs):
         tokens += x.shape[:-1].numel()
         add_to_hessian(total if held_from is None or i < held_from else held, x)
-        if exact is not None and drift is not None:
-            add_drift(drift, x, exact)
+        if unquantized is not None and drift is not None:
+            add_drift(drift, x, unquantized)
             compared += x.shape[:-1].numel()
     sums = [total] if held_from is None else [total, held]
     tokens, compared = pool(sums, [] if drift is None else [drift], (tokens, compared))

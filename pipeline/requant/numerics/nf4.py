@@ -122,7 +122,7 @@ def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
     byte = np.arange(256)
     both = np.stack([values[byte >> 4], values[byte & 15]], axis=1)  # two fp32 a byte
     if packed.device.type != "cpu":
-        return _decode_there(flat[:need], torch.from_numpy(both).to(packed.device), absmax, state)
+        return _decode_on_device(flat[:need], torch.from_numpy(both).to(packed.device), absmax, state)
     data, pairs = flat.numpy(), both.view(np.float64).reshape(-1)
     out = np.empty(need, dtype=np.float64)
     for start in range(0, need, _CHUNK):
@@ -132,7 +132,7 @@ def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
     return torch.from_numpy(out.view(np.float32))[: state.numel].reshape(state.shape)
 
 
-def _decode_there(data: Tensor, pairs: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
+def _decode_on_device(data: Tensor, pairs: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
     """`decode` in torch: on a device memory is wide and NumPy is not there."""
     out = torch.empty(len(data), 2, dtype=torch.float32, device=data.device)
     for start in range(0, len(data), _CHUNK * 16):

@@ -20,7 +20,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter, Journal
 from requant.numerics import gptq
 from requant.quantize.plan import OUTPUT_FORMAT, Plan, convert
-from requant.runtime.pinned_memory import Staging, on
+from requant.runtime.pinned_memory import PinnedBuffer, use_stream
 
 JOURNAL = "blocks.json"
 BEHIND = 4  # finished blocks that may not be on disk yet: at first the embeddings are written too
@@ -48,7 +48,7 @@ class SideStream:
         if solved is None:
             yield
             return
-        with on(self.stream):
+        with use_stream(self.stream):
             self.stream.wait_event(solved)
             yield
 
@@ -97,7 +97,7 @@ class BackgroundWriter(BlockWriter):
         self.journal = Journal(path / JOURNAL)
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
         self.slots = {s.name: s for s in plan.slots}
-        self.disk, self.side_stream, self.staging = ThreadPoolExecutor(1), SideStream(), Staging()
+        self.disk, self.side_stream, self.staging = ThreadPoolExecutor(1), SideStream(), PinnedBuffer()
         self.syncing, self.outside_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.writing: list[Future[None]] = []  # of the block being solved
         self.ended: list[list[Future[None]]] = []
@@ -155,7 +155,7 @@ class BackgroundWriter(BlockWriter):
     def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
         with self.side_stream.once(solved):
             for suffix, tensor in _packed(solution).items():
-                self.writer.write(f"{module}.{suffix}", self.staging.fetched(tensor))
+                self.writer.write(f"{module}.{suffix}", self.staging.to_host(tensor))
 
     def _write_rest(self, names: Sequence[str]) -> None:
         """Tensors that are not quantized, in the serving dtype."""

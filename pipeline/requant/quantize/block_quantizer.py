@@ -27,7 +27,7 @@ from requant.quantize.plan import Plan, Settings
 from requant.quantize.solve import Solved, solve_group
 from requant.quantize.warmup import WarmUp
 from requant.runtime.device import profile_of
-from requant.runtime.interpreter import set_aside
+from requant.runtime.interpreter import freeze_garbage_collector
 from requant.runtime.ranks import Ranks
 
 
@@ -154,7 +154,7 @@ class Quantizer:
         self.commit_block()
         self.walk.read_soon(index)
         if not self.gc_frozen:
-            set_aside(self.walk.device)
+            freeze_garbage_collector(self.walk.device)
             self.gc_frozen = True
 
     def replay(self, index: int, items: Sequence[BlockInput]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from requant.modeling.block_walk import Walk, larger_half
 from requant.quantize import memory
 from requant.quantize.plan import Settings
-from requant.runtime.device import hold, profile_of
+from requant.runtime.device import profile_of, reserve_memory
 from requant.runtime.ranks import Ranks
 
 HELD_OUT_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
@@ -41,7 +41,7 @@ class CalibrationPlan:
         Allocated piece by piece it takes longer and fragments.
         """
         if self.waiting_bytes:
-            hold(device, self.waiting_bytes)
+            reserve_memory(device, self.waiting_bytes)
 
     def leaner(self) -> CalibrationPlan | None:
         """The plan that takes less memory; None when no plan does.

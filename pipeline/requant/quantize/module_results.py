@@ -13,7 +13,7 @@ from torch import Tensor
 from requant.numerics.delta_retention import Survival
 from requant.numerics.gptq import Losses, Solution
 from requant.numerics.grid import Grid
-from requant.runtime.pinned_memory import sent
+from requant.runtime.pinned_memory import copy_to_host_async
 
 log = logging.getLogger(__name__)
 Added = Callable[[str], float]
@@ -67,7 +67,7 @@ class BlockResults:
 
         total: the sum of all outputs of the block, a scalar on the device: finite exactly where all outputs are.
         """
-        self.arrived = sent(torch.cat([total.double()[None], *self.numbers]))
+        self.arrived = copy_to_host_async(torch.cat([total.double()[None], *self.numbers]))
         self.numbers.clear()
 
     def finite(self) -> bool:

@@ -31,7 +31,7 @@ from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, plan
 from requant.quantize.warmup import WarmUp, narrowest
 from requant.runtime.device import compute_dtype, profile_of
-from requant.runtime.interpreter import quick_switches
+from requant.runtime.interpreter import gpu_interpreter_settings
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def quantize(
     calibration.reserve(device)
     walk.states = HiddenStateStore(device, on_host=calibration.on_host)
     with (
-        quick_switches(device),
+        gpu_interpreter_settings(device),
         FusedOps(walk.blocks, device, walk.dtype) as passes,
         WarmUp(device, narrowest(model, layout), settings, dtype, later=passes.try_out) as warming,
         BackgroundWriter(out, layout, checkpoint, max_bytes=max_shard) if ranks.first else BlockWriter() as output,

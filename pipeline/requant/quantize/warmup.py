@@ -21,7 +21,7 @@ from requant.numerics import cholesky, gptq, grid, triton_kernels
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings
 from requant.runtime.device import PROFILES
-from requant.runtime.interpreter import quick_switches
+from requant.runtime.interpreter import gpu_interpreter_settings
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,10 @@ def warm_up(
         return
     model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     passes = FusedOps(block_list(model)[1], device, dtype)
-    with quick_switches(device), WarmUp(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]):
+    with (
+        gpu_interpreter_settings(device),
+        WarmUp(device, narrowest(model, layout), settings, dtype, also=[passes.try_out]),
+    ):
         yield
 
 

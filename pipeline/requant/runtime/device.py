@@ -127,15 +127,15 @@ def free_bytes(device: torch.device) -> int:
         return 16 * 2**30  # nothing tells: a common size
 
 
-def hold(device: torch.device, nbytes: int) -> None:
-    """Let torch take so much of a GPU's memory in one piece, where it can be had, to hand out from. Its peak begins anew."""
+def reserve_memory(device: torch.device, nbytes: int) -> None:
+    """Reserve `nbytes` of GPU memory as one block of torch's allocator, if available; reset the peak."""
     with suppress(torch.OutOfMemoryError):
         torch.empty(nbytes, dtype=torch.uint8, device=device)
-    torch.cuda.reset_peak_memory_stats(device)  # that was no use of it
+    torch.cuda.reset_peak_memory_stats(device)  # reserving is no use
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
+    """Free the memory that no tensor uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

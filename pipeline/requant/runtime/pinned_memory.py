@@ -1,4 +1,4 @@
-"""Page-locked host memory that is used again for copies from a GPU."""
+"""Page-locked host memory for copies from a GPU, and work on a stream of it."""
 
 from __future__ import annotations
 
@@ -12,63 +12,71 @@ from torch import Tensor
 LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also what was outgrown
 
 
-class Staging:
-    """Memory for one tensor at a time, page-locked where there is a GPU.
+class PinnedBuffer:
+    """A reusable host buffer for one tensor at a time, page-locked where there is a GPU.
 
-    Memory of its own for each costs its pages twice: when they are filled, and when they are given back, 8 ms for 117 MB in
-    which no other thread has the interpreter, and a GPU runs out of work.
+    New memory for each tensor costs time twice: when its pages are filled and when they are freed. Freeing 117 MB takes 8 ms
+    in which no other thread has the interpreter, so the GPU runs out of work.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def room(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes], the same memory each time: what was there before is lost. Beyond LARGEST it is fresh."""
+    def of_size(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], the same memory each time; beyond LARGEST new memory.
+
+        What the buffer contained before is overwritten by the caller.
+        """
         if nbytes > LARGEST:
-            return fresh(nbytes)
+            return allocate(nbytes)
         if nbytes > len(self._memory):
-            self._memory = locked(nbytes)
+            self._memory = allocate_pinned(nbytes)
         return self._memory[:nbytes]
 
-    def fetched(self, tensor: Tensor) -> Tensor:
-        """A tensor on the host: one of the CPU itself, a GPU's in this memory, once its stream has come there."""
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """The tensor on the host: a CPU tensor as it is, a GPU tensor copied into the buffer."""
         if not tensor.is_cuda:
             return tensor
-        return self.room(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
+        return self.of_size(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
 
 
 @contextmanager
-def on(stream: Any) -> Iterator[None]:
-    """Work on a GPU's stream, whichever GPU is this thread's own. Leaving `torch.cuda.stream` alone begins that other one: a
-    third of a second in which nothing of this process gets to any GPU, and half a gigabyte there.
+def use_stream(stream: Any) -> Iterator[None]:
+    """Run the block on a stream, with the stream's GPU as the current device.
+
+    `torch.cuda.stream` alone restores the previous GPU on exit and so initialises it: 0.3 s in which this process reaches no
+    GPU, and half a gigabyte of its memory.
     """
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield
 
 
-def sent(tensor: Tensor) -> Callable[[], Tensor]:
-    """A small tensor on its way to the host, in its stream's turn: what waits until it is there, and for nothing after it."""
+def copy_to_host_async(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a small tensor to the host; the result waits for this copy alone and returns it."""
     if not tensor.is_cuda:
         return lambda: tensor
-    place = locked(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape)
-    place.copy_(tensor, non_blocking=True)
-    leaving = torch.cuda.current_stream(tensor.device).record_event()
+    copy = allocate_pinned(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.current_stream(tensor.device).record_event()
 
-    def there() -> Tensor:
-        leaving.synchronize()
-        return place
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
 
-    return there
+    return wait
 
 
-def fresh(nbytes: int) -> Tensor:
-    """uint8 [nbytes] that nobody else has."""
+def allocate(nbytes: int) -> Tensor:
+    """New uninitialised host memory, uint8 [nbytes]."""
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def locked(nbytes: int) -> Tensor:
-    """uint8 [nbytes], page-locked where that can be had; copies from and to other memory are only slower."""
+def allocate_pinned(nbytes: int) -> Tensor:
+    """New host memory, uint8 [nbytes], page-locked where possible.
+
+    Copies to and from memory that is not page-locked are only slower.
+    """
     try:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     except RuntimeError:
-        return fresh(nbytes)
+        return allocate(nbytes)
