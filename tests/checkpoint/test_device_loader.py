@@ -87,7 +87,7 @@ def test_several_threads_share_the_places(
         with guard:
             busy.remove(into.data_ptr())
 
-    monkeypatch.setattr(device_loader, "locked", making)
+    monkeypatch.setattr(device_loader, "allocate_pinned", making)
     monkeypatch.setattr(device_loader, "read_part", reading)
     loader = DeviceLoader(device)
     names = ["many", "codes", "words", "brain"] * 5
@@ -157,7 +157,7 @@ def test_memory_that_is_not_to_be_had_costs_no_place(stored: Checkpoint, monkeyp
 
     loader = DeviceLoader(CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(device_loader, "locked", none)
+        patch.setattr(device_loader, "allocate_pinned", none)
         for _ in range(2 * device_loader.BUFFERS):
             with pytest.raises(MemoryError):
                 loader.load(stored["many"], torch.float32)
