@@ -1,6 +1,7 @@
 """What `report.json` contains: the parts of its JSON Schema; sets are in `metrics.records`.
 
-Docstrings are descriptions in the schema. Unknown keys are allowed: `facts` is free. Numbers are null where nothing is known.
+Docstrings are descriptions in the schema: their bytes are part of `requant schema --report` and do not change. Unknown keys
+are allowed: `facts` is free. Numbers are null where nothing is known.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Report(TypedDict):
 
 
 class ModuleRow(TypedDict, total=False):
-    """One quantized module in `facts` (not in the schema); what was not measured is missing or None.
+    """One quantized module in `facts`; a value that was not measured is missing or None.
+
+    The schema does not describe it. Values, with E the quantization error, dW the adapter's delta, H the Hessian:
 
     loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: the same of rounding to nearest.
     signal: tr(dW H dW'). signal_to_noise: signal / loss. retention, output_retention: of the delta and its output.

@@ -109,7 +109,10 @@ def _declared(headers: HeaderCheck, declared: Mapping[str, Any]) -> bool:
 
 
 def _tensors(headers: HeaderCheck, config: Mapping[str, Any], rules: Rules) -> None:
-    """Names, dtypes and shapes of every tensor of the checkpoint against the model its config describes."""
+    """Check every tensor of the checkpoint against the model its config describes.
+
+    Compared are names, dtypes and shapes.
+    """
     checkpoint = headers.checkpoint
     plain = gptq_format.unquantized_names(checkpoint)
     names = skeleton.tensor_names(headers.model, plain)
@@ -234,7 +237,10 @@ def _small_files(path: Path, config: Mapping[str, Any], declared: Mapping[str, A
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every string in a JSON value; tokens and templates are text, not settings."""
+    """(dotted key, text) of every string setting in a JSON value.
+
+    Tokens and templates are text, not settings, and are left out.
+    """
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):

@@ -155,10 +155,11 @@ def _relative_distance(parts: Sequence[Tensor], before: Sequence[Tensor], device
 
 
 def _zero_point_version(result: TensorCheck, headers: HeaderCheck, source: Checkpoint | None) -> Iterator[Finding]:
-    """A finding when asymmetric zero points are of the other format version: every weight is one step off.
+    """A finding when asymmetric zero points are of the other format version.
 
-    With a source each linear shows the shift. Without one, weights are assumed to average to zero, and the median over
-    all linears shows it up to 4 bits. At 8 bits a step is too small against the spread of the weights.
+    Every weight is then one step off. With a source each linear shows the shift. Without one, weights are assumed to
+    average to zero, and the median over all linears shows it up to 4 bits. At 8 bits a step is too small against the
+    spread of the weights.
     """
     packed = headers.packed
     asymmetric = {

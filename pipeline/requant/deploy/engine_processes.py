@@ -162,7 +162,10 @@ def ask(
 
 
 def _environment(engine: Engine, python: str, threads: int | None) -> dict[str, str]:
-    """This process's environment without tokens, offline, and without the import path of another interpreter."""
+    """The environment of an engine's process: this one's, offline and without tokens.
+
+    Another interpreter also gets no PYTHONPATH and no PYTHONHOME, which belong to this one.
+    """
     hidden = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
     kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.endswith("_TOKEN")}
     limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}

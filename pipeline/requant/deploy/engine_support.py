@@ -225,7 +225,10 @@ def _why_not_parallel(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...
 
 
 def _choose(offered: tuple[Kernel, ...], matrices: list[Matrix]) -> tuple[Mapping[str, int], str | None]:
-    """(kernel -> how many matrices it gets, None), or what the first matrix without a kernel lacks."""
+    """The first kernel of `offered` that fits each matrix.
+
+    (kernel -> how many matrices it gets, None), or ({}, what the first matrix without a kernel lacks).
+    """
     chosen: Counter[str] = Counter()
     for matrix in matrices:
         expert = ".experts" in matrix.name
@@ -263,7 +266,10 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
 
 
 def _renamed(plan: Plan, model: nn.Module) -> list[str]:
-    """Tensors that the checkpoint has under another name than the model's, apart from the base model's prefix."""
+    """Tensors whose name in the checkpoint is not the model's.
+
+    A missing or additional prefix of the base model does not count.
+    """
     stored = {slot.name for slot in plan.slots}
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = [n for n, _ in model.named_parameters()]
@@ -274,7 +280,10 @@ def _renamed(plan: Plan, model: nn.Module) -> list[str]:
 
 
 def _groups(plan: Plan) -> Iterator[tuple[str, str, tuple[str, ...], bool]]:
-    """(stem, fused name, parts, whether all are quantized alike) of every set of matrices that servers fuse."""
+    """Every set of matrices that servers fuse into one.
+
+    (stem, fused name, parts, whether all parts are quantized alike).
+    """
     every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
     for fused, parts in ((name, made.parts) for name, made in FUSED.items()):
         for name in every:
@@ -295,7 +304,10 @@ def _experts(plan: Plan) -> dict[str, bool]:
 
 
 def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> Iterator[Matrix]:
-    """Every quantized matrix, fused as servers fuse it, or one GPU's shard of it. degree: number of GPUs."""
+    """Every quantized matrix, fused as servers fuse it, or one GPU's shard of it.
+
+    degree: number of GPUs.
+    """
     heads = tensor_parallel.Heads.of(model.config)
 
     def size(name: str) -> tuple[int, int]:

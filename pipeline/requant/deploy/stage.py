@@ -129,7 +129,10 @@ def _ask_engine(
     device: torch.device,
     trust_remote_code: bool,
 ) -> None:
-    """Load, score and generate in one engine. Adds a finding when it refuses the checkpoint or scores it differently."""
+    """Load the checkpoint, score and generate in one engine; append the result to `done`.
+
+    Adds a finding when the engine refuses the checkpoint or scores it differently.
+    """
     answer = engine_processes.ask(
         engine, done.path.absolute(), sample.rows, dtype=dtype, device=str(device), new_tokens=NEW_TOKENS,
         prompt=PROMPT, trust_remote_code=trust_remote_code, speed=SPEED,

@@ -74,5 +74,8 @@ def why_not(name: str, rows: int, columns: int, grid: Grid, degree: int, heads: 
 
 
 def _unit_of_inputs(name: str, group: int) -> int:
-    """Inputs that must stay on one GPU: a group; of an expert at least 32 (vLLM's moe_wna16.py halves its groups)."""
+    """Number of consecutive inputs that must stay on one GPU.
+
+    One group; of an expert at most 32, since vLLM's moe_wna16.py halves its groups.
+    """
     return min(group, 32) if ".experts." in name else group

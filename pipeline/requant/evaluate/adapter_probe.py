@@ -43,12 +43,18 @@ class Probe:
 
     @property
     def efficiency(self) -> float:
-        """Gain per nat of KL: about 1 on text that the adapter has learned; 0 where predictions are unchanged."""
+        """Gain per nat of KL(with the adapter || without).
+
+        About 1 on text that the adapter has learned; 0 where predictions are unchanged.
+        """
         return self.gain / self.moved if self.moved > 0 else 0.0
 
 
 def sample_rows(names: Sequence[str], documents: Sequence[Sequence[TokenDocument]]) -> dict[str, tuple[Tensor, ...]]:
-    """A few rows of each calibration source, evenly spread: int64 [at most MAX_LENGTH], none below MIN_LENGTH."""
+    """A few rows of each calibration source, evenly spread, by name of the source.
+
+    Rows are int64 [at most MAX_LENGTH], none shorter than MIN_LENGTH.
+    """
     sampled = {}
     for name, every in zip(names, documents, strict=True):
         long = [d for d in every if len(d.ids) >= MIN_LENGTH]

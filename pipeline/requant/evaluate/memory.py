@@ -23,7 +23,10 @@ BYTES_PER_LOGIT = 6 * 4  # of a chunk: two models' logits, their softmaxes, and 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VariantSize:
-    """Numbers of parameters of a variant and its parts. inputs_outputs: sum of the widths of a block's linears."""
+    """Numbers of parameters of a variant and its parts.
+
+    inputs_outputs: sum of the widths of a block's linears.
+    """
 
     total: int
     packed: int  # held in 4 bits by bitsandbytes when the variant is resident
@@ -38,7 +41,10 @@ class VariantSize:
 
     @classmethod
     def of(cls, name: str, sources: VariantSources) -> VariantSize:
-        """The size of a variant from its structure; of base and adapter also from the headers of the base."""
+        """The size of a variant from its structure.
+
+        The sizes of base and adapter need the headers of the base too.
+        """
         quantized = name in ("base", "adapter")
         paths = {"base": sources.base, "adapter": sources.base, "gptq": sources.gptq, "healed": sources.healed}
         trust = sources.trust_remote_code
@@ -73,15 +79,19 @@ class VariantSize:
         )
 
     def resident(self, item: int, tokens: int, chunk: int) -> int:
-        """Bytes to score the variant whole. item: bytes of a number. tokens: in a batch. chunk: logits at a time."""
+        """Bytes that scoring the whole variant on the device takes.
+
+        item: bytes of a number. tokens: in a batch. chunk: logits computed at a time.
+        """
         weights = (self.total - self.packed) * item + self.packed * BYTES_PER_NF4_WEIGHT + self.adapter
         decoded = self.largest * (item + 4) if self.packed else 0
         return int(weights + decoded + self._activations(item, tokens, chunk))
 
     def _activations(self, item: int, tokens: int, chunk: int) -> int:
-        """Bytes of one batch's activations or logits, whichever is larger, and of the reference's head.
+        """Bytes of one batch's activations or logits, and of the reference's head.
 
-        Three quarters of a block's inputs and outputs exist at the same time.
+        Of activations and logits the larger ones count. Three quarters of a block's inputs and outputs exist at the same
+        time.
         """
         head = self.vocabulary * self.width * item
         return max(tokens * (self.inputs_outputs * 3 // 4 + 4 * self.width) * item, BYTES_PER_LOGIT * chunk) + head

@@ -31,26 +31,27 @@ if TYPE_CHECKING:
 def evaluate(
     scores: Scores, sources: VariantSources, *, ranks: Ranks, batch: int, stream: Stream = "auto", progress: Progress | None = None
 ) -> EvaluationResult:  # fmt: skip
-    """`evaluate.evaluate` on all ranks, called by the first one. Each rank needs as much memory as one alone.
+    """`evaluate.evaluate` on all ranks, called by the first one.
 
-    Finished shares of a killed run are reused with the same number of ranks; its half-written files are removed.
+    Each rank needs as much memory as a single process. Finished shares of a killed run are reused with the same number
+    of ranks; its half-written files are removed.
     """
-    for unfinished in scores.cache.rglob(TEMPORARY):
-        unfinished.unlink()
+    for partial in scores.cache.rglob(TEMPORARY):
+        partial.unlink()
     if ranks.count == 1:
         return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress)
     todo = scores.missing()
     for other in scores.cache.glob("ranks-*"):
         if other != _shares_directory(scores.cache, ranks.count):
             shutil.rmtree(other)
-    wanted = _without_finished(scores, todo)
+    unfinished = _without_finished(scores, todo)
     result: EvaluationResult = ranks.call(
-        score_share, replace(wanted, canaries=None), sources, batch=batch, stream=stream,
-        first_rank_only={"asking": scores.canaries, "progress": progress},
+        score_share, replace(unfinished, canaries=None), sources, batch=batch, stream=stream,
+        first_rank_only={"canaries": scores.canaries, "progress": progress},
     )  # fmt: skip
-    parts = [share_of(wanted, rank, ranks.count) for rank in range(ranks.count)]
-    for variant, s in ((v, s) for v in todo for s in wanted.sets if not scores.file(v, s).exists()):
-        pieces = [scores.read(p.file(variant, own)) for p in parts for own in p.sets if own.name == s.name]
+    parts = [share_of(unfinished, rank, ranks.count) for rank in range(ranks.count)]
+    for variant, s in ((v, s) for v in todo for s in unfinished.sets if not scores.file(v, s).exists()):
+        pieces = [scores.read(p.file(variant, share)) for p in parts for share in p.sets if share.name == s.name]
         join(pieces, s).save(scores.file(variant, s))
     for variant, file in scores.unanswered().items():
         write_text(file, parts[0].answer_files[variant].read_text(encoding="utf-8"))
@@ -58,14 +59,14 @@ def evaluate(
 
 
 def score_share(
-    wanted: Scores, sources: VariantSources, *, batch: int, stream: Stream, ranks: Ranks, asking: Canaries | None = None,
+    unfinished: Scores, sources: VariantSources, *, batch: int, stream: Stream, ranks: Ranks, canaries: Canaries | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:  # fmt: skip
-    """Score this rank's share; returns facts of all ranks for the report, once all have finished.
+    """Score this rank's share; the result of all ranks, once all have finished.
 
-    asking: the canaries, on the first rank only: a tokenizer is not sent to other processes.
+    canaries: on the first rank only, since a tokenizer is not sent to other processes.
     """
-    on_device = replace(wanted, device=ranks.device_of(wanted.device), canaries=asking)
+    on_device = replace(unfinished, device=ranks.device_of(unfinished.device), canaries=canaries)
     share = share_of(on_device, ranks.rank, ranks.count)
     share.cache.mkdir(parents=True, exist_ok=True)
     result = evaluation.evaluate(share, sources, batch=batch, stream=stream, progress=progress)
@@ -76,15 +77,21 @@ def score_share(
 
 
 def _without_finished(scores: Scores, todo: Mapping[str, Sequence[EvalSet]]) -> Scores:
-    """The unfinished variants and sets, and the reference where others are compared with it: a share may lack its states."""
+    """`scores` without the variants and sets that are finished.
+
+    The reference stays where other variants are compared with it: a share may lack its hidden states.
+    """
     left = {s.name for sets in todo.values() for s in sets}
     keys = {v: key for v, key in scores.keys.items() if v in todo or (scores.kl and v == REFERENCE)}
     return replace(scores, keys=keys, sets=tuple(s for s in scores.sets if s.name in left))
 
 
 def share_of(scores: Scores, rank: int, count: int) -> Scores:
-    """The scores of one rank's windows, in a cache of their own; the first rank also has the canaries."""
-    sets = tuple(own for s in scores.sets for own in _share_of_set(s, rank, count))
+    """The scores of one rank's windows, in a cache directory for this rank.
+
+    The first rank also has the canaries.
+    """
+    sets = tuple(share for s in scores.sets for share in _share_of_set(s, rank, count))
     canaries = scores.canaries if rank == 0 else None
     return replace(scores, cache=_shares_directory(scores.cache, count) / str(rank), sets=sets, canaries=canaries)
 

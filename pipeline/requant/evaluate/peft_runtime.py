@@ -19,10 +19,12 @@ from requant.merge.plan import MergePlan
 
 
 def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> Any:
-    """The PEFT model of `model` with all adapters of the plan active; raises StageError when PEFT leaves a tensor out.
+    """The PEFT model of `model` with all adapters of the plan active.
 
     plan: or the directory of one adapter, loaded as it is. structure: `model` is on the meta device and has the
     vocabulary of the adapter; only the adapters' own parameters get values.
+
+    Raises StageError when PEFT leaves a tensor out.
     """
     import peft
 
@@ -50,7 +52,10 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
 
 
 def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
-    """Write the adapter with the keys and module names that PEFT expects on this base; returns `folder`."""
+    """Write the adapter with the keys and module names that PEFT expects on this base.
+
+    Returns `folder`.
+    """
     from safetensors.torch import save_file
 
     names = adapter_names(adapter.tensors)

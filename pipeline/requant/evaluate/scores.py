@@ -23,9 +23,10 @@ REFERENCE = "adapter"  # the variant that KL compares the others with
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The scores of one run's variants on its sets, in files of `cache` named by everything they depend on.
+    """The scores of one run's variants on its sets, in files of `cache`.
 
-    keys: variant name -> digest of its sources. kl: also compare with the reference, whose final hidden states are cached.
+    A file's name depends on everything that the scores in it depend on. keys: variant name -> digest of its sources.
+    kl: also compare with the reference, whose final hidden states are cached.
     """
 
     cache: Path
@@ -86,7 +87,10 @@ class Scores:
         return self.canaries.result({v: canaries.load_answers(file) for v, file in self.answer_files.items()})
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
-        """All scores, {set: {variant: scores}}; raises StageError for a damaged file, which is removed."""
+        """All scores, {set: {variant: scores}}.
+
+        Raises StageError for a damaged file, which is removed.
+        """
         return {s.name: {v: self.read(self.file(v, s)) for v in self.keys} for s in self.sets}
 
     @staticmethod

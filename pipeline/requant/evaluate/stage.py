@@ -33,7 +33,10 @@ Stream = Literal["auto", "always", "never"]
 
 
 class EvaluationResult(TypedDict):
-    """What an evaluation did, for the report. streamed: variants scored block by block. notes: e.g. smaller batches."""
+    """What an evaluation did, for the report.
+
+    streamed: variants scored block by block. notes: e.g. smaller batches.
+    """
 
     variants: list[str]
     streamed: list[str]
@@ -48,10 +51,12 @@ def evaluate(
     stream: Stream = "auto",
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Score and ask what is missing; returns facts for the report. Raises StageError for NaN or infinity in logits.
+    """Score every variant and generate its canary answers, as far as they are missing.
 
     stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory halves
     the batch; with a batch of one window, a resident variant is streamed, unless `stream` is never.
+
+    Raises StageError for NaN or infinity in logits.
     """
     free_memory(scores.device)  # of earlier stages: what is free decides what is streamed
     work = _Evaluation(scores, sources, batch, stream, progress)
@@ -73,7 +78,10 @@ def load_reference(
     batch: int,
     stream: Stream,
 ) -> Any:
-    """The reference's model, whole, or streamed with these rows int64 [length] run with its adapters and without."""
+    """The reference's model, whole or streamed.
+
+    samples: rows int64 [length]; a streamed model has run them with its adapters and without.
+    """
     rows = [row for many in samples.values() for row in many]
     free_memory(scores.device)
     work = _Evaluation(scores, sources, batch, stream, None)
@@ -211,9 +219,10 @@ def should_stream(
     dtype: torch.dtype,
     tokens: int,
 ) -> bool:
-    """Whether a variant is scored block by block: always or never, or when it takes more memory than is free.
+    """Whether a variant is scored block by block.
 
-    size: computes the variant's size, where it matters. tokens: of a batch.
+    Always or never, as `stream` says, or (auto) when it takes more memory than is free. size: computes the variant's
+    size, called only where it matters. tokens: of a batch.
     """
     if stream == "never" or not streamed.can_stream(name, sources):
         return False

@@ -34,9 +34,10 @@ MEMORY_SHARE = 0.25  # of free device memory for hidden states; larger ones are 
 
 
 class StreamedModel:
-    """The model of `walk`, callable like a whole one: at once for windows that were `run`, else block by block.
+    """The model of `walk`, callable like a model that is resident as a whole.
 
-    notes: smaller batches than asked for, for the report.
+    Windows that were `run` are answered at once, others block by block. notes: smaller batches than asked for, for the
+    report.
     """
 
     def __init__(self, walk: Walk) -> None:
@@ -57,9 +58,10 @@ class StreamedModel:
 
     @torch.no_grad()
     def run(self, windows: Sequence[Tensor], batch: int, on_block: OnBlock | None = None) -> None:
-        """Run windows int64 [length] of any lengths through all blocks and cache their last hidden states.
+        """Run windows through all blocks and cache their last hidden states.
 
-        Out of memory halves the batch, down to one window, and continues with the first unfinished batch.
+        windows: int64 [length], of any lengths. Out of memory halves the batch, down to one window, and continues with the
+        first unfinished batch.
         """
         batches = list(_batches(list({_key(w): w for w in windows}.values()), batch))
         self.walk.states = HiddenStateStore(self.walk.device, on_host=self._on_host(sum(b.numel() for b in batches)))
@@ -72,7 +74,10 @@ class StreamedModel:
             self.set_hidden_states(ids, item)
 
     def set_hidden_states(self, ids: Tensor, item: BlockInput) -> None:
-        """Cache the hidden states of `item` as the last block's output for windows int64 [n, length]."""
+        """Cache the hidden states of `item` as the last block's output for some windows.
+
+        ids: the windows, int64 [n, length].
+        """
         self._cached |= {(self._without_adapter, _key(row)): (item, at) for at, row in enumerate(ids)}
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None) -> Any:
@@ -94,7 +99,10 @@ class StreamedModel:
 
     @torch.no_grad()
     def last_logits(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """Logits [vocabulary] after each of some sequences int64 [length], from one pass through all blocks."""
+        """Logits [vocabulary] after each sequence, from one pass through all blocks.
+
+        sequences: int64 [length].
+        """
         cached = dict(self._cached)
         self.run(sequences, len(sequences))
         logits = [self(ids[None].to(self.walk.device)).logits[0, -1] for ids in sequences]
@@ -103,7 +111,10 @@ class StreamedModel:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model is the base without its adapters; windows are `run` for it separately."""
+        """Context in which the model is the base without its adapters.
+
+        Windows are `run` separately for the base.
+        """
         with self.model.disable_adapter():
             self._without_adapter = True
             try:
@@ -143,7 +154,10 @@ class _BatchesInFlight:
         return True
 
     def _advance(self, index: int, done: int) -> int:
-        """Run a block from batch `done` on; returns the number of finished batches, fewer than all out of memory."""
+        """Run a block on the batches from `done` on; the number of finished batches.
+
+        It is less than the number of batches when memory ran out.
+        """
         walk, left = self.walk, self.items[done:]
         try:
             for item, x in zip(left, walk.states.take([i.hidden for i in left]), strict=True):
@@ -209,9 +223,10 @@ def walk_of(name: str, sources: VariantSources, *, device: torch.device, dtype: 
 def _tuned(
     model: Any, stored_as: Mapping[int, str], sources: VariantSources, device: torch.device
 ) -> tuple[Any, dict[str, str]]:
-    """(the PEFT model on a skeleton, parameter -> stored name). stored_as: id of the parameter -> stored name.
+    """(the PEFT model on a skeleton, parameter -> stored name).
 
-    PEFT moves adapters to the device of the base's weights: meanwhile each is a single zero expanded to the full shape.
+    stored_as: id of the parameter -> stored name. PEFT moves adapters to the device of the base's weights: meanwhile each
+    is a single zero expanded to the full shape.
     """
     zeros = {id(p): nn.Parameter(_zeros(p, device), requires_grad=False) for p in model.parameters()}
     for module in model.modules():

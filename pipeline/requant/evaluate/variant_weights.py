@@ -1,7 +1,7 @@
 """A variant's weights by their names in the 16-bit checkpoint, computed when read.
 
-Each class is a `checkpoint.Weights`: a model is filled from it at once or block by block. 4-bit weights are copied to
-`device` in 4 bits and decoded there.
+Each class is a `checkpoint.Weights`: a model is filled from it at once or block
+by block. 4-bit weights are copied to `device` in 4 bits and decoded there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from requant.numerics.grid import Grid, find_scales, nearest
 
 
 class Decoded:
-    """The decoded base, as training used it. rows: of tensors padded with zero rows, where the adapter has a larger vocabulary."""
+    """The decoded base, as training used it.
+
+    rows: stored name -> number of rows. A tensor with fewer is padded with zero rows: the adapter has a larger
+    vocabulary.
+    """
 
     def __init__(self, base: BaseWeights, device: torch.device, rows: Mapping[str, int]) -> None:
         self.base, self.device, self.rows = base, device, rows
@@ -60,7 +64,10 @@ class Merged:
 
 
 class Rounded:
-    """A 16-bit checkpoint with the weights in `grids` (by name) rounded to nearest on min-max scales, in fp32."""
+    """A 16-bit checkpoint with some weights rounded to nearest on min-max scales, in fp32.
+
+    grids: stored name -> grid of each weight that is rounded.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, grids: Mapping[str, Grid], transposed: frozenset[str], device: torch.device
@@ -84,9 +91,10 @@ class Rounded:
 
 
 class Packed:
-    """A GPTQ checkpoint, its quantized linears as fp32 `.weight`. transposed: stored names of Conv1D weights.
+    """A GPTQ checkpoint, its quantized linears as fp32 `.weight`.
 
-    Raises InputError when config.json says that it is none.
+    transposed: stored names of Conv1D weights. Raises InputError when config.json says that the checkpoint is not
+    GPTQ.
     """
 
     def __init__(self, path: Path, transposed: frozenset[str], device: torch.device) -> None:
@@ -105,7 +113,10 @@ class Packed:
 
 
 def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | None) -> BaseWeights:
-    """The base of a checkpoint and its skeleton. simulate: how a 16-bit one was quantized in training."""
+    """The weights of a base checkpoint, with `model` as their skeleton.
+
+    simulate: how a 16-bit base was quantized in training.
+    """
     names = skeleton.tensor_names(model, checkpoint)
     modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
     return BaseWeights(

@@ -83,7 +83,10 @@ def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any
 
 
 def teacher(name: str, sources: VariantSources, *, device: torch.device, stored: torch.dtype | None) -> Any:
-    """The teacher of healing, `merged` or `adapter`: fp32 on a CPU, else 16 bit; merged in its `stored` dtype."""
+    """The teacher of healing, `merged` or `adapter`.
+
+    fp32 on a CPU, else 16 bit; `merged` in its `stored` dtype.
+    """
     if device.type == "cpu":
         return load(name, sources, device=device, dtype=torch.float32)
     if name == "merged" and stored in (torch.float16, torch.bfloat16):
@@ -137,7 +140,10 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
 
 
 def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
-    """The 4-bit base as training loaded it, through bitsandbytes; with the adapter unmerged on top through PEFT."""
+    """The 4-bit base as training loaded it, through bitsandbytes.
+
+    with_adapter: with the adapter on top through PEFT, unmerged.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
@@ -158,7 +164,10 @@ def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.
 
 
 def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:
-    """`llm_int8_skip_modules` with which transformers 5 quantizes the modules that the training's version did."""
+    """`llm_int8_skip_modules` for transformers 5 that quantizes what training quantized.
+
+    The training's version of transformers may have quantized other modules by itself.
+    """
     if simulate.version == 5:
         return list(simulate.skip) or None
     model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
@@ -172,9 +181,10 @@ def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
-    """Set the compute dtype of 4-bit layers to `dtype`, and check bitsandbytes' decoder where it may be wrong.
+    """Set the compute dtype of 4-bit layers to `dtype`; check bitsandbytes' decoder.
 
-    bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not a whole number of blocks.
+    The decoder is checked where it may be wrong: bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not
+    a whole number of blocks.
     """
     import bitsandbytes.functional as bnb
     from bitsandbytes.nn import Linear4bit
@@ -208,7 +218,10 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
-    """Raise StageError when bitsandbytes decodes this layer differently from its own stored bytes."""
+    """Raise StageError when bitsandbytes decodes this layer differently from our decoder.
+
+    Both decode the same stored bytes.
+    """
     absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     expected = nf4.decode(
         weight.data,

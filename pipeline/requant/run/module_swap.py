@@ -1,8 +1,9 @@
 """Module swap: the gain of restoring one merged weight at a time in a quantized model.
 
-Each swap is scored on a small sample of the calibration text, paired with the quantized model on the same tokens. The gain
-is the KL divergence from the merged model that disappears, in nats a token. On text like the merged model's own this is the
-gain in ln perplexity. The evaluation sets take no part in the choice.
+Each swap is scored on a small sample of the calibration text, paired with
+the quantized model on the same tokens. The gain is the KL divergence from the merged model that disappears, in nats a
+token. On text like the merged model's own this is the gain in ln perplexity. The evaluation sets take no part in the
+choice.
 """
 
 from __future__ import annotations

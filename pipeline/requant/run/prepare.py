@@ -127,7 +127,10 @@ def _texts(recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str])
 def _overlaps(
     windows: Tensor, healing: Healing | None, sets: tuple[EvalSet, ...], warnings: list[str]
 ) -> dict[str, float]:
-    """What the sets share with the calibration text; with the healing text it is kept in the healing's own facts."""
+    """Share of each set's 13-grams that the calibration text contains.
+
+    The same of the healing text is written to the healing's own facts.
+    """
     if healing:
         drawn = torch.unique(healing.text.windows, dim=0)
         healing.facts["overlap"] = recipe_texts.overlaps(drawn, sets, warnings, "healing")
@@ -241,7 +244,10 @@ def plan_quantize(plan: MergePlan, model: Any, settings: Settings, dtype: torch.
 
 
 def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ...]) -> list[str]:
-    """Warnings about engines that will not load the checkpoint; for those in `deploy` it is an InputError."""
+    """Warnings about engines that will not load the checkpoint.
+
+    Raises InputError when one of them is in `deploy`.
+    """
     refusals = {v.target.name: str(v) for v in verdicts if not v.loads}
     asked = [
         f"deploy: {name} {refusals[name]} ({engine_support.TARGETS[name].source})"

@@ -138,7 +138,10 @@ def _size(path: Path) -> int:
 
 
 def _base_bytes(p: Prepared) -> int | None:
-    """Bytes of the 4-bit base as it is served: its files, or what quantizing a 16-bit model on the fly leaves."""
+    """Bytes of the 4-bit base as it is served.
+
+    Of a 4-bit checkpoint its files; of a 16-bit one what quantizing it on the fly leaves.
+    """
     if p.sources.simulate is None:
         return _size(p.sources.base)
     base, nf4 = p.merge.plan.base, p.sources.simulate

@@ -65,7 +65,10 @@ def run(
 
 
 def _stages_until(until: Until, prepared: Prepared, *, suggest: bool) -> tuple[Stage, ...]:
-    """The stages to walk; raises InputError for one that this recipe does not have or cannot evaluate."""
+    """The stages to run, up to and including `until`.
+
+    Raises InputError for a stage that this recipe does not have or cannot evaluate.
+    """
     stages = stages_of(prepared, suggest=suggest)
     names = [stage.name for stage in stages]
     if until not in names:

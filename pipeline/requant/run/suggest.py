@@ -72,7 +72,10 @@ def pattern(module: str) -> str:
 
 
 def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRow], plan: Plan) -> Candidate | None:
-    """None when the modules cannot be lifted: 8 bits already, or settings that differ among them."""
+    """The candidate of modules that are lifted together; None when they cannot be lifted.
+
+    They have 8 bits already, or settings that differ among them.
+    """
     grids = {plan.grids[m] for m in modules}
     grid = next(iter(grids))
     if len(grids) > 1 or grid.bits not in LIFTED:

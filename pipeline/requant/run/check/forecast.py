@@ -209,7 +209,10 @@ def _forwards(sets: Sequence[EvalSet], batch: int) -> int:
 
 
 def _rates(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds a weight: to read it in 16 bit and copy it to the device; to decode it there from 4 bits."""
+    """Seconds a weight to copy it to the device, read in 16 bit or decoded from 4 bits.
+
+    (to read it in 16 bit and copy it, to decode it on the device).
+    """
     count = PROBED // 2
     with (folder / "probe").open("rb", buffering=0) as file:
         raw = bytearray(PROBED)

@@ -105,7 +105,10 @@ class Made:
 
 
 def _peak_on_gpu(ops: Sequence[Op], made: Mapping[tuple[Any, ...], Made]) -> int:
-    """Bytes of the GPU: one tensor is made while the one before it is rounded and the one before that is written."""
+    """Largest number of bytes that the merge holds on the GPU.
+
+    One tensor is computed while the one before it is rounded and the one before that is written.
+    """
     each = [made[op.shape, op.action] for op in ops]
     peak, written = each[0].making, 0
     for current, following in zip(each, [*each[1:], None], strict=True):
