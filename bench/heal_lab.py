@@ -76,7 +76,7 @@ class Bench:
         self.merged.mkdir(parents=True)
         self.tokenizer = AutoTokenizer.from_pretrained(str(args.base))
         with phase("merge", self.seconds):
-            plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
+            plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, trust_remote_code=False)
             merge.merge(plan, self.merged, dtype="auto")
         self.documents = {n: tokenize(TextSource(path=args.texts / n), self.tokenizer) for n in ENTRIES}
         self.sources = variants.VariantSources(

@@ -70,7 +70,9 @@ def ours(work: Path, out: Path) -> tuple[float, int]:
     from requant.run import prepare
 
     before, started = peak(), time.perf_counter()
-    plan, _model = prepare.plan_merge(work / "base-nf4", peft_directory.load(work / "adapter"), None, False)
+    plan, _model = prepare.plan_merge(
+        work / "base-nf4", peft_directory.load(work / "adapter"), None, trust_remote_code=False
+    )
     merge.merge(plan, out, dtype="float16")
     selftest.self_test(plan, out)
     return time.perf_counter() - started, before

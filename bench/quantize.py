@@ -32,7 +32,7 @@ def windows(recipe_path: Path, overrides: list[str]) -> tuple[Any, Any, Any]:
     from requant.run import prepare, recipe_texts
 
     wanted = recipe.load(recipe_path, overrides)
-    base = prepare.fetch(wanted.base.source, wanted.directory, False)
+    base = prepare.fetch(wanted.base.source, wanted.directory, trust_remote_code=False)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base))

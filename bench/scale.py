@@ -215,7 +215,7 @@ def one(work: Path, layers: int, shard: str) -> None:
         [sys.executable, "-c", f"{code}{layers}, {shard!r})"],
         check=True, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    plan, _ = prepare.plan_merge(work / "base", peft_directory.load(work / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(work / "base", peft_directory.load(work / "adapter"), None, trust_remote_code=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (work / "out").mkdir()
     started = time.perf_counter()

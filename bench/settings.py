@@ -97,7 +97,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(args.base))
     merged = args.work / "merged"
     merged.mkdir(parents=True, exist_ok=True)
-    plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, False)
+    plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, trust_remote_code=False)
     merge.merge(plan, merged, dtype="auto")
     entries, sets = texts(args.texts, tokenizer)
     sources = variants.VariantSources.of_checkpoint(merged)

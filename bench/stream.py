@@ -171,7 +171,7 @@ def merge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from requant.run import prepare
 
     base, adapter = nf4_base(args, folder)
-    plan, _ = prepare.plan_merge(base, [peft_directory.load(adapter)], None, False)
+    plan, _ = prepare.plan_merge(base, [peft_directory.load(adapter)], None, trust_remote_code=False)
     out: dict[str, Any] = {}
     for name in dict.fromkeys(("cpu", DEVICE.type)):
         target = folder / f"merged-{name}"

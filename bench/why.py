@@ -34,13 +34,13 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     wanted = recipe.load(args.recipe, args.set)
-    base = prepare.fetch(wanted.base.source, wanted.directory, False)
+    base = prepare.fetch(wanted.base.source, wanted.directory, trust_remote_code=False)
     if wanted.adapter is None:
         raise SystemExit(f"{args.recipe}: this bench wants one adapter")
-    folder = prepare.fetch(wanted.adapter, wanted.directory, False)
+    folder = prepare.fetch(wanted.adapter, wanted.directory, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     sets = [recipe_texts.evaluation_set(wanted, s.name, tokenizer) for s in wanted.evaluate.sets]
-    plan, _ = prepare.plan_merge(args.original, peft_directory.load(folder), None, False)
+    plan, _ = prepare.plan_merge(args.original, peft_directory.load(folder), None, trust_remote_code=False)
     sources = variants.VariantSources(base=base, adapter=folder, merged=args.original, gptq=base, original=plan)
     rows: dict[str, Any] = {}
     for road in ("base", "adapter", "merged into the 16-bit original", "merge_and_unload on the 4-bit layers"):

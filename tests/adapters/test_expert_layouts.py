@@ -195,7 +195,7 @@ def refused(tmp: Path, *, kind: str = "mixtral", model: dict[str, Any] | None = 
     if tensors:
         pico.edit_tensors(tmp / "adapter" / peft_directory.WEIGHTS, **tensors)
     with pytest.raises(InputError) as caught:
-        prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
+        prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, trust_remote_code=False)
     return str(caught.value)
 
 
@@ -242,7 +242,7 @@ def test_two_pairs_for_one_parameter(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"two pairs of model\.layers\.0\.mlp\.experts fit .*down_proj: which is which"
     ):
-        prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, False)
+        prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False)
 
 
 def test_another_number_of_experts(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_another_number_of_experts(tmp_path: Path) -> None:
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS)
     _, other = saved(tmp_path / "other", "mixtral", num_local_experts=8)
     with pytest.raises(InputError, match=r"fits none of the base's target_parameters.*\(8, 96, 64\)"):
-        prepare.plan_merge(other, peft_directory.load(tmp_path / "adapter"), None, False)
+        prepare.plan_merge(other, peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False)
 
 
 def test_a_base_without_experts(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_base_without_experts(tmp_path: Path) -> None:
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS)
     dense = pico.save(pico.model(), tmp_path / "dense")
     with pytest.raises(InputError, match="no stacked parameter of that module"):
-        prepare.plan_merge(dense, peft_directory.load(tmp_path / "adapter"), None, False)
+        prepare.plan_merge(dense, peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False)
 
 
 def test_a_second_wrapper_without_target_parameters(tmp_path: Path) -> None:

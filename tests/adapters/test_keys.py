@@ -239,7 +239,7 @@ def test_peft_gets_what_it_can_load(tmp_path: Path, style: str) -> None:
     expected = pico.logits(pico.train(made, tmp_path / "adapter", modules_to_save=["lm_head"]))
     file = tmp_path / "adapter" / peft_directory.WEIGHTS
     save_file({restyled(k, style): v for k, v in load_file(file).items()}, file)
-    plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False)
     live = peft_runtime.attach(pico.model(), plan).eval()
     assert pico.relative(pico.logits(live), expected) < 1e-6
     assert isinstance(live, peft.PeftModel)

@@ -147,7 +147,7 @@ def test_the_self_test_sees_a_wrong_value(tmp_path: Path, name: str) -> None:
     made = pico.model()
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", config=CONFIGS[name])
-    plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False)
     op = next(op for op in plan.ops if op.folds)
     weight = Checkpoint(base).read(op.name).double()
     rows = [0, op.shape[0] // 2, op.shape[0] - 1]
@@ -171,7 +171,7 @@ def refused(tmp: Path, config: peft.PeftConfig, **changes: Any) -> str:
     if tensors:
         pico.edit_tensors(tmp / "adapter" / peft_directory.WEIGHTS, **tensors)
     with pytest.raises(InputError) as caught:
-        prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
+        prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, trust_remote_code=False)
     return str(caught.value)
 
 

@@ -61,7 +61,7 @@ def tuned(tmp: Path, config: peft.PeftConfig, kind: str = "llama", **changes: An
     made = pico.model(kind, **changes)
     base = pico.save(made, tmp / "base")
     live = pico.train(made, tmp / "adapter", config=config)
-    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, False)
+    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, trust_remote_code=False)
     sources = variants.VariantSources(base=base, adapter=tmp / "adapter", merged=base, gptq=base, plan=plan)
     return live, StreamedModel(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
 
@@ -108,7 +108,7 @@ def test_base_and_adapter_are_those_of_bitsandbytes(
     if simulate is None:
         base = pico.save_4bit(base, tmp_path / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     pico.train(made, tmp_path / "adapter")
-    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], simulate, False)
+    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], simulate, trust_remote_code=False)
     sources = variants.VariantSources(
         base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, simulate=simulate, plan=plan
     )
@@ -146,7 +146,7 @@ def test_a_resized_vocabulary(tmp_path: Path) -> None:
     made.config._name_or_path = str(base)
     made.resize_token_embeddings(pico.VOCABULARY + 8, mean_resizing=False)
     live = pico.train(made, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
-    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, False)
+    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, trust_remote_code=False)
     sources = variants.VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plan)
     parts = StreamedModel(streamed.walk_of("adapter", sources, device=CPU, dtype=F32))
     ids = torch.tensor([[1, pico.VOCABULARY + 3, 5, pico.VOCABULARY + 7]])
@@ -158,7 +158,7 @@ def test_two_weighted_adapters(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         pico.train(pico.model(), tmp_path / name, seed=seed)
     loaded = [peft_directory.load(tmp_path / n, weight=w) for n, w in (("a", 0.5), ("b", 1.5))]
-    plan, _ = prepare.plan_merge(base, loaded, None, False)
+    plan, _ = prepare.plan_merge(base, loaded, None, trust_remote_code=False)
     sources = variants.VariantSources(
         base=base,
         adapter=tmp_path / "a",
@@ -250,6 +250,6 @@ def test_lora_on_stacked_experts_is_not_streamed(tmp_path: Path) -> None:
     made = pico.model("mixtral")
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", target_parameters=["mlp.experts.gate_up_proj"])
-    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, False)
+    plan, _ = prepare.plan_merge(base, [peft_directory.load(tmp_path / "adapter")], None, trust_remote_code=False)
     sources = variants.VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plan)
     assert [streamed.can_stream(n, sources) for n in ("base", "adapter", "merged")] == [True, False, True]

@@ -159,7 +159,9 @@ def merged(
 ) -> tuple[MergePlan, MergeResult, selftest.SelfTest]:
     """Plan, merge and self-test everything, as `requant run` does."""
     weighted = adapter if isinstance(adapter, list) else [(adapter, 1.0)]
-    plan, _ = prepare.plan_merge(base, [peft_directory.load(a, weight=w) for a, w in weighted], simulate, False)
+    plan, _ = prepare.plan_merge(
+        base, [peft_directory.load(a, weight=w) for a, w in weighted], simulate, trust_remote_code=False
+    )
     out.mkdir(exist_ok=True)
     result = merge.merge(plan, out, dtype=dtype)
     return plan, result, selftest.self_test(plan, out, tensors=1000, rows=4)

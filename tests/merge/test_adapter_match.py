@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def matched(project: Path, name: str = "./base", revision: str | None = None) -> Match:
-    plan, _ = prepare.plan_merge(project / "base", peft_directory.load(project / "adapter"), None, False)
+    plan, _ = prepare.plan_merge(
+        project / "base", peft_directory.load(project / "adapter"), None, trust_remote_code=False
+    )
     return match(plan.adapter, plan, [(name, revision)])
 
 

@@ -43,7 +43,7 @@ def test_versions_4_and_5_agree_on_dense_models(tmp_path: Path, kind: str) -> No
     kinds = []
     for version in (4, 5):
         settings = Nf4Settings(quant_type="nf4", double_quant=False, version=version)  # type: ignore[arg-type]
-        plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), settings, False)
+        plan, _ = prepare.plan_merge(base, peft_directory.load(tmp_path / "adapter"), settings, trust_remote_code=False)
         kinds.append({n: w.kind for n, w in plan.base.weights.items()})
     assert kinds[0] == kinds[1]
     assert "simulated" in kinds[0].values()
@@ -56,7 +56,7 @@ def test_version_4_quantized_single_experts(tmp_path: Path) -> None:
     stored = Checkpoint(base).read(name)
     for version, kind in ((4, "simulated"), (5, "stored")):
         settings = Nf4Settings(quant_type="nf4", double_quant=False, version=version)  # type: ignore[arg-type]
-        plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), settings, False)
+        plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), settings, trust_remote_code=False)
         assert plan.base.weights[name].kind == kind
         assert plan.base.weights["model.layers.0.block_sparse_moe.gate.weight"].kind == kind
         expected = nf4.round_trip(stored, "nf4", 64, False) if version == 4 else stored
@@ -71,7 +71,7 @@ def test_the_live_base_has_version_4s_selection(tmp_path: Path) -> None:
     base, adapter, _ = made(tmp_path)
     simulate = Nf4Settings(quant_type="nf4", double_quant=False, skip=("lm_head", "v_proj"), version=4)
     live = variants.load("base", sources(base, adapter, simulate), device=torch.device("cpu"), dtype=torch.float32)
-    plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), simulate, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), simulate, trust_remote_code=False)
     packed = {f"{n}.weight" for n, m in live.named_modules() if isinstance(m, Linear4bit)}
     assert packed == {n for n, w in plan.base.weights.items() if w.kind == "simulated"}
     assert len(packed) == 12
@@ -175,7 +175,7 @@ def test_dora_onto_the_original_takes_the_originals_norms(tmp_path: Path) -> Non
 
 def refused(base: Path, adapter: Path) -> str:
     with pytest.raises(InputError) as caught:
-        prepare.plan_merge(base, peft_directory.load(adapter), None, False)
+        prepare.plan_merge(base, peft_directory.load(adapter), None, trust_remote_code=False)
     return str(caught.value)
 
 
@@ -235,7 +235,7 @@ def test_a_peft_that_leaves_tensors_out_is_noticed(tmp_path: Path) -> None:
     from requant.evaluate import peft_runtime
 
     base, adapter, _ = made(tmp_path)
-    plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), None, False)
+    plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), None, trust_remote_code=False)
     smaller = pico.model(num_hidden_layers=1)
     with pytest.raises(StageError, match=r"PEFT .* does not load 2 tensors, e\.g\..*layers\.1"):
         peft_runtime.attach(smaller, plan)

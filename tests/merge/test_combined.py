@@ -105,4 +105,4 @@ def test_another_kind_does_not_add_up(tmp_path: Path) -> None:
     pico.train(pico.model(), tmp_path / "ia3", config=peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     loaded = [peft_directory.load(paths[0]), peft_directory.load(tmp_path / "ia3")]
     with pytest.raises(InputError, match="this adapter is IA3; only plain LoRA"):
-        prepare.plan_merge(base, loaded, None, False)
+        prepare.plan_merge(base, loaded, None, trust_remote_code=False)

@@ -27,7 +27,7 @@ def planned(tmp: Path, **lora: Any) -> MergePlan:
     source = pico.save(made, tmp / "source", torch.bfloat16)
     base = pico.save_4bit(source, tmp / "base", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     pico.train(made, tmp / "adapter", **lora)
-    return prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, False)[0]
+    return prepare.plan_merge(base, [peft_directory.load(tmp / "adapter")], None, trust_remote_code=False)[0]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

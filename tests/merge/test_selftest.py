@@ -25,7 +25,7 @@ def merged(tmp: Path, dtype: str, *, packed: bool = False, **lora: object) -> tu
     if packed:
         base = pico.save_4bit(base, tmp / "packed", bnb_4bit_quant_type="nf4")
     pico.train(made, tmp / "adapter", **lora)
-    plan = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)[0]
+    plan = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, trust_remote_code=False)[0]
     (tmp / "out").mkdir()
     merge.merge(plan, tmp / "out", dtype=dtype)  # type: ignore[arg-type]
     return plan, tmp / "out"
@@ -82,7 +82,9 @@ def test_a_mantissa_error_of_a_few_units_is_caught(tmp_path: Path, dtype: str, b
 def test_a_wrong_scaling_is_caught(tmp_path: Path) -> None:
     plan, out = merged(tmp_path, "float16")
     pico.edit_adapter(tmp_path / "adapter", lora_alpha=7)
-    other = prepare.plan_merge(tmp_path / "base", peft_directory.load(tmp_path / "adapter"), None, False)[0]
+    other = prepare.plan_merge(
+        tmp_path / "base", peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False
+    )[0]
     with pytest.raises(StageError, match="differs from base"):
         self_test(other, out)
     assert self_test(plan, out).worst <= 1

@@ -289,7 +289,7 @@ def small(tmp: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> tuple[P
 
 
 def plan_of(base: Path, adapter: Path, simulate: Nf4Settings | None = None) -> MergePlan:
-    return prepare.plan_merge(base, peft_directory.load(adapter), simulate, False)[0]
+    return prepare.plan_merge(base, peft_directory.load(adapter), simulate, trust_remote_code=False)[0]
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -111,7 +111,7 @@ def planned(tmp: Path, **lora: Any) -> MergePlan:
     """A pico llama and a 'trained' adapter on it, and the plan of their merge."""
     pico.save(pico.model(), tmp / "base", torch.float32)
     pico.train(pico.reload(tmp / "base"), tmp / "adapter", **lora)
-    return prepare.plan_merge(tmp / "base", peft_directory.load(tmp / "adapter"), None, False)[0]
+    return prepare.plan_merge(tmp / "base", peft_directory.load(tmp / "adapter"), None, trust_remote_code=False)[0]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -127,7 +127,9 @@ def test_base_and_delta_make_the_merged_weight(tmp_path: Path, kind: str) -> Non
     """Against PEFT's own merge of the same files; what the adapter leaves alone has no delta."""
     pico.save(pico.model(), tmp_path / "base", torch.float32)
     tuned = pico.train(pico.reload(tmp_path / "base"), tmp_path / "adapter", **KINDS[kind])
-    plan = prepare.plan_merge(tmp_path / "base", peft_directory.load(tmp_path / "adapter"), None, False)[0]
+    plan = prepare.plan_merge(
+        tmp_path / "base", peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False
+    )[0]
     delta = deltas(plan)
     before = Checkpoint(tmp_path / "base")
     theirs = dict(tuned.merge_and_unload().named_parameters())

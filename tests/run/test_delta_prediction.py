@@ -94,7 +94,7 @@ def test_nf4_and_a_symmetric_grid_of_its_own_block_size_resonate() -> None:
 def planned(tmp: Path, **options: Any) -> tuple[Any, Any]:
     base = pico.save(pico.model(), tmp / "base", torch.float32)
     pico.train(pico.reload(base), tmp / "adapter", **options)
-    plan, model = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, False)
+    plan, model = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, trust_remote_code=False)
     return plan, prepare.plan_quantize(plan, model, Settings(grid=Grid(4, 32)), torch.bfloat16)
 
 

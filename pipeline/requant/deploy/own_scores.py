@@ -61,7 +61,7 @@ def score_checkpoint(
             f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
         )
         return None
-    tokenizer: Any = _tokenizer(path, trust_remote_code)
+    tokenizer: Any = _tokenizer(path, trust_remote_code=trust_remote_code)
     longest = (getattr(headers.model.config.get_text_config(), "max_position_embeddings", None) or 512) - NEW_TOKENS  # type: ignore
     if sample is None:
         sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, LONGEST)]),), (0,))
@@ -87,7 +87,7 @@ def _free(device: torch.device) -> float:
     return 0.9 * free_bytes(device)
 
 
-def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+def _tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)

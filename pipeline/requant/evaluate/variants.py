@@ -152,7 +152,7 @@ def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.
         options["dtype"] = DTYPES[s.load_dtype]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=s.quant_type, bnb_4bit_use_double_quant=s.double_quant,
-            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(sources.base, s, sources.trust_remote_code),
+            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(sources.base, s, trust_remote_code=sources.trust_remote_code),
         )  # fmt: skip
     else:
         options["dtype"] = dtype
@@ -163,7 +163,7 @@ def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.
     return (peft_runtime.attach(model, sources.plan or sources.adapter) if with_adapter else model).eval()
 
 
-def _skipped(base: Path, simulate: Nf4Settings, trust_remote_code: bool) -> list[str] | None:
+def _skipped(base: Path, simulate: Nf4Settings, *, trust_remote_code: bool) -> list[str] | None:
     """`llm_int8_skip_modules` for transformers 5 that quantizes what training quantized.
 
     The training's version of transformers may have quantized other modules by itself.

@@ -42,12 +42,12 @@ def heal_checkpoint(
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(checkpoint, trust_remote_code)
+    tokenizer = _tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     entries = [(f.name, documents.tokenize(documents.TextSource(path=f), tokenizer), 1.0) for f in files]
     text = packing.healing_windows(
         entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
     )
-    plan = choose_plan(_model_size(checkpoint, trust_remote_code), settings, text, device=device)
+    plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -73,7 +73,7 @@ def heal_checkpoint(
     return {**facts, "way": str(plan)}
 
 
-def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+def _tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -89,7 +89,7 @@ def _dtype(path: Path) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _model_size(path: Path, trust_remote_code: bool) -> ModelSize:
+def _model_size(path: Path, *, trust_remote_code: bool) -> ModelSize:
     """What memory and time depend on, from the checkpoint's headers."""
     reader = GptqReader(path)
     model: nn.Module = skeleton.open_model(path, trust_remote_code=trust_remote_code)

@@ -58,7 +58,9 @@ def prepare(recipe: Recipe) -> Prepared:
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
     warnings += _refusing_engines(recipe, quantize_inputs.engines)
     warnings += [*_left_fused(model), *([unloadable] if unloadable else [])]
-    tokenizer = recipe_texts.load_tokenizer(plan.base.checkpoint.path, sources.adapter, plan, recipe.trust_remote_code)
+    tokenizer = recipe_texts.load_tokenizer(
+        plan.base.checkpoint.path, sources.adapter, plan, trust_remote_code=recipe.trust_remote_code
+    )
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings)
     return Prepared(
         recipe=recipe,
@@ -75,9 +77,11 @@ def prepare(recipe: Recipe) -> Prepared:
 def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
     """Local directories of base, adapters and original, and the adapters' tensors by header."""
     trust, directory = recipe.trust_remote_code, recipe.directory
-    base = fetch(recipe.base.source, directory, trust)
-    loaded = [peft_directory.load(fetch(s, directory, trust), weight=w) for s, w in recipe.weighted_adapters]
-    original = fetch(s, directory, trust) if (s := recipe.base.sixteen_bit) else None
+    base = fetch(recipe.base.source, directory, trust_remote_code=trust)
+    loaded = [
+        peft_directory.load(fetch(s, directory, trust_remote_code=trust), weight=w) for s, w in recipe.weighted_adapters
+    ]
+    original = fetch(s, directory, trust_remote_code=trust) if (s := recipe.base.sixteen_bit) else None
     simulate = _nf4_settings(recipe.base.nf4)
     return Sources(base=base, adapter=loaded[0].path, original=original, simulate=simulate), loaded
 
@@ -88,11 +92,11 @@ def _merge_inputs(
     """Merge plans and how well each adapter matches the base; the model skeleton."""
     trust, original = recipe.trust_remote_code, sources.original
     if recipe.merge.onto == "original":
-        plan, model = plan_merge(original or sources.base, loaded, None, trust)
+        plan, model = plan_merge(original or sources.base, loaded, None, trust_remote_code=trust)
     else:
-        plan, model = plan_merge(sources.base, loaded, sources.simulate, trust)
+        plan, model = plan_merge(sources.base, loaded, sources.simulate, trust_remote_code=trust)
     scored = original is not None and "original" in recipe.evaluate.variants
-    onto_original = plan_merge(original, loaded, None, trust)[0] if scored and original else None
+    onto_original = plan_merge(original, loaded, None, trust_remote_code=trust)[0] if scored and original else None
     bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
     matches = tuple(adapter_match.match(adapter, plan, bases) for adapter in loaded)
     return MergeInputs(plan=plan, onto_original=onto_original, matches=matches), model
@@ -151,7 +155,7 @@ def _hints(recipe: Recipe) -> list[str]:
     return []
 
 
-def fetch(source: Source, directory: Path, trust_remote_code: bool) -> Path:
+def fetch(source: Source, directory: Path, *, trust_remote_code: bool) -> Path:
     """The local directory of a source.
 
     A hub id is downloaded to the hub cache (safetensors and small files only).
@@ -197,12 +201,13 @@ def plan_merge(
     base: Path,
     loaded: peft_directory.Adapter | Sequence[peft_directory.Adapter],
     simulate: Nf4Settings | None,
-    trust: bool,
+    *,
+    trust_remote_code: bool,
 ) -> tuple[MergePlan, Any]:
     """(merge plan, model skeleton) of one or several adapters on one base, from headers."""
     checkpoint = Checkpoint(base)
     refuse_quantized(checkpoint)
-    model: Any = skeleton.open_model(base, trust_remote_code=trust)
+    model: Any = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     stored = variant_weights.open_base(checkpoint, model, simulate)
     return merge.plan(stored, loaded, ModelLayout.of(model, stored)), model
 

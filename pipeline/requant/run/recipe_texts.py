@@ -42,7 +42,7 @@ class CalibrationFacts(TypedDict):
     overlap: NotRequired[dict[str, float]]
 
 
-def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer the merged model will have.
 
     Refuses one with more tokens than the model has embeddings.
@@ -136,7 +136,7 @@ def evaluation_set(
     else:
         rows = tokenize(source, tokenizer, item.format)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
-        documents = [_document(row, item.document_tokens, item.score == "completion") for row in rows]
+        documents = [_document(row, item.document_tokens, completion=item.score == "completion") for row in rows]
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
@@ -149,7 +149,7 @@ def evaluation_set(
     return made
 
 
-def _document(row: TokenDocument, cut: int | None, completion: bool) -> Any:
+def _document(row: TokenDocument, cut: int | None, *, completion: bool) -> Any:
     from requant_eval.scoring.windows import Document
 
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)

@@ -149,11 +149,11 @@ def advise(
     return {
         "sample": {"windows": len(text.windows), "tokens": text.n_scored},
         "before": before,
-        "units": [_unit(c, gain, c in chosen) for c, gain in ranked],
+        "units": [_unit(c, gain, helps=c in chosen) for c, gain in ranked],
         "patch": patch_text(patched(overrides, chosen, grid)) if chosen else "",
     }
 
 
-def _unit(c: Candidate, gain: Mapping[str, Any], helps: bool) -> dict[str, Any]:
+def _unit(c: Candidate, gain: Mapping[str, Any], *, helps: bool) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(c).items() if k != "grid"}
     return facts | {"from_bits": c.grid.bits, "gain": gain, "helps": helps}
