@@ -2,7 +2,7 @@
 
     python bench/resonance.py > bench/results/DATE-resonance-cpu.json
 
-Retention <Q - D, dW> / <dW, dW> with Q = round(D + dW), as `requant.resonance` predicts it, and beside it
+Retention <Q - D, dW> / <dW, dW> with Q = round(D + dW), as `requant.run.check.delta_prediction` predicts it, and beside it
 <Q(D + dW) - Q(D), dW> / <dW, dW>. Gaussian weights, NF4 in blocks of 64 with double quantization, dW of rank 16.
 """
 

@@ -1,4 +1,4 @@
-"""`requant.carrier`: tensors that travel in parts arrive whole."""
+"""`requant.checkpoint.device_loader`: tensors that travel in parts arrive whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.artifacts`: config edited as raw JSON, tokenizer files byte for byte."""
+"""`requant.checkpoint.model_files`: config edited as raw JSON, tokenizer files byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.checkpoint` against the safetensors library, and against files that are cut, missing or wrong."""
+"""`requant.checkpoint.reader` against the safetensors library, and against files that are cut, missing or wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.rundir`: whole or absent, one run at a time, nobody else's files touched."""
+"""`requant.checkpoint.run_directory`: whole or absent, one run at a time, nobody else's files touched."""
 
 from __future__ import annotations
 

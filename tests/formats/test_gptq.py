@@ -1,4 +1,4 @@
-"""`requant.pack` against a Python integer as bit stream, and against the packer of gptqmodel, byte for byte."""
+"""`requant.formats.gptq` against a Python integer as bit stream, and against the packer of gptqmodel, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.cholesky`: solving by blocks against fp64. Factoring by several is in `test_ranks`."""
+"""`requant.numerics.cholesky`: solving by blocks against fp64. Factoring by several is in `test_ranks`."""
 
 from __future__ import annotations
 

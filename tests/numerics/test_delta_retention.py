@@ -1,4 +1,4 @@
-"""`requant.survival` and `requant.deltas`: identities of what comes through of a delta, slow twins, real adapters."""
+"""`requant.numerics.delta_retention` and `requant.merge.deltas`: identities, slow references, real adapters."""
 
 from __future__ import annotations
 

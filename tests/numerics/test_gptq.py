@@ -1,4 +1,4 @@
-"""`requant.gptq` against classic GPTQ in fp64, and the identities its parts must hold."""
+"""`requant.numerics.gptq` against classic GPTQ in fp64, and the identities its parts must hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.hessian`: what is gathered from batches, against one product of all of them in fp64."""
+"""`requant.numerics.hessian`: what is gathered from batches, against one product of all of them in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.staging`: one place in host memory for one tensor after another."""
+"""`requant.runtime.pinned_memory`: one place in host memory for one tensor after another."""
 
 from __future__ import annotations
 

@@ -151,9 +151,12 @@ def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.
         s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=s.quant_type, bnb_4bit_use_double_quant=s.double_quant,
-            bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_skipped(sources.base, s, trust_remote_code=sources.trust_remote_code),
-        )  # fmt: skip
+            load_in_4bit=True,
+            bnb_4bit_quant_type=s.quant_type,
+            bnb_4bit_use_double_quant=s.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=_skipped(sources.base, s, trust_remote_code=sources.trust_remote_code),
+        )
     else:
         options["dtype"] = dtype
     model = AutoModelForCausalLM.from_pretrained(
