@@ -160,7 +160,7 @@ def test_memory_is_reserved_only_when_asked(
     walk: Walk, on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(calibration_plan, "hold", lambda _, nbytes: taken.append(nbytes))
+    monkeypatch.setattr(calibration_plan, "reserve_memory", lambda _, nbytes: taken.append(nbytes))
     on_gpu(10**12)
     plan = plan_calibration(walk, tokens(64), AUTO, SINGLE_PROCESS, batch=4)
     assert taken == []
@@ -174,7 +174,7 @@ def test_memory_is_reserved_only_when_asked(
 
 def test_a_cpu_reserves_nothing(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(calibration_plan, "hold", lambda _, nbytes: taken.append(nbytes))
+    monkeypatch.setattr(calibration_plan, "reserve_memory", lambda _, nbytes: taken.append(nbytes))
     plan_calibration(walk, tokens(64), AUTO, SINGLE_PROCESS, batch=4).reserve(CPU)
     assert taken == []
 

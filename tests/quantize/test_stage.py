@@ -544,7 +544,7 @@ def test_the_next_block_is_read_once_the_last_stage_has_all_its_inputs(
     monkeypatch.setattr(
         block_walk.Walk, "read_soon", lambda self, index: order.append(f"read {index}") or soon(self, index)
     )
-    monkeypatch.setattr(block_quantizer, "set_aside", lambda _: order.append("set aside"))
+    monkeypatch.setattr(block_quantizer, "freeze_garbage_collector", lambda _: order.append("set aside"))
     run(model_dir(tmp_path), tmp_path / "out")
     begun = ["read 0", "read 1"]  # what is read with the embeddings
     first = ["solve"] * 3 + ["read 1", "set aside", "solve", "read 1"]
