@@ -161,7 +161,7 @@ def random_linear(rows: int, columns: int, dtype: torch.dtype) -> student.Scaled
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=DEVICE)
     scale = torch.full((rows, columns // group), 2.0**-8, device=DEVICE)
     zero = torch.full(scale.shape, 8, dtype=torch.uint8, device=DEVICE)
-    return student.ScaledLinear(student.Codes(packed, scale, zero, columns), None, dtype)
+    return student.ScaledLinear(student.Codes(packed=packed, scale=scale, zero=zero, columns=columns), None, dtype)
 
 
 def random_student(model: Any) -> student.Student:

@@ -37,10 +37,12 @@ def case(
         codes, _, _ = nf4.nest(absmax)
         scale_codes = int((codes != state.absmax.cpu()).sum())
         offset = float(state.offset)
-        theirs = nf4.QuantState(quant_type, blocksize, shape, "float32", nested_offset=offset)
+        theirs = nf4.QuantState(
+            quant_type=quant_type, blocksize=blocksize, shape=shape, dtype="float32", nested_offset=offset
+        )
         absmax = nf4.unnest(state.absmax.cpu(), state.state2.code.cpu(), state.state2.absmax.cpu(), theirs)
     else:
-        theirs = nf4.QuantState(quant_type, blocksize, shape, "float32")
+        theirs = nf4.QuantState(quant_type=quant_type, blocksize=blocksize, shape=shape, dtype="float32")
         absmax = state.absmax.cpu()
     state.dtype = torch.float32
     reference = bnb.dequantize_4bit(packed, state).cpu()

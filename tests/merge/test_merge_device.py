@@ -36,7 +36,7 @@ def test_a_device_decodes_the_same_bits(quant_type: Any, shape: tuple[int, int],
     """The device's decoder, run on the CPU: rows that are not whole blocks, short last blocks, odd counts."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed, absmax = nf4.encode(weight, quant_type, blocksize)
-    state = nf4.QuantState(quant_type, blocksize, shape, "float32")
+    state = nf4.QuantState(quant_type=quant_type, blocksize=blocksize, shape=shape, dtype="float32")
     table = nf4.table(quant_type)
     byte = torch.arange(256)
     pairs = torch.stack([table[byte >> 4], table[byte & 15]], dim=1)

@@ -57,7 +57,9 @@ def test_exact_weights_keep_everything() -> None:
 def test_no_delta_no_signal() -> None:
     """Of an adapter that was never trained (B = 0) nothing can be lost."""
     delta = Delta(torch.zeros(ROWS, RANK), torch.ones(RANK, COLUMNS))
-    assert of(delta, torch.ones(ROWS, COLUMNS), moments()) == Survival(0.0, 0.0, 0.0, None, None)
+    assert of(delta, torch.ones(ROWS, COLUMNS), moments()) == Survival(
+        delta_norm=0.0, signal=0.0, signal_to_noise=0.0, retention=None, output_retention=None
+    )
 
 
 @pytest.mark.parametrize("lost", [1.0, 0.25])

@@ -36,7 +36,13 @@ def theirs(packed: torch.Tensor, state: Any) -> torch.Tensor:
 def ours(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """Decode from what save_pretrained would store: bytes, scales, tables and numbers of the quant_state."""
     offset = float(state.offset) if state.nested else None
-    read = nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32", nested_offset=offset)
+    read = nf4.QuantState(
+        quant_type=state.quant_type,
+        blocksize=state.blocksize,
+        shape=tuple(state.shape),
+        dtype="float32",
+        nested_offset=offset,
+    )
     absmax = state.absmax
     if state.nested:
         absmax = nf4.unnest(state.absmax, state.state2.code, state.state2.absmax, read)
@@ -73,7 +79,7 @@ def test_any_quant_storage_is_a_bit_pattern(storage: torch.dtype, shape: tuple[i
 def test_decode_follows_the_formula(rows: int, columns: int, blocksize: int, quant_type: Any, seed: int) -> None:
     """Any bytes, any even block size, odd element counts: one element at a time gives the same bits."""
     g = torch.Generator().manual_seed(seed)
-    state = nf4.QuantState(quant_type, blocksize, (rows, columns), "float32")
+    state = nf4.QuantState(quant_type=quant_type, blocksize=blocksize, shape=(rows, columns), dtype="float32")
     data = torch.randint(0, 256, (-(-rows * columns // 2),), generator=g, dtype=torch.uint8)
     absmax = torch.rand(state.blocks, generator=g)
     expected = oracle.decode_4bit(
@@ -95,7 +101,14 @@ def test_nested_scales_in_any_storage_follow_the_formula(
 ) -> None:
     """Double-quantized scales, and bytes stored as any dtype and padded to its size: the loop over elements agrees."""
     g = torch.Generator().manual_seed(seed)
-    state = nf4.QuantState(quant_type, blocksize, (rows, columns), "float32", nested_offset=0.25, nested_blocksize=4)
+    state = nf4.QuantState(
+        quant_type=quant_type,
+        blocksize=blocksize,
+        shape=(rows, columns),
+        dtype="float32",
+        nested_offset=0.25,
+        nested_blocksize=4,
+    )
     count = -(-rows * columns // 2)
     data = torch.randint(0, 256, (-(-count // storage.itemsize) * storage.itemsize,), generator=g, dtype=torch.uint8)
     codes = torch.randint(0, 256, (state.blocks,), generator=g, dtype=torch.uint8)
@@ -113,7 +126,7 @@ def test_nested_scales_in_any_storage_follow_the_formula(
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding in pieces gives the unpieced bits, also when blocks straddle the pieces."""
     packed, absmax = nf4.encode(weights((37, 101)), "nf4", 96)
-    state = nf4.QuantState("nf4", 96, (37, 101), "float32")
+    state = nf4.QuantState(quant_type="nf4", blocksize=96, shape=(37, 101), dtype="float32")
     whole = nf4.decode(packed, absmax, state)
     for chunk in (32, 48, 50, 96):
         monkeypatch.setattr(nf4, "_CHUNK", chunk)
@@ -167,7 +180,9 @@ def test_encode_picks_the_nearest_value(quant_type: Any, count: int, blocksize: 
     """Decoded values lie as near as any table entry could, up to fp32 rounding of the division."""
     weight = weights((count,), seed)
     data, absmax = nf4.encode(weight, quant_type, blocksize)
-    decoded = nf4.decode(data, absmax, nf4.QuantState(quant_type, blocksize, (count,), "float32"))
+    decoded = nf4.decode(
+        data, absmax, nf4.QuantState(quant_type=quant_type, blocksize=blocksize, shape=(count,), dtype="float32")
+    )
     scale = absmax.repeat_interleave(blocksize)[:count].double()
     best = oracle.distance_to_nearest(weight.double() / scale, nf4.table(quant_type))
     assert bool(((decoded.double() - weight.double()).abs() / scale <= best + 4e-7).all())
@@ -241,7 +256,7 @@ def test_corrupt_quant_state_says_what_is_wrong(data: bytes, message: str) -> No
 
 
 def test_sizes_that_disagree_are_refused() -> None:
-    state = nf4.QuantState("nf4", 64, (4, 64), "float32")
+    state = nf4.QuantState(quant_type="nf4", blocksize=64, shape=(4, 64), dtype="float32")
     with pytest.raises(nf4.Nf4Error, match=r"100 packed bytes.*needs 128"):
         nf4.decode(torch.zeros(100, dtype=torch.uint8), torch.ones(4), state)
     with pytest.raises(nf4.Nf4Error, match=r"3 scales.*needs 4"):
@@ -251,14 +266,14 @@ def test_sizes_that_disagree_are_refused() -> None:
 
 
 def test_too_few_nested_scales_are_refused() -> None:
-    state = nf4.QuantState("nf4", 64, (300, 64), "float32", nested_offset=0.0)
+    state = nf4.QuantState(quant_type="nf4", blocksize=64, shape=(300, 64), dtype="float32", nested_offset=0.0)
     with pytest.raises(nf4.Nf4Error, match=r"nested"):
         nf4.unnest(torch.zeros(300, dtype=torch.uint8), nf4.dynamic_map(), torch.ones(1), state)
 
 
 def test_odd_block_sizes_are_refused_or_right() -> None:
     """bitsandbytes has none; a file that claims one must not end in an IndexError."""
-    state = nf4.QuantState("nf4", 3, (3,), "float32")
+    state = nf4.QuantState(quant_type="nf4", blocksize=3, shape=(3,), dtype="float32")
     try:
         decoded = nf4.decode(torch.tensor([0x0F, 0xF0], dtype=torch.uint8), torch.ones(1), state)
     except nf4.Nf4Error:

@@ -123,7 +123,15 @@ def test_the_patch_is_a_recipe_and_keeps_what_was_there(project: Path) -> None:
 def test_the_patch_reads_back(project: Path) -> None:
     from ruamel.yaml import YAML
 
-    made = Candidate("model.layers.0.self_attn.[qkv]_proj", (), Grid(4, 64, symmetric=False), 8, 1, None, 0.1)
+    made = Candidate(
+        pattern="model.layers.0.self_attn.[qkv]_proj",
+        modules=(),
+        grid=Grid(4, 64, symmetric=False),
+        bits=8,
+        bytes=1,
+        signal_to_noise=None,
+        relative_error=0.1,
+    )
     overrides = patched({"*.down_proj": {"skip": True}}, [made], Grid(4, 32))
     read = YAML(typ="safe").load(patch_text(overrides))
     assert read == {"quantize": {"overrides": overrides}}

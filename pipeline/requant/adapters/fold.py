@@ -25,7 +25,16 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Rows start..stop of a 2-D adapter tensor in fp32; the other rows are not read."""
     row = info.nbytes // info.shape[0]
     shape = (stop - start, *info.shape[1:])
-    return read(TensorInfo(info.name, info.dtype, shape, info.file, info.offset + start * row, (stop - start) * row))
+    return read(
+        TensorInfo(
+            name=info.name,
+            dtype=info.dtype,
+            shape=shape,
+            file=info.file,
+            offset=info.offset + start * row,
+            nbytes=(stop - start) * row,
+        )
+    )
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:

@@ -37,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """Where one tensor lies: `offset` counts from the start of `file`."""
 
@@ -91,7 +91,7 @@ def _info(file: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorI
         nbytes *= n
     if begin < 0 or min(shape, default=0) < 0 or end - begin != nbytes:
         raise InputError(f"{file}: tensor {name!r} spans {end - begin} bytes, its shape {shape} needs {nbytes}")
-    return TensorInfo(name, dtype, shape, file, base + begin, nbytes)
+    return TensorInfo(name=name, dtype=dtype, shape=shape, file=file, offset=base + begin, nbytes=nbytes)
 
 
 class Weights(Protocol):

@@ -123,7 +123,11 @@ class CheckpointWriter:
     def read(self, name: str) -> torch.Tensor:
         """Read a slot back from its shard."""
         slot, file, offset = self._slots[name]
-        return read_tensor(TensorInfo(name, slot.dtype, slot.shape, self.path / file, offset, slot.nbytes))
+        return read_tensor(
+            TensorInfo(
+                name=name, dtype=slot.dtype, shape=slot.shape, file=self.path / file, offset=offset, nbytes=slot.nbytes
+            )
+        )
 
     def sync(self) -> None:
         """Bring everything written so far to the disk."""

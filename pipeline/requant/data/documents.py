@@ -36,7 +36,7 @@ _ROLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
     """Where rows of text are read from: exactly one of path, dataset (hub id) and builtin."""
 

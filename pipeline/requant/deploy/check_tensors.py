@@ -26,7 +26,7 @@ SHIFT = 0.5
 """Mean distance in steps from the source's weights: the right zero point is near 0 away, the other convention exactly 1."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TensorCheck:
     """Findings about the values, and what was counted.
 

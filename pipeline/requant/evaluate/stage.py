@@ -59,7 +59,7 @@ def evaluate(
     Raises StageError for NaN or infinity in logits.
     """
     free_memory(scores.device)  # of earlier stages: what is free decides what is streamed
-    work = _Evaluation(scores, sources, batch, stream, progress)
+    work = _Evaluation(scores=scores, sources=sources, batch=batch, stream=stream, progress=progress)
     todo, unanswered = scores.missing(), scores.unanswered()
     streaming = {name: work.should_stream(name, sets) for name, sets in todo.items()}
     work.total = sum(
@@ -84,7 +84,7 @@ def load_reference(
     """
     rows = [row for many in samples.values() for row in many]
     free_memory(scores.device)
-    work = _Evaluation(scores, sources, batch, stream, None)
+    work = _Evaluation(scores=scores, sources=sources, batch=batch, stream=stream, progress=None)
     if not work.should_stream(REFERENCE, ()):
         return variants.load(REFERENCE, sources, device=scores.device, dtype=scores.dtype)
     model = streamed.StreamedModel(streamed.walk_of(REFERENCE, sources, device=scores.device, dtype=scores.dtype))
@@ -94,7 +94,7 @@ def load_reference(
     return model
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Evaluation:
     """The state of one call of `evaluate`. total, done: steps, which are windows and canaries."""
 

@@ -229,7 +229,9 @@ def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
     expected = nf4.decode(
         weight.data,
         absmax.float(),
-        nf4.QuantState(state.quant_type, state.blocksize, tuple(state.shape), "float32"),
+        nf4.QuantState(
+            quant_type=state.quant_type, blocksize=state.blocksize, shape=tuple(state.shape), dtype="float32"
+        ),
     )
     decoded = bnb.dequantize_4bit(weight.data, state).float()
     error = float((expected - decoded).norm() / expected.norm())

@@ -167,7 +167,7 @@ def _exactly(name: str) -> str:
     return "^" + name.replace(".", r"\.") + "$"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
     """How one linear is packed, as the config says. columns, rows: of its weight [out, in]."""
 
@@ -201,6 +201,6 @@ class Rules:
             return None
         values = dict(self.declared) | dict(own)
         return Packing(
-            values["bits"], values["group_size"], values["sym"], values["desc_act"],
-            linear.out_features, linear.in_features,
+            bits=values["bits"], group_size=values["group_size"], symmetric=values["sym"], desc_act=values["desc_act"],
+            rows=linear.out_features, columns=linear.in_features,
         )  # fmt: skip

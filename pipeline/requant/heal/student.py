@@ -25,7 +25,7 @@ from requant.modeling import skeleton
 from requant.numerics.grid import deployable
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Codes:
     """One quantized linear as stored: W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]).
 
@@ -60,7 +60,13 @@ class Codes:
         if int(codes.max()) < 16:
             half = columns // 2
             codes = codes[:, :half] | (codes[:, half:] << 4)
-        return cls(codes.contiguous(), scale, zero.to(torch.uint8), columns, None if sorted_already else order)
+        return cls(
+            packed=codes.contiguous(),
+            scale=scale,
+            zero=zero.to(torch.uint8),
+            columns=columns,
+            order=None if sorted_already else order,
+        )
 
     def centred(self, dtype: torch.dtype) -> Tensor:
         """code - zero, [out, groups, group_size]; exact in every float dtype."""

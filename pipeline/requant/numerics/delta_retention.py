@@ -53,7 +53,7 @@ Deltas = Callable[[str], Delta | None]
 """Name of a tensor of the merged checkpoint -> what the adapter added to it, None where it added nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Survival:
     """One module's numbers; see the top of the file. delta_norm: sqrt(<dW, dW>). signal: tr(dW H dW'), H a mean per token.
 

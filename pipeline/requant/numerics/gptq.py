@@ -47,7 +47,7 @@ def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
     return (inside + torch.arange(table.shape[0], device=diagonal.device)[:, None] * group_size)[groups].reshape(-1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
     """Cholesky factor of the permuted, damped Hessian: lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
 
@@ -77,11 +77,13 @@ def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = 
         damped.diagonal().add_(damp * mean)
         lower, info = cholesky(damped)
         if int(info) == 0:
-            return Factor(lower, backwards, damp, mean)
+            return Factor(lower=lower, order=backwards, damp=damp, mean=mean)
         if 2 * damp > MAX_DAMP:
             break
         damp *= 2
-    return Factor(torch.eye(len(order), device=hessian.device), backwards, damp, mean, diagonal=True)
+    return Factor(
+        lower=torch.eye(len(order), device=hessian.device), order=backwards, damp=damp, mean=mean, diagonal=True
+    )
 
 
 def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:

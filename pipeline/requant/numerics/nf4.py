@@ -41,7 +41,7 @@ def table(quant_type: QuantType) -> Tensor:
     return NF4 if quant_type == "nf4" else FP4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantState:
     """What `M.weight.quant_state.bitsandbytes__*` says: how the bytes of one weight are to be read."""
 
@@ -78,7 +78,14 @@ def parse_state(data: bytes) -> QuantState:
         raise Nf4Error(f"quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
     if blocksize < 2 or blocksize % 2 or nested_blocksize < 1 or not shape or min(shape) < 1:
         raise Nf4Error(f"impossible blocksize {blocksize}, nested_blocksize {nested_blocksize} or shape {shape}")
-    return QuantState(quant_type, blocksize, shape, dtype, offset, nested_blocksize)
+    return QuantState(
+        quant_type=quant_type,
+        blocksize=blocksize,
+        shape=shape,
+        dtype=dtype,
+        nested_offset=offset,
+        nested_blocksize=nested_blocksize,
+    )
 
 
 def check_table(stored: Tensor, quant_type: QuantType) -> None:
@@ -200,9 +207,11 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
 def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, double_quant: bool) -> Tensor:
     """The fp32 weight that training saw: quantize as bitsandbytes would, then decode. Shape and order are kept."""
     packed, absmax = encode(weight, quant_type, blocksize)
-    state = QuantState(quant_type, blocksize, tuple(weight.shape), "float32")
+    state = QuantState(quant_type=quant_type, blocksize=blocksize, shape=tuple(weight.shape), dtype="float32")
     if double_quant:
         codes, nested_absmax, offset = nest(absmax.cpu())  # its mean must not depend on the device
-        state = QuantState(quant_type, blocksize, tuple(weight.shape), "float32", nested_offset=offset)
+        state = QuantState(
+            quant_type=quant_type, blocksize=blocksize, shape=tuple(weight.shape), dtype="float32", nested_offset=offset
+        )
         absmax = unnest(codes, dynamic_map(), nested_absmax, state).to(weight.device)
     return decode(packed, absmax, state)

@@ -83,7 +83,7 @@ def quantize(
         writer.close()
     shutil.rmtree(theirs)
     damp = settings.damp or DAMP
-    judge = Judge(walk, Checkpoint(out), layout, damp, deltas or (lambda _: None))
+    judge = Judge(walk=walk, written=Checkpoint(out), layout=layout, damp=damp, deltas=deltas or (lambda _: None))
     results = judge.measure(windows, batch, progress)
     write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
     return layout, results
@@ -183,7 +183,7 @@ def _rewrite(
             writer.write(slot.name, convert(slot.name, source.read(slot.name), slot.dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """Measures written weights as `quantize` does, on the inputs in the quantized model."""
 

@@ -163,7 +163,7 @@ def _search(device: torch.device, quantized: Grid, n: int) -> None:
 
 
 def _solve(device: torch.device, quantized: Grid, n: int) -> None:
-    factor = gptq.Factor(torch.eye(n, device=device), torch.arange(n, device=device), 0.01, 1.0)
+    factor = gptq.Factor(lower=torch.eye(n, device=device), order=torch.arange(n, device=device), damp=0.01, mean=1.0)
     gptq.solve(torch.ones(ROWS, n, device=device), factor, _scales(device, quantized, n), quantized)
 
 

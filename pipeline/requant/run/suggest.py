@@ -25,7 +25,7 @@ COUNT = 10  # candidates that are measured
 LIFTED = {2: 4, 3: 4, 4: 8}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """Modules that share one override.
 
@@ -85,8 +85,8 @@ def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRo
     whole = sum(results[m]["loss"] / results[m]["relative_error"] ** 2 for m in modules if results[m]["relative_error"])
     adapted = [signal for m in modules if (signal := results[m].get("signal")) is not None]
     return Candidate(
-        name, tuple(modules), grid, bits, sum(_growth(plan, m, bits) for m in modules),
-        sum(adapted) / loss if adapted and loss else None, (loss / whole) ** 0.5 if whole else 0.0,
+        pattern=name, modules=tuple(modules), grid=grid, bits=bits, bytes=sum(_growth(plan, m, bits) for m in modules),
+        signal_to_noise=sum(adapted) / loss if adapted and loss else None, relative_error=(loss / whole) ** 0.5 if whole else 0.0,
     )  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def _rates(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[floa
     half.to(device, dtype)
     cast = cost_of(device, lambda: half.to(device, dtype))
     packed = torch.zeros(count // 2, dtype=torch.uint8, device=device)
-    state = nf4.QuantState("nf4", 64, (count,), "float32")
+    state = nf4.QuantState(quant_type="nf4", blocksize=64, shape=(count,), dtype="float32")
     scales = torch.ones(state.blocks, device=device)
     nf4.decode(packed, scales, state)
     decoded = cost_of(device, lambda: nf4.decode(packed, scales, state).to(dtype))
