@@ -13,7 +13,7 @@ from helpers.e2e import recipe
 from helpers.families import FAMILIES, Family
 
 from requant.checkpoint.writer import Slot
-from requant.deploy import engine_support
+from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
@@ -38,9 +38,9 @@ def planned(kind: str = "llama", settings: Settings | None = None, **changes: An
 
 
 def verdict(
-    name: engine_support.Name, kind: str = "llama", settings: Settings | None = None, **changes: Any
+    name: engine_targets.Name, kind: str = "llama", settings: Settings | None = None, **changes: Any
 ) -> engine_support.Verdict:
-    return engine_support.judge(*planned(kind, settings, **changes), engine_support.TARGETS[name])
+    return engine_support.judge(*planned(kind, settings, **changes), engine_targets.TARGETS[name])
 
 
 def test_which_kernel_on_which_hardware() -> None:
@@ -215,7 +215,7 @@ def test_the_table_is_gptqmodels_own() -> None:
     from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
 
     theirs = {"Marlin": MarlinLinear, "Torch": TorchLinear, "TorchAten": TorchAtenLinear, "Triton": TritonV2Linear}
-    for kernels in engine_support.TARGETS["gptqmodel"].hardware.values():
+    for kernels in engine_targets.TARGETS["gptqmodel"].hardware.values():
         for kernel in kernels:
             own: Any = theirs[kernel.name]
             assert set(kernel.bits) <= set(own.SUPPORTS_BITS)
@@ -239,9 +239,9 @@ def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
 
     vLLM's and SGLang's Marlin is not gptqmodel's: only the latter was seen.
     """
-    signed = engine_support.Matrix("m", 128, 128, Grid(4, 64, signed=True))
-    plain = engine_support.Matrix("m", 128, 128, Grid(4, 64))
-    offered = [(t.name, k) for t in engine_support.TARGETS.values() for kernels in t.hardware.values() for k in kernels]
+    signed = engine_targets.Matrix("m", 128, 128, Grid(4, 64, signed=True))
+    plain = engine_targets.Matrix("m", 128, 128, Grid(4, 64))
+    offered = [(t.name, k) for t in engine_targets.TARGETS.values() for kernels in t.hardware.values() for k in kernels]
     gptqmodel = {
         (name, kernel)
         for name in ("transformers", "gptqmodel")

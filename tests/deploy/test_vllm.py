@@ -27,7 +27,7 @@ from helpers.loading import runtime_names
 from safetensors.torch import load_file, save_file
 
 from requant import deploy
-from requant.deploy import engine_processes, engine_support, tensor_parallel
+from requant.deploy import engine_processes, engine_support, engine_targets, tensor_parallel
 from requant.deploy.own_scores import SAMPLE
 from requant.evaluate import variants
 from requant.heal.settings import HealSettings
@@ -89,7 +89,7 @@ def test_vllm_reads_healed_numbers(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("grid", [Grid(4, 64, symmetric=False), Grid(8, 64)], ids=["asymmetric", "8 bit on a CPU"])
 def test_vllm_refuses_what_the_table_of_servers_says(source: Path, tmp_path: Path, grid: Grid) -> None:
     planned = pico.packed(source, tmp_path / "gptq", grid)
-    judged = engine_support.judge(planned, skeleton.open_model(source), engine_support.TARGETS["vllm"])
+    judged = engine_support.judge(planned, skeleton.open_model(source), engine_targets.TARGETS["vllm"])
     assert "CPU" in judged.lacking
     done = deploy.verify(tmp_path / "gptq", load_in=["vllm"])
     assert [f.where for f in done.findings] == ["vllm"]
@@ -174,7 +174,7 @@ print("ANSWERS", json.dumps(answers))
 def test_the_table_of_parts_is_vllms_own() -> None:
     """Every way to cut matrices of these sizes by inputs: our rule and kernels, and what vLLM's kernels say of each."""
     asked, ours = [], []
-    offered = {k.name: k for k in engine_support.TARGETS["vllm"].hardware["Hopper"]}
+    offered = {k.name: k for k in engine_targets.TARGETS["vllm"].hardware["Hopper"]}
     marlin, machete = offered["Marlin"], offered["Machete"]
     for columns in (256, 576, 1536, 4096, 13824):
         for group in (-1, 32, 64, 128):
@@ -185,7 +185,7 @@ def test_the_table_of_parts_is_vllms_own() -> None:
                 part = tensor_parallel.shard_shape("down_proj", 512, columns, degree, None)
                 assert part is not None
                 fits = tensor_parallel.why_not("down_proj", 512, columns, grid, degree, None) is None
-                matrix = engine_support.Matrix("down_proj", *part, grid)
+                matrix = engine_targets.Matrix("down_proj", *part, grid)
                 asked.append([[columns, 512], [part[1], part[0]], group])
                 ours.append([fits and marlin.why_not(matrix) is None, fits and machete.why_not(matrix) is None])
     done = subprocess.run(

@@ -9,149 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from requant.deploy import tensor_parallel
+from requant.deploy.engine_targets import Kernel, Matrix, Target, Trait
 from requant.modeling import linears
 from requant.modeling.families import EXPERT, FUSED
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 
-Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
-# Properties of a plan that some engine cannot load.
-Trait = Literal[
-    "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "skipped in some blocks",
-    "unlike fused parts", "unlike experts", "blocks elsewhere",
-]  # fmt: skip
-GROUPS = (-1, 32, 64, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What one kernel multiplies.
-
-    inputs, outputs: of what the fused matrix's sizes must be multiples.
-    """
-
-    name: str
-    bits: tuple[int, ...] = (4, 8)
-    groups: tuple[int, ...] = GROUPS
-    inputs: int = 1
-    outputs: int = 1
-    symmetric: bool = True  # only symmetric ones; False: both
-    signed: bool = False  # proven with negative scales (bench/kernel_table.py, make test-vllm)
-    experts: bool | None = None  # True: only routed experts; False: everything else; None: both
-
-    def why_not(self, matrix: Matrix) -> str | None:
-        """Why this kernel cannot multiply a matrix; None when it can."""
-        grid = matrix.grid
-        if grid.bits not in self.bits:
-            return f"no {grid.bits}-bit weights"
-        if self.symmetric and not grid.symmetric:
-            return "no asymmetric weights"
-        if grid.signed and not self.signed:
-            return f"negative scales are not proven in {self.name}"
-        if grid.group_size not in self.groups:
-            return f"no groups of {grid.group_size}"
-        for what, size, unit in (("inputs", matrix.columns, self.inputs), ("outputs", matrix.rows, self.outputs)):
-            if size % unit:
-                return f"its {size} {what} are no multiple of {unit}"
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One engine. hardware: device kind -> kernels in the order they are tried.
-
-    refuses: trait -> what goes wrong.
-    """
-
-    name: Name
-    source: str
-    fuses: bool
-    hardware: Mapping[str, tuple[Kernel, ...]]
-    refuses: Mapping[Trait, str]
-
-
-_MOE_MARLIN = Kernel("Marlin MoE", inputs=128, experts=True)
-_PARTS = "{} differ in their settings, and it fuses them"
-_TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
-_GPTQMODEL = {
-    "NVIDIA GPU": (
-        Kernel("Marlin", signed=True),
-        Kernel("Triton", bits=(2, 4, 8), symmetric=False, signed=True),
-        *_TORCH,
-    ),
-    "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
-}
-TARGETS: Mapping[Name, Target] = {
-    t.name: t
-    for t in (
-        Target(
-            "vllm", "vLLM 0.32.0: quantization/auto_gptq.py, kernels/linear/mixed_precision, utils/marlin_utils.py", True,
-            {
-                "Hopper": (
-                    Kernel("Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False),
-                    Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True),
-                ),
-                "other NVIDIA GPU": (Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True)),
-                "CPU": (
-                    Kernel("CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
-                    Kernel("CPU MoE (needs AMX)", bits=(4,), experts=True),
-                ),
-            },
-            {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
-        ),
-        Target(
-            "sglang", "SGLang 006d096: quantization/gptq.py, marlin_utils.py", True,
-            {
-                "NVIDIA GPU from Ampere on": (
-                    Kernel("Marlin", inputs=128, outputs=64, experts=False),
-                    Kernel("Marlin MoE", inputs=128, outputs=64, experts=True),
-                ),
-                "NVIDIA GPU with --quantization gptq --dtype half": (
-                    Kernel("GPTQ", bits=(2, 3, 4, 8), symmetric=False, experts=False),
-                ),
-            },
-            {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
-        ),
-        Target(
-            "transformers", "transformers 5.23 with optimum 2.3 (gptq/quantizer.py) and gptqmodel 7.7", False, _GPTQMODEL,
-            {
-                "conv1d": "it cannot make Conv1D layers ({}) quantized ones; gptqmodel's own loader can",
-                "linear-like": "it passes over {}, so that their weights would be random; gptqmodel's own loader does not",
-                "experts": "it keeps experts fused, so that their weights would be random; gptqmodel's own loader does not",
-                "overrides": "it ignores settings of single modules ({})",
-                "skipped in some blocks": "{} stays in 16 bit in some blocks only",
-                "blocks elsewhere": "it does not look for blocks in {}",
-            },
-        ),
-        Target(
-            "gptqmodel", "gptqmodel 7.7: GPTQModel.load, models/definitions", False, _GPTQMODEL,
-            {
-                "renamed": "it looks for {}, which the original checkpoint, and so ours, calls otherwise",
-                "fused gate_up": "it splits {} before it looks for its weights; transformers loads them",
-            },
-        ),
-    )
-}  # fmt: skip
 # optimum 2.3 gptq/constants.py BLOCK_PATTERNS, of causal language models.
 _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One quantized matrix as a server holds it: rows are outputs, fused parts stacked.
-
-    The experts of a layer are one, [expert width, model width], for a server that fuses them.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    grid: Grid
 
 
 @dataclass(frozen=True, slots=True)

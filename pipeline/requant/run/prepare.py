@@ -20,7 +20,7 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import Checkpoint
 from requant.data import canaries
 from requant.data.canaries import Canaries
-from requant.deploy import engine_support
+from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
@@ -108,7 +108,7 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
-    engines = tuple(engine_support.judge(layout, model, target) for target in engine_support.TARGETS.values())
+    engines = tuple(engine_support.judge(layout, model, target) for target in engine_targets.TARGETS.values())
     return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines)
 
 
@@ -255,7 +255,7 @@ def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ..
     """
     refusals = {v.target.name: str(v) for v in verdicts if not v.loads}
     asked = [
-        f"deploy: {name} {refusals[name]} ({engine_support.TARGETS[name].source})"
+        f"deploy: {name} {refusals[name]} ({engine_targets.TARGETS[name].source})"
         for name in recipe.deploy
         if name in refusals
     ]
