@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from helpers import pico
 from requant.errors import InputError
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import QuantizedFormat
-from requant.formats.registry import FORMATS
+from requant.formats.registry import FORMATS, open_quantized
 from requant.numerics.grid import Grid
 
 
@@ -56,3 +58,30 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "out" / "model.safetensors")
     with pytest.raises(InputError, match=rf"{stem}qzeros is missing: the GPTQ checkpoint is damaged"):
         GptqReader(tmp_path / "out").read(name)
+
+
+def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new format is one entry: what reads a checkpoint back asks them all."""
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
+    pico.packed(source, tmp_path / "out", Grid(4, 32))
+    assert isinstance(open_quantized(tmp_path / "out"), GptqReader)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["quant_method"] = "sparse"
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quant_method is 'sparse', expected 'gptq'"):
+        open_quantized(tmp_path / "out")
+    opened: list[Path] = []
+
+    def reader(path: Path) -> GptqReader:
+        opened.append(path)
+        return object.__new__(GptqReader)
+
+    sparse = replace(FORMATS["gptq"], recognise=lambda c: c.get("quant_method") == "sparse", reader=reader)
+    monkeypatch.setitem(FORMATS, "sparse", sparse)
+    open_quantized(tmp_path / "out")
+    assert opened == [tmp_path / "out"]
+    config["quantization_config"]["quant_method"] = "awq"
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quant_method is 'awq', expected 'gptq' or 'sparse'"):
+        open_quantized(tmp_path / "out")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.checkpoint.reader import Checkpoint
-from requant.formats.gptq_reader import GptqReader
+from requant.formats.registry import open_quantized
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import compute
@@ -98,7 +98,7 @@ class Packed:
     """
 
     def __init__(self, path: Path, transposed: frozenset[str], device: torch.device) -> None:
-        self.reader = GptqReader(path)
+        self.reader = open_quantized(path)
         self.path, self.transposed, self.device = path, transposed, device
 
     def __iter__(self) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,18 +10,37 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from requant.checkpoint.reader import Checkpoint
+
 
 class PackError(ValueError):
     """The tensors do not follow the format; the message says what was found and what was expected."""
 
 
 class Reader(Protocol):
-    """A written checkpoint by the names of a 16-bit one; created with its directory."""
+    """A written checkpoint by the names of a 16-bit one; created with its directory.
 
+    checkpoint: the tensors as they are stored. quantized: names of the `.weight`s that are stored quantized.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
     quantized: frozenset[str]
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def unpack(self, weight: str, device: torch.device = ...) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes uint8 [out, in], scale and zero fp32 [out, groups], group of each input int64 [in]."""
+        ...
 
     def read(self, name: str, device: torch.device = ...) -> Tensor:
         """A tensor; a quantized weight is dequantized to fp32 [out, in]."""
+        ...
+
+    def bits_and_group_size(self, weight: str) -> tuple[int, int]:
+        """Bits and group size of a quantized weight, from headers."""
         ...
 
 

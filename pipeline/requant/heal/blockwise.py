@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from requant.checkpoint.atomic_write import atomic_write
 from requant.checkpoint.reader import Checkpoint
-from requant.formats.gptq_reader import GptqReader
+from requant.formats.registry import open_quantized
 from requant.heal import kl_loss, student
 from requant.heal.job import HealJob, Progress
 from requant.heal.plan import BLOCK_WINDOWS
@@ -165,14 +165,14 @@ def _walk(path: Path, device: torch.device, *, trust_remote_code: bool) -> Walk:
 def _student_skeleton(path: Path, device: torch.device, *, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
     """(structure of the student without weights, parameter -> stored name)."""
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
-    names = skeleton.tensor_names(model, GptqReader(path))
+    names = skeleton.tensor_names(model, open_quantized(path))
     skeleton.buffers_to(model, device)
     return model, names
 
 
 def _load_block(model: Any, block: nn.Module, prefix: str, names: Mapping[str, str], job: HealJob) -> Student:
     """One block of the student with its weights."""
-    dtype, reader = product_dtype(job.device), GptqReader(job.source)
+    dtype, reader = product_dtype(job.device), open_quantized(job.source)
     layers = student.fill(model, prefix, reader, names, device=job.device, dtype=dtype)
     vectors = student.trainable_vectors(
         model, prefix, layers, job.settings.tune, checkpoint=reader.checkpoint, names=names, dtype=dtype

@@ -20,7 +20,7 @@ from torch import Tensor
 from requant.checkpoint.model_files import write_json
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.errors import InputError, StageError
-from requant.formats.gptq_reader import GptqReader
+from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
 from requant.heal.job import HealJob, Progress
 from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, product_dtype, store_teacher
@@ -171,7 +171,7 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
 
     Compares the structure of both, and a few tensors.
     """
-    quantized = GptqReader(source)
+    quantized = open_quantized(source)
     models: list[Any] = [skeleton.open_model(p, trust_remote_code=trust_remote_code) for p in (source, teacher)]
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
     for name in {**shapes[0], **shapes[1]}:

@@ -18,11 +18,14 @@ from torch.nn.utils import parametrize
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats.gptq_reader import CPU, GptqReader
+from requant.formats.quantized_format import Reader
+from requant.formats.registry import open_quantized
 from requant.heal.settings import Tune
 from requant.heal.trainable import TrainableVector
 from requant.modeling import skeleton
 from requant.numerics.grid import deployable
+
+CPU = torch.device("cpu")
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,7 @@ class Codes:
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor, *, where: str) -> Codes:
-        """Codes from the result of `GptqReader.unpack`.
+        """Codes from the result of `Reader.unpack`.
 
         Raises InputError for zero or non-finite scales and groups of unequal size.
         """
@@ -159,7 +162,7 @@ class Student:
         return {name: v.view(v.current, name).float().clone() for v in self.trainable for name in v.parts}
 
 
-def read_linear(reader: GptqReader, stem: str, device: torch.device = CPU) -> Codes:
+def read_linear(reader: Reader, stem: str, device: torch.device = CPU) -> Codes:
     """One quantized linear by the name that its tensors share, on `device`."""
     return Codes.of(*reader.unpack(f"{stem}.weight", device), where=f"{reader.path}: {stem}")
 
@@ -167,7 +170,7 @@ def read_linear(reader: GptqReader, stem: str, device: torch.device = CPU) -> Co
 def fill(
     model: nn.Module,
     prefix: str,
-    reader: GptqReader,
+    reader: Reader,
     names: Mapping[str, str],
     *,
     device: torch.device,
@@ -261,7 +264,7 @@ def load(
     path: Path, *, device: torch.device, dtype: torch.dtype, tune: Iterable[Tune], trust_remote_code: bool = False
 ) -> Student:
     """The whole model of a GPTQ checkpoint as a student."""
-    reader = GptqReader(path)
+    reader = open_quantized(path)
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     names = skeleton.tensor_names(model, reader)
     layers = fill(model, "", reader, names, device=device, dtype=dtype)

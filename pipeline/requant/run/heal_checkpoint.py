@@ -17,7 +17,7 @@ from requant.checkpoint.run_directory import key_of
 from requant.data import documents, packing
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
-from requant.formats.gptq_reader import GptqReader
+from requant.formats.registry import open_quantized
 from requant.heal.job import HealJob, Progress
 from requant.heal.plan import ModelSize, choose_plan
 from requant.heal.settings import HealSettings
@@ -91,7 +91,7 @@ def _dtype(path: Path) -> torch.dtype | None:
 
 def _model_size(path: Path, *, trust_remote_code: bool) -> ModelSize:
     """What memory and time depend on, from the checkpoint's headers."""
-    reader = GptqReader(path)
+    reader = open_quantized(path)
     model: nn.Module = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     grids = {}
     for parameter, name in skeleton.tensor_names(model, reader).items():
