@@ -104,6 +104,19 @@ def run_on_all_ranks(
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    if not ranks.first:
+        _exit_quietly()
+
+
+def _exit_quietly() -> NoReturn:
+    """End the process of a rank that has served, without finalizing Python.
+
+    Nothing is left to write. On a busy machine a thread of a library that still runs while Python ends aborts the process,
+    and the launcher then ends all ranks with an error.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _run_first(ranks: DistributedRanks, command: Callable[[], None]) -> None:
