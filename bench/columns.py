@@ -61,7 +61,7 @@ def one_launch(rows: int) -> dict[str, Any]:
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     group = torch.arange(k, device=DEVICE) // 128
     codes = torch.zeros(k, rows, dtype=torch.uint8, device=DEVICE)
-    block = triton_kernels.Block(scale, zero, group, 16, weight.clone(), codes)
+    block = triton_kernels.Block(scale=scale, zero=zero, group=group, levels=16, error=weight.clone(), codes=codes)
     loop, sweep = (triton_kernels.round_columns, triton_kernels.sweep_columns) if triton_kernels.usable(weight) else (
         gptq._round_columns, gptq._sweep_columns)  # fmt: skip
     target, inverse = weight.clone(), 1 / inside.diagonal()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from requant.numerics import gptq
 from requant.numerics.grid import Grid
+from requant.numerics.solution import Order
 
 ROWS, COLUMNS = 48, 256
 
@@ -24,7 +25,7 @@ def problem(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0, tokens: int
     return weight, inputs.T @ inputs / tokens
 
 
-def solved(weight: Tensor, hessian: Tensor, grid: Grid, order: gptq.Order, damp: float = 0.01, sweeps: int = 0) -> Any:
+def solved(weight: Tensor, hessian: Tensor, grid: Grid, order: Order, damp: float = 0.01, sweeps: int = 0) -> Any:
     columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
     factor = gptq.factorize(hessian, columns, damp)
     return gptq.quantize_weight(weight, hessian, factor, grid, order=order, sweeps=sweeps)

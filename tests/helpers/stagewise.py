@@ -18,8 +18,8 @@ import torch
 
 from helpers.devices import set_profile
 from requant.formats.gptq_reader import load_quantized
-from requant.numerics import gptq
 from requant.numerics.hessian import Moments
+from requant.numerics.solution import Solution
 from requant.quantize import block_quantizer
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Settings
@@ -33,7 +33,7 @@ class Step:
     """One stage of a run alone: the moments of its input, and what was made of each of its linears."""
 
     moments: Moments
-    solutions: list[gptq.Solution]
+    solutions: list[Solution]
 
 
 @dataclass
@@ -84,13 +84,13 @@ def far(got: Moments, wanted: Moments) -> float:
     return worst / tolerance(wanted.tokens)
 
 
-def rows_alike(got: gptq.Solution, wanted: gptq.Solution) -> torch.Tensor:
+def rows_alike(got: Solution, wanted: Solution) -> torch.Tensor:
     """Which rows have the same codes and scales, bool [rows]."""
     pairs = (got.codes, wanted.codes), (got.scales.scale, wanted.scales.scale), (got.scales.zero, wanted.scales.zero)
     return torch.stack([(a == b).all(dim=1) for a, b in pairs]).all(dim=0)
 
 
-def loss_ratio(got: gptq.Solution, wanted: gptq.Solution, rows: torch.Tensor) -> float:
+def loss_ratio(got: Solution, wanted: Solution, rows: torch.Tensor) -> float:
     """The largest of `rows`, of what each reports: tr(E H E'), the same of rounding, and tr(W H W'); 1 without rows."""
     ratio = got.errors[:, rows].double() / wanted.errors[:, rows].double()
     return float(torch.maximum(ratio, 1 / ratio).nan_to_num(torch.inf).max()) if rows.any() else 1.0

@@ -18,6 +18,7 @@ from requant.numerics import gptq
 from requant.numerics import grid as grid_module
 from requant.numerics.grid import Grid, Scales
 from requant.numerics.hessian import add_to_hessian, symmetrize
+from requant.numerics.solution import Order
 
 NEAREST = 0.5 + 1e-3  # of a step; sums in fp32 move what is rounded by about 1e-5, anything wrong by tenths
 
@@ -44,7 +45,7 @@ def refined(weight: Tensor, codes: Tensor, hessian: Tensor, scales: Scales, grid
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])
 @pytest.mark.parametrize("grid", [Grid(4, 64), Grid(4, 32, symmetric=False), Grid(3, 64, signed=True), Grid(8, -1)])
-def test_solve_is_classic_gptq(order: gptq.Order, grid: Grid) -> None:
+def test_solve_is_classic_gptq(order: Order, grid: Grid) -> None:
     """One Cholesky of the flipped Hessian rounds what the usual inverse route rounds."""
     weight, hessian = problem()
     columns = gptq.column_order(hessian.diagonal(), order, grid.group_size)
@@ -69,7 +70,7 @@ def test_the_factor_reproduces_the_hessian() -> None:
 
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(2, 64, symmetric=False), Grid(3, -1), Grid(8, 128)])
-def test_identity_hessian_is_round_to_nearest(order: gptq.Order, grid: Grid) -> None:
+def test_identity_hessian_is_round_to_nearest(order: Order, grid: Grid) -> None:
     """With uncorrelated inputs there is nothing to compensate: exactly the same codes."""
     weight, _ = problem()
     hessian = torch.eye(COLUMNS) * 3.0
@@ -274,7 +275,7 @@ def test_fallback_is_round_to_nearest() -> None:
 
 
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])
-def test_dead_columns_keep_their_weights(order: gptq.Order) -> None:
+def test_dead_columns_keep_their_weights(order: Order) -> None:
     """Inputs never seen on the calibration text are rounded, not zeroed; another text may use them."""
     weight, hessian = problem()
     dead = torch.zeros(COLUMNS, dtype=torch.bool)

@@ -9,8 +9,8 @@ import torch
 from helpers.gptq_problems import problem, solved
 
 from requant.numerics.delta_retention import Delta, measure, survival
-from requant.numerics.gptq import Solution
 from requant.numerics.grid import Grid
+from requant.numerics.solution import Solution
 from requant.quantize.module_results import BlockResults
 
 

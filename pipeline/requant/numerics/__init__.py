@@ -2,6 +2,7 @@
 
     nf4                decode and encode bitsandbytes NF4 and FP4, with double quantization   <- start here for the base
     gptq               the GPTQ solver: factor, column loop, coordinate descent   <- start here for quantizing
+    solution           what the solver returns: codes, scales, errors, losses
     grid               integer grids and the search for their scales
     hessian            sums of x x^T over calibration tokens, and the drift of inputs
     cholesky           triangular solves and a Cholesky factorization shared by several ranks

@@ -11,11 +11,9 @@ errors are kept columns first, [n, rows]: a column of the weight is contiguous, 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +21,9 @@ from torch import Tensor
 from requant.numerics import triton_kernels
 from requant.numerics.blocks import blocks_of
 from requant.numerics.grid import Grid, Scales, dequantize_codes, find_scales, nearest, round_to_grid
+from requant.numerics.solution import Order, Solution
 from requant.runtime.device import profile_of
 
-Order = Literal["natural", "activation", "group"]
 Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_DAMP = 0.64
 _ROWS = 8192  # of a weight at a time, where only sums are wanted
@@ -110,7 +108,13 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
             if here.stop < width:
                 target.addmm_(unit[here.stop : width, here].T, error[outer.start + here.stop : outer.stop])
             own = slice(outer.start + here.start, outer.start + here.stop)
-            loop(target, feedback, triton_kernels.Block(scale, zero, group[own], grid.levels, error[own], codes[own]))
+            loop(
+                target,
+                feedback,
+                triton_kernels.Block(
+                    scale=scale, zero=zero, group=group[own], levels=grid.levels, error=error[own], codes=codes[own]
+                ),
+            )
     back = torch.argsort(factor.order)
     return codes.index_select(0, back), error.index_select(0, back)
 
@@ -150,7 +154,9 @@ def refine(
             here, pull = slice(outer.start + part.start, outer.start + part.stop), wide[part]
             if part.start:
                 pull.addmm_(hessian[here, outer.start : here.start], wide[: part.start])
-            block = triton_kernels.Block(scale, zero, group[here], grid.levels, error[here], codes[here])
+            block = triton_kernels.Block(
+                scale=scale, zero=zero, group=group[here], levels=grid.levels, error=error[here], codes=codes[here]
+            )
             sweep(pull, hessian[here, here], inverse[here], block)
 
 
@@ -183,81 +189,6 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
     return float(row_errors(error.T, hessian).sum())
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The result for one weight, or for several with the same input and grid one below the other (`split`).
-
-    errors: fp32 [3, rows]: diag(E H E') of the result, of rounding to nearest on min-max scales, and diag(W H W').
-    rounded: bool [rows], rows where rounding to nearest on the same scales lost less and was taken.
-    """
-
-    codes: Tensor  # uint8 [rows, n]
-    scales: Scales
-    grid: Grid
-    errors: Tensor
-    rounded: Tensor
-    damp: float
-    order: Order
-    uncoupled: bool
-
-    def weight(self) -> Tensor:
-        """fp32 [rows, n], exactly what a server dequantizes."""
-        return dequantize_codes(self.codes, self.scales)
-
-    def split(self, sizes: Sequence[int]) -> list[Solution]:
-        """One Solution for each of `sizes` rows."""
-        stops = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        return [self._select(slice(a, b)) for a, b in itertools.pairwise(stops)]
-
-    def _select(self, rows: slice) -> Solution:
-        scales, errors = self.scales.select(rows), self.errors[:, rows]
-        return replace(self, codes=self.codes[rows], scales=scales, errors=errors, rounded=self.rounded[rows])
-
-    def sums(self) -> Tensor:
-        """What `Losses` needs, fp32 [4] on the device, which is not waited for."""
-        return torch.cat([self.errors.sum(dim=1), self.rounded.float().mean()[None]])
-
-    def losses(self) -> Losses:
-        """The same as numbers, at once."""
-        return Losses(self.uncoupled, *self.sums().tolist())
-
-    @property
-    def loss(self) -> float:
-        """tr(E H E') against the undamped Hessian."""
-        return self.losses().loss
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Whether no factor was found; tr(E H E') of a solution's error, of rounding to nearest on min-max scales, tr(W H W'); the
-    share of rows that were rounded.
-    """
-
-    uncoupled: bool
-    loss: float
-    nearest: float
-    whole: float
-    rounded: float
-
-    @property
-    def relative(self) -> float:
-        """sqrt(tr(E H E') / tr(W H W'))."""
-        return self._relative(self.loss)
-
-    @property
-    def rtn_relative(self) -> float:
-        """The same for rounding to nearest on min-max scales."""
-        return self._relative(self.nearest)
-
-    @property
-    def fallback(self) -> bool:
-        """Whether this is no better than rounding."""
-        return self.uncoupled or self.rounded > 0.5
-
-    def _relative(self, loss: float) -> float:
-        return math.sqrt(max(loss, 0.0) / max(self.whole, torch.finfo(torch.float32).tiny))
-
-
 def quantize_weight(
     weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, order: Order = "activation", sweeps: int = 0
 ) -> Solution:
@@ -284,7 +215,16 @@ def quantize_weight(
         codes[rows] = torch.where(rounded[rows, None], plain, codes[rows])
         loss[rows] = torch.minimum(loss[rows], losses)
     errors = torch.stack([loss, control, row_errors(weight.T, hessian)])
-    return Solution(codes, scales, grid, errors, rounded, factor.damp, order, factor.diagonal)
+    return Solution(
+        codes=codes,
+        scales=scales,
+        grid=grid,
+        errors=errors,
+        rounded=rounded,
+        damp=factor.damp,
+        order=order,
+        uncoupled=factor.diagonal,
+    )
 
 
 def _rounding_errors(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:

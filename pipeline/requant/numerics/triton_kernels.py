@@ -35,7 +35,7 @@ def begin(device: torch.device) -> None:
         _nothing[(1,)](nothing)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """Some columns of a weight while their codes are chosen, columns first.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter, Journal
-from requant.numerics import gptq
+from requant.numerics.solution import Solution
 from requant.quantize.plan import OUTPUT_FORMAT, Plan, convert
 from requant.runtime.pinned_memory import PinnedBuffer, use_stream
 
@@ -73,7 +73,7 @@ class BlockWriter:
         """The weight of a finished module as servers dequantize it, fp32 [rows, n]."""
         raise NotImplementedError("only the first rank reads what was written")
 
-    def put(self, module: str, solution: gptq.Solution) -> None:
+    def put(self, module: str, solution: Solution) -> None:
         """Start to pack and write a solved module's tensors."""
 
     def end(self, index: int) -> None:
@@ -122,7 +122,7 @@ class BackgroundWriter(BlockWriter):
     def read(self, module: str, bits: int) -> Tensor:
         return OUTPUT_FORMAT.dequantize({s: self.writer.read(f"{module}.{s}") for s in OUTPUT_FORMAT.suffixes}, bits)
 
-    def put(self, module: str, solution: gptq.Solution) -> None:
+    def put(self, module: str, solution: Solution) -> None:
         self._submit(self._write_packed, module, solution, self.side_stream.solved(solution.codes))
 
     def end(self, index: int) -> None:
@@ -152,7 +152,7 @@ class BackgroundWriter(BlockWriter):
     def _submit(self, work: Callable[..., None], *args: Any) -> None:
         self.writing.append(self.disk.submit(work, *args))
 
-    def _write_packed(self, module: str, solution: gptq.Solution, solved: Any) -> None:
+    def _write_packed(self, module: str, solution: Solution, solved: Any) -> None:
         with self.side_stream.once(solved):
             for suffix, tensor in _packed(solution).items():
                 self.writer.write(f"{module}.{suffix}", self.staging.to_host(tensor))
@@ -164,7 +164,7 @@ class BackgroundWriter(BlockWriter):
                 self.writer.write(name, convert(name, self.source.read(name), self.slots[name].dtype))
 
 
-def _packed(solution: gptq.Solution) -> dict[str, Tensor]:
+def _packed(solution: Solution) -> dict[str, Tensor]:
     scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
     try:
         return OUTPUT_FORMAT.pack(solution.codes, scale, zero, bits)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from requant.numerics.delta_retention import Survival
-from requant.numerics.gptq import Losses, Solution
 from requant.numerics.grid import Grid
+from requant.numerics.solution import Losses, Solution
 from requant.runtime.pinned_memory import copy_to_host_async
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class BlockResults:
 
 def _result(facts: _LinearFacts, numbers: list[float], added: Added) -> ModuleResult:
     """The result of one linear; its numbers are removed from the front of `numbers`."""
-    losses = Losses(facts.uncoupled, *_take(numbers, 4))
+    losses = Losses.of(facts.uncoupled, _take(numbers, 4))
     adapted = asdict(Survival.of(_take(numbers, 4), losses.loss)) if facts.measured else {}
     if losses.fallback:
         log.warning("%s: rounded without error feedback (damp %.2f)", facts.name, facts.damp)

@@ -19,6 +19,7 @@ from requant.numerics import gptq, matmul_precision
 from requant.numerics.cholesky import shared_cholesky
 from requant.numerics.grid import Grid, Scales
 from requant.numerics.hessian import Moments
+from requant.numerics.solution import Order, Solution
 from requant.quantize.error_correction import Correction
 from requant.quantize.plan import Settings
 from requant.runtime.ranks import Ranks
@@ -31,7 +32,7 @@ class Solved:
     """One linear's codes, and the weight they were solved for (fp32 [rows, n], if requested)."""
 
     name: str
-    solution: gptq.Solution
+    solution: Solution
     weight: Tensor | None
     hessian: Tensor
 
@@ -92,7 +93,7 @@ def cholesky_of(matrix: Tensor, *, ranks: Ranks) -> tuple[Tensor, Tensor]:
     return lower, info
 
 
-def gather(part: gptq.Solution, rows: int, ranks: Ranks) -> gptq.Solution:
+def gather(part: Solution, rows: int, ranks: Ranks) -> Solution:
     """The solution of all `rows` rows, on every rank, gathered from the ranks' parts."""
     groups = part.scales.scale.shape[1]
     numbers = torch.cat([part.scales.scale, part.scales.zero, part.errors.T, part.rounded[:, None].float()], dim=1)
@@ -128,7 +129,7 @@ def _damp(settings: Settings, tokens: int, n: int) -> float:
 
 def _order(
     settings: Settings, weights: Sequence[Tensor], moments: Moments, grid: Grid, damp: float, ranks: Ranks
-) -> gptq.Order:
+) -> Order:
     """The recipe's order; `auto` lets held-out batches decide, unless sweeps follow."""
     if settings.order != "auto":
         return settings.order

@@ -1,0 +1,99 @@
+"""What the solver returns for one weight: codes, scales, errors; and what they cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from requant.numerics.grid import Grid, Scales, dequantize_codes
+
+Order = Literal["natural", "activation", "group"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """The result for one weight, or for several with the same input and grid one below the other (`split`).
+
+    errors: fp32 [3, rows]: diag(E H E') of the result, of rounding to nearest on min-max scales, and diag(W H W').
+    rounded: bool [rows], rows where rounding to nearest on the same scales lost less and was taken.
+    """
+
+    codes: Tensor  # uint8 [rows, n]
+    scales: Scales
+    grid: Grid
+    errors: Tensor
+    rounded: Tensor
+    damp: float
+    order: Order
+    uncoupled: bool
+
+    def weight(self) -> Tensor:
+        """fp32 [rows, n], exactly what a server dequantizes."""
+        return dequantize_codes(self.codes, self.scales)
+
+    def split(self, sizes: Sequence[int]) -> list[Solution]:
+        """One Solution for each of `sizes` rows."""
+        stops = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        return [self._select(slice(a, b)) for a, b in itertools.pairwise(stops)]
+
+    def _select(self, rows: slice) -> Solution:
+        scales, errors = self.scales.select(rows), self.errors[:, rows]
+        return replace(self, codes=self.codes[rows], scales=scales, errors=errors, rounded=self.rounded[rows])
+
+    def sums(self) -> Tensor:
+        """What `Losses.of` needs, fp32 [4] on the device; nothing waits for the device."""
+        return torch.cat([self.errors.sum(dim=1), self.rounded.float().mean()[None]])
+
+    def losses(self) -> Losses:
+        """The losses as numbers; waits for the device."""
+        return Losses.of(self.uncoupled, self.sums().tolist())
+
+    @property
+    def loss(self) -> float:
+        """tr(E H E') against the undamped Hessian."""
+        return self.losses().loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Squared errors of one solution and of what it is compared with, in the norm of the Hessian.
+
+    uncoupled: no factor was found. loss: tr(E H E') of the solution; nearest: of rounding to nearest on min-max scales.
+    whole: tr(W H W'). rounded: share of rows that were rounded to nearest.
+    """
+
+    uncoupled: bool
+    loss: float
+    nearest: float
+    whole: float
+    rounded: float
+
+    @classmethod
+    def of(cls, uncoupled: bool, sums: Sequence[float]) -> Losses:
+        """From the numbers of `Solution.sums`."""
+        loss, nearest, whole, rounded = sums
+        return cls(uncoupled=uncoupled, loss=loss, nearest=nearest, whole=whole, rounded=rounded)
+
+    @property
+    def relative(self) -> float:
+        """sqrt(tr(E H E') / tr(W H W'))."""
+        return self._relative(self.loss)
+
+    @property
+    def rtn_relative(self) -> float:
+        """The same for rounding to nearest on min-max scales."""
+        return self._relative(self.nearest)
+
+    @property
+    def fallback(self) -> bool:
+        """Whether this is no better than rounding."""
+        return self.uncoupled or self.rounded > 0.5
+
+    def _relative(self, loss: float) -> float:
+        return math.sqrt(max(loss, 0.0) / max(self.whole, torch.finfo(torch.float32).tiny))
