@@ -61,7 +61,10 @@ class _Transfer:
         self.in_flight: deque[tuple[Any, Tensor]] = deque()
 
     def free_buffer(self) -> Tensor:
-        """A free buffer. A transfer that has buffers frees its own before it waits for those of others."""
+        """A free buffer.
+
+        A transfer that has buffers frees its own before it waits for those of others.
+        """
         while True:
             try:
                 buffer = self.buffers.get(block=not self.reading and not self.in_flight)
@@ -75,7 +78,10 @@ class _Transfer:
                 raise
 
     def send(self) -> None:
-        """Wait until the first part is read and begin to copy it; the part before it frees its buffer."""
+        """Wait until the first part is read and begin to copy it.
+
+        The part before it frees its buffer.
+        """
         reading, part, buffer = self.reading[0]
         reading.result()
         numbers = buffer[: part.stop - part.start].view(self.stored)

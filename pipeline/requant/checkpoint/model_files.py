@@ -51,7 +51,10 @@ def edit_config(
 
 
 def stored_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype a config.json declares: `dtype` (transformers 5) or `torch_dtype`, at the top or in text_config."""
+    """The dtype that a config.json declares.
+
+    `dtype` (transformers 5) or `torch_dtype`, at the top or in text_config.
+    """
     sections = [config, config.get("text_config") or {}]
     for section in sections:
         value = section.get("dtype") or section.get("torch_dtype")
@@ -66,7 +69,10 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def tokenizer_files(base: Path, adapter: Path | None) -> dict[str, Path]:
-    """File name -> source. An adapter that brings a vocabulary brings the whole tokenizer; else its files override the base's."""
+    """File name -> source.
+
+    An adapter that brings a vocabulary brings the whole tokenizer; else its files override the base's.
+    """
     of_base = {n: base / n for n in TOKENIZER if (base / n).exists()}
     if adapter is None:
         return of_base
@@ -86,8 +92,9 @@ def vocabulary_size(tokenizer_json: Path) -> int:
 
 
 def generation_config(path: Path) -> dict[str, Any] | None:
-    """generation_config.json, made consistent: sampling settings without `do_sample` are refused by transformers when saving.
+    """generation_config.json, made consistent.
 
+    transformers refuses to save sampling settings without `do_sample`.
     The author's settings stay and `do_sample` becomes true, which is how servers already read such a file.
     """
     file = path / "generation_config.json"
@@ -101,7 +108,10 @@ def generation_config(path: Path) -> dict[str, Any] | None:
 
 
 def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) -> list[str]:
-    """Copy tokenizer, generation config and, when config.json names it (`auto_map`), model code; returns the names."""
+    """Copy tokenizer, generation config and, when config.json names it (`auto_map`), model code.
+
+    Returns the names.
+    """
     copied = []
     for name, file in tokenizer_files(source, adapter).items():
         shutil.copyfile(file, out / name)

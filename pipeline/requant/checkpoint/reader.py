@@ -50,7 +50,10 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Tensor table of one safetensors file; raises InputError when the file is missing, cut or corrupt."""
+    """Tensor table of one safetensors file.
+
+    Raises InputError when the file is missing, cut or corrupt.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -95,7 +98,10 @@ def _info(file: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorI
 
 
 class Weights(Protocol):
-    """Tensors by their names in a 16-bit checkpoint: a `Checkpoint`, or what is made of one while it is read."""
+    """Tensors by their names in a 16-bit checkpoint.
+
+    A `Checkpoint`, or what is computed from one as it is read.
+    """
 
     @property
     def path(self) -> Path:
@@ -110,8 +116,9 @@ class Weights(Protocol):
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
-    """A model directory: name -> TensorInfo for every tensor, `read` for the values, `config` for config.json.
+    """A directory of safetensors: name -> TensorInfo of every tensor.
 
+    `read` gives the values, `config` is config.json.
     Raises InputError when there are no safetensors (pickles are never loaded), a shard is missing or cut, or
     the index names a tensor that its shard does not hold.
     """
@@ -145,7 +152,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Read the bytes of one tensor, a large one's by several threads; raises StageError when the file changed or cannot be read."""
+    """Read the bytes of one tensor, a large one's by several threads.
+
+    Raises StageError when the file changed or cannot be read.
+    """
     flat = allocate(info.nbytes)
     parts = cut(info.nbytes, PART)
     with opened(info) as file:
@@ -164,7 +174,10 @@ def cut(nbytes: int, size: int) -> list[slice]:
 
 @contextmanager
 def opened(info: TensorInfo) -> Iterator[FileIO]:
-    """A tensor's file while parts of it are read; what the system says of it is raised as StageError."""
+    """A tensor's file while parts of it are read.
+
+    What the system says of it is raised as StageError.
+    """
     try:
         with info.file.open("rb", buffering=0) as file:
             yield file
@@ -173,7 +186,9 @@ def opened(info: TensorInfo) -> Iterator[FileIO]:
 
 
 def read_part(file: FileIO, info: TensorInfo, part: slice, into: torch.Tensor) -> None:
-    """Read a part of a tensor's bytes into memory on the CPU, uint8, of the same length; raises StageError where the file ends.
+    """Read a part of a tensor's bytes into memory on the CPU, uint8, of the same length.
+
+    Raises StageError where the file ends.
 
     file: the tensor's; several threads may read from it at once.
     """

@@ -32,7 +32,10 @@ def key_of(*parts: Any) -> str:
 
 
 class RunDirectory:
-    """`runs/NAME`; created on the first `open`. Raises InputError when it is somebody else's directory."""
+    """`runs/NAME`; created on the first `open`.
+
+    Raises InputError when it is somebody else's directory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +50,10 @@ class RunDirectory:
 
     @contextmanager
     def open(self) -> Iterator[RunDirectory]:
-        """Create or take the directory and hold its lock; a second run of the same name is refused meanwhile."""
+        """Create or take the directory and hold its lock.
+
+        A second run of the same name is refused meanwhile.
+        """
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,10 @@ class RunDirectory:
         return path
 
     def scratch(self, stage: str, key: str) -> Path:
-        """Where a stage keeps what it goes on from after a kill; that of other keys is removed. Not made."""
+        """Where a stage keeps what it goes on from after a kill; that of other keys is removed.
+
+        Not made.
+        """
         path = self.cache / f"{stage}-{key[:16]}"
         for other in self.cache.glob(f"{stage}-*/"):
             if other != path:
@@ -96,7 +105,10 @@ class RunDirectory:
         return read_json(file) if file.exists() else {}
 
     def digest(self, file: Path) -> str:
-        """sha256 of a file, remembered by its path, size and time; a hub cache names its blobs by their sha256."""
+        """sha256 of a file, remembered by its path, size and time.
+
+        A hub cache names its blobs by their sha256.
+        """
         real = file.resolve()
         if real.parent.name == "blobs" and len(real.name) == 64:
             return real.name
@@ -120,7 +132,10 @@ class RunDirectory:
 
 
 class Artifact:
-    """A directory inside the run directory that is whole (its manifest lists its files) or absent."""
+    """A directory inside the run directory that is whole or absent.
+
+    Whole: its manifest lists its files.
+    """
 
     def __init__(self, parent: Path, name: str) -> None:
         self.parent, self.name, self.path = parent, name, parent / name

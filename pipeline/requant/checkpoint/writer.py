@@ -27,7 +27,10 @@ AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor that will be written: the plan of a checkpoint is a sequence of these, in any order."""
+    """A tensor that will be written.
+
+    The plan of a checkpoint is a sequence of these, in any order.
+    """
 
     name: str
     dtype: torch.dtype
@@ -42,7 +45,10 @@ class Slot:
 
 
 def plan_shards(plan: Iterable[Slot], max_bytes: int) -> list[list[Slot]]:
-    """Split a plan into shards of at most `max_bytes` (a larger tensor gets one of its own), keeping the order."""
+    """Split a plan into shards of at most `max_bytes`, keeping the order.
+
+    A larger tensor gets a shard of its own.
+    """
     shards: list[list[Slot]] = [[]]
     filled = 0
     for slot in plan:
@@ -108,7 +114,10 @@ class CheckpointWriter:
             _write_at(handle, 0, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor in its slot, by any thread; raises StageError on a full disk, ValueError when it is not as planned."""
+        """Put one tensor in its slot, by any thread.
+
+        Raises StageError on a full disk, ValueError when it is not as planned.
+        """
         slot, file, offset = self._slots[name]
         if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{name}: planned {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
@@ -168,7 +177,10 @@ class Journal:
     def commit(
         self, index: int, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]
     ) -> None:
-        """One more block, once everything of it has reached the disk. Raises StageError when one before it has not."""
+        """One more block, once everything of it has reached the disk.
+
+        Raises StageError when one before it has not.
+        """
         if index != len(self.blocks):
             raise StageError(f"{self.file}: block {index} cannot be noted after {len(self.blocks)} blocks: run again")
         for future in writing:

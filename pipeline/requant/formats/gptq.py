@@ -23,7 +23,10 @@ _WORD = 32
 
 
 def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor for a weight [rows (out), columns (in)]; raises PackError when it cannot be packed."""
+    """Shape and dtype of each tensor for a weight [rows (out), columns (in)].
+
+    Raises PackError when it cannot be packed.
+    """
     group = columns if group_size == -1 else group_size
     if columns % group:
         fits = [g for g in (128, 64, 32) if columns % g == 0]
@@ -58,8 +61,9 @@ def unquantized_names(stored: Iterable[str]) -> list[str]:
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """codes [n, m] in 0..2^bits-1, n a multiple of 32 -> int32 [n*bits/32, m], a stream of bits down each column.
+    """Pack codes down each column as a stream of bits.
 
+    codes [n, m] in 0..2^bits-1, n a multiple of 32 -> int32 [n*bits/32, m].
     3-bit codes straddle words (10-1-10-1-10); the same little-endian bit stream describes every width.
     """
     n, m = codes.shape
@@ -102,8 +106,9 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 
 
 def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
-    """codes uint8 [out, in], scale and zero fp32 [out, groups] -> the four tensors of one linear.
+    """The four tensors of one linear.
 
+    codes: uint8 [out, in]. scale, zero: fp32 [out, groups].
     Raises PackError when a scale is not exact in float16 or a zero point cannot be stored minus one.
     """
     columns = codes.shape[1]
@@ -125,7 +130,10 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Ten
 
 
 def unpack(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors -> (codes uint8 [out, in], scale fp32 [out, groups], zero fp32 [out, groups], g_idx int64 [in])."""
+    """The codes, scales and zeros in the four tensors of one linear.
+
+    (codes uint8 [out, in], scale fp32 [out, groups], zero fp32 [out, groups], g_idx int64 [in]).
+    """
     codes = unpack_rows(tensors["qweight"], bits).T.contiguous()
     zero = unpack_rows(tensors["qzeros"].T.contiguous(), bits).float()
     if not v2:
@@ -180,7 +188,10 @@ class Packing:
 
 
 class Rules:
-    """Which linears a quantization config says are quantized, and how: `dynamic` and `modules_in_block_to_quantize`."""
+    """Which linears a quantization config declares as quantized, and how.
+
+    Read from `dynamic` and `modules_in_block_to_quantize`.
+    """
 
     def __init__(self, declared: Mapping[str, Any]) -> None:
         self.declared = declared
@@ -189,7 +200,10 @@ class Rules:
         self.inside = None if inside is None else {name for group in inside for name in group}
 
     def of(self, module: str, inner: str, linear: nn.Linear) -> Packing | None:
-        """Packing of one linear by its full name and its name inside the block; None: left in 16 bit."""
+        """Packing of one linear by its full name and its name inside the block.
+
+        None: left in 16 bit.
+        """
         own: Mapping[str, Any] = {}
         for pattern, change in self.dynamic.items():
             if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):

@@ -46,7 +46,10 @@ class GptqReader:
         return name in self.quantized or name in self.checkpoint
 
     def tensors(self, weight: str, device: torch.device = CPU) -> dict[str, Tensor]:
-        """The four tensors of a quantized weight by their suffixes; raises InputError when one is missing."""
+        """The four tensors of a quantized weight by their suffixes.
+
+        Raises InputError when one is missing.
+        """
         stem = weight.removesuffix("weight")
         missing = [s for s in SUFFIXES if f"{stem}{s}" not in self.checkpoint]
         if missing:
@@ -54,12 +57,18 @@ class GptqReader:
         return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in SUFFIXES}
 
     def unpack(self, weight: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes uint8 [out, in], scale and zero fp32 [out, groups], g_idx int64 [in] of a quantized weight."""
+        """Codes, scales, zeros and group indices of a quantized weight.
+
+        uint8 [out, in], fp32 [out, groups], fp32 [out, groups], int64 [in].
+        """
         tensors = self.tensors(weight, device)
         return unpack(tensors, bits_of(tensors["qweight"].shape, tensors["g_idx"].shape[0]), v2=self.v2)
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """A tensor; a quantized weight is dequantized on `device` to fp32 [out, in], others are read as stored."""
+        """A tensor.
+
+        A quantized weight is dequantized on `device` to fp32 [out, in], others are read as stored.
+        """
         if name not in self.quantized:
             return self.checkpoint.read(name)
         tensors = self.tensors(name, device)

@@ -14,7 +14,10 @@ from requant.checkpoint.reader import Checkpoint
 
 
 class PackError(ValueError):
-    """The tensors do not follow the format; the message says what was found and what was expected."""
+    """The tensors do not follow the format.
+
+    The message says what was found and what was expected.
+    """
 
 
 class Reader(Protocol):

@@ -24,8 +24,9 @@ Publish = Callable[[Tensor, int], Callable[[], None]]
 def shared_cholesky(
     matrix: Tensor, rank: int, count: int, publish: Publish, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
-    """As `torch.linalg.cholesky_ex`, with the same bits for all `count` who call it: matrix fp32 [n, n], which is used up.
+    """`torch.linalg.cholesky_ex` computed by `count` ranks together, with the same bits on each.
 
+    matrix: fp32 [n, n], overwritten.
     Returns (lower, info): info int64 [], not 0 when no factor was found; `lower` is then of no use.
     """
     n = len(matrix)
@@ -50,7 +51,10 @@ def shared_cholesky(
 def _begin(
     matrix: Tensor, here: slice, number: int, rank: int, count: int, publish: Publish
 ) -> tuple[Callable[[], None], Tensor]:
-    """Finish a block of columns if it is this one's, and have it published: (what waits for it, where it arrives)."""
+    """Finish a block of columns if this rank owns it, and start its broadcast.
+
+    Returns (what waits for it, where it arrives).
+    """
     owner = number % count
     rows = matrix[here.start :, here]
     panel = _finished(rows) if owner == rank else rows.new_empty(rows.shape)
@@ -58,7 +62,10 @@ def _begin(
 
 
 def _finished(rows: Tensor) -> Tensor:
-    """Columns [m, k] from the diagonal down, with all before them taken off -> the factor's; NaN when there is none."""
+    """Columns [m, k] from the diagonal down, with all before them taken off -> the factor's.
+
+    NaN when there is none.
+    """
     k = rows.shape[1]
     corner, info = torch.linalg.cholesky_ex(rows[:k])
     corner = torch.where(info == 0, corner, torch.nan).tril_()
@@ -72,8 +79,9 @@ def _subtract_panel(matrix: Tensor, panel: Tensor, here: slice, block: slice) ->
 
 
 def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
-    """(lower @ lower.T)^-1 @ columns, as `torch.cholesky_solve`: lower fp32 [n, n], columns fp32 [n, k], which are used up.
+    """(lower @ lower.T)^-1 @ columns, as `torch.cholesky_solve`.
 
+    lower: fp32 [n, n]. columns: fp32 [n, k], overwritten.
     All but the corners is products of many rows: with few columns a GPU's library takes half as long again (bench/factors.py).
     """
     with matmul_precision.full_precision():  # in TF32 substitution passes its errors on
@@ -81,7 +89,10 @@ def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
 
 
 def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
-    """`solve` in the precision that products have; it is the whole process's, no thread beside may change it."""
+    """`solve` in the precision that products have.
+
+    It is the whole process's, no thread beside may change it.
+    """
     parts = blocks_of(len(lower), block)
     corners = inverses(lower, block)
     for corner, here in zip(corners, parts, strict=True):
@@ -94,7 +105,9 @@ def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
 
 
 def inverses(lower: Tensor, block: int) -> Tensor:
-    """Inverses of the triangles on the diagonal of `lower` [n, n], fp32 [blocks, block, block]; the last filled up with ones.
+    """Inverses of the triangles on the diagonal of `lower` [n, n], fp32 [blocks, block, block].
+
+    The last filled up with ones.
 
     By halves: that of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
     """

@@ -18,7 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What the adapter adds to one weight, fp32 [rows, n]: `left @ right` of rank r, or `left` alone when it has no factors."""
+    """What the adapter adds to one weight, fp32 [rows, n], as low-rank factors.
+
+    `left @ right` of rank r, or `left` alone when it has no factors.
+    """
 
     left: Tensor
     right: Tensor | None = None
@@ -34,7 +37,10 @@ class Delta:
         return self.left if self.right is None else self.left @ self.right
 
     def inner(self, other: Tensor) -> Tensor:
-        """<other, dW>, fp64 [] on the device, other fp32 [rows, n]; costs a product with r columns, not n."""
+        """<other, dW>, fp64 [] on the device, other fp32 [rows, n].
+
+        Costs a product with r columns, not n.
+        """
         return _sum(other, self.left) if self.right is None else _sum(other @ self.right.T, self.left)
 
     def square(self, hessian: Tensor | None = None) -> Tensor:
@@ -55,7 +61,9 @@ Deltas = Callable[[str], Delta | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survival:
-    """One module's numbers; see the top of the file. delta_norm: sqrt(<dW, dW>). signal: tr(dW H dW'), H a mean per token.
+    """One module's numbers; see the top of the file.
+
+    delta_norm: sqrt(<dW, dW>). signal: tr(dW H dW'), H a mean per token.
 
     signal_to_noise is None when the error is exactly zero, the retentions when the delta is.
     """
@@ -80,8 +88,9 @@ class Survival:
 
 
 def measure(delta: Delta, error: Tensor, hessian: Tensor) -> Tensor:
-    """What `Survival.of` needs, fp64 [4] on the device, which is not waited for: <dW, dW>, tr(dW H dW'), <E, dW>, tr(E H dW').
+    """The numbers for `Survival.of`, fp64 [4] on the device; nothing waits for the device.
 
+    They are <dW, dW>, tr(dW H dW'), <E, dW>, tr(E H dW').
     error: E = Q - W, fp32 [rows, n]. hessian: symmetric fp32 [n, n], undamped.
     """
     through = delta.through(hessian).inner(error)

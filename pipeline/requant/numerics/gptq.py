@@ -47,8 +47,9 @@ def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """Cholesky factor of the permuted, damped Hessian: lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
+    """Cholesky factor of the permuted, damped Hessian.
 
+    lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
     lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. mean: of H's diagonal. `diagonal` when no factor
     was found: `lower` is then the identity, and nothing is compensated.
     """
@@ -61,7 +62,9 @@ class Factor:
 
 
 def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = torch.linalg.cholesky_ex) -> Factor:
-    """Factor H for rounding its columns in `order` (int64 [n], first to last). hessian: fp32 [n, n], symmetric.
+    """Factor H for rounding its columns in `order` (int64 [n], first to last).
+
+    hessian: fp32 [n, n], symmetric.
 
     Doubles `damp` up to 0.64, then gives up coupling. Raises FloatingPointError when the Hessian is not finite.
     cholesky: gives (lower, info) as torch's does, and may use up its argument.
@@ -85,8 +88,9 @@ def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = 
 
 
 def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The column loop: fp32 [rows, n] -> codes uint8 [n, rows] and the error (W - Q)' fp32 [n, rows], columns as in W.
+    """The column loop of GPTQ: codes uint8 [n, rows] and the error of a weight.
 
+    weight: fp32 [rows, n]. The error is (W - Q)', fp32 [n, rows], with columns as in W.
     Each block of columns takes the feedback of what was rounded before it in products, first of what lies outside of the
     `DeviceProfile.gptq_outer` columns around it, then its columns one after another. The sizes change nothing beyond fp32 rounding.
     """
@@ -120,7 +124,10 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
 
 
 def _round_columns(target: Tensor, feedback: Tensor, block: triton_kernels.Block) -> None:
-    """Round the columns of one block, last first. target: [k, rows]. feedback: [k, k], of L. block.error: the weight."""
+    """Round the columns of one block, last first.
+
+    target: [k, rows]. feedback: [k, k], of L. block.error: the weight.
+    """
     scale, zero = block.scale[block.group], block.zero[block.group]
     low, high = -zero, block.levels - 1 - zero
     backwards = feedback.T.contiguous()
@@ -137,7 +144,9 @@ def _round_columns(target: Tensor, feedback: Tensor, block: triton_kernels.Block
 def refine(
     codes: Tensor, error: Tensor, hessian: Tensor, ridge: float, scales: Scales, grid: Grid, sweeps: int
 ) -> None:
-    """Coordinate descent on a solution of `solve`, in place, `sweeps` times over all columns. hessian: contiguous.
+    """Coordinate descent on a solution of `solve`, in place, `sweeps` times over all columns.
+
+    hessian: contiguous.
 
     Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj) with
     H = hessian + ridge * I, so tr(E H E') never grows. The column loop can only answer to columns before it. Source:
@@ -161,7 +170,9 @@ def refine(
 
 
 def _sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: triton_kernels.Block) -> None:
-    """Set each column of one block to its best code. inside: [k, k] of the Hessian. inverse: [k], of its damped diagonal.
+    """Set each column of one block to its best code.
+
+    inside: [k, k] of the Hessian. inverse: [k], of its damped diagonal.
 
     pull: [k, rows], in its place comes by how much each error has grown.
     """
@@ -180,7 +191,10 @@ def _sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: triton_
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """diag(E H E'), fp32 [rows], of E' [n, rows] against the undamped, symmetric H [n, n]: what each row loses."""
+    """Squared error of each row, diag(E H E'), fp32 [rows].
+
+    From E' [n, rows] and the undamped, symmetric H [n, n].
+    """
     return torch.cat([(hessian @ e).mul_(e).sum(dim=0) for e in torch.split(error, _ROWS, dim=1)])
 
 
@@ -192,8 +206,9 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
 def quantize_weight(
     weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, order: Order = "activation", sweeps: int = 0
 ) -> Solution:
-    """Quantize one weight (fp32 [rows, n]) against a symmetric, contiguous Hessian (fp32 [n, n]) and its factor.
+    """Quantize one weight, fp32 [rows, n], against a Hessian and its factor.
 
+    hessian: fp32 [n, n], symmetric and contiguous.
     Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded. A GPU is not
     waited for before all is under way.
     """
@@ -240,8 +255,9 @@ def better_order(
     weights: Sequence[Tensor], train: Tensor, held: Tensor, grid: Grid, orders: Sequence[Order], damp: float,
     *, total: Callable[[float], float] = float,
 ) -> Order:  # fmt: skip
-    """The order whose solutions on the Hessian `train` lose least on the Hessian `held` of other text.
+    """The column order that loses least on held-out text.
 
+    Its solutions are made on the Hessian `train` and judged on the Hessian `held`.
     weights: fp32 [rows, n] of linears that share their input. total: adds up what others lose on rows not in them.
     Activation and group-aware order trade places from module to module; their codes look alike to a server.
     """

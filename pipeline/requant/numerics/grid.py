@@ -16,8 +16,9 @@ Search = Literal["hessian", "minmax"]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The numbers a weight may take: `bits` wide codes, one scale (and zero) for each `group_size` inputs of a row.
+    """The numbers that a weight may take.
 
+    `bits` wide codes, one scale (and zero) for each `group_size` inputs of a row.
     group_size -1 means one group a row. `signed` allows negative scales, so that the wide side of the symmetric
     range (-2^(b-1)) can serve the larger tail. `search` picks the scale: `hessian` minimises the error weighted by
     the Hessian's diagonal, `minmax` spans the largest weight.
@@ -39,7 +40,10 @@ class Grid:
 
 
 def deployable(scale: Tensor) -> Tensor:
-    """The nearest value exact in both bfloat16 and float16 (fp32 in and out), never zero: what every server will use."""
+    """The nearest value that is exact in both bfloat16 and float16, and not zero.
+
+    fp32 in and out: the value that every server will use.
+    """
     rounded = scale.bfloat16().half().float()
     smallest = torch.full_like(rounded, 2.0**-24)
     return torch.where(rounded == 0, torch.where(scale < 0, -smallest, smallest), rounded)
@@ -74,7 +78,10 @@ def find_scales(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
 
 
 def _range_scales(grid: Grid, low: Tensor, high: Tensor, shrink: Tensor) -> Scales:
-    """Scale and zero that span [low, high] * shrink; the sign of `shrink` becomes the scale's when symmetric."""
+    """Scale and zero that span [low, high] * shrink.
+
+    The sign of `shrink` becomes the scale's when symmetric.
+    """
     if grid.symmetric:
         half = grid.levels // 2
         largest = torch.maximum(-low, high)
@@ -117,7 +124,9 @@ def _try(
     best: Tensor,
     shrink: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Keep `candidate` wherever its weighted error is smaller than `best`. root: of the importance.
+    """Keep `candidate` wherever its weighted error is smaller than `best`.
+
+    root: of the importance.
 
     Numbers as bounds and a norm: clamping between tensors and a weighted sum take four times as long on a CPU.
     """

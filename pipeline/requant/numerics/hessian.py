@@ -18,7 +18,10 @@ MIRRORED = 2048  # columns of the upper triangle copied at a time
 
 
 def add_to_hessian(hessian: Tensor, inputs: Tensor) -> None:
-    """hessian (fp32 [n, n], upper triangle only) += inputs' @ inputs, inputs [..., n]. Panels below the diagonal are skipped."""
+    """hessian (fp32 [n, n], upper triangle only) += inputs' @ inputs, inputs [..., n].
+
+    Panels below the diagonal are skipped.
+    """
     x = _rows(inputs)
     panel = profile_of(x.device).hessian_panel
     for start in range(0, x.shape[1], panel):
@@ -58,7 +61,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What a stage's inputs say: the Hessian X'X / tokens, the drift (X0 - X)'X / tokens, the Hessians of two parts."""
+    """Second moments of the inputs of a group of linears.
+
+    The Hessian X'X / tokens, the drift (X0 - X)'X / tokens, the Hessians of two parts.
+    """
 
     hessian: Tensor
     drift: Tensor | None

@@ -9,7 +9,10 @@ import torch
 
 
 def tensor_cores() -> AbstractContextManager[None]:
-    """Products of fp32 matrices run on a GPU's tensor cores inside: TF32, 10 bits of mantissa, sums in fp32."""
+    """Run products of fp32 matrices on a GPU's tensor cores inside the block.
+
+    In TF32: 10 bits of mantissa, sums in fp32.
+    """
     return _products("high")
 
 

@@ -43,7 +43,10 @@ def table(quant_type: QuantType) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantState:
-    """What `M.weight.quant_state.bitsandbytes__*` says: how the bytes of one weight are to be read."""
+    """How the bytes of one weight are decoded.
+
+    As `M.weight.quant_state.bitsandbytes__*` says.
+    """
 
     quant_type: QuantType
     blocksize: int
@@ -89,7 +92,10 @@ def parse_state(data: bytes) -> QuantState:
 
 
 def check_table(stored: Tensor, quant_type: QuantType) -> None:
-    """Raise Nf4Error unless the stored `quant_map` is the known table (kernels use a built-in one)."""
+    """Check that the stored `quant_map` is the known table; kernels use a built-in one.
+
+    Raises Nf4Error when it is not.
+    """
     if stored.shape != (16,) or not torch.allclose(stored.float(), table(quant_type), rtol=0, atol=1e-6):
         raise Nf4Error(f"quant_map is not the {quant_type} table: {stored.flatten()[:16].tolist()}")
 
@@ -153,7 +159,10 @@ def _decode_on_device(data: Tensor, pairs: Tensor, absmax: Tensor, state: QuantS
 
 
 def _scale(values: Any, absmax: Any, first: int, blocksize: int) -> None:
-    """Multiply `values`, whose element 0 is element `first` of the weight, by its block's scale, in place."""
+    """Multiply values in place by the scales of their blocks.
+
+    Element 0 of `values` is element `first` of the weight.
+    """
     whole = len(values) - len(values) % blocksize
     if first % blocksize:  # a blocksize that does not divide the chunk
         values *= absmax[np.minimum(np.arange(first, first + len(values)) // blocksize, len(absmax) - 1)]
@@ -164,8 +173,9 @@ def _scale(values: Any, absmax: Any, first: int, blocksize: int) -> None:
 
 
 def encode(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Quantize as bitsandbytes' `quantize_4bit` does: fp32 [...] -> (bytes uint8 [ceil(numel/2)], absmax fp32 [blocks]).
+    """Quantize as bitsandbytes' `quantize_4bit` does.
 
+    fp32 [...] -> (bytes uint8 [ceil(numel/2)], absmax fp32 [blocks]).
     Each value times the reciprocal of its block's largest magnitude goes to the nearest table entry, ties down.
     """
     flat = weight.float().reshape(-1)
@@ -182,7 +192,10 @@ def encode(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tenso
 
 
 def dynamic_map() -> Tensor:
-    """The signed dynamic 8-bit table, fp32 [256], sorted (Dettmers, arXiv:1511.04561; 7 exponent bits)."""
+    """The signed dynamic 8-bit table with 7 exponent bits, fp32 [256], sorted.
+
+    Source: Dettmers, arXiv:1511.04561.
+    """
     values: list[float] = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2**i + 1)
@@ -192,7 +205,10 @@ def dynamic_map() -> Tensor:
 
 
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Double quantization of the scales: fp32 [blocks] -> (uint8 [blocks], nested_absmax fp32, offset)."""
+    """Double quantization of the scales.
+
+    fp32 [blocks] -> (uint8 [blocks], nested_absmax fp32, offset).
+    """
     offset = absmax.mean()
     shifted = absmax - offset
     pad = -shifted.numel() % NESTED_BLOCK
@@ -205,7 +221,10 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, double_quant: bool) -> Tensor:
-    """The fp32 weight that training saw: quantize as bitsandbytes would, then decode. Shape and order are kept."""
+    """The fp32 weight that training saw: quantize as bitsandbytes would, then decode.
+
+    Shape and order are kept.
+    """
     packed, absmax = encode(weight, quant_type, blocksize)
     state = QuantState(quant_type=quant_type, blocksize=blocksize, shape=tuple(weight.shape), dtype="float32")
     if double_quant:

@@ -18,8 +18,9 @@ Order = Literal["natural", "activation", "group"]
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """The result for one weight, or for several with the same input and grid one below the other (`split`).
+    """The result for one weight, or for several weights one below the other (`split`).
 
+    All have the same input and grid.
     errors: fp32 [3, rows]: diag(E H E') of the result, of rounding to nearest on min-max scales, and diag(W H W').
     rounded: bool [rows], rows where rounding to nearest on the same scales lost less and was taken.
     """
@@ -62,7 +63,7 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Squared errors of one solution and of what it is compared with, in the norm of the Hessian.
+    """Squared errors of a solution and of its references, in the norm of the Hessian.
 
     uncoupled: no factor was found. loss: tr(E H E') of the solution; nearest: of rounding to nearest on min-max scales.
     whole: tr(W H W'). rounded: share of rows that were rounded to nearest.

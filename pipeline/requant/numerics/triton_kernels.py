@@ -24,12 +24,15 @@ GROUPS = 16
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels run where `tensor` is: on NVIDIA's GPUs, whose products in three parts of TF32 they use."""
+    """Whether the kernels run where `tensor` is.
+
+    On NVIDIA's GPUs, whose products in three parts of TF32 they use.
+    """
     return triton is not None and tensor.is_cuda and torch.version.hip is None
 
 
 def begin(device: torch.device) -> None:
-    """Have Triton look up what its first kernel asks of a GPU's driver and of itself, by a kernel that does nothing."""
+    """Initialise Triton and the GPU's driver by a kernel that does nothing."""
     nothing = torch.empty(1, device=device)
     if usable(nothing):
         _nothing[(1,)](nothing)
@@ -52,7 +55,9 @@ class Block:
 
 
 def round_columns(target: Tensor, feedback: Tensor, block: Block) -> None:
-    """Round the columns of one block, last first. feedback: [k, k], below its diagonal L's; its rows are contiguous.
+    """Round the columns of one block, last first.
+
+    feedback: [k, k], below its diagonal L's; its rows are contiguous.
 
     target: fp32 [k, rows], contiguous, used up. block.error holds the weight's columns and takes their errors.
     """
@@ -64,7 +69,9 @@ def round_columns(target: Tensor, feedback: Tensor, block: Block) -> None:
 
 
 def sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: Block) -> None:
-    """Set each column of one block to its best code, first to last. inside: [k, k] of the Hessian, its rows contiguous.
+    """Set each column of one block to its best code, first to last.
+
+    inside: [k, k] of the Hessian, its rows contiguous.
 
     inverse: fp32 [k], of the damped diagonal.
     pull: fp32 [k, rows], contiguous; in its place comes by how much each error has grown.
@@ -77,8 +84,9 @@ def sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: Block) -
 
 
 def search(weight: Tensor, importance: Tensor, shrinks: Tensor, fine: Tensor, symmetric: bool, levels: int) -> Tensor:
-    """The best shrink of each group's range: weight fp32 [rows, groups, g], importance [groups, g] -> fp32 [rows, groups].
+    """The best shrink of each group's range.
 
+    weight fp32 [rows, groups, g], importance [groups, g] -> fp32 [rows, groups].
     Tries `shrinks`, then the best of them plus each of `fine`; the earlier wins a tie.
     """
     rows, groups, width = weight.shape
@@ -104,7 +112,10 @@ if triton is not None:
 
     @triton.jit
     def _nearest(x):
-        """The nearest whole number, halves to even, of |x| < 2^22; larger numbers stay too large to matter after a clamp."""
+        """The nearest whole number, halves to even, of |x| < 2^22.
+
+        Larger numbers stay too large to matter after a clamp.
+        """
         return (x + 12582912.0) - 12582912.0
 
     @triton.jit
@@ -119,7 +130,10 @@ if triton is not None:
         tile_ptr, moved_ptr, coupling_ptr, mine, row, rows, stride, start, stop,
         COUNT: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """The columns `mine` of a block, [PART, rows] at tile_ptr, with what its columns start to stop have moved."""
+        """The columns `mine` of a block after the feedback of the columns from start to stop.
+
+        [PART, rows] at tile_ptr.
+        """
         wide = rows.to(tl.int64)
         own, real = (mine < COUNT)[:, None], (row < rows)[None, :]
         at = mine[:, None] * wide + row[None, :]
@@ -137,7 +151,10 @@ if triton is not None:
 
     @triton.jit
     def _quotient(x, scale, inverse):
-        """x / scale given 1 / scale, rounded to nearest in all but rare cases: a division's branches would hold up loads."""
+        """x / scale, given 1 / scale, rounded to nearest in all but rare cases.
+
+        A division's branches would hold up loads.
+        """
         first = x * inverse
         return tl.fma(tl.fma(-first, scale, x), inverse, first)
 
@@ -149,14 +166,20 @@ if triton is not None:
 
     @triton.jit
     def _row(matrix_ptr, stride, j, mine, COUNT: tl.constexpr):
-        """The numbers `mine` of a row of a block's matrix, of the nearest row where there is no such."""
+        """The elements `mine` of a row of a block's matrix.
+
+        Of the nearest row where there is no such row.
+        """
         return tl.load(
             matrix_ptr + tl.minimum(tl.maximum(j, 0), COUNT - 1) * stride + mine, mask=mine < COUNT, other=0.0
         )
 
     @triton.jit
     def _column(tile, chosen):
-        """One column [rows] of a tile [PART, rows] that lies in registers. Zeros added to whole numbers cost nothing."""
+        """One column [rows] of a tile [PART, rows] that lies in registers.
+
+        Zeros added to whole numbers cost nothing.
+        """
         bits = tl.sum(tl.where(chosen, tile.to(tl.int32, bitcast=True), 0), axis=0)
         return bits.to(tl.float32, bitcast=True)
 
@@ -246,7 +269,10 @@ if triton is not None:
 
     @triton.jit
     def _loss(w, importance, low, high, shrink, levels, SYMMETRIC: tl.constexpr):
-        """Weighted squared error of rounding w [groups, width] on the range shrunk by `shrink` [groups]."""
+        """Weighted squared error of rounding w [groups, width].
+
+        The range is shrunk by `shrink` [groups].
+        """
         if SYMMETRIC:
             half = levels // 2
             scale = tl.div_rn(tl.maximum(-low, high) * shrink, half.to(tl.float32))

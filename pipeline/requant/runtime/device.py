@@ -16,7 +16,9 @@ USABLE = 0.85  # share of free memory that a plan may fill
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """What the code needs to know of a device type. A new device is one more entry of `PROFILES`.
+    """What the code needs to know of a device type.
+
+    A new device is one more entry of `PROFILES`.
 
     busy_share: share of the matrix product rate that a whole forward and backward pass reaches.
     product_size, product_dtype: of the product that measures the rate. start_seconds: to load its libraries and kernels.
@@ -98,7 +100,10 @@ def profile_of(device: torch.device) -> DeviceProfile:
 
 
 def compute_dtype(device: torch.device, serving: torch.dtype) -> torch.dtype:
-    """The dtype in which blocks compute on the device: fp32 on a CPU, the serving dtype elsewhere."""
+    """The dtype in which blocks compute on the device.
+
+    fp32 on a CPU, the serving dtype elsewhere.
+    """
     return torch.float32 if profile_of(device).computes_fp32 else serving
 
 
@@ -128,7 +133,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reserve_memory(device: torch.device, nbytes: int) -> None:
-    """Reserve `nbytes` of GPU memory as one block of torch's allocator, if available; reset the peak."""
+    """Reserve `nbytes` of GPU memory as one block of torch's allocator, if available.
+
+    Reset the peak.
+    """
     with suppress(torch.OutOfMemoryError):
         torch.empty(nbytes, dtype=torch.uint8, device=device)
     torch.cuda.reset_peak_memory_stats(device)  # reserving is no use

@@ -41,7 +41,10 @@ def current_ranks() -> Ranks:
 
 
 def idle_gpus_hint(device: str, recipe: object) -> str:
-    """One line that says how to start on all GPUs of this machine; empty if all are in use or one was chosen."""
+    """One line that says how to start on all GPUs of this machine.
+
+    Empty if all are in use or one was chosen.
+    """
     gpus = torch.cuda.device_count()
     if _current.count > 1 or gpus < 2 or device not in ("auto", "cuda"):
         return ""
@@ -50,8 +53,9 @@ def idle_gpus_hint(device: str, recipe: object) -> str:
 
 @contextmanager
 def join_ranks() -> Iterator[DistributedRanks]:
-    """Create the process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of the environment.
+    """Create the process group that the environment describes.
 
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
     Raises InputError if a machine that has GPUs has more ranks than GPUs.
     """
     global _current
@@ -88,7 +92,9 @@ def _cores() -> int:
 def run_on_all_ranks(
     command: Callable[[], None], silenced: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> None:
-    """Run `command` on the first rank and serve its calls on the others; each process ends with its own exit code.
+    """Run `command` on the first rank and serve its calls on the others.
+
+    Each process ends with its own exit code.
 
     silenced: context manager in which the other ranks print nothing, since the first rank prints for all.
     """
@@ -181,7 +187,10 @@ def _wait_until_reported(ranks: DistributedRanks, message: str) -> None:
 
 
 def _watch(ranks: DistributedRanks) -> None:
-    """End this process when another rank has failed; a collective call would wait for that rank forever."""
+    """End this process when another rank has failed.
+
+    A collective call would wait for that rank forever.
+    """
     while not ranks.over.wait(0.2):
         try:
             failed = ranks.store.check([FAILED])
@@ -207,7 +216,9 @@ def _end_after(ranks: DistributedRanks, failure: Mapping[str, Any]) -> None:
 
 
 def _exit(ranks: DistributedRanks, code: int) -> NoReturn:
-    """End the process at once, from any thread; a collective call that waits for other ranks cannot be interrupted.
+    """End the process at once, from any thread.
+
+    A collective call that waits for other ranks cannot be interrupted.
 
     Open files are left as a kill would leave them. The first rank ends last, since the store may be in its process.
     """

@@ -45,7 +45,10 @@ class Cost:
 
 @contextmanager
 def measured(device: str = "cpu") -> Iterator[Cost]:
-    """Measure a stage. On Linux the peak is the stage's own; elsewhere the process's so far. device: the GPU to look at."""
+    """Measure a stage.
+
+    On Linux the peak is the stage's own; elsewhere the process's so far. device: the GPU to look at.
+    """
     cost, started = Cost(), time.monotonic()
     reset_peak()
     gpu = _gpu(device)
@@ -70,7 +73,10 @@ def _gpu(device: str) -> Any:
 
 
 def reset_peak() -> int:
-    """Forget the peak so far, and what freed tensors left behind, where the system can; returns the bytes resident now."""
+    """Forget the peak so far, and what freed tensors left behind, where the system can.
+
+    Returns the bytes resident now.
+    """
     with suppress(OSError, AttributeError):  # glibc keeps freed memory in the process
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):

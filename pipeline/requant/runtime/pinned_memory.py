@@ -52,7 +52,10 @@ def use_stream(stream: Any) -> Iterator[None]:
 
 
 def copy_to_host_async(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a small tensor to the host; the result waits for this copy alone and returns it."""
+    """Begin to copy a small tensor to the host.
+
+    The result waits for this copy alone and returns it.
+    """
     if not tensor.is_cuda:
         return lambda: tensor
     copy = allocate_pinned(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape)

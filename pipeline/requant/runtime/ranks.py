@@ -38,29 +38,43 @@ class Ranks:
         return device
 
     def connect(self, device: torch.device) -> None:
-        """Start connecting the GPUs of all ranks in a thread, unless that was done; calls that need them wait for it."""
+        """Start connecting the GPUs of all ranks in a thread, unless that was done.
+
+        Calls that need them wait for it.
+        """
 
     def share(self, total: int) -> slice:
         """This rank's part of a sequence of `total` items; the parts' lengths differ by one at most."""
         return slice(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def own_rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a tensor that all ranks have: equally many each, padded with the last row."""
+        """This rank's rows of a tensor that all ranks have.
+
+        Equally many on each, padded with the last row.
+        """
         return whole
 
     def all_gather_rows(self, part: Tensor, rows: int) -> Tensor:
-        """Concatenate every rank's `own_rows(...)` to the `rows` rows of the whole tensor, on every rank."""
+        """The `rows` rows of the whole tensor, from every rank's `own_rows(...)`.
+
+        On every rank.
+        """
         return part
 
     def all_reduce(self, triangles: Sequence[Tensor], others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
-        """Sum tensors over all ranks in place, with the same bits on each rank; of `triangles` the upper triangle only.
+        """Sum tensors over all ranks in place, with the same bits on each rank.
+
+        Of `triangles` the upper triangle only.
 
         Returns the sums of `counts`.
         """
         return list(counts)
 
     def broadcast_async(self, tensor: Tensor, owner: int) -> Callable[[], None]:
-        """Start to broadcast the tensor of rank `owner`. Returns a function that waits until the tensor has arrived."""
+        """Start to broadcast the tensor of rank `owner`.
+
+        Returns a function that waits until the tensor has arrived.
+        """
         return lambda: None
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -83,7 +97,9 @@ class Ranks:
         """Copy the first rank's tensor into the other ranks' tensors."""
 
     def call(self, function: Callable[..., T], *args: Any, first_rank_only: Mapping[str, Any], **kwargs: Any) -> T:
-        """Run `function` on every rank, with the argument `ranks` if there are several. The first rank calls this.
+        """Run `function` on every rank, with the argument `ranks` if there are several.
+
+        The first rank calls this.
 
         first_rank_only: keyword arguments that the other ranks do not get.
         """
@@ -126,7 +142,10 @@ class DistributedRanks(Ranks):
             pool.shutdown(wait=False)
 
     def _wait_for_connection(self) -> None:
-        """Called first by every method that uses GPUs: collective calls must come in the same order on all ranks."""
+        """Wait until the GPUs are connected; called first by every method that uses them.
+
+        Collective calls must come in the same order on all ranks.
+        """
         if self.connecting is not None:
             self.connecting.result()
 
