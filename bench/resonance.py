@@ -23,7 +23,7 @@ SHARES = (0.003, 0.01, 0.03, 0.1)
 GRIDS = {
     "4-bit g64 min-max": Grid(4, 64, search="minmax"),
     "4-bit g128 min-max": Grid(4, 128, search="minmax"),
-    "4-bit g128 asymmetric min-max": Grid(4, 128, False, search="minmax"),
+    "4-bit g128 asymmetric min-max": Grid(4, 128, symmetric=False, search="minmax"),
     "4-bit g32 searched": Grid(4, 32),
     "4-bit g64 searched": Grid(4, 64),
     "4-bit g128 searched": Grid(4, 128),

@@ -59,7 +59,7 @@ def test_the_size_is_what_the_config_describes(good: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "grid",
-    [Grid(b, 32, s) for b in (2, 3, 4, 8) for s in (True, False)] + [Grid(4, -1), Grid(4, 64, signed=True)],
+    [Grid(b, 32, symmetric=s) for b in (2, 3, 4, 8) for s in (True, False)] + [Grid(4, -1), Grid(4, 64, signed=True)],
     ids=str,
 )
 def test_every_format_passes(source: Path, tmp_path: Path, grid: Grid) -> None:

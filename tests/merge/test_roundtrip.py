@@ -52,7 +52,7 @@ def test_gptqmodel_decodes_ours(bits: int, group: int, sym: bool) -> None:
     """Its own load converts v1 to its inner format and multiplies in float16: |code - zero| * scale to 11 bits."""
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-    grid = Grid(bits, group, sym)
+    grid = Grid(bits, group, symmetric=sym)
     w = weight()
     scales = find_scales(w, torch.ones(COLUMNS), grid)
     ours = gptq_format.pack(round_to_grid(w, scales, grid), scales.scale, scales.zero, bits)
@@ -76,7 +76,7 @@ def test_we_decode_gptqmodels(bits: int, group: int, sym: bool, desc_act: bool) 
     """Its packer is given weights on a grid (columns in any order of groups with desc_act): we read them back exactly."""
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
-    grid = Grid(bits, group, sym)
+    grid = Grid(bits, group, symmetric=sym)
     w = weight(1)
     scales = find_scales(w, torch.ones(COLUMNS), grid)
     codes = round_to_grid(w, scales, grid)

@@ -158,9 +158,9 @@ def test_weighted_search_is_no_worse_than_minmax(bits: int, group: int, symmetri
     importance = hessian.diagonal()
     errors = {}
     for name, grid in {
-        "minmax": Grid(bits, group, symmetric, search="minmax"),
-        "hessian": Grid(bits, group, symmetric),
-        "signed": Grid(bits, group, symmetric, signed=True),
+        "minmax": Grid(bits, group, symmetric=symmetric, search="minmax"),
+        "hessian": Grid(bits, group, symmetric=symmetric),
+        "signed": Grid(bits, group, symmetric=symmetric, signed=True),
     }.items():
         scales = grid_module.find_scales(weight, importance, grid)
         rounded = grid_module.dequantize_codes(grid_module.round_to_grid(weight, scales, grid), scales)
@@ -367,7 +367,7 @@ def test_refining_is_coordinate_descent(symmetric: bool) -> None:
     """Against trying every level of every code in fp64, where no two levels come close to a tie."""
     torch.manual_seed(0)
     x = torch.randn(200, 32) @ torch.randn(32, 32)
-    hessian, weight, grid = x.T @ x / 200, torch.randn(4, 32), Grid(3, 32, symmetric)
+    hessian, weight, grid = x.T @ x / 200, torch.randn(4, 32), Grid(3, 32, symmetric=symmetric)
     hessian.diagonal().add_(0.01)
     scales = grid_module.find_scales(weight, hessian.diagonal(), grid)
     start = grid_module.round_to_grid(weight, scales, grid)

@@ -24,7 +24,7 @@ from requant.quantize.plan import Plan
 _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """One engine's verdict on a plan. problems: why it does not load it; empty: it does.
 
@@ -77,7 +77,7 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     parallel = (
         {n: _why_not_parallel(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
     )
-    return Verdict(target, tuple(problems), kernels, lacking, parallel)
+    return Verdict(target=target, problems=tuple(problems), kernels=kernels, lacking=lacking, parallel=parallel)
 
 
 def _why_not_parallel(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:

@@ -20,7 +20,7 @@ Trait = Literal[
 GROUPS = (-1, 32, 64, 128)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """What one kernel multiplies.
 
@@ -53,7 +53,7 @@ class Kernel:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One engine. hardware: device kind -> kernels in the order they are tried.
 
@@ -67,51 +67,58 @@ class Target:
     refuses: Mapping[Trait, str]
 
 
-_MOE_MARLIN = Kernel("Marlin MoE", inputs=128, experts=True)
+_MOE_MARLIN = Kernel(name="Marlin MoE", inputs=128, experts=True)
 _PARTS = "{} differ in their settings, and it fuses them"
-_TORCH = (Kernel("Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
+_TORCH = (Kernel(name="Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
 _GPTQMODEL = {
     "NVIDIA GPU": (
-        Kernel("Marlin", signed=True),
-        Kernel("Triton", bits=(2, 4, 8), symmetric=False, signed=True),
+        Kernel(name="Marlin", signed=True),
+        Kernel(name="Triton", bits=(2, 4, 8), symmetric=False, signed=True),
         *_TORCH,
     ),
-    "CPU": (Kernel("TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
+    "CPU": (Kernel(name="TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
 }
 TARGETS: Mapping[Name, Target] = {
     t.name: t
     for t in (
         Target(
-            "vllm", "vLLM 0.32.0: quantization/auto_gptq.py, kernels/linear/mixed_precision, utils/marlin_utils.py", True,
-            {
+            name="vllm",
+            source="vLLM 0.32.0: quantization/auto_gptq.py, kernels/linear/mixed_precision, utils/marlin_utils.py",
+            fuses=True,
+            hardware={
                 "Hopper": (
-                    Kernel("Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False),
-                    Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True),
+                    Kernel(name="Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False),
+                    Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True),
                 ),
-                "other NVIDIA GPU": (Kernel("Marlin", experts=False), _MOE_MARLIN, Kernel("MoeWNA16", experts=True)),
+                "other NVIDIA GPU": (Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True)),
                 "CPU": (
-                    Kernel("CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
-                    Kernel("CPU MoE (needs AMX)", bits=(4,), experts=True),
+                    Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
+                    Kernel(name="CPU MoE (needs AMX)", bits=(4,), experts=True),
                 ),
             },
-            {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
+            refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
         ),
         Target(
-            "sglang", "SGLang 006d096: quantization/gptq.py, marlin_utils.py", True,
-            {
+            name="sglang",
+            source="SGLang 006d096: quantization/gptq.py, marlin_utils.py",
+            fuses=True,
+            hardware={
                 "NVIDIA GPU from Ampere on": (
-                    Kernel("Marlin", inputs=128, outputs=64, experts=False),
-                    Kernel("Marlin MoE", inputs=128, outputs=64, experts=True),
+                    Kernel(name="Marlin", inputs=128, outputs=64, experts=False),
+                    Kernel(name="Marlin MoE", inputs=128, outputs=64, experts=True),
                 ),
                 "NVIDIA GPU with --quantization gptq --dtype half": (
-                    Kernel("GPTQ", bits=(2, 3, 4, 8), symmetric=False, experts=False),
+                    Kernel(name="GPTQ", bits=(2, 3, 4, 8), symmetric=False, experts=False),
                 ),
             },
-            {"unlike fused parts": _PARTS, "unlike experts": _PARTS},
+            refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
         ),
         Target(
-            "transformers", "transformers 5.23 with optimum 2.3 (gptq/quantizer.py) and gptqmodel 7.7", False, _GPTQMODEL,
-            {
+            name="transformers",
+            source="transformers 5.23 with optimum 2.3 (gptq/quantizer.py) and gptqmodel 7.7",
+            fuses=False,
+            hardware=_GPTQMODEL,
+            refuses={
                 "conv1d": "it cannot make Conv1D layers ({}) quantized ones; gptqmodel's own loader can",
                 "linear-like": "it passes over {}, so that their weights would be random; gptqmodel's own loader does not",
                 "experts": "it keeps experts fused, so that their weights would be random; gptqmodel's own loader does not",
@@ -121,8 +128,11 @@ TARGETS: Mapping[Name, Target] = {
             },
         ),
         Target(
-            "gptqmodel", "gptqmodel 7.7: GPTQModel.load, models/definitions", False, _GPTQMODEL,
-            {
+            name="gptqmodel",
+            source="gptqmodel 7.7: GPTQModel.load, models/definitions",
+            fuses=False,
+            hardware=_GPTQMODEL,
+            refuses={
                 "renamed": "it looks for {}, which the original checkpoint, and so ours, calls otherwise",
                 "fused gate_up": "it splits {} before it looks for its weights; transformers loads them",
             },

@@ -145,6 +145,6 @@ def _stored(modules: set[str], names: Mapping[str, str]) -> frozenset[str]:
 
 
 def _round(weight: Tensor, grid: Grid) -> Tensor:
-    plain = Grid(grid.bits, grid.group_size, grid.symmetric, search="minmax")
+    plain = Grid(grid.bits, grid.group_size, symmetric=grid.symmetric, search="minmax")
     scales = find_scales(weight, torch.ones(weight.shape[1], device=weight.device), plain)
     return nearest(weight, scales, plain)

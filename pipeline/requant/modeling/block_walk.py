@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class BlockInput:
 
     hidden: Tensor  # [batch, length, width]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    _: KW_ONLY
     unquantized: Tensor | None = None  # `hidden` in the unquantized model, for batches that also run there
     passed: int = 0  # blocks that `hidden` has gone through
     unquantized_passed: int = 0
@@ -191,7 +192,8 @@ class Walk:
             hidden = torch.split(item.hidden, item.half())
             both = [None] * len(hidden) if item.unquantized is None else torch.split(item.unquantized, item.half())
             parts += [
-                BlockInput(h, [], u, item.passed, item.unquantized_passed) for h, u in zip(hidden, both, strict=True)
+                BlockInput(h, [], unquantized=u, passed=item.passed, unquantized_passed=item.unquantized_passed)
+                for h, u in zip(hidden, both, strict=True)
             ]
         shapes = list(dict.fromkeys(part.hidden.shape[:2] for part in parts))
         kept, self.states = self.states, HiddenStateStore(self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ class Grid:
 
     bits: int = 4
     group_size: int = 128
+    _: KW_ONLY
     symmetric: bool = True
     signed: bool = False
     search: Search = "hessian"

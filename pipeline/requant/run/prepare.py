@@ -237,7 +237,7 @@ def quantize_settings(recipe: Recipe) -> Settings:
     for pattern, own in q.overrides.items():
         changed = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(own, k)) is not None}
         overrides.append((pattern, None if own.skip else changed))
-    grid = Grid(q.bits, q.group_size, q.symmetric, q.signed_scales, q.scale_search)
+    grid = Grid(q.bits, q.group_size, symmetric=q.symmetric, signed=q.signed_scales, search=q.scale_search)
     damp = None if q.damp == "auto" else float(q.damp)
     return Settings(grid=grid, order=q.order, sweeps=q.sweeps, correct=q.correct, damp=damp, overrides=tuple(overrides))
 
