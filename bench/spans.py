@@ -40,7 +40,7 @@ NAMES = gaps.NAMES | {
     "modeling.linear_groups.find_linear_groups": "find_linear_groups",
     "runtime.ranks.DistributedRanks.broadcast": "ranks.broadcast",
     "runtime.ranks.DistributedRanks.all": "ranks.all",
-    "runtime.interpreter.set_aside": "set aside",
+    "runtime.interpreter.freeze_garbage_collector": "freeze collector",
     "quantize.background_writer.BackgroundWriter.settle": "settle",
     "quantize.background_writer.BackgroundWriter.close": "close",
 }
