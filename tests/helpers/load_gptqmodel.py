@@ -1,4 +1,4 @@
-"""A program: what gptqmodel's own loader makes of a checkpoint, python load_gptqmodel.py CHECKPOINT OUT.safetensors.
+"""A program: what gptqmodel's own loader makes of a checkpoint, python -m helpers.load_gptqmodel CHECKPOINT OUT.safetensors.
 
 Writes each quantized module's dequantized weight [out, in] by its name, and the logits of `pico.ids()`.
 """

@@ -157,10 +157,8 @@ def ours(path: Path) -> Any:
 
 def by_its_loader(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the loader replaces classes and weight conversions of transformers for everybody."""
-    program = Path(__file__).parents[1] / "helpers" / "load_gptqmodel.py"
-    return subprocess.run(
-        [sys.executable, str(program), str(checkpoint), str(out)], check=False, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "helpers.load_gptqmodel", str(checkpoint), str(out)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.slow

@@ -139,8 +139,8 @@ def test_load_back_by_gptqmodel(tmp_path: Path, family: Family) -> None:
     *_, ours = quantized(family, tmp_path, Grid(4, 32))
     pico.save_tokenizer(tmp_path / "gptq")
     # A process of its own: the loader replaces classes and weight conversions of transformers for everybody.
-    program = Path(__file__).parents[1] / "helpers" / "load_gptqmodel.py"
-    subprocess.run([sys.executable, str(program), str(tmp_path / "gptq"), str(tmp_path / "seen")], check=True)
+    command = [sys.executable, "-m", "helpers.load_gptqmodel", str(tmp_path / "gptq"), str(tmp_path / "seen")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     seen = load_file(tmp_path / "seen")
     logits = seen.pop("logits")
     assert len(seen) == sum(name.endswith(".qweight") for name in Checkpoint(tmp_path / "gptq"))
