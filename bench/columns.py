@@ -1,4 +1,4 @@
-"""On a GPU: the column kernels alone, and whole solves by what the GPU takes, what the host takes to start them, and both together.
+"""Bench of the column kernels on a GPU: each alone, and whole solves by GPU and host time.
 
     python bench/columns.py [--rows 1024 7168 28672] [--shapes 1024x4096 7168x4096 1024x14336] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""How often do 95 % intervals hold the truth? Simulated documents of correlated tokens, as evaluation sets have them.
+"""How often 95 % intervals cover the truth, on simulated documents of correlated tokens.
 
     python bench/coverage.py [--worlds 2000] [--out bench/results/DATE-coverage.json]
 

@@ -1,4 +1,6 @@
-"""On a GPU: factoring a Hessian and solving with its factor, by a library and by blocks; milliseconds, and errors against fp64.
+"""Bench on a GPU: factor a Hessian and solve with it, by a library and by blocks.
+
+Milliseconds, and errors against fp64.
 
     python bench/factors.py [--sizes 4096 14336] [--columns 1024 4096] [--out FILE]
 

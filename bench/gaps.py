@@ -1,4 +1,6 @@
-"""Where a steady block's time on a GPU goes: kernels by the function of ours that launched them, collectives, idle gaps.
+"""Where a steady block's time on a GPU goes: our kernels, collectives, idle gaps.
+
+Kernels are listed by the function of ours that launched them.
 
     python bench/gaps.py [--layers 4] [--samples 512] [--shape llama-3-8b] [--scratch DIR] [--out FILE]
     torchrun --standalone --nproc-per-node 2 bench/gaps.py --scratch DIR --out FILE    (FILE.0, FILE.1: one for each rank)
@@ -127,7 +129,7 @@ def look(events: list[Any]) -> dict[str, Any]:
 
 
 def between(events: list[Any], start: int) -> list[tuple[int, int, str]]:
-    """(length, middle, what comes after) of each gap between events in their order, in nanoseconds."""
+    """(length, middle, next event) of each gap between ordered events, in nanoseconds."""
     gaps, until = [], start
     for e in events:
         if e.start_ns() > until:
@@ -146,7 +148,10 @@ def shown(times: Counter[str], most: int | None = None) -> dict[str, float]:
 
 @contextmanager
 def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser) -> Iterator[tuple[Path, Path]]:
-    """(a random model, which the first rank builds where there is none, an empty folder), the same for all ranks."""
+    """(random model, empty folder), the same on all ranks.
+
+    The first rank builds the model where there is none.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         model = (args.scratch or Path(temporary)) / f"{args.shape}-{args.layers}"
         if ranks.count > 1 and not args.scratch:

@@ -31,7 +31,10 @@ from requant.heal.trainer import EndToEndLoss, Trainer
 
 
 class ByRow(torch.optim.Optimizer):
-    """Adam with one second moment for all scales of a row: inside of it steps are as gradients are."""
+    """Adam with one second moment for all scales of a row.
+
+    Inside a row, steps are in proportion to the gradients.
+    """
 
     def __init__(self, pupil: student.Student, lr: float, first: float = 0.9) -> None:
         super().__init__([m.offset for m in pupil.trainable], {"lr": lr})

@@ -1,4 +1,4 @@
-"""The bench of bench/heal.py: the demo's merged model, its texts, its checkpoints, and one model that judges them all."""
+"""Setup of bench/heal.py: the demo's merged model, texts, checkpoints, a scoring model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 class Bench:
-    """Tokenizer, texts, merged model and its floor; one fp32 model into which every candidate's weights are put."""
+    """Tokenizer, texts, merged model and its floor, and an fp32 model to score candidates.
+
+    Each candidate's weights are loaded into that model.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         from transformers import AutoTokenizer
@@ -99,7 +102,10 @@ class Bench:
 
     @torch.no_grad()
     def losses(self, path: Path, values: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
-        """Log-perplexity lost against the merged model by the checkpoint in `path`, some tensors replaced by `values`."""
+        """Log-perplexity that the checkpoint in `path` loses against the merged model.
+
+        `values` replace some of its tensors.
+        """
         checkpoint = GptqReader(path)
         names = student.skeleton.tensor_names(self.judge, checkpoint)
         for parameter, stored in names.items():
@@ -147,7 +153,10 @@ class Bench:
         )  # fmt: skip
 
     def peer(self, bits: int) -> Path:
-        """gptqmodel's GPTQ of the same model and calibration windows, its defaults for the rest; a process of its own."""
+        """gptqmodel's GPTQ of the same model and calibration windows, in a process of its own.
+
+        Its defaults for the rest.
+        """
         out, rows = self.work / f"gptqmodel-{bits}", self.work / "rows.json"
         rows.write_text(json.dumps(self.calibration().tolist()))
         command = [
@@ -181,7 +190,7 @@ class Bench:
 
     @torch.no_grad()
     def written(self, documents: int = 256, given: int = 32) -> list[TokenDocument]:
-        """Text sampled from the merged model: what it makes of the first tokens of windows of both texts."""
+        """Text sampled from the merged model, continuing the first tokens of windows of both texts."""
         model = self.model("merged")
         torch.manual_seed(0)
         count = documents if DEVICE.type == "cuda" else 4

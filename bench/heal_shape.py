@@ -1,4 +1,6 @@
-"""What a healing step costs at the size of an 8B model: seconds and peak memory with random weights of Llama-3-8B's shape.
+"""Bench of a healing step at the size of an 8B model: seconds and peak memory.
+
+Random weights of Llama-3-8B's shape.
 
     python bench/heal_shape.py --out FILE [--layers 32]
 
@@ -139,7 +141,7 @@ def block_by_block(bench: Bench, config: Any) -> None:
 
 
 def random_model(config: Any, *, quantized: bool) -> Any:
-    """A model on the device: random 16-bit weights, or random 4-bit codes in groups of 128 in its blocks."""
+    """A model on the device: random 16-bit weights, or random 4-bit codes in groups of 128."""
     model: Any = skeleton.build(config)
     dtype = teacher.product_dtype(DEVICE)
     prefix, items = block_list(model)

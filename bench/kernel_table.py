@@ -1,4 +1,4 @@
-"""Which kernel reads which checkpoint rightly: every kernel of gptqmodel on this device, every format we write.
+"""Which kernel reads which checkpoint correctly: all of gptqmodel's, every format we write.
 
     python bench/kernel_table.py [--device cuda] [--dtype bfloat16 ...] [--backend NAME ...] [--format NAME ...] [--jobs 4]
                             [--with vllm] [--out FILE]
@@ -83,7 +83,10 @@ def reference(path: Path, rows: list[list[int]]) -> list[float]:
 
 
 def cells_of(task: dict[str, Any]) -> None:
-    """One kernel and dtype on every checkpoint, in this process; prints one JSON line a checkpoint."""
+    """Run one kernel and dtype on every checkpoint; print one JSON line for each.
+
+    In this process.
+    """
     from requant.deploy import engine_transformers as engine
 
     for name, path in task["paths"].items():

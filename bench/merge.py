@@ -1,4 +1,4 @@
-"""Our merge against transformers + PEFT on the same NF4 base, in one run; and memory against depth.
+"""Our merge against transformers + PEFT on one NF4 base; memory against depth.
 
     python bench/merge.py [--out FILE] [--work DIR]
 

@@ -1,4 +1,6 @@
-"""Is our NF4/FP4 maths bit-exact against bitsandbytes on this device? Prints one line a case and a verdict.
+"""Is our NF4/FP4 codec bit-exact against bitsandbytes on this device?
+
+Prints one line a case and a verdict.
 
 python bench/nf4_oracle.py [--device cuda]
 """

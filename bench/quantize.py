@@ -1,4 +1,4 @@
-"""Our GPTQ against gptqmodel on the same merged model, calibration tokens, bits, group and symmetry, in one run.
+"""Our GPTQ against gptqmodel in one run: same merged model, tokens, bits, group, symmetry.
 
     python bench/quantize.py RECIPE --merged runs/NAME/merged [--out FILE] [--peer-dtype default|float32] [--set ...]
 
@@ -59,7 +59,10 @@ def ours(args: argparse.Namespace) -> None:
 
 
 def gptqmodel(args: argparse.Namespace) -> None:
-    """Quantize with gptqmodel, its defaults for everything that the recipe does not say; prints one JSON line."""
+    """Quantize with gptqmodel; print one JSON line.
+
+    Its defaults for everything that the recipe does not say.
+    """
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 

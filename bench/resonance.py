@@ -1,4 +1,6 @@
-"""What rounding to nearest keeps of a small low-rank delta on a dequantized NF4 base, by delta size and grid.
+"""What rounding keeps of a small low-rank delta on a dequantized NF4 base.
+
+By delta size and grid.
 
     python bench/resonance.py > bench/results/DATE-resonance-cpu.json
 

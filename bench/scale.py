@@ -1,4 +1,6 @@
-"""Files at 70B scale without the bytes: `requant check` on hundreds of shards, and a merge's memory over many shards.
+"""Files at 70B scale without the bytes: `requant check`, and a merge's memory.
+
+Hundreds of shards.
 
     python bench/scale.py [--out FILE] [--work DIR]
 

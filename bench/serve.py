@@ -1,4 +1,4 @@
-"""Load time and speed of the merged 16-bit checkpoint against the GPTQ one, in one engine, in one run.
+"""Load time and speed of the merged 16-bit checkpoint against the GPTQ one, in one engine.
 
     python bench/serve.py --merged runs/NAME/merged --gptq runs/NAME/gptq --engine vllm [--device cuda] [--dtype bfloat16]
                           [--layers 32 --work DIR] [--backend gptq_marlin] [--prompt 128] [--new 64] [--batch 1]
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def make(folder: Path, layers: int, device: str) -> tuple[Path, Path]:
-    """(16-bit, GPTQ W4 g128) checkpoints of Llama-3-8B's matrices with random weights and `layers` layers."""
+    """(16-bit, GPTQ W4 g128) checkpoints of Llama-3-8B's matrices with `layers` random layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

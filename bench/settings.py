@@ -1,4 +1,6 @@
-"""What each quantizer setting gives on the demo's merged model: perplexity on its two held-out sets, one row a setting.
+"""Perplexity of each quantizer setting on the demo's merged model, one row a setting.
+
+On the demo's two held-out sets.
 
     python bench/settings.py --base work/base-nf4 --adapter adapter --texts work/texts --out FILE
 

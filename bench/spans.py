@@ -1,4 +1,6 @@
-"""What the host does while a GPU quantizes: calls of ours by begin and length, of each rank, without torch's profiler.
+"""Timeline of the host while a GPU quantizes: begin and length of our calls, of each rank.
+
+Without torch's profiler.
 
     python bench/spans.py [--layers 4] [--samples 512] [--shape llama-3-8b] [--compiled] [--least 15] [--scratch DIR] [--out FILE]
     torchrun --standalone --nproc-per-node 4 bench/spans.py --scratch DIR --out FILE    (FILE.0, FILE.1 ...: one a rank)

@@ -1,4 +1,6 @@
-"""GPTQ of a big model's shape with random weights, ours and gptqmodel in one run: time, peak memory, time by phase.
+"""Bench of GPTQ at a big model's shape, ours and gptqmodel: time, peak memory, phases.
+
+Random weights; both in one run.
 
     python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
         [--only ours|gptqmodel] [--batch 8] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--compiled] [--out FILE]
@@ -43,7 +45,10 @@ SHAPES = {  # hidden, intermediate, heads, key-value heads, vocabulary, layers o
 
 
 def build(folder: Path, shape: str, layers: int) -> None:
-    """A Llama checkpoint of random bf16 weights, one shard a block, written without ever being whole in memory."""
+    """Write a Llama checkpoint of random bf16 weights, one shard a block.
+
+    The model is never whole in memory.
+    """
     import torch
     from transformers import LlamaConfig
 
@@ -98,7 +103,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def met() -> AbstractContextManager[Any]:
-    """The ranks that a launcher has started, once they have found each other; this process alone without one."""
+    """The ranks that a launcher started, once joined; without a launcher this process alone."""
     from requant.runtime import launch
     from requant.runtime.ranks import SINGLE_PROCESS
 
@@ -325,7 +330,10 @@ def summary(args: argparse.Namespace, runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def block_seconds(done_at: list[tuple[int, float]]) -> float | None:
-    """Mean seconds between blocks reaching the disk, the first and the last (which waits for no other) left out."""
+    """Mean seconds between blocks reaching the disk, without the first and the last.
+
+    The last waits for no other block.
+    """
     if len(done_at) < 3:
         return None
     (first, begun), (last, ended) = done_at[0], done_at[-2]

@@ -1,4 +1,6 @@
-"""Scoring block by block against scoring whole, merging on the GPU against on the CPU, and predictions against what was used.
+"""Bench of streamed scoring, of merging on a GPU, and of `requant check`'s predictions.
+
+Against scoring whole, merging on the CPU, and what a run used.
 
     python bench/stream.py [--parts whole deep merge predict] [--shape llama-3-8b] [--layers 4] [--deep llama-3-70b]
         [--deep-layers 2 4] [--windows 64] [--length 2048] [--samples 128] [--scratch DIR] [--out FILE]

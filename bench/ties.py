@@ -1,4 +1,4 @@
-"""How far the order of sums reaches: one checkpoint by one rank, by two, and by one with another batch size.
+"""What another order of sums changes: one rank, two ranks, another batch size.
 
     python bench/ties.py MERGED [--samples 16] [--length 256] [--out FILE]
 
@@ -70,7 +70,7 @@ def losses(args: argparse.Namespace, checkpoint: Path) -> Any:
 
 
 def differing(one: Path, other: Path) -> dict[str, Any]:
-    """Share of the quantized weights that differ, in all, by block, and by linear in the first block."""
+    """Share of quantized weights that differ: of all, by block, by linear of the first block."""
     from requant.formats.gptq_reader import load_quantized
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

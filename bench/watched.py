@@ -1,4 +1,4 @@
-"""Functions of ours that the benches look at, by name: each call of one runs inside of what a bench puts around it."""
+"""Wraps functions of requant, given by name, in a context manager: what benches measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Around = Callable[[str], AbstractContextManager[Any]]
 
 
 def watch(names: Mapping[str, str], around: Around) -> None:
-    """names: "package.file.function" or "package.file.Class.method" of requant -> what it is called. Once in a process."""
+    """Wrap each function of `names` in `around(label)`. Call it once in a process.
+
+    names: "package.file.function" or "package.file.Class.method" of requant -> label.
+    """
     for path, shown in names.items():
         package, file, *inner, name = path.split(".")
         holder: Any = import_module(f"requant.{package}.{file}")

@@ -1,4 +1,4 @@
-"""The two roads that people take instead: merging into the original 16-bit base, and PEFT's merge into the 4-bit layers.
+"""Perplexity of two other merges: into the 16-bit original, and PEFT's into 4-bit layers.
 
     python bench/why.py RECIPE --original BASE16 [--out FILE]
 

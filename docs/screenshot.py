@@ -1,4 +1,6 @@
-"""docs/report.png: two windows of a report.html in headless Chromium, side by side: the answer, and what each step costs.
+"""Makes docs/report.png: two windows of a report.html in headless Chromium, side by side.
+
+The left one shows the verdict, the right one what each step costs.
 
 python docs/screenshot.py runs/smollm2-pydocs-w4g64/report.html
 """
@@ -21,7 +23,7 @@ WIDTH, HEIGHT, GAP, COLOURS = 860, 1000, 24, 160
 
 
 def window(page: browser.Page, top: str) -> Image.Image:
-    """The window scrolled so that the heading `top` stands at its upper edge ("": the start of the page)."""
+    """Screenshot with the heading `top` at the upper edge ("": the start of the page)."""
     heading = f"[...document.querySelectorAll('h2')].find(h => h.textContent === {json.dumps(top)})"
     page.run(f"scrollTo(0, {heading}.getBoundingClientRect().top - 30)" if top else "scrollTo(0, 0)")
     file = Path(tempfile.mkdtemp()) / "window.png"

@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, fixed seeds, reproducible hypothesis, GPU tests skipped without one."""
+"""Settings of all tests: no network, one thread, fixed seeds, GPU tests skipped without one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ settings.load_profile("requant")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `gpu` where there are not so many (count=1); interpreted: Triton's interpreter will do."""
+    """Skip a test marked `gpu` if fewer GPUs are there (count=1).
+
+    interpreted: Triton's interpreter is enough.
+    """
     for mark in item.iter_markers("gpu"):
         wanted, interpreted = mark.kwargs.get("count", 1), mark.kwargs.get("interpreted", False)
         may_interpret = interpreted and os.environ.get("TRITON_INTERPRET") == "1"

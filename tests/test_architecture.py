@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: which package imports which, how long things are, what starts fast."""
+"""The project's structure: which package imports which, sizes, first lines, light imports."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def package_of(module: str) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """Modules of ours that a file imports, wherever the import stands; of `from package import name` the file, if it is one.
+    """Modules of ours that a file imports, wherever the import is.
+
+    Of `from package import name` the file, if the name is one.
 
     Every import is written `from module import name`, in full: otherwise nobody sees what is reached through `requant.`.
     """
@@ -220,15 +222,22 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_sizes(module: str) -> None:
-    """The ugliness of this trade is its 300-line mains: no function over 50 lines, no file over 320."""
+    """No function over 50 lines, no file over 320."""
     file = MODULES[module]
     assert len(file.read_text().splitlines()) <= 320
     assert [(n, size) for n, size in functions(file) if size > 50] == []
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_every_file_says_what_it_is(module: str) -> None:
-    first = (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n")[0]
+BESIDE = sorted(file for folder in ("bench", "docs", "tests") for file in (ROOT / folder).rglob("*.py"))
+
+
+def test_files_beside_the_packages_are_found() -> None:
+    assert {f.relative_to(ROOT).parts[0] for f in BESIDE} == {"bench", "docs", "tests"}
+
+
+@pytest.mark.parametrize("file", [str(f.relative_to(ROOT)) for f in (*FILES, *BESIDE) if f.read_text()])
+def test_every_file_says_what_it_is(file: str) -> None:
+    first = (ast.get_docstring(ast.parse((ROOT / file).read_text())) or "").split("\n")[0]
     assert first
     assert len(first) <= 90, f"{len(first)} characters"
 

@@ -14,7 +14,7 @@ NAMES = {"gaps": "NAMES", "phases": "PHASES", "spans": "NAMES"}
 
 
 def watched(file: str, variable: str) -> list[str]:
-    """Keys of the table `variable` in a bench, "package.file.function" or "package.file.Class.method"."""
+    """Keys of a bench's table `variable`: "package.file.function" or "...file.Class.method"."""
     for node in ast.parse((BENCH / f"{file}.py").read_text()).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == variable for t in node.targets):
             tables = [n for n in ast.walk(node.value) if isinstance(n, ast.Dict)]

@@ -1,4 +1,4 @@
-"""docs/adapters.md names every kind of adapter that the code knows, on the side where the code puts it."""
+"""docs/adapters.md lists every adapter kind of the code, as merged or as refused."""
 
 from __future__ import annotations
 

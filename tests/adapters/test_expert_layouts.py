@@ -1,4 +1,6 @@
-"""`requant.adapters.expert_layouts`: LoRA on stacked experts, and adapters of single experts from transformers 4.
+"""`requant.adapters.expert_layouts`: LoRA on stacked experts and on single ones.
+
+Adapters of single experts are those of transformers 4.
 
 Stored expert by expert (Mixtral, Qwen3-MoE) or stacked (gpt-oss), the merge must give PEFT's unmerged logits; where PEFT
 is wrong, the fp64 formula is the judge.
@@ -89,7 +91,10 @@ def test_stacked_on_disk_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_the_layout_of_peft_0_18(tmp_path: Path, kind: str) -> None:
-    """Before 0.19 PEFT took every stack for [experts, in, out]: delta[e] = (B_e @ A_e)'. The fp64 formula is the judge."""
+    """Before 0.19 PEFT read every stack as [experts, in, out]: delta[e] = (B_e @ A_e)'.
+
+    Compared with the formula in fp64.
+    """
     made, base = saved(tmp_path, kind)
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS[:1])
     stack = made.get_submodule("model.layers.1.mlp").experts
@@ -109,7 +114,10 @@ def test_the_layout_of_peft_0_18(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("folder", sorted(old_peft.DATA.glob("peft-*")), ids=lambda p: p.name)
 def test_what_older_pefts_wrote(tmp_path: Path, folder: Path) -> None:
-    """Real files of PEFT 0.18.1, 0.19.1 and 0.20.0 (tests/helpers/old_peft.py): the delta that each of them adds itself."""
+    """Real files of PEFT 0.18.1, 0.19.1 and 0.20.0: the delta that each of them adds.
+
+    Written by tests/helpers/old_peft.py.
+    """
     kind = folder.name.rsplit("-", 1)[1]
     base = pico.save(pico.model(kind, **old_peft.KINDS[kind]), tmp_path / "base")
     pico.merged(base, folder, tmp_path / "out")
@@ -166,7 +174,10 @@ def test_single_experts(tmp_path: Path, kind: str, roles: tuple[str, ...], insid
 
 
 def test_rslora_on_single_experts_is_right_where_peft_is_not(tmp_path: Path) -> None:
-    """PEFT doubles r and alpha for the stack of w1 and w3, which keeps alpha / r but not alpha / sqrt(r)."""
+    """PEFT doubles r and alpha for the stack of w1 and w3: right for alpha / r only.
+
+    alpha / sqrt(r) changes.
+    """
     made, base = saved(tmp_path, "mixtral")
     adapter = single_experts(tmp_path / "adapter", "mixtral", ("w1", "w2", "w3"), "block_sparse_moe", use_rslora=True)
     plan, _, _ = pico.merged(base, adapter, tmp_path / "out")

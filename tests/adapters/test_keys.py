@@ -1,4 +1,4 @@
-"""`requant.adapters.keys`: every trainer's spelling means what PEFT's means; what is ambiguous is refused."""
+"""`requant.adapters.keys`: how each trainer spells keys; ambiguous spellings are refused."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ def test_two_keys_never_share_a_spelling(one: Key, other: Key) -> None:
 
 @given(st.lists(noisy(), min_size=1, max_size=8))
 def test_a_file_is_read_whole_or_refused(cases: list[tuple[str, Key, str]]) -> None:
-    """Every key of a file gets its meaning, unless two mean the same or two adapters mix: never one silently lost."""
+    """Every key gets its meaning; refused if two keys mean the same or two adapters mix.
+
+    No key is lost silently.
+    """
     spelled = {s: key for s, key, _ in cases}
     try:
         found = normalise_all(spelled)
@@ -129,7 +132,7 @@ def test_spellings_of_one_tensor(key: str) -> None:
 
 
 def test_saved_modules_and_their_originals() -> None:
-    """unsloth and whole state dicts keep the base's own copy beside a trained module: it is no change."""
+    """A copy of the base's weight beside a trained module (unsloth, state dicts) is no change."""
     head = "base_model.model.lm_head"
     assert normalise(f"{head}.modules_to_save.default.weight") == Key("lm_head", None, "weight")
     assert normalise(f"{head}.modules_to_save.weight") == Key("lm_head", None, "weight")
@@ -230,7 +233,7 @@ def restyled(key: str, style: str) -> str:
 @pytest.mark.parametrize("style", ["compiled", "doubled", "vision", "unsloth"])
 @pytest.mark.filterwarnings("ignore")
 def test_peft_gets_what_it_can_load(tmp_path: Path, style: str) -> None:
-    """The live reference, too, has the adapter on: PEFT alone would load the file and leave these tensors out."""
+    """The live reference applies the whole adapter; PEFT alone would skip these tensors."""
     from requant.evaluate import peft_runtime
     from requant.run import prepare
 

@@ -1,4 +1,4 @@
-"""`requant.adapters`: every kind that is merged, against PEFT's own unmerged forward in fp32; and what is refused."""
+"""`requant.adapters`: every merged kind against PEFT's unmerged forward in fp32; refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ATTENTION, MLP = ["q_proj", "v_proj"], ["gate_proj", "down_proj"]
 
 
 def parity(tmp: Path, config: peft.PeftConfig, kind: str = "llama", model: dict[str, Any] | None = None) -> Any:
-    """Merge onto an fp32 base: the reloaded model must give the logits of PEFT's unmerged forward."""
+    """Merge onto an fp32 base; the reloaded model gives the logits of PEFT's unmerged forward."""
     made = pico.model(kind, **(model or {}))
     base, plain = pico.save(made, tmp / "base"), pico.logits(made)
     live = pico.train(made, tmp / "adapter", config=config)
@@ -84,7 +84,7 @@ BIASED: dict[str, peft.PeftConfig] = {
 
 @pytest.mark.parametrize("config", BIASED.values(), ids=BIASED.keys())
 def test_biases(tmp_path: Path, config: peft.PeftConfig) -> None:
-    """Qwen2 has biases on q, k and v: IA3 scales the ones of scaled outputs, the others may train them."""
+    """Biases of q, k and v (Qwen2): IA3 scales those of scaled outputs; others may train them."""
     plan = parity(tmp_path, config, "qwen2")
     assert any(op.name.endswith("bias") and op.action != "copied" for op in plan.ops)
 
@@ -102,7 +102,10 @@ CONV1D: dict[str, peft.PeftConfig] = {
 
 @pytest.mark.parametrize("config", CONV1D.values(), ids=CONV1D.keys())
 def test_gpt2_conv1d(tmp_path: Path, config: peft.PeftConfig) -> None:
-    """What a transposed weight means is the model's business, not the flag's: square ones would hide a mistake."""
+    """The module decides how a weight is transposed, not the flag.
+
+    Square weights would hide a mistake.
+    """
     parity(tmp_path, config, "gpt2")
 
 
@@ -143,7 +146,7 @@ def test_trained_tokens_of_a_resized_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["loha", "lokr both", "vera", "oft", "oft exact", "tokens"])
 def test_the_self_test_sees_a_wrong_value(tmp_path: Path, name: str) -> None:
-    """A deviation of 10 times the bound in any row is outside it: the bounds are not so wide that they prove nothing."""
+    """10 times the bound in any row is found: the bounds are narrow enough to prove a merge."""
     made = pico.model()
     base = pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", config=CONFIGS[name])
@@ -162,7 +165,10 @@ def test_the_self_test_sees_a_wrong_value(tmp_path: Path, name: str) -> None:
 
 
 def refused(tmp: Path, config: peft.PeftConfig, **changes: Any) -> str:
-    """The message when a saved adapter is loaded and planned; `changes` edit its config, `tensors` its file."""
+    """The message when a saved adapter is loaded and planned.
+
+    `changes` edit its config, `tensors` its file.
+    """
     tensors = changes.pop("tensors", None)
     made = pico.model()
     base = pico.save(made, tmp / "base")

@@ -1,4 +1,7 @@
-"""`requant.adapters.kinds`: a made-up kind, one class and one line, is loaded, planned, merged and self-tested."""
+"""`requant.adapters.kinds`: a made-up kind takes one class and one line.
+
+It is loaded, planned, merged and self-tested.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.adapters.fp64`: the formulas of the self-test share no arithmetic with those that they check."""
+"""`requant.adapters.fp64`: the self-test's formulas share no arithmetic with the merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.adapters.peft_directory`: what is read, what is refused, and that every message says why."""
+"""`requant.adapters.peft_directory`: what is read and refused; every message has the reason."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_trained_tokens_beside_something_else_are_refused(tmp_path: Path) -> Non
 
 
 def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:
-    """DoRA's vector has one number a row; one of another length must not broadcast or end in a RuntimeError."""
+    """DoRA's magnitude of another length than the rows is refused, not broadcast."""
     pico.train(pico.model(), tmp_path / "adapter", use_dora=True)
     pico.edit_tensors(
         tmp_path / "adapter" / peft_directory.WEIGHTS, change={f"{Q}.lora_magnitude_vector": lambda t: t[:1]}

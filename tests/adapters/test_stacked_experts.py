@@ -1,4 +1,7 @@
-"""Experts stored in one tensor (gpt-oss, Granite MoE, Llama 4): merged, left in 16 bit, and check says so."""
+"""Experts stored in one tensor (gpt-oss, Granite MoE, Llama 4): merged, kept in 16 bit.
+
+`requant check` says so.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ def test_an_adapter_on_them_is_merged(tmp_path: Path, kind: str) -> None:
 @pytest.mark.slow
 @BOTH
 def test_they_stay_in_16_bit_and_every_engine_is_told(tmp_path: Path, kind: str) -> None:
-    """A rule for their container: without it vLLM takes them for quantized (tests/deploy/test_vllm.py)."""
+    """A rule for their container: without it vLLM loads them as quantized.
+
+    Shown by tests/deploy/test_vllm.py.
+    """
     source = pico.save(pico.model(kind, **KINDS[kind][0]), tmp_path / "model", torch.float16)
     pico.save_tokenizer(source)
     plan = pico.packed(source, tmp_path / "out", Grid(4, 32))
@@ -113,7 +119,7 @@ def test_check_says_so(project: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_single_experts_that_a_checkpoint_holds_stacked_are_refused(tmp_path: Path) -> None:
-    """Written without transformers' conversion, in its own names: nothing there is called as the plan would call it."""
+    """A checkpoint written under transformers' own names has none of the names of the plan."""
     model = skeleton.build(pico.config("mixtral"))
     named = dict(pico.model("mixtral").named_parameters())
     with pytest.raises(InputError) as caught:

@@ -1,4 +1,4 @@
-"""`requant.checkpoint.atomic_write`: a file is the old one or the new one, and nothing stays beside it."""
+"""`requant.checkpoint.atomic_write`: a file is the old or the new one, nothing else left."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_it_arrives_in_the_dtype_that_is_wanted(stored: Checkpoint, device: torc
 def test_several_threads_share_the_places(
     stored: Checkpoint, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more places than there are to be are made, none is used by two at once, and none is lost."""
+    """Threads never allocate more buffers than allowed, share one or lose one."""
     made: list[torch.Tensor] = []
     busy: set[int] = set()
     guard = threading.Lock()

@@ -1,4 +1,4 @@
-"""`requant.checkpoint.model_files`: config edited as raw JSON, tokenizer files byte for byte."""
+"""`requant.checkpoint.model_files`: config edited as raw JSON, tokenizer byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.checkpoint.reader` against the safetensors library, and against files that are cut, missing or wrong."""
+"""`requant.checkpoint.reader` against safetensors, and on cut, missing or wrong files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_several_shards_and_their_index(tmp_path: Path) -> None:
 
 
 def test_every_tensor_is_aligned(tmp_path: Path) -> None:
-    """Wide types first: a server that maps the file needs each tensor at a multiple of its item size."""
+    """Wide types first: a mapped tensor must lie at a multiple of its item size."""
     write(tmp_path, {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2), "c": torch.ones(5).bfloat16()})
     for info in read_header(tmp_path / SINGLE).values():
         assert info.offset % info.dtype.itemsize == 0

@@ -1,4 +1,4 @@
-"""`requant.checkpoint.run_directory`: whole or absent, one run at a time, nobody else's files touched."""
+"""`requant.checkpoint.run_directory`: whole or absent, one run at a time, no foreign files."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_refused_while_the_first_holds_the_lock(tmp_path: Path) -> None:
-    """flock belongs to the open file, so a second `open` in this process stands for another process."""
+    """flock belongs to the open file, so a second `open` here acts as another process."""
     with RunDirectory(tmp_path / "run").open(), pytest.raises(InputError, match="another requant is running here"):
         RunDirectory(tmp_path / "run").open().__enter__()
     with RunDirectory(tmp_path / "run").open() as again:

@@ -1,4 +1,4 @@
-"""The commands verify and push: what is printed, exit codes, and what a run keeps of a verification."""
+"""The commands verify and push: output, exit codes, what a run keeps of a verification."""
 
 from __future__ import annotations
 

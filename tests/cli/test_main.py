@@ -1,4 +1,4 @@
-"""Tests of the command line: exit codes, what is printed where, and that a light command stays light."""
+"""`requant.cli.main`: exit codes, output, and light commands that import no torch."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_set_reaches_the_recipe_and_has_its_checks(here: Here, project: Path) ->
 
 @pytest.mark.slow
 def test_init_writes_a_recipe_that_check_accepts(here: Here, project: Path, tmp_path: Path) -> None:
-    """As a user would: texts put where the recipe says, the hub's data set replaced (there is no network here)."""
+    """A user's way: texts put where the recipe says, the hub's data set replaced by a file."""
     mine = copied(project, tmp_path / "p", "adapter")
     here.monkeypatch.chdir(mine)
     assert here("init", "./adapter") == 0

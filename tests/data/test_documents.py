@@ -1,4 +1,4 @@
-"""`requant.data` but canaries: formats, what counts as completion, seeded windows, overlap, errors."""
+"""`requant.data` without canaries: file formats, completions, windows, overlap, errors."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_quoted_newlines_of_a_csv_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\u2029"])
 def test_json_lines_end_at_newlines_only(tmp_path: Path, separator: str) -> None:
-    """Web text holds Unicode line separators; JSON allows them unescaped inside strings (not form feeds)."""
+    """Web text holds Unicode line separators, which JSON allows unescaped inside strings."""
     text = f"a{separator}b"
     line = json.dumps({"text": text}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(line + "\n" + line + "\n", encoding="utf-8")

@@ -113,7 +113,10 @@ def test_transformers_reads_the_same_numbers(good: Path, source: Path, dtype: st
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_the_logits_of_transformers_are_those_of_our_decoding(good: Path, dtype: torch.dtype, bound: float) -> None:
-    """As its users load it, with the kernel it picks itself; ours in fp32. fp32: sums in another order; bf16: 8 bits."""
+    """transformers as users load it against our decoding in fp32.
+
+    In fp32 sums differ in their order, in bf16 by 8 bits.
+    """
     import transformers
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(good, dtype=dtype, device_map={"": "cpu"}).eval()
@@ -140,7 +143,10 @@ def test_a_kernel_that_cannot_run_here_is_an_answer(good: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_recipe_that_names_an_engine_has_it_load_what_it_wrote(project: Path, tmp_path: Path) -> None:
-    """deploy: judged by the table of servers before the work, asked itself after it, and shown with an interval."""
+    """deploy: the table judges before the work, the engine loads after it; the report has both.
+
+    With an interval.
+    """
     out = run(
         project, tmp_path, {"deploy": ["transformers"], "evaluate.variants": ["base", "adapter", "merged", "gptq"]}
     )

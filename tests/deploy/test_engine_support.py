@@ -1,4 +1,4 @@
-"""Tests of `requant.deploy.engine_support`: verdicts on plans, and the table against installed engines."""
+"""`requant.deploy.engine_support`: verdicts on plans; the table against installed engines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
 
 
 def planned(kind: str = "llama", settings: Settings | None = None, **changes: Any) -> tuple[Plan, Any]:
-    """The plan of a model that exists only as a config, under the names a checkpoint of it would have."""
+    """The plan of a model that exists only as a config, under its checkpoint's names."""
     config = pico.config(kind, **changes)
     model: Any = skeleton.build(config)
     with torch.device("meta"):
@@ -44,7 +44,7 @@ def verdict(
 
 
 def test_which_kernel_on_which_hardware() -> None:
-    """Machete from groups of 64 on and for outputs in units of 128 (as fused); everything else is Marlin's."""
+    """Machete: groups from 64 on, outputs in units of 128 (as fused); the rest is Marlin's."""
     settings = Settings(grid=Grid(4, 64))
     got = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 48}))
     assert got.loads
@@ -158,7 +158,7 @@ def test_experts_are_cut_inside() -> None:
 
 
 def test_experts() -> None:
-    """All matrices of a layer's experts are one for a server; Marlin needs the model's width in units of 128."""
+    """A server fuses a layer's experts; Marlin needs the model's width in units of 128."""
     wide = {"hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 64}
     got = verdict("vllm", "qwen3_moe", **wide)
     assert got.kernels["Hopper"] == {"Marlin": 4, "Marlin MoE": 2}
@@ -235,7 +235,9 @@ MPT = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_siz
 
 
 def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
-    """Proven on the CPU by tests (gptqmodel's torch kernels, vLLM's kernel), on an H100 by bench/kernel_table.py.
+    """Proven by tests on the CPU and by bench/kernel_table.py on an H100.
+
+    On the CPU: gptqmodel's torch kernels and vLLM's kernel.
 
     vLLM's and SGLang's Marlin is not gptqmodel's: only the latter was seen.
     """

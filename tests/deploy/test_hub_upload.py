@@ -1,4 +1,4 @@
-"""`requant push` against a stand-in of the hub on loopback: what goes, what is refused, what an interruption leaves."""
+"""`requant push` to a stand-in hub on loopback: uploads, refusals, interruptions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Push = Callable[..., Done]
 
 @pytest.fixture
 def push(server: hub.Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Push:
-    """The command with the stand-in as its hub; the client is told that it is online and waits for no retry."""
+    """The command with the stand-in as its hub, online and without waiting before retries."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -1,4 +1,7 @@
-"""Tests of `requant.deploy.scored_sample`: what engines score is the beginning of documents, and a run keeps it for later."""
+"""`requant.deploy.scored_sample`: the beginnings of documents that engines score.
+
+A run keeps the sample for later.
+"""
 
 from __future__ import annotations
 

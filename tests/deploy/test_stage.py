@@ -1,4 +1,7 @@
-"""Tests of `requant.deploy.stage`: a good checkpoint passes, and every way to break one is found by tensor and reason."""
+"""`requant.deploy.stage`: a good checkpoint passes; each damage is found.
+
+By tensor and reason.
+"""
 
 from __future__ import annotations
 
@@ -272,7 +275,10 @@ def test_a_shard_of_another_model_is_seen_beside_the_source(source: Path, good: 
 def test_asymmetric_zero_points_of_the_other_version(
     source: Path, tmp_path: Path, bits: int, with_source: bool
 ) -> None:
-    """No constant gives them away: the weights lie one step off, against the source or against a mean of zero."""
+    """Zero points of another version move all weights one step.
+
+    Seen against the source, or against a mean of zero.
+    """
     pico.packed(source, tmp_path / "out", Grid(bits, 32, symmetric=False))
     config(tmp_path / "out", checkpoint_format="gptq_v2")
     done = check(tmp_path / "out", source=source if with_source else None)

@@ -1,4 +1,6 @@
-"""Our checkpoints in a real vLLM, started as its users start it. Run by `make test-vllm`; skipped without `.venv-vllm`.
+"""Our checkpoints in a real vLLM, started as users start it.
+
+Run by `make test-vllm`; skipped without `.venv-vllm`.
 
 The demo's checkpoint is served too when `make demo` has been run (or REQUANT_DEMO names its run directory).
 """
@@ -97,7 +99,10 @@ def test_vllm_refuses_what_the_table_of_servers_says(source: Path, tmp_path: Pat
 
 
 def wide_mixtral(out: Path) -> Path:
-    """In 16 bit: vLLM's CPU kernel for quantized experts needs AMX, the names are asked for all the same."""
+    """A Mixtral in 16 bit: vLLM's CPU kernel for quantized experts needs AMX.
+
+    The names are needed all the same.
+    """
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     pico.save(pico.model("mixtral", **sizes), out, torch.bfloat16)
     pico.save_tokenizer(out)
@@ -105,7 +110,10 @@ def wide_mixtral(out: Path) -> Path:
 
 
 def test_vllm_reads_mixtrals_original_names_and_no_others(tmp_path: Path) -> None:
-    """Those that we write; gptqmodel's own loader wants the others (tests/merge/test_roundtrip.py)."""
+    """vLLM needs the original names, gptqmodel's loader those of transformers 5.
+
+    For that loader see tests/merge/test_roundtrip.py.
+    """
     path = wide_mixtral(tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in tensors
@@ -125,7 +133,7 @@ def test_vllm_reads_mixtrals_original_names_and_no_others(tmp_path: Path) -> Non
     ("kind", "changes"), [("granitemoe", {}), ("gpt_oss", {"intermediate_size": 128, "head_dim": 64})]
 )
 def test_vllm_reads_experts_that_stay_fused(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
-    """In 16 bit beside quantized attention: a rule in the config keeps it from looking for packed ones."""
+    """Experts in 16 bit beside quantized attention: a rule in the config says so."""
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 300}
     source = pico.save(pico.model(kind, **sizes, **changes), tmp_path / "model", torch.bfloat16)
@@ -172,7 +180,7 @@ print("ANSWERS", json.dumps(answers))
 
 
 def test_the_table_of_parts_is_vllms_own() -> None:
-    """Every way to cut matrices of these sizes by inputs: our rule and kernels, and what vLLM's kernels say of each."""
+    """Every split of these matrices by inputs: our rule and kernels against vLLM's kernels."""
     asked, ours = [], []
     offered = {k.name: k for k in engine_targets.TARGETS["vllm"].hardware["Hopper"]}
     marlin, machete = offered["Marlin"], offered["Machete"]

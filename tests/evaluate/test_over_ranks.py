@@ -1,4 +1,7 @@
-"""`requant.evaluate.over_ranks`: several ranks score what one scores; here ranks take turns in one process."""
+"""`requant.evaluate.over_ranks`: several ranks score what one scores.
+
+Here the ranks run one after another in one process.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ NAMES = ("adapter", "merged", "gptq")
 
 
 class Turns(Ranks):
-    """`count` ranks, the last one first; what they call needs nothing from each other before its end."""
+    """`count` ranks in one process, run one after another, the last one first.
+
+    The functions they call must not wait for each other.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count

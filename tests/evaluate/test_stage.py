@@ -1,4 +1,4 @@
-"""`requant.evaluate.stage`: whole or block by block the scores are the same, and running out of memory is not the end."""
+"""`requant.evaluate.stage`: the same scores whole and streamed; out of memory is handled."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def kept(finished: Path, name: str, variant: str) -> Any:
 def test_streamed_scores_are_the_whole_models(
     given: tuple[variants.VariantSources, Scores], scores: Scores, finished: Path
 ) -> None:
-    """Every variant, against the scores of the finished run; KL against the streamed reference too."""
+    """Every variant against the scores of the finished run; KL against the streamed reference."""
     steps: list[tuple[int, int, str]] = []
     told = evaluate.evaluate(
         scores, given[0], batch=8, stream="always", progress=lambda done, total, note: steps.append((done, total, note))

@@ -1,4 +1,4 @@
-"""`requant.evaluate.streamed`: block by block must be the whole model, for every family, variant and kind of adapter."""
+"""`requant.evaluate.streamed` against the whole model: families, variants, adapter kinds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compare(whole: Any, parts: StreamedModel, batch: int = 2, *, tolerance: floa
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "falcon", "cohere2", "granite", "mixtral", "opt", "phi"])
 def test_blocks_one_after_another_are_the_model(tmp_path: Path, kind: str) -> None:
-    """Tied heads (gemma2, gpt2, ...), soft caps, windowed attention, multipliers, Conv1D, experts."""
+    """Tied heads, soft caps, windowed attention, multipliers, Conv1D, experts."""
     made = pico.model(kind, **BY_KIND[kind].changes)
     path = pico.save(made, tmp_path / "model")
     walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
@@ -102,7 +102,7 @@ BASES = {
 def test_base_and_adapter_are_those_of_bitsandbytes(
     tmp_path: Path, simulate: Nf4Settings | None, tolerance: float
 ) -> None:
-    """The 4-bit base, from a file or quantized while loading, and the adapter on it, through the real runtime."""
+    """The 4-bit base, stored or quantized while loading, and the adapter, through bitsandbytes."""
     made = pico.model()
     base = pico.save(made, tmp_path / "original", torch.bfloat16)
     if simulate is None:
@@ -230,7 +230,10 @@ def test_the_adapter_can_be_taken_off(tmp_path: Path) -> None:
 
 
 def test_canaries_are_asked_in_step(tmp_path: Path) -> None:
-    """Answers of different lengths, some ending early: those of the whole model, one way through the blocks a token."""
+    """Answers of different lengths, some ending early, are those of the whole model.
+
+    One walk through the blocks for each token.
+    """
     made = pico.model()
     path = pico.save(made, tmp_path / "model")
     parts = StreamedModel(Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32))

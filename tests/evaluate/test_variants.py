@@ -1,4 +1,4 @@
-"""`requant.evaluate.variants`: each name gives exactly the model it says, checked by other code."""
+"""`requant.evaluate.variants`: each name gives exactly its model, checked by other code."""
 
 from __future__ import annotations
 
@@ -233,7 +233,10 @@ def test_a_gpu_gets_a_model_without_a_copy_on_the_host(sources: variants.Variant
 
 
 def test_memory_that_runs_out_while_loading_is_told_as_such(sources: variants.VariantSources, loading: Loading) -> None:
-    """Scoring goes on block by block then; transformers hides it where it puts experts together, so the host does that."""
+    """Out of memory while loading leads to streamed scoring.
+
+    transformers hides the error while it fuses experts, so experts are fused on the host.
+    """
     gpu = torch.device("cuda")
     loading.failing = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):

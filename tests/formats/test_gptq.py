@@ -1,4 +1,4 @@
-"""`requant.formats.gptq` against a Python integer as bit stream, and against the packer of gptqmodel, byte for byte."""
+"""`requant.formats.gptq`: bytes of a bit stream in Python and of gptqmodel's packer."""
 
 from __future__ import annotations
 
@@ -163,7 +163,10 @@ def torch_linear() -> Any:
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("packer", ["pack", "pack_original"])
 def test_bytes_are_those_of_gptqmodel(torch_linear: Any, bits: int, group: int, packer: str) -> None:
-    """Its own packer and its own conversion to format v1, given the dequantized weight, write the same tensors."""
+    """gptqmodel's packer and its conversion to format v1 write the same tensors.
+
+    It gets the dequantized weight.
+    """
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     rows, columns = 96, 128

@@ -1,4 +1,4 @@
-"""Tests of healing as a stage of a run and as a command: what is left, what is skipped, what the report says."""
+"""Healing as a stage of a run and as a command: files, skipping, report."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_second_run_does_nothing_and_other_settings_heal_again(project: Path, 
 def test_engines_of_the_recipe_are_asked_about_what_ships(
     project: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step into the engine starts at healed; the unhealed checkpoint's card does not speak of it."""
+    """The engine's step starts at healed; the unhealed checkpoint's card does not mention it."""
     shutil.copytree(healed, tmp_path / healed.name)
     answers(monkeypatch, 0.001)
     monkeypatch.setattr(engine_processes, "interpreter", lambda engine, directory=None: "python")

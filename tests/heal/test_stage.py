@@ -1,4 +1,4 @@
-"""`requant.heal`: gradients and losses against slow references, what is written, resuming, refusals."""
+"""`requant.heal`: gradients and losses against slow references, files, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -474,7 +474,7 @@ def test_the_mode_follows_the_memory() -> None:
 def test_teacher_and_student_find_their_heads_in_mixed_precision(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU does, on the CPU: bfloat16 products, fp32 residual stream; the loss stays near that of fp32."""
+    """As on a GPU: bfloat16 products, fp32 residual stream; the loss stays near that of fp32."""
     text = healing_text()
     unquantized = _start(pair, text)
     for module in (teacher, trainer, blockwise, heal):

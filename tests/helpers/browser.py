@@ -1,5 +1,7 @@
-"""A real headless Chromium for the tests of the HTML report, spoken to in its DevTools protocol over two pipes: no port,
-no driver, no package. Everything the page asks for and everything it complains about is recorded.
+"""A headless Chromium for the tests of the HTML report, driven by the DevTools protocol.
+
+It is reached through two pipes: no port, no driver, no package. Every request of the page and every message of its console
+is recorded.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def executable() -> str | None:
 
 
 class Page:
-    """One page: `requests`, `console` (everything logged, thrown or blocked) and what the tests do with it."""
+    """One page: its `requests`, its `console` (all that is logged, thrown or blocked), actions."""
 
     def __init__(self, process: subprocess.Popen[bytes], commands: int, answers: int) -> None:
         self.process, self._commands, self._answers = process, commands, answers

@@ -1,4 +1,6 @@
-"""A whole project in miniature for the tests of run, command line and bad input: real file formats, real libraries.
+"""A small project for the tests of run, command line and bad input.
+
+Real file formats, real libraries.
 
 A random two-layer Llama (hidden 64, intermediate 128, 300 tokens) saved in 4 bits by bitsandbytes through
 transformers, a LoRA adapter trained and saved by PEFT (alpha != r), a byte-level BPE tokenizer, and texts from
@@ -118,7 +120,10 @@ def make_nf4(original: Path, out: Path) -> None:
 
 
 def make_adapter(original: Path, out: Path, *, seed: int = 1) -> None:
-    """LoRA on every linear, alpha 12 at rank 8 (a forgotten scaling shows), trained a little: there is a gain."""
+    """LoRA on every linear, alpha 12 at rank 8, trained a little so that it gains.
+
+    alpha != rank: a forgotten scaling shows.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,7 +153,7 @@ def make_project(out: Path, **model: Any) -> Path:
 
 
 def copied(project: Path, to: Path, *parts: str) -> Path:
-    """A copy of the project whose `parts` are real copies, to be damaged; everything else is linked."""
+    """A copy of the project whose `parts` are real copies, to be damaged; the rest is linked."""
     to.mkdir(parents=True)
     for item in project.iterdir():
         if item.name == "runs":
@@ -211,7 +216,7 @@ def digests(directory: Path, pattern: str = "*") -> dict[str, str]:
 
 
 def times(directory: Path, *, but: tuple[str, ...] = ("log.txt", "events.jsonl", "recipe.yaml")) -> dict[str, int]:
-    """Relative path -> modification time of every file below `directory`, except those that every run touches."""
+    """Relative path -> modification time of every file that not every run writes."""
     files = (f for f in directory.rglob("*") if f.is_file() and str(f.relative_to(directory)) not in but)
     return {str(f.relative_to(directory)): f.stat().st_mtime_ns for f in files}
 
@@ -225,7 +230,10 @@ def visible(directory: Path) -> set[str]:
 
 
 class _Killer:
-    """A silent Watcher that ends the process, with no cleaning up, at step `at` of `stage` (0: as it begins)."""
+    """A silent Watcher that ends the process without cleaning up, at step `at` of `stage`.
+
+    0: as the stage begins.
+    """
 
     def __init__(self, stage: str, at: int) -> None:
         self.wanted, self.at, self.now = stage, at, ""
@@ -240,7 +248,10 @@ class _Killer:
 
 
 def run_and_die(project: Path, out: Path, changes: dict[str, Any], when: str) -> None:
-    """Run in this process until `when`: "stage:step", or "rename:n" for just before the n-th rename below `out`."""
+    """Run in this process until `when`: "stage:step", or "rename:n".
+
+    rename:n is just before the n-th rename below `out`.
+    """
     from requant.quantize import background_writer
     from requant.run.observer import Watcher
 
@@ -269,7 +280,7 @@ def _die_at_rename(out: Path, n: int) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums in one order: what is compared bit for bit must not depend on how many threads were free."""
+    """One thread, so that sums have one order: what is compared bit for bit needs it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -287,7 +298,7 @@ def run(project: Path, out: Path, changes: Mapping[str, Any] | None = None, **op
 
 
 def killed_run(project: Path, out: Path, when: str, changes: dict[str, Any] | None = None) -> int:
-    """`run_and_die` in a process of its own; returns its exit code (-SIGKILL when it died as asked)."""
+    """`run_and_die` in a process of its own; its exit code, -SIGKILL if it died as asked."""
     process = forks().Process(target=run_and_die, args=(project, out, changes or {}, when))
     process.start()
     process.join(120)

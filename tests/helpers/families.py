@@ -1,4 +1,4 @@
-"""The table of model families that are proven end to end: what the tests run and the documentation lists.
+"""Table of the model families proven end to end; the tests run it, the docs list it.
 
 What the code must know of a family beyond its structure is in `requant.modeling.families`.
 
@@ -14,7 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. kind: transformers' model_type. left: names in a block that stay in 16 bit by design."""
+    """One architecture.
+
+    kind: transformers' model_type. left: names in a block that stay in 16 bit by design.
+    """
 
     name: str
     kind: str

@@ -15,7 +15,7 @@ ROWS, COLUMNS = 48, 256
 
 
 def problem(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0, tokens: int = 2048) -> tuple[Tensor, Tensor]:
-    """Weights and the Hessian of correlated inputs with a few loud channels, as real activations have."""
+    """Weights and the Hessian of correlated inputs with a few loud channels, as in real models."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=g) * 0.05
     mix = torch.randn(columns, columns, generator=g) / columns**0.5 + torch.eye(columns)

@@ -1,4 +1,7 @@
-"""A stand-in for the hub's HTTP API on loopback: repositories, LFS uploads, commits. Only what an upload needs."""
+"""A stand-in for the hub's HTTP API on loopback: repositories, LFS uploads, commits.
+
+Only what an upload needs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ TOKEN = "hf_stand_in_of_a_token"
 
 @dataclass
 class Hub:
-    """Its state; `drop` holds (method, part of the path) of requests whose connection is cut, once each."""
+    """State of the stand-in hub.
+
+    `drop` holds (method, part of the path) of requests whose connection is cut, once each.
+    """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)

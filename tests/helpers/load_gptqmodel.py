@@ -1,4 +1,6 @@
-"""A program: what gptqmodel's own loader makes of a checkpoint, python -m helpers.load_gptqmodel CHECKPOINT OUT.safetensors.
+"""Program: load a checkpoint with gptqmodel's own loader; write weights and logits.
+
+python -m helpers.load_gptqmodel CHECKPOINT OUT.safetensors
 
 Writes each quantized module's dequantized weight [out, in] by its name, and the logits of `pico.ids()`.
 """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def runtime_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mixtral's tensors by the names of transformers 5's modules in place of the original checkpoint's."""
+    """Mixtral's tensors under transformers 5's module names instead of the checkpoint's."""
     known = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
 
     def renamed(name: str) -> str:

@@ -1,4 +1,6 @@
-"""A program that writes tests/data/peft-VERSION: adapters on stacked experts by an older PEFT, and its own deltas.
+"""Program that writes tests/data/peft-VERSION: an older PEFT's adapters and their deltas.
+
+The adapters are on stacked experts.
 
     pip download peft==0.18.1 --no-deps -d /tmp/old && unzip -q /tmp/old/peft-0.18.1-*.whl -d /tmp/old/0.18.1
     PYTHONPATH=/tmp/old/0.18.1:tests:pipeline:eval python tests/helpers/old_peft.py

@@ -1,4 +1,7 @@
-"""Slow, obvious twins of the product's maths: fp64, loops, no shared code. Only tests import this."""
+"""Slow second implementations of the product's maths: fp64, loops, no shared code.
+
+Only tests import this.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 def decode_4bit(data: bytes, absmax: list[float], values: list[float], blocksize: int, numel: int) -> Tensor:
-    """One element at a time: high nibble first, one fp32 product an element. Returns fp32 [numel]."""
+    """Decode one element at a time: high nibble first, one fp32 product. Returns fp32 [numel]."""
     out = torch.empty(numel)
     for e in range(numel):
         byte = data[e // 2]
@@ -26,7 +29,9 @@ def distance_to_nearest(values: Tensor, levels: Tensor) -> Tensor:
 def from_classic_gptq(
     codes: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor, damp: float
 ) -> float:
-    """How far a code lies at most from what GPTQ as published rounds there, in steps: 0.5 where each is the nearest.
+    """Largest distance of a code from what published GPTQ rounds there, in steps.
+
+    0.5 where each code is the nearest.
 
     arXiv:2210.17323, algorithm 1, fp64: the Cholesky factor of the inverse Hessian, one column after another, each error
     spread at once over all later columns. It is the error of the code that is given, so a value halfway between two
@@ -49,7 +54,9 @@ def from_classic_gptq(
 def from_descent(
     after: Tensor, before: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, levels: int
 ) -> float:
-    """How far a code lies at most from its best value given all others, in steps: 0.5 where each is the nearest.
+    """Largest distance of a code from its best value given all others, in steps.
+
+    0.5 where each code is the nearest.
 
     One sweep of coordinate descent from codes `before` to `after`, in fp64, each code judged beside those that the sweep
     had set by then. scale, zero: [rows, groups].
@@ -90,7 +97,10 @@ def pack_column(codes: list[int], bits: int) -> list[int]:
 
 
 def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
-    """LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353, eq. 5) of one linear weight [out, in], fp64."""
+    """LoRA and DoRA of one linear weight [out, in], fp64.
+
+    arXiv:2106.09685; arXiv:2402.09353, eq. 5.
+    """
     out = weight.double() + scaling * (b.double() @ a.double())
     if magnitude is None:
         return out
@@ -101,7 +111,9 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor
 def coordinate_descent(
     weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, levels: int, sweeps: int
 ) -> tuple[Tensor, float]:
-    """Set one code after another to its best value given all others, in fp64, trying every level. [rows, n] each.
+    """Set one code after another to its best value given all others, trying every level.
+
+    In fp64, [rows, n] each.
 
     Also gives by how little a level was ever the best: what the next one loses more, as a share of what one step loses.
     """

@@ -1,4 +1,6 @@
-"""Pico models and adapters on disk: random, two layers, built by transformers, PEFT and bitsandbytes themselves.
+"""Random two-layer models and adapters on disk, built by the real libraries.
+
+These are transformers, PEFT and bitsandbytes.
 
 Tests build the real thing with the real libraries, run ours on the files, and compare logits with theirs.
 """
@@ -68,7 +70,7 @@ def config(kind: str = "llama", **changes: Any) -> Any:
 
 
 def model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
-    """A random fp32 causal LM in eval mode; norms and biases are random too, so that losing one shows."""
+    """A random fp32 causal LM in eval mode; norms and biases are random, so losing one shows."""
     torch.manual_seed(seed)
     made = transformers.AutoModelForCausalLM.from_config(config(kind, **changes), dtype=torch.float32).eval()
     with torch.no_grad():
@@ -105,7 +107,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 def train(
     base: Any, path: Path, *, scale: float = 0.05, config: peft.PeftConfig | None = None, seed: int = 11, **lora: Any
 ) -> Any:
-    """Put a random, 'trained' adapter on `base` in place, save it to `path` and return the PEFT model.
+    """Add a random, 'trained' adapter to `base`, save it to `path`, return the PEFT model.
 
     A LoRA of these options, or any `config`. alpha != r always: a wrong scaling must show.
     """
@@ -176,7 +178,7 @@ def save_tokenizer(path: Path) -> None:
 
 
 def reload(path: Path) -> Any:
-    """What transformers makes of a directory, fp32; warnings about missing or unused weights are errors here."""
+    """transformers' model of a directory in fp32; warnings about weights are errors."""
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         str(path), dtype=torch.float32, output_loading_info=True
     )
@@ -187,7 +189,7 @@ def reload(path: Path) -> Any:
 
 
 def save_4bit(source: Path, out: Path, **options: Any) -> Path:
-    """Quantize a saved 16-bit model with transformers and bitsandbytes and save it, as a pre-quantized base."""
+    """Quantize a saved 16-bit model with transformers and bitsandbytes and save it as a base."""
     quantize(source, **options).save_pretrained(out)
     return out
 
@@ -223,7 +225,7 @@ def linears(made: nn.Module) -> list[str]:
 
 
 def packed(source: Path, out: Path, grid: Grid, *, dtype: torch.dtype = torch.float16, **options: Any) -> layout.Plan:
-    """A GPTQ checkpoint of a saved model, rounded to nearest: the real files without the minutes of calibration."""
+    """A GPTQ checkpoint of a saved model, rounded to nearest: real files without calibration."""
     checkpoint = Checkpoint(source)
     made = skeleton.open_model(source)
     settings = layout.Settings(grid=grid, overrides=options.pop("overrides", ()))

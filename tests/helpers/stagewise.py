@@ -30,7 +30,7 @@ from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 @dataclass
 class Step:
-    """One stage of a run alone: the moments of its input, and what was made of each of its linears."""
+    """One stage of a run alone: the moments of its input and the solution of each linear."""
 
     moments: Moments
     solutions: list[Solution]
@@ -62,7 +62,7 @@ def copied(moments: Moments) -> Moments:
 
 
 def tolerance(tokens: int) -> float:
-    """By how much sums of products may differ as fp32 has them, as a share of the product of both columns' norms.
+    """Bound on how far fp32 sums of products differ, as a share of both columns' norms.
 
     Each of two sums of t products is off by t units in the last place at most (Higham, Accuracy and Stability, 3.1); what
     is multiplied went through two blocks, 500 roundings for each of the two. A window of 64 that is missed is 1.6 %.
@@ -91,13 +91,19 @@ def rows_alike(got: Solution, wanted: Solution) -> torch.Tensor:
 
 
 def loss_ratio(got: Solution, wanted: Solution, rows: torch.Tensor) -> float:
-    """The largest of `rows`, of what each reports: tr(E H E'), the same of rounding, and tr(W H W'); 1 without rows."""
+    """Largest ratio of the losses of `rows` in both solutions; 1 without rows.
+
+    Losses: tr(E H E'), the same of rounding, and tr(W H W').
+    """
     ratio = got.errors[:, rows].double() / wanted.errors[:, rows].double()
     return float(torch.maximum(ratio, 1 / ratio).nan_to_num(torch.inf).max()) if rows.any() else 1.0
 
 
 def recorded(*args: Any, steps: dict[str, Step], like_a_gpu: bool = False, **options: Any) -> Any:
-    """`quantize` alone, with what each stage was given and gave put down in `steps`, by the name of its first linear."""
+    """`quantize` alone; records input and result of each stage in `steps`.
+
+    Keys: the name of the stage's first linear.
+    """
 
     def solve(linears: Any, grids: Any, moments: Moments, *rest: Any, **more: Any) -> Iterator[Solved]:
         step = steps[next(iter(linears))] = Step(copied(moments), [])
@@ -112,7 +118,10 @@ def recorded(*args: Any, steps: dict[str, Step], like_a_gpu: bool = False, **opt
 def led(
     *args: Any, steps: Mapping[str, Step], like_a_gpu: bool = False, ranks: Ranks = SINGLE_PROCESS, **options: Any
 ) -> tuple[list[ModuleResult], list[Compared]]:
-    """`quantize`, each stage of which goes on with the moments, then with the solutions, of a run alone. Compares both."""
+    """`quantize`, each stage continuing with the moments, then the solutions, of a run alone.
+
+    Compares both.
+    """
     compared: list[Compared] = []
 
     def solve(
@@ -146,7 +155,9 @@ def replaced(solve: Any, like_a_gpu: bool) -> Iterator[None]:
 
 
 def assert_compared(stages: list[Compared], expected: int) -> None:
-    """Rows are solved by themselves, so a code on an edge changes its own row: of 64 rows and more 6 may, by bad luck.
+    """Assert that stages agree, but for a few rows that have a code near a rounding edge.
+
+    Rows are solved by themselves, so such a code changes its own row only: of 64 rows and more 6 may, by bad luck.
 
     Sums of another order move what is rounded by about 1e-5 of a step, so about one row in 100 has a code that near
     to an edge. Such a row's codes answer to each other otherwise and lose about as much; those of another row lose many

@@ -1,4 +1,4 @@
-"""`requant.merge.adapter_match` and `requant.evaluate.adapter_probe`: does an adapter belong to a base."""
+"""`merge.adapter_match`, `evaluate.adapter_probe`: does an adapter belong to a base."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_rows_are_spread_cut_and_long_enough() -> None:
 
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
 def test_losses_are_those_of_the_model(tmp_path: Path, lora: dict[str, Any]) -> None:
-    """With and without the adapter, against transformers' own loss; the movement against its definition in fp64."""
+    """Losses with and without the adapter against transformers' own; KL against fp64."""
     live = pico.train(pico.model(), tmp_path / "adapter", **lora)
     ids = pico.ids(3)
     on, off = (pico.logits(m, ids)[:, :-1].log_softmax(-1) for m in (live, pico.model()))
@@ -190,7 +190,7 @@ def test_the_right_base_is_not_warned_of(project: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_right_shape_and_wrong_base_is_caught_and_said(project: Path, tmp_path: Path) -> None:
-    """Another model of the same architecture: nothing in names and shapes tells, the loss does; and it is in the report."""
+    """Another model of the same architecture: only the loss shows it, and the report says so."""
     mine = copied(project, tmp_path / "p")
     (mine / "base").unlink()
     make_model(tmp_path / "other", seed=5)

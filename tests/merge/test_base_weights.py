@@ -1,4 +1,4 @@
-"""`requant.merge.base_weights`: which tensors a base has, in which kind, and what bitsandbytes would have quantized."""
+"""`requant.merge.base_weights`: a base's tensors by kind; what bitsandbytes would quantize."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def test_a_16_bit_base_is_passed_through(tmp_path: Path) -> None:
 
 
 def test_simulated_weights_are_cast_to_the_load_dtype_first(tmp_path: Path) -> None:
-    """Training saw bfloat16 weights rounded to NF4, whatever the file holds; other weights in bfloat16."""
+    """Training saw bfloat16 weights rounded to NF4, whatever the file's dtype.
+
+    Other weights in bfloat16.
+    """
     path = pico.save(pico.model(), tmp_path / "base", torch.float32)
     checkpoint = Checkpoint(path)
     base = BaseWeights(

@@ -1,4 +1,4 @@
-"""Bases: which modules of a 16-bit model were in 4 bits in training; the original; what is refused."""
+"""Which modules of a 16-bit base were in 4 bits in training; the original; refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_versions_4_and_5_agree_on_dense_models(tmp_path: Path, kind: str) -> No
 
 
 def test_version_4_quantized_single_experts(tmp_path: Path) -> None:
-    """5 has experts in one stack that bitsandbytes leaves alone; 4 had a Linear for each, and for the router."""
+    """transformers 4 quantized each expert and the router; 5 keeps experts in one 16-bit stack."""
     base, adapter, _ = made(tmp_path, "mixtral", **MOE)
     name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
     stored = Checkpoint(base).read(name)
@@ -87,7 +87,7 @@ def test_a_live_base_that_5_cannot_make_is_refused(tmp_path: Path) -> None:
 
 
 def pack_4bit(folder: Path) -> None:
-    """Every matrix of the blocks in 4 bits under the checkpoint's own names, as transformers 4 saved a Mixtral."""
+    """All matrices of the blocks in 4 bits, under the names that transformers 4 saved."""
     import bitsandbytes.functional as bnb
 
     stored, packed = load_file(folder / "model.safetensors"), {}
@@ -106,7 +106,10 @@ def pack_4bit(folder: Path) -> None:
 def test_experts_in_4_bits_are_merged_and_measured_without_transformers(
     project: Path, tmp_path: Path, way: str
 ) -> None:
-    """transformers 5 fuses experts before bitsandbytes is applied: check says so; with streaming off, run does not start."""
+    """transformers 5 fuses experts before bitsandbytes: check says so, run refuses.
+
+    The run is refused with streaming off.
+    """
     base, adapter, _ = made(tmp_path, "mixtral", num_local_experts=4, intermediate_size=64, vocab_size=300)
     for file in (project / "base").glob("tokenizer*"):
         shutil.copy(file, base)
@@ -151,7 +154,10 @@ def test_stacked_experts_of_transformers_5_on_a_base_of_4_are_refused(project: P
 
 
 def test_onto_the_original_when_both_bases_are_known(tmp_path: Path) -> None:
-    """The 16-bit model with the delta: PEFT's unmerged forward on it, not on the dequantized one."""
+    """The 16-bit model with the delta gives PEFT's unmerged forward on it.
+
+    Not the one on the dequantized model.
+    """
     base, adapter, _ = made(tmp_path)
     live = peft.PeftModel.from_pretrained(pico.reload(base), adapter).eval()
     packed = pico.save_4bit(base, tmp_path / "packed", bnb_4bit_quant_type="nf4")
@@ -231,7 +237,7 @@ def test_gguf(tmp_path: Path) -> None:
 
 
 def test_a_peft_that_leaves_tensors_out_is_noticed(tmp_path: Path) -> None:
-    """PEFT itself only skips what it does not find; the reference would silently lack a part of the adapter."""
+    """PEFT skips tensors that it does not find; the reference would lack them silently."""
     from requant.evaluate import peft_runtime
 
     base, adapter, _ = made(tmp_path)

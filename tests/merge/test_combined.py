@@ -1,4 +1,4 @@
-"""Several adapters with weights: the sum of their deltas, against PEFT with all of them active and scaled."""
+"""Several adapters with weights: the sum of their deltas, against PEFT with all active."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def two(tmp: Path, one: dict[str, Any] | None = None, other: dict[str, Any] | No
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4), (1.0, 2.5)])
 def test_the_sum_of_the_deltas(tmp_path: Path, weights: tuple[float, float]) -> None:
-    """As PEFT's unmerged forward with both on, each scaled; its add_weighted_adapter would mix A of one with B of another."""
+    """As PEFT's unmerged forward with both active, each scaled.
+
+    Its add_weighted_adapter would mix A of one with B of another.
+    """
     base, paths = two(tmp_path)
     plan, result, tested = pico.merged(base, list(zip(paths, weights, strict=True)), tmp_path / "out")
     live = peft_runtime.attach(pico.model(), plan).eval()

@@ -1,4 +1,7 @@
-"""`requant.merge.stage` on a GPU: read ahead, decoded there, folded in full fp32; skipped where there is none."""
+"""`requant.merge.stage` on a GPU: read ahead, decode and fold there in full fp32.
+
+Skipped without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def planned(tmp: Path, **lora: Any) -> MergePlan:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("shape", "blocksize"), [((64, 64), 64), ((33, 51), 64), ((5, 7), 128), ((1, 3), 64)])
 def test_a_device_decodes_the_same_bits(quant_type: Any, shape: tuple[int, int], blocksize: int) -> None:
-    """The device's decoder, run on the CPU: rows that are not whole blocks, short last blocks, odd counts."""
+    """The device's decoder on the CPU: partial rows, short last blocks, odd counts."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed, absmax = nf4.encode(weight, quant_type, blocksize)
     state = nf4.QuantState(quant_type=quant_type, blocksize=blocksize, shape=shape, dtype="float32")
@@ -62,7 +65,7 @@ def test_reading_ahead_gives_the_same_tensors_in_full_precision(tmp_path: Path) 
 @GPU
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_a_gpu_writes_what_the_cpu_writes(tmp_path: Path, lora: dict[str, Any]) -> None:
-    """Decoded tensors bit for bit; folded ones as near as two orders of the same fp32 sums: far nearer than TF32."""
+    """Decoded tensors bit for bit; folded ones to the order of fp32 sums, far below TF32."""
     plan = planned(tmp_path, **lora)
     for name in ("cpu", "cuda"):
         (tmp_path / name).mkdir()

@@ -35,7 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 @pytest.mark.filterwarnings("ignore")
 def test_prequantized(tmp_path: Path, options: dict[str, Any], shard: str) -> None:
-    """The merge gives the logits of the live QLoRA model; what is 4-bit is decided tensor by tensor."""
+    """The merge gives the logits of the live QLoRA model; each tensor says if it is 4-bit."""
     made = pico.model()
     source = pico.save(made, tmp_path / "source", torch.bfloat16)
     pico.quantize(source, **({"bnb_4bit_quant_type": "nf4"} | options)).save_pretrained(
@@ -54,7 +54,7 @@ def test_prequantized(tmp_path: Path, options: dict[str, Any], shard: str) -> No
 
 
 def test_gguf_is_refused_with_advice(project: Path, tmp_path: Path) -> None:
-    """A GGUF file, and a directory with nothing else: nobody trained an adapter on these numbers."""
+    """A GGUF file, alone or in a directory: no adapter was trained on these numbers."""
     folder = tmp_path / "quants"
     folder.mkdir()
     (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")

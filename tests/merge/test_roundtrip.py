@@ -1,4 +1,4 @@
-"""Both ways with gptqmodel 7.7, the reference writer: our tensors mean the same weights to it, and its to us."""
+"""Our checkpoints read by gptqmodel 7.7, the reference writer, and its checkpoints by us."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def torch_linear(bits: int, group: int, sym: bool, desc_act: bool = False) -> An
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
 def test_gptqmodel_decodes_ours(bits: int, group: int, sym: bool) -> None:
-    """Its own load converts v1 to its inner format and multiplies in float16: |code - zero| * scale to 11 bits."""
+    """gptqmodel converts v1 to its inner format and multiplies in float16: 11 bits agree."""
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
     grid = Grid(bits, group, symmetric=sym)
@@ -73,7 +73,7 @@ def test_gptqmodel_decodes_ours(bits: int, group: int, sym: bool) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
 def test_we_decode_gptqmodels(bits: int, group: int, sym: bool, desc_act: bool) -> None:
-    """Its packer is given weights on a grid (columns in any order of groups with desc_act): we read them back exactly."""
+    """gptqmodel packs weights on a grid, with desc_act in any order; we read them exactly."""
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     grid = Grid(bits, group, symmetric=sym)
@@ -126,7 +126,10 @@ def by_gptqmodel(source: Path, out: Path, **options: Any) -> Path:
     ids=["4 bit desc_act", "4 bit asym", "8 bit row", "3 bit"],
 )
 def test_a_whole_checkpoint_of_gptqmodel(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """We find nothing wrong with it, read weights close to the source's, and the logits its own loader computes."""
+    """verify passes its checkpoint, and we get the logits that its own loader computes.
+
+    Its weights are close to the source's.
+    """
     import transformers
 
     out = by_gptqmodel(source, tmp_path / "out", **options)
@@ -156,7 +159,10 @@ def ours(path: Path) -> Any:
 
 
 def by_its_loader(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the loader replaces classes and weight conversions of transformers for everybody."""
+    """Logits by gptqmodel's loader, in a process of its own.
+
+    The loader replaces classes and weight conversions of transformers.
+    """
     command = [sys.executable, "-m", "helpers.load_gptqmodel", str(checkpoint), str(out)]
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
@@ -164,7 +170,10 @@ def by_its_loader(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[st
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mixtral_is_kept_from_gptqmodel_by_names_alone(tmp_path: Path) -> None:
-    """It asks for the names of transformers 5's modules, servers for the original ones (tests/deploy/test_vllm.py): ours."""
+    """gptqmodel needs transformers 5's names, servers the original ones, which we write.
+
+    For servers see tests/deploy/test_vllm.py.
+    """
     model = pico.save(pico.model("mixtral"), tmp_path / "model", torch.float16)
     pico.save_tokenizer(model)
     out = tmp_path / "gptq"
@@ -182,7 +191,7 @@ def test_mixtral_is_kept_from_gptqmodel_by_names_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_verify_finds_the_path_that_gptqmodel_leaves(source: Path, tmp_path: Path) -> None:
-    """7.7 writes a temporary directory of the machine into its metadata; without it the file is right to the end."""
+    """gptqmodel 7.7 writes a local temporary path into its metadata; nothing else is wrong."""
     out = by_gptqmodel(source, tmp_path / "out", bits=4, group_size=32, sym=True, desc_act=False)
     done = deploy.verify(out, source=source)
     assert [f.where for f in done.findings] == [

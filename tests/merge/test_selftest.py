@@ -1,4 +1,4 @@
-"""`requant.merge.selftest` must pass what was merged and catch whatever was changed in the file afterwards."""
+"""`requant.merge.selftest` passes what was merged and finds any later change of the file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def flip(out: Path, row: int, column: int, bit: int) -> None:
 def test_a_merge_is_within_its_bound_but_not_by_much(
     tmp_path: Path, dtype: str, packed: bool, lora: dict[str, object]
 ) -> None:
-    """The worst of thousands of roundings comes near half a unit: a bound ten times too wide would be no test."""
+    """The worst of thousands of roundings is near half a unit: the bound is not too wide."""
     plan, out = merged(tmp_path, dtype, packed=packed, **lora)
     tested = self_test(plan, out, tensors=100, rows=8)
     assert tested.worst <= 1

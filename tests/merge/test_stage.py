@@ -1,4 +1,4 @@
-"""`requant.merge`: decode, fold, self-test, reload, against PEFT's unmerged forward and bitsandbytes in fp32."""
+"""`requant.merge`: decode, fold, self-test, reload, against PEFT and bitsandbytes in fp32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def check(tmp: Path, kind: str = "llama", model: dict[str, Any] | None = None, **lora: Any) -> Any:
-    """Merge one adapter onto a fp32 base: the reloaded model must give the logits of PEFT's unmerged forward."""
+    """Merge one adapter onto an fp32 base; the reloaded model gives PEFT's unmerged logits."""
     made = pico.model(kind, **(model or {}))
     base = pico.save(made, tmp / "base")
     plain = pico.logits(made)
@@ -95,7 +95,7 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize(("lora", "untied"), TIED.values(), ids=TIED.keys())
 @pytest.mark.filterwarnings("ignore")
 def test_tied_llama(tmp_path: Path, lora: dict[str, Any], untied: bool) -> None:
-    """Once the two ends differ both are written and the config says so; else they stay one tensor."""
+    """Once the two ends differ, both are written and the config says so; else one tensor."""
     plan, _, got = check(tmp_path, model={"tie_word_embeddings": True}, **lora)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert plan.untied == untied
@@ -122,7 +122,10 @@ def test_a_redundant_copy_of_a_tied_head_follows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_biases(tmp_path: Path, bias: str, lora_bias: bool) -> None:
-    """Qwen2 has biases on q, k and v. `lora_bias` is scaled like the delta (PEFT merges it unscaled on 4 bits)."""
+    """q, k and v have biases (Qwen2). `lora_bias` is scaled like the delta.
+
+    PEFT merges it unscaled on 4 bits.
+    """
     lora: dict[str, Any] = {"bias": "none", "lora_bias": True} if lora_bias else {"bias": bias}
     plan, _, _ = check(tmp_path, "qwen2", r=4, lora_alpha=10, **lora)
     changed = [op.name for op in plan.ops if op.name.endswith(".bias") and op.action != "copied"]
@@ -142,7 +145,7 @@ def test_biases(tmp_path: Path, bias: str, lora_bias: bool) -> None:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_gpt2_conv1d(tmp_path: Path, lora: dict[str, Any]) -> None:
-    """Conv1D holds [in, out]: the delta is transposed; the checkpoint's names lack the model's prefix."""
+    """Conv1D holds [in, out], so the delta is transposed; names lack the model's prefix."""
     check(tmp_path, "gpt2", fan_in_fan_out=lora["target_modules"] != ["wte"], **lora)
 
 
@@ -208,7 +211,7 @@ def test_prequantized_base(tmp_path: Path, quant_type: str, nested: bool, storag
 
 @pytest.mark.filterwarnings("ignore")
 def test_prequantized_dora_and_partial_targets(tmp_path: Path) -> None:
-    """Norms are those of the dequantized weight; modules without an adapter are decoded all the same."""
+    """Norms are of the dequantized weight; modules without an adapter are decoded too."""
     made = pico.model()
     source = pico.save(made, tmp_path / "source", torch.bfloat16)
     base = pico.save_4bit(source, tmp_path / "base", bnb_4bit_quant_type="nf4")
@@ -222,7 +225,7 @@ def test_prequantized_dora_and_partial_targets(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_prequantized_gpt2(tmp_path: Path) -> None:
-    """4-bit Conv1D weights are stored [out, in]; a 16-bit checkpoint holds [in, out]. On rectangular layers too."""
+    """4-bit Conv1D weights are [out, in], 16-bit ones [in, out]. Rectangular layers too."""
     made = pico.model("gpt2")
     source = pico.save(made, tmp_path / "source", torch.bfloat16)
     base = pico.save_4bit(source, tmp_path / "base", bnb_4bit_quant_type="nf4")
@@ -266,8 +269,10 @@ def test_base_quantized_on_the_fly(tmp_path: Path, kind: str, options: dict[str,
 
 @pytest.mark.filterwarnings("ignore")
 def test_double_quantization_on_the_fly(tmp_path: Path) -> None:
-    """Nested scales agree but for the few that bitsandbytes' CPU kernel rounds the wrong way (test_nf4): a step of the
-    8-bit map moves one block of 64 weights by about 1 %."""
+    """Nested scales agree except the few that bitsandbytes' CPU kernel rounds wrong (test_nf4).
+
+    One step of the 8-bit map changes a block of 64 weights by about 1 %.
+    """
     made = pico.model()
     base = pico.save(made, tmp_path / "base", torch.bfloat16)
     live = pico.live_4bit(pico.quantize(base, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True))
@@ -319,7 +324,10 @@ def test_a_zero_adapter_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_one_rounding_at_the_end(tmp_path: Path) -> None:
-    """fp16 output is the fp64 value rounded once: half a unit in the last place, and a hair for fp32 sums."""
+    """fp16 output is the fp64 value rounded once: half a unit in the last place.
+
+    And a little more for fp32 sums.
+    """
     base, adapter = small(tmp_path, torch.bfloat16)
     _, result, tested = pico.merged(base, adapter, tmp_path / "out", dtype="auto")
     assert (result.dtype, tested.worst <= 1) == ("float16", True)

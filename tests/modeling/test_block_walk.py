@@ -1,4 +1,4 @@
-"""`requant.modeling.block_walk`: the walk must see what the whole model's forward sees, group by group."""
+"""`requant.modeling.block_walk`: groups see the inputs of the whole model's forward."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_groups_are_linears_that_share_their_input(tmp_path: Path, kind: str) ->
 def test_replacing_weights_between_groups_is_running_the_replaced_model(
     tmp_path: Path, kind: str, paused: bool
 ) -> None:
-    """Each group receives what the replaced groups before it give, whether batches pause or run again."""
+    """Each group receives what the replaced groups before it give, paused or rerun."""
     made, walk = walk_of(tmp_path, kind)
     tokens = pico.ids(4, 16)
     items = walk.embed(tokens, 3)
@@ -134,7 +134,7 @@ def test_one_block_is_resident(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_the_reference_block_runs_beside_the_block(tmp_path: Path, paused: bool) -> None:
-    """Its inputs stay those of the unquantized model while the block's own weights are halved under way."""
+    """The reference block keeps the unquantized inputs while the block's weights are halved."""
     made, walk = walk_of(tmp_path, "llama")
     tokens = pico.ids(4, 16)
     expected: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ def test_structure_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_arguments_differ_by_block_where_the_model_makes_them_differ(tmp_path: Path) -> None:
-    """Gemma 2 alternates sliding and full attention: a window of 8 in 24 tokens changes the result."""
+    """Gemma 2 alternates sliding and full attention: a window of 8 in 24 tokens matters."""
     _, walk = walk_of(tmp_path, "gemma2")
     item: BlockInput
     (item,) = walk.embed(pico.ids(), 2)

@@ -1,4 +1,6 @@
-"""Every model family through the whole pipeline: NF4 base + adapter -> merged -> GPTQ -> loaded again, on pico models.
+"""Every model family through the whole pipeline, on pico models.
+
+NF4 base + adapter -> merged -> GPTQ -> loaded again.
 
 Logits are compared with PEFT's unmerged forward on bitsandbytes' own 4-bit layers, in fp32.
 """
@@ -42,7 +44,7 @@ def lora(family: Family) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_merge(tmp_path: Path, family: Family) -> None:
-    """The base quantized while loading, and the same base saved in 4 bits, both give PEFT's unmerged logits."""
+    """The base quantized while loading or saved in 4 bits: both give PEFT's unmerged logits."""
     made = pico.model(family.kind, **family.changes)
     base = pico.save(made, tmp_path / "base", torch.bfloat16)
     plain = pico.logits(made)
@@ -132,7 +134,7 @@ def test_load_back(tmp_path: Path, family: Family) -> None:
 
 @pytest.mark.slow
 def test_load_back_by_gptqmodel(tmp_path: Path, family: Family) -> None:
-    """What transformers cannot load, gptqmodel's own loader can: in float16, the only kind it computes in."""
+    """gptqmodel's own loader, for what transformers cannot load; it computes in float16 only."""
     pytest.importorskip("gptqmodel")
     if family.loads != ("gptqmodel",):
         pytest.skip("transformers loads it, or neither does: requant.targets says why")

@@ -1,4 +1,4 @@
-"""`requant.modeling.families`: entries name real model types, and the recipe's copy says the same."""
+"""`requant.modeling.families`: entries name real model types; the recipe's copy agrees."""
 
 from __future__ import annotations
 

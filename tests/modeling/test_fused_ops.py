@@ -1,4 +1,6 @@
-"""`requant.modeling.fused_ops` against transformers' own: in Triton's interpreter where there is no GPU.
+"""`requant.modeling.fused_ops` against transformers' own modules.
+
+In Triton's interpreter where there is no GPU.
 
 Without either the kernels have plain twins here, and what is tested is which modules are taken, how, and for how long.
 """
@@ -168,7 +170,7 @@ def test_what_a_copy_computes_is_its_own(taken: list[str]) -> None:
 
 
 def test_a_copy_goes_when_nobody_has_it_any_more() -> None:
-    """Else the weights of block after block would stay on the GPU until Python collects its garbage."""
+    """A dropped copy is freed at once; else block weights stay on the GPU until collected."""
     layer = block(modeling_llama, modeling_llama.LlamaConfig)
     with FusedOps([layer], DEVICE, torch.float16) as passes:
         passes.try_out()
@@ -251,7 +253,11 @@ def used(*modules: nn.Module) -> list[bool]:
 
 
 def test_a_gate_is_taken_only_where_it_means_the_same() -> None:
-    """A limit is beyond what most inputs reach, and another in each layer; where up comes first, batches wait there."""
+    """A gate with a limit, or that computes up first, is not replaced.
+
+    Most inputs do not reach a limit, and it differs by layer. Where up comes first, batches would wait at another
+    linear.
+    """
     assert used(Gate(), Scaled(), UpFirst(), Asks()) == [True, False, False, False]
     assert used(Limited(), Limited(16.0), Limited(100.0)) == [True, False, False]
     gelu = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96, hidden_act="gelu"))
@@ -322,7 +328,10 @@ def test_leaving_early_looks_at_nothing_that_is_still_being_tried() -> None:
 
 
 def test_memory_that_ran_out_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tried beside a full first block; tried again before it is used, for a run that goes on must compute the same."""
+    """Out of memory in the trial decides nothing: the operation is tried again before use.
+
+    A resumed run must compute the same.
+    """
     whole = fused_ops.rms_norm
 
     def full(*_: Any) -> Tensor:

@@ -1,4 +1,7 @@
-"""`requant.modeling.hidden_state_store`: what is put comes back as it was, on the host too, and NaN is noticed."""
+"""`requant.modeling.hidden_state_store`: states return unchanged; NaN is noticed.
+
+On the host too.
+"""
 
 from __future__ import annotations
 

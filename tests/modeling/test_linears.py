@@ -49,7 +49,7 @@ def test_the_exposed_model_is_the_model(tmp_path: Path, kind: str) -> None:
 
 
 def test_gate_and_up_are_told_apart_by_the_conversion(tmp_path: Path) -> None:
-    """Mixtral calls them w1 and w3: which is which is in the order in which transformers fuses them."""
+    """Mixtral's w1 and w3: the order in which transformers fuses them says which is gate."""
     made, _ = exposed(tmp_path, "mixtral")
     checkpoint = Checkpoint(tmp_path / "model")
     names = skeleton.tensor_names(skeleton.build(made.config), checkpoint)
@@ -61,7 +61,10 @@ def test_gate_and_up_are_told_apart_by_the_conversion(tmp_path: Path) -> None:
 
 
 def test_layouts_that_are_not_split_are_named() -> None:
-    """gpt-oss interleaves gate and up, has biases and turns its weights: it stays fused and says so."""
+    """gpt-oss interleaves gate and up, has biases and transposed weights: it stays stacked.
+
+    The plan says so.
+    """
     config = pico.config("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     built = skeleton.build(config)
     assert linears.left_fused(built) == [
@@ -86,7 +89,7 @@ def seen(experts: Any) -> dict[int, Tensor]:
 
 
 def routed(tokens: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden states, indices and weights: no token takes expert 3, tokens 0 to 3 take 2 instead of 1."""
+    """Hidden states, indices, weights: none uses expert 3, tokens 0 to 3 use 2 instead of 1."""
     hidden = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1))
     index = torch.tensor([[0, 2 if t < 4 else 1] for t in range(tokens)])
     return hidden, index, torch.full((tokens, 2), 0.5)
@@ -104,7 +107,7 @@ def test_experts_see_their_own_rows_and_all_are_called(tmp_path: Path) -> None:
 
 
 def test_a_floor_adds_rows_and_changes_no_output(tmp_path: Path) -> None:
-    """16 tokens of 2 choices among 4 experts: 8 rows each if all were alike; three quarters of that are 6."""
+    """16 tokens with 2 of 4 experts: 8 rows each on average, so the floor of 3/4 is 6."""
     experts = moe(tmp_path)
     plain = experts(*routed())
     calibrate_experts(_holder(experts), None, 0.75)
@@ -120,7 +123,7 @@ def test_a_floor_adds_rows_and_changes_no_output(tmp_path: Path) -> None:
 
 
 def test_a_twin_sees_the_same_tokens_first(tmp_path: Path) -> None:
-    """Its hidden states differ, so may its routing: rows to compare come first, its own output is untouched."""
+    """The reference experts route otherwise; rows to compare come first, outputs stay."""
     experts = moe(tmp_path)
     twin = copy.deepcopy(experts)
     hidden, index, weights = routed()
@@ -143,7 +146,7 @@ def _holder(experts: Any) -> torch.nn.Module:
 
 
 def test_experts_that_the_text_hardly_uses_are_counted(tmp_path: Path) -> None:
-    """One window of one token, again and again: two experts of each layer get all of it, the floor gives the others some."""
+    """One token repeated: two experts of each layer get all of it, the floor fills the others."""
     source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
     (tmp_path / "out").mkdir()
     _, results = quantize(
@@ -159,7 +162,7 @@ def test_experts_that_the_text_hardly_uses_are_counted(tmp_path: Path) -> None:
 
 
 def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path) -> None:
-    """A layer's experts are one module to a server, and Mixtral's have other names there than in transformers 5."""
+    """A server sees a layer's experts as one module; Mixtral's have other names there."""
     source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
     (tmp_path / "out").mkdir()
     overrides = (("*.0.mlp.experts.*", None), ("*.1.mlp.experts.2.up_proj", {"bits": 8}))
@@ -178,7 +181,7 @@ def test_rules_for_experts_under_every_name_that_engines_ask_for(tmp_path: Path)
 
 @pytest.mark.slow
 def test_running_blocks_again_gives_experts_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where batches cannot wait in memory each group runs the block again: same tokens, same codes."""
+    """Where batches cannot wait, each group reruns the block: same tokens, same codes."""
     source = pico.save(pico.model("mixtral"), tmp_path / "merged", torch.float16)
     for name, hold in (("held", True), ("again", False)):
         (tmp_path / name).mkdir()

@@ -1,4 +1,7 @@
-"""`requant.numerics.cholesky`: solving by blocks against fp64. Factoring by several is in `test_ranks`."""
+"""`requant.numerics.cholesky`: solving by blocks against fp64.
+
+Factoring over several ranks: tests/runtime/test_ranks.py.
+"""
 
 from __future__ import annotations
 

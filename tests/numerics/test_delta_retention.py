@@ -1,4 +1,4 @@
-"""`requant.numerics.delta_retention` and `requant.merge.deltas`: identities, slow references, real adapters."""
+"""`requant.numerics.delta_retention` and `requant.merge.deltas`: identities, real adapters."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_share_of_the_delta_taken_back_is_that_much_lost(lost: float) -> None:
 
 
 def test_errors_that_know_nothing_of_the_delta_leave_it_whole() -> None:
-    """Noise a hundred times the delta's size, at right angles to it: all of the delta is still there, and buried."""
+    """Noise of 100 times the delta, orthogonal to it: retention 1, signal to noise tiny."""
     delta = factors()
     dense = delta.dense()
     error = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)) * 100
@@ -149,7 +149,7 @@ def test_base_and_delta_make_the_merged_weight(tmp_path: Path, kind: str) -> Non
 
 
 def test_what_the_quantizer_measures(tmp_path: Path) -> None:
-    """Every module's numbers from the files and the model's own inputs, recomputed outside the quantizer."""
+    """Every module's numbers recomputed from the files and the model's own inputs."""
     plan = planned(tmp_path, target_modules=["q_proj", "o_proj"])
     source = tmp_path / "merged"
     pico.merged(tmp_path / "base", tmp_path / "adapter", source)

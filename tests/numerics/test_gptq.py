@@ -1,4 +1,4 @@
-"""`requant.numerics.gptq` against classic GPTQ in fp64, and the identities its parts must hold."""
+"""`requant.numerics.gptq` against classic GPTQ in fp64; identities of its parts."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_loss_is_below_round_to_nearest_with_the_same_scales(seed: int, grid: Gr
 
 
 def test_output_error_is_the_sum_of_residuals_over_the_factor() -> None:
-    """tr(E H E') = sum_j D_jj |E U_j|^2, with E U_j the column's residual, when nothing was damped."""
+    """tr(E H E') = sum_j D_jj |E U_j|^2 without damping; E U_j is the column's residual."""
     weight, hessian = problem(rows=8, columns=64)
     grid = Grid(4, 32)
     factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 32), 0.0)
@@ -153,7 +153,10 @@ def test_deployable_scales_are_exact_in_both_16_bit_types(value: float, negative
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group"), itertools.product([2, 3, 4, 8], [32, 128, -1]))
 def test_weighted_search_is_no_worse_than_minmax(bits: int, group: int, symmetric: bool) -> None:
-    """Measured by what it minimises. Its list of ranges contains nearly the full one: 1 % slack for the gap."""
+    """Measured by what it minimises.
+
+    Its list of ranges contains nearly the full one: 1 % slack for the gap.
+    """
     weight, hessian = problem()
     importance = hessian.diagonal()
     errors = {}
@@ -181,7 +184,7 @@ def test_a_scale_does_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyP
 
 
 def test_scales_are_found_by_brute_force_too() -> None:
-    """The coarse-to-fine list comes within 3 % of a search ten times as dense over the same ranges."""
+    """The coarse-to-fine list is within 3 % of a search ten times as dense."""
     weight, hessian = problem(rows=16, columns=64)
     importance = hessian.diagonal()
     grid = Grid(4, 32)
@@ -236,7 +239,7 @@ def test_every_width_and_group(bits: int, group: int) -> None:
 
 
 def test_rows_do_not_influence_each_other() -> None:
-    """A row among others gets the codes of classic GPTQ, which takes each by itself (fused q, k, v rely on it)."""
+    """A row among others gets the codes of classic GPTQ alone: fused q, k, v rely on it."""
     weight, hessian = problem()
     grid, columns = Grid(4, 64), gptq.column_order(hessian.diagonal(), "activation", 64)
     together, alone = (solved(w, hessian, grid, "activation") for w in (weight, weight[5:9]))
@@ -254,7 +257,7 @@ def test_column_orders() -> None:
 
 
 def test_singular_hessian_doubles_the_damping_and_says_so() -> None:
-    """An indefinite matrix fails at 0.01 and succeeds once damping exceeds its negative eigenvalue."""
+    """An indefinite matrix fails at damping 0.01; more than its negative eigenvalue succeeds."""
     hessian = torch.eye(64)
     hessian[0, 1] = hessian[1, 0] = 1.1  # eigenvalue -0.1
     factor = gptq.factorize(hessian, torch.arange(64), 0.01)
@@ -276,7 +279,7 @@ def test_fallback_is_round_to_nearest() -> None:
 
 @pytest.mark.parametrize("order", ["natural", "activation", "group"])
 def test_dead_columns_keep_their_weights(order: Order) -> None:
-    """Inputs never seen on the calibration text are rounded, not zeroed; another text may use them."""
+    """Inputs never seen in calibration are rounded, not zeroed; another text may use them."""
     weight, hessian = problem()
     dead = torch.zeros(COLUMNS, dtype=torch.bool)
     dead[[3, 70, 71, 200]] = True

@@ -1,4 +1,4 @@
-"""`requant.numerics.hessian`: what is gathered from batches, against one product of all of them in fp64."""
+"""`requant.numerics.hessian`: sums over batches against one product of all, in fp64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_hessian_is_the_mean_outer_product() -> None:
 
 @pytest.mark.parametrize("exact", [[True, False, True], [True, True, True]])
 def test_drift_is_the_mean_over_the_batches_that_have_an_exact_input(exact: list[bool]) -> None:
-    """Measured on a part of the text, it still stands beside a Hessian of all of it: both are means a token."""
+    """Drift from part of the text and Hessian from all of it are both means per token."""
     made = batches(exact)
     moments = gather(made, 24, CPU, drifting=True)
     pairs = [(x, was) for x, was in made if was is not None]

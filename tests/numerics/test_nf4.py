@@ -1,4 +1,4 @@
-"""`requant.nf4` against bitsandbytes where bitsandbytes is right, and against a loop over elements everywhere."""
+"""`requant.numerics.nf4` against bitsandbytes where that is right, and a loop everywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def theirs(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def ours(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """Decode from what save_pretrained would store: bytes, scales, tables and numbers of the quant_state."""
+    """Decode what save_pretrained would store: bytes, scales, tables, quant_state."""
     offset = float(state.offset) if state.nested else None
     read = nf4.QuantState(
         quant_type=state.quant_type,
@@ -77,7 +77,7 @@ def test_any_quant_storage_is_a_bit_pattern(storage: torch.dtype, shape: tuple[i
     seed=st.integers(0, 2**16),
 )
 def test_decode_follows_the_formula(rows: int, columns: int, blocksize: int, quant_type: Any, seed: int) -> None:
-    """Any bytes, any even block size, odd element counts: one element at a time gives the same bits."""
+    """Any bytes, any even block size, odd counts: the loop over elements gives the same bits."""
     g = torch.Generator().manual_seed(seed)
     state = nf4.QuantState(quant_type=quant_type, blocksize=blocksize, shape=(rows, columns), dtype="float32")
     data = torch.randint(0, 256, (-(-rows * columns // 2),), generator=g, dtype=torch.uint8)
@@ -99,7 +99,7 @@ def test_decode_follows_the_formula(rows: int, columns: int, blocksize: int, qua
 def test_nested_scales_in_any_storage_follow_the_formula(
     rows: int, columns: int, blocksize: int, quant_type: Any, storage: torch.dtype, seed: int
 ) -> None:
-    """Double-quantized scales, and bytes stored as any dtype and padded to its size: the loop over elements agrees."""
+    """Nested scales, and bytes stored as any dtype with padding, against the loop."""
     g = torch.Generator().manual_seed(seed)
     state = nf4.QuantState(
         quant_type=quant_type,
@@ -134,7 +134,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bitsandbytes_avx512_error_is_not_ours() -> None:
-    """0.50's AVX-512 kernel takes the wrong scale when a row is not a whole number of blocks; ours must not."""
+    """bitsandbytes 0.50's AVX-512 kernel takes the wrong scale in rows of partial blocks."""
     weight = weights((64, 80))
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     right = theirs(packed, state)
@@ -156,8 +156,10 @@ def test_16_bit_rounding_is_theirs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
 def test_encode_gives_bitsandbytes_bytes(quant_type: Any, dtype: torch.dtype, blocksize: int) -> None:
-    """Every byte of whole blocks. bitsandbytes' CPU kernel divides in a short last block where its CUDA kernel and
-    ours multiply by the reciprocal, so exact ties of 16-bit values may fall the other way there."""
+    """All bytes of whole blocks; in a short last block exact ties of 16-bit values may differ.
+
+    There bitsandbytes' CPU kernel divides, while its CUDA kernel and ours multiply by the reciprocal.
+    """
     for shape in [*SHAPES, (64, 256)]:
         weight = weights(shape, seed=blocksize).to(dtype)
         packed, state = bnb.quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize)
@@ -193,7 +195,7 @@ def test_dynamic_map_is_bitsandbytes() -> None:
 
 
 def test_nested_scales_are_nearest_and_bitsandbytes_at_most_a_step_away() -> None:
-    """Its CPU kernel looks up 16 bits and takes the farther of two levels for about 0.1 % of values."""
+    """bitsandbytes' CPU kernel looks up 16 bits: 0.1 % of values get the farther level."""
     absmax = weights((256, 64), 3).abs().flatten() + 0.05
     codes, scale, offset = nf4.nest(absmax)
     levels = nf4.dynamic_map()
@@ -213,7 +215,7 @@ def test_nested_scales_are_nearest_and_bitsandbytes_at_most_a_step_away() -> Non
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_round_trip_is_idempotent_or_close(double_quant: bool) -> None:
-    """NF4 of NF4 is itself when the scales are kept; nesting moves a scale by at most half a level of its map."""
+    """NF4 of NF4 is itself if scales are kept; nesting moves a scale by half a level at most."""
     weight = weights((32, 128))
     once = nf4.round_trip(weight, "nf4", 64, double_quant)
     if not double_quant:

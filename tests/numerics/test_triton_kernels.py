@@ -1,4 +1,6 @@
-"""`requant.numerics.triton_kernels` against their plain twins: in Triton's interpreter where there is no GPU.
+"""`requant.numerics.triton_kernels` against the plain implementations.
+
+In Triton's interpreter where there is no GPU.
 
 The twins are what the rest of the tests prove right. Sums of another order may tie differently: a code in a thousand.
 """
@@ -56,7 +58,10 @@ def test_the_search_finds_the_twins_scales(both: list[bool], grid: Grid) -> None
 def test_the_loops_choose_the_twins_codes(
     both: list[bool], grid: Grid, sweeps: int, outer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """192 columns are a whole block of 128 and a part of one, or a part of one of 256; 3 rows leave a program with idle lanes."""
+    """192 columns: one whole block and a part, or a part only; 3 rows leave idle lanes.
+
+    Blocks of 128 or of 256 columns.
+    """
     set_profile(monkeypatch, DEVICE.type, gptq_outer=outer)
     set_profile(monkeypatch, DEVICE.type, gptq_block=outer // 2 if outer > 128 else 128)
     weight, hessian = (t.to(DEVICE) for t in problem(rows=3, columns=192))
@@ -74,7 +79,10 @@ def test_the_loops_choose_the_twins_codes(
 
 
 def test_blocks_parts_and_programs_that_are_not_full(both: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """37 rows are three programs, 40 columns two parts and a half, 104 two blocks and a part, of a matrix that is wider."""
+    """Partial programs, blocks and parts of a wider matrix.
+
+    37 rows are three programs; 40 columns are two and a half parts; 104 are two blocks and a part.
+    """
     weight, hessian = (t.to(DEVICE) for t in problem(rows=37, columns=200))
     grid = Grid(4, 8)
     factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 8), 0.02)

@@ -1,4 +1,4 @@
-"""`requant.quantize.calibration_plan`: which batches wait where, run unquantized too, are held out."""
+"""`requant.quantize.calibration_plan`: which batches wait, run unquantized, are held out."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_batch_size_follows_the_length(walk: Walk) -> None:
 
 
 def test_ranks_share_what_one_rank_would_do(walk: Walk) -> None:
-    """The batches are counted among those of one rank; here each rank's begin where one of those does."""
+    """Ranks number batches as one rank would; here each rank's begin at one of those."""
     alone = plan_calibration(walk, tokens(64), CORRECTED, SINGLE_PROCESS, batch=4)
     plans = [plan_calibration(walk, tokens(64), CORRECTED, Rank(r, 4), batch=4) for r in range(4)]
     assert [p.share for p in plans] == [slice(16 * r, 16 * r + 16) for r in range(4)]
@@ -123,7 +123,10 @@ def test_ranks_share_what_one_rank_would_do(walk: Walk) -> None:
 
 
 def test_ranks_whose_windows_do_not_divide(walk: Walk) -> None:
-    """11 windows in batches of 2 are 6 for one rank: 0 .. 5. Rank 1 begins at window 5, inside number 2."""
+    """11 windows in batches of 2 are 6 for one rank: 0 .. 5; rank 1 begins inside number 2.
+
+    It begins at window 5.
+    """
     first, second = (plan_calibration(walk, tokens(11, 256), CORRECTED, Rank(r, 2), batch=2) for r in (0, 1))
     assert (first.share, first.batches) == (slice(0, 5), (2, 2, 1))
     assert (second.share, second.batches) == (slice(5, 11), (2, 2, 2))
@@ -134,7 +137,7 @@ def test_ranks_whose_windows_do_not_divide(walk: Walk) -> None:
 
 
 def test_batches_pause_inside_a_block_where_they_fit(walk: Walk, on_gpu: Callable[[int], None]) -> None:
-    """By the share of free memory of a rank alone, with what the unquantized half takes; and that much is reserved."""
+    """By one rank's share of free memory, reference included; that much is reserved."""
     need = memory.waiting_bytes(walk, 64 * 32, 1 / 2)
     assert need > memory.waiting_bytes(walk, 64 * 32, 0)
     on_gpu(int(need / memory.MEMORY_SHARE) + 2)
@@ -147,7 +150,7 @@ def test_batches_pause_inside_a_block_where_they_fit(walk: Walk, on_gpu: Callabl
 
 
 def test_several_ranks_take_less_and_agree(walk: Walk, on_gpu: Callable[[int], None]) -> None:
-    """Each asks for its own share of the windows; where one rank has no memory for them, none pauses."""
+    """Each rank asks for its own share of the windows; if one lacks memory, none pauses."""
     need = memory.waiting_bytes(walk, 32 * 32, 0)
     on_gpu(int(need / memory.MEMORY_SHARE_OF_RANKS) + 2)
     assert plan_calibration(walk, tokens(64), AUTO, Rank(1, 2), batch=4).waiting_bytes == need

@@ -24,7 +24,7 @@ def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class OneOf(Ranks):
-    """One of several who do the same one after another: what each gives is kept for whoever comes last."""
+    """One of several ranks run one after another; the last one sees what all have given."""
 
     def __init__(self, rank: int, count: int, given: list[torch.Tensor]) -> None:
         self.rank, self.count, self.given = rank, count, given
@@ -86,7 +86,10 @@ def test_nothing_large_outlives_the_last_move(rows: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("rows", [(30, 12), (20, 12), (8,)])
 def test_ranks_solve_for_the_drift_together(rows: tuple[int, ...]) -> None:
-    """24 inputs over 5 ranks: 5 columns of the drift for each, the last has fewer. With few rows each solves for its own."""
+    """24 inputs over 5 ranks: 5 columns of the drift each, fewer for the last.
+
+    With few rows each rank solves for its own.
+    """
     torch.manual_seed(2)
     x = torch.randn(100, 24)
     factor, drift = gptq.factorize(x.T @ x, torch.randperm(24), 0.01), torch.randn(24, 24)

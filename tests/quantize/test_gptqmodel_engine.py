@@ -1,4 +1,4 @@
-"""`quantize.engine: gptqmodel`: the library's weights in our layout, measured and verified like ours."""
+"""`quantize.engine: gptqmodel`: its weights in our layout, measured and verified like ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requant.quantize.memory`: what batches that pause inside a block hold, and whether they fit."""
+"""`requant.quantize.memory`: bytes of batches that pause inside a block; do they fit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_batches_wait_where_a_third_of_the_guess_fits(tmp_path: Path, monkeypatc
 def test_what_ran_out_of_memory_on_a_gpu_is_not_tried_again(
     hidden: int, inner: int, samples: int, twice: float, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """80 GB: windows of 2048 tokens of Llama's 8B and 70B shapes; the last one did (bench/results/*-speed-70b-slope-h100).
+    """Windows of 2048 tokens of Llama's 8B and 70B shapes on 80 GB; the last did not fit.
+
+    It ran out of memory in bench/results/*-speed-70b-slope-h100.
 
     The first fits when a context and compiled kernels have taken 4 GB of it too.
     """

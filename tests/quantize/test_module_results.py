@@ -1,4 +1,4 @@
-"""`requant.quantize.module_results`: what solutions lose comes back as the numbers that each has by itself, in their order."""
+"""`requant.quantize.module_results`: losses read together are those of each solution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that runs out while quantizing: the block begins again from its inputs, and nothing of the result changes."""
+"""`requant.quantize.out_of_memory`: the block restarts and the result does not change."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def digest(out: Path) -> str:
 def test_a_block_begins_again_from_its_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, at: int
 ) -> None:
-    """The forward that fails is of the stages' discovery, of the first block's batches, or of the second's."""
+    """The failing forward finds the stages, or is one of the first block or of the second."""
     source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
     _, expected = run(source, tmp_path / "whole", settings)
     calls = fails_once(monkeypatch, at, Walk, "forward")
@@ -83,7 +83,7 @@ def test_a_block_begins_again_from_its_inputs(
 def test_after_the_last_stage_only_those_behind_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, behind: int
 ) -> None:
-    """All is solved, and memory runs out as some batches have come through: none goes through twice."""
+    """Out of memory after the last solve: no batch runs through the block twice."""
     source, notes = model_dir(tmp_path), []  # type: ignore[var-annotated]
     run(source, tmp_path / "whole", settings)
     embedded = 8 if settings.correct else 4

@@ -1,4 +1,4 @@
-"""`requant.quantize`: files that transformers loads, with our numbers; the same bytes after an interruption."""
+"""`requant.quantize`: files that transformers loads; the same bytes after an interruption."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_errors_are_reported_and_below_round_to_nearest(tmp_path: Path) -> None:
 
 
 def test_the_walk_ends_in_the_quantized_models_own_states(tmp_path: Path) -> None:
-    """8 bits lose almost nothing: logits of the file are those of the model within the weights' rounding."""
+    """8 bits lose almost nothing: the file's logits are the model's within rounding."""
     source = model_dir(tmp_path)
     run(source, tmp_path / "out", Settings(grid=Grid(8, 32)))
     expected = pico.logits(pico.reload(source))
@@ -378,7 +378,7 @@ def test_every_architecture_is_quantized(tmp_path: Path, case: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_loads_it_with_our_numbers(tmp_path: Path, kind: str, grid: Grid) -> None:
-    """gptqmodel and optimum read the file as we mean it: fp32 logits differ by the order of sums only."""
+    """gptqmodel and optimum read the file as meant: fp32 logits differ by the order of sums."""
     pytest.importorskip("gptqmodel")
     pytest.importorskip("optimum")
     import transformers
@@ -504,7 +504,7 @@ def test_the_last_matching_override_wins() -> None:
 def test_correcting_keeps_the_model_closer_to_itself(
     tmp_path: Path, overrides: Any, by_drift: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each layer makes up for part of what earlier ones lost: the last hidden states end nearer to the original's."""
+    """Each layer makes up for part of the earlier error: last hidden states end nearer."""
     set_profile(monkeypatch, corrects_by_drift=by_drift)
     source = model_dir(tmp_path)
     windows = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -537,7 +537,10 @@ def test_kernels_are_waited_for_before_the_first_stage(tmp_path: Path, monkeypat
 def test_the_next_block_is_read_once_the_last_stage_has_all_its_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not while the host is busy with a block's first stages; and where a block has none, all the same."""
+    """The next block is read in the last stage, not in the busy first ones.
+
+    A block without stages is followed by the next one all the same.
+    """
     order: list[str] = []
     solve, soon = solve_group, block_walk.Walk.read_soon
     monkeypatch.setattr(block_quantizer, "solve_group", lambda *a, **k: order.append("solve") or solve(*a, **k))
@@ -552,7 +555,7 @@ def test_the_next_block_is_read_once_the_last_stage_has_all_its_inputs(
 
 
 def hidden_error(source: Path, stored: dict[str, Tensor], windows: Tensor) -> float:
-    """Relative distance of the last hidden states of a model with `stored` weights from those of `source`."""
+    """Relative distance of the last hidden states: a model with `stored` weights and `source`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).model

@@ -110,7 +110,10 @@ def test_the_narrowest_linear_of_each_grid_stands_for_it() -> None:
 def test_a_run_warms_up_before_it_quantizes_on_a_gpu_only(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the linears that the base's config tells of, until the run ends; a CPU and another engine have nothing to warm."""
+    """For the linears in the base's config, until the run ends.
+
+    A CPU and another engine have nothing to warm up.
+    """
     inside: list[Any] = []
 
     class Watched:

@@ -1,4 +1,4 @@
-"""Every recipe of the recipes folder is one that the schema accepts, and says what is to be edited."""
+"""The recipes folder: the schema accepts each one, and it marks what is to be edited."""
 
 from __future__ import annotations
 

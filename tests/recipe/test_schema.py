@@ -1,4 +1,4 @@
-"""Tests of `requant.recipe.schema` and `yaml_document`: what is accepted, and every message word for word."""
+"""`requant.recipe.schema` and `yaml_document`: what is accepted; messages word for word."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `requant.recipe.template`: the schema accepts the starter, and every bad adapter has a message that says what to do."""
+"""`requant.recipe.template`: the starter is valid; bad adapters get useful messages."""
 
 from __future__ import annotations
 

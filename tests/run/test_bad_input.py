@@ -1,4 +1,4 @@
-"""Every bad input gets a message that says what to do, the promised exit code, and leaves nothing half-written."""
+"""Bad inputs: a message that says what to do, the right exit code, nothing half-written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `requant.run.check.delta_prediction`: retention where it must be all or nothing, warnings."""
+"""`requant.run.check.delta_prediction`: retention of all or nothing, warnings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ ON_CODES = Grid(4, 32, search="minmax")
 
 
 def on_codes() -> tuple[Tensor, Tensor]:
-    """Weights that round to themselves, and where they do: the end of each group, 7.5, sets its scale to exactly 1."""
+    """Weights that round to themselves, and a mask of them.
+
+    The end of each group, 7.5, sets its scale to exactly 1.
+    """
     made = torch.randint(-7, 8, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(2)).float()
     made[:, ::32] = 7.5
     inner = made != 7.5
@@ -59,7 +62,7 @@ def test_weights_that_are_on_the_grid_keep_everything() -> None:
 
 
 def test_a_delta_below_half_a_code_on_a_base_that_is_on_the_grid_is_gone() -> None:
-    """The resonance itself: Q(D + dW) = D, so nothing of dW is left; of one of many codes everything is."""
+    """Resonance: Q(D + dW) = D, so nothing of dW is left; of one of many codes all is."""
     base, inner = on_codes()
     change = (torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4)) - 0.5) * 0.9 * inner
     kept = value(base, change, ON_CODES)
@@ -69,14 +72,14 @@ def test_a_delta_below_half_a_code_on_a_base_that_is_on_the_grid_is_gone() -> No
 
 
 def test_the_interval_covers_a_base_that_knows_nothing_of_the_grid() -> None:
-    """Gaussian weights that were never quantized: rounding errors have nothing to do with the delta."""
+    """Gaussian weights, never quantized: rounding errors are independent of the delta."""
     kept = [value(weights(s), delta(0.01, weights(s), seed=100 + s), Grid(4, 64)) for s in range(12)]
     assert sum(k["low"] <= 1 <= k["high"] for k in kept) >= 10
     assert all(0 < k["se"] < 0.2 for k in kept)
 
 
 def test_nf4_and_a_symmetric_grid_of_its_own_block_size_resonate() -> None:
-    """What the guard is for: the same small delta on the same grid, on plain weights and on dequantized NF4."""
+    """The same small delta and grid on plain weights and on dequantized NF4."""
     plain = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.02
     base = nf4.round_trip(plain, "nf4", 64, True)
     draw = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The demo's texts: the split is disjoint, leaks nothing, and depends on neither order nor Python version."""
+"""The demo's texts: the split is disjoint and the same for any order or Python version."""
 
 import importlib.util
 import json

@@ -1,4 +1,7 @@
-"""`requant check`'s figures: the rehearsal runs the real code on random weights, the sums are sums. No time is asserted."""
+"""`requant check`'s forecast: the rehearsal runs the real code, the sums are sums.
+
+On random weights. No time is asserted.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ def test_the_peak_of_a_piece_is_seen() -> None:
 def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU no more tokens than TRIED, of windows of the common length: the longest of all may be rare."""
+    """On a CPU at most TRIED tokens, in windows of the common length.
+
+    The longest window may be rare.
+    """
     (length,) = {len(w.ids) for w in forecast._alike(prepared.texts.sets).windows}
     seen: list[tuple[int, int]] = []
 
@@ -119,7 +125,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of the rehearsed one's size, 2 batches of calibration, and the evaluation's tokens and sets."""
+    """Two blocks of the rehearsed size, 2 batches of calibration, the evaluation's tokens."""
     calibration = CalibrationPlan(
         share=slice(0, 8), batches=(4, 4), unquantized=(0,), held_out_from=1, inside_block=True, waiting_bytes=0
     )
@@ -159,7 +165,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slower of making all tensors and of fetching and writing them, and what comes before and after."""
+    """The slower of computing all tensors and of reading and writing them, plus both ends."""
     ops, target = prepared.merge.plan.ops, torch.float32
     monkeypatch.setattr(forecast_merge, "cost_of", lambda *_: Cost(2.0, 10**6))
     total = sum(s.nbytes for s in prepared.merge.plan.slots(target))

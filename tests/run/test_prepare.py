@@ -1,4 +1,4 @@
-"""Tests of `requant.run.prepare`: what is known before the first weight is read, and that no weight is."""
+"""`requant.run.prepare`: what is known before a weight is read, and that none is read."""
 
 from __future__ import annotations
 
@@ -195,7 +195,10 @@ def rows(file: Path) -> list[Any]:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_jsonl_lines_end_at_newlines_only(tmp_path: Path, separator: str) -> None:
-    """JSON may hold U+2028 and U+0085 as they are (RFC 8259, section 7); json.dumps(ensure_ascii=False) writes them."""
+    """JSON may hold U+2028 and U+0085 unescaped (RFC 8259, section 7).
+
+    json.dumps(ensure_ascii=False) writes them so.
+    """
     wanted = [{"text": f"one{separator}two"}, {"text": "three"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in wanted]
     (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

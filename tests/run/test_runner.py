@@ -1,4 +1,4 @@
-"""Tests of `requant.run.runner`: what a run leaves, what it does not do again, and that nothing interrupts it for good."""
+"""`requant.run.runner`: files of a run, what is not done again, resuming after any kill."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_other_gates_redo_only_the_report(project: Path, ran: Path) -> None:
 
 
 def test_the_key_of_a_report_is_that_of_older_versions(project: Path, finished: Path) -> None:
-    """Gates are in it as the report has them: a finished run of an older version is still up to date."""
+    """Gates are in the key as in the report: an older version's run stays up to date."""
     gates = {"gates": [{"metric": "ppl_increase", "set": "general", "max": "5%"}]}
     prepared = prepare.prepare(recipe(project, finished.parent, gates))
     context = RunContext.of(prepared, RunDirectory(finished), observer.Watcher())

@@ -1,4 +1,4 @@
-"""Tests of `requant.run.suggest` and `module_swap`: candidates, the patch of a recipe, what a swap gains."""
+"""`requant.run.suggest` and `module_swap`: candidates, the recipe's patch, what swaps gain."""
 
 from __future__ import annotations
 
@@ -154,9 +154,7 @@ def sources(project: Path, finished: Path) -> tuple[variants.VariantSources, Pla
 
 
 def test_what_a_swap_gains(project: Path, finished: Path) -> None:
-    """Nothing for a module that is the merged one already; all of the loss for all modules at once; the model is left as
-    it was.
-    """
+    """A merged module gains nothing, all modules all of the loss; the model is restored."""
     where, layout = sources(project, finished)
     text = module_swap.sample(prepared(project).texts.calibration, 8, 48)
     every = tuple(layout.grids)

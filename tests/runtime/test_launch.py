@@ -1,4 +1,4 @@
-"""`requant.runtime.launch` and the command line under a launcher: one command, one voice, one end."""
+"""`requant.runtime.launch` and the command line under a launcher: one output, one exit."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_fails_on_one_rank_ends_all_and_is_said_once(
 
 
 def quantizing(rank: int, port: int, source: Path, out: Path, said: Path) -> None:
-    """One of two ranks; the second, alone, fails in the second block, while the first block is still to be handed over."""
+    """One of two ranks; the second fails in block 2 while block 1 is not yet handed over."""
     os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
     os.environ.update(environment(rank, port))
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -
 
 
 def assert_same_layout(got: Path, wanted: Path) -> None:
-    """Configs, and names, shapes and dtypes of all tensors. Of codes `test_ranks` says how far they may differ."""
+    """Configs, names, shapes and dtypes are equal. Codes are compared in `test_ranks`."""
     assert (got / "config.json").read_text() == (wanted / "config.json").read_text()
     assert {n: (i.dtype, i.shape) for n, i in Checkpoint(got).items()} == {
         n: (i.dtype, i.shape) for n, i in Checkpoint(wanted).items()
@@ -161,7 +161,9 @@ def assert_same_layout(got: Path, wanted: Path) -> None:
 
 
 def assert_same_numbers(got: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Every token of every variant was scored once, by some rank: sums a document, and the distance from the reference.
+    """Some rank scored every token of every variant once: sums and distances agree.
+
+    Sums are by document, distances from the reference.
 
     The codes of gptq come from sums in another order, and one on the edge between two levels decides what follows it: its
     scores are near, those of the others the same.

@@ -1,4 +1,4 @@
-"""Several ranks against one: gloo on the CPU, this process rank 0 and one child that serves it."""
+"""`requant.runtime.ranks`: several against one; gloo, this process and one child."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ def test_two_ranks_solve_for_the_drift_as_one_does(tmp_path: Path, two: Distribu
 
 
 def test_two_ranks_left_to_themselves_lose_what_one_does(tmp_path: Path, two: DistributedRanks) -> None:
-    """Nothing is led here: a code on an edge changes what follows it, which loses as much in other places."""
+    """A code on a rounding edge changes later ones, so losses differ elsewhere by as much.
+
+    Neither run is led here.
+    """
     where = source(tmp_path)
     _, expected = run(where, tmp_path / "one", settings=CORRECTED)
     _, results = run(where, tmp_path / "two", two, settings=CORRECTED)
@@ -214,7 +217,7 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path, two: 
 
 
 def say(size: int, *, ranks: Ranks) -> bool:
-    """Everything that travels, checked on each rank; on both it holds or the other hangs, so the result is shared."""
+    """Check every collective on each rank and share the result, so that neither rank hangs."""
     draw = torch.Generator().manual_seed(ranks.rank)
     whole, mine = torch.arange(3.0 * size).reshape(size, 3), torch.randn(size, size, generator=draw)
     parts = [torch.randn(size, size, generator=torch.Generator().manual_seed(r)) for r in range(ranks.count)]
@@ -237,7 +240,7 @@ def say(size: int, *, ranks: Ranks) -> bool:
 
 
 def factored(size: int, shift: float, *, ranks: Ranks) -> tuple[float, int, bool]:
-    """(Distance of the shared factor's square from the matrix, info, the same bits on all ranks)."""
+    """(Distance of the shared factor's square from the matrix, info, equal bits on all ranks)."""
     x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0))
     matrix = x.T @ x / len(x) + shift * torch.eye(size)
     assert isinstance(ranks, DistributedRanks)
@@ -335,7 +338,10 @@ def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
 
 
 def test_nobody_looks_into_the_store_when_a_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python aborts a process whose thread is in there when it ends, and the store may go with the first rank."""
+    """The watching thread ends before a rank leaves.
+
+    Python aborts a process that ends while a thread is in the store, and the store may end with the first rank.
+    """
     leaving = DistributedRanks.__new__(DistributedRanks)
     leaving.over = threading.Event()
 

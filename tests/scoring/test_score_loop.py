@@ -79,7 +79,10 @@ def slow(model: Any, eval_set: EvalSet) -> torch.Tensor:
 
 
 def decided(log_probabilities: torch.Tensor) -> torch.Tensor:
-    """Where the two best are further apart than fp32 rounding by far, bool [n]: elsewhere either may be the best."""
+    """Where the best two are apart by far more than fp32 rounding, bool [n].
+
+    Elsewhere either may be the best.
+    """
     best = log_probabilities.topk(2).values
     apart: torch.Tensor = best[:, 0] - best[:, 1] > 1e-3
     assert apart.double().mean() > 0.9
