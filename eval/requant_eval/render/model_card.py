@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from requant_eval.metrics.engine_step import proofs
+from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
@@ -134,7 +135,7 @@ def _metrics(s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, st
     if ppl is None or ppl["value"] is None:
         return
     yield "perplexity", f"perplexity ({protocol(s)}){_interval(ppl)}", format_value(ppl["value"], ppl["se"])
-    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == final), None)
+    edge = step_from_reference(s, final)
     if edge is not None and edge["loss_percent"]["value"] is not None:
         loss = edge["loss_percent"]
         name = f"perplexity increase against {REFERENCE_NAMES[edge['from']]}, %{_interval(loss)}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
-
 from requant_eval.gate import METRICS, Metric
-from requant_eval.metrics.records import Edge, EvaluationSet, KernelStep
+from requant_eval.metrics.lookup import find_estimate
+from requant_eval.metrics.records import Edge, Estimate, EvaluationSet, KernelStep
 from requant_eval.render.tables import Table
 from requant_eval.report.number_format import format_estimate, format_value
 
@@ -123,28 +121,20 @@ def retention_table(s: EvaluationSet) -> Table:
 def more_metrics_table(s: EvaluationSet) -> Table:
     """The metrics of `gate.METRICS` that no other table shows, by variant."""
     metrics = [m for m in METRICS.values() if not m.own_table]
-    by_key = cast("Mapping[str, Any]", s)
-    of: dict[str, Any] = {
-        "variant": {v["name"]: v for v in s["variants"]},
-        "step": {e["to"]: e for e in s["edges"] if e["from"] == s["reference"]},
-    }
     rows = []
     for v in s["variants"]:
-        found = [
-            by_key[m.key].get(v["name"]) if m.of == "set" else of[m.of].get(v["name"], {}).get(m.key) for m in metrics
-        ]
+        found = [find_estimate(s, v["name"], of=m.of, key=m.key, part=m.part) for m in metrics]
         if any(found):
-            rows.append((v["name"], *(_metric_cell(value, m) for value, m in zip(found, metrics, strict=True))))
+            rows.append((v["name"], *(_metric_cell(estimate, m) for estimate, m in zip(found, metrics, strict=True))))
     columns = ("variant", *(m.words for m in metrics))
     return Table(title=f"{s['name']}: other metrics", columns=columns, rows=tuple(rows))
 
 
-def _metric_cell(found: Mapping[str, Any] | None, metric: Metric) -> str:
-    estimate = found[metric.part] if found and metric.part else found
+def _metric_cell(estimate: Estimate | None, metric: Metric) -> str:
+    if estimate is None:
+        return "not measured"
     unit = f" {metric.unit}" if metric.unit else ""
-    return (
-        format_estimate(estimate, factor=metric.scale, signed=metric.signed, unit=unit) if estimate else "not measured"
-    )
+    return format_estimate(estimate, factor=metric.scale, signed=metric.signed, unit=unit)
 
 
 def groups_table(s: EvaluationSet) -> Table:

@@ -7,13 +7,12 @@ from typing import Any
 
 from requant_eval.gate import METRICS, Gate, make
 from requant_eval.metrics.engine_step import speeds
+from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.headline import final_variant
 from requant_eval.report.number_format import format_bytes
 from requant_eval.report.records import Choice, Option, Recommendation, Status
 from requant_eval.report.verdict import judge, verdict
-
-pass
 
 DEFAULT_LIMIT = "5%"
 RULE = (
@@ -87,8 +86,8 @@ def _loss(s: EvaluationSet, variant: str | None) -> Estimate | None:
     """loss_percent against the reference: 0 for the reference itself, None where not measured."""
     if variant == s["reference"]:
         return {"value": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
-    edges = (e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant)
-    return next((e["loss_percent"] for e in edges), None)
+    step = step_from_reference(s, variant)
+    return None if step is None else step["loss_percent"]
 
 
 def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | None:

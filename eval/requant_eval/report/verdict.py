@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from requant_eval.errors import EvaluationError
-from requant_eval.gate import METRICS, Gate, GateError, Metric, from_rule
+from requant_eval.gate import METRICS, Gate, GateError, from_rule
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.lookup import find_estimate, step_from_reference
 from requant_eval.metrics.records import PARTS, Estimate, EvaluationSet, scaled
 from requant_eval.report.headline import final_variant, method
 from requant_eval.report.number_format import format_estimate
@@ -129,18 +131,22 @@ def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estima
     if gate.relative_to is not None:
         return _relative(s, gate.metric, variant, gate.relative_to)
     metric = METRICS[gate.metric]
-    if metric.of == "variant":
-        row = next(v for v in s["variants"] if v["name"] == variant)
-        return _estimate_in(row, metric), f"{gate.metric} was not measured on {s['name']}"
-    if metric.of == "set":
-        by_variant: Mapping[str, Estimate | None] = cast("Mapping[str, Any]", s)[metric.key]
-        return _scaled(by_variant.get(variant), metric), f"{gate.metric} is not defined on {s['name']}"
-    if variant == s["reference"]:
-        return None, f"{variant} is the reference itself"
-    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
-    if edge is None:
-        return None, f"{variant} was not compared with a reference on {s['name']}"
-    return _estimate_in(edge, metric), f"{gate.metric} was not measured on {s['name']}"
+    found = find_estimate(s, variant, of=metric.of, key=metric.key, part=metric.part)
+    if found is None:
+        return None, _why_missing(s, gate.metric, variant)
+    return scaled(found, metric.scale), ""
+
+
+def _why_missing(s: EvaluationSet, metric: str, variant: str) -> str:
+    """Why a set has no estimate of a metric of a variant that was scored on it."""
+    of = METRICS[metric].of
+    if of == "set":
+        return f"{metric} is not defined on {s['name']}"
+    if of == "step" and variant == s["reference"]:
+        return f"{variant} is the reference itself"
+    if of == "step" and step_from_reference(s, variant) is None:
+        return f"{variant} was not compared with a reference on {s['name']}"
+    return f"{metric} was not measured on {s['name']}"
 
 
 def _relative(s: EvaluationSet, metric: str, variant: str, control: str) -> tuple[Estimate | None, str]:
@@ -155,9 +161,9 @@ def _relative(s: EvaluationSet, metric: str, variant: str, control: str) -> tupl
     return st.ratio(ours, theirs).scaled(100).record(), ""
 
 
-def _losses(s: EvaluationSet, metric: str, variant: str) -> Any:
+def _losses(s: EvaluationSet, metric: str, variant: str) -> npt.NDArray[np.float64] | None:
     """Per-document sums of one metric of a variant, float64 [G]; None where it was not measured."""
-    sums, reference = cast("Mapping[str, Mapping[str, Any]]", s["documents"]), s["reference"]
+    sums, reference = cast("Mapping[str, Mapping[str, Sequence[float]]]", s["documents"]), s["reference"]
     declared = METRICS[metric]
     if declared.column is None or reference is None:
         return None
@@ -166,19 +172,6 @@ def _losses(s: EvaluationSet, metric: str, variant: str) -> Any:
         return None
     before = sums[reference][declared.column] if declared.from_reference else 0.0
     return np.asarray(own, np.float64) - np.asarray(before, np.float64)
-
-
-def _estimate_in(row: Mapping[str, Any], metric: Metric) -> Estimate | None:
-    """The metric's estimate of a variant's row or a step, in the gate's unit.
-
-    Reports of older versions may lack it.
-    """
-    found = row.get(metric.key)
-    return _scaled(found[metric.part] if found and metric.part else found, metric)
-
-
-def _scaled(estimate: Estimate | None, metric: Metric) -> Estimate | None:
-    return None if estimate is None else scaled(estimate, metric.scale)
 
 
 def _text(gate: Gate, result: GateResult, missing: str) -> str:
