@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import records
 from requant_eval.metrics import statistics as st
 from requant_eval.metrics.definitions import DOCUMENT_SUMS, OF_STEP, Step
 from requant_eval.metrics.loss_by_change import tails
+from requant_eval.scoring.set_description import SetDescription
 from requant_eval.scoring.token_scores import TokenScores
-
-if TYPE_CHECKING:
-    from requant_eval.scoring.windows import EvalSet
 
 REFERENCES = ("adapter", "merged")
 MIN_DOCUMENTS = 3
@@ -37,35 +35,16 @@ EDGES: tuple[tuple[str, str, records.Kind], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetResult:
-    """One evaluation set (fields as in `EvalSet`) and the scores of every variant on it."""
+class SetResult(SetDescription):
+    """One evaluation set without its tokens, and the scores of every variant on it."""
 
-    name: str
-    digest: str
-    protocol: str
-    window: int
-    bos: bool
-    n_documents: int
-    n_scored: int
-    n_bytes: int
-    dropped: int
     scores: Mapping[str, TokenScores]
 
     @classmethod
-    def of(cls, eval_set: EvalSet, scores: Mapping[str, TokenScores]) -> SetResult:
-        """From the set that was scored."""
-        return cls(
-            name=eval_set.name,
-            digest=eval_set.digest,
-            protocol=eval_set.protocol,
-            window=eval_set.window,
-            bos=eval_set.bos,
-            n_documents=eval_set.n_documents,
-            n_scored=eval_set.n_scored,
-            n_bytes=eval_set.n_bytes,
-            dropped=eval_set.dropped,
-            scores=scores,
-        )
+    def of(cls, scored: SetDescription, scores: Mapping[str, TokenScores]) -> SetResult:
+        """From the set that was scored; its tokens are left behind."""
+        described = {field.name: getattr(scored, field.name) for field in fields(SetDescription)}
+        return cls(**described, scores=scores)
 
 
 def section(result: SetResult, *, in_domain: bool) -> records.EvaluationSet:

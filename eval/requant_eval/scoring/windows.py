@@ -16,14 +16,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from requant_eval.errors import EvaluationError
+from requant_eval.scoring.set_description import Protocol, SetDescription
 
-Protocol = Literal["documents", "gptq-2048", "llamacpp-512"]
 FIXED_WINDOW: dict[Protocol, int] = {"gptq-2048": 2048, "llamacpp-512": 512}
 
 
@@ -55,27 +55,13 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSet:
-    """Windows that every variant is scored on.
+class EvalSet(SetDescription):
+    """A set of the recipe (`recipe.EvalSet`) as token windows, which variants are scored on.
 
-    digest: sets with the same digest have the same tokens, masks and documents.
-    n_documents: clusters with at least one scored token, numbered 0..n_documents-1 in `Window.document`.
-    n_bytes: UTF-8 bytes of the scored text, 0 = unknown; where a document is scored in part, its bytes are counted in
-    proportion to its scored tokens.
-    dropped: tokens in dropped tails.
-    window: tokens per window, BOS included. bos: whether every window starts with a BOS.
+    `Window.document` is a number from 0 to n_documents-1.
     """
 
-    name: str
     windows: tuple[Window, ...]
-    digest: str
-    n_documents: int
-    n_scored: int
-    n_bytes: int
-    dropped: int
-    protocol: Protocol
-    window: int
-    bos: bool
 
 
 @dataclass
