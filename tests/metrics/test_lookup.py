@@ -1,4 +1,4 @@
-"""`requant_eval.metrics.lookup`: a metric is found at its place, and None is said where there is none."""
+"""`requant_eval.metrics.lookup`: each place of a metric, and None where it is missing."""
 
 from __future__ import annotations
 
