@@ -30,7 +30,7 @@ from requant.data import packing
 from requant.data.documents import TextSource, TokenDocument, tokenize
 from requant.data.packing import HealingText
 from requant.evaluate import variants
-from requant.formats.gptq_reader import GptqReader
+from requant.formats.registry import open_quantized
 from requant.heal import student, teacher
 from requant.heal.settings import HealSettings
 from requant.numerics.grid import Grid
@@ -106,7 +106,7 @@ class Bench:
 
         `values` replace some of its tensors.
         """
-        checkpoint = GptqReader(path)
+        checkpoint = open_quantized(path)
         names = student.skeleton.tensor_names(self.judge, checkpoint)
         for parameter, stored in names.items():
             stem = stored.removesuffix(".weight")

@@ -71,7 +71,7 @@ def losses(args: argparse.Namespace, checkpoint: Path) -> Any:
 
 def differing(one: Path, other: Path) -> dict[str, Any]:
     """Share of quantized weights that differ: of all, by block, by linear of the first block."""
-    from requant.formats.gptq_reader import load_quantized
+    from requant.formats.registry import load_quantized
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for (name, a), (_, b) in zip(load_quantized(one), load_quantized(other), strict=True):

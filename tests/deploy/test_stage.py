@@ -18,9 +18,10 @@ from helpers.e2e import edit_json, edit_tensors, make_model, one_thread
 from safetensors.torch import load_file
 
 from requant.checkpoint.reader import INDEX
-from requant.deploy import check_headers, check_tensors, own_scores, stage, verification
+from requant.deploy import check_tensors, own_scores, stage, verification
 from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
+from requant.formats.quantized_format import Finding
 from requant.numerics.grid import Grid
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -308,7 +309,7 @@ def test_a_true_activation_order_is_read(source: Path, tmp_path: Path) -> None:
     assert check(tmp_path / "out").ok
     tensor(f"{Q}.g_idx", torch.zeros_like)(tmp_path / "out")
     done = check(tmp_path / "out")
-    assert done.findings[0] == check_headers.Finding(f"{Q}.g_idx", "a group has more than 32 inputs")
+    assert done.findings[0] == Finding(f"{Q}.g_idx", "a group has more than 32 inputs")
 
 
 def test_many_findings_are_counted(good: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import pico
 
+from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import QuantizedFormat
@@ -35,7 +36,7 @@ def test_a_layout_packs_what_its_shapes_say_and_recognises_its_config(layout: Qu
 def test_the_reader_finds_bits_and_groups_from_headers(tmp_path: Path, bits: int) -> None:
     source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
     pico.packed(source, tmp_path / "out", Grid(bits, 32))
-    reader = GptqReader(tmp_path / "out")
+    reader = open_quantized(tmp_path / "out")
     assert reader.quantized
     for name in reader.quantized:
         assert name in reader
@@ -47,7 +48,7 @@ def test_the_reader_finds_bits_and_groups_from_headers(tmp_path: Path, bits: int
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
     pico.packed(source, tmp_path / "out", Grid(4, 32))
-    reader = GptqReader(tmp_path / "out")
+    reader = open_quantized(tmp_path / "out")
     name = min(reader.quantized)
     stem = name.removesuffix("weight")
     kept = {n: reader.checkpoint.read(n) for n in reader.checkpoint if n != f"{stem}qzeros"}
@@ -57,7 +58,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         file.unlink()
     save_file(kept, tmp_path / "out" / "model.safetensors")
     with pytest.raises(InputError, match=rf"{stem}qzeros is missing: the GPTQ checkpoint is damaged"):
-        GptqReader(tmp_path / "out").read(name)
+        open_quantized(tmp_path / "out").read(name)
 
 
 def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +74,9 @@ def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, m
         open_quantized(tmp_path / "out")
     opened: list[Path] = []
 
-    def reader(path: Path) -> GptqReader:
-        opened.append(path)
-        return object.__new__(GptqReader)
+    def reader(checkpoint: Checkpoint) -> GptqReader:
+        opened.append(checkpoint.path)
+        return GptqReader(checkpoint)
 
     sparse = replace(FORMATS["gptq"], recognise=lambda c: c.get("quant_method") == "sparse", reader=reader)
     monkeypatch.setitem(FORMATS, "sparse", sparse)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.devices import set_profile
-from requant.formats.gptq_reader import load_quantized
+from requant.formats.registry import load_quantized
 from requant.numerics.hessian import Moments
 from requant.numerics.solution import Solution
 from requant.quantize import block_quantizer

@@ -22,7 +22,7 @@ from requant import deploy
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy import check_headers, check_tensors
 from requant.formats import gptq as gptq_format
-from requant.formats.gptq_reader import load_quantized
+from requant.formats.registry import load_quantized
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid, find_scales, round_to_grid
 

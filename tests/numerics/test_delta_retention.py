@@ -13,7 +13,7 @@ from torch import Tensor
 
 from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
-from requant.formats.gptq_reader import load_quantized
+from requant.formats.registry import load_quantized
 from requant.merge.deltas import deltas
 from requant.merge.plan import MergePlan
 from requant.numerics.delta_retention import Delta, Survival, survival

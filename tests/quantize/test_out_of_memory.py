@@ -20,11 +20,12 @@ from helpers.quantizing import GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
 
 from requant.errors import StageError
+from requant.formats.registry import FORMATS
 from requant.modeling.block_walk import Walk
 from requant.modeling.hidden_state_store import HiddenStateStore
-from requant.quantize import background_writer, block_quantizer
+from requant.quantize import block_quantizer
 from requant.quantize.out_of_memory import OutOfMemoryRecovery
-from requant.quantize.plan import OUTPUT_FORMAT, Settings
+from requant.quantize.plan import Settings
 
 CORRECTED = Settings(grid=GRID, correct=0.5)
 WAITING = "out of memory with 4 batches waiting inside a block, went on with one at a time"
@@ -164,9 +165,9 @@ def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_packing_that_finds_no_room_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model_dir(tmp_path)
     run(source, tmp_path / "whole")
-    layout = SimpleNamespace(pack=OUTPUT_FORMAT.pack)
+    layout = SimpleNamespace(pack=FORMATS["gptq"].pack)
     calls = fails_once(monkeypatch, 3, layout, "pack")
-    monkeypatch.setattr(background_writer, "OUTPUT_FORMAT", replace(OUTPUT_FORMAT, pack=layout.pack))
+    monkeypatch.setitem(FORMATS, "gptq", replace(FORMATS["gptq"], pack=layout.pack))
     run(source, tmp_path / "out")
     assert calls[0] == 14 + 1
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")

@@ -21,7 +21,7 @@ from requant.checkpoint.writer import CheckpointWriter, Journal
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
-from requant.formats.gptq_reader import load_quantized
+from requant.formats.registry import load_quantized
 from requant.modeling import block_walk, fused_ops, skeleton
 from requant.numerics.grid import Grid
 from requant.quantize import background_writer, block_quantizer, warmup

@@ -1,6 +1,6 @@
-"""Header check of a GPTQ checkpoint: configs, names, shapes and dtypes; no tensor is read.
+"""Header check of a quantized checkpoint: configs, names, shapes, dtypes.
 
-Every difference is a `Finding` that names the tensor, or the file and key, and the reason.
+No tensor is read. Every difference is a `Finding` that names the tensor, or the file and key, and the reason.
 """
 
 from __future__ import annotations
@@ -17,43 +17,30 @@ from torch import nn
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import INDEX, Checkpoint, read_json
 from requant.errors import InputError
-from requant.formats import gptq as gptq_format
-from requant.formats.gptq import Packing, Rules
-from requant.formats.quantized_format import PackError
+from requant.formats.quantized_format import Finding, PackError, Packing, QuantizedFormat, Rules
+from requant.formats.registry import not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 
-BITS = (2, 3, 4, 8)
-SCALES = (torch.float16, torch.bfloat16)
 UNQUANTIZED = (torch.float16, torch.bfloat16, torch.float32)
 LEFTOVERS = ("load_in_4bit", "load_in_8bit", "llm_int8_skip_modules", "quant_storage")
 LOCAL = re.compile(r"~?/[^/\s]+/\S+|[A-Za-z]:\\\S+|file://\S+|~/\S+")
 _CONFIGS = ("config.json", "quantize_config.json", "generation_config.json", "tokenizer_config.json", "manifest.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing wrong. where: a tensor name, or `file: key`."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
 @dataclass(kw_only=True)
 class HeaderCheck:
     """Findings about the headers, and what later checks need of them.
 
-    model: skeleton on the meta device. v2: zero points as they are, not minus one.
-    packed: stored stem -> its packing, of linears whose four tensors are right.
+    model: skeleton on the meta device. declared: the `quantization_config`. layout: the format that it describes; None:
+    unknown. packed: stored stem -> its packing, of linears whose stored tensors have the right headers.
     transposed: stems whose 16-bit weight is stored [in, out].
     """
 
     checkpoint: Checkpoint
     model: nn.Module
-    v2: bool
+    declared: Mapping[str, Any]
+    layout: QuantizedFormat | None
     packed: dict[str, Packing] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     expected_bytes: int = 0
@@ -61,6 +48,11 @@ class HeaderCheck:
 
     def report(self, where: str, reason: str) -> None:
         self.findings.append(Finding(where, reason))
+
+    @property
+    def packed_names(self) -> list[str]:
+        """Names of the stored tensors of `packed`."""
+        return [f"{stem}.{suffix}" for stem in self.packed for suffix in (self.layout.suffixes if self.layout else ())]
 
 
 def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
@@ -73,48 +65,41 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
     config = checkpoint.config
     model = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     declared = config.get("quantization_config") or {}
-    headers = HeaderCheck(checkpoint=checkpoint, model=model, v2=declared.get("checkpoint_format") == "gptq_v2")
-    if not _declared(headers, declared):
+    layout = recognised(declared)
+    headers = HeaderCheck(checkpoint=checkpoint, model=model, declared=declared, layout=layout)
+    if layout is None:
+        reason = f"{not_recognised(declared)}: servers would load it as something else"
+        headers.report("config.json: quantization_config", reason)
         return headers
-    _tensors(headers, config, Rules(declared))
+    if not _config_is_usable(headers, layout):
+        return headers
+    _tensors(headers, layout, layout.rules(declared))
     _index(headers, path)
-    headers.findings += _small_files(path, config, declared)
+    headers.findings += layout.checks.files(path, declared)
+    headers.findings += _small_files(path, config)
     headers.findings += _tokenizer(path, model)
     return headers
 
 
-def _declared(headers: HeaderCheck, declared: Mapping[str, Any]) -> bool:
-    """Whether the quantization config is usable; reports what is wrong in it."""
-    where = "config.json: quantization_config"
-    method = declared.get("quant_method")
-    if method != "gptq":
-        headers.report(where, f"quant_method is {method!r}, expected 'gptq': servers would load it as something else")
-        return False
-    bits, group = declared.get("bits"), declared.get("group_size")
-    if bits not in BITS:
-        headers.report(where, f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
-    if not isinstance(group, int) or (group != -1 and group < 1):
-        headers.report(where, f"group_size is {group!r}, expected -1 or a positive number")
-    for key in ("sym", "desc_act"):
-        if not isinstance(declared.get(key), bool):
-            headers.report(where, f"{key} is {declared.get(key)!r}, expected true or false")
-    usable = not headers.findings
-    layout = declared.get("checkpoint_format", "gptq")
-    if layout not in ("gptq", "gptq_v2"):
-        headers.report(where, f"checkpoint_format is {layout!r}, expected 'gptq' (or 'gptq_v2')")
-    for key in declared:
+def _config_is_usable(headers: HeaderCheck, layout: QuantizedFormat) -> bool:
+    """Whether the tensors can be checked by the quantization config; reports what is wrong in it."""
+    where, usable = "config.json: quantization_config", True
+    for reason, readable in layout.checks.config(headers.declared):
+        headers.report(where, reason)
+        usable = usable and readable
+    for key in headers.declared:
         if key in LEFTOVERS or key.startswith("bnb_"):
             headers.report(where, f"{key} is a leftover of bitsandbytes: remove it")
     return usable
 
 
-def _tensors(headers: HeaderCheck, config: Mapping[str, Any], rules: Rules) -> None:
+def _tensors(headers: HeaderCheck, layout: QuantizedFormat, rules: Rules) -> None:
     """Check every tensor of the checkpoint against the model its config describes.
 
     Compared are names, dtypes and shapes.
     """
     checkpoint = headers.checkpoint
-    plain = gptq_format.unquantized_names(checkpoint)
+    plain = unquantized_names(checkpoint, layout)
     names = skeleton.tensor_names(headers.model, plain)
     transposed = {f"{module}.weight" for module in skeleton.conv1d_modules(headers.model)}
     prefix, blocks = block_list(headers.model)
@@ -132,13 +117,13 @@ def _tensors(headers: HeaderCheck, config: Mapping[str, Any], rules: Rules) -> N
             packing = rules.of(parameter.removesuffix(".weight"), inner, linear)
         if packing is not None:
             stem = (stored or parameter).removesuffix(".weight")
-            used |= _packed(headers, stem, packing)
-        elif stored is None or (stored not in checkpoint and f"{stored[:-6]}qweight" not in checkpoint):
+            used |= _packed(headers, layout, stem, packing)
+        elif stored is None or (stored not in checkpoint and stored[:-6] + layout.codes not in checkpoint):
             if not (tied and parameter == tied[1]):
                 headers.report(parameter, f"missing: {type(headers.model).__name__} has it")
         elif stored not in checkpoint:
-            headers.report(f"{stored[:-6]}qweight", "packed, but the config says that this linear is not quantized")
-            used |= {f"{stored[:-6]}{s}" for s in gptq_format.SUFFIXES}
+            headers.report(stored[:-6] + layout.codes, "packed, but the config says that this linear is not quantized")
+            used |= {f"{stored[:-6]}{s}" for s in layout.suffixes}
         else:
             used.add(stored)
             shape = tuple(value.shape)
@@ -151,42 +136,26 @@ def _tensors(headers: HeaderCheck, config: Mapping[str, Any], rules: Rules) -> N
         )
 
 
-def _packed(headers: HeaderCheck, stem: str, packing: Packing) -> set[str]:
+def _packed(headers: HeaderCheck, layout: QuantizedFormat, stem: str, packing: Packing) -> set[str]:
     """Check one quantized linear's tensors; returns the names that belong to it."""
-    names = {suffix: f"{stem}.{suffix}" for suffix in gptq_format.SUFFIXES}
+    names = {suffix: f"{stem}.{suffix}" for suffix in layout.suffixes}
     try:
-        shapes = gptq_format.shapes(packing.rows, packing.columns, packing.bits, packing.group_size)
+        shapes = layout.shapes(packing.rows, packing.columns, packing.bits, packing.group_size)
     except PackError as error:
-        headers.report(names["qweight"], f"the config cannot be meant: {error}")
+        headers.report(names[layout.codes], f"the config cannot be meant: {error}")
         return set(names.values())
-    before = len(headers.findings)
-    if names["qweight"] not in headers.checkpoint and f"{stem}.weight" in headers.checkpoint:
+    if names[layout.codes] not in headers.checkpoint and f"{stem}.weight" in headers.checkpoint:
         headers.report(f"{stem}.weight", f"in 16 bit, the config says that this linear is {packing.bits}-bit")
         return {f"{stem}.weight"}
+    before = len(headers.findings)
     for suffix, (shape, dtype) in shapes.items():
         headers.expected_bytes += torch.Size(shape).numel() * dtype.itemsize
-        info = headers.checkpoint.get(names[suffix])
-        if info is None:
-            headers.report(names[suffix], f"missing: expected {_dtype_name(dtype)} {list(shape)}")
-        elif info.shape != shape:
-            headers.report(names[suffix], _wrong_shape(suffix, info.shape, shape, packing))
-        elif info.dtype != dtype and not (suffix == "scales" and info.dtype in SCALES):
-            headers.report(names[suffix], f"dtype {_dtype_name(info.dtype)}, expected {_dtype_name(dtype)}")
+        reason = layout.checks.header(suffix, headers.checkpoint.get(names[suffix]), packing)
+        if reason is not None:
+            headers.report(names[suffix], reason)
     if len(headers.findings) == before:
         headers.packed[stem] = packing
     return set(names.values())
-
-
-def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], packing: Packing) -> str:
-    """What the stored shape means, in the words of the config."""
-    text = f"shape {list(have)}, expected {list(want)} for {packing.bits} bits and group_size {packing.group_size}"
-    if len(have) != 2:
-        return text
-    if suffix == "qweight" and have[1] == want[1] and 32 * have[0] % packing.columns == 0:
-        text += f"; the tensor is {gptq_format.bits_of(have, packing.columns)}-bit"
-    if suffix in ("scales", "qzeros") and have[1] == want[1] and have[0] and packing.columns % have[0] == 0:
-        text += f"; the tensor has groups of {packing.columns // have[0]}"
-    return text
 
 
 def _unquantized(headers: HeaderCheck, name: str, shape: tuple[int, ...]) -> None:
@@ -215,14 +184,8 @@ def _index(headers: HeaderCheck, path: Path) -> None:
             headers.report(f"{INDEX}: metadata.total_size", f"{declared!r}, the tensors hold {actual} bytes")
 
 
-def _small_files(path: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> Iterator[Finding]:
-    """A quantize_config.json that differs, leftovers of training, paths of a local machine."""
-    beside = path / "quantize_config.json"
-    if beside.exists():
-        other = read_json(beside)
-        for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"):
-            if key in other and other[key] != declared.get(key):
-                yield Finding(f"quantize_config.json: {key}", f"{other[key]!r}, config.json says {declared.get(key)!r}")
+def _small_files(path: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Leftovers of training, paths of a local machine."""
     for key in ("_pre_quantization_dtype",):
         if key in config:
             yield Finding(f"config.json: {key}", "a leftover of the bitsandbytes base: remove it")

@@ -1,4 +1,4 @@
-"""Value check of a GPTQ checkpoint: scales, zero points, group indices, decoded weights.
+"""Value check of a quantized checkpoint: stored tensors and decoded weights.
 
 One linear is in memory at a time. With a source, the model that was quantized, every weight is compared with it.
 """
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
-from requant.deploy.check_headers import Finding, HeaderCheck
-from requant.formats import gptq as gptq_format
-from requant.formats.gptq import Packing
+from requant.deploy.check_headers import HeaderCheck
+from requant.formats.quantized_format import Finding, QuantizedFormat
 
 PART = 2**24  # values of an unquantized tensor that are checked at once
 OTHER_WEIGHTS = 0.9
@@ -48,16 +47,9 @@ def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.
     Search all other tensors for NaN and infinity.
     """
     result, device = TensorCheck(), device or torch.device("cpu")
-    packed = {f"{stem}.{suffix}" for stem in headers.packed for suffix in gptq_format.SUFFIXES}
-    for stem, packing in headers.packed.items():
-        tensors = {s: headers.checkpoint.read(f"{stem}.{s}").to(device) for s in gptq_format.SUFFIXES}
-        wrong = list(_linear(stem, tensors, packing, v2=headers.v2))
-        result.findings += wrong
-        result.linears += 1
-        result.weights += packing.rows * packing.columns
-        result.negative_scales += int((tensors["scales"] < 0).sum())
-        if not wrong:
-            _compare_decoded(result, stem, tensors, packing, headers, source)
+    if headers.layout is not None:
+        _quantized(result, headers, headers.layout, source, device)
+    packed = set(headers.packed_names)
     for name, info in headers.checkpoint.items():
         if name not in packed and info.dtype.is_floating_point:
             result.findings += _unquantized(name, headers.checkpoint.read(name), source, device)
@@ -65,52 +57,36 @@ def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.
     return result
 
 
-def _linear(stem: str, tensors: dict[str, Tensor], packing: Packing, *, v2: bool) -> Iterator[Finding]:
-    """What is wrong with one linear's scales, zero points and group indices."""
-    scales, g_idx = tensors["scales"], tensors["g_idx"].long()
-    for what, bad in (("not finite", ~torch.isfinite(scales)), ("zero", scales == 0)):
-        if bad.any():
-            group, row = (int(i) for i in bad.nonzero()[0])
-            count = f"{int(bad.sum())} of {scales.numel()} scales are {what}"
-            yield Finding(f"{stem}.scales", f"{count}, the first of group {group}, output {row}")
-    if packing.symmetric:
-        yield from _symmetric_zeros(stem, tensors["qzeros"], packing.bits, v2=v2)
-    groups = scales.shape[0]
-    size = packing.columns // groups
-    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        yield Finding(f"{stem}.g_idx", f"spans {int(g_idx.min())} to {int(g_idx.max())}, there are {groups} groups")
-    elif not packing.desc_act and not torch.equal(g_idx, torch.arange(packing.columns, device=g_idx.device) // size):
-        yield Finding(f"{stem}.g_idx", f"is not i // {size}, but desc_act is false: servers ignore it then")
-    elif int(g_idx.bincount(minlength=groups).max()) > size:
-        yield Finding(f"{stem}.g_idx", f"a group has more than {size} inputs")
-
-
-def _symmetric_zeros(stem: str, qzeros: Tensor, bits: int, *, v2: bool) -> Iterator[Finding]:
-    """A symmetric checkpoint stores one zero point: the middle, minus one in format v1."""
-    stored = gptq_format.unpack_rows(qzeros.T.contiguous(), bits)
-    expected = 2 ** (bits - 1) - (0 if v2 else 1)
-    if bool((stored == expected).all()):
-        return
-    other = 2 ** (bits - 1) - (1 if v2 else 0)
-    if bool((stored == other).all()):
-        declared, stored_as = ("gptq_v2", "v1 (minus one)") if v2 else ("gptq", "v2 (as they are)")
-        reason = f"zero points are stored the {stored_as} way, checkpoint_format says {declared!r}: every weight is off by one step"
-    else:
-        wrong = int(stored[stored != expected][0])
-        reason = f"stores zero point {wrong}, a symmetric {bits}-bit checkpoint stores {expected} everywhere"
-    yield Finding(f"{stem}.qzeros", reason)
+def _quantized(
+    result: TensorCheck, headers: HeaderCheck, layout: QuantizedFormat, source: Checkpoint | None, device: torch.device
+) -> None:
+    """Check and decode every linear of `headers.packed`."""
+    reader = layout.reader(headers.checkpoint)
+    for stem, packing in headers.packed.items():
+        tensors = reader.tensors(f"{stem}.weight", device)
+        decoded = reader.decode(tensors)
+        wrong = list(layout.checks.values(stem, tensors, packing, reader))
+        result.findings += wrong
+        result.linears += 1
+        result.weights += packing.rows * packing.columns
+        result.negative_scales += int((decoded[1] < 0).sum())
+        if not wrong:
+            _compare_decoded(result, stem, decoded, headers, layout, source)
 
 
 def _compare_decoded(
     result: TensorCheck,
     stem: str,
-    tensors: dict[str, Tensor],
-    packing: Packing,
+    decoded: tuple[Tensor, Tensor, Tensor, Tensor],
     headers: HeaderCheck,
+    layout: QuantizedFormat,
     source: Checkpoint | None,
 ) -> None:
-    """Compare one linear with its source's weight; record the shift in steps."""
-    codes, scale, zero, g_idx = gptq_format.unpack(tensors, packing.bits, v2=headers.v2)
+    """Compare one linear with its source's weight; record the shift in steps.
+
+    decoded: codes [out, in], scale and zero [out, groups], group of each input [in].
+    """
+    codes, scale, zero, g_idx = decoded
     steps = codes.float() - zero[:, g_idx]
     name = f"{stem}.weight"
     if source is None or name not in source:
@@ -129,7 +105,7 @@ def _compare_decoded(
     result.relative_error = max(result.relative_error or 0.0, error)
     if error > OTHER_WEIGHTS:
         result.findings.append(
-            Finding(f"{stem}.qweight", f"decodes to other weights than the source's: {error:.0%} off")
+            Finding(f"{stem}.{layout.codes}", f"decodes to other weights than the source's: {error:.0%} off")
         )
 
 
@@ -161,20 +137,19 @@ def _zero_point_version(result: TensorCheck, headers: HeaderCheck, source: Check
     average to zero, and the median over all linears shows it up to 4 bits. At 8 bits a step is too small against the
     spread of the weights.
     """
-    packed = headers.packed
+    packed, layout = headers.packed, headers.layout
     asymmetric = {
         stem: shift
         for stem, shift in result.shifts.items()
         if not packed[stem].symmetric and (source is not None or packed[stem].bits <= 4)
     }
-    if not asymmetric:
+    if not asymmetric or layout is None:
         return
-    declared = "gptq_v2" if headers.v2 else "gptq"
     off = abs(median(asymmetric.values()))
     if (off > SHIFT) if source is not None else (abs(off - 1) < SHIFT / 2):
         first = next(iter(asymmetric))
+        where, reason = layout.checks.zero_points(headers.declared)
         yield Finding(
-            f"{first}.qzeros",
-            f"weights lie {off:.2f} steps off (here and in {len(asymmetric) - 1} more linears): "
-            f"zero points of the other format version than checkpoint_format {declared!r}",
+            f"{first}.{where}",
+            f"weights lie {off:.2f} steps off (here and in {len(asymmetric) - 1} more linears): {reason}",
         )

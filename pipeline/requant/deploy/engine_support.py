@@ -144,7 +144,9 @@ def _renamed(plan: Plan, model: nn.Module) -> list[str]:
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = [n for n, _ in model.named_parameters()]
     ours = [
-        f"{m}.qweight" if n == f"{m}.weight" and m in plan.grids else n for n in names for m in [n.rpartition(".")[0]]
+        f"{m}.{plan.format.codes}" if n == f"{m}.weight" and m in plan.grids else n
+        for n in names
+        for m in [n.rpartition(".")[0]]
     ]
     return [n for n in ours if n not in stored and n.removeprefix(prefix) not in stored]
 

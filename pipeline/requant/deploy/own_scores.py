@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from requant.deploy import engine_processes
-from requant.deploy.check_headers import Finding, HeaderCheck
+from requant.deploy.check_headers import HeaderCheck
 from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import Verification
 from requant.evaluate import variants
+from requant.formats.quantized_format import Finding
 from requant.runtime.device import free_bytes, free_memory
 
 PROMPT, NEW_TOKENS = 8, 8

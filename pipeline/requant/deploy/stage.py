@@ -14,14 +14,14 @@ import torch
 
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy import check_headers, check_tensors, engine_processes
-from requant.deploy.check_headers import Finding, HeaderCheck
+from requant.deploy.check_headers import HeaderCheck
 from requant.deploy.check_tensors import TensorCheck
 from requant.deploy.engine_processes import Engine
 from requant.deploy.own_scores import NEW_TOKENS, PROMPT, score_checkpoint
 from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import EngineResult, Verification
 from requant.errors import InputError
-from requant.formats import gptq as gptq_format
+from requant.formats.quantized_format import Finding
 from requant.runtime.device import free_memory
 from requant_eval.metrics import engine_step
 
@@ -95,9 +95,8 @@ def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorChec
     done.negative_scales, done.relative_error = tensors.negative_scales, tensors.relative_error
     done.expected_bytes = headers.expected_bytes
     done.disk_bytes = sum(f.stat().st_size for f in {info.file for info in checkpoint.values()})
-    packed = [f"{stem}.{suffix}" for stem in headers.packed for suffix in gptq_format.SUFFIXES]
     if tensors.weights:
-        done.bits_per_weight = 8 * sum(checkpoint[n].nbytes for n in packed) / tensors.weights
+        done.bits_per_weight = 8 * sum(checkpoint[n].nbytes for n in headers.packed_names) / tensors.weights
 
 
 def _engine_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> str:

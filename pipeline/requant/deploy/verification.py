@@ -10,8 +10,8 @@ from typing import Any, NotRequired, TypedDict
 from requant.checkpoint.model_files import write_json
 from requant.checkpoint.reader import read_json
 from requant.checkpoint.run_directory import MANIFEST, MARKER
-from requant.deploy.check_headers import Finding
 from requant.errors import StageError
+from requant.formats.quantized_format import Finding
 
 SHOWN = 20  # findings in a message
 RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"}  # by the stage that wrote the checkpoint

@@ -9,16 +9,17 @@ g_idx   int32 [in]                   i // group_size
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from requant.formats.quantized_format import PackError
+from requant.formats.quantized_format import PackError, Packing
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+CODES = "qweight"
+CONFIG_FILE = "quantize_config.json"
 _WORD = 32
 
 
@@ -55,9 +56,9 @@ def recognise(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == "gptq"
 
 
-def unquantized_names(stored: Iterable[str]) -> list[str]:
-    """Tensor names of a GPTQ checkpoint with `weight` in place of `qweight`."""
-    return [n.removesuffix("qweight") + "weight" if n.endswith(".qweight") else n for n in stored]
+def is_v2(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` says that zero points are stored as they are, not minus one."""
+    return config.get("checkpoint_format") == "gptq_v2"
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -175,19 +176,7 @@ def _exactly(name: str) -> str:
     return "^" + name.replace(".", r"\.") + "$"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """How one linear is packed, as the config says. columns, rows: of its weight [out, in]."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    desc_act: bool
-    rows: int
-    columns: int
-
-
-class Rules:
+class GptqRules:
     """Which linears a quantization config declares as quantized, and how.
 
     Read from `dynamic` and `modules_in_block_to_quantize`.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats.gptq import SUFFIXES, bits_of, dequantize, recognise, unpack
+from requant.formats.gptq import SUFFIXES, bits_of, dequantize, is_v2, unpack
 
 CPU = torch.device("cpu")
 
@@ -19,16 +18,12 @@ class GptqReader:
     """The tensors of a GPTQ checkpoint by the names that they have in a 16-bit checkpoint.
 
     quantized: names of the `.weight`s that are stored as four GPTQ tensors.
-    Raises InputError when config.json describes no GPTQ checkpoint.
+    v2: zero points are stored as they are, not minus one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.checkpoint = path, Checkpoint(path)
-        config = self.checkpoint.config.get("quantization_config") or {}
-        if not recognise(config):
-            found = config.get("quant_method")
-            raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {found!r}, expected 'gptq'")
-        self.v2 = config.get("checkpoint_format") == "gptq_v2"  # zero points are stored as they are, not minus one
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.v2 = is_v2(checkpoint.config.get("quantization_config") or {})
         self.quantized = frozenset(
             n.removesuffix("qweight") + "weight" for n in self.checkpoint if n.endswith(".qweight")
         )
@@ -53,16 +48,19 @@ class GptqReader:
         stem = weight.removesuffix("weight")
         missing = [s for s in SUFFIXES if f"{stem}{s}" not in self.checkpoint]
         if missing:
-            raise InputError(f"{self.path}: {stem}{missing[0]} is missing: the GPTQ checkpoint is damaged")
+            raise InputError(f"{self.checkpoint.path}: {stem}{missing[0]} is missing: the GPTQ checkpoint is damaged")
         return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in SUFFIXES}
 
-    def unpack(self, weight: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes, scales, zeros and group indices of a quantized weight.
+    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes, scales, zeros and group indices in the four tensors of a quantized weight.
 
         uint8 [out, in], fp32 [out, groups], fp32 [out, groups], int64 [in].
         """
-        tensors = self.tensors(weight, device)
         return unpack(tensors, bits_of(tensors["qweight"].shape, tensors["g_idx"].shape[0]), v2=self.v2)
+
+    def unpack(self, weight: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`decode` of a quantized weight."""
+        return self.decode(self.tensors(weight, device))
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """A tensor.
@@ -79,10 +77,3 @@ class GptqReader:
         stem = weight.removesuffix("weight")
         columns, groups = self.checkpoint[f"{stem}g_idx"].shape[0], self.checkpoint[f"{stem}scales"].shape[0]
         return bits_of(self.checkpoint[f"{stem}qweight"].shape, columns), columns // groups
-
-
-def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a GPTQ checkpoint, quantized linears as fp32 `.weight`, one at a time."""
-    reader = GptqReader(path)
-    for name in reader:
-        yield name, reader.read(name)

@@ -1,4 +1,4 @@
-"""What quantize, heal and suggest need to know of a quantized layout on disk."""
+"""What quantize, heal, evaluate and verify need to know of a quantized layout on disk."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.reader import Checkpoint, TensorInfo
 
 
 class PackError(ValueError):
@@ -20,13 +20,43 @@ class PackError(ValueError):
     """
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing wrong with a checkpoint. where: a tensor name, or `file: key`."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How one linear is packed, as the config says. columns, rows: of its weight [out, in]."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    desc_act: bool
+    rows: int
+    columns: int
+
+
+class Rules(Protocol):
+    """Which linears a quantization config declares as quantized, and how."""
+
+    def of(self, module: str, inner: str, linear: nn.Linear) -> Packing | None:
+        """Packing of one linear by its full name and its name inside the block; None: left in 16 bit."""
+        ...
+
+
 class Reader(Protocol):
-    """A written checkpoint by the names of a 16-bit one; created with its directory.
+    """A written checkpoint by the names of a 16-bit one; created with its `Checkpoint`.
 
     checkpoint: the tensors as they are stored. quantized: names of the `.weight`s that are stored quantized.
     """
 
-    path: Path
     checkpoint: Checkpoint
     quantized: frozenset[str]
 
@@ -34,8 +64,16 @@ class Reader(Protocol):
 
     def __contains__(self, name: object) -> bool: ...
 
-    def unpack(self, weight: str, device: torch.device = ...) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self, weight: str, device: torch.device = ...) -> dict[str, Tensor]:
+        """The stored tensors of a quantized weight by their suffixes."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes uint8 [out, in], scale and zero fp32 [out, groups], group of each input int64 [in]."""
+        ...
+
+    def unpack(self, weight: str, device: torch.device = ...) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`decode` of the stored tensors of a quantized weight."""
         ...
 
     def read(self, name: str, device: torch.device = ...) -> Tensor:
@@ -47,22 +85,52 @@ class Reader(Protocol):
         ...
 
 
+class Checks(Protocol):
+    """What `verify` asks a layout about a written checkpoint; whatever is wrong is a `Finding` or a sentence."""
+
+    def config(self, declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+        """Faults of a `quantization_config`, and whether the tensors can be checked in spite of each."""
+        ...
+
+    def header(self, suffix: str, info: TensorInfo | None, packing: Packing) -> str | None:
+        """What is wrong with the header of one stored tensor; None: nothing. info: None when it is missing."""
+        ...
+
+    def values(self, stem: str, tensors: Mapping[str, Tensor], packing: Packing, reader: Reader) -> Iterator[Finding]:
+        """What is wrong with the values of one linear's tensors."""
+        ...
+
+    def files(self, path: Path, declared: Mapping[str, Any]) -> Iterator[Finding]:
+        """What is wrong with other files that repeat the config."""
+        ...
+
+    def zero_points(self, declared: Mapping[str, Any]) -> tuple[str, str]:
+        """Suffix of the zero points, and what is wrong when they are not stored as the config says."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizedFormat:
     """The functions of one layout.
 
-    suffixes: names of the tensors that replace `weight`. shapes: (rows, columns, bits, group_size) -> suffix -> shape and
-    dtype; raises PackError. pack: (codes [out, in], scale and zero [out, groups], bits) -> tensors by suffix; raises
-    PackError. unpack: (tensors, bits) -> codes, scale, zero, group of each input. dequantize: (tensors, bits) -> fp32
-    [out, in]. config: keyword arguments -> `quantization_config`. recognise: whether a `quantization_config` is of this
-    layout. reader: reads a written checkpoint, by its directory.
+    suffixes: names of the tensors that replace `weight`. codes: the one of them that holds the codes. shapes: (rows,
+    columns, bits, group_size) -> suffix -> shape and dtype; raises PackError. pack: (codes [out, in], scale and zero
+    [out, groups], bits) -> tensors by suffix; raises PackError. unpack: (tensors, bits) -> codes, scale, zero, group of
+    each input. dequantize: (tensors, bits) -> fp32 [out, in]. config: keyword arguments -> `quantization_config`.
+    config_file: where the config is written a second time; None: nowhere. recognise: whether a `quantization_config` is
+    of this layout. rules: `quantization_config` -> which linears it declares as quantized. reader: reads a written
+    checkpoint. checks: what `verify` asks.
     """
 
     suffixes: tuple[str, ...]
+    codes: str
     shapes: Callable[[int, int, int, int], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
     pack: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], int], tuple[Tensor, Tensor, Tensor, Tensor]]
     dequantize: Callable[[Mapping[str, Tensor], int], Tensor]
     config: Callable[..., dict[str, Any]]
+    config_file: str | None
     recognise: Callable[[Mapping[str, Any]], bool]
-    reader: Callable[[Path], Reader]
+    rules: Callable[[Mapping[str, Any]], Rules]
+    reader: Callable[[Checkpoint], Reader]
+    checks: Checks

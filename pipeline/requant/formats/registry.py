@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats import gptq
+from requant.formats import gptq, gptq_checks
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import QuantizedFormat, Reader
 
 FORMATS: dict[str, QuantizedFormat] = {
     "gptq": QuantizedFormat(
         suffixes=gptq.SUFFIXES,
+        codes=gptq.CODES,
         shapes=gptq.shapes,
         pack=gptq.pack,
         unpack=gptq.unpack,
         dequantize=gptq.dequantize,
         config=gptq.quantization_config,
+        config_file=gptq.CONFIG_FILE,
         recognise=gptq.recognise,
+        rules=gptq.GptqRules,
         reader=GptqReader,
+        checks=gptq_checks.GptqChecks(),
     ),
 }
+
+
+def recognised(config: Mapping[str, Any]) -> QuantizedFormat | None:
+    """The layout that a `quantization_config` describes; None when it is none of `FORMATS`."""
+    return next((layout for layout in FORMATS.values() if layout.recognise(config)), None)
+
+
+def not_recognised(config: Mapping[str, Any]) -> str:
+    """What a `quantization_config` of no known layout says, and what was expected."""
+    return f"quant_method is {config.get('quant_method')!r}, expected {' or '.join(map(repr, FORMATS))}"
 
 
 def open_quantized(path: Path) -> Reader:
@@ -29,9 +47,22 @@ def open_quantized(path: Path) -> Reader:
 
     Raises InputError when that is none of `FORMATS`.
     """
-    config = Checkpoint(path).config.get("quantization_config") or {}
-    for layout in FORMATS.values():
-        if layout.recognise(config):
-            return layout.reader(path)
-    known, found = " or ".join(map(repr, FORMATS)), config.get("quant_method")
-    raise InputError(f"{path / 'config.json'}: quantization_config.quant_method is {found!r}, expected {known}")
+    checkpoint = Checkpoint(path)
+    config = checkpoint.config.get("quantization_config") or {}
+    layout = recognised(config)
+    if layout is None:
+        raise InputError(f"{path / 'config.json'}: quantization_config.{not_recognised(config)}")
+    return layout.reader(checkpoint)
+
+
+def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a written checkpoint, quantized linears as fp32 `.weight`, one at a time."""
+    reader = open_quantized(path)
+    for name in reader:
+        yield name, reader.read(name)
+
+
+def unquantized_names(stored: Iterable[str], layout: QuantizedFormat) -> list[str]:
+    """Tensor names of a quantized checkpoint with `weight` in place of the codes."""
+    codes = f".{layout.codes}"
+    return [f"{n.removesuffix(codes)}.weight" if n.endswith(codes) else n for n in stored]

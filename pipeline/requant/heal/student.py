@@ -164,7 +164,7 @@ class Student:
 
 def read_linear(reader: Reader, stem: str, device: torch.device = CPU) -> Codes:
     """One quantized linear by the name that its tensors share, on `device`."""
-    return Codes.of(*reader.unpack(f"{stem}.weight", device), where=f"{reader.path}: {stem}")
+    return Codes.of(*reader.unpack(f"{stem}.weight", device), where=f"{reader.checkpoint.path}: {stem}")
 
 
 def fill(
@@ -185,7 +185,9 @@ def fill(
     parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
     missing = [n for n in parameters if n not in names]
     if missing:
-        raise InputError(f"{reader.path}: {len(missing)} of the model's tensors are missing, e.g. {missing[0]}")
+        raise InputError(
+            f"{reader.checkpoint.path}: {len(missing)} of the model's tensors are missing, e.g. {missing[0]}"
+        )
     for name in parameters:
         stem = names[name].removesuffix(".weight")
         if names[name] in reader.quantized:

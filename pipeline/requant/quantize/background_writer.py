@@ -18,8 +18,9 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter, Journal
+from requant.formats.quantized_format import QuantizedFormat
 from requant.numerics.solution import Solution
-from requant.quantize.plan import OUTPUT_FORMAT, Plan, convert
+from requant.quantize.plan import Plan, convert
 from requant.runtime.pinned_memory import PinnedBuffer, use_stream
 
 JOURNAL = "blocks.json"
@@ -120,7 +121,8 @@ class BackgroundWriter(BlockWriter):
         self.writer.mark_written(self.plan.block_slots[index])
 
     def read(self, module: str, bits: int) -> Tensor:
-        return OUTPUT_FORMAT.dequantize({s: self.writer.read(f"{module}.{s}") for s in OUTPUT_FORMAT.suffixes}, bits)
+        layout = self.plan.format
+        return layout.dequantize({s: self.writer.read(f"{module}.{s}") for s in layout.suffixes}, bits)
 
     def put(self, module: str, solution: Solution) -> None:
         self._submit(self._write_packed, module, solution, self.side_stream.solved(solution.codes))
@@ -154,7 +156,7 @@ class BackgroundWriter(BlockWriter):
 
     def _write_packed(self, module: str, solution: Solution, solved: Any) -> None:
         with self.side_stream.once(solved):
-            for suffix, tensor in _packed(solution).items():
+            for suffix, tensor in _packed(solution, self.plan.format).items():
                 self.writer.write(f"{module}.{suffix}", self.staging.to_host(tensor))
 
     def _write_rest(self, names: Sequence[str]) -> None:
@@ -164,9 +166,9 @@ class BackgroundWriter(BlockWriter):
                 self.writer.write(name, convert(name, self.source.read(name), self.slots[name].dtype))
 
 
-def _packed(solution: Solution) -> dict[str, Tensor]:
+def _packed(solution: Solution, layout: QuantizedFormat) -> dict[str, Tensor]:
     scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
     try:
-        return OUTPUT_FORMAT.pack(solution.codes, scale, zero, bits)
+        return layout.pack(solution.codes, scale, zero, bits)
     except torch.OutOfMemoryError:  # paused batches may hold all memory
-        return OUTPUT_FORMAT.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)
+        return layout.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)

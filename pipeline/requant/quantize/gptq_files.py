@@ -11,7 +11,7 @@ import torch
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
 from requant.modeling.families import EXPERT, FUSED
-from requant.quantize.plan import OUTPUT_FORMAT, Plan, Settings, _inner
+from requant.quantize.plan import Plan, Settings, _inner
 
 
 def write_small_files(
@@ -36,7 +36,7 @@ def write_small_files(
     # Only where it adds information: vLLM compares it with names of its own, which differ for gpt-oss.
     list_quantized = layout.left and not layout.partly_left
     inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if list_quantized else []
-    quantization = OUTPUT_FORMAT.config(
+    quantization = layout.format.config(
         bits=settings.grid.bits,
         group_size=settings.grid.group_size,
         symmetric=settings.grid.symmetric,
@@ -47,7 +47,8 @@ def write_small_files(
     )
     config = model_files.edit_config(read_json(source / "config.json"), dtype=str(dtype).removeprefix("torch."))
     model_files.write_json(out / "config.json", config | {"quantization_config": quantization})
-    model_files.write_json(out / "quantize_config.json", quantization)
+    if layout.format.config_file is not None:
+        model_files.write_json(out / layout.format.config_file, quantization)
     model_files.copy_small_files(source, out)
 
 

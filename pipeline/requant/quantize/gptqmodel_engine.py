@@ -160,7 +160,7 @@ def _rewrite(
 ) -> None:
     """Write the library's packed tensors in our layout (v1 zeros, fp16 scales), and all others."""
     config = theirs.config.get("quantization_config") or {}
-    v2 = config.get("checkpoint_format") == "gptq_v2"
+    v2 = gptq_format.is_v2(config)
     packed = set()
     for module, grid in layout.grids.items():
         stem = names[f"{module}.weight"].removesuffix(".weight")

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from requant.checkpoint.writer import Slot
 from requant.errors import InputError, StageError
-from requant.formats.quantized_format import PackError
+from requant.formats.quantized_format import PackError, QuantizedFormat
 from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 from requant.modeling.linears import left_fused
 from requant.numerics.grid import Grid
 
-OUTPUT_FORMAT = FORMATS["gptq"]  # the layout that quantize writes
 NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to quantize. overrides: (fnmatch pattern, changed Grid fields, or None for 16 bit)."""
+    """How to quantize. overrides: (fnmatch pattern, changed Grid fields, or None for 16 bit). format: of `FORMATS`."""
 
     grid: Grid = Grid()  # noqa: RUF009 - frozen
     order: Literal["auto", "natural", "activation", "group"] = "auto"
@@ -34,6 +33,7 @@ class Settings:
     correct: float = 0.0  # share of earlier layers' error that each layer makes up for
     damp: float | None = None  # None: 0.02 when there are 16 tokens for each input feature, else 0.05
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+    format: str = "gptq"
 
     def grid_of(self, module: str) -> Grid | None:
         """The grid of one module by its full name, None: 16 bit. The last matching override wins."""
@@ -46,8 +46,9 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A planned checkpoint: the slots of its tensors, and the grid of every quantized linear."""
+    """A planned checkpoint: its format, the slots of its tensors, and the grid of every quantized linear."""
 
+    format: QuantizedFormat
     slots: tuple[Slot, ...]
     block_slots: tuple[tuple[str, ...], ...]  # output tensor names of each block
     grids: Mapping[str, Grid]
@@ -83,7 +84,7 @@ def plan(
     linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
     if not linears:
         raise InputError(f"{where}: the blocks of {type(model).__name__} hold no Linear to quantize")
-    grids: dict[str, Grid] = {}
+    written, grids = FORMATS[settings.format], dict[str, Grid]()
     problems: list[str] = []
     replaced: dict[str, list[Slot]] = {}
     for name, module in linears.items():
@@ -91,7 +92,7 @@ def plan(
         if grid is None or module.out_features < NARROW:
             continue
         try:
-            layout = OUTPUT_FORMAT.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
+            layout = written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
         except PackError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -108,20 +109,18 @@ def plan(
     per_block = tuple(
         tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
     )
-    left = tuple(n for n in linears if n not in grids)
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
-    renamed = {n: stored for n, stored in renamed.items() if not n.endswith(stored)}
-    stored = {n: names[f"{n}.weight"] for n in grids}
     fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
     return Plan(
+        format=written,
         slots=tuple(slots),
         block_slots=per_block,
         grids=grids,
-        left=left,
+        left=tuple(n for n in linears if n not in grids),
         bits_per_weight=_bits_per_weight([linears[n] for n in grids], replaced.values()),
         prefix=prefix,
-        renamed=renamed,
-        weights=stored,
+        renamed={n: stored for n, stored in renamed.items() if not n.endswith(stored)},
+        weights={n: names[f"{n}.weight"] for n in grids},
         fused=fused,
     )
 

@@ -18,7 +18,7 @@ from requant.evaluate.variants import VariantSources
 from requant.modeling.families import FUSED
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleRow
-from requant.quantize.plan import OUTPUT_FORMAT, Plan
+from requant.quantize.plan import Plan
 from requant.run import module_swap
 
 COUNT = 10  # candidates that are measured
@@ -92,12 +92,12 @@ def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRo
 
 def _growth(plan: Plan, module: str, bits: int) -> int:
     """Bytes that one module grows by when it gets `bits`."""
-    grid, stored = plan.grids[module], plan.weights[module].removesuffix("weight") + "qweight"
+    grid, stored = plan.grids[module], plan.weights[module].removesuffix("weight") + plan.format.codes
     words, rows = next(s.shape for s in plan.slots if s.name == stored)
     columns = words * 32 // grid.bits
 
     def size(b: int) -> int:
-        parts = OUTPUT_FORMAT.shapes(rows, columns, b, grid.group_size).values()
+        parts = plan.format.shapes(rows, columns, b, grid.group_size).values()
         return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) * dtype.itemsize for shape, dtype in parts)
 
     return size(bits) - size(grid.bits)

@@ -1,0 +1,123 @@
+"""Checks of a GPTQ checkpoint: config, headers, scales, zero points, group indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import TensorInfo, read_json
+from requant.formats.gptq import CONFIG_FILE, bits_of, is_v2, shapes, unpack_rows
+from requant.formats.gptq_reader import GptqReader
+from requant.formats.quantized_format import Finding, Packing, Reader
+
+BITS = (2, 3, 4, 8)
+VERSIONS = ("gptq", "gptq_v2")
+SCALES = (torch.float16, torch.bfloat16)
+
+
+class GptqChecks:
+    """`quantized_format.Checks` of GPTQ."""
+
+    def config(self, declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+        """Faults of a `quantization_config`, and whether the tensors can be checked in spite of each."""
+        bits, group = declared.get("bits"), declared.get("group_size")
+        if bits not in BITS:
+            yield f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}", False
+        if not isinstance(group, int) or (group != -1 and group < 1):
+            yield f"group_size is {group!r}, expected -1 or a positive number", False
+        for key in ("sym", "desc_act"):
+            if not isinstance(declared.get(key), bool):
+                yield f"{key} is {declared.get(key)!r}, expected true or false", False
+        version = declared.get("checkpoint_format", "gptq")
+        if version not in VERSIONS:
+            yield f"checkpoint_format is {version!r}, expected 'gptq' (or 'gptq_v2')", True
+
+    def header(self, suffix: str, info: TensorInfo | None, packing: Packing) -> str | None:
+        """What is wrong with the header of one stored tensor. Raises PackError when the config cannot be meant."""
+        shape, dtype = shapes(packing.rows, packing.columns, packing.bits, packing.group_size)[suffix]
+        if info is None:
+            return f"missing: expected {_name(dtype)} {list(shape)}"
+        if info.shape != shape:
+            return _wrong_shape(suffix, info.shape, shape, packing)
+        if info.dtype != dtype and not (suffix == "scales" and info.dtype in SCALES):
+            return f"dtype {_name(info.dtype)}, expected {_name(dtype)}"
+        return None
+
+    def values(self, stem: str, tensors: Mapping[str, Tensor], packing: Packing, reader: Reader) -> Iterator[Finding]:
+        """What is wrong with one linear's scales, zero points and group indices."""
+        assert isinstance(reader, GptqReader)
+        scales, g_idx = tensors["scales"], tensors["g_idx"].long()
+        for what, bad in (("not finite", ~torch.isfinite(scales)), ("zero", scales == 0)):
+            if bad.any():
+                group, row = (int(i) for i in bad.nonzero()[0])
+                count = f"{int(bad.sum())} of {scales.numel()} scales are {what}"
+                yield Finding(f"{stem}.scales", f"{count}, the first of group {group}, output {row}")
+        if packing.symmetric:
+            yield from _symmetric_zeros(stem, tensors["qzeros"], packing.bits, v2=reader.v2)
+        groups = scales.shape[0]
+        size = packing.columns // groups
+        if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+            yield Finding(f"{stem}.g_idx", f"spans {int(g_idx.min())} to {int(g_idx.max())}, there are {groups} groups")
+        elif not packing.desc_act and not torch.equal(g_idx, _groups_in_order(packing.columns, size, g_idx.device)):
+            yield Finding(f"{stem}.g_idx", f"is not i // {size}, but desc_act is false: servers ignore it then")
+        elif int(g_idx.bincount(minlength=groups).max()) > size:
+            yield Finding(f"{stem}.g_idx", f"a group has more than {size} inputs")
+
+    def files(self, path: Path, declared: Mapping[str, Any]) -> Iterator[Finding]:
+        """Keys of quantize_config.json that differ from config.json."""
+        beside = path / CONFIG_FILE
+        if not beside.exists():
+            return
+        other = read_json(beside)
+        for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"):
+            if key in other and other[key] != declared.get(key):
+                yield Finding(f"{CONFIG_FILE}: {key}", f"{other[key]!r}, config.json says {declared.get(key)!r}")
+
+    def zero_points(self, declared: Mapping[str, Any]) -> tuple[str, str]:
+        """Suffix of the zero points, and what is wrong when they are not stored as the config says."""
+        version = VERSIONS[is_v2(declared)]
+        return "qzeros", f"zero points of the other format version than checkpoint_format {version!r}"
+
+
+def _groups_in_order(columns: int, size: int, device: torch.device) -> Tensor:
+    """Group of each input when groups follow each other: i // size, int64 [columns]."""
+    return torch.arange(columns, device=device) // size
+
+
+def _symmetric_zeros(stem: str, qzeros: Tensor, bits: int, *, v2: bool) -> Iterator[Finding]:
+    """A symmetric checkpoint stores one zero point: the middle, minus one in format v1."""
+    stored = unpack_rows(qzeros.T.contiguous(), bits)
+    expected = 2 ** (bits - 1) - (0 if v2 else 1)
+    if bool((stored == expected).all()):
+        return
+    other = 2 ** (bits - 1) - (1 if v2 else 0)
+    if bool((stored == other).all()):
+        stored_as = "v1 (minus one)" if v2 else "v2 (as they are)"
+        reason = (
+            f"zero points are stored the {stored_as} way, checkpoint_format says {VERSIONS[v2]!r}: "
+            "every weight is off by one step"
+        )
+    else:
+        wrong = int(stored[stored != expected][0])
+        reason = f"stores zero point {wrong}, a symmetric {bits}-bit checkpoint stores {expected} everywhere"
+    yield Finding(f"{stem}.qzeros", reason)
+
+
+def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], packing: Packing) -> str:
+    """What the stored shape means, in the words of the config."""
+    text = f"shape {list(have)}, expected {list(want)} for {packing.bits} bits and group_size {packing.group_size}"
+    if len(have) != 2:
+        return text
+    if suffix == "qweight" and have[1] == want[1] and 32 * have[0] % packing.columns == 0:
+        text += f"; the tensor is {bits_of(have, packing.columns)}-bit"
+    if suffix in ("scales", "qzeros") and have[1] == want[1] and have[0] and packing.columns % have[0] == 0:
+        text += f"; the tensor has groups of {packing.columns // have[0]}"
+    return text
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
