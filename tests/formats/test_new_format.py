@@ -1,4 +1,4 @@
-"""`requant.formats.registry`: a made-up format, one class and one entry, is written, verified and read."""
+"""A made-up format, one class and one entry of FORMATS, is written, verified and read."""
 
 from __future__ import annotations
 
