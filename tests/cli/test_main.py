@@ -281,7 +281,7 @@ def test_interrupted(here: Here, project: Path) -> None:
 
     here.monkeypatch.setattr("requant.run.run", stop)
     assert here("run", str(project / "recipe.yaml")) == 130
-    assert "the same command goes on from here" in here.err
+    assert "the same command resumes the run" in here.err
 
 
 # --- reports without a run ---

@@ -269,7 +269,7 @@ def test_a_blocks_place_in_the_journal_needs_no_tensor_of_the_next(
 def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> None:
     with (
         CheckpointWriter(tmp_path, []) as writer,
-        pytest.raises(StageError, match="block 1 cannot be noted after 0 blocks"),
+        pytest.raises(StageError, match="block 1 cannot follow 0 blocks"),
     ):
         Journal(tmp_path / JOURNAL).commit(1, writer, [], [])
 

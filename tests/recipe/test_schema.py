@@ -410,7 +410,9 @@ def test_keys_must_be_text_and_tags_are_refused() -> None:
 
 
 def test_an_alias_inside_its_own_anchor_ends() -> None:
-    assert "recipe.yaml:11: merge.onto: an alias may not stand inside what it names" in said("merge: &m {onto: *m}\n")
+    assert "recipe.yaml:11: merge.onto: an alias may not be inside the value that it names" in said(
+        "merge: &m {onto: *m}\n"
+    )
 
 
 def test_files(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Adapters: a PEFT directory as exact changes of weights.
 
     peft_directory                     load(path): config and tensors, every tensor accounted for   <- start here
-    kinds                              the table of adapter kinds: peft_type -> how it is read
+    kinds                              KINDS, the table of adapter kinds: a new kind is one line here and one file
     lora, loha, lokr, vera, ia3, oft   one file a kind: its formula, its tensors, its settings
     trained_tokens                     rows of an embedding replaced: a kind, and a part of LORA
     stacked_lora, expert_layouts       LoRA on stacked experts, a part of LORA; which parameter a pair changes
     fold                               the base class of the formulas, in fp32
-    fp64                               what the formulas of the self-test are made of
+    fp64                               fp64 arithmetic and error bounds of the self-test
     module_tensors                     the tensors of one module, and how PEFT spells their keys
     config                             adapter_config.json: rank and scaling of a module
     keys                               tensor names as PEFT releases and training tools write them

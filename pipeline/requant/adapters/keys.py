@@ -129,7 +129,7 @@ def normalise_all(keys: Iterable[str], same: Callable[[str, str], bool] = lambda
 def locate(module: str, modules: Collection[str], by_stem: Mapping[str, Collection[str]]) -> str:
     """The name in the base of an adapter's module.
 
-    A name that the base has too stays. Otherwise it is the only name that differs in outer names alone:
+    A name that the base has is returned as it is. Otherwise it is the only name that differs in outer names alone:
     `model.language_model.layers.0.mlp` and `model.layers.0.mlp` are the same module of a model loaded with and without
     its other towers. A module that is not found comes back as it is. Raises InputError when two would fit.
     """

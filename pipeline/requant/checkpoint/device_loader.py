@@ -13,7 +13,8 @@ from torch import Tensor
 from requant.checkpoint.reader import TensorInfo, cut, opened, read_part
 from requant.runtime.pinned_memory import allocate_pinned
 
-# Bytes of a part, whole numbers of any dtype. Many small ones take the interpreter from who starts a GPU's work.
+# Bytes of a part, a multiple of every item size.
+# Many small parts would take the interpreter from the thread that launches kernels.
 BUFFER_BYTES = 2**25
 BUFFERS = 4
 
@@ -21,8 +22,8 @@ BUFFERS = 4
 class DeviceLoader:
     """Loads tensors from their files to a device through a few reusable page-locked buffers.
 
-    Several threads may load at once. A tensor is never whole on the host: its pages would cost time twice, when they are
-    filled and when they are freed.
+    Several threads may load at once. A tensor is never whole on the host: its pages would cost time twice, when they
+    are filled and when they are freed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +31,7 @@ class DeviceLoader:
         self.readers = ThreadPoolExecutor(BUFFERS)
         self.buffers: SimpleQueue[Tensor | None] = SimpleQueue()
         for _ in range(BUFFERS):
-            self.buffers.put(None)  # made when it is needed
+            self.buffers.put(None)  # allocated when it is needed
 
     def load(self, info: TensorInfo, dtype: torch.dtype) -> Tensor:
         """A tensor on the device in the shape of its file, for the current stream.
@@ -87,7 +88,7 @@ class _Transfer:
         numbers = buffer[: part.stop - part.start].view(self.stored)
         first = part.start // self.stored.itemsize
         if self.stored != self.whole.dtype:
-            numbers = numbers.to(self.whole.device, non_blocking=True)  # it converts, not the host
+            numbers = numbers.to(self.whole.device, non_blocking=True)  # the device converts, not the host
         self.whole[first : first + len(numbers)].copy_(numbers, non_blocking=True)
         self.reading.popleft()
         arriving = torch.cuda.current_stream(self.whole.device).record_event() if self.whole.is_cuda else None

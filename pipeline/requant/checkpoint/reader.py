@@ -39,7 +39,7 @@ DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` counts from the start of `file`."""
+    """Dtype, shape and place of one tensor: `offset` counts from the start of `file`."""
 
     name: str
     dtype: torch.dtype
@@ -152,14 +152,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Read the bytes of one tensor, a large one's by several threads.
+    """Read one tensor; several threads read a large one.
 
     Raises StageError when the file changed or cannot be read.
     """
     flat = allocate(info.nbytes)
     parts = cut(info.nbytes, PART)
     with opened(info) as file:
-        if len(parts) > 1:  # a thread alone is busy with the pages of fresh memory
+        if len(parts) > 1:  # one thread would spend its time on the pages of new memory
             with ThreadPoolExecutor(min(len(parts), READERS)) as pool:
                 list(pool.map(lambda part: read_part(file, info, part, flat[part]), parts))
         elif parts:
@@ -168,15 +168,15 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 
 
 def cut(nbytes: int, size: int) -> list[slice]:
-    """So many bytes in parts of `size`, the last one shorter."""
+    """`nbytes` bytes as parts of `size`, the last one shorter."""
     return [slice(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
 
 
 @contextmanager
 def opened(info: TensorInfo) -> Iterator[FileIO]:
-    """A tensor's file while parts of it are read.
+    """A tensor's file, open while parts of it are read.
 
-    What the system says of it is raised as StageError.
+    An OSError inside the block becomes a StageError.
     """
     try:
         with info.file.open("rb", buffering=0) as file:

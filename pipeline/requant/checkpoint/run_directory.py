@@ -1,7 +1,7 @@
 """A run directory: whole artifacts, results of finished stages, and a lock.
 
-An artifact is written as `.NAME.partial-KEY`, gets its manifest last and is renamed. KEY is the digest of everything the
-artifact depends on, so what an interrupted run left is used again only for the same inputs and settings.
+An artifact is written as `.NAME.partial-KEY`; its manifest is written last, then it is renamed. KEY is the digest of
+all that the artifact depends on, so files of an interrupted run are used again only for the same inputs and settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def key_of(*parts: Any) -> str:
 class RunDirectory:
     """`runs/NAME`; created on the first `open`.
 
-    Raises InputError when it is somebody else's directory.
+    Raises InputError when it is a directory that requant did not make.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,9 +78,9 @@ class RunDirectory:
         return path
 
     def scratch(self, stage: str, key: str) -> Path:
-        """Where a stage keeps what it goes on from after a kill; that of other keys is removed.
+        """Directory of a stage's intermediate files, from which it resumes; it is not created here.
 
-        Not made.
+        Directories of other keys are removed.
         """
         path = self.cache / f"{stage}-{key[:16]}"
         for other in self.cache.glob(f"{stage}-*/"):
@@ -151,7 +151,7 @@ class Artifact:
         )
 
     def begin(self, key: str) -> Path:
-        """The directory to write into: what an interrupted run left for the same key, or a new one."""
+        """The directory to write into: that of an interrupted run with the same key, or a new one."""
         if self.path.exists() and self._manifest(self.path) is None:
             raise InputError(f"{self.path}: exists without requant's manifest: not overwritten; move it away")
         partial = self.parent / f".{self.name}.partial-{key[:16]}"

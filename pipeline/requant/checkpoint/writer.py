@@ -1,6 +1,6 @@
 """Sharded safetensors, written in place: files are laid out before any tensor arrives.
 
-No tensor waits in a buffer, tensors may come in any order, and an interrupted writer can go on where it stopped.
+No tensor is buffered, tensors may be written in any order, and an interrupted writer can resume.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -126,7 +126,7 @@ class CheckpointWriter:
         self._missing.discard(name)
 
     def mark_written(self, names: Iterable[str]) -> None:
-        """Say that these slots were filled before the interruption (only after `resume=True`)."""
+        """Mark slots that were filled before the interruption (only after `resume=True`)."""
         self._missing.difference_update(names)
 
     def read(self, name: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ class CheckpointWriter:
         )
 
     def sync(self) -> None:
-        """Bring everything written so far to the disk."""
+        """Wait until everything written so far is on the disk."""
         for handle in self._files.values():
             os.fsync(handle.fileno())
 
@@ -177,12 +177,12 @@ class Journal:
     def commit(
         self, index: int, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]
     ) -> None:
-        """One more block, once everything of it has reached the disk.
+        """Add the results of one more block, once all of its tensors are on the disk.
 
         Raises StageError when one before it has not.
         """
         if index != len(self.blocks):
-            raise StageError(f"{self.file}: block {index} cannot be noted after {len(self.blocks)} blocks: run again")
+            raise StageError(f"{self.file}: block {index} cannot follow {len(self.blocks)} blocks: run again")
         for future in writing:
             future.result()
         writer.sync()
@@ -191,7 +191,7 @@ class Journal:
 
 
 def _reserve(handle: BinaryIO, size: int, file: Path) -> None:
-    """Take the disk space now, so that a full disk shows before the work and not after it."""
+    """Reserve the disk space, so that a full disk is an error before the work, not after it."""
     try:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle.fileno(), 0, size)
@@ -202,7 +202,7 @@ def _reserve(handle: BinaryIO, size: int, file: Path) -> None:
 
 
 def _write_at(handle: BinaryIO, offset: int, data: bytes | memoryview) -> None:
-    """By any thread, others may be writing elsewhere in the file."""
+    """Write at an offset; other threads may write elsewhere in the file meanwhile."""
     try:
         view = memoryview(data)
         while view:

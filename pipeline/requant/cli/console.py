@@ -84,7 +84,7 @@ class ConsoleWatcher(Watcher):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from drawing bars and notices of their own over ours."""
+    """Silence the progress bars and notices of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging
     import warnings

@@ -115,7 +115,7 @@ def _print(done: Verification) -> None:
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its gptq/.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Really send it; without, only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; without this only list what would be sent.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that has files.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Build the checkpoint's own model code to check it.")] = False,

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _command() -> None:
-    """Every failure on purpose becomes a message and an exit code."""
+    """Run the command; requant's own errors become a message and an exit code."""
     try:
         app(standalone_mode=True)
     except RecipeError as error:
@@ -172,7 +172,7 @@ def heal(
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
     lr: Annotated[float, typer.Option(min=1e-9, max=1.0)] = 0.005,
-    norms: Annotated[bool, typer.Option("--norms", help="Let norm weights move too.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Train the norm weights too.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
@@ -262,7 +262,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         with ConsoleWatcher() as watcher, quiet():
             outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=launch.current_ranks())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes the run", file=sys.stderr)
         raise typer.Exit(130) from None
     if outcome.report is not None:
         from rich.console import Console

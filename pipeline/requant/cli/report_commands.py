@@ -26,7 +26,7 @@ def gate(
     ] = [],  # noqa: B006
     junit: Junit = None,
 ) -> None:
-    """Hold a report against its gates, or against others."""
+    """Check a report against its gates, or against others."""
     from requant_eval import gate as rules
     from requant_eval.report import verdict
     from requant_eval.report.assemble import conclude

@@ -57,7 +57,7 @@ class Canaries:
 
 
 def load(path: Path, tokenizer: Any, kind: Format = "auto") -> Canaries:
-    """Read and tokenize a file of canaries; raises InputError naming the line that is none."""
+    """Read and tokenize a file of canaries; raises InputError naming the first invalid line."""
     from requant_eval.scoring.canaries import Canary
 
     items: list[Canary] = []

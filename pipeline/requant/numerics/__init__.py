@@ -1,6 +1,6 @@
 """Numerics: tensors in, tensors out. NF4, GPTQ and what they need; no files, no models.
 
-    nf4                decode and encode bitsandbytes NF4 and FP4, with double quantization   <- start here for the base
+    nf4                NF4 decoder and encoder (bitsandbytes 4-bit), double quantization   <- start here for the base
     gptq               the GPTQ solver: factor, column loop, coordinate descent   <- start here for quantizing
     solution           what the solver returns: codes, scales, errors, losses
     grid               integer grids and the search for their scales

@@ -1,7 +1,9 @@
 """Blocked Cholesky factorization, shared by several ranks, and blocked solves.
 
-Right-looking: the owner of a block finishes its columns, everybody gets them and takes them off the columns it owns. While
-the others still do, the next owner is already at its next columns. Source: Golub & Van Loan, Matrix Computations, 4.2.
+Right-looking: the owner of a block of columns finishes it and broadcasts it, and every rank subtracts it from the
+columns that it owns. The next owner subtracts from its next block first and finishes that, while the other ranks still
+subtract.
+Source: Golub & Van Loan, Matrix Computations, 4.2.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from requant.numerics import matmul_precision
 from requant.numerics.blocks import blocks_of
 
 BLOCK = 1024
-CORNER = 64  # a triangle that is inverted by substitution; twice as large ones by products
+CORNER = 64  # triangles up to this size are inverted by substitution, larger ones by products of halves
 
 Publish = Callable[[Tensor, int], Callable[[], None]]
-"""Starts to copy the owner's tensor into that of all others; returns what waits until it has arrived."""
+"""Start to broadcast the owner's tensor; returns a function that waits until it has arrived."""
 
 
 def shared_cholesky(
@@ -53,7 +55,7 @@ def _begin(
 ) -> tuple[Callable[[], None], Tensor]:
     """Finish a block of columns if this rank owns it, and start its broadcast.
 
-    Returns (what waits for it, where it arrives).
+    Returns (a function that waits for it, the tensor in which it arrives).
     """
     owner = number % count
     rows = matrix[here.start :, here]
@@ -62,9 +64,9 @@ def _begin(
 
 
 def _finished(rows: Tensor) -> Tensor:
-    """Columns [m, k] from the diagonal down, with all before them taken off -> the factor's.
+    """Columns [m, k] of the factor, of columns from which all earlier ones are subtracted.
 
-    NaN when there is none.
+    rows: from the diagonal down. NaN when there is no factor.
     """
     k = rows.shape[1]
     corner, info = torch.linalg.cholesky_ex(rows[:k])
@@ -82,16 +84,17 @@ def solve(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
     """(lower @ lower.T)^-1 @ columns, as `torch.cholesky_solve`.
 
     lower: fp32 [n, n]. columns: fp32 [n, k], overwritten.
-    All but the corners is products of many rows: with few columns a GPU's library takes half as long again (bench/factors.py).
+    Products of many rows, except in the corners. With few columns a GPU's library takes half as long again
+    (bench/factors.py).
     """
     with matmul_precision.full_precision():  # in TF32 substitution passes its errors on
         return substitute(lower, columns, block)
 
 
 def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
-    """`solve` in the precision that products have.
+    """`solve` in the current precision of fp32 products.
 
-    It is the whole process's, no thread beside may change it.
+    The precision belongs to the process: no other thread may change it meanwhile.
     """
     parts = blocks_of(len(lower), block)
     corners = inverses(lower, block)
@@ -107,7 +110,7 @@ def substitute(lower: Tensor, columns: Tensor, block: int = BLOCK) -> Tensor:
 def inverses(lower: Tensor, block: int) -> Tensor:
     """Inverses of the triangles on the diagonal of `lower` [n, n], fp32 [blocks, block, block].
 
-    The last filled up with ones.
+    The last one is padded with ones on its diagonal.
 
     By halves: that of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
     """
@@ -136,5 +139,5 @@ def _on_diagonal(matrices: Tensor, size: int) -> Tensor:
 
 
 def _unpadded(corner: Tensor, here: slice) -> Tensor:
-    """Without what fills it up."""
+    """A corner without its padding."""
     return corner[: here.stop - here.start, : here.stop - here.start]

@@ -2,8 +2,8 @@
 
 With W = D + dW the merged weight, Q what is stored for it and E = Q - W, on inputs whose second moment is H:
 
-    signal to noise    tr(dW H dW') / tr(E H E')             below 1 the error is louder than what training added
-    retention          <Q - D, dW> / <dW, dW>                1: the whole delta is in Q, 0: Q is as if there were none
+    signal to noise    tr(dW H dW') / tr(E H E')             below 1 the error is larger than what training added
+    retention          <Q - D, dW> / <dW, dW>                1: the whole delta is in Q, 0: nothing of it is
     output retention   tr((Q - D) H dW') / tr(dW H dW')      the same for the delta's output
 """
 
@@ -30,7 +30,7 @@ class Delta:
         return Delta(self.left.to(device), None if self.right is None else self.right.to(device))
 
     def rows(self, which: Tensor) -> Delta:
-        """The same for some rows (int64)."""
+        """The delta of some rows (int64)."""
         return Delta(self.left[which], self.right)
 
     def dense(self) -> Tensor:
@@ -61,7 +61,7 @@ Deltas = Callable[[str], Delta | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survival:
-    """One module's numbers; see the top of the file.
+    """Retention and signal to noise of one module's delta, as defined at the top of the file.
 
     delta_norm: sqrt(<dW, dW>). signal: tr(dW H dW'), H a mean per token.
 
@@ -76,7 +76,7 @@ class Survival:
 
     @staticmethod
     def of(measured: Sequence[float], noise: float) -> Survival:
-        """Out of the four that `measure` gives, and tr(E H E') for the same error."""
+        """From the four numbers of `measure`, and tr(E H E') of the same error."""
         square, signal, inner, through = max(measured[0], 0.0), max(measured[1], 0.0), *measured[2:]
         return Survival(
             delta_norm=square**0.5,
@@ -98,7 +98,7 @@ def measure(delta: Delta, error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def survival(delta: Delta, error: Tensor, hessian: Tensor, noise: float) -> Survival:
-    """One module's numbers at once, as `measure` has them. noise: tr(E H E')."""
+    """The numbers of one module; waits for the device. noise: tr(E H E')."""
     return Survival.of(measure(delta, error, hessian).tolist(), noise)
 
 

@@ -6,7 +6,7 @@ with H = L D L', L unit lower triangular, the columns are rounded from the last 
     target_j = W_j + sum_{i>j} (W_i - Q_i) L_ij,     Q_j = round(target_j),     loss = sum_j (target_j - Q_j)^2 D_j
 
 which needs one Cholesky factorization where the usual route needs two and an inverse. Matrices of weights, codes and
-errors are kept columns first, [n, rows]: a column of the weight is contiguous, and so is what is done to it.
+errors are kept columns first, [n, rows], so that a column of the weight is contiguous.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from requant.runtime.device import profile_of
 
 Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_DAMP = 0.64
-_ROWS = 8192  # of a weight at a time, where only sums are wanted
+_ROWS = 8192  # of a weight at a time, where only sums are needed
 
 
 def column_order(diagonal: Tensor, order: Order, group_size: int) -> Tensor:
-    """Order in which columns are rounded, int64 [n]; it leaves no trace in the result's layout.
+    """Order in which columns are rounded, int64 [n]; the stored layout does not depend on it.
 
     activation: largest Hessian diagonal first. group: groups by their mean diagonal, and inside each likewise (GAR).
     """
@@ -50,8 +50,8 @@ class Factor:
     """Cholesky factor of the permuted, damped Hessian.
 
     lower @ lower.T = H[order, order] + damp * mean(diag H) * I.
-    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. mean: of H's diagonal. `diagonal` when no factor
-    was found: `lower` is then the identity, and nothing is compensated.
+    lower: fp32 [n, n]. order: int64 [n]; its last column is rounded first. mean: of H's diagonal.
+    diagonal: no factor was found; `lower` is the identity, and no column compensates another's error.
     """
 
     lower: Tensor
@@ -66,8 +66,8 @@ def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = 
 
     hessian: fp32 [n, n], symmetric.
 
-    Doubles `damp` up to 0.64, then gives up coupling. Raises FloatingPointError when the Hessian is not finite.
-    cholesky: gives (lower, info) as torch's does, and may use up its argument.
+    Doubles `damp` up to 0.64, then takes the identity (`diagonal`). Raises FloatingPointError when the Hessian is not
+    finite. cholesky: returns (lower, info) as torch's does, and may overwrite its argument.
     """
     mean = float(hessian.diagonal().mean())
     if not math.isfinite(mean):
@@ -91,11 +91,13 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     """The column loop of GPTQ: codes uint8 [n, rows] and the error of a weight.
 
     weight: fp32 [rows, n]. The error is (W - Q)', fp32 [n, rows], with columns as in W.
-    Each block of columns takes the feedback of what was rounded before it in products, first of what lies outside of the
-    `DeviceProfile.gptq_outer` columns around it, then its columns one after another. The sizes change nothing beyond fp32 rounding.
+    A block of columns gets the feedback of all columns rounded before it by matrix products: first of those outside of
+    its `DeviceProfile.gptq_outer` columns, then of those inside. Its own columns follow one after another. The sizes
+    change nothing beyond fp32 rounding.
     """
     n = weight.shape[1]
-    error = weight.T[factor.order]  # (n, rows), the column to round first at the end; until then the weight itself
+    # (n, rows), the first column to round at the end; a column holds the weight until it is rounded
+    error = weight.T[factor.order]
     group = factor.order // (n // scales.scale.shape[1])
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     pivots = factor.lower.diagonal()
@@ -104,7 +106,7 @@ def solve(weight: Tensor, factor: Factor, scales: Scales, grid: Grid) -> tuple[T
     loop = triton_kernels.round_columns if fused else _round_columns
     for outer in reversed(blocks_of(n, profile_of(weight.device).gptq_outer)):
         width = outer.stop - outer.start
-        into = error.new_empty(n - outer.start, width) if fused else None  # by rows: torch's factor lies columns first
+        into = error.new_empty(n - outer.start, width) if fused else None  # row-major: torch's factor is column-major
         unit = torch.div(factor.lower[outer.start :, outer], pivots[outer], out=into)  # these columns of L
         wide = torch.addmm(error[outer], unit[width:].T, error[outer.stop :])
         for here in reversed(blocks_of(width, profile_of(weight.device).gptq_block)):
@@ -148,9 +150,9 @@ def refine(
 
     hessian: contiguous.
 
-    Each column is set to the grid's best answer to the errors of all others, q_j = round(q_j + (E H)_j / H_jj) with
-    H = hessian + ridge * I, so tr(E H E') never grows. The column loop can only answer to columns before it. Source:
-    Behdin et al., QuantEase (arXiv:2309.01885).
+    Each column gets its best codes given the errors of all others, q_j = round(q_j + (E H)_j / H_jj) with
+    H = hessian + ridge * I, so tr(E H E') never grows. The column loop can only compensate columns rounded before.
+    Source: Behdin et al., QuantEase (arXiv:2309.01885).
     """
     n = codes.shape[0]
     group = torch.arange(n, device=codes.device) // (n // scales.scale.shape[1])
@@ -174,12 +176,12 @@ def _sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: triton_
 
     inside: [k, k] of the Hessian. inverse: [k], of its damped diagonal.
 
-    pull: [k, rows], in its place comes by how much each error has grown.
+    pull: [k, rows], overwritten by the change of each error.
     """
     scale, zero = block.scale[block.group], block.zero[block.group]
     low, high = -zero, block.levels - 1 - zero
     level = block.codes.float().sub_(zero)
-    moved = pull  # a column's pull is used up before its move is known
+    moved = pull  # the same memory: a column's pull is read before its move is written
     for j, step in enumerate(inverse.tolist()):
         wanted = torch.addmv(pull[j], moved[:j].T, inside[j, :j])
         best = torch.addcdiv(level[j], wanted, scale[j], value=step).round_()
@@ -209,8 +211,8 @@ def quantize_weight(
     """Quantize one weight, fp32 [rows, n], against a Hessian and its factor.
 
     hessian: fp32 [n, n], symmetric and contiguous.
-    Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded. A GPU is not
-    waited for before all is under way.
+    Rows do not depend on each other: weights that share their input can be stacked. `order` is only recorded. On a GPU
+    the host waits for a result only after all work is launched.
     """
     ridge = factor.damp * factor.mean
     scales = find_scales(weight, hessian.diagonal() + (ridge if factor.mean > 0 else 1.0), grid)
@@ -221,7 +223,7 @@ def quantize_weight(
     del error
     control = _rounding_errors(weight, hessian, replace(grid, search="minmax", signed=False))
     codes = codes.T.contiguous()
-    rounded = loss > control  # else rounding on better scales cannot be worth a look
+    rounded = loss > control  # in other rows plain rounding is not tried
     rows = rounded.nonzero()[:, 0]
     if len(rows):
         plain = round_to_grid(weight[rows], scales.select(rows), grid)
@@ -252,14 +254,20 @@ def _rounding_errors(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
 
 
 def better_order(
-    weights: Sequence[Tensor], train: Tensor, held: Tensor, grid: Grid, orders: Sequence[Order], damp: float,
-    *, total: Callable[[float], float] = float,
-) -> Order:  # fmt: skip
+    weights: Sequence[Tensor],
+    train: Tensor,
+    held: Tensor,
+    grid: Grid,
+    orders: Sequence[Order],
+    damp: float,
+    *,
+    total: Callable[[float], float] = float,
+) -> Order:
     """The column order that loses least on held-out text.
 
-    Its solutions are made on the Hessian `train` and judged on the Hessian `held`.
-    weights: fp32 [rows, n] of linears that share their input. total: adds up what others lose on rows not in them.
-    Activation and group-aware order trade places from module to module; their codes look alike to a server.
+    Solutions are computed on the Hessian `train` and compared on the Hessian `held`.
+    weights: fp32 [rows, n] of linears that share their input. total: sums a loss over the ranks, which have other rows.
+    Which order is better differs from module to module; servers do not see it.
     """
     importance = train.diagonal() + damp * train.diagonal().mean()
     scales = [find_scales(w, importance, grid) for w in weights]

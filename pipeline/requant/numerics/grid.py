@@ -129,7 +129,7 @@ def _try(
 
     root: of the importance.
 
-    Numbers as bounds and a norm: clamping between tensors and a weighted sum take four times as long on a CPU.
+    Clamping between numbers and a norm: between tensors, and with a weighted sum, it takes four times as long on a CPU.
     """
     scales = _range_scales(grid, *ends, candidate)
     scale, zero = scales.scale[..., None], scales.zero[..., None]

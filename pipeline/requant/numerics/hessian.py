@@ -69,21 +69,26 @@ class Moments:
     hessian: Tensor
     drift: Tensor | None
     halves: tuple[Tensor, Tensor] | None
-    tokens: int  # that the stage saw: an expert sees a part of the text
+    tokens: int  # of these inputs: an expert sees a part of the text
 
 
 Pool = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], list[int]]
-"""Adds to sums, in place, what others have summed up of other batches: upper triangles, whole matrices, counts (returned)."""
+"""Add the sums of other ranks in place: of upper triangles, of whole matrices, of counts (returned)."""
 
 
 def gather(
-    inputs: Iterable[tuple[Tensor, Tensor | None]], n: int, device: torch.device,
-    *, drifting: bool = False, held_from: int | None = None, pool: Pool = lambda _triangles, _others, counts: list(counts),
-) -> Moments:  # fmt: skip
+    inputs: Iterable[tuple[Tensor, Tensor | None]],
+    n: int,
+    device: torch.device,
+    *,
+    drifting: bool = False,
+    held_from: int | None = None,
+    pool: Pool = lambda _triangles, _others, counts: list(counts),
+) -> Moments:
     """Sum up batches of (input, unquantized input), each [..., n].
 
-    drifting: whether the drift is wanted, from the batches that have an unquantized input. held_from: the first batch of the
-    second of the two parts, None when one Hessian of everything will do. pool: what others have gathered.
+    drifting: also the drift, of the batches that have an unquantized input. held_from: the first batch of the second of
+    two parts; None: one Hessian of all batches. pool: adds the sums of other ranks.
     """
     total = torch.zeros(n, n, device=device)
     held = total if held_from is None else torch.zeros_like(total)

@@ -17,7 +17,7 @@ def tensor_cores() -> AbstractContextManager[None]:
 
 
 def full_precision() -> AbstractContextManager[None]:
-    """fp32 products in fp32 inside, whatever the process allows elsewhere."""
+    """Run products of fp32 matrices in fp32 inside the block, whatever the process allows."""
     return _products("highest")
 
 

@@ -43,9 +43,9 @@ def table(quant_type: QuantType) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantState:
-    """How the bytes of one weight are decoded.
+    """How the bytes of one weight are decoded: bitsandbytes' quant_state.
 
-    As `M.weight.quant_state.bitsandbytes__*` says.
+    Stored as `M.weight.quant_state.bitsandbytes__*`.
     """
 
     quant_type: QuantType
@@ -115,11 +115,11 @@ def unnest(absmax_u8: Tensor, nested_map: Tensor, nested_absmax: Tensor, state: 
 
 
 def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
-    """Bytes -> weight.
+    """Decode packed 4-bit codes: fp32 weight of `state.shape`, on the same device.
 
-    packed: any dtype, a bit pattern of ceil(numel / 2) bytes (padded up to its item size). absmax: fp32 [blocks], on the
-    same device. Returns fp32 of `state.shape` there, bit-identical to bitsandbytes where bitsandbytes is right, and the
-    same on every device: one product a value. Raises Nf4Error when the sizes disagree.
+    packed: any dtype, a bit pattern of ceil(numel / 2) bytes (padded up to its item size). absmax: fp32 [blocks], on
+    the device of `packed`. Bit-identical to bitsandbytes where bitsandbytes is right, and the same on every device: one
+    product a value. Raises Nf4Error when the sizes disagree.
     """
     flat = packed.contiguous().reshape(-1).view(torch.uint8)
     need = -(-state.numel // 2)
@@ -146,7 +146,7 @@ def decode(packed: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
 
 
 def _decode_on_device(data: Tensor, pairs: Tensor, absmax: Tensor, state: QuantState) -> Tensor:
-    """`decode` in torch: on a device memory is wide and NumPy is not there."""
+    """`decode` in torch, for devices that NumPy does not know."""
     out = torch.empty(len(data), 2, dtype=torch.float32, device=data.device)
     for start in range(0, len(data), _CHUNK * 16):
         part = data[start : start + _CHUNK * 16]
@@ -176,7 +176,7 @@ def encode(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tenso
     """Quantize as bitsandbytes' `quantize_4bit` does.
 
     fp32 [...] -> (bytes uint8 [ceil(numel/2)], absmax fp32 [blocks]).
-    Each value times the reciprocal of its block's largest magnitude goes to the nearest table entry, ties down.
+    Each value times the reciprocal of its block's largest magnitude is rounded to the nearest table entry, ties down.
     """
     flat = weight.float().reshape(-1)
     pad = -flat.numel() % blocksize
@@ -228,7 +228,7 @@ def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, double_qua
     packed, absmax = encode(weight, quant_type, blocksize)
     state = QuantState(quant_type=quant_type, blocksize=blocksize, shape=tuple(weight.shape), dtype="float32")
     if double_quant:
-        codes, nested_absmax, offset = nest(absmax.cpu())  # its mean must not depend on the device
+        codes, nested_absmax, offset = nest(absmax.cpu())  # on the CPU: the mean must not depend on the device
         state = QuantState(
             quant_type=quant_type, blocksize=blocksize, shape=tuple(weight.shape), dtype="float32", nested_offset=offset
         )

@@ -1,4 +1,4 @@
-"""What the solver returns for one weight: codes, scales, errors; and what they cost."""
+"""What the solver returns for one weight: codes, scales, errors and losses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Triton kernels of the quantizer's inner loops, each with a torch reference function.
 
-Both give the same numbers but for ties. Without Triton (any CPU, and builds of torch that lack it) the reference
+Both give the same numbers except in ties. Without Triton (any CPU, and builds of torch that lack it) the reference
 functions are used.
 """
 
@@ -19,7 +19,7 @@ except ImportError:  # torch for the CPU comes without it
 
 ROWS = 16  # rows of a weight for each program, one warp
 PART = 16  # columns of a block that a program holds in registers
-WIDE = 64  # columns before them whose moves reach them in one product
+WIDE = 64  # earlier columns whose changes are applied in one product
 GROUPS = 16
 
 
@@ -59,7 +59,7 @@ def round_columns(target: Tensor, feedback: Tensor, block: Block) -> None:
 
     feedback: [k, k], below its diagonal L's; its rows are contiguous.
 
-    target: fp32 [k, rows], contiguous, used up. block.error holds the weight's columns and takes their errors.
+    target: fp32 [k, rows], contiguous, overwritten. block.error: the weight's columns, replaced by their errors.
     """
     count, rows = target.shape
     _round_columns[(triton.cdiv(rows, ROWS),)](
@@ -74,7 +74,7 @@ def sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: Block) -
     inside: [k, k] of the Hessian, its rows contiguous.
 
     inverse: fp32 [k], of the damped diagonal.
-    pull: fp32 [k, rows], contiguous; in its place comes by how much each error has grown.
+    pull: fp32 [k, rows], contiguous; overwritten by the change of each error.
     """
     count, rows = pull.shape
     _sweep_columns[(triton.cdiv(rows, ROWS),)](
@@ -146,14 +146,14 @@ if triton is not None:
             coupling = tl.load(coupling_ptr + other[None, :] * stride + mine[:, None], mask=coupled, other=0.0)
             tile += tl.dot(coupling, moved, input_precision="tf32x3")
         tl.store(tile_ptr + at, tile, mask=own & real)
-        tl.debug_barrier()  # and back, a column's rows beside each other: no lane then asks another for anything
+        tl.debug_barrier()  # reloaded so that no lane needs another lane's values
         return tl.load(tile_ptr + at, mask=own & real, other=0.0)
 
     @triton.jit
     def _quotient(x, scale, inverse):
         """x / scale, given 1 / scale, rounded to nearest in all but rare cases.
 
-        A division's branches would hold up loads.
+        The branches of a division would delay loads.
         """
         first = x * inverse
         return tl.fma(tl.fma(-first, scale, x), inverse, first)
@@ -178,7 +178,7 @@ if triton is not None:
     def _column(tile, chosen):
         """One column [rows] of a tile [PART, rows] that lies in registers.
 
-        Zeros added to whole numbers cost nothing.
+        As integers, since adding zeros costs nothing there.
         """
         bits = tl.sum(tl.where(chosen, tile.to(tl.int32, bitcast=True), 0), axis=0)
         return bits.to(tl.float32, bitcast=True)
@@ -199,8 +199,8 @@ if triton is not None:
             grouped = tl.load(group_ptr + mine, mask=mine < COUNT, other=0)[:, None] * wide + row[None, :]
             scales = tl.load(scale_ptr + grouped, mask=real, other=1.0)
             zeros = tl.load(zero_ptr + grouped, mask=real, other=0.0)
-            errors = tl.load(error_ptr + at, mask=real, other=0.0)  # until a column's turn its weights
-            codes = tl.zeros_like(errors)  # all is under way before the coupling, behind whose barrier it would wait
+            errors = tl.load(error_ptr + at, mask=real, other=0.0)  # the weights of a column until it is rounded
+            codes = tl.zeros_like(errors)  # loads come before the coupling, whose barrier would delay them
             inverses = _inverse(scales)
             tile = _coupled(
                 target_ptr, error_ptr, feedback_ptr, mine, row, rows, stride, first + PART, COUNT, COUNT, WIDE
@@ -224,7 +224,7 @@ if triton is not None:
                 row0, row1, row2, row3 = row1, row2, row3, coming
             tl.store(error_ptr + at, errors, mask=real)
             tl.store(codes_ptr + at, codes.to(tl.uint8), mask=real)
-            tl.debug_barrier()  # the errors are read again, by other lanes
+            tl.debug_barrier()  # other lanes read the errors
 
     @triton.jit(do_not_specialize=["rows"])
     def _sweep_columns(
@@ -265,7 +265,7 @@ if triton is not None:
             tl.store(error_ptr + at, error + moved, mask=real)
             tl.store(codes_ptr + at, (after + zeros).to(tl.uint8), mask=real)
             tl.store(pull_ptr + at, moved, mask=real)
-            tl.debug_barrier()  # the moves are read again, by other lanes
+            tl.debug_barrier()  # other lanes read the changes
 
     @triton.jit
     def _loss(w, importance, low, high, shrink, levels, SYMMETRIC: tl.constexpr):

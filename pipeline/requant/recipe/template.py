@@ -191,7 +191,7 @@ _PRE_QUANTIZED = """\
 """
 
 _TEMPLATE = """\
-# `requant check recipe.yaml` tells in seconds what is wrong. Paths are relative to this file.
+# `requant check recipe.yaml` says in seconds what is wrong. Paths are relative to this file.
 # The adapter: {summary}
 version: 1
 name: {name}     # names the run directory
@@ -210,7 +210,7 @@ quantize:
   symmetric: true           # bool, default true; vLLM and SGLang refuse false
   signed_scales: false      # bool, default false; a little better, not proven in vLLM's GPU kernels
   scale_search: hessian     # hessian | minmax, default hessian; minmax is the classic, and worse
-  order: auto               # auto | natural | activation | group, default auto; leaves no trace in the file
+  order: auto               # auto | natural | activation | group, default auto; the file does not show it
   correct: 0.5              # share of earlier layers' error that each layer makes up for, default 0.5; 0 is none
   sweeps: 2                 # passes of coordinate descent over the codes, default 2; 0 is plain GPTQ
   damp: auto                # auto | 0 < number < 1, default auto; raise it if a factorization fails
@@ -222,7 +222,7 @@ calibration:                # half what the model will do, half general text: ke
   mix:
     - data:
         path: ./train.jsonl # FIXME: text the adapter was trained on: txt, jsonl, json, csv or parquet
-      format: auto          # auto | text | chat | completion, default auto; told from the columns
+      format: auto          # auto | text | chat | completion, default auto; read off the columns
       share: 1.0            # number > 0, default 1.0; weight among the entries
     - data:
         dataset: Salesforce/wikitext
@@ -257,9 +257,9 @@ evaluate:
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
-# heal: auto                # auto | off | {{steps: 150, ...}}: distil the scales after quantizing; auto is on with a GPU
+# heal: auto                # auto | off | {{steps: 150, ...}}: distil the scales after quantizing; auto: on a GPU
 # canaries: ./canaries.jsonl  # default none; lines of prompt and answer, asked of adapter, merged and quantized
-gates:                      # default none; `requant run` ends with exit code 3 or 4 unless all hold on the 95 % interval
+gates:                      # default none; `requant run` ends with exit code 3 or 4 unless the 95 % intervals keep all
   - {{metric: ppl_increase, set: in-domain, max: 5%}}   # also perplexity, kl, right_to_wrong, retention, agreement
   - {{metric: ppl_increase, set: general, max: 10%}}
   - {{metric: ppl_increase, set: in-domain, max: 50%, relative_to: rtn}}   # half of what rounding to nearest costs

@@ -204,7 +204,7 @@ def _value(text: str, label: str) -> Any:
 def _plain(node: Node, path: KeyPath, document: Document, parents: tuple[Node, ...]) -> Any:
     """One node -> dict, list or scalar; marks lines and reports duplicates in `document`."""
     if any(node is parent for parent in parents):
-        document.report(path, "an alias may not stand inside what it names")
+        document.report(path, "an alias may not be inside the value that it names")
         return None
     if not (node.tag or "").startswith("tag:yaml.org,2002:"):
         document.report(path, f"unknown tag {node.tag}: leave it out")

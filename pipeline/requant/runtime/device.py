@@ -21,16 +21,20 @@ class DeviceProfile:
     A new device is one more entry of `PROFILES`.
 
     busy_share: share of the matrix product rate that a whole forward and backward pass reaches.
-    product_size, product_dtype: of the product that measures the rate. start_seconds: to load its libraries and kernels.
+    product_size, product_dtype: of the product that measures the rate.
+    start_seconds: to load its libraries and kernels.
     computes_fp32: blocks compute in fp32, whatever dtype is served; elsewhere in the serving dtype.
     batch_tokens: of a calibration batch: enough to fill the processor, few enough to keep in memory.
     scoring_tokens: the same of an evaluation batch. kl_chunk_logits: logits of one model in memory at a time.
     commits_later: a block is committed while the next one is being solved.
-    least_unquantized_tokens: run through the unquantized block in any case: more is better where it costs little.
+    least_unquantized_tokens: at least these also run through the unquantized block; more is better where it costs
+    little.
     corrects_by_drift: error correction may solve for the drift in place of the rows. blocked_solve: by our blocked
     substitution, where the library's is slower.
-    gptq_block: columns that GPTQ rounds one after another. gptq_outer: columns whose feedback to all others is one product.
-    hessian_panel: columns of the Hessian added in one product. search_elements: weights whose scales are searched at once.
+    gptq_block: columns that GPTQ rounds one after another.
+    gptq_outer: columns whose feedback to all others is one product.
+    hessian_panel: columns of the Hessian added in one product.
+    search_elements: weights whose scales are searched at once.
     """
 
     busy_share: float
@@ -129,17 +133,17 @@ def free_bytes(device: torch.device) -> int:
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return 16 * 2**30  # nothing tells: a common size
+        return 16 * 2**30  # unknown: a common size
 
 
 def reserve_memory(device: torch.device, nbytes: int) -> None:
     """Reserve `nbytes` of GPU memory as one block of torch's allocator, if available.
 
-    Reset the peak.
+    Resets the peak statistics.
     """
     with suppress(torch.OutOfMemoryError):
         torch.empty(nbytes, dtype=torch.uint8, device=device)
-    torch.cuda.reset_peak_memory_stats(device)  # reserving is no use
+    torch.cuda.reset_peak_memory_stats(device)  # what is only reserved is not counted
 
 
 def free_memory(device: torch.device) -> None:

@@ -117,7 +117,7 @@ def run_on_all_ranks(
 def _exit_quietly() -> NoReturn:
     """End the process of a rank that has served, without finalizing Python.
 
-    Nothing is left to write. On a busy machine a thread of a library that still runs while Python ends aborts the process,
+    Nothing is left to write. On a busy machine a library's thread that still runs while Python ends aborts the process,
     and the launcher then ends all ranks with an error.
     """
     sys.stdout.flush()

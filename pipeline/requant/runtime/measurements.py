@@ -38,7 +38,7 @@ class Cost:
 
     @property
     def facts(self) -> dict[str, float | int]:
-        """What is remembered of a stage; nothing of a GPU where none is used."""
+        """The facts that a stage's result keeps; peak_device only if a GPU was used."""
         known: dict[str, float | int] = {"seconds": self.seconds, "peak_rss": self.peak_rss}
         return known | ({"peak_device": self.peak_device} if self.peak_device else {})
 
@@ -47,7 +47,7 @@ class Cost:
 def measured(device: str = "cpu") -> Iterator[Cost]:
     """Measure a stage.
 
-    On Linux the peak is the stage's own; elsewhere the process's so far. device: the GPU to look at.
+    On Linux the peak is the stage's own; elsewhere the process's so far. device: the GPU whose memory is measured.
     """
     cost, started = Cost(), time.monotonic()
     reset_peak()
@@ -73,7 +73,7 @@ def _gpu(device: str) -> Any:
 
 
 def reset_peak() -> int:
-    """Forget the peak so far, and what freed tensors left behind, where the system can.
+    """Reset the peak, and return freed memory to the system, where possible.
 
     Returns the bytes resident now.
     """

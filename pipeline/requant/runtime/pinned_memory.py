@@ -1,4 +1,4 @@
-"""Page-locked host memory for copies from a GPU, and work on a stream of it."""
+"""Page-locked host memory for copies from a GPU, and work on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also what was outgrown
+LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also replaced buffers
 
 
 class PinnedBuffer:
     """A reusable host buffer for one tensor at a time, page-locked where there is a GPU.
 
-    New memory for each tensor costs time twice: when its pages are filled and when they are freed. Freeing 117 MB takes 8 ms
-    in which no other thread has the interpreter, so the GPU runs out of work.
+    New memory for each tensor costs time twice: when its pages are filled and when they are freed. Freeing 117 MB takes
+    8 ms in which no other thread has the interpreter, so the GPU runs out of work.
     """
 
     def __init__(self) -> None:
@@ -44,8 +44,8 @@ class PinnedBuffer:
 def use_stream(stream: Any) -> Iterator[None]:
     """Run the block on a stream, with the stream's GPU as the current device.
 
-    `torch.cuda.stream` alone restores the previous GPU on exit and so initialises it: 0.3 s in which this process reaches no
-    GPU, and half a gigabyte of its memory.
+    `torch.cuda.stream` alone restores the previous GPU on exit and so initialises it: 0.3 s in which this process
+    reaches no GPU, and half a gigabyte of that GPU's memory.
     """
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield

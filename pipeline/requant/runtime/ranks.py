@@ -1,7 +1,7 @@
 """Communication between the processes (ranks) that share a model, through torch.distributed.
 
-`Ranks` is a single process: its methods return what they were given and start nothing. `DistributedRanks` is one process of
-several. Every rank must make the same calls in the same order. Python values travel between CPUs (gloo); tensors travel
+`Ranks` is a single process: its methods return their arguments and start nothing. `DistributedRanks` is one process of
+several. Every rank must make the same calls in the same order. Python values are sent between CPUs (gloo), tensors
 between the devices that hold them (NCCL between GPUs). The process group is created and destroyed in `launch`.
 """
 
@@ -55,10 +55,7 @@ class Ranks:
         return whole
 
     def all_gather_rows(self, part: Tensor, rows: int) -> Tensor:
-        """The `rows` rows of the whole tensor, from every rank's `own_rows(...)`.
-
-        On every rank.
-        """
+        """The `rows` rows of the whole tensor, on every rank, from each rank's `own_rows(...)`."""
         return part
 
     def all_reduce(self, triangles: Sequence[Tensor], others: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
