@@ -33,12 +33,12 @@ def taken(work: Callable[[], object]) -> dict[str, float]:
     alone = milliseconds(work, DEVICE.type)
     if DEVICE.type != "cuda":
         return {"gpu": alone, "host": alone, "alone": alone}
-    gpu, host = (sorted(seen)[TRIES // 2] for seen in zip(*(apart(work) for _ in range(TRIES)), strict=True))
+    gpu, host = (sorted(seen)[TRIES // 2] for seen in zip(*(gpu_and_host(work) for _ in range(TRIES)), strict=True))
     return {"gpu": gpu, "host": host, "alone": alone}
 
 
-def apart(work: Callable[[], object]) -> tuple[float, float]:
-    """(GPU, host)"""
+def gpu_and_host(work: Callable[[], object]) -> tuple[float, float]:
+    """(GPU, host) milliseconds of one call."""
     torch.cuda.synchronize()
     torch.cuda._sleep(BUSY)
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -68,7 +68,7 @@ def intervals(a: np.ndarray, n: np.ndarray, rng: np.random.Generator) -> Iterato
 
 
 def coverage(kind: str, documents: int, count: int) -> dict[str, float]:
-    """Percent of worlds whose interval holds the truth, by method."""
+    """Percentage of worlds whose interval contains the true value, by method."""
     rng = np.random.default_rng(documents)
     truth_a, truth_n = worlds(kind, 1, 4_000_000, rng)
     truth = truth_a.sum() / truth_n.sum()

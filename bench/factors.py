@@ -26,7 +26,7 @@ TRIES = 5
 
 
 def milliseconds(work: Callable[[], object], device: str) -> float:
-    """Of one call, the median of some after the first."""
+    """Milliseconds of one call: the median of several, the first left out."""
 
     def now() -> float:
         if device == "cuda":
@@ -43,7 +43,7 @@ def milliseconds(work: Callable[[], object], device: str) -> float:
 
 
 def hessian(n: int, device: str) -> Tensor:
-    """Of random inputs, twice as many as there are columns, with the solver's damping."""
+    """A damped Hessian of random inputs, twice as many as columns."""
     x = torch.randn(2 * n, n, device=device)
     h = x.T @ x / len(x)
     h.diagonal().add_(0.02 * h.diagonal().mean())

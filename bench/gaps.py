@@ -165,7 +165,7 @@ def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
-    """Which model is quantized on which text, where it lies and where the result goes."""
+    """Model, calibration text and output directory of the run."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=speed.SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=4)
@@ -182,7 +182,7 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
 
-    with speed.met() as ranks, places(args, ranks, parser) as (model, work):
+    with speed.launched_ranks() as ranks, places(args, ranks, parser) as (model, work):
         several = ranks.count > 1
         events, device = profiled(args, model, work, ranks)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"

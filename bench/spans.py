@@ -110,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
 
-    with speed.met() as ranks, gaps.places(args, ranks, parser) as (model, work):
+    with speed.launched_ranks() as ranks, gaps.places(args, ranks, parser) as (model, work):
         text = "\n".join(measured(args, model, work, ranks))
         if ranks.first:
             print(text)

@@ -6,7 +6,7 @@ Random weights; both in one run.
         [--only ours|gptqmodel] [--batch 8] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--compiled] [--out FILE]
 
 Each side runs alone in a process of its own, from loading to the written checkpoint, with no kernel compiled before;
---compiled: ours are, and libraries met, as in `requant run`, which does so beside the merge.
+--compiled: our kernels are compiled and libraries loaded before, as `requant run` does during the merge.
 Weights are bf16 and random, tokens are random: the work does not depend on them. Two depths give a slope, from which a
 whole model's time follows (said so).
 
@@ -97,12 +97,12 @@ def windows(args: argparse.Namespace) -> Any:
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
-    """On every rank; the clock runs from when they have found each other."""
-    with met() as ranks:
+    """Run on every rank; the clock starts when the ranks are connected."""
+    with launched_ranks() as ranks:
         return walk_over(args, ranks)
 
 
-def met() -> AbstractContextManager[Any]:
+def launched_ranks() -> AbstractContextManager[Any]:
     """The ranks that a launcher started, once joined; without a launcher this process alone."""
     from requant.runtime import launch
     from requant.runtime.ranks import SINGLE_PROCESS
@@ -118,7 +118,7 @@ def settings_of(args: argparse.Namespace) -> Any:
 
 
 def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: Any) -> None:
-    """What `requant run` has compiled, and whom it has met, by the time it quantizes."""
+    """Compile kernels and connect ranks, as `requant run` has done when it quantizes."""
     import torch
 
     from requant.modeling import skeleton

@@ -277,7 +277,7 @@ def main() -> None:
                 OSError,
                 ValueError,
                 subprocess.SubprocessError,
-            ) as error:  # takes no other part with it, and is told
+            ) as error:  # recorded; the other parts still run
                 traceback.print_exc()
                 result[part] = {"failed": f"{type(error).__name__}: {error}"}
             print(json.dumps({part: result[part]}, indent=1), flush=True)

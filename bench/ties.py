@@ -46,7 +46,7 @@ def quantize(args: argparse.Namespace) -> None:
     from requant.quantize.plan import Settings
 
     args.checkpoint.mkdir(exist_ok=True)
-    with speed.met() as ranks:
+    with speed.launched_ranks() as ranks:
         stage.quantize(
             args.merged, args.checkpoint, windows(args)[: args.samples], Settings(grid=Grid(4, 64), sweeps=2, correct=0.5),
             dtype=torch.float16, device=torch.device("cpu"), batch=args.batch, ranks=ranks,

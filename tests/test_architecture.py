@@ -87,7 +87,7 @@ def imports(file: Path) -> set[str]:
 
     Of `from package import name` the file, if the name is one.
 
-    Every import is written `from module import name`, in full: otherwise nobody sees what is reached through `requant.`.
+    Every import is written `from module import name`, in full: an attribute of `requant` would not be found here.
     """
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -105,7 +105,7 @@ def imports(file: Path) -> set[str]:
 
 
 def doors_of(file: Path) -> set[str]:
-    """What everybody in a file's own distribution may import: its door, which has the version."""
+    """The top-level package of a file's own distribution, which has the version: all may import it."""
     return {name for name, root in SOURCES.items() if file.is_relative_to(root)}
 
 

@@ -261,7 +261,7 @@ def test_a_lost_shard_and_a_wrong_total(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_shard_of_another_model_is_seen_beside_the_source(source: Path, good: Path, tmp_path: Path) -> None:
-    """Same names, same shapes: only the weights tell."""
+    """Same names, same shapes: only the weights differ."""
     make_model(tmp_path / "other", seed=5)
     pico.packed(tmp_path / "other", tmp_path / "out", GRID, dtype=torch.bfloat16)
     assert check(tmp_path / "out").ok

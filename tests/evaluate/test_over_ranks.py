@@ -182,7 +182,7 @@ def test_fewer_windows_than_ranks_leave_some_with_none() -> None:
 def test_what_a_killed_run_left_half_written_goes(
     given: tuple[variants.VariantSources, Scores], tmp_path: Path
 ) -> None:
-    """Names hold the process's number: nobody else writes them again."""
+    """Names contain the process number, so no other process writes the same file."""
     names = (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp", ".answers-gptq-1.json.tmp")
     left = [tmp_path / name for name in names]
     for file in left:

@@ -202,7 +202,7 @@ def test_an_unknown_name(sources: variants.VariantSources) -> None:
 
 
 class Loading:
-    """Stands for transformers' loader; `failing`: what loading straight to a device ends with."""
+    """A stand-in for transformers' loader; `failing`: the error of loading to a device."""
 
     def __init__(self, failing: Exception | None = None) -> None:
         self.failing, self.asked, self.moved = failing, [], []

@@ -32,7 +32,7 @@ WEIGHTS = "*.safetensors"
 
 @pytest.fixture(scope="module")
 def healed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a run that heals; nobody writes into it."""
+    """The run directory of a run that heals; tests only read it."""
     return Path(run(project, tmp_path_factory.mktemp("healed"), HEAL).path)
 
 

@@ -142,7 +142,7 @@ def test_codes_rebuild_the_weight(bits: int, symmetric: bool) -> None:
 
 
 def test_columns_in_any_order_of_groups() -> None:
-    """desc_act: a group's columns lie anywhere."""
+    """desc_act: the columns of a group are not adjacent."""
     codes, scale = torch.randint(0, 16, (32, 64), dtype=torch.uint8), deployable(torch.rand(32, 2) + 0.5)
     g_idx = torch.randperm(64) // 32
     zero = torch.full((32, 2), 8.0)
@@ -392,7 +392,7 @@ def test_a_checkpoint_that_gives_nan_is_refused(pair: tuple[Path, Path], tmp_pat
 
 
 def documents(*lengths: int, start: int = 0) -> list[TokenDocument]:
-    """Documents of running numbers: every token tells where it is from."""
+    """Documents of running numbers: each token shows its document and position."""
     out = []
     for n in lengths:
         out.append(TokenDocument(tuple(range(start, start + n)), (True,) * n, n))

@@ -323,14 +323,14 @@ def forks() -> Any:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unharmed project; nobody writes into it."""
+    """The unharmed project; tests only read it."""
     with one_thread():
         return make_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 16-bit model with its tokenizer; nobody writes into it."""
+    """A 16-bit model with its tokenizer; tests only read it."""
     out = tmp_path_factory.mktemp("model")
     make_model(out)
     return out
@@ -338,7 +338,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source` in 4 bits, groups of 32, rounded to nearest; nobody writes into it."""
+    """`source` in 4 bits, groups of 32, rounded to nearest; tests only read it."""
     from helpers import pico
     from requant.numerics.grid import Grid
 
@@ -349,7 +349,7 @@ def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a completed run of the project's recipe; nobody writes into it."""
+    """The run directory of a completed run of the project's recipe; tests only read it."""
     return Path(run(project, tmp_path_factory.mktemp("finished")).path)
 
 

@@ -2,7 +2,7 @@
 
 In Triton's interpreter where there is no GPU.
 
-Without either the kernels have plain twins here, and what is tested is which modules are taken, how, and for how long.
+Without either, plain torch functions replace the kernels, and the tests show which modules are replaced, how, and for how long.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def test_a_block_computes_the_same(module: Any, config: Any, norms: int, dtype: 
 
 
 def test_what_a_copy_computes_is_its_own(taken: list[str]) -> None:
-    """The unquantized twin of a block is a copy of it that has begun already."""
+    """The reference block is a copy of a block whose operations are already replaced."""
     layer = block(modeling_llama, modeling_llama.LlamaConfig)
     with FusedOps([layer], DEVICE, torch.float16) as passes:
         passes.try_out()

@@ -41,7 +41,7 @@ def test_one_bad_number_is_noticed(bad: float) -> None:
 
 
 def test_many_numbers_of_16_bits_are_no_infinity() -> None:
-    """Noticed by a sum, which must have room for more than one of them."""
+    """NaN is found by a sum, which must not overflow."""
     shelf = HiddenStateStore(torch.device("cpu"))
     for _ in range(3):
         shelf.put(torch.full((7, 10_000), 60_000.0, dtype=torch.float16))

@@ -2,7 +2,8 @@
 
 In Triton's interpreter where there is no GPU.
 
-The twins are what the rest of the tests prove right. Sums of another order may tie differently: a code in a thousand.
+The plain implementations are those that all other tests check. Sums of another order may break ties otherwise: one code in
+a thousand.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_packing_that_finds_no_room_goes_on_elsewhere(tmp_path: Path, monkeypatc
 def test_what_was_set_aside_is_looked_at_again_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ring of references may hold what the next try needs."""
+    """A reference cycle may keep memory that the next try needs."""
 
     class Ring:
         def __init__(self) -> None:

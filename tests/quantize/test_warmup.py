@@ -246,7 +246,7 @@ class Ring:
 
 
 def lost() -> weakref.ref[Ring]:
-    """A ring that nobody holds."""
+    """A reference cycle without references from outside."""
     return weakref.ref(Ring())
 
 

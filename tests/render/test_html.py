@@ -90,7 +90,7 @@ def test_every_word_of_the_document_is_on_the_page() -> None:
 
 
 def test_a_figure_says_no_number_that_no_table_beside_it_says() -> None:
-    """The module map alone goes beyond its table, which holds the ten worst."""
+    """Only the module map shows more than its table, which has the ten worst."""
     for section in document(full()).sections:
         cells = " ".join(cell for t in section.blocks if isinstance(t, Table) for row in t.rows for cell in row)
         for figure in section.blocks:

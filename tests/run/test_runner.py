@@ -330,7 +330,7 @@ SMALL = {"evaluate.variants": ["adapter", "gptq"], "evaluate.sets.0.tokens": 100
 
 
 def whole_or_absent(out: Path, finished: Path) -> None:
-    """Whatever stands under a final name is complete."""
+    """Whatever has its final name is complete."""
     for name in ("merged", "gptq"):
         if (out / name).exists():
             assert (out / name / "manifest.json").exists()
@@ -366,7 +366,7 @@ def test_a_killed_run_goes_on(project: Path, tmp_path: Path, finished: Path, whe
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_gets_there(project: Path, tmp_path: Path, finished: Path) -> None:
-    """Each time it dies just before a file gets its final name, each time a little later."""
+    """The run is killed before one rename after another, and resumed."""
     out, deaths = tmp_path / "pico", 0
     for n in range(2, 100, 3):
         code = killed_run(project, tmp_path, f"rename:{n}", SMALL)

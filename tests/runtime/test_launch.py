@@ -53,7 +53,7 @@ def command(who: str) -> None:
 
 
 def launched(rank: int, port: int, who: str, said: Path) -> None:
-    """One of two ranks, in a process of its own; all that it says on stderr goes to a file."""
+    """One of two ranks, in a process of its own; its stderr is written to a file."""
     os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
     os.environ.update(environment(rank, port))
     launch.run_on_all_ranks(lambda: command(who))

@@ -320,7 +320,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
     said: str | None, threads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torchrun left it one thread; other numbers are somebody's choice."""
+    """Only if torchrun set one thread; other numbers were chosen by the user."""
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -458,7 +458,7 @@ def test_ranks_meet_where_each_is_placed_and_when_they_quantize(tmp_path: Path) 
 
 
 def test_what_has_not_met_is_waited_for_before_the_end(two: DistributedRanks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ending torch.distributed while NCCL meets leaves the other ranks there."""
+    """Ending torch.distributed while NCCL connects would leave the other ranks waiting."""
     done: list[bool] = []
     monkeypatch.setattr(ranks, "_first_sum", lambda _: time.sleep(0.3) or done.append(True))
     two.connect(torch.device("cuda", 0))

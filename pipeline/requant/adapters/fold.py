@@ -79,7 +79,7 @@ class Fold:
         raise NotImplementedError
 
     def why_it_does_not_fit(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be changed, where `shape` does not tell; None: it can."""
+        """Why a weight of this shape cannot be changed, beyond a wrong `shape`; None: it can."""
         return None
 
     @property

@@ -1,6 +1,6 @@
 """Small files of a model: config.json edited as raw JSON, tokenizer copied bytewise.
 
-transformers re-serializes both with changes that break servers; nothing here goes through its classes.
+transformers re-serializes both with changes that break servers; its classes are not used here.
 """
 
 from __future__ import annotations

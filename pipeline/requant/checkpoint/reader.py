@@ -1,7 +1,7 @@
 """A directory of safetensors, read tensor by tensor. Writing is `writer`.
 
-Reading goes through the headers only until a tensor is asked for, and then reads exactly that tensor's
-bytes (no mmap: the resident set stays one tensor). Format: https://github.com/huggingface/safetensors#format
+Opening reads the headers only; `read` then reads exactly the bytes of one tensor (no mmap: the resident set stays one
+tensor). Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations

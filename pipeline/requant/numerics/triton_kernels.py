@@ -176,7 +176,7 @@ if triton is not None:
 
     @triton.jit
     def _column(tile, chosen):
-        """One column [rows] of a tile [PART, rows] that lies in registers.
+        """One column [rows] of a tile [PART, rows] that is in registers.
 
         As integers, since adding zeros costs nothing there.
         """

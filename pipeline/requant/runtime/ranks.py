@@ -211,7 +211,7 @@ class DistributedRanks(Ranks):
             result = function(*args, **kwargs, **first_rank_only, ranks=self)
         except BaseException as error:
             self.failing.acquire()  # never released: no rank will be called again
-            if isinstance(error, RuntimeError) and "gloo" in str(error):  # its message for a peer that has gone
+            if isinstance(error, RuntimeError) and "gloo" in str(error):  # its message when a peer has ended
                 raise StageError(
                     "another rank ended: the launcher's output says why; the same command resumes the run"
                 ) from error
