@@ -105,7 +105,7 @@ def imports(file: Path) -> set[str]:
 
 
 def doors_of(file: Path) -> set[str]:
-    """The top-level package of a file's own distribution, which has the version: all may import it."""
+    """The top-level package of a file's distribution: it has the version, all may import it."""
     return {name for name, root in SOURCES.items() if file.is_relative_to(root)}
 
 
@@ -138,7 +138,7 @@ def test_a_package_imports_what_the_table_says(module: str) -> None:
         assert only is None or other in only, f"{module} imports {other}, of which {package} may know {only} alone"
 
 
-def test_the_judge_does_not_know_the_accused() -> None:
+def test_requant_eval_imports_nothing_of_requant() -> None:
     judge = [m for m in MODULES if m.split(".")[0] == "requant_eval"]
     assert judge
     for module in judge:

@@ -244,7 +244,7 @@ def test_a_pair_that_does_not_multiply(tmp_path: Path) -> None:
 
 
 def test_two_pairs_for_one_parameter(tmp_path: Path) -> None:
-    """Of one shape under both nestings: which of them is the stack's is not in the file."""
+    """Two pairs of one shape at both nestings: the file does not say which is the stack's."""
     made, base = saved(tmp_path, "mixtral")
     pico.train(made, tmp_path / "adapter", target_modules=[], target_parameters=STACKS[1:])
     file = tmp_path / "adapter" / peft_directory.WEIGHTS

@@ -177,7 +177,7 @@ def test_a_system_that_reads_less_than_asked_is_asked_again(
 
 
 def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
-    """On a CPU they are read where they stay."""
+    """On a CPU tensors are read to their final place."""
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float32))
     walk = Walk(checkpoint, skeleton.open_model(checkpoint.path), device=CPU, dtype=torch.float32)
     assert walk._device_loader is None
@@ -190,7 +190,7 @@ def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
 
 
 def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
-    """Other weights than a checkpoint's have no place in a file."""
+    """Computed weights have no place in a file to load from."""
 
     class Doubled:
         def __init__(self, stored: Checkpoint) -> None:

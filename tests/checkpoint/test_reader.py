@@ -236,7 +236,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_threads_write_to_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In turns of 200 bytes: none may write where another is."""
+    """Writes of 200 bytes in turn: no thread may write at another's offset."""
     tensors = {f"t{i}": torch.full((600,), float(i)) for i in range(4)}
     whole = os.pwrite
 

@@ -110,7 +110,7 @@ def test_an_empty_message_is_a_message(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_template_that_rewrites_history_is_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that drops earlier turns gives no place to cut."""
+    """A template that drops earlier turns leaves no boundary to cut at."""
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}" + TEMPLATE)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert "rewrites earlier turns" in refused(rows(tmp_path, {"messages": turns * 2}), tokenizer)

@@ -136,7 +136,7 @@ def test_heads_are_not_cut() -> None:
 
 
 def test_a_part_is_too_small_for_a_kernel() -> None:
-    """SGLang's Marlin does not pad; its other kernel takes what is left, but not half a group."""
+    """SGLang's Marlin does not pad; its other kernel takes any part but half a group."""
     settings = Settings(grid=Grid(4, 64))
     got = verdict("sglang", "llama", settings, **LLAMA)
     assert got.parallel[4] is None, "64 of o_proj's 256 inputs: not for Marlin, but for GPTQ"

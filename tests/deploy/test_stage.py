@@ -360,7 +360,7 @@ def test_a_device_without_room_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_reference_decoder_agrees(good: Path) -> None:
-    """The damage above is judged on files that plain arithmetic reads: fp64, one formula."""
+    """The undamaged files of these tests, decoded by one formula in fp64."""
     stored = load_file(good / WEIGHTS)
     codes = gptq_format.unpack_rows(stored[f"{Q}.qweight"], 4).double()
     weight = (codes - 8) * stored[f"{Q}.scales"].double().repeat_interleave(32, 0)
@@ -369,7 +369,7 @@ def test_the_reference_decoder_agrees(good: Path) -> None:
 
 
 def test_tensors_are_compared_part_by_part() -> None:
-    """As the norm of the whole difference, whatever the parts."""
+    """The norm over parts is that of the whole difference."""
     torch.manual_seed(0)
     was = torch.randn(1000)
     now = (was + 0.3 * torch.randn(1000)).bfloat16()

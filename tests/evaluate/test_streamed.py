@@ -190,7 +190,7 @@ class Full:
 @pytest.mark.parametrize("when", [0, 1, 4])
 @torch.no_grad()
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path, when: int) -> None:
-    """Wherever it happens, batches that were done stay done: the logits do not change."""
+    """Finished batches are kept, wherever it happens: the logits do not change."""
     made = pico.model()
     path = pico.save(made, tmp_path / "model")
     walk = Walk(Checkpoint(path), skeleton.open_model(path), device=CPU, dtype=F32)
@@ -214,7 +214,7 @@ def test_out_of_memory_with_one_window(tmp_path: Path) -> None:
 
 
 def test_the_adapter_can_be_taken_off(tmp_path: Path) -> None:
-    """The probe's question: the same rows with the adapter and without."""
+    """As the adapter probe does: the same rows with the adapter and without."""
     live, parts = tuned(tmp_path, KINDS["lora"][0])
     rows = windows()
     parts.run(rows, 2)

@@ -37,7 +37,7 @@ OWNER = "model.layers.0.mlp.experts"
 
 
 def hide_quantization_libraries() -> None:
-    """Let PEFT find no quantization library: it would call each by an interface of its own time."""
+    """Hide quantization libraries from PEFT, which would call them by an older interface."""
     for found in pkgutil.iter_modules(peft.tuners.lora.__path__, "peft.tuners.lora."):
         module: Any = importlib.import_module(found.name)
         for name in vars(module).keys() & {

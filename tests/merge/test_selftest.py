@@ -105,7 +105,7 @@ def test_a_missing_tensor_is_caught(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_norms_only_is_tested_too(tmp_path: Path) -> None:
-    """Replaced vectors are changed tensors as well: a test of nothing must not pass as a test."""
+    """Replaced vectors are changed tensors too: the self-test must test something."""
     plan, out = merged(tmp_path, "float32", target_modules=["q_proj"], modules_to_save=["input_layernorm"])
     name = "model.layers.0.input_layernorm.weight"
     pico.edit_tensors(out / "model.safetensors", change={name: lambda t: t + 1})

@@ -212,7 +212,7 @@ def test_arguments_differ_by_block_where_the_model_makes_them_differ(tmp_path: P
 
 
 def read_ahead(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let a walk on the CPU read ahead as it does for a GPU: the blocks it has begun to read."""
+    """Let a walk on the CPU read ahead as for a GPU; lists the blocks that it starts to read."""
     begun: list[int] = []
 
     def read(index: int) -> dict[str, Tensor]:

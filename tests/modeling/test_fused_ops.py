@@ -315,7 +315,7 @@ def test_what_is_tried_in_vain_is_tried_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_leaving_early_looks_at_nothing_that_is_still_being_tried() -> None:
-    """By the thread that compiles, after the first block has failed."""
+    """The thread that compiles still tries operations when the first block has failed."""
 
     class Growing(dict[str, Any]):
         def values(self) -> Any:
@@ -349,7 +349,7 @@ def test_memory_that_ran_out_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_stays_while_a_batch_waits(taken: list[str]) -> None:
-    """At the last linear of a gate only its input and the gate's are left."""
+    """At the last linear only its input and the gate's input are kept."""
     made = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(hidden_size=64, intermediate_size=96)).to(
         DEVICE, torch.float16
     )

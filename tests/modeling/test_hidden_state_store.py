@@ -16,7 +16,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_put_comes_back_in_order(device: str, on_host: bool) -> None:
-    """Twice round, each into its old place: a copy still on its way must not be overtaken."""
+    """Two rounds in the same buffers: no state is overwritten while its copy still runs."""
     shelf = HiddenStateStore(torch.device(device), on_host=on_host)
     values = [torch.randn(3, 64, 32, device=device) for _ in range(5)]
     kept = [shelf.put(v) for v in values]

@@ -47,7 +47,7 @@ def test_inverses_are_those_of_the_triangles(n: int, block: int) -> None:
 
 
 def test_solving_keeps_to_full_precision_where_products_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In TF32 substitution passes its errors on; the caller's own setting comes back."""
+    """In TF32 substitution carries errors on, so fp32 is set; the caller's setting is restored."""
     seen = []
     matmul = Tensor.addmm_
     monkeypatch.setattr(

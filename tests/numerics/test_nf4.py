@@ -179,7 +179,7 @@ def test_a_block_of_zeros_stays_zero() -> None:
 
 @given(st.sampled_from(["nf4", "fp4"]), st.integers(1, 400), st.sampled_from([32, 64, 256]), st.integers(0, 9999))
 def test_encode_picks_the_nearest_value(quant_type: Any, count: int, blocksize: int, seed: int) -> None:
-    """Decoded values are as near as any table entry could be, up to fp32 rounding of the division."""
+    """Decoded values are the nearest table entries, up to fp32 rounding of the division."""
     weight = weights((count,), seed)
     data, absmax = nf4.encode(weight, quant_type, blocksize)
     decoded = nf4.decode(

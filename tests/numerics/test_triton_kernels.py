@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """A switch: what `kernels.usable` answers."""
+    """Switches `triton_kernels.usable` on and off."""
     switch = [True]
     monkeypatch.setattr(triton_kernels, "usable", lambda _: switch[0])
     return switch

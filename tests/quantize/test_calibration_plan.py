@@ -27,7 +27,7 @@ WIDEST = 128  # inputs of the widest linear: 8 tokens for each are enough of the
 
 @dataclass
 class Rank(Ranks):
-    """One of several, whose others answer `theirs` to whether something holds for every rank."""
+    """One of several ranks; `theirs` is the other ranks' answer in `Ranks.all`."""
 
     rank: int
     count: int
@@ -46,7 +46,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
 @pytest.fixture
 def on_gpu(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """The walk says that its device is a GPU, of which so many bytes are free."""
+    """Make the walk's device a GPU with the given number of free bytes."""
 
     def free(nbytes: int) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (nbytes, 10**12))

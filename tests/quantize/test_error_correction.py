@@ -18,7 +18,7 @@ from requant.runtime.ranks import Ranks
 
 @pytest.fixture(autouse=True, params=["cpu", "cuda"])
 def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does runs here too."""
+    """Run each test with the settings of a CPU and of a GPU."""
     profile = PROFILES[request.param]
     set_profile(monkeypatch, corrects_by_drift=profile.corrects_by_drift, blocked_solve=profile.blocked_solve)
 

@@ -139,7 +139,7 @@ def test_memory_that_runs_out_as_a_stage_is_solved(
 @pytest.mark.slow
 @pytest.mark.parametrize("later", [False, True])
 def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
-    """The message says where; what was finished before it stays."""
+    """The message names the block; finished blocks are kept."""
     set_profile(monkeypatch, commits_later=later)
     source = model_dir(tmp_path)
     forward, seen = Walk.forward, [0]

@@ -111,7 +111,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 @pytest.mark.slow
 def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is handed to the disk need not have arrived there; at the end all of it has."""
+    """Blocks are solved while earlier ones are still being written; at the end all are."""
     source = model_dir(tmp_path, num_hidden_layers=5)
     _, expected = run(source, tmp_path / "whole")
     solved, in_time, told = threading.Event(), [], []
@@ -138,7 +138,7 @@ def test_a_slow_disk_holds_up_no_block(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_what_lies_outside_of_the_blocks_holds_up_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embeddings may still be on their way when all is solved; a run without them is not whole."""
+    """Embeddings may still be written when all is solved; the run ends only after them."""
     source = model_dir(tmp_path, num_hidden_layers=3)
     run(source, tmp_path / "whole")
     closing, in_time = threading.Event(), []
@@ -183,7 +183,7 @@ def test_a_run_that_ends_early_ends_its_writing_first(tmp_path: Path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [True, False], ids=["", "a block without stages"])
 def test_committed_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: bool) -> None:
-    """On a GPU each is committed while the next is at work."""
+    """On a GPU each block is committed while the next one is solved."""
     source, order = model_dir(tmp_path, num_hidden_layers=3), list[str]()
     settings = Settings(grid=GRID) if stages else Settings(grid=GRID, overrides=(("model.layers.1.*", None),))
     _, expected = run(source, tmp_path / "whole", settings)
@@ -211,7 +211,7 @@ def test_committed_later_a_block_is_the_same(tmp_path: Path, monkeypatch: pytest
 
 
 def test_on_a_cpu_a_block_is_committed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks take long there: a killed run must not lose one more."""
+    """Blocks take long on a CPU: a killed run must not lose a finished one."""
     order, source = list[str](), model_dir(tmp_path)
     block, commit_block = block_quantizer.Quantizer.block, block_quantizer.Quantizer.commit_block
 
@@ -275,7 +275,7 @@ def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> N
 
 
 def test_a_rank_that_is_not_finite_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own output is: what all say counts."""
+    """One rank's output is finite, another's is not: all stop."""
     monkeypatch.setattr(ranks.Ranks, "all", lambda *_: False)
     with pytest.raises(StageError, match=r"model.layers.0: its output holds NaN or infinity"):
         run(model_dir(tmp_path), tmp_path / "out")
@@ -286,7 +286,7 @@ def test_a_rank_that_is_not_finite_stops_all(tmp_path: Path, monkeypatch: pytest
 def test_an_output_that_is_not_finite_stops_the_run_and_names_its_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, later: bool
 ) -> None:
-    """Also where the next block has begun with it."""
+    """Also if the next block has already started on that output."""
     set_profile(monkeypatch, commits_later=later)
     source = pico.save(pico.model(), tmp_path / "merged", torch.float32)
     name = f"model.layers.{index}.mlp.down_proj.weight"
@@ -301,7 +301,7 @@ def test_an_output_that_is_not_finite_stops_the_run_and_names_its_block(
 
 @pytest.mark.slow
 def test_a_disk_too_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than so many blocks would be lost with the process."""
+    """The number of blocks that a kill would lose is limited."""
     source = model_dir(tmp_path, num_hidden_layers=4)
     monkeypatch.setattr(quantize_module, "BEHIND", 1)
     blocks: list[int] = []
@@ -475,7 +475,7 @@ def test_unquantized_tensors_that_do_not_fit_the_serving_dtype(tmp_path: Path) -
 
 
 def test_the_plan_is_the_file(tmp_path: Path) -> None:
-    """What `requant check` promises from headers is what is written."""
+    """The plan that `requant check` makes from headers is what is written."""
     source = model_dir(tmp_path)
     made = skeleton.open_model(source)
     promised = plan(Checkpoint(source), made, Settings(grid=GRID), torch.bfloat16, where=source)

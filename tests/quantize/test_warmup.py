@@ -225,7 +225,7 @@ def test_a_cpu_waits_for_nothing_that_comes_later() -> None:
 
 
 def test_what_comes_later_may_fail(pretended: Any) -> None:
-    """It is tried again where it is needed."""
+    """A warm-up that fails is tried again by the code that needs it."""
     tried: list[int] = []
 
     def failing() -> None:

@@ -121,7 +121,7 @@ def test_two_ranks_write_what_one_does(
 
 @pytest.mark.slow
 def test_two_ranks_solve_for_the_drift_as_one_does(tmp_path: Path, two: DistributedRanks) -> None:
-    """q, k and v have more rows than inputs, and so have gate and up."""
+    """q, k, v and gate, up have more rows than inputs, so the drift is solved for."""
     where = source(tmp_path)
     options: dict[str, Any] = {"windows": windows(64), "settings": CORRECTED, "steps": {}, "like_a_gpu": True}
     shared: list[int] = []
@@ -298,7 +298,7 @@ def placed(*, ranks: Ranks) -> bool:
 
 
 def test_each_rank_takes_its_own_gpu(two: DistributedRanks) -> None:
-    """Whether it was given the first rank's, its own or none by number; another is refused."""
+    """Given the first rank's GPU, its own, or no number; any other GPU is refused."""
     assert two.call(placed, first_rank_only={})
     with pytest.raises(InputError, match="cuda:1 names one GPU, but 2 ranks were started: use auto or cuda"):
         two.device_of(torch.device("cuda", 1))
@@ -435,7 +435,7 @@ def test_counts_are_summed_before_a_gpu_is_given_anything(
 
 
 class Placed(Ranks):
-    """One process that says what it was asked."""
+    """One process that records its calls."""
 
     def __init__(self) -> None:
         self.met: list[torch.device] = []
