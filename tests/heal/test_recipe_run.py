@@ -184,7 +184,7 @@ def test_any_checkpoint_from_the_command_line(healed: Path, project: Path, tmp_p
     lacking = cli("heal", "--checkpoint", checkpoint, cwd=tmp_path)
     assert (lacking.returncode, lacking.stderr) == (2, "healing needs a RECIPE, or --teacher, --data too\n")
     both = cli("heal", write_recipe(copied(project, tmp_path / "p")), "--teacher", teacher, cwd=tmp_path)
-    assert (both.returncode, both.stderr) == (2, "a recipe says what --teacher says: give one of them\n")
+    assert (both.returncode, both.stderr) == (2, "--teacher cannot be used with a RECIPE: give one of the two\n")
 
 
 @pytest.mark.slow

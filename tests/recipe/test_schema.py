@@ -141,7 +141,7 @@ def test_all_problems_at_once_in_file_order() -> None:
         ),
         (
             'quantize: {signed_scales: true, overrides: {"*.o_proj": {symmetric: false}}}',
-            '11: quantize.overrides."*.o_proj".symmetric: false cannot go with quantize.signed_scales: true',
+            '11: quantize.overrides."*.o_proj".symmetric: false contradicts quantize.signed_scales: true',
         ),
         (
             "merge: {onto: original}",

@@ -182,7 +182,7 @@ def heal(
     if recipe is not None:
         given = [name for name, value in alone.items() if value]
         if given:
-            raise RecipeError(f"a recipe says what {given[0]} says: give one of them")
+            raise RecipeError(f"{given[0]} cannot be used with a RECIPE: give one of the two")
         _run(recipe, overrides, "heal")
         return
     if checkpoint is None or teacher is None or not data:

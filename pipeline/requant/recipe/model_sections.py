@@ -206,7 +206,7 @@ class Quantize(Section):
     def _servable(cls, overrides: dict[str, Override], info: ValidationInfo) -> dict[str, Override]:
         problems = _fused_parts(overrides)
         if info.data.get("signed_scales"):
-            clash = "false cannot go with quantize.signed_scales: true"
+            clash = "false contradicts quantize.signed_scales: true"
             problems += [((key, "symmetric"), clash) for key, item in overrides.items() if item.symmetric is False]
         if problems:
             fail(*problems)
