@@ -11,7 +11,6 @@ from helpers.reports import FACTS, built, result
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import engine_step
 from requant_eval.render import charts, html, markdown, model_card
-from requant_eval.render.document import Figure
 from requant_eval.render.set_tables import waterfall_table
 from requant_eval.report.assemble import build
 from requant_eval.report.schema import check
@@ -87,7 +86,7 @@ def test_the_step_stands_in_the_waterfall_of_its_set() -> None:
     assert rows["gptq -> vllm"][2].startswith("+0.01")
     for text in (markdown.render(report), model_card.model_card(report), html.render(report)):
         assert "served in bfloat16 on cpu, 3 documents" in text
-    drawn = charts.waterfall(Figure("steps", of(report, "in-domain") | {"gates": []}).data)
+    drawn = charts.waterfall(of(report, "in-domain") | {"gates": []})
     assert [(r.label, r.note) for r in drawn.rows if "vllm" in r.label] == [
         ("gptq in vllm", "served in bfloat16 on cpu, 3 documents")
     ]

@@ -5,6 +5,7 @@
     statistics       document-clustered means, paired differences, intervals
     loss_by_change   loss of tokens by how much they changed
     engine_step      what an engine scores against our own forward
+    facts            what the report reads of a run's facts
     lookup           a metric's estimate in a set's section
     records          the parts of a set's section, as the report's schema has them
 

@@ -4,14 +4,14 @@ What differs is the rounding of the engine's kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import records
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.facts import Facts, ProofFacts
 
 
 def step(
@@ -48,20 +48,20 @@ def _known(estimate: st.Estimate) -> records.Estimate:
     return found
 
 
-def proofs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def proofs(facts: Facts) -> list[tuple[str, ProofFacts]]:
     """(variant, result of verifying its checkpoint), in the order of the stages."""
     found = (("gptq", facts.get("verify")), ("healed", (facts.get("heal") or {}).get("verify")))
     return [(variant, proof) for variant, proof in found if proof]
 
 
-def steps(facts: Mapping[str, Any], name: str, digest: str) -> list[records.KernelStep]:
+def steps(facts: Facts, name: str, digest: str) -> list[records.KernelStep]:
     """The steps into engines, as far as they were measured on the evaluation set of this digest."""
     return [
         {
             "from": variant,
             "to": engine["engine"],
             "kind": "kernel",
-            "delta": engine["delta"],
+            "delta": delta,
             "loss_percent": engine["loss_percent"],
             "n_documents": engine["n_documents"],
             "n_tokens": engine["n_tokens"],
@@ -71,14 +71,14 @@ def steps(facts: Mapping[str, Any], name: str, digest: str) -> list[records.Kern
         for variant, proof in proofs(facts)
         if (proof.get("sample_set"), proof.get("sample_digest")) == (name, digest)
         for engine in proof.get("engines") or []
-        if engine.get("delta") and engine["delta"]["value"] is not None
+        if (delta := engine.get("delta")) and delta["value"] is not None
     ]
 
 
-def speeds(facts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def speeds(facts: Facts) -> dict[str, dict[str, float]]:
     """variant -> engine -> tokens per second while decoding one sequence, where it was measured."""
     found = {
-        variant: {e["engine"]: e["tokens_per_second"] for e in proof.get("engines") or [] if e.get("tokens_per_second")}
+        variant: {e["engine"]: rate for e in proof.get("engines") or [] if (rate := e.get("tokens_per_second"))}
         for variant, proof in proofs(facts)
     }
     return {variant: speed for variant, speed in found.items() if speed}

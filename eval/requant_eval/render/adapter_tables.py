@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
+from requant_eval.metrics.facts import CanaryFacts, Facts, ModuleFacts, SuggestionFacts
 from requant_eval.render.tables import WORST_MODULES, Table
 from requant_eval.report.number_format import format_bytes, format_estimate
-from requant_eval.report.records import ModuleRow
 
 _PLACE = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
@@ -32,9 +31,9 @@ class Cell:
     retention: float | None
 
 
-def cells(facts: Mapping[str, Any]) -> list[Cell]:
+def cells(facts: Facts) -> list[Cell]:
     """Every quantized module of the report, by layer; modules outside the layers are left out."""
-    found: dict[tuple[int, str], list[ModuleRow]] = {}
+    found: dict[tuple[int, str], list[ModuleFacts]] = {}
     for m in _modules(facts):
         place = _PLACE.match(str(m.get("name")))
         if place:
@@ -42,7 +41,7 @@ def cells(facts: Mapping[str, Any]) -> list[Cell]:
     return [_cell(layer, module, many) for (layer, module), many in sorted(found.items(), key=lambda x: x[0][0])]
 
 
-def _cell(layer: int, module: str, many: Sequence[ModuleRow]) -> Cell:
+def _cell(layer: int, module: str, many: Sequence[ModuleFacts]) -> Cell:
     loss = sum(m["loss"] for m in many)
     whole = sum(m["loss"] / error**2 for m in many if (error := m.get("relative_error")))
     adapted = [m for m in many if m.get("signal") is not None]
@@ -58,7 +57,7 @@ def _cell(layer: int, module: str, many: Sequence[ModuleRow]) -> Cell:
     )
 
 
-def survival_table(facts: Mapping[str, Any]) -> Table:
+def survival_table(facts: Facts) -> Table:
     """Layer x module: the adapter's signal to noise; no rows where the run did not measure it."""
     known = [c for c in cells(facts) if c.signal_to_noise is not None]
     modules = list(dict.fromkeys(c.module for c in known))
@@ -79,7 +78,7 @@ def survival_table(facts: Mapping[str, Any]) -> Table:
     )
 
 
-def worst_modules_table(facts: Mapping[str, Any]) -> Table:
+def worst_modules_table(facts: Facts) -> Table:
     """The modules with the lowest signal to noise of the adapter, worst first."""
     known = [(m, float(ratio)) for m in _modules(facts) if (ratio := m.get("signal_to_noise")) is not None]
     worst = sorted(known, key=lambda found: found[1])[:WORST_MODULES]
@@ -104,7 +103,7 @@ def worst_modules_table(facts: Mapping[str, Any]) -> Table:
     )
 
 
-def survival_lines(facts: Mapping[str, Any]) -> list[str]:
+def survival_lines(facts: Facts) -> list[str]:
     """The adapter's signal to noise and retention, measured and predicted, in sentences.
 
     [] when neither is known.
@@ -128,14 +127,18 @@ def survival_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def delta_retention(facts: Mapping[str, Any]) -> float | None:
+def delta_retention(facts: Facts) -> float | None:
     """<Q - D, dW> / <dW, dW> over all adapted modules together; None when no run measured it."""
-    known = [(part, m["delta_norm"] ** 2) for m in _modules(facts) if (part := m.get("retention")) is not None]
+    known = [
+        (part, size**2)
+        for m in _modules(facts)
+        if (part := m.get("retention")) is not None and (size := m.get("delta_norm")) is not None
+    ]
     whole = sum(square for _, square in known)
     return sum(part * square for part, square in known) / whole if whole > 0 else None
 
 
-def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
+def suggestion_table(suggestion: SuggestionFacts) -> Table:
     """Gain and cost of more bits, by candidate."""
     lost = suggestion["before"]["kl"]["value"]
     rows = tuple(
@@ -145,7 +148,7 @@ def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
             _ratio(u["signal_to_noise"]) or "no adapter",
             _percent(u["relative_error"]),
             format_estimate(u["gain"]["kl"], signed=True),
-            _percent(u["gain"]["kl"]["value"] / lost) if lost else "",
+            _percent(gain / lost) if lost and (gain := u["gain"]["kl"]["value"]) is not None else "",
             format_bytes(u["bytes"]),
             "yes" if u["helps"] else "no",
         )
@@ -170,7 +173,7 @@ def suggestion_table(suggestion: Mapping[str, Any]) -> Table:
     return Table(title="More bits where they count", columns=columns, rows=rows, note=note)
 
 
-def canaries_line(canaries: Mapping[str, Any]) -> str:
+def canaries_line(canaries: CanaryFacts) -> str:
     """ "adapter 18/20 -> merged 18/20 -> gptq 16/20", base first in words of its own."""
     total, right = canaries["total"], dict(canaries["right"])
     base = right.pop("base", None)
@@ -178,7 +181,7 @@ def canaries_line(canaries: Mapping[str, Any]) -> str:
     return way + (f" (the base without the adapter: {base}/{total})" if base is not None else "")
 
 
-def canaries_table(canaries: Mapping[str, Any]) -> Table:
+def canaries_table(canaries: CanaryFacts) -> Table:
     """Canaries whose answers differ between variants, the base aside."""
     names = [n for n in canaries["right"] if n != "base"]
     rows = tuple(
@@ -194,7 +197,7 @@ def canaries_table(canaries: Mapping[str, Any]) -> Table:
     return Table(title="Canaries answered differently", columns=columns, rows=rows, text=len(columns))
 
 
-def _modules(facts: Mapping[str, Any]) -> Sequence[ModuleRow]:
+def _modules(facts: Facts) -> Sequence[ModuleFacts]:
     return (facts.get("quantize") or {}).get("modules") or []
 
 

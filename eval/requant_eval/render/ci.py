@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
-from typing import Any
 
 from requant_eval.render.tables import gates_table, options_table
-from requant_eval.report.records import GateResult
+from requant_eval.report.records import GateResult, Report
 
 EXIT_CODES = {"pass": 0, "none": 0, "fail": 3, "inconclusive": 4}
 
 
-def junit(report: Mapping[str, Any]) -> str:
+def junit(report: Report) -> str:
     """JUnit XML with one test case a gate.
 
     A failed gate is a failure, an inconclusive one an error.
@@ -34,7 +32,7 @@ def junit(report: Mapping[str, Any]) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Report) -> str:
     """Verdict, headline, gates and the ways to deploy in Markdown, for `GITHUB_STEP_SUMMARY`."""
     gates = gates_table(report)
     parts = [f"## {report['verdict']['line']}", report["headline"]]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.console import Group
 from rich.text import Text
 
 from requant_eval.render.document import Bullets, Document, Section
 from requant_eval.render.tables import Table
 from requant_eval.render.terminal import shown
+from requant_eval.report.compare import Comparison, Pair
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
 
 UNDECIDED = "cannot be told apart"
 
 
-def runs_table(comparison: Mapping[str, Any]) -> Table:
+def runs_table(comparison: Comparison) -> Table:
     """Every run: perplexity by shared set, size, time, and whether it is on the Pareto front."""
     names = [s["name"] for s in comparison["sets"]]
     rows = tuple(
@@ -39,7 +37,7 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
     return Table(title="Runs", columns=columns, rows=rows, note=note, text=3)
 
 
-def pairs_table(comparison: Mapping[str, Any]) -> Table:
+def pairs_table(comparison: Comparison) -> Table:
     """Who is better on which set, paired by document."""
     rows = tuple(
         (
@@ -57,7 +55,7 @@ def pairs_table(comparison: Mapping[str, Any]) -> Table:
     return Table(title="Who is better", columns=columns, rows=rows, note=note, text=3)
 
 
-def line(comparison: Mapping[str, Any]) -> str:
+def line(comparison: Comparison) -> str:
     """The comparison in one line."""
     said = []
     for s in comparison["sets"]:
@@ -66,7 +64,7 @@ def line(comparison: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
-def document(comparison: Mapping[str, Any]) -> Document:
+def document(comparison: Comparison) -> Document:
     """The comparison for Markdown and HTML."""
     tokens = ", ".join(f"{s['name']}: {s['n_documents']} documents, {s['n_scored']} tokens" for s in comparison["sets"])
     left = (Bullets(tuple(comparison["left_out"])),) if comparison["left_out"] else ()
@@ -84,7 +82,7 @@ def document(comparison: Mapping[str, Any]) -> Document:
     )
 
 
-def terminal(comparison: Mapping[str, Any]) -> Group:
+def terminal(comparison: Comparison) -> Group:
     """The comparison on a terminal."""
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in comparison["warnings"]]
     left = [Text(f"Not in all runs, left out: {', '.join(comparison['left_out'])}.")] if comparison["left_out"] else []
@@ -92,12 +90,12 @@ def terminal(comparison: Mapping[str, Any]) -> Group:
     return Group(Text(line(comparison), style="bold"), *warnings, *tables, *left)
 
 
-def _best(names: list[str], pairs: list[Mapping[str, Any]]) -> str | None:
+def _best(names: list[str], pairs: list[Pair]) -> str | None:
     """The run that is surely better than each other one."""
     return next((n for n in names if all(p["better"] == n for p in pairs if n in (p["a"], p["b"]))), None)
 
 
-def _undecided(pair: Mapping[str, Any]) -> str:
+def _undecided(pair: Pair) -> str:
     return "equal" if pair["delta"]["value"] == pair["delta"]["se"] == 0 else UNDECIDED
 
 

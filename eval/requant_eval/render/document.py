@@ -6,18 +6,19 @@ report to draw it from. Formats without pictures leave figures out, so each numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from requant_eval.metrics.engine_step import proofs
+from requant_eval.metrics.facts import Facts, HealFacts, known_facts
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.render import adapter_tables
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.heal_tables import heal_tables
 from requant_eval.render.set_tables import set_tables
 from requant_eval.render.tables import Table, cost_tables, facts_table, gates_table, modules_table, options_table
-from requant_eval.report.records import GateResult
+from requant_eval.report.records import GateResult, Report
 
 LONGEST = 300  # rows of a folded table
 LIMITS = (
@@ -60,13 +61,30 @@ class SetWithGates(EvaluationSet):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of numbers that a table beside it gives as well.
-
-    data: the part of the report that it is drawn from.
-    """
+    """A figure of numbers that a table beside it gives as well; its `data` is what it is drawn from."""
 
     kind: Literal["steps", "kl", "flips", "tails", "modules", "healing"]
-    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SetFigure(Figure):
+    """A figure of one evaluation set: steps, kl, flips or tails."""
+
+    data: SetWithGates
+
+
+@dataclass(frozen=True)
+class HealingFigure(Figure):
+    """The figure of the healing."""
+
+    data: HealFacts
+
+
+@dataclass(frozen=True)
+class ModulesFigure(Figure):
+    """The figure of the quantized modules."""
+
+    data: Facts
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ class Document:
     verdict: str = ""
 
 
-def document(report: Mapping[str, Any]) -> Document:
+def document(report: Report) -> Document:
     """The whole report; sections without content are left out."""
     created = report["created"]
     return Document(
@@ -113,8 +131,8 @@ def document(report: Mapping[str, Any]) -> Document:
     )
 
 
-def _sections(report: Mapping[str, Any]) -> Iterator[Section]:
-    facts = report["facts"]
+def _sections(report: Report) -> Iterator[Section]:
+    facts = known_facts(report["facts"])
     yield Section("Warnings", (Bullets(tuple(report["warnings"])),) if report["warnings"] else ())
     gates, way = gates_table(report), report["recommendation"]
     yield Section("Gates", (gates,) if gates.rows else ())
@@ -142,7 +160,7 @@ def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:
     """One evaluation set: tables, figures in front of theirs; figures get the set's gates too."""
     mark = " (in-domain)" if s["in_domain"] and s["name"] != "in-domain" else ""
     data: SetWithGates = {**s, "gates": gates}
-    figures: dict[str, Figure] = {kind: Figure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
+    figures: dict[str, Figure] = {kind: SetFigure(kind, data) for kind in ("steps", "kl", "flips", "tails")}
     blocks: list[Block] = []
     for table in set_tables(s):
         if table.key in figures:
@@ -151,24 +169,25 @@ def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:
     return Section(f"{s['name']}{mark}", tuple(blocks))
 
 
-def _healing(report: Mapping[str, Any]) -> Iterator[Block]:
+def _healing(report: Report) -> Iterator[Block]:
+    facts = known_facts(report["facts"]).get("heal")
     for table in heal_tables(report):
-        if table.key == "healing":
-            yield Figure("healing", report["facts"]["heal"])
+        if table.key == "healing" and facts:
+            yield HealingFigure("healing", facts)
         yield table
 
 
-def _modules(facts: Mapping[str, Any]) -> Iterator[Block]:
+def _modules(facts: Facts) -> Iterator[Block]:
     worst = modules_table(facts)
     if worst.rows:
-        yield Figure("modules", facts)
+        yield ModulesFigure("modules", facts)
         yield worst
         longer = modules_table(facts, most=LONGEST)
         if len(longer.rows) > len(worst.rows):
             yield Folded(longer)
 
 
-def _canaries(facts: Mapping[str, Any]) -> Iterator[Block]:
+def _canaries(facts: Facts) -> Iterator[Block]:
     """How many canaries each variant answers right, and where variants differ."""
     canaries = facts.get("canaries")
     if not canaries:
@@ -180,7 +199,7 @@ def _canaries(facts: Mapping[str, Any]) -> Iterator[Block]:
         yield different
 
 
-def _survival(facts: Mapping[str, Any]) -> Iterator[Block]:
+def _survival(facts: Facts) -> Iterator[Block]:
     """The adapter's signal to noise by module, and the modules worth more bits."""
     if said := adapter_tables.survival_lines(facts):
         yield Bullets(tuple(said))
@@ -194,8 +213,8 @@ def _survival(facts: Mapping[str, Any]) -> Iterator[Block]:
             yield Code("In the recipe, in place of quantize.overrides", "yaml", suggestion["patch"].rstrip())
 
 
-def _reproduce(report: Mapping[str, Any]) -> Iterator[Block]:
-    facts = report["facts"]
+def _reproduce(report: Report) -> Iterator[Block]:
+    facts = known_facts(report["facts"])
     inputs = {key: facts.get(key) for key in ("base", "adapter")}
     sets = {s["name"]: f"sha256 {s['digest']}, fingerprint {s['fingerprint']}" for s in report["sets"]}
     for t in (

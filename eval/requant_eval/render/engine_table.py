@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from requant_eval.metrics.facts import EngineFacts, ProofFacts
+from requant_eval.metrics.records import Estimate
 from requant_eval.render.tables import Table
 from requant_eval.report.number_format import format_estimate, format_seconds
 
@@ -20,7 +19,7 @@ COLUMNS = (
 )
 
 
-def checks_table(variant: str, proof: Mapping[str, Any]) -> Table:
+def checks_table(variant: str, proof: ProofFacts) -> Table:
     """Our decoding first, then every engine. Empty when nothing was scored."""
     title = f"{variant} in each engine"
     if proof.get("perplexity") is None:
@@ -36,17 +35,18 @@ def checks_table(variant: str, proof: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=COLUMNS, rows=tuple(rows), note=note, text=3)
 
 
-def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(engine: EngineFacts) -> tuple[str, ...]:
     names = ", ".join(f"{k} {v}" for k, v in engine["versions"].items() if k != "torch") or engine["engine"]
     if engine["error"] is not None:
         return (names, "does not load", engine["dtype"], "", "", "", "", "")
+    unpaired: Estimate = {"value": engine["difference"], "se": None, "low": None, "high": None}
     same = "" if engine["ok"] else " (too far)"
     return (
         names,
         ", ".join(engine["kernels"]),
         f"{engine['dtype']} on {engine['device']}",
         f"{engine['perplexity']:.4f}",
-        format_estimate(engine.get("delta") or {"value": engine["difference"]}, signed=True) + same,
+        format_estimate(engine.get("delta") or unpaired, signed=True) + same,
         f"{engine['tolerance']:g}",
         format_seconds(engine["load_seconds"]),
         f"{speed:.4g}" if (speed := engine.get("tokens_per_second")) else "",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from requant_eval.metrics.facts import known_facts
 from requant_eval.render.tables import Table, facts_table
 from requant_eval.report.number_format import format_estimate, format_value
+from requant_eval.report.records import Report
 
 
-def heal_tables(report: Mapping[str, Any]) -> list[Table]:
+def heal_tables(report: Report) -> list[Table]:
     """Effect on each set, held-out KL by step, settings; empty without healing."""
-    facts = report["facts"].get("heal")
+    facts = known_facts(report["facts"]).get("heal")
     if not facts:
         return []
     guard = [

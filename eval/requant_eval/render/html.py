@@ -9,10 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -20,6 +18,7 @@ from markupsafe import Markup, escape
 from requant_eval.render.charts import charts
 from requant_eval.render.document import Document, Figure, Folded, document
 from requant_eval.report.number_format import read_number
+from requant_eval.report.records import Report
 
 LIMIT = 300_000
 LEFT_OUT = (("The longest tables were", (Folded,)), ("The longest tables and all figures were", (Folded, Figure)))
@@ -28,7 +27,7 @@ NAME = re.compile(r"`([^`]+)`")
 INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])(.*)", re.DOTALL)
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Report) -> str:
     """The whole report as one HTML page."""
     return page(document(report))
 
@@ -76,7 +75,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "kind": lambda block: type(block).__name__,
+        "kind": lambda block: "Figure" if isinstance(block, Figure) else type(block).__name__,
         "cell": _cell,
         "order": _order,
         "tie": _tie,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from requant_eval.render.document import Block, Bullets, Code, Document, Figure, Folded, Paragraph, document
 from requant_eval.render.model_card import model_card
 from requant_eval.render.tables import Table
+from requant_eval.report.records import Report
 
 __all__ = ["model_card", "page", "render"]
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Report) -> str:
     """The whole report as Markdown."""
     return page(document(report))
 

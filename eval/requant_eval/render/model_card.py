@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from requant_eval.metrics.engine_step import proofs
+from requant_eval.metrics.facts import known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.engine_table import checks_table
@@ -15,6 +16,7 @@ from requant_eval.render.set_tables import protocol, retention_table, variants_t
 from requant_eval.render.tables import facts_table
 from requant_eval.report.headline import REFERENCE_NAMES, final_variant, headline, method
 from requant_eval.report.number_format import format_value
+from requant_eval.report.records import Report
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -39,13 +41,13 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `PATH` is this directory or its id on a hub."""
 
 
-def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
+def model_card(report: Report, without: str | None = None) -> str:
     """The card as Markdown: front matter, headline, quality, how to serve, provenance.
 
     without: a variant to leave out, because the checkpoint neither is it nor was made of it.
     """
     report = report if without is None else _without(report, without)
-    facts = report["facts"]
+    facts = known_facts(report["facts"])
     name = str(report["name"] or "gptq-checkpoint")
     parts = [
         _front_matter(report, name),
@@ -78,12 +80,11 @@ def model_card(report: Mapping[str, Any], without: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _without(report: Mapping[str, Any], variant: str) -> dict[str, Any]:
+def _without(report: Report, variant: str) -> Report:
     """The report without `variant`."""
-    kept: dict[str, Any] = dict(report)
-    kept["sets"] = [
-        dict(s)
-        | {
+    sets: list[EvaluationSet] = [
+        {
+            **s,
             "variants": [v for v in s["variants"] if v["name"] != variant],
             "edges": [e for e in s["edges"] if variant not in (e["from"], e["to"])],
             "kernels": [e for e in s.get("kernels") or [] if e["from"] != variant],
@@ -91,18 +92,19 @@ def _without(report: Mapping[str, Any], variant: str) -> dict[str, Any]:
         }
         for s in report["sets"]
     ]
-    return kept | {"headline": headline(kept), "gates": []}  # the gates judged what ships
+    kept: Report = {**report, "sets": sets, "gates": []}  # the gates judged what ships
+    return {**kept, "headline": headline(kept)}
 
 
-def _verb(report: Mapping[str, Any]) -> str:
+def _verb(report: Report) -> str:
     final = final_variant(report)
     return "quantized" if final in (None, "merged") else f"quantized ({method(report, str(final))})"
 
 
-def _front_matter(report: Mapping[str, Any], name: str) -> str:
+def _front_matter(report: Report, name: str) -> str:
     """YAML; strings are written as JSON strings, which are YAML."""
     lines = ["---"]
-    base = _hub_id(report["facts"].get("base"))
+    base = _hub_id(known_facts(report["facts"]).get("base"))
     if base:
         lines += [f"base_model: {_quoted(base)}", "base_model_relation: quantized"]
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gptq", "- requant"]
@@ -112,7 +114,7 @@ def _front_matter(report: Mapping[str, Any], name: str) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _results(report: Mapping[str, Any]) -> list[str]:
+def _results(report: Report) -> list[str]:
     """model-index entries of the variant that ships, one a set, with the report's digits."""
     final = final_variant(report)
     lines = []
@@ -152,7 +154,7 @@ def _interval(estimate: Estimate) -> str:
     return "" if estimate["low"] is None else f", 95 % interval {low} to {high}"
 
 
-def _hub_id(base: Any) -> str | None:
+def _hub_id(base: str | Mapping[str, Any] | None) -> str | None:
     name = base.get("name") if isinstance(base, Mapping) else base
     return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
+from requant_eval.metrics.facts import Facts, ModuleFacts
 from requant_eval.render import svg
 from requant_eval.render.chart import Chart, Row
 from requant_eval.render.svg import Scale
 from requant_eval.report.number_format import format_value
-from requant_eval.report.records import ModuleRow
 
 LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 STRIP = 30  # pixels of a row of the module map
 
 
-def module_maps(facts: Mapping[str, Any]) -> list[Chart]:
+def module_maps(facts: Facts) -> list[Chart]:
     """Maps, layer x module, of relative output error and of the adapter's signal to noise."""
     modules = (facts.get("quantize") or {}).get("modules") or []
     error = "Relative output error of every quantized linear"
@@ -28,7 +27,7 @@ def module_maps(facts: Mapping[str, Any]) -> list[Chart]:
     return [module_map(modules, "relative_error", error), module_map(modules, "signal_to_noise", signal, log=True)]
 
 
-def module_map(modules: Sequence[ModuleRow], key: str, what: str, *, log: bool = False) -> Chart:
+def module_map(modules: Sequence[ModuleFacts], key: str, what: str, *, log: bool = False) -> Chart:
     """One row a kind of linear, one bar a layer; height and shade both show the value.
 
     Modules that share a place (experts) are drawn as the worst of them: the largest error, the smallest signal.
@@ -67,7 +66,7 @@ def module_map(modules: Sequence[ModuleRow], key: str, what: str, *, log: bool =
 
 
 def _places(
-    modules: Sequence[ModuleRow], key: str, *, worst: Callable[[float, float], float]
+    modules: Sequence[ModuleFacts], key: str, *, worst: Callable[[float, float], float]
 ) -> dict[str, dict[int, float]]:
     """{kind: {layer: value}} in the model's order; a kind gets its last name if that is unique."""
     full: dict[str, dict[int, float]] = {}

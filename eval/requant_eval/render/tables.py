@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from requant_eval.metrics.facts import Facts
 from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
 from requant_eval.report.recommend import OPTIONS
+from requant_eval.report.records import Report
 
 WORST_MODULES = 10
 
@@ -41,7 +42,7 @@ class Table:
         return f"### {self.title}\n\n{table}" + (f"\n\n{self.note}" if self.note else "")
 
 
-def gates_table(report: Mapping[str, Any]) -> Table:
+def gates_table(report: Report) -> Table:
     """Every gate: its limit, what was measured, its status."""
     rows = []
     for g in report["gates"]:
@@ -61,7 +62,7 @@ def gates_table(report: Mapping[str, Any]) -> Table:
     )
 
 
-def options_table(report: Mapping[str, Any]) -> Table:
+def options_table(report: Report) -> Table:
     """The ways to deploy: needs, size, loss, speed."""
     options = report["recommendation"]["options"]
     names = [s["name"] for s in report["sets"]]
@@ -93,12 +94,12 @@ def options_table(report: Mapping[str, Any]) -> Table:
     return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, text=3)
 
 
-def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Table:
+def modules_table(facts: Facts, *, most: int = WORST_MODULES) -> Table:
     """The modules with the largest relative output error, worst first, at most so many."""
     modules = (facts.get("quantize") or {}).get("modules") or []
-    known = [m for m in modules if m.get("relative_error") is not None]
-    known.sort(key=lambda m: -float(m["relative_error"]))
-    worst = known[:most]
+    known = [(m, float(error)) for m in modules if (error := m.get("relative_error")) is not None]
+    known.sort(key=lambda found: -found[1])
+    worst: list[Mapping[str, object]] = [m for m, _ in known[:most]]
     optional = {
         "bits": "bits",
         "group_size": "group",
@@ -119,13 +120,17 @@ def modules_table(facts: Mapping[str, Any], *, most: int = WORST_MODULES) -> Tab
     )
 
 
-def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
+def cost_tables(facts: Facts) -> list[Table]:
     """Bytes of every artifact; seconds and peak memory (also GPU memory) of every stage."""
     cost = facts.get("cost") or {}
     sizes = tuple((name, format_bytes(n)) for name, n in (cost.get("bytes") or {}).items() if n is not None)
-    columns = [("time", "seconds", format_seconds), ("peak memory", "peak_rss", format_bytes)]
-    columns += [("peak GPU memory", "peak_device", format_bytes)] if cost.get("peak_device") else []
-    known = [(cost.get(key) or {}, shown) for _, key, shown in columns]
+    columns: list[tuple[str, Mapping[str, float], Callable[[float], str]]] = [
+        ("time", cost.get("seconds") or {}, format_seconds),
+        ("peak memory", cost.get("peak_rss") or {}, format_bytes),
+    ]
+    if on_device := cost.get("peak_device"):
+        columns.append(("peak GPU memory", on_device, format_bytes))
+    known = [(values, shown) for _, values, shown in columns]
     stages = tuple(
         (name, *(shown(values[name]) if values.get(name) is not None else "" for values, shown in known))
         for name in dict.fromkeys(name for values, _ in known for name in values)
@@ -137,7 +142,7 @@ def cost_tables(facts: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def facts_table(title: str, facts: Any, *, skip: Sequence[str] = ()) -> Table:
+def facts_table(title: str, facts: object, *, skip: Sequence[str] = ()) -> Table:
     """Any mapping as name and value; nested names are joined with a dot."""
     rows = tuple((name, text) for name, text in _flat(facts) if name.split(".")[0] not in skip)
     return Table(title=title, columns=("fact", "value"), rows=rows, text=2)
@@ -156,12 +161,12 @@ def _option_loss(estimate: Estimate | None) -> str:
     return format_estimate(estimate, signed=True, unit=" %")
 
 
-def _speed(speed: Any) -> str:
+def _speed(speed: Mapping[str, float] | None) -> str:
     """One number for each engine."""
     return ", ".join(f"{engine} {_cell(value)}" for engine, value in (speed or {}).items()) or "not measured"
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
         return [row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
     if value is None or value == "" or value == []:
@@ -169,7 +174,7 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, ", ".join(_cell(v) for v in value) if isinstance(value, list) else _cell(value))]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

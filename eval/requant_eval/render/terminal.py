@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from requant_eval.metrics.facts import known_facts
 from requant_eval.render import adapter_tables
 from requant_eval.render.set_tables import divergence_table, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import Table, gates_table, options_table
+from requant_eval.report.records import Report
 
 STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "none": "dim"}
 
 
-def table(report: Mapping[str, Any]) -> Group:
+def table(report: Report) -> Group:
     """Verdict, warnings, and for every set perplexity, steps, KL and retention; fits 80 columns."""
     parts: list[RenderableType] = [decision(report)]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report["warnings"]]
@@ -28,12 +29,12 @@ def table(report: Mapping[str, Any]) -> Group:
             divergence_table(s).select("variant", "mean KL", "p99", "same top-1"),
             retention_table(s),
         )
-    if canaries := report["facts"].get("canaries"):
+    if canaries := known_facts(report["facts"]).get("canaries"):
         parts += [Text(), Text(f"canaries: {adapter_tables.canaries_line(canaries)}")]
     return Group(*parts)
 
 
-def decision(report: Mapping[str, Any]) -> Group:
+def decision(report: Report) -> Group:
     """Verdict, headline, gates, ways to deploy, recommendation; fits 80 columns."""
     verdict = report["verdict"]
     losses = (f"perplexity, {s['name']}" for s in report["sets"])
@@ -53,13 +54,13 @@ def shown(*tables: Table) -> list[RenderableType]:
     return [part for content in tables if content.rows for part in (Text(), _rich(content))]
 
 
-def suggestion(report: Mapping[str, Any]) -> RenderableType:
+def suggestion(report: Report) -> RenderableType:
     """The table of `report --suggest`.
 
     The caller prints the patch, so that it can be copied.
     """
-    found = report["facts"]["suggestion"]
-    if not found["units"]:
+    found = known_facts(report["facts"])["suggestion"]
+    if found is None or not found["units"]:
         return Text("Nothing to lift: everything has 8 bits.")
     shown = ("modules", "bits", "gain", "of the loss", "larger by", "in the patch")
     return _rich(adapter_tables.suggestion_table(found).select(*shown))

@@ -2,20 +2,7 @@
 
 The dict has no NaN: numbers that are unknown or not defined (retention where the adapter gains nothing) are null.
 
-`facts` is kept whole. Keys that the renderings read, all optional:
-
-    name, created: str    recipe: YAML text    base, adapter: name, or {"name": ...}    warnings: [str]
-    merge:       {"dtype", "why", "ledger": {kind: count}, "selftest": ...}
-    quantize:    {"settings": {"bits", "group_size", ...}, "bits_per_weight": float, "modules": [{"name", "bits",
-                 "group_size", "loss", "relative_error", "rtn_error", "damp", "fallback", "signal",
-                 "signal_to_noise", "retention", "output_retention", "delta_norm", ...}],
-                 "resonance": {"retention": estimate, "modules": int, "blocks": [text], "relative_delta": float}}
-    canaries:    what `scoring.canaries.result` returns
-    suggestion:  {"units": [...], "patch": YAML text, "before": {"kl": estimate}, "sample": {"tokens": int}}
-    calibration: {..., "overlap": {set name: share of its 13-grams}}
-    cost:        {"bytes": {artifact: int}, "seconds": {stage: float}, "peak_rss": {stage: bytes}}
-    verify:      the result of verifying gptq; heal.verify: the same of healed
-    versions, hardware: {name: text}
+`facts` is kept whole; `metrics.facts` lists the keys that the renderings read.
 """
 
 from __future__ import annotations
@@ -25,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,15 +20,17 @@ from requant_eval.errors import EvaluationError
 from requant_eval.gate import Gate
 from requant_eval.metrics import engine_step
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.facts import Facts, known_facts
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.metrics.set_metrics import SetResult, fingerprint, section
 from requant_eval.report.headline import headline
 from requant_eval.report.recommend import recommend
+from requant_eval.report.records import Report
 from requant_eval.report.verdict import judge, verdict
 
 __all__ = ["SCHEMA_VERSION", "SetResult", "build", "conclude", "dumps", "fingerprint", "plain", "save", "save_text"]
 
-SCHEMA_VERSION = 2  # 1: no gates, verdict, recommendation and tails; document sums of n and nll alone
+SCHEMA_VERSION: Literal[2] = 2  # 1: no gates, verdict, recommendation and tails; document sums of n and nll alone
 OVERLAP_LIMIT = 0.01
 NUMBERS = re.compile(r"\[\n[-+.,\deE\s]*\]")  # in JSON a line break is never inside a string
 
@@ -52,7 +41,7 @@ def build(
     facts: Mapping[str, Any],
     in_domain: str | None = None,
     gates: Sequence[Gate] = (),
-) -> dict[str, Any]:
+) -> Report:
     """The report as a dict of JSON types.
 
     KL and agreement of every variant are against `adapter`, or `merged` where `adapter` was not scored.
@@ -63,39 +52,39 @@ def build(
     """
     if not sets:
         raise EvaluationError("no evaluation set was scored: nothing to report")
-    home = in_domain or sets[0].name
+    home, known = in_domain or sets[0].name, known_facts(facts)
     rendered: list[EvaluationSet] = [
-        {**section(s, in_domain=s.name == home), "kernels": engine_step.steps(facts, s.name, s.digest)} for s in sets
+        {**section(s, in_domain=s.name == home), "kernels": engine_step.steps(known, s.name, s.digest)} for s in sets
     ]
-    report: dict[str, Any] = {
+    report: Report = {
         "schema_version": SCHEMA_VERSION,
-        "name": facts.get("name"),
-        "created": facts.get("created"),
-        "verdict": {},
+        "name": known.get("name"),
+        "created": known.get("created"),
+        "verdict": {"status": "none", "line": "", "more_documents": None},
         "headline": "",
         "gates": [],
-        "recommendation": {},
+        "recommendation": {"choice": None, "text": "", "rule": "", "options": [], "adapters_from": None},
         "sets": rendered,
         "facts": dict(facts),
-        "warnings": [*(facts.get("warnings") or []), *_warnings(rendered, facts)],
+        "warnings": [*(known.get("warnings") or []), *_warnings(rendered, known)],
     }
-    cleaned: dict[str, Any] = plain(report)
+    cleaned: Report = plain(report)
     return conclude(cleaned, gates)
 
 
-def conclude(report: dict[str, Any], gates: Sequence[Gate]) -> dict[str, Any]:
+def conclude(report: Report, gates: Sequence[Gate]) -> Report:
     """The report with headline, gates, verdict and recommendation, computed from its numbers."""
     judged = judge(report, gates)
-    drawn = {
+    return {
+        **report,
         "headline": headline(report),
-        "gates": judged,
-        "verdict": verdict(report, judged),
-        "recommendation": recommend(report, gates),
+        "gates": plain(judged),
+        "verdict": plain(verdict(report, judged)),
+        "recommendation": plain(recommend(report, gates)),
     }
-    return report | {key: plain(value) for key, value in drawn.items()}
 
 
-def dumps(report: Mapping[str, Any]) -> str:
+def dumps(report: Mapping[str, object]) -> str:
     """The report as JSON text, each list of numbers on one line.
 
     Raises:
@@ -122,7 +111,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _warnings(sets: Sequence[EvaluationSet], facts: Mapping[str, Any]) -> list[str]:
+def _warnings(sets: Sequence[EvaluationSet], facts: Facts) -> list[str]:
     found = []
     for s in sets:
         if s["few_documents"]:
@@ -149,7 +138,7 @@ def _warnings(sets: Sequence[EvaluationSet], facts: Mapping[str, Any]) -> list[s
     return found
 
 
-def save(report: Mapping[str, Any], path: Path) -> None:
+def save(report: Mapping[str, object], path: Path) -> None:
     """Writes `report.json`, whole or not at all."""
     save_text(path, dumps(report))
 

@@ -5,17 +5,22 @@ Needs the reports only: each has the sums over documents of every variant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.facts import Facts, known_facts
+from requant_eval.metrics.lookup import step_from_reference
+from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.assemble import plain
 from requant_eval.report.headline import final_variant
+from requant_eval.report.records import Report
 from requant_eval.report.verdict import judge, saved_gates, verdict
 
 # The stages that make a variant; the others are used as they came.
@@ -26,7 +31,57 @@ STAGES_OF = {
     "gptq": ("merge", "quantize"),
     "healed": ("merge", "quantize", "heal"),
 }
-IDENTITY = ("digest", "fingerprint")
+IDENTITY: tuple[Literal["digest"], Literal["fingerprint"]] = ("digest", "fingerprint")
+
+
+class RunNumbers(TypedDict):
+    """One run on one shared set. loss_percent: against the reference, None for the reference itself."""
+
+    ppl: Estimate
+    loss_percent: Estimate | None
+
+
+class ComparedRun(TypedDict):
+    """One run of a comparison; `compare` says what its values mean."""
+
+    name: str
+    variant: str
+    bytes: int | None
+    seconds: float | None
+    machine: str | None
+    status: str
+    sets: dict[str, RunNumbers]
+    dominated_by: str | None
+
+
+class Pair(TypedDict):
+    """Two runs on one set, paired by document; differences are b minus a."""
+
+    a: str
+    b: str
+    delta: Estimate
+    percent: Estimate
+    better: str | None
+
+
+class ComparedSet(TypedDict):
+    """A set that all runs share, and every pair of runs on it."""
+
+    name: str
+    digest: str
+    fingerprint: str
+    n_documents: int
+    n_scored: int
+    pairs: list[Pair]
+
+
+class Comparison(TypedDict):
+    """The comparison as JSON types; `compare` says what its values mean."""
+
+    runs: list[ComparedRun]
+    sets: list[ComparedSet]
+    left_out: list[str]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -34,11 +89,11 @@ class Entrant:
     """One variant of one report, and its name in the comparison."""
 
     name: str
-    report: Mapping[str, Any]
+    report: Report
     variant: str
 
     @classmethod
-    def of(cls, name: str, report: Mapping[str, Any], variant: str | None = None) -> Entrant:
+    def of(cls, name: str, report: Report, variant: str | None = None) -> Entrant:
         """By default the variant that ships.
 
         Raises:
@@ -51,13 +106,13 @@ class Entrant:
             raise EvaluationError(f"{name}: {wanted} was scored, only {', '.join(known)}: name one as RUN:VARIANT")
         return cls(name, report, chosen)
 
-    def set(self, name: str) -> Mapping[str, Any] | None:
-        """The evaluation set of this name, if the variant was scored on it."""
-        found = next((s for s in self.report["sets"] if s["name"] == name), None)
-        return found if found is not None and self.variant in found["documents"] else None
+    @property
+    def sets(self) -> dict[str, EvaluationSet]:
+        """The evaluation sets that the variant was scored on, by name."""
+        return {s["name"]: s for s in self.report["sets"] if self.variant in s["documents"]}
 
 
-def compare(entrants: Sequence[Entrant]) -> dict[str, Any]:
+def compare(entrants: Sequence[Entrant]) -> Comparison:
     """The comparison as JSON types.
 
     runs: one entry an entrant: name, variant, bytes, seconds (merge, quantize, heal: what the variant needs), machine,
@@ -76,25 +131,26 @@ def compare(entrants: Sequence[Entrant]) -> dict[str, Any]:
     if twice:
         raise EvaluationError(f"{twice} is named twice: name other runs, or other variants as RUN:VARIANT")
     every = list(dict.fromkeys(s["name"] for e in entrants for s in e.report["sets"]))
-    shared = [name for name in every if all(e.set(name) is not None for e in entrants)]
+    shared = [name for name in every if all(name in e.sets for e in entrants)]
     if not shared:
         raise EvaluationError(f"the runs share no evaluation set: {', '.join(every)} each miss in one of them")
     for name in shared:
         _same_tokens(entrants, name)
     rows = [_run(entrant, shared) for entrant in entrants]
-    result = {
-        "runs": [row | {"dominated_by": _dominated_by(row, rows, shared)} for row in rows],
+    result: Comparison = {
+        "runs": [{**row, "dominated_by": _dominated_by(row, rows, shared)} for row in rows],
         "sets": [_set(entrants, name) for name in shared],
         "left_out": [name for name in every if name not in shared],
         "warnings": _warnings(entrants, shared),
     }
-    return dict(plain(result))
+    found: Comparison = plain(result)
+    return found
 
 
 def _same_tokens(entrants: Sequence[Entrant], name: str) -> None:
     first = entrants[0]
     for other in entrants[1:]:
-        ours, theirs = first.set(name) or {}, other.set(name) or {}
+        ours, theirs = first.sets[name], other.sets[name]
         differ = next((key for key in IDENTITY if ours[key] != theirs[key]), None)
         if differ or ours["documents"][first.variant]["n"] != theirs["documents"][other.variant]["n"]:
             key = differ or "documents"
@@ -105,26 +161,32 @@ def _same_tokens(entrants: Sequence[Entrant], name: str) -> None:
             )
 
 
-def _set(entrants: Sequence[Entrant], name: str) -> dict[str, Any]:
-    first = entrants[0].set(name) or {}
-    pairs = [_pair(a, b, name) for a, b in combinations(entrants, 2)]
-    return {"name": name} | {key: first[key] for key in (*IDENTITY, "n_documents", "n_scored")} | {"pairs": pairs}
+def _set(entrants: Sequence[Entrant], name: str) -> ComparedSet:
+    first = entrants[0].sets[name]
+    return {
+        "name": name,
+        "digest": first["digest"],
+        "fingerprint": first["fingerprint"],
+        "n_documents": first["n_documents"],
+        "n_scored": first["n_scored"],
+        "pairs": [_pair(a, b, name) for a, b in combinations(entrants, 2)],
+    }
 
 
-def _pair(a: Entrant, b: Entrant, name: str) -> dict[str, Any]:
+def _pair(a: Entrant, b: Entrant, name: str) -> Pair:
     pair = st.paired(_sums(b, name), _sums(a, name))
     better = b.name if pair.delta.high < 0 else a.name if pair.delta.low > 0 else None
-    percent = asdict(pair.loss_percent)
-    return {"a": a.name, "b": b.name, "delta": asdict(pair.delta), "percent": percent, "better": better}
+    percent = pair.loss_percent.record()
+    return {"a": a.name, "b": b.name, "delta": pair.delta.record(), "percent": percent, "better": better}
 
 
 def _sums(entrant: Entrant, name: str) -> st.Sums:
-    sums = (entrant.set(name) or {})["documents"][entrant.variant]
+    sums = entrant.sets[name]["documents"][entrant.variant]
     return st.Sums(np.asarray(sums["nll"], np.float64), np.asarray(sums["n"], np.float64))
 
 
-def _run(entrant: Entrant, shared: Sequence[str]) -> dict[str, Any]:
-    facts = entrant.report["facts"]
+def _run(entrant: Entrant, shared: Sequence[str]) -> ComparedRun:
+    facts = known_facts(entrant.report["facts"])
     cost = facts.get("cost") or {}
     times = cost.get("seconds") or {}
     seconds = [times.get(stage) for stage in STAGES_OF.get(entrant.variant, ())]
@@ -135,7 +197,8 @@ def _run(entrant: Entrant, shared: Sequence[str]) -> dict[str, Any]:
         "seconds": None if None in seconds else float(sum(s for s in seconds if s is not None)),
         "machine": _machine(facts),
         "status": _status(entrant),
-        "sets": {name: _numbers(entrant.set(name) or {}, entrant.variant) for name in shared},
+        "sets": {name: _numbers(entrant.sets[name], entrant.variant) for name in shared},
+        "dominated_by": None,
     }
 
 
@@ -146,7 +209,7 @@ def _status(entrant: Entrant) -> str:
     return str(verdict(report, judge(report, saved_gates(report), entrant.variant))["status"])
 
 
-def _bytes(sizes: Mapping[str, Any], variant: str) -> int | None:
+def _bytes(sizes: Mapping[str, int | None], variant: str) -> int | None:
     if variant == "adapter":
         base, adapter = sizes.get("base"), sizes.get("adapter")
         return None if base is None or adapter is None else int(base + adapter)
@@ -154,38 +217,38 @@ def _bytes(sizes: Mapping[str, Any], variant: str) -> int | None:
     return None if size is None else int(size)
 
 
-def _numbers(s: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    edge = next((e for e in s["edges"] if e["from"] == s["reference"] and e["to"] == variant), None)
+def _numbers(s: EvaluationSet, variant: str) -> RunNumbers:
+    edge = step_from_reference(s, variant)
     ppl = next(v["ppl"] for v in s["variants"] if v["name"] == variant)
     return {"ppl": ppl, "loss_percent": edge["loss_percent"] if edge else None}
 
 
-def _dominated_by(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> str | None:
+def _dominated_by(row: ComparedRun, rows: Sequence[ComparedRun], shared: Sequence[str]) -> str | None:
     """The first other run that is nowhere worse and somewhere better, by the values alone."""
-    if row["bytes"] is None:
-        return "unknown"
     own = _position(row, shared)
+    if own is None:
+        return "unknown"
     for other in rows:
-        if other is row or other["bytes"] is None:
-            continue
-        theirs = _position(other, shared)
-        if theirs != own and all(x <= y for x, y in zip(theirs, own, strict=True)):
-            return str(other["name"])
+        theirs = None if other is row else _position(other, shared)
+        if theirs is not None and theirs != own and all(x <= y for x, y in zip(theirs, own, strict=True)):
+            return other["name"]
     return None
 
 
-def _position(row: Mapping[str, Any], shared: Sequence[str]) -> list[float]:
-    return [row["bytes"], *(row["sets"][name]["ppl"]["value"] for name in shared)]
+def _position(row: ComparedRun, shared: Sequence[str]) -> list[float] | None:
+    """Size and perplexities, infinite where too large for a float; None without a size."""
+    values = [row["sets"][name]["ppl"]["value"] for name in shared]
+    return None if row["bytes"] is None else [row["bytes"], *(math.inf if v is None else v for v in values)]
 
 
-def _machine(facts: Mapping[str, Any]) -> str | None:
+def _machine(facts: Facts) -> str | None:
     hardware = facts.get("hardware") or {}
     return hardware.get("gpu") or hardware.get("processor") or hardware.get("device")
 
 
 def _warnings(entrants: Sequence[Entrant], shared: Sequence[str]) -> list[str]:
     found = []
-    machines = {str(_machine(e.report["facts"])) for e in entrants}
+    machines = {str(_machine(known_facts(e.report["facts"]))) for e in entrants}
     if len(machines) > 1:
         found.append(f"times come from different machines: {', '.join(sorted(machines))}")
     for name in shared:
@@ -198,6 +261,6 @@ def _warnings(entrants: Sequence[Entrant], shared: Sequence[str]) -> list[str]:
     return found
 
 
-def _reference(entrant: Entrant, name: str) -> Any:
-    s = entrant.set(name) or {}
+def _reference(entrant: Entrant, name: str) -> list[float]:
+    s = entrant.sets[name]
     return [] if s["reference"] is None else s["documents"][s["reference"]]["nll"]

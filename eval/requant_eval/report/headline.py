@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from requant_eval.metrics.facts import known_facts
+from requant_eval.metrics.records import scaled
 from requant_eval.report.number_format import format_bytes, format_estimate, format_value
+from requant_eval.report.records import Numbers
 
 # What ships, best first.
 FINAL = ("healed", "gptq", "rtn", "merged")
 REFERENCE_NAMES = {"adapter": "base+adapter", "merged": "the merged model"}
 
 
-def final_variant(report: Mapping[str, Any]) -> str | None:
+def final_variant(report: Numbers) -> str | None:
     """The variant that ships: the first of healed, gptq, rtn, merged that was scored."""
     names = {v["name"] for s in report["sets"] for v in s["variants"]}
     return next((name for name in FINAL if name in names), None)
 
 
-def headline(report: Mapping[str, Any]) -> str:
+def headline(report: Numbers) -> str:
     """One sentence; clauses whose numbers are missing are left out."""
     final = final_variant(report)
     if final is None:
@@ -31,11 +31,11 @@ def headline(report: Mapping[str, Any]) -> str:
     return method(report, final) + "; ".join([first, *said[1:]]) + "."
 
 
-def method(report: Mapping[str, Any], variant: str) -> str:
+def method(report: Numbers, variant: str) -> str:
     """ "GPTQ 4-bit g64", as the quantizer's settings say."""
     if variant == "merged":
         return "The merged model"
-    settings = (report["facts"].get("quantize") or {}).get("settings") or {}
+    settings = (known_facts(report["facts"]).get("quantize") or {}).get("settings") or {}
     words = ["RTN" if variant == "rtn" else "GPTQ"]
     if settings.get("bits"):
         words.append(f"{settings['bits']}-bit")
@@ -44,7 +44,7 @@ def method(report: Mapping[str, Any], variant: str) -> str:
     return " ".join(words) + (" + heal" if variant == "healed" else "")
 
 
-def _retention(report: Mapping[str, Any], final: str) -> str:
+def _retention(report: Numbers, final: str) -> str:
     for s in report["sets"]:
         if final not in s["retention"]:
             continue
@@ -54,13 +54,13 @@ def _retention(report: Mapping[str, Any], final: str) -> str:
         value = format_estimate(kept, factor=100, unit=" %", interval=False)
         if kept["low"] is None:
             return f" keeps {value} of what the adapter learned"
-        se = 100 * kept["se"]
-        low, high = (format_value(100 * kept[end], se) for end in ("low", "high"))
+        percent = scaled(kept, 100)
+        low, high = (format_value(percent[end], percent["se"]) for end in ("low", "high"))
         return f" keeps {value} (95 % CI {low} to {high}) of what the adapter learned"
     return ""
 
 
-def _losses(report: Mapping[str, Any], final: str) -> str:
+def _losses(report: Numbers, final: str) -> str:
     parts: list[str] = []
     against = ""
     for s in sorted(report["sets"], key=lambda s: not s["in_domain"]):
@@ -73,8 +73,8 @@ def _losses(report: Mapping[str, Any], final: str) -> str:
     return f"{', '.join(parts)} against {against}" if parts else ""
 
 
-def _size(report: Mapping[str, Any], final: str) -> str:
-    sizes = (report["facts"].get("cost") or {}).get("bytes") or {}
+def _size(report: Numbers, final: str) -> str:
+    sizes = (known_facts(report["facts"]).get("cost") or {}).get("bytes") or {}
     size = sizes.get(final) or (sizes.get("gptq") if final == "healed" else None)
     if not size or final in ("merged", "rtn"):
         return ""

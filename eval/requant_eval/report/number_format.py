@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+
+from requant_eval.metrics.records import Estimate
 
 NOT_AVAILABLE = "n/a"
 NOT_DEFINED = "not defined"
@@ -16,7 +16,7 @@ MEASURED = re.compile(rf"({NUMBER.pattern}) ({'|'.join(UNITS)})\b")
 
 
 def format_estimate(
-    estimate: Mapping[str, Any] | None,
+    estimate: Estimate | None,
     *,
     factor: float = 1.0,
     signed: bool = False,
@@ -32,7 +32,7 @@ def format_estimate(
         return NOT_DEFINED
     se = _times(estimate.get("se"), factor)
     value = format_value(_times(estimate.get("value"), factor), se, signed=signed) + unit
-    ends = [_times(estimate.get(end), factor) for end in ("low", "high")]
+    ends = [_times(end, factor) for end in (estimate.get("low"), estimate.get("high"))]
     if not interval or None in ends:
         return value
     low, high = (format_value(end, se, signed=signed) for end in ends)

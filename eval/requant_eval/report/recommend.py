@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from requant_eval.gate import METRICS, Gate, make
 from requant_eval.metrics.engine_step import speeds
+from requant_eval.metrics.facts import Facts, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.headline import final_variant
 from requant_eval.report.number_format import format_bytes
-from requant_eval.report.records import Choice, Option, Recommendation, Status
+from requant_eval.report.records import Choice, Numbers, Option, Recommendation, Status
 from requant_eval.report.verdict import judge, verdict
 
 DEFAULT_LIMIT = "5%"
@@ -25,7 +25,7 @@ NEEDS = {"requantized": "vLLM or SGLang", "merged": "any engine", "separate": "b
 SERVES = {"requantized": "one checkpoint each", "merged": "one checkpoint each", "separate": "one base for all"}
 
 
-def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> Recommendation:
+def recommend(report: Numbers, gates: Sequence[Gate]) -> Recommendation:
     """The way to deploy, and the numbers of all three ways.
 
     Without gates the limit is DEFAULT_LIMIT on the in-domain set. The fields are described in `report.records`.
@@ -43,13 +43,13 @@ def recommend(report: Mapping[str, Any], gates: Sequence[Gate]) -> Recommendatio
     }
 
 
-def _default(report: Mapping[str, Any]) -> list[Gate]:
+def _default(report: Numbers) -> list[Gate]:
     home = next((s["name"] for s in report["sets"] if s["in_domain"]), report["sets"][0]["name"])
     return [make("ppl_increase", home, most=DEFAULT_LIMIT, relative_to=None)]
 
 
-def _option(report: Mapping[str, Any], name: Choice, gates: Sequence[Gate]) -> Option:
-    facts = report["facts"]
+def _option(report: Numbers, name: Choice, gates: Sequence[Gate]) -> Option:
+    facts = known_facts(report["facts"])
     variant = {"merged": "merged", "separate": "adapter"}.get(name) or _requantized(report)
     status = None if variant is None else _status(report, gates, variant)
     return {
@@ -64,12 +64,12 @@ def _option(report: Mapping[str, Any], name: Choice, gates: Sequence[Gate]) -> O
     }
 
 
-def _requantized(report: Mapping[str, Any]) -> str | None:
+def _requantized(report: Numbers) -> str | None:
     final = final_variant(report)
     return final if final in ("gptq", "healed") else None
 
 
-def _status(report: Mapping[str, Any], gates: Sequence[Gate], variant: str) -> Status | None:
+def _status(report: Numbers, gates: Sequence[Gate], variant: str) -> Status | None:
     """The variant's status against the gates; None where it was not scored.
 
     Gates that compare with the reference do not apply to the reference itself.
@@ -90,18 +90,18 @@ def _loss(s: EvaluationSet, variant: str | None) -> Estimate | None:
     return None if step is None else step["loss_percent"]
 
 
-def _bytes(facts: Mapping[str, Any], name: str, variant: str | None) -> int | None:
+def _bytes(facts: Facts, name: str, variant: str | None) -> int | None:
     sizes = (facts.get("cost") or {}).get("bytes") or {}
     if name == "separate":
         base, adapter = sizes.get("base"), sizes.get("adapter")
         return None if base is None or adapter is None else int(base + adapter)
-    size = sizes.get(variant) or (sizes.get("gptq") if variant == "healed" else None)
+    size = sizes.get(variant or "") or (sizes.get("gptq") if variant == "healed" else None)
     return None if size is None else int(size)
 
 
-def _adapters_from(options: Sequence[Option], report: Mapping[str, Any]) -> int | None:
+def _adapters_from(options: Sequence[Option], report: Numbers) -> int | None:
     """Smallest n for which base + n adapters take less memory than n requantized checkpoints."""
-    sizes = (report["facts"].get("cost") or {}).get("bytes") or {}
+    sizes = (known_facts(report["facts"]).get("cost") or {}).get("bytes") or {}
     own, base, adapter = options[0]["bytes"], sizes.get("base"), sizes.get("adapter")
     if not own or not base or not adapter or own <= adapter:
         return None

@@ -79,25 +79,8 @@ class Report(TypedDict):
     warnings: list[str]
 
 
-class ModuleRow(TypedDict, total=False):
-    """One quantized module in `facts`; a value that was not measured is missing or None.
+class Numbers(TypedDict):
+    """The part of a report that its conclusions (headline, verdict, recommendation) are computed from."""
 
-    The schema does not describe it. Values, with E the quantization error, dW the adapter's delta, H the Hessian:
-
-    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: the same of rounding to nearest.
-    signal: tr(dW H dW'). signal_to_noise: signal / loss. retention, output_retention: of the delta and its output.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    loss: float
-    relative_error: float | None
-    rtn_error: float | None
-    damp: float
-    fallback: bool
-    signal: float | None
-    signal_to_noise: float | None
-    retention: float | None
-    output_retention: float | None
-    delta_norm: float
+    sets: list[EvaluationSet]
+    facts: dict[str, Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,12 @@ from requant_eval.metrics.lookup import find_estimate, step_from_reference
 from requant_eval.metrics.records import PARTS, Estimate, EvaluationSet, scaled
 from requant_eval.report.headline import final_variant, method
 from requant_eval.report.number_format import format_estimate
-from requant_eval.report.records import GateResult, Status, Verdict
+from requant_eval.report.records import GateResult, Numbers, Report, Status, Verdict
 
 HOPELESS = 1000  # times the documents there are: nobody collects that many
 
 
-def saved_gates(report: Mapping[str, Any]) -> list[Gate]:
+def saved_gates(report: Report) -> list[Gate]:
     """The gates that the report was made with.
 
     Raises:
@@ -37,7 +37,7 @@ def saved_gates(report: Mapping[str, Any]) -> list[Gate]:
         raise EvaluationError(f"gates in the report: {error}: upgrade requant, or give the gates anew") from error
 
 
-def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None = None) -> list[GateResult]:
+def judge(report: Numbers, gates: Sequence[Gate], variant: str | None = None) -> list[GateResult]:
     """Every gate with its estimate and status for `variant`; default: the variant that ships.
 
     Raises:
@@ -47,7 +47,7 @@ def judge(report: Mapping[str, Any], gates: Sequence[Gate], variant: str | None 
     return [_judge(report, gate, judged) for gate in gates]
 
 
-def verdict(report: Mapping[str, Any], judged: Sequence[GateResult]) -> Verdict:
+def verdict(report: Numbers, judged: Sequence[GateResult]) -> Verdict:
     """One status for all gates, and a line that says it.
 
     status: "fail" if any gate fails, else "inconclusive" if any is, else "pass"; "none" without gates.
@@ -82,7 +82,7 @@ def _margin(gate: GateResult) -> float:
     return abs(gate["limit"] - end) / half if half > 0 else math.inf
 
 
-def _judge(report: Mapping[str, Any], gate: Gate, variant: str | None) -> GateResult:
+def _judge(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
     s = next((s for s in report["sets"] if s["name"] == gate.set), None)
     if s is None:
         known = ", ".join(str(s["name"]) for s in report["sets"])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from requant.errors import InputError
+
+if TYPE_CHECKING:
+    from requant_eval.report.records import Report
 
 ReportPath = Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json, or the directory of a run.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
@@ -128,7 +131,7 @@ def schema_of_reports() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def finish(report: Mapping[str, Any], junit: Path | None = None) -> None:
+def finish(report: Report, junit: Path | None = None) -> None:
     """Report the gates to CI: JUnit file, step summary, exit code.
 
     Raises:

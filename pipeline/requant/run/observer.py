@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from requant_eval.report.records import Report
 
 
 class Watcher:
@@ -26,4 +29,4 @@ class Outcome:
 
     path: Path
     ran: list[str] = field(default_factory=list)
-    report: dict[str, Any] | None = None
+    report: Report | None = None

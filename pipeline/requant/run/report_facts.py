@@ -25,7 +25,7 @@ MEASURED = ("seconds", *PEAKS)
 
 
 class RunFacts(TypedDict):
-    """`facts` of report.json; each section's keys are in `requant_eval.report.schema`."""
+    """`facts` of report.json; the keys that a report shows are in `requant_eval.metrics.facts`."""
 
     name: str
     created: str

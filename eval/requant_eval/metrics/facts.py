@@ -1,0 +1,202 @@
+"""What the report reads of a run's facts: every key optional, others kept as they are.
+
+`facts` is free in the JSON Schema of the report: these types are for its readers, `known_facts` gives it them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from typing_extensions import ReadOnly, TypedDict
+
+from requant_eval.metrics.records import Estimate
+
+
+class ModuleFacts(TypedDict, total=False):
+    """What the report reads of one quantized module's row; a run stores more (`quantize.ModuleRow`).
+
+    A value that was not measured is missing or None. With E the quantization error, dW the adapter's delta, H the Hessian:
+
+    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: the same of rounding to nearest.
+    signal: tr(dW H dW'). signal_to_noise: signal / loss. retention, output_retention: of the delta and its output.
+    """
+
+    name: ReadOnly[str]
+    bits: ReadOnly[int]
+    group_size: ReadOnly[int]
+    loss: ReadOnly[float]
+    relative_error: ReadOnly[float | None]
+    rtn_error: ReadOnly[float | None]
+    damp: ReadOnly[float]
+    fallback: ReadOnly[bool]
+    signal: ReadOnly[float | None]
+    signal_to_noise: ReadOnly[float | None]
+    retention: ReadOnly[float | None]
+    output_retention: ReadOnly[float | None]
+    delta_norm: ReadOnly[float | None]
+
+
+class PredictionFacts(TypedDict):
+    """The delta's retention as predicted from a sample of the weights.
+
+    relative_delta: size of the delta against the weights.
+    """
+
+    retention: Estimate
+    modules: int
+    blocks: Sequence[str]
+    relative_delta: float
+
+
+class QuantizeFacts(TypedDict, total=False):
+    """Quantization: settings and one row a module."""
+
+    settings: Mapping[str, Any]
+    bits_per_weight: float | None
+    modules: Sequence[ModuleFacts]
+    resonance: PredictionFacts | None
+
+
+class EngineFacts(TypedDict, total=False):
+    """An engine that loaded the checkpoint, or why it did not (error).
+
+    difference: of the mean loss, nats, the engine's minus ours. delta to n_tokens: paired (`PairedLoss`).
+    """
+
+    engine: str
+    dtype: str
+    device: str
+    kernels: Sequence[str]
+    versions: Mapping[str, str]
+    load_seconds: float
+    error: str | None
+    ok: bool
+    perplexity: float
+    difference: float
+    tolerance: float
+    tokens_per_second: float | None
+    delta: Estimate | None
+    loss_percent: Estimate
+    n_documents: int
+    n_tokens: int
+
+
+class ProofFacts(TypedDict, total=False):
+    """The result of verifying a checkpoint. sample: the tokens whose perplexity was computed."""
+
+    perplexity: float | None
+    sample_tokens: int
+    sample_set: str | None
+    sample_digest: str | None
+    tensors: int
+    linears: int
+    engines: Sequence[EngineFacts]
+
+
+class HealFacts(TypedDict, total=False):
+    """Healing. held: (steps, KL on held-out text in nats a token)."""
+
+    held: Sequence[tuple[float, float | None]]
+    best_step: int
+    verify: ProofFacts | None
+
+
+class CostFacts(TypedDict, total=False):
+    """bytes: of every artifact. The rest by stage: seconds, peak bytes of memory and GPU memory."""
+
+    bytes: Mapping[str, int | None]
+    seconds: Mapping[str, float]
+    peak_rss: Mapping[str, float]
+    peak_device: Mapping[str, float]
+
+
+class Canary(TypedDict):
+    """One prompt, its answer, what every variant gave and whether that is right."""
+
+    prompt: str
+    answer: str
+    given: Mapping[str, str]
+    right: Mapping[str, bool]
+
+
+class CanaryFacts(TypedDict):
+    """The canaries' answers (`scoring.canaries.result`). right: by variant, of total."""
+
+    rule: str
+    total: int
+    right: Mapping[str, int]
+    items: Sequence[Canary]
+
+
+class Gain(TypedDict):
+    """What is gained where some modules are not quantized. kl: nats a token."""
+
+    kl: Estimate
+
+
+class UnitFacts(TypedDict):
+    """Modules that could get more bits. bytes: larger by. helps: whether the gain is sure."""
+
+    pattern: str
+    from_bits: int
+    bits: int
+    signal_to_noise: float | None
+    relative_error: float | None
+    gain: Gain
+    bytes: int
+    helps: bool
+
+
+class SampleFacts(TypedDict):
+    """The text that gains were measured on."""
+
+    tokens: int
+
+
+class SuggestionFacts(TypedDict):
+    """Modules worth more bits. patch: YAML for the recipe. before: the loss of the whole checkpoint."""
+
+    units: Sequence[UnitFacts]
+    patch: str
+    before: Gain
+    sample: SampleFacts
+
+
+class CalibrationFacts(TypedDict, total=False):
+    """The calibration text. overlap: evaluation set -> share of its 13-grams in the text."""
+
+    overlap: Mapping[str, float]
+
+
+class EvaluationFacts(TypedDict, total=False):
+    """How variants were scored. runtimes: by variant, what ran it."""
+
+    runtimes: Mapping[str, str]
+
+
+class Facts(TypedDict, total=False):
+    """Everything a run says besides scores. base, adapter: a name, or a mapping with one. recipe: YAML."""
+
+    name: str | None
+    created: str | None
+    recipe: str
+    base: str | Mapping[str, Any]
+    adapter: str | Mapping[str, Any]
+    merge: Mapping[str, Any]
+    quantize: QuantizeFacts
+    verify: ProofFacts | None
+    calibration: CalibrationFacts
+    heal: HealFacts | None
+    cost: CostFacts
+    evaluation: EvaluationFacts
+    versions: Mapping[str, str]
+    hardware: Mapping[str, str]
+    warnings: Sequence[str]
+    canaries: CanaryFacts | None
+    suggestion: SuggestionFacts | None
+
+
+def known_facts(facts: Mapping[str, Any]) -> Facts:
+    """The same facts, typed for readers; nothing is checked."""
+    return cast("Facts", facts)
