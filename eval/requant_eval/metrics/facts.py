@@ -16,7 +16,7 @@ from requant_eval.metrics.records import Estimate
 class ModuleFacts(TypedDict, total=False):
     """What the report reads of one quantized module's row; a run stores more (`quantize.ModuleRow`).
 
-    A value that was not measured is missing or None. With E the quantization error, dW the adapter's delta, H the Hessian:
+    A value that was not measured is missing or None. E: quantization error, dW: the adapter's delta, H: Hessian.
 
     loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: the same of rounding to nearest.
     signal: tr(dW H dW'). signal_to_noise: signal / loss. retention, output_retention: of the delta and its output.
@@ -111,7 +111,7 @@ class CostFacts(TypedDict, total=False):
     peak_device: Mapping[str, float]
 
 
-class Canary(TypedDict):
+class CanaryRow(TypedDict):
     """One prompt, its answer, what every variant gave and whether that is right."""
 
     prompt: str
@@ -126,7 +126,7 @@ class CanaryFacts(TypedDict):
     rule: str
     total: int
     right: Mapping[str, int]
-    items: Sequence[Canary]
+    items: Sequence[CanaryRow]
 
 
 class Gain(TypedDict):
@@ -163,8 +163,8 @@ class SuggestionFacts(TypedDict):
     sample: SampleFacts
 
 
-class CalibrationFacts(TypedDict, total=False):
-    """The calibration text. overlap: evaluation set -> share of its 13-grams in the text."""
+class OverlapFacts(TypedDict, total=False):
+    """What the report reads of the calibration text. overlap: set -> share of its 13-grams in the text."""
 
     overlap: Mapping[str, float]
 
@@ -186,7 +186,7 @@ class Facts(TypedDict, total=False):
     merge: Mapping[str, Any]
     quantize: QuantizeFacts
     verify: ProofFacts | None
-    calibration: CalibrationFacts
+    calibration: OverlapFacts
     heal: HealFacts | None
     cost: CostFacts
     evaluation: EvaluationFacts

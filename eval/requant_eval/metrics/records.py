@@ -1,7 +1,7 @@
 """What an evaluation set's section of `report.json` contains: the parts of its JSON Schema.
 
-Docstrings are descriptions in the schema: their bytes are part of `requant schema --report` and do not change. Unknown keys
-are allowed; numbers are null where nothing is known.
+Docstrings are descriptions in the schema: their bytes are part of `requant schema --report` and do not change.
+Unknown keys are allowed; numbers are null where nothing is known.
 """
 
 from __future__ import annotations

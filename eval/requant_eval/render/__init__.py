@@ -1,6 +1,6 @@
 """Render: report.json as Markdown, HTML, terminal, model card, CI.
 
-    document                                                    the report as sections and blocks, for every format   <- start here
+    document                                                    the report as sections and blocks   <- start here
     markdown, html, terminal, ci                                the formats
     model_card                                                  README.md of a checkpoint
     tables                                                      what a table is, and those of the whole report

@@ -70,8 +70,8 @@ def survival_table(facts: Facts) -> Table:
     short = tuple(m.rpartition(".")[2] if _unique(m, modules) else m for m in modules)
     note = (
         "Output power of what the adapter added over that of the quantization error, tr(dW H dW') / tr(E H E'), on the "
-        "calibration text; * marks the ten lowest. Below 1 the error is the louder one, as it often is for a small delta: the "
-        "adapter is lost only where its own output is not kept (next table)."
+        "calibration text; * marks the ten lowest. Below 1 the error is the louder one, as it often is for a small "
+        "delta: the adapter is lost only where its own output is not kept (next table)."
     )
     return Table(
         title="Adapter survival: signal to noise by layer and module", columns=("layer", *short), rows=rows, note=note
@@ -113,7 +113,8 @@ def survival_lines(facts: Facts) -> list[str]:
     if ratios:
         lines.append(
             f"{len(ratios)} modules carry the adapter. Its output has {median(ratios):.3g} times the power of the "
-            f"quantization error's in the median, {min(ratios):.3g} times in the worst; {sum(r < 1 for r in ratios)} are below 1."
+            f"quantization error's in the median, {min(ratios):.3g} times in the worst; "
+            f"{sum(r < 1 for r in ratios)} are below 1."
         )
     if (measured := delta_retention(facts)) is not None:
         lines.append(f"Of the adapter's delta, {_percent(measured)} is in the quantized weights (projection on it).")
@@ -122,7 +123,8 @@ def survival_lines(facts: Facts) -> list[str]:
         lines.append(
             f"Predicted from weights alone, by rounding to nearest on the same grid: "
             f"{format_estimate(predicted['retention'], factor=100, unit=' %')}, over {predicted['modules']} modules of "
-            f"layers {', '.join(predicted['blocks'])}; the delta is {_percent(predicted['relative_delta'])} of the weights."
+            f"layers {', '.join(predicted['blocks'])}; "
+            f"the delta is {_percent(predicted['relative_delta'])} of the weights."
         )
     return lines
 
@@ -165,10 +167,11 @@ def suggestion_table(suggestion: SuggestionFacts) -> Table:
         "in the patch",
     )
     note = (
-        f"Gain: KL(merged || quantized) in nats a token that goes away when only these modules get their merged weights "
-        f"back, on {suggestion['sample']['tokens']} tokens of the calibration text, where the whole checkpoint loses "
-        f"{format_estimate(suggestion['before']['kl'])}. Gains of several modules add up roughly; with `correct`, later layers "
-        "go on making up for an error that is gone, so a gain is rather too low. In the patch: those whose interval is above 0."
+        f"Gain: KL(merged || quantized) in nats a token that goes away when only these modules get their merged "
+        f"weights back, on {suggestion['sample']['tokens']} tokens of the calibration text, where the whole checkpoint "
+        f"loses {format_estimate(suggestion['before']['kl'])}. Gains of several modules add up roughly; with "
+        "`correct`, later layers go on making up for an error that is gone, so a gain is rather too low. "
+        "In the patch: those whose interval is above 0."
     )
     return Table(title="More bits where they count", columns=columns, rows=rows, note=note)
 

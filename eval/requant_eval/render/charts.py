@@ -243,8 +243,8 @@ def _tails(found: Tails, name: str, unit: str) -> Chart:
         said = f"{name}, tokens {label}, ln p changed by {group['low']:.3g} to {group['high']:.3g}: {text} nats a token"
         drawn = svg.grid(scale) + svg.upright(scale, 0, "zero") + svg.mark(shape, said)
         rows.append(Row(label=label, drawing=drawn, value=text))
-    caption = f"{name}: loss of the tokens by how much the adapter had changed them, least changed first. Long bars at the end"
-    caption += " are learned behaviour that was lost, equal bars are general noise."
+    caption = f"{name}: loss of the tokens by how much the adapter had changed them, least changed first. Long bars at"
+    caption += " the end are learned behaviour that was lost, equal bars are general noise."
     return Chart(caption=caption, rows=tuple(rows), axis=svg.axis(scale), unit=unit)
 
 
@@ -266,7 +266,8 @@ def healing(facts: HealFacts) -> Chart:
         value=f"{format_value(max(values))} .. {format_value(min(values))}",
         height=TALL,
     )
-    caption = "Healing: distance from its teacher on held-out text by step, higher is farther; the filled point is what was kept."
+    caption = "Healing: distance from its teacher on held-out text by step, higher is farther; the filled point is what"
+    caption += " was kept."
     return Chart(caption=caption, rows=(row,), axis=svg.axis(across), unit="steps")
 
 

@@ -31,8 +31,8 @@ def runs_table(comparison: Comparison) -> Table:
     )
     columns = ("run", "variant", "gates", *(f"perplexity, {name}" for name in names), "weights", "time", "Pareto front")
     note = (
-        "Time: merge, quantize, heal. On the Pareto front: no other run is smaller and better, or one of them and equal in the "
-        "rest, by the values; whether a difference is real is the table of pairs."
+        "Time: merge, quantize, heal. On the Pareto front: no other run is smaller and better, or one of them and "
+        "equal in the rest, by the values; whether a difference is real is the table of pairs."
     )
     return Table(title="Runs", columns=columns, rows=rows, note=note, text=3)
 

@@ -171,9 +171,9 @@ def reverted_table(s: EvaluationSet) -> Table:
         for name, v in variants.items()
     )
     note = (
-        "Taken back: how much of the adapter's change of each token's ln p the variant undoes (least squares); 0 % has nothing "
-        "to do with what was learned, 100 % is the base again; strong noise raises it too, since a token that the adapter made "
-        "sure can only lose. A loss spread evenly has 10 % on the tenth."
+        "Taken back: how much of the adapter's change of each token's ln p the variant undoes (least squares); 0 % has "
+        "nothing to do with what was learned, 100 % is the base again; strong noise raises it too, since a token that "
+        "the adapter made sure can only lose. A loss spread evenly has 10 % on the tenth."
     )
     columns = ("variant", "adapter's changes taken back", "of its loss on the most changed tenth")
     return Table(title=f"{s['name']}: learned behaviour or noise", columns=columns, rows=rows, note=note)

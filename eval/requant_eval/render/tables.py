@@ -88,8 +88,8 @@ def options_table(report: Report) -> Table:
         *(["tokens/s, one sequence"] if with_speed else []),
     )
     note = (
-        "Perplexity against base + adapter. Weights: bytes on disk, and about that in memory; the cache for the context comes "
-        "on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
+        "Perplexity against base + adapter. Weights: bytes on disk, and about that in memory; the cache for the "
+        "context comes on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
     )
     return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, text=3)
 

@@ -35,14 +35,20 @@ IDENTITY: tuple[Literal["digest"], Literal["fingerprint"]] = ("digest", "fingerp
 
 
 class RunNumbers(TypedDict):
-    """One run on one shared set. loss_percent: against the reference, None for the reference itself."""
+    """One run on one shared set. loss_percent: against the reference; None where it was not compared with it."""
 
     ppl: Estimate
     loss_percent: Estimate | None
 
 
 class ComparedRun(TypedDict):
-    """One run of a comparison; `compare` says what its values mean."""
+    """One run of a comparison.
+
+    seconds: of merge, quantize and heal, as far as the variant needs them.
+    status: against the gates of its report; "none": no gates, "reference": they are relative to it.
+    sets: by name. dominated_by: a better run; None: on the Pareto front of bytes and perplexity on every shared set;
+    "unknown": no size.
+    """
 
     name: str
     variant: str
@@ -55,7 +61,10 @@ class ComparedRun(TypedDict):
 
 
 class Pair(TypedDict):
-    """Two runs on one set, paired by document; differences are b minus a."""
+    """Two runs on one set, paired by document.
+
+    delta: ln perplexity of b minus a. percent: perplexity. better: a name, None where the interval holds 0.
+    """
 
     a: str
     b: str
@@ -76,7 +85,7 @@ class ComparedSet(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The comparison as JSON types; `compare` says what its values mean."""
+    """The comparison as JSON types. left_out: sets that not all runs have."""
 
     runs: list[ComparedRun]
     sets: list[ComparedSet]
@@ -113,13 +122,7 @@ class Entrant:
 
 
 def compare(entrants: Sequence[Entrant]) -> Comparison:
-    """The comparison as JSON types.
-
-    runs: one entry an entrant: name, variant, bytes, seconds (merge, quantize, heal: what the variant needs), machine,
-    status against its report's gates ("none": no gates, "reference": they are relative to it),
-    sets {name: {"ppl", "loss_percent"}}, dominated_by (None: on the Pareto front of bytes and perplexity on every shared
-    set; "unknown": no size). sets: name, n_documents, pairs [{"a", "b", "delta", "percent", "better"}], delta = ln
-    perplexity of b minus a, better: a name, or None where the interval holds 0. left_out: sets that not all runs have.
+    """Runs against each other on the sets that all of them have.
 
     Raises:
         EvaluationError: fewer than two, two of one name, no shared set, or a set of the same name with other tokens.
@@ -156,8 +159,9 @@ def _same_tokens(entrants: Sequence[Entrant], name: str) -> None:
             key = differ or "documents"
             shown = f" ({ours[differ][:12]} and {theirs[differ][:12]})" if differ else ""
             raise EvaluationError(
-                f"set '{name}': {first.name} and {other.name} were scored on other tokens, {key} differs{shown}: numbers of "
-                "different tokens are never compared; evaluate both with the same texts, tokenizer, window and protocol"
+                f"set '{name}': {first.name} and {other.name} were scored on other tokens, {key} differs{shown}: "
+                "numbers of different tokens are never compared; evaluate both with the same texts, tokenizer, window "
+                "and protocol"
             )
 
 

@@ -1,7 +1,7 @@
 """What `report.json` contains: the parts of its JSON Schema; sets are in `metrics.records`.
 
-Docstrings are descriptions in the schema: their bytes are part of `requant schema --report` and do not change. Unknown keys
-are allowed: `facts` is free. Numbers are null where nothing is known.
+Docstrings are descriptions in the schema: their bytes are part of `requant schema --report` and do not change.
+Unknown keys are allowed: `facts` is free. Numbers are null where nothing is known.
 """
 
 from __future__ import annotations
