@@ -37,7 +37,7 @@ GRIDS = {
 def main() -> None:
     """Print JSON."""
     torch.manual_seed(0)
-    base = nf4.round_trip(torch.randn(SIZE, SIZE) * 0.02, "nf4", 64, True)
+    base = nf4.round_trip(torch.randn(SIZE, SIZE) * 0.02, "nf4", 64, double_quant=True)
     rows = []
     for share in SHARES:
         delta = torch.randn(SIZE, 16) @ torch.randn(16, SIZE)

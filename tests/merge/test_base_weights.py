@@ -74,7 +74,7 @@ def test_simulated_weights_are_cast_to_the_load_dtype_first(tmp_path: Path) -> N
     base = BaseWeights(
         checkpoint, simulate=Nf4Settings(quant_type="nf4", double_quant=False), quantized=frozenset([NAME])
     )
-    expected = nf4.round_trip(checkpoint.read(NAME).bfloat16(), "nf4", 64, False)
+    expected = nf4.round_trip(checkpoint.read(NAME).bfloat16(), "nf4", 64, double_quant=False)
     assert torch.equal(base.read(NAME), expected)
     norm = "model.norm.weight"
     assert torch.equal(base.read(norm), checkpoint.read(norm).bfloat16())

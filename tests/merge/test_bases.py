@@ -59,7 +59,7 @@ def test_version_4_quantized_single_experts(tmp_path: Path) -> None:
         plan, _ = prepare.plan_merge(base, peft_directory.load(adapter), settings, trust_remote_code=False)
         assert plan.base.weights[name].kind == kind
         assert plan.base.weights["model.layers.0.block_sparse_moe.gate.weight"].kind == kind
-        expected = nf4.round_trip(stored, "nf4", 64, False) if version == 4 else stored
+        expected = nf4.round_trip(stored, "nf4", 64, double_quant=False) if version == 4 else stored
         assert torch.equal(plan.base.read(name), expected)
 
 

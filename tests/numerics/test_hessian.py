@@ -44,7 +44,7 @@ def test_drift_is_the_mean_over_the_batches_that_have_an_exact_input(exact: list
 
 def test_two_parts_make_the_whole() -> None:
     made = batches([False] * 4)
-    moments = gather(made, 24, CPU, held_from=3)
+    moments = gather(made, 24, CPU, first_held_out=3)
     assert moments.halves is not None
     train, held = moments.halves
     assert torch.allclose((train + held) / moments.tokens, moments.hessian, atol=1e-6)

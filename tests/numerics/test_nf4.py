@@ -217,10 +217,10 @@ def test_nested_scales_are_nearest_and_bitsandbytes_at_most_a_step_away() -> Non
 def test_round_trip_is_idempotent_or_close(double_quant: bool) -> None:
     """NF4 of NF4 is itself if scales are kept; nesting moves a scale by half a level at most."""
     weight = weights((32, 128))
-    once = nf4.round_trip(weight, "nf4", 64, double_quant)
+    once = nf4.round_trip(weight, "nf4", 64, double_quant=double_quant)
     if not double_quant:
-        assert torch.equal(nf4.round_trip(once, "nf4", 64, False), once)
-    plain = nf4.round_trip(weight, "nf4", 64, False)
+        assert torch.equal(nf4.round_trip(once, "nf4", 64, double_quant=False), once)
+    plain = nf4.round_trip(weight, "nf4", 64, double_quant=False)
     assert float((once - plain).norm() / plain.norm()) < 0.01
     assert (once.shape, once.dtype) == (weight.shape, torch.float32)
 

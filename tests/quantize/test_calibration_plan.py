@@ -69,7 +69,7 @@ def test_one_rank(walk: Walk) -> None:
         share=slice(0, 64),
         batches=(4,) * 16,
         unquantized=(0, 2, 4, 6, 8, 10, 12, 14),
-        held_out_from=14,
+        first_held_out=14,
         inside_block=True,
         waiting_bytes=0,
     )
@@ -79,7 +79,7 @@ def test_one_rank(walk: Walk) -> None:
 def test_a_last_batch_may_be_smaller(walk: Walk) -> None:
     plan = plan_calibration(walk, tokens(10), AUTO, SINGLE_PROCESS, batch=4)
     assert plan.batches == (4, 4, 2)
-    assert plan.held_out_from == 2
+    assert plan.first_held_out == 2
 
 
 @pytest.mark.parametrize(("settings", "batches"), [(CORRECTED, (0,)), (AUTO, ())], ids=["corrected", "correct=0"])
@@ -97,12 +97,12 @@ def test_where_text_is_short_every_batch_also_runs_unquantized(walk: Walk) -> No
     ids=["sweeps", "activation", "group"],
 )
 def test_no_batch_is_held_out_where_the_order_is_not_judged(walk: Walk, settings: Settings) -> None:
-    assert plan_calibration(walk, tokens(64), settings, SINGLE_PROCESS, batch=4).held_out_from is None
+    assert plan_calibration(walk, tokens(64), settings, SINGLE_PROCESS, batch=4).first_held_out is None
 
 
 def test_one_batch_in_all_is_not_held_out(walk: Walk) -> None:
     plan = plan_calibration(walk, tokens(8), AUTO, SINGLE_PROCESS, batch=8)
-    assert (plan.batches, plan.held_out_from) == ((8,), None)
+    assert (plan.batches, plan.first_held_out) == ((8,), None)
 
 
 def test_the_batch_size_follows_the_length(walk: Walk) -> None:
@@ -119,7 +119,7 @@ def test_ranks_share_what_one_rank_would_do(walk: Walk) -> None:
     assert [p.share for p in plans] == [slice(16 * r, 16 * r + 16) for r in range(4)]
     assert sum((p.batches for p in plans), ()) == alone.batches
     assert tuple(4 * r + i for r, p in enumerate(plans) for i in p.unquantized) == alone.unquantized
-    assert [p.held_out_from for p in plans] == [4, 4, 4, 2], "only the last rank has batches that judge"
+    assert [p.first_held_out for p in plans] == [4, 4, 4, 2], "only the last rank has batches that judge"
 
 
 def test_ranks_whose_windows_do_not_divide(walk: Walk) -> None:
@@ -133,7 +133,7 @@ def test_ranks_whose_windows_do_not_divide(walk: Walk) -> None:
     assert memory.unquantized_every(walk, tokens(11, 256)) == 3
     assert first.unquantized == (0,), "numbers 0, 1, 2"
     assert second.unquantized == (1,), "numbers 2, 3, 4"
-    assert (first.held_out_from, second.held_out_from) == (3, 3), "number 5 would judge, and no rank has it"
+    assert (first.first_held_out, second.first_held_out) == (3, 3), "number 5 would judge, and no rank has it"
 
 
 def test_batches_pause_inside_a_block_where_they_fit(walk: Walk, on_gpu: Callable[[int], None]) -> None:
@@ -184,35 +184,37 @@ def test_a_cpu_reserves_nothing(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_leaner_plans_end_at_one_window() -> None:
     plan = CalibrationPlan(
-        share=slice(3, 12), batches=(4, 3, 2), unquantized=(0, 2), held_out_from=2, inside_block=True, waiting_bytes=7
+        share=slice(3, 12), batches=(4, 3, 2), unquantized=(0, 2), first_held_out=2, inside_block=True, waiting_bytes=7
     )
     rerun = plan.leaner()
     assert rerun == replace(plan, inside_block=False, waiting_bytes=0), "first the same batches, not paused"
     assert rerun is not None
     halved = rerun.leaner()
     assert halved is not None
-    assert halved == replace(rerun, batches=(2, 2, 2, 1, 1, 1), unquantized=(0, 1, 4, 5), held_out_from=4)
+    assert halved == replace(rerun, batches=(2, 2, 2, 1, 1, 1), unquantized=(0, 1, 4, 5), first_held_out=4)
     single = halved.leaner()
     assert single is not None
-    assert single == replace(rerun, batches=(1,) * 9, unquantized=(0, 1, 2, 3, 7, 8), held_out_from=7)
+    assert single == replace(rerun, batches=(1,) * 9, unquantized=(0, 1, 2, 3, 7, 8), first_held_out=7)
     assert single.leaner() is None
 
 
-@pytest.mark.parametrize("held_out_from", [None, 0, 1, 2])
-def test_a_leaner_plan_holds_out_the_same_windows(held_out_from: int | None) -> None:
+@pytest.mark.parametrize("first_held_out", [None, 0, 1, 2])
+def test_a_leaner_plan_holds_out_the_same_windows(first_held_out: int | None) -> None:
     plan = CalibrationPlan(
         share=slice(0, 8),
         batches=(5, 3),
         unquantized=(),
-        held_out_from=held_out_from,
+        first_held_out=first_held_out,
         inside_block=False,
         waiting_bytes=0,
     )
     lean = plan.leaner()
     assert lean is not None
     assert lean.batches == (3, 2, 2, 1)
-    before, after = ([] if n is None else p.batches[:n] for p, n in ((plan, held_out_from), (lean, lean.held_out_from)))
-    assert (lean.held_out_from is None) == (held_out_from is None)
+    before, after = (
+        [] if n is None else p.batches[:n] for p, n in ((plan, first_held_out), (lean, lean.first_held_out))
+    )
+    assert (lean.first_held_out is None) == (first_held_out is None)
     assert sum(before) == sum(after)
 
 

@@ -81,7 +81,7 @@ def test_the_interval_covers_a_base_that_knows_nothing_of_the_grid() -> None:
 def test_nf4_and_a_symmetric_grid_of_its_own_block_size_resonate() -> None:
     """The same small delta and grid on plain weights and on dequantized NF4."""
     plain = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    base = nf4.round_trip(plain, "nf4", 64, True)
+    base = nf4.round_trip(plain, "nf4", 64, double_quant=True)
     draw = torch.Generator().manual_seed(1)
     change = torch.randn(512, 8, generator=draw) @ torch.randn(8, 512, generator=draw)
     change *= 0.003 * float(base.norm()) / float(change.norm())

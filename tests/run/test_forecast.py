@@ -127,7 +127,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
 def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of the rehearsed size, 2 batches of calibration, the evaluation's tokens."""
     calibration = CalibrationPlan(
-        share=slice(0, 8), batches=(4, 4), unquantized=(0,), held_out_from=1, inside_block=True, waiting_bytes=0
+        share=slice(0, 8), batches=(4, 4), unquantized=(0,), first_held_out=1, inside_block=True, waiting_bytes=0
     )
     quantized = Quantized(one=Cost(2.0, 1000), more=Cost(0.5, 10), unquantized=Cost(0.75, 20), calibration=calibration)
     scored = Scored(

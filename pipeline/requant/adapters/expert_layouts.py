@@ -13,14 +13,14 @@ from requant.adapters import lora
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.stacked_lora import ExpertPair, StackedLora
 from requant.errors import InputError
-from requant.modeling.stacked_experts import Fused
+from requant.modeling.stacked_experts import StackedParameter
 
 OLDEST, NEWEST = (0, 18), (0, 22)  # releases of PEFT whose layout is known: from OLDEST to before NEWEST
 ORIENTED = (0, 19)  # since this release a parameter that is stored as [experts, out, in] is taken for that
 
 
 def assign(
-    adapter: Adapter, fused: Mapping[str, Fused], locate: Callable[[str], str]
+    adapter: Adapter, fused: Mapping[str, StackedParameter], locate: Callable[[str], str]
 ) -> Iterator[tuple[str, StackedLora]]:
     """Pairs (stored tensor's name, fold): the LoRA of every stacked parameter.
 
@@ -59,12 +59,14 @@ def _targeted(parameter: str, targets: tuple[str, ...]) -> bool:
     return any(parameter == t or parameter.endswith(f".{t}") for t in targets)
 
 
-def _transposed(parameter: Fused, version: tuple[int, int]) -> bool:
+def _transposed(parameter: StackedParameter, version: tuple[int, int]) -> bool:
     """Whether PEFT of that version took the parameter for [experts, in, out]."""
     return parameter.transposed or version < ORIENTED
 
 
-def _parameter(adapter: Adapter, pair: ExpertPair, candidates: Mapping[str, Fused], version: tuple[int, int]) -> str:
+def _parameter(
+    adapter: Adapter, pair: ExpertPair, candidates: Mapping[str, StackedParameter], version: tuple[int, int]
+) -> str:
     """The one parameter whose shape the pair fits."""
     fits = []
     for name, parameter in candidates.items():

@@ -78,9 +78,9 @@ class CheckpointWriter:
         self._files: dict[str, BinaryIO] = {}
         self.total_size = 0
         for file, shard in zip(names, shards, strict=True):
-            self._lay_out(file, shard, resume)
+            self._lay_out(file, shard, resume=resume)
 
-    def _lay_out(self, file: str, shard: list[Slot], resume: bool) -> None:
+    def _lay_out(self, file: str, shard: list[Slot], *, resume: bool) -> None:
         table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for slot in sorted(shard, key=lambda s: -s.dtype.itemsize):  # wide dtypes first: every tensor stays aligned
@@ -98,11 +98,11 @@ class CheckpointWriter:
         header = struct.pack("<Q", len(text)) + text
         for slot in shard:
             self._slots[slot.name] = (slot, file, self._slots[slot.name][2] + len(header))
-        self._open(self.path / file, header, len(header) + offset, resume)
+        self._open(self.path / file, header, len(header) + offset, resume=resume)
         self._missing.update(slot.name for slot in shard)
         self.total_size += offset
 
-    def _open(self, file: Path, header: bytes, size: int, resume: bool) -> None:
+    def _open(self, file: Path, header: bytes, size: int, *, resume: bool) -> None:
         keep = resume and file.exists() and file.stat().st_size == size
         if keep:
             with file.open("rb") as f:

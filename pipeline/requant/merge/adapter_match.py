@@ -21,7 +21,7 @@ from requant.merge.plan import MergePlan
 _FOUR_BIT = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.])?(4bit|nf4)([-_.].*)?$", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sign:
     """One comparison of an adapter with its base. agrees: None when one side records nothing."""
 
@@ -67,8 +67,8 @@ def match(adapter: Adapter, plan: MergePlan, bases: Sequence[tuple[str, str | No
     count = len(adapter.folds) + len(adapter.expert_pairs) + len(adapter.replaced)
     return Match(
         (
-            Sign("names", True, f"{count} adapted tensors, all found{renamed}"),
-            Sign("shapes", True, "all fit"),
+            Sign(what="names", agrees=True, note=f"{count} adapted tensors, all found{renamed}"),
+            Sign(what="shapes", agrees=True, note="all fit"),
             _name(adapter, bases),
             _revision(adapter, bases),
             _vocabulary(base, adapter.path),
@@ -79,10 +79,14 @@ def match(adapter: Adapter, plan: MergePlan, bases: Sequence[tuple[str, str | No
 
 def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
     if not adapter.base_name:
-        return Sign("base name", None, "the adapter does not record its base")
+        return Sign(what="base name", agrees=None, note="the adapter does not record its base")
     trained, given = _plain(adapter.base_name), [_plain(name) for name, _ in bases]
     note = f"the adapter was trained on {Path(adapter.base_name).name}, the recipe's base is {Path(bases[0][0]).name}"
-    return Sign("base name", trained in given, note if trained in given else f"{note}: make sure they are the same")
+    return Sign(
+        what="base name",
+        agrees=trained in given,
+        note=note if trained in given else f"{note}: make sure they are the same",
+    )
 
 
 def _plain(name: str) -> str:
@@ -93,25 +97,31 @@ def _plain(name: str) -> str:
 def _revision(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
     trained, given = adapter.config.get("revision"), {r for _, r in bases if r}
     if not trained or not given:
-        return Sign("revision", None, "not recorded on both sides")
-    return Sign("revision", trained in given, f"trained on {trained}, the recipe's is {', '.join(sorted(given))}")
+        return Sign(what="revision", agrees=None, note="not recorded on both sides")
+    return Sign(
+        what="revision",
+        agrees=trained in given,
+        note=f"trained on {trained}, the recipe's is {', '.join(sorted(given))}",
+    )
 
 
 def _vocabulary(base: Path, adapter: Path) -> Sign:
     files = [d / "tokenizer.json" for d in (base, adapter)]
     if not all(f.exists() for f in files):
         missing = next(f for f in files if not f.exists())
-        return Sign("vocabulary", None, f"no tokenizer.json in {missing.parent.name}")
+        return Sign(what="vocabulary", agrees=None, note=f"no tokenizer.json in {missing.parent.name}")
     if file_digest(files[0]) == file_digest(files[1]):
-        return Sign("vocabulary", True, "the same file")
+        return Sign(what="vocabulary", agrees=True, note="the same file")
     of_base, of_adapter = (_tokens(f) for f in files)
     changed = [t for t, i in of_base.items() if of_adapter.get(t) != i]
     added = len(of_adapter.keys() - of_base.keys())
     if changed:
         count = f"{len(changed)} of the base's {len(of_base)} tokens"
         note = f"{count} are others in the adapter's tokenizer, e.g. {changed[0]!r}"
-        return Sign("vocabulary", False, f"{note}: it was trained with another base's tokenizer")
-    return Sign("vocabulary", True, f"the base's, and {added} added tokens" if added else "the same tokens")
+        return Sign(what="vocabulary", agrees=False, note=f"{note}: it was trained with another base's tokenizer")
+    return Sign(
+        what="vocabulary", agrees=True, note=f"the base's, and {added} added tokens" if added else "the same tokens"
+    )
 
 
 def _tokens(file: Path) -> dict[str, int]:
@@ -127,10 +137,12 @@ def _template(base: Path, adapter: Path) -> Sign:
     An adapter with a tokenizer has the template that it was trained with.
     """
     if not model_files.tokenizer_files(adapter, None):
-        return Sign("chat template", None, "the adapter brings no tokenizer")
+        return Sign(what="chat template", agrees=None, note="the adapter brings no tokenizer")
     of_base, of_adapter = _chat_template(base), _chat_template(adapter)
     if of_base == of_adapter:
-        return Sign("chat template", True if of_base else None, "the same" if of_base else "neither has one")
+        return Sign(
+            what="chat template", agrees=True if of_base else None, note="the same" if of_base else "neither has one"
+        )
     if of_base is None:
         note = "the adapter's tokenizer has one, the base's has none: was it trained on the instruct model?"
     elif of_adapter is None:
@@ -139,7 +151,7 @@ def _template(base: Path, adapter: Path) -> Sign:
         )
     else:
         note = "the adapter's differs from the base's; the adapter's is shipped"
-    return Sign("chat template", False, note)
+    return Sign(what="chat template", agrees=False, note=note)
 
 
 def _chat_template(directory: Path) -> str | None:

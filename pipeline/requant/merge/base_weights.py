@@ -185,4 +185,4 @@ class BaseWeights:
         s = self.simulate
         stored = self.checkpoint.read(weight.name).to(device).to(DTYPES[s.load_dtype])
         stored = stored.T.contiguous() if weight.transposed else stored
-        return nf4.round_trip(stored, s.quant_type, s.blocksize, s.double_quant)
+        return nf4.round_trip(stored, s.quant_type, s.blocksize, double_quant=s.double_quant)

@@ -8,7 +8,7 @@ from typing import Any
 
 from requant.merge.base_weights import BaseWeights
 from requant.modeling import skeleton
-from requant.modeling.stacked_experts import Fused, stacked
+from requant.modeling.stacked_experts import StackedParameter, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ModelLayout:
     conv1d: frozenset[str]
     tied: tuple[str, str] | None
     embedding: str
-    fused: Mapping[str, Fused] = field(default_factory=dict)
+    fused: Mapping[str, StackedParameter] = field(default_factory=dict)
     current_name: Callable[[str], str] = str
 
     @classmethod

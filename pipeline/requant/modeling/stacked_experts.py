@@ -14,25 +14,29 @@ from torch import nn
 from requant.modeling import moe
 
 
-def stacked(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fused]:
+def stacked(
+    model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StackedParameter]:
     """Name of a stacked parameter -> its stored tensors, of a model from `skeleton.build`.
 
     names: `skeleton.tensor_names`. shapes: of the checkpoint's tensors. A parameter that is not stored is left out.
     """
-    found: dict[str, Fused] = {}
+    found: dict[str, StackedParameter] = {}
     for name, experts in moe.split_experts(model):
         found |= _split(name, experts, names, shapes)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and name in names:
             owner = model.get_submodule(name.rpartition(".")[0])
             transposed = bool(getattr(owner, "is_transposed", False))
-            found[name] = Fused(_three(parameter.shape), transposed, (Piece(names[name]),))
+            found[name] = StackedParameter(
+                shape=_three(parameter.shape), transposed=transposed, pieces=(Piece(names[name]),)
+            )
     return found
 
 
 def _split(
     module: str, experts: moe.SplitExperts, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Fused]:
+) -> dict[str, StackedParameter]:
     """The two stacked parameters that one module of split experts replaces."""
     found = {}
     for leaf, roles in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
@@ -46,10 +50,10 @@ def _split(
             for i, role in enumerate(roles)
         ]
         if whole is not None and shapes[whole] == shape:
-            found[f"{module}.{leaf}"] = Fused(shape, False, (Piece(whole),))
+            found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, pieces=(Piece(whole),))
         elif all(n in names and shapes[names[n]] == (height, columns) for n, _, _ in places):
             pieces = tuple(Piece(names[n], expert, first, first + height) for n, expert, first in places)
-            found[f"{module}.{leaf}"] = Fused(shape, False, pieces)
+            found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, pieces=pieces)
     return found
 
 
@@ -68,8 +72,8 @@ class Piece:
     last: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Fused:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackedParameter:
     """A stacked parameter [experts, rows, columns]; transposed: it is [experts, in, out]."""
 
     shape: tuple[int, int, int]

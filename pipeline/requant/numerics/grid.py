@@ -103,7 +103,7 @@ def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
     if grid.signed:
         coarse = torch.cat([coarse, -coarse])
     if triton_kernels.usable(weight):
-        shrink = triton_kernels.search(weight, importance, coarse, fine, grid.symmetric, grid.levels)
+        shrink = triton_kernels.search(weight, importance, coarse, fine, symmetric=grid.symmetric, levels=grid.levels)
         return _range_scales(grid, low, high, shrink)
     best = torch.full_like(low, torch.inf)
     shrink = torch.ones_like(low)

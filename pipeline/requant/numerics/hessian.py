@@ -82,28 +82,28 @@ def gather(
     device: torch.device,
     *,
     drifting: bool = False,
-    held_from: int | None = None,
+    first_held_out: int | None = None,
     pool: Pool = lambda _triangles, _others, counts: list(counts),
 ) -> Moments:
     """Sum up batches of (input, unquantized input), each [..., n].
 
-    drifting: also the drift, of the batches that have an unquantized input. held_from: the first batch of the second of
-    two parts; None: one Hessian of all batches. pool: adds the sums of other ranks.
+    drifting: also the drift, of the batches that have an unquantized input. first_held_out: the first batch of the
+    second of two parts; None: one Hessian of all batches. pool: adds the sums of other ranks.
     """
     total = torch.zeros(n, n, device=device)
-    held = total if held_from is None else torch.zeros_like(total)
+    held = total if first_held_out is None else torch.zeros_like(total)
     drift = torch.zeros_like(total) if drifting else None
     compared = tokens = 0
     for i, (x, unquantized) in enumerate(inputs):
         tokens += x.shape[:-1].numel()
-        add_to_hessian(total if held_from is None or i < held_from else held, x)
+        add_to_hessian(total if first_held_out is None or i < first_held_out else held, x)
         if unquantized is not None and drift is not None:
             add_drift(drift, x, unquantized)
             compared += x.shape[:-1].numel()
-    sums = [total] if held_from is None else [total, held]
+    sums = [total] if first_held_out is None else [total, held]
     tokens, compared = pool(sums, [] if drift is None else [drift], (tokens, compared))
     halves = None
-    if held_from is not None:
+    if first_held_out is not None:
         halves = (symmetrize(total.clone()), symmetrize(held))
         total.add_(held)
     hessian = symmetrize(total).div_(max(tokens, 1))

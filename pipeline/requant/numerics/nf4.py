@@ -220,7 +220,7 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     return codes.to(torch.uint8), scale, float(offset)
 
 
-def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, double_quant: bool) -> Tensor:
+def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, *, double_quant: bool) -> Tensor:
     """The fp32 weight that training saw: quantize as bitsandbytes would, then decode.
 
     Shape and order are kept.

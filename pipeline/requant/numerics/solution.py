@@ -53,7 +53,7 @@ class Solution:
 
     def losses(self) -> Losses:
         """The losses as numbers; waits for the device."""
-        return Losses.of(self.uncoupled, self.sums().tolist())
+        return Losses.of(self.sums().tolist(), uncoupled=self.uncoupled)
 
     @property
     def loss(self) -> float:
@@ -76,7 +76,7 @@ class Losses:
     rounded: float
 
     @classmethod
-    def of(cls, uncoupled: bool, sums: Sequence[float]) -> Losses:
+    def of(cls, sums: Sequence[float], *, uncoupled: bool) -> Losses:
         """From the numbers of `Solution.sums`."""
         loss, nearest, whole, rounded = sums
         return cls(uncoupled=uncoupled, loss=loss, nearest=nearest, whole=whole, rounded=rounded)

@@ -83,7 +83,9 @@ def sweep_columns(pull: Tensor, inside: Tensor, inverse: Tensor, block: Block) -
     )  # fmt: skip
 
 
-def search(weight: Tensor, importance: Tensor, shrinks: Tensor, fine: Tensor, symmetric: bool, levels: int) -> Tensor:
+def search(
+    weight: Tensor, importance: Tensor, shrinks: Tensor, fine: Tensor, *, symmetric: bool, levels: int
+) -> Tensor:
     """The best shrink of each group's range.
 
     weight fp32 [rows, groups, g], importance [groups, g] -> fp32 [rows, groups].

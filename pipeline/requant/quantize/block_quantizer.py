@@ -184,7 +184,7 @@ class Quantizer:
             next(iter(linears.values())).in_features,
             self.walk.device,
             drifting=bool(self.settings.correct),
-            held_from=self.calibration.held_out_from,
+            first_held_out=self.calibration.first_held_out,
             pool=self.ranks.all_reduce,
         )
         if self.warming:

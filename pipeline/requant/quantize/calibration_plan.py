@@ -26,7 +26,7 @@ class CalibrationPlan:
     share: slice  # of all calibration windows: this rank's
     batches: tuple[int, ...]  # windows in each batch of this rank
     unquantized: tuple[int, ...]  # batches that also run through the unquantized model, to measure the drift of inputs
-    held_out_from: int | None  # the first batch that judges the column order; None: no batch does
+    first_held_out: int | None  # the first batch that judges the column order; None: no batch does
     inside_block: bool  # batches pause inside a block at each group of linears; False: each group runs the block again
     waiting_bytes: int  # GPU memory of batches that pause inside a block; 0 where nothing needs reserving
 
@@ -58,7 +58,7 @@ class CalibrationPlan:
             self,
             batches=tuple(count for halves in parts for count in halves),
             unquantized=tuple(n for i in self.unquantized for n in range(starts[i], starts[i + 1])),
-            held_out_from=None if self.held_out_from is None else starts[self.held_out_from],
+            first_held_out=None if self.first_held_out is None else starts[self.first_held_out],
         )
 
 
@@ -82,7 +82,7 @@ def plan_calibration(
         share=share,
         batches=tuple(min(size, share.stop - first) for first in firsts),
         unquantized=tuple(i for i, n in enumerate(numbers) if every and n % every == 0),
-        held_out_from=_held_out_from(-(-len(windows) // size), numbers) if judged else None,
+        first_held_out=_first_held_out(-(-len(windows) // size), numbers) if judged else None,
         inside_block=inside,
         waiting_bytes=memory.waiting_bytes(walk, own, twice) if inside and walk.device.type == "cuda" else 0,
     )
@@ -93,7 +93,7 @@ def batch_size(device: torch.device, length: int) -> int:
     return max(1, profile_of(device).batch_tokens // length)
 
 
-def _held_out_from(batches: int, numbers: list[int]) -> int | None:
+def _first_held_out(batches: int, numbers: list[int]) -> int | None:
     """The first held-out batch of this rank; None: no batch is held out.
 
     batches: of all ranks together. numbers: those of this rank's batches among them.

@@ -76,7 +76,7 @@ def quantize(
     computed = compute_dtype(device, dtype)
     theirs = out / ".gptqmodel"
     shutil.rmtree(theirs, ignore_errors=True)
-    _run(source, theirs, windows, settings, layout, computed, device, batch, trust_remote_code)
+    _run(source, theirs, windows, settings, layout, computed, device, batch, trust_remote_code=trust_remote_code)
     walk = Walk(checkpoint, model, device=device, dtype=computed)
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard) as writer:
         _rewrite(Checkpoint(theirs), checkpoint, layout, walk.names, writer)
@@ -98,7 +98,8 @@ def _run(
     dtype: torch.dtype,
     device: torch.device,
     batch: int,
-    trust: bool,
+    *,
+    trust_remote_code: bool,
 ) -> None:
     """Let the library quantize `source` and save to `out`."""
     with _silent():
@@ -122,7 +123,7 @@ def _run(
         rows = [{"input_ids": w[None], "attention_mask": torch.ones_like(w[None])} for w in windows]
         try:
             with torch.enable_grad():
-                made = GPTQModel.load(str(source), config, dtype=dtype, trust_remote_code=trust)
+                made = GPTQModel.load(str(source), config, dtype=dtype, trust_remote_code=trust_remote_code)
                 made.quantize(rows, batch_size=batch)
                 made.save(str(out))
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, OSError) as error:

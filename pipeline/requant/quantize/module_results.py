@@ -87,7 +87,7 @@ class BlockResults:
 
 def _result(facts: _LinearFacts, numbers: list[float], added: Added) -> ModuleResult:
     """The result of one linear; its numbers are removed from the front of `numbers`."""
-    losses = Losses.of(facts.uncoupled, _take(numbers, 4))
+    losses = Losses.of(_take(numbers, 4), uncoupled=facts.uncoupled)
     adapted = asdict(Survival.of(_take(numbers, 4), losses.loss)) if facts.measured else {}
     if losses.fallback:
         log.warning("%s: rounded without error feedback (damp %.2f)", facts.name, facts.damp)

@@ -236,7 +236,7 @@ class DistributedRanks(Ranks):
         self.over.set()
         if self.watching:
             self.watching.join()  # a thread that is in the store when Python ends aborts the process
-        self.all(True)  # the store may live in the first rank's process: it is kept until no rank reads it
+        self.all(holds=True)  # the store may live in the first rank's process: it is kept until no rank reads it
 
 
 def _first_sum(device: torch.device) -> None:

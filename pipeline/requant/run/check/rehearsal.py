@@ -161,7 +161,7 @@ class Rehearsal:
                 calibration,
                 batches=tuple(len(item.hidden) for item in items),
                 unquantized=tuple(range(len(items))) if whole else calibration.unquantized[:1],
-                held_out_from=None,
+                first_held_out=None,
             )
             start_unquantized(walk, [items[i] for i in sample.unquantized])
             walk.forget(0)
