@@ -26,6 +26,7 @@ from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.quantize import block_quantizer
 from requant.quantize.out_of_memory import OutOfMemoryRecovery
 from requant.quantize.plan import Settings
+from requant.runtime.interpreter import freeze_garbage_collector
 
 CORRECTED = Settings(grid=GRID, correct=0.5)
 WAITING = "out of memory with 4 batches waiting inside a block, went on with one at a time"
@@ -202,3 +203,37 @@ def test_what_was_set_aside_is_looked_at_again_when_memory_runs_out(
     finally:
         gc.unfreeze()
     assert found == [True]
+
+
+@pytest.mark.parametrize(
+    ("failures", "owner", "name"),
+    [([6], block_quantizer, "solve_group"), ([5, 5], HiddenStateStore, "put")],
+    ids=["in the second block", "after the first block was solved"],
+)
+def test_the_collector_is_frozen_again_after_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: list[int], owner: Any, name: str
+) -> None:
+    """The next block whose linears are solved freezes what lives through all blocks."""
+    events: list[str] = []
+    leaner = OutOfMemoryRecovery.leaner
+
+    def frozen(_: torch.device) -> None:
+        freeze_garbage_collector(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+        events.append("frozen")
+
+    def recovered(self: OutOfMemoryRecovery, *args: Any) -> Any:
+        plan = leaner(self, *args)
+        events.append("recovered")
+        assert gc.get_freeze_count() == 0
+        return plan
+
+    monkeypatch.setattr(block_quantizer, "freeze_garbage_collector", frozen)
+    monkeypatch.setattr(OutOfMemoryRecovery, "leaner", recovered)
+    for at in failures:
+        fails_once(monkeypatch, at, owner, name)
+    try:
+        run(model_dir(tmp_path), tmp_path / "out")
+        assert events == ["frozen", "recovered", "frozen"]
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

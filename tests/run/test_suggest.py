@@ -84,6 +84,14 @@ def test_the_growth_is_what_the_files_would_hold(project: Path) -> None:
     assert {g.bits for g in after.quantize.plan.grids.values()} == {8}
 
 
+@pytest.mark.parametrize(("bits", "to"), [(3, 4), (3, 8), (8, 4)])
+def test_the_growth_of_a_module_is_of_its_own_tensors(project: Path, bits: int, to: int) -> None:
+    plans = {b: prepared(project, {"quantize.bits": b}).quantize.plan for b in (bits, to)}
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        sizes = {b: sum(s.nbytes for s in p.slots if s.name.startswith(f"{name}.")) for b, p in plans.items()}
+        assert suggest._growth(plans[bits], name, to) == sizes[to] - sizes[bits] != 0
+
+
 @pytest.mark.parametrize(("bits", "expected"), [(2, 4), (3, 4), (4, 8), (8, None)])
 def test_only_bits_that_engines_load(project: Path, bits: int, expected: int | None) -> None:
     p = prepared(project, {"quantize.bits": bits})

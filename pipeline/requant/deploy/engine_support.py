@@ -16,7 +16,7 @@ from torch import nn
 from requant.deploy import tensor_parallel
 from requant.deploy.engine_targets import Kernel, Matrix, Target, Trait
 from requant.modeling import linears
-from requant.modeling.families import EXPERT, FUSED
+from requant.modeling.families import EXPERT, expert_groups, fused_groups
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 
@@ -127,7 +127,7 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         "overrides": rarest if len(by_grid) > 1 else [],
         "skipped in some blocks": plan.partly_left,
         "unlike fused parts": [
-            f"the parts of {stem}{fused}" for stem, fused, _, same in _groups(plan) if not same and ".experts." not in stem
+            f"the parts of {fused}" for fused, _, same in _groups(plan) if not same and ".experts." not in fused
         ],
         "unlike experts": [n for n, same in _experts(plan).items() if not same],
         "blocks elsewhere": [] if plan.prefix in _BLOCKS else [plan.prefix],
@@ -151,28 +151,22 @@ def _renamed(plan: Plan, model: nn.Module) -> list[str]:
     return [n for n in ours if n not in stored and n.removeprefix(prefix) not in stored]
 
 
-def _groups(plan: Plan) -> Iterator[tuple[str, str, tuple[str, ...], bool]]:
-    """Every set of matrices that servers fuse into one.
-
-    (stem, fused name, parts, whether all parts are quantized alike).
-    """
-    every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
-    for fused, parts in ((name, made.parts) for name, made in FUSED.items()):
-        for name in every:
-            stem = name.removesuffix(parts[0])
-            if name.endswith("." + parts[0]) and all(stem + p in every for p in parts):
-                grids = [every[stem + p] for p in parts]
-                yield stem, fused, tuple(stem + p for p in parts), all(g == grids[0] for g in grids)
+def _groups(plan: Plan) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(fused name, parts, whether all parts are quantized alike) of what engines fuse."""
+    every = _grids(plan)
+    for fused, parts in fused_groups(every):
+        yield fused, parts, len({every[p] for p in parts}) == 1
 
 
 def _experts(plan: Plan) -> dict[str, bool]:
     """Container of experts -> whether all of its matrices are quantized alike."""
-    grids: dict[str, set[Grid | None]] = {}
-    every: dict[str, Grid | None] = {**plan.grids, **dict.fromkeys(plan.left)}
-    for name, grid in every.items():
-        if match := EXPERT.fullmatch(name):
-            grids.setdefault(match[1], set()).add(grid)
-    return {name: len(found) == 1 for name, found in grids.items()}
+    every = _grids(plan)
+    return {name: len({every[n] for n in inside}) == 1 for name, inside in expert_groups(every).items()}
+
+
+def _grids(plan: Plan) -> dict[str, Grid | None]:
+    """Every linear of the blocks -> its grid, None where it is left in 16 bit."""
+    return {**plan.grids, **dict.fromkeys(plan.left)}
 
 
 def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> Iterator[Matrix]:
@@ -194,11 +188,11 @@ def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> 
             taken |= set(inside)
             if inside:
                 yield Matrix(container, *size(f"{container}.0.gate_proj"), plan.grids[inside[0]])
-        for stem, name, parts, same in _groups(plan):
+        for name, parts, same in _groups(plan):
             if same and parts[0] in plan.grids and not taken & set(parts):
                 taken |= set(parts)
                 rows = sum(size(p)[0] for p in parts)
-                yield Matrix(stem + name, rows, size(parts[0])[1], plan.grids[parts[0]])
+                yield Matrix(name, rows, size(parts[0])[1], plan.grids[parts[0]])
     for name, grid in plan.grids.items():
         if name not in taken:
             yield Matrix(name, *size(name), grid)

@@ -9,7 +9,7 @@ entries: a family whose modules are called like those of another needs no entry 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
@@ -133,3 +133,24 @@ BY_INPUTS = frozenset[str]().union(*(f.by_inputs for f in FAMILIES))
 FUSED_HEADS = frozenset[str]().union(*(f.fused_heads for f in FAMILIES))
 KEY_HEADS = frozenset[str]().union(*(f.key_heads for f in FAMILIES))
 UNCUT = frozenset[str]().union(*(f.uncut for f in FAMILIES))
+
+
+def fused_groups(names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(fused name, its parts) of every matrix that engines make of some of these linears."""
+    for name, fused in FUSED.items():
+        first = fused.parts[0]
+        for linear in names:
+            if linear.endswith("." + first):
+                stem = linear.removesuffix(first)
+                parts = tuple(stem + part for part in fused.parts)
+                if all(part in names for part in parts):
+                    yield stem + name, parts
+
+
+def expert_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Module of a layer's experts -> those of these linears that belong to it."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            groups.setdefault(match[1], []).append(name)
+    return groups

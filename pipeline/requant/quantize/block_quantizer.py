@@ -83,12 +83,12 @@ class Quantizer:
         """
         while not self._solved(index, items):
             self.commit_block()  # no plan may take less: then leaner() raises
-            self.calibration = self.recovery.leaner(self.calibration, index, items)
+            self._take_less(index, items)
         block = self.walk.blocks[index]
         self.commit_block()  # the block before, if no group has committed it
         self.walk.read_soon(index + 1)  # likewise
         while not follow(self.walk, block, self.reference_block, index, items):
-            self.calibration = self.recovery.leaner(self.calibration, index, items)
+            self._take_less(index, items)
         self.reference_block = None
         self.block_results.send(self.walk.states.total())
         self.output.end(index)
@@ -113,6 +113,11 @@ class Quantizer:
         self.block_results = BlockResults()
         self.walk.release(self.walk.blocks[index])
         return False
+
+    def _take_less(self, index: int, items: list[BlockInput]) -> None:
+        """Continue with a plan that takes less memory, after the collector has looked at all objects."""
+        self.calibration = self.recovery.leaner(self.calibration, index, items)
+        self.gc_frozen = False  # the recovery unfroze them: the next block to be solved freezes them again
 
     def _groups(self, index: int, item: BlockInput) -> list[LinearGroup]:
         block, prefix = self.walk.load(index, read_next=False), f"{self.walk.prefix}.{index}."

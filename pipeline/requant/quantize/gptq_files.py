@@ -10,7 +10,7 @@ import torch
 
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
-from requant.modeling.families import EXPERT, FUSED
+from requant.modeling.families import expert_groups, fused_groups
 from requant.quantize.plan import Plan, Settings, _inner
 
 
@@ -54,24 +54,17 @@ def write_small_files(
 
 def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The same rules under engines' fused names, where all parts share one."""
-    extra = {}
-    for fused, parts in ((name, made.parts) for name, made in FUSED.items()):
-        for name, own in overrides.items():
-            stem = name.removesuffix(parts[0])
-            if name.endswith("." + parts[0]) and all(overrides.get(stem + p, ...) == own for p in parts):
-                extra[stem + fused] = own
-    return extra
+    return {
+        fused: overrides[parts[0]]
+        for fused, parts in fused_groups(overrides)
+        if all(overrides[p] == overrides[parts[0]] for p in parts)
+    }
 
 
 def _containers(overrides: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
     """The same rules under the names of experts' containers, where all experts share one."""
-    parts: dict[str, list[str]] = {}
-    for name in every:
-        match = EXPERT.fullmatch(name)
-        if match:
-            parts.setdefault(match[1], []).append(name)
     return {
         container: overrides[names[0]]
-        for container, names in parts.items()
+        for container, names in expert_groups(every).items()
         if all(n in overrides and overrides[n] == overrides[names[0]] for n in names)
     }

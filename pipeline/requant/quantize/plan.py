@@ -52,6 +52,7 @@ class Plan:
     slots: tuple[Slot, ...]
     block_slots: tuple[tuple[str, ...], ...]  # output tensor names of each block
     grids: Mapping[str, Grid]
+    shapes: Mapping[str, tuple[int, int]]  # quantized module -> (outputs, inputs) of its weight
     left: tuple[str, ...]  # linears of blocks left in 16 bit
     bits_per_weight: float
     prefix: str  # module name of the list of blocks
@@ -116,6 +117,7 @@ def plan(
         slots=tuple(slots),
         block_slots=per_block,
         grids=grids,
+        shapes={n: (linears[n].out_features, linears[n].in_features) for n in grids},
         left=tuple(n for n in linears if n not in grids),
         bits_per_weight=_bits_per_weight([linears[n] for n in grids], replaced.values()),
         prefix=prefix,

@@ -7,6 +7,7 @@ measures the gain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,13 +93,11 @@ def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRo
 
 def _growth(plan: Plan, module: str, bits: int) -> int:
     """Bytes that one module grows by when it gets `bits`."""
-    grid, stored = plan.grids[module], plan.weights[module].removesuffix("weight") + plan.format.codes
-    words, rows = next(s.shape for s in plan.slots if s.name == stored)
-    columns = words * 32 // grid.bits
+    grid = plan.grids[module]
 
     def size(b: int) -> int:
-        parts = plan.format.shapes(rows, columns, b, grid.group_size).values()
-        return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) * dtype.itemsize for shape, dtype in parts)
+        parts = plan.format.shapes(*plan.shapes[module], b, grid.group_size).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
     return size(bits) - size(grid.bits)
 
