@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
 
@@ -28,6 +28,25 @@ ASKED = ("base", "adapter", "merged", "gptq", "healed")
 EXTRA_TOKENS = 8  # generated beyond the length of the answer: other spellings of it may be longer
 Format = Literal["auto", "text", "chat"]
 _KEYS = {"prompt", "answer"}
+
+
+class CanaryAnswers(TypedDict):
+    """One canary: by variant, the answer given and whether it is right."""
+
+    prompt: str
+    answer: str
+    given: dict[str, str]
+    right: dict[str, bool]
+
+
+class CanaryFacts(TypedDict):
+    """The canaries' section of the report. right: number of right answers by variant."""
+
+    file: str
+    rule: str
+    total: int
+    right: dict[str, int]
+    items: list[CanaryAnswers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +68,11 @@ class Canaries:
 
         return ask(model, self.items, self.decode, stop=self.stop, device=device, on_progress=on_progress)
 
-    def result(self, answers: Mapping[str, list[str]]) -> dict[str, Any]:
+    def result(self, answers: Mapping[str, list[str]]) -> CanaryFacts:
         """The facts for the report, from answers by variant."""
         from requant_eval.scoring.canaries import result
 
-        return {"file": self.name, **result(self.items, answers)}
+        return cast(CanaryFacts, {"file": self.name, **result(self.items, answers)})
 
 
 def load(path: Path, tokenizer: Any, kind: Format = "auto") -> Canaries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 from requant.checkpoint.model_files import write_json
 from requant.checkpoint.reader import read_json
@@ -75,11 +75,11 @@ class Verification:
         """Whether nothing wrong was found."""
         return not self.findings
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> VerificationFacts:
         """JSON types, without the path."""
         raw = asdict(self)
         del raw["path"]
-        return {"ok": self.ok} | raw
+        return cast(VerificationFacts, {"ok": self.ok} | raw)
 
     def message(self) -> str:
         """The findings, one a line."""
@@ -94,6 +94,35 @@ class Verification:
             raise StageError(self.message())
 
 
+class FindingFacts(TypedDict):
+    """A `Finding` as stored. where: a tensor name, or `file: key`."""
+
+    where: str
+    reason: str
+
+
+class VerificationFacts(TypedDict):
+    """A `Verification` as stored, without the path."""
+
+    ok: bool
+    findings: list[FindingFacts]
+    tensors: int
+    linears: int
+    bits_per_weight: float | None
+    expected_bytes: int | None
+    disk_bytes: int | None
+    negative_scales: int | None
+    relative_error: float | None
+    sample_tokens: int
+    sample_set: str | None
+    sample_digest: str | None
+    perplexity: float | None
+    generated: list[int]
+    text: str | None
+    engines: list[EngineResult]
+    skipped: list[str]
+
+
 def save_verification(done: Verification) -> Path | None:
     """Save the result beside a run's checkpoint, for its report.
 
@@ -103,18 +132,18 @@ def save_verification(done: Verification) -> Path | None:
     file = run / f"verify-{done.path.absolute().name}.json"
     if not (run / MARKER).exists() or not manifest.exists() or file.name not in RESULTS.values():
         return None
-    write_json(file, {"key": read_json(manifest).get("key")} | done.facts())
+    write_json(file, {"key": read_json(manifest).get("key"), **done.facts()})
     return file
 
 
-def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, VerificationFacts]:
     """Stage -> the saved verification of its checkpoint.
 
     keys: stage -> key of the checkpoint that counts.
     """
     saved = {stage: read_json(run / RESULTS[stage]) for stage in keys if (run / RESULTS[stage]).exists()}
     return {
-        stage: {k: v for k, v in result.items() if k != "key"}
+        stage: cast(VerificationFacts, {k: v for k, v in result.items() if k != "key"})
         for stage, result in saved.items()
         if result.get("key") == keys[stage]
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class Probe:
         About 1 on text that the adapter has learned; 0 where predictions are unchanged.
         """
         return self.gain / self.moved if self.moved > 0 else 0.0
+
+
+class ProbeFacts(TypedDict):
+    """A `Probe` as stored."""
+
+    source: str
+    without: float
+    with_adapter: float
+    moved: float
 
 
 def sample_rows(names: Sequence[str], documents: Sequence[Sequence[TokenDocument]]) -> dict[str, tuple[Tensor, ...]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from requant.checkpoint.run_directory import key_of
 from requant.data import canaries
-from requant.data.canaries import Canaries
+from requant.data.canaries import Canaries, CanaryFacts
 from requant.errors import StageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Scores:
         """The variants without saved answers, and the files for them."""
         return {v: file for v, file in self.answer_files.items() if not file.exists()}
 
-    def answers(self) -> dict[str, Any] | None:
+    def answers(self) -> CanaryFacts | None:
         """The answers of all variants, for the report; None without canaries."""
         if self.canaries is None:
             return None

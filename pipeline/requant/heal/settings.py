@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 Tune = Literal["scales", "norms"]
 MAX_VALIDATIONS, MIN_STEPS_BETWEEN = 10, 5  # validations after step 0
@@ -36,3 +37,14 @@ class HealSettings:
         """Numbers of steps after which the held-out loss is taken; 0 and the last are among them."""
         count = max(1, min(MAX_VALIDATIONS, self.steps // MIN_STEPS_BETWEEN))
         return {round(self.steps * i / count) for i in range(count + 1)}
+
+
+class HealSettingsFacts(TypedDict):
+    """`HealSettings` as stored."""
+
+    steps: int
+    batch: int
+    length: int
+    lr: float
+    tune: Sequence[Tune]
+    seed: int

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from requant.errors import InputError, StageError
 from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
 from requant.heal.job import HealJob, Progress
+from requant.heal.settings import HealSettingsFacts
 from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, product_dtype, store_teacher
 from requant.heal.trainer import EndToEndLoss, LossCurve, Trainer, recompute_in_backward
 from requant.modeling import skeleton
@@ -41,14 +42,32 @@ class BlockFacts(TypedDict, total=False):
     blocks: list[blockwise.BlockErrors]
 
 
+class Changes(TypedDict):
+    """Mean and quantiles of the relative changes of all scales. unchanged: share of the scales."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    max: float
+    unchanged: float
+
+
+class ModuleChange(TypedDict):
+    """The mean relative change of one module's scales."""
+
+    name: str
+    mean: float
+
+
 class ScaleChanges(TypedDict, total=False):
     """Relative changes of the scales.
 
-    moved: mean and quantiles over all scales. moved_most: the modules with the largest mean.
+    moved: over all scales. moved_most: the modules with the largest mean.
     """
 
-    moved: dict[str, float] | None
-    moved_most: list[dict[str, Any]]
+    moved: Changes | None
+    moved_most: list[ModuleChange]
 
 
 class HealResult(BlockFacts, ScaleChanges):
@@ -71,7 +90,7 @@ class HealResult(BlockFacts, ScaleChanges):
     length: int
     tokens: int
     digest: str
-    settings: dict[str, Any]
+    settings: HealSettingsFacts
 
 
 def heal(
@@ -116,7 +135,7 @@ def heal(
         "length": job.text.length,
         "tokens": job.settings.steps * job.settings.batch * job.text.length,
         "digest": job.text.digest,
-        "settings": asdict(job.settings),
+        "settings": cast(HealSettingsFacts, asdict(job.settings)),
     }
 
 
@@ -274,7 +293,7 @@ def _with_meta(config: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any
     return config
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def summary(result: HealResult) -> str:
     """The result of a healing in one line."""
     if not result["healed"]:
         return "healing gained nothing on held-out text; the checkpoint is unchanged"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from requant.adapters.peft_directory import Adapter
 from requant.checkpoint import model_files
@@ -26,6 +26,14 @@ class Sign:
     """One comparison of an adapter with its base. agrees: None when one side records nothing."""
 
     what: Literal["names", "shapes", "base name", "revision", "vocabulary", "chat template"]
+    agrees: bool | None
+    note: str
+
+
+class SignFacts(TypedDict):
+    """A `Sign` as stored."""
+
+    what: str
     agrees: bool | None
     note: str
 

@@ -5,9 +5,9 @@ Names and shapes are those of the 16-bit checkpoint. Opening reads headers; `rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ class Nf4Settings:
     load_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
     skip: tuple[str, ...] = ()
     version: Literal[4, 5] = 5
+
+
+class Nf4Facts(TypedDict):
+    """`Nf4Settings` as stored."""
+
+    quant_type: nf4.QuantType
+    double_quant: bool
+    blocksize: int
+    load_dtype: Literal["float16", "bfloat16", "float32"]
+    skip: Sequence[str]
+    version: Literal[4, 5]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

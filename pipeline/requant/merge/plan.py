@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -50,6 +50,14 @@ class Op:
         return f"{verb}+folded" if self.folds or self.bias_folds else verb
 
 
+class Ledger(TypedDict):
+    """Number of tensors by what became of them, on both sides of a merge."""
+
+    base: dict[str, int]
+    adapter: dict[str, int]
+    untied_embeddings: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """Everything a merge will do, known from headers.
@@ -73,7 +81,7 @@ class MergePlan:
         return self.adapters[0]
 
     @property
-    def ledger(self) -> dict[str, Any]:
+    def ledger(self) -> Ledger:
         """Counts on both sides: what became of base tensors, and of adapter tensors."""
         counts = {
             "consumed": sum(len(a.tensors) - a.copies for a in self.adapters),

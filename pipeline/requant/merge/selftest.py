@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ from requant.numerics import nf4
 @dataclass(frozen=True)
 class SelfTest:
     """Counts of what was recomputed, and the worst error as a share of its bound (at most 1)."""
+
+    tensors: int
+    rows: int
+    worst: float
+
+
+class SelfTestFacts(TypedDict):
+    """A `SelfTest` as stored."""
 
     tensors: int
     rows: int

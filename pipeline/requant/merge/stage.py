@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from requant.checkpoint.reader import read_tensor
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
 from requant.merge.base_weights import CPU
-from requant.merge.plan import MergePlan, Op, target_dtype
+from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
 
@@ -40,7 +40,7 @@ class MergeResult:
 
     dtype: str
     why: str
-    ledger: dict[str, Any]
+    ledger: Ledger
     untrained: list[str] = field(default_factory=list)
     max_abs: float = 0.0
     bytes: int = 0

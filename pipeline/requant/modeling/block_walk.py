@@ -21,13 +21,15 @@ from requant.modeling import linears, skeleton
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.runtime.pinned_memory import use_stream
 
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]  # besides hidden states: by position, by name
+
 
 @dataclass
 class BlockInput:
     """One batch's input of the blocks: hidden states, and the other arguments of every block."""
 
     hidden: Tensor  # [batch, length, width]
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    arguments: list[BlockArguments] = field(default_factory=list)
     _: KW_ONLY
     unquantized: Tensor | None = None  # `hidden` in the unquantized model, for batches that also run there
     passed: int = 0  # blocks that `hidden` has gone through
@@ -173,7 +175,7 @@ class Walk:
             self._coming.pop(0, None)  # it holds memory, and the error may be a lack of memory
             raise
         first = self.load(0)
-        recorded: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        recorded: dict[torch.Size, list[BlockArguments]] = {}
         inputs = []
         for ids in batches:
             ids = ids.to(self.device)
@@ -230,7 +232,7 @@ class Walk:
             if id(m) not in inside and any(p is not None for p in m._parameters.values())
         ]
 
-    def _capture(self, ids: Tensor) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _capture(self, ids: Tensor) -> tuple[Tensor, BlockArguments]:
         """The first block's hidden states and other arguments."""
         caught: list[Any] = []
 
@@ -253,13 +255,11 @@ class Walk:
             args = (kwargs.pop("hidden_states"),)
         return args[0], (args[1:], kwargs)
 
-    def _record(
-        self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any
-    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _record(self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any) -> list[BlockArguments]:
         """The arguments of every block, seen while each is replaced by one that passes its input on."""
         output = first(hidden, *arguments[0], **arguments[1])
         self.tail = tuple(output[1:]) if isinstance(output, tuple) else None
-        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        recorded: list[BlockArguments] = []
 
         def passing(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             recorded.append((args, kwargs))
@@ -304,7 +304,7 @@ class Walk:
         return self.forward(self.blocks[index], item.hidden.to(self.device), item.arguments[index])
 
     @staticmethod
-    def forward(block: Any, hidden: Tensor | None, others: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    def forward(block: Any, hidden: Tensor | None, others: BlockArguments) -> Tensor:
         """A block's hidden states out of hidden states in, whichever way it wraps them."""
         out = block(hidden, *others[0], **others[1])
         result: Tensor = out[0] if isinstance(out, tuple) else out

@@ -6,12 +6,12 @@ next is finished; the disk may be a few blocks behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter, Journal
 from requant.formats.quantized_format import QuantizedFormat
 from requant.numerics.solution import Solution
+from requant.quantize.module_results import ModuleRow
 from requant.quantize.plan import Plan, convert
 from requant.runtime.pinned_memory import PinnedBuffer, use_stream
 
@@ -63,7 +64,7 @@ class BlockWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         pass
 
-    def finished(self) -> list[list[dict[str, Any]]]:
+    def finished(self) -> list[list[ModuleRow]]:
         """Results of the blocks that are complete on disk, also those of an interrupted run."""
         return []
 
@@ -80,7 +81,7 @@ class BlockWriter:
     def end(self, index: int) -> None:
         """Start to write the rest of block `index`; later tensors belong to the next one."""
 
-    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+    def commit(self, index: int, results: Sequence[ModuleRow]) -> None:
         """Add block `index`, the oldest that has ended, to the journal once it is on disk."""
 
     def settle(self, behind: int = 0) -> None:
@@ -114,8 +115,8 @@ class BackgroundWriter(BlockWriter):
         self.outside_pool.shutdown()
         self.writer.abandon()
 
-    def finished(self) -> list[list[dict[str, Any]]]:
-        return list(self.journal.blocks)
+    def finished(self) -> list[list[ModuleRow]]:
+        return cast(list[list[ModuleRow]], list(self.journal.blocks))
 
     def resume(self, index: int) -> None:
         self.writer.mark_written(self.plan.block_slots[index])
@@ -132,7 +133,7 @@ class BackgroundWriter(BlockWriter):
         self.ended.append(self.writing)
         self.writing = []
 
-    def commit(self, index: int, results: Sequence[Mapping[str, Any]]) -> None:
+    def commit(self, index: int, results: Sequence[ModuleRow]) -> None:
         writing = self.ended.pop(0)
         whole = self.syncing.submit(self.journal.commit, index, self.writer, writing, [dict(r) for r in results])
         self.committed.append(whole)

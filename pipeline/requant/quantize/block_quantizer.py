@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -231,4 +230,4 @@ class Quantizer:
         pool_experts(block, self.ranks.sum)
         results = block_results.results(lambda name: share_added(block, name.removeprefix(prefix)))
         self.results += results
-        self.output.commit(index, [asdict(r) for r in results])
+        self.output.commit(index, [r.row() for r in results])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -12,6 +12,14 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
 from requant.modeling.families import expert_groups, fused_groups
 from requant.quantize.plan import Plan, Settings, _inner
+
+
+class ModuleRule(TypedDict):
+    """One module's settings where they are not the checkpoint's. sym: symmetric."""
+
+    bits: int
+    group_size: int
+    sym: bool
 
 
 def write_small_files(
@@ -25,7 +33,7 @@ def write_small_files(
     meta: Mapping[str, Any],
 ) -> None:
     """Write config.json, quantize_config.json, tokenizer and generation config. damp: as used."""
-    overrides: dict[str, Mapping[str, Any] | None] = dict.fromkeys(layout.left)
+    overrides: dict[str, ModuleRule | None] = dict.fromkeys(layout.left)
     for name, grid in layout.grids.items():
         if grid != settings.grid:
             overrides[name] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
@@ -52,7 +60,7 @@ def write_small_files(
     model_files.copy_small_files(source, out)
 
 
-def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _fused(overrides: Mapping[str, ModuleRule | None]) -> dict[str, ModuleRule | None]:
     """The same rules under engines' fused names, where all parts share one."""
     return {
         fused: overrides[parts[0]]
@@ -61,7 +69,7 @@ def _fused(overrides: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _containers(overrides: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
+def _containers(overrides: Mapping[str, ModuleRule | None], every: Iterable[str]) -> dict[str, ModuleRule | None]:
     """The same rules under the names of experts' containers, where all experts share one."""
     return {
         container: overrides[names[0]]

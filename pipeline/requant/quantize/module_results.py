@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -139,6 +139,10 @@ class ModuleResult:
     retention: float | None = None
     output_retention: float | None = None
     added: float = 0.0
+
+    def row(self) -> ModuleRow:
+        """As stored in JSON."""
+        return cast(ModuleRow, asdict(self))
 
 
 class ModuleRow(TypedDict, total=False):

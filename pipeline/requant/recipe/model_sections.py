@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypedDict
 
 from pydantic import (
     Field,
@@ -156,6 +156,15 @@ class Override(Section):
         if not self.skip and not settings:
             fail(((), "sets nothing: give it bits, group_size, symmetric or skip: true"))
         return self
+
+
+class OverrideFields(TypedDict, total=False):
+    """The fields of an `Override` that are set."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    skip: bool
 
 
 class Quantize(Section):

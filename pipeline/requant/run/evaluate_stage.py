@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from requant.evaluate import over_ranks
+from requant.evaluate.stage import EvaluationResult
 from requant.run.context import RunContext
 
 OF_MERGED = {"merged", "rtn", "original"}  # variants whose weights come from the merged checkpoint
@@ -20,13 +19,16 @@ def evaluate_needs(context: RunContext) -> tuple[str, ...]:
     return ("merge",) if OF_MERGED & context.scores.missing().keys() else ()
 
 
-def run_evaluate(context: RunContext, key: str) -> dict[str, Any]:
+def run_evaluate(context: RunContext, key: str) -> EvaluationResult:
     """Score what has no scores yet, on all ranks.
 
     Returns which variants, how, and notes for the report.
     """
-    result = over_ranks.evaluate(
-        context.scores, context.variant_sources, ranks=context.ranks, batch=context.batch,
-        stream=context.recipe.evaluate.stream, progress=context.watcher.progress,
-    )  # fmt: skip
-    return {**result}
+    return over_ranks.evaluate(
+        context.scores,
+        context.variant_sources,
+        ranks=context.ranks,
+        batch=context.batch,
+        stream=context.recipe.evaluate.stream,
+        progress=context.watcher.progress,
+    )

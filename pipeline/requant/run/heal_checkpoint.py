@@ -21,15 +21,28 @@ from requant.formats.registry import open_quantized
 from requant.heal.job import HealJob, Progress
 from requant.heal.plan import ModelSize, choose_plan
 from requant.heal.settings import HealSettings
-from requant.heal.stage import check_same
+from requant.heal.stage import HealResult, check_same
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 
 
+class HealCheckpointResult(HealResult):
+    """Facts of a healing without a recipe. way: the plan, in words."""
+
+    way: str
+
+
 def heal_checkpoint(
-    checkpoint: Path, teacher: Path, files: Sequence[Path], out: Path, settings: HealSettings, *, device: torch.device,
-    trust_remote_code: bool = False, progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Path,
+    teacher: Path,
+    files: Sequence[Path],
+    out: Path,
+    settings: HealSettings,
+    *,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> HealCheckpointResult:
     """Heal `checkpoint` towards `teacher` into the new directory `out`.
 
     files: text, each in an equal share.

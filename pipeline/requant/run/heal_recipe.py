@@ -28,7 +28,7 @@ class Healing:
     section: Heal
     size: ModelSize
     text: HealingText
-    facts: dict[str, Any]
+    facts: recipe_texts.HealingFacts
     deploy: tuple[str, ...] = ()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from requant import __version__, deploy, heal
 from requant.checkpoint.reader import Checkpoint
@@ -11,11 +10,12 @@ from requant.evaluate import variants
 from requant.heal.job import HealJob
 from requant.numerics.dtypes import DTYPES
 from requant.run.context import RunContext
+from requant.run.stage_results import HealedFacts
 
 log = logging.getLogger(__name__)
 
 
-def run_heal(context: RunContext, key: str) -> dict[str, Any]:
+def run_heal(context: RunContext, key: str) -> HealedFacts:
     """Write the artifact `healed`.
 
     Returns losses, settings and the verification, for the report.

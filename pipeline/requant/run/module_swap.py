@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
 from requant.modeling import skeleton
+from requant.run.stage_results import Distance, EstimateFacts
 
 if TYPE_CHECKING:
     from requant_eval.scoring.token_scores import TokenScores
@@ -55,7 +56,7 @@ def measure(
     dtype: torch.dtype,
     batch: int,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Distance, list[Distance]]:
     """(distance of the quantized model from the merged one, gain of each unit of modules).
 
     weights: module -> name of its weight in the merged checkpoint. Both are {"kl": ..., "nll": ...}, each an estimate
@@ -76,7 +77,7 @@ def measure(
         model = variants.load("gptq", sources, device=device, dtype=dtype)
         before = run(model, 1, "gptq", reference=file)
         checkpoint = Checkpoint(sources.merged)
-        gains = []
+        gains: list[Distance] = []
         for number, unit in enumerate(units):
             with swapped(model, {m: checkpoint.read(weights[m]) for m in unit}):
                 after = run(model, 2 + number, "swapping", reference=file)
@@ -105,12 +106,12 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
             model.get_submodule(name.removesuffix(".weight"))._parameters["weight"] = parameter
 
 
-def _gain(before: TokenScores, after: TokenScores) -> dict[str, Any]:
+def _gain(before: TokenScores, after: TokenScores) -> Distance:
     return {"kl": _difference(before.kl, after.kl, before), "nll": _difference(before.nll, after.nll, before)}
 
 
-def _difference(a: Any, b: Any, scores: TokenScores) -> dict[str, float]:
+def _difference(a: Any, b: Any, scores: TokenScores) -> EstimateFacts:
     """Mean of a - b a token, clustered by window."""
     from requant_eval.metrics import statistics as st
 
-    return asdict(st.mean(a - b, scores.document))
+    return cast(EstimateFacts, asdict(st.mean(a - b, scores.document)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
+from requant.recipe.model_sections import OverrideFields
 from requant.run.heal_recipe import Healing
 from requant.run.recipe_texts import CalibrationFacts
 
@@ -102,10 +103,11 @@ class Prepared:
         return tuple(asked)
 
     @property
-    def overrides(self) -> dict[str, dict[str, Any]]:
+    def overrides(self) -> dict[str, OverrideFields]:
         """The recipe's `quantize.overrides`, without defaults."""
         asked = self.recipe.quantize.overrides
-        return {name: own.model_dump(exclude_none=True, exclude_defaults=True) for name, own in asked.items()}
+        set_fields = {n: own.model_dump(exclude_none=True, exclude_defaults=True) for n, own in asked.items()}
+        return cast("dict[str, OverrideFields]", set_fields)
 
     @property
     def unmeasurable(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import cast
 
 from requant.checkpoint.run_directory import key_of
 from requant.data.packing import digest
@@ -22,9 +22,9 @@ def probe(context: RunContext) -> ProbeResult:
     digests = {name: [digest(row[None]) for row in source] for name, source in rows.items()}
     reference = scores.keys[REFERENCE]
     key = key_of(LAYOUT, "probe", reference, digests, str(scores.dtype), scores.device.type)
-    stored: Any = context.directory.result("probe", key)
+    stored = cast("ProbeResult | None", context.directory.result("probe", key))
     if stored is not None:
-        return stored  # type: ignore[no-any-return]  # written below
+        return stored
     result: ProbeResult
     try:
         model = load_reference(
@@ -32,7 +32,11 @@ def probe(context: RunContext) -> ProbeResult:
         )
         probes = adapter_probe.measure(model, rows, scores.device)
         said, warnings = adapter_probe.verdict(probes)
-        result = {"probes": [asdict(p) for p in probes], "said": said, "warnings": warnings}
+        result = {
+            "probes": cast(list[adapter_probe.ProbeFacts], [asdict(p) for p in probes]),
+            "said": said,
+            "warnings": warnings,
+        }
     except StageError as error:
         result = {"probes": [], "said": f"the adapter's loss was not measured: {error}", "warnings": []}
     context.directory.remember("probe", key, dict(result))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 from requant import __version__, deploy, quantize
 from requant.deploy.scored_sample import Sample
 from requant.merge.deltas import deltas
 from requant.quantize import gptqmodel_engine, warmup
-from requant.quantize.module_results import ModuleRow
 from requant.run.context import RunContext
 from requant.run.probe import probe
 from requant.run.stage_results import QuantizeStageResult
@@ -82,7 +80,7 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "quantize", "requant": __version__})
     return {
-        "modules": cast(list[ModuleRow], [asdict(m) for m in modules]),
+        "modules": [m.row() for m in modules],
         "bits_per_weight": plan.bits_per_weight,
         "left": list(plan.left),
         "verify": proof.facts(),

@@ -42,6 +42,14 @@ class CalibrationFacts(TypedDict):
     overlap: NotRequired[dict[str, float]]
 
 
+class HealingFacts(TypedDict):
+    """The healing text, for the report. overlap: as in `CalibrationFacts`."""
+
+    data: list[str]
+    digest: str
+    overlap: NotRequired[dict[str, float]]
+
+
 def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer the merged model will have.
 
@@ -96,7 +104,7 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[TokenDocu
 
 def healing(
     recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[TokenDocument]]
-) -> tuple[list[Sequence[TokenDocument]], HealingText, dict[str, Any]]:
+) -> tuple[list[Sequence[TokenDocument]], HealingText, HealingFacts]:
     """(documents of its own sources, packed windows, facts for the report).
 
     calibrated: the documents of the calibration sources, which are the text when the section names none.
@@ -110,7 +118,7 @@ def healing(
     text = packing.healing_windows(
         entries, tokenizer, steps=section.steps, batch=section.batch, length=section.length, seed=section.seed
     )
-    facts = {"data": [name for name, _, _ in entries], "digest": text.digest}
+    facts: HealingFacts = {"data": [name for name, _, _ in entries], "digest": text.digest}
     return [documents for _, documents, _ in entries] if own else [], text, facts
 
 

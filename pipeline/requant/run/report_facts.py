@@ -11,17 +11,108 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from requant import recipe
+from requant.data.canaries import CanaryFacts
+from requant.deploy.verification import VerificationFacts
+from requant.evaluate.adapter_probe import ProbeFacts
 from requant.merge import adapter_match
+from requant.merge.adapter_match import SignFacts
+from requant.merge.base_weights import Nf4Facts
 from requant.quantize.module_results import ModuleRow
 from requant.recipe import fields
 from requant.run.check import delta_prediction
 from requant.run.prepared import Prepared
 from requant.run.recipe_texts import CalibrationFacts
-from requant.run.stage_results import Measured, MergeStageResult, StageResults
+from requant.run.stage_results import (
+    HealedFacts,
+    HealStageResult,
+    Measured,
+    MergeFacts,
+    MergeStageResult,
+    PredictionFacts,
+    StageResults,
+    SuggestStageResult,
+)
 from requant.runtime import measurements
 
-PEAKS: tuple[Literal["peak_rss"], Literal["peak_device"]] = ("peak_rss", "peak_device")
-MEASURED = ("seconds", *PEAKS)
+MEASURED = tuple(Measured.__annotations__)
+
+
+class BaseFacts(TypedDict):
+    """The base model. nf4: how a 16-bit base was quantized for training."""
+
+    name: str
+    nf4: Nf4Facts | Literal["pre-quantized"]
+
+
+class MatchFacts(TypedDict):
+    """Signs that one adapter belongs to the base: how many agree, of how many, and each of them."""
+
+    agree: int
+    of: int
+    signs: list[SignFacts]
+
+
+class AdapterPart(TypedDict):
+    """One of several adapters."""
+
+    name: str
+    weight: float
+
+
+class AdapterNames(TypedDict):
+    """The name of the adapter; parts: of all adapters, where there are several or one is weighted."""
+
+    name: str
+    parts: NotRequired[list[AdapterPart]]
+
+
+class AdapterFacts(AdapterNames):
+    """The adapters, how they match the base, and the loss with and without them."""
+
+    match: list[MatchFacts]
+    probe: list[ProbeFacts]
+
+
+class EngineFacts(TypedDict):
+    """One engine's verdict on the plan, from headers. source: the version that the rules were read in."""
+
+    loads: bool
+    says: str
+    source: str
+
+
+class QuantizeFacts(TypedDict):
+    """The quantization. settings: the recipe's section `quantize`."""
+
+    settings: dict[str, Any]
+    bits_per_weight: float | None
+    modules: list[ModuleRow]
+    resonance: PredictionFacts | None
+    left_in_16_bit: list[str]
+    engines: dict[str, EngineFacts]
+
+
+class HealFacts(HealedFacts):
+    """The healing. overlap: evaluation set -> share of its 13-grams in the healing text."""
+
+    overlap: dict[str, float]
+
+
+class CostFacts(TypedDict):
+    """Bytes of every artifact; wall seconds and peak bytes of every stage."""
+
+    bytes: dict[str, int | None]
+    seconds: dict[str, float]
+    peak_rss: dict[str, int]
+    peak_device: dict[str, int]
+
+
+class EvaluationFacts(TypedDict):
+    """How variants were scored. runtimes: what ran each of them."""
+
+    dtype: str
+    protocol: str
+    runtimes: NotRequired[dict[str, str]]
 
 
 class RunFacts(TypedDict):
@@ -30,25 +121,26 @@ class RunFacts(TypedDict):
     name: str
     created: str
     recipe: str
-    base: dict[str, Any]
-    adapter: dict[str, Any]
-    merge: dict[str, Any]
-    quantize: dict[str, Any]
-    verify: dict[str, Any] | None
+    base: BaseFacts
+    adapter: AdapterFacts
+    merge: MergeFacts
+    quantize: QuantizeFacts
+    verify: VerificationFacts | None
     calibration: CalibrationFacts
-    heal: dict[str, Any] | None
-    cost: dict[str, Any]
-    evaluation: dict[str, Any]
+    heal: HealFacts | None
+    cost: CostFacts
+    evaluation: EvaluationFacts
     versions: dict[str, str]
-    hardware: dict[str, Any]
+    hardware: measurements.Hardware
     warnings: list[str]
-    canaries: NotRequired[dict[str, Any] | None]
-    suggestion: NotRequired[dict[str, Any] | None]
+    canaries: NotRequired[CanaryFacts | None]
+    suggestion: NotRequired[SuggestStageResult | None]
 
 
 def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: str, dtype: str) -> RunFacts:
     """The facts of one run. stages: stored results. run: its directory, for sizes."""
-    r, merged, quantized = prepared.recipe, stages["merge"], stages["quantize"]
+    r, nf4 = prepared.recipe, prepared.sources.simulate
+    merged, quantized = stages["merge"], stages["quantize"]
     modules = quantized.get("modules", [])
     costs = cast(Mapping[str, Measured], stages)
     return {
@@ -57,11 +149,14 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "recipe": public_recipe(r),
         "base": {
             "name": public_name(r.base.source, r.directory),
-            "nf4": asdict(prepared.sources.simulate) if prepared.sources.simulate else "pre-quantized",
+            "nf4": cast(Nf4Facts, asdict(nf4)) if nf4 else "pre-quantized",
         },
-        "adapter": _adapters(r)
-        | {"match": [_match(m) for m in prepared.merge.matches], "probe": stages.get("probe", {}).get("probes", [])},
-        "merge": {k: v for k, v in merged.items() if k not in MEASURED},
+        "adapter": {
+            **_adapters(r),
+            "match": [_match(m) for m in prepared.merge.matches],
+            "probe": stages.get("probe", {}).get("probes", []),
+        },
+        "merge": cast(MergeFacts, {k: v for k, v in merged.items() if k not in MEASURED}),
         "quantize": {
             "settings": r.quantize.model_dump(),
             "bits_per_weight": quantized.get("bits_per_weight"),
@@ -79,7 +174,8 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "cost": {
             "bytes": _bytes(prepared, run, merged),
             "seconds": {n: s["seconds"] for n, s in costs.items() if "seconds" in s},
-            **{k: {n: s[k] for n, s in costs.items() if k in s} for k in PEAKS},
+            "peak_rss": {n: s["peak_rss"] for n, s in costs.items() if "peak_rss" in s},
+            "peak_device": {n: s["peak_device"] for n, s in costs.items() if "peak_device" in s},
         },
         "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
         "versions": measurements.versions(),
@@ -99,11 +195,12 @@ def _bytes(prepared: Prepared, run: Path, merged: MergeStageResult) -> dict[str,
     return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {})
 
 
-def _healing(prepared: Prepared, healed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _healing(prepared: Prepared, healed: HealStageResult | None) -> HealFacts | None:
     """What healing did; None where it was not asked for or `auto` left it out."""
     if prepared.heal is None or not healed:
         return None
-    return {k: v for k, v in healed.items() if k not in MEASURED} | {"overlap": prepared.heal.facts.get("overlap", {})}
+    facts = {k: v for k, v in healed.items() if k not in MEASURED}
+    return cast(HealFacts, facts | {"overlap": prepared.heal.facts.get("overlap", {})})
 
 
 def public_name(source: fields.Source, directory: Path) -> str:
@@ -111,7 +208,7 @@ def public_name(source: fields.Source, directory: Path) -> str:
     return Path(source.resolve(directory)).name if source.is_local(directory) else source.path
 
 
-def _adapters(r: recipe.Recipe) -> dict[str, Any]:
+def _adapters(r: recipe.Recipe) -> AdapterNames:
     """The name of the adapter, or of all with their weights."""
     adapters = [(public_name(source, r.directory), weight) for source, weight in r.weighted_adapters]
     if len(adapters) == 1 and adapters[0][1] == 1:
@@ -122,10 +219,10 @@ def _adapters(r: recipe.Recipe) -> dict[str, Any]:
     }
 
 
-def _match(m: adapter_match.Match) -> dict[str, Any]:
+def _match(m: adapter_match.Match) -> MatchFacts:
     """The adapter-base match: signs that agree, of how many, and each of them."""
     agree, of = m.score
-    return {"agree": agree, "of": of, "signs": [asdict(s) for s in m.signs]}
+    return {"agree": agree, "of": of, "signs": cast(list[SignFacts], [asdict(s) for s in m.signs])}
 
 
 def public_recipe(r: recipe.Recipe) -> str:

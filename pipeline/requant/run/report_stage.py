@@ -8,10 +8,10 @@ from typing import Any, cast
 from requant import __version__
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.run_directory import key_of
-from requant.deploy.verification import saved_verifications
+from requant.deploy.verification import VerificationFacts, saved_verifications
 from requant.run import report_facts
 from requant.run.context import RunContext
-from requant.run.stage_results import StageResults
+from requant.run.stage_results import StageResults, SuggestStageResult
 
 FILES = ("report.json", "report.md", "report.html")
 INCOMPLETE = "being written"
@@ -56,7 +56,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     first = context.prepared.texts.sets[0].name
     facts["evaluation"]["runtimes"] = {variant: s.runtime for variant, s in scores[first].items()}
     facts["canaries"] = context.scores.answers()
-    facts["suggestion"] = context.directory.result("suggest", context.keys.suggest)
+    facts["suggestion"] = cast("SuggestStageResult | None", context.directory.result("suggest", context.keys.suggest))
     gates = [gate.parsed() for gate in context.recipe.gates]
     report = build(sets=sets, facts=facts, in_domain=_in_domain(context), gates=gates)
     context.directory.remember("report", INCOMPLETE, {})
@@ -79,7 +79,7 @@ def _cards(context: RunContext) -> dict[str, str | None]:
     return {"gptq": "healed", "healed": None} if context.prepared.heal else {"gptq": None}
 
 
-def _proofs(context: RunContext) -> dict[str, dict[str, Any]]:
+def _proofs(context: RunContext) -> dict[str, VerificationFacts]:
     """Stage -> what `requant verify` kept of its checkpoint after the run."""
     return saved_verifications(context.directory.path, {"quantize": context.keys.quantize, "heal": context.keys.heal})
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import TypedDict
 
+from requant.deploy.verification import VerificationFacts
+from requant.evaluate.adapter_probe import ProbeFacts
+from requant.heal.stage import HealResult
+from requant.merge.plan import Ledger
+from requant.merge.selftest import SelfTestFacts
 from requant.quantize.module_results import ModuleRow
 
 
@@ -15,26 +21,39 @@ class Measured(TypedDict, total=False):
     peak_device: int
 
 
-class MergeStageResult(Measured, total=False):
-    """`merge.stage.MergeResult`, and the self-test as `merge.selftest.SelfTest`."""
+class EstimateFacts(TypedDict):
+    """A value, its standard error and its 95 % interval: `requant_eval.metrics.statistics.Estimate` as stored."""
+
+    value: float
+    se: float
+    low: float
+    high: float
+
+
+class MergeFacts(TypedDict, total=False):
+    """`merge.stage.MergeResult` as stored, and the self-test."""
 
     dtype: str
     why: str
-    ledger: dict[str, Any]
+    ledger: Ledger
     untrained: list[str]
     max_abs: float
     bytes: int
     warnings: list[str]
-    selftest: dict[str, Any]
+    selftest: SelfTestFacts
+
+
+class MergeStageResult(MergeFacts, Measured, total=False):
+    """Facts of the merge, and what it cost."""
 
 
 class QuantizeStageResult(Measured, total=False):
-    """Linears, those left in 16 bit, and the verification as `deploy.verification.Verification`."""
+    """Linears, those left in 16 bit, and the verification."""
 
     modules: list[ModuleRow]
     bits_per_weight: float
     left: list[str]
-    verify: dict[str, Any]
+    verify: VerificationFacts
     notes: list[str]
 
 
@@ -49,27 +68,89 @@ class EvaluateStageResult(Measured, total=False):
 class ProbeResult(TypedDict, total=False):
     """The adapter's loss on its own text: one row a source, a sentence, warnings."""
 
-    probes: list[dict[str, Any]]
+    probes: list[ProbeFacts]
     said: str
     warnings: list[str]
 
 
-class PredictionResult(TypedDict):
-    """`check.delta_prediction.Prediction`, None when no delta is quantized."""
+class PredictionFacts(TypedDict):
+    """`check.delta_prediction.Prediction` as stored."""
 
-    prediction: dict[str, Any] | None
+    grid: str
+    retention: EstimateFacts
+    relative_delta: float
+    relative_error: float
+    modules: int
+    blocks: Sequence[str]
+    others: dict[str, EstimateFacts]
+    seconds: float
+
+
+class PredictionResult(TypedDict):
+    """How much of the adapter's delta rounding keeps, None when no delta is quantized."""
+
+    prediction: PredictionFacts | None
+
+
+class HealedFacts(HealResult):
+    """A healing, the names of its texts, the model it was healed towards, and the verification."""
+
+    data: list[str]
+    target: str
+    verify: VerificationFacts
+
+
+class HealStageResult(HealedFacts, Measured):
+    """Facts of the healing, and what it cost."""
+
+
+class Sample(TypedDict):
+    """Size of the sample on which candidates are measured."""
+
+    windows: int
+    tokens: int
+
+
+class Distance(TypedDict):
+    """Distance of one model from another on the same tokens, nats a token: KL divergence and loss."""
+
+    kl: EstimateFacts
+    nll: EstimateFacts
+
+
+class SuggestedUnit(TypedDict):
+    """`suggest.Candidate` as stored, without its grid. gain: how much nearer the merged model it gets."""
+
+    pattern: str
+    modules: Sequence[str]
+    bits: int
+    bytes: int
+    signal_to_noise: float | None
+    relative_error: float
+    from_bits: int
+    gain: Distance
+    helps: bool
+
+
+class SuggestStageResult(Measured):
+    """Candidates, the best first, and the patch of the recipe that lifts those that help.
+
+    before: the quantized model's distance from the merged one.
+    """
+
+    sample: Sample
+    before: Distance
+    units: list[SuggestedUnit]
+    patch: str
 
 
 class StageResults(TypedDict, total=False):
-    """Stage -> its stored result, as the report needs them.
-
-    heal: as `heal.heal` returns it, and its verification.
-    """
+    """Stage -> its stored result, as the report needs them."""
 
     merge: MergeStageResult
     quantize: QuantizeStageResult
     evaluate: EvaluateStageResult
-    heal: dict[str, Any]
+    heal: HealStageResult
     probe: ProbeResult
     resonance: PredictionResult
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from requant.modeling.families import FUSED
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleRow
 from requant.quantize.plan import Plan
+from requant.recipe.model_sections import OverrideFields
 from requant.run import module_swap
+from requant.run.stage_results import Distance, SuggestedUnit, SuggestStageResult
 
 COUNT = 10  # candidates that are measured
 LIFTED = {2: 4, 3: 4, 4: 8}
@@ -41,11 +43,14 @@ class Candidate:
     signal_to_noise: float | None
     relative_error: float
 
-    def override(self, usual: Grid) -> dict[str, Any]:
+    def override(self, usual: Grid) -> OverrideFields:
         """The override that lifts these modules and leaves the rest of their settings as they are."""
-        own = {"bits": self.bits}
-        own |= {} if self.grid.group_size == usual.group_size else {"group_size": self.grid.group_size}
-        return own | ({} if self.grid.symmetric == usual.symmetric else {"symmetric": self.grid.symmetric})
+        own: OverrideFields = {"bits": self.bits}
+        if self.grid.group_size != usual.group_size:
+            own["group_size"] = self.grid.group_size
+        if self.grid.symmetric != usual.symmetric:
+            own["symmetric"] = self.grid.symmetric
+        return own
 
 
 def candidates(modules: Sequence[ModuleRow], plan: Plan, count: int = COUNT) -> list[Candidate]:
@@ -103,14 +108,14 @@ def _growth(plan: Plan, module: str, bits: int) -> int:
 
 
 def patched(
-    overrides: Mapping[str, Mapping[str, Any]], chosen: Sequence[Candidate], usual: Grid
-) -> dict[str, dict[str, Any]]:
+    overrides: Mapping[str, OverrideFields], chosen: Sequence[Candidate], usual: Grid
+) -> dict[str, OverrideFields]:
     """The recipe's overrides with those of the candidates last, since the last match wins."""
     lifted = {c.pattern: c.override(usual) for c in chosen}
-    return {k: dict(v) for k, v in overrides.items() if k not in lifted} | lifted
+    return {k: v.copy() for k, v in overrides.items() if k not in lifted} | lifted
 
 
-def patch_text(overrides: Mapping[str, Mapping[str, Any]]) -> str:
+def patch_text(overrides: Mapping[str, OverrideFields]) -> str:
     """The YAML to paste over the recipe's `quantize.overrides`."""
     lines = ["quantize:", "  overrides:"]
     for name, own in overrides.items():
@@ -125,13 +130,13 @@ def advise(
     *,
     plan: Plan,
     grid: Grid,
-    overrides: Mapping[str, Mapping[str, Any]],
+    overrides: Mapping[str, OverrideFields],
     calibration: Tensor,
     device: torch.device,
     dtype: torch.dtype,
     batch: int,
     progress: module_swap.Progress | None = None,
-) -> dict[str, Any]:
+) -> SuggestStageResult:
     """Every candidate with its gain, the best first, and the patch that lifts those that help.
 
     modules: what quantizing every module cost. plan, grid, overrides: what they were quantized with.
@@ -153,6 +158,6 @@ def advise(
     }
 
 
-def _unit(c: Candidate, gain: Mapping[str, Any], *, helps: bool) -> dict[str, Any]:
+def _unit(c: Candidate, gain: Distance, *, helps: bool) -> SuggestedUnit:
     facts = {k: v for k, v in asdict(c).items() if k != "grid"}
-    return facts | {"from_bits": c.grid.bits, "gain": gain, "helps": helps}
+    return cast(SuggestedUnit, facts | {"from_bits": c.grid.bits, "gain": gain, "helps": helps})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from requant.run.context import RunContext
+from requant.run.stage_results import SuggestStageResult
 from requant.run.suggest import advise
 
 
-def run_suggest(context: RunContext, key: str) -> dict[str, Any]:
+def run_suggest(context: RunContext, key: str) -> SuggestStageResult:
     """Measure every candidate.
 
     Returns them with their gain and a patch of the recipe, for the report.

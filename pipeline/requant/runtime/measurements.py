@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 PACKAGES = (
     "requant",
@@ -106,9 +106,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware(device: str) -> dict[str, str]:
+class Hardware(TypedDict):
+    """The machine of a run. cores: a number. gpu: its name, on a GPU."""
+
+    device: str
+    cores: str
+    processor: str
+    gpu: NotRequired[str]
+
+
+def hardware(device: str) -> Hardware:
     """The device the run computed on, cores and processor."""
-    facts = {"device": device, "cores": str(os.cpu_count()), "processor": _processor()}
+    facts: Hardware = {"device": device, "cores": str(os.cpu_count()), "processor": _processor()}
     if device.startswith("cuda"):
         import torch
 

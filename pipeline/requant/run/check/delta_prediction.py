@@ -29,7 +29,7 @@ from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
 from requant.numerics.grid import Grid, find_scales, nearest
 from requant.quantize.plan import Plan
-from requant.run.stage_results import PredictionResult
+from requant.run.stage_results import EstimateFacts, PredictionFacts, PredictionResult
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -63,12 +63,12 @@ class Prediction:
     """
 
     grid: str
-    retention: dict[str, float]
+    retention: EstimateFacts
     relative_delta: float
     relative_error: float
     modules: int
     blocks: tuple[str, ...]
-    others: dict[str, dict[str, float]]
+    others: dict[str, EstimateFacts]
     seconds: float
 
     def sentence(self) -> str:
@@ -135,7 +135,7 @@ def stored_prediction(
         predicted = predict(plan, layout, device)
         for warning in predicted.warnings() if predicted else []:
             log.warning("%s", warning)
-        stored = {"prediction": asdict(predicted) if predicted else None}
+        stored = {"prediction": cast(PredictionFacts, asdict(predicted)) if predicted else None}
         run.remember("resonance", key, dict(stored))
     return stored
 
@@ -167,7 +167,7 @@ def rounded(weight: Tensor, grid: Grid) -> Tensor:
     return nearest(weight, scales, grid)
 
 
-def retention(samples: Sequence[Sample]) -> dict[str, float]:
+def retention(samples: Sequence[Sample]) -> EstimateFacts:
     """<Q - D, dW> / <dW, dW> over all samples, with a 95 % interval clustered by row."""
     from requant_eval.metrics import statistics as st
 
@@ -176,7 +176,7 @@ def retention(samples: Sequence[Sample]) -> dict[str, float]:
         square = (s.delta * s.delta).sum(dim=1, dtype=torch.float64)
         kept.append(square + (s.error * s.delta).sum(dim=1, dtype=torch.float64))
         whole.append(square)
-    return asdict(st.ratio(torch.cat(kept).cpu().numpy(), torch.cat(whole).cpu().numpy()))
+    return cast(EstimateFacts, asdict(st.ratio(torch.cat(kept).cpu().numpy(), torch.cat(whole).cpu().numpy())))
 
 
 def _alternatives(samples: Sequence[Sample]) -> Iterator[tuple[Grid, list[Sample]]]:
