@@ -13,7 +13,8 @@
     scored_sample                      the text that engines are compared on
     hub_upload                         upload to the hub
 
-May import: errors, runtime, numerics, checkpoint, formats, modeling, quantize, evaluate; requant_eval.scoring, .metrics.
+May import: errors, runtime, numerics, checkpoint, formats, modeling, quantize, evaluate;
+requant_eval.scoring, .metrics.
 """
 
 from requant.deploy.hub_upload import push

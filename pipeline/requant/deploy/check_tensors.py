@@ -19,10 +19,11 @@ from requant.formats.quantized_format import Finding, QuantizedFormat
 
 PART = 2**24  # values of an unquantized tensor that are checked at once
 OTHER_WEIGHTS = 0.9
-"""Relative error from which a decoded weight is not the source's. Rounding costs 0.05 to 0.2 at 4 bits and up to 0.7 at 2;
-an unrelated weight of the same size is 1.4 away."""
+"""Relative error from which a decoded weight is not the source's.
+
+Rounding costs 0.05 to 0.2 at 4 bits and up to 0.7 at 2; an unrelated weight of the same size is 1.4 away."""
 SHIFT = 0.5
-"""Mean distance in steps from the source's weights: the right zero point is near 0 away, the other convention exactly 1."""
+"""Mean distance in steps from the source's weights: near 0 with the right zero point, 1 with the other convention."""
 
 
 @dataclass(kw_only=True)

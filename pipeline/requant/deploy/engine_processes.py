@@ -30,10 +30,12 @@ _NEEDS = {"transformers": ("transformers", "gptqmodel", "optimum"), "vllm": ("vl
 _SETTINGS = {
     "transformers": {"GPTQMODEL_DISABLE_PACK_EXT": "1", "GPTQMODEL_CPU_WORKERS": "2"},
     "vllm": {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,8 @@ def perplexity(nll: Sequence[Sequence[float]]) -> float:
 def interpreter(engine: Engine, directory: Path | None = None) -> str | None:
     """The Python that has the engine, None when there is none.
 
-    In this order: the environment variable REQUANT_<ENGINE>_PYTHON, `.venv-<engine>` in `directory` (default: the current
-    one), this interpreter.
+    In this order: the environment variable REQUANT_<ENGINE>_PYTHON, `.venv-<engine>` in `directory` (default: the
+    current one), this interpreter.
     """
     asked = os.environ.get(PYTHON.format(engine.upper()))
     if asked:
@@ -115,10 +117,19 @@ def require(engine: Engine) -> str:
 
 
 def ask(
-    engine: Engine, path: Path, rows: Sequence[Sequence[int]], *, dtype: str, device: str = "cpu",
-    backend: str | None = None, new_tokens: int = 8, prompt: int = 8, trust_remote_code: bool = False,
-    speed: Mapping[str, int] | None = None, threads: int | None = None,
-) -> Answer:  # fmt: skip
+    engine: Engine,
+    path: Path,
+    rows: Sequence[Sequence[int]],
+    *,
+    dtype: str,
+    device: str = "cpu",
+    backend: str | None = None,
+    new_tokens: int = 8,
+    prompt: int = 8,
+    trust_remote_code: bool = False,
+    speed: Mapping[str, int] | None = None,
+    threads: int | None = None,
+) -> Answer:
     """Score and generate with one engine, in a process of its own.
 
     rows: token ids to score. The first `prompt` tokens of the first row are continued greedily.
@@ -127,25 +138,30 @@ def ask(
     is an answer.
     """
     request = {
-        "path": str(path), "rows": [list(r) for r in rows], "dtype": dtype, "device": device, "backend": backend,
-        "new_tokens": new_tokens, "prompt": prompt, "trust_remote_code": trust_remote_code, "speed": speed,
+        "path": str(path),
+        "rows": [list(r) for r in rows],
+        "dtype": dtype,
+        "device": device,
+        "backend": backend,
+        "new_tokens": new_tokens,
+        "prompt": prompt,
+        "trust_remote_code": trust_remote_code,
+        "speed": speed,
         "threads": threads,
-    }  # fmt: skip
+    }
     asked: dict[str, Any] = {"engine": engine, "dtype": dtype, "device": device, "backend": backend}
     script = Path(__file__).with_name(f"engine_{engine}.py")
     # -P: the script's own directory is full of names that others use too.
     command = [require(engine), "-P", str(script)]
     try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=TIMEOUT, check=False,
-            env=_environment(engine, command[0], threads),
-        )  # fmt: skip
-    except OSError as error:
-        raise InputError(
-            f"{command[0]}: cannot be started ({error.strerror}): set {PYTHON.format(engine.upper())}"
-        ) from error
+        done = _run(command, engine, request, threads)
     except subprocess.TimeoutExpired:
         return Answer(**asked, error=f"no answer in {TIMEOUT} s")
+    return _answer(asked, done)
+
+
+def _answer(asked: Mapping[str, Any], done: subprocess.CompletedProcess[str]) -> Answer:
+    """The answer in the output of an engine's process. asked: which engine, and how."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         return Answer(**asked, error=_reason(done))
@@ -159,6 +175,26 @@ def ask(
         generated=tuple(raw["generated"]),
         speed=raw.get("speed"),
     )
+
+
+def _run(
+    command: Sequence[str], engine: Engine, request: Mapping[str, Any], threads: int | None
+) -> subprocess.CompletedProcess[str]:
+    """Start an engine's process, and wait for its answer to a request."""
+    try:
+        return subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+            env=_environment(engine, command[0], threads),
+        )
+    except OSError as error:
+        raise InputError(
+            f"{command[0]}: cannot be started ({error.strerror}): set {PYTHON.format(engine.upper())}"
+        ) from error
 
 
 def _environment(engine: Engine, python: str, threads: int | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Engine support: which engines load a GPTQ checkpoint, with which kernels, and why not.
 
-One table, read off the engines' sources, judges a plan before any weight is read. As in the engines, the first kernel of
-a list that fits the matrix is used.
+One table, read off the engines' sources, judges a plan before any weight is read. As in the engines, the first kernel
+of a list that fits the matrix is used.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
     rarest = min(by_grid.values(), key=len)
     found: dict[Trait, list[str]] = {
         "conv1d": [n for n, m in modules.items() if type(m) is linears.TransposedLinear],
-        "linear-like": [type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.TransposedLinear)],
+        "linear-like": [
+            type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.TransposedLinear)
+        ],
         "experts": [n for n in modules if EXPERT.fullmatch(n)],
         "renamed": _renamed(plan, model),
         "fused gate_up": [n for n in modules if n.endswith(".gate_up_proj")],
@@ -131,7 +133,7 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         ],
         "unlike experts": [n for n, same in _experts(plan).items() if not same],
         "blocks elsewhere": [] if plan.prefix in _BLOCKS else [plan.prefix],
-    }  # fmt: skip
+    }
     return {trait: examples[0] for trait, examples in found.items() if examples}
 
 

@@ -14,9 +14,17 @@ from requant.numerics.grid import Grid
 Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
 # Properties of a plan that some engine cannot load.
 Trait = Literal[
-    "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "skipped in some blocks",
-    "unlike fused parts", "unlike experts", "blocks elsewhere",
-]  # fmt: skip
+    "conv1d",
+    "linear-like",
+    "experts",
+    "renamed",
+    "fused gate_up",
+    "overrides",
+    "skipped in some blocks",
+    "unlike fused parts",
+    "unlike experts",
+    "blocks elsewhere",
+]
 GROUPS = (-1, 32, 64, 128)
 
 
@@ -88,9 +96,15 @@ TARGETS: Mapping[Name, Target] = {
             hardware={
                 "Hopper": (
                     Kernel(name="Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False),
-                    Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True),
+                    Kernel(name="Marlin", experts=False),
+                    _MOE_MARLIN,
+                    Kernel(name="MoeWNA16", experts=True),
                 ),
-                "other NVIDIA GPU": (Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True)),
+                "other NVIDIA GPU": (
+                    Kernel(name="Marlin", experts=False),
+                    _MOE_MARLIN,
+                    Kernel(name="MoeWNA16", experts=True),
+                ),
                 "CPU": (
                     Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
                     Kernel(name="CPU MoE (needs AMX)", bits=(4,), experts=True),
@@ -120,8 +134,10 @@ TARGETS: Mapping[Name, Target] = {
             hardware=_GPTQMODEL,
             refuses={
                 "conv1d": "it cannot make Conv1D layers ({}) quantized ones; gptqmodel's own loader can",
-                "linear-like": "it passes over {}, so that their weights would be random; gptqmodel's own loader does not",
-                "experts": "it keeps experts fused, so that their weights would be random; gptqmodel's own loader does not",
+                "linear-like": "it passes over {}, so that their weights would be random; "
+                "gptqmodel's own loader does not",
+                "experts": "it keeps experts fused, so that their weights would be random; "
+                "gptqmodel's own loader does not",
                 "overrides": "it ignores settings of single modules ({})",
                 "skipped in some blocks": "{} stays in 16 bit in some blocks only",
                 "blocks elsewhere": "it does not look for blocks in {}",
@@ -138,7 +154,7 @@ TARGETS: Mapping[Name, Target] = {
             },
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Engine script: load a GPTQ checkpoint with transformers, score, generate.
 
-    python engine_transformers.py < request.json       (started by `engine_processes`; needs transformers, gptqmodel, optimum)
+    python engine_transformers.py < request.json       (started by `engine_processes`)
 
-It imports nothing of ours and is a process of its own: gptqmodel patches what it imports and compiles kernels.
+It needs transformers, gptqmodel and optimum. It imports nothing of ours and is a process of its own: gptqmodel patches
+what it imports and compiles kernels.
 """
 
 from __future__ import annotations

@@ -61,9 +61,15 @@ def main() -> None:
         longest = max(longest, request["speed"]["prompt"] + request["speed"]["new"])
     started = time.perf_counter()
     llm = LLM(
-        model=request["path"], dtype=request["dtype"], max_model_len=longest, enforce_eager=True, seed=0,
-        max_num_seqs=16, enable_prefix_caching=False, trust_remote_code=request["trust_remote_code"],
-    )  # fmt: skip
+        model=request["path"],
+        dtype=request["dtype"],
+        max_model_len=longest,
+        enforce_eager=True,
+        seed=0,
+        max_num_seqs=16,
+        enable_prefix_caching=False,
+        trust_remote_code=request["trust_remote_code"],
+    )
     seconds = time.perf_counter() - started
     answer: dict[str, Any] = {"load_seconds": seconds, "kernels": llm.apply_model(kernels)[0]}
     scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)

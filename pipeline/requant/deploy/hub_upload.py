@@ -76,7 +76,8 @@ def push(upload: Upload, *, private: bool = True, update: bool = False, message:
     existing = _try(lambda: _create(api, upload.repo, private=private), upload, token)
     if existing and not update:
         raise InputError(
-            f"{upload.repo}: exists and holds {len(existing)} files, e.g. {existing[0]}: pass --update to add a commit to it"
+            f"{upload.repo}: exists and holds {len(existing)} files, e.g. {existing[0]}: pass --update to add a commit "
+            "to it"
         )
     operations = [CommitOperationAdd(name, str(upload.folder / name)) for name, _ in upload.files]
     done = _try(
@@ -114,8 +115,8 @@ def _try(work: Callable[[], Any], upload: Upload, token: str) -> Any:
 def _broken(upload: Upload, error: Exception, token: str) -> StageError:
     cause = error.__cause__ or error
     return StageError(
-        f"{upload.repo}: the connection broke ({type(cause).__name__}: {_clean(str(cause), token)}): run the same command "
-        "again, weights that arrived are not sent again (with --update should the commit have arrived too)"
+        f"{upload.repo}: the connection broke ({type(cause).__name__}: {_clean(str(cause), token)}): run the same "
+        "command again, weights that arrived are not sent again (with --update should the commit have arrived too)"
     )
 
 

@@ -63,7 +63,8 @@ def score_checkpoint(
         )
         return None
     tokenizer: Any = _tokenizer(path, trust_remote_code=trust_remote_code)
-    longest = (getattr(headers.model.config.get_text_config(), "max_position_embeddings", None) or 512) - NEW_TOKENS  # type: ignore
+    config: Any = headers.model.config
+    longest = (getattr(config.get_text_config(), "max_position_embeddings", None) or 512) - NEW_TOKENS
     if sample is None:
         sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, LONGEST)]),), (0,))
     rows = [row[:longest] for row in sample.rows]

@@ -133,23 +133,17 @@ def _ask_engine(
     Adds a finding when the engine refuses the checkpoint or scores it differently.
     """
     answer = engine_processes.ask(
-        engine, done.path.absolute(), sample.rows, dtype=dtype, device=str(device), new_tokens=NEW_TOKENS,
-        prompt=PROMPT, trust_remote_code=trust_remote_code, speed=SPEED,
-    )  # fmt: skip
-    result: EngineResult = {
-        "engine": answer.engine,
-        "dtype": answer.dtype,
-        "device": answer.device,
-        "kernels": list(answer.kernels),
-        "versions": dict(answer.versions),
-        "load_seconds": answer.load_seconds,
-        "error": answer.error,
-        "tolerance": engine_processes.TOLERANCE[answer.dtype],
-        "perplexity": None,
-        "difference": None,
-        "same_tokens": None,
-        "tokens_per_second": None,
-    }
+        engine,
+        done.path.absolute(),
+        sample.rows,
+        dtype=dtype,
+        device=str(device),
+        new_tokens=NEW_TOKENS,
+        prompt=PROMPT,
+        trust_remote_code=trust_remote_code,
+        speed=SPEED,
+    )
+    result = _unscored(answer)
     if answer.error is not None:
         done.findings.append(Finding(answer.engine, f"does not load it: {answer.error}"))
     else:
@@ -163,3 +157,21 @@ def _ask_engine(
             done.findings.append(Finding(answer.engine, f"reads other weights ({', '.join(answer.kernels)}): {reason}"))
     result["ok"] = answer.agrees(ours)
     done.engines.append(result)
+
+
+def _unscored(answer: engine_processes.Answer) -> EngineResult:
+    """One engine's row before its scores are compared."""
+    return {
+        "engine": answer.engine,
+        "dtype": answer.dtype,
+        "device": answer.device,
+        "kernels": list(answer.kernels),
+        "versions": dict(answer.versions),
+        "load_seconds": answer.load_seconds,
+        "error": answer.error,
+        "tolerance": engine_processes.TOLERANCE[answer.dtype],
+        "perplexity": None,
+        "difference": None,
+        "same_tokens": None,
+        "tokens_per_second": None,
+    }

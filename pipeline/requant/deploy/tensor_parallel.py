@@ -1,8 +1,8 @@
 """Tensor parallelism: how servers split a quantized matrix over GPUs, and when they cannot.
 
-Source: vLLM 0.32 (model_executor/layers/linear.py, its models, parameter.py); SGLang does the same. Attention is split by
-heads; keys and values are repeated where there are fewer of them than GPUs. Matrices that write into the residual stream
-are split by inputs, all others by outputs. A group of weights shares a scale and must stay on one GPU.
+Source: vLLM 0.32 (model_executor/layers/linear.py, its models, parameter.py); SGLang does the same. Attention is split
+by heads; keys and values are repeated where there are fewer of them than GPUs. Matrices that write into the residual
+stream are split by inputs, all others by outputs. A group of weights shares a scale and must stay on one GPU.
 """
 
 from __future__ import annotations

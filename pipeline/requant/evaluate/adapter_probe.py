@@ -1,8 +1,8 @@
 """Adapter probe: the loss on a few calibration rows with and without the adapter.
 
 Files do not show whether an adapter of the right shape belongs to the base. But on text that the adapted model has
-learned, the mean gain in log probability equals the divergence KL(adapted || base): E[ln p_a / p_b] under p_a. On another
-base the adapter still changes the predictions, and the gain is small.
+learned, the mean gain in log probability equals the divergence KL(adapted || base): E[ln p_a / p_b] under p_a. On
+another base the adapter still changes the predictions, and the gain is small.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from requant.data.documents import TokenDocument
 
 log = logging.getLogger(__name__)
 MAX_ROWS, MAX_LENGTH, MIN_LENGTH = 6, 256, 16
-# Gain per nat of KL(adapted || base). The demo's adapter has 0.96 on held-out text of its kind, 0.26 and 0.32 on other text; an
-# adapter on another base of the same shape has 0.24 in the tests.
+# Gain per nat of KL(adapted || base). The demo's adapter has 0.96 on held-out text of its kind, 0.26 and 0.32 on other
+# text; an adapter on another base of the same shape has 0.24 in the tests.
 LOW_EFFICIENCY = 0.35
 
 
@@ -110,6 +110,6 @@ def verdict(probes: Sequence[Probe]) -> tuple[str, list[str]]:
         return summary, []
     found = "does not lower the loss" if best.gain <= 0 else "moves predictions far and gains little"
     return summary, [
-        f"the adapter {found} on calibration text ({summary}): right shape, but is this the base it was trained on (an instruct "
-        "model's adapter on the base model looks like this), and is this its kind of text?"
+        f"the adapter {found} on calibration text ({summary}): right shape, but is this the base it was trained on (an "
+        "instruct model's adapter on the base model looks like this), and is this its kind of text?"
     ]

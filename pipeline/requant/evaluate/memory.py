@@ -90,8 +90,8 @@ class VariantSize:
     def _activations(self, item: int, tokens: int, chunk: int) -> int:
         """Bytes of one batch's activations or logits, and of the reference's head.
 
-        Of activations and logits the larger ones count. Three quarters of a block's inputs and outputs exist at the same
-        time.
+        Of activations and logits the larger ones count. Three quarters of a block's inputs and outputs exist at the
+        same time.
         """
         head = self.vocabulary * self.width * item
         return max(tokens * (self.inputs_outputs * 3 // 4 + 4 * self.width) * item, BYTES_PER_LOGIT * chunk) + head

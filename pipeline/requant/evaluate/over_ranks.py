@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    scores: Scores, sources: VariantSources, *, ranks: Ranks, batch: int, stream: Stream = "auto", progress: Progress | None = None
-) -> EvaluationResult:  # fmt: skip
+    scores: Scores,
+    sources: VariantSources,
+    *,
+    ranks: Ranks,
+    batch: int,
+    stream: Stream = "auto",
+    progress: Progress | None = None,
+) -> EvaluationResult:
     """`evaluate.evaluate` on all ranks, called by the first one.
 
     Each rank needs as much memory as a single process. Finished shares of a killed run are reused with the same number
@@ -46,9 +52,13 @@ def evaluate(
             shutil.rmtree(other)
     unfinished = _without_finished(scores, todo)
     result: EvaluationResult = ranks.call(
-        score_share, replace(unfinished, canaries=None), sources, batch=batch, stream=stream,
+        score_share,
+        replace(unfinished, canaries=None),
+        sources,
+        batch=batch,
+        stream=stream,
         first_rank_only={"canaries": scores.canaries, "progress": progress},
-    )  # fmt: skip
+    )
     parts = [share_of(unfinished, rank, ranks.count) for rank in range(ranks.count)]
     for variant, s in ((v, s) for v in todo for s in unfinished.sets if not scores.file(v, s).exists()):
         pieces = [scores.read(p.file(variant, share)) for p in parts for share in p.sets if share.name == s.name]
@@ -59,9 +69,15 @@ def evaluate(
 
 
 def score_share(
-    unfinished: Scores, sources: VariantSources, *, batch: int, stream: Stream, ranks: Ranks, canaries: Canaries | None = None,
+    unfinished: Scores,
+    sources: VariantSources,
+    *,
+    batch: int,
+    stream: Stream,
+    ranks: Ranks,
+    canaries: Canaries | None = None,
     progress: Progress | None = None,
-) -> EvaluationResult:  # fmt: skip
+) -> EvaluationResult:
     """Score this rank's share; the result of all ranks, once all have finished.
 
     canaries: on the first rank only, since a tokenizer is not sent to other processes.
@@ -128,6 +144,9 @@ def join(parts: Sequence[TokenScores], s: EvalSet) -> TokenScores:
         return None if columns[0] is None else np.concatenate(columns)
 
     return replace(
-        first, **{name: column(name) for name in ("nll", "document", "top1", "kl", "agree")},
-        nonfinite=sum(p.nonfinite for p in parts), digest=s.digest, seconds=max(p.seconds for p in parts),
-    )  # fmt: skip
+        first,
+        **{name: column(name) for name in ("nll", "document", "top1", "kl", "agree")},
+        nonfinite=sum(p.nonfinite for p in parts),
+        digest=s.digest,
+        seconds=max(p.seconds for p in parts),
+    )

@@ -1,7 +1,7 @@
 """The adapters of a merge plan applied to a model by PEFT, unmerged: the merge's reference.
 
-PEFT finds tensors by their keys and silently ignores others. Adapters with other spellings of keys are therefore written
-with PEFT's keys to a temporary directory first, and a tensor that PEFT still does not load is an error.
+PEFT finds tensors by their keys and silently ignores others. Adapters with other spellings of keys are therefore
+written with PEFT's keys to a temporary directory first, and a tensor that PEFT still does not load is an error.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
         missing = [*result.missing_keys, *result.unexpected_keys]
         if missing:
             raise StageError(
-                f"{one.path}: PEFT {peft.__version__} does not load {len(missing)} tensors, e.g. {missing[0]}: the variant adapter "
-                "cannot be measured. The merge does not use PEFT and is not affected"
+                f"{one.path}: PEFT {peft.__version__} does not load {len(missing)} tensors, e.g. {missing[0]}: the "
+                "variant adapter cannot be measured. The merge does not use PEFT and is not affected"
             )
     if len(names) > 1 or plan.adapter.weight != 1:
         _activate(wrapped, names, plan)

@@ -53,8 +53,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Score every variant and generate its canary answers, as far as they are missing.
 
-    stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory halves
-    the batch; with a batch of one window, a resident variant is streamed, unless `stream` is never.
+    stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory
+    halves the batch; with a batch of one window, a resident variant is streamed, unless `stream` is never.
 
     Raises StageError for NaN or infinity in logits.
     """
@@ -133,8 +133,8 @@ class _Evaluation:
         free_memory(self.scores.device)
         if streaming or self.stream == "never" or not streamed.can_stream(name, self.sources):
             raise StageError(
-                f"variant {name}: out of memory on {self.scores.device} with one window at a time: shorten evaluate.window"
-                + (", or set evaluate.stream to auto" if self.stream == "never" else "")
+                f"variant {name}: out of memory on {self.scores.device} with one window at a time: shorten "
+                "evaluate.window" + (", or set evaluate.stream to auto" if self.stream == "never" else "")
             )
         self._note(f"{name}: out of memory with one window at a time, went on block by block")
         left = [s for s in sets if not self.scores.file(name, s).exists()]

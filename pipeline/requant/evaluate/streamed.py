@@ -1,8 +1,8 @@
 """A causal LM run block by block, one resident, for models that do not fit on the device.
 
-All windows are run through one block after the other. Afterwards the model is called like a whole one: embedding and head
-are resident, and the blocks return the hidden states computed before. `base` is decoded by our own decoder (bit for bit
-bitsandbytes' values), `adapter` is the base with PEFT's adapter, unmerged; the others are plain models.
+All windows are run through one block after the other. Afterwards the model is called like a whole one: embedding and
+head are resident, and the blocks return the hidden states computed before. `base` is decoded by our own decoder (bit
+for bit bitsandbytes' values), `adapter` is the base with PEFT's adapter, unmerged; the others are plain models.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class StreamedModel:
     def run(self, windows: Sequence[Tensor], batch: int, on_block: OnBlock | None = None) -> None:
         """Run windows through all blocks and cache their last hidden states.
 
-        windows: int64 [length], of any lengths. Out of memory halves the batch, down to one window, and continues with the
-        first unfinished batch.
+        windows: int64 [length], of any lengths. Out of memory halves the batch, down to one window, and continues with
+        the first unfinished batch.
         """
         batches = list(_batches(list({_key(w): w for w in windows}.values()), batch))
         self.walk.states = HiddenStateStore(self.walk.device, on_host=self._on_host(sum(b.numel() for b in batches)))
@@ -225,8 +225,8 @@ def _tuned(
 ) -> tuple[Any, dict[str, str]]:
     """(the PEFT model on a skeleton, parameter -> stored name).
 
-    stored_as: id of the parameter -> stored name. PEFT moves adapters to the device of the base's weights: meanwhile each
-    is a single zero expanded to the full shape.
+    stored_as: id of the parameter -> stored name. PEFT moves adapters to the device of the base's weights: meanwhile
+    each is a single zero expanded to the full shape.
     """
     zeros = {id(p): nn.Parameter(_zeros(p, device), requires_grad=False) for p in model.parameters()}
     for module in model.modules():

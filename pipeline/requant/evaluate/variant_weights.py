@@ -120,9 +120,11 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
     names = skeleton.tensor_names(model, checkpoint)
     modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
     return BaseWeights(
-        checkpoint, simulate=simulate, conv1d=_stored(skeleton.conv1d_modules(model), names),
+        checkpoint,
+        simulate=simulate,
+        conv1d=_stored(skeleton.conv1d_modules(model), names),
         quantized=_stored(modules, names),
-    )  # fmt: skip
+    )
 
 
 def rounded(path: Path, model: nn.Module, grids: Mapping[str, Grid], device: torch.device) -> Rounded:

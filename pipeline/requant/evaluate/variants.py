@@ -177,8 +177,8 @@ def _skipped(base: Path, simulate: Nf4Settings, *, trust_remote_code: bool) -> l
     trained, possible = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
     if not trained <= possible:
         raise StageError(
-            f"{sorted(trained - possible)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter cannot be "
-            "measured here. The merge is not affected"
+            f"{sorted(trained - possible)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter "
+            "cannot be measured here. The merge is not affected"
         )
     return [f"{re.escape(name)}$" for name in sorted(possible - trained)]
 
@@ -186,8 +186,8 @@ def _skipped(base: Path, simulate: Nf4Settings, *, trust_remote_code: bool) -> l
 def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
     """Set the compute dtype of 4-bit layers to `dtype`; check bitsandbytes' decoder.
 
-    The decoder is checked where it may be wrong: bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is not
-    a whole number of blocks.
+    The decoder is checked where it may be wrong: bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is
+    not a whole number of blocks.
     """
     import bitsandbytes.functional as bnb
     from bitsandbytes.nn import Linear4bit
@@ -237,6 +237,6 @@ def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
     error = float((expected - decoded).norm() / expected.norm())
     if error > 0.01:
         raise StageError(
-            f"{name}: bitsandbytes decodes {tuple(state.shape)} wrongly on this CPU (off by {error:.0%}), so base and adapter "
-            "cannot be measured here: use a GPU. The merge does not use it and is not affected"
+            f"{name}: bitsandbytes decodes {tuple(state.shape)} wrongly on this CPU (off by {error:.0%}), so base and "
+            "adapter cannot be measured here: use a GPU. The merge does not use it and is not affected"
         )

@@ -1,8 +1,8 @@
 """Healing block by block, for models that do not fit whole: each towards the merged block.
 
 One block of student and teacher is resident, and three streams of hidden states: the merged model's, the healed
-student's, and on the held-out windows the unhealed student's, with which the result is compared. The input of a student's
-block is the output of the healed blocks before it; its target is the output of the merged model's block.
+student's, and on the held-out windows the unhealed student's, with which the result is compared. The input of a
+student's block is the output of the healed blocks before it; its target is the output of the merged model's block.
 """
 
 from __future__ import annotations

@@ -45,15 +45,15 @@ class ModelSize:
     @classmethod
     def of(cls, model: nn.Module, grids: Mapping[str, Grid]) -> ModelSize:
         """From a skeleton and the grid of every quantized linear."""
-        linears = {name: model.get_submodule(name) for name in grids}
-        sizes = {name: m.weight.numel() for name, m in linears.items()}  # type: ignore[operator]
+        linears: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
+        sizes = {name: m.weight.numel() for name, m in linears.items()}
         items = block_walk.block_list(model)[1]
         inside = block_walk.block_linears(items[0]).values()
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         return cls(
             quantized=sum(sizes.values()),
             stored_bytes=sum(n if grids[name].bits == 8 else n // 2 for name, n in sizes.items()),
-            scales=sum(m.out_features * grids[name].groups(m.in_features) for name, m in linears.items()),  # type: ignore[arg-type,operator,misc]
+            scales=sum(m.out_features * grids[name].groups(m.in_features) for name, m in linears.items()),
             other=sum(p.numel() for p in model.parameters()) - sum(sizes.values()),
             largest=max(sizes.values()),
             layers=len(items),

@@ -130,7 +130,8 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.codes.order is not None:
             x = x.index_select(-1, self.codes.order)
-        out: Tensor = _DequantizedProduct.apply(x, self.offset, self.codes, self.current_scales)  # type: ignore[no-untyped-call]
+        apply: Any = _DequantizedProduct.apply
+        out: Tensor = apply(x, self.offset, self.codes, self.current_scales)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -179,7 +180,8 @@ def fill(
     """Load the parameters of `model` whose names begin with `prefix`.
 
     Quantized linears are replaced by `ScaledLinear`.
-    names: parameter -> stored name. dtype: of products; vectors (norms, biases) stay fp32. Returns stored stem -> layer.
+    names: parameter -> stored name. dtype: of products; vectors (norms, biases) stay fp32.
+    Returns stored stem -> layer.
     """
     layers: dict[str, ScaledLinear] = {}
     parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]

@@ -1,7 +1,7 @@
 """Healing's training loop: AdamW on a student's offsets, the best step by held-out loss.
 
-Step 0 is among the candidates, so the result is never worse than the start on the held-out windows. A killed run resumes
-from its last saved step with the same numbers.
+Step 0 is among the candidates, so the result is never worse than the start on the held-out windows. A killed run
+resumes from its last saved step with the same numbers.
 """
 
 from __future__ import annotations

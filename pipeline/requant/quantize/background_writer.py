@@ -105,7 +105,7 @@ class BackgroundWriter(BlockWriter):
         self.ended: list[list[Future[None]]] = []
         self.written: list[Future[None]] = []  # of blocks that are committed
         self.committed: list[Future[None]] = []
-        # The tensors outside of the blocks are large: they are written while blocks are solved, and no block waits for them.
+        # The tensors outside of the blocks are large: written while blocks are solved, and no block waits for them.
         inside = {n for names in plan.block_slots for n in names}
         self.outside = self.outside_pool.submit(self._write_rest, [n for n in self.slots if n not in inside])
 

@@ -77,8 +77,8 @@ class Quantizer:
         """Quantize one block; `items` become its output.
 
         `commit_block` or the next call commits the block.
-        Out of memory, the block restarts from its inputs with a plan that takes less memory. Once all of its linears are
-        solved, only the batches that have not passed the block run again.
+        Out of memory, the block restarts from its inputs with a plan that takes less memory. Once all of its linears
+        are solved, only the batches that have not passed the block run again.
         """
         while not self._solved(index, items):
             self.commit_block()  # no plan may take less: then leaner() raises

@@ -1,8 +1,8 @@
 """Error correction (QEP): move a weight to make up for inputs that earlier layers changed.
 
 With X the inputs after earlier layers were quantized, X0 those before and drift = (X0 - X)' X, the least squares answer
-in the measure of H = X' X is W + W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et al.,
-GPTAQ (arXiv:2504.02692).
+in the measure of H = X' X is W + W drift (H + damping)^-1. Source: Arai & Ichikawa, QEP (arXiv:2504.09629), and Li et
+al., GPTAQ (arXiv:2504.02692).
 """
 
 from __future__ import annotations

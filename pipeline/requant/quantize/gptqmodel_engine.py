@@ -1,7 +1,7 @@
 """`quantize.engine: gptqmodel`: that library behind the signature of `quantize`.
 
-It gets the same calibration windows and grid, its own defaults for the rest. Its tensors are then laid out as ours and its
-errors measured like ours, so that report and verify do not know the difference. Not resumable inside the stage.
+It gets the same calibration windows and grid, its own defaults for the rest. Its tensors are then laid out as ours and
+its errors measured like ours, so that report and verify do not know the difference. Not resumable inside the stage.
 """
 
 from __future__ import annotations

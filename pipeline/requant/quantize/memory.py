@@ -29,8 +29,9 @@ def unquantized_every(walk: Walk, windows: Tensor) -> int:
 def fits_inside_block(walk: Walk, tokens: int, unquantized: float = 0.0, memory_share: float = MEMORY_SHARE) -> bool:
     """Whether all batches can pause inside a block; always on the CPU.
 
-    memory_share: of a GPU's free memory that they may take. unquantized: the share of tokens that also runs unquantized.
-    The estimate may be too low: a single rank then restarts the block with a plan that takes less (`out_of_memory`).
+    memory_share: of a GPU's free memory that they may take. unquantized: the share of tokens that also runs
+    unquantized. The estimate may be too low: a single rank then restarts the block with a plan that takes less
+    (`out_of_memory`).
     """
     if walk.device.type != "cuda":
         return True

@@ -119,8 +119,8 @@ class ModuleResult:
 
     The error E is against the weight W that codes were solved for. With `correct`, W is the corrected weight: the
     correction itself is not counted as an error.
-    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: relative_error of rounding W to nearest on
-    min-max scales. added: share of an expert's calibration rows that were not routed to it, because too few were.
+    loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: relative_error of rounding W to nearest
+    on min-max scales. added: share of an expert's calibration rows that were not routed to it, because too few were.
     The other fields compare the adapter's delta with the same error (`delta_retention`); None without a delta.
     """
 

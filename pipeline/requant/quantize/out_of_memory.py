@@ -37,8 +37,8 @@ class OutOfMemoryRecovery:
         leaner = plan.leaner()
         if leaner is None:
             raise StageError(
-                f"{where} on {self.walk.device} with one window at a time: shorten calibration.length; the same command goes on "
-                "with this block"
+                f"{where} on {self.walk.device} with one window at a time: shorten calibration.length; the same "
+                "command goes on with this block"
             )
         if plan.inside_block:
             self._to_host(items)

@@ -49,8 +49,8 @@ def solve_group(
     """Quantize the weights of `linears` against the moments of their input.
 
     moments: overwritten. keep_weights: whether to keep the weights that codes were solved for.
-    Until the last linear is yielded fp32 products run on a GPU's tensor cores, for the caller too: its measurements of a
-    solution need no more than 10 bits.
+    Until the last linear is yielded fp32 products run on a GPU's tensor cores, for the caller too: its measurements of
+    a solution need no more than 10 bits.
     Raises NotFiniteError when the moments are not finite.
     """
     like: dict[Grid, list[str]] = {}

@@ -1,8 +1,8 @@
 """Stage: calibrate and solve block by block, and write a GPTQ checkpoint.
 
 One block is resident. Each finished block is written while the next are solved, and is a resume point: a killed run
-replays the finished blocks from their own files and continues with the same numbers. Several ranks share the windows, and
-the rows of what is solved; each holds every block.
+replays the finished blocks from their own files and continues with the same numbers. Several ranks share the windows,
+and the rows of what is solved; each holds every block.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Progress = Callable[[int, int, str], None]
 @torch.no_grad()
 def quantize(
     source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
-    batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9, meta: Mapping[str, Any] | None = None,
-    deltas: Deltas | None = None, progress: Progress | None = None, ranks: Ranks = SINGLE_PROCESS,
-    notes: list[str] | None = None,
+    batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9,
+    meta: Mapping[str, Any] | None = None, deltas: Deltas | None = None, progress: Progress | None = None,
+    ranks: Ranks = SINGLE_PROCESS, notes: list[str] | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the existing directory `out`, resuming what it holds.
 
@@ -53,7 +53,8 @@ def quantize(
     deltas: what an adapter added to the weights of `source`, to measure how much of it is retained.
     notes: gets a line for each change of plan, such as smaller batches when memory runs out.
     `out` must belong to the same source, windows and settings: the caller names it after their digest.
-    With several ranks each makes this call (`Ranks.call`). Only the first needs deltas, writes files and reports progress.
+    With several ranks each makes this call (`Ranks.call`). Only the first needs deltas, writes files and
+    reports progress.
     """
     device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)

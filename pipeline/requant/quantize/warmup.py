@@ -129,8 +129,8 @@ def _parts(
 ) -> list[Callable[[], object]]:
     """The parts of a forward and a solve that compile in parallel.
 
-    No part holds memory before it runs. Only one part factors: torch's linear algebra libraries must not be loaded by two
-    threads at once.
+    No part holds memory before it runs. Only one part factors: torch's linear algebra libraries must not be loaded by
+    two threads at once.
     """
     parts: list[Callable[[], object]] = [
         partial(triton_kernels.begin, device),

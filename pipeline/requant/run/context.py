@@ -27,8 +27,8 @@ from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 class RunContext:
     """Inputs and state of one run, handed to every stage.
 
-    ranks: the other processes of this run. variant_sources: where each variant is made from. batch: evaluation windows at a time.
-    outcome: filled in by the stages. probe: set before quantizing.
+    ranks: the other processes of this run. variant_sources: where each variant is made from. batch: evaluation windows
+    at a time. outcome: filled in by the stages. probe: set before quantizing.
     """
 
     prepared: Prepared

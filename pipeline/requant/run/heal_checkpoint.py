@@ -50,10 +50,7 @@ def heal_checkpoint(
     Raises:
         InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
+    _check_new(out)
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     entries = [(f.name, documents.tokenize(documents.TextSource(path=f), tokenizer), 1.0) for f in files]
@@ -84,6 +81,14 @@ def heal_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {**facts, "way": str(plan)}
+
+
+def _check_new(out: Path) -> None:
+    """Raise InputError when `out` exists or cannot be made."""
+    if out.exists():
+        raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
 
 
 def _tokenizer(path: Path, *, trust_remote_code: bool) -> Any:

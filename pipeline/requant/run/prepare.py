@@ -150,7 +150,8 @@ def _hints(recipe: Recipe) -> list[str]:
     """What the recipe leaves unused."""
     if recipe.base.original and recipe.merge.onto == "dequantized" and "original" not in recipe.evaluate.variants:
         return [
-            "base.original is set and not measured: the variant original says which base is the better one to merge onto"
+            "base.original is set and not measured: the variant original says which base is the better one "
+            "to merge onto"
         ]
     return []
 
@@ -164,8 +165,8 @@ def fetch(source: Source, directory: Path, *, trust_remote_code: bool) -> Path:
         path = Path(source.resolve(directory))
         if path.suffix == ".gguf":
             raise InputError(
-                f"{path}: a GGUF file: no adapter was trained on these numbers. Use the bitsandbytes 4-bit or 16-bit checkpoint "
-                "(safetensors) that the adapter's base_model_name_or_path names"
+                f"{path}: a GGUF file: no adapter was trained on these numbers. Use the bitsandbytes 4-bit or 16-bit "
+                "checkpoint (safetensors) that the adapter's base_model_name_or_path names"
             )
         if not path.is_dir():
             raise InputError(f"{path}: no such directory")
@@ -218,8 +219,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise InputError(
-            f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit bases. "
-            "Use the 16-bit model that it was made from"
+            f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit "
+            "bases. Use the 16-bit model that it was made from"
         )
 
 
@@ -274,8 +275,8 @@ def _unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> st
     if not held:
         return None
     return (
-        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter are "
-        "measured block by block, on our own decoder's values"
+        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter "
+        "are measured block by block, on our own decoder's values"
     )
 
 

@@ -31,9 +31,13 @@ def compile_ahead(context: RunContext) -> AbstractContextManager[None]:
         return nullcontext()
     context.ranks.call(warmup.connect, context.device, first_rank_only={})
     return warmup.warm_up(
-        p.sources.base, p.quantize.plan, p.quantize.settings, p.quantize.dtype, context.device,
+        p.sources.base,
+        p.quantize.plan,
+        p.quantize.settings,
+        p.quantize.dtype,
+        context.device,
         trust_remote_code=context.recipe.trust_remote_code,
-    )  # fmt: skip
+    )
 
 
 def before_quantize(context: RunContext) -> None:
@@ -70,10 +74,18 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
         ranks, quantizer = SINGLE_PROCESS, f"gptqmodel:{version('gptqmodel')}"
         function = gptqmodel_engine.quantize
     plan, modules = ranks.call(
-        function, merged, out, p.texts.calibration, p.quantize.settings, dtype=p.quantize.dtype,
-        device=context.device, trust_remote_code=recipe.trust_remote_code, max_shard=recipe.merge.max_shard_bytes,
-        meta={"quantizer": [quantizer]}, first_rank_only=own,
-    )  # fmt: skip
+        function,
+        merged,
+        out,
+        p.texts.calibration,
+        p.quantize.settings,
+        dtype=p.quantize.dtype,
+        device=context.device,
+        trust_remote_code=recipe.trust_remote_code,
+        max_shard=recipe.merge.max_shard_bytes,
+        meta={"quantizer": [quantizer]},
+        first_rank_only=own,
+    )
     proof = deploy.verify(
         out, source=merged, deploy=recipe.deploy, own_device=context.device, trust_remote_code=recipe.trust_remote_code
     )

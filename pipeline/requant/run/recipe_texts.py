@@ -81,9 +81,15 @@ def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, *, trust_remote_c
 
 def source_of(item: Data, directory: Path) -> TextSource:
     return TextSource(
-        path=item.resolve(directory), dataset=item.dataset, builtin=item.builtin, config=item.config, split=item.split,
-        revision=item.revision, column=item.column, documents=item.documents,
-    )  # fmt: skip
+        path=item.resolve(directory),
+        dataset=item.dataset,
+        builtin=item.builtin,
+        config=item.config,
+        split=item.split,
+        revision=item.revision,
+        column=item.column,
+        documents=item.documents,
+    )
 
 
 def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[TokenDocument]], Tensor, CalibrationFacts]:
@@ -96,9 +102,14 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[TokenDocu
         entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
     )
     facts: CalibrationFacts = {
-        "data": [name for name, _, _ in entries], "documents": sum(len(d) for _, d, _ in entries),
-        "windows": c.samples, "length": c.length, "tokens": windows.numel(), "seed": c.seed, "digest": packing.digest(windows),
-    }  # fmt: skip
+        "data": [name for name, _, _ in entries],
+        "documents": sum(len(d) for _, d, _ in entries),
+        "windows": c.samples,
+        "length": c.length,
+        "tokens": windows.numel(),
+        "seed": c.seed,
+        "digest": packing.digest(windows),
+    }
     return [documents for _, documents, _ in entries], windows, facts
 
 

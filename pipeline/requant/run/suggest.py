@@ -1,8 +1,8 @@
 """Suggestions: which modules deserve more bits, and the recipe's `overrides` that give them.
 
-Engines fuse q/k/v, gate/up and the experts of a layer, so those are one candidate each and are lifted together. vLLM and
-SGLang load 4 and 8 bits: 2 and 3 are lifted to 4, 4 to 8, and 8 is not a candidate. No model is loaded here; `module_swap`
-measures the gain.
+Engines fuse q/k/v, gate/up and the experts of a layer, so those are one candidate each and are lifted together. vLLM
+and SGLang load 4 and 8 bits: 2 and 3 are lifted to 4, 4 to 8, and 8 is not a candidate. No model is loaded here;
+`module_swap` measures the gain.
 """
 
 from __future__ import annotations
@@ -91,9 +91,14 @@ def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRo
     whole = sum(results[m]["loss"] / results[m]["relative_error"] ** 2 for m in modules if results[m]["relative_error"])
     adapted = [signal for m in modules if (signal := results[m].get("signal")) is not None]
     return Candidate(
-        pattern=name, modules=tuple(modules), grid=grid, bits=bits, bytes=sum(_growth(plan, m, bits) for m in modules),
-        signal_to_noise=sum(adapted) / loss if adapted and loss else None, relative_error=(loss / whole) ** 0.5 if whole else 0.0,
-    )  # fmt: skip
+        pattern=name,
+        modules=tuple(modules),
+        grid=grid,
+        bits=bits,
+        bytes=sum(_growth(plan, m, bits) for m in modules),
+        signal_to_noise=sum(adapted) / loss if adapted and loss else None,
+        relative_error=(loss / whole) ** 0.5 if whole else 0.0,
+    )
 
 
 def _growth(plan: Plan, module: str, bits: int) -> int:
@@ -140,14 +145,21 @@ def advise(
     """Every candidate with its gain, the best first, and the patch that lifts those that help.
 
     modules: what quantizing every module cost. plan, grid, overrides: what they were quantized with.
-    calibration: windows int64 [n, length]; the first of them are scored. A candidate helps when its interval is above 0.
+    calibration: windows int64 [n, length]; the first of them are scored.
+    A candidate helps when its interval is above 0.
     """
     found = candidates(modules, plan)
     text = module_swap.sample(calibration)
     before, gains = module_swap.measure(
-        [c.modules for c in found], plan.weights, sources, text, device=device, dtype=dtype, batch=batch,
+        [c.modules for c in found],
+        plan.weights,
+        sources,
+        text,
+        device=device,
+        dtype=dtype,
+        batch=batch,
         progress=progress,
-    )  # fmt: skip
+    )
     ranked = sorted(zip(found, gains, strict=True), key=lambda pair: -pair[1]["kl"]["value"])
     chosen = [c for c, gain in ranked if gain["kl"]["low"] > 0]
     return {

@@ -15,7 +15,14 @@ def run_suggest(context: RunContext, key: str) -> SuggestStageResult:
     p = context.prepared
     quantized = context.directory.result("quantize", context.keys.quantize) or {}
     return advise(
-        quantized["modules"], context.variant_sources, plan=p.quantize.plan, grid=p.quantize.settings.grid, overrides=p.overrides,
-        calibration=p.texts.calibration, device=context.device, dtype=context.scores.dtype, batch=context.batch,
+        quantized["modules"],
+        context.variant_sources,
+        plan=p.quantize.plan,
+        grid=p.quantize.settings.grid,
+        overrides=p.overrides,
+        calibration=p.texts.calibration,
+        device=context.device,
+        dtype=context.scores.dtype,
+        batch=context.batch,
         progress=context.watcher.progress,
-    )  # fmt: skip
+    )

@@ -6,9 +6,9 @@ with the recipe's scale search and equal weight for all inputs, since no Hessian
 
     retention = <Q - D, dW> / <dW, dW>,     Q = round(D + dW)
 
-pooled over the sample: 1 when the rounding errors are independent of the delta, 0 when they undo it. Rounding to nearest is
-the worst case: GPTQ's error feedback works like a dither. On the demo, whose delta is 0.3 % of the weights, rounding keeps
-24 % and GPTQ 97 %. What GPTQ keeps is measured while it runs (`numerics/delta_retention.py`).
+pooled over the sample: 1 when the rounding errors are independent of the delta, 0 when they undo it. Rounding to
+nearest is the worst case: GPTQ's error feedback works like a dither. On the demo, whose delta is 0.3 % of the weights,
+rounding keeps 24 % and GPTQ 97 %. What GPTQ keeps is measured while it runs (`numerics/delta_retention.py`).
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Prediction:
         """One line for `requant check`."""
         r = self.retention
         return (
-            f"the adapter's delta is {self.relative_delta:.1%} of the weights; rounding to nearest keeps {r['value']:.1%} of it "
-            f"({r['low']:.1%} to {r['high']:.1%}), error {self.relative_error:.1%} "
+            f"the adapter's delta is {self.relative_delta:.1%} of the weights; rounding to nearest keeps "
+            f"{r['value']:.1%} of it ({r['low']:.1%} to {r['high']:.1%}), error {self.relative_error:.1%} "
             f"({self.modules} modules of layers {', '.join(self.blocks)})"
         )
 

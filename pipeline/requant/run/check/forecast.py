@@ -1,7 +1,8 @@
 """Forecast of each stage on this machine: seconds, host memory, device memory.
 
-It adds up pieces that were timed here (`rehearsal`) and sizes from headers, for one rank. bench/stream.py compares it with
-real runs. Not included: other load on the machine, and files that are read from slower storage than the sample was.
+It adds up pieces that were timed here (`rehearsal`) and sizes from headers, for one rank. bench/stream.py compares it
+with real runs.
+Not included: other load on the machine, and files that are read from slower storage than the sample was.
 """
 
 from __future__ import annotations
@@ -109,8 +110,15 @@ class _Scoring:
     """Cost of scoring by token, weight and variant, and its forecast."""
 
     def __init__(
-        self, p: Prepared, sources: VariantSources, dtype: torch.dtype, batch: int, rehearsal: Rehearsal, folder: Path, build: float
-    ) -> None:  # fmt: skip
+        self,
+        p: Prepared,
+        sources: VariantSources,
+        dtype: torch.dtype,
+        batch: int,
+        rehearsal: Rehearsal,
+        folder: Path,
+        build: float,
+    ) -> None:
         self.p, self.sources, self.dtype, self.batch, self.device = p, sources, dtype, batch, rehearsal.device
         self.build = build  # seconds to make a model's structure
         self.size = VariantSize.of_model(rehearsal.model)
@@ -182,9 +190,14 @@ class _Scoring:
     def _streams(self, name: str, size: VariantSize) -> bool:
         tokens = self.batch * max(s.window for s in self.p.texts.sets)
         return should_stream(
-            name, self.sources, lambda: size, stream=self.p.recipe.evaluate.stream, device=self.device, dtype=self.dtype,
+            name,
+            self.sources,
+            lambda: size,
+            stream=self.p.recipe.evaluate.stream,
+            device=self.device,
+            dtype=self.dtype,
             tokens=tokens,
-        )  # fmt: skip
+        )
 
     def _size(self, name: str) -> VariantSize:
         """Size of a variant before its files exist."""

@@ -1,7 +1,7 @@
 """Rehearsal: time and memory to run, quantize and score one block of random weights.
 
-The cost does not depend on the values of weights, so only shapes are read (and, for the merge, one tensor of each kind).
-`forecast` adds the pieces up.
+The cost does not depend on the values of weights, so only shapes are read (and, for the merge, one tensor of each
+kind). `forecast` adds the pieces up.
 """
 
 from __future__ import annotations
