@@ -114,9 +114,9 @@ class Quantizer:
         return False
 
     def _take_less(self, index: int, items: list[BlockInput]) -> None:
-        """Continue with a plan that takes less memory, after the collector has looked at all objects."""
+        """Continue with a plan that takes less memory, after a collection of all garbage."""
         self.calibration = self.recovery.leaner(self.calibration, index, items)
-        self.gc_frozen = False  # the recovery unfroze them: the next block to be solved freezes them again
+        self.gc_frozen = False  # the recovery unfroze all objects: the next solved block freezes them again
 
     def _groups(self, index: int, item: BlockInput) -> list[LinearGroup]:
         block, prefix = self.walk.load(index, read_next=False), f"{self.walk.prefix}.{index}."

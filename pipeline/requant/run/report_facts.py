@@ -60,7 +60,7 @@ class AdapterPart(TypedDict):
 
 
 class AdapterNames(TypedDict):
-    """The name of the adapter; parts: of all adapters, where there are several or one is weighted."""
+    """The adapter's name. parts: of each adapter, where there are several or one is weighted."""
 
     name: str
     parts: NotRequired[list[AdapterPart]]
@@ -74,7 +74,7 @@ class AdapterFacts(AdapterNames):
 
 
 class EngineFacts(TypedDict):
-    """One engine's verdict on the plan, from headers. source: the version that the rules were read in."""
+    """One engine's verdict on the plan. source: the engine's version and files with the rules."""
 
     loads: bool
     says: str

@@ -22,7 +22,7 @@ class Measured(TypedDict, total=False):
 
 
 class EstimateFacts(TypedDict):
-    """A value, its standard error and its 95 % interval: `requant_eval.metrics.statistics.Estimate` as stored."""
+    """`requant_eval.metrics.statistics.Estimate` as stored: a value and its 95 % interval."""
 
     value: float
     se: float
@@ -93,7 +93,7 @@ class PredictionResult(TypedDict):
 
 
 class HealedFacts(HealResult):
-    """A healing, the names of its texts, the model it was healed towards, and the verification."""
+    """A healing in a run. data: names of its texts. target: the variant that is the teacher."""
 
     data: list[str]
     target: str
@@ -112,14 +112,17 @@ class Sample(TypedDict):
 
 
 class Distance(TypedDict):
-    """Distance of one model from another on the same tokens, nats a token: KL divergence and loss."""
+    """KL divergence and difference of the loss between two models, nats a token."""
 
     kl: EstimateFacts
     nll: EstimateFacts
 
 
 class SuggestedUnit(TypedDict):
-    """`suggest.Candidate` as stored, without its grid. gain: how much nearer the merged model it gets."""
+    """`suggest.Candidate` as stored, without its grid.
+
+    gain: the distance from the merged model that its swap removes.
+    """
 
     pattern: str
     modules: Sequence[str]
