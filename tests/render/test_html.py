@@ -305,6 +305,17 @@ def test_the_gates_limit_is_drawn_on_its_own_set_only() -> None:
         assert all(('class="limit"' in row.drawing) == limited for row in losses(figure.data).rows)
 
 
+def test_an_interval_without_an_upper_end_is_drawn_as_its_value() -> None:
+    """A loss in percent can be too large for a float: null in the report."""
+    s = copy.deepcopy(built()["sets"][0]) | {"gates": []}
+    step = next(e for e in s["edges"] if (e["from"], e["to"]) == (s["reference"], "gptq"))
+    assert 'class="ci"' in next(row for row in losses(s).rows if row.label == "gptq").drawing
+    step["loss_percent"]["high"] = None
+    drawn = next(row for row in losses(s).rows if row.label == "gptq").drawing
+    assert "<circle" in drawn
+    assert 'class="ci"' not in drawn
+
+
 def test_the_healing_curve_falls_where_the_numbers_fall_and_fills_the_chosen_step() -> None:
     told = {"held": [[0, 0.08], [20, 0.03], [40, 0.02], [60, 0.025]], "best_step": 40}
     (row,) = healing(told).rows

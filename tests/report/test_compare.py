@@ -156,6 +156,15 @@ def test_the_pareto_front_is_size_and_every_set() -> None:
     assert [row["dominated_by"] for row in comparison["runs"]] == [None, "unknown"]
 
 
+def test_a_perplexity_too_large_for_a_float_is_the_worst() -> None:
+    """JSON has no infinity: such a perplexity is null in the report."""
+    broken = run(0.02, size=100)
+    for s in broken["sets"]:
+        next(v for v in s["variants"] if v["name"] == "gptq")["ppl"] = dict.fromkeys(("value", "se", "low", "high"))
+    comparison = compared(broken=broken, fine=run(0.05, size=100))
+    assert [row["dominated_by"] for row in comparison["runs"]] == ["fine", None]
+
+
 def test_every_rendering_of_a_comparison_has_the_same_numbers() -> None:
     comparison = compared(a=run(0.02, size=80), b=run(0.05), c=run(0.09))
     console = Console(width=200, record=True, file=io.StringIO())
