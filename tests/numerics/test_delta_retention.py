@@ -16,7 +16,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.formats.registry import load_quantized
 from requant.merge.deltas import deltas
 from requant.merge.plan import MergePlan
-from requant.numerics.delta_retention import Delta, Survival, survival
+from requant.numerics.delta_retention import Delta, DeltaRetention, delta_retention
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Settings
@@ -40,8 +40,8 @@ def noise(error: Tensor, hessian: Tensor) -> float:
     return float(torch.trace(error.double() @ hessian.double() @ error.double().T))
 
 
-def of(delta: Delta, error: Tensor, hessian: Tensor) -> Survival:
-    return survival(delta, error, hessian, noise(error, hessian))
+def of(delta: Delta, error: Tensor, hessian: Tensor) -> DeltaRetention:
+    return delta_retention(delta, error, hessian, noise(error, hessian))
 
 
 # --- identities ---
@@ -57,7 +57,7 @@ def test_exact_weights_keep_everything() -> None:
 def test_no_delta_no_signal() -> None:
     """Of an adapter that was never trained (B = 0) nothing can be lost."""
     delta = Delta(torch.zeros(ROWS, RANK), torch.ones(RANK, COLUMNS))
-    assert of(delta, torch.ones(ROWS, COLUMNS), moments()) == Survival(
+    assert of(delta, torch.ones(ROWS, COLUMNS), moments()) == DeltaRetention(
         delta_norm=0.0, signal=0.0, signal_to_noise=0.0, retention=None, output_retention=None
     )
 

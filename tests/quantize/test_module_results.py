@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.gptq_problems import problem, solved
 
-from requant.numerics.delta_retention import Delta, measure, survival
+from requant.numerics.delta_retention import Delta, delta_retention, measure
 from requant.numerics.grid import Grid
 from requant.numerics.solution import Solution
 from requant.quantize.module_results import BlockResults
@@ -28,7 +28,7 @@ def test_numbers_come_back_to_whom_they_belong() -> None:
         error = made.weight() - weight
         costs.add(name, made, None if delta is None else measure(delta, error, hessian))
         losses = made.losses()
-        alone = None if delta is None else survival(delta, error, hessian, losses.loss)
+        alone = None if delta is None else delta_retention(delta, error, hessian, losses.loss)
         expected.append((name, losses, alone))
     costs.send(torch.tensor(1.0))
     assert costs.finite()

@@ -23,7 +23,7 @@ def facts(*modules: dict[str, Any], **quantize: Any) -> dict[str, Any]:
 
 
 def test_the_map_is_layers_by_modules() -> None:
-    table = adapter_tables.survival_table(
+    table = adapter_tables.signal_to_noise_table(
         facts(
             module(0, "self_attn.q_proj", 20.0),
             module(0, "mlp.down_proj", 0.5),
@@ -37,7 +37,7 @@ def test_the_map_is_layers_by_modules() -> None:
 
 
 def test_the_ten_lowest_are_marked() -> None:
-    table = adapter_tables.survival_table(facts(*(module(i, "q_proj", 1.0 + i) for i in range(12))))
+    table = adapter_tables.signal_to_noise_table(facts(*(module(i, "q_proj", 1.0 + i) for i in range(12))))
     assert [row[1].endswith(" *") for row in table.rows] == [True] * 10 + [False] * 2
 
 
@@ -58,7 +58,7 @@ def test_experts_of_a_layer_are_one_cell() -> None:
 
 
 def test_names_that_would_be_alike_are_written_out() -> None:
-    table = adapter_tables.survival_table(facts(module(0, "attn.c_proj", 2.0), module(0, "mlp.c_proj", 3.0)))
+    table = adapter_tables.signal_to_noise_table(facts(module(0, "attn.c_proj", 2.0), module(0, "mlp.c_proj", 3.0)))
     assert table.columns == ("layer", "attn.c_proj", "mlp.c_proj")
 
 
@@ -75,7 +75,7 @@ def test_what_is_said_of_the_delta() -> None:
     """Pooled by the delta's size: 0.9 of 4 and 0.5 of 16 are 0.58."""
     told = facts(module(0, "q_proj", 3.0), module(1, "q_proj", 0.5, retention=0.5, delta_norm=4.0))
     assert adapter_tables.delta_retention(told) == pytest.approx((0.9 * 4 + 0.5 * 16) / 20)
-    lines = adapter_tables.survival_lines(told)
+    lines = adapter_tables.delta_lines(told)
     assert "1.75 times the power" in lines[0]
     assert "0.5 times in the worst; 1 are below 1" in lines[0]
     assert lines[1].startswith("Of the adapter's delta, 58 % is in the quantized weights")
@@ -85,14 +85,14 @@ def test_what_is_said_of_the_delta() -> None:
     }  # fmt: skip
     assert (
         "61.0 % [59.0, 63.0], over 21 modules of layers 0, 15; the delta is 1.2 % of the weights"
-        in (adapter_tables.survival_lines(facts(resonance=predicted))[0])
+        in (adapter_tables.delta_lines(facts(resonance=predicted))[0])
     )
 
 
 def test_a_report_without_measurements_says_nothing() -> None:
     for empty in ({}, {"quantize": None}, facts(), facts(module(0, "q_proj", None))):
-        assert adapter_tables.survival_lines(empty) == []
-        assert adapter_tables.survival_table(empty).rows == ()
+        assert adapter_tables.delta_lines(empty) == []
+        assert adapter_tables.signal_to_noise_table(empty).rows == ()
         assert adapter_tables.worst_modules_table(empty).rows == ()
         assert adapter_tables.delta_retention(empty) is None
 
@@ -102,7 +102,7 @@ def test_an_untrained_delta_has_no_share() -> None:
     zero = module(0, "q_proj", 0.0, retention=None, output_retention=None, delta_norm=0.0)
     assert adapter_tables.delta_retention(facts(zero)) is None
     assert adapter_tables.cells(facts(zero))[0].retention is None
-    assert adapter_tables.survival_table(facts(zero)).rows == (("0", "0 *"),)
+    assert adapter_tables.signal_to_noise_table(facts(zero)).rows == (("0", "0 *"),)
 
 
 def test_long_answers_are_cut_and_pipes_are_safe() -> None:

@@ -57,7 +57,7 @@ def _cell(layer: int, module: str, many: Sequence[ModuleFacts]) -> Cell:
     )
 
 
-def survival_table(facts: Facts) -> Table:
+def signal_to_noise_table(facts: Facts) -> Table:
     """Layer x module: the adapter's signal to noise; no rows where the run did not measure it."""
     known = [c for c in cells(facts) if c.signal_to_noise is not None]
     modules = list(dict.fromkeys(c.module for c in known))
@@ -74,7 +74,7 @@ def survival_table(facts: Facts) -> Table:
         "delta: the adapter is lost only where its own output is not kept (next table)."
     )
     return Table(
-        title="Adapter survival: signal to noise by layer and module", columns=("layer", *short), rows=rows, note=note
+        title="Adapter retention: signal to noise by layer and module", columns=("layer", *short), rows=rows, note=note
     )
 
 
@@ -99,11 +99,11 @@ def worst_modules_table(facts: Facts) -> Table:
         "the same of its output. 100 % with a low signal to noise: all there, under noise."
     )
     return Table(
-        title=f"The {len(rows)} modules where the adapter survived worst", columns=columns, rows=rows, note=note
+        title=f"The {len(rows)} modules where least of the adapter is left", columns=columns, rows=rows, note=note
     )
 
 
-def survival_lines(facts: Facts) -> list[str]:
+def delta_lines(facts: Facts) -> list[str]:
     """The adapter's signal to noise and retention, measured and predicted, in sentences.
 
     [] when neither is known.

@@ -141,7 +141,7 @@ def _sections(report: Report) -> Iterator[Section]:
         yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
     yield Section("Healing", tuple(_healing(report)))
     yield Section("Canaries", tuple(_canaries(facts)))
-    yield Section("Adapter survival", tuple(_survival(facts)))
+    yield Section("Adapter retention", tuple(_retention(facts)))
     yield Section("Modules", tuple(_modules(facts)))
     read_back = (checks_table(name, proof) for name, proof in proofs(facts))
     yield Section("Read back", tuple(t for t in read_back if t.rows))
@@ -199,11 +199,11 @@ def _canaries(facts: Facts) -> Iterator[Block]:
         yield different
 
 
-def _survival(facts: Facts) -> Iterator[Block]:
+def _retention(facts: Facts) -> Iterator[Block]:
     """The adapter's signal to noise by module, and the modules worth more bits."""
-    if said := adapter_tables.survival_lines(facts):
+    if said := adapter_tables.delta_lines(facts):
         yield Bullets(tuple(said))
-    for table in (adapter_tables.survival_table(facts), adapter_tables.worst_modules_table(facts)):
+    for table in (adapter_tables.signal_to_noise_table(facts), adapter_tables.worst_modules_table(facts)):
         if table.rows:
             yield table
     suggestion = facts.get("suggestion")

@@ -60,7 +60,7 @@ Deltas = Callable[[str], Delta | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survival:
+class DeltaRetention:
     """Retention and signal to noise of one module's delta, as defined at the top of the file.
 
     delta_norm: sqrt(<dW, dW>). signal: tr(dW H dW'), H a mean per token.
@@ -75,10 +75,10 @@ class Survival:
     output_retention: float | None
 
     @staticmethod
-    def of(measured: Sequence[float], noise: float) -> Survival:
+    def of(measured: Sequence[float], noise: float) -> DeltaRetention:
         """From the four numbers of `measure`, and tr(E H E') of the same error."""
         square, signal, inner, through = max(measured[0], 0.0), max(measured[1], 0.0), *measured[2:]
-        return Survival(
+        return DeltaRetention(
             delta_norm=square**0.5,
             signal=signal,
             signal_to_noise=signal / noise if noise > 0 else None,
@@ -88,7 +88,7 @@ class Survival:
 
 
 def measure(delta: Delta, error: Tensor, hessian: Tensor) -> Tensor:
-    """The numbers for `Survival.of`, fp64 [4] on the device; nothing waits for the device.
+    """The numbers for `DeltaRetention.of`, fp64 [4] on the device; nothing waits for the device.
 
     They are <dW, dW>, tr(dW H dW'), <E, dW>, tr(E H dW').
     error: E = Q - W, fp32 [rows, n]. hessian: symmetric fp32 [n, n], undamped.
@@ -97,9 +97,9 @@ def measure(delta: Delta, error: Tensor, hessian: Tensor) -> Tensor:
     return torch.stack([delta.square(), delta.square(hessian), delta.inner(error), through])
 
 
-def survival(delta: Delta, error: Tensor, hessian: Tensor, noise: float) -> Survival:
+def delta_retention(delta: Delta, error: Tensor, hessian: Tensor, noise: float) -> DeltaRetention:
     """The numbers of one module; waits for the device. noise: tr(E H E')."""
-    return Survival.of(measure(delta, error, hessian).tolist(), noise)
+    return DeltaRetention.of(measure(delta, error, hessian).tolist(), noise)
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

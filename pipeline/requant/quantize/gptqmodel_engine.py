@@ -29,7 +29,7 @@ from requant.modeling.block_walk import Walk, block_linears
 from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
 from requant.modeling.sequential import run_block
 from requant.numerics import gptq
-from requant.numerics.delta_retention import Deltas, survival
+from requant.numerics.delta_retention import Deltas, delta_retention
 from requant.numerics.grid import find_scales, nearest
 from requant.numerics.hessian import gather
 from requant.quantize.calibration_plan import batch_size
@@ -230,7 +230,7 @@ class Judge:
         delta = self.deltas(stored)
         adapted: dict[str, Any] = {}
         if delta is not None:
-            adapted = asdict(survival(delta.to(weight.device), decoded - weight, hessian, loss))
+            adapted = asdict(delta_retention(delta.to(weight.device), decoded - weight, hessian, loss))
         linear.weight.copy_(decoded.to(self.walk.dtype))
         return ModuleResult(
             name=name,

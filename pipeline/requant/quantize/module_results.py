@@ -10,7 +10,7 @@ from typing import TypedDict, cast
 import torch
 from torch import Tensor
 
-from requant.numerics.delta_retention import Survival
+from requant.numerics.delta_retention import DeltaRetention
 from requant.numerics.grid import Grid
 from requant.numerics.solution import Losses, Solution
 from requant.runtime.pinned_memory import copy_to_host_async
@@ -88,7 +88,7 @@ class BlockResults:
 def _result(facts: _LinearFacts, numbers: list[float], added: Added) -> ModuleResult:
     """The result of one linear; its numbers are removed from the front of `numbers`."""
     losses = Losses.of(_take(numbers, 4), uncoupled=facts.uncoupled)
-    adapted = asdict(Survival.of(_take(numbers, 4), losses.loss)) if facts.measured else {}
+    adapted = asdict(DeltaRetention.of(_take(numbers, 4), losses.loss)) if facts.measured else {}
     if losses.fallback:
         log.warning("%s: rounded without error feedback (damp %.2f)", facts.name, facts.damp)
     return ModuleResult(
