@@ -352,7 +352,7 @@ def test_nobody_looks_into_the_store_when_a_rank_leaves(monkeypatch: pytest.Monk
     leaving.watching = threading.Thread(target=watch)
     leaving.watching.start()
     alive: list[bool] = []
-    monkeypatch.setattr(DistributedRanks, "all", lambda self, _: alive.append(self.watching.is_alive()))
+    monkeypatch.setattr(DistributedRanks, "all", lambda self, holds: alive.append(self.watching.is_alive()))
     leaving._end()
     assert alive == [False]
 
