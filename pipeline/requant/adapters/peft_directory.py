@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from requant.adapters import stacked_lora
+from requant.adapters import other_files, stacked_lora, weight_files
 from requant.adapters.config import CONFIG, AdapterConfig
 from requant.adapters.fold import Fold
 from requant.adapters.keys import Key, normalise_all
 from requant.adapters.kinds import KINDS
 from requant.adapters.module_tensors import ModuleTensors
 from requant.adapters.stacked_lora import ExpertPair
-from requant.adapters.unsupported import refuse
-from requant.checkpoint.reader import TensorInfo, read_header, read_json, read_tensor
+from requant.adapters.unsupported import is_head, refuse
+from requant.adapters.weight_files import WEIGHTS
+from requant.checkpoint.reader import TensorInfo, read_json, read_tensor
 from requant.errors import InputError
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "load"]
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,11 @@ class Adapter:
     folds: module -> the change of its weight. expert_pairs: LoRA on stacked experts, not yet assigned to parameters.
     replaced: tensor of the base -> the tensor that replaces it. shared: tensors that belong to no module.
     tensors, keys: key in the file -> its header, and what the key means (None: a copy of the base's own tensor).
+    weights: the file, or the index of several. notes: what in the directory is not used, for the reader.
     """
 
     path: Path
+    weights: Path
     config: AdapterConfig
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     keys: Mapping[str, Key | None] = field(repr=False)
@@ -44,6 +46,7 @@ class Adapter:
     expert_pairs: tuple[ExpertPair, ...] = ()
     replaced: Mapping[str, TensorInfo] = field(default_factory=dict)
     shared: Mapping[str, TensorInfo] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def weight(self) -> float:
@@ -79,21 +82,14 @@ def load(path: Path, *, weight: float = 1.0) -> Adapter:
     if not config_file.exists():
         raise InputError(f"{path}: no adapter_config.json; expected a directory written by PEFT's save_pretrained")
     config = AdapterConfig(file=config_file, settings=read_json(config_file), weight=weight)
-    refuse(config)
-    weights = path / WEIGHTS
-    if not weights.exists() and (path / "adapter_model.bin").exists():
-        raise InputError(
-            f"{path}: only adapter_model.bin, a pickle; requant never loads pickles. "
-            "Save it again with safe_serialization=True"
-        )
-    tensors = read_header(weights)
-    if not tensors:
-        raise InputError(f"{weights}: holds no tensors")
+    notes = refuse(config)
+    weights, tensors = weight_files.read(path)
     try:
         keys = normalise_all(tensors, lambda a, b: _equal(tensors[a], tensors[b]))
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    return _assemble(Adapter(path=path, config=config, tensors=tensors, keys=keys))
+    loaded = _assemble(Adapter(path=path, weights=weights, config=config, tensors=tensors, keys=keys))
+    return replace(loaded, notes=(*notes, *other_files.check(path, loaded.replaced)))
 
 
 def _equal(a: TensorInfo, b: TensorInfo) -> bool:
@@ -106,10 +102,15 @@ def _assemble(empty: Adapter) -> Adapter:
     No tensor may be left over. Raises InputError for a file without adapter tensors, and for a module that is wrapped
     twice without `target_parameters`.
     """
-    file, config = empty.path / WEIGHTS, empty.config
+    file, config = empty.weights, empty.config
     by_module: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}
     for spelled, key in empty.keys.items():
+        if key is not None and key.tensor is None and is_head(key.module):
+            raise InputError(
+                f"{file}: {spelled!r} is the head of a classifier, a reward or a value model: requant makes language "
+                "models that write text, the head would be lost. Leave it out if the text alone matters"
+            )
         if key is not None and key.tensor is None:
             replaced[key.replaces] = empty.tensors[spelled]
         elif key is not None and key.tensor is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from requant.adapters import setting_types
 from requant.adapters.config import AdapterConfig
 from requant.adapters.kinds import KINDS
 
@@ -33,19 +34,52 @@ COMMON = frozenset({
 """Keys of adapter_config.json that every kind understands."""
 
 
-def refuse(config: AdapterConfig) -> None:
-    """Raise InputError for a peft type or a setting that has no exact merge here."""
+NO_MEANING = frozenset({"metadata", "unsloth_version", "transformers_version", "torch_dtype"})
+"""Keys that tools add beside PEFT's and that say nothing about weights."""
+
+_HEADS: Mapping[str, str] = {
+    "SEQ_CLS": "a classifier of texts, with a head (score, classifier) in the place of lm_head",
+    "TOKEN_CLS": "a classifier of tokens, with a head (classifier, score) in the place of lm_head",
+    "QUESTION_ANS": "a model that marks the answer in a text, with a head (qa_outputs) in the place of lm_head",
+}
+"""task_type of a model that writes no text -> what it is."""
+_HEAD_MODULES = frozenset({
+    "score", "classifier", "classification_head", "qa_outputs", "v_head", "value_head", "reward_head", "regression_head",
+})  # fmt: skip
+
+
+def refuse(config: AdapterConfig) -> list[str]:
+    """Raise InputError for a peft type, a task or a setting that has no exact merge here.
+
+    Returns what is to be said about the rest.
+    """
     peft_type = config.get("peft_type")
     kind = KINDS.get(peft_type) if isinstance(peft_type, str) else None
     if kind is None:
         why = REASONS.get(str(peft_type), "is unknown here")
-        raise config.error(f"peft_type is {peft_type!r}, which {why}. Merged are {', '.join(KINDS)}")
+        raise config.error(f"peft_type is {setting_types.shown(peft_type)}, which {why}. Merged are {', '.join(KINDS)}")
+    setting_types.check(config)
+    task = str(config.get("task_type") or "")
+    if task in _HEADS:
+        raise config.error(
+            f"task_type is {task!r}: {_HEADS[task]}. requant makes language models that write text, the head would be "
+            "lost. If lm_head was trained after all, write CAUSAL_LM there"
+        )
     reason = kind.why_not_merged(config)
     if reason:
         raise config.error(reason)
-    unknown = sorted(key for key, value in config.items() if value and key not in COMMON | kind.settings)
+    understood = COMMON | kind.settings | NO_MEANING
+    unknown = sorted(key for key, value in config.items() if value and key not in understood)
     if unknown:
         raise config.error(
             f"unknown settings {', '.join(unknown)} (peft_version {config.get('peft_version')}): "
             "a newer PEFT may mean something by them that merging would lose"
         )
+    if task not in ("", "CAUSAL_LM"):
+        return [f"the adapter's task_type is {task}: it is merged and judged as a language model that writes text"]
+    return []
+
+
+def is_head(module: str) -> bool:
+    """Whether a module is the head of a classifier, a reward or a value model."""
+    return module.rpartition(".")[2] in _HEAD_MODULES or bool(_HEAD_MODULES & set(module.split(".")[:2]))

@@ -64,7 +64,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             table = json.loads(f.read(length))
     except FileNotFoundError:
         raise InputError(f"{file}: missing; the checkpoint is incomplete: download it again") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file}: corrupt safetensors header ({error}): download the file again") from error
     if not isinstance(table, dict):
         raise InputError(f"{file}: corrupt safetensors header (no table): download the file again")
@@ -206,8 +206,12 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: missing") from None
+    except RecursionError:
+        raise InputError(f"{file}: not readable: its JSON is nested too deeply") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid JSON ({error})") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -11,10 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from requant.adapters.ia3 import Ia3
 from requant.adapters.keys import PREFIX, adapter_names, clean
 from requant.adapters.peft_directory import CONFIG, WEIGHTS, Adapter
+from requant.adapters.trained_tokens import TrainedTokens
 from requant.checkpoint.reader import read_tensor
 from requant.errors import StageError
+from requant.merge.adapter_completeness import untrained
 from requant.merge.plan import MergePlan
 
 
@@ -36,7 +39,10 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
     names = ["default", *(f"adapter{i}" for i in range(1, len(plan.adapters)))]
     for name, one in zip(names, plan.adapters, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            path = str(export(one, plan, Path(folder)) if _needs_export(one, plan) else one.path)
+            modules = [n for n, _ in (wrapped.get_base_model() if wrapped else model).named_modules()]
+            part = bool(untrained(one, modules))
+            needs_export = part or _needs_export(one, plan)
+            path = str(export(one, plan, Path(folder), only_held=part) if needs_export else one.path)
             if wrapped is None:
                 wrapped = peft.PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=structure)
             result = wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=structure)
@@ -51,10 +57,11 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
     return wrapped
 
 
-def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
+def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool = False) -> Path:
     """Write the adapter with the keys and module names that PEFT expects on this base.
 
     Returns `folder`.
+    only_held: target the modules that the file holds and no others, which PEFT would fill with weights of its own.
     """
     from safetensors.torch import save_file
 
@@ -69,15 +76,21 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path) -> Path:
         tensors[name] = read_tensor(adapter.tensors[spelled])
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = dict(adapter.config)
-    if plan.renamed_modules and adapter.folds:
-        config["target_modules"] = sorted(plan.renamed_modules.get(m, m) for m in adapter.folds)
+    folds = {plan.renamed_modules.get(m, m): fold for m, fold in adapter.folds.items()}
+    if folds and (plan.renamed_modules or only_held):
+        rows_only = {m for m, fold in folds.items() if isinstance(fold, TrainedTokens)}
+        inputs = sorted(m for m, fold in folds.items() if isinstance(fold, Ia3) and fold.inputs)
+        config["target_modules"] = sorted(folds.keys() - rows_only or folds)
         config |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+        config |= {"feedforward_modules": inputs} if config.get("feedforward_modules") else {}
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
 
 
 def _needs_export(adapter: Adapter, plan: MergePlan) -> bool:
-    """Whether PEFT would not find the adapter's tensors by their present keys."""
+    """Whether PEFT would not find the adapter's tensors by their present files and keys."""
+    if adapter.weights.name != WEIGHTS:
+        return True
     names = adapter_names(adapter.tensors)
     return any(clean(key, names) != key for key in adapter.tensors) or any(
         m in plan.renamed_modules for m in adapter.folds

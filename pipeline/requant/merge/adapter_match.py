@@ -18,6 +18,8 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import file_digest, read_json
 from requant.merge.plan import MergePlan
 
+_HUB_CACHE = re.compile(r"models--[^/\\]+?--([^/\\]+)[/\\]snapshots[/\\]")
+_NO_REVISION = "unsloth"  # what that tool records whatever the base's revision was
 _FOUR_BIT = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.])?(4bit|nf4)([-_.].*)?$", re.IGNORECASE)
 
 
@@ -89,7 +91,7 @@ def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
     if not adapter.base_name:
         return Sign(what="base name", agrees=None, note="the adapter does not record its base")
     trained, given = _plain(adapter.base_name), [_plain(name) for name, _ in bases]
-    note = f"the adapter was trained on {Path(adapter.base_name).name}, the recipe's base is {Path(bases[0][0]).name}"
+    note = f"the adapter was trained on {_last(adapter.base_name)}, the recipe's base is {_last(bases[0][0])}"
     return Sign(
         what="base name",
         agrees=trained in given,
@@ -99,12 +101,20 @@ def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
 
 def _plain(name: str) -> str:
     """A model's name without its owner, directory and 4-bit suffix."""
-    return _FOUR_BIT.sub("", Path(name).name.lower())
+    return _FOUR_BIT.sub("", _last(name).lower())
+
+
+def _last(name: str) -> str:
+    """The model's name in a hub id, a path of any system, or a path into a cache of downloads."""
+    cached = _HUB_CACHE.search(name)
+    if cached:
+        return cached[1]
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].replace("___", ".")  # ModelScope's spelling of a dot
 
 
 def _revision(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
     trained, given = adapter.config.get("revision"), {r for _, r in bases if r}
-    if not trained or not given:
+    if not trained or not given or trained == _NO_REVISION:
         return Sign(what="revision", agrees=None, note="not recorded on both sides")
     return Sign(
         what="revision",

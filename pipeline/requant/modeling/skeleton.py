@@ -32,8 +32,8 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+    except Exception as error:  # each model class checks its settings in its own way
+        raise InputError(f"{path / 'config.json'}: transformers cannot read it: {_one_line(error)}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -55,11 +55,20 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
             raise InputError(
                 f"model_type {config.model_type!r} has no causal language model in transformers: {error}"
             ) from error
+        except Exception as error:  # a setting of another type or size than the class can build
+            raise InputError(
+                f"config.json: transformers cannot build a {config.model_type} of it: {_one_line(error)}"
+            ) from error
     model.tie_weights()  # building on meta parts them
     stems = tuple(stem for _, role in _rules(model)[1] for stem in [role.partition(r".\1.")[0]])
     linears.expose(model, lambda name: name.endswith(stems))
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def _one_line(error: Exception) -> str:
+    """What an exception says, in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> set[str]:

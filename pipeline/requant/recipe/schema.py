@@ -64,11 +64,16 @@ class Recipe(Section):
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model repository.")
     _directory: Path = PrivateAttr(default=Path())
+    _places: yaml_document.Places = PrivateAttr(default_factory=yaml_document.Places)
 
     @property
     def directory(self) -> Path:
         """Directory that relative input paths are relative to: the recipe file's."""
         return self._directory
+
+    def place(self, *key: str | int) -> str:
+        """`file:line: key.path` of a key, for messages about what it names."""
+        return self._places.of(key)
 
     @property
     def weighted_adapters(self) -> tuple[tuple[Source, float], ...]:
@@ -174,6 +179,7 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = 
     if document.problems:
         raise RecipeError(document.problems)
     recipe._directory = directory
+    recipe._places = yaml_document.Places(document.places)
     return recipe
 
 

@@ -49,6 +49,11 @@ class Document:
         """Every problem so far, in the order of the file, overrides last."""
         return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
+    @property
+    def places(self) -> dict[KeyPath, str]:
+        """Key -> `file:line`, or the `--set` that gave it."""
+        return {path: label for path, (_, label) in self._marks.items()}
+
     def report(self, path: KeyPath, message: str, line: int | None = None) -> None:
         """Add the problem `where: key.path: message`, at `line` or at the nearest key."""
         nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in self._marks)
@@ -134,6 +139,21 @@ class Document:
         if "${" in text:
             self.report(path, f"{show_value(text)}: only ${{env:VAR}} and ${{env:VAR:-default}} are replaced")
         return text
+
+
+class Places(dict[KeyPath, str]):
+    """Where each key of a recipe is set. Recipes with the same values are equal wherever they are set."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places)
+
+    __hash__ = None
+
+    def of(self, path: KeyPath) -> str:
+        """`file:line: key` of a key or the nearest one that holds it; the key alone where nothing is known."""
+        label = next((self[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in self), "")
+        key = show_path(path)
+        return key if not label else label if label == f"--set {key}" else f"{label}: {key}"
 
 
 _LAST = 1 << 62  # overrides sort after every line of the file

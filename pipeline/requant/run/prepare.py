@@ -24,7 +24,7 @@ from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
-from requant.merge import adapter_match
+from requant.merge import adapter_completeness, adapter_match
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
@@ -35,9 +35,9 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
-from requant.recipe.fields import Source
 from requant.recipe.model_sections import Nf4
 from requant.run import recipe_texts
+from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
 
 log = logging.getLogger(__name__)
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -56,6 +55,8 @@ def prepare(recipe: Recipe) -> Prepared:
     quantize_inputs = _quantize_inputs(recipe, plan, model)
     unloadable = _unloadable(plan, model, sources.simulate)
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
+    for adapter in loaded:
+        warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += _refusing_engines(recipe, quantize_inputs.engines)
     warnings += [*_left_fused(model), *([unloadable] if unloadable else [])]
     tokenizer = recipe_texts.load_tokenizer(
@@ -76,14 +77,19 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
     """Local directories of base, adapters and original, and the adapters' tensors by header."""
-    trust, directory = recipe.trust_remote_code, recipe.directory
-    base = fetch(recipe.base.source, directory, trust_remote_code=trust)
-    loaded = [
-        peft_directory.load(fetch(s, directory, trust_remote_code=trust), weight=w) for s, w in recipe.weighted_adapters
-    ]
-    original = fetch(s, directory, trust_remote_code=trust) if (s := recipe.base.sixteen_bit) else None
+    trust, directory, base = recipe.trust_remote_code, recipe.directory, recipe.base
+    where = recipe.place("base", "model")
+    model = fetch(base.source, directory, trust_remote_code=trust, place=where)
+    loaded = []
+    for i, (source, weight) in enumerate(recipe.weighted_adapters):
+        where = recipe.place("adapter") if recipe.adapter else recipe.place("adapters", i, "path")
+        path = fetch(source, directory, trust_remote_code=trust, kind="adapter", place=where)
+        loaded.append(peft_directory.load(path, weight=weight))
+    original = model if base.sixteen_bit and not base.original else None
+    if base.original:
+        original = fetch(base.original, directory, trust_remote_code=trust, place=recipe.place("base", "original"))
     simulate = _nf4_settings(recipe.base.nf4)
-    return Sources(base=base, adapter=loaded[0].path, original=original, simulate=simulate), loaded
+    return Sources(base=model, adapter=loaded[0].path, original=original, simulate=simulate), loaded
 
 
 def _merge_inputs(
@@ -92,14 +98,27 @@ def _merge_inputs(
     """Merge plans and how well each adapter matches the base; the model skeleton."""
     trust, original = recipe.trust_remote_code, sources.original
     if recipe.merge.onto == "original":
-        plan, model = plan_merge(original or sources.base, loaded, None, trust_remote_code=trust)
+        plan, model = _onto_original(recipe, original or sources.base, loaded)
     else:
         plan, model = plan_merge(sources.base, loaded, sources.simulate, trust_remote_code=trust)
     scored = original is not None and "original" in recipe.evaluate.variants
-    onto_original = plan_merge(original, loaded, None, trust_remote_code=trust)[0] if scored and original else None
+    onto_original = _onto_original(recipe, original, loaded)[0] if scored and original else None
+    adapter_completeness.check_vocabulary(loaded, plan, model)
     bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
     matches = tuple(adapter_match.match(adapter, plan, bases) for adapter in loaded)
     return MergeInputs(plan=plan, onto_original=onto_original, matches=matches), model
+
+
+def _onto_original(recipe: Recipe, original: Path, loaded: Sequence[peft_directory.Adapter]) -> tuple[MergePlan, Any]:
+    """The merge onto the 16-bit base; what is wrong with that base names its key."""
+    where = f"{recipe.place('base', 'original')}: " if recipe.base.original else ""
+    try:
+        plan, model = plan_merge(original, loaded, None, trust_remote_code=recipe.trust_remote_code)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from error
+    if plan.base.packed:
+        raise InputError(f"{where}{original}: a 4-bit checkpoint: expected the 16-bit model behind base.model")
+    return plan, model
 
 
 def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:
@@ -156,35 +175,6 @@ def _hints(recipe: Recipe) -> list[str]:
     return []
 
 
-def fetch(source: Source, directory: Path, *, trust_remote_code: bool) -> Path:
-    """The local directory of a source.
-
-    A hub id is downloaded to the hub cache (safetensors and small files only).
-    """
-    if source.is_local(directory):
-        path = Path(source.resolve(directory))
-        if path.suffix == ".gguf":
-            raise InputError(
-                f"{path}: a GGUF file: no adapter was trained on these numbers. Use the bitsandbytes 4-bit or 16-bit "
-                "checkpoint (safetensors) that the adapter's base_model_name_or_path names"
-            )
-        if not path.is_dir():
-            raise InputError(f"{path}: no such directory")
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = [*_PATTERNS, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise InputError(
-            f"{source.path}: no such local directory, and the hub does not give it: {reason}. "
-            "Check the name, HF_TOKEN for gated models, or begin a local path with ./"
-        ) from error
-
-
 def _nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
     if isinstance(nf4, str):
         return None
@@ -216,7 +206,12 @@ def plan_merge(
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise InputError for a base in a quantized format other than bitsandbytes 4-bit."""
     file = checkpoint.path / "config.json"
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    quantization = checkpoint.config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise InputError(
+            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
+        )
+    method = quantization.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise InputError(
             f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit "
