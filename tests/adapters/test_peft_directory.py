@@ -64,7 +64,7 @@ def test_what_peft_writes_is_read(adapter: Path) -> None:
         ({"velora_config": {"a": 1}}, "VeLoRA"),
         ({"monteclora_config": {"a": 1}}, "samples its weights"),
         ({"init_lora_weights": "mica"}, "residual base"),
-        ({"r": "4"}, "the rank of model.layers.0.self_attn.q_proj is '4', expected a whole number"),
+        ({"r": "4"}, "r is '4', expected a whole number above 0"),
         ({"alora_invocation_tokens": [1]}, "no merged form"),
         ({"arrow_config": {"a": 1}}, "no merged form"),
         ({"use_qalora": True}, "QA-LoRA"),

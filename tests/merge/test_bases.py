@@ -214,7 +214,9 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(project: Path, tmp_path: Pat
     with pytest.raises(InputError) as caught:
         prepare.prepare(recipe(project, tmp_path, {"base.model": "nobody/nothing-of-this-name"}))
     message = str(caught.value)
-    assert message.startswith("nobody/nothing-of-this-name: no such local directory, and the hub does not give it: ")
+    assert message.startswith(
+        "recipe.yaml:1: base.model: nobody/nothing-of-this-name: no such local directory, and the hub does not give it: "
+    )
     assert message.endswith("Check the name, HF_TOKEN for gated models, or begin a local path with ./")
 
 

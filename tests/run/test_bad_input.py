@@ -146,7 +146,7 @@ DAMAGES = (
     Damage(other_names, ("14 of 14 adapted tensors do not exist", "transformer.h.0", "Is this the adapter's base?")),
     Damage(half_renamed, ("7 of 14 adapted tensors do not exist", "model.layers.7.", "Is this the adapter's base?")),
     Damage(one_sided, ("model.layers.0.mlp.up_proj", "not both lora_A and lora_B")),
-    Damage(stray_tensor, ("classifier.weight", "do not exist in the base")),
+    Damage(stray_tensor, ("classifier.weight", "is the head of a classifier")),
     Damage(larger_vocabulary, ("301 tokens, but the model has 300 embeddings", "another base")),
     Damage(other_rank, ("rank of", "16 there, 8 in")),
     Damage(pickled_adapter, ("adapter_model.bin", "pickle", "safe_serialization")),

@@ -10,6 +10,10 @@
     module_tensors                     the tensors of one module, and how PEFT spells their keys
     config                             adapter_config.json: rank and scaling of a module
     keys                               tensor names as PEFT releases and training tools write them
+    setting_types                      types of the settings in adapter_config.json
+    targets                            which modules the settings target, by PEFT's rules
+    weight_files                       one safetensors file, or shards with an index
+    other_files                        trained weights in further files of the directory
     unsupported                        peft types and settings that are not merged, and why
 
 May import: errors, checkpoint, modeling (types of stacked_experts only).

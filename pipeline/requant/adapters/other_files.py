@@ -79,11 +79,16 @@ def _note(file: Path, held: Collection[str]) -> str | None:
     adapter = [n for n in names if any(step in tensor_keys() for step in n.split("."))]
     others = [n for n in names if n not in set(adapter) and _leaf_stem(_bare(n)) not in held]
     text = [n for n in others if not _NOT_TEXT.search(n) and not _NOT_TEXT.search(file.stem)]
-    if text and not _is_full_model(file, text):
+    named = [n for n in text if "." in n or _TEXT.search(n) or _TEXT.search(file.stem)]
+    if named and not _is_full_model(file, named):
         raise InputError(
-            f"holds {len(text)} trained tensors of the text model that {WEIGHTS} does not, e.g. {text[0]!r}: "
+            f"holds {len(named)} trained tensors of the text model that {WEIGHTS} does not, e.g. {named[0]!r}: "
             "merging without them gives another model. Save the adapter with these modules in modules_to_save, or move "
             "the file out of the directory if nothing in it was trained"
+        )
+    if text and not named:
+        return (
+            f"{len(text)} tensors that are not read, as in PEFT, e.g. {text[0]}: what was trained in there is left out"
         )
     if text:
         return (

@@ -1,12 +1,13 @@
 """Merge: fold the adapter into the base, in fp32, with one rounding.
 
-    base_weights        the base's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4
-    plan                what becomes of every tensor, from headers only
-    model_layout        what the plan must know about the model: names, ties, Conv1D, stacked experts
-    stage               merge(plan, out, dtype=...): write the checkpoint   <- start here
-    selftest            random rows of the written checkpoint, recomputed in fp64
-    adapter_match       do names, shapes, vocabulary say that adapter and base belong together
-    deltas              the adapter's delta to one weight
+    base_weights           the base's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4
+    plan                   what becomes of every tensor, from headers only
+    model_layout           what the plan must know about the model: names, ties, Conv1D, stacked experts
+    stage                  merge(plan, out, dtype=...): write the checkpoint   <- start here
+    selftest               random rows of the written checkpoint, recomputed in fp64
+    adapter_match          do names, shapes, vocabulary say that adapter and base belong together
+    adapter_completeness   modules that the settings name and the adapter's file lacks
+    deltas                 the adapter's delta to one weight
 
 May import: errors, numerics, checkpoint, modeling, adapters. Knows no recipe.
 """

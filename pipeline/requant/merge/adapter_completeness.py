@@ -6,7 +6,9 @@ just so: every missing module is counted, and the first are named.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from requant.adapters import targets
@@ -18,6 +20,7 @@ from requant.merge.plan import MergePlan
 from requant.modeling import linears, skeleton
 from requant.modeling.moe import split_experts
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a name
 _SHOWN = 4  # names in a message
 
 
@@ -26,13 +29,13 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
 
     model: the skeleton of the base.
     """
-    held = {plan.renamed_modules.get(m, m) for m in adapter.folds}
-    held |= {plan.renamed_modules.get(p.module, p.module) for p in adapter.expert_pairs}
-    saved = {_located(adapter, plan, name.rpartition(".")[0]) for name in adapter.replaced}
+    trained = [*adapter.folds, *(pair.module for pair in adapter.expert_pairs)]
+    here = {module: _located(plan, model, module) for module in trained}
+    saved = {_located(plan, model, name.rpartition(".")[0]) for name in adapter.replaced}
     notes = []
-    lost = [m for m in _targets(adapter, plan, model, held) if m not in held]
+    lost = [m for m in _targets(adapter, here, model) if m not in here.values()]
     if lost:
-        notes.append(f"{_counted(lost, len(held))}: target_modules matches them, so their training may be lost")
+        notes.append(f"{_counted(lost, len(here))}: target_modules matches them, so their training may be lost")
     lost = [m for m in _saved_modules(adapter, model) if m not in saved]
     if lost:
         notes.append(f"{_counted(lost, len(saved))}: modules_to_save names them, so their training may be lost")
@@ -63,25 +66,28 @@ def untrained(adapter: Adapter, modules: Iterable[str]) -> list[str]:
     return [m for m in modules if targets.is_target(adapter.config, m) and m not in held]
 
 
-def _targets(adapter: Adapter, plan: MergePlan, model: Any, held: Collection[str]) -> Iterator[str]:
-    """The modules of the base that the adapter's settings target."""
-    config = adapter.config
-    parameters = [n for n, p in model.named_parameters() if p.ndim >= 2]
-    for parameter in targets.targeted_parameters(config, (_as_trained(adapter, plan, n) for n in parameters)):
-        yield _located(adapter, plan, parameter.rpartition(".")[0])
+def _targets(adapter: Adapter, here: Mapping[str, str], model: Any) -> Iterator[str]:
+    """The modules of the model that the adapter's settings target.
+
+    here: a module's name in the adapter -> in the model.
+    """
+    config, trained = adapter.config, _TrainedNames(here)
+    parameters = {trained.of(n): n for n, p in model.named_parameters() if p.ndim >= 2}
+    for parameter in targets.targeted_parameters(config, parameters):
+        yield parameters[parameter].rpartition(".")[0]
     output, ranks = model.get_output_embeddings(), config.get("rank_pattern") or {}
     experts = tuple(f"{name}." for name, _ in split_experts(model))
-    single = any(module.startswith(experts) for module in held)  # else PEFT had one module for all experts
+    single = any(module.startswith(experts) for module in here.values())  # else PEFT had one module for all experts
     for name, module in model.named_modules():
-        trained = _as_trained(adapter, plan, name)
-        if pattern_value(ranks, trained, None) == 0 or (name.startswith(experts) and not single):
+        spelled = trained.of(name)
+        if pattern_value(ranks, spelled, None) == 0 or (name.startswith(experts) and not single):
             continue
         if module is output and adapter.ties_weights:
             continue
         if targets.every_linear(config):
-            if linears.is_linear(module) and module is not output and not _kept_out(config, trained):
+            if linears.is_linear(module) and module is not output and not _kept_out(config, spelled):
                 yield name
-        elif name and _may_be_adapted(module) and targets.is_target(config, trained):
+        elif name and _may_be_adapted(module) and targets.is_target(config, spelled):
             yield name
 
 
@@ -96,36 +102,53 @@ def _may_be_adapted(module: Any) -> bool:
 
 
 def _saved_modules(adapter: Adapter, model: Any) -> Iterator[str]:
-    """Modules with weights that `modules_to_save` names: by the end of their names."""
+    """Modules with weights that `modules_to_save` names: by the last letters of their names, as in PEFT."""
     names = adapter.config.get("modules_to_save") or ()
     tied = skeleton.tied_pair(model)
     ends = {n.removesuffix(".weight") for n in tied} if tied else set()
     saved = {stem(name.rpartition(".")[0]) for name in adapter.replaced}
     for name, module in model.named_modules():
-        if not any(name == n or name.endswith(f".{n}") for n in names) or "weight" not in module._parameters:
+        if not name.endswith(tuple(names)) or "weight" not in module._parameters:
             continue
         if name in ends and any(stem(end) in saved for end in ends):
             continue  # one tensor for both
         yield name
 
 
-def _as_trained(adapter: Adapter, plan: MergePlan, name: str) -> str:
-    """A module's or parameter's name with the outer names that the model had in training.
+class _TrainedNames:
+    """Names of the model's modules as they were in training, learned from those that the adapter holds.
 
     Settings such as a regular expression are about these names.
     """
-    for trained, here in plan.renamed_modules.items():
-        if stem(trained) == stem(here) and trained in {*adapter.folds, *(p.module for p in adapter.expert_pairs)}:
-            inner, outer = here.removesuffix(stem(here)), trained.removesuffix(stem(trained))
-            return f"{outer}{name.removeprefix(inner)}" if inner and name.startswith(inner) else name
-    return name
+
+    def __init__(self, here: Mapping[str, str]) -> None:
+        self.alike = {_NUMBER.sub("#", name): trained for trained, name in here.items()}
+        self.outer = {
+            name.removesuffix(stem(name)): trained.removesuffix(stem(trained))
+            for trained, name in here.items()
+            if stem(trained) == stem(name)
+        }
+
+    def of(self, name: str) -> str:
+        """The name in training: that of a module alike in another layer, or with other outer names."""
+        alike, numbers = self.alike.get(_NUMBER.sub("#", name)), _NUMBER.findall(name)
+        if alike is not None and len(_NUMBER.findall(alike)) == len(numbers):
+            return "".join(chain(*zip_longest(_NUMBER.split(alike), numbers, fillvalue="")))
+        for inner, outer in self.outer.items():
+            if inner and name.startswith(inner):
+                return f"{outer}{name.removeprefix(inner)}"
+        return name
 
 
-def _located(adapter: Adapter, plan: MergePlan, module: str) -> str:
-    """The base's name of a module that the adapter names."""
-    known = {name.rpartition(".")[0] for name in plan.base.weights}
-    found = plan.renamed_modules.get(module) or locate(module, known, stems(known))
-    return found
+def _located(plan: MergePlan, model: Any, module: str) -> str:
+    """The model's name of a module that the adapter names."""
+    known = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    module = plan.renamed_modules.get(module, module)
+    if module not in known:
+        module = locate(module, known, stems(known))
+    if module not in known:
+        module = locate(skeleton.renamed(model, f"{module}.weight").removesuffix(".weight"), known, stems(known))
+    return module
 
 
 def _counted(lost: Sequence[str], held: int) -> str:

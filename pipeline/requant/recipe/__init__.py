@@ -1,14 +1,15 @@
 """Recipe: what the user asked for, as strict sections with readable errors.
 
-    schema           the whole recipe: load, parse, dump, JSON Schema   <- start here
-    fields           field types and checks that sections share
-    model_sections   base, adapter, merge, quantize, output
-    text_sections    calibration, evaluation sets and other text
-    heal_section     heal
-    gates_section    gates
-    yaml_document    YAML with line numbers, duplicate keys refused
-    error_messages   validation errors as file:line: key: what to do
-    template         a commented recipe for an adapter (`requant init`)
+    schema               the whole recipe: load, parse, dump, JSON Schema   <- start here
+    fields               field types and checks that sections share
+    model_sections       base, adapter, merge, quantize, output
+    text_sections        calibration, evaluation sets and other text
+    heal_section         heal
+    gates_section        gates
+    yaml_document        YAML with line numbers, duplicate keys refused
+    error_messages       validation errors as file:line: key: what to do
+    source_directories   what a directory is that was given as an adapter or a model
+    template             a commented recipe for an adapter (`requant init`)
 
 Imports neither torch nor transformers. May import: errors; requant_eval.gate.
 """

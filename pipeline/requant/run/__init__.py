@@ -6,6 +6,7 @@ Only this package, and cli for printing, reads a Recipe.
     stages              the list of stages, one record each
     context             what the stages of one run share
     prepare             recipe -> plans, texts and settings of all stages, from headers
+    fetch               the local directory of a base or an adapter
     prepared            the record that prepare returns: sources, merge, quantize, texts
     stage_keys          what each stage depends on, as digests
     stage_results       shapes of stored results and events

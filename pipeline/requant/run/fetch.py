@@ -1,4 +1,4 @@
-"""Fetch: the local directory of a recipe's base, adapter or original; what else it is, is said."""
+"""Fetch: the local directory of a recipe's base, adapter or original, checked for its kind."""
 
 from __future__ import annotations
 
