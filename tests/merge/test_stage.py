@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers import oracle, pico
+from helpers.e2e import edit_json
 from helpers.merging import FP32, NAME, Q, ledger
 from safetensors.torch import load_file
 
@@ -21,7 +22,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
-from requant.merge.stage import _largest, choose_dtype
+from requant.merge.stored_dtype import choose_dtype, largest_magnitude
 from requant.run import prepare
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -328,7 +329,7 @@ def test_one_rounding_at_the_end(tmp_path: Path) -> None:
 
     And a little more for fp32 sums.
     """
-    base, adapter = small(tmp_path, torch.bfloat16)
+    base, adapter = small(tmp_path, torch.float16)
     _, result, tested = pico.merged(base, adapter, tmp_path / "out", dtype="auto")
     assert (result.dtype, tested.worst <= 1) == ("float16", True)
     t = load_file(adapter / peft_directory.WEIGHTS)
@@ -446,6 +447,7 @@ def test_fp16_overflow_fails_and_auto_avoids_it(tmp_path: Path) -> None:
     message = no_merge(base, adapter, "float16")
     assert NAME in message
     assert "overflows float16: set merge.dtype to bfloat16 or auto" in message
+    edit_json(base / "config.json", dtype="float16")
     chosen, why = choose_dtype(plan_of(base, adapter), "auto")
     assert chosen == "bfloat16"
     assert NAME in why
@@ -513,8 +515,8 @@ def test_an_8_bit_base_fails(tmp_path: Path) -> None:
 
 
 def test_the_largest_magnitude() -> None:
-    assert _largest(torch.tensor([1.0, -3.0, 2.0])) == 3.0
-    assert _largest(torch.tensor([[1.0, 4.0], [-3.0, 2.0]], dtype=torch.float16)) == 4.0
-    assert _largest(torch.tensor([-2.0])) == 2.0
-    assert math.isnan(_largest(torch.tensor([1.0, math.nan])))
-    assert _largest(torch.tensor([1.0, -math.inf])) == math.inf
+    assert largest_magnitude(torch.tensor([1.0, -3.0, 2.0])) == 3.0
+    assert largest_magnitude(torch.tensor([[1.0, 4.0], [-3.0, 2.0]], dtype=torch.float16)) == 4.0
+    assert largest_magnitude(torch.tensor([-2.0])) == 2.0
+    assert math.isnan(largest_magnitude(torch.tensor([1.0, math.nan])))
+    assert largest_magnitude(torch.tensor([1.0, -math.inf])) == math.inf

@@ -13,12 +13,18 @@ from typing import Any
 
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.reader import read_json
+from requant.errors import InputError
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+TEMPLATES = "additional_chat_templates"  # a folder: one file a named template
+_TEMPLATE = ("chat_template.jinja", "chat_template.json")
 TOKENIZER = (
     *VOCABULARY, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
+    "tekken.json", "normalizer.json", *_TEMPLATE, f"{TEMPLATES}/*.jinja", "*.tiktoken",
 )  # fmt: skip
+# Of processors (images, audio, video) and of generation; generation_config.json is made consistent, not copied.
+PROCESSORS = ("*processor*.json", "*feature_extractor*.json", "custom_generate/*")
+FOLDERS = (TEMPLATES, "custom_generate")  # whose files belong to a model
 _SAMPLING = {
     "temperature": (None, 1.0),
     "top_p": (None, 1.0),
@@ -50,6 +56,15 @@ def edit_config(
     return edited
 
 
+def with_eos(config: Mapping[str, Any], eos: int) -> dict[str, Any]:
+    """A copy of config.json whose `eos_token_id` is `eos`, also in text_config where that has one."""
+    edited = {**config, "eos_token_id": eos}
+    text = config.get("text_config")
+    if isinstance(text, dict) and "eos_token_id" in text:
+        edited["text_config"] = {**text, "eos_token_id": eos}
+    return edited
+
+
 def stored_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype that a config.json declares.
 
@@ -71,15 +86,41 @@ def write_json(file: Path, value: Any) -> None:
 def tokenizer_files(base: Path, adapter: Path | None) -> dict[str, Path]:
     """File name -> source.
 
-    An adapter that brings a vocabulary brings the whole tokenizer; else its files override the base's.
+    An adapter that brings a vocabulary brings the whole tokenizer; else its files override the base's. A file name may
+    be one in a folder: additional_chat_templates/NAME.jinja.
     """
-    of_base = {n: base / n for n in TOKENIZER if (base / n).exists()}
+    of_base = _matching(base, TOKENIZER)
     if adapter is None:
         return of_base
-    of_adapter = {n: adapter / n for n in TOKENIZER if (adapter / n).exists()}
-    if any(n in of_adapter for n in VOCABULARY):
+    of_adapter = _matching(adapter, TOKENIZER)
+    if any(n in of_adapter for n in VOCABULARY) or any(n.endswith(".tiktoken") for n in of_adapter):
         return of_adapter
+    if _brings_template(of_adapter):  # a template file of the base would be read in place of the adapter's
+        of_base = {n: f for n, f in of_base.items() if n not in _TEMPLATE and not n.startswith(f"{TEMPLATES}/")}
     return of_base | of_adapter
+
+
+def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Name relative to the directory -> file, of the files that match, in the order of the patterns."""
+    files = (f for pattern in patterns for f in sorted(directory.glob(pattern)) if f.is_file())
+    return {f.relative_to(directory).as_posix(): f for f in files}
+
+
+def _brings_template(files: Mapping[str, Path]) -> bool:
+    """Whether files of a tokenizer hold a chat template."""
+    if any(n in _TEMPLATE or n.startswith(f"{TEMPLATES}/") for n in files):
+        return True
+    settings = files.get("tokenizer_config.json")
+    return settings is not None and bool(_readable(settings).get("chat_template"))
+
+
+def _readable(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file holds none: whoever needs the file says so."""
+    try:
+        value = read_json(file)
+    except InputError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def vocabulary_size(tokenizer_json: Path) -> int:
@@ -107,13 +148,20 @@ def generation_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
+def files_of(directory: Path) -> list[Path]:
+    """The files of a model directory, also those in the folders that belong to a model, by name."""
+    inside = (f for folder in FOLDERS for f in (directory / folder).glob("*"))
+    return sorted(f for f in (*directory.iterdir(), *inside) if f.is_file())
+
+
 def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) -> list[str]:
-    """Copy tokenizer, generation config and, when config.json names it (`auto_map`), model code.
+    """Copy tokenizer, processors, generation config and, when config.json names it (`auto_map`), model code.
 
     Returns the names.
     """
     copied = []
-    for name, file in tokenizer_files(source, adapter).items():
+    for name, file in (_matching(source, PROCESSORS) | tokenizer_files(source, adapter)).items():
+        (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, out / name)
         copied.append(name)
     generation = generation_config(source)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.model_files import files_of
 from requant.checkpoint.reader import file_digest, read_json
 from requant.errors import InputError, StageError
 
@@ -123,12 +124,9 @@ class RunDirectory:
 
     def fingerprint(self, directory: Path) -> str:
         """Digest of a model or adapter directory: every file that a run reads, by name and content."""
-        files = sorted(
-            f
-            for f in directory.iterdir()
-            if f.is_file() and f.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
-        )
-        return key_of([(f.name, self.digest(f)) for f in files])
+        suffixes = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+        files = [f for f in files_of(directory) if f.suffix in suffixes]
+        return key_of([(f.relative_to(directory).as_posix(), self.digest(f)) for f in files])
 
 
 class Artifact:
@@ -164,7 +162,8 @@ class Artifact:
     def finish(self, key: str, provenance: dict[str, Any]) -> None:
         """Write the manifest, then put the artifact in place of an older one of ours."""
         partial = self.parent / f".{self.name}.partial-{key[:16]}"
-        files = {f.name: f.stat().st_size for f in sorted(partial.iterdir()) if f.name not in LATE}
+        written = [f for f in files_of(partial) if f.name not in LATE]
+        files = {f.relative_to(partial).as_posix(): f.stat().st_size for f in written}
         manifest = {"key": key, "files": files, "provenance": provenance}
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         old = self.parent / f".{self.name}.old"

@@ -107,6 +107,9 @@ def _print(done: Verification) -> None:
         if row["error"] is None:
             what = f"{row['dtype']}, {', '.join(row['kernels'])}, loaded in {row['load_seconds']:.1f} s"
             print(f"{row['engine']:<10} perplexity {row['perplexity']:.4f} ({what})")
+    if done.carried:
+        held = ", ".join(f"{root} ({count} tensors)" for root, count in done.carried.items())
+        print(f"carried    in 16 bit for servers: {held}")
     for line in done.skipped:
         print(f"skipped    {line}")
     print("ok" if done.ok else done.message())

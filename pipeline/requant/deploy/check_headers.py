@@ -21,6 +21,7 @@ from requant.formats.quantized_format import Finding, PackError, Packing, Quanti
 from requant.formats.registry import not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
+from requant.modeling.unplaced import Unplaced
 
 UNQUANTIZED = (torch.float16, torch.bfloat16, torch.float32)
 LEFTOVERS = ("load_in_4bit", "load_in_8bit", "llm_int8_skip_modules", "quant_storage")
@@ -34,7 +35,7 @@ class HeaderCheck:
 
     model: skeleton on the meta device. declared: the `quantization_config`. layout: the format that it describes; None:
     unknown. packed: stored stem -> its packing, of linears whose stored tensors have the right headers.
-    transposed: stems whose 16-bit weight is stored [in, out].
+    transposed: stems whose 16-bit weight is stored [in, out]. unplaced: tensors that are no parameter of the model.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,7 @@ class HeaderCheck:
     findings: list[Finding] = field(default_factory=list)
     expected_bytes: int = 0
     transposed: set[str] = field(default_factory=set)
+    unplaced: Unplaced = field(default_factory=Unplaced)
 
     def report(self, where: str, reason: str) -> None:
         self.findings.append(Finding(where, reason))
@@ -128,12 +130,25 @@ def _tensors(headers: HeaderCheck, layout: QuantizedFormat, rules: Rules) -> Non
             used.add(stored)
             shape = tuple(value.shape)
             _unquantized(headers, stored, shape[::-1] if parameter in transposed else shape)
-    for name in sorted(set(checkpoint) - used):
-        headers.report(name, f"extra: {type(headers.model).__name__} with this config has no place for it")
+    _unplaced(headers, {n: i.shape for n, i in checkpoint.items()}, used)
     if tied and (end := names.get(tied[1])) is not None and end != names.get(tied[0]) and end in checkpoint:
         headers.report(
             end, "stored although tie_word_embeddings is true: servers ignore it or load it over the embedding"
         )
+
+
+def _unplaced(headers: HeaderCheck, shapes: Mapping[str, tuple[int, ...]], used: set[str]) -> None:
+    """Record the tensors that are no parameter of the model; report those that no server has a use for.
+
+    used: stored names of parameters.
+    """
+    found = headers.unplaced = Unplaced.of(headers.model, shapes, used)
+    name = type(headers.model).__name__
+    for extra in sorted(found.unknown):
+        headers.report(extra, f"extra: {name} with this config has no place for it")
+    for extra in sorted(found.recomputed):
+        headers.report(extra, f"extra: a buffer that {name} computes itself: remove it")
+    headers.expected_bytes += sum(headers.checkpoint[n].nbytes for n in (*found.state, *found.carried))
 
 
 def _packed(headers: HeaderCheck, layout: QuantizedFormat, stem: str, packing: Packing) -> set[str]:

@@ -51,8 +51,11 @@ def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.
     if headers.layout is not None:
         _quantized(result, headers, headers.layout, source, device)
     packed = set(headers.packed_names)
+    copies = {*headers.unplaced.state, *headers.unplaced.carried}
     for name, info in headers.checkpoint.items():
-        if name not in packed and info.dtype.is_floating_point:
+        if name in copies and source is not None:
+            result.findings += _copy(name, headers.checkpoint.read(name), source)
+        elif name not in packed and info.dtype.is_floating_point:
             result.findings += _unquantized(name, headers.checkpoint.read(name), source, device)
     result.findings += _zero_point_version(result, headers, source)
     return result
@@ -119,6 +122,20 @@ def _unquantized(name: str, tensor: Tensor, source: Checkpoint | None, device: t
         error = _relative_distance(parts, torch.split(source.read(name).reshape(-1), PART), device)
         if error > OTHER_WEIGHTS:
             yield Finding(name, f"is not the source's: {error:.0%} off")
+
+
+def _copy(name: str, tensor: Tensor, source: Checkpoint) -> Iterator[Finding]:
+    """A finding unless the source holds the same values, cast to the stored dtype."""
+    if name not in source:
+        yield Finding(name, "the source has no such tensor, and the model class has no place for it")
+    elif source[name].shape != tuple(tensor.shape):
+        yield Finding(name, f"shape {list(tensor.shape)}, the source's is {list(source[name].shape)}")
+    elif not torch.equal(_bytes(source.read(name).to(tensor.dtype)), _bytes(tensor)):
+        yield Finding(name, "is not the source's: it should be a copy")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _relative_distance(parts: Sequence[Tensor], before: Sequence[Tensor], device: torch.device) -> float:

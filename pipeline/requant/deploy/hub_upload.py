@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant.checkpoint.model_files import files_of
 from requant.checkpoint.run_directory import MANIFEST
 from requant.deploy import check_headers
 from requant.errors import InputError, StageError
@@ -55,10 +56,8 @@ def plan_upload(run: Path, repo: str, *, trust_remote_code: bool = False) -> Upl
     if found.findings:
         shown = "\n".join(f"  {f}" for f in found.findings[:5])
         raise StageError(f"{folder}: not pushed, {len(found.findings)} things are wrong with it:\n{shown}")
-    files = sorted(
-        f for f in folder.iterdir() if f.is_file() and f.name not in _NOT_UPLOADED and not f.name.startswith(".")
-    )
-    return Upload(repo, folder, tuple((f.name, f.stat().st_size) for f in files))
+    files = [f for f in files_of(folder) if f.name not in _NOT_UPLOADED and not f.name.startswith(".")]
+    return Upload(repo, folder, tuple((f.relative_to(folder).as_posix(), f.stat().st_size) for f in files))
 
 
 def push(upload: Upload, *, private: bool = True, update: bool = False, message: str = "Upload with requant") -> str:

@@ -66,6 +66,9 @@ def verify(
     own = own_device or device
     original = Checkpoint(source) if source else None
     _record_checks(done, headers, _with_cpu_fallback(own, lambda d: check_tensors.check(headers, original, d)))
+    if done.carried and original is None:
+        held = headers.unplaced.carried_line
+        done.skipped.append(f"comparison of tensors that only servers run: accepted by their names, no source: {held}")
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
@@ -94,6 +97,7 @@ def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorChec
     done.tensors, done.linears = len(checkpoint), tensors.linears
     done.negative_scales, done.relative_error = tensors.negative_scales, tensors.relative_error
     done.expected_bytes = headers.expected_bytes
+    done.carried = headers.unplaced.counts
     done.disk_bytes = sum(f.stat().st_size for f in {info.file for info in checkpoint.values()})
     if tensors.weights:
         done.bits_per_weight = 8 * sum(checkpoint[n].nbytes for n in headers.packed_names) / tensors.weights

@@ -49,7 +49,8 @@ class Verification:
 
     expected_bytes: of all tensors as the config describes them. disk_bytes: of the safetensors files.
     perplexity: of the sample, decoded by us in fp32. sample_set, sample_digest: the evaluation set of the sample.
-    skipped: checks that could not be made, and why.
+    skipped: checks that could not be made, and why. carried: module that only servers run -> number of its tensors, which
+    are copies.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Verification:
     text: str | None = None
     engines: list[EngineResult] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    carried: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -121,6 +123,7 @@ class VerificationFacts(TypedDict):
     text: str | None
     engines: list[EngineResult]
     skipped: list[str]
+    carried: NotRequired[dict[str, int]]
 
 
 def save_verification(done: Verification) -> Path | None:

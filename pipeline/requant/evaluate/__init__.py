@@ -8,6 +8,7 @@
     memory            the memory that a variant takes when it is scored whole
     over_ranks        evaluation with the windows shared by several ranks
     peft_runtime      the adapter applied by PEFT, as in training
+    finite_forward    where a checkpoint first gives NaN in the dtype that it ships in
     adapter_probe     whether the adapter lowers the loss on calibration text
 
 May import: errors, runtime, numerics, checkpoint, formats, data, modeling, adapters, merge; requant_eval.scoring.

@@ -209,6 +209,7 @@ def walk_of(name: str, sources: VariantSources, *, device: torch.device, dtype: 
         rows = config.get_text_config().vocab_size = plan.vocab_size
     model: Any = skeleton.build(config, trust_remote_code=trust)
     base = variant_weights.open_base(checkpoint, model, sources.simulate)
+    skeleton.load_buffers(model, checkpoint)  # here they have the names of the checkpoint: PEFT changes them
     names = skeleton.tensor_names(model, base.weights)
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     stored_as = {id(p): names[n] for n, p in model.named_parameters(remove_duplicate=False) if n in names}

@@ -135,7 +135,7 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
         tensor = stored.read(name).to(device, dtype)
         skeleton.place(model, dict.fromkeys(parameters, tensor))
     model.tie_weights()
-    skeleton.buffers_to(model, device)
+    skeleton.buffers_to(model, device, stored)
     return model
 
 

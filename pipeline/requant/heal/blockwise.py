@@ -165,8 +165,9 @@ def _walk(path: Path, device: torch.device, *, trust_remote_code: bool) -> Walk:
 def _student_skeleton(path: Path, device: torch.device, *, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
     """(structure of the student without weights, parameter -> stored name)."""
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
-    names = skeleton.tensor_names(model, open_quantized(path))
-    skeleton.buffers_to(model, device)
+    reader = open_quantized(path)
+    names = skeleton.tensor_names(model, reader)
+    skeleton.buffers_to(model, device, reader.checkpoint)
     return model, names
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
-from requant.checkpoint.model_files import write_json
+from requant.checkpoint.model_files import files_of, write_json
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.errors import InputError, StageError
 from requant.formats.registry import open_quantized
@@ -264,12 +264,14 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
     Raises StageError when a value cannot be stored in the tensor's dtype, or a write fails.
     """
     checkpoint = Checkpoint(source)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.name not in ("README.md", "manifest.json"):
+    for file in files_of(source):
+        if not file.name.startswith(".") and file.name not in ("README.md", "manifest.json"):
+            copy = out / file.relative_to(source)
             try:
-                shutil.copyfile(file, out / file.name)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
             except OSError as error:
-                raise StageError(f"{out / file.name}: write failed ({error.strerror}): free disk space") from error
+                raise StageError(f"{copy}: write failed ({error.strerror}): free disk space") from error
     for name, value in values.items():
         info = checkpoint[name]
         stored = _oriented(name, value.cpu()).to(info.dtype).contiguous()

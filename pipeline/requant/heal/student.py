@@ -275,7 +275,7 @@ def load(
     if not layers:
         raise InputError(f"{path}: no quantized linear found: nothing to heal")
     model.tie_weights()
-    skeleton.buffers_to(model, device)
+    skeleton.buffers_to(model, device, reader.checkpoint)
     widen(model)
     vectors = trainable_vectors(model, "", layers, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype)
     return Student(model, vectors)

@@ -2,6 +2,9 @@
 
     base_weights           the base's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4
     plan                   what becomes of every tensor, from headers only
+    refusals               what is refused before any work: foreign tensors, adapters that do not add up
+    stored_dtype           the dtype of the result: one in which the model runs
+    stop_tokens            those of the fine-tune that the base's configs lack
     model_layout           what the plan must know about the model: names, ties, Conv1D, stacked experts
     stage                  merge(plan, out, dtype=...): write the checkpoint   <- start here
     selftest               random rows of the written checkpoint, recomputed in fp64

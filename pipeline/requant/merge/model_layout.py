@@ -9,6 +9,7 @@ from typing import Any
 from requant.merge.base_weights import BaseWeights
 from requant.modeling import skeleton
 from requant.modeling.stacked_experts import StackedParameter, stacked
+from requant.modeling.unplaced import Unplaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class ModelLayout:
     names: parameter -> tensor of the checkpoint. conv1d: names of Conv1D modules.
     tied: parameters (input, output embedding) that share one tensor. embedding: parameter of the input embedding.
     fused: stacked expert parameter -> where it is stored. current_name: an older release's tensor name -> today's.
+    unplaced: what the checkpoint holds besides the parameters of `model_class`.
     """
 
     names: Mapping[str, str]
@@ -26,19 +28,26 @@ class ModelLayout:
     embedding: str
     fused: Mapping[str, StackedParameter] = field(default_factory=dict)
     current_name: Callable[[str], str] = str
+    unplaced: Unplaced = field(default_factory=Unplaced)
+    model_class: str = "the model"
 
     @classmethod
     def of(cls, model: Any, base: BaseWeights) -> ModelLayout:
         """The layout of a model from `skeleton.build`, stored as `base`."""
         names = skeleton.tensor_names(model, base.checkpoint)
         embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        shapes = {w.name: w.shape for w in base.weights.values()}
+        fused = stacked(model, names, shapes)
+        placed = {piece.name for parameter in fused.values() for piece in parameter.pieces}
         return cls(
             names=names,
             conv1d=frozenset(skeleton.conv1d_modules(model)),
             tied=skeleton.tied_pair(model),
             embedding=f"{embedding}.weight",
-            fused=stacked(model, names, {w.name: w.shape for w in base.weights.values()}),
+            fused=fused,
             current_name=lambda name: skeleton.renamed(model, name),
+            unplaced=Unplaced.of(model, shapes, placed),
+            model_class=type(model).__name__,
         )
 
     def tensor(self, parameter: str) -> str:

@@ -5,11 +5,10 @@ Every adapter tensor is matched to a tensor of the base; one that is left over o
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 
@@ -21,8 +20,11 @@ from requant.adapters.trained_tokens import TrainedTokens
 from requant.checkpoint.reader import TensorInfo, read_tensor
 from requant.checkpoint.writer import Slot
 from requant.errors import InputError
+from requant.merge import refusals
 from requant.merge.base_weights import BaseWeight, BaseWeights
 from requant.merge.model_layout import ModelLayout
+from requant.modeling.unplaced import Unplaced
+from requant.numerics.dtypes import SIXTEEN_BIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class Op:
 
     The base weight is read or replaced, then folded by one adapter or several.
     shape: of the output. bias_folds: the folds that change this bias. conv1d: the weight is stored as [in, out].
+    role: of a `parameter` of the model class, a buffer that it loads (`state`), or of a part that only servers run
+    (`carried`).
     """
 
     name: str
@@ -40,12 +44,15 @@ class Op:
     replacement: TensorInfo | None = None
     bias_folds: tuple[Fold, ...] = ()
     conv1d: bool = False
+    role: Literal["parameter", "state", "carried"] = "parameter"
 
     @property
     def action(self) -> str:
         """The kind of computation, as the ledger counts it."""
         if self.replacement is not None:
             return "replaced+folded" if self.folds else "replaced"
+        if self.role == "carried":
+            return "carried for servers"
         verb = "copied" if self.source is None or self.source.kind == "stored" else "decoded"
         return f"{verb}+folded" if self.folds or self.bias_folds else verb
 
@@ -73,6 +80,7 @@ class MergePlan:
     untied: bool
     vocab_size: int | None
     renamed_modules: Mapping[str, str]
+    unplaced: Unplaced = field(default_factory=Unplaced)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -89,11 +97,19 @@ class MergePlan:
             "replaced": sum(len(a.replaced) for a in self.adapters),
         }
         copies = sum(a.copies for a in self.adapters)
+        buffers = len(self.unplaced.recomputed)
         return {
-            "base": dict(Counter(op.action for op in self.ops)) | {"dropped": len(self.base.auxiliary)},
+            "base": dict(Counter(op.action for op in self.ops))
+            | {"dropped": len(self.base.auxiliary)}
+            | ({"recomputed buffers dropped": buffers} if buffers else {}),
             "adapter": counts | ({"copies of the base": copies} if copies else {}),
             "untied_embeddings": self.untied,
         }
+
+    @property
+    def carried(self) -> dict[str, int]:
+        """Module that only servers run -> number of its tensors."""
+        return self.unplaced.counts
 
     def slots(self, dtype: torch.dtype) -> list[Slot]:
         """Name, dtype and shape of every tensor of the output checkpoint."""
@@ -122,18 +138,21 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
     Raises InputError when any is left over or does not fit.
     """
     every = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
-    sources = {w.name: w for w in base.weights.values()}
+    refusals.unknown_tensors(base, layout)
+    dropped = set(layout.unplaced.recomputed)
+    sources = {w.name: w for w in base.weights.values() if w.name not in dropped}
     changes = _Changes()
     for adapter in every:
         _collect(changes, adapter, layout, sources)
-    _refuse_combinations(every)
+    refusals.combinations(every)
+    refusals.changes_outside_the_model(every, (*changes.folds, *changes.bias_folds, *changes.replaced), layout)
     conv1d = {layout.tensor(f"{m}.weight") for m in layout.conv1d}
     untied, sources = _untie(layout, sources, changes, tie_on_purpose=any(a.ties_weights for a in every))
     lost = [n for n in (*changes.folds, *changes.bias_folds, *changes.replaced) if n not in sources]
     if lost:
         of_adapter, of_base = (", ".join(sorted(names)[:3]) for names in (lost, sources))
         raise InputError(
-            f"{_paths(every)}: {len(lost)} of {len(changes)} adapted tensors do not exist in the base "
+            f"{refusals.paths(every)}: {len(lost)} of {len(changes)} adapted tensors do not exist in the base "
             f"{base.checkpoint.path}: e.g. {of_adapter}; the base has e.g. {of_base}. Is this the adapter's base?"
         )
     ops = tuple(_op(every, changes, weight, name, conv1d=name in conv1d) for name, weight in sources.items())
@@ -142,12 +161,27 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
     return MergePlan(
         base=base,
         adapters=every,
-        ops=ops,
+        ops=_with_roles(ops, base, layout),
         untied=untied,
         vocab_size=rows if rows is not None and rows != sources[embedding].shape[0] else None,
         renamed_modules=changes.renamed_modules,
-        warnings=_warnings(every),
+        unplaced=layout.unplaced,
+        warnings=refusals.warnings(every),
     )
+
+
+def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tuple[Op, ...]:
+    """The ops with the roles of those that are no parameter; what is stored unpacked is read in the dtype of the file."""
+    state, every = set(layout.unplaced.state), {*layout.unplaced.state, *layout.unplaced.carried}
+
+    def with_role(op: Op) -> Op:
+        if op.source is None or op.name not in every:
+            return op
+        unpacked = op.source.kind == "stored"
+        source = replace(op.source, dtype=base.checkpoint[op.name].dtype) if unpacked else op.source
+        return replace(op, role="state" if op.name in state else "carried", source=source)
+
+    return tuple(map(with_role, ops))
 
 
 def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
@@ -177,50 +211,6 @@ def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: 
         changes.replaced[name] = info
     for name, stacked in expert_layouts.assign(adapter, layout.fused, in_base):
         changes.folds.setdefault(name, []).append(stacked)
-
-
-def _refuse_combinations(adapters: Sequence[Adapter]) -> None:
-    """Raise InputError for several adapters whose changes do not add up.
-
-    They add up only if all of them are plain sums; PEFT has no meaning for the rest either.
-    """
-    if len(adapters) == 1 and adapters[0].weight == 1:
-        return
-    for adapter in adapters:
-        why = _why_not_a_sum(adapter)
-        if why:
-            raise InputError(f"{adapter.path}: this adapter {why}; only plain LoRA can be weighted or added to another")
-
-
-def _why_not_a_sum(adapter: Adapter) -> str | None:
-    """Why an adapter's change is not a delta that can be added to another; None: it is one."""
-    config = adapter.config
-    if config.get("peft_type") != "LORA":
-        return f"is {config.get('peft_type')}"
-    if config.get("use_dora"):
-        return "is DoRA: its norms depend on the other adapters"
-    if adapter.replaced:
-        return f"replaces {next(iter(adapter.replaced))} of the base"
-    if any(isinstance(f, TrainedTokens) for f in adapter.folds.values()):
-        return "has trained tokens, which replace rows of the base"
-    return None
-
-
-_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$")
-
-
-def _warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """Where PEFT itself is wrong, so that comparing with it will show a difference."""
-    wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
-    return tuple(
-        f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
-        "it will differ from the variant adapter"
-        for a in wrong
-    )
-
-
-def _paths(adapters: Sequence[Adapter]) -> str:
-    return ", ".join(str(a.path) for a in adapters)
 
 
 def _untie(
@@ -285,7 +275,7 @@ def _op(adapters: Sequence[Adapter], changes: _Changes, source: BaseWeight, name
     if new is not None:
         if new.shape[1:] != shape[1:] or (len(shape) < 2 and new.shape != shape):
             raise InputError(
-                f"{_paths(adapters)}: {name} has shape {new.shape}, the base's is {shape}: "
+                f"{refusals.paths(adapters)}: {name} has shape {new.shape}, the base's is {shape}: "
                 "this adapter belongs to another base"
             )
         shape = new.shape
@@ -294,12 +284,12 @@ def _op(adapters: Sequence[Adapter], changes: _Changes, source: BaseWeight, name
         expected = fold.shape
         if len(expected) != len(shape) or any(e not in (-1, n) for e, n in zip(expected, oriented, strict=True)):
             raise InputError(
-                f"{_paths(adapters)}: LoRA of {fold.module} makes a {_shown(expected)} delta, the base's weight is "
+                f"{refusals.paths(adapters)}: LoRA of {fold.module} makes a {_shown(expected)} delta, the base's weight is "
                 f"{oriented}: this adapter belongs to another base"
             )
         why = fold.why_it_does_not_fit(oriented)
         if why:
-            raise InputError(f"{_paths(adapters)}: {fold.module}: {why}")
+            raise InputError(f"{refusals.paths(adapters)}: {fold.module}: {why}")
     return replace(op, shape=shape)
 
 
@@ -310,7 +300,10 @@ def _shown(shape: tuple[int, ...]) -> str:
 def target_dtype(op: Op, dtype: torch.dtype) -> torch.dtype:
     """The dtype of an output tensor in the file.
 
-    It is `dtype` for floating tensors; others stay as they are.
+    It is `dtype` for floating tensors; others stay as they are. So do buffers that the model loads, and 16-bit tensors
+    that only servers run.
     """
+    if op.source is not None and (op.role == "state" or (op.role == "carried" and op.source.dtype in SIXTEEN_BIT)):
+        return op.source.dtype
     value = op.replacement.dtype if op.replacement else op.source.dtype if op.source else dtype
     return dtype if value.is_floating_point else value

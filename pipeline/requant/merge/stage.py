@@ -23,6 +23,8 @@ from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
 from requant.merge.base_weights import CPU
 from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
+from requant.merge.stop_tokens import StopTokens
+from requant.merge.stored_dtype import choose_dtype, largest_magnitude
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
 
@@ -35,7 +37,8 @@ class MergeResult:
     """The outcome of a merge, for the report.
 
     why: the reason for `dtype`. ledger: counts of tensors by what was done. untrained: modules with a zero delta.
-    max_abs: largest magnitude written. bytes: of all tensors.
+    max_abs: largest magnitude written. bytes: of all tensors. carried: module that only servers run -> its tensors.
+    stop_tokens: what the fine-tune's tokenizer changed in them, in a sentence.
     """
 
     dtype: str
@@ -44,6 +47,8 @@ class MergeResult:
     untrained: list[str] = field(default_factory=list)
     max_abs: float = 0.0
     bytes: int = 0
+    carried: dict[str, int] = field(default_factory=dict)
+    stop_tokens: str | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -55,6 +60,8 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
     Decoded values are the same on every device; the products of a fold may be summed in another order.
     """
     assert op.source is not None
+    if op.role != "parameter" and op.replacement is None and op.source.kind == "stored":
+        return plan.base.checkpoint.read(op.source.name), True
     if not all(fold.on_any_device for fold in (*op.folds, *op.bias_folds)):
         device = CPU
     value = (read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name, device)).to(device)
@@ -91,42 +98,6 @@ def computed_ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, 
             yield op, *computed
 
 
-def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
-    """(dtype of the merged checkpoint, the reason for it).
-
-    `auto` is float16 (8 times finer than bfloat16) unless a weight may exceed its range.
-    """
-    if asked != "auto":
-        return asked, "asked for in the recipe"
-    largest = max((bound(plan, op), op.name) for op in plan.ops)
-    if largest[0] < torch.finfo(torch.float16).max:
-        return "float16", f"8 times finer than bfloat16; no weight can exceed {largest[0]:.4g} of 65504"
-    return "bfloat16", f"{largest[1]} may reach {largest[0]:.4g}, above float16's 65504"
-
-
-def bound(plan: MergePlan, op: Op) -> float:
-    """An upper bound of max |w| of an output tensor, without decoding it.
-
-    It is computed from the scales of packed weights and the norms of a delta.
-    """
-    assert op.source is not None
-    if op.replacement is not None:
-        largest = _largest(read_tensor(op.replacement))
-    elif op.source.kind == "packed":
-        largest = _largest(plan.base.absmax(op.source))
-    else:
-        largest = _largest(plan.base.checkpoint.read(op.source.name))
-    for fold in op.folds:
-        largest = fold.bound(largest)
-    return largest
-
-
-def _largest(tensor: Tensor) -> float:
-    """max |x|, NaN if any is; without a copy of the tensor."""
-    low, high = (float(v) for v in torch.aminmax(tensor))
-    return high if high > -low else -low
-
-
 def merge(
     plan: MergePlan,
     out: Path,
@@ -134,15 +105,24 @@ def merge(
     dtype: Literal["auto", "float16", "bfloat16", "float32"],
     max_shard: int = 5 * 10**9,
     device: torch.device = CPU,
+    stops: StopTokens | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Write the merged checkpoint into the existing directory `out`, computing on `device`.
 
+    stops: tokens that end a turn of the fine-tune and that the base's configs lack.
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
     chosen, why = choose_dtype(plan, dtype)
     target = DTYPES[chosen]
-    result = MergeResult(dtype=chosen, why=why, ledger=plan.ledger, warnings=list(plan.warnings))
+    result = MergeResult(
+        dtype=chosen,
+        why=why,
+        ledger=plan.ledger,
+        carried=plan.carried,
+        stop_tokens=str(stops) if stops else None,
+        warnings=list(plan.warnings),
+    )
     total = len(plan.ops)
     with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer, ThreadPoolExecutor(1) as disk:
         writing: Future[None] | None = None
@@ -161,18 +141,18 @@ def merge(
         result.bytes = writer.total_size
     if len(result.untrained) == sum(len(op.folds) for op in plan.ops) and not any(a.replaced for a in plan.adapters):
         raise StageError(f"{plan.adapter.path}: every LoRA delta is exactly zero: this adapter was never trained")
-    _write_small_files(plan, out, chosen)
+    _write_small_files(plan, out, chosen, stops)
     return result
 
 
 def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Tensor:
     """The one rounding; raises StageError unless every value is finite afterwards."""
     rounded = value.to(dtype)
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or (op.role == "state" and op.replacement is None):
         return rounded
-    largest = _largest(rounded)
+    largest = largest_magnitude(rounded)
     if not largest < float("inf"):  # also NaN
-        unrounded = _largest(value.float())
+        unrounded = largest_magnitude(value.float())
         if unrounded < float("inf"):
             raise StageError(
                 f"{op.name}: {unrounded:.4g} overflows {str(dtype).removeprefix('torch.')}: "
@@ -185,8 +165,13 @@ def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Te
     return rounded
 
 
-def _write_small_files(plan: MergePlan, out: Path, dtype: str) -> None:
+def _write_small_files(plan: MergePlan, out: Path, dtype: str, stops: StopTokens | None) -> None:
     source = plan.base.checkpoint
     config = model_files.edit_config(source.config, dtype=dtype, untie=plan.untied, vocab_size=plan.vocab_size)
+    if stops is not None:
+        config = model_files.with_eos(config, stops.config)
     model_files.write_json(out / "config.json", config)
     model_files.copy_small_files(source.path, out, adapter=plan.adapter.path)
+    if stops is not None:
+        generation = model_files.generation_config(out) or {}
+        model_files.write_json(out / "generation_config.json", generation | {"eos_token_id": list(stops.generation)})

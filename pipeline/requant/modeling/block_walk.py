@@ -93,7 +93,7 @@ class Walk:
         lost = [n for n, p in model.named_parameters() if p.is_meta and n not in self.names]
         if lost:
             raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
-        skeleton.buffers_to(model, device)
+        skeleton.buffers_to(model, device, checkpoint)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -127,6 +127,9 @@ FAMILIES = (
     Family(model_types=("mpt",), by_inputs=frozenset({"out_proj", "down_proj"}), fused_heads=frozenset({"Wqkv"})),
 )
 
+NEEDS_BFLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "glm4"})
+"""Model types whose activations exceed float16's range: in float16 they give NaN, and vLLM refuses it."""
+
 LINEAR_CLASSES = frozenset[str]().union(*(f.linear_classes for f in FAMILIES))
 FUSED: dict[str, Fused] = {name: fused for f in FAMILIES for name, fused in (f.fused or {}).items()}
 BY_INPUTS = frozenset[str]().union(*(f.by_inputs for f in FAMILIES))

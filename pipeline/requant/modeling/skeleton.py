@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from requant.checkpoint.reader import Weights
 from requant.errors import InputError
 from requant.modeling import linears, moe
 
@@ -112,15 +113,24 @@ def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
     They differ by the base model's prefix, or by the renamings that transformers applies when it loads this model.
     """
-    prefix = getattr(model, "base_model_prefix", "") + "."
+    return _found(model, (n for n, _ in model.named_parameters(remove_duplicate=False)), stored)
+
+
+def _found(model: nn.Module, names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """Those of the model's `names` that are stored -> their names in the checkpoint."""
     have = {renamed(model, name): name for name in stored}
-    names = {}
-    for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
-        bare = name.removeprefix(prefix)
-        found = next((n for n in (name, bare, prefix + name) if n in have), None)
-        if found is not None:
-            names[name] = have[found]
-    return names
+    found = {}
+    for name in names:
+        spelled = next((n for n in spellings(model, name) if n in have), None)
+        if spelled is not None:
+            found[name] = have[spelled]
+    return found
+
+
+def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
+    """A name as it is, without the base model's prefix, and with it: a checkpoint may use any of them."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def renamed(model: nn.Module, name: str) -> str:
@@ -159,8 +169,28 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str
     return found  # type: ignore[no-any-return]
 
 
-def buffers_to(model: nn.Module, device: torch.device) -> None:
-    """Move every buffer of a model, such as a rotary table, to `device`; parameters stay."""
+def load_buffers(model: nn.Module, weights: Weights) -> None:
+    """Give every buffer that a checkpoint of this class holds its stored value, where one is stored."""
+    owners = {
+        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
+        for prefix, module in model.named_modules()
+        for leaf, buffer in module._buffers.items()
+        if buffer is not None and leaf not in module._non_persistent_buffers_set
+    }
+    if not owners:
+        return
+    for name, stored in _found(model, owners, weights).items():
+        module, leaf = owners[name]
+        module._buffers[leaf] = weights.read(stored).clone()
+
+
+def buffers_to(model: nn.Module, device: torch.device, weights: Weights | None = None) -> None:
+    """Move every buffer of a model, such as a rotary table, to `device`; parameters stay.
+
+    Those that a checkpoint of this class holds are read from `weights` first.
+    """
+    if weights is not None:
+        load_buffers(model, weights)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

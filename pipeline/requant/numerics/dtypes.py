@@ -9,3 +9,4 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)

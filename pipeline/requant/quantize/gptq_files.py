@@ -51,6 +51,7 @@ def write_small_files(
         damp=damp,
         overrides=overrides,
         quantized=inside,
+        carried=layout.carried,
         meta=meta,
     )
     config = model_files.edit_config(read_json(source / "config.json"), dtype=str(dtype).removeprefix("torch."))

@@ -18,6 +18,8 @@ from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 from requant.modeling.linears import left_fused
+from requant.modeling.unplaced import Unplaced
+from requant.numerics.dtypes import SIXTEEN_BIT
 from requant.numerics.grid import Grid
 
 NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
@@ -59,6 +61,7 @@ class Plan:
     renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
     weights: Mapping[str, str]  # quantized module -> name of its weight in the 16-bit checkpoint
     fused: tuple[str, ...] = ()  # modules of experts that stay fused, in 16 bit
+    carried: tuple[str, ...] = ()  # modules that the model class leaves out and servers may run, in 16 bit
 
     @property
     def partly_left(self) -> list[str]:
@@ -105,7 +108,13 @@ def plan(
         replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
     if problems:
         raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
-    slots = [s for name, info in tensors.items() for s in replaced.get(name, [_kept(name, info, dtype)])]
+    unplaced = Unplaced.of(model, {name: info.shape for name, info in tensors.items()})
+    copies = {*unplaced.state, *(n for n in unplaced.carried if tensors[n].dtype in SIXTEEN_BIT)}
+    slots = [
+        s
+        for name, info in tensors.items()
+        for s in replaced.get(name, [_kept(name, info, info.dtype if name in copies else dtype)])
+    ]
     stored_prefix = _stored_prefix(names, prefix)
     per_block = tuple(
         tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
@@ -124,6 +133,7 @@ def plan(
         renamed={n: stored for n, stored in renamed.items() if not n.endswith(stored)},
         weights={n: names[f"{n}.weight"] for n in grids},
         fused=fused,
+        carried=unplaced.roots,
     )
 
 
@@ -152,7 +162,12 @@ def _inner(name: str, prefix: str) -> str:
 
 
 def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit."""
+    """Cast an unquantized tensor to the serving dtype; raises StageError when it does not fit.
+
+    One that has the dtype is a copy, whatever it holds.
+    """
+    if tensor.dtype == dtype:
+        return tensor
     out = tensor.to(dtype)
     if dtype.is_floating_point and out.numel() and not torch.isfinite(torch.stack(torch.aminmax(out))).all():
         raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")

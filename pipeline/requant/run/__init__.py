@@ -7,6 +7,7 @@ Only this package, and cli for printing, reads a Recipe.
     context             what the stages of one run share
     prepare             recipe -> plans, texts and settings of all stages, from headers
     fetch               the local directory of a base or an adapter
+    dtypes              the serving dtype, and float16 refused where a model does not run in it
     prepared            the record that prepare returns: sources, merge, quantize, texts
     stage_keys          what each stage depends on, as digests
     stage_results       shapes of stored results and events

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +25,19 @@ from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
-from requant.merge import adapter_completeness, adapter_match
+from requant.merge import adapter_completeness, adapter_match, stored_dtype
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
+from requant.merge.stop_tokens import StopTokens, stop_tokens
 from requant.modeling import linears, skeleton
-from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid
 from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
 from requant.recipe.model_sections import Nf4
-from requant.run import recipe_texts
+from requant.run import dtypes, recipe_texts
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
@@ -52,6 +53,7 @@ def prepare(recipe: Recipe) -> Prepared:
     sources, loaded = _sources(recipe)
     merge_inputs, model = _merge_inputs(recipe, sources, loaded)
     plan = merge_inputs.plan
+    dtypes.refuse_float16(recipe, plan)
     quantize_inputs = _quantize_inputs(recipe, plan, model)
     unloadable = _unloadable(plan, model, sources.simulate)
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
@@ -62,6 +64,7 @@ def prepare(recipe: Recipe) -> Prepared:
     tokenizer = recipe_texts.load_tokenizer(
         plan.base.checkpoint.path, sources.adapter, plan, trust_remote_code=recipe.trust_remote_code
     )
+    merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings)
     return Prepared(
         recipe=recipe,
@@ -121,9 +124,17 @@ def _onto_original(recipe: Recipe, original: Path, loaded: Sequence[peft_directo
     return plan, model
 
 
+def _stop_tokens(adapter: Path, plan: MergePlan, tokenizer: Any) -> StopTokens | None:
+    """Stop tokens of a fine-tune that brings a tokenizer of its own, where the base's configs lack them."""
+    if not model_files.tokenizer_files(adapter, None):
+        return None
+    base = plan.base.checkpoint
+    return stop_tokens(tokenizer, base.path, base.config)
+
+
 def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:
     """The quantized layout, and which engines load it."""
-    dtype, settings = serving_dtype(recipe, plan), quantize_settings(recipe)
+    dtype, settings = dtypes.serving_dtype(recipe, plan), quantize_settings(recipe)
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
@@ -219,14 +230,6 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def serving_dtype(recipe: Recipe, plan: MergePlan) -> torch.dtype:
-    """The dtype servers will run in: the recipe's, or the base's own 16-bit type."""
-    asked = recipe.quantize.dtype
-    if asked == "auto":
-        asked = model_files.stored_dtype(plan.base.checkpoint.config)  # type: ignore[assignment]
-    return torch.float16 if asked == "float16" else torch.bfloat16
-
-
 def quantize_settings(recipe: Recipe) -> Settings:
     q = recipe.quantize
     overrides: list[tuple[str, Mapping[str, Any] | None]] = []
@@ -288,7 +291,7 @@ def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
 
     Raises InputError when they do not fit.
     """
-    dtype = DTYPES.get(prepared.recipe.merge.dtype, torch.float16)
+    dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
     need = sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.plan.slots)
     need += sum(s.nbytes for s in prepared.quantize.plan.slots) if prepared.heal else 0
     written = [f for name in ("merged", "gptq", "healed") for f in where.glob(f"*{name}*/*.safetensors")]

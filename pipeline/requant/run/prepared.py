@@ -15,6 +15,7 @@ from requant.deploy import engine_support
 from requant.merge import adapter_match
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
+from requant.merge.stop_tokens import StopTokens
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
 from requant.recipe.model_sections import OverrideFields
@@ -42,12 +43,14 @@ class Sources:
 class MergeInputs:
     """What merge needs.
 
-    onto_original: the plan of the variant `original`. matches: one for each adapter.
+    onto_original: the plan of the variant `original`. matches: one for each adapter. stops: tokens that end a turn of the
+    fine-tune and that the base's configs lack.
     """
 
     plan: MergePlan
     onto_original: MergePlan | None
     matches: tuple[adapter_match.Match, ...]
+    stops: StopTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

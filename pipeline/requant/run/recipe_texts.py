@@ -72,6 +72,7 @@ def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, *, trust_remote_c
         )
     with tempfile.TemporaryDirectory() as folder:  # exactly the files that will be shipped
         for name, file in {"config.json": base / "config.json", **files}.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, Path(folder) / name)
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -82,9 +82,10 @@ class EngineFacts(TypedDict):
 
 
 class QuantizeFacts(TypedDict):
-    """The quantization. settings: the recipe's section `quantize`."""
+    """The quantization. settings: the recipe's section `quantize`. dtype: of serving."""
 
     settings: dict[str, Any]
+    dtype: str
     bits_per_weight: float | None
     modules: list[ModuleRow]
     resonance: PredictionFacts | None
@@ -159,6 +160,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "merge": cast(MergeFacts, {k: v for k, v in merged.items() if k not in MEASURED}),
         "quantize": {
             "settings": r.quantize.model_dump(),
+            "dtype": str(prepared.quantize.dtype).removeprefix("torch."),
             "bits_per_weight": quantized.get("bits_per_weight"),
             "modules": modules,
             "resonance": stages["resonance"]["prediction"],

@@ -54,7 +54,11 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
         context.prepared, _stage_results(context), path, device=str(context.device), dtype=str(context.scores.dtype)[6:]
     )
     first = context.prepared.texts.sets[0].name
-    facts["evaluation"]["runtimes"] = {variant: s.runtime for variant, s in scores[first].items()}
+    stored = _stored_dtypes(facts)
+    facts["evaluation"]["runtimes"] = {
+        variant: f"{s.runtime}, computed in {facts['evaluation']['dtype']}{stored.get(variant, '')}"
+        for variant, s in scores[first].items()
+    }
     facts["canaries"] = context.scores.answers()
     facts["suggestion"] = cast("SuggestStageResult | None", context.directory.result("suggest", context.keys.suggest))
     gates = [gate.parsed() for gate in context.recipe.gates]
@@ -67,6 +71,13 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
         write_text(path / artifact / "README.md", model_card.model_card(report, without=left_out))
     context.outcome.report = report
     return {}
+
+
+def _stored_dtypes(facts: report_facts.RunFacts) -> dict[str, str]:
+    """Of each variant that is a checkpoint: the dtype it ships in, where the evaluation computed in another."""
+    shipped = {"merged": facts["merge"].get("dtype")} | dict.fromkeys(("gptq", "healed"), facts["quantize"]["dtype"])
+    computed = facts["evaluation"]["dtype"]
+    return {variant: f", ships in {dtype}" for variant, dtype in shipped.items() if dtype and dtype != computed}
 
 
 def _in_domain(context: RunContext) -> str:

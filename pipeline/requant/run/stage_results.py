@@ -39,6 +39,8 @@ class MergeFacts(TypedDict, total=False):
     untrained: list[str]
     max_abs: float
     bytes: int
+    carried: dict[str, int]
+    stop_tokens: str | None
     warnings: list[str]
     selftest: SelfTestFacts
 

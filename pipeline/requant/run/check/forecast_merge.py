@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from requant.merge.plan import Op
-from requant.merge.stage import bound, compute
-from requant.numerics.dtypes import DTYPES
+from requant.merge.stage import compute
+from requant.merge.stored_dtype import bound, expected_dtype
 from requant.run.check.rehearsal import cost_of
 from requant.run.prepared import Prepared
 
@@ -73,7 +73,7 @@ def merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need
         if device.type == "cuda":
             on_gpu[kind] = Made.of(p, ops[-1], device, target)
         seconds += cost.seconds * len(ops)
-        if p.recipe.merge.dtype == "auto":
+        if p.recipe.merge.dtype == "auto" and target == torch.float16:
             before += cost_of(device, partial(bound, p.merge.plan, ops[-1])).seconds * len(ops)
         size = math.prod(ops[-1].shape)
         made_of = size * target.itemsize if device.type == "cuda" else max(first.bytes, cost.bytes)
@@ -85,7 +85,7 @@ def merging(p: Prepared, device: torch.device, started: int, disk: Disk) -> Need
 
 def merged_in(p: Prepared) -> torch.dtype:
     """The merged model's dtype; for `auto` the one that it usually chooses."""
-    return DTYPES.get(p.recipe.merge.dtype, torch.float16)
+    return expected_dtype(p.merge.plan.base.checkpoint, p.recipe.merge.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.evaluate.streamed import StreamedModel
+from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk, block_linears, block_list
 from requant.modeling.fused_ops import FusedOps
 from requant.modeling.hidden_state_store import HiddenStateStore
@@ -71,12 +72,16 @@ def _held(device: torch.device, *, reset: bool) -> int:
 
 
 class RandomWeights:
-    """Random weights by parameter name: one tile of normal numbers, repeated."""
+    """Random weights by parameter name, shaped as stored: one tile of normal numbers, repeated."""
 
     path = Path("rehearsal")
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        transposed = {f"{module}.weight" for module in skeleton.conv1d_modules(model)}
+        self.shapes = {
+            n: tuple(p.shape)[::-1] if n in transposed else tuple(p.shape)
+            for n, p in model.named_parameters(remove_duplicate=False)
+        }
         self.tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,84 @@
+"""What a merge refuses before any work: foreign tensors, adapters that do not add up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from requant.adapters.peft_directory import Adapter
+from requant.adapters.trained_tokens import TrainedTokens
+from requant.errors import InputError
+from requant.merge.base_weights import BaseWeights
+from requant.merge.model_layout import ModelLayout
+
+SHOWN = 3  # names in a message
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$")
+
+
+def unknown_tensors(base: BaseWeights, layout: ModelLayout) -> None:
+    """Raise InputError for tensors of the base that are neither the model's nor known to be of use."""
+    unknown = layout.unplaced.unknown
+    if unknown:
+        shown = ", ".join(f"{n} {list(base.weights[n].shape)}" for n in unknown[:SHOWN])
+        raise InputError(
+            f"{base.checkpoint.path}: {len(unknown)} of its tensors have no place in {layout.model_class}, the class of "
+            f"its config.json: {shown}{' ...' if len(unknown) > SHOWN else ''}. Servers would refuse or ignore them: "
+            "take the config.json that belongs to these weights, or a copy of the base without these tensors"
+        )
+
+
+def changes_outside_the_model(adapters: Sequence[Adapter], changed: Iterable[str], layout: ModelLayout) -> None:
+    """Raise InputError for an adapter that changes tensors which the model class does not train.
+
+    changed: names of the base's tensors.
+    """
+    parts = layout.unplaced
+    outside = {*parts.carried, *parts.recomputed}
+    lost = [n for n in changed if n in outside]
+    if lost:
+        raise InputError(
+            f"{paths(adapters)}: changes {len(lost)} tensors of the base that {layout.model_class} with its config.json "
+            f"does not train, e.g. {lost[0]}: training had another model: take the config.json that training used"
+        )
+
+
+def combinations(adapters: Sequence[Adapter]) -> None:
+    """Raise InputError for several adapters whose changes do not add up.
+
+    They add up only if all of them are plain sums; PEFT has no meaning for the rest either.
+    """
+    if len(adapters) == 1 and adapters[0].weight == 1:
+        return
+    for adapter in adapters:
+        why = _why_not_a_sum(adapter)
+        if why:
+            raise InputError(f"{adapter.path}: this adapter {why}; only plain LoRA can be weighted or added to another")
+
+
+def _why_not_a_sum(adapter: Adapter) -> str | None:
+    """Why an adapter's change is not a delta that can be added to another; None: it is one."""
+    config = adapter.config
+    if config.get("peft_type") != "LORA":
+        return f"is {config.get('peft_type')}"
+    if config.get("use_dora"):
+        return "is DoRA: its norms depend on the other adapters"
+    if adapter.replaced:
+        return f"replaces {next(iter(adapter.replaced))} of the base"
+    if any(isinstance(f, TrainedTokens) for f in adapter.folds.values()):
+        return "has trained tokens, which replace rows of the base"
+    return None
+
+
+def paths(adapters: Sequence[Adapter]) -> str:
+    """The adapters' directories, for a message."""
+    return ", ".join(str(a.path) for a in adapters)
+
+
+def warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Where PEFT itself is wrong, so that comparing with it will show a difference."""
+    wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
+    return tuple(
+        f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
+        "it will differ from the variant adapter"
+        for a in wrong
+    )
