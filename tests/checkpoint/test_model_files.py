@@ -123,3 +123,55 @@ def test_vocabulary_size(tmp_path: Path) -> None:
     assert model_files.vocabulary_size(file) == 10
     file.write_text(json.dumps({"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}))
     assert model_files.vocabulary_size(file) == 2
+
+
+def test_templates_processors_and_generation_code_are_copied_with_their_folders(tmp_path: Path) -> None:
+    names = (
+        "tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "preprocessor_config.json",
+        "processor_config.json", "video_preprocessor_config.json", "image_processor_config.json", "tekken.json",
+        "feature_extractor_config.json", "custom_generate/generate.py", "custom_generate/requirements.txt",
+        "qwen.tiktoken",
+    )  # fmt: skip
+    base, out = directory(tmp_path / "base", config__json="{}"), directory(tmp_path / "out")
+    for name in (*names, "trainer_state.json", "checkpoint-5/tokenizer.json", "additional_chat_templates/notes.md"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    assert sorted(model_files.copy_small_files(base, out)) == sorted(names)
+    assert all((out / name).read_text() == name for name in names)
+    again = directory(tmp_path / "again")
+    (out / "config.json").write_text("{}")
+    assert sorted(model_files.copy_small_files(out, again)) == sorted(names), "the quantized checkpoint's too"
+
+
+TEMPLATES: dict[str, tuple[dict[str, str], set[str]]] = {
+    "none": ({"tokenizer_config.json": "{}"}, {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}),
+    "in its settings": ({"tokenizer_config.json": '{"chat_template": "A"}'}, set()),
+    "a file": ({"chat_template.jinja": "A"}, {"chat_template.jinja"}),
+    "a legacy file": ({"chat_template.json": "{}"}, {"chat_template.json"}),
+    "settings that cannot be read": (
+        {"tokenizer_config.json": "no JSON"}, {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_adapter", "kept"), TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_no_template_of_the_base_is_read_in_place_of_the_adapters(
+    tmp_path: Path, of_adapter: dict[str, str], kept: set[str]
+) -> None:
+    base = directory(tmp_path / "base", tokenizer__json="B", chat_template__jinja="B")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("B")
+    adapter = directory(tmp_path / "adapter")
+    for name, text in of_adapter.items():
+        (adapter / name).write_text(text)
+    found = model_files.tokenizer_files(base, adapter)
+    assert {n for n in found if "template" in n} == kept
+    assert found["tokenizer.json"].parent == base
+
+
+def test_the_end_of_a_turn_at_both_levels() -> None:
+    config = {"eos_token_id": 1, "text_config": {"eos_token_id": [1], "x": 2}, "vision_config": {"eos_token_id": 3}}
+    assert model_files.with_eos(config, 7) == {
+        "eos_token_id": 7, "text_config": {"eos_token_id": 7, "x": 2}, "vision_config": {"eos_token_id": 3},
+    }  # fmt: skip
+    assert model_files.with_eos({"text_config": {}}, 7) == {"text_config": {}, "eos_token_id": 7}

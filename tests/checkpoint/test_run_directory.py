@@ -174,3 +174,24 @@ def test_fingerprint_sees_what_a_run_reads(run: RunDirectory, tmp_path: Path) ->
     assert run.fingerprint(model) == before
     (model / "tokenizer.json").write_text("{}")
     assert run.fingerprint(model) != before
+
+
+def test_files_in_the_folders_of_a_model_belong_to_it(run: RunDirectory, tmp_path: Path) -> None:
+    """A named chat template changes the fingerprint, and an artifact without it is not whole."""
+    model = tmp_path / "model"
+    (model / "additional_chat_templates").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    prints = [run.fingerprint(model)]
+    template = model / "additional_chat_templates" / "tool_use.jinja"
+    for text in ("A", "BB"):
+        template.write_text(text)
+        prints.append(run.fingerprint(model))
+    assert len(set(prints)) == 3
+    artifact = run.artifact("merged")
+    partial = artifact.begin("key")
+    (partial / "additional_chat_templates").mkdir()
+    (partial / "additional_chat_templates" / "tool_use.jinja").write_text("A")
+    artifact.finish("key", {})
+    assert artifact.whole("key")
+    (artifact.path / "additional_chat_templates" / "tool_use.jinja").unlink()
+    assert not artifact.whole("key")

@@ -1,4 +1,4 @@
-"""Tensors of a base that are no parameter of the model class: dropped, carried, loaded or refused."""
+"""Tensors of a base that are no parameter of its class: dropped, carried, loaded, refused."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_names_of_what_servers_run(
     found = Unplaced.of(model, stored | extra)
     assert found.carried == tuple(extra)
     assert found.roots == roots
-    assert not (found.unknown or found.recomputed or found.state)
+    assert (found.unknown, found.recomputed, found.state) == ((), (), ())
 
 
 def test_values_of_a_copy_are_not_judged_twice(tmp_path: Path) -> None:

@@ -177,6 +177,9 @@ def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch
     assert fast_disk.host == 7 + 10**6 + 4 * 300 * 64
     assert fast_disk.device == 0
     auto = prepared.recipe.model_copy(update={"merge": prepared.recipe.merge.model_copy(update={"dtype": "auto"})})
+    own = forecast_merge.merging(replace(prepared, recipe=auto), CPU, 7, forecast_merge.Disk(1e-9, 0.0, 1e-9))
+    assert own.seconds == pytest.approx(2.0 * len(ops)), "a bfloat16 base stays one, whatever its weights"
+    monkeypatch.setattr(forecast_merge, "merged_in", lambda _: torch.float16)
     bounded = forecast_merge.merging(replace(prepared, recipe=auto), CPU, 7, forecast_merge.Disk(1e-9, 0.0, 1e-9))
     assert bounded.seconds == pytest.approx(4.0 * len(ops)), "a bound of each tensor comes first"
 

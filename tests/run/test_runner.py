@@ -124,7 +124,10 @@ def test_the_report_agrees_with_the_files(finished: Path) -> None:
     modules = facts["quantize"]["modules"]
     assert {m["name"] for m in modules} == {n.removesuffix(".qweight") for n in packed if n.endswith(".qweight")}
     assert sum(m["relative_error"] for m in modules) < sum(m["rtn_error"] for m in modules)
-    assert facts["evaluation"]["runtimes"]["adapter"] == "bitsandbytes and PEFT, unmerged"
+    runtimes = facts["evaluation"]["runtimes"]
+    assert runtimes["adapter"] == "bitsandbytes and PEFT, unmerged, computed in float32"
+    assert runtimes["merged"] == "torch, computed in float32", "stored in float32"
+    assert runtimes["gptq"] == "torch, computed in float32, ships in bfloat16"
     assert set(facts["evaluation"]["runtimes"]) == set(ALL)
     assert facts["cost"]["seconds"].keys() == facts["cost"]["peak_rss"].keys() == {"merge", "quantize", "evaluate"}
 
