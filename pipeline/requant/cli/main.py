@@ -287,12 +287,11 @@ def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
     print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
     if carried := prepared.merge.plan.unplaced.carried_line:
-        print(f"carried   in 16 bit for servers, not run, measured or quantized here: {carried}")
+        print(f"carried   in 16 bit, for servers only: {carried}")
     print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
     for m in prepared.merge.matches:
         print(f"match     {m}")
-    if prepared.merge.stops:
-        print(f"stops     {prepared.merge.stops}")
+    print(f"stops     {prepared.merge.stops or 'where the base does'}")
     print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
     print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
     for s in prepared.texts.sets:

@@ -65,10 +65,8 @@ def verify(
     device = device or torch.device("cpu")
     own = own_device or device
     original = Checkpoint(source) if source else None
-    _record_checks(done, headers, _with_cpu_fallback(own, lambda d: check_tensors.check(headers, original, d)))
-    if done.carried and original is None:
-        held = headers.unplaced.carried_line
-        done.skipped.append(f"comparison of tensors that only servers run: accepted by their names, no source: {held}")
+    tensors = _with_cpu_fallback(own, lambda d: check_tensors.check(headers, original, d))
+    _record_checks(done, headers, tensors, compared=original is not None)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
@@ -90,14 +88,17 @@ def _unreadable(path: Path, error: InputError) -> Finding:
     return Finding(where, reason) if reason else Finding("checkpoint", text)
 
 
-def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorCheck) -> None:
-    """Copy findings and sizes of headers and tensors into `done`."""
+def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorCheck, *, compared: bool) -> None:
+    """Copy findings and sizes of headers and tensors into `done`. compared: with a source."""
     done.findings = [*headers.findings, *tensors.findings]
     checkpoint = headers.checkpoint
     done.tensors, done.linears = len(checkpoint), tensors.linears
     done.negative_scales, done.relative_error = tensors.negative_scales, tensors.relative_error
     done.expected_bytes = headers.expected_bytes
     done.carried = headers.unplaced.counts
+    if done.carried and not compared:
+        held = headers.unplaced.carried_line
+        done.skipped.append(f"comparison of tensors that only servers run: accepted by their names, no source: {held}")
     done.disk_bytes = sum(f.stat().st_size for f in {info.file for info in checkpoint.values()})
     if tensors.weights:
         done.bits_per_weight = 8 * sum(checkpoint[n].nbytes for n in headers.packed_names) / tensors.weights

@@ -109,22 +109,14 @@ def plan(
     if problems:
         raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
     unplaced = Unplaced.of(model, {name: info.shape for name, info in tensors.items()})
-    copies = {*unplaced.state, *(n for n in unplaced.carried if tensors[n].dtype in SIXTEEN_BIT)}
-    slots = [
-        s
-        for name, info in tensors.items()
-        for s in replaced.get(name, [_kept(name, info, info.dtype if name in copies else dtype)])
-    ]
-    stored_prefix = _stored_prefix(names, prefix)
-    per_block = tuple(
-        tuple(s.name for s in slots if s.name.startswith(f"{stored_prefix}.{i}.")) for i in range(len(blocks))
-    )
+    kept = _kept(tensors, unplaced, dtype)
+    slots = [s for name in tensors for s in replaced.get(name, [kept[name]])]
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
     fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
     return Plan(
         format=written,
         slots=tuple(slots),
-        block_slots=per_block,
+        block_slots=_block_slots(slots, _stored_prefix(names, prefix), len(blocks)),
         grids=grids,
         shapes={n: (linears[n].out_features, linears[n].in_features) for n in grids},
         left=tuple(n for n in linears if n not in grids),
@@ -137,13 +129,27 @@ def plan(
     )
 
 
+def _block_slots(slots: Iterable[Slot], prefix: str, count: int) -> tuple[tuple[str, ...], ...]:
+    """Tensor names of each block. prefix: of the blocks, as stored."""
+    names = [s.name for s in slots]
+    return tuple(tuple(n for n in names if n.startswith(f"{prefix}.{i}.")) for i in range(count))
+
+
 def _bits_per_weight(linears: Iterable[nn.Linear], packed: Iterable[Iterable[Slot]]) -> float:
     """Bits of the packed tensors for each weight of the linears that they replace."""
     return 8 * sum(s.nbytes for slots in packed for s in slots) / max(sum(m.weight.numel() for m in linears), 1)
 
 
-def _kept(name: str, info: Layout, dtype: torch.dtype) -> Slot:
-    return Slot(name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+def _kept(tensors: Mapping[str, Layout], unplaced: Unplaced, dtype: torch.dtype) -> dict[str, Slot]:
+    """Slots of tensors that are not quantized, in the serving dtype.
+
+    Buffers that the model loads, and 16-bit tensors that only servers run, stay as they are.
+    """
+    copies = {*unplaced.state, *(n for n in unplaced.carried if tensors[n].dtype in SIXTEEN_BIT)}
+    return {
+        name: Slot(name, dtype if info.dtype.is_floating_point and name not in copies else info.dtype, info.shape)
+        for name, info in tensors.items()
+    }
 
 
 def _stored_prefix(names: Mapping[str, str], prefix: str) -> str:

@@ -128,7 +128,7 @@ class Merge(Section):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         default="auto",
-        description="Stored dtype; auto: float16 where every weight fits it, and says what it chose.",
+        description="Stored dtype; auto: the base's own 16-bit type, or bfloat16 where float16 is too small.",
     )
     max_shard: Annotated[str, Field(pattern=SIZE)] = Field(default="5GB", description="Largest safetensors file.")
 

@@ -201,7 +201,7 @@ base:                       # the model that the adapter was trained on
 
 merge:
   onto: dequantized         # dequantized | original, default dequantized; what training saw: exact
-  dtype: auto               # auto | float16 | bfloat16 | float32, default auto; float16 if every weight fits
+  dtype: auto               # auto | float16 | bfloat16 | float32, default auto; the base's own
   max_shard: 5GB            # size, default 5GB; largest file of the merged checkpoint
 
 quantize:
