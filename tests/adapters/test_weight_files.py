@@ -104,3 +104,12 @@ def test_tensors_without_elements_are_of_zero_3(tmp_path: Path, keys: tuple[str,
     assert f"{WEIGHTS}: {count} of 8 tensors have no elements, e.g. " in message
     assert "zero_to_fp32.py" in message
     assert "stage3_gather_16bit_weights_on_model_save" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64])
+def test_whole_numbers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    pico.train(pico.model(), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first].to(dtype)}, tmp_path / WEIGHTS)
+    assert f"{first!r} is {str(dtype).removeprefix('torch.')}, expected floating point" in refused(tmp_path)

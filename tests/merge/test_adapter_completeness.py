@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from requant.adapters import peft_directory
 from requant.adapters.weight_files import WEIGHTS
 from requant.errors import InputError
+from requant.evaluate import peft_runtime
 from requant.merge import adapter_completeness
 from requant.run import prepare
 
@@ -126,15 +127,38 @@ def test_single_experts_by_their_old_names(tmp_path: Path) -> None:
     assert "lacks 3 modules (it holds 21): model.layers.1.mlp.experts.2.gate_proj" in note
 
 
-def test_one_end_of_the_vocabulary_alone_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("rows", [90, 100])
+def test_one_end_of_the_vocabulary_alone_is_refused(tmp_path: Path, end: str, rows: int) -> None:
     notes(tmp_path, "", modules_to_save=["embed_tokens", "lm_head"])
     file = tmp_path / "adapter" / WEIGHTS
-    cut = {n: t[:90].clone() if "embed_tokens" in n else t for n, t in load_file(file).items()}
-    save_file(cut, file)
-    with pytest.raises(InputError, match=r"resizes one end of the vocabulary alone: .*embed_tokens.weight 90 rows"):
+    whole = load_file(file)
+
+    def resized(ends: tuple[str, ...]) -> None:
+        change = {n: torch.ones(rows, t.shape[1]) for n, t in whole.items() if any(e in n for e in ends)}
+        save_file(whole | change, file)
+
+    resized((end,))
+    with pytest.raises(InputError, match=rf"resizes one end of the vocabulary alone: .*{end}.weight {rows} rows"):
         of_files(tmp_path)
-    save_file({n: t[:90].clone() if t.shape[0] == 96 else t for n, t in load_file(file).items()}, file)
+    resized(("embed_tokens", "lm_head"))
     assert of_files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": ["q_proj"]}, {"target_modules": None}, {"layers_to_transform": 0}]
+)
+def test_modules_that_the_settings_do_not_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """PEFT leaves them out without a word; the merge takes what the file holds, and says so."""
+    notes(tmp_path, "")
+    (note,) = of_files(tmp_path, **changes)
+    assert note.startswith("the adapter's file holds ")
+    assert "that target_modules does not match: merged, though PEFT leaves out" in note
+    plan, _ = prepare.plan_merge(
+        tmp_path / "base", peft_directory.load(tmp_path / "adapter"), None, trust_remote_code=False
+    )
+    live = peft_runtime.attach(pico.reload(tmp_path / "base"), plan)
+    assert sum(n.endswith("lora_A.default") for n, _ in live.named_modules()) == 4
 
 
 def test_other_outer_names_are_matched_as_trained(tmp_path: Path) -> None:
@@ -153,8 +177,6 @@ def test_other_outer_names_are_matched_as_trained(tmp_path: Path) -> None:
 
 def test_the_variant_adapter_has_no_weights_of_pefts_own(tmp_path: Path) -> None:
     """PEFT fills what the file lacks; the variant that judges the merge may have none of that."""
-    from requant.evaluate import peft_runtime
-
     made = pico.model()
     pico.save(made, tmp_path / "base")
     pico.train(made, tmp_path / "adapter", init_lora_weights=False)

@@ -46,8 +46,10 @@ def test_what_is_no_adapter(tmp_path: Path, names: list[str], says: str) -> None
     [
         (
             ["adapter_config.json", "adapter_model.safetensors"],
-            "an adapter's directory (adapter_config.json, no config",
+            "an adapter's directory (adapter_config.json, no model's weights)",
         ),
+        (["config.json", "adapter_config.json", "adapter_model.safetensors"], "an adapter's directory"),
+        (["config.json", "adapter_config.json", "model.safetensors"], "a model and an adapter in one directory"),
         (["checkpoint-9/config.json", "checkpoint-10/config.json"], "but in checkpoint-10 (the latest), checkpoint-9"),
         (["snapshots/0a1b/config.json"], "but in 0a1b: give one of these directories"),
         (["params.json", "consolidated.00.pth"], "the model in its maker's own layout"),

@@ -59,7 +59,7 @@ def refuse(config: AdapterConfig) -> list[str]:
         why = REASONS.get(str(peft_type), "is unknown here")
         raise config.error(f"peft_type is {setting_types.shown(peft_type)}, which {why}. Merged are {', '.join(KINDS)}")
     setting_types.check(config)
-    task = str(config.get("task_type") or "")
+    task = str(config.get("task_type") or "").rpartition(".")[2].upper()  # older tools wrote TaskType.CAUSAL_LM
     if task in _HEADS:
         raise config.error(
             f"task_type is {task!r}: {_HEADS[task]}. requant makes language models that write text, the head would be "

@@ -29,6 +29,12 @@ def read(path: Path) -> tuple[Path, dict[str, TensorInfo]]:
     if not tensors:
         raise InputError(f"{file}: holds no tensors")
     _refuse_empty(file, tensors)
+    whole = next((name for name, info in tensors.items() if not info.dtype.is_floating_point), None)
+    if whole is not None:
+        raise InputError(
+            f"{file}: {whole!r} is {str(tensors[whole].dtype).removeprefix('torch.')}, expected floating point: saved "
+            "quantized? Save the adapter again in 16 or 32 bit"
+        )
     return file, tensors
 
 

@@ -17,7 +17,7 @@ from requant.adapters.peft_directory import CONFIG, WEIGHTS, Adapter
 from requant.adapters.trained_tokens import TrainedTokens
 from requant.checkpoint.reader import read_tensor
 from requant.errors import StageError
-from requant.merge.adapter_completeness import untrained
+from requant.merge.adapter_completeness import untargeted, untrained
 from requant.merge.plan import MergePlan
 
 
@@ -40,7 +40,7 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
     for name, one in zip(names, plan.adapters, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             modules = [n for n, _ in (wrapped.get_base_model() if wrapped else model).named_modules()]
-            part = bool(untrained(one, modules))
+            part = bool(untrained(one, modules) or untargeted(one))
             needs_export = part or _needs_export(one, plan)
             path = str(export(one, plan, Path(folder), only_held=part) if needs_export else one.path)
             if wrapped is None:
@@ -61,7 +61,8 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool =
     """Write the adapter with the keys and module names that PEFT expects on this base.
 
     Returns `folder`.
-    only_held: target the modules that the file holds and no others, which PEFT would fill with weights of its own.
+    only_held: target all modules that the file holds and no others: PEFT leaves out the ones that the settings do not
+    name, and fills those that the file lacks with weights of its own.
     """
     from safetensors.torch import save_file
 

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
+from torch import nn
+
 from requant.adapters import targets
 from requant.adapters.config import pattern_value
 from requant.adapters.keys import locate, stem, stems
 from requant.adapters.peft_directory import Adapter
+from requant.adapters.trained_tokens import TrainedTokens
 from requant.errors import InputError
 from requant.merge.plan import MergePlan
 from requant.modeling import linears, skeleton
@@ -42,18 +45,26 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
     tokens = adapter.config.get("trainable_token_indices")
     if tokens and not any("trainable_tokens_delta" in key for key in adapter.tensors):
         notes.append("has no rows of trained tokens, though trainable_token_indices names some")
-    return [f"the adapter's file {note}" for note in notes]
+    extra = untargeted(adapter)
+    if extra:
+        notes.append(
+            f"holds {_named(extra)} that target_modules does not match: merged, though PEFT leaves out what the settings "
+            "do not name"
+        )
+    file = "the adapter's file" if len(plan.adapters) == 1 else f"{adapter.path.name}/{adapter.weights.name}"
+    return [f"{file} {note}" for note in notes]
 
 
 def check_vocabulary(adapters: Sequence[Adapter], plan: MergePlan, model: Any) -> None:
     """Raise InputError where an adapter gives the two ends of the model vocabularies of different sizes."""
     names = skeleton.tensor_names(model, [op.name for op in plan.ops])
-    rows = {op.name: op.shape[0] for op in plan.ops}
+    ops = {op.name: op for op in plan.ops}
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [names.get(f"{name}.weight") for name, m in model.named_modules() if m is inner or m is outer]
-    sizes = {name: rows[name] for name in ends if name in rows}
-    if len(set(sizes.values())) > 1 and plan.vocab_size is not None:
-        shown = ", ".join(f"{name} {count} rows" for name, count in sizes.items())
+    stored = [names.get(f"{name}.weight") for name, m in model.named_modules() if m is inner or m is outer]
+    ends = [ops[name] for name in stored if name in ops]
+    resized = any(op.source is not None and op.shape[0] != op.source.shape[0] for op in ends)
+    if resized and len({op.shape[0] for op in ends}) > 1:
+        shown = ", ".join(f"{op.name} {op.shape[0]} rows" for op in ends)
         raise InputError(
             f"{adapters[0].weights}: resizes one end of the vocabulary alone: {shown} after the merge. Save the adapter "
             "with both embed_tokens and lm_head (save_embedding_layers=True)"
@@ -64,6 +75,16 @@ def untrained(adapter: Adapter, modules: Iterable[str]) -> list[str]:
     """Of these modules those that `target_modules` matches and the adapter's file does not hold."""
     held = set(adapter.folds) | {p.module for p in adapter.expert_pairs}
     return [m for m in modules if targets.is_target(adapter.config, m) and m not in held]
+
+
+def untargeted(adapter: Adapter) -> list[str]:
+    """Modules that the adapter's file holds and `target_modules` does not match: PEFT would not load these."""
+    if targets.every_linear(adapter.config):
+        return []
+    config = adapter.config
+    modules = [m for m, fold in adapter.folds.items() if not isinstance(fold, TrainedTokens)]
+    named = set(targets.targeted_parameters(config, (f"{m}.weight" for m in modules)))
+    return [m for m in modules if f"{m}.weight" not in named and not targets.is_target(config, m)]
 
 
 def _targets(adapter: Adapter, here: Mapping[str, str], model: Any) -> Iterator[str]:
@@ -98,7 +119,7 @@ def _kept_out(config: Any, module: str) -> bool:
 
 def _may_be_adapted(module: Any) -> bool:
     """Whether PEFT puts an adapter on modules of this kind: a pattern may match a whole layer's name too."""
-    return linears.is_linear(module) or type(module).__name__ == "Embedding"
+    return linears.is_linear(module) or isinstance(module, nn.Embedding)
 
 
 def _saved_modules(adapter: Adapter, model: Any) -> Iterator[str]:
@@ -152,7 +173,12 @@ def _located(plan: MergePlan, model: Any, module: str) -> str:
 
 
 def _counted(lost: Sequence[str], held: int) -> str:
-    """`lacks 7 modules (it holds 7): a, b, c and 4 more`."""
-    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    word = "module" if len(lost) == 1 else "modules"
-    return f"lacks {len(lost)} {word} (it holds {held}): {', '.join(lost[:_SHOWN])}{more}"
+    """`lacks 7 modules (it holds 7): a, b, c, d and 3 more`."""
+    return f"lacks {_named(lost).replace(':', f' (it holds {held}):', 1)}"
+
+
+def _named(modules: Sequence[str]) -> str:
+    """`7 modules: a, b, c, d and 3 more`."""
+    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+    word = "module" if len(modules) == 1 else "modules"
+    return f"{len(modules)} {word}: {', '.join(modules[:_SHOWN])}{more}"

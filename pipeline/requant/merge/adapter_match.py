@@ -16,6 +16,7 @@ from typing import Literal, TypedDict
 from requant.adapters.peft_directory import Adapter
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import file_digest, read_json
+from requant.errors import InputError
 from requant.merge.plan import MergePlan
 
 _HUB_CACHE = re.compile(r"models--[^/\\]+?--([^/\\]+)[/\\]snapshots[/\\]")
@@ -109,7 +110,7 @@ def _last(name: str) -> str:
     cached = _HUB_CACHE.search(name)
     if cached:
         return cached[1]
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].replace("___", ".")  # ModelScope's spelling of a dot
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1][:80].replace("___", ".")  # ModelScope's spelling of a dot
 
 
 def _revision(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
@@ -144,9 +145,12 @@ def _vocabulary(base: Path, adapter: Path) -> Sign:
 
 def _tokens(file: Path) -> dict[str, int]:
     raw = read_json(file)
-    vocabulary = (raw.get("model") or {}).get("vocab", {})
-    found = dict(vocabulary) if isinstance(vocabulary, dict) else {str(v[0]): i for i, v in enumerate(vocabulary)}
-    return found | {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
+    try:
+        vocabulary = (raw.get("model") or {}).get("vocab", {})
+        found = dict(vocabulary) if isinstance(vocabulary, dict) else {str(v[0]): i for i, v in enumerate(vocabulary)}
+        return found | {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: no tokenizer of the tokenizers library ({error!r}): copy the file again") from error
 
 
 def _template(base: Path, adapter: Path) -> Sign:
@@ -178,7 +182,10 @@ def _chat_template(directory: Path) -> str | None:
         directory / n for n in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
     )
     if jinja.exists():
-        return jinja.read_text(encoding="utf-8").strip()
+        try:
+            return jinja.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{jinja}: cannot be read as text ({error}): copy the file again") from error
     for file in (legacy, config):
         found = read_json(file).get("chat_template") if file.exists() else None
         if found:

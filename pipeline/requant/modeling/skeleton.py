@@ -57,8 +57,9 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
                 f"model_type {config.model_type!r} has no causal language model in transformers: {error}"
             ) from error
         except Exception as error:  # a setting of another type or size than the class can build
+            file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
             raise InputError(
-                f"config.json: transformers cannot build a {config.model_type} of it: {_one_line(error)}"
+                f"{file}: transformers cannot build a {config.model_type} of it: {_one_line(error)}"
             ) from error
     model.tie_weights()  # building on meta parts them
     stems = tuple(stem for _, role in _rules(model)[1] for stem in [role.partition(r".\1.")[0]])

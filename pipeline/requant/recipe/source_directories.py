@@ -74,12 +74,18 @@ def why_no_model(path: Path) -> str | None:
         )
     if not path.is_dir():
         return f"a file: expected the directory that holds {MODEL} and the safetensors"
-    if (path / MODEL).is_file():
-        return None
-    if (path / ADAPTER).is_file():
+    weights = any(not f.name.startswith("adapter") for f in path.glob("*.safetensors"))
+    if (path / ADAPTER).is_file() and not weights:
         trained_on = _json(path / ADAPTER).get("base_model_name_or_path")
         named = f", {trained_on}" if isinstance(trained_on, str) and trained_on else ""
-        return f"an adapter's directory ({ADAPTER}, no {MODEL}), not a model: write the model it was trained on{named}"
+        return f"an adapter's directory ({ADAPTER}, no model's weights): write the model it was trained on{named}"
+    if (path / MODEL).is_file() and (path / ADAPTER).is_file():
+        return (
+            f"a model and an adapter in one directory ({MODEL} and {ADAPTER}): transformers would load the adapter with "
+            "the model. Move the adapter to a directory of its own"
+        )
+    if (path / MODEL).is_file():
+        return None
     inside = [d for d in (*_folders(path), *_folders(path / "snapshots")) if (d / MODEL).is_file()]
     if inside:
         return f"no {MODEL} here, but in {_listed(inside)}: give one of these directories, such as {inside[0]}"
