@@ -75,7 +75,7 @@ def test_lost_targets_are_named(tmp_path: Path, settings: dict[str, Any], drop: 
     (note,) = notes(tmp_path, drop, **settings)
     count = "1 module" if len(lost) == 1 else f"{len(lost)} modules"
     assert note.startswith(f"the adapter's file lacks {count} (it holds ")
-    assert f": {', '.join(lost)}: target_modules matches them" in note
+    assert f": {', '.join(lost)}: the settings target them" in note
 
 
 def test_all_linear_names_what_is_lost(tmp_path: Path) -> None:
@@ -103,6 +103,29 @@ def test_lost_rows_of_trained_tokens(tmp_path: Path) -> None:
 def test_fused_experts_are_one_module_for_peft(tmp_path: Path) -> None:
     """PEFT of transformers 5 has no single experts to adapt: that the file has none is no loss."""
     assert notes(tmp_path, "", "mixtral", target_modules="all-linear") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "where"),
+    [
+        ("mixtral", {}, "mlp.experts"),
+        (
+            "gpt_oss",
+            {"num_local_experts": 4, "intermediate_size": 96, "head_dim": 16, "num_experts_per_tok": 2},
+            "mlp.experts",
+        ),
+    ],
+)
+def test_stacked_experts(tmp_path: Path, kind: str, changes: dict[str, Any], where: str) -> None:
+    made = pico.model(kind, **changes)
+    pico.save(made, tmp_path / "base")
+    both = [f"{where}.{leaf}" for leaf in ("gate_up_proj", "down_proj")]
+    pico.train(made, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=both)
+    assert of_files(tmp_path) == []
+    (note,) = of_files(tmp_path, f"layers.1.{where}.base_layer")
+    assert f"lacks 1 module (it holds 4): model.layers.1.{where}: the settings target them" in note
+    (note,) = of_files(tmp_path, f"layers.1.{where}")
+    assert f"lacks 1 module (it holds 3): model.layers.1.{where}: the settings target them" in note
 
 
 def test_single_experts_by_their_old_names(tmp_path: Path) -> None:

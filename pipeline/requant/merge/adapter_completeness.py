@@ -7,6 +7,7 @@ just so: every missing module is counted, and the first are named.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
@@ -19,6 +20,7 @@ from requant.adapters.keys import locate, stem, stems
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.trained_tokens import TrainedTokens
 from requant.errors import InputError
+from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
 from requant.modeling import linears, skeleton
 from requant.modeling.moe import split_experts
@@ -37,8 +39,9 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
     saved = {_located(plan, model, name.rpartition(".")[0]) for name in adapter.replaced}
     notes = []
     lost = [m for m in _targets(adapter, here, model) if m not in here.values()]
+    lost += _lacking_pairs(adapter, here, ModelLayout.of(model, plan.base))
     if lost:
-        notes.append(f"{_counted(lost, len(here))}: target_modules matches them, so their training may be lost")
+        notes.append(f"{_counted(lost, len(here))}: the settings target them, so their training may be lost")
     lost = [m for m in _saved_modules(adapter, model) if m not in saved]
     if lost:
         notes.append(f"{_counted(lost, len(saved))}: modules_to_save names them, so their training may be lost")
@@ -93,9 +96,9 @@ def _targets(adapter: Adapter, here: Mapping[str, str], model: Any) -> Iterator[
     here: a module's name in the adapter -> in the model.
     """
     config, trained = adapter.config, _TrainedNames(here)
-    parameters = {trained.of(n): n for n, p in model.named_parameters() if p.ndim >= 2}
-    for parameter in targets.targeted_parameters(config, parameters):
-        yield parameters[parameter].rpartition(".")[0]
+    if config.get("target_parameters"):
+        weights = {trained.of(n): n for n, p in model.named_parameters() if p.ndim == 2}
+        yield from (weights[p].removesuffix(".weight") for p in targets.targeted_parameters(config, weights))
     output, ranks = model.get_output_embeddings(), config.get("rank_pattern") or {}
     experts = tuple(f"{name}." for name, _ in split_experts(model))
     single = any(module.startswith(experts) for module in here.values())  # else PEFT had one module for all experts
@@ -110,6 +113,16 @@ def _targets(adapter: Adapter, here: Mapping[str, str], model: Any) -> Iterator[
                 yield name
         elif name and _may_be_adapted(module) and targets.is_target(config, spelled):
             yield name
+
+
+def _lacking_pairs(adapter: Adapter, here: Mapping[str, str], layout: ModelLayout) -> list[str]:
+    """Modules of experts with fewer pairs than parameters that `target_parameters` names."""
+    trained = _TrainedNames(here)
+    spelled = [f"{trained.of(n.rpartition('.')[0])}.{n.rpartition('.')[2]}" for n in layout.fused]
+    named = set(targets.targeted_parameters(adapter.config, spelled))
+    wanted = Counter(n.rpartition(".")[0] for n, s in zip(layout.fused, spelled, strict=True) if s in named)
+    held = Counter(here[pair.module] for pair in adapter.expert_pairs)
+    return [module for module, count in wanted.items() if held[module] < count]
 
 
 def _kept_out(config: Any, module: str) -> bool:
