@@ -173,7 +173,7 @@ def test_one_problem(extra: str, line: str) -> None:
             "adapter is missing: it is the reference that all others are compared with",
         ),
         ("evaluate.in_domain", "other", "'other' is not the name of a set: in-domain"),
-        ("base.nf4", "yes", "'yes' is not auto or a section (key: value lines)"),
+        ("base.nf4", "yes", "'yes' is not one of auto, none or a section (key: value lines)"),
         ("base.model", "null", "empty, expected text"),
         (
             "base.model",
@@ -417,7 +417,7 @@ def test_an_alias_inside_its_own_anchor_ends() -> None:
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    with pytest.raises(RecipeError, match=r"r\.yaml: no such file: `requant init ADAPTER > r\.yaml` writes one$"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: no such file: `requant init ADAPTER -o r\.yaml` writes one$"):
         load(path)
     with pytest.raises(RecipeError, match=r": cannot be read: Is a directory$"):
         load(tmp_path)

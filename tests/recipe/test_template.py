@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from requant.errors import InputError
 from requant.recipe import Recipe, dump, parse, yaml_document
 from requant.recipe.model_sections import Nf4
 from requant.recipe.template import starter
+
+COMMIT = "0e9e39f249a16976918f6564b8830bc894c89659"
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +57,12 @@ def refusal(name: str) -> str:
 
 
 def test_16_bit_hub_base_gets_an_explicit_nf4_section() -> None:
-    text = starter(adapter(base_model_name_or_path="meta-llama/Llama-3.1-8B", revision="0e9e39f"))
+    text = starter(adapter(base_model_name_or_path="meta-llama/Llama-3.1-8B", revision=COMMIT))
     assert "adapter_config.json does not record how the base was quantized" in text
     assert "# The adapter: LORA, r 16, alpha 32 on q_proj, v_proj\n" in text
     r = parse(text, directory=Path.cwd())
     assert r.base.nf4 == Nf4(quant_type="nf4", double_quant=True)
-    assert (r.base.model, r.base.revision) == ("meta-llama/Llama-3.1-8B", "0e9e39f")
+    assert (r.base.model, r.base.revision) == ("meta-llama/Llama-3.1-8B", COMMIT)
     assert r.adapter.path == "./my-adapter"
     assert r.name == "my-adapter-w4g128"
 
@@ -189,11 +192,14 @@ def test_bad_places(here: Path) -> None:
 
 def test_hub_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     file = Path(adapter("cache", base_model_name_or_path="gpt2")) / "adapter_config.json"
     asked: list[tuple[str, str]] = []
 
-    def download(repo: str, name: str) -> str:
+    def download(repo: str, name: str, **options: Any) -> str:
+        if options.get("local_files_only"):
+            raise LocalEntryNotFoundError("the base is not in the cache")
         asked.append((repo, name))
         return str(file)
 
@@ -235,3 +241,101 @@ def test_unreachable_hub_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bases_that_cannot_be_used(quantization: dict[str, Any], message: str) -> None:
     name = adapter(base_model_name_or_path=base("base", quantization))
     assert refusal(name) == f"base/config.json: {message}"
+
+
+# --- revision, widths, tokenizer, another directory ---
+
+
+def hub_with(monkeypatch: pytest.MonkeyPatch, revisions: tuple[str, ...]) -> list[str | None]:
+    """A hub whose models have these revisions and config.json of no use; the revisions that were asked for."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+
+    asked: list[str | None] = []
+
+    def model_info(self: Any, repo: str, *, revision: str | None = None, timeout: float) -> SimpleNamespace:
+        asked.append(revision)
+        if revision not in (None, *revisions):
+            raise RevisionNotFoundError("404", response=httpx_response())
+        return SimpleNamespace(sha=COMMIT)
+
+    def download(repo: str, name: str, **options: Any) -> str:
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def httpx_response() -> Any:
+    return SimpleNamespace(headers={}, request=None, status_code=404)
+
+
+@pytest.mark.parametrize("revision", ["unsloth", "0e9e39f", COMMIT])
+def test_a_revision_that_the_base_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    hub_with(monkeypatch, ())
+    text = starter(adapter(base_model_name_or_path="unsloth/tinyllama", revision=revision))
+    assert parse(text, directory=Path.cwd()).base.revision is None
+    assert f"# revision: the adapter records '{revision}'; left out, since the base has no such branch" in text
+
+
+def test_a_revision_that_the_base_has_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub_with(monkeypatch, ("release-2",))
+    assert recipe(adapter(base_model_name_or_path="ann/base", revision="release-2")).base.revision == "release-2"
+    assert asked == ["release-2"]
+
+
+@pytest.mark.parametrize(("revision", "kept"), [("unsloth", False), ("0e9e39f", False), ("main", True), (COMMIT, True)])
+def test_without_a_hub_only_a_whole_commit_or_main_is_kept(revision: str, kept: bool) -> None:
+    text = starter(adapter(base_model_name_or_path="unsloth/tinyllama-bnb-4bit", revision=revision))
+    assert parse(text, directory=Path.cwd()).base.revision == (revision if kept else None)
+    assert ("left out, since the hub could not be asked" in text) is not kept
+
+
+def test_the_revision_of_a_local_base_is_left_out() -> None:
+    base("plain")
+    assert recipe(adapter(base_model_name_or_path="plain", revision=COMMIT)).base.revision is None
+
+
+@pytest.mark.parametrize(
+    ("widths", "size", "says"),
+    [
+        ({4096, 14336}, 128, "smaller is better and larger on disk\n"),
+        ({576, 1536}, 64, "128 does not divide the base's 576 inputs"),
+        ({128, 96}, 32, "128 does not divide the base's 96 inputs"),
+        ({4096, 100}, -1, "128 does not divide the base's 100 inputs"),
+        (set(), 128, "the base's widths are not known here"),
+    ],
+)
+def test_the_group_divides_the_widths(widths: set[int], size: int, says: str) -> None:
+    base("plain")
+    text = starter(adapter(base_model_name_or_path="plain"), widths=lambda directory: widths)
+    r = parse(text, directory=Path.cwd())
+    assert r.quantize.group_size == size
+    assert says in text
+    assert r.name == ("my-adapter-w4" if size < 0 else f"my-adapter-w4g{size}")
+
+
+def test_a_missing_tokenizer_is_marked(here: Path) -> None:
+    base("plain")
+    name = adapter(base_model_name_or_path="plain")
+    assert "# FIXME: no tokenizer files beside this model or the adapter" in starter(name)
+    (here / "plain" / "tokenizer.json").write_text("{}")
+    assert "no tokenizer files" not in starter(name)
+
+
+def test_local_paths_are_seen_from_where_the_recipe_is_saved(here: Path) -> None:
+    base("plain")
+    (here / "recipes" / "deep").mkdir(parents=True)
+    name = adapter(base_model_name_or_path="plain")
+    text = starter(name, directory="recipes/deep")
+    r = parse(text, directory=here / "recipes" / "deep")
+    assert (r.base.model, r.adapter.path) == ("../../plain", "../../my-adapter")
+    assert r.adapter.resolve(r.directory) == str(here / "my-adapter")
+    assert starter(Path(name)) == starter(name)
+
+
+def test_a_config_with_quantization_config_null_is_16_bit(here: Path) -> None:
+    base("plain")
+    (here / "plain" / "config.json").write_text('{"model_type": "llama", "quantization_config": null}')
+    assert isinstance(recipe(adapter(base_model_name_or_path="plain")).base.nf4, Nf4)

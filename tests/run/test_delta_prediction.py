@@ -157,3 +157,17 @@ def test_the_warning_names_only_what_is_surely_better() -> None:
     assert "(4-bit g128 99%)" in said
     assert "g32" not in said
     assert prediction(0.96, {}).warnings() == []
+
+
+def test_only_a_4_bit_base_has_a_grid_to_resonate_with() -> None:
+    kept = {"value": 0.5, "se": 0.01, "low": 0.48, "high": 0.52}
+    found = Prediction(
+        grid="4-bit g64", retention=kept, relative_delta=0.003, relative_error=0.1, modules=3, blocks=("0",), others={},
+        seconds=0.1,
+    )  # type: ignore[arg-type]  # fmt: skip
+    (packed,), (plain,) = found.warnings(four_bit=True), found.warnings(four_bit=False)
+    assert packed.startswith("grid resonance: rounded to nearest on the 4-bit g64 grid only 50%")
+    assert "the base's own 4-bit grid" in packed
+    assert plain.startswith("delta retention: rounded to nearest on the 4-bit g64 grid only 50%")
+    assert "resonance" not in plain
+    assert "own 4-bit grid" not in plain

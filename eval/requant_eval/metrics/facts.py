@@ -200,3 +200,14 @@ class Facts(TypedDict, total=False):
 def known_facts(facts: Mapping[str, Any]) -> Facts:
     """The same facts, typed for readers; nothing is checked."""
     return cast("Facts", facts)
+
+
+def is_16_bit_base(facts: Mapping[str, Any]) -> bool:
+    """Whether training held the base in 16 bit, as a run with `base.nf4: none` says."""
+    base = facts.get("base")
+    return isinstance(base, Mapping) and base.get("nf4") == "none"
+
+
+def base_and_adapter(facts: Mapping[str, Any]) -> str:
+    """The reference in words: "base + adapter", "16-bit base + adapter"."""
+    return "16-bit base + adapter" if is_16_bit_base(facts) else "base + adapter"

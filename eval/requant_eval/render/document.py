@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from requant_eval.metrics.engine_step import proofs
-from requant_eval.metrics.facts import Facts, HealFacts, known_facts
+from requant_eval.metrics.facts import Facts, HealFacts, is_16_bit_base, known_facts
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.render import adapter_tables
 from requant_eval.render.engine_table import checks_table
@@ -125,10 +125,17 @@ def document(report: Report) -> Document:
     return Document(
         headline=report["headline"],
         title=str(report["name"] or "Quality report"),
-        about=f"Measured {created}. Perplexities and losses on the same tokens for every variant." if created else "",
+        about=f"Measured {created}. {_about(report)}" if created else "",
         sections=tuple(s for s in _sections(report) if s.blocks),
         verdict=report["verdict"]["line"],
     )
+
+
+def _about(report: Report) -> str:
+    said = "Perplexities and losses on the same tokens for every variant."
+    if is_16_bit_base(report["facts"]):
+        said += " Variant base: the 16-bit base, as training held it. Variant adapter: 16-bit base + adapter, unmerged."
+    return said
 
 
 def _sections(report: Report) -> Iterator[Section]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from requant_eval.metrics.engine_step import proofs
-from requant_eval.metrics.facts import known_facts
+from requant_eval.metrics.facts import Facts, is_16_bit_base, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
-from requant_eval.report.headline import REFERENCE_NAMES, final_variant, headline, method
+from requant_eval.report.headline import final_variant, headline, method, reference_name
 from requant_eval.report.number_format import format_value
 from requant_eval.report.records import Report
 
@@ -64,7 +64,7 @@ def model_card(report: Report, without: str | None = None) -> str:
         "## Serve",
         SERVE,
         "## Provenance",
-        f"QLoRA base and adapter, dequantized and merged, then {_verb(report)}; scored by requant on "
+        f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on "
         "the tokens named by the fingerprints above.",
     ]
     inputs = {key: facts.get(key) for key in ("base", "adapter", "created")}
@@ -96,6 +96,12 @@ def _without(report: Report, variant: str) -> Report:
     return {**kept, "headline": headline(kept)}
 
 
+def _merged_from(facts: Facts) -> str:
+    if is_16_bit_base(facts):
+        return "16-bit base and adapter, merged"
+    return "QLoRA base and adapter, dequantized and merged"
+
+
 def _verb(report: Report) -> str:
     final = final_variant(report)
     return "quantized" if final in (None, "merged") else f"quantized ({method(report, str(final))})"
@@ -119,7 +125,7 @@ def _results(report: Report) -> list[str]:
     final = final_variant(report)
     lines = []
     for s in report["sets"]:
-        metrics = list(_metrics(s, final))
+        metrics = list(_metrics(report, s, final))
         if not metrics:
             continue
         lines += [
@@ -131,7 +137,7 @@ def _results(report: Report) -> list[str]:
     return lines
 
 
-def _metrics(s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, str]]:
+def _metrics(report: Report, s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, str]]:
     """(type, name, value) of one set: perplexity, its increase against the reference, retention."""
     ppl = next((v["ppl"] for v in s["variants"] if v["name"] == final), None)
     if ppl is None or ppl["value"] is None:
@@ -140,7 +146,7 @@ def _metrics(s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, st
     edge = step_from_reference(s, final)
     if edge is not None and edge["loss_percent"]["value"] is not None:
         loss = edge["loss_percent"]
-        name = f"perplexity increase against {REFERENCE_NAMES[edge['from']]}, %{_interval(loss)}"
+        name = f"perplexity increase against {reference_name(report, edge['from'])}, %{_interval(loss)}"
         yield "perplexity_increase", name, format_value(loss["value"], loss["se"])
     found = s["retention"].get(final or "")
     if found is not None:

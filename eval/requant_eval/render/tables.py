@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from requant_eval.metrics.facts import Facts
+from requant_eval.metrics.facts import Facts, base_and_adapter, known_facts
 from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
-from requant_eval.report.recommend import OPTIONS
+from requant_eval.report.recommend import option_words
 from requant_eval.report.records import Report
 
 WORST_MODULES = 10
@@ -64,12 +64,13 @@ def gates_table(report: Report) -> Table:
 
 def options_table(report: Report) -> Table:
     """The ways to deploy: needs, size, loss, speed."""
-    options = report["recommendation"]["options"]
+    options, facts = report["recommendation"]["options"], known_facts(report["facts"])
     names = [s["name"] for s in report["sets"]]
     with_speed = any(o["tokens_per_second"] for o in options)
     rows = [
         (
-            OPTIONS[o["name"]] + (" (recommended)" if o["name"] == report["recommendation"]["choice"] else ""),
+            option_words(facts, o["name"])
+            + (" (recommended)" if o["name"] == report["recommendation"]["choice"] else ""),
             o["needs"],
             o["multi_adapter"],
             format_bytes(o["bytes"]) if o["bytes"] else "unknown",
@@ -88,7 +89,7 @@ def options_table(report: Report) -> Table:
         *(["tokens/s, one sequence"] if with_speed else []),
     )
     note = (
-        "Perplexity against base + adapter. Weights: bytes on disk, and about that in memory; the cache for the "
+        f"Perplexity against {base_and_adapter(facts)}. Weights: bytes on disk, and about that in memory; the cache for the "
         "context comes on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
     )
     return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, text=3)

@@ -138,13 +138,14 @@ def _warnings(sets: Sequence[EvaluationSet], facts: Facts) -> list[str]:
     return found
 
 
-def save(report: Mapping[str, object], path: Path) -> None:
+def save(report: Mapping[str, object], path: str | Path) -> None:
     """Writes `report.json`, whole or not at all."""
     save_text(path, dumps(report))
 
 
-def save_text(path: Path, text: str) -> None:
+def save_text(path: str | Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

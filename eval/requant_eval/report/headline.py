@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from requant_eval.metrics.facts import known_facts
+from requant_eval.metrics.facts import base_and_adapter, is_16_bit_base, known_facts
 from requant_eval.metrics.records import scaled
 from requant_eval.report.number_format import format_bytes, format_estimate, format_value
 from requant_eval.report.records import Numbers
@@ -16,6 +16,12 @@ def final_variant(report: Numbers) -> str | None:
     """The variant that ships: the first of healed, gptq, rtn, merged that was scored."""
     names = {v["name"] for s in report["sets"] for v in s["variants"]}
     return next((name for name in FINAL if name in names), None)
+
+
+def reference_name(report: Numbers, variant: str) -> str:
+    """The reference's name in a sentence."""
+    facts = report["facts"]
+    return base_and_adapter(facts) if variant == "adapter" and is_16_bit_base(facts) else REFERENCE_NAMES[variant]
 
 
 def headline(report: Numbers) -> str:
@@ -69,7 +75,7 @@ def _losses(report: Numbers, final: str) -> str:
                 word = "" if parts else " perplexity"
                 loss = format_estimate(edge["loss_percent"], signed=True, unit=" %")
                 parts.append(f"{s['name']}{word} {loss}")
-                against = REFERENCE_NAMES[s["reference"]]
+                against = reference_name(report, s["reference"])
     return f"{', '.join(parts)} against {against}" if parts else ""
 
 

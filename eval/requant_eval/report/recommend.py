@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from requant_eval.gate import METRICS, Gate, make
 from requant_eval.metrics.engine_step import speeds
-from requant_eval.metrics.facts import Facts, known_facts
+from requant_eval.metrics.facts import Facts, base_and_adapter, is_16_bit_base, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.headline import final_variant
@@ -22,6 +22,7 @@ RULE = (
     "the number of adapters first: from there on, apart takes less memory."
 )
 NEEDS = {"requantized": "vLLM or SGLang", "merged": "any engine", "separate": "bitsandbytes, PEFT"}
+NEEDS_16_BIT = {**NEEDS, "separate": "an engine that serves LoRA, or PEFT"}
 SERVES = {"requantized": "one checkpoint each", "merged": "one checkpoint each", "separate": "one base for all"}
 
 
@@ -36,7 +37,7 @@ def recommend(report: Numbers, gates: Sequence[Gate]) -> Recommendation:
     many = _adapters_from(options, report)
     return {
         "choice": choice,
-        "text": _text(options, choice, many, own_gates=bool(gates)),
+        "text": _text(known_facts(report["facts"]), options, choice, many, own_gates=bool(gates)),
         "rule": RULE,
         "options": options,
         "adapters_from": many,
@@ -57,7 +58,7 @@ def _option(report: Numbers, name: Choice, gates: Sequence[Gate]) -> Option:
         "variant": variant,
         "status": status,
         "bytes": _bytes(facts, name, variant),
-        "needs": NEEDS[name],
+        "needs": (NEEDS_16_BIT if is_16_bit_base(facts) else NEEDS)[name],
         "multi_adapter": SERVES[name],
         "loss": {s["name"]: _loss(s, variant) for s in report["sets"]},
         "tokens_per_second": speeds(facts).get(variant or ""),
@@ -108,26 +109,30 @@ def _adapters_from(options: Sequence[Option], report: Numbers) -> int | None:
     return int(base // (own - adapter)) + 1
 
 
-def _text(options: Sequence[Option], choice: Choice | None, many: int | None, *, own_gates: bool) -> str:
+def option_words(facts: Facts, name: Choice) -> str:
+    """A way to deploy in words."""
+    return f"{base_and_adapter(facts)} apart" if name == "separate" else OPTIONS[name]
+
+
+def _text(facts: Facts, options: Sequence[Option], choice: Choice | None, many: int | None, *, own_gates: bool) -> str:
+    words, apart = {o["name"]: option_words(facts, o["name"]) for o in options}, base_and_adapter(facts)
     if choice is None:
         measured = any(o["status"] for o in options)
-        why = (
-            "even base + adapter does not keep the gates" if measured else "nothing was measured against base + adapter"
-        )
+        why = f"even {apart} does not keep the gates" if measured else f"nothing was measured against {apart}"
         return f"No recommendation: {why}."
     limit = "the gates" if own_gates else f"the limit of {DEFAULT_LIMIT} in-domain (no gates are set)"
     said = {"fail": f"breaks {limit}", "inconclusive": f"cannot be told from {limit} yet"}
     passed = [
-        f"{OPTIONS[o['name']]} {said[o['status']]}" if o["status"] in said else f"{OPTIONS[o['name']]} was not scored"
+        f"{words[o['name']]} {said[o['status']]}" if o["status"] in said else f"{words[o['name']]} was not scored"
         for o in options[: [o["name"] for o in options].index(choice)]
     ]
     chosen = next(o for o in options if o["name"] == choice)
     size = f" ({format_bytes(chosen['bytes'])})" if chosen["bytes"] else ""
     why = f"it keeps {limit}" if choice != "separate" else "what training saw, without a loss"
     text = (
-        f"Deploy the {OPTIONS[choice]} model{size}: {why}"
+        f"Deploy the {words[choice]} model{size}: {why}"
         if choice != "separate"
-        else f"Keep {OPTIONS[choice]}{size}: {why}"
+        else f"Keep {words[choice]}{size}: {why}"
     )
     text += f"; {', '.join(passed)}." if passed else "."
     if many is not None and choice != "separate":

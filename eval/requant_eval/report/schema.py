@@ -49,12 +49,13 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "requant report"}
 
 
-def load(path: Path) -> Report:
+def load(path: str | Path) -> Report:
     """A report file, or the `report.json` of a run directory, as this version's dict.
 
     Raises:
         EvaluationError: no such file, not JSON, not a report, or one of a newer version.
     """
+    path = Path(path)
     file = path / "report.json" if path.is_dir() else path
     try:
         report = json.loads(file.read_text(encoding="utf-8"))

@@ -38,8 +38,8 @@ def score(
     *,
     batch: int,
     device: torch.device | str,
-    reference: Path | None = None,
-    write_reference: Path | None = None,
+    reference: str | Path | None = None,
+    write_reference: str | Path | None = None,
     chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenScores:
@@ -68,7 +68,7 @@ def score(
             hidden, _ = tap.run(model, torch.stack([windows[i].ids for i in numbers]).to(device))
             if write_reference is not None and sink is None:
                 writer = ReferenceWriter(
-                    write_reference, rows=columns.n, like=hidden, head=head, digest=eval_set.digest
+                    Path(write_reference), rows=columns.n, like=hidden, head=head, digest=eval_set.digest
                 )
                 sink = stack.enter_context(writer)
             for row, number in enumerate(numbers):
@@ -186,10 +186,10 @@ def _scored_rows(hidden: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     return hidden[(at - 1).to(hidden.device)], window.ids[at].to(hidden.device)
 
 
-def _open(path: Path | None, eval_set: EvalSet, head: Head) -> Reference | None:
+def _open(path: str | Path | None, eval_set: EvalSet, head: Head) -> Reference | None:
     if path is None:
         return None
-    reference = Reference(path, digest=eval_set.digest, device=head.weight.device)
+    reference = Reference(Path(path), digest=eval_set.digest, device=head.weight.device)
     if reference.head.vocab != head.vocab:
         raise EvaluationError(
             f"{path}: the reference has {reference.head.vocab} vocabulary entries, this model {head.vocab}: "

@@ -70,12 +70,13 @@ class Adapter:
         return sum(key is None for key in self.keys.values())
 
 
-def load(path: Path, *, weight: float = 1.0) -> Adapter:
+def load(path: str | Path, *, weight: float = 1.0) -> Adapter:
     """Load a PEFT directory: its config and the headers of its tensors.
 
     Raises InputError for anything that cannot be merged exactly.
     weight: multiplies the deltas; other than 1 only for LoRA without DoRA and without tensors that replace the base's.
     """
+    path = Path(path)
     config_file = path / CONFIG
     if not path.is_dir():
         raise InputError(f"{path}: no such adapter directory")

@@ -123,8 +123,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     the index names a tensor that its shard does not hold.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such model directory")
         self._infos = _tables(path)

@@ -68,8 +68,10 @@ class CheckpointWriter:
     syncs, and writes the index.
     """
 
-    def __init__(self, path: Path, plan: Iterable[Slot], *, max_bytes: int = 5 * 10**9, resume: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self, path: str | Path, plan: Iterable[Slot], *, max_bytes: int = 5 * 10**9, resume: bool = False
+    ) -> None:
+        self.path = Path(path)
         shards = plan_shards(plan, max_bytes)
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

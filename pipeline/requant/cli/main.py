@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from requant import __version__
-from requant.cli import deploy_commands, exit_codes, report_commands
+from requant.cli import deploy_commands, exit_codes, init_command, report_commands
 from requant.cli.report_commands import Junit
 from requant.errors import RecipeError, RequantError
 
@@ -80,14 +80,7 @@ def _options(
     pass
 
 
-@app.command()
-def init(adapter: Annotated[str, typer.Argument(help="PEFT directory or hub id.")]) -> None:
-    """Print a commented recipe for an adapter."""
-    from requant.recipe.template import starter
-
-    print(starter(adapter), end="")
-
-
+app.command()(init_command.init)
 app.command(epilog=exit_codes.epilog(exit_codes.GATES, {0: "every gate passed", 1: "a file cannot be written"}))(
     report_commands.gate
 )
@@ -285,7 +278,8 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
 def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction | None) -> None:
     ledger, layout, c = prepared.merge.plan.ledger, prepared.quantize.plan, prepared.texts.calibration_facts
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
-    print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}")
+    plain = ", base in 16 bit as training held it (nf4: none)" if prepared.recipe.base.nf4 == "none" else ""
+    print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}{plain}")
     if carried := prepared.merge.plan.unplaced.carried_line:
         print(f"carried   in 16 bit, for servers only: {carried}")
     print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
@@ -305,7 +299,8 @@ def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction
     print(f"heal      {_healing(prepared)}")
     if predicted:
         print(f"grid      {predicted.sentence()}")
-    for warning in [*prepared.warnings, *(predicted.warnings() if predicted else [])]:
+    four_bit = prepared.merge.plan.base.four_bit
+    for warning in [*prepared.warnings, *(predicted.warnings(four_bit=four_bit) if predicted else [])]:
         print(f"warning   {warning}")
 
 

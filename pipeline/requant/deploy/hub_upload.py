@@ -39,12 +39,13 @@ class Upload:
         return sum(size for _, size in self.files)
 
 
-def plan_upload(run: Path, repo: str, *, trust_remote_code: bool = False) -> Upload:
+def plan_upload(run: str | Path, repo: str, *, trust_remote_code: bool = False) -> Upload:
     """The upload of `run`, a run directory or a checkpoint; nothing is sent.
 
     Raises InputError when there is no whole checkpoint or model card, or `repo` is no id; StageError when headers and
     configs of the checkpoint are wrong.
     """
+    run = Path(run)
     if not REPO.fullmatch(repo):
         raise InputError(f"{repo!r} is not a hub id: expected OWNER/NAME of letters, digits, '.', '_' and '-'")
     folder = run / "gptq" if (run / "gptq").is_dir() else run

@@ -31,9 +31,9 @@ SPEED = {"prompt": 32, "new": 17, "batch": 1, "repeat": 1}  # what an engine's t
 
 @torch.no_grad()
 def verify(
-    path: Path,
+    path: str | Path,
     *,
-    source: Path | None = None,
+    source: str | Path | None = None,
     text: str | None = None,
     load_in: Sequence[Engine] = (),
     deploy: Container[str] = (),
@@ -51,6 +51,7 @@ def verify(
     engine_dtype: of the engines; default: fp32 for transformers on a CPU, else the checkpoint's.
     device: where engines run, default the CPU. own_device: where we decode and score, default `device`.
     """
+    path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
     for engine in load_in:

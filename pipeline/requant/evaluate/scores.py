@@ -37,6 +37,10 @@ class Scores:
     kl: bool
     canaries: Canaries | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("cache",):  # callers may give text
+            object.__setattr__(self, name, Path(getattr(self, name)))
+
     def file(self, variant: str, s: EvalSet) -> Path:
         """The file of one variant's scores on one set."""
         reference = self.keys[REFERENCE] if self.kl and variant != REFERENCE else None

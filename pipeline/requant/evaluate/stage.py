@@ -166,7 +166,8 @@ class _Evaluation:
         """(model, name of its runtime). A streamed model has run all windows through its blocks."""
         device, dtype = self.scores.device, self.scores.dtype
         if not streaming:
-            return variants.load(name, self.sources, device=device, dtype=dtype), variants.RUNTIMES[name]
+            whole = variants.RUNTIMES_16_BIT if self.sources.sixteen_bit else variants.RUNTIMES
+            return variants.load(name, self.sources, device=device, dtype=dtype), whole[name]
         self.streamed.append(name)
         model = streamed.StreamedModel(streamed.walk_of(name, self.sources, device=device, dtype=dtype))
         windows = [w.ids for s in sets for w in s.windows]
@@ -180,7 +181,7 @@ class _Evaluation:
         if windows:
             model.run(windows, self.batch, on_block)
         self.done += len(windows)
-        return model, streamed.RUNTIMES[name]
+        return model, (streamed.RUNTIMES_16_BIT if self.sources.sixteen_bit else streamed.RUNTIMES)[name]
 
     def _score(self, name: str, model: Any, s: EvalSet, runtime: str) -> None:
         """Score one set; out of memory halves the batch."""

@@ -30,6 +30,10 @@ RUNTIMES = {
     "base": "requant's decoder, block by block",
     "adapter": "requant's decoder and PEFT, unmerged, block by block",
 } | dict.fromkeys(PLAIN, "torch, block by block")
+RUNTIMES_16_BIT = RUNTIMES | {
+    "base": "torch, block by block",
+    "adapter": "torch and PEFT, unmerged, block by block",
+}
 MEMORY_SHARE = 0.25  # of free device memory for hidden states; larger ones are kept on the host
 
 

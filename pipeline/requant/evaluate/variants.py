@@ -1,6 +1,7 @@
 """Variants as models: base, adapter, merged, original, rtn, gptq and healed.
 
-`base` and `adapter` run in bitsandbytes and PEFT, as in training; the others are plain models of the given dtype.
+`base` and `adapter` run in bitsandbytes and PEFT, as in training; the others are plain models of the given dtype. A
+base that training did not quantize is a plain model too, and its `adapter` is it with PEFT.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from requant.runtime.device import free_memory
 log = logging.getLogger(__name__)
 PLAIN = ("merged", "original", "rtn", "gptq", "healed")
 RUNTIMES = {"base": "bitsandbytes", "adapter": "bitsandbytes and PEFT, unmerged"} | dict.fromkeys(PLAIN, "torch")
+RUNTIMES_16_BIT = RUNTIMES | {"base": "torch", "adapter": "torch and PEFT, unmerged"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,12 @@ class VariantSources:
     original: MergePlan | None = None  # the merge onto the 16-bit base; None: no variant original
     plan: MergePlan | None = None  # its adapters make the variant adapter; None: the directory `adapter`
     live: bool = True  # whether transformers 5 can load the base as training did
+    sixteen_bit: bool = False  # whether training held the base in 16 bit
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("base", "adapter", "merged", "gptq"):  # callers may give text
+            object.__setattr__(self, name, Path(getattr(self, name)))
 
     @classmethod
     def of_checkpoint(cls, path: Path, *, gptq: Path | None = None, trust_remote_code: bool = False) -> VariantSources:
@@ -61,7 +68,7 @@ class VariantSources:
 def load(name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The model of one variant on `device`, computing in `dtype`, in eval mode."""
     if name in ("base", "adapter"):
-        return _quantized_base(sources, device, dtype, with_adapter=name == "adapter")
+        return _trained_base(sources, device, dtype, with_adapter=name == "adapter")
     if name == "merged":
         return _pretrained(sources, device, dtype)
     model, stored = plain(name, sources, device)
@@ -94,9 +101,9 @@ def teacher(name: str, sources: VariantSources, *, device: torch.device, stored:
     return load(name, sources, device=device, dtype=torch.bfloat16)
 
 
-def quantized(path: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def quantized(path: str | Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The model of the GPTQ checkpoint `path`."""
-    sources = VariantSources.of_checkpoint(path, trust_remote_code=trust_remote_code)
+    sources = VariantSources.of_checkpoint(Path(path), trust_remote_code=trust_remote_code)
     return load("gptq", sources, device=device, dtype=dtype)
 
 
@@ -139,8 +146,8 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
     return model
 
 
-def _quantized_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
-    """The 4-bit base as training loaded it, through bitsandbytes.
+def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
+    """The base as training loaded it: in 4 bits through bitsandbytes, or in 16 bit.
 
     with_adapter: with the adapter on top through PEFT, unmerged.
     """

@@ -35,3 +35,7 @@ class HealJob:
     work: Path
     key: str
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("source", "teacher", "work"):  # callers may give text
+            object.__setattr__(self, name, Path(getattr(self, name)))

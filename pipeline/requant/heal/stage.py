@@ -94,7 +94,7 @@ class HealResult(BlockFacts, ScaleChanges):
 
 
 def heal(
-    job: HealJob, out: Path, *, meta: Mapping[str, Any] | None = None, progress: Progress | None = None
+    job: HealJob, out: str | Path, *, meta: Mapping[str, Any] | None = None, progress: Progress | None = None
 ) -> HealResult:
     """Heal the GPTQ checkpoint `job.source` into the existing, empty directory `out`.
 
@@ -105,6 +105,7 @@ def heal(
         InputError: `job.source` is no GPTQ checkpoint, or of another model than `job.teacher`.
         StageError: the checkpoint gives NaN or infinity.
     """
+    out = Path(out)
     check_same(job.source, job.teacher, trust_remote_code=job.trust_remote_code)
     job.work.mkdir(parents=True, exist_ok=True)
     blocks: BlockFacts = {}

@@ -113,6 +113,11 @@ class BaseWeights:
         """Whether any weight is stored in 4 bits."""
         return any(w.kind == "packed" for w in self.weights.values())
 
+    @property
+    def four_bit(self) -> bool:
+        """Whether any weight has the values of a 4-bit grid, on disk or in training."""
+        return any(w.kind != "stored" for w in self.weights.values())
+
     def _weight(self, name: str, state_name: str | None, *, simulated: bool) -> BaseWeight:
         info = self.checkpoint[name]
         conv1d = name in self.conv1d

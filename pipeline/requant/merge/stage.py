@@ -100,7 +100,7 @@ def computed_ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, 
 
 def merge(
     plan: MergePlan,
-    out: Path,
+    out: str | Path,
     *,
     dtype: Literal["auto", "float16", "bfloat16", "float32"],
     max_shard: int = 5 * 10**9,
@@ -108,11 +108,13 @@ def merge(
     stops: StopTokens | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Write the merged checkpoint into the existing directory `out`, computing on `device`.
+    """Write the merged checkpoint into the directory `out`, computing on `device`.
 
     stops: tokens that end a turn of the fine-tune and that the base's configs lack.
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     chosen, why = choose_dtype(plan, dtype)
     target = DTYPES[chosen]
     result = MergeResult(

@@ -40,12 +40,12 @@ Progress = Callable[[int, int, str], None]
 
 @torch.no_grad()
 def quantize(
-    source: Path, out: Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
+    source: str | Path, out: str | Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9,
     meta: Mapping[str, Any] | None = None, deltas: Deltas | None = None, progress: Progress | None = None,
     ranks: Ranks = SINGLE_PROCESS, notes: list[str] | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
-    """Quantize the model in `source` into the existing directory `out`, resuming what it holds.
+    """Quantize the model in `source` into the directory `out`, resuming what it holds.
 
     windows: calibration token ids, int64 [n, length]. dtype: of the tensors left unquantized (what servers run in).
     batch: windows at a time, by default about 2048 tokens on the CPU and 8192 on a GPU.
@@ -56,6 +56,8 @@ def quantize(
     With several ranks each makes this call (`Ranks.call`). Only the first needs deltas, writes files and
     reports progress.
     """
+    source, out = Path(source), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)
     model = skeleton.open_model(source, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@
     yaml_document        YAML with line numbers, duplicate keys refused
     error_messages       validation errors as file:line: key: what to do
     source_directories   what a directory is that was given as an adapter or a model
+    adapter_record       what an adapter's files say of its base
     template             a commented recipe for an adapter (`requant init`)
 
 Imports neither torch nor transformers. May import: errors; requant_eval.gate.

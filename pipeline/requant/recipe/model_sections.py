@@ -97,10 +97,12 @@ class Nf4(Section):
 class Base(Section):
     """The model that the adapter was trained on."""
 
-    model: Text = Field(description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model with nf4.")
+    model: Text = Field(description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model and nf4.")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit of model.")
-    nf4: Literal["auto"] | Nf4 = Field(
-        default="auto", description="auto: read from the 4-bit checkpoint. A section: model is 16-bit."
+    nf4: Literal["auto", "none"] | Nf4 = Field(
+        default="auto",
+        description="auto: read from the 4-bit checkpoint. For a 16-bit model: a section, how training quantized it, "
+        "or none, training did not (plain LoRA).",
     )
     original: AnySource | None = Field(default=None, description="The 16-bit model behind a 4-bit checkpoint.")
 
@@ -111,12 +113,14 @@ class Base(Section):
 
     @property
     def sixteen_bit(self) -> Source | None:
-        """The 16-bit base: `original`, or `model` itself when `nf4` is a section."""
-        return self.original or (self.source if isinstance(self.nf4, Nf4) else None)
+        """The 16-bit base: `original`, or `model` itself when `nf4` is a section or none."""
+        return self.original or (self.source if self.nf4 != "auto" else None)
 
     @model_validator(mode="after")
     def _possible(self, info: ValidationInfo) -> Self:
         check_source("model", self.model, self.revision, info)
+        if self.nf4 == "none" and self.original is not None:
+            fail((("original",), "nf4: none says that model itself is the 16-bit base: remove one of the two"))
         return self
 
 

@@ -6,7 +6,7 @@ Reads no weights, imports neither torch nor transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,9 @@ from requant.recipe.text_sections import (
 )
 from requant.recipe.yaml_document import KeyPath
 
-__all__ = ["Recipe", "dump", "json_schema", "load", "parse"]
+__all__ = ["Overrides", "Recipe", "dump", "json_schema", "load", "parse"]
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Changed values: `{"quantize.bits": 3}`, or lines as `--set` takes them, `["quantize.bits=3"]`."""
 
 
 class Recipe(Section):
@@ -104,6 +106,8 @@ class Recipe(Section):
         problems: list[tuple[KeyPath, str]] = []
         if "original" in evaluate.variants and _lacks_original(info):
             problems.append((("variants", evaluate.variants.index("original")), f"original {_NEEDS_ORIGINAL}"))
+        if "original" in evaluate.variants and _is_plain(info):
+            problems.append((("variants", evaluate.variants.index("original")), _SAME_AS_MERGED))
         if "healed" in evaluate.variants and info.data.get("heal") == "off":
             problems.append((("variants", evaluate.variants.index("healed")), "healed is not made with heal: off"))
         directory = info.context if isinstance(info.context, Path) else Path()
@@ -133,6 +137,7 @@ class Recipe(Section):
 
 
 _NEEDS_ORIGINAL = "needs the 16-bit base: set base.original, or base.nf4 if base.model itself is 16-bit"
+_SAME_AS_MERGED = "original is merged once more: with base.nf4: none both are on base.model in 16 bit. Remove it"
 
 
 def _lacks_original(info: ValidationInfo) -> bool:
@@ -140,16 +145,23 @@ def _lacks_original(info: ValidationInfo) -> bool:
     return isinstance(base, Base) and base.sixteen_bit is None
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `--set` overrides such as `quantize.bits=3`.
+def _is_plain(info: ValidationInfo) -> bool:
+    """Whether training did not quantize the base."""
+    base = info.data.get("base")
+    return isinstance(base, Base) and base.nf4 == "none"
+
+
+def load(path: str | Path, overrides: Overrides = ()) -> Recipe:
+    """Read a recipe file and apply overrides: `{"quantize.bits": 3}` or `["quantize.bits=3"]` (`--set`).
 
     Raises:
         RecipeError: with all problems at once, one line each, in the order of the file.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such file: `requant init ADAPTER > {path.name}` writes one") from error
+        raise RecipeError(f"{path}: no such file: `requant init ADAPTER -o {path.name}` writes one") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: a recipe is a YAML file") from error
     except OSError as error:
@@ -157,10 +169,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(text, source=str(path), overrides=overrides, directory=path.parent)
 
 
-def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = (), directory: Path) -> Recipe:
+def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), directory: str | Path) -> Recipe:
     """Read a recipe from text.
 
-    `source` is its name in messages, `directory` where its relative inputs start.
+    `source` is its name in messages, `directory` where its relative inputs start. overrides: as in `load`.
 
     Raises:
         RecipeError: as in `load`.
@@ -168,10 +180,14 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = 
     document = yaml_document.read(text, source)
     if overrides:
         _expand_sources(document.data)
-    for setting in overrides:
-        document.override(setting)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            document.override_with(key, value)
+    else:
+        for setting in [overrides] if isinstance(overrides, str) else overrides:
+            document.override(setting)
     document.interpolate()
-    directory = directory.absolute()
+    directory = Path(directory).absolute()
     try:
         recipe = Recipe.model_validate(document.data, context=directory)
     except ValidationError as error:
@@ -183,14 +199,15 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Sequence[str] = 
     return recipe
 
 
-def dump(recipe: Recipe, directory: Path | None = None) -> str:
+def dump(recipe: Recipe, directory: str | Path | None = None) -> str:
     """YAML with every default written out: `parse(dump(x), directory=x.directory) == x`.
 
     Args:
         directory: where the text will be saved; relative input paths are rewritten as seen from there.
     """
     data = recipe.model_dump(mode="json")
-    return yaml_document.write(_with_paths_from(data, recipe.directory, directory) if directory else data)
+    moved = _with_paths_from(data, recipe.directory, Path(directory)) if directory else data
+    return yaml_document.write(moved)
 
 
 def _with_paths_from(value: Any, old: Path, new: Path) -> Any:

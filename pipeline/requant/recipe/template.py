@@ -1,6 +1,6 @@
-"""Starter recipe for an adapter (`requant init`), filled in from adapter_config.json.
+"""Starter recipe for an adapter (`requant init`), filled in from what its files record.
 
-Reads two small JSON files and no weights.
+Reads small JSON files and no weights.
 """
 
 from __future__ import annotations
@@ -8,109 +8,82 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from requant.errors import InputError
+from requant.recipe import adapter_record
+from requant.recipe.adapter_record import BASE_CONFIG, BaseRecord
 
 _FOUR_BIT_NAME = re.compile(r"bnb-?4-?bit|(?<![a-z])nf4|(?<![a-z0-9])4-?bit", re.IGNORECASE)
 _FOUR_BIT_SUFFIX = re.compile(r"-(unsloth-)?bnb-4bit$", re.IGNORECASE)
-_CONFIG = "adapter_config.json"
+GROUPS = (128, 64, 32)
+Widths = Callable[[Path], Collection[int]]
+"""Directory with config.json -> the inputs of the linears to quantize; none if they cannot be known."""
 
 
-def starter(adapter: str) -> str:
-    """A commented YAML recipe for a PEFT adapter, to be saved in the current directory.
+def _unknown(directory: Path) -> Collection[int]:
+    return ()
+
+
+def starter(adapter: str | Path, *, directory: str | Path = ".", widths: Widths = _unknown) -> str:
+    """A commented YAML recipe for a PEFT adapter.
 
     Args:
         adapter: directory (as seen from the current directory) or hub id.
+        directory: where the recipe will be saved; local paths in it are written as seen from there.
+        widths: finds the inputs that `group_size` must divide.
 
     Raises:
         InputError: no readable adapter_config.json, no base model in it, or a base to refuse.
     """
-    config_file = _config_file(adapter)
-    config = _json_object(config_file)
-    model = config.get("base_model_name_or_path")
-    if not isinstance(model, str) or not model:
-        found = "is missing" if model is None else f"is {model!r}"
-        raise InputError(
-            f"{config_file}: base_model_name_or_path {found}: expected the hub id or directory of the "
-            "model that was fine-tuned: write it there"
-        )
-    revision = config.get("revision")
+    adapter, directory = str(adapter), Path(directory)
+    file, config = adapter_record.read_adapter_config(adapter)
+    base = adapter_record.read_base(file, config)
+    section = _base_section(base, directory)
+    if adapter_record.lacks_tokenizer(adapter, base):
+        section += "  # FIXME: no tokenizer files beside this model or the adapter: copy those of training into one\n"
+    size, why = _group_size(widths(base.directory) if base.directory else ())
     return _TEMPLATE.format(
         summary=_summary(config),
-        name=_slug(adapter),
-        base=_base_section(model, revision if isinstance(revision, str) and revision else None),
-        adapter=_quoted(_as_path(adapter)),
+        name=f"{_slug(adapter)}-w4{f'g{size}' if size > 0 else ''}",
+        base=section,
+        adapter=_quoted(_as_path(adapter, directory)),
+        group=f"{size:<4}",
+        why=why,
     )
 
 
-def _config_file(adapter: str) -> Path:
-    """The adapter's configuration, downloaded if `adapter` is a hub id."""
-    directory = Path(os.path.expanduser(adapter))
-    if os.path.isdir(directory):
-        if not (directory / _CONFIG).is_file():
-            raise InputError(
-                f"{directory / _CONFIG}: no such file: expected the directory that PEFT's save_pretrained "
-                "wrote (in a training run, often its last checkpoint-N folder)"
-            )
-        return directory / _CONFIG
-    if os.path.exists(directory):
-        raise InputError(f"{adapter}: is a file: expected the directory that holds {_CONFIG}")
-    if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
-        raise InputError(f"{adapter}: no such directory: expected a PEFT directory or a hub id (owner/name)")
-    return _download(adapter)
+def _group_size(widths: Collection[int]) -> tuple[int, str]:
+    """(the largest group that divides every width, the comment's end); -1, the row, if none does."""
+    if not widths:
+        return GROUPS[0], "smaller is better and larger on disk (the base's widths are not known here)"
+    size = next((g for g in GROUPS if not any(width % g for width in widths)), -1)
+    if size == GROUPS[0]:
+        return size, "smaller is better and larger on disk"
+    return size, f"128 does not divide the base's {min(w for w in widths if w % GROUPS[0]):,} inputs"
 
 
-def _download(adapter: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(adapter, _CONFIG))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{adapter}: neither a directory here nor an adapter that can be read from the hub ({reason}): "
-            "check the name, the network and, for a private repository, HF_TOKEN"
-        ) from error
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        message = f"{file}:{error.lineno}: not valid JSON: {error.msg}: save the file again from PEFT"
-        raise InputError(message) from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{file}: cannot be read as text: {error}: save the file again from PEFT") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}: save the file again from PEFT")
-    return value
-
-
-def _base_section(model: str, revision: str | None) -> str:
+def _base_section(base: BaseRecord, directory: Path) -> str:
     """The lines under `base:`."""
-    path = Path(os.path.expanduser(model))
-    local = os.path.isdir(path)
-    shown = _as_path(model)
+    shown = _as_path(base.model, directory)
     lines = [f"  model: {_quoted(shown)}"]
-    if not local and _is_path(shown):
+    if not base.local and _is_path(shown):
         lines[0] += "   # FIXME: not found here (another machine's path?): write a directory or hub id"
-    if revision is not None and not _is_path(shown):
-        lines.append(f"  revision: {_quoted(revision)}   # the revision recorded in the adapter")
-    four_bit = _is_four_bit(path) if local else None
+    if base.revision is not None:
+        lines.append(f"  revision: {_quoted(base.revision)}   # the revision recorded in the adapter")
+    if base.dropped is not None:
+        lines.append(f"  # revision: {base.dropped}")
+    four_bit = _is_four_bit(base.directory / BASE_CONFIG) if base.directory else None
     if four_bit is None:
-        four_bit = bool(_FOUR_BIT_NAME.search(path.name))
-    return "\n".join(lines) + "\n" + (_pre_quantized(model) if four_bit else _ON_THE_FLY)
+        four_bit = bool(_FOUR_BIT_NAME.search(Path(base.model).name))
+    return "\n".join(lines) + "\n" + (_pre_quantized(base.model) if four_bit else _ON_THE_FLY)
 
 
-def _is_four_bit(directory: Path) -> bool | None:
-    """Whether a local model is a bitsandbytes 4-bit checkpoint; None if it has no config.json."""
-    file = directory / "config.json"
-    if not file.is_file():
-        return None
-    quantization = _json_object(file).get("quantization_config")
+def _is_four_bit(file: Path) -> bool:
+    """Whether a config.json is that of a bitsandbytes 4-bit checkpoint; refuses other quantized ones."""
+    quantization = adapter_record.read_object(file).get("quantization_config")
     if quantization is None:
         return False
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -149,17 +122,21 @@ def _is_path(text: str) -> bool:
     return text.startswith(("./", "../", "/", "~"))
 
 
-def _as_path(text: str) -> str:
-    """A hub id unchanged, a path with a prefix that marks it as one."""
-    if _is_path(text) or text in (".", ".."):
+def _as_path(text: str, directory: Path) -> str:
+    """A hub id unchanged, a path as seen from `directory`, with a prefix that marks it as one."""
+    if not _is_path(text) and text not in (".", ".."):
+        if adapter_record.is_hub_id(text) and not os.path.exists(text):
+            return text
+        text = f"./{text}"
+    if text.startswith(("/", "~")) or not os.path.exists(text) or os.path.samefile(directory, "."):
         return text
-    local = os.path.exists(text) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII)
-    return f"./{text}" if local else text
+    seen = os.path.relpath(text, directory)
+    return seen if seen.startswith("..") else f"./{seen}"
 
 
 def _slug(adapter: str) -> str:
     name = Path(os.path.expanduser(adapter)).absolute().name if adapter.strip("./") == "" else Path(adapter).name
-    return (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "adapter") + "-w4g128"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "adapter"
 
 
 def _quoted(text: str) -> str:
@@ -175,7 +152,8 @@ def _quoted(text: str) -> str:
 _ON_THE_FLY = """\
   # adapter_config.json does not record how the base was quantized while training. These are the usual
   # QLoRA settings: compare them with the BitsAndBytesConfig of your training script. If the base was a
-  # pre-quantized 4-bit checkpoint, write that as model and nf4: auto.
+  # pre-quantized 4-bit checkpoint, write that as model and nf4: auto. If it was trained in 16 bit, without
+  # a BitsAndBytesConfig (plain LoRA), write nf4: none in place of the section.
   nf4:
     quant_type: nf4         # nf4 | fp4; bnb_4bit_quant_type (transformers' own default is fp4)
     double_quant: true      # bool; bnb_4bit_use_double_quant (transformers' own default is false)
@@ -186,7 +164,7 @@ _ON_THE_FLY = """\
 """
 
 _PRE_QUANTIZED = """\
-  nf4: auto                 # auto | a section; auto: read from the 4-bit checkpoint itself
+  nf4: auto                 # auto | none | a section; auto: read from the 4-bit checkpoint itself
   # original: {guess}       # 16-bit model behind it; needed for merge.onto: original and the variant original
 """
 
@@ -206,7 +184,7 @@ merge:
 
 quantize:
   bits: 4                   # 2 | 3 | 4 | 8, default 4; vLLM and SGLang load 4 and 8
-  group_size: 128           # 32 | 64 | 128 | -1, default 128; smaller is better and larger on disk
+  group_size: {group}          # 32 | 64 | 128 | -1, default 128; {why}
   symmetric: true           # bool, default true; vLLM and SGLang refuse false
   signed_scales: false      # bool, default false; a little better, not proven in vLLM's GPU kernels
   scale_search: hessian     # hessian | minmax, default hessian; minmax is the classic, and worse

@@ -59,7 +59,7 @@ class Document:
         nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in self._marks)
         order, label = self._marks[nearest] if line is None else (line, f"{self.source}:{line}")
         key = show_path(path)
-        prefix = label if not key or label == f"--set {key}" else f"{label}: {key}"
+        prefix = label if not key or label in _given_at(key) else f"{label}: {key}"
         self._problems.append((order, f"{prefix}: {message}"))
 
     def mark(self, path: KeyPath, node: Node) -> None:
@@ -74,12 +74,23 @@ class Document:
             self._problems.append((_LAST, f"--set {setting}: expected key.path=value, such as --set quantize.bits=3"))
             return
         label = f"--set {match[1]}"
-        steps = re.findall(r'"([^"]+)"|([^".]+)', match[1])
         try:
             value = _value(match[2], label)
         except RecipeError as error:
             self._problems += [(_LAST, problem) for problem in error.problems]
             return
+        self._assign_at(match[1], value, label)
+
+    def override_with(self, key: str, value: Any) -> None:
+        """Apply one override of a Python caller: the key as `--set` spells it, and plain data."""
+        if not re.fullmatch(rf"{_STEP}(?:\.{_STEP})*", key):
+            self._problems.append((_LAST, f"overrides: {key!r}: expected a key such as quantize.bits"))
+            return
+        self._assign_at(key, _as_yaml_has_it(value), f"overrides: {key}")
+
+    def _assign_at(self, key: str, value: Any, label: str) -> None:
+        """Set `value` at a key path in text; a step that contains a dot is in double quotes."""
+        steps = re.findall(r'"([^"]+)"|([^".]+)', key)
         message = self._assign([quoted or plain for quoted, plain in steps], value, label)
         if message:
             self._problems.append((_LAST, f"{label}: {message}"))
@@ -153,7 +164,12 @@ class Places(dict[KeyPath, str]):
         """`file:line: key` of a key or the nearest one that holds it; the key alone where nothing is known."""
         label = next((self[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in self), "")
         key = show_path(path)
-        return key if not label else label if label == f"--set {key}" else f"{label}: {key}"
+        return key if not label else label if label in _given_at(key) else f"{label}: {key}"
+
+
+def _given_at(key: str) -> tuple[str, ...]:
+    """The labels of an override of this key, which name the key themselves."""
+    return f"--set {key}", f"overrides: {key}"
 
 
 _LAST = 1 << 62  # overrides sort after every line of the file
@@ -219,6 +235,15 @@ def _value(text: str, label: str) -> Any:
     if holder.problems:
         raise RecipeError([f"{label}: {problem.split(': ', 1)[1]}" for problem in holder.problems])
     return value
+
+
+def _as_yaml_has_it(value: Any) -> Any:
+    """Python data as YAML would give it: paths as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_yaml_has_it(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_yaml_has_it(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _plain(node: Node, path: KeyPath, document: Document, parents: tuple[Node, ...]) -> Any:

@@ -18,6 +18,8 @@ Only this package, and cli for printing, reads a Recipe.
     evaluate_stage      scores
     suggest_stage       which modules are worth more bits
     report_stage        report.json, its renderings, model cards
+    base_precision      what training quantized the base to: base.nf4 against its files
+    calibration_size    whether the calibration text is large enough for the widths
     recipe_texts        calibration text and evaluation sets
     evaluation_inputs   files of the variants, dtype and batch of the evaluation
     heal_recipe         healing as a recipe asks for it
@@ -31,7 +33,21 @@ Only this package, and cli for printing, reads a Recipe.
 May import: every package but cli; requant_eval.
 """
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from requant.run.observer import Outcome, Watcher
 from requant.run.runner import run
 
 __all__ = ["Outcome", "Watcher", "run"]
+
+
+class _CallablePackage(ModuleType):
+    """This package, called as its function: `from requant import run` gives either of the two."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Outcome:
+        return run(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -26,6 +26,7 @@ def variant_sources(p: Prepared, run: Path) -> VariantSources:
         plan=p.merge.plan,
         healed=run / "healed",
         live=p.unloadable is None,
+        sixteen_bit=p.recipe.base.nf4 == "none",
     )
 
 

@@ -33,10 +33,10 @@ class HealCheckpointResult(HealResult):
 
 
 def heal_checkpoint(
-    checkpoint: Path,
-    teacher: Path,
-    files: Sequence[Path],
-    out: Path,
+    checkpoint: str | Path,
+    teacher: str | Path,
+    files: Sequence[str | Path],
+    out: str | Path,
     settings: HealSettings,
     *,
     device: torch.device,
@@ -50,13 +50,11 @@ def heal_checkpoint(
     Raises:
         InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
     """
+    checkpoint, teacher, out = Path(checkpoint), Path(teacher), Path(out)
     _check_new(out)
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    entries = [(f.name, documents.tokenize(documents.TextSource(path=f), tokenizer), 1.0) for f in files]
-    text = packing.healing_windows(
-        entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
-    )
+    text = _text([Path(file) for file in files], tokenizer, settings)
     plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -81,6 +79,14 @@ def heal_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {**facts, "way": str(plan)}
+
+
+def _text(files: Sequence[Path], tokenizer: Any, settings: HealSettings) -> packing.HealingText:
+    """Windows of the files' text, each in an equal share."""
+    entries = [(f.name, documents.tokenize(documents.TextSource(path=f), tokenizer), 1.0) for f in files]
+    return packing.healing_windows(
+        entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
+    )
 
 
 def _check_new(out: Path) -> None:

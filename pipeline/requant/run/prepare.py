@@ -36,8 +36,9 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
-from requant.recipe.model_sections import Nf4
 from requant.run import dtypes, recipe_texts
+from requant.run.base_precision import check_base, nf4_settings, refuse_quantized, same_as_original
+from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
@@ -66,6 +67,7 @@ def prepare(recipe: Recipe) -> Prepared:
     )
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings)
+    warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
         recipe=recipe,
         sources=sources,
@@ -91,7 +93,7 @@ def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
     original = model if base.sixteen_bit and not base.original else None
     if base.original:
         original = fetch(base.original, directory, trust_remote_code=trust, place=recipe.place("base", "original"))
-    simulate = _nf4_settings(recipe.base.nf4)
+    simulate = nf4_settings(recipe.base.nf4)
     return Sources(base=model, adapter=loaded[0].path, original=original, simulate=simulate), loaded
 
 
@@ -100,6 +102,7 @@ def _merge_inputs(
 ) -> tuple[MergeInputs, Any]:
     """Merge plans and how well each adapter matches the base; the model skeleton."""
     trust, original = recipe.trust_remote_code, sources.original
+    check_base(recipe, sources.base)
     if recipe.merge.onto == "original":
         plan, model = _onto_original(recipe, original or sources.base, loaded)
     else:
@@ -183,51 +186,26 @@ def _hints(recipe: Recipe) -> list[str]:
             "base.original is set and not measured: the variant original says which base is the better one "
             "to merge onto"
         ]
-    return []
-
-
-def _nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
-    if isinstance(nf4, str):
-        return None
-    return Nf4Settings(
-        quant_type=nf4.quant_type,
-        double_quant=nf4.double_quant,
-        blocksize=nf4.blocksize,
-        load_dtype=nf4.load_dtype,
-        skip=nf4.skip,
-        version=nf4.transformers,
-    )
+    return same_as_original(recipe)
 
 
 def plan_merge(
-    base: Path,
+    base: str | Path,
     loaded: peft_directory.Adapter | Sequence[peft_directory.Adapter],
-    simulate: Nf4Settings | None,
+    simulate: Nf4Settings | None = None,
     *,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
 ) -> tuple[MergePlan, Any]:
-    """(merge plan, model skeleton) of one or several adapters on one base, from headers."""
+    """(merge plan, model skeleton) of one or several adapters on one base, from headers.
+
+    simulate: how a 16-bit base was quantized in training; None: it was not, or `base` is stored in 4 bits.
+    """
+    base = Path(base)
     checkpoint = Checkpoint(base)
     refuse_quantized(checkpoint)
     model: Any = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     stored = variant_weights.open_base(checkpoint, model, simulate)
     return merge.plan(stored, loaded, ModelLayout.of(model, stored)), model
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a base in a quantized format other than bitsandbytes 4-bit."""
-    file = checkpoint.path / "config.json"
-    quantization = checkpoint.config.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        raise InputError(
-            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
-        )
-    method = quantization.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise InputError(
-            f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit "
-            "bases. Use the 16-bit model that it was made from"
-        )
 
 
 def quantize_settings(recipe: Recipe) -> Settings:

@@ -38,10 +38,10 @@ MEASURED = tuple(Measured.__annotations__)
 
 
 class BaseFacts(TypedDict):
-    """The base model. nf4: how a 16-bit base was quantized for training."""
+    """The base model. nf4: how a 16-bit base was quantized for training; none: it was not."""
 
     name: str
-    nf4: Nf4Facts | Literal["pre-quantized"]
+    nf4: Nf4Facts | Literal["pre-quantized", "none"]
 
 
 class MatchFacts(TypedDict):
@@ -150,7 +150,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "recipe": public_recipe(r),
         "base": {
             "name": public_name(r.base.source, r.directory),
-            "nf4": cast(Nf4Facts, asdict(nf4)) if nf4 else "pre-quantized",
+            "nf4": cast(Nf4Facts, asdict(nf4)) if nf4 else "none" if r.base.nf4 == "none" else "pre-quantized",
         },
         "adapter": {
             **_adapters(r),
@@ -182,7 +182,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "evaluation": {"dtype": dtype, "protocol": r.evaluate.protocol},
         "versions": measurements.versions(),
         "hardware": measurements.hardware(device),
-        "warnings": [*prepared.warnings, *_warnings(stages, modules)],
+        "warnings": [*prepared.warnings, *_warnings(stages, modules), *_lost_delta(prepared, modules)],
     }
 
 
@@ -237,13 +237,16 @@ def _size(path: Path) -> int:
 
 
 def _base_bytes(p: Prepared) -> int | None:
-    """Bytes of the 4-bit base as it is served.
+    """Bytes of the base as it is served with the adapter: as training held it.
 
-    Of a 4-bit checkpoint its files; of a 16-bit one what quantizing it on the fly leaves.
+    Of a 4-bit checkpoint its files; of a 16-bit one what quantizing it on the fly leaves, or 16 bit a weight where
+    training did not quantize it.
     """
-    if p.sources.simulate is None:
-        return _size(p.sources.base)
     base, nf4 = p.merge.plan.base, p.sources.simulate
+    if p.recipe.base.nf4 == "none":
+        return sum(math.prod(w.shape) * min(w.dtype.itemsize, 2) for w in base.weights.values())
+    if nf4 is None:
+        return _size(p.sources.base)
     if base.simulate is None:
         return None  # merged onto the 16-bit original: how the 4-bit base was made of it is not planned
     total = 0
@@ -261,7 +264,7 @@ def _warnings(stages: StageResults, modules: Sequence[ModuleRow]) -> list[str]:
     merged = stages["merge"]
     found = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
     found += [*stages.get("quantize", {}).get("notes", []), *stages.get("evaluate", {}).get("notes", [])]
-    return [*found, *_untrained(merged), *_fallbacks(modules), *_rarely_routed(modules), *_lost_delta(modules)]
+    return [*found, *_untrained(merged), *_fallbacks(modules), *_rarely_routed(modules)]
 
 
 def _untrained(merged: MergeStageResult) -> list[str]:
@@ -285,13 +288,12 @@ def _rarely_routed(modules: Sequence[ModuleRow]) -> list[str]:
     ]
 
 
-def _lost_delta(modules: Sequence[ModuleRow]) -> list[str]:
+def _lost_delta(prepared: Prepared, modules: Sequence[ModuleRow]) -> list[str]:
     """A warning when less of the adapter's delta is left than `delta_prediction.LIMIT`."""
     from requant_eval.render.adapter_tables import delta_retention
 
     share = delta_retention({"quantize": {"modules": modules}})
     if share is None or share >= delta_prediction.LIMIT:
         return []
-    return [
-        f"grid resonance: only {share:.0%} of the adapter's delta is in the quantized weights: try another group_size"
-    ]
+    why = "grid resonance: " if prepared.merge.plan.base.four_bit else ""
+    return [f"{why}only {share:.0%} of the adapter's delta is in the quantized weights: try another group_size"]

@@ -32,19 +32,20 @@ Until = Literal["merge", "quantize", "heal", "evaluate", "report"]
 
 
 def run(
-    wanted: recipe.Recipe,
+    wanted: recipe.Recipe | str | Path,
     *,
     until: Until = "report",
     watcher: Watcher | None = None,
     suggest: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Outcome:
-    """Run a recipe up to and including the stage `until`.
+    """Run a recipe, or the recipe in a file, up to and including the stage `until`.
 
     Raises RequantError, leaving finished stages in place.
     suggest: before the report, also measure which modules are worth more bits.
     ranks: the other processes of this run, which execute what this one calls.
     """
+    wanted = recipe.load(wanted) if isinstance(wanted, str | Path) else wanted
     directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
     directory.check()
     prepared = prepare.prepare(wanted)

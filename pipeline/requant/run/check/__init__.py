@@ -3,6 +3,7 @@
     forecast           seconds and memory of every stage   <- start here
     forecast_merge     the same of the merge
     rehearsal          one block of random weights run, quantized, scored and timed
+    input_widths       widths of the linears, which a group size must divide
     delta_prediction   how much of the adapter's delta the grid will keep
 
 Part of package run: may import what that may.

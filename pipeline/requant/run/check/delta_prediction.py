@@ -80,15 +80,20 @@ class Prediction:
             f"({self.modules} modules of layers {', '.join(self.blocks)})"
         )
 
-    def warnings(self) -> list[str]:
-        """A warning when retention is below LIMIT with 95 % confidence, and grids that keep more."""
+    def warnings(self, *, four_bit: bool = True) -> list[str]:
+        """A warning when retention is below LIMIT with 95 % confidence, and grids that keep more.
+
+        four_bit: whether the base's weights lie on a 4-bit grid of their own, with which the recipe's can resonate.
+        """
         if self.retention["high"] >= LIMIT:
             return []
         better = {n: r for n, r in self.others.items() if r["low"] > self.retention["high"]}
         shown = ", ".join(f"{n} {r['value']:.0%}" for n, r in better.items())
+        title = "grid resonance" if four_bit else "delta retention"
+        why = ", since that grid and the base's own 4-bit grid fall together" if four_bit else ""
         return [
-            f"grid resonance: rounded to nearest on the {self.grid} grid only {self.retention['value']:.0%} of the "
-            "adapter's delta is left, since that grid and the base's own 4-bit grid fall together"
+            f"{title}: rounded to nearest on the {self.grid} grid only {self.retention['value']:.0%} of the "
+            f"adapter's delta is left{why}"
             + (f" ({shown})" if shown else "")
             + "; GPTQ's error feedback keeps more, the report says how much. Never ship this grid without it"
         ]
@@ -133,7 +138,7 @@ def stored_prediction(
     stored = cast("PredictionResult | None", run.result("resonance", key))
     if stored is None:
         predicted = predict(plan, layout, device)
-        for warning in predicted.warnings() if predicted else []:
+        for warning in predicted.warnings(four_bit=plan.base.four_bit) if predicted else []:
             log.warning("%s", warning)
         stored = {"prediction": cast(PredictionFacts, asdict(predicted)) if predicted else None}
         run.remember("resonance", key, dict(stored))

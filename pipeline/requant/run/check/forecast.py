@@ -170,7 +170,7 @@ class _Scoring:
         )
         made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
         load = 2 * self.build + (self.reading + (made - 1) * self.decoding) * size.total
-        if not size.packed:
+        if not size.packed and not size.adapter:
             return load + tokens * per_token + heads
         extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
         times = 1 if self._streams(name, size) else _forwards(self.p.texts.sets, self.batch)

@@ -1,0 +1,89 @@
+"""The base's precision in training: `base.nf4` against what the base's files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError, RecipeError
+from requant.merge.base_weights import STATE, Nf4Settings
+from requant.recipe import Recipe
+from requant.recipe.model_sections import Nf4
+
+
+def check_base(recipe: Recipe, base: Path) -> None:
+    """Refuse a base whose files do not go with `base.nf4`, read from headers.
+
+    Raises RecipeError for a 16-bit base without a word on how training held it, and for `none` on a 4-bit one;
+    InputError for a quantized format other than bitsandbytes 4-bit.
+    """
+    checkpoint = Checkpoint(base)
+    refuse_quantized(checkpoint)
+    nf4, name = recipe.base.nf4, Path(recipe.base.model).name
+    if any(tensor.endswith((".SCB", ".weight_format")) for tensor in checkpoint):
+        return  # 8 bit: refused with its own words when it is opened
+    if any(STATE in tensor for tensor in checkpoint):
+        if nf4 == "none":
+            raise RecipeError(
+                f"{recipe.place('base', 'nf4')}: none says that training did not quantize the base, but {name} is a "
+                "4-bit checkpoint: remove nf4 or write nf4: auto (its files say how it was quantized), or name the "
+                "16-bit model"
+            )
+        return
+    if isinstance(nf4, str) and _says_four_bit(checkpoint):
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: quantization_config says bitsandbytes, but no tensor is stored in 4 "
+            "bits: the files do not belong together. Remove quantization_config if the weights are 16-bit"
+        )
+    if nf4 == "auto":
+        raise RecipeError(
+            f"{recipe.place('base', 'nf4')}: auto, the default, reads a 4-bit checkpoint, but {name} is a 16-bit model, "
+            "and it would be merged as if training had not quantized it. Did training load it in 4 bits "
+            "(BitsAndBytesConfig, QLoRA)? Give its settings as a section, as `requant init` writes it: "
+            "nf4: {quant_type: nf4, double_quant: true}. Was it trained in 16 bit (plain LoRA)? Write nf4: none"
+        )
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a base in a quantized format other than bitsandbytes 4-bit."""
+    file = checkpoint.path / "config.json"
+    quantization = checkpoint.config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise InputError(
+            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
+        )
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise InputError(
+            f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit "
+            "bases. Use the 16-bit model that it was made from"
+        )
+
+
+def _says_four_bit(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.config.get("quantization_config"))
+
+
+def nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
+    """How a 16-bit base was quantized for training; None for auto and none."""
+    if isinstance(nf4, str):
+        return None
+    return Nf4Settings(
+        quant_type=nf4.quant_type,
+        double_quant=nf4.double_quant,
+        blocksize=nf4.blocksize,
+        load_dtype=nf4.load_dtype,
+        skip=nf4.skip,
+        version=nf4.transformers,
+    )
+
+
+def same_as_original(recipe: Recipe) -> list[str]:
+    """A hint that `merge.onto: original` changes nothing where the base was not quantized."""
+    if recipe.base.nf4 != "none" or recipe.merge.onto != "original":
+        return []
+    return [
+        "merge.onto: original is the same as dequantized here: with base.nf4: none there is only the 16-bit base, and "
+        "the adapter is merged onto it"
+    ]

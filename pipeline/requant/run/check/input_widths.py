@@ -1,0 +1,24 @@
+"""Widths of a model's linears, from its config.json: what a group size must divide."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from requant.errors import InputError
+from requant.modeling import skeleton
+from requant.modeling.block_walk import block_linears, block_list
+from requant.quantize.plan import NARROW
+
+log = logging.getLogger(__name__)
+
+
+def input_widths(directory: Path) -> set[int]:
+    """Numbers of inputs of the linears that are quantized; empty if transformers cannot build the model."""
+    try:
+        model = skeleton.open_model(directory)
+        linears = [m for block in block_list(model)[1] for m in block_linears(block).values()]
+    except (InputError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError) as error:
+        log.debug("widths are not known: %s", error)
+        return set()
+    return {m.in_features for m in linears if m.out_features >= NARROW}
