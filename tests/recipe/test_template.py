@@ -183,11 +183,21 @@ def test_invalid_json_names_the_line() -> None:
 def test_bad_places(here: Path) -> None:
     (here / "empty").mkdir()
     (here / "file").touch()
-    assert refusal("empty").startswith("empty/adapter_config.json: no such file: expected the directory that PEFT's")
-    assert refusal("file") == "file: is a file: expected the directory that holds adapter_config.json"
+    (here / "out").mkdir()
+    adapter("out/checkpoint-120")
+    adapter("out/checkpoint-240")
+    assert refusal("empty") == (
+        "empty: no adapter_config.json; expected a directory written by PEFT's save_pretrained; it is empty"
+    )
+    assert refusal("file") == "file: a file: expected the directory that holds adapter_config.json"
+    assert refusal("./out") == (
+        "./out: no adapter_config.json here, but in checkpoint-240 (the latest), checkpoint-120: give one of these "
+        "directories, such as out/checkpoint-240"
+    )
     for name in ("./nope", "nope", "a/b/c", "../x"):
         expected = f"{name}: no such directory: expected a PEFT directory or a hub id (owner/name)"
-        assert refusal(name) == expected
+        assert refusal(name).startswith(expected)
+    assert refusal("./emty").endswith(": did you mean ./empty?")
 
 
 def test_hub_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
