@@ -246,6 +246,7 @@ def test_run_shows_the_report_and_the_second_says_nothing_to_do(here: Here, proj
     assert " ".join(here.out.split()).startswith(f"{report['verdict']['line']} {report['headline']}")
     assert here.out.endswith("report done: runs/shown\n")
     assert here.err.splitlines() == [
+        "prepare: started",
         "merge: up to date",
         "quantize: up to date",
         "evaluate: up to date",
@@ -271,7 +272,7 @@ def test_exit_code_1_when_the_data_is_bad(here: Here, project: Path, tmp_path: P
 def test_exit_code_when_the_output_cannot_be_written(here: Here, project: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     assert here("run", str(project / "recipe.yaml"), "--set", "output.dir=file/runs") in (1, 2)
-    assert re.fullmatch(r"error: .*file/runs.*\n", here.err)
+    assert re.fullmatch(r"prepare: started\nerror: .*file/runs.*\n", here.err)
     assert (tmp_path / "file").read_text() == "not a directory"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -112,13 +113,13 @@ def test_engines_of_the_recipe_are_asked_about_what_ships(
     (step,) = next(s for s in outcome.report["sets"] if s["in_domain"])["kernels"]
     assert (step["from"], step["to"]) == ("healed", "transformers")
     assert step["delta"]["value"] == pytest.approx(0.001, abs=1e-6)
-    row = "| healed -> transformers | served in bfloat16 on cpu, 20 documents |"
-    assert row in (outcome.path / "healed" / "README.md").read_text()
-    assert row not in (outcome.path / "gptq" / "README.md").read_text()
+    row = re.compile(r"\| healed -> transformers \|.*\| served in bfloat16 on cpu, 20 documents \|")
+    assert row.search((outcome.path / "healed" / "README.md").read_text())
+    assert not row.search((outcome.path / "gptq" / "README.md").read_text())
     save_verification(deploy.verify(outcome.path / "healed", load_in=["vllm"]))
     again = run(project, tmp_path, HEAL | {"heal": HEAL["heal"] | {"seed": 2}, "deploy": ["transformers"]})
     assert again.ran == ["report"]
-    assert "| healed -> vllm | served" in (outcome.path / "report.md").read_text()
+    assert "| healed -> vllm |" in (outcome.path / "report.md").read_text()
 
 
 @pytest.mark.slow

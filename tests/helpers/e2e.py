@@ -242,6 +242,9 @@ class _Killer:
         self.now = name
         self.progress(0, 0)
 
+    def doing(self, text: str) -> None:
+        """Of no interest here."""
+
     def progress(self, done: int, total: int, note: str = "") -> None:
         if (self.now, done) == (self.wanted, self.at):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -82,7 +82,7 @@ def test_the_step_stands_in_the_waterfall_of_its_set() -> None:
     assert [e["to"] for e in of(report, "in-domain")["kernels"]] == ["vllm"]
     assert [s["kernels"] for s in report["sets"] if s["name"] != "in-domain"] == [[]]
     rows = {row[0]: row for row in waterfall_table(of(report, "in-domain")).rows}
-    assert rows["gptq -> vllm"][1] == "served in bfloat16 on cpu, 3 documents"
+    assert rows["gptq -> vllm"][3] == "served in bfloat16 on cpu, 3 documents"
     assert rows["gptq -> vllm"][2].startswith("+0.01")
     for text in (markdown.render(report), model_card.model_card(report), html.render(report)):
         assert "served in bfloat16 on cpu, 3 documents" in text

@@ -66,8 +66,8 @@ def test_the_ten_worst_are_sorted() -> None:
     table = adapter_tables.worst_modules_table(
         facts(*(module(i, "q_proj", 15.0 - i) for i in range(14)), module(20, "q_proj", None))
     )
-    assert [row[2] for row in table.rows] == [f"{x:g}" for x in range(2, 12)]
-    assert table.rows[0] == ("model.layers.13.q_proj", "4", "2", "10 %", "90 %", "80 %")
+    assert [row[3] for row in table.rows] == [f"{x:g}" for x in range(2, 12)]
+    assert table.rows[0] == ("model.layers.13.q_proj", "80 %", "90 %", "2", "10 %", "4")
     assert table.title.startswith("The 10 modules")
 
 

@@ -85,15 +85,15 @@ def worst_modules_table(facts: Facts) -> Table:
     rows = tuple(
         (
             str(m["name"]),
-            str(m["bits"]),
+            _percent(m.get("output_retention")),
+            _percent(m.get("retention")),
             _ratio(ratio),
             _percent(m["relative_error"]),
-            _percent(m.get("retention")),
-            _percent(m.get("output_retention")),
+            str(m["bits"]),
         )
         for m, ratio in worst
     )
-    columns = ("module", "bits", "signal to noise", "relative error", "delta kept", "its output kept")
+    columns = ("module", "its output kept", "delta kept", "signal to noise", "relative error", "bits")
     note = (
         "Kept: the part of the stored weight's change from the base that is the adapter's, <Q - D, dW> / <dW, dW>, and "
         "the same of its output. 100 % with a low signal to noise: all there, under noise."

@@ -7,7 +7,7 @@ report to draw it from. Formats without pictures leave figures out, so each numb
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from requant_eval.metrics.engine_step import proofs
@@ -16,6 +16,7 @@ from requant_eval.metrics.records import EvaluationSet
 from requant_eval.render import adapter_tables
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.heal_tables import heal_tables
+from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import set_tables
 from requant_eval.render.tables import Table, cost_tables, facts_table, gates_table, modules_table, options_table
 from requant_eval.report.records import GateResult, Report
@@ -126,7 +127,7 @@ def document(report: Report) -> Document:
         headline=report["headline"],
         title=str(report["name"] or "Quality report"),
         about=f"Measured {created}. {_about(report)}" if created else "",
-        sections=tuple(s for s in _sections(report) if s.blocks),
+        sections=tuple(_under_heading(s) for s in _sections(report) if s.blocks),
         verdict=report["verdict"]["line"],
     )
 
@@ -136,6 +137,21 @@ def _about(report: Report) -> str:
     if is_16_bit_base(report["facts"]):
         said += " Variant base: the 16-bit base, as training held it. Variant adapter: 16-bit base + adapter, unmerged."
     return said
+
+
+def _under_heading(section: Section) -> Section:
+    """The section whose tables do not repeat its title in theirs."""
+    return replace(section, blocks=tuple(_shorter(block, section.title) for block in section.blocks))
+
+
+def _shorter(block: Block, heading: str) -> Block:
+    if not isinstance(block, Table):
+        return block
+    name = heading.removesuffix(" (in-domain)")
+    if block.title == name:
+        return replace(block, title="")
+    title = block.title.removeprefix(f"{name}: ")
+    return block if title == block.title else replace(block, title=title[:1].upper() + title[1:])
 
 
 def _sections(report: Report) -> Iterator[Section]:
@@ -222,10 +238,9 @@ def _retention(facts: Facts) -> Iterator[Block]:
 
 def _reproduce(report: Report) -> Iterator[Block]:
     facts = known_facts(report["facts"])
-    inputs = {key: facts.get(key) for key in ("base", "adapter")}
     sets = {s["name"]: f"sha256 {s['digest']}, fingerprint {s['fingerprint']}" for s in report["sets"]}
     for t in (
-        facts_table("Inputs", inputs),
+        inputs_table(facts),
         facts_table("Evaluation tokens", sets),
         facts_table("What ran each variant", (facts.get("evaluation") or {}).get("runtimes")),
         facts_table("Versions", facts.get("versions")),

@@ -9,13 +9,13 @@ from requant_eval.report.number_format import format_estimate, format_seconds
 
 COLUMNS = (
     "read by",
-    "kernel",
-    "dtype",
     "perplexity",
     "ln perplexity, from ours",
     "tolerance",
     "load",
     "tokens/s, one sequence",
+    "kernel",
+    "dtype",
 )
 
 
@@ -24,7 +24,7 @@ def checks_table(variant: str, proof: ProofFacts) -> Table:
     title = f"{variant} in each engine"
     if proof.get("perplexity") is None:
         return Table(title=title, columns=COLUMNS, rows=())
-    ours = ("our decoding", "plain weights", "float32", f"{proof['perplexity']:.4f}", "", "", "", "")
+    ours = ("our decoding", f"{proof['perplexity']:.4f}", "", "", "", "", "plain weights", "float32")
     rows = [ours, *(_row(e) for e in proof.get("engines") or [])]
     name = proof.get("sample_set")
     whose = f", beginnings of documents of {name}" if name else ""
@@ -32,22 +32,23 @@ def checks_table(variant: str, proof: ProofFacts) -> Table:
         f"Checked: {proof['tensors']} tensors and {proof['linears']} packed linears against the format and the merged "
         f"model; perplexity of the same {proof['sample_tokens']} tokens{whose}; 8 tokens generated."
     )
-    return Table(title=title, columns=COLUMNS, rows=tuple(rows), note=note, text=3)
+    table = Table(title=title, columns=COLUMNS, rows=tuple(rows), note=note, words=("kernel", "dtype"))
+    return table.informative()
 
 
 def _row(engine: EngineFacts) -> tuple[str, ...]:
     names = ", ".join(f"{k} {v}" for k, v in engine["versions"].items() if k != "torch") or engine["engine"]
     if engine["error"] is not None:
-        return (names, "does not load", engine["dtype"], "", "", "", "", "")
+        return (names, "does not load", "", "", "", "", "", engine["dtype"])
     unpaired: Estimate = {"value": engine["difference"], "se": None, "low": None, "high": None}
     same = "" if engine["ok"] else " (too far)"
     return (
         names,
-        ", ".join(engine["kernels"]),
-        f"{engine['dtype']} on {engine['device']}",
         f"{engine['perplexity']:.4f}",
         format_estimate(engine.get("delta") or unpaired, signed=True) + same,
         f"{engine['tolerance']:g}",
         format_seconds(engine["load_seconds"]),
         f"{speed:.4g}" if (speed := engine.get("tokens_per_second")) else "",
+        ", ".join(engine["kernels"]),
+        f"{engine['dtype']} on {engine['device']}",
     )

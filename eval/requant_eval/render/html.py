@@ -21,8 +21,10 @@ from requant_eval.report.number_format import read_number
 from requant_eval.report.records import Report
 
 LIMIT = 300_000
+LONGEST_NAME = 24  # characters that are never broken
 LEFT_OUT = (("The longest tables were", (Folded,)), ("The longest tables and all figures were", (Folded, Figure)))
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|s|min|h)(?!\w))")
+JOINT = re.compile(r"(?<=\w)[./_](?=[A-Za-z])")
 NAME = re.compile(r"`([^`]+)`")
 INTERVAL = re.compile(r"(.*?) (\[[^\]]*\])(.*)", re.DOTALL)
 
@@ -77,6 +79,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "kind": lambda block: "Figure" if isinstance(block, Figure) else type(block).__name__,
         "cell": _cell,
+        "is_name": _is_name,
+        "breaks": _breaks,
         "order": _order,
         "tie": _tie,
         "status": _status,
@@ -101,6 +105,16 @@ def _cell(text: str) -> Markup:
     if found is None:
         return Markup("{}").format(text)
     return Markup("{} <span>{}</span>{}").format(*found.groups())
+
+
+def _is_name(text: str) -> bool:
+    """Whether a cell is one short name, which is never broken at its hyphen."""
+    return " " not in text and len(text) <= LONGEST_NAME
+
+
+def _breaks(text: str) -> Markup:
+    """Words as HTML; a long name may be broken after its dots, slashes and underscores, and there first."""
+    return Markup(JOINT.sub("\\g<0><wbr>", str(escape(text))))
 
 
 def _order(text: str) -> str:

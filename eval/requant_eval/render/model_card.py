@@ -12,6 +12,7 @@ from requant_eval.metrics.facts import Facts, is_16_bit_base, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.engine_table import checks_table
+from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
 from requant_eval.report.headline import final_variant, headline, method, reference_name
@@ -67,11 +68,10 @@ def model_card(report: Report, without: str | None = None) -> str:
         f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on "
         "the tokens named by the fingerprints above.",
     ]
-    inputs = {key: facts.get(key) for key in ("base", "adapter", "created")}
     settings = (facts.get("quantize") or {}).get("settings")
     for t in (
         *(checks_table(name, proof) for name, proof in proofs(facts) if name != without),
-        facts_table("Inputs", inputs),
+        inputs_table(facts, created=True),
         facts_table("Quantization", settings),
         facts_table("Versions", facts.get("versions")),
     ):

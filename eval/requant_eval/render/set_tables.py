@@ -42,7 +42,7 @@ def variants_table(s: EvaluationSet) -> Table:
     ]
     columns = ("variant", "perplexity", "nats/token", "bits/byte", "top-1 right", "tokens")
     note = f"{protocol(s)}; {s['n_documents']} documents; brackets are 95 % intervals."
-    return Table(title=f"{s['name']}: perplexity", columns=columns, rows=tuple(rows), note=note)
+    return Table(title=f"{s['name']}: perplexity", columns=columns, rows=tuple(rows), note=note).informative()
 
 
 def waterfall_table(s: EvaluationSet) -> Table:
@@ -51,19 +51,20 @@ def waterfall_table(s: EvaluationSet) -> Table:
     rows = [
         (
             f"{e['from']} -> {e['to']}",
-            what(e),
-            format_estimate(e["delta"], signed=True),
             format_estimate(e["loss_percent"], signed=True, unit=" %"),
+            format_estimate(e["delta"], signed=True),
+            what(e),
         )
         for e in steps
     ]
-    columns = ("step", "what", "ln perplexity", "perplexity")
+    columns = ("step", "perplexity", "ln perplexity", "what")
     note = "Paired; steps add up in ln perplexity, negative is better."
     if served(s):
         note += " Served: the engine's own computation against ours, on the beginnings of some documents."
     return Table(
-        title=f"{s['name']}: what each step costs", columns=columns, rows=tuple(rows), note=note, text=2, key="steps"
-    )
+        title=f"{s['name']}: what each step costs", columns=columns, rows=tuple(rows), note=note, words=("what",),
+        key="steps",
+    )  # fmt: skip
 
 
 def served(s: EvaluationSet) -> list[KernelStep]:
@@ -146,13 +147,13 @@ def groups_table(s: EvaluationSet) -> Table:
     rows = tuple(
         (
             f"{i + 1} of {len(tails['groups'])}",
+            *(format_estimate(tails["variants"][name]["loss"][i], signed=True) for name in shown),
             f"{group['low']:.3g} to {group['high']:.3g}",
             str(group["n"]),
-            *(format_estimate(tails["variants"][name]["loss"][i], signed=True) for name in shown),
         )
         for i, group in enumerate(tails["groups"])
     )
-    columns = ("tokens by change", "ln p changed by", "tokens", *(f"{name}: nats/token lost" for name in shown))
+    columns = ("tokens by change", *(f"{name}: nats/token lost" for name in shown), "ln p changed by", "tokens")
     note = "Tokens sorted by |ln p adapter - ln p base|, least changed first; loss against the adapter."
     return Table(
         title=f"{s['name']}: loss by what the adapter changed", columns=columns, rows=rows, note=note, key="tails"

@@ -12,13 +12,18 @@ from requant_eval.report.recommend import option_words
 from requant_eval.report.records import Report
 
 WORST_MODULES = 10
+SILENT = frozenset(("", "unknown", "not measured", "no"))
+LABELS = ("what", "name", "source", "engine", "variant")
+"""Keys whose value names a mapping in a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A title, column names, rows of as many cells each, and a note under it.
 
-    text: how many leading columns are words; the others are numbers. key: the figure that belongs to it, if any.
+    text: how many leading columns are words. words: names of later ones that are; all others are numbers. Measured
+    values come right after the first column, since a narrow screen shows only these two. key: the figure that belongs
+    to the table, if any.
     """
 
     title: str
@@ -26,7 +31,17 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text: int = 1
+    words: tuple[str, ...] = ()
     key: str = ""
+
+    def is_words(self, index: int) -> bool:
+        """Whether a column holds words."""
+        return index < self.text or self.columns[index] in self.words
+
+    def informative(self) -> Table:
+        """The same table without the columns that say nothing in any row; the first one stays."""
+        silent = [set(cells) <= SILENT for cells in zip(*self.rows, strict=True)]
+        return self.select(*(c for i, c in enumerate(self.columns) if not i or not silent[i])) if silent else self
 
     def select(self, *columns: str) -> Table:
         """The same table with only these columns."""
@@ -36,10 +51,10 @@ class Table:
 
     def markdown(self) -> str:
         """A pipe table with its title above and its note below."""
-        align = ["---:" if i >= self.text else "---" for i in range(len(self.columns))]
+        align = ["---" if self.is_words(i) else "---:" for i in range(len(self.columns))]
         lines = [self.columns, align, *([escape(cell) for cell in row] for row in self.rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"### {self.title}\n\n{table}" + (f"\n\n{self.note}" if self.note else "")
+        return (f"### {self.title}\n\n" if self.title else "") + table + (f"\n\n{self.note}" if self.note else "")
 
 
 def gates_table(report: Report) -> Table:
@@ -51,14 +66,14 @@ def gates_table(report: Report) -> Table:
         bound = f"{'<=' if g['side'] == 'max' else '>='} {g['limit']:g}{unit}{whose}"
         value = format_estimate(g["estimate"], unit=unit) if g["estimate"] else "not measured"
         more = f", about {g['more_documents']} more documents" if g["more_documents"] else ""
-        rows.append((g["metric"], g["set"], str(g["variant"]), g["status"].upper() + more, bound, value))
+        rows.append((g["metric"], value, bound, g["status"].upper() + more, g["set"], str(g["variant"])))
     note = "A gate passes when its whole 95 % interval keeps the limit, fails when the whole interval breaks it."
     return Table(
         title="Gates",
-        columns=("metric", "set", "variant", "status", "limit", "measured"),
+        columns=("metric", "measured", "limit", "status", "set", "variant"),
         rows=tuple(rows),
         note=note,
-        text=4,
+        words=("status", "set", "variant"),
     )
 
 
@@ -71,28 +86,29 @@ def options_table(report: Report) -> Table:
         (
             option_words(facts, o["name"])
             + (" (recommended)" if o["name"] == report["recommendation"]["choice"] else ""),
+            *(_option_loss(o["loss"].get(name)) for name in names),
+            format_bytes(o["bytes"]) if o["bytes"] else "unknown",
+            *([_speed(o["tokens_per_second"])] if with_speed else []),
             o["needs"],
             o["multi_adapter"],
-            format_bytes(o["bytes"]) if o["bytes"] else "unknown",
-            *(_option_loss(o["loss"].get(name)) for name in names),
-            *([_speed(o["tokens_per_second"])] if with_speed else []),
         )
         for o in options
     ]
     losses = tuple(f"perplexity, {name}" for name in names)
     columns = (
         "way",
+        *losses,
+        "weights",
+        *(["tokens/s, one sequence"] if with_speed else []),
         "needs to serve",
         "many adapters",
-        "weights",
-        *losses,
-        *(["tokens/s, one sequence"] if with_speed else []),
     )
     note = (
         f"Perplexity against {base_and_adapter(facts)}. Weights: bytes on disk, and about that in memory; the cache for the "
         "context comes on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
     )
-    return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, text=3)
+    words = ("needs to serve", "many adapters")
+    return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, words=words).informative()
 
 
 def modules_table(facts: Facts, *, most: int = WORST_MODULES) -> Table:
@@ -102,12 +118,12 @@ def modules_table(facts: Facts, *, most: int = WORST_MODULES) -> Table:
     known.sort(key=lambda found: -found[1])
     worst: list[Mapping[str, object]] = [m for m, _ in known[:most]]
     optional = {
-        "bits": "bits",
-        "group_size": "group",
         "relative_error": "relative error",
         "rtn_error": "RTN's",
         "signal_to_noise": "adapter/noise",
         "loss": "loss",
+        "bits": "bits",
+        "group_size": "group",
         "damp": "damp",
         "fallback": "fallback",
     }
@@ -116,9 +132,8 @@ def modules_table(facts: Facts, *, most: int = WORST_MODULES) -> Table:
     every = len(rows) == len(modules) > WORST_MODULES
     title = f"All {len(rows)} modules" if every else f"The {len(rows)} worst of {len(modules)} modules"
     note = "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data."
-    return Table(
-        title=title, columns=("module", *(optional[key] for key in shown)), rows=rows, note=note, key="modules"
-    )
+    columns = ("module", *(optional[key] for key in shown))
+    return Table(title=title, columns=columns, rows=rows, note=note, key="modules").informative()
 
 
 def cost_tables(facts: Facts) -> list[Table]:
@@ -172,10 +187,22 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
         return [row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
     if value is None or value == "" or value == []:
         return []
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return [row for i, item in enumerate(value) for row in _flat(*_labelled(item, prefix, i))]
     return [(prefix, ", ".join(_cell(v) for v in value) if isinstance(value, list) else _cell(value))]
+
+
+def _labelled(item: object, prefix: str, index: int) -> tuple[object, str]:
+    """One item of a list with the prefix of its facts: the item's own name, else its number."""
+    key = next((k for k in LABELS if isinstance(item, Mapping) and isinstance(item.get(k), str)), None)
+    if key is None or not isinstance(item, Mapping):
+        return item, f"{prefix}.{index + 1}"
+    return {k: v for k, v in item.items() if k != key}, f"{prefix}.{item[key]}"
 
 
 def _cell(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -25,7 +26,7 @@ def table(report: Report) -> Group:
     for s in report["sets"]:
         parts += shown(
             variants_table(s).select("variant", "perplexity", "top-1 right", "tokens"),
-            waterfall_table(s).select("step", "what", "perplexity"),
+            waterfall_table(s).select("step", "perplexity", "what"),
             divergence_table(s).select("variant", "mean KL", "p99", "same top-1"),
             retention_table(s),
         )
@@ -37,16 +38,22 @@ def table(report: Report) -> Group:
 def decision(report: Report) -> Group:
     """Verdict, headline, gates, ways to deploy, recommendation; fits 80 columns."""
     verdict = report["verdict"]
-    losses = (f"perplexity, {s['name']}" for s in report["sets"])
     return Group(
         Text(verdict["line"], style=STYLES[verdict["status"]]),
         Text(report["headline"], style="bold"),
         *shown(
-            gates_table(report).select("metric", "set", "status", "limit", "measured"),
-            options_table(report).select("way", "weights", *losses),
+            gates_table(report).select("metric", "measured", "limit", "status", "set"),
+            _options(report),
         ),
         Text(report["recommendation"]["text"]),
     )
+
+
+def _options(report: Report) -> Table:
+    """The ways to deploy in few columns."""
+    table = options_table(report)
+    kept = ("way", *(f"perplexity, {s['name']}" for s in report["sets"]), "weights")
+    return table.select(*(column for column in kept if column in table.columns))
 
 
 def shown(*tables: Table) -> list[RenderableType]:
@@ -66,18 +73,61 @@ def suggestion(report: Report) -> RenderableType:
     return _rich(adapter_tables.suggestion_table(found).select(*shown))
 
 
-def _rich(content: Table) -> RichTable:
-    out = RichTable(
-        title=Text(content.title),
-        caption=Text(content.note) if content.note else None,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE,
+def _rich(content: Table) -> RenderableType:
+    """A table as wide as needed, or with intervals under their values; words and numbers are never broken."""
+    return Group(
+        Text(content.title, style="italic"), _Fitting(content), *([Text(content.note)] if content.note else [])
     )
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A table's rows, laid out for the width of the console."""
+
+    content: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        layouts = (self.content, _stacked(self.content))
+        yield next((rows for t in layouts if (rows := _rows(t, width)) is not None), _lines(self.content))
+
+
+def _rows(content: Table, width: int) -> RichTable | None:
+    """The rows with unbroken words and numbers; None where they are wider than `width`."""
+    least = [_least(content, i) for i in range(len(content.columns))]
+    if sum(least) + 3 * len(least) + 1 > width:  # a blank on both sides of each column, one between two
+        return None
+    out = RichTable(box=box.SIMPLE)
     for number, column in enumerate(content.columns):
+        words = content.is_words(number)
+        justify: Literal["left", "right"] = "left" if words else "right"
         # Fold, never cut: half a number is a wrong number.
-        justify: Literal["left", "right"] = "left" if number < content.text else "right"
-        out.add_column(Text(column), justify=justify, overflow="fold")
+        out.add_column(Text(column), justify=justify, overflow="fold", min_width=least[number], no_wrap=not words)
     for row in content.rows:
         out.add_row(*(Text(cell) for cell in row))
     return out
+
+
+def _least(content: Table, number: int) -> int:
+    """Least width of a column: its longest word, or, of numbers, its longest line."""
+    cells = [content.columns[number], *(row[number] for row in content.rows)]
+    return max(len(part) for cell in cells for part in (cell.split() if content.is_words(number) else cell.split("\n")))
+
+
+def _stacked(content: Table) -> Table:
+    """The table with each interval under its value and long headings in two lines."""
+    rows = tuple(
+        tuple(c if content.is_words(i) else c.replace(" [", "\n[") for i, c in enumerate(row)) for row in content.rows
+    )
+    columns = tuple(c if content.is_words(i) else c.replace(", ", ",\n") for i, c in enumerate(content.columns))
+    words = tuple(c for i, c in enumerate(columns) if content.is_words(i))
+    return replace(content, columns=columns, rows=rows, words=words)
+
+
+def _lines(content: Table) -> RenderableType:
+    """A table too wide for the console: a paragraph a row, a line a value."""
+    parts = []
+    for first, *rest in content.rows:
+        named = zip(content.columns[1:], rest, strict=True)
+        parts.append("\n".join([first, *(f"  {name}: {cell}" for name, cell in named if cell)]))
+    return Text("\n".join(parts))

@@ -9,7 +9,7 @@ from requant_eval.metrics.records import Estimate
 
 NOT_AVAILABLE = "n/a"
 NOT_DEFINED = "not defined"
-MAX_DECIMALS = 8
+MAX_DECIMALS = 6
 UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "s": 1.0, "min": 60.0, "h": 3600.0}
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 MEASURED = re.compile(rf"({NUMBER.pattern}) ({'|'.join(UNITS)})\b")
@@ -42,14 +42,16 @@ def format_estimate(
 def format_value(value: float | None, se: float | None = None, *, signed: bool = False) -> str:
     """`value` to two significant digits of `se`.
 
-    To four significant digits of its own where `se` is unknown or 0. Zero has no sign.
+    To four significant digits of its own where `se` is unknown or 0. Zero has no sign and no long row of zeros.
     """
     if value is None or not math.isfinite(value):
         return NOT_AVAILABLE
     sign = "+" if signed else ""
     known = se is not None and math.isfinite(se) and se > 0
     text = f"{value:{sign}.{decimals(se)}f}" if known and se else f"{value:{sign}.4g}"
-    return text.lstrip("+-") if float(text) == 0 else text
+    if float(text) == 0:
+        return text.lstrip("+-") if len(text) <= len("+0.0000") else "0"
+    return text
 
 
 def decimals(se: float) -> int:

@@ -207,6 +207,6 @@ class LogFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
         if error is not None:
-            self.logger.error("stopped: %s", error)
+            self.logger.error("stopped: %s", str(error) or type(error).__name__)
         self.logger.removeHandler(self.handler)
         self.handler.close()

@@ -2,10 +2,14 @@
 
     main              the commands of a recipe   <- start here
     init_command      init: a starter recipe, printed or in a new file
+    check_command     check
     report_commands   gate, compare: commands that need finished reports only
     deploy_commands   verify, push
+    run_paths         a run's directory in place of a recipe, a report or a checkpoint
     exit_codes        what each exit code means, for the help texts
-    console           progress bars on a terminal, plain lines elsewhere
+    console           progress on a terminal, plain lines elsewhere
+    wrapping          text broken between words only
+    foreign_output    output of libraries, kept apart from ours
 
 May import: errors, recipe, runtime, checkpoint, heal, deploy, run; requant_eval.gate, .report, .render.
 """

@@ -1,100 +1,174 @@
-"""Progress of a run on stderr: bars with an ETA on a terminal, plain lines otherwise."""
+"""Progress of a run on stderr: a row a stage on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from requant.run.observer import Watcher
+from requant.cli.foreign_output import own_stderr
 
-PLAIN_EVERY = 15.0  # seconds between plain lines
+if TYPE_CHECKING:
+    from requant.run.observer import Watcher
+else:
+    Watcher = object  # its package imports torch, and the first row is shown before that
+
+PLAIN_EVERY = 15.0  # seconds between plain lines, also where nothing is counted
+BAR = 16  # characters
+UNITS = {"merge": "tensors", "quantize": "blocks", "evaluate": "windows", "suggest": "measurements"}
+"""What the steps of a stage are; the notes of heal name theirs, which depend on how it heals."""
+
+
+@dataclass
+class StageRow:
+    """One stage on the console. note: what it does now; seconds are of `time.monotonic`."""
+
+    name: str
+    started: float
+    ended: float | None = None
+    up_to_date: bool = False
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+    def count(self) -> str:
+        """Steps with their unit."""
+        return f"{self.done}/{self.total} {UNITS.get(self.name, '')}".rstrip() if self.total else ""
+
+    def left(self, now: float) -> float | None:
+        """Estimate of the seconds left; None before the first step and after the last."""
+        if not 0 < self.done < self.total:
+            return None
+        return (now - self.started) / self.done * (self.total - self.done)
+
+    def bar(self, now: float) -> str:
+        """The steps as a bar; a mark that moves where nothing is counted."""
+        if self.up_to_date or (self.ended is not None and not self.total):
+            return "━" * BAR
+        if not self.total:
+            at = int(now * 4) % BAR
+            return "─" * at + "━" + "─" * (BAR - 1 - at)
+        full = BAR * min(self.done, self.total) // self.total
+        return "━" * full + "─" * (BAR - full)
+
+    def line(self, now: float, width: int) -> str:
+        """The row in at most `width` characters; the clock of a finished stage has stopped."""
+        if self.up_to_date:
+            return f"{self.name:<8} {self.bar(now)} up to date"[:width]
+        left = self.left(now) if self.ended is None else None
+        parts = [
+            self.count(),
+            clock((now if self.ended is None else self.ended) - self.started),
+            f"{clock(left)} left" if left is not None else "",
+            self.note,
+        ]
+        text = f"{self.name:<8} {self.bar(now)} " + "  ".join(part for part in parts if part)
+        return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:42 or 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ConsoleWatcher(Watcher):
-    """Shows stages and progress on stderr; use as a context manager."""
+    """Shows stages and progress on stderr; use as a context manager, outside of `quiet`.
+
+    On a terminal the rows are drawn again four times a second. Elsewhere a line is printed at least every
+    `PLAIN_EVERY` seconds.
+    """
 
     def __init__(self) -> None:
-        self.name, self.started, self.printed = "", time.monotonic(), 0.0
-        self.bar: Any = None
-        self.task: Any = None
-        if sys.stderr.isatty():
+        self.stream = own_stderr()
+        self.rows: list[StageRow] = []
+        self.printed = time.monotonic()
+        self.stopped = threading.Event()
+        self.live: Any = None
+        self.console: Any = None
+        if self.stream.isatty():
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
+            from rich.live import Live
 
-            self.bar = Progress(
-                TextColumn("{task.description:10}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+            self.console = Console(file=self.stream, highlight=False)
+            self.live = Live(
+                get_renderable=self._drawn,
+                console=self.console,
+                refresh_per_second=4,
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
 
     def __enter__(self) -> ConsoleWatcher:
-        if self.bar:
-            self.bar.start()
+        if self.live:
+            self.live.start()
+        else:
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.bar:
-            self.bar.stop()
+        self.stopped.set()
+        self._end(stopped=error is not None)
+        if self.live:
+            self.live.stop()
+        if self.stream is not sys.stderr:
+            self.stream.close()
 
     def stage(self, name: str, *, done: bool) -> None:
-        self.name, self.started, self.printed = name, time.monotonic(), time.monotonic()
-        if self.bar:
-            self.task = self.bar.add_task(
-                name, total=1 if done else None, completed=int(done), note="up to date" if done else ""
-            )
-        else:
-            print(f"{name}: {'up to date' if done else 'started'}", file=sys.stderr, flush=True)
+        self._end()
+        self.rows.append(StageRow(name, time.monotonic(), up_to_date=done))
+        if not self.live:
+            self._print(f"{name}: {'up to date' if done else 'started'}")
+
+    def doing(self, text: str) -> None:
+        if self.rows:
+            self.rows[-1].note = text
 
     def warn(self, text: str) -> None:
-        if self.bar:
-            self.bar.console.print(f"warning: {text}", markup=False)
+        if self.live:
+            self.console.print(f"warning: {text}", markup=False)
         else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            self._print(f"warning: {text}")
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=done, total=total, note=note)
-            return
+        row = self.rows[-1]
+        row.done, row.total, row.note = done, total, note
         now = time.monotonic()
-        if now - self.printed >= PLAIN_EVERY or done == total:
-            self.printed = now
-            left = (now - self.started) / done * (total - done)
-            print(
-                f"{self.name}: {done}/{total} {note} ({now - self.started:.0f} s, about {left:.0f} s left)",
-                file=sys.stderr,
-                flush=True,
-            )
+        if not self.live and (now - self.printed >= PLAIN_EVERY or done == total):
+            self._print(_plain(row, now))
+
+    def _end(self, *, stopped: bool = False) -> None:
+        """Stop the clock of the stage that ran last."""
+        if self.rows and self.rows[-1].ended is None:
+            row = self.rows[-1]
+            row.ended = time.monotonic()
+            row.note = "stopped" if stopped else ""
+
+    def _print(self, text: str) -> None:
+        self.printed = time.monotonic()
+        print(text, file=self.stream, flush=True)
+
+    def _beat(self) -> None:
+        """Print the state of a stage that has said nothing for PLAIN_EVERY seconds."""
+        while not self.stopped.wait(min(1.0, PLAIN_EVERY / 2)):
+            now = time.monotonic()
+            if self.rows and self.rows[-1].ended is None and now - self.printed >= PLAIN_EVERY:
+                self._print(_plain(self.rows[-1], now))
+
+    def _drawn(self) -> Any:
+        from rich.text import Text
+
+        now, width = time.monotonic(), self.console.width
+        return Text("\n".join(row.line(now, width) for row in self.rows), no_wrap=True, overflow="crop")
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and notices of libraries."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _plain(row: StageRow, now: float) -> str:
+    """One line about a running stage, for a file."""
+    left = row.left(now)
+    ago = f"{now - row.started:.0f} s" + (f", about {left:.0f} s left" if left is not None else "")
+    what = " ".join(part for part in (row.count(), row.note) if part) or "working"
+    return f"{row.name}: {what} ({ago})"

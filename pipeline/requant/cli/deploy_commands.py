@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from requant.cli import run_paths
+from requant.cli.wrapping import say
 from requant.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A GPTQ checkpoint, e.g. runs/NAME/gptq.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A GPTQ checkpoint, or a run: of it healed/, else gptq/.")
+    ],
     with_: Annotated[
         list[str],
         typer.Option("--with", metavar="ENGINE", help="Load it there too: transformers, vllm (repeat for both)."),
@@ -44,28 +49,48 @@ def verify(
     sample = None if text is None else _read(text)
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
         raise RecipeError(f"--device {device}: expected cpu, cuda or cuda:N")
-    import torch
-
-    from requant import deploy
-    from requant.checkpoint.model_files import write_json
-    from requant.cli.console import quiet
-    from requant.deploy.verification import save_verification
-
-    with quiet():
-        done = deploy.verify(
-            checkpoint, source=against, load_in=names, engine_dtype=dtype, device=torch.device(device),
-            trust_remote_code=trust_remote_code, text=sample,
-        )  # fmt: skip
+    done = _verified(
+        _checkpoint(checkpoint), source=run_paths.merged_in(against) if against else None, load_in=names,
+        engine_dtype=dtype, device=device, trust_remote_code=trust_remote_code, text=sample,
+    )  # fmt: skip
     if out is not None:
+        from requant.checkpoint.model_files import write_json
+
         write_json(out, done.facts())
-    if names:  # all other checks are in the run's own result
-        save_verification(done)
     if as_json:
         print(json.dumps(done.facts(), indent=1))
     else:
         _print(done)
     if not done.ok:
         raise typer.Exit(1)
+
+
+def _verified(checkpoint: Path, *, device: str, load_in: list[Engine], **options: Any) -> Verification:
+    """The verification of a checkpoint; of engines, kept in its run: all other checks are in the run's own result."""
+    from requant.cli.console import ConsoleWatcher
+    from requant.cli.foreign_output import quiet
+
+    with ConsoleWatcher() as watcher:
+        watcher.stage("verify", done=False)
+        with quiet():
+            import torch
+
+            from requant import deploy
+            from requant.deploy.verification import save_verification
+
+            where = torch.device(device)
+            done = deploy.verify(checkpoint, device=where, load_in=load_in, doing=watcher.doing, **options)
+            if load_in:
+                save_verification(done)
+    return done
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` names; which one of a run it is goes to stderr."""
+    found, which = run_paths.checkpoint_in(path)
+    if which:
+        say(which, file=sys.stderr)
+    return found
 
 
 def _engines(names: list[str]) -> list[Engine]:
@@ -116,7 +141,7 @@ def _print(done: Verification) -> None:
 
 
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its gptq/.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A checkpoint, or a run: of it healed/, else gptq/.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub.")],
     yes: Annotated[bool, typer.Option("--yes", help="Send it; without this only list what would be sent.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
@@ -127,16 +152,24 @@ def push(
 
     The token is read from HF_TOKEN. A dry run unless --yes.
     """
-    from requant.cli.console import quiet
-    from requant.deploy import hub_upload
+    from requant.cli.console import ConsoleWatcher
+    from requant.cli.foreign_output import quiet
 
+    folder = _checkpoint(run)
     with quiet():
-        upload = hub_upload.plan_upload(run, repo, trust_remote_code=trust_remote_code)
-        for name, size in upload.files:
-            print(f"{size:>14,}  {name}")
-        kind = "public" if public else "private"
-        print(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind})")
-        if not yes:
-            print("dry run: nothing was sent; --yes sends it")
-            return
-        print(f"sent: {hub_upload.push(upload, private=not public, update=update)}")
+        from requant.deploy import hub_upload
+
+        upload = hub_upload.plan_upload(folder, repo, trust_remote_code=trust_remote_code)
+    for name, size in upload.files:
+        print(f"{size:>14,}  {name}")
+    kind = "public" if public else "private"
+    print(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind})")
+    if not yes:
+        print("dry run: nothing was sent; --yes sends it")
+        return
+    with ConsoleWatcher() as watcher:
+        watcher.stage("push", done=False)
+        watcher.doing(f"{upload.total / 1e9:.2f} GB to {repo}")
+        with quiet():
+            address = hub_upload.push(upload, private=not public, update=update)
+    print(f"sent: {address}")

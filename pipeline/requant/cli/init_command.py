@@ -30,7 +30,7 @@ def init(
 
 def _input_widths(directory: Path) -> Collection[int]:
     """As `run.check.input_widths`; torch is imported only here, after the adapter was read."""
-    from requant.cli.console import quiet
+    from requant.cli.foreign_output import quiet
 
     with quiet():
         from requant.run.check.input_widths import input_widths

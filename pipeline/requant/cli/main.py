@@ -8,30 +8,28 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from requant import __version__
-from requant.cli import deploy_commands, exit_codes, init_command, report_commands
+from requant.cli import deploy_commands, exit_codes, init_command, report_commands, run_paths
 from requant.cli.report_commands import Junit
+from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError
-
-if TYPE_CHECKING:
-    from requant.recipe import Recipe
-    from requant.run.check.delta_prediction import Prediction
-    from requant.run.prepared import Prepared
 
 app = typer.Typer(
     help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
     epilog=exit_codes.epilog(),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; or the directory of a run.")
+]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. quantize.bits=3."),
@@ -41,7 +39,7 @@ Overrides = Annotated[
 def main() -> None:
     """Entry point. Of several ranks the first runs the command, the others execute its calls."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        from requant.cli.console import quiet
+        from requant.cli.foreign_output import quiet
         from requant.runtime.launch import run_on_all_ranks
 
         run_on_all_ranks(_command, quiet)
@@ -54,15 +52,17 @@ def _command() -> None:
     try:
         app(standalone_mode=True)
     except RecipeError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _stop("\n".join(error.problems), error.exit_code)
     except RequantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _stop(f"error: {error}", error.exit_code)
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _stop(f"error: {error.filename or ''}: {error.strerror or error}", 1)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    """End the process with a message on stderr."""
+    say(message, file=sys.stderr)
+    raise SystemExit(code)
 
 
 def _version(shown: bool) -> None:
@@ -105,34 +105,10 @@ def schema(
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a recipe against model, adapter and texts: from headers and a few layers."""
-    loaded = _load(recipe, overrides)
-    from requant.cli.console import quiet
-    from requant.run import evaluation_inputs, prepare
-    from requant.run.check import delta_prediction
-    from requant.run.check.forecast import forecast
-    from requant.runtime.device import pick_device
+    loaded = run_paths.load_recipe(recipe, overrides)
+    from requant.cli import check_command
 
-    where = Path(loaded.output.dir) / loaded.name
-    with quiet():
-        prepared = prepare.prepare(loaded)
-        need, free = prepare.check_disk(prepared, where)
-        device = pick_device(loaded.device)
-    _print_check(prepared, need, free, delta_prediction.predict(prepared.merge.plan, prepared.quantize.plan, device))
-    sys.stdout.flush()
-    print(f"trying one block on {device} for time and memory ...", file=sys.stderr, flush=True)
-    with quiet():
-        needs = forecast(
-            prepared,
-            evaluation_inputs.variant_sources(prepared, where),
-            device,
-            evaluation_inputs.dtype(prepared, device),
-            evaluation_inputs.batch(prepared, device),
-        )
-    for stage in needs:
-        print(f"takes     {stage}")
-    if len(needs) == 1:
-        print("takes     quantize, evaluate: not tried, a block of this size takes minutes on this processor")
-    print("ok")
+    check_command.check(loaded)
 
 
 @app.command(epilog=exit_codes.epilog(for_command={0: "done, and every gate passed"}))
@@ -181,23 +157,26 @@ def heal(
     if checkpoint is None or teacher is None or not data:
         missing = ", ".join(name for name, value in alone.items() if not value)
         raise RecipeError(f"healing needs a RECIPE, or {missing} too")
-    from requant.cli.console import ConsoleWatcher, quiet
-    from requant.heal.settings import HealSettings
-    from requant.heal.stage import summary
-    from requant.run.heal_checkpoint import heal_checkpoint
-    from requant.runtime.device import pick_device
+    from requant.cli.console import ConsoleWatcher
+    from requant.cli.foreign_output import quiet
 
-    settings = HealSettings(
-        steps=steps, batch=batch, length=length, lr=lr, tune=("scales", "norms") if norms else ("scales",), seed=seed
-    )
+    checkpoint, teacher = run_paths.checkpoint_in(checkpoint, ("gptq",))[0], run_paths.merged_in(teacher)
     target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
-    with ConsoleWatcher() as watcher, quiet():
+    with ConsoleWatcher() as watcher:
         watcher.stage("heal", done=False)
-        facts = heal_checkpoint(
-            checkpoint, teacher, data, target, settings, device=pick_device(device),
-            trust_remote_code=trust_remote_code, progress=watcher.progress,
-        )  # fmt: skip
-    print(f"{summary(facts)}: {target}")
+        with quiet():
+            from requant.heal.settings import HealSettings
+            from requant.heal.stage import summary
+            from requant.run.heal_checkpoint import heal_checkpoint
+            from requant.runtime.device import pick_device
+
+            tune: tuple[Literal["scales", "norms"], ...] = ("scales", "norms") if norms else ("scales",)
+            facts = heal_checkpoint(
+                checkpoint, teacher, data, target,
+                HealSettings(steps=steps, batch=batch, length=length, lr=lr, tune=tune, seed=seed),
+                device=pick_device(device), trust_remote_code=trust_remote_code, progress=watcher.progress,
+            )  # fmt: skip
+    say(f"{summary(facts)}: {target}")
 
 
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))
@@ -220,6 +199,7 @@ def report(
     A report.json or a run's directory instead of a recipe is rendered again as it is.
     """
     if recipe.suffix == ".json" or recipe.is_dir():
+        recipe = run_paths.report_in(recipe)
         if overrides:
             raise RecipeError(f"--set {overrides[0]}: changes a recipe, and {recipe} is a finished report")
         if suggest:
@@ -236,26 +216,25 @@ app.command(epilog=exit_codes.epilog(exit_codes.WORK, {1: "the checkpoint is wro
 )
 
 
-def _load(path: Path, overrides: list[str]) -> Recipe:
-    from requant import recipe
-
-    return recipe.load(path, overrides)
-
-
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
-    loaded = _load(path, overrides)
-    from requant.cli.console import ConsoleWatcher, quiet
-    from requant.run import run as run_recipe
+    loaded = run_paths.load_recipe(path, overrides)
+    from requant.cli.console import ConsoleWatcher
+    from requant.cli.foreign_output import quiet
     from requant.runtime import launch
 
     hint = launch.idle_gpus_hint(loaded.device, path)
     if hint:
-        print(hint, file=sys.stderr)
+        say(hint, file=sys.stderr)
     try:
-        with ConsoleWatcher() as watcher, quiet():
-            outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=launch.current_ranks())
+        with ConsoleWatcher() as watcher:
+            watcher.stage("prepare", done=False)
+            with quiet(Path(loaded.output.dir) / loaded.name / "log.txt"):
+                from requant.run import run as run_recipe
+
+                ranks = launch.current_ranks()
+                outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=ranks)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes the run", file=sys.stderr)
+        say("interrupted; the same command resumes the run", file=sys.stderr)
         raise typer.Exit(130) from None
     if outcome.report is not None:
         from rich.console import Console
@@ -273,43 +252,3 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         print(f"{', '.join(dict.fromkeys(outcome.ran))} done: {outcome.path}")
     if outcome.report is not None:
         report_commands.finish(outcome.report, junit)
-
-
-def _print_check(prepared: Prepared, need: int, free: int, predicted: Prediction | None) -> None:
-    ledger, layout, c = prepared.merge.plan.ledger, prepared.quantize.plan, prepared.texts.calibration_facts
-    done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
-    plain = ", base in 16 bit as training held it (nf4: none)" if prepared.recipe.base.nf4 == "none" else ""
-    print(f"base      {', '.join(f'{n} {what}' for what, n in ledger['base'].items())}{plain}")
-    if carried := prepared.merge.plan.unplaced.carried_line:
-        print(f"carried   in 16 bit, for servers only: {carried}")
-    print(f"adapter   {done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
-    for m in prepared.merge.matches:
-        print(f"match     {m}")
-    print(f"stops     {prepared.merge.stops or 'where the base does'}")
-    print(f"quantize  {len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
-    print(f"calibrate {c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
-    for s in prepared.texts.sets:
-        shared = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
-        print(f"evaluate  {s.name}: {s.n_documents} documents, {s.n_scored} tokens, {shared}")
-    for verdict in prepared.quantize.engines:
-        print(f"serve     {verdict.target.name} {verdict}")
-    if prepared.texts.canaries:
-        print(f"canaries  {len(prepared.texts.canaries.items)} prompts from {prepared.texts.canaries.name}")
-    print(f"disk      writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
-    print(f"heal      {_healing(prepared)}")
-    if predicted:
-        print(f"grid      {predicted.sentence()}")
-    four_bit = prepared.merge.plan.base.four_bit
-    for warning in [*prepared.warnings, *(predicted.warnings(four_bit=four_bit) if predicted else [])]:
-        print(f"warning   {warning}")
-
-
-def _healing(prepared: Prepared) -> str:
-    from requant.runtime.device import pick_device
-
-    if prepared.heal is None:
-        asked = prepared.recipe.heal
-        return "off" if asked == "off" else "off: auto heals on a GPU only; give heal settings of its own to heal here"
-    s = prepared.heal.section
-    plan = prepared.heal.plan(pick_device(prepared.recipe.device))
-    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {plan}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from requant.cli import run_paths
 from requant.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def gate(
     from requant_eval.report.schema import load
 
     with readable_errors():
-        loaded = load(report)
+        loaded = load(run_paths.report_in(report))
         asked = [rules.parse(text) for text in gates] or verdict.saved_gates(loaded)
         if not asked:
             raise InputError(f'{report}: no gates in it: add them to the recipe, or give --gate "ppl_increase SET 5%"')
@@ -109,7 +110,7 @@ def _entrants(runs: list[str]) -> list[Any]:
     short = [_name(path) for path, _ in split]
     plain = short if len(set(short)) == len({path for path, _ in split}) else [str(path) for path, _ in split]
     names = [name + (f":{variant}" if variant else "") for name, (_, variant) in zip(plain, split, strict=True)]
-    loaded = {path: load(path) for path, _ in split}
+    loaded = {path: load(run_paths.report_in(path)) for path, _ in split}
     return [Entrant.of(name, loaded[path], variant) for name, (path, variant) in zip(names, split, strict=True)]
 
 

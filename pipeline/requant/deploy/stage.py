@@ -41,13 +41,14 @@ def verify(
     device: torch.device | None = None,
     own_device: torch.device | None = None,
     trust_remote_code: bool = False,
+    doing: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Check the checkpoint in `path`; a file that cannot be read is a finding too.
 
     source: the model that was quantized, to compare weights with.
     text: what is scored; default: for engines the run's own documents, if the checkpoint is of a run, else a paragraph.
     load_in: engines that must load it and give our perplexity; InputError when one is not installed.
-    deploy: engines that must, if they are installed.
+    deploy: engines that must, if they are installed. doing: receives what is done now, in words.
     engine_dtype: of the engines; default: fp32 for transformers on a CPU, else the checkpoint's.
     device: where engines run, default the CPU. own_device: where we decode and score, default `device`.
     """
@@ -57,28 +58,27 @@ def verify(
     for engine in load_in:
         engine_processes.require(engine)
     engines = list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
-    done = Verification(path=path)
+    done, device = Verification(path=path), device or torch.device("cpu")
+    doing("names, shapes and configs")
     try:
         headers = check_headers.check(path, trust_remote_code=trust_remote_code)
     except InputError as error:
         done.findings.append(_unreadable(path, error))
         return done
-    device = device or torch.device("cpu")
-    own = own_device or device
-    original = Checkpoint(source) if source else None
-    tensors = _with_cpu_fallback(own, lambda d: check_tensors.check(headers, original, d))
-    _record_checks(done, headers, tensors, compared=original is not None)
+    doing(f"values of {len(headers.packed)} linears" + (", each against its source" if source else ""))
+    _check_values(done, headers, source, own_device or device)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
-    sample = Sample.load(path) if engines and text is None else None
-    score = partial(score_checkpoint, done, headers, sample=sample, text=text, trust_remote_code=trust_remote_code)
-    scored = _with_cpu_fallback(own, lambda d: score(device=d))
-    if scored is None:
-        return done
-    for engine in engines:
-        dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
-        _ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    doing("perplexity and a few tokens, our decoding")
+    own_text = Sample.load(path) if engines and text is None else None
+    score = partial(score_checkpoint, done, headers, sample=own_text, text=text, trust_remote_code=trust_remote_code)
+    scored = _with_cpu_fallback(own_device or device, lambda d: score(device=d))
+    if scored is not None:
+        for engine in engines:
+            doing(f"loading it in {engine}, which scores the same tokens")
+            dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
+            _ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return done
 
 
@@ -87,6 +87,13 @@ def _unreadable(path: Path, error: InputError) -> Finding:
     text = str(error).replace(f"{path}/", "").replace(f"{path}: ", "")
     where, _, reason = text.partition(": ")
     return Finding(where, reason) if reason else Finding("checkpoint", text)
+
+
+def _check_values(done: Verification, headers: HeaderCheck, source: Path | str | None, device: torch.device) -> None:
+    """Decode every linear, compare it with its source's, and record what was found."""
+    original = Checkpoint(source) if source else None
+    tensors = _with_cpu_fallback(device, lambda d: check_tensors.check(headers, original, d))
+    _record_checks(done, headers, tensors, compared=original is not None)
 
 
 def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorCheck, *, compared: bool) -> None:

@@ -6,8 +6,11 @@ written with PEFT's keys to a temporary directory first, and a tensor that PEFT 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,32 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
 
     Raises StageError when PEFT leaves a tensor out.
     """
+    with without_gptqmodel():
+        return _attached(model, plan, structure=structure)
+
+
+@contextlib.contextmanager
+def without_gptqmodel() -> Iterator[None]:
+    """Keep PEFT from importing gptqmodel, which prints a banner, changes the environment and patches libraries.
+
+    PEFT asks for its class of packed linears at each module that an adapter touches; no model of ours holds one. Where
+    gptqmodel is imported already, nothing changes.
+    """
+    from peft.import_utils import is_gptqmodel_available
+
+    if "gptqmodel" in sys.modules:
+        yield
+        return
+    sys.modules["gptqmodel"] = None  # type: ignore[assignment]  # an import of it fails, and no package is found
+    is_gptqmodel_available.cache_clear()
+    try:
+        yield
+    finally:
+        del sys.modules["gptqmodel"]
+        is_gptqmodel_available.cache_clear()
+
+
+def _attached(model: Any, plan: MergePlan | Path, *, structure: bool) -> Any:
     import peft
 
     if isinstance(plan, Path):

@@ -165,6 +165,8 @@ class _Evaluation:
     def _load(self, name: str, sets: Sequence[EvalSet], *, streaming: bool) -> tuple[Any, str]:
         """(model, name of its runtime). A streamed model has run all windows through its blocks."""
         device, dtype = self.scores.device, self.scores.dtype
+        if self.progress:
+            self.progress(self.done, self.total, f"loading {name}")
         if not streaming:
             whole = variants.RUNTIMES_16_BIT if self.sources.sixteen_bit else variants.RUNTIMES
             return variants.load(name, self.sources, device=device, dtype=dtype), whole[name]

@@ -6,6 +6,7 @@
     text_sections        calibration, evaluation sets and other text
     heal_section         heal
     gates_section        gates
+    named_files          text files that do not exist, with line, key and nearest name
     yaml_document        YAML with line numbers, duplicate keys refused
     error_messages       validation errors as file:line: key: what to do
     source_directories   what a directory is that was given as an adapter or a model

@@ -42,8 +42,9 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
     )
     facts = heal.heal(job, out, meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress)
     proof = deploy.verify(
-        out, source=sources.merged, deploy=asked.deploy, own_device=device, trust_remote_code=sources.trust_remote_code
-    )
+        out, source=sources.merged, deploy=asked.deploy, own_device=device,
+        trust_remote_code=sources.trust_remote_code, doing=context.watcher.doing,
+    )  # fmt: skip
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "heal", "requant": __version__})
     return {**facts, "data": asked.facts["data"], "target": target, "verify": proof.facts()}

@@ -19,6 +19,9 @@ class Watcher:
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Steps of the current stage."""
 
+    def doing(self, text: str) -> None:
+        """What the current stage does now, where no steps are counted: loads a model, verifies."""
+
     def warn(self, text: str) -> None:
         """Something a user should know before the long work ends."""
 

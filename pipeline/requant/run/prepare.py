@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from requant.numerics.grid import Grid
 from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
-from requant.recipe import Recipe
+from requant.recipe import Recipe, named_files
 from requant.run import dtypes, recipe_texts
 from requant.run.base_precision import check_base, nf4_settings, refuse_quantized, same_as_original
 from requant.run.calibration_size import too_few_tokens
@@ -49,8 +49,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Resolve and cross-check everything that a recipe names, from headers and texts only."""
+def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Prepared:
+    """Resolve and cross-check everything that a recipe names, from headers and texts only.
+
+    doing: receives what is done now, in words.
+    """
+    named_files.check(recipe)
+    doing(f"headers of {recipe.base.source.path} and the adapter; ids of a hub are downloaded")
     sources, loaded = _sources(recipe)
     merge_inputs, model = _merge_inputs(recipe, sources, loaded)
     plan = merge_inputs.plan
@@ -66,7 +71,7 @@ def prepare(recipe: Recipe) -> Prepared:
         plan.base.checkpoint.path, sources.adapter, plan, trust_remote_code=recipe.trust_remote_code
     )
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
-    texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings)
+    texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings, doing)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
         recipe=recipe,
@@ -145,16 +150,23 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines)
 
 
-def _texts(recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str]) -> tuple[Texts, Healing | None]:
+def _texts(
+    recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str], doing: Callable[[str], None]
+) -> tuple[Texts, Healing | None]:
     """Calibration, healing and evaluation texts; adds a warning where they overlap."""
+    doing("tokens of the calibration text")
     seen, windows, facts = recipe_texts.calibration(recipe, tokenizer)
     healing = plan_healing(recipe, tokenizer, seen, size)
-    sets = tuple(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen) for item in recipe.evaluate.sets)
-    facts["overlap"] = _overlaps(windows, healing, sets, warnings)
+    sets = []
+    for item in recipe.evaluate.sets:
+        doing(f"tokens of the evaluation set {item.name}")
+        sets.append(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen))
+    doing("overlap of calibration and evaluation text")
+    facts["overlap"] = _overlaps(windows, healing, tuple(sets), warnings)
     texts = Texts(
         calibration=windows,
         calibration_facts=facts,
-        sets=sets,
+        sets=tuple(sets),
         probes=adapter_probe.sample_rows(facts["data"], seen),
         canaries=_canaries(recipe, tokenizer),
     )

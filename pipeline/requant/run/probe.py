@@ -26,6 +26,8 @@ def probe(context: RunContext) -> ProbeResult:
     if stored is not None:
         return stored
     result: ProbeResult
+    context.watcher.stage("probe", done=False)
+    context.watcher.doing(f"loss with and without the adapter on {sum(map(len, rows.values()))} rows of its own text")
     try:
         model = load_reference(
             scores, context.variant_sources, rows, batch=context.batch, stream=context.recipe.evaluate.stream

@@ -52,6 +52,8 @@ def before_quantize(context: RunContext) -> None:
         log.warning("probe: %s", warning)
         context.watcher.warn(warning)
     Sample.of(context.prepared.texts.sets, context.recipe.evaluate.in_domain).save(context.directory.path)
+    if context.directory.result("resonance", context.keys.quantize) is None:
+        context.watcher.doing("what rounding keeps of the adapter, on a few blocks")
     context.delta_prediction()
 
 
@@ -64,6 +66,7 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
     p, recipe = context.prepared, context.recipe
     artifact, merged = context.directory.artifact("gptq"), context.directory.path / "merged"
     out = artifact.begin(key)
+    context.watcher.doing("the first block")
     notes: list[str] = []
     own: dict[str, Any] = {"deltas": deltas(p.merge.plan), "progress": context.watcher.progress}
     if recipe.quantize.engine == "requant":
@@ -87,8 +90,9 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
         first_rank_only=own,
     )
     proof = deploy.verify(
-        out, source=merged, deploy=recipe.deploy, own_device=context.device, trust_remote_code=recipe.trust_remote_code
-    )
+        out, source=merged, deploy=recipe.deploy, own_device=context.device,
+        trust_remote_code=recipe.trust_remote_code, doing=context.watcher.doing,
+    )  # fmt: skip
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "quantize", "requant": __version__})
     return {

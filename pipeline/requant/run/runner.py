@@ -48,12 +48,14 @@ def run(
     wanted = recipe.load(wanted) if isinstance(wanted, str | Path) else wanted
     directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
     directory.check()
-    prepared = prepare.prepare(wanted)
+    watcher = watcher or Watcher()
+    prepared = prepare.prepare(wanted, watcher.doing)
     check_ranks(len(prepared.texts.calibration), pick_device(wanted.device), ranks)
     prepare.check_disk(prepared, directory.path)
     stages = _stages_until(until, prepared, suggest=suggest)
     with directory.open():
-        context = RunContext.of(prepared, directory, watcher or Watcher(), ranks)
+        watcher.doing("digests of the files of base and adapter")
+        context = RunContext.of(prepared, directory, watcher, ranks)
         with LogFile(directory.path / "log.txt"), ExitStack() as beside:
             for stage in stages:
                 if stage.ahead is not None:

@@ -5,7 +5,7 @@ for (const table of document.querySelectorAll("table")) {
   if (rows.length < 2 || !body.querySelector("td:not(.w)")) continue;
   const key = (row, column) => {
     const cell = row.cells[column], text = cell.textContent.trim();
-    if (cell.tagName === "TH" || cell.className === "w") return text;
+    if (cell.tagName === "TH" || cell.classList.contains("w")) return text;
     const number = Number(cell.dataset.k ?? (text || NaN));
     return Number.isNaN(number) ? null : number;
   };
@@ -105,7 +105,7 @@ const reach = () => {
     if (wide) {
       box.tabIndex = 0;
       box.setAttribute("role", "region");
-      box.setAttribute("aria-label", box.querySelector("caption").textContent);
+      box.setAttribute("aria-label", (box.querySelector("caption") ?? box.closest("section").querySelector("h2")).textContent);
     } else {
       for (const name of ["role", "aria-label"]) box.removeAttribute(name);
     }

@@ -1,0 +1,105 @@
+"""The command check: what a recipe asks for, what it takes, and whether all of it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.cli.console import ConsoleWatcher
+from requant.cli.foreign_output import quiet
+from requant.cli.wrapping import say
+
+if TYPE_CHECKING:
+    from requant.recipe import Recipe
+    from requant.run.check.forecast_merge import Need
+    from requant.run.prepared import Prepared
+
+INDENT = 10  # of the text beside the names
+
+
+def check(recipe: Recipe) -> None:
+    """Print what `recipe` asks for and what it takes. Raises InputError for what does not fit."""
+    where = Path(recipe.output.dir) / recipe.name
+    with ConsoleWatcher() as watcher:
+        watcher.stage("check", done=False)
+        with quiet():
+            from requant.run import prepare
+            from requant.run.check import delta_prediction
+            from requant.runtime.device import pick_device
+
+            prepared = prepare.prepare(recipe, watcher.doing)
+            need, free = prepare.check_disk(prepared, where)
+            device = pick_device(recipe.device)
+            watcher.doing("what rounding keeps of the adapter, on a few blocks")
+            predicted = delta_prediction.predict(prepared.merge.plan, prepared.quantize.plan, device)
+    _print_contents(prepared)
+    _line("disk", f"writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
+    _line("heal", _healing(prepared))
+    if predicted:
+        _line("grid", predicted.sentence())
+    four_bit = prepared.merge.plan.base.four_bit
+    for warning in [*prepared.warnings, *(predicted.warnings(four_bit=four_bit) if predicted else [])]:
+        _line("warning", warning)
+    for need_of in (needs := _forecast(prepared, where)):
+        _line("takes", str(need_of))
+    if len(needs) == 1:
+        _line("takes", "quantize, evaluate: not tried, a block of this size takes minutes on this processor")
+    print("ok")
+
+
+def _forecast(prepared: Prepared, where: Path) -> list[Need]:
+    """Time and memory of each stage, from one block tried here."""
+    with ConsoleWatcher() as watcher:
+        watcher.stage("forecast", done=False)
+        with quiet():
+            from requant.run import evaluation_inputs
+            from requant.run.check.forecast import forecast
+            from requant.runtime.device import pick_device
+
+            device = pick_device(prepared.recipe.device)
+            watcher.doing(f"one block on {device}, for time and memory")
+            return forecast(
+                prepared,
+                evaluation_inputs.variant_sources(prepared, where),
+                device,
+                evaluation_inputs.dtype(prepared, device),
+                evaluation_inputs.batch(prepared, device),
+            )
+
+
+def _line(name: str, text: str) -> None:
+    say(f"{name:<{INDENT}}{text}", indent=INDENT)
+
+
+def _print_contents(prepared: Prepared) -> None:
+    """Base, adapter, layout, texts and servers."""
+    ledger, layout, c = prepared.merge.plan.ledger, prepared.quantize.plan, prepared.texts.calibration_facts
+    done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
+    plain = ", base in 16 bit as training held it (nf4: none)" if prepared.recipe.base.nf4 == "none" else ""
+    _line("base", ", ".join(f"{n} {what}" for what, n in ledger["base"].items()) + plain)
+    if carried := prepared.merge.plan.unplaced.carried_line:
+        _line("carried", f"in 16 bit, for servers only: {carried}")
+    _line("adapter", f"{done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
+    for m in prepared.merge.matches:
+        _line("match", str(m))
+    _line("stops", str(prepared.merge.stops or "where the base does"))
+    _line("quantize", f"{len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
+    _line("calibrate", f"{c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")
+    for s in prepared.texts.sets:
+        shared = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
+        _line("evaluate", f"{s.name}: {s.n_documents} documents, {s.n_scored} tokens, {shared}")
+    for verdict in prepared.quantize.engines:
+        _line("serve", f"{verdict.target.name} {verdict}")
+    if prepared.texts.canaries:
+        _line("canaries", f"{len(prepared.texts.canaries.items)} prompts from {prepared.texts.canaries.name}")
+
+
+def _healing(prepared: Prepared) -> str:
+    from requant.runtime.device import pick_device
+
+    if prepared.heal is None:
+        asked = prepared.recipe.heal
+        return "off" if asked == "off" else "off: auto heals on a GPU only; give heal settings of its own to heal here"
+    s = prepared.heal.section
+    plan = prepared.heal.plan(pick_device(prepared.recipe.device))
+    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {plan}"
