@@ -28,6 +28,8 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pico.packed(run / "model", run / "gptq", Grid(4, 32), dtype=torch.bfloat16)
     (run / "gptq" / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# pico\n")
     (run / "gptq" / "manifest.json").write_text("{}")
+    (run / "gptq" / "additional_chat_templates").mkdir()
+    (run / "gptq" / "additional_chat_templates" / "tool_use.jinja").write_text("A")
     return run
 
 
@@ -87,7 +89,9 @@ def test_a_push_sends_every_file_as_it_is(server: hub.Hub, gptq: Path, push: Pus
     done = push(gptq, "--yes")
     assert done.returncode == 0, done.stderr
     assert f"sent: {server.url}/{REPO}" in done.stdout
-    local = {f.name: f.read_bytes() for f in (gptq / "gptq").iterdir() if f.name != "manifest.json"}
+    written = [f for f in (gptq / "gptq").rglob("*") if f.is_file() and f.name != "manifest.json"]
+    local = {f.relative_to(gptq / "gptq").as_posix(): f.read_bytes() for f in written}
+    assert "additional_chat_templates/tool_use.jinja" in local
     assert server.repos == {REPO: local}
     assert server.private[REPO] is True
 

@@ -123,7 +123,11 @@ def test_what_servers_run_is_a_copy_in_every_checkpoint(tmp_path: Path, shard: s
     assert result.carried == plan.carried == {"mtp": 2, "model.layers.2": 2}
     assert not recheck(tmp_path / "merged", tmp_path / "gptq").findings
     (tmp_path / "healed").mkdir()
+    template = Path("additional_chat_templates", "tool_use.jinja")
+    (tmp_path / "gptq" / template).parent.mkdir()
+    (tmp_path / "gptq" / template).write_text("A")
     heal_stage.write(tmp_path / "gptq", tmp_path / "healed", {}, {})
+    assert (tmp_path / "healed" / template).read_text() == "A"
     for name in ("merged", "gptq", "healed"):
         written = Checkpoint(tmp_path / name)
         for tensor, value in extra.items():
@@ -269,6 +273,7 @@ NAMES: dict[str, tuple[Callable[[], Any], dict[str, tuple[int, ...]], tuple[str,
         ("model.mtp_emb_norm", "model.mtp_block"),
     ),
     "nextn": (lambda: pico.config("llama"), names("model.nextn_predict.0.eh_proj.weight"), ("model.nextn_predict",)),
+    "Qwen3-Next": (lambda: pico.config("llama"), names("mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"), ("mtp",)),
     "a number without a module": (lambda: pico.config("llama"), names("mtp"), ("mtp",)),
 }  # fmt: skip
 
@@ -295,3 +300,27 @@ def test_values_of_a_copy_are_not_judged_twice(tmp_path: Path) -> None:
     assert not check_tensors.check(headers, Checkpoint(base)).findings
     assert "not finite" in str(check_tensors.check(headers).findings[0])
     assert torch.isinf(load_file(tmp_path / "gptq" / WEIGHTS)["mtp.norm.weight"]).all()
+
+
+COMPUTED: dict[str, tuple[int, ...]] = {
+    "transformer.h.1.attn.attention.bias": (1, 1, 32, 32),
+    "transformer.h.1.attn.causal_mask": (1, 1, 32, 32),
+    "model.layers.0.self_attn.rotary_emb.cos_cached": (1, 1, 32, 8),
+    "transformer.rotary_pos_emb.inv_freq": (8,),
+    "transformer.h.0.self_attention.maybe_rotary.inv_freq": (8,),
+    "model.layers.7.self_attn.rotary_emb.inv_freq": (8,),
+    "position_ids": (1, 64),
+    "decoder.version": (1,),
+    "rope.freqs": (8,),
+}
+
+
+def test_names_of_what_every_loader_computes() -> None:
+    """Also in a layer past the last; the same names with the shape of a weight are not taken for buffers."""
+    model = skeleton.build(pico.config("llama"))
+    stored = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert Unplaced.of(model, stored | COMPUTED).recomputed == tuple(COMPUTED)
+    others = {n: (64, 32) if len(shape) == 1 else (64,) for n, shape in COMPUTED.items() if "layers.7" not in n}
+    del others["position_ids"]
+    found = Unplaced.of(model, stored | others)
+    assert (found.recomputed, found.unknown) == ((), tuple(others))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from requant.modeling.block_walk import Walk
 
 @torch.no_grad()
 def first_overflow(
-    path: Path, windows: Tensor, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    path: Path,
+    windows: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> str | None:
     """The block after which, or the head in which, a forward in `dtype` is not finite; None: all of it is.
 
@@ -28,6 +35,8 @@ def first_overflow(
         walk.load(index)
         item.hidden = walk.run(index, item)
         walk.release(walk.blocks[index])
+        if progress:
+            progress(index + 1, len(walk))
         if not bool(torch.isfinite(item.hidden).all()):
             return f"{walk.prefix}.{index}"
     walk.fill_rest()

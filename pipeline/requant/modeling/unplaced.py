@@ -41,13 +41,15 @@ def _table(shape: Shape) -> bool:
     return len(shape) >= 2
 
 
-# Buffers that older releases stored: (name, its shape). Every loader computes them from the config.
+# What older releases stored of a model's class: (name, its shape). Every loader computes it from the config.
 _RECOMPUTED: tuple[tuple[re.Pattern[str], Callable[[Shape], bool]], ...] = (
     (re.compile(r"(.*\.)?(\w+_)?inv_freq"), _vector),
     (re.compile(r"(.*\.)?\w*(rotary|rope)\w*\.(\w+_)?(cos|sin)(_\w+)?"), _table),
     (re.compile(r"(.*\.)?\w*(attn|attention)\.(bias|mask|causal_mask|attn_mask)"), _square),
     (re.compile(r"(.*\.)?\w*masked_bias"), _single),
     (re.compile(r"(.*\.)?position_ids"), _row),
+    (re.compile(r"(.*\.)?rope\.freqs"), _vector),
+    (re.compile(r"(.*\.)?(version|_float_tensor)"), _single),
 )
 _PREDICTION_HEAD = re.compile(r"(.*_)?(mtp|nextn)(_.*)?")  # one part of a name
 

@@ -9,7 +9,7 @@ from requant.errors import InputError
 from requant.recipe.fields import Source
 from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_model
 
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken", "*.txt")
 _PICKLES = ("*.bin",)  # of an adapter: seen, and never loaded
 _NOT_NEEDED = ("pytorch_model*.bin", "optimizer.bin", "*/*.bin")
 

@@ -18,7 +18,7 @@ from requant.run.context import RunContext
 from requant.run.stage_results import MergeStageResult
 
 log = logging.getLogger(__name__)
-TRIED = 256  # tokens of the forward in float16
+TRIED = 32  # tokens of the forward in float16: the largest activations are those of the first ones
 
 
 def run_merge(context: RunContext, key: str) -> MergeStageResult:
@@ -58,6 +58,7 @@ def _prove_float16(context: RunContext, merged: MergeResult, out: Path) -> None:
             dtype=torch.float16,
             device=context.device,
             trust_remote_code=context.recipe.trust_remote_code,
+            progress=lambda done, total: context.watcher.progress(done, total, "blocks run in float16"),
         )
     except RuntimeError as error:  # a layer that this processor cannot compute in float16
         log.info("no forward in float16: %s", error)
@@ -66,6 +67,6 @@ def _prove_float16(context: RunContext, merged: MergeResult, out: Path) -> None:
     if where is not None:
         raise StageError(
             f"in float16 the merged model gives NaN or infinity from {where} on: its weights fit, what it computes does "
-            f"not: set {keys[0]} to bfloat16"
+            f"not: set {' and '.join(keys)} to bfloat16"
         )
     merged.why += f"; one forward of {window.numel()} tokens in float16 is finite"
