@@ -89,6 +89,9 @@ def test_model_code_is_copied_only_when_the_config_names_it(tmp_path: Path) -> N
     assert model_files.copy_small_files(base, directory(tmp_path / "a")) == []
     (base / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.X"}}')
     assert model_files.copy_small_files(base, directory(tmp_path / "b")) == ["modeling.py"]
+    (base / "config.json").write_text("{}")
+    (base / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling.T", null]}}')
+    assert "modeling.py" in model_files.copy_small_files(base, directory(tmp_path / "c"))
 
 
 @pytest.mark.parametrize(

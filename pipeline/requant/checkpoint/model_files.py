@@ -20,10 +20,12 @@ TEMPLATES = "additional_chat_templates"  # a folder: one file a named template
 _TEMPLATE = ("chat_template.jinja", "chat_template.json")
 TOKENIZER = (
     *VOCABULARY, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tekken.json", "normalizer.json", *_TEMPLATE, f"{TEMPLATES}/*.jinja", "*.tiktoken",
+    "tekken.json", "normalizer.json", "*.tiktoken", "*.spm", "*.model", "tokenizer.model.*", *_TEMPLATE,
+    f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 # Of processors (images, audio, video) and of generation; generation_config.json is made consistent, not copied.
 PROCESSORS = ("*processor*.json", "*feature_extractor*.json", "custom_generate/*")
+_NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 FOLDERS = (TEMPLATES, "custom_generate")  # whose files belong to a model
 _SAMPLING = {
     "temperature": (None, 1.0),
@@ -155,7 +157,7 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) -> list[str]:
-    """Copy tokenizer, processors, generation config and, when config.json names it (`auto_map`), model code.
+    """Copy tokenizer, processors, generation config and, when a config names it (`auto_map`), code.
 
     Returns the names.
     """
@@ -168,7 +170,7 @@ def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) ->
     if generation is not None:
         write_json(out / "generation_config.json", generation)
         copied.append("generation_config.json")
-    if read_json(source / "config.json").get("auto_map"):
+    if any(_readable(source / name).get("auto_map") for name in _NAMING_CODE):
         for file in sorted(source.glob("*.py")):
             shutil.copyfile(file, out / file.name)
             copied.append(file.name)
