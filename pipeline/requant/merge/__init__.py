@@ -10,6 +10,7 @@
     selftest               random rows of the written checkpoint, recomputed in fp64
     adapter_match          do names, shapes, vocabulary say that adapter and base belong together
     adapter_completeness   modules that the settings name and the adapter's file lacks
+    config_agreement       whether config.json describes the base's weights
     deltas                 the adapter's delta to one weight
 
 May import: errors, numerics, checkpoint, modeling, adapters. Knows no recipe.

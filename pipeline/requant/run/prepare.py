@@ -25,7 +25,7 @@ from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
-from requant.merge import adapter_completeness, adapter_match, stored_dtype
+from requant.merge import adapter_completeness, adapter_match, config_agreement, stored_dtype
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
@@ -217,7 +217,9 @@ def plan_merge(
     refuse_quantized(checkpoint)
     model: Any = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     stored = variant_weights.open_base(checkpoint, model, simulate)
-    return merge.plan(stored, loaded, ModelLayout.of(model, stored)), model
+    planned = merge.plan(stored, loaded, ModelLayout.of(model, stored))
+    config_agreement.check(stored, model)
+    return planned, model
 
 
 def quantize_settings(recipe: Recipe) -> Settings:

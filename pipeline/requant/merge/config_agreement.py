@@ -1,0 +1,34 @@
+"""Whether the base's weights are those of the model that its config.json describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from requant.errors import InputError
+from requant.merge.base_weights import BaseWeights
+from requant.modeling import skeleton
+
+_SHOWN = 3  # names in a message
+
+
+def check(base: BaseWeights, model: Any) -> None:
+    """Raise InputError where a tensor of the model is not in the base, or has another shape there.
+
+    model: the skeleton of the base, made of config.json.
+    """
+    weights = base.weights
+    stored = skeleton.tensor_names(model, weights)
+    conv1d = {f"{name}.weight" for name in skeleton.conv1d_modules(model)}
+    problems = []
+    for name, parameter in model.named_parameters():
+        expected = tuple(parameter.shape)[:: -1 if name in conv1d else 1]
+        if name not in stored:
+            problems.append(f"{name} {list(expected)} is missing")
+        elif weights[stored[name]].shape != expected:
+            problems.append(f"{stored[name]} is {list(weights[stored[name]].shape)} instead of {list(expected)}")
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise InputError(
+            f"{base.checkpoint.path}: config.json does not describe these weights: {'; '.join(problems[:_SHOWN])}"
+            f"{more}. Take the config.json that belongs to them, or download the model again"
+        )
