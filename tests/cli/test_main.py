@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import Here
-from helpers.e2e import copied, edit_json, edit_tensors, visible, write_recipe
+from helpers.e2e import copied, edit_json, edit_tensors, texts, visible, write_recipe, write_rows
 
 from requant import __version__, errors
 from requant import recipe as recipes
@@ -152,6 +152,24 @@ def test_check_tells_what_will_happen_and_writes_nothing(here: Here, project: Pa
     assert here.out.splitlines()[-1] == "ok"
     assert sorted(project.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_check_shows_texts_with_what_is_scored_marked(here: Here, project: Path, tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "qa.jsonl", [{"prompt": f"What is {i}? ", "completion": f"It is {i}!\x1b"} for i in range(20)]
+    )
+    qa = f"{{name: qa, data: {{path: {tmp_path / 'qa.jsonl'}}}, score: completion}}"
+    assert here("check", str(project / "recipe.yaml"), "--set", f"evaluate.sets=[{qa}]", "--show-text", "2") == 0
+    shown = here.out.split("text      ")[1].split("\n--- ")
+    assert [s.splitlines()[0] for s in shown[1:5]] == [
+        "calibration train.jsonl, document 1",
+        "calibration train.jsonl, document 2",
+        "evaluation qa, document 1",
+        "evaluation qa, document 2",
+    ]
+    assert shown[1].splitlines()[1] == texts()["train"][0].splitlines()[0]
+    assert shown[3].splitlines()[1] == "What is 0? \u27e6It is 0!\\x1b\u27e7", "control characters are spelled out"
 
 
 @pytest.mark.slow

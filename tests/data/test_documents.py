@@ -97,7 +97,7 @@ def test_completions_without_a_template(tmp_path: Path, tokenizer: Any, monkeypa
     (document,) = tokenize(rows(tmp_path, {"prompt": "2+2=", "completion": "4."}), tokenizer)
     assert (whole(tokenizer, document), marked(tokenizer, document)) == ("2+2=4.", "4.")
     chat = rows(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
-    assert "row 1 is not a chat row: ValueError the tokenizer has no chat template" in refused(chat, tokenizer)
+    assert "row 1 is not a chat row: the tokenizer has no chat template" in refused(chat, tokenizer)
 
 
 def test_an_empty_message_is_a_message(tmp_path: Path, tokenizer: Any) -> None:
@@ -113,7 +113,12 @@ def test_a_template_that_rewrites_history_is_refused(
     """A template that drops earlier turns leaves no boundary to cut at."""
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}" + TEMPLATE)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert "rewrites earlier turns" in refused(rows(tmp_path, {"messages": turns * 2}), tokenizer)
+    source = rows(tmp_path, {"messages": turns * 2})
+    assert "row 1 is not a chat row: the chat template rewrites what came before the last answer" in refused(
+        source, tokenizer
+    )
+    (document,) = tokenize(source, tokenizer, completions=False)
+    assert all(document.scored), "text that is only calibrated needs no places"
 
 
 def test_a_column_may_be_named(tmp_path: Path, tokenizer: Any) -> None:
@@ -176,12 +181,6 @@ def test_broken_files_name_the_line(tmp_path: Path, tokenizer: Any) -> None:
     assert "cannot be read" in refused(TextSource(path=tmp_path / "d.txt"), tokenizer)
     assert "no such file" in refused(TextSource(path=tmp_path / "absent.txt"), tokenizer)
     assert "every row is empty" in refused(rows(tmp_path, {"text": ""}), tokenizer)
-    assert "row 2 is not a chat row" in refused(
-        rows(
-            tmp_path, {"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "elf", "content": "a"}]}
-        ),
-        tokenizer,
-    )
 
 
 def test_a_report_never_shows_a_local_path(tmp_path: Path) -> None:
@@ -242,6 +241,18 @@ def test_overlap_of_identical_and_of_foreign_text() -> None:
     assert overlap.overlap(window, [list(range(500, 540))]) == 0.0
     assert overlap.overlap(window, [list(range(20)), list(range(500, 520))]) == 0.5
     assert overlap.overlap(window, [[1, 2, 3]]) == 0.0, "too short to say"
+
+
+def test_a_prompt_that_all_documents_share_is_no_overlap() -> None:
+    prompt = list(range(1000, 1040))
+    calibration = torch.tensor([prompt + list(range(40 * i, 40 * i + 40)) for i in range(4)])
+    foreign = [prompt + list(range(5000 + 40 * i, 5040 + 40 * i)) for i in range(6)]
+    assert 0.0 < overlap.overlap(calibration, foreign[:3]) < 0.6, "of three documents nothing is common"
+    assert overlap.overlap(calibration, foreign) == 0.0
+    assert overlap.overlap(calibration, [row.tolist() for row in calibration]) == 1.0
+    assert overlap.overlap(calibration, [prompt] * 6) == 1.0, "documents that are all alike"
+    halves = [part for row in foreign for part in (row[:40], row[40:])]
+    assert overlap.overlap(calibration, halves, [i // 2 for i in range(12)]) == 0.0, "documents of two windows"
 
 
 def test_bos_is_not_doubled(tmp_path: Path, tokenizer: Any) -> None:

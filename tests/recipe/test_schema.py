@@ -196,7 +196,8 @@ def test_one_problem(extra: str, line: str) -> None:
         (
             "calibration.data.path",
             "./a.pdf",
-            "'./a.pdf' does not end in one of .txt, .jsonl, .json, .csv, .parquet",
+            "'./a.pdf' does not end in one of .txt, .jsonl, .json, .csv, .parquet, "
+            ".txt.gz, .jsonl.gz, .json.gz, .csv.gz",
         ),
         ("calibration.data.builtin", "foo", "'foo' is not python-reference"),
     ],

@@ -113,6 +113,7 @@ def test_every_key_of_the_schema_is_in_the_starter() -> None:
         "builtin",
         "document_tokens",
         "path",
+        "ignore",
         "in_domain",
     }
 

@@ -66,14 +66,6 @@ def stray_tensor(base: Path, adapter: Path) -> None:
     edit_tensors(adapter / ADAPTER, lambda t: t | {"base_model.model.classifier.weight": torch.zeros(2, 64)})
 
 
-def larger_vocabulary(base: Path, adapter: Path) -> None:
-    for file in base.glob("tokenizer*"):
-        shutil.copy(file, adapter)
-    raw = json.loads((adapter / "tokenizer.json").read_text())
-    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<tool>"})
-    (adapter / "tokenizer.json").write_text(json.dumps(raw))
-
-
 def other_rank(base: Path, adapter: Path) -> None:
     edit_json(adapter / "adapter_config.json", r=16)
 
@@ -147,7 +139,6 @@ DAMAGES = (
     Damage(half_renamed, ("7 of 14 adapted tensors do not exist", "model.layers.7.", "Is this the adapter's base?")),
     Damage(one_sided, ("model.layers.0.mlp.up_proj", "not both lora_A and lora_B")),
     Damage(stray_tensor, ("classifier.weight", "is the head of a classifier")),
-    Damage(larger_vocabulary, ("301 tokens, but the model has 300 embeddings", "another base")),
     Damage(other_rank, ("rank of", "16 there, 8 in")),
     Damage(pickled_adapter, ("adapter_model.bin", "pickle", "safe_serialization")),
     Damage(no_config, ("no adapter_config.json", "save_pretrained")),

@@ -13,11 +13,11 @@ from helpers.e2e import copied, edit_json, edit_tensors, recipe, texts, write_ro
 from requant.adapters import peft_directory
 from requant.checkpoint import reader
 from requant.checkpoint.reader import Checkpoint, TensorInfo
-from requant.data import documents, packing
+from requant.data import documents, packing, tokenizer
 from requant.errors import InputError
 from requant.merge import base_weights
 from requant.merge import stage as merge_stage
-from requant.run import prepare, recipe_texts
+from requant.run import prepare
 from requant.run.prepared import Prepared
 
 
@@ -130,7 +130,7 @@ def test_a_mix_takes_its_shares(project: Path, tmp_path: Path) -> None:
         {"data": {"path": str(tmp_path / "digits.jsonl")}, "share": 1.0},
     ]
     plan = prepared(project, {"calibration": {"mix": mix, "samples": 8, "length": 64}})
-    seven = recipe_texts.load_tokenizer(plan.sources.base, plan.sources.adapter, plan.merge.plan)("7")["input_ids"][0]
+    seven = tokenizer.load(plan.sources.base, plan.sources.adapter)("7")["input_ids"][0]
     assert (
         sorted(bool((row == seven).float().mean() > 0.9) for row in plan.texts.calibration) == [False] * 6 + [True] * 2
     )
@@ -164,10 +164,10 @@ def test_completions_are_scored_and_prompts_are_not(project: Path, tmp_path: Pat
     source = {"path": str(tmp_path / "qa.jsonl")}
     sets = [{"name": n, "data": source, "score": n} for n in ("all", "completion")]
     whole, answers = prepared(project, {"evaluate.sets": sets}).texts.sets
-    tokenizer = recipe_texts.load_tokenizer(project / "base", project / "adapter", prepared(project).merge.plan)
+    made = tokenizer.load(project / "base", project / "adapter")
     assert answers.n_scored < whole.n_scored
     for window in answers.windows:
-        text = tokenizer.decode(window.ids[window.scored])
+        text = made.decode(window.ids[window.scored])
         assert text.endswith("!")
         assert "What" not in text
     assert answers.n_bytes == sum(len(f"{i}!") for i in range(20))
@@ -181,7 +181,7 @@ def test_the_adapters_own_tokenizer_comes_first(project: Path, tmp_path: Path) -
     raw["model"]["merges"] = []
     (mine / "adapter" / "tokenizer.json").write_text(json.dumps(raw))
     plan = prepared(mine)
-    longer, shorter = (len(recipe_texts.load_tokenizer(plan.sources.base, a, plan.merge.plan)("the import statement")["input_ids"])
+    longer, shorter = (len(tokenizer.load(plan.sources.base, a)("the import statement")["input_ids"])
                        for a in (plan.sources.adapter, project / "adapter"))  # fmt: skip
     assert longer == len("the import statement") > shorter
 
@@ -244,6 +244,24 @@ def test_unreadable_texts(project: Path, tmp_path: Path, name: str, content: byt
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=says):
         prepared(project, {"calibration.data.path": str(tmp_path / name)})
+
+
+def test_of_a_longer_tokenizer_only_the_ids_that_texts_use_count(project: Path, tmp_path: Path) -> None:
+    """Official Gemma 3 text models have such a tokenizer; so has a fine-tune with a [PAD] that nothing uses."""
+    mine = copied(project, tmp_path / "p", "adapter")
+    for file in (project / "base").glob("tokenizer*"):
+        (mine / "adapter" / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((mine / "adapter" / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<tool>"})
+    (mine / "adapter" / "tokenizer.json").write_text(json.dumps(raw))
+    assert prepared(mine).texts.calibration.max() < 300
+    for changes, what in (
+        ({"calibration.data.path": str(tmp_path / "uses.jsonl")}, "the calibration text"),
+        ({"evaluate.sets.0.data.path": str(tmp_path / "uses.jsonl")}, "evaluation set in-domain"),
+    ):
+        write_rows(tmp_path / "uses.jsonl", [{"text": t.replace(" ", " <tool> ")} for t in texts()["train"]])
+        with pytest.raises(InputError, match=rf"{what} holds token 300 \('<tool>'\), but the model has 300 embeddings"):
+            prepared(mine, changes)
 
 
 def test_resized_embeddings_go_with_the_adapters_tokenizer(project: Path, tmp_path: Path) -> None:

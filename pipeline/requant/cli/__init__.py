@@ -3,6 +3,7 @@
     main              the commands of a recipe   <- start here
     init_command      init: a starter recipe, printed or in a new file
     check_command     check
+    text_view         documents as the model will see them, what is scored marked
     report_commands   gate, compare: commands that need finished reports only
     deploy_commands   verify, push
     run_paths         a run's directory in place of a recipe, a report or a checkpoint

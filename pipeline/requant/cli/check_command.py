@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.cli import text_view
 from requant.cli.console import ConsoleWatcher
 from requant.cli.foreign_output import quiet
 from requant.cli.wrapping import say
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 INDENT = 10  # of the text beside the names
 
 
-def check(recipe: Recipe) -> None:
-    """Print what `recipe` asks for and what it takes. Raises InputError for what does not fit."""
+def check(recipe: Recipe, show_text: int = 0) -> None:
+    """Print what `recipe` asks for and what it takes. Raises InputError for what does not fit.
+
+    show_text: documents of every text to print.
+    """
     where = Path(recipe.output.dir) / recipe.name
     with ConsoleWatcher() as watcher:
         watcher.stage("check", done=False)
@@ -40,6 +44,8 @@ def check(recipe: Recipe) -> None:
     four_bit = prepared.merge.plan.base.four_bit
     for warning in [*prepared.warnings, *(predicted.warnings(four_bit=four_bit) if predicted else [])]:
         _line("warning", warning)
+    if show_text:
+        text_view.print_texts(prepared, show_text)
     for need_of in (needs := _forecast(prepared, where)):
         _line("takes", str(need_of))
     if len(needs) == 1:

@@ -103,12 +103,18 @@ def schema(
 
 
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))
-def check(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    show_text: Annotated[
+        int, typer.Option(min=0, help="Print so many documents of every text as the model will see them.")
+    ] = 0,
+) -> None:
     """Check a recipe against model, adapter and texts: from headers and a few layers."""
     loaded = run_paths.load_recipe(recipe, overrides)
     from requant.cli import check_command
 
-    check_command.check(loaded)
+    check_command.check(loaded, show_text)
 
 
 @app.command(epilog=exit_codes.epilog(for_command={0: "done, and every gate passed"}))
@@ -162,6 +168,7 @@ def heal(
 
     checkpoint, teacher = run_paths.checkpoint_in(checkpoint, ("gptq",))[0], run_paths.merged_in(teacher)
     target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
+    notes: list[str] = []
     with ConsoleWatcher() as watcher:
         watcher.stage("heal", done=False)
         with quiet():
@@ -175,7 +182,10 @@ def heal(
                 checkpoint, teacher, data, target,
                 HealSettings(steps=steps, batch=batch, length=length, lr=lr, tune=tune, seed=seed),
                 device=pick_device(device), trust_remote_code=trust_remote_code, progress=watcher.progress,
+                notes=notes,
             )  # fmt: skip
+        for note in notes:
+            watcher.warn(note)
     say(f"{summary(facts)}: {target}")
 
 

@@ -18,7 +18,8 @@ import torch
 
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.reader import read_json
-from requant.data.documents import TextSource, adds_bos, read_rows
+from requant.data.documents import TextSource, read_rows
+from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.data.documents import TokenDocument, adds_bos
+from requant.data.documents import TokenDocument
+from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
 
 Entry = tuple[str, Sequence[TokenDocument], float]  # name, documents, share of the windows

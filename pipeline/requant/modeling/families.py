@@ -1,9 +1,10 @@
 """Model families: what the structure of a model does not tell, one declarative entry each.
 
-Blocks, matrices and experts are found by structure (`block_walk`, `linears`, `moe`); renamed tensors and modules kept in
-fp32 are read off transformers (`skeleton`). An entry names the rest: a linear class of its own, what engines fuse, and how
-they cut a matrix for several GPUs. Other code asks by the names of modules, so the sets at the end are unions of all
-entries: a family whose modules are called like those of another needs no entry of its own, only its model type in one.
+Blocks, matrices and experts are found by structure (`block_walk`, `linears`, `moe`); renamed tensors and modules kept
+in fp32 are read off transformers (`skeleton`). An entry names the rest: a linear class of its own, what engines fuse,
+and how they cut a matrix for several GPUs. Other code asks by the names of modules, so the sets at the end are unions
+of all entries: a family whose modules are called like those of another needs no entry of its own, only its model type
+in one.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class Fused:
 class Family:
     """One build of transformer blocks. Names are the last part of a module's name.
 
-    model_types: of transformers, without claim to be complete. linear_classes: subclasses of nn.Linear whose forward is the
-    same product. fused: an engine's matrix -> the linears it is made of. For several GPUs, where an engine cuts matrices:
-    by_inputs: cut by their inputs, for they lead back into the residual stream; fused_heads: q, k and v in one, cut by
-    attention heads; key_heads: cut by key heads, repeated where there are fewer than GPUs; uncut: whole on every GPU.
+    model_types: of transformers, without claim to be complete. linear_classes: subclasses of nn.Linear whose forward is
+    the same product. fused: an engine's matrix -> the linears it is made of. For several GPUs, where an engine cuts
+    matrices: by_inputs: cut by their inputs, for they lead back into the residual stream; fused_heads: q, k and v in
+    one, cut by attention heads; key_heads: cut by key heads, repeated where there are fewer than GPUs; uncut: whole on
+    every GPU.
     """
 
     model_types: tuple[str, ...]

@@ -1,8 +1,8 @@
 """RMS norms, rotary embeddings and gated activations as one Triton kernel each.
 
-transformers writes them as 2 to 12 operations that each read and write the whole tensor: a third of a forward's time. The
-kernels here round at the same steps. A kernel replaces an operation only where both gave the same numbers on a sample: a
-model that uses one of these names for another operation keeps its own.
+transformers writes them as 2 to 12 operations that each read and write the whole tensor: a third of a forward's time.
+The kernels here round at the same steps. A kernel replaces an operation only where both gave the same numbers on a
+sample: a model that uses one of these names for another operation keeps its own.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, heads, length, n = x.shape
     if x.numel():
         _rotate[(batch * length,)](
-            x, cos, sin, out, length, heads, 0 if len(cos) == 1 else length, HALF=n // 2, BLOCK=triton.next_power_of_2(n // 2),
-            HEADS=HEADS, num_warps=4, enable_fp_fusion=False,  # a product and a sum in one would round once
+            x, cos, sin, out, length, heads, 0 if len(cos) == 1 else length, HALF=n // 2,
+            BLOCK=triton.next_power_of_2(n // 2), HEADS=HEADS, num_warps=4,
+            enable_fp_fusion=False,  # a product and a sum in one would round once
         )  # fmt: skip
     return out
 

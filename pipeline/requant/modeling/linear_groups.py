@@ -67,7 +67,8 @@ def find_linear_groups(walk: Walk, index: int, item: BlockInput, linears: Sequen
     called = {n for group in groups.values() for n in group}
     if called != set(linears):
         raise StageError(
-            f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - called))} was never called on the calibration text"
+            f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - called))} was never called "
+            "on the calibration text"
         )
     return [LinearGroup(tuple(dict.fromkeys(names))) for names in groups.values()]
 

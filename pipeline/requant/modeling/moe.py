@@ -36,9 +36,9 @@ class SplitExperts(nn.Module):
 
     floor: while calibrating, an expert gets at least this share of the rows it would get if all were chosen alike:
     tokens routed elsewhere are added to its input, their outputs are dropped. `added` counts them by expert.
-    leader: (at most one) experts that run before these on the same tokens with other hidden states. The leader's rows come
-    first in each input here, so that the two inputs can be compared row by row.
-    Neither `floor` nor `leader` changes what the forward returns.
+    leader: (at most one) experts that run before these on the same tokens with other hidden states. The leader's rows
+    come first in each input here, so that the two inputs can be compared row by row. Neither `floor` nor `leader`
+    changes what the forward returns.
     """
 
     def __init__(self, fused: Any) -> None:

@@ -32,8 +32,8 @@ def run_block(
     """Run one block on every batch, group by group; `hidden` becomes the block's output.
 
     on_group(group, inputs): called once a group with an iterator over the batches' (input, unquantized input), each
-    [batch, length, in]; an expert's inputs are [rows, in] (`moe.SplitExperts`). `reference_block` runs on the batches that
-    have `unquantized` and gives their unquantized inputs; for the others, and without it, that input is None.
+    [batch, length, in]; an expert's inputs are [rows, in] (`moe.SplitExperts`). `reference_block` runs on the batches
+    that have `unquantized` and gives their unquantized inputs; for the others, and without it, that input is None.
 
     paused: each batch's forward pauses at the group with all that it has in memory, and nothing runs twice
     (`paused_batches`). Otherwise each group runs the block again from its start: about twice the work, but no memory

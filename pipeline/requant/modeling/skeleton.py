@@ -213,7 +213,8 @@ def tied_pair(model: nn.Module) -> tuple[str, str] | None:
 def place(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, transpose: bool = True) -> None:
     """Put real tensors where the model has meta parameters, by parameter name.
 
-    transpose: Conv1D weights are [in, out], as in a 16-bit checkpoint; False: they are [out, in], as dequantized ones are.
+    transpose: Conv1D weights are [in, out], as in a 16-bit checkpoint; False: they are [out, in], as dequantized ones
+    are.
     """
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")

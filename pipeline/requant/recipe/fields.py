@@ -24,9 +24,11 @@ from pydantic_core import PydanticCustomError
 from requant.recipe.yaml_document import KeyPath, show_value
 
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+DATE = r"^\d{4}-\d{2}-\d{2}$"
 DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
 SIZE = r"^(0*[1-9][0-9]*(\.[0-9]+)?) ?([KMG]i?B)$"
 PATTERNS = {
+    DATE: "a day such as 2024-07-26",
     SLUG: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
     DEVICE: "one of auto, cpu, cuda, cuda:N",
     SIZE: "a size such as 5GB or 500MB",

@@ -5,6 +5,7 @@ Reads no weights, imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_
 from requant.errors import RecipeError
 from requant.recipe import yaml_document
 from requant.recipe.error_messages import add_validation_errors
-from requant.recipe.fields import DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, absolute, fail
+from requant.recipe.fields import DATE, DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, absolute, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
 from requant.recipe.heal_section import Heal
 from requant.recipe.model_sections import Base, Merge, Output, Quantize, WeightedAdapter
@@ -46,6 +47,10 @@ class Recipe(Section):
     merge: Merge = Field(default=Merge(), description="How the adapter is folded in.")
     quantize: Quantize = Field(default=Quantize(), description="The GPTQ settings.")
     calibration: Calibration = Field(description="The text on which the quantizer looks.")
+    chat_date: Annotated[str, Field(pattern=DATE)] = Field(
+        default="2024-07-26",
+        description="The day that a chat template writes as today's, so that a text never changes.",
+    )
     heal: Literal["auto", "off"] | Heal = Field(
         default="auto", description="Distil the scales after quantizing; auto: on a GPU, with the defaults."
     )
@@ -82,6 +87,15 @@ class Recipe(Section):
         """(adapter, weight) of every adapter; at least one."""
         one = ((self.adapter, 1.0),) if self.adapter else ()
         return one or tuple((a, a.weight) for a in self.adapters)
+
+    @field_validator("chat_date")
+    @classmethod
+    def _is_a_day(cls, text: str) -> str:
+        try:
+            datetime.date.fromisoformat(text)
+        except ValueError as error:
+            fail(((), f"{text!r} is not a day: {error}"))
+        return text
 
     @field_validator("adapter")
     @classmethod

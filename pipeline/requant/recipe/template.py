@@ -236,6 +236,7 @@ evaluate:
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
 # heal: auto                # auto | off | {{steps: 150, ...}}: distil the scales after quantizing; auto: on a GPU
+# chat_date: 2024-07-26    # default 2024-07-26; the day that chat templates write as today's
 # canaries: ./canaries.jsonl  # default none; lines of prompt and answer, asked of adapter, merged and quantized
 gates:                      # default none; `requant run` ends with exit code 3 or 4 unless the 95 % intervals keep all
   - {{metric: ppl_increase, set: in-domain, max: 5%}}   # also perplexity, kl, right_to_wrong, retention, agreement

@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, unique
 from requant.recipe.yaml_document import KeyPath
 
-_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
+_WITH_COLUMNS = tuple(name for name in _FILES if not name.startswith(".txt"))
 
 Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq", "healed"]
 Format = Literal["auto", "text", "chat", "completion"]
@@ -20,7 +21,9 @@ Format = Literal["auto", "text", "chat", "completion"]
 class Data(Section):
     """Where text comes from: exactly one of path, dataset and builtin."""
 
-    path: Text | None = Field(default=None, description="Local txt, jsonl, json, csv or parquet file.")
+    path: Text | None = Field(
+        default=None, description="Local txt, jsonl, json, csv or parquet file, or gzipped (.gz)."
+    )
     dataset: Text | None = Field(default=None, description="Hub id of a dataset.")
     builtin: Literal["python-reference"] | None = Field(default=None, description="A text that comes with requant.")
     config: Text | None = Field(default=None, description="Configuration of the dataset.")
@@ -28,6 +31,9 @@ class Data(Section):
     revision: Text | None = Field(default=None, description="Hub branch, tag or commit of the dataset.")
     column: Text | None = Field(default=None, description="Text column; default: found by name.")
     documents: Positive | None = Field(default=None, description="Use only the first so many documents.")
+    ignore: Annotated[tuple[Text, ...], AsTuple] = Field(
+        default=(), description="Columns with text that may be left out; any other such column is an error."
+    )
 
     def resolve(self, directory: Path) -> Path | None:
         """Absolute `path`, or None when the text is not a local file."""
@@ -111,8 +117,8 @@ class Canaries(Section):
 
     @model_validator(mode="after")
     def _has_columns(self) -> Self:
-        if not self.path.endswith(_FILES[1:]):
-            fail((("path",), f"{self.path!r} does not end in one of {', '.join(_FILES[1:])}"))
+        if not self.path.endswith(_WITH_COLUMNS):
+            fail((("path",), f"{self.path!r} does not end in one of {', '.join(_WITH_COLUMNS)}"))
         return self
 
 

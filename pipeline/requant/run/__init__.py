@@ -9,6 +9,7 @@ Only this package, and cli for printing, reads a Recipe.
     fetch               the local directory of a base or an adapter
     dtypes              the serving dtype, and float16 refused where a model does not run in it
     prepared            the record that prepare returns: sources, merge, quantize, texts
+    unknown_ids         refuses texts with tokens that the model has no embedding for
     stage_keys          what each stage depends on, as digests
     stage_results       shapes of stored results and events
     merge_stage         the merged checkpoint

@@ -14,7 +14,8 @@ from torch import nn
 from requant import __version__, heal
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
-from requant.data import documents, packing
+from requant.data import packing
+from requant.data import tokenizer as tokenizer_files
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
@@ -42,10 +43,11 @@ def heal_checkpoint(
     device: torch.device,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    notes: list[str] | None = None,
 ) -> HealCheckpointResult:
     """Heal `checkpoint` towards `teacher` into the new directory `out`.
 
-    files: text, each in an equal share.
+    files: text, each in an equal share. notes: what was left out of them is added.
 
     Raises:
         InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
@@ -53,8 +55,8 @@ def heal_checkpoint(
     checkpoint, teacher, out = Path(checkpoint), Path(teacher), Path(out)
     _check_new(out)
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    text = _text([Path(file) for file in files], tokenizer, settings)
+    tokenizer = tokenizer_files.load(checkpoint, trust_remote_code=trust_remote_code)
+    text = _text([Path(file) for file in files], tokenizer, settings, notes)
     plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -81,9 +83,11 @@ def heal_checkpoint(
     return {**facts, "way": str(plan)}
 
 
-def _text(files: Sequence[Path], tokenizer: Any, settings: HealSettings) -> packing.HealingText:
-    """Windows of the files' text, each in an equal share."""
-    entries = [(f.name, documents.tokenize(documents.TextSource(path=f), tokenizer), 1.0) for f in files]
+def _text(
+    files: Sequence[Path], tokenizer: Any, settings: HealSettings, notes: list[str] | None
+) -> packing.HealingText:
+    """Windows of the files' text, each in an equal share. notes: what was left out is added."""
+    entries = [(f.name, tokenize(TextSource(path=f), tokenizer, completions=False, notes=notes), 1.0) for f in files]
     return packing.healing_windows(
         entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
     )
@@ -95,15 +99,6 @@ def _check_new(out: Path) -> None:
         raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
-
-
-def _tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: transformers cannot load its tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def _dtype(path: Path) -> torch.dtype | None:

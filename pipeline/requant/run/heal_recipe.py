@@ -49,17 +49,21 @@ class Healing:
 
 
 def plan_healing(
-    recipe: Recipe, tokenizer: Any, seen: list[Sequence[TokenDocument]], size: ModelSize
+    recipe: Recipe,
+    tokenizer: Any,
+    seen: list[Sequence[TokenDocument]],
+    size: ModelSize,
+    notes: list[str] | None = None,
 ) -> Healing | None:
     """The healing that a recipe asks for, None for none.
 
-    `seen` grows by documents that no evaluation set may hold.
+    `seen` grows by documents that no evaluation set may hold, `notes` by what was left out or changed.
     """
     section = recipe.heal
     if section == "auto":
         section = Heal() if pick_device(recipe.device).type == "cuda" else "off"
     if not isinstance(section, Heal):
         return None
-    documents, text, facts = recipe_texts.healing(recipe, section, tokenizer, seen)
+    documents, text, facts = recipe_texts.healing(recipe, section, tokenizer, seen, notes)
     seen += documents
     return Healing(section=section, size=size, text=text, facts=facts, deploy=tuple(recipe.deploy))

@@ -42,11 +42,13 @@ from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
+from requant.run.unknown_ids import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
 
 log = logging.getLogger(__name__)
+SHOWN = 20  # documents of each source that are kept for `check --show-text`
 
 
 def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Prepared:
@@ -67,11 +69,10 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += _refusing_engines(recipe, quantize_inputs.engines)
     warnings += [*_left_fused(model), *([unloadable] if unloadable else [])]
-    tokenizer = recipe_texts.load_tokenizer(
-        plan.base.checkpoint.path, sources.adapter, plan, trust_remote_code=recipe.trust_remote_code
-    )
+    tokenizer = recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter)
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings, doing)
+    refuse_unknown_ids(texts, healing, plan, tokenizer)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
         recipe=recipe,
@@ -153,14 +154,17 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
 def _texts(
     recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str], doing: Callable[[str], None]
 ) -> tuple[Texts, Healing | None]:
-    """Calibration, healing and evaluation texts; adds a warning where they overlap."""
+    """Calibration, healing and evaluation texts; adds warnings about them."""
+    notes: list[str] = []
     doing("tokens of the calibration text")
-    seen, windows, facts = recipe_texts.calibration(recipe, tokenizer)
-    healing = plan_healing(recipe, tokenizer, seen, size)
+    seen, windows, facts = recipe_texts.calibration(recipe, tokenizer, notes)
+    of_calibration = dict(zip(facts["data"], (documents[:SHOWN] for documents in seen), strict=False))
+    healing = plan_healing(recipe, tokenizer, seen, size, notes)
     sets = []
     for item in recipe.evaluate.sets:
         doing(f"tokens of the evaluation set {item.name}")
-        sets.append(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen))
+        sets.append(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen, notes))
+    warnings += dict.fromkeys(notes)
     doing("overlap of calibration and evaluation text")
     facts["overlap"] = _overlaps(windows, healing, tuple(sets), warnings)
     texts = Texts(
@@ -169,6 +173,8 @@ def _texts(
         sets=tuple(sets),
         probes=adapter_probe.sample_rows(facts["data"], seen),
         canaries=_canaries(recipe, tokenizer),
+        first_documents=of_calibration,
+        decode=tokenizer.decode,
     )
     return texts, healing
 

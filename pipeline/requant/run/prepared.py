@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from requant.data.canaries import Canaries
+from requant.data.documents import TokenDocument
 from requant.deploy import engine_support
 from requant.merge import adapter_match
 from requant.merge.base_weights import Nf4Settings
@@ -70,7 +71,8 @@ class QuantizeInputs:
 class Texts:
     """Tokenized texts.
 
-    calibration: int64 [samples, length]. probes: calibration source -> a few token rows.
+    calibration: int64 [samples, length]. probes: calibration source -> a few token rows. first_documents: of each
+    calibration source. decode: token ids -> text.
     """
 
     calibration: Tensor
@@ -78,6 +80,8 @@ class Texts:
     sets: tuple[EvalSet, ...]
     probes: Mapping[str, tuple[Tensor, ...]]
     canaries: Canaries | None
+    first_documents: Mapping[str, Sequence[TokenDocument]]
+    decode: Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from torch import Tensor
 
-from requant.checkpoint import model_files
 from requant.data import overlap, packing
-from requant.data.documents import TextSource, TokenDocument, adds_bos, read_texts, tokenize
+from requant.data import tokenizer as tokenizer_files
+from requant.data.documents import TextSource, TokenDocument, read_texts, tokenize
 from requant.data.packing import HealingText
+from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
-from requant.merge.plan import MergePlan
 from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal
 from requant.recipe.text_sections import Data
@@ -50,34 +49,10 @@ class HealingFacts(TypedDict):
     overlap: NotRequired[dict[str, float]]
 
 
-def load_tokenizer(base: Path, adapter: Path, plan: MergePlan, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer the merged model will have.
-
-    Refuses one with more tokens than the model has embeddings.
-    """
-    from transformers import AutoTokenizer
-
-    files = model_files.tokenizer_files(base, adapter)
-    if not files:
-        raise InputError(f"{base}: no tokenizer files, and none beside the adapter")
-    rows = next(
-        (op.shape[0] for op in plan.ops if op.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))),
-        None,
-    )
-    vocabulary = model_files.vocabulary_size(files["tokenizer.json"]) if "tokenizer.json" in files else 0
-    if rows is not None and vocabulary > rows:
-        raise InputError(
-            f"{files['tokenizer.json']}: {vocabulary} tokens, but the model has {rows} embeddings: "
-            "the adapter was trained with a resized vocabulary that it does not contain, or belongs to another base"
-        )
-    with tempfile.TemporaryDirectory() as folder:  # exactly the files that will be shipped
-        for name, file in {"config.json": base / "config.json", **files}.items():
-            (Path(folder) / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, Path(folder) / name)
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{base}: transformers cannot load the tokenizer ({', '.join(files)}): {error}") from error
+def load_tokenizer(recipe: Recipe, base: Path, adapter: Path) -> Any:
+    """The tokenizer that the merged model will have."""
+    date = datetime.date.fromisoformat(recipe.chat_date)
+    return tokenizer_files.load(base, adapter, date=date, trust_remote_code=recipe.trust_remote_code)
 
 
 def source_of(item: Data, directory: Path) -> TextSource:
@@ -90,14 +65,20 @@ def source_of(item: Data, directory: Path) -> TextSource:
         revision=item.revision,
         column=item.column,
         documents=item.documents,
+        ignore=item.ignore,
     )
 
 
-def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[TokenDocument]], Tensor, CalibrationFacts]:
-    """(documents of each source, windows int64 [samples, length], facts for the report)."""
+def calibration(
+    recipe: Recipe, tokenizer: Any, notes: list[str] | None = None
+) -> tuple[list[Sequence[TokenDocument]], Tensor, CalibrationFacts]:
+    """(documents of each source, windows int64 [samples, length], facts for the report).
+
+    notes: what was left out or changed is added.
+    """
     c = recipe.calibration
     sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
-    entries = [(str(s), tokenize(s, tokenizer, e.format), e.share) for s, e in sources]
+    entries = [(str(s), tokenize(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in sources]
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     windows = packing.calibration_windows(
         entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
@@ -115,7 +96,11 @@ def calibration(recipe: Recipe, tokenizer: Any) -> tuple[list[Sequence[TokenDocu
 
 
 def healing(
-    recipe: Recipe, section: Heal, tokenizer: Any, calibrated: Sequence[Sequence[TokenDocument]]
+    recipe: Recipe,
+    section: Heal,
+    tokenizer: Any,
+    calibrated: Sequence[Sequence[TokenDocument]],
+    notes: list[str] | None = None,
 ) -> tuple[list[Sequence[TokenDocument]], HealingText, HealingFacts]:
     """(documents of its own sources, packed windows, facts for the report).
 
@@ -123,7 +108,7 @@ def healing(
     """
     own = [(source_of(e.data, recipe.directory), e) for e in section.entries]
     if own:
-        entries = [(str(s), tokenize(s, tokenizer, e.format), e.share) for s, e in own]
+        entries = [(str(s), tokenize(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in own]
     else:
         named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
         entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
@@ -135,7 +120,11 @@ def healing(
 
 
 def evaluation_set(
-    recipe: Recipe, name: str, tokenizer: Any, calibrated: Sequence[Sequence[TokenDocument]] = ()
+    recipe: Recipe,
+    name: str,
+    tokenizer: Any,
+    calibrated: Sequence[Sequence[TokenDocument]] = (),
+    notes: list[str] | None = None,
 ) -> EvalSet:
     """One evaluation set, cut into windows by the recipe's protocol.
 
@@ -152,11 +141,12 @@ def evaluation_set(
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     if e.protocol != "documents":
         ids = tokenizer("\n\n".join(read_texts(source)), verbose=False)["input_ids"]
-        documents = [ev.Document(tuple(ids))]
+        documents = [ev.Document(tuple(ids if bos is None or ids[:1] == [bos] else [bos, *ids]))]
     else:
-        rows = tokenize(source, tokenizer, item.format)
+        completion = item.score == "completion"
+        rows = tokenize(source, tokenizer, item.format, completions=completion, notes=notes)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
-        documents = [_document(row, item.document_tokens, completion=item.score == "completion") for row in rows]
+        documents = [_document(row, item.document_tokens, completion=completion) for row in rows]
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
@@ -192,7 +182,7 @@ def overlaps(
     """
     shares = {}
     for s in sets:
-        share = overlap.overlap(windows, [w.ids.tolist() for w in s.windows])
+        share = overlap.overlap(windows, [w.ids.tolist() for w in s.windows], [w.document for w in s.windows])
         _refuse_identical(s.name, share, "13-token runs", where)
         if share > OVERLAPS:
             warnings.append(f"{share:.1%} of the 13-token runs of set {s.name} are in the {where} text")

@@ -4,6 +4,7 @@
     forecast_merge     the same of the merge
     rehearsal          one block of random weights run, quantized, scored and timed
     input_widths       widths of the linears, which a group size must divide
+    sample_texts       the first documents of every text as the model will see them
     delta_prediction   how much of the adapter's delta the grid will keep
 
 Part of package run: may import what that may.

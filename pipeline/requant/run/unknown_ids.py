@@ -1,0 +1,46 @@
+"""Refuses texts with tokens that the model has no embedding for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from requant.errors import InputError
+from requant.merge.plan import MergePlan
+from requant.run.heal_recipe import Healing
+from requant.run.prepared import Texts
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+def refuse_unknown_ids(texts: Texts, healing: Healing | None, plan: MergePlan, tokenizer: Any) -> None:
+    """Raise InputError naming the text and the token.
+
+    A tokenizer may be longer than the embedding: only ids that a text uses count.
+    """
+    embedding = next((op for op in plan.ops if op.name.endswith(EMBEDDINGS)), None)
+    if embedding is None:
+        return
+    rows = embedding.shape[0]
+    for what, parts in _ids(texts, healing).items():
+        unknown = [int(part.max()) for part in parts if int(part.max()) >= rows]
+        if unknown:
+            token = tokenizer.convert_ids_to_tokens(unknown[0])
+            raise InputError(
+                f"{what} holds token {unknown[0]} ({token!r}), but the model has {rows} embeddings: the adapter was "
+                "trained with a resized vocabulary that it does not contain (save embed_tokens and lm_head with it), "
+                "or its tokenizer belongs to another base"
+            )
+
+
+def _ids(texts: Texts, healing: Healing | None) -> dict[str, Iterable[Tensor]]:
+    """Token ids of every text by what it is."""
+    return {
+        "the calibration text": [texts.calibration],
+        "the healing text": [healing.text.windows] if healing else [],
+        **{f"evaluation set {s.name}": [w.ids for w in s.windows] for s in texts.sets},
+        "a canary": [torch.tensor(c.ids) for c in texts.canaries.items] if texts.canaries else [],
+    }

@@ -1,0 +1,125 @@
+"""`data.chat_template`: what templates refuse, rewrite and leave out; where answers are."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+import pytest
+from helpers import chat
+
+from requant.data import chat_template
+from requant.data.conversation import Conversation, RowError, conversation
+
+SYSTEM, USER, ANSWER = ({"role": r, "content": c} for r, c in (("system", "be"), ("user", "q"), ("assistant", "a")))
+SECOND = [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
+
+
+def given(*messages: Any, **options: Any) -> Conversation:
+    found = conversation(list(messages))
+    assert found is not None
+    return found.with_tools(options.get("tools"))
+
+
+def rendered(template: str | None, conversation: Conversation) -> tuple[str, list[str], list[str]]:
+    """(text, notes, the parts that are learned)."""
+    tokenizer = chat.tokenizer(template)
+    text, shown, notes = chat_template.render(tokenizer, conversation)
+    return text, notes, [text[a:b] for a, b in chat_template.learned_spans(tokenizer, text, shown)]
+
+
+def test_every_answer_is_located() -> None:
+    text, notes, learned = rendered(chat.ECHO, given(SYSTEM, USER, ANSWER, *SECOND))
+    assert text == "<system>be</end><user>q</end><assistant>a</end><user>r</end><assistant>b</end>"
+    assert (notes, learned) == ([], ["a</end>", "b</end>"])
+
+
+def test_an_answer_that_is_not_learned_is_none() -> None:
+    assert rendered(chat.ECHO, given(USER, ANSWER | {"weight": 0}, *SECOND))[2] == ["b</end>"]
+    assert rendered(chat.ECHO, given(SYSTEM, USER))[2] == []
+
+
+def test_the_last_answer_is_located_where_the_template_rewrites_earlier_ones() -> None:
+    text, _, learned = rendered(chat.THINKING, given(USER, ANSWER, *SECOND))
+    assert text == "<user>q</end><assistant>a</end><user>r</end><assistant>()b</end>"
+    assert learned == ["()b</end>"]
+
+
+def test_a_generation_prompt_may_open_what_the_answer_leaves_out() -> None:
+    text, _, learned = rendered(chat.OPENED, given(USER, ANSWER | {"content": "<think>hm</think>a"}))
+    assert (text, learned) == ("<user>q</end><assistant>a</end>", ["a</end>"])
+
+
+def test_an_answer_may_come_first() -> None:
+    assert rendered(chat.ECHO, given(ANSWER, *SECOND))[2] == ["a</end>", "b</end>"]
+
+
+def test_an_answer_that_cannot_be_located_is_refused() -> None:
+    with pytest.raises(RowError, match="rewrites what came before the last answer"):
+        rendered("{{ messages | length }}" + chat.ECHO, given(USER, ANSWER))
+
+
+def test_a_system_text_is_joined_to_the_user_turn_where_the_template_takes_none() -> None:
+    text, notes, learned = rendered(chat.STRICT, given(SYSTEM, USER, ANSWER))
+    assert text == "<user>be\n\nq</end><assistant>a</end>"
+    assert (notes, learned) == ([chat_template.SYSTEM_JOINED], ["a</end>"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "advice"),
+    [
+        ((USER, USER, ANSWER), "turns 1 and 2 are both 'user': join them into one"),
+        ((ANSWER, USER, ANSWER), "the first turn is the assistant's: begin with the user's"),
+        ((SYSTEM, USER, USER, ANSWER), "turns 2 and 3 are both 'user'"),
+    ],
+)
+def test_a_refusal_says_what_to_do(messages: Any, advice: str) -> None:
+    with pytest.raises(RowError, match=f"refuses it: TemplateError: (roles must|no system).*; {advice}"):
+        rendered(chat.STRICT, given(*messages))
+
+
+def test_a_template_may_raise_anything() -> None:
+    for broken in ("{{ messages[7].content }}", "{% for %}", "{{ 1 / 0 }}", "{{ messages.x.y.z }}"):
+        with pytest.raises(RowError, match="the chat template refuses it: "):
+            rendered(broken, given(USER, ANSWER))
+    with pytest.raises(RowError, match="no chat template"):
+        rendered(None, given(USER, ANSWER))
+
+
+def test_tools_and_calls_are_rendered() -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"city": "text"}}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    turns = (
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+        ANSWER,
+    )
+    text, notes, learned = rendered(chat.TOOLS, given(*turns, tools=(tool,)))
+    assert json.dumps(tool) in text
+    assert notes == []
+    assert learned == ['!weather{"city": "Ulm"}</end>', "a</end>"]
+    _, notes, _ = rendered(chat.ECHO, given(*turns, tools=(tool,)))
+    assert notes == ["the chat template leaves out tool calls", "the chat template leaves out the list of tools"]
+
+
+def test_arguments_are_objects_where_the_template_needs_them() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    text, notes, _ = rendered(chat.TEXT_ARGUMENTS, given(USER, {"role": "assistant", "tool_calls": [call]}))
+    assert (text.endswith("!fx=1</end>"), notes) == (True, [chat_template.ARGUMENTS])
+
+
+def test_a_role_that_vanishes_is_told() -> None:
+    turns = (USER, {"role": "tool", "content": "sunny"}, ANSWER)
+    assert rendered(chat.KNOWN, given(*turns))[1] == ["the chat template leaves out messages of role 'tool'"]
+    text, notes, _ = rendered(chat.KNOWN, given({"role": "developer", "content": "be"}, USER, ANSWER))
+    assert text.startswith("<system>be</end>")
+    assert notes == [chat_template.AS_SYSTEM]
+
+
+def test_the_date_of_a_template_is_frozen() -> None:
+    tokenizer = chat_template.freeze_date(chat.tokenizer(chat.DATED), datetime.date(2025, 3, 1))
+    assert chat_template.render(tokenizer, given(USER, ANSWER))[0].startswith("01 Mar 2025<user>")
+    assert chat_template.asks_for_date(tokenizer)
+    assert not chat_template.asks_for_date(chat.tokenizer())

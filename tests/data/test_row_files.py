@@ -1,0 +1,92 @@
+"""`requant.data.row_files`: file kinds, and errors that name file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from requant.data.row_files import TextSource, read_rows
+from requant.errors import InputError
+
+ROWS = [{"text": "a b"}, {"text": "c\u2028d"}]
+
+
+def read(path: Path, data: str | bytes, **options: Any) -> list[Any]:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return [dict(row) for row in read_rows(TextSource(path=path, **options))]
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", lines(ROWS)),
+        ("a.json", json.dumps(ROWS)),
+        ("lines.json", lines(ROWS)),
+        ("named.json", json.dumps({"train": ROWS})),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("bom.jsonl", "\ufeff" + lines(ROWS)),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, data: str | bytes) -> None:
+    assert read(tmp_path / name, data) == ROWS
+
+
+def test_of_several_lists_the_split_is_read(tmp_path: Path) -> None:
+    data = json.dumps({"train": ROWS, "test": ROWS[:1]})
+    assert read(tmp_path / "a.json", data, split="test") == ROWS[:1]
+    with pytest.raises(InputError, match=r"several lists of rows, train, test, and none is called 'dev'"):
+        read(tmp_path / "a.json", data, split="dev")
+
+
+def test_a_single_object_is_one_row(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.json", '{"messages": [{"role": "user", "content": "a"}], "n": 1}') == [
+        {"messages": [{"role": "user", "content": "a"}], "n": 1}
+    ]
+
+
+def test_a_field_of_a_csv_may_have_any_length(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    assert read(tmp_path / "a.csv", f"text,n\n{long},1\n") == [{"text": long, "n": "1"}]
+
+
+def test_a_csv_row_with_too_many_fields_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.csv: row 2 has more fields than the header"):
+        read(tmp_path / "a.csv", "text\nx\ny,z\n")
+
+
+def test_typed_columns_do_not_add_keys(tmp_path: Path) -> None:
+    """Arrow gives every object all keys of its column; those that a row does not have are null."""
+    calls = [{"role": "assistant", "calls": [{"city": "x"}]}, {"role": "user", "calls": [{"zip": 1}]}]
+    pq.write_table(pa.Table.from_pylist([{"messages": calls, "note": None}]), tmp_path / "a.parquet")
+    assert [dict(r) for r in read_rows(TextSource(path=tmp_path / "a.parquet"))] == [{"messages": calls, "note": None}]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
+        ("a.json", '{"a": 1', r"a\.json: not valid JSON"),
+        ("a.json", "[" * 100_000, r"a\.json: not valid JSON"),
+        ("lines.json", '{"a": 1}\n{"a" 2}\n', r"lines\.json:2: not valid JSON"),
+        ("a.json", "[1]", r"a\.json: expected objects with columns, found int"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 1000)[:-10], r"a\.jsonl\.gz: cannot be read"),
+        ("a.parquet", b"no parquet", r"a\.parquet: cannot be read"),
+        ("a.csv", 'text\n"x', r"a\.csv: not valid csv"),
+        ("a.jsonl", "", "holds no rows"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / name, data)
