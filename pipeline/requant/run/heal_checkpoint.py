@@ -16,6 +16,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
 from requant.data import packing
 from requant.data import tokenizer as tokenizer_files
+from requant.data.documents import TextSource, tokenize
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
