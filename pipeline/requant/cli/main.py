@@ -168,7 +168,6 @@ def heal(
 
     checkpoint, teacher = run_paths.checkpoint_in(checkpoint, ("gptq",))[0], run_paths.merged_in(teacher)
     target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
-    notes: list[str] = []
     with ConsoleWatcher() as watcher:
         watcher.stage("heal", done=False)
         with quiet():
@@ -182,10 +181,8 @@ def heal(
                 checkpoint, teacher, data, target,
                 HealSettings(steps=steps, batch=batch, length=length, lr=lr, tune=tune, seed=seed),
                 device=pick_device(device), trust_remote_code=trust_remote_code, progress=watcher.progress,
-                notes=notes,
+                warn=watcher.warn,
             )  # fmt: skip
-        for note in notes:
-            watcher.warn(note)
     say(f"{summary(facts)}: {target}")
 
 

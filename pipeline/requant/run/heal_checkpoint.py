@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,11 @@ def heal_checkpoint(
     device: torch.device,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    notes: list[str] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> HealCheckpointResult:
     """Heal `checkpoint` towards `teacher` into the new directory `out`.
 
-    files: text, each in an equal share. notes: what was left out of them is added.
+    files: text, each in an equal share. warn: receives what was left out of them.
 
     Raises:
         InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
@@ -57,7 +57,7 @@ def heal_checkpoint(
     _check_new(out)
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_files.load(checkpoint, trust_remote_code=trust_remote_code)
-    text = _text([Path(file) for file in files], tokenizer, settings, notes)
+    text = _text([Path(file) for file in files], tokenizer, settings, warn)
     plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -85,10 +85,13 @@ def heal_checkpoint(
 
 
 def _text(
-    files: Sequence[Path], tokenizer: Any, settings: HealSettings, notes: list[str] | None
+    files: Sequence[Path], tokenizer: Any, settings: HealSettings, warn: Callable[[str], None]
 ) -> packing.HealingText:
-    """Windows of the files' text, each in an equal share. notes: what was left out is added."""
+    """Windows of the files' text, each in an equal share. warn: receives what was left out."""
+    notes: list[str] = []
     entries = [(f.name, tokenize(TextSource(path=f), tokenizer, completions=False, notes=notes), 1.0) for f in files]
+    for note in dict.fromkeys(notes):
+        warn(note)
     return packing.healing_windows(
         entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
     )
