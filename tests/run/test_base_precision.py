@@ -110,11 +110,13 @@ def test_the_settings_of_a_section(project: Path) -> None:
     assert nf4_settings("auto") is nf4_settings("none") is None
 
 
-@pytest.mark.parametrize("stream", ["never", "always"])
-def test_plain_lora_on_a_16_bit_base(project: Path, tmp_path: Path, stream: str) -> None:
-    """A config.json with `quantization_config: null`, as some tools write it."""
+@pytest.mark.parametrize(("stream", "quantization"), [("never", None), ("never", {}), ("always", None)])
+def test_plain_lora_on_a_16_bit_base(
+    project: Path, tmp_path: Path, stream: str, quantization: dict[str, Any] | None
+) -> None:
+    """With a `quantization_config` that says nothing, as some tools leave it."""
     mine = copied(project, tmp_path / "p", "original")
-    edit_json(mine / "original" / "config.json", quantization_config=None)
+    edit_json(mine / "original" / "config.json", quantization_config=quantization)
     outcome = run(mine, tmp_path / "runs", PLAIN | {"evaluate.stream": stream})
     stored, merged = (load_file(d / "model.safetensors") for d in (mine / "original", outcome.path / "merged"))
     adapter = load_file(mine / "adapter" / "adapter_model.safetensors")

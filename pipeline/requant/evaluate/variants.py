@@ -154,6 +154,8 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
+    if sources.simulate is not None or sources.sixteen_bit:  # an empty quantization_config stops transformers
+        options["config"] = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code)
     if sources.simulate is not None:
         s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]
