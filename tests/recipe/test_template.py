@@ -315,7 +315,7 @@ def test_the_revision_of_a_local_base_is_left_out() -> None:
         ({576, 1536}, 64, "128 does not divide the base's 576 inputs"),
         ({128, 96}, 32, "128 does not divide the base's 96 inputs"),
         ({4096, 100}, -1, "128 does not divide the base's 100 inputs"),
-        (set(), 128, "the base's widths are not known here"),
+        (set(), 128, "must divide the base's widths (not known here)"),
     ],
 )
 def test_the_group_divides_the_widths(widths: set[int], size: int, says: str) -> None:
@@ -350,3 +350,26 @@ def test_a_config_with_quantization_config_null_is_16_bit(here: Path) -> None:
     base("plain")
     (here / "plain" / "config.json").write_text('{"model_type": "llama", "quantization_config": null}')
     assert isinstance(recipe(adapter(base_model_name_or_path="plain")).base.nf4, Nf4)
+
+
+def test_a_base_that_is_no_model_is_marked(here: Path) -> None:
+    name = adapter(base_model_name_or_path="./other")
+    adapter("other", base_model_name_or_path="ann/base")
+    text = starter(name)
+    assert "# FIXME: an adapter's directory (adapter_config.json" in text
+    assert parse(text, directory=here).base.model == "./other"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "base/config.json:1: not valid JSON: "),
+        ('{"quantization_config": 3}', "base/config.json: quantization_config is 3, expected an object: download"),
+    ],
+)
+def test_a_config_of_the_base_that_cannot_be_read(here: Path, content: str, says: str) -> None:
+    base("base")
+    (here / "base" / "config.json").write_text(content)
+    said = refusal(adapter(base_model_name_or_path="base"))
+    assert said.startswith(says)
+    assert said.endswith("download the file again")

@@ -152,3 +152,9 @@ def test_a_lost_delta_is_called_resonance_only_on_a_4_bit_grid(project: Path) ->
     share = "only 50% of the adapter's delta is in the quantized weights"
     assert report_facts._lost_delta(plain, modules) == [f"{share}: try another group_size"]
     assert report_facts._lost_delta(packed, modules) == [f"grid resonance: {share}: try another group_size"]
+
+
+def test_the_bytes_of_a_4_bit_base_do_not_depend_on_what_is_merged_onto(project: Path) -> None:
+    section = {"base": {"model": "./original", "nf4": {"quant_type": "nf4", "double_quant": True}}, **_variants()}
+    onto = prepared(project, section | {"merge.onto": "original"})
+    assert report_facts._base_bytes(onto) == report_facts._base_bytes(prepared(project, section))

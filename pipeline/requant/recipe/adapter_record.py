@@ -14,7 +14,7 @@ from typing import Any
 
 from requant.errors import InputError
 from requant.recipe.fields import looks_local
-from requant.recipe.source_directories import near_miss, why_no_adapter
+from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_model
 
 CONFIG = "adapter_config.json"
 BASE_CONFIG = "config.json"
@@ -28,6 +28,7 @@ class BaseRecord:
 
     directory: of its config.json, here or in the hub cache; None: not found. local: `model` is a directory here.
     revision: the recorded one, if it exists. dropped: why the recorded one is left out, for a comment.
+    why_no_model: what a directory is that holds no model.
     """
 
     model: str
@@ -35,6 +36,7 @@ class BaseRecord:
     directory: Path | None
     revision: str | None = None
     dropped: str | None = None
+    why_no_model: str | None = None
 
 
 def read_adapter_config(adapter: str) -> tuple[Path, dict[str, Any]]:
@@ -46,17 +48,17 @@ def read_adapter_config(adapter: str) -> tuple[Path, dict[str, Any]]:
     return file, read_object(file)
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; raises InputError when the file holds none."""
+def read_object(file: Path, advice: str = "save the file again from PEFT") -> dict[str, Any]:
+    """A JSON object; raises InputError with `advice` when the file holds none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        message = f"{file}:{error.lineno}: not valid JSON: {error.msg}: save the file again from PEFT"
+        message = f"{file}:{error.lineno}: not valid JSON: {error.msg}: {advice}"
         raise InputError(message) from error
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{file}: cannot be read as text: {error}: save the file again from PEFT") from error
+        raise InputError(f"{file}: cannot be read as text: {error}: {advice}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}: save the file again from PEFT")
+        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}: {advice}")
     return value
 
 
@@ -71,7 +73,8 @@ def read_base(file: Path, config: dict[str, Any]) -> BaseRecord:
         )
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):
-        return BaseRecord(model=model, local=True, directory=path if (path / BASE_CONFIG).is_file() else None)
+        why = why_no_model(path)
+        return BaseRecord(model=model, local=True, directory=None if why else path, why_no_model=why)
     if not is_hub_id(model):
         return BaseRecord(model=model, local=False, directory=None)
     revision = config.get("revision")

@@ -58,7 +58,7 @@ def starter(adapter: str | Path, *, directory: str | Path = ".", widths: Widths 
 def _group_size(widths: Collection[int]) -> tuple[int, str]:
     """(the largest group that divides every width, the comment's end); -1, the row, if none does."""
     if not widths:
-        return GROUPS[0], "smaller is better and larger on disk (the base's widths are not known here)"
+        return GROUPS[0], "must divide the base's widths (not known here)"
     size = next((g for g in GROUPS if not any(width % g for width in widths)), -1)
     if size == GROUPS[0]:
         return size, "smaller is better and larger on disk"
@@ -71,6 +71,8 @@ def _base_section(base: BaseRecord, directory: Path) -> str:
     lines = [f"  model: {_quoted(shown)}"]
     if not base.local and _is_path(shown):
         lines[0] += "   # FIXME: not found here (another machine's path?): write a directory or hub id"
+    if base.why_no_model:
+        lines.append(f"  # FIXME: {base.why_no_model}")
     if base.revision is not None:
         lines.append(f"  revision: {_quoted(base.revision)}   # the revision recorded in the adapter")
     if base.dropped is not None:
@@ -83,16 +85,20 @@ def _base_section(base: BaseRecord, directory: Path) -> str:
 
 def _is_four_bit(file: Path) -> bool:
     """Whether a config.json is that of a bitsandbytes 4-bit checkpoint; refuses other quantized ones."""
-    quantization = adapter_record.read_object(file).get("quantization_config")
-    if quantization is None:
+    quantization = adapter_record.read_object(file, "download the file again").get("quantization_config")
+    if not quantization:
         return False
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if not isinstance(quantization, dict):
+        raise InputError(
+            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
+        )
+    method = quantization.get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise InputError(
             f"{file}: quantization_config.quant_method is {method!r}: expected bitsandbytes 4-bit or a "
             "16-bit model: use the model that the adapter was trained on"
         )
-    if isinstance(quantization, dict) and quantization.get("load_in_4bit"):
+    if quantization.get("load_in_4bit"):
         return True
     raise InputError(
         f"{file}: quantization_config has no load_in_4bit: true: 8-bit (LLM.int8) bases are not supported: "
