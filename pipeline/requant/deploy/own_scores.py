@@ -16,6 +16,7 @@ from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import Verification
 from requant.evaluate import variants
 from requant.formats.quantized_format import Finding
+from requant.modeling import skeleton
 from requant.runtime.device import free_bytes, free_memory
 
 PROMPT, NEW_TOKENS = 8, 8
@@ -64,7 +65,7 @@ def score_checkpoint(
         return None
     tokenizer: Any = _tokenizer(path, trust_remote_code=trust_remote_code)
     config: Any = headers.model.config
-    longest = (getattr(config.get_text_config(), "max_position_embeddings", None) or 512) - NEW_TOKENS
+    longest = (skeleton.positions(config) or 512) - NEW_TOKENS
     if sample is None:
         sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, LONGEST)]),), (0,))
     rows = [row[:longest] for row in sample.rows]

@@ -40,6 +40,13 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def positions(config: Any) -> int | None:
+    """The number of positions that a transformers config declares; None: none."""
+    text = config.get_text_config()
+    found = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((n for n in found if isinstance(n, int)), None)
+
+
 def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """The causal LM of `config` with parameters on the meta device, buffers on the CPU."""
     from accelerate import init_empty_weights

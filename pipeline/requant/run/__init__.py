@@ -8,6 +8,7 @@ Only this package, and cli for printing, reads a Recipe.
     prepare             recipe -> plans, texts and settings of all stages, from headers
     fetch               the local directory of a base or an adapter
     dtypes              the serving dtype, and float16 refused where a model does not run in it
+    positions           windows longer than the positions that a model has
     prepared            the record that prepare returns: sources, merge, quantize, texts
     unknown_ids         refuses texts with tokens that the model has no embedding for
     stage_keys          what each stage depends on, as digests

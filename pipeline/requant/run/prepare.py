@@ -36,7 +36,7 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
-from requant.run import dtypes, recipe_texts
+from requant.run import dtypes, positions, recipe_texts
 from requant.run.base_precision import check_base, nf4_settings, refuse_quantized, same_as_original
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
@@ -73,6 +73,7 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings, doing)
     refuse_unknown_ids(texts, healing, plan, tokenizer)
+    texts = positions.fitted(model, texts, healing, warnings)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
         recipe=recipe,
