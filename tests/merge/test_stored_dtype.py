@@ -92,7 +92,10 @@ def test_check_refuses_float16_where_the_model_does_not_run_in_it(project: Path,
     for file in (project / "original").glob("tokenizer*"):
         (base / file.name).write_bytes(file.read_bytes())
     pico.train(pico.reload(base), mine / "adapter")
-    changes: dict[str, Any] = {"base": {"model": "./base"}, "evaluate.variants": ["base", "adapter", "merged", "gptq"]}
+    changes: dict[str, Any] = {
+        "base": {"model": "./base", "nf4": "none"},
+        "evaluate.variants": ["base", "adapter", "merged", "gptq"],
+    }
     prepare.prepare(recipe(mine, tmp_path, changes | {"merge.dtype": "auto"}))
     with pytest.raises(InputError, match=f"{key}: float16: the activations of gemma2 exceed float16's range"):
         prepare.prepare(recipe(mine, tmp_path, changes | {"merge.dtype": "auto", key: "float16"}))
