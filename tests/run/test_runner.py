@@ -32,12 +32,16 @@ class Recorder(observer.Watcher):
     def __init__(self) -> None:
         self.stages: list[tuple[str, bool]] = []
         self.steps: list[tuple[str, int, int, str]] = []
+        self.done: list[str] = []
 
     def stage(self, name: str, *, done: bool) -> None:
         self.stages.append((name, done))
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         self.steps.append((self.stages[-1][0], done, total, note))
+
+    def doing(self, text: str) -> None:
+        self.done.append(text)
 
     def scored(self) -> set[tuple[str, str]]:
         """(variant, set) pairs that were scored."""
@@ -153,6 +157,10 @@ def test_progress_counts_up_to_its_total(project: Path, tmp_path: Path) -> None:
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
         assert {total for _, total in steps} == {steps[-1][0]}
     assert watcher.scored() == pairs("adapter", "merged")
+    for said in ("headers of", "tokens of the evaluation set general", "digests of", "rows of its own text", "first block",
+                 "values of 14 linears, each against its source", "perplexity and a few tokens"):  # fmt: skip
+        assert any(said in text for text in watcher.done), said
+    assert {note for *_, note in watcher.steps if note.startswith("loading")} == {"loading adapter", "loading merged"}
 
 
 @pytest.mark.slow

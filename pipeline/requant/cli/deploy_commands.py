@@ -42,7 +42,10 @@ def verify(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON there too.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the checkpoint's own model code.")] = False,
 ) -> None:
-    """Verify a GPTQ checkpoint: names, shapes, values, a few tokens, the serving engines."""
+    """Verify a GPTQ checkpoint, or that of a run.
+
+    Names, shapes, values, a few tokens, the serving engines.
+    """
     names = _engines(with_)
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise RecipeError(f"--dtype {dtype}: expected float16, bfloat16 or float32")

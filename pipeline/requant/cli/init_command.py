@@ -16,7 +16,7 @@ def init(
         typer.Option("--output", "-o", metavar="FILE", help="Write it there. A file that exists is never changed."),
     ] = None,
 ) -> None:
-    """Print a commented recipe for an adapter, or write it to a new file (-o)."""
+    """Print a commented recipe for an adapter, or write it (-o)."""
     from requant.checkpoint.atomic_write import require_new, write_new
     from requant.recipe.template import starter
 

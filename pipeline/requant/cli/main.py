@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from requant import __version__
 from requant.cli import deploy_commands, exit_codes, init_command, report_commands, run_paths
@@ -18,7 +19,20 @@ from requant.cli.report_commands import Junit
 from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError
 
+
+class Commands(TyperGroup):
+    """The commands. Ctrl-C ends each with one line and exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="QLoRA fine-tune in, deployable GPTQ checkpoint and quality-loss report out.",
     epilog=exit_codes.epilog(),
     no_args_is_help=True,
@@ -110,7 +124,10 @@ def check(
         int, typer.Option(min=0, help="Print so many documents of every text as the model will see them.")
     ] = 0,
 ) -> None:
-    """Check a recipe against model, adapter and texts: from headers and a few layers."""
+    """Check a recipe against model, adapter and texts.
+
+    Reads headers and a few layers, and tries one block for time and memory.
+    """
     loaded = run_paths.load_recipe(recipe, overrides)
     from requant.cli import check_command
 
@@ -119,7 +136,10 @@ def check(
 
 @app.command(epilog=exit_codes.epilog(for_command={0: "done, and every gate passed"}))
 def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> None:  # noqa: B006
-    """Dequantize, merge, quantize, heal, evaluate, report; resumes where an earlier run stopped."""
+    """Dequantize, merge, quantize, heal, evaluate, report.
+
+    Resumes where an earlier run stopped.
+    """
     _run(recipe, overrides, "report", junit)
 
 
@@ -152,7 +172,10 @@ def heal(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Distil the scales of a run's checkpoint, or any (--checkpoint, --teacher, --data)."""
+    """Distil the scales of a run's checkpoint, or of any.
+
+    Without a RECIPE give --checkpoint, --teacher and --data.
+    """
     alone = {"--checkpoint": checkpoint, "--teacher": teacher, "--data": data}
     if recipe is not None:
         given = [name for name, value in alone.items() if value]
@@ -188,7 +211,7 @@ def heal(
 
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))
 def evaluate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Everything but the report: merge, quantize and score every variant."""
+    """Merge, quantize and score every variant."""
     _run(recipe, overrides, "evaluate")
 
 
@@ -201,7 +224,7 @@ def report(
     ] = False,
     junit: Junit = None,
 ) -> None:
-    """Write the report from saved scores, scoring what is missing, and show it.
+    """Write the report, scoring what is missing, and show it.
 
     A report.json or a run's directory instead of a recipe is rendered again as it is.
     """

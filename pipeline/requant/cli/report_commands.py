@@ -80,7 +80,10 @@ def compare(
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Also write Markdown.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write one HTML page.")] = None,
 ) -> None:
-    """Say which run is better on which set, from their reports alone: no GPU, no model."""
+    """Say which run is better on which set.
+
+    From their reports alone: no GPU, no model.
+    """
     from rich.console import Console
 
     from requant_eval.render import compare_tables

@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 BLOCKS, ROWS = 3, 192
 LIMIT = 0.95  # a grid that keeps less is worth a warning
 GROUPS = (32, 64, 128)
+USUALLY = "GPTQ usually keeps nearly all of it: 97% on the demo, where rounding keeps 24%"
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,21 @@ class Prediction:
         )
 
     def warnings(self, *, four_bit: bool = True) -> list[str]:
-        """A warning when retention is below LIMIT with 95 % confidence, and grids that keep more.
+        """A warning where another grid of the same bits surely keeps more of a delta that rounding loses.
 
         four_bit: whether the base's weights lie on a 4-bit grid of their own, with which the recipe's can resonate.
         """
-        if self.retention["high"] >= LIMIT:
+        bits = {part for part in self.grid.split() if part.endswith("-bit")}
+        better = {n: r for n, r in self.others.items() if r["low"] > self.retention["high"] and n.split()[0] in bits}
+        if self.retention["high"] >= LIMIT or not better:
             return []
-        better = {n: r for n, r in self.others.items() if r["low"] > self.retention["high"]}
         shown = ", ".join(f"{n} {r['value']:.0%}" for n, r in better.items())
         title = "grid resonance" if four_bit else "delta retention"
         why = ", since that grid and the base's own 4-bit grid fall together" if four_bit else ""
         return [
             f"{title}: rounded to nearest on the {self.grid} grid only {self.retention['value']:.0%} of the "
-            f"adapter's delta is left{why}"
-            + (f" ({shown})" if shown else "")
-            + "; GPTQ's error feedback keeps more, the report says how much. Never ship this grid without it"
+            f"adapter's delta is left{why} (other quantize.group_size: {shown}). {USUALLY}; the report says how much. "
+            "Never ship this grid without GPTQ"
         ]
 
 
