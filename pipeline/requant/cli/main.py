@@ -172,10 +172,7 @@ def heal(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Distil the scales of a run's checkpoint, or of any.
-
-    Without a RECIPE give --checkpoint, --teacher and --data.
-    """
+    """Distil the scales of a run's checkpoint, or of any other."""
     alone = {"--checkpoint": checkpoint, "--teacher": teacher, "--data": data}
     if recipe is not None:
         given = [name for name, value in alone.items() if value]
