@@ -103,6 +103,16 @@ def test_onto_original_is_said_to_change_nothing(project: Path) -> None:
     assert not any("merge.onto" in w for w in prepared(project, PLAIN).warnings)
 
 
+@pytest.mark.parametrize(("name", "warned"), [("ann/model-bnb-4bit", True), ("ann/model", False)])
+def test_an_adapter_of_a_4_bit_model_is_not_called_plain_without_a_word(
+    project: Path, tmp_path: Path, name: str, warned: bool
+) -> None:
+    mine = copied(project, tmp_path / "p", "adapter")
+    edit_json(mine / "adapter" / "adapter_config.json", base_model_name_or_path=name)
+    said = "base.nf4: none, but the adapter was trained on model-bnb-4bit, a 4-bit model by its name"
+    assert any(said in w for w in prepared(mine, PLAIN).warnings) is warned
+
+
 def test_the_settings_of_a_section(project: Path) -> None:
     section = {"quant_type": "fp4", "double_quant": False, "skip": ["lm_head"]}
     nf4 = recipe(project, Path("runs"), {"base": {"model": "./original", "nf4": section}}).base.nf4

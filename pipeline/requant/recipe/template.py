@@ -16,7 +16,7 @@ from requant.errors import InputError
 from requant.recipe import adapter_record
 from requant.recipe.adapter_record import BASE_CONFIG, BaseRecord
 
-_FOUR_BIT_NAME = re.compile(r"bnb-?4-?bit|(?<![a-z])nf4|(?<![a-z0-9])4-?bit", re.IGNORECASE)
+FOUR_BIT_NAME = re.compile(r"bnb-?4-?bit|(?<![a-z])nf4|(?<![a-z0-9])4-?bit", re.IGNORECASE)
 _FOUR_BIT_SUFFIX = re.compile(r"-(unsloth-)?bnb-4bit$", re.IGNORECASE)
 GROUPS = (128, 64, 32)
 Widths = Callable[[Path], Collection[int]]
@@ -79,7 +79,7 @@ def _base_section(base: BaseRecord, directory: Path) -> str:
         lines.append(f"  # revision: {base.dropped}")
     four_bit = _is_four_bit(base.directory / BASE_CONFIG) if base.directory else None
     if four_bit is None:
-        four_bit = bool(_FOUR_BIT_NAME.search(Path(base.model).name))
+        four_bit = bool(FOUR_BIT_NAME.search(Path(base.model).name))
     return "\n".join(lines) + "\n" + (_pre_quantized(base.model) if four_bit else _ON_THE_FLY)
 
 

@@ -238,12 +238,15 @@ def _value(text: str, label: str) -> Any:
 
 
 def _as_yaml_has_it(value: Any) -> Any:
-    """Python data as YAML would give it: paths as text, tuples as lists."""
+    """Python data as YAML would give it: tuples as lists, paths as text that is no hub id (./name)."""
     if isinstance(value, Mapping):
         return {str(key): _as_yaml_has_it(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_as_yaml_has_it(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, os.PathLike):
+        return value
+    text = os.fspath(value)
+    return text if text.startswith(("/", ".", "~")) else f"./{text}"
 
 
 def _plain(node: Node, path: KeyPath, document: Document, parents: tuple[Node, ...]) -> Any:

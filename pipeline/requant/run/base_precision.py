@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from requant.checkpoint.reader import Checkpoint
@@ -10,6 +10,7 @@ from requant.errors import InputError, RecipeError
 from requant.merge.base_weights import STATE, Nf4Settings
 from requant.recipe import Recipe
 from requant.recipe.model_sections import Nf4
+from requant.recipe.template import FOUR_BIT_NAME
 
 
 def check_base(recipe: Recipe, base: Path) -> None:
@@ -79,11 +80,23 @@ def nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
     )
 
 
-def same_as_original(recipe: Recipe) -> list[str]:
-    """A hint that `merge.onto: original` changes nothing where the base was not quantized."""
-    if recipe.base.nf4 != "none" or recipe.merge.onto != "original":
+def hints(recipe: Recipe, trained_on: Sequence[str | None]) -> list[str]:
+    """What is odd about `base.nf4: none`: `merge.onto: original`, an adapter whose base was in 4 bits by its name.
+
+    trained_on: the base that each adapter records.
+    """
+    if recipe.base.nf4 != "none":
         return []
-    return [
-        "merge.onto: original is the same as dequantized here: with base.nf4: none there is only the 16-bit base, and "
-        "the adapter is merged onto it"
-    ]
+    found = []
+    if recipe.merge.onto == "original":
+        found.append(
+            "merge.onto: original is the same as dequantized here: with base.nf4: none there is only the 16-bit base, "
+            "and the adapter is merged onto it"
+        )
+    names = [Path(name).name for name in trained_on if name]
+    if four_bit := next((name for name in names if FOUR_BIT_NAME.search(name)), None):
+        found.append(
+            f"base.nf4: none, but the adapter was trained on {four_bit}, a 4-bit model by its name: write that as "
+            "base.model, or in nf4 how it was quantized"
+        )
+    return found

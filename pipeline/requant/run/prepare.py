@@ -37,7 +37,7 @@ from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
 from requant.run import dtypes, positions, recipe_texts
-from requant.run.base_precision import check_base, nf4_settings, refuse_quantized, same_as_original
+from requant.run.base_precision import check_base, hints, nf4_settings, refuse_quantized
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
@@ -65,6 +65,7 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     quantize_inputs = _quantize_inputs(recipe, plan, model)
     unloadable = _unloadable(plan, model, sources.simulate)
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
+    warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
     for adapter in loaded:
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += _refusing_engines(recipe, quantize_inputs.engines)
@@ -205,7 +206,7 @@ def _hints(recipe: Recipe) -> list[str]:
             "base.original is set and not measured: the variant original says which base is the better one "
             "to merge onto"
         ]
-    return same_as_original(recipe)
+    return []
 
 
 def plan_merge(
