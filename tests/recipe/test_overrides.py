@@ -1,4 +1,4 @@
-"""Overrides of `requant.recipe.load` and `parse`: a dict of plain data, or lines as `--set` takes them."""
+"""Overrides of `requant.recipe.load`: a dict of plain data, or lines as `--set` takes them."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from requant.errors import RecipeError
+from requant.recipe.override_values import plain_data
 
 KeyPath = tuple[str | int, ...]
 
@@ -86,7 +87,7 @@ class Document:
         if not re.fullmatch(rf"{_STEP}(?:\.{_STEP})*", key):
             self._problems.append((_LAST, f"overrides: {key!r}: expected a key such as quantize.bits"))
             return
-        self._assign_at(key, _as_yaml_has_it(value), f"overrides: {key}")
+        self._assign_at(key, plain_data(value), f"overrides: {key}")
 
     def _assign_at(self, key: str, value: Any, label: str) -> None:
         """Set `value` at a key path in text; a step that contains a dot is in double quotes."""
@@ -235,18 +236,6 @@ def _value(text: str, label: str) -> Any:
     if holder.problems:
         raise RecipeError([f"{label}: {problem.split(': ', 1)[1]}" for problem in holder.problems])
     return value
-
-
-def _as_yaml_has_it(value: Any) -> Any:
-    """Python data as YAML would give it: tuples as lists, paths as text that is no hub id (./name)."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_yaml_has_it(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_yaml_has_it(item) for item in value]
-    if not isinstance(value, os.PathLike):
-        return value
-    text = os.fspath(value)
-    return text if text.startswith(("/", ".", "~")) else f"./{text}"
 
 
 def _plain(node: Node, path: KeyPath, document: Document, parents: tuple[Node, ...]) -> Any:
