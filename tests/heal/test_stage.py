@@ -303,7 +303,7 @@ def test_a_killed_healing_goes_on_with_the_same_numbers(pair: tuple[Path, Path],
     armed, steps = [True], []
 
     def progress(done: int, total: int, note: str) -> None:
-        steps.append((note == "teacher's hidden states", done))
+        steps.append((note == "windows of the teacher's hidden states", done))
         if armed and steps[-1] == (False, 7 if mode == "whole" else 1):
             raise Killed
 

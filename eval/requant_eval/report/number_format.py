@@ -9,7 +9,7 @@ from requant_eval.metrics.records import Estimate
 
 NOT_AVAILABLE = "n/a"
 NOT_DEFINED = "not defined"
-MAX_DECIMALS = 6
+MAX_DECIMALS = 8
 UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "s": 1.0, "min": 60.0, "h": 3600.0}
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 MEASURED = re.compile(rf"({NUMBER.pattern}) ({'|'.join(UNITS)})\b")

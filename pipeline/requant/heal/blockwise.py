@@ -134,7 +134,7 @@ def heal_blocks(
         errors.append({"block": index, "start": curve.held_out[0][1], "best": best, "best_step": best_step})
         items[index] = nn.Identity()  # its weights are no longer needed
         if progress:
-            progress(index + 1, len(walk), f"block error {errors[-1]['start']:.2e} -> {best:.2e}")
+            progress(index + 1, len(walk), f"blocks, error {errors[-1]['start']:.2e} -> {best:.2e}")
     return values, _compare_with_teacher(walk, streams, windows.to(device), job.settings.steps), errors
 
 

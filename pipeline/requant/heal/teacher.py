@@ -113,4 +113,4 @@ def store_teacher(
             numbers = range(at, min(at + batch, count))
             writer.write(at * length, teacher.hidden(numbers).to(dtype))
             if progress:
-                progress(numbers.stop, count, "teacher's hidden states")
+                progress(numbers.stop, count, "windows of the teacher's hidden states")

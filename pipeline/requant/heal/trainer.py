@@ -163,7 +163,9 @@ class Trainer:
                     if state:
                         self.save(state, key)
                 if progress:
-                    progress(number + 1, self.settings.steps, f"{self.curve.held_out[-1][1]:.4f} on held-out text")
+                    progress(
+                        number + 1, self.settings.steps, f"steps, {self.curve.held_out[-1][1]:.4f} on held-out text"
+                    )
         for vector, offset in zip(self.student.trainable, self.best, strict=True):
             vector.offset.copy_(offset)
         self.student.refresh()
