@@ -96,7 +96,8 @@ def test_check_refuses_float16_where_the_model_does_not_run_in_it(project: Path,
         "base": {"model": "./base", "nf4": "none"},
         "evaluate.variants": ["base", "adapter", "merged", "gptq"],
     }
-    prepare.prepare(recipe(mine, tmp_path, changes | {"merge.dtype": "auto"}))
+    fine = prepare.prepare(recipe(mine, tmp_path, changes | {"merge.dtype": "auto"}))
+    assert fine.dtypes == "merged in bfloat16 (the base's own dtype), served in bfloat16"
     with pytest.raises(InputError, match=f"{key}: float16: the activations of gemma2 exceed float16's range"):
         prepare.prepare(recipe(mine, tmp_path, changes | {"merge.dtype": "auto", key: "float16"}))
 
@@ -152,3 +153,10 @@ def test_where_a_forward_overflows(tmp_path: Path) -> None:
     block = pico.save(made, tmp_path / "block", torch.float16)
     assert first_overflow(block, pico.ids(1, 16), dtype=torch.float16, device=CPU) == "model.layers.1"
     assert first_overflow(block, pico.ids(1, 16), dtype=torch.bfloat16, device=CPU) is None
+
+
+def test_check_says_that_float16_will_be_proven(project: Path, tmp_path: Path) -> None:
+    found = prepare.prepare(recipe(project, tmp_path, {"merge.dtype": "auto", "quantize.dtype": "float16"})).dtypes
+    assert found == (
+        "merged in bfloat16 (the base's own dtype), served in float16, if one forward in float16 is finite"
+    )

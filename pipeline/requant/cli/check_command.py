@@ -88,6 +88,7 @@ def _print_contents(prepared: Prepared) -> None:
     _line("adapter", f"{done['consumed']} tensors, every one used: {done['folds']} LoRA, {done['replaced']} replaced")
     for m in prepared.merge.matches:
         _line("match", str(m))
+    _line("dtype", prepared.dtypes)
     _line("stops", str(prepared.merge.stops or "where the base does"))
     _line("quantize", f"{len(layout.grids)} linears, {layout.bits_per_weight:.2f} bits a weight, {size:.1f} MB")
     _line("calibrate", f"{c['windows']} windows of {c['length']} tokens from {', '.join(c['data'])}")

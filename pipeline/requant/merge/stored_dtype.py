@@ -55,29 +55,35 @@ def serving_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float16 if runs else torch.bfloat16
 
 
-def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
-    """(dtype of the merged checkpoint, the reason for it).
+def planned_dtype(checkpoint: Checkpoint, asked: str) -> tuple[str, str]:
+    """(dtype of the merged checkpoint, the reason for it), from headers: every weight is taken to fit float16.
 
-    `auto` is the base's own 16-bit type, and bfloat16 where float16 is too small: for a weight, or for what the model
-    computes.
+    `auto` is the base's own 16-bit type, and bfloat16 where float16 is too small for what the model computes.
     """
     if asked != "auto":
         return asked, "asked for in the recipe"
-    checkpoint = plan.base.checkpoint
     own, kind = own_dtype(checkpoint), overflows_in_float16(checkpoint.config)
-    if own != "float16":
-        return "bfloat16", "the base's own dtype" if own == "bfloat16" else f"has the range of the base's {own}"
-    if kind is not None:
+    if own == "float16" and kind is not None:
         return "bfloat16", f"the activations of {kind} exceed float16's 65504"
+    if own in ("float16", "bfloat16"):
+        return own, "the base's own dtype"
+    return "bfloat16", f"has the range of the base's {own}"
+
+
+def choose_dtype(plan: MergePlan, asked: str) -> tuple[str, str]:
+    """`planned_dtype`, where no weight can exceed it."""
+    chosen, why = planned_dtype(plan.base.checkpoint, asked)
+    if asked != "auto" or chosen != "float16":
+        return chosen, why
     largest = max((bound(plan, op), op.name) for op in plan.ops if op.role != "state")
     if largest[0] < torch.finfo(torch.float16).max:
-        return "float16", f"the base's own dtype; no weight can exceed {largest[0]:.4g} of 65504"
+        return "float16", f"{why}; no weight can exceed {largest[0]:.4g} of 65504"
     return "bfloat16", f"{largest[1]} may reach {largest[0]:.4g}, above float16's 65504"
 
 
 def expected_dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
-    """What `choose_dtype` gives, from headers: float16's bound on the weights is taken to hold."""
-    return DTYPES[asked] if asked != "auto" else serving_dtype(checkpoint)
+    """The dtype of `planned_dtype`."""
+    return DTYPES[planned_dtype(checkpoint, asked)[0]]
 
 
 def bound(plan: MergePlan, op: Op) -> float:

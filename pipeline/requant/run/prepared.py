@@ -17,6 +17,7 @@ from requant.merge import adapter_match
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stop_tokens import StopTokens
+from requant.merge.stored_dtype import planned_dtype
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
 from requant.recipe.model_sections import OverrideFields
@@ -115,6 +116,14 @@ class Prepared:
         asked = self.recipe.quantize.overrides
         set_fields = {n: own.model_dump(exclude_none=True, exclude_defaults=True) for n, own in asked.items()}
         return cast("dict[str, OverrideFields]", set_fields)
+
+    @property
+    def dtypes(self) -> str:
+        """In what the merged checkpoint is stored and the quantized one served, in a sentence."""
+        stored, why = planned_dtype(self.merge.plan.base.checkpoint, self.recipe.merge.dtype)
+        served = str(self.quantize.dtype).removeprefix("torch.")
+        proof = ", if one forward in float16 is finite" if "float16" in (stored, served) else ""
+        return f"merged in {stored} ({why}), served in {served}{proof}"
 
     @property
     def unmeasurable(self) -> str | None:
