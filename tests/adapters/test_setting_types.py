@@ -64,6 +64,8 @@ def refused(adapter: Path, **changes: Any) -> str:
         ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number"),
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": 1e300}, "lora_alpha is 1e+300, expected a number"),
+        ({"lora_alpha": 0}, "lora_alpha is 0: the adapter would change nothing"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected true or false"),
         ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', expected a list of module names"),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from requant.errors import RecipeError
+from requant.recipe import parse
 from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_model
 
 
@@ -109,3 +111,13 @@ def test_files_are_no_directories(tmp_path: Path) -> None:
 def test_near_misses(tmp_path: Path, spelled: str, says: str) -> None:
     fill(tmp_path, "base/config.json", "adapter/adapter_config.json")
     assert says.format(tmp_path) in near_miss(spelled, tmp_path / spelled)
+
+
+def test_the_recipe_says_what_a_path_of_windows_is(tmp_path: Path) -> None:
+    text = "name: x\nbase: {model: 'C:\\models\\base'}\nadapter: ./a\n"
+    with pytest.raises(RecipeError) as caught:
+        parse(text, directory=tmp_path)
+    assert caught.value.problems[-1] == (
+        "recipe.yaml:2: base.model: 'C:\\\\models\\\\base' is neither an existing path nor a hub id (owner/name): "
+        "a path of Windows: write where the directory is on this machine"
+    )

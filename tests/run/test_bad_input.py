@@ -217,6 +217,13 @@ def test_settings_that_do_not_fit_the_model_or_the_text(project: Path, tmp_path:
         ({"calibration.format": "chat"}, "train.jsonl: no chat column (messages or conversations); it has text"),
         ({"calibration.data.path": "./nothing.jsonl"}, "nothing.jsonl: no such file"),
         ({"adapter": "./nothing"}, "nothing: no such directory"),
+        ({"adapter": "./adaptr"}, "recipe.yaml:1: adapter: "),
+        ({"adapter": "./adaptr"}, "adaptr: no such directory: did you mean ./adapter?"),
+        ({"base.original": "./orginal"}, "recipe.yaml:1: base.original: "),
+        ({"base.original": "./base"}, "base: a 4-bit checkpoint: expected the 16-bit model behind base.model"),
+        ({"base.original": "./adapter"}, "an adapter's directory (adapter_config.json, no model's weights)"),
+        ({"base.model": "./adapter"}, "recipe.yaml:1: base.model: "),
+        ({"adapter": "./original"}, "a full model (config.json, no adapter_config.json), not an adapter"),
         ({"base.nf4": {"quant_type": "nf4", "double_quant": True}}, "already 4-bit on disk; remove base.nf4"),
     ]
     for changes, says in cases:

@@ -22,6 +22,8 @@ _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _NAMES = ("modules_to_save", "target_parameters")
 _RANKS = ("r", "oft_block_size", "num_cayley_neumann_terms")
 
+_LARGEST = 1e9  # of alpha: beyond it the product overflows fp32
+
 
 def check(config: AdapterConfig) -> None:
     """Raise InputError for a setting of the wrong type; one that is null or missing is not set."""
@@ -32,6 +34,9 @@ def check(config: AdapterConfig) -> None:
                 raise config.error(f"{key} is {shown(value)}, expected {expected}")
     if config.get("r") == 0 and config.get("peft_type") != "OFT":  # there the block size decides
         raise config.error("r is 0, expected a whole number above 0")
+    for key in _NUMBERS:
+        if config.get(key) == 0 and not config.get("alpha_pattern"):
+            raise config.error(f"{key} is 0: the adapter would change nothing")
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         _check_patterns(config, key, whole=whole)
     for key in ("token_indices", "trainable_token_indices"):
@@ -68,7 +73,8 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return number and abs(value) <= _LARGEST
     except OverflowError:
         return False
 

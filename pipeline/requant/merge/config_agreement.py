@@ -6,12 +6,13 @@ from typing import Any
 
 from requant.errors import InputError
 from requant.merge.base_weights import BaseWeights
+from requant.merge.model_layout import ModelLayout
 from requant.modeling import skeleton
 
 _SHOWN = 3  # names in a message
 
 
-def check(base: BaseWeights, model: Any) -> None:
+def check(base: BaseWeights, model: Any, layout: ModelLayout) -> None:
     """Raise InputError where a tensor of the model is not in the base, or has another shape there.
 
     model: the skeleton of the base, made of config.json.
@@ -19,9 +20,12 @@ def check(base: BaseWeights, model: Any) -> None:
     weights = base.weights
     stored = skeleton.tensor_names(model, weights)
     conv1d = {f"{name}.weight" for name in skeleton.conv1d_modules(model)}
+    stacks = {n.rpartition(".")[0] for n, stack in layout.fused.items() if stack.pieces[0].expert is None}
     problems = []
     for name, parameter in model.named_parameters():
         expected = tuple(parameter.shape)[:: -1 if name in conv1d else 1]
+        if name not in stored and any(name.startswith(f"{module}.") for module in stacks):
+            continue  # of experts that are stored in one tensor
         if name not in stored:
             problems.append(f"{name} {list(expected)} is missing")
         elif weights[stored[name]].shape != expected:

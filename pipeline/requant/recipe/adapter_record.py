@@ -55,7 +55,9 @@ def read_object(file: Path, advice: str = "save the file again from PEFT") -> di
     except json.JSONDecodeError as error:
         message = f"{file}:{error.lineno}: not valid JSON: {error.msg}: {advice}"
         raise InputError(message) from error
-    except (UnicodeDecodeError, OSError) as error:
+    except RecursionError as error:
+        raise InputError(f"{file}: nested too deeply to be read: {advice}") from error
+    except (ValueError, OSError) as error:
         raise InputError(f"{file}: cannot be read as text: {error}: {advice}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}: {advice}")

@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from requant.recipe.source_directories import near_miss
 from requant.recipe.yaml_document import KeyPath, show_value
 
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -85,7 +86,10 @@ def check_source(key: str, path: str, revision: str | None, info: ValidationInfo
     if not isinstance(info.context, Path) or os.path.exists(info.context / path):
         return
     if not _HUB_ID.fullmatch(path):
-        fail(((key,), f"{path!r} is neither an existing path nor a hub id (owner/name): begin a path with ./"))
+        meant = near_miss(path, info.context / path)
+        if not meant.startswith((": did you mean", ": a path of Windows")):
+            meant = ": begin a path with ./"
+        fail(((key,), f"{path!r} is neither an existing path nor a hub id (owner/name){meant}"))
 
 
 def _whole(value: object) -> object:

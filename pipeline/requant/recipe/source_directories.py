@@ -107,7 +107,7 @@ def near_miss(spelled: str, path: Path) -> str:
     if os.name == "posix" and _WINDOWS.match(spelled.removeprefix("./")):
         return ": a path of Windows: write where the directory is on this machine"
     missing = path
-    while not missing.parent.exists() and missing.parent != missing.parent.parent:
+    while not os.path.exists(missing.parent) and missing.parent != missing.parent.parent:
         missing = missing.parent
     names = {f.name.lower(): f.name for f in _folders(missing.parent)}
     close = difflib.get_close_matches(missing.name.lower(), list(names), n=1)

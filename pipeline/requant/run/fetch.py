@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ def fetch(
     lead = f"{place}: " if place else ""
     if source.is_local(directory):
         path = Path(source.resolve(directory))
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError(f"{lead}{path}: no such directory{near_miss(source.path, path)}")
     else:
         path = _download(source, directory, lead, trust_remote_code=trust_remote_code, pickles=kind == "adapter")

@@ -225,8 +225,9 @@ def plan_merge(
     refuse_quantized(checkpoint)
     model: Any = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     stored = variant_weights.open_base(checkpoint, model, simulate)
-    planned = merge.plan(stored, loaded, ModelLayout.of(model, stored))
-    config_agreement.check(stored, model)
+    layout = ModelLayout.of(model, stored)
+    planned = merge.plan(stored, loaded, layout)
+    config_agreement.check(stored, model, layout)
     return planned, model
 
 

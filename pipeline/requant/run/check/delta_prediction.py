@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.run_directory import RunDirectory
+from requant.errors import InputError
 from requant.merge.deltas import delta_of
 from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
@@ -160,6 +161,8 @@ def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[
 
 def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, device: torch.device) -> Sample:
     merged = compute(plan, op, device)[0].to(device).float()  # some kinds are folded on the CPU
+    if not torch.isfinite(merged).all():
+        raise InputError(f"{op.name}: NaN or infinity in the adapter or base weights: train or download them again")
     merged = merged.T if op.conv1d else merged
     count = min(ROWS, merged.shape[0])
     which = torch.arange(count) * merged.shape[0] // count
