@@ -305,7 +305,9 @@ def test_without_a_hub_only_a_whole_commit_or_main_is_kept(revision: str, kept: 
 
 def test_the_revision_of_a_local_base_is_left_out() -> None:
     base("plain")
-    assert recipe(adapter(base_model_name_or_path="plain", revision=COMMIT)).base.revision is None
+    name = adapter(base_model_name_or_path="plain", revision=COMMIT)
+    assert recipe(name).base.revision is None
+    assert f"# revision: the adapter records '{COMMIT}'; left out, since only a hub id has one" in starter(name)
 
 
 @pytest.mark.parametrize(

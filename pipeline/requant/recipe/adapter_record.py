@@ -73,14 +73,16 @@ def read_base(file: Path, config: dict[str, Any]) -> BaseRecord:
             f"{file}: base_model_name_or_path {found}: expected the hub id or directory of the "
             "model that was fine-tuned: write it there"
         )
+    recorded = config.get("revision")
+    revision = recorded if isinstance(recorded, str) and recorded else None
     path = Path(os.path.expanduser(model))
-    if os.path.isdir(path):
-        why = why_no_model(path)
-        return BaseRecord(model=model, local=True, directory=None if why else path, why_no_model=why)
-    if not is_hub_id(model):
-        return BaseRecord(model=model, local=False, directory=None)
-    revision = config.get("revision")
-    return _on_hub(model, revision if isinstance(revision, str) and revision else None)
+    if not os.path.isdir(path) and is_hub_id(model):
+        return _on_hub(model, revision)
+    dropped = f"the adapter records {_printable(revision)}; left out, since only a hub id has one" if revision else None
+    if not os.path.isdir(path):
+        return BaseRecord(model=model, local=False, directory=None, dropped=dropped)
+    why = why_no_model(path)
+    return BaseRecord(model=model, local=True, directory=None if why else path, dropped=dropped, why_no_model=why)
 
 
 def is_hub_id(text: str) -> bool:
@@ -101,13 +103,18 @@ def _on_hub(model: str, revision: str | None) -> BaseRecord:
         return BaseRecord(model=model, local=False, directory=directory)
     if exists or (exists is None and (revision == "main" or _COMMIT.fullmatch(revision))):
         return BaseRecord(model=model, local=False, directory=directory, revision=revision)
-    shown = "".join(character if character.isprintable() else " " for character in revision)
+    shown = _printable(revision)
     if exists is None:
-        why = f"the adapter records {shown!r}; left out, since the hub could not be asked whether the base has it"
+        why = f"the adapter records {shown}; left out, since the hub could not be asked whether the base has it"
     else:
-        why = f"the adapter records {shown!r}; left out, since the base has no such branch, tag or commit"
+        why = f"the adapter records {shown}; left out, since the base has no such branch, tag or commit"
         directory = _ask_hub(model, None)[1]
     return BaseRecord(model=model, local=False, directory=directory, dropped=why)
+
+
+def _printable(revision: str) -> str:
+    """A revision in quotes, on one line."""
+    return repr("".join(character if character.isprintable() else " " for character in revision))
 
 
 def _ask_hub(model: str, revision: str | None) -> tuple[bool | None, Path | None]:
