@@ -281,7 +281,8 @@ def test_exit_code_1_when_the_data_is_bad(here: Here, project: Path, tmp_path: P
     mine = copied(project, tmp_path / "p", "adapter")
     weights = mine / "adapter" / "adapter_model.safetensors"
     edit_tensors(weights, lambda t: {n: v * float("nan") for n, v in t.items()})
-    assert here("check", str(mine / "recipe.yaml")) == 0, "headers are fine"
+    assert here("check", str(mine / "recipe.yaml")) == 2, "the rows that it samples show it"
+    assert "NaN or infinity in the adapter or base weights: train or download them again" in here.err
     assert here("run", str(mine / "recipe.yaml")) == 1
     assert re.search(r"^error: .*NaN or infinity in the adapter or base weights$", here.err, re.MULTILINE)
     assert "merged" not in visible(tmp_path / "runs" / "pico")
