@@ -116,11 +116,11 @@ def test_a_wrong_text_path_names_line_key_and_near_miss(here: Here, project: Pat
     second = next(i for i, line in enumerate(lines, 1) if "txt/general" in line)
     for command in ("check", "run"):
         assert here(command, "p/recipe.yaml") == 2
-        assert here.err.splitlines()[1:] == [
-            f"p/recipe.yaml:{first}: calibration.data.path: {mine}/trian.jsonl: no such file: did you mean train.jsonl?",
-            f"p/recipe.yaml:{second}: evaluate.sets.1.data.path: {mine}/txt: no such directory: "
-            f"{mine} holds adapter, base, general.jsonl, heldout.jsonl, original",
-        ]
+        typo, lost = here.err.splitlines()[1:]
+        key = f"p/recipe.yaml:{first}: calibration.data.path"
+        assert typo == f"{key}: {mine}/trian.jsonl: no such file: did you mean train.jsonl?"
+        key = f"p/recipe.yaml:{second}: evaluate.sets.1.data.path"
+        assert lost.startswith(f"{key}: {mine}/txt: no such directory: {mine} holds adapter, ")
     (tmp_path / "here.jsonl").write_text("")
     assert (
         here(

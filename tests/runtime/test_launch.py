@@ -194,6 +194,7 @@ def test_idle_gpus_are_pointed_out_in_one_line(
         _run(recipe, [], "report")
     assert capsys.readouterr().err == (
         f"1 of 4 GPUs is used; for all: torchrun --standalone --nproc-per-node 4 -m requant run {recipe}\n"
+        "prepare: started\n"
     )
     assert not launch.idle_gpus_hint("cuda:1", recipe), "this one was asked for"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -190,6 +190,7 @@ def heal(
     target = out or checkpoint.resolve().with_name(checkpoint.resolve().name + "-healed")
     with ConsoleWatcher() as watcher:
         watcher.stage("heal", done=False)
+        watcher.doing("tokens of the texts, then the models")
         with quiet():
             from requant.heal.settings import HealSettings
             from requant.heal.stage import summary

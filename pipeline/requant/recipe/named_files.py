@@ -55,6 +55,6 @@ def _missing(path: str, directory: Path) -> str:
         last = last.parent
     kind = "file" if last == wanted else "directory"
     there = sorted(name for name in os.listdir(last.parent) if not name.startswith("."))
-    near = difflib.get_close_matches(last.name, there, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(last.name, there, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else f"{last.parent} holds {', '.join(there[:5]) or 'nothing'}"
     return f"{last}: no such {kind}: {hint}"
