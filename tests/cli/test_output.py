@@ -19,9 +19,7 @@ from requant_eval.render import terminal
 STAGES = ("prepare", "merge", "probe", "quantize", "evaluate", "report", "check", "forecast", "verify", "heal")
 ROW = re.compile(rf"({'|'.join(STAGES)}) +[━─]{{16}} .*")
 PLAIN = re.compile(rf"(({'|'.join(STAGES)}): |warning: ).+")
-CHECK = re.compile(
-    r"(base|carried|adapter|match|stops|quantize|calibrate|evaluate|serve|disk|heal|grid|warning|takes) +\S.*|ok"
-)
+CHECK = re.compile(r"(?=[a-z ]{10}\S)[a-z]+ +\S.*|ok")  # a name, and text from column 10 on
 PLAIN_LORA = {"base": {"model": "./original", "nf4": "none"}, "evaluate.variants": ["adapter", "gptq"]}
 """A 16-bit base in training: the road on which PEFT asks gptqmodel for its layers."""
 
