@@ -57,7 +57,7 @@ def test_an_answer_may_come_first() -> None:
 
 def test_an_answer_that_cannot_be_located_is_refused() -> None:
     with pytest.raises(RowError, match="rewrites what came before the last answer"):
-        rendered("{{ messages | length }}" + chat.ECHO, given(USER, ANSWER))
+        rendered("{{ messages | map(attribute='content') | join | length }}" + chat.ECHO, given(USER, ANSWER))
 
 
 def test_a_system_text_is_joined_to_the_user_turn_where_the_template_takes_none() -> None:
@@ -104,10 +104,61 @@ def test_tools_and_calls_are_rendered() -> None:
     assert notes == ["the chat template leaves out tool calls", "the chat template leaves out the list of tools"]
 
 
-def test_arguments_are_objects_where_the_template_needs_them() -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    text, notes, _ = rendered(chat.TEXT_ARGUMENTS, given(USER, {"role": "assistant", "tool_calls": [call]}))
-    assert (text.endswith("!fx=1</end>"), notes) == (True, [chat_template.ARGUMENTS])
+def test_arguments_are_objects_unless_the_template_needs_text() -> None:
+    """JSON text of OpenAI's files would be written as a quoted string by templates that write arguments as JSON."""
+    for arguments in ('{"x": 1}', {"x": 1}):
+        turn = {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+        }
+        text, notes, learned = rendered(chat.TOOLS, given(USER, turn))
+        assert (text.endswith('!f{"x": 1}</end>'), notes, learned) == (True, [], ['!f{"x": 1}</end>'])
+        text, notes, _ = rendered(chat.OBJECT_ARGUMENTS, given(USER, turn))
+        assert (text.endswith("!fx=1</end>"), notes) == (True, [])
+        text, notes, _ = rendered(chat.TEXT_ARGUMENTS, given(USER, turn))
+        assert (text.endswith('!f{"x": 1}</end>'), notes) == (True, [chat_template.ARGUMENTS])
+
+
+def test_calls_are_numbered_where_the_template_asks_for_short_ids() -> None:
+    call = {"id": "call_aB3dE5fG7hI9", "type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = (
+        USER,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "4"},
+    )
+    text, notes, _ = rendered(chat.SHORT_IDS, given(*turns, ANSWER))
+    assert "#call00000" in text
+    assert text.count("call00000") == 2
+    assert notes == [chat_template.IDS]
+
+
+def test_what_is_left_out_is_found_whatever_else_the_text_says() -> None:
+    """Names of tools and short contents also stand in other text."""
+    tool = {"type": "function", "function": {"name": "search"}}
+    turns = ({"role": "user", "content": "search for a"}, {"role": "assistant", "tool_calls": [tool]}, ANSWER)
+    _, notes, _ = rendered(chat.ECHO, given(*turns, tools=(tool,)))
+    assert notes == ["the chat template leaves out tool calls", "the chat template leaves out the list of tools"]
+    _, notes, _ = rendered(chat.KNOWN, given(USER, {"role": "critic", "content": "q"}, ANSWER))
+    assert notes == ["the chat template leaves out messages of role 'critic'"]
+
+
+def test_thinking_that_is_left_out_is_told() -> None:
+    thought = ANSWER | {"content": "<think>hm</think>a"}
+    assert rendered(chat.OPENED, given(USER, thought))[1] == [
+        "the chat template leaves out the thinking of the last answer"
+    ]
+    notes = rendered(chat.ECHO, given(USER, ANSWER | {"reasoning_content": "hm"}))[1]
+    assert notes == ["the chat template leaves out reasoning_content of the last answer"]
+    assert rendered(chat.ECHO, given(USER, thought))[1] == []
+
+
+def test_an_answer_is_located_by_a_mark_where_rendering_a_part_does_not_show_it() -> None:
+    """Some templates end with EOS unless an answer is asked for."""
+    tokenizer = chat.tokenizer(chat.ENDED)
+    tokenizer.add_tokens(["</end>"], special_tokens=True)
+    text, shown, _ = chat_template.render(tokenizer, given(USER, ANSWER))
+    assert text == "<user>q</end><assistant>a</end></s>"
+    assert [text[a:b] for a, b in chat_template.learned_spans(tokenizer, text, shown)] == ["a</end>"]
 
 
 def test_a_role_that_vanishes_is_told() -> None:

@@ -52,6 +52,21 @@ def test_columns_that_belong_to_a_conversation(row: dict[str, Any], expected: An
     assert turns(row) == expected
 
 
+def test_columns_that_only_later_rows_have_are_read() -> None:
+    first, later = {"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "system": "be", "context": "c"}
+    columns = columns_of(TextSource(path=Path("rows.jsonl")), [first] * 30 + [later], "auto")
+    found = columns.conversation_in(later)
+    assert found is not None
+    assert [m["content"] for m in found.messages] == ["be", "q\nc", "a"]
+    with pytest.raises(InputError, match="column 'rationale' holds text"):
+        columns_of(TextSource(path=Path("rows.jsonl")), [first] * 30 + [first | {"rationale": LONG}], "auto")
+
+
+def test_a_history_may_be_json_text_and_a_csv_may_have_an_index() -> None:
+    row = {"": "0", "instruction": "i", "output": "o", "history": '[["p", "q"]]'}
+    assert [c for _, c in turns(row)] == ["p", "q", "i", "o"]
+
+
 def test_tools_go_with_messages() -> None:
     row = {"messages": [USER, ANSWER], "tools": '[{"name": "f", "description": "does a long and useful thing"}]'}
     found = columns_of(TextSource(path=Path("rows.jsonl")), [row], "auto").conversation_in(row)
@@ -67,6 +82,8 @@ def test_tools_go_with_messages() -> None:
         ({"messages": [USER, ANSWER], "text": LONG}, "text"),
         ({"question": "q", "answer": "a", "explanation": LONG}, "explanation"),
         ({"prompt": "p", "completion": "c", "documents": [{"title": "t", "body": LONG}]}, "documents"),
+        ({"prompt": "say A", "text": LONG}, "prompt"),
+        ({"question": "q", "answer": "1", "choices": ["yes", "no"]}, "choices"),
         ({"text": LONG, "summary": "first line\nsecond line"}, "summary"),
         ({"messages": [USER, ANSWER], "images": ["cat.png"]}, "images"),
         ({"question": "q", "answer": "a", "hint": "think of what it would be if"}, "hint"),

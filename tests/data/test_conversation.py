@@ -61,6 +61,58 @@ def test_old_forms_of_a_call_become_tool_calls(turn: dict[str, Any]) -> None:
     assert messages([USER, turn])[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"name": "f", "arguments": {"x": 1}}],
+        [{"name": "f", "parameters": {"x": 1}}],
+        '[{"function": {"name": "f", "arguments": {"x": 1}}, "type": "function"}]',
+    ],
+)
+def test_flat_calls_and_calls_as_text_become_openais(calls: Any) -> None:
+    assert messages([USER, {"role": "assistant", "content": None, "tool_calls": calls}])[1]["tool_calls"] == [CALL]
+
+
+def test_a_call_without_a_name_is_what_the_assistant_wrote() -> None:
+    for text in ('{"name": null, "arguments": null}', "[]"):
+        assert messages([USER, {"from": "function_call", "value": text}])[1] == ANSWER | {"content": text}
+
+
+def test_an_answer_of_json_is_an_answer() -> None:
+    for text in (
+        '[{"role": "admin", "name": "Bob"}]',
+        '[{"from": "Berlin", "to": "Rome"}]',
+        json.dumps([USER, ANSWER]),
+    ):
+        found = prompt_and_answer("extract", text)
+        assert found is not None
+        assert found.messages[-1] == {"role": "assistant", "content": text}
+    assert not is_messages('[{"from": "Berlin", "to": "Rome"}]')
+
+
+def test_what_tables_write_for_a_missing_value_is_null() -> None:
+    assert text_of(float("nan")) is None
+    assert prompt_and_answer("q", float("nan")) is None
+    assert text_of(True) == "true"
+    assert conversation([{"human": "q", "assistant": None}]) is None
+
+
+def test_roles_in_any_case_and_pairs_of_input_and_output() -> None:
+    assert messages([{"role": "Human", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]) == [USER, ANSWER]
+    assert messages([{"input": "q", "output": "a"}]) == [USER, ANSWER]
+    assert messages({"role": ["user", "assistant"], "content": ["q", "a"]}) == [USER, ANSWER]
+    wrapped = conversation({"system": "s", "tools": [CALL["function"]], "messages": [USER, ANSWER]})
+    assert wrapped is not None
+    assert (wrapped.messages[0]["content"], len(wrapped.tools or ())) == ("s", 1)
+
+
+def test_a_result_that_is_an_object_is_its_json() -> None:
+    assert (
+        messages([USER, {"role": "tool", "content": {"type": "weather", "c": 4}}])[1]["content"]
+        == '{"type": "weather", "c": 4}'
+    )
+
+
 def test_a_call_in_a_notation_of_its_own_is_what_the_assistant_wrote() -> None:
     assert messages([USER, {"from": "function_call", "value": "f(x=1)"}])[1] == ANSWER | {"content": "f(x=1)"}
 
@@ -77,9 +129,7 @@ def test_weights_say_which_answers_are_learned() -> None:
     assert all(set(m) == {"role", "content"} for m in found.messages)
 
 
-@pytest.mark.parametrize(
-    "value", [None, [], "", "  ", "[]", [USER, {"role": "assistant", "content": None}], [{"role": "user"}]]
-)
+@pytest.mark.parametrize("value", [None, [], "", "  ", "[]", [USER, {"role": "assistant", "content": None}]])
 def test_null_is_no_conversation(value: Any) -> None:
     assert conversation(value) is None
 
@@ -94,6 +144,9 @@ def test_null_is_no_conversation(value: Any) -> None:
         ([USER | {"content": [{"type": "image", "image": "x.png"}]}], "message 1: holds a part of type 'image'"),
         ([USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "part of type 'image_url'"),
         ([USER | {"content": {"a": 1}}], "message 1: expected text, found an object with a"),
+        ([{"role": "user", "text": "q"}], "message 1 has role, text, expected its text as content"),
+        ([USER | {"images": ["a.png"]}], "message 1 holds images"),
+        ("[{'role': 'user', 'content': 'q'}]", "it looks like Python's repr"),
         ([{"role": 5, "content": "x"}], "message 1 has role, content, expected role and content"),
     ],
 )

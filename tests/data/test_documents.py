@@ -111,7 +111,9 @@ def test_a_template_that_rewrites_history_is_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A template that drops earlier turns leaves no boundary to cut at."""
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}" + TEMPLATE)
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ messages | map(attribute='content') | join | length }}" + TEMPLATE
+    )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     source = rows(tmp_path, {"messages": turns * 2})
     assert "row 1 is not a chat row: the chat template rewrites what came before the last answer" in refused(
@@ -270,3 +272,28 @@ def test_bos_is_not_doubled(tmp_path: Path, tokenizer: Any) -> None:
     assert document.ids[0] != 0
     assert len(document.ids) == len(document.scored)
     assert marked(adding, document) == "b</end>"
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "hello \\ud83d"}\n')
+    assert "row 2 is not a text row: holds half of a character" in refused(
+        TextSource(path=tmp_path / "t.jsonl"), tokenizer
+    )
+
+
+def test_a_text_of_other_protocols_names_its_row(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"row 2 is not a text row: it has no column 'text'; it has body"):
+        read_texts(rows(tmp_path, {"text": "a"}, {"body": "b"}))
+
+
+def test_a_token_across_the_boundary_counts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and answer may share a token; part of it is answer."""
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    (document,) = tokenize(rows(tmp_path, {"prompt": "q<us", "completion": "er>a"}), tokenizer)
+    assert marked(tokenizer, document) == "<user>a"
+
+
+def test_tools_need_a_template(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    row = {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}
+    assert "row 1 is not a completion row: holds tools" in refused(rows(tmp_path, row), tokenizer)

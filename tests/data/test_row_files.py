@@ -45,8 +45,37 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, data:
 def test_of_several_lists_the_split_is_read(tmp_path: Path) -> None:
     data = json.dumps({"train": ROWS, "test": ROWS[:1]})
     assert read(tmp_path / "a.json", data, split="test") == ROWS[:1]
-    with pytest.raises(InputError, match=r"several lists of rows, train, test, and none is called 'dev'"):
+    with pytest.raises(InputError, match=r"holds rows under train, test, and none is called 'dev': set data.split"):
         read(tmp_path / "a.json", data, split="dev")
+
+
+def test_another_split_is_not_taken_for_the_one_asked(tmp_path: Path) -> None:
+    for data, split in (
+        ({"train": ROWS}, "test"),
+        ({"test": ROWS}, "train"),
+        ({"train": [], "validation": ROWS}, "test"),
+    ):
+        with pytest.raises(InputError, match=f"none is called '{split}'"):
+            read(tmp_path / "a.json", json.dumps(data), split=split)
+    assert read(tmp_path / "a.json", json.dumps({"data": ROWS})) == ROWS
+    with pytest.raises(InputError, match="holds no rows"):
+        read(tmp_path / "a.json", json.dumps({"train": [], "test": ROWS}))
+
+
+def test_columns_of_equal_length_are_rows(tmp_path: Path) -> None:
+    data = {"instruction": ["a", "b"], "output": ["c", "d"]}
+    assert read(tmp_path / "a.json", json.dumps(data)) == [
+        {"instruction": "a", "output": "c"},
+        {"instruction": "b", "output": "d"},
+    ]
+    with pytest.raises(InputError, match="its columns have 1 and 2 rows"):
+        read(tmp_path / "a.json", json.dumps(data | {"output": ["c"]}))
+
+
+def test_an_empty_cell_of_a_csv_is_null(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.csv", "a,b\nx,\n") == [{"a": "x", "b": None}]
+    with pytest.raises(InputError, match="column 'a' is named twice in the header"):
+        read(tmp_path / "a.csv", "a,a\nx,y\n")
 
 
 def test_a_single_object_is_one_row(tmp_path: Path) -> None:

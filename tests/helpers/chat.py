@@ -38,10 +38,23 @@ KNOWN = (  # roles that it does not know vanish
     "<{{ m.role }}>{{ m.content }}</end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 DATED = "{{ strftime_now('%d %b %Y') }}" + ECHO
-TEXT_ARGUMENTS = (  # arguments must be an object
+OBJECT_ARGUMENTS = (  # arguments must be an object
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
     "!{{ c.function.name }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}</end>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TEXT_ARGUMENTS = TOOLS.replace(
+    "c.function.arguments | tojson", "'' + c.function.arguments"
+)  # must be text, as DeepSeek's
+SHORT_IDS = (  # ids of nine characters, as Mistral's
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{% if not c.id or c.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}#{{ c.id }}{{ c.function.name }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}</end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ENDED = (  # EOS at the end unless an answer is asked for, as Phi-3's
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
 )
 
 

@@ -1,14 +1,19 @@
 """Text from files and the hub as token documents and packed windows.
 
-    documents       rows of text, chat or prompt and completion as token ids   <- start here
-    row_files       rows of txt, jsonl, json, csv, parquet files and hub datasets
-    columns         which columns hold the text; no other text is left out
-    conversation    a row's messages and tools as chat templates take them
-    chat_template   messages -> text by the tokenizer's template, and where the answers are
-    tokenizer       loads the tokenizer that is shipped
-    packing         windows for calibration and for healing
-    overlap         how much evaluation text also occurs in calibration text
-    canaries        prompts whose answers the report shows
+    documents         rows of text, chat or prompt and completion as token ids   <- start here
+    row_files         rows of txt, jsonl, json, csv, parquet files and hub datasets
+    columns           which columns hold the text; no other text is left out
+    conversation      a row's messages and tools as chat templates take them
+    chat_template     messages -> text by the tokenizer's template, and where the answers are
+    template_losses   what a template leaves out, found by marks
+    tokenizer         loads the tokenizer that is shipped
+    packing           windows for calibration and for healing
+    overlap           how much evaluation text also occurs in calibration text
+    canaries          prompts whose answers the report shows
 
 May import: errors, checkpoint; requant_eval.scoring.
 """
+
+from requant.data.documents import TextSource, TokenDocument, adds_bos, tokenize
+
+__all__ = ["TextSource", "TokenDocument", "adds_bos", "tokenize"]

@@ -9,17 +9,21 @@ import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from requant.data import template_losses
 from requant.data.conversation import Conversation, Message, RowError
+from requant.data.template_losses import TemplateFailure
 
 DATE = datetime.date(2024, 7, 26)
 """The day that templates write where none is asked for: the one that Llama 3's templates fall back to."""
 SYSTEM_JOINED = "the system text was joined to the first user turn, since the chat template takes no system role"
 AS_SYSTEM = "role 'developer' was rendered as 'system', which the chat template knows"
-ARGUMENTS = "arguments of tool calls were given as objects, since the chat template takes no text"
-_MARK = "\ue000"  # of the private use area: no template writes it
+ARGUMENTS = "arguments of tool calls were given as text, since the chat template takes no objects"
+IDS = "tool calls got ids of nine letters and digits, which the chat template asks for"
+_MARK = template_losses.OPEN
 Spans = list[tuple[int, int]]
 
 
@@ -61,36 +65,32 @@ def writes_bos(tokenizer: Any) -> bool:
         return False
 
 
-def render(tokenizer: Any, given: Conversation) -> tuple[str, Conversation, list[str]]:
+def render(
+    tokenizer: Any, given: Conversation, known: dict[template_losses.Signature, tuple[str, ...]] | None = None
+) -> tuple[str, Conversation, list[str]]:
     """(text by the tokenizer's template, the conversation as it was rendered, what had to be changed or is left out).
 
-    Raises RowError when the template refuses the conversation.
+    known: what is left out of conversations of the same form, kept between calls. Raises RowError when the template
+    refuses the conversation.
     """
     if not tokenizer.chat_template:
         raise RowError("the tokenizer has no chat template: use format text, or a tokenizer that has one")
-    refusal: Exception | None = None
+    known = {} if known is None else known
+    refusal = TemplateFailure("nothing was tried")
     for changed, notes in _variants(given):
         try:
             text = _apply(tokenizer, changed.messages, changed.tools)
         except TemplateFailure as error:
-            refusal = refusal or error
+            refusal = error
             continue
-        lost = [m["role"] for m in changed.messages if _is_lost(m, text)]
-        if "developer" in lost:
+        form = template_losses.signature(changed)
+        if form not in known:
+            known[form] = template_losses.left_out(partial(_apply, tokenizer), changed)
+        if "messages of role 'developer'" in known[form]:
+            refusal = TemplateFailure("role 'developer' is left out")
             continue
-        calls = [_name(c) for m in changed.messages for c in m.get("tool_calls") or () if _name(c) not in text]
-        tools = [_name(t) for t in changed.tools or () if _name(t) not in text]
-        dropped = [
-            *(f"messages of role {role!r}" for role in dict.fromkeys(lost)),
-            *(["tool calls"] if calls else []),
-            *(["the list of tools"] if tools else []),
-        ]
-        return text, changed, [*notes, *(f"the chat template leaves out {what}" for what in dropped)]
+        return text, changed, [*notes, *(f"the chat template leaves out {what}" for what in known[form])]
     raise RowError(f"the chat template refuses it: {refusal}; {_advice(given.messages)}") from refusal
-
-
-class TemplateFailure(Exception):
-    """A chat template raised; the message is its own."""
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None, *, ask: bool = False) -> str:
@@ -108,7 +108,11 @@ def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | N
 
 
 def _variants(given: Conversation) -> Iterator[tuple[Conversation, list[str]]]:
-    """The conversation as it is, then in forms that stricter templates take, each with what was changed."""
+    """The conversation, then in forms that stricter templates take, each with what was changed.
+
+    Arguments of tool calls are objects first, as templates expect that write them as JSON.
+    """
+    given = _with_arguments(given, _parsed) or given
     yield given, []
     together, notes = given, list[str]()
     for note, change in _CHANGES.items():
@@ -127,23 +131,61 @@ def _developer_as_system(given: Conversation) -> Conversation | None:
     return replace(given, messages=changed)
 
 
-def _parsed_arguments(given: Conversation) -> Conversation | None:
-    """Arguments of tool calls that are JSON text, as objects."""
+def _with_arguments(given: Conversation, change: Callable[[Any], Any]) -> Conversation | None:
+    """With the arguments of tool calls changed; None where that changes nothing."""
 
-    def parsed(call: Any) -> Any:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        try:
-            arguments = json.loads(function["arguments"])
-        except (KeyError, TypeError, ValueError):
+    def changed(call: Any) -> Any:
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or "arguments" not in inner:
             return call
-        return call | (
-            {"function": {**function, "arguments": arguments}} if "function" in call else {"arguments": arguments}
-        )
+        function = {**inner, "arguments": change(inner["arguments"])}
+        return {**call, "function": function} if "function" in call else function
 
     messages = tuple(
-        m | {"tool_calls": [parsed(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in given.messages
+        m | {"tool_calls": [changed(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in given.messages
     )
     return replace(given, messages=messages) if messages != given.messages else None
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments written as JSON text, as an object."""
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _arguments_as_text(given: Conversation) -> Conversation | None:
+    def written(arguments: Any) -> Any:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+    return _with_arguments(given, written)
+
+
+def _short_ids(given: Conversation) -> Conversation | None:
+    """Tool calls and their results numbered alike, with ids of nine letters and digits."""
+    if not any(m.get("tool_calls") or m["role"] == "tool" for m in given.messages):
+        return None
+    ids: dict[Any, str] = {}
+    waiting: list[str] = []
+    messages = []
+    for m in given.messages:
+        if calls := m.get("tool_calls"):
+            numbered = []
+            for call in calls:
+                made = f"call{len(ids):05d}"
+                ids[call.get("id", made) if isinstance(call, Mapping) else made] = made
+                waiting.append(made)
+                numbered.append({**call, "id": made} if isinstance(call, Mapping) else call)
+            m = m | {"tool_calls": numbered}
+        elif m["role"] == "tool":
+            answered = ids.get(m.get("tool_call_id")) or (waiting[0] if waiting else None)
+            if answered in waiting:
+                waiting.remove(answered)
+            m = m | {"tool_call_id": answered} if answered else m
+        messages.append(m)
+    return replace(given, messages=tuple(messages))
 
 
 def _joined_system(given: Conversation) -> Conversation | None:
@@ -159,31 +201,11 @@ def _joined_system(given: Conversation) -> Conversation | None:
 
 _CHANGES: dict[str, Callable[[Conversation], Conversation | None]] = {
     AS_SYSTEM: _developer_as_system,
-    ARGUMENTS: _parsed_arguments,
+    ARGUMENTS: _arguments_as_text,
+    IDS: _short_ids,
     SYSTEM_JOINED: _joined_system,
 }
 """What is said -> the change, for templates that refuse a conversation as it is; None where it changes nothing."""
-
-
-def _is_lost(message: Message, text: str) -> bool:
-    """Whether the text lacks a message's content; an answer's earlier thinking may be left out."""
-    content = message["content"] or ""
-    if message["role"] == "assistant":
-        content = content.rpartition("</think>")[2]
-    content = content.strip()
-    return (
-        bool(content) and content not in text and json.dumps(content)[1:-1] not in text and not _reflowed(content, text)
-    )
-
-
-def _reflowed(content: str, text: str) -> bool:
-    """Whether the content is there in other white space or as JSON of its own."""
-    return "".join(content.split()) in "".join(text.split()) or json.dumps(content, ensure_ascii=False)[1:-1] in text
-
-
-def _name(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
 
 
 def _advice(messages: Sequence[Message]) -> str:
@@ -210,9 +232,29 @@ def learned_spans(tokenizer: Any, text: str, given: Conversation) -> Spans:
     located = [span for span in spans if span is not None]
     if len(located) == len(answers) and all(a[1] <= b[0] for a, b in pairwise(located)):
         return located
-    if spans[-1] is None:
+    last = spans[-1] or _marked_span(tokenizer, text, given, answers[-1])
+    if last is None:
         raise RowError("the chat template rewrites what came before the last answer: its part cannot be located")
-    return [spans[-1]]
+    return [last]
+
+
+def _marked_span(tokenizer: Any, text: str, given: Conversation, index: int) -> tuple[int, int] | None:
+    """Where an answer stands: the text differs there when a mark takes the place of the answer's content."""
+    marked = [*given.messages]
+    marked[index] = marked[index] | {"content": _MARK}
+    try:
+        other = _apply(tokenizer, marked, given.tools)
+    except TemplateFailure:
+        return None
+    if other.count(_MARK) != 1:
+        return None
+    start, rest = other.index(_MARK), other.partition(_MARK)[2]
+    if text[:start] != other[:start] or not text.endswith(rest):
+        return None
+    stop = len(text) - len(rest)
+    special = [*getattr(tokenizer, "all_special_tokens", ()), *tokenizer.get_added_vocab()]
+    end = max((t for t in special if rest.startswith(t)), key=len, default="")  # of the turn
+    return (start, stop + len(end)) if start < stop else None
 
 
 def _span(tokenizer: Any, text: str, given: Conversation, index: int) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from requant.data.conversation import (
     RowError,
     conversation,
     is_messages,
+    parsed,
     prompt_and_answer,
     text_of,
     tools_of,
@@ -31,16 +32,27 @@ COMPLETION_KEYS = (
     ("query", "response"),
     ("problem", "solution"),
     ("input", "output"),
+    ("prompt", "answer"),
+    ("query", "answer"),
+    ("problem", "answer"),
+    ("input", "response"),
+    ("instruction", "completion"),
+    ("question", "solution"),
+    ("problem", "generated_solution"),
+    ("question", "generated_solution"),
+    ("inputs", "targets"),
+    ("input", "target"),
 )
 CONTEXT_KEYS = ("input", "context")  # what a question is about; follows it
 SYSTEM_KEYS = ("system", "system_prompt")
 TOOL_KEYS = ("tools", "functions")
 HISTORY = "history"
 PREFERENCE = ("chosen", "rejected")
-LOOKED_AT = 20  # rows in which columns are compared with the text
 LABEL = 64  # characters up to which a value of few words is a label, not text
 WORDS = 6  # words from which a value is text
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+CHOICES = ("choices", "options", "candidates", "endings")
+ROLE_COLUMNS = {*(k for pair in COMPLETION_KEYS for k in pair), *CONTEXT_KEYS, *SYSTEM_KEYS, *TOOL_KEYS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +88,7 @@ class Columns:
             if not is_messages(prompt) and prompt is not None:
                 context = [text for k in self.context if (text := text_of(row.get(k)))]
                 prompt = "\n".join([text_of(prompt) or "", *context])
-            found = prompt_and_answer(prompt, answer, _history(row.get(self.history or "")))
+            found = prompt_and_answer(prompt, answer, _history(row.get(self.history) if self.history else None))
         if found is None:
             return None
         system = text_of(row.get(self.system)) if self.system else None
@@ -104,6 +116,7 @@ def columns_of(source: TextSource, rows: Sequence[Row], asked: Format) -> Column
 def _columns(source: TextSource, rows: Sequence[Row], asked: Format) -> Columns:
     first = rows[0]
     found = ", ".join(map(str, first)) or "none"
+    every = dict.fromkeys(k for row in rows for k in row)  # of JSON lines each may have its own
     chat = source.column or next((k for k in CHAT_KEYS if k in first), None)
     pair = next((p for p in COMPLETION_KEYS if all(k in first for k in p)), None)
     text = source.column or next((k for k in TEXT_KEYS if k in first), None)
@@ -112,8 +125,8 @@ def _columns(source: TextSource, rows: Sequence[Row], asked: Format) -> Columns:
     if asked == "auto":
         asked = "chat" if chat else "completion" if pair else "chat" if text and _holds_messages(rows, text) else "text"
         chat = chat or text
-    system = next((k for k in SYSTEM_KEYS if k in first), None)
-    tools = next((k for k in TOOL_KEYS if k in first), None)
+    system = next((k for k in SYSTEM_KEYS if k in every), None)
+    tools = next((k for k in TOOL_KEYS if k in every), None)
     if asked == "text":
         if text is None:
             raise InputError(_no_text(source, first, found))
@@ -129,10 +142,10 @@ def _columns(source: TextSource, rows: Sequence[Row], asked: Format) -> Columns:
         kind="completion",
         prompt=pair[0],
         answer=pair[1],
-        context=tuple(k for k in CONTEXT_KEYS if k in first and k not in pair),
+        context=tuple(k for k in CONTEXT_KEYS if k in every and k not in pair),
         system=system,
         tools=tools,
-        history=HISTORY if HISTORY in first else None,
+        history=HISTORY if HISTORY in every else None,
     )
 
 
@@ -149,7 +162,10 @@ def _no_text(source: TextSource, first: Row, found: str) -> str:
             f"{source.where}: preference pairs ({found}): calibrate and judge on answers the model should give; "
             "write rows of prompt and completion from chosen"
         )
-    return f"{source.where}: no text column ({' or '.join(TEXT_KEYS)}); it has {found}: set data.column"
+    return (
+        f"{source.where}: no text column ({' or '.join(TEXT_KEYS)}); it has {found}: set data.column to the text, or rename the "
+        "columns of a prompt and its answer to prompt and completion"
+    )
 
 
 def _holds_messages(rows: Sequence[Row], column: str) -> bool:
@@ -158,6 +174,8 @@ def _holds_messages(rows: Sequence[Row], column: str) -> bool:
 
 def _history(value: Any) -> Iterator[tuple[str, str]]:
     """Earlier turns of an instruction: pairs of prompt and answer. Raises RowError."""
+    if isinstance(value, str):
+        value = parsed(value)
     for pair in value or ():
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise RowError("history: expected pairs of prompt and answer")
@@ -170,13 +188,14 @@ def _left_out(source: TextSource, rows: Sequence[Row], columns: Columns, *, chos
     chosen: the recipe names the format, so columns of another format are known to be left out. Raises InputError naming
     a column with prose that no document would hold.
     """
-    others = {*CHAT_KEYS, *TEXT_KEYS, *(k for pair in COMPLETION_KEYS for k in pair)} if chosen else set()
-    sample, labels = rows[:LOOKED_AT], []
-    names = dict.fromkeys(k for row in sample for k in row)
+    of_kind = {"text": TEXT_KEYS, "chat": CHAT_KEYS, "completion": tuple(k for p in COMPLETION_KEYS for k in p)}
+    others = {k for kind, keys in of_kind.items() if kind != columns.kind for k in keys} if chosen else set()
+    labels: list[str] = []
+    names = dict.fromkeys(k for row in rows for k in row)
     for name in names:
         if name in columns.used or name in others or name in source.ignore:
             continue
-        held = [row for row in sample if row.get(name) is not None and not _repeated(row[name], row, columns)]
+        held = [row for row in rows if row.get(name) is not None and not _repeated(row[name], row, columns)]
         if any(_is_text(name, row[name]) for row in held):
             used = ", ".join(k for k in names if k in columns.used)
             raise InputError(
@@ -190,8 +209,10 @@ def _left_out(source: TextSource, rows: Sequence[Row], columns: Columns, *, chos
 
 def _is_text(name: str, value: Any) -> bool:
     """Whether a value holds more than labels: prose, anywhere inside it, or what a media column names."""
-    if name in MEDIA and value:
+    if name in (*MEDIA, *CHOICES) and value:
         return True
+    if name in ROLE_COLUMNS and any(isinstance(leaf, str) and leaf.strip() for leaf in _leaves(value)):
+        return True  # what it is called says that it is text, however short
     return any(isinstance(leaf, str) and _is_prose(leaf) for leaf in _leaves(value))
 
 

@@ -59,22 +59,22 @@ class _Reader:
     completions: bool
     told: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
+    lost: dict[Any, tuple[str, ...]] = field(default_factory=dict)
 
     def documents(self, rows: Sequence[Row]) -> Iterator[TokenDocument]:
         for number, row in enumerate(rows, 1):
             try:
                 rendered = self._render(row)
+                document = None if rendered is None else _encode(self.tokenizer, rendered[0], rendered[1])
             except RowError as error:
                 raise InputError(
                     f"{self.source.where}: row {number} is not a {self.columns.kind} row: {error}"
                 ) from error
-            if rendered is None:
+            if rendered is None or document is None:
                 self._tell(EMPTY, number)
                 continue
-            text, spans, notes = rendered
-            for note in notes:
+            for note in rendered[2]:
                 self._tell(note, number)
-            document = _encode(self.tokenizer, text, spans)
             if document.ids:
                 yield document
 
@@ -88,7 +88,7 @@ class _Reader:
             return None
         if self.columns.kind == "completion" and not self.tokenizer.chat_template:
             return _joined(given, told=self.columns.prompt != "prompt")
-        text, rendered, notes = chat_template.render(self.tokenizer, given)
+        text, rendered, notes = chat_template.render(self.tokenizer, given, self.lost)
         if not self.completions:
             return text, [(0, len(text))], notes
         spans = chat_template.learned_spans(self.tokenizer, text, rendered)
@@ -116,6 +116,8 @@ class _Reader:
 def _joined(given: Conversation, *, told: bool) -> tuple[str, Spans, list[str]]:
     """Prompt and answer as one text, for a tokenizer without a template: messages follow each other by lines."""
     *before, answer = [m["content"] or "" for m in given.messages]
+    if given.tools or any(m.get("tool_calls") for m in given.messages):
+        raise RowError("holds tools, and the tokenizer has no chat template to render them")
     if any(m["role"] != "user" for m in given.messages[:-1]) or len(before) > 1:
         raise RowError("holds system text or several turns, and the tokenizer has no chat template to render them")
     prompt = before[0] if before else ""
@@ -125,8 +127,14 @@ def _joined(given: Conversation, *, told: bool) -> tuple[str, Spans, list[str]]:
 def read_texts(source: TextSource) -> list[str]:
     """The text column of a source, for protocols that join texts before tokenizing."""
     rows = read_rows(source)
-    columns = columns_of(source, rows, "text")
-    return [text for row in rows if (text := columns.text_in(row)) is not None]
+    columns, texts = columns_of(source, rows, "text"), []
+    for number, row in enumerate(rows, 1):
+        try:
+            text = columns.text_in(row)
+        except RowError as error:
+            raise InputError(f"{source.where}: row {number} is not a text row: {error}") from error
+        texts += [] if text is None else [text]
+    return texts
 
 
 def tokenize(
@@ -155,11 +163,29 @@ def tokenize(
 
 
 def _encode(tokenizer: Any, text: str, spans: Spans) -> TokenDocument:
-    """Tokenize the whole text at once; a token is flagged when it begins inside a span."""
+    """Tokenize the whole text at once; a token is flagged when part of it lies in a span."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"holds half of a character at {error.start}: {text[error.start - 20 : error.start]!r}"
+            ) from error
+    if not getattr(tokenizer, "is_fast", True):
+        return _encode_whole(tokenizer, text, spans)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     bos = tokenizer.bos_token_id
     if adds_bos(tokenizer) and ids and ids[0] == bos:  # a template that writes BOS itself
         ids, offsets = ids[1:], offsets[1:]
-    scored = tuple(any(start <= begin < stop for start, stop in spans) for begin, _ in offsets)
+    scored = tuple(any(a < stop and (b > start or a >= start) for start, stop in spans) for a, b in offsets)
     return TokenDocument(tuple(ids), scored, sum(len(text[a:b].encode()) for a, b in spans))
+
+
+def _encode_whole(tokenizer: Any, text: str, spans: Spans) -> TokenDocument:
+    """A document of a tokenizer that does not say where its tokens stand: it counts whole or not at all."""
+    if spans != [(0, len(text))]:
+        raise RowError("its answer cannot be located: the tokenizer gives no offsets; use score: all")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids[1:] if adds_bos(tokenizer) and ids[:1] == [tokenizer.bos_token_id] else ids
+    return TokenDocument(tuple(ids), (True,) * len(ids), len(text.encode()))

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from requant.errors import InputError
 
 Row = Mapping[str, Any]
+OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,15 +98,20 @@ def _file_rows(path: Path, split: str) -> Iterator[Row]:
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:
     """Rows of a csv file with a header; fields may have any length."""
     csv.field_size_limit(sys.maxsize)
+    number = 0
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1):
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise InputError(f"{path}: column {twice[0]!r} is named twice in the header")
+        for number, row in enumerate(reader, 1):
             if None in row:
                 raise InputError(
                     f"{path}: row {number} has more fields than the header: quote fields that contain commas"
                 )
-            yield row
+            yield {k: v or None for k, v in row.items()}  # csv has no null: an empty cell is one
     except csv.Error as error:
-        raise InputError(f"{path}: not valid csv ({error})") from error
+        raise InputError(f"{path}: not valid csv after row {number} ({error})") from error
 
 
 def _json_rows(path: Path, text: str, split: str) -> list[Row]:
@@ -116,12 +123,24 @@ def _json_rows(path: Path, text: str, split: str) -> list[Row]:
         if len(lines) > 1 and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
             return list(_json_lines(path, text))
         raise InputError(f"{path}: not valid JSON ({error})") from error
-    lists = {k: v for k, v in value.items() if _is_rows(v)} if isinstance(value, dict) else {}
-    if lists and all(isinstance(v, list) for v in value.values()):
-        if len(lists) > 1 and split not in lists:
-            raise InputError(f"{path}: holds several lists of rows, {', '.join(lists)}, and none is called {split!r}")
-        value = lists[split] if split in lists else next(iter(lists.values()))
-    return _objects(str(path), value if isinstance(value, list) else [value])
+    return _objects(str(path), _rows_in(path, value, split))
+
+
+def _rows_in(path: Path, value: Any, split: str) -> list[Any]:
+    """Rows in a JSON value: itself, one of its named lists of rows, or its columns."""
+    if not isinstance(value, dict) or not value or not all(isinstance(v, list) for v in value.values()):
+        return value if isinstance(value, list) else [value]
+    if not any(map(_is_rows, value.values())):
+        lengths = {len(column) for column in value.values()}
+        if len(lengths) > 1:
+            raise InputError(f"{path}: its columns have {' and '.join(map(str, sorted(lengths)))} rows")
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    if split in value:
+        return list(value[split])
+    named = [k for k, v in value.items() if _is_rows(v)]
+    if len(named) == 1 and split == "train" and named[0] not in OTHER_SPLITS:
+        return list(value[named[0]])
+    raise InputError(f"{path}: holds rows under {', '.join(value)}, and none is called {split!r}: set data.split")
 
 
 def _is_rows(value: Any) -> bool:
@@ -150,8 +169,9 @@ def _hub_rows(source: TextSource) -> list[Row]:
 
     try:
         table = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise InputError(f"dataset {source}: cannot be loaded: {error}") from error
+    except Exception as error:  # the library raises what it likes; the cause says more
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise InputError(f"dataset {source}: cannot be loaded: {reason}") from error
     return [_dense(row) for row in table]
 
 

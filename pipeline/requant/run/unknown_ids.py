@@ -30,9 +30,9 @@ def refuse_unknown_ids(texts: Texts, healing: Healing | None, plan: MergePlan, t
         if unknown:
             token = tokenizer.convert_ids_to_tokens(unknown[0])
             raise InputError(
-                f"{what} holds token {unknown[0]} ({token!r}), but the model has {rows} embeddings: the adapter was "
-                "trained with a resized vocabulary that it does not contain (save embed_tokens and lm_head with it), "
-                "or its tokenizer belongs to another base"
+                f"{what} holds token {unknown[0]} ({token!r}), but the model has {rows} embeddings: training used "
+                "another vocabulary. Put the tokenizer of the training run beside the adapter; if it is there, save "
+                "embed_tokens and lm_head with the adapter, or look whether it belongs to another base"
             )
 
 
