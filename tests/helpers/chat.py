@@ -48,7 +48,8 @@ TEXT_ARGUMENTS = TOOLS.replace(
 )  # must be text, as DeepSeek's
 SHORT_IDS = (  # ids of nine characters, as Mistral's
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
-    "{% if not c.id or c.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}#{{ c.id }}{{ c.function.name }}{% endfor %}"
+    "{% if not c.id or c.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}"
+    "#{{ c.id }}{{ c.function.name }}{% endfor %}"
     "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}</end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )

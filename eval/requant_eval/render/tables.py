@@ -104,8 +104,8 @@ def options_table(report: Report) -> Table:
         "many adapters",
     )
     note = (
-        f"Perplexity against {base_and_adapter(facts)}. Weights: bytes on disk, and about that in memory; the cache for the "
-        "context comes on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
+        f"Perplexity against {base_and_adapter(facts)}. Weights: bytes on disk, and about that in memory; the cache "
+        "for the context comes on top in all three. transformers loads the requantized checkpoint too, with gptqmodel."
     )
     words = ("needs to serve", "many adapters")
     return Table(title="Ways to deploy", columns=columns, rows=tuple(rows), note=note, words=words).informative()

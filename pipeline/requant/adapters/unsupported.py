@@ -44,7 +44,8 @@ _HEADS: Mapping[str, str] = {
 }
 """task_type of a model that writes no text -> what it is."""
 _HEAD_MODULES = frozenset({
-    "score", "classifier", "classification_head", "qa_outputs", "v_head", "value_head", "reward_head", "regression_head",
+    "score", "classifier", "classification_head", "qa_outputs", "v_head", "value_head", "reward_head",
+    "regression_head",
 })  # fmt: skip
 
 

@@ -68,9 +68,9 @@ def _refuse_empty(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
     empty = [name for name, info in tensors.items() if 0 in info.shape]
     if empty:
         raise InputError(
-            f"{file}: {len(empty)} of {len(tensors)} tensors have no elements, e.g. {empty[0]!r}: saved under DeepSpeed "
-            "ZeRO-3 without gathering the weights. Get them with zero_to_fp32.py from the checkpoint's global_step "
-            "directory, or train with stage3_gather_16bit_weights_on_model_save: true and save again"
+            f"{file}: {len(empty)} of {len(tensors)} tensors have no elements, e.g. {empty[0]!r}: saved under "
+            "DeepSpeed ZeRO-3 without gathering the weights. Get them with zero_to_fp32.py from the checkpoint's "
+            "global_step directory, or train with stage3_gather_16bit_weights_on_model_save: true and save again"
         )
 
 

@@ -15,6 +15,6 @@
 May import: errors, recipe, runtime, checkpoint, heal, deploy, run; requant_eval.gate, .report, .render.
 """
 
-from requant.cli.main import main
+from requant.cli.main import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

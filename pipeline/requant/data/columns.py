@@ -163,8 +163,8 @@ def _no_text(source: TextSource, first: Row, found: str) -> str:
             "write rows of prompt and completion from chosen"
         )
     return (
-        f"{source.where}: no text column ({' or '.join(TEXT_KEYS)}); it has {found}: set data.column to the text, or rename the "
-        "columns of a prompt and its answer to prompt and completion"
+        f"{source.where}: no text column ({' or '.join(TEXT_KEYS)}); it has {found}: set data.column to the text, "
+        "or rename the columns of a prompt and its answer to prompt and completion"
     )
 
 

@@ -49,8 +49,8 @@ class Verification:
 
     expected_bytes: of all tensors as the config describes them. disk_bytes: of the safetensors files.
     perplexity: of the sample, decoded by us in fp32. sample_set, sample_digest: the evaluation set of the sample.
-    skipped: checks that could not be made, and why. carried: module that only servers run -> number of its tensors, which
-    are copies.
+    skipped: checks that could not be made, and why. carried: module that only servers run -> number of its tensors,
+    which are copies.
     """
 
     path: Path

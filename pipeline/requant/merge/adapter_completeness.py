@@ -51,8 +51,8 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
     extra = untargeted(adapter)
     if extra:
         notes.append(
-            f"holds {_named(extra)} that target_modules does not match: merged, though PEFT leaves out what the settings "
-            "do not name"
+            f"holds {_named(extra)} that target_modules does not match: merged, though PEFT leaves out what the "
+            "settings do not name"
         )
     file = "the adapter's file" if len(plan.adapters) == 1 else f"{adapter.path.name}/{adapter.weights.name}"
     return [f"{file} {note}" for note in notes]
@@ -69,8 +69,8 @@ def check_vocabulary(adapters: Sequence[Adapter], plan: MergePlan, model: Any) -
     if resized and len({op.shape[0] for op in ends}) > 1:
         shown = ", ".join(f"{op.name} {op.shape[0]} rows" for op in ends)
         raise InputError(
-            f"{adapters[0].weights}: resizes one end of the vocabulary alone: {shown} after the merge. Save the adapter "
-            "with both embed_tokens and lm_head (save_embedding_layers=True)"
+            f"{adapters[0].weights}: resizes one end of the vocabulary alone: {shown} after the merge. Save the "
+            "adapter with both embed_tokens and lm_head (save_embedding_layers=True)"
         )
 
 

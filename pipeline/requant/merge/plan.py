@@ -171,7 +171,7 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
 
 
 def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tuple[Op, ...]:
-    """The ops with the roles of those that are no parameter; what is stored unpacked is read in the dtype of the file."""
+    """The ops with the roles of those that are no parameter; unpacked ones keep the dtype of the file."""
     state, every = set(layout.unplaced.state), {*layout.unplaced.state, *layout.unplaced.carried}
 
     def with_role(op: Op) -> Op:
@@ -284,8 +284,8 @@ def _op(adapters: Sequence[Adapter], changes: _Changes, source: BaseWeight, name
         expected = fold.shape
         if len(expected) != len(shape) or any(e not in (-1, n) for e, n in zip(expected, oriented, strict=True)):
             raise InputError(
-                f"{refusals.paths(adapters)}: LoRA of {fold.module} makes a {_shown(expected)} delta, the base's weight is "
-                f"{oriented}: this adapter belongs to another base"
+                f"{refusals.paths(adapters)}: LoRA of {fold.module} makes a {_shown(expected)} delta, the base's "
+                f"weight is {oriented}: this adapter belongs to another base"
             )
         why = fold.why_it_does_not_fit(oriented)
         if why:

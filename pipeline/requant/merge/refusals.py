@@ -21,9 +21,10 @@ def unknown_tensors(base: BaseWeights, layout: ModelLayout) -> None:
     if unknown:
         shown = ", ".join(f"{n} {list(base.weights[n].shape)}" for n in unknown[:SHOWN])
         raise InputError(
-            f"{base.checkpoint.path}: {len(unknown)} of its tensors have no place in {layout.model_class}, the class of "
-            f"its config.json: {shown}{' ...' if len(unknown) > SHOWN else ''}. Servers would refuse or ignore them: "
-            "take the config.json that belongs to these weights, or a copy of the base without these tensors"
+            f"{base.checkpoint.path}: {len(unknown)} of its tensors have no place in {layout.model_class}, the "
+            f"class of its config.json: {shown}{' ...' if len(unknown) > SHOWN else ''}. Servers would refuse or "
+            "ignore them: take the config.json that belongs to these weights, or a copy of the base "
+            "without these tensors"
         )
 
 
@@ -37,8 +38,9 @@ def changes_outside_the_model(adapters: Sequence[Adapter], changed: Iterable[str
     lost = [n for n in changed if n in outside]
     if lost:
         raise InputError(
-            f"{paths(adapters)}: changes {len(lost)} tensors of the base that {layout.model_class} with its config.json "
-            f"does not train, e.g. {lost[0]}: training had another model: take the config.json that training used"
+            f"{paths(adapters)}: changes {len(lost)} tensors of the base that {layout.model_class} with its "
+            f"config.json does not train, e.g. {lost[0]}: training had another model: take the config.json "
+            "that training used"
         )
 
 

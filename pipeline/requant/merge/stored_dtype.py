@@ -32,8 +32,8 @@ def refuse_float16(config: Mapping[str, Any], asked: Mapping[str, str]) -> None:
     keys = [key for key, value in asked.items() if value == "float16"]
     if kind is not None and keys:
         raise InputError(
-            f"{keys[0]}: float16: the activations of {kind} exceed float16's range (65504), so the model gives NaN, and "
-            "vLLM refuses it: set it to bfloat16 or auto"
+            f"{keys[0]}: float16: the activations of {kind} exceed float16's range (65504), so the model gives NaN, "
+            "and vLLM refuses it: set it to bfloat16 or auto"
         )
 
 

@@ -40,7 +40,8 @@ Progress = Callable[[int, int, str], None]
 
 @torch.no_grad()
 def quantize(
-    source: str | Path, out: str | Path, windows: Tensor, settings: Settings, *, dtype: torch.dtype, device: torch.device,
+    source: str | Path, out: str | Path, windows: Tensor, settings: Settings, *,
+    dtype: torch.dtype, device: torch.device,
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9,
     meta: Mapping[str, Any] | None = None, deltas: Deltas | None = None, progress: Progress | None = None,
     ranks: Ranks = SINGLE_PROCESS, notes: list[str] | None = None,

@@ -81,8 +81,8 @@ def why_no_model(path: Path) -> str | None:
         return f"an adapter's directory ({ADAPTER}, no model's weights): write the model it was trained on{named}"
     if (path / MODEL).is_file() and (path / ADAPTER).is_file():
         return (
-            f"a model and an adapter in one directory ({MODEL} and {ADAPTER}): transformers would load the adapter with "
-            "the model. Move the adapter to a directory of its own"
+            f"a model and an adapter in one directory ({MODEL} and {ADAPTER}): transformers would load the adapter "
+            "with the model. Move the adapter to a directory of its own"
         )
     if (path / MODEL).is_file():
         return None

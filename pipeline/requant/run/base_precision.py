@@ -39,8 +39,8 @@ def check_base(recipe: Recipe, base: Path) -> None:
         )
     if nf4 == "auto":
         raise RecipeError(
-            f"{recipe.place('base', 'nf4')}: auto, the default, reads a 4-bit checkpoint, but {name} is a 16-bit model, "
-            "and it would be merged as if training had not quantized it. Did training load it in 4 bits "
+            f"{recipe.place('base', 'nf4')}: auto, the default, reads a 4-bit checkpoint, but {name} is a 16-bit "
+            "model, and it would be merged as if training had not quantized it. Did training load it in 4 bits "
             "(BitsAndBytesConfig, QLoRA)? Give its settings as a section, as `requant init` writes it: "
             "nf4: {quant_type: nf4, double_quant: true}. Was it trained in 16 bit (plain LoRA)? Write nf4: none"
         )

@@ -51,6 +51,7 @@ def _prove_float16(context: RunContext, merged: MergeResult, out: Path) -> None:
     if not keys:
         return
     window = p.texts.calibration[:1, :TRIED]
+    context.watcher.doing("one forward in float16, to see that nothing overflows")
     try:
         where = first_overflow(
             out,
@@ -58,7 +59,6 @@ def _prove_float16(context: RunContext, merged: MergeResult, out: Path) -> None:
             dtype=torch.float16,
             device=context.device,
             trust_remote_code=context.recipe.trust_remote_code,
-            progress=lambda done, total: context.watcher.progress(done, total, "blocks run in float16"),
         )
     except RuntimeError as error:  # a layer that this processor cannot compute in float16
         log.info("no forward in float16: %s", error)
@@ -66,7 +66,7 @@ def _prove_float16(context: RunContext, merged: MergeResult, out: Path) -> None:
         return
     if where is not None:
         raise StageError(
-            f"in float16 the merged model gives NaN or infinity from {where} on: its weights fit, what it computes does "
-            f"not: set {' and '.join(keys)} to bfloat16"
+            f"in float16 the merged model gives NaN or infinity from {where} on: its weights fit, what it computes "
+            f"does not: set {' and '.join(keys)} to bfloat16"
         )
     merged.why += f"; one forward of {window.numel()} tokens in float16 is finite"

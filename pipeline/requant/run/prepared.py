@@ -45,8 +45,8 @@ class Sources:
 class MergeInputs:
     """What merge needs.
 
-    onto_original: the plan of the variant `original`. matches: one for each adapter. stops: tokens that end a turn of the
-    fine-tune and that the base's configs lack.
+    onto_original: the plan of the variant `original`. matches: one for each adapter. stops: tokens that end a turn of
+    the fine-tune and that the base's configs lack.
     """
 
     plan: MergePlan
