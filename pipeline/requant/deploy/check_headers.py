@@ -231,18 +231,27 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(path: Path, model: nn.Module) -> Iterator[Finding]:
-    """A missing or unreadable vocabulary, or one with more ids than the embedding has rows."""
+    """A missing or unreadable vocabulary; tokens that servers use themselves and the embedding has no row for.
+
+    A vocabulary may be longer than the embedding, as that of official Gemma 3 text models, while no text uses its end.
+    """
     names = [n for n in model_files.VOCABULARY if (path / n).exists()]
     if not names:
         yield Finding("tokenizer", f"none of {', '.join(model_files.VOCABULARY)} is here: servers need one")
         return
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if "tokenizer.json" not in names:
         return
     try:
-        ids = model_files.vocabulary_size(path / "tokenizer.json")
+        model_files.vocabulary_size(path / "tokenizer.json")
+        ids = {t["content"]: t["id"] for t in read_json(path / "tokenizer.json").get("added_tokens", [])}
+        beside = path / "tokenizer_config.json"
+        settings = read_json(beside) if beside.exists() else {}
     except (InputError, KeyError, TypeError, AttributeError) as error:
         yield Finding("tokenizer.json", f"cannot be read ({error})")
         return
-    if ids > rows:
-        yield Finding("tokenizer.json", f"its largest id is {ids - 1}, the embedding has {rows} rows")
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    for key in ("bos_token", "eos_token"):
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if ids.get(token, 0) >= rows:
+            yield Finding("tokenizer.json", f"{key} {token!r} has id {ids[token]}, the embedding has {rows} rows")
