@@ -196,6 +196,8 @@ def test_no_tools() -> None:
     assert [tools_of(v) for v in (None, "[]", [], "")] == [None] * 4
     with pytest.raises(RowError, match="tools: expected functions as objects, found text"):
         tools_of(["f"])
+    with pytest.raises(RowError, match="tools: expected functions as objects, found null"):
+        tools_of([None])
     with pytest.raises(RowError, match="tools: expected a list of functions, found text"):
         tools_of("f")
 

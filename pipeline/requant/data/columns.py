@@ -176,6 +176,8 @@ def _history(value: Any) -> Iterator[tuple[str, str]]:
     """Earlier turns of an instruction: pairs of prompt and answer. Raises RowError."""
     if isinstance(value, str):
         value = parsed(value)
+    if value and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise RowError("history: expected a list of pairs of prompt and answer")
     for pair in value or ():
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise RowError("history: expected pairs of prompt and answer")

@@ -124,9 +124,9 @@ def tools_of(value: Any) -> tuple[Any, ...] | None:
     if not isinstance(found, Sequence) or isinstance(found, str):
         raise RowError(f"tools: expected a list of functions, found {_kind(found)}")
     tools = [parsed(tool) for tool in found]
-    wrong = next((tool for tool in tools if not isinstance(tool, Mapping)), None)
-    if wrong is not None:
-        raise RowError(f"tools: expected functions as objects, found {_kind(wrong)}")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise RowError(f"tools: expected functions as objects, found {_kind(tool)}")
     return tuple(t if "function" in t or "type" in t else {"type": "function", "function": t} for t in tools)
 
 
