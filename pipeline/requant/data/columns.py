@@ -104,7 +104,7 @@ def columns_of(source: TextSource, rows: Sequence[Row], asked: Format) -> Column
     found = ", ".join(map(str, first)) or "none"
     if source.column is not None and source.column not in first:
         raise InputError(f"{source.where}: no column {source.column!r}; it has {found}")
-    wrong = [name for name in source.ignore if name not in first]
+    wrong = [name for name in source.ignore if not any(name in row for row in rows)]
     if wrong:
         raise InputError(f"{source.where}: ignore names {wrong[0]!r}, which is no column; it has {found}")
     columns = _columns(source, rows, asked)
