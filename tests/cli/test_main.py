@@ -173,6 +173,16 @@ def test_check_shows_texts_with_what_is_scored_marked(here: Here, project: Path,
 
 
 @pytest.mark.slow
+def test_a_long_document_is_shown_by_its_beginning(here: Here, project: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "long.jsonl", [{"text": "a long line of text\n" * 1000}] * 2)
+    data = f"{{path: {tmp_path / 'long.jsonl'}}}"
+    assert here("check", str(project / "recipe.yaml"), "--set", f"calibration.data={data}", "--show-text", "1") == 0
+    shown = here.out.split("--- calibration long.jsonl, document 1\n")[1].split("\n--- ")[0]
+    assert shown.endswith(" ... (17000 more characters)")
+    assert len(shown) == 3000 + len(" ... (17000 more characters)")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "warning"),
     [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from requant.run.prepared import Prepared
 
+SHOWN = 3000  # characters of a document
 OPEN, CLOSE = "\u27e6", "\u27e7"
 BOLD, PLAIN = "\x1b[1;4m", "\x1b[0m"
 
@@ -22,8 +23,19 @@ def print_texts(prepared: Prepared, count: int) -> None:
     print(f"text      special tokens are shown; of evaluation texts, what is scored is {how}")
     for sample in sample_texts(prepared, count):
         print(f"--- {sample.title}")
-        print("".join(f"{before}{text}{after}" if scored else text for text, scored in map(_safe, sample.parts)))
+        parts, more = _beginning([_safe(part) for part in sample.parts])
+        print("".join(f"{before}{text}{after}" if scored else text for text, scored in parts) + more)
     print("---")
+
+
+def _beginning(parts: list[tuple[str, bool]]) -> tuple[list[tuple[str, bool]], str]:
+    """The first `SHOWN` characters, and how many more there are."""
+    shown, left = [], SHOWN
+    for text, scored in parts:
+        shown.append((text[:left], scored))
+        left = max(left - len(text), 0)
+    more = sum(len(text) for text, _ in parts) - SHOWN
+    return [part for part in shown if part[0]], f" ... ({more} more characters)" if more > 0 else ""
 
 
 def _safe(part: tuple[str, bool]) -> tuple[str, bool]:

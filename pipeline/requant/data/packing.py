@@ -127,6 +127,7 @@ def calibration_windows(
             raise InputError(
                 f"calibration: {name} has {len(stream)} tokens, {available} windows of {length}, "
                 f"but its share is {count}: lower calibration.samples or length, or give more text"
+                + (f" ({available * samples // count} samples of this length would fit)" if available else "")
             )
         chosen += [stream[i * length : (i + 1) * length] for i in draw.sample(range(available), count)]
     draw.shuffle(chosen)

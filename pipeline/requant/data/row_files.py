@@ -171,7 +171,9 @@ def _hub_rows(source: TextSource) -> list[Row]:
         table = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises what it likes; the cause says more
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise InputError(f"dataset {source}: cannot be loaded: {reason}") from error
+        raise InputError(
+            f"dataset {source}: cannot be loaded: {reason}. A local file is given as data: {{path: ...}}"
+        ) from error
     return [_dense(row) for row in table]
 
 

@@ -175,6 +175,8 @@ def load(path: str | Path, overrides: Overrides = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
+        if path.suffix not in (".yaml", ".yml"):
+            raise RecipeError(f"{path}: neither a recipe nor the directory of a run is here") from error
         raise RecipeError(f"{path}: no such file: `requant init ADAPTER -o {path.name}` writes one") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: a recipe is a YAML file") from error

@@ -152,11 +152,16 @@ def evaluation_set(
     except EvaluationError as error:
         raise InputError(f"evaluate.sets: {error}") from error
     if made.n_documents < MIN_DOCUMENTS:
+        one = '; a .txt file is one document: write JSON lines, {"text": ...} each' if _is_txt(source) else ""
         raise InputError(
             f"evaluate.sets: set '{name}' has {made.n_documents} documents with something to score: an interval needs "
-            f"at least {MIN_DOCUMENTS}, and 20 or more to be worth much; give it more or shorter texts"
+            f"at least {MIN_DOCUMENTS}, and 20 or more to be worth much; give it more or shorter texts{one}"
         )
     return made
+
+
+def _is_txt(source: TextSource) -> bool:
+    return source.path is not None and source.path.name.endswith((".txt", ".txt.gz"))
 
 
 def _document(row: TokenDocument, cut: int | None, *, completion: bool) -> Any:
