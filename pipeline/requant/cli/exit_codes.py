@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+
+import typer
+
+from requant.cli.wrapping import say
 
 MEANINGS = {
     0: "done",
@@ -15,6 +21,17 @@ MEANINGS = {
 }
 WORK = (0, 1, 2, 130)  # of commands that end before the gates are evaluated
 GATES = (0, 1, 2, 3, 4)  # of commands that only read finished reports
+
+
+def interrupted(message: str) -> typer.Exit:
+    """The exception that ends the command after Ctrl-C, with `message` on stderr.
+
+    CPython keeps a mark of a KeyboardInterrupt that passed through code run by a C extension (an import, say), and dies
+    of SIGINT at its end although it was handled. The next piece of code that is run through C takes the mark away.
+    """
+    say(message, file=sys.stderr)
+    ctypes.pythonapi.PyRun_SimpleString(b"0")
+    return typer.Exit(130)
 
 
 def epilog(codes: Iterable[int] = MEANINGS, for_command: Mapping[int, str] = MappingProxyType({})) -> str:

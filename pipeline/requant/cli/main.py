@@ -27,8 +27,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            say("interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise exit_codes.interrupted("interrupted") from None
 
 
 app = typer.Typer(
@@ -262,8 +261,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
                 ranks = launch.current_ranks()
                 outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=ranks)
     except KeyboardInterrupt:
-        say("interrupted; the same command resumes the run", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise exit_codes.interrupted("interrupted; the same command resumes the run") from None
     if outcome.report is not None:
         from rich.console import Console
 
