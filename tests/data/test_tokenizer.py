@@ -72,6 +72,12 @@ def test_bos_that_only_the_template_writes_is_told(tmp_path: Path) -> None:
     assert tokenizer_files.notes(tokenizer_files.load(base(tmp_path / "plain", template=chat.ECHO)), chat=False) == []
 
 
+def test_a_mark_of_every_turn_is_no_bos(tmp_path: Path) -> None:
+    """SmolLM2 calls <|im_start|> its bos_token."""
+    made = tokenizer_files.load(base(tmp_path, template=chat.ECHO.replace("<{{ m.role }}>", "<s>{{ m.role }}")))
+    assert tokenizer_files.notes(made, chat=False) == []
+
+
 def test_the_date_of_a_template_is_told_with_chats(tmp_path: Path) -> None:
     made = tokenizer_files.load(base(tmp_path, template=chat.DATED))
     (note,) = tokenizer_files.notes(made, chat=True)

@@ -56,13 +56,15 @@ def asks_for_date(tokenizer: Any) -> bool:
 
 
 def writes_bos(tokenizer: Any) -> bool:
-    """Whether the chat template begins with BOS."""
+    """Whether the chat template begins with BOS; a token that begins every turn is a mark of turns, whatever its name."""
     if not tokenizer.chat_template or not tokenizer.bos_token:
         return False
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     try:
-        return _apply(tokenizer, [{"role": "user", "content": "a"}], None).startswith(tokenizer.bos_token)
+        text = _apply(tokenizer, turns, None)
     except TemplateFailure:
         return False
+    return text.startswith(tokenizer.bos_token) and text.count(tokenizer.bos_token) == 1
 
 
 def render(
