@@ -56,7 +56,7 @@ def asks_for_date(tokenizer: Any) -> bool:
 
 
 def writes_bos(tokenizer: Any) -> bool:
-    """Whether the chat template begins with BOS; a token that begins every turn is a mark of turns, whatever its name."""
+    """Whether the chat template begins with BOS; a token that begins every turn is a mark of turns."""
     if not tokenizer.chat_template or not tokenizer.bos_token:
         return False
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
