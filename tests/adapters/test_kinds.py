@@ -121,6 +121,13 @@ def test_trained_tokens_stay_tied(tmp_path: Path, end: str) -> None:
     assert "lm_head.weight" not in Checkpoint(tmp_path / "out")
 
 
+def test_trained_tokens_reach_a_tied_head_with_lora(tmp_path: Path) -> None:
+    """The head is the embedding with its trained rows, and its own LoRA on top."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "lm_head"], trainable_token_indices=[5, 90])
+    plan = parity(tmp_path, config, model={"tie_word_embeddings": True})
+    assert plan.untied
+
+
 def test_trained_tokens_of_a_resized_vocabulary(tmp_path: Path) -> None:
     made = pico.model()
     base = pico.save(made, tmp_path / "base")

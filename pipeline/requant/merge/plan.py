@@ -241,7 +241,15 @@ def _untie(
         if outer in replaced:
             replaced.setdefault(inner, replaced.pop(outer))
         return False, sources
+    _share_rows(folds, inner, outer)
     return True, sources | {outer: sources[inner]}
+
+
+def _share_rows(folds: dict[str, list[Fold]], inner: str, outer: str) -> None:
+    """Give the head the embedding's trained tokens before its own folds: PEFT keeps these rows tied."""
+    shared = [f for f in folds.get(inner, []) if isinstance(f, TrainedTokens)]
+    if shared and not any(isinstance(f, TrainedTokens) for f in folds.get(outer, [])):
+        folds[outer] = [*shared, *folds.get(outer, [])]
 
 
 def _same_rows(inner: list[Fold], outer: list[Fold]) -> bool:
