@@ -8,30 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from helpers import chat
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from requant.data import overlap, packing
 from requant.data.documents import COMPLETION_KEYS, TextSource, TokenDocument, adds_bos, read_texts, tokenize
 from requant.errors import InputError
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TEMPLATE = chat.ECHO
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token a character, special tokens whole: positions can be read off the text."""
-    special = ["<s>", "</s>", "<user>", "<assistant>", "<system>", "</end>"]
-    vocabulary = {t: i for i, t in enumerate([*special, *map(chr, range(32, 127)), "\n", "é", "[UNK]"])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(?:s|user|assistant|system|end)>|[\s\S]"), "isolated")
-    raw.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
-    made.chat_template = TEMPLATE
-    return made
+    return chat.tokenizer()
 
 
 def rows(path: Path, *values: Any, suffix: str = "jsonl") -> TextSource:

@@ -246,14 +246,20 @@ def test_unreadable_texts(project: Path, tmp_path: Path, name: str, content: byt
         prepared(project, {"calibration.data.path": str(tmp_path / name)})
 
 
-def test_of_a_longer_tokenizer_only_the_ids_that_texts_use_count(project: Path, tmp_path: Path) -> None:
-    """Official Gemma 3 text models have such a tokenizer; so has a fine-tune with a [PAD] that nothing uses."""
-    mine = copied(project, tmp_path / "p", "adapter")
+def with_longer_tokenizer(project: Path, out: Path) -> Path:
+    """A copy of the project whose adapter brings the base's tokenizer and the token <tool>, id 300."""
+    mine = copied(project, out, "adapter")
     for file in (project / "base").glob("tokenizer*"):
         (mine / "adapter" / file.name).write_bytes(file.read_bytes())
     raw = json.loads((mine / "adapter" / "tokenizer.json").read_text())
     raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<tool>"})
     (mine / "adapter" / "tokenizer.json").write_text(json.dumps(raw))
+    return mine
+
+
+def test_of_a_longer_tokenizer_only_the_ids_that_texts_use_count(project: Path, tmp_path: Path) -> None:
+    """Official Gemma 3 text models have such a tokenizer; so has a fine-tune with a [PAD] that nothing uses."""
+    mine = with_longer_tokenizer(project, tmp_path / "p")
     assert prepared(mine).texts.calibration.max() < 300
     for changes, what in (
         ({"calibration.data.path": str(tmp_path / "uses.jsonl")}, "the calibration text"),
@@ -265,12 +271,7 @@ def test_of_a_longer_tokenizer_only_the_ids_that_texts_use_count(project: Path, 
 
 
 def test_resized_embeddings_go_with_the_adapters_tokenizer(project: Path, tmp_path: Path) -> None:
-    mine = copied(project, tmp_path / "p", "adapter")
-    for file in (project / "base").glob("tokenizer*"):
-        (mine / "adapter" / file.name).write_bytes(file.read_bytes())
-    raw = json.loads((mine / "adapter" / "tokenizer.json").read_text())
-    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<tool>"})
-    (mine / "adapter" / "tokenizer.json").write_text(json.dumps(raw))
+    mine = with_longer_tokenizer(project, tmp_path / "p")
     names = ("model.embed_tokens", "lm_head")
     new = {f"base_model.model.{n}.weight": torch.zeros(304, 64) for n in names}
     edit_tensors(mine / "adapter" / "adapter_model.safetensors", lambda t: t | new)

@@ -197,14 +197,14 @@ def _left_out(source: TextSource, rows: Sequence[Row], columns: Columns, *, chos
     for name in names:
         if name in columns.used or name in others or name in source.ignore:
             continue
-        held = [row for row in rows if row.get(name) is not None and not _repeated(row[name], row, columns)]
-        if any(_is_text(name, row[name]) for row in held):
+        held = [row for row in rows if row.get(name) is not None]
+        if any(_is_text(name, row[name]) and not _repeated(row[name], row, columns) for row in held):
             used = ", ".join(k for k in names if k in columns.used)
             raise InputError(
                 f"{source.where}: column {name!r} holds text that would be left out (used: {used}). Name the column to "
                 f"use in data.column, put its text into one of the used columns, or allow it: data.ignore: [{name}]"
             )
-        if any(isinstance(leaf, str) and " " in leaf.strip() for row in held for leaf in _leaves(row[name])):
+        if any(_has_words(row[name]) and not _repeated(row[name], row, columns) for row in held):
             labels.append(name)
     return tuple(labels)
 
@@ -216,6 +216,11 @@ def _is_text(name: str, value: Any) -> bool:
     if name in ROLE_COLUMNS and any(isinstance(leaf, str) and leaf.strip() for leaf in _leaves(value)):
         return True  # what it is called says that it is text, however short
     return any(isinstance(leaf, str) and _is_prose(leaf) for leaf in _leaves(value))
+
+
+def _has_words(value: Any) -> bool:
+    """Whether a value holds a label of several words."""
+    return any(isinstance(leaf, str) and " " in leaf.strip() for leaf in _leaves(value))
 
 
 def _is_prose(text: str) -> bool:
