@@ -70,7 +70,7 @@ class MergePlan:
     """Everything a merge will do, known from headers.
 
     ops: in the base checkpoint's order. untied: input and output embeddings are written as two tensors.
-    vocab_size: the new one, where the adapter resized the embeddings.
+    embedding_rows: of the merged input embedding. vocab_size: the new one, where the adapter resized it.
     renamed_modules: module in the adapter -> in the base, where the names differ.
     """
 
@@ -78,6 +78,7 @@ class MergePlan:
     adapters: tuple[Adapter, ...]
     ops: tuple[Op, ...]
     untied: bool
+    embedding_rows: int | None
     vocab_size: int | None
     renamed_modules: Mapping[str, str]
     unplaced: Unplaced = field(default_factory=Unplaced)
@@ -163,6 +164,7 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
         adapters=every,
         ops=_with_roles(ops, base, layout),
         untied=untied,
+        embedding_rows=rows,
         vocab_size=rows if rows is not None and rows != sources[embedding].shape[0] else None,
         renamed_modules=changes.renamed_modules,
         unplaced=layout.unplaced,

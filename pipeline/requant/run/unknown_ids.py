@@ -13,18 +13,15 @@ from requant.merge.plan import MergePlan
 from requant.run.heal_recipe import Healing
 from requant.run.prepared import Texts
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-
 
 def refuse_unknown_ids(texts: Texts, healing: Healing | None, plan: MergePlan, tokenizer: Any) -> None:
     """Raise InputError naming the text and the token.
 
     A tokenizer may be longer than the embedding: only ids that a text uses count.
     """
-    embedding = next((op for op in plan.ops if op.name.endswith(EMBEDDINGS)), None)
-    if embedding is None:
+    rows = plan.embedding_rows
+    if rows is None:
         return
-    rows = embedding.shape[0]
     for what, parts in _ids(texts, healing).items():
         unknown = [int(part.max()) for part in parts if int(part.max()) >= rows]
         if unknown:
