@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"requant": ROOT / "pipeline", "requant_eval": ROOT / "eval"}
 FILES = sorted(file for name, root in SOURCES.items() for file in (root / name).rglob("*.py"))
 
-# package -> the packages that it may import, besides itself and errors. Data flows one way: no arrow turns back.
+# package -> the packages that it may import, besides itself and `EVERYBODY`. Data flows one way: no arrow turns back.
 # A file of the top level is a package of its own.
 ALLOWED: dict[str, set[str]] = {
     "requant.errors": set(),
@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "requant_eval.errors": set(),
     "requant_eval.gate": set(),
+    "requant_eval.strict_json": set(),
     "requant_eval.scoring": set(),
     "requant_eval.metrics": {"requant_eval.scoring"},
     "requant_eval.report": {"requant_eval.gate", "requant_eval.metrics"},
@@ -64,7 +65,11 @@ NARROW = {
     "requant.adapters": {"requant.modeling": {"requant.modeling.stacked_experts"}},
     "requant.numerics": {"requant.runtime": {"requant.runtime.device"}},  # block sizes: one profile a device type
 }
-ERRORS = {"requant": {"requant.errors", "requant_eval.errors"}, "requant_eval": {"requant_eval.errors"}}
+# what every package may import: the exceptions, and the one way to read JSON
+EVERYBODY = {
+    "requant": {"requant.errors", "requant_eval.errors", "requant_eval.strict_json"},
+    "requant_eval": {"requant_eval.errors", "requant_eval.strict_json"},
+}
 DOORS = {"requant", "requant.__main__", "requant_eval"}  # they belong to no package
 
 
@@ -131,7 +136,7 @@ def test_rules_name_what_exists() -> None:
 def test_a_package_imports_what_the_table_says(module: str) -> None:
     package = package_of(module)
     for other in imports(MODULES[module]):
-        assert package_of(other) in ALLOWED[package] | {package} | ERRORS[package.split(".")[0]], (
+        assert package_of(other) in ALLOWED[package] | {package} | EVERYBODY[package.split(".")[0]], (
             f"{module} imports {other}"
         )
         only = NARROW.get(package, {}).get(package_of(other))

@@ -22,6 +22,7 @@ import torch
 
 from requant.errors import InputError, StageError
 from requant.runtime.pinned_memory import allocate
+from requant_eval import strict_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -144,7 +145,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     @property
     def config(self) -> dict[str, Any]:
         """config.json as raw JSON."""
-        return read_json(self.path / "config.json")
+        return read_json(self.path / "config.json", constants=True)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` on the CPU, in the dtype and shape of the file."""
@@ -200,16 +201,18 @@ def read_part(file: FileIO, info: TensorInfo, part: slice, into: torch.Tensor) -
         got += n
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from `file`; raises InputError when missing, not JSON or not an object."""
+def read_json(file: Path, *, constants: bool = False) -> dict[str, Any]:
+    """A JSON object from `file`, read strictly (`requant_eval.strict_json`).
+
+    Raises InputError when it is missing, not JSON, beyond the limits, or not an object.
+    constants: whether NaN and infinities are numbers.
+    """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = strict_json.load(file, constants=constants)
     except FileNotFoundError:
         raise InputError(f"{file}: missing") from None
-    except RecursionError:
-        raise InputError(f"{file}: not readable: its JSON is nested too deeply") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid JSON ({error})") from error
+    except strict_json.JsonError as error:
+        raise InputError(f"{file}: {error}") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
     if not isinstance(value, dict):

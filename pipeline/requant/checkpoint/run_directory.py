@@ -103,7 +103,7 @@ class RunDirectory:
 
     def _results(self) -> dict[str, Any]:
         file = self.path / ".stages.json"
-        return read_json(file) if file.exists() else {}
+        return read_json(file, constants=True) if file.exists() else {}
 
     def digest(self, file: Path) -> str:
         """sha256 of a file, remembered by its path, size and time.

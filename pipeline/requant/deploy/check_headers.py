@@ -209,7 +209,7 @@ def _small_files(path: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("config.json: dtype", f"{dtype!r}, expected float16 or bfloat16: servers guess then")
     for name in _CONFIGS:
         if (path / name).exists():
-            for key, text in _strings(read_json(path / name)):
+            for key, text in _strings(read_json(path / name, constants=name == "config.json")):
                 if LOCAL.fullmatch(text):
                     yield Finding(f"{name}: {key}", f"{text!r} is a path of the machine that made it: remove it")
 

@@ -144,7 +144,9 @@ def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, Verific
 
     keys: stage -> key of the checkpoint that counts.
     """
-    saved = {stage: read_json(run / RESULTS[stage]) for stage in keys if (run / RESULTS[stage]).exists()}
+    saved = {
+        stage: read_json(run / RESULTS[stage], constants=True) for stage in keys if (run / RESULTS[stage]).exists()
+    }
     return {
         stage: cast(VerificationFacts, {k: v for k, v in result.items() if k != "key"})
         for stage, result in saved.items()

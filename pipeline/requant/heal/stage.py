@@ -283,7 +283,8 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
             handle.write(stored.view(-1).view(torch.uint8).numpy().data)
     for name in ("config.json", "quantize_config.json"):
         if (out / name).exists():
-            write_json(out / name, _with_meta(read_json(out / name), meta) if values else read_json(out / name))
+            config = read_json(out / name, constants=True)
+            write_json(out / name, _with_meta(config, meta) if values else config)
 
 
 def _with_meta(config: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:

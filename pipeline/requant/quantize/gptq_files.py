@@ -54,7 +54,9 @@ def write_small_files(
         carried=layout.carried,
         meta=meta,
     )
-    config = model_files.edit_config(read_json(source / "config.json"), dtype=str(dtype).removeprefix("torch."))
+    config = model_files.edit_config(
+        read_json(source / "config.json", constants=True), dtype=str(dtype).removeprefix("torch.")
+    )
     model_files.write_json(out / "config.json", config | {"quantization_config": quantization})
     if layout.format.config_file is not None:
         model_files.write_json(out / layout.format.config_file, quantization)

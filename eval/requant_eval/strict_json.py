@@ -1,0 +1,128 @@
+"""JSON of strangers: parsed strictly and within limits, or refused by what is wrong with it.
+
+`json` takes a key twice (the last one wins), NaN, numbers beyond a double and lone surrogates, raises RecursionError,
+and hangs on a FIFO. Imports nothing of ours and nothing heavy: all of requant reads JSON through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+LARGEST = 100 * 10**6  # bytes of a file: parsed it takes ten times that
+DEEPEST = 100  # lists and objects within each other: walks by recursion stay far from their limit
+_DIGITS = 308  # of a whole number: more do not fit a double
+_LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BOM = b"\xef\xbb\xbf"
+
+
+class JsonError(ValueError):
+    """The text is no JSON that is read here. The message says what was found, without the file's name."""
+
+
+def load(file: Path, *, largest: int = LARGEST, constants: bool = False) -> Any:
+    """The value in a file; `parse` says what is refused.
+
+    Raises JsonError, also for what is no regular file (a FIFO, a device) or has more than `largest` bytes; OSError
+    where the file is missing or cannot be read.
+    """
+    return parse(read_bytes(file, largest), constants=constants)
+
+
+def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
+    """The content of a regular file of at most `largest` bytes. Raises JsonError and OSError as `load` does."""
+    try:
+        found = file.stat()
+    except ValueError as error:  # a name with a NUL
+        raise JsonError(f"no file can have this name ({error})") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise JsonError("a directory, expected a file")
+    if not stat.S_ISREG(found.st_mode):
+        raise JsonError("a device or a pipe, expected a file")
+    if found.st_size > largest:
+        raise JsonError(f"{found.st_size} bytes, expected at most {largest}")
+    with file.open("rb") as stream:
+        return stream.read(largest + 1)
+
+
+def parse(text: bytes | str, *, constants: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Raises JsonError for bytes that are no UTF-8 or begin with a byte order mark, a key that an object has twice,
+    numbers that do not fit a double, lone surrogates, and more than `DEEPEST` levels.
+    constants: whether NaN, Infinity and -Infinity are numbers, as in the config.json of some model families.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_whole,
+            parse_float=_number,
+            parse_constant=float if constants else _constant,
+        )
+    except JsonError:
+        raise
+    except RecursionError:
+        raise JsonError("nested too deeply") from None
+    except ValueError as error:
+        raise JsonError(f"not valid JSON ({error})") from None
+    if depth(value, DEEPEST) > DEEPEST:
+        raise JsonError(f"nested too deeply: more than {DEEPEST} levels")
+    if _LONE_SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JsonError("a text in it holds half a surrogate pair, which is no character") from None
+    return value
+
+
+def depth(value: Any, most: int) -> int:
+    """Levels of lists and objects within each other, counted up to `most` + 1."""
+    level: list[Any] = [value]
+    for number in range(most + 1):
+        outer = [v for v in level if isinstance(v, list | dict)]
+        if not outer:
+            return number
+        level = [inner for v in outer for inner in (v.values() if isinstance(v, dict) else v)]
+    return most + 1
+
+
+def _decoded(data: bytes) -> str:
+    if data.startswith(_BOM):
+        raise JsonError("begins with a byte order mark: save it as UTF-8 without one")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise JsonError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise JsonError(f"{twice[:80]!r} is there twice: which one counts?")
+    return found
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise JsonError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(f"{text[:80]} is beyond the range of numbers")
+    return value
+
+
+def _constant(text: str) -> NoReturn:
+    raise JsonError(f"{text} is no JSON number")
