@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from requant_eval.errors import EvaluationError
+from requant_eval.scoring import score_loop
 from requant_eval.scoring.lm_head import HeadTap, extract, prove_head
 from requant_eval.scoring.reference_states import Reference
 from requant_eval.scoring.score_loop import score
@@ -337,3 +339,42 @@ def test_the_same_model_scored_twice_differs_by_exactly_zero(eval_set: EvalSet, 
     assert two.agree is not None
     assert two.agree.all()
     assert np.array_equal(one.top1, two.top1), "no flip"
+
+
+def test_excluded_tokens_do_not_make_kl_nan() -> None:
+    """Logits of -inf, in both models, in one, in none: against the sum in fp64 over the reference's support."""
+    from requant_eval.scoring.score_loop import _kl
+
+    generator = torch.Generator().manual_seed(3)
+    r, p = (torch.randn(8, 50, generator=generator) * 4 for _ in range(2))
+    r[:, :5] = p[:, :5] = -math.inf
+    r[4:, 5:20] = -math.inf  # only the reference excludes these
+    p[7, 30] = -math.inf  # only the variant excludes this
+    p[6, 40] = 200.0  # far from the reference
+    log_r, log_p = r.double().log_softmax(-1), p.double().log_softmax(-1)
+    inside = torch.isfinite(log_r)
+    terms = torch.where(inside, log_r.exp() * (log_r - log_p), torch.zeros_like(log_r))
+    found = _kl(r.log_softmax(-1), p.log_softmax(-1))
+    assert found[:7].tolist() == pytest.approx(terms[:7].sum(-1).tolist(), rel=1e-5)
+    assert found[7].item() == math.inf
+
+
+@pytest.mark.slow
+def test_infinite_kl_is_refused_by_name(eval_set: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models exclude a token: scored. One alone does: an error that says so, no NaN in a report."""
+
+    def excluding(*tokens: int) -> None:
+        bias = torch.zeros(VOCAB)
+        bias[list(tokens)] = -math.inf  # after the proof of the head, which refuses such logits where it sees them
+        monkeypatch.setattr(score_loop, "prove_head", lambda *of: replace(prove_head(*of), bias=bias))
+
+    reference, other = tmp_path / "reference", pico(seed=1)
+    excluding(2)
+    score(pico(), eval_set, batch=2, device="cpu", write_reference=reference)
+    both = score(other, eval_set, batch=2, device="cpu", reference=reference)
+    assert both.kl is not None
+    assert np.isfinite(both.kl).all()
+    assert both.nonfinite == 0
+    excluding(0, 2)
+    with pytest.raises(EvaluationError, match=r"KL from the reference is not finite: set 'pico', window \d+"):
+        score(other, eval_set, batch=2, device="cpu", reference=reference)

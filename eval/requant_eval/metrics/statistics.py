@@ -22,6 +22,7 @@ from requant_eval.metrics import records
 
 FEW_DOCUMENTS = 20
 LEVEL = 0.95
+Z_POWER = 0.8416212  # quantile of the normal distribution at 0.8
 
 Floats = npt.NDArray[np.float64]
 
@@ -209,6 +210,24 @@ def retention(variant: Sums, *, base: Sums, adapter: Sums) -> Estimate | None:
     paired(variant, adapter)
     lost = ratio(variant.nll - adapter.nll, base.nll - adapter.nll)
     return Estimate(1 - lost.value, lost.se, 1 - lost.high, 1 - lost.low)
+
+
+def documents_to_tell(distance: float, half: float, documents: int) -> float:
+    """How many documents put a limit outside of the interval in 80 % of samples; infinite for distance 0.
+
+    distance: of the limit from the value, which is taken for the true one. half: the half interval on that side, of
+    `documents` >= 2. The interval is t * se wide to each side and the value itself is scattered by se, so
+    (t + 0.84) * se has to fit into the distance, with se falling by the square root of the number of documents.
+    Source: the sample size of a one-sided test, Cohen, Statistical Power Analysis, chapter 2.
+    """
+    if not distance > 0:
+        return math.inf
+    se = half / t_quantile(0.5 + LEVEL / 2, documents - 1)
+    count = float(documents)
+    for _ in range(20):  # t falls towards 1.96 as documents are added; 3 rounds settle it
+        t = t_quantile(0.5 + LEVEL / 2, int(min(max(count, documents) - 1, 10_000)))
+        count = documents * ((t + Z_POWER) * se / distance) ** 2
+    return count
 
 
 @lru_cache

@@ -107,7 +107,7 @@ def _judge(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
 
 
 def _status(gate: Gate, estimate: Estimate, documents: int) -> tuple[Status, int | None]:
-    """The status; if inconclusive, about how many more documents would decide."""
+    """The status; if inconclusive, how many more documents would decide in 80 % of samples."""
     value, low, high = (estimate[part] for part in PARTS)
     if value is None or low is None or high is None:
         return "inconclusive", None
@@ -120,8 +120,8 @@ def _status(gate: Gate, estimate: Estimate, documents: int) -> tuple[Status, int
     if low > limit:
         return "fail", None
     distance, half = abs(limit - value), high - value if value <= limit else value - low
-    times = (half / distance) ** 2 if distance > 0 else math.inf
-    return "inconclusive", math.ceil(documents * (times - 1)) + 1 if times < HOPELESS else None
+    needed = st.documents_to_tell(distance, half, documents)
+    return "inconclusive", max(1, math.ceil(needed - documents)) if needed < HOPELESS * documents else None
 
 
 def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estimate | None, str]:

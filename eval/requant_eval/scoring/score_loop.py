@@ -51,7 +51,8 @@ def score(
     done, windows).
 
     Raises:
-        EvaluationError: NaN/inf in logits, a head that can't be read, a reference of another set or vocabulary.
+        EvaluationError: NaN/inf in logits, infinite KL, a head that can't be read, a reference of another set or
+            vocabulary.
     """
     started = time.perf_counter()
     windows = eval_set.windows
@@ -149,23 +150,26 @@ class _TokenScorer:
             reference_rows = self.reference.hidden(part.start, part.stop).to(rows.device)
             log_r = self.reference.head.logits(reference_rows).log_softmax(-1)
             columns.agree[part] = (log_r.argmax(-1) == best).cpu()
-            columns.kl[part] = _kl(log_r, log_p).cpu()
+            kl = _kl(log_r, log_p)
+            columns.kl[part] = kl.cpu()
+            columns.finite[part] &= torch.isfinite(kl).cpu()
 
 
 def _kl(log_r: Tensor, log_p: Tensor) -> Tensor:
     """KL(R || P), nats, of each row of fp32 log-probabilities [n, vocab]: float64 [n].
 
     Summed in fp64 as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
-    term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7.
+    term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7. A logit may be
+    -inf: a token of probability 0 under R adds nothing to the KL, one that only P excludes makes it infinite.
     """
     d = log_p.sub(log_r)
     r = log_r.exp()
     if float(d.max()) <= FAR:
         return d.expm1().sub_(d).mul_(r).sum(-1, dtype=torch.float64)
-    # Far above, e^d may overflow where r underflows: r * e^d is p.
+    # Far above, e^d may overflow where r underflows: r * e^d is p. Where r is 0, ln r may be -inf and d no number.
     near = d.clamp(max=FAR)
-    terms = near.expm1().sub_(near).mul_(r)
-    return torch.where(d > FAR, log_p.exp() - r - r * d, terms).sum(-1, dtype=torch.float64)
+    terms = torch.where(d > FAR, log_p.exp() - r - r * d, near.expm1().sub_(near).mul_(r))
+    return torch.where(r == 0, log_p.exp(), terms).sum(-1, dtype=torch.float64)
 
 
 def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[int]]:
@@ -199,11 +203,15 @@ def _open(path: str | Path | None, eval_set: EvalSet, head: Head) -> Reference |
 
 
 def _check_finite(columns: _Columns, number: int, eval_set: EvalSet) -> None:
-    finite = columns.finite[columns.starts[number] : columns.starts[number + 1]]
+    part = slice(columns.starts[number], columns.starts[number + 1])
+    finite = columns.finite[part]
     if bool(finite.all()):
         return
     document, bad = eval_set.windows[number].document, int((~finite).sum())
-    raise EvaluationError(
-        f"NaN/inf in logits: set '{eval_set.name}', window {number} (document {document}), {bad} of "
-        f"{len(finite)} scored tokens: the checkpoint is damaged or overflows in its dtype"
-    )
+    where = f"set '{eval_set.name}', window {number} (document {document}), {bad} of {len(finite)} scored tokens"
+    if columns.kl is not None and bool(columns.nll[part].isfinite().all()):
+        raise EvaluationError(
+            f"KL from the reference is not finite: {where}: this model excludes tokens (logits of -inf) that the "
+            "reference predicts; score it without KL (evaluate.kl: false), or give both the same excluded tokens"
+        )
+    raise EvaluationError(f"NaN/inf in logits: {where}: the checkpoint is damaged or overflows in its dtype")
