@@ -83,7 +83,7 @@ def stray_shard(adapter: Path) -> None:
         (without_index, f"{INDEX}: missing, but {SHARD.format(1)} is there"),
         (name_too_many, "1 tensors are not in the shards that it names, e.g. 'base_model.model.lost.lora_A.weight'"),
         (name_too_few, "does not name 1 tensors of the shards, e.g. 'base_model.model.model.layers.1"),
-        (outside, "names '../other.safetensors', expected a file in the same directory"),
+        (outside, "in '../other.safetensors', expected a .safetensors file in the same directory"),
         (stray_shard, "does not name adapter_model-00003-of-00003.safetensors, which is there"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from requant.checkpoint.reader import TensorInfo, read_header, read_json
+from requant.checkpoint.reader import TensorInfo, read_header, read_weight_map
 from requant.errors import InputError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,12 +40,7 @@ def read(path: Path) -> tuple[Path, dict[str, TensorInfo]]:
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:
     """The tensors of all shards, checked against the index in both directions."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: no weight_map: save the adapter again")
-    wrong = next((f for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f), None)
-    if wrong is not None:
-        raise InputError(f"{index}: weight_map names {wrong!r}, expected a file in the same directory")
+    weight_map = read_weight_map(index)
     named = set(weight_map.values())
     lost = sorted(f for f in named if not (index.parent / f).is_file())
     if lost:

@@ -1,11 +1,12 @@
 """Checkpoint: bytes on disk. safetensors in and out, small files, the run directory.
 
-    reader          a directory of safetensors: headers first, tensors when asked for   <- start here
-    writer          sharded safetensors, written in order and resumable
-    atomic_write    files that are whole or absent
-    model_files     config.json, tokenizer and other small files of a model
-    run_directory   artifacts, manifests, results and the log of a run
-    device_loader   tensors of a checkpoint straight to a GPU
+    reader               a directory of safetensors: headers first, tensors when asked for   <- start here
+    safetensors_header   the table of one file, as strict as the format's library
+    writer               sharded safetensors, written in order and resumable
+    atomic_write         files that are whole or absent
+    model_files          config.json, tokenizer and other small files of a model
+    run_directory        artifacts, manifests, results and the log of a run
+    device_loader        tensors of a checkpoint straight to a GPU
 
 May import: errors, runtime.
 """

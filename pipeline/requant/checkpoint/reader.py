@@ -1,101 +1,36 @@
 """A directory of safetensors, read tensor by tensor. Writing is `writer`.
 
 Opening reads the headers only; `read` then reads exactly the bytes of one tensor (no mmap: the resident set stays one
-tensor). Format: https://github.com/huggingface/safetensors#format
+tensor). What a header must be like: `safetensors_header`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from requant.checkpoint.safetensors_header import DTYPE_NAMES, DTYPES, TensorInfo, read_header
 from requant.errors import InputError, StageError
 from requant.runtime.pinned_memory import allocate
 from requant_eval import strict_json
 
+__all__ = [
+    "DTYPES", "DTYPE_NAMES", "INDEX", "SINGLE", "Checkpoint", "TensorInfo", "Weights", "cut", "file_digest", "opened",
+    "read_header", "read_json", "read_part", "read_tensor", "read_weight_map",
+]  # fmt: skip
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100 * 2**20
 PART = 2**25  # bytes of a tensor that a thread reads at a time
 READERS = min(8, os.cpu_count() or 1)
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """Dtype, shape and place of one tensor: `offset` counts from the start of `file`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Tensor table of one safetensors file.
-
-    Raises InputError when the file is missing, cut or corrupt.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            head = f.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER + 1
-            if length > min(MAX_HEADER, size):
-                raise InputError(f"{file}: not a safetensors file, or truncated ({size} bytes): download it again")
-            table = json.loads(f.read(length))
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing; the checkpoint is incomplete: download it again") from None
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file}: corrupt safetensors header ({error}): download the file again") from error
-    if not isinstance(table, dict):
-        raise InputError(f"{file}: corrupt safetensors header (no table): download the file again")
-    table.pop("__metadata__", None)
-    infos = {name: _info(file, name, entry, 8 + length) for name, entry in table.items()}
-    end = max((i.offset + i.nbytes for i in infos.values()), default=8 + length)
-    if end > size:
-        cut = next(n for n, i in infos.items() if i.offset + i.nbytes > size)
-        raise InputError(
-            f"{file}: truncated: {size} bytes, its header describes {end} ({cut!r} is cut): download it again"
-        )
-    return infos
-
-
-def _info(file: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
-    try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-        begin, end = entry["data_offsets"]
-        if not (isinstance(begin, int) and isinstance(end, int)):
-            raise TypeError("offsets are not whole numbers")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{file}: tensor {name!r} has an unreadable header entry {entry!r}: download the file again"
-        ) from error
-    nbytes = dtype.itemsize
-    for n in shape:
-        nbytes *= n
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != nbytes:
-        raise InputError(f"{file}: tensor {name!r} spans {end - begin} bytes, its shape {shape} needs {nbytes}")
-    return TensorInfo(name=name, dtype=dtype, shape=shape, file=file, offset=base + begin, nbytes=nbytes)
 
 
 class Weights(Protocol):
@@ -220,17 +155,27 @@ def read_json(file: Path, *, constants: bool = False) -> dict[str, Any]:
     return value
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, as an index file says; every shard is a file beside the index.
+
+    Raises InputError for an index without a map, and for what is no name of a safetensors file in its directory.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: no weight_map: download the file again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: weight_map says that {name[:80]!r} is in {file!r:.80}, expected a .safetensors file in the "
+                "same directory: download the file again"
+            )
+    return weight_map
+
+
 def _tables(path: Path) -> dict[str, TensorInfo]:
     index = path / INDEX
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index}: no weight_map")
-        headers = {file: read_header(path / file) for file in sorted(set(weight_map.values()))}
-        lost = [name for name, file in weight_map.items() if name not in headers[file]]
-        if lost:
-            raise InputError(f"{index}: {len(lost)} tensors are not in the shards it names, e.g. {lost[0]!r}")
-        return {name: headers[file][name] for name, file in weight_map.items()}
+        return _shards(index)
     files = sorted(path.glob("*.safetensors"))
     if (path / SINGLE).exists():
         return read_header(path / SINGLE)
@@ -251,6 +196,32 @@ def _tables(path: Path) -> dict[str, TensorInfo]:
             "Use the 16-bit or bitsandbytes model that the adapter names as its base"
         )
     raise InputError(f"{path}: no safetensors weights found")
+
+
+def _shards(index: Path) -> dict[str, TensorInfo]:
+    """The tensors of all shards that an index names; servers load those too that it does not list."""
+    weight_map = read_weight_map(index)
+    files = sorted(set(weight_map.values()))
+    if SINGLE not in files and (index.parent / SINGLE).exists():
+        raise InputError(
+            f"{index}: does not name {SINGLE}, which is there too: some servers load the one, some the other: move "
+            "away what is old"
+        )
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        shard = read_header(index.parent / file)
+        twice = next((name for name in shard if name in infos), None)
+        if twice is not None:
+            raise InputError(
+                f"{index.parent}: {twice!r} is in {infos[twice].file.name} and in {file}: which one counts? Download "
+                "the model again"
+            )
+        infos |= shard
+    lost = [name for name, file in weight_map.items() if name not in infos or infos[name].file.name != file]
+    if lost:
+        raise InputError(f"{index}: {len(lost)} tensors are not in the shards it names, e.g. {lost[0]!r}")
+    listed = {name: infos[name] for name in weight_map}
+    return listed | infos
 
 
 def file_digest(file: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from requant.checkpoint import model_files
-from requant.checkpoint.reader import INDEX, Checkpoint, read_json
+from requant.checkpoint.reader import INDEX, Checkpoint, read_json, read_weight_map
 from requant.errors import InputError
 from requant.formats.quantized_format import Finding, PackError, Packing, QuantizedFormat, Rules
 from requant.formats.registry import not_recognised, recognised, unquantized_names
@@ -193,7 +193,11 @@ def _index(headers: HeaderCheck, path: Path) -> None:
     for stray in sorted({f.name for f in path.glob("*.safetensors")} - files):
         headers.report(stray, f"not named by {INDEX}: servers that glob would load it too")
     if (path / INDEX).exists():
-        declared = (read_json(path / INDEX).get("metadata") or {}).get("total_size")
+        listed = read_weight_map(path / INDEX)
+        for name in sorted(headers.checkpoint.keys() - listed.keys()):
+            headers.report(f"{INDEX}: weight_map", f"does not list {name} of {headers.checkpoint[name].file.name}")
+        metadata = read_json(path / INDEX).get("metadata")
+        declared = metadata.get("total_size") if isinstance(metadata, dict) else None
         actual = sum(info.nbytes for info in headers.checkpoint.values())
         if declared != actual:
             headers.report(f"{INDEX}: metadata.total_size", f"{declared!r}, the tensors hold {actual} bytes")
