@@ -248,6 +248,22 @@ def test_every_file_says_what_it_is(file: str) -> None:
     assert len(first) <= 90, f"{len(first)} characters"
 
 
+OF_OTHER_PROCESSES = {"requant.deploy.engine_vllm", "requant.deploy.engine_transformers"}  # they import nothing of ours
+READERS = {"json.load", "json.loads", "json.JSONDecoder"}
+
+
+@pytest.mark.parametrize(
+    "module", sorted(MODULES.keys() - OF_OTHER_PROCESSES - {"requant_eval.strict_json", "requant.checkpoint.reader"})
+)
+def test_json_is_read_in_one_place(module: str) -> None:
+    """Python's own reader takes what no other does, and raises what nobody expects."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        found = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if isinstance(node, ast.ImportFrom) and node.module == "json":
+            found = "from json import"
+        assert found not in READERS | {"from json import"}, f"{module}:{node.lineno}: read it by strict_json"
+
+
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 

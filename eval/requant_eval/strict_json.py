@@ -17,20 +17,27 @@ LARGEST = 100 * 10**6  # bytes of a file: parsed it takes ten times that
 DEEPEST = 100  # lists and objects within each other: walks by recursion stay far from their limit
 _DIGITS = 308  # of a whole number: more do not fit a double
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_BOM = b"\xef\xbb\xbf"
+_BOM = "\ufeff"
 
 
 class JsonError(ValueError):
-    """The text is no JSON that is read here. The message says what was found, without the file's name."""
+    """The text is no JSON that is read here. The message says what was found, without the file's name.
+
+    line: where, from 1, as far as that is known.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
 
 
-def load(file: Path, *, largest: int = LARGEST, constants: bool = False) -> Any:
-    """The value in a file; `parse` says what is refused.
+def load(file: Path, *, largest: int = LARGEST, constants: bool = False, bom: bool = False) -> Any:
+    """The value in a file; `parse` says what is refused, and what constants and bom are.
 
     Raises JsonError, also for what is no regular file (a FIFO, a device) or has more than `largest` bytes; OSError
     where the file is missing or cannot be read.
     """
-    return parse(read_bytes(file, largest), constants=constants)
+    return parse(read_bytes(file, largest), constants=constants, bom=bom)
 
 
 def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
@@ -49,32 +56,29 @@ def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
         return stream.read(largest + 1)
 
 
-def parse(text: bytes | str, *, constants: bool = False) -> Any:
+def parse(text: bytes | str, *, constants: bool = False, bom: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises JsonError for bytes that are no UTF-8 or begin with a byte order mark, a key that an object has twice,
     numbers that do not fit a double, lone surrogates, and more than `DEEPEST` levels.
     constants: whether NaN, Infinity and -Infinity are numbers, as in the config.json of some model families.
+    bom: whether a byte order mark may stand in front, as editors write it.
     """
     if isinstance(text, bytes):
         text = _decoded(text)
+    if text.startswith(_BOM):
+        if not bom:
+            raise JsonError("begins with a byte order mark: save it as UTF-8 without one", line=1)
+        text = text[1:]
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_whole,
-            parse_float=_number,
-            parse_constant=float if constants else _constant,
-        )
-    except JsonError:
-        raise
+        value = _DECODERS[constants].decode(text)
     except RecursionError:
         raise JsonError("nested too deeply") from None
-    except ValueError as error:
-        raise JsonError(f"not valid JSON ({error})") from None
-    if depth(value, DEEPEST) > DEEPEST:
+    except json.JSONDecodeError as error:
+        raise JsonError(f"not valid JSON: {error.msg} (column {error.colno})", line=error.lineno) from None
+    if text.count("[") + text.count("{") > DEEPEST and depth(value, DEEPEST) > DEEPEST:
         raise JsonError(f"nested too deeply: more than {DEEPEST} levels")
-    if _LONE_SURROGATE.search(text):
+    if "\\u" in text and _LONE_SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -94,12 +98,11 @@ def depth(value: Any, most: int) -> int:
 
 
 def _decoded(data: bytes) -> str:
-    if data.startswith(_BOM):
-        raise JsonError("begins with a byte order mark: save it as UTF-8 without one")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise JsonError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise JsonError(f"not UTF-8 text ({error.reason} at byte {error.start})", line) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,3 +129,14 @@ def _number(text: str) -> float:
 
 def _constant(text: str) -> NoReturn:
     raise JsonError(f"{text} is no JSON number")
+
+
+_DECODERS = {
+    constants: json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_int=_whole,
+        parse_float=_number,
+        parse_constant=float if constants else _constant,
+    )
+    for constants in (True, False)
+}

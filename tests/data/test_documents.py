@@ -266,7 +266,7 @@ def test_bos_is_not_doubled(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_half_a_character_is_refused_with_its_row(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "hello \\ud83d"}\n')
-    assert "row 2 is not a text row: holds half of a character" in refused(
+    assert "t.jsonl:2: a text in it holds half a surrogate pair" in refused(
         TextSource(path=tmp_path / "t.jsonl"), tokenizer
     )
 

@@ -105,8 +105,8 @@ def test_typed_columns_do_not_add_keys(tmp_path: Path) -> None:
     ("name", "data", "message"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
-        ("a.json", '{"a": 1', r"a\.json: not valid JSON"),
-        ("a.json", "[" * 100_000, r"a\.json: not valid JSON"),
+        ("a.json", '{"a": 1', r"a\.json:1: not valid JSON"),
+        ("a.json", "[" * 100_000, r"a\.json: nested too deeply"),
         ("lines.json", '{"a": 1}\n{"a" 2}\n', r"lines\.json:2: not valid JSON"),
         ("a.json", "[1]", r"a\.json: expected objects with columns, found int"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),

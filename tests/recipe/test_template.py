@@ -177,7 +177,7 @@ def test_bad_adapter_config(content: str, message: str) -> None:
 def test_invalid_json_names_the_line() -> None:
     (Path(adapter()) / "adapter_config.json").write_text('{\n"r": }')
     assert refusal("my-adapter") == (
-        "my-adapter/adapter_config.json:2: not valid JSON: Expecting value: save the file again from PEFT"
+        "my-adapter/adapter_config.json:2: not valid JSON: Expecting value (column 6): save the file again from PEFT"
     )
 
 

@@ -81,7 +81,7 @@ def test_more_keys_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[]", "not a report of requant: schema_version is missing"),
         ("{}", "not a report of requant"),
         ('{"schema_version": true}', "not a report of requant"),

@@ -45,6 +45,25 @@ def test_what_real_files_hold_is_read() -> None:
     assert parse('{"time_step_limit": [0.0, Infinity]}', constants=True) == {"time_step_limit": [0.0, float("inf")]}
 
 
+def test_traps_are_looked_for_where_they_are() -> None:
+    """Digits and brackets inside a text, and many flat lists, are none."""
+    for value in ("9" * 5000, "[" * 500, [[]] * 500, "\\ud800 written out", 10**100):
+        assert parse(json.dumps(value)) == value
+    with pytest.raises(JsonError, match="digits"):
+        parse(json.dumps(["9" * 5000, -(10**308)]))
+
+
+def test_a_byte_order_mark_where_people_write() -> None:
+    assert parse(b"\xef\xbb\xbf[1]", bom=True) == [1]
+
+
+def test_the_line_is_known() -> None:
+    for text in (b'{\n"a": 1,\n"b" 2}', b'{\n"a": 1,\n"\xff": 2}'):
+        with pytest.raises(JsonError) as raised:
+            parse(text)
+        assert raised.value.line == 3
+
+
 def test_depth_counts_no_further_than_it_is_asked() -> None:
     assert [depth(v, 9) for v in (1, [], {"a": 1}, [[1], {"a": [2]}])] == [0, 1, 1, 3]
     assert depth(json.loads("[" * 500 + "]" * 500), 9) == 10

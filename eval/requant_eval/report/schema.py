@@ -5,13 +5,13 @@ The schema is made of the records of `report.records` and `metrics.records`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from requant_eval import strict_json
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import records as set_records
 from requant_eval.report import records as report_records
@@ -58,11 +58,11 @@ def load(path: str | Path) -> Report:
     path = Path(path)
     file = path / "report.json" if path.is_dir() else path
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = strict_json.load(file, bom=True)
     except OSError as error:
         raise EvaluationError(f"{file}: cannot be read ({error.strerror}): name a report.json or a run") from error
-    except ValueError as error:
-        raise EvaluationError(f"{file}: not JSON ({error}): name a report.json that requant wrote") from error
+    except strict_json.JsonError as error:
+        raise EvaluationError(f"{file}: {error}: name a report.json that requant wrote") from error
     try:
         return upgrade(report)
     except EvaluationError as error:

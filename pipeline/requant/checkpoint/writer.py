@@ -21,6 +21,7 @@ import torch
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
 from requant.errors import StageError
+from requant_eval import strict_json
 
 AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB
 
@@ -174,7 +175,7 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.blocks: list[list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else []
+        self.blocks: list[list[dict[str, Any]]] = strict_json.load(file, constants=True) if file.exists() else []
 
     def commit(
         self, index: int, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]

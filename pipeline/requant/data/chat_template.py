@@ -16,6 +16,7 @@ from typing import Any
 from requant.data import template_losses
 from requant.data.conversation import Conversation, Message, RowError
 from requant.data.template_losses import TemplateFailure
+from requant_eval.strict_json import JsonError, parse
 
 DATE = datetime.date(2024, 7, 26)
 """The day that templates write where none is asked for: the one that Llama 3's templates fall back to."""
@@ -152,8 +153,8 @@ def _with_arguments(given: Conversation, change: Callable[[Any], Any]) -> Conver
 def _parsed(arguments: Any) -> Any:
     """Arguments written as JSON text, as an object."""
     try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+        found = parse(arguments, constants=True) if isinstance(arguments, str) else arguments
+    except JsonError:
         return arguments
     return found if isinstance(found, dict) else arguments
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from requant_eval.strict_json import JsonError, parse
+
 Message = dict[str, Any]
 ROLES = {
     "user": "user",
@@ -189,8 +191,8 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value if not isinstance(value, str) or value.strip() else None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return parse(value, constants=True)
+    except JsonError as error:
         hint = (
             ": it looks like Python's repr; write it with json.dumps"
             if value.lstrip()[1:].lstrip("{ ").startswith("'")
@@ -231,8 +233,8 @@ def _calls(role: str, content: str | None, others: Message) -> Message:
     calls = others.pop("function_call", None)
     if role in _CALLS and content:
         try:
-            calls = json.loads(content)
-        except ValueError:
+            calls = parse(content, constants=True)
+        except JsonError:
             calls = None  # a call in a notation of its own is what the assistant wrote
     made = [_call(c) for c in (calls if isinstance(calls, list) else [calls])]
     if calls and all(made):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.errors import InputError
+from requant_eval.strict_json import JsonError, parse
 
 Row = Mapping[str, Any]
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
@@ -117,12 +117,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
 def _json_rows(path: Path, text: str, split: str) -> list[Row]:
     """Rows of one JSON value: a list of objects, an object of named lists, or JSON lines."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse(text, constants=True)
+    except JsonError as error:
         lines = [line for line in text.split("\n") if line.strip()]
         if len(lines) > 1 and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
             return list(_json_lines(path, text))
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+        place = f"{path}:{error.line}" if error.line else str(path)
+        raise InputError(f"{place}: {error}") from error
     return _objects(str(path), _rows_in(path, value, split))
 
 
@@ -151,9 +152,9 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
+                value = parse(line, constants=True)
+            except JsonError as error:
+                raise InputError(f"{path}:{number}: {error}") from error
             yield from _objects(f"{path}:{number}", value if isinstance(value, list) else [value])
 
 

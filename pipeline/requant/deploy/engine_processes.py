@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from requant.errors import InputError
+from requant_eval.strict_json import JsonError, parse
 
 Engine = Literal["transformers", "vllm"]
 ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
@@ -165,7 +166,10 @@ def _answer(asked: Mapping[str, Any], done: subprocess.CompletedProcess[str]) ->
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         return Answer(**asked, error=_reason(done))
-    raw = json.loads(lines[-1].removeprefix("RESULT "))
+    try:
+        raw = parse(lines[-1].removeprefix("RESULT "), constants=True)
+    except JsonError as error:
+        return Answer(**asked, error=f"its answer is {error}")
     return Answer(
         **asked,
         load_seconds=raw["load_seconds"],

@@ -33,6 +33,7 @@ from requant.heal.student import Student
 from requant.heal.teacher import Teacher, head_of, precision, product_dtype
 from requant.modeling import block_walk
 from requant_eval.scoring.lm_head import HeadTap
+from requant_eval.strict_json import parse
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class LossCurve:
     @classmethod
     def from_json(cls, text: str) -> LossCurve:
         """The curve that `to_json` wrote."""
-        stored = json.loads(text)
+        stored = parse(text, constants=True)
         return cls(stored["train"], [(int(n), v) for n, v in stored["held"]], stored["stopped"])
 
 

@@ -11,13 +11,14 @@ All of it in fp32. Blocks run over the flattened matrix and cross rows when `in 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from requant_eval.strict_json import parse
 
 QuantType = Literal["nf4", "fp4"]
 NESTED_BLOCK = 256
@@ -68,7 +69,7 @@ class QuantState:
 def parse_state(data: bytes) -> QuantState:
     """Read the quant_state JSON; raises Nf4Error for anything missing, mistyped or unknown."""
     try:
-        raw: dict[str, Any] = json.loads(data)
+        raw: dict[str, Any] = parse(data)
         quant_type, blocksize = raw["quant_type"], int(raw["blocksize"])
         shape, dtype = tuple(int(n) for n in raw["shape"]), str(raw["dtype"])
         offset = float(raw["nested_offset"]) if "nested_blocksize" in raw else None

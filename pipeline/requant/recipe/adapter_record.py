@@ -5,7 +5,6 @@ Reads adapter_config.json and the base's config.json, and no weights.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from requant.errors import InputError
 from requant.recipe.fields import looks_local
 from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_model
+from requant_eval import strict_json
 
 CONFIG = "adapter_config.json"
 BASE_CONFIG = "config.json"
@@ -51,14 +51,12 @@ def read_adapter_config(adapter: str) -> tuple[Path, dict[str, Any]]:
 def read_object(file: Path, advice: str = "save the file again from PEFT") -> dict[str, Any]:
     """A JSON object; raises InputError with `advice` when the file holds none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        message = f"{file}:{error.lineno}: not valid JSON: {error.msg}: {advice}"
-        raise InputError(message) from error
-    except RecursionError as error:
-        raise InputError(f"{file}: nested too deeply to be read: {advice}") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file}: cannot be read as text: {error}: {advice}") from error
+        value = strict_json.load(file, constants=True)
+    except strict_json.JsonError as error:
+        place = f"{file}:{error.line}" if error.line else str(file)
+        raise InputError(f"{place}: {error}: {advice}") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error}): {advice}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}: {advice}")
     return value

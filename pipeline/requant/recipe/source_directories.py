@@ -6,12 +6,13 @@ Looks at names of files and at adapter_config.json, reads no weights.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from requant_eval import strict_json
 
 ADAPTER = "adapter_config.json"
 MODEL = "config.json"
@@ -165,7 +166,7 @@ def _contents(path: Path) -> str:
 def _json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where it is not one: what is wrong with it is said by who reads it."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = strict_json.load(file, constants=True)
+    except (OSError, strict_json.JsonError):
         return {}
     return value if isinstance(value, dict) else {}

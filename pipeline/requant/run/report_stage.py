@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from requant import __version__
 from requant.checkpoint.atomic_write import write_text
@@ -12,6 +11,9 @@ from requant.deploy.verification import VerificationFacts, saved_verifications
 from requant.run import report_facts
 from requant.run.context import RunContext
 from requant.run.stage_results import StageResults, SuggestStageResult
+
+if TYPE_CHECKING:
+    from requant_eval.report.records import Report
 
 FILES = ("report.json", "report.md", "report.html")
 INCOMPLETE = "being written"
@@ -31,15 +33,27 @@ def report_key(context: RunContext) -> str:
 
 
 def is_reported(context: RunContext, key: str) -> bool:
-    """Whether no stage ran, the key is the stored one and every file exists."""
+    """Whether no stage ran, the key is the stored one, every file exists and the report can be read."""
     names = (*FILES, *(f"{artifact}/README.md" for artifact in _cards(context)))
     exist = all((context.directory.path / name).exists() for name in names)
-    return exist and not context.outcome.ran and context.directory.result("report", key) is not None
+    done = exist and not context.outcome.ran and context.directory.result("report", key) is not None
+    return done and _finished(context) is not None
 
 
 def load_report(context: RunContext) -> None:
     """Read the finished report.json into the outcome."""
-    context.outcome.report = json.loads((context.directory.path / "report.json").read_text())
+    context.outcome.report = _finished(context)
+
+
+def _finished(context: RunContext) -> Report | None:
+    """report.json; None where it is damaged: it is then written again."""
+    from requant_eval.errors import EvaluationError
+    from requant_eval.report.schema import load
+
+    try:
+        return load(context.directory.path / "report.json")
+    except EvaluationError:
+        return None
 
 
 def run_report(context: RunContext, key: str) -> dict[str, Any]:

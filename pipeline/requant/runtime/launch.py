@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from requant.errors import InputError, RequantError
 from requant.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Ranks
+from requant_eval.strict_json import parse
 
 log = logging.getLogger(__name__)
 WAIT = timedelta(days=7)  # how long ranks wait while rank 0 merges, evaluates and writes
@@ -197,7 +198,7 @@ def _watch(ranks: DistributedRanks) -> None:
         except dist.DistError:
             _exit(ranks, 1)  # the store was in the first rank's process, which has ended
         if failed:
-            return _end_after(ranks, json.loads(ranks.store.get(FAILED)))
+            return _end_after(ranks, parse(ranks.store.get(FAILED)))
 
 
 def _end_after(ranks: DistributedRanks, failure: Mapping[str, Any]) -> None:
