@@ -1,4 +1,4 @@
-"""The exception tree.
+"""The exception tree, and the boundary to libraries that raise what they like.
 
     RequantError
     +-- RecipeError   the recipe or the command line is wrong: exit code 2, nothing was read
@@ -11,7 +11,8 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class RequantError(Exception):
@@ -42,3 +43,33 @@ class StageError(RequantError):
 
 class NotFiniteError(StageError):
     """A Hessian holds NaN or infinity; ranks that share it all raise this."""
+
+
+@contextmanager
+def library_call(
+    what: str,
+    advice: str = "",
+    *,
+    kind: type[RequantError] = InputError,
+    passing: tuple[type[BaseException], ...] = (),
+) -> Iterator[None]:
+    """One call into a library on files of strangers: whatever it raises becomes one error of ours.
+
+    Only the library's call belongs inside, so that no fault of ours is taken for one of the file.
+
+    what: the file, and who cannot do what with it. advice: what to do. kind: of the error. passing: exceptions that are
+    not about the file.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (RequantError, *passing)):
+            raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of Rust's extensions
+            raise
+        raise kind(": ".join(filter(None, (what, one_line(error), advice)))) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The class and the message of an exception, in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from requant.checkpoint.reader import Weights
-from requant.errors import InputError
+from requant.errors import InputError, library_call
 from requant.modeling import linears, moe
 
 log = logging.getLogger(__name__)
+_ADVICE = "take the config.json that belongs to the weights, or download the model again"
 
 
 def open_model(path: Path, *, trust_remote_code: bool = False) -> nn.Module:
@@ -31,10 +32,9 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local model directory, without any `quantization_config`."""
     from transformers import AutoConfig
 
-    try:
+    with library_call(f"{path / 'config.json'}: transformers cannot read it", _ADVICE):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # each model class checks its settings in its own way
-        raise InputError(f"{path / 'config.json'}: transformers cannot read it: {_one_line(error)}") from error
+        config.get_text_config()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -53,31 +53,18 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with (
-        init_empty_weights(include_buffers=False),
-        no_init_weights(),
-    ):  # drawing numbers for no weights takes its time too
-        try:
+    file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
+    with library_call(f"{file}: transformers cannot build a {str(config.model_type)[:80]} of it", _ADVICE):
+        if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+            raise InputError(f"{file}: model_type {config.model_type!r} has no causal language model in transformers")
+        with init_empty_weights(include_buffers=False), no_init_weights():  # drawing numbers for nothing takes its time
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except ValueError as error:
-            raise InputError(
-                f"model_type {config.model_type!r} has no causal language model in transformers: {error}"
-            ) from error
-        except Exception as error:  # a setting of another type or size than the class can build
-            file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
-            raise InputError(
-                f"{file}: transformers cannot build a {config.model_type} of it: {_one_line(error)}"
-            ) from error
-    model.tie_weights()  # building on meta parts them
-    stems = tuple(stem for _, role in _rules(model)[1] for stem in [role.partition(r".\1.")[0]])
+        model.tie_weights()  # building on meta parts them
+        experts = _rules(model)[1]
+    stems = tuple(role.partition(r".\1.")[0] for _, role in experts)
     linears.expose(model, lambda name: name.endswith(stems))
     model.eval()
     return model  # type: ignore[no-any-return]
-
-
-def _one_line(error: Exception) -> str:
-    """What an exception says, in one line of at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> set[str]:
