@@ -1,5 +1,6 @@
 # make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
 # make test   the tests          make quick   those that take a moment: under 90 seconds in all
+# make campaign   200 kills, 10,000 mutated inputs and the rest of tests/campaigns (SEED=7): an hour or two
 # make check   format, lint, types          make setup   only the installation
 # make test-vllm   our checkpoints in a real vLLM (make setup-vllm installs it in an environment of its own)
 PYTHON ?= python3.11
@@ -11,7 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 export GPTQMODEL_CPU_WORKERS ?= 2
 export GPTQMODEL_DISABLE_PACK_EXT ?= 1
 
-.PHONY: setup setup-vllm demo test quick test-vllm check clean browser
+SEED ?= 0
+
+.PHONY: setup setup-vllm demo test campaign quick test-vllm check clean browser
 
 setup: .venv/.ready
 
@@ -58,6 +61,10 @@ browser:
 
 test: .venv/.ready browser
 	$(BIN)/python -m pytest
+
+# The whole of what `make test` runs a sample of. What fails is kept, and printed with the command that repeats it.
+campaign: .venv/.ready
+	$(BIN)/python -m pytest tests/campaigns -s --campaign-size 100 --campaign-seed $(SEED) --campaign-keep campaign-$(SEED)
 
 # What a change breaks first, while one works on it.
 quick: .venv/.ready

@@ -30,6 +30,15 @@ settings.register_profile(
 settings.load_profile("requant")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/campaigns: what is drawn, how much, and one trial to repeat."""
+    group = parser.getgroup("campaigns")
+    group.addoption("--campaign-seed", type=int, default=0, help="What all trials are drawn from.")
+    group.addoption("--campaign-size", type=int, default=0, help="Per cent of the whole campaign; 0: a small sample.")
+    group.addoption("--campaign-only", default="", metavar="KIND[:NUMBER]", help="One kind of trials, or one trial.")
+    group.addoption("--campaign-keep", default="", metavar="DIR", help="Where failing inputs stay.")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `gpu` if fewer GPUs are there (count=1).
 

