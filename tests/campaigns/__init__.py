@@ -1,4 +1,4 @@
-"""Campaigns: what a hostile disk, input, clock or neighbour can do to the command, tried at random and counted.
+"""Campaigns: what a bad disk, input, moment or neighbour can do, at random and counted.
 
     test_fuzz        mutated inputs, one command each                            <- start here
     test_kill        SIGKILL at random moments, then resumed
@@ -6,11 +6,12 @@
     test_disk        no space left from the n-th byte on, then resumed
     test_power       what a power loss leaves of unsynced writes, then resumed
     test_ranks       one of two gloo ranks killed
-    test_harness     the campaigns' own parts: what they would find
     workshop         the project, its finished run, and the command line run in a forked process
     fork_server      a process that has imported everything, and forks one command after the other
     syscall_layer    writes, syncs and renames of a command, seen and refused one by one (seccomp)
     crash_states     what may be on the disk after a power loss
+    interruptions    a run killed or signalled, and resumed
+    fuzzing          mutated inputs: drawn, run, judged, kept
     verdicts         what ended well, and the root cause of what did not
     judges           outside readers: what a server or the format's own library makes of the same files
     mutations        bytes, JSON and YAML, changed at random

@@ -1,4 +1,4 @@
-"""One mutated input: its files in a folder of their own, the command that reads it, and who judges a success."""
+"""One mutated input: its files, the command that reads it, and who judges a success."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be on a disk after a power loss, of all that a command wrote: a record of its calls, and states drawn from it.
+"""What may be on a disk after a power loss: a record of calls, and states drawn from it.
 
 Kept for certain: data of a file up to its last fsync; names of a directory up to its last fsync; a file's own name by
 its fsync. All else may be lost. Of data the loss is drawn for each file: none, all, zeros in its place, a

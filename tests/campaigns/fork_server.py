@@ -1,4 +1,4 @@
-"""A process that has imported everything, and runs one command line after the other in forks of itself.
+"""A process that has imported everything, and runs command lines in forks of itself.
 
 A fork starts in milliseconds where a fresh interpreter takes five seconds, and what an input does to the process (memory,
 endless loops, a crash) ends with it. Run as a program: one JSON job a line on stdin; two JSON lines an answer on

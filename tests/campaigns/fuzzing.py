@@ -1,4 +1,4 @@
-"""The fuzz campaign: inputs drawn by kind and number, run, judged, counted; what fails is kept and named."""
+"""The fuzz campaign: inputs drawn by kind and number, run, judged, counted and kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are interrupted, once or several times: when, by what, and whether the resumed run is as the undisturbed one."""
+"""Runs that are interrupted: when, by what, and whether they resume to the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outside readers: what a server, or a format's own library, makes of the files that ours called good."""
+"""Outside readers: what a server, or a format's own library, makes of files called good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutated results: report.json, gates, saved scores and states, whole run directories and interrupted ones."""
+"""Mutated results: report.json, gates, scores, states, finished and interrupted runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GATES = (
     "ppl_increase in-domain 5% relative_to rtn", "retention general ٣%", "\udc80 x 5%", "ppl_increase in-domain 5_0%",
     "kl in-domain 1e",
 )  # fmt: skip
-INTERRUPTED = ("merge:1", "quantize:1", "heal:3", "evaluate:4")
+INTERRUPTED = ("merge:1", "quantize:1", "heal:3", "evaluate:2")
 
 
 @cache

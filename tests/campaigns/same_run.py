@@ -1,4 +1,4 @@
-"""A run directory compared with that of the undisturbed run: byte for byte but for what a clock has written.
+"""A run directory compared with the undisturbed run's, but for what a clock has written.
 
 Excepted: log.txt and events.jsonl (times), seconds and memory in .stages.json and report.json, what report.md and
 report.html show of these, times of files in .digests.json; of .requant.json only that it is there. `.cache` is no result.
@@ -24,6 +24,7 @@ CLOCKS = {
     "report.html",
     "README.md",
     "recipe.yaml",
+    ".requant.json",
 }
 OUTPUT = re.compile(r"  dir: .*?(?=\\n)")  # output.dir in the report's copy of the recipe
 LEFTOVERS = re.compile(r"\.partial-|\.old$|\.tmp$")

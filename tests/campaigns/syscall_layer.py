@@ -1,4 +1,4 @@
-"""A layer between a command and the kernel: its writes, syncs and renames are seen one by one, and may be refused.
+"""A layer between a command and the kernel: writes, syncs, renames, seen and refused.
 
 The command installs a seccomp filter (`enter`) that hands these calls to the campaign (`Layer`), which reads their arguments
 from the command's memory, then lets the kernel go on or answers with an error. Needs no rights, no tool and no compiler:

@@ -1,4 +1,4 @@
-"""A disk that is full from the n-th byte on, or fails once: an error that names file and reason, then a run that resumes."""
+"""A disk that is full from the n-th byte on, or fails once: told, and the run resumes."""
 
 from __future__ import annotations
 

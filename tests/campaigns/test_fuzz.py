@@ -1,4 +1,4 @@
-"""Mutated inputs: every one ends with a documented code and a message, and no success is one that others refuse."""
+"""Mutated inputs: a documented code and a message, and no success that others refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of two gloo ranks is killed: the other ends in time, says so, and one process alone resumes the run."""
+"""One of two gloo ranks is killed: the other ends, and one process resumes the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: a documented end with a message, and a run that resumes to the same bytes."""
+"""SIGINT, SIGTERM and SIGHUP: a documented end with a message, and a run that resumes."""
 
 from __future__ import annotations
 

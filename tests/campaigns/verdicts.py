@@ -1,4 +1,4 @@
-"""What ended well, and the root cause of what did not: tracebacks, silence, hangs, memory, secrets.
+"""What ended well, and the root cause of what did not.
 
 Well: exit code 0 where every outside reader agrees, or a documented code with a message of ours. A root cause is one line:
 kind, the deepest function of ours, the exception's class; failures with the same line are one fault.

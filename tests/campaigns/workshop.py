@@ -1,4 +1,4 @@
-"""The campaigns' surroundings: the pico project, its finished run, and commands in forked processes under limits."""
+"""The campaigns' surroundings: project, finished run, commands in processes and limits."""
 
 from __future__ import annotations
 
