@@ -121,6 +121,7 @@ else:
 
 _PERCENT = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?) ?%")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+LARGEST = 1e9  # limit of a gate; nothing that is measured comes near
 _HOW = '"METRIC SET LIMIT" such as "ppl_increase in-domain 5%", or "... 50% of rtn"'
 
 
@@ -222,5 +223,8 @@ def _limit(side: Side, value: float | str | None, *, percent: bool) -> float:
     match = (_PERCENT if percent else _NUMBER).fullmatch(text)
     if match is None:
         wanted = "a percentage: write 5%" if percent else "a number"
-        raise GateError(side, f"{text} is not {wanted}")
-    return float(match[match.re.groups])
+        raise GateError(side, f"{text if len(text) <= 60 else text[:60] + '...'} is not {wanted}")
+    limit = float(match[match.re.groups])
+    if abs(limit) > LARGEST:
+        raise GateError(side, f"{limit:g} is not a limit: expected at most {LARGEST:g}")
+    return limit

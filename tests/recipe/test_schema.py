@@ -420,7 +420,7 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     with pytest.raises(RecipeError, match=r"r\.yaml: no such file: `requant init ADAPTER -o r\.yaml` writes one$"):
         load(path)
-    with pytest.raises(RecipeError, match=r": cannot be read: Is a directory$"):
+    with pytest.raises(RecipeError, match=r": cannot be read: a directory, expected a file$"):
         load(tmp_path)
     path.write_bytes(b"name: \xff\n")
     with pytest.raises(RecipeError, match=r"r\.yaml: not UTF-8 text: a recipe is a YAML file$"):

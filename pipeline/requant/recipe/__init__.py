@@ -8,6 +8,7 @@
     gates_section        gates
     named_files          text files that do not exist, with line, key and nearest name
     yaml_document        YAML with line numbers, duplicate keys refused
+    yaml_nodes           YAML text within limits
     override_values      values of overrides that a Python caller gives
     error_messages       validation errors as file:line: key: what to do
     source_directories   what a directory is that was given as an adapter or a model

@@ -42,6 +42,7 @@ _PHRASES: dict[str, str] = {
     "bool_type": "true or false",
     "string_type": "text",
     "string_too_short": "non-empty text",
+    "string_too_long": "text of at most {max_length} characters",
     "tuple_type": "a list",
     "too_short": "a list of at least one item",
     "dict_type": "a section (key: value lines)",

@@ -26,8 +26,8 @@ from requant.recipe.yaml_document import KeyPath, show_value
 
 SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 DATE = r"^\d{4}-\d{2}-\d{2}$"
-DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
-SIZE = r"^(0*[1-9][0-9]*(\.[0-9]+)?) ?([KMG]i?B)$"
+DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"
+SIZE = r"^(0*[1-9][0-9]{0,8}(\.[0-9]{1,9})?) ?([KMG]i?B)$"
 PATTERNS = {
     DATE: "a day such as 2024-07-26",
     SLUG: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
@@ -39,9 +39,10 @@ PATTERNS = {
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
-Text = Annotated[str, Field(min_length=1)]
-Slug = Annotated[str, Field(pattern=SLUG)]
-Positive = Annotated[int, Field(gt=0)]
+# Bounds far above what anybody means, and below what overflows a library or is no name of a file.
+Text = Annotated[str, Field(min_length=1, max_length=4000)]
+Slug = Annotated[str, Field(pattern=SLUG, max_length=100)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
 Server = Literal["vllm", "sglang", "transformers", "gptqmodel"]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 

@@ -6,15 +6,28 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from requant.recipe.fields import AsTuple, Positive, Section, fail, unique
+from requant.recipe.fields import AsTuple, Section, fail, unique
 from requant.recipe.text_sections import Data, Format, MixEntry
+
+MOST_TOKENS = 2**26  # that healing trains on: fifty times the default; they are packed in memory
+
+
+def too_long(steps: int, batch: int, length: int) -> str | None:
+    """What is wrong with a healing of so many steps on `batch` windows of `length` tokens; None: nothing."""
+    tokens = steps * batch * length
+    if tokens <= MOST_TOKENS:
+        return None
+    return (
+        f"{steps:,} steps of {batch:,} windows of {length:,} tokens are {tokens:,} tokens, expected at most "
+        f"{MOST_TOKENS:,}: lower steps, batch or length"
+    )
 
 
 class Heal(Section):
     """How to heal. Without data and mix the text is the calibration's."""
 
-    steps: Positive = Field(default=150, description="Steps of the optimizer.")
-    batch: Positive = Field(default=16, description="Windows a step.")
+    steps: Annotated[int, Field(gt=0, le=100_000)] = Field(default=150, description="Steps of the optimizer.")
+    batch: Annotated[int, Field(gt=0, le=4096)] = Field(default=16, description="Windows a step.")
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=512, description="Tokens a window.")
     lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.005, description="Learning rate: how far a scale may move in a step, relative to its size."
@@ -50,6 +63,9 @@ class Heal(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        problem = too_long(self.steps, self.batch, self.length)
+        if problem:
+            fail((("steps",), problem))
         if self.data is not None and self.mix is not None:
             fail((("mix",), "expected data or mix, got both"))
         if self.data is None and self.format != "auto":

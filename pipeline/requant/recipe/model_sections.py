@@ -57,7 +57,7 @@ def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]
 class WeightedAdapter(Source):
     """One of several adapters whose deltas are added up."""
 
-    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(
+    weight: Annotated[float, Field(ge=-1e4, le=1e4)] = Field(
         default=1.0, description="What this adapter's delta is multiplied by; may be negative."
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise RecipeError that names every text file that does not exist, one line each."""
-    missing = [
-        f"{recipe.place(*key)}: {_missing(path, recipe.directory)}"
+    """Raise RecipeError that names every text file that does not exist or is no file, one line each."""
+    wrong = [
+        f"{recipe.place(*key)}: {problem}"
         for key, path in named(recipe)
-        if not absolute(path, recipe.directory).exists()
+        if (problem := _problem(path, recipe.directory)) is not None
     ]
-    if missing:
-        raise RecipeError(list(dict.fromkeys(missing)))
+    if wrong:
+        raise RecipeError(list(dict.fromkeys(wrong)))
 
 
 def named(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -43,6 +44,20 @@ def named(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             yield ("evaluate", "sets", i, "data", "path"), item.data.path
     if recipe.canaries is not None:
         yield ("canaries", "path"), recipe.canaries.path
+
+
+def _problem(path: str, directory: Path) -> str | None:
+    """What is wrong with a text's path; None: a file is there."""
+    wanted = absolute(path, directory)
+    try:
+        mode = os.stat(wanted).st_mode
+    except FileNotFoundError:
+        return _missing(path, directory)
+    except OSError as error:
+        return f"{wanted}: cannot be read ({error.strerror or error})"
+    if stat.S_ISREG(mode):
+        return None
+    return f"{wanted}: {'a directory' if stat.S_ISDIR(mode) else 'a device or a pipe'}, expected a file"
 
 
 def _missing(path: str, directory: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from requant.errors import RecipeError
-from requant.recipe import yaml_document
+from requant.recipe import yaml_document, yaml_nodes
 from requant.recipe.error_messages import add_validation_errors
 from requant.recipe.fields import DATE, DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, absolute, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
@@ -26,6 +26,7 @@ from requant.recipe.text_sections import (
     Evaluate,
 )
 from requant.recipe.yaml_document import KeyPath
+from requant_eval import strict_json
 
 __all__ = ["Overrides", "Recipe", "dump", "json_schema", "load", "parse"]
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -173,13 +174,15 @@ def load(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = strict_json.read_bytes(path, yaml_nodes.LARGEST).decode("utf-8-sig")
     except FileNotFoundError as error:
         if path.suffix not in (".yaml", ".yml"):
             raise RecipeError(f"{path}: neither a recipe nor the directory of a run is here") from error
         raise RecipeError(f"{path}: no such file: `requant init ADAPTER -o {path.name}` writes one") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: a recipe is a YAML file") from error
+    except strict_json.JsonError as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     return parse(text, source=str(path), overrides=overrides, directory=path.parent)

@@ -67,9 +67,7 @@ class MixEntry(Section):
     format: Format = Field(
         default="auto", description="auto: told from the columns; chat goes through the tokenizer's template."
     )
-    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        default=1.0, description="Weight among the entries."
-    )
+    share: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(default=1.0, description="Weight among the entries.")
 
 
 class Calibration(Section):
@@ -141,7 +139,9 @@ class EvalSet(Section):
         default="all", description="completion: prompts are context, not scored."
     )
     tokens: Positive | None = Field(default=None, description="Stop after so many scored tokens.")
-    document_tokens: Annotated[int, Field(ge=2)] | None = Field(default=None, description="Cut each document to this.")
+    document_tokens: Annotated[int, Field(ge=2, le=10**9)] | None = Field(
+        default=None, description="Cut each document to this."
+    )
 
     @field_validator("score")
     @classmethod
@@ -158,7 +158,9 @@ class Evaluate(Section):
         default="documents",
         description="documents: each text on its own. The others reproduce published perplexities.",
     )
-    window: Annotated[int, Field(ge=16)] = Field(default=2048, description="Tokens a window of protocol documents.")
+    window: Annotated[int, Field(ge=16, le=2**20)] = Field(
+        default=2048, description="Tokens a window of protocol documents."
+    )
     sets: Annotated[tuple[EvalSet, ...], AsTuple, Field(min_length=1)] = Field(description="The texts.")
     variants: Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default=("base", "adapter", "merged", "rtn", "gptq"),

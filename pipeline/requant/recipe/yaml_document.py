@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
 
 from requant.errors import RecipeError
 from requant.recipe.override_values import plain_data
+from requant.recipe.yaml_nodes import compose
 
 KeyPath = tuple[str | int, ...]
 
@@ -27,7 +26,10 @@ _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
+_DIGITS = 40  # of a whole number; what is longer stays text, which no key with a number takes
+
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _STEP = r'(?:"[^"]+"|[^".=\s]+)'
 _SET = re.compile(rf"({_STEP}(?:\.{_STEP})*)=(.*)", re.DOTALL)
 
@@ -135,10 +137,15 @@ class Document:
 
     def _interpolated(self, value: Any, path: KeyPath, environment: Mapping[str, str]) -> Any:
         if isinstance(value, dict):
+            for key in value:
+                self._check_characters(key, (*path, key))
             return {key: self._interpolated(item, (*path, key), environment) for key, item in value.items()}
         if isinstance(value, list):
             return [self._interpolated(item, (*path, i), environment) for i, item in enumerate(value)]
-        if not isinstance(value, str) or "${" not in value:
+        if not isinstance(value, str):
+            return value
+        if "${" not in value:
+            self._check_characters(value, path)
             return value
 
         def replace(match: re.Match[str]) -> str:
@@ -150,7 +157,15 @@ class Document:
         text = _ENV.sub(replace, value)
         if "${" in text:
             self.report(path, f"{show_value(text)}: only ${{env:VAR}} and ${{env:VAR:-default}} are replaced")
+        self._check_characters(text, path)
         return text
+
+    def _check_characters(self, text: object, path: KeyPath) -> None:
+        """Report what no name of a file, column or module holds: control characters and halves of characters."""
+        wrong = _UNPRINTABLE.search(text) if isinstance(text, str) else None
+        if wrong:
+            found = f"a control character or half of a character (U+{ord(wrong[0]):04X})"
+            self.report(path, f"holds {found}: leave it out")
 
 
 class Places(dict[KeyPath, str]):
@@ -184,7 +199,7 @@ def read(text: str, source: str) -> Document:
     Raises:
         RecipeError: the text is not YAML, is empty, or is not a mapping.
     """
-    root = _compose(text, source)
+    root = compose(text, source)
     if root is None or (isinstance(root, ScalarNode) and _scalar(root) is None):
         raise RecipeError(f"{source}: empty file: `requant init ADAPTER` writes a recipe to start from")
     if not isinstance(root, MappingNode):
@@ -206,26 +221,10 @@ def write(data: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
-def _compose(text: str, source: str) -> Node | None:
-    try:
-        node: Node | None = YAML(typ="safe", pure=True).compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        hint = ": put quotes around text that begins with *" if "alias" in str(error.problem) else ""
-        raise RecipeError(f"{source}:{line}: not valid YAML: {error.problem or error.context}{hint}") from error
-    except ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{source}:{line}: not valid YAML: {error.reason}") from error
-    except YAMLError as error:
-        raise RecipeError(f"{source}: not valid YAML: {error}") from error
-    return node
-
-
 def _value(text: str, label: str) -> Any:
     """The YAML value of a `--set`."""
     try:
-        node = _compose(text, label)
+        node = compose(text, label)
     except RecipeError as error:
         message = error.problems[0].split("not valid YAML: ", 1)[-1]
         raise RecipeError(f"{label}: {show_value(text)} is not valid YAML: {message}") from error
@@ -286,7 +285,7 @@ def _scalar(node: ScalarNode) -> Any:
         return None
     if _BOOL.fullmatch(text):
         return text.lower() == "true"
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= _DIGITS:
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if _FLOAT.fullmatch(text):
         return float(text.replace(".", "") if "n" in text.lower() else text)
@@ -295,7 +294,8 @@ def _scalar(node: ScalarNode) -> Any:
 
 def show_path(path: KeyPath) -> str:
     """A key path as `--set` spells it: `quantize.overrides."*.down_proj".bits`."""
-    return ".".join(f'"{step}"' if "." in str(step) else str(step) for step in path)
+    steps = [_UNPRINTABLE.sub("?", str(step)) for step in path]
+    return ".".join(f'"{step}"' if "." in step else step for step in steps)
 
 
 def show_value(value: Any) -> str:
@@ -308,5 +308,5 @@ def show_value(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    text = ascii(value) if isinstance(value, str) and _UNPRINTABLE.search(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:76]}...'"

@@ -26,6 +26,7 @@ from requant.heal.settings import HealSettings
 from requant.heal.stage import HealResult, check_same
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
+from requant.recipe.heal_section import too_long
 
 
 class HealCheckpointResult(HealResult):
@@ -55,6 +56,8 @@ def heal_checkpoint(
     """
     checkpoint, teacher, out = Path(checkpoint), Path(teacher), Path(out)
     _check_new(out)
+    if problem := too_long(settings.steps, settings.batch, settings.length):
+        raise InputError(f"healing: {problem}")
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_files.load(checkpoint, trust_remote_code=trust_remote_code)
     text = _text([Path(file) for file in files], tokenizer, settings, warn)
