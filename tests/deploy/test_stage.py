@@ -209,6 +209,38 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "'/home/ann/models/base' is a path of the machine that made it",
     ),
     "dtype": (lambda p: edit_json(p / "config.json", dtype="float64"), "config.json: dtype", "'float64', expected float16"),
+    "junk behind the tensors": (
+        lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes() + b"j" * 64) and None,
+        "model.safetensors", "64 bytes behind the last tensor",
+    ),
+    "bits as a float": (lambda p: config(p, bits=4.0), "config.json: quantization_config", r"bits is 4\.0, expected one of"),
+    "true as a group": (lambda p: config(p, group_size=True), "config.json: quantization_config", "group_size is True"),
+    "no object": (
+        lambda p: edit_json(p / "config.json", quantization_config=[1]), "config.json",
+        "quant_method is None|cannot read it",
+    ),
+    "dynamic list": (lambda p: config(p, dynamic=[]), "config.json: quantization_config", r"dynamic is \[\], expected pairs"),
+    "dynamic bits": (
+        lambda p: config(p, dynamic={"+:.*": {"bits": "x"}}), "config.json: quantization_config",
+        r"dynamic of '\+:\.\*': bits is 'x', expected one of",
+    ),
+    "dynamic number": (lambda p: config(p, dynamic={"+:.*": 3}), "config.json: quantization_config", "is 3, expected settings"),
+    "dynamic pattern": (lambda p: config(p, dynamic={"[": {}}), "config.json: quantization_config", "no regular expression"),
+    "modules": (
+        lambda p: config(p, modules_in_block_to_quantize=3), "config.json: quantization_config",
+        "modules_in_block_to_quantize is 3, expected lists",
+    ),
+    "eos list": (
+        lambda p: edit_json(p / "tokenizer_config.json", eos_token=["x"]), "tokenizer_config.json", r"eos_token is \['x'\]"
+    ),
+    "generation": (
+        lambda p: (p / "generation_config.json").write_text("[1]") and None, "generation_config.json",
+        "expected a JSON object|transformers cannot read it",
+    ),
+    "decoder": (
+        lambda p: edit_json(p / "tokenizer.json", decoder={"type": "x"}), "tokenizer.json",
+        "transformers cannot load the tokenizer",
+    ),
     "two configs": (
         lambda p: edit_json(p / "quantize_config.json", group_size=128), "quantize_config.json: group_size",
         "128, config.json says 32",

@@ -18,7 +18,7 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import INDEX, Checkpoint, read_json, read_weight_map
 from requant.errors import InputError
 from requant.formats.quantized_format import Finding, PackError, Packing, QuantizedFormat, Rules
-from requant.formats.registry import not_recognised, recognised, unquantized_names
+from requant.formats.registry import declared_in, not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
 from requant.modeling.block_walk import block_linears, block_list
 from requant.modeling.unplaced import Unplaced
@@ -66,7 +66,7 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     model = skeleton.open_model(path, trust_remote_code=trust_remote_code)
-    declared = config.get("quantization_config") or {}
+    declared = declared_in(config)
     layout = recognised(declared)
     headers = HeaderCheck(checkpoint=checkpoint, model=model, declared=declared, layout=layout)
     if layout is None:
@@ -80,6 +80,7 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
     headers.findings += layout.checks.files(path, declared)
     headers.findings += _small_files(path, config)
     headers.findings += _tokenizer(path, model)
+    skeleton.check_generation_config(path)
     return headers
 
 
@@ -247,15 +248,18 @@ def _tokenizer(path: Path, model: nn.Module) -> Iterator[Finding]:
         return
     try:
         model_files.vocabulary_size(path / "tokenizer.json")
-        ids = {t["content"]: t["id"] for t in read_json(path / "tokenizer.json").get("added_tokens", [])}
+        added = read_json(path / "tokenizer.json").get("added_tokens", [])
+        ids = {str(t["content"]): int(t["id"]) for t in added}
         beside = path / "tokenizer_config.json"
         settings = read_json(beside) if beside.exists() else {}
-    except (InputError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         yield Finding("tokenizer.json", f"cannot be read ({error})")
         return
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     for key in ("bos_token", "eos_token"):
         token = settings.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if ids.get(token, 0) >= rows:
+        if token is not None and not isinstance(token, str):
+            yield Finding("tokenizer_config.json", f"{key} is {token!r:.80}, expected text")
+        elif token is not None and ids.get(token, 0) >= rows:
             yield Finding("tokenizer.json", f"{key} {token!r} has id {ids[token]}, the embedding has {rows} rows")

@@ -14,6 +14,7 @@ from requant.deploy import engine_processes
 from requant.deploy.check_headers import HeaderCheck
 from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import Verification
+from requant.errors import library_call
 from requant.evaluate import variants
 from requant.formats.quantized_format import Finding
 from requant.modeling import skeleton
@@ -93,7 +94,8 @@ def _free(device: torch.device) -> float:
 def _tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    with library_call(f"{path / 'tokenizer.json'}: transformers cannot load the tokenizer", "copy its files again"):
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
 
 def score_rows(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[list[list[float]], bool]:

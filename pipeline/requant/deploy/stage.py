@@ -73,13 +73,22 @@ def verify(
     doing("perplexity and a few tokens, our decoding")
     own_text = Sample.load(path) if engines and text is None else None
     score = partial(score_checkpoint, done, headers, sample=own_text, text=text, trust_remote_code=trust_remote_code)
-    scored = _with_cpu_fallback(own_device or device, lambda d: score(device=d))
+    scored = _scored(done, own_device or device, lambda d: score(device=d))
     if scored is not None:
         for engine in engines:
             doing(f"loading it in {engine}, which scores the same tokens")
             dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
             _ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return done
+
+
+def _scored(done: Verification, device: torch.device, score: Callable[[torch.device], T]) -> T | None:
+    """What `score` gives on `device`, or on the CPU; None, and a finding, for a file that cannot be read."""
+    try:
+        return _with_cpu_fallback(device, score)
+    except InputError as error:
+        done.findings.append(_unreadable(done.path, error))
+        return None
 
 
 def _unreadable(path: Path, error: InputError) -> Finding:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,13 @@ class GptqChecks:
 
     def config(self, declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         """Faults of a `quantization_config`, and whether the tensors can be checked in spite of each."""
-        bits, group = declared.get("bits"), declared.get("group_size")
-        if bits not in BITS:
-            yield f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}", False
-        if not isinstance(group, int) or (group != -1 and group < 1):
-            yield f"group_size is {group!r}, expected -1 or a positive number", False
-        for key in ("sym", "desc_act"):
-            if not isinstance(declared.get(key), bool):
-                yield f"{key} is {declared.get(key)!r}, expected true or false", False
+        for key, (expected, fits) in _SETTINGS.items():
+            if not fits(declared.get(key)):
+                yield f"{key} is {shown(declared.get(key))}, expected {expected}", False
+        yield from _rules(declared)
         version = declared.get("checkpoint_format", "gptq")
         if version not in VERSIONS:
-            yield f"checkpoint_format is {version!r}, expected 'gptq' (or 'gptq_v2')", True
+            yield f"checkpoint_format is {shown(version)}, expected 'gptq' (or 'gptq_v2')", True
 
     def header(self, suffix: str, info: TensorInfo | None, packing: Packing) -> str | None:
         """What is wrong with the header of one stored tensor. Raises PackError when the config cannot be meant."""
@@ -74,13 +71,63 @@ class GptqChecks:
             return
         other = read_json(beside)
         for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"):
-            if key in other and other[key] != declared.get(key):
-                yield Finding(f"{CONFIG_FILE}: {key}", f"{other[key]!r}, config.json says {declared.get(key)!r}")
+            if key in other and (other[key] != declared.get(key) or type(other[key]) is not type(declared.get(key))):
+                reason = f"{shown(other[key])}, config.json says {shown(declared.get(key))}"
+                yield Finding(f"{CONFIG_FILE}: {key}", reason)
 
     def zero_points(self, declared: Mapping[str, Any]) -> tuple[str, str]:
         """Suffix of the zero points, and what is wrong when they are not stored as the config says."""
         version = VERSIONS[is_v2(declared)]
         return "qzeros", f"zero points of the other format version than checkpoint_format {version!r}"
+
+
+def shown(value: Any) -> str:
+    """A value of a config in a message, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "bits": ("one of 2, 3, 4, 8", lambda v: type(v) is int and v in BITS),
+    "group_size": ("-1 or a positive number", lambda v: type(v) is int and (v == -1 or 1 <= v < 2**31)),
+    "sym": ("true or false", lambda v: isinstance(v, bool)),
+    "desc_act": ("true or false", lambda v: isinstance(v, bool)),
+}
+"""Setting -> what is expected, whether a value is that."""
+
+
+def _rules(declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Faults of what makes exceptions: `dynamic`, `modules_in_block_to_quantize`."""
+    dynamic = declared.get("dynamic")
+    if dynamic is not None and not isinstance(dynamic, dict):
+        yield f"dynamic is {shown(dynamic)}, expected pairs of pattern and settings", False
+        return
+    for pattern, own in (dynamic or {}).items():
+        if not _expression(pattern.removeprefix("-:").removeprefix("+:")):
+            yield f"dynamic has {shown(pattern)}, which is no regular expression", False
+        elif not isinstance(own, dict):
+            yield f"dynamic of {shown(pattern)} is {shown(own)}, expected settings", False
+        else:
+            for key, (expected, fits) in _SETTINGS.items():
+                if key in own and not fits(own[key]):
+                    yield f"dynamic of {shown(pattern)}: {key} is {shown(own[key])}, expected {expected}", False
+    inside = declared.get("modules_in_block_to_quantize")
+    if inside is not None and not _lists_of_names(inside):
+        yield f"modules_in_block_to_quantize is {shown(inside)}, expected lists of module names", False
+
+
+def _expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _lists_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, list) and all(isinstance(name, str) for name in group) for group in value
+    )
 
 
 def _groups_in_order(columns: int, size: int, device: torch.device) -> Tensor:

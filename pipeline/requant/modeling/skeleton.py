@@ -40,6 +40,16 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def check_generation_config(path: Path) -> None:
+    """Raise InputError for a generation_config.json that transformers does not load: then it loads no model either."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if file.exists():
+        with library_call(f"{file}: transformers cannot read it", "correct or remove it"):
+            GenerationConfig.from_pretrained(str(path))
+
+
 def positions(config: Any) -> int | None:
     """The number of positions that a transformers config declares; None: none."""
     text = config.get_text_config()

@@ -223,6 +223,7 @@ def plan_merge(
     base = Path(base)
     checkpoint = Checkpoint(base)
     refuse_quantized(checkpoint)
+    skeleton.check_generation_config(base)
     model: Any = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     stored = variant_weights.open_base(checkpoint, model, simulate)
     layout = ModelLayout.of(model, stored)
