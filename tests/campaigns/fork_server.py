@@ -125,6 +125,7 @@ def serve(answers: int) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)  # what it has started
             end = {"process": process, "code": os.waitstatus_to_exitcode(status), "peak": used.ru_maxrss * 1024}
+            end["cpu"] = used.ru_utime + used.ru_stime
             end["seconds"] = time.monotonic() - started.pop(process)
             os.write(answers, json.dumps(end).encode() + b"\n")
 

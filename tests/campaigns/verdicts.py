@@ -7,7 +7,7 @@ kind, the deepest function of ours, the exception's class; failures with the sam
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class End:
     text: str
     seconds: float
     peak: int  # bytes resident
+    cpu: float = 0.0  # seconds
     stopped: str = ""
 
 
@@ -81,13 +82,13 @@ class Tally:
     faults: dict[str, Fault] = field(default_factory=dict)
     trials: Counter[str] = field(default_factory=Counter)  # by kind
     codes: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of CPU, by kind
 
     def add(self, kind: str, end: End, cause: str, *, repeat: str, label: str) -> bool:
         """Count a trial; whether its fault is one not seen before."""
         self.trials[kind] += 1
         self.codes[end.stopped or str(end.code)] += 1
-        self.seconds += end.seconds
+        self.seconds[kind] += end.cpu
         if not cause:
             return False
         cause = f"{kind}: {cause}"
@@ -110,5 +111,11 @@ class Tally:
             lines.append(f"  {fault.count} x {fault.cause} | {fault.label[:100]} | {last}\n      {fault.first}")
         return "\n".join(lines)
 
+    def costs(self) -> str:
+        """CPU seconds a trial, by kind."""
+        return ", ".join(f"{kind} {s / self.trials[kind]:.2f}" for kind, s in sorted(self.seconds.items()))
+
     def save(self, file: Path) -> None:
-        file.write_text(self.summary() + "\n", encoding="utf-8", errors="backslashreplace")
+        file.write_text(
+            f"{self.summary()}\nCPU seconds a trial: {self.costs()}\n", encoding="utf-8", errors="backslashreplace"
+        )
