@@ -6,6 +6,7 @@
     test_disk        no space left from the n-th byte on, then resumed
     test_power       what a power loss leaves of unsynced writes, then resumed
     test_ranks       one of two gloo ranks killed
+    test_harness     the campaigns' own parts: they find what they are made to find
     workshop         the project, its finished run, and the command line run in a forked process
     fork_server      a process that has imported everything, and forks one command after the other
     syscall_layer    writes, syncs and renames of a command, seen and refused one by one (seccomp)

@@ -54,6 +54,10 @@ class Call:
     process: int = 0
 
 
+Decide = Callable[[Call], int]  # an errno that refuses the call, 0, or DYING
+DYING = -1  # no answer: the command was killed, and must not get as far as the call
+
+
 def usable() -> bool:
     """Whether this machine has what the layer needs."""
     release = tuple(int(n) for n in platform.release().split("-")[0].split(".")[:2])
@@ -103,7 +107,7 @@ class Layer:
     `address` goes into the job of the command. One layer, one command.
     """
 
-    def __init__(self, root: Path, socket_file: Path, decide: Callable[[Call], int]) -> None:
+    def __init__(self, root: Path, socket_file: Path, decide: Decide) -> None:
         self.root, self.decide, self.calls = str(root), decide, 0
         self.error: BaseException | None = None
         socket_file.unlink(missing_ok=True)
@@ -148,6 +152,8 @@ class Layer:
         with suppress(FileNotFoundError, ProcessLookupError):
             call = self._read(process, SYSCALLS[number], arguments)
             refused = self.decide(call) if call else 0
+        if refused == DYING:
+            return
         with suppress(FileNotFoundError):  # the process is gone
             answer = struct.pack("QqiI", identity, 0, -refused, 0 if refused else CONTINUE)
             fcntl.ioctl(listener, SEND, answer)
@@ -247,19 +253,20 @@ READERS: dict[str, Callable[[int, tuple[int, ...]], Call | None]] = {
 }
 
 
-def kill_at(number: int) -> Callable[[Call], int]:
+def kill_at(number: int) -> Decide:
     """A `decide` that kills the command before its n-th call."""
 
     def decide(call: Call) -> int:
         if call.number == number:
             with suppress(ProcessLookupError):
                 os.kill(call.process, signal.SIGKILL)  # a thread's id: the whole process dies
+            return DYING
         return 0
 
     return decide
 
 
-def full_after(nbytes: int) -> Callable[[Call], int]:
+def full_after(nbytes: int) -> Decide:
     """A `decide` for a disk on which so many bytes are free: whatever needs more fails with ENOSPC."""
     used = 0
 
@@ -274,6 +281,6 @@ def full_after(nbytes: int) -> Callable[[Call], int]:
     return decide
 
 
-def failing_at(number: int, code: int) -> Callable[[Call], int]:
+def failing_at(number: int, code: int) -> Decide:
     """A `decide` for a disk whose n-th call fails with this errno, once."""
     return lambda call: code if call.number == number else 0

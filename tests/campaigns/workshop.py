@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,7 +202,7 @@ class Workshop:
         sets = [f"{key}={value}" for key, value in {"output.dir": runs, **(changes or {})}.items()]
         return [command, self.recipe, *(word for s in sets for word in ("--set", s))]
 
-    def layered(self, runs: Path, decide: Callable[[syscall_layer.Call], int] | None) -> End:
+    def layered(self, runs: Path, decide: syscall_layer.Decide | None) -> End:
         """A run into `runs`/pico whose calls on files there `decide` sees and may refuse."""
         if decide is None:
             return self.requant.run(self.run_of(runs))
