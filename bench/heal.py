@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from heal_lab import DEVICE, HALF, Bench, peak, phase, reset_peak, sync
 
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.heal import blockwise, student, teacher, trainer
 from requant.heal.job import HealJob
 from requant.heal.plan import HealPlan
@@ -107,7 +107,7 @@ def heal_whole(
     pupil = student.load(path, device=DEVICE, dtype=teacher.product_dtype(DEVICE), tune=settings.tune)
     loading = time.perf_counter() - started
     loss = EndToEndLoss(pupil, taught, text, DEVICE)
-    trained = Trainer(pupil, loss, settings, train=text.train, held_out=text.held_out, micro_batch=micro)
+    trained = Trainer(pupil, loss, settings, train=text.train, choosing=text.choosing, micro_batch=micro)
     if optimizer:
         trained.optimizer = optimizer(pupil, settings.lr)
     curve = trained.run(None)

@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
 from requant import merge, quantize
 from requant.adapters import peft_directory
-from requant.data import packing
+from requant.data import healing_text, packing
 from requant.data.documents import TextSource, TokenDocument, tokenize
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
 from requant.heal import student, teacher
@@ -183,7 +183,7 @@ class Bench:
                 self.documents[OWN] = self.written()
         names = [*ENTRIES, OWN]
         entries = [(n, self.documents[n], share) for n, share in zip(names, shares, strict=True) if share]
-        return packing.pack(
+        return healing_text.pack(
             entries, train=settings.steps * settings.batch, held_out=2 * settings.batch, length=settings.length,
             seed=settings.seed, bos=None, eos=self.tokenizer.eos_token_id,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from heal_lab import DEVICE, peak, phase, reset_peak, save, sync
 
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.heal import kl_loss, student, teacher, trainer
 from requant.heal.settings import HealSettings
 from requant.heal.trainer import EndToEndLoss, Trainer
@@ -87,7 +87,7 @@ def end_to_end(bench: Bench, config: Any) -> None:
                 EndToEndLoss(pupil, source, HealingText(windows, s.batch), DEVICE),
                 s,
                 train=2 * s.batch,
-                held_out=s.batch,
+                choosing=s.batch,
             )
             bench.measure(mode, runs, micro, lambda each: before + each * s.steps)
 
@@ -133,7 +133,7 @@ def block_by_block(bench: Bench, config: Any) -> None:
     forward = (time.perf_counter() - started) / 3
     for micro in (s.batch, max(1, s.batch // 4)):
         with phase(f"block by block, {micro} windows at a time", bench.seconds):
-            runs = Trainer(pupil, loss, s, train=2 * s.batch, held_out=s.batch)
+            runs = Trainer(pupil, loss, s, train=2 * s.batch, choosing=s.batch)
             bench.measure(
                 "block by block", runs, micro,
                 lambda each: bench.args.layers * (each * s.steps + 3 * forward * s.steps),

@@ -12,7 +12,8 @@ from helpers import chat
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from requant.data import overlap, packing
+from requant.data import documents as documents_module
+from requant.data import healing_text, overlap, packing
 from requant.data.documents import COMPLETION_KEYS, TextSource, TokenDocument, adds_bos, read_texts, tokenize
 from requant.errors import InputError
 
@@ -184,14 +185,33 @@ def documents(*lengths: int, start: int = 10) -> list[TokenDocument]:
     return [TokenDocument(tuple(range(start, start + n)), (True,) * n, n) for n in lengths]
 
 
-def test_windows_are_packed_from_shuffled_documents() -> None:
+@pytest.mark.parametrize("bos", [None, 1])
+def test_windows_are_packed_from_shuffled_documents(bos: int | None) -> None:
     docs = documents(5, 7, 9)
-    windows = packing.calibration_windows([("a", docs, 1.0)], samples=3, length=8, seed=0, bos=1, eos=2)
-    assert (windows.shape, windows.dtype) == ((3, 8), torch.int64)
-    tokens = sorted(windows.flatten().tolist())
-    stream = sorted(t for d in docs for t in (1, *d.ids, 2))
-    assert len(tokens) == 24
+    windows = packing.calibration_windows([("a", docs, 1.0)], samples=2, length=8, seed=0, bos=bos, eos=2)
+    assert (windows.shape, windows.dtype) == ((2, 8), torch.int64)
+    tokens = [t for t in windows.flatten().tolist() if t != bos]
+    stream = [t for d in docs for t in (*d.ids, 2)]
     assert all(tokens.count(t) <= stream.count(t) for t in set(tokens)), "nothing is repeated or made up"
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+def test_every_window_begins_with_bos(length: int) -> None:
+    """As every window that is scored: 6 to 11 of 64 did, where a document happened to begin."""
+    docs = [TokenDocument((10,) * n, (True,) * n, 1) for n in [400, 900, 1500, 3000, 250] * 40]
+    windows = packing.calibration_windows([("a", docs, 1.0)], samples=24, length=length, seed=0, bos=1, eos=2)
+    text = healing_text.pack([("a", docs, 1.0)], train=24, held_out=4, length=length, seed=0, bos=1, eos=2)
+    for made in (windows, text.windows):
+        assert made.shape[1] == length
+        assert bool((made[:, 0] == 1).all())
+        assert not bool((made[:, 1] == 1).any()), "and not twice"
+
+
+def test_cutting_loses_no_token() -> None:
+    stream = [1, 10, 11, 12, 1, 13, 14, 15, 16, 17, 18]
+    assert list(packing.cut(stream, 4, None)) == [[1, 10, 11, 12], [1, 13, 14, 15]]
+    assert list(packing.cut(stream, 4, 1)) == [[1, 10, 11, 12], [1, 13, 14, 15], [1, 16, 17, 18]]
+    assert list(packing.cut([], 4, 1)) == []
 
 
 def test_shares_are_kept() -> None:
@@ -277,13 +297,107 @@ def test_a_text_of_other_protocols_names_its_row(tmp_path: Path) -> None:
 
 
 def test_a_token_across_the_boundary_counts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt and answer may share a token; part of it is answer."""
+    """Prompt and answer may share a token; part of it is answer, all of it is scored, and that is told."""
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    (document,) = tokenize(rows(tmp_path, {"prompt": "q<us", "completion": "er>a"}), tokenizer)
+    notes: list[str] = []
+    (document,) = tokenize(rows(tmp_path, {"prompt": "q<us", "completion": "er>a"}), tokenizer, notes=notes)
     assert marked(tokenizer, document) == "<user>a"
+    assert document.n_bytes == len("<user>a"), "bits per byte are of the text that is scored"
+    assert f"rows.jsonl: {documents_module.ACROSS} (1 of 1 rows, the first is row 1)" in notes
 
 
 def test_tools_need_a_template(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     row = {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}
     assert "row 1 is not a completion row: holds tools" in refused(rows(tmp_path, row), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "expected"),
+    [
+        ([1.0] * 10, 8, [1] * 8 + [0] * 2),
+        ([1.0] * 100, 128, [2] * 28 + [1] * 72),
+        ([0.29, 0.71], 100, [29, 71]),
+        ([0.5, 0.29, 0.21], 100, [50, 29, 21]),
+        ([0.1, 0.1, 0.1, 0.7], 16, [2, 2, 1, 11]),
+        ([1.0, 0.01], 64, [63, 1]),
+        ([1.0], 7, [7]),
+    ],
+)
+def test_windows_are_shared_by_largest_remainder(weights: list[float], count: int, expected: list[int]) -> None:
+    """The remainder all to the first entry gave it eight windows of eight."""
+    assert packing.shares(weights, count) == expected
+
+
+def test_a_source_that_gets_no_window_is_told() -> None:
+    entries = [(f"{i}.jsonl", documents(200, start=1000 * i), 1.0) for i in range(10)]
+    notes: list[str] = []
+    packing.calibration_windows(entries, samples=8, length=16, seed=0, bos=None, eos=None, notes=notes)
+    assert [note.partition(" (")[0] for note in notes] == [
+        f"calibration: {name} gets none of the 8 windows" for name in ("8.jsonl", "9.jsonl")
+    ]
+    assert "raise calibration.samples or its share" in notes[0]
+    text = healing_text.pack(entries, train=8, held_out=4, length=16, seed=0, bos=None, eos=None, notes=notes)
+    assert sum("healing: " in note and "gets none of the 8 windows" in note for note in notes) == 2
+    assert text.train == 8
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\\n", "</s> \\n"])
+def test_a_text_that_ends_in_eos_gets_no_second_one(tmp_path: Path, end: str) -> None:
+    """A chat template's own EOS, also with a line end after it, and one that plain texts hold."""
+    template = "<s>{% for m in messages %}({{ m.content }}){% endfor %}" + end.replace("\\n", "{{ '\\n' }}")
+    made = chat.tokenizer(template)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = rows(tmp_path, {"messages": turns})
+    (document,) = tokenize(source, made, completions=False)
+    assert document.ended
+    text = made.decode(document.marked(bos=None, eos=1))
+    assert text == "<s>(a)(b)" + end.replace("\\n", "\n")
+    for windows in (
+        packing.calibration_windows([("a", [document] * 9, 1.0)], samples=2, length=20, seed=0, bos=None, eos=1),
+        healing_text.pack([("a", [document] * 9, 1.0)], train=2, held_out=2, length=4, seed=0, bos=None, eos=1).windows,
+    ):
+        assert "</s></s>" not in made.decode(windows.flatten().tolist()).replace("\n", "").replace(" ", "")
+
+
+def test_a_text_without_eos_at_its_end_gets_one(tmp_path: Path, tokenizer: Any) -> None:
+    several = tokenize(rows(tmp_path, {"text": "a"}, {"text": "</s>a bc"}, {"text": "b</s>"}), tokenizer)
+    assert [tokenizer.decode(d.marked(0, 1)) for d in several] == ["<s>a</s>", "<s></s>a bc</s>", "<s>b</s>"]
+
+
+def test_bos_that_stands_twice_is_one(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text that was rendered before, and a tokenizer or template that writes BOS once more."""
+    monkeypatch.setattr(tokenizer, "needs_bos", True, raising=False)
+    (document,) = tokenize(rows(tmp_path, {"text": "<s><s>ab"}), tokenizer)
+    assert whole(tokenizer, document) == "ab"
+    assert document.n_bytes == 2, "bits per byte are of the text"
+    monkeypatch.setattr(tokenizer, "chat_template", "<s>" + TEMPLATE)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (document,) = tokenize(rows(tmp_path, {"messages": turns}), tokenizer, completions=False)
+    assert document.n_bytes == len("<user>a</end><assistant>b</end>")
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "answer", "note"),
+    [
+        ({"question": "Capital of France?", "answer": "Paris"}, "Capital of France?\nParis", "Paris", documents_module.BY_LINE),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "Add\n1 2\n3", "3", documents_module.BY_LINE),
+        ({"question": "Q: x\nA:", "answer": " y"}, "Q: x\nA: y", " y", documents_module.JOINED),
+        ({"prompt": "2+2=", "completion": "4"}, "2+2=4", "4", documents_module.AS_THEY_ARE),
+        ({"prompt": "Q: x\nA:", "completion": " y"}, "Q: x\nA: y", " y", None),
+        ({"prompt": "x", "response": "y"}, "x\ny", "y", documents_module.BY_LINE),
+        ({"prompt": "", "completion": "y"}, "y", "y", None),
+    ],
+)  # fmt: skip
+def test_question_and_answer_without_a_template_are_two_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, row: Any, text: str, answer: str, note: str | None
+) -> None:
+    """Prompt and completion are joined as they are, as trainers do; others had nothing between them: "France?Paris"."""
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    notes: list[str] = []
+    (document,) = tokenize(rows(tmp_path, row), tokenizer, notes=notes)
+    assert (whole(tokenizer, document), marked(tokenizer, document)) == (text, answer)
+    assert document.n_bytes == len(answer)
+    assert [n for n in notes if "no chat template" in n] == (
+        [f"rows.jsonl: {note} (1 of 1 rows, the first is row 1)"] if note else []
+    )

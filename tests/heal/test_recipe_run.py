@@ -24,7 +24,7 @@ from requant.run import heal_checkpoint, prepare
 from requant.runtime.device import pick_device
 
 HEAL = {
-    "heal": {"steps": 10, "batch": 2, "length": 32, "lr": 0.003},
+    "heal": {"steps": 20, "batch": 4, "length": 32, "lr": 0.003},
     "quantize.bits": 3,
     "evaluate.variants": ["adapter", "merged", "gptq"],
 }
@@ -194,7 +194,7 @@ def test_check_says_how_healing_fits(project: Path, tmp_path: Path) -> None:
     off = cli("check", write_recipe(other), cwd=tmp_path)
     assert "heal      off: auto heals on a GPU only" in off.stdout, off.stderr
     on = cli("check", write_recipe(other, HEAL), cwd=tmp_path)
-    assert "heal      10 steps of 2 x 32 tokens, end to end, teacher beside it, about " in on.stdout, on.stderr
+    assert "heal      20 steps of 4 x 32 tokens, end to end, teacher beside it, about " in on.stdout, on.stderr
 
 
 def test_what_stands_alone_leaves_nothing_behind_when_refused(healed: Path, project: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from requant import quantize
 from requant.checkpoint.reader import Checkpoint
-from requant.data import packing
+from requant.data import duplicates, healing_text, overlap
 from requant.data.documents import TokenDocument
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
@@ -53,8 +53,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return quantized(tmp_path_factory.mktemp("pair"), tie_word_embeddings=True)
 
 
-def healing_text() -> HealingText:
-    return HealingText(torch.cat([pico.ids(48, LENGTH, seed=1), pico.ids(8, LENGTH, seed=2)]), 8)
+def sample() -> HealingText:
+    """48 windows to train on, 8 to choose by, 6 to judge by."""
+    return HealingText(
+        torch.cat([pico.ids(48, LENGTH, seed=1), pico.ids(8, LENGTH, seed=2), pico.ids(6, LENGTH, seed=3)]), 8, 6
+    )
 
 
 def model_of(merged: Path) -> Any:
@@ -70,7 +73,7 @@ def run(pair: tuple[Path, Path], out: Path, settings: HealSettings = SETTINGS, *
         source=source,
         teacher=merged,
         load_teacher=lambda: model_of(merged),
-        text=healing_text(),
+        text=sample(),
         settings=settings,
         plan=changes.pop("plan", WHOLE),
         device=CPU,
@@ -215,9 +218,10 @@ def test_healing_brings_the_divergence_down(pair: tuple[Path, Path], tmp_path: P
     before, after = divergence(source, merged, fresh), divergence(tmp_path / "out", merged, fresh)
     assert told["healed"]
     assert after < 0.95 * before, "on text that neither training nor the choice of the step has seen"
-    assert told["kl_best"] == min(value for _, value in told["held"])
-    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, healing_text().windows[-8:]), rel=1e-3)
-    assert told["kl_start"] == pytest.approx(divergence(source, merged, healing_text().windows[-8:]), rel=1e-3)
+    assert told["kl_best"] == told["judged"][1] < told["judged"][0] == told["kl_start"]
+    assert (told["held_windows"], told["judge_windows"]) == (8, 6)
+    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, sample().windows[-6:]), rel=1e-3)
+    assert told["kl_start"] == pytest.approx(divergence(source, merged, sample().windows[-6:]), rel=1e-3)
     assert 0 < told["moved"]["mean"] < 0.5
     assert len(told["train"]) == 40
 
@@ -264,8 +268,8 @@ def test_block_by_block_comes_near_end_to_end(pair: tuple[Path, Path], tmp_path:
     fresh = pico.ids(16, LENGTH, seed=3)
     assert told["healed"]
     assert divergence(tmp_path / "out", merged, fresh) < 0.97 * divergence(source, merged, fresh)
-    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, healing_text().windows[-8:]), rel=5e-3)
-    assert told["kl_start"] == pytest.approx(divergence(source, merged, healing_text().windows[-8:]), rel=5e-3), (
+    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, sample().windows[-6:]), rel=5e-3)
+    assert told["kl_start"] == pytest.approx(divergence(source, merged, sample().windows[-6:]), rel=5e-3), (
         "merged's final norm"
     )
     assert all(b["best"] <= b["start"] for b in told["blocks"])
@@ -322,6 +326,34 @@ def test_a_killed_healing_goes_on_with_the_same_numbers(pair: tuple[Path, Path],
     )
 
 
+@pytest.mark.parametrize("mode", ["whole", "blocks"])
+def test_a_step_that_the_judging_windows_refuse_is_not_taken(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    """The choosing windows are looked at up to eleven times: their least value says too much."""
+    plan = replace(WHOLE, mode=mode, teacher_resident=False)
+    better = run(pair, tmp_path / "better", plan=plan)
+    assert better["healed"]
+    if mode == "whole":
+        judged = iter((0.1, 0.1 + 1e-3))
+        monkeypatch.setattr(trainer.Trainer, "_judged", lambda *_: next(judged))
+    else:
+        compare = blockwise._compare_with_teacher
+
+        def worse(*given: Any) -> tuple[list[float], list[float]]:
+            start, end = compare(*given)
+            return start, [*end[:8], *(value + 1e-3 for value in start[8:])]
+
+        monkeypatch.setattr(blockwise, "_compare_with_teacher", worse)
+    told = run(pair, tmp_path / "out", plan=plan)
+    assert not told["healed"]
+    assert told["chosen_step"] == better["chosen_step"] > 0 == told["best_step"]
+    assert told["kl_best"] == told["kl_start"]
+    assert told["judged"] == [told["kl_start"], pytest.approx(told["kl_start"] + 1e-3)]
+    for file in pair[1].glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,9 +369,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(
     assert told["stopped"] == "the loss was not finite at step 9"
     assert told["best_step"] <= 6
     assert told["kl_best"] <= told["kl_start"]
-    assert told["kl_best"] == pytest.approx(
-        divergence(tmp_path / "out", pair[0], healing_text().windows[-8:]), rel=1e-3
-    )
+    assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", pair[0], sample().windows[-6:]), rel=1e-3)
 
 
 # --- what cannot be healed ---
@@ -402,27 +432,92 @@ def documents(*lengths: int, start: int = 0) -> list[TokenDocument]:
 
 def test_held_out_windows_share_no_text_with_the_others() -> None:
     entries = [("a", documents(100, 300, 50), 0.5), ("b", documents(500, start=1000), 0.5)]
-    text = packing.pack(entries, train=80, held_out=6, length=10, seed=0, bos=None, eos=None)
+    text = healing_text.pack(entries, train=80, held_out=6, length=10, seed=0, bos=None, eos=None)
     packed = text.windows
     assert packed.shape == (80 + text.held_out, 10)
     assert (text.train, text.length) == (80, 10)
     seen, judged = set(packed[:80].flatten().tolist()), set(packed[80:].flatten().tolist())
     assert not seen & judged
     assert sum(t < 1000 for t in packed[:80, 0].tolist()) == 40, "equal shares, though one is read more often"
-    again = packing.pack(entries, train=80, held_out=6, length=10, seed=0, bos=None, eos=None)
+    again = healing_text.pack(entries, train=80, held_out=6, length=10, seed=0, bos=None, eos=None)
     assert torch.equal(packed, again.windows)
 
 
 def test_little_text_gives_few_held_out_windows() -> None:
     entries = [("a", documents(90), 0.5), ("b", documents(1000, start=1000), 0.5)]
-    text = packing.pack(entries, train=8, held_out=16, length=10, seed=0, bos=None, eos=None)
-    assert text.held_out == 1 + 8
+    text = healing_text.pack(entries, train=8, held_out=16, length=10, seed=0, bos=None, eos=None)
+    assert text.held_out == 2 + 8, "one that chooses and one that judges at least"
     assert len(text.windows) == 8 + text.held_out
+
+
+def slices(text: HealingText) -> list[Tensor]:
+    """The windows to train on, to choose by, to judge by."""
+    return list(torch.split(text.windows, [text.train, text.choosing, text.judging]))
+
+
+def runs_in(windows: Tensor, other: Tensor) -> float:
+    """Share of the windows' 13-token runs that stand in `other`."""
+    return overlap.overlap(other, windows.tolist())
+
+
+def random_documents(count: int, length: int = 60, seed: int = 0) -> list[TokenDocument]:
+    ids = pico.ids(count, length, seed=seed).tolist()
+    return [TokenDocument(tuple(row), (True,) * length, length) for row in ids]
+
+
+@pytest.mark.parametrize("how", ["twice", "nearly", "in another source"])
+def test_copies_of_held_out_text_are_not_trained_on(how: str) -> None:
+    """68 % of the held-out 13-token runs were trained on where each document stood twice."""
+    once = random_documents(40)
+    copies = [TokenDocument((*d.ids[:50], 1, *d.ids[51:]), d.scored, 60) if how == "nearly" else d for d in once]
+    entries = [("a", once, 1.0), ("b", copies, 1.0)] if how == "in another source" else [("a", [*once, *copies], 1.0)]
+    notes: list[str] = []
+    text = healing_text.pack(entries, train=200, held_out=8, length=32, seed=0, bos=None, eos=2, notes=notes)
+    training, choosing, judging = slices(text)
+    assert len(choosing) == len(judging) > 1
+    assert runs_in(choosing, training) == runs_in(judging, training) == 0.0
+    assert runs_in(judging, choosing) == 0.0
+    (note,) = notes
+    assert note.startswith("healing: 80 of 80 documents stand in the text more than once, the same or nearly; ")
+    assert " copies of what is held out are not trained on" in note
+
+
+def test_documents_that_stand_once_are_all_used() -> None:
+    """A prompt that most documents begin with makes no copies of them."""
+    prompt = tuple(range(100, 160))
+    several = [TokenDocument((*prompt, *d.ids), (True,) * 120, 1) for d in random_documents(40)]
+    notes: list[str] = []
+    text = healing_text.pack(
+        [("a", several, 1.0)], train=400, held_out=8, length=32, seed=0, bos=None, eos=2, notes=notes
+    )
+    assert notes == []
+    used = {t for window in text.windows.tolist() for t in window}
+    assert used >= {t for d in several for t in d.ids}
+    assert duplicates.same_text([d.ids for d in several]) == list(range(40))
+
+
+def test_text_of_two_windows_is_not_judged_and_says_so() -> None:
+    notes: list[str] = []
+    text = healing_text.pack(
+        [("a", documents(29), 1.0)], train=4, held_out=8, length=10, seed=0, bos=None, eos=None, notes=notes
+    )
+    assert (text.train, text.choosing, text.judging) == (4, 1, 0)
+    assert len(notes) == 1
+    assert "too short for windows that judge the chosen step" in notes[0]
+    three = healing_text.pack([("a", documents(30), 1.0)], train=4, held_out=8, length=10, seed=0, bos=None, eos=None)
+    assert (three.train, three.choosing, three.judging) == (4, 1, 1)
+    assert three.digest != HealingText(three.windows, 2, 0).digest, "what a window is for is part of a stage's key"
+
+
+def test_text_that_is_all_copies_is_refused() -> None:
+    once = random_documents(1, length=25)
+    with pytest.raises(InputError, match=r"healing: a has 25 tokens beside 39 copies of documents, .* need 40"):
+        healing_text.pack([("a", once * 40, 1.0)], train=4, held_out=2, length=20, seed=0, bos=None, eos=None)
 
 
 def test_text_shorter_than_two_windows_is_refused() -> None:
     with pytest.raises(InputError, match=r"healing: a has 19 tokens, .* need 20: lower heal\.length"):
-        packing.pack([("a", documents(19), 1.0)], train=4, held_out=2, length=10, seed=0, bos=None, eos=None)
+        healing_text.pack([("a", documents(19), 1.0)], train=4, held_out=2, length=10, seed=0, bos=None, eos=None)
 
 
 def test_every_epoch_has_its_own_order() -> None:
@@ -475,7 +570,7 @@ def test_teacher_and_student_find_their_heads_in_mixed_precision(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: bfloat16 products, fp32 residual stream; the loss stays near that of fp32."""
-    text = healing_text()
+    text = sample()
     unquantized = _start(pair, text)
     for module in (teacher, trainer, blockwise, heal):
         monkeypatch.setattr(module, "product_dtype", lambda _: torch.bfloat16)
@@ -488,4 +583,4 @@ def _start(pair: tuple[Path, Path], text: HealingText) -> float:
     pupil = student.load(pair[1], device=CPU, dtype=teacher.product_dtype(CPU), tune=("scales",))
     taught = teacher.ResidentTeacher(model_of(pair[0]), text.windows, CPU)
     loss = trainer.EndToEndLoss(pupil, taught, text, CPU)
-    return trainer.Trainer(pupil, loss, SETTINGS, train=text.train, held_out=text.held_out).held_out_loss()
+    return trainer.Trainer(pupil, loss, SETTINGS, train=text.train, choosing=text.choosing).loss_of(range(48, 56))

@@ -95,10 +95,16 @@ class ProofFacts(TypedDict, total=False):
 
 
 class HealFacts(TypedDict, total=False):
-    """Healing. held: (steps, KL on held-out text in nats a token)."""
+    """Healing. held: (steps, KL in nats a token on the windows that choose a step).
+
+    judged: the KL of the start and of the chosen step on windows not looked at before; None: there were none.
+    """
 
     held: Sequence[tuple[float, float | None]]
     best_step: int
+    chosen_step: int
+    judged: Sequence[float | None] | None
+    judge_windows: int
     verify: ProofFacts | None
 
 

@@ -7,7 +7,9 @@
     chat_template     messages -> text by the tokenizer's template, and where the answers are
     template_losses   what a template leaves out, found by marks
     tokenizer         loads the tokenizer that is shipped
-    packing           windows for calibration and for healing
+    packing           windows for calibration, shares of sources
+    healing_text      windows for healing: to train on, to choose and to judge a step by
+    duplicates        documents that are the same text, or nearly
     overlap           how much evaluation text also occurs in calibration text
     canaries          prompts whose answers the report shows
 

@@ -7,6 +7,7 @@ template leaves out is counted in notes, or refused with the row.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,17 @@ __all__ = [
 ]
 EMPTY = "rows without text or without an answer were left out"
 LAST_ONLY = "the chat template rewrites earlier turns: only the last answer of a row counts as completion"
-JOINED = "the tokenizer has no chat template: prompt and answer were joined as they are"
+NO_TEMPLATE = "the tokenizer has no chat template: "
+JOINED = NO_TEMPLATE + "prompt and answer were joined as they are, with the blank or line end that stands there"
+AS_THEY_ARE = (
+    NO_TEMPLATE + "prompt and completion were joined with nothing between them, as trainers join these columns"
+)
+BY_LINE = NO_TEMPLATE + (
+    "the answer begins a new line after its question; if training put something else there, write it into columns "
+    "named prompt and completion, which are joined as they are"
+)
+AFTER_EOS = 4  # tokens at the end of a document among which EOS is looked for
+ACROSS = "a token holds the end of the prompt and the beginning of the answer: it counts as answer, whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +53,17 @@ class TokenDocument:
     """A tokenized document.
 
     ids: without BOS. scored: one flag a token, True inside completions. n_bytes: of the flagged text in UTF-8.
+    ended: whether the text itself ends in EOS, blanks and line ends after it aside, as chat templates write it.
     """
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
     n_bytes: int
+    ended: bool = False
+
+    def marked(self, bos: int | None, eos: int | None) -> list[int]:
+        """The ids with `bos` in front and one EOS at the end, as documents are packed; None: the token is left out."""
+        return [*([] if bos is None else [bos]), *self.ids, *([] if eos is None or self.ended else [eos])]
 
 
 @dataclass
@@ -57,6 +74,7 @@ class _Reader:
     columns: Columns
     tokenizer: Any
     completions: bool
+    bos: int | None
     told: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
     lost: dict[Any, tuple[str, ...]] = field(default_factory=dict)
@@ -65,18 +83,18 @@ class _Reader:
         for number, row in enumerate(rows, 1):
             try:
                 rendered = self._render(row)
-                document = None if rendered is None else _encode(self.tokenizer, rendered[0], rendered[1])
+                encoded = None if rendered is None else _encode(self.tokenizer, rendered[0], rendered[1], self.bos)
             except RowError as error:
                 raise InputError(
                     f"{self.source.where}: row {number} is not a {self.columns.kind} row: {error}"
                 ) from error
-            if rendered is None or document is None:
+            if rendered is None or encoded is None:
                 self._tell(EMPTY, number)
                 continue
-            for note in rendered[2]:
+            for note in (*rendered[2], *encoded[1]):
                 self._tell(note, number)
-            if document.ids:
-                yield document
+            if encoded[0].ids:
+                yield encoded[0]
 
     def _render(self, row: Row) -> tuple[str, Spans, list[str]] | None:
         """(text, spans of it that count as completion, what was changed); None for a row without text."""
@@ -87,7 +105,7 @@ class _Reader:
         if given is None:
             return None
         if self.columns.kind == "completion" and not self.tokenizer.chat_template:
-            return _joined(given, told=self.columns.prompt != "prompt")
+            return _joined(given, as_they_are=(self.columns.prompt, self.columns.answer) == COMPLETION_KEYS[0])
         text, rendered, notes = chat_template.render(self.tokenizer, given, self.lost)
         if not self.completions:
             return text, [(0, len(text))], notes
@@ -113,15 +131,26 @@ class _Reader:
         return [*counted, *tokenizer_notes(self.tokenizer, chat=chat)]
 
 
-def _joined(given: Conversation, *, told: bool) -> tuple[str, Spans, list[str]]:
-    """Prompt and answer as one text, for a tokenizer without a template: messages follow each other by lines."""
+def _joined(given: Conversation, *, as_they_are: bool) -> tuple[str, Spans, list[str]]:
+    """Prompt and answer as one text, for a tokenizer without a template.
+
+    as_they_are: of columns that trainers join without anything between them. Others are two texts: where neither brings
+    a blank or a line end, the answer begins a new line.
+    """
     *before, answer = [m["content"] or "" for m in given.messages]
     if given.tools or any(m.get("tool_calls") for m in given.messages):
         raise RowError("holds tools, and the tokenizer has no chat template to render them")
     if any(m["role"] != "user" for m in given.messages[:-1]) or len(before) > 1:
         raise RowError("holds system text or several turns, and the tokenizer has no chat template to render them")
-    prompt = before[0] if before else ""
-    return prompt + answer, [(len(prompt), len(prompt) + len(answer))], [JOINED] if told else []
+    prompt, notes = before[0] if before else "", list[str]()
+    if prompt and answer:
+        parted = prompt[-1].isspace() or answer[0].isspace()
+        if not parted:
+            notes = [AS_THEY_ARE if as_they_are else BY_LINE]
+            prompt += "" if as_they_are else "\n"
+        elif not as_they_are:
+            notes = [JOINED]
+    return prompt + answer, [(len(prompt), len(prompt) + len(answer))], notes
 
 
 def read_texts(source: TextSource) -> list[str]:
@@ -153,7 +182,7 @@ def tokenize(
     """
     rows = read_rows(source)
     columns = columns_of(source, rows, asked)
-    reader = _Reader(source, columns, tokenizer, completions)
+    reader = _Reader(source, columns, tokenizer, completions, tokenizer.bos_token_id if adds_bos(tokenizer) else None)
     documents = list(reader.documents(rows))
     if not documents:
         raise InputError(f"{source.where}: every row is empty")
@@ -162,8 +191,11 @@ def tokenize(
     return documents
 
 
-def _encode(tokenizer: Any, text: str, spans: Spans) -> TokenDocument:
-    """Tokenize the whole text at once; a token is flagged when part of it lies in a span."""
+def _encode(tokenizer: Any, text: str, spans: Spans, bos: int | None) -> tuple[TokenDocument, list[str]]:
+    """(the text as a document, what to tell of it), tokenized whole at once.
+
+    A token is flagged when part of it lies in a span. bos: a template or text may begin with it; it is taken off.
+    """
     if not text.isascii():
         try:
             text.encode()
@@ -172,20 +204,41 @@ def _encode(tokenizer: Any, text: str, spans: Spans) -> TokenDocument:
                 f"holds half of a character at {error.start}: {text[error.start - 20 : error.start]!r}"
             ) from error
     if not getattr(tokenizer, "is_fast", True):
-        return _encode_whole(tokenizer, text, spans)
+        return _encode_whole(tokenizer, text, spans, bos), []
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    bos = tokenizer.bos_token_id
-    if adds_bos(tokenizer) and ids and ids[0] == bos:  # a template that writes BOS itself
-        ids, offsets = ids[1:], offsets[1:]
+    ids = _without_bos(encoded["input_ids"], bos)
+    taken_off = len(encoded["input_ids"]) - len(ids)
+    off, offsets = encoded["offset_mapping"][:taken_off], encoded["offset_mapping"][taken_off:]
+    spans = [(max(start, off[-1][1]), stop) for start, stop in spans] if off else spans
     scored = tuple(any(a < stop and (b > start or a >= start) for start, stop in spans) for a, b in offsets)
-    return TokenDocument(tuple(ids), scored, sum(len(text[a:b].encode()) for a, b in spans))
+    flagged = [(_token_start(offsets, start), stop) for start, stop in spans]
+    across = any(text[a:start].strip() for (a, _), (start, _) in zip(flagged, spans, strict=True) if a < start)
+    n_bytes = sum(len(text[a:b].encode()) for a, b in flagged)
+    return TokenDocument(tuple(ids), scored, n_bytes, _ends(tokenizer, ids)), [ACROSS] if across else []
 
 
-def _encode_whole(tokenizer: Any, text: str, spans: Spans) -> TokenDocument:
+def _encode_whole(tokenizer: Any, text: str, spans: Spans, bos: int | None) -> TokenDocument:
     """A document of a tokenizer that does not say where its tokens stand: it counts whole or not at all."""
     if spans != [(0, len(text))]:
         raise RowError("its answer cannot be located: the tokenizer gives no offsets; use score: all")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = ids[1:] if adds_bos(tokenizer) and ids[:1] == [tokenizer.bos_token_id] else ids
-    return TokenDocument(tuple(ids), (True,) * len(ids), len(text.encode()))
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _without_bos(found, bos)
+    n_bytes = len(text.encode()) - (len(found) - len(ids)) * len((tokenizer.bos_token or "").encode())
+    return TokenDocument(tuple(ids), (True,) * len(ids), n_bytes, _ends(tokenizer, ids))
+
+
+def _without_bos(ids: list[int], bos: int | None) -> list[int]:
+    """The ids from the first that is not `bos`: it may stand there twice, of a template and of the text."""
+    return ids[next((i for i, token in enumerate(ids) if token != bos), len(ids)) :]
+
+
+def _token_start(offsets: Sequence[tuple[int, int]], at: int) -> int:
+    """Where the token begins that holds the character `at`; `at` where none does."""
+    index = bisect_right(offsets, at, key=lambda pair: pair[0]) - 1
+    return offsets[index][0] if index >= 0 and offsets[index][1] > at else at
+
+
+def _ends(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether the ids end in EOS, with nothing but blanks and line ends after it."""
+    last = next((i for i in range(1, min(len(ids), AFTER_EOS) + 1) if ids[-i] == tokenizer.eos_token_id), 0)
+    return last == 1 or (last > 1 and not tokenizer.decode(ids[1 - last :]).strip())

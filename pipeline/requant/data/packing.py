@@ -1,104 +1,23 @@
-"""Packed windows for calibration and healing, in the shares of their text sources."""
+"""Packed windows for calibration, in the shares of their text sources.
+
+Where the tokenizer adds BOS every window begins with it, as every window that is scored does: models of such tokenizers
+put much of their attention on it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from requant.data.documents import TokenDocument
-from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
 
 Entry = tuple[str, Sequence[TokenDocument], float]  # name, documents, share of the windows
-MIN_WINDOWS_PER_HELD_OUT = 8  # at most one in so many windows of an entry is held out
-
-
-@dataclass(frozen=True, slots=True)
-class HealingText:
-    """Packed windows for healing: training windows, then held-out ones.
-
-    windows: int64 [n, length]. held_out: how many of the last windows are not trained on; they choose the best step.
-    """
-
-    windows: Tensor
-    held_out: int
-
-    @property
-    def train(self) -> int:
-        """Number of windows that are trained on: the first ones."""
-        return len(self.windows) - self.held_out
-
-    @property
-    def length(self) -> int:
-        """Tokens a window."""
-        return int(self.windows.shape[1])
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the windows, hex."""
-        return digest(self.windows)
-
-
-def healing_windows(
-    entries: Sequence[Entry], tokenizer: Any, *, steps: int, batch: int, length: int, seed: int
-) -> HealingText:
-    """Windows for `steps` steps of `batch`, and up to two batches of held-out ones."""
-    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-    return pack(
-        entries, train=steps * batch, held_out=2 * batch, length=length, seed=seed, bos=bos, eos=tokenizer.eos_token_id
-    )
-
-
-def pack(
-    entries: Sequence[Entry],
-    *,
-    train: int,
-    held_out: int,
-    length: int,
-    seed: int,
-    bos: int | None,
-    eos: int | None,
-) -> HealingText:
-    """Packed windows for healing: `train` to train on, at most `held_out` held out.
-
-    The training windows are in the entries' shares, and held-out windows are of other text.
-    Each entry gives its share of the held-out windows, but at least one and at most an eighth of its text.
-    An entry that is shorter than its share of `train` is repeated, its documents in another order.
-    Raises InputError when an entry has less text than two windows.
-    """
-    draw = random.Random(seed)
-    counts, held_out_counts = (shares([share for _, _, share in entries], n) for n in (train, held_out))
-    training: list[list[int]] = []
-    validating: list[list[int]] = []
-    for (name, documents, _), count, held_out_count in zip(entries, counts, held_out_counts, strict=True):
-        order = [[*([] if bos is None else [bos]), *d.ids, *([] if eos is None else [eos])] for d in documents]
-        draw.shuffle(order)
-        total = sum(map(len, order))
-        if total < 2 * length:
-            raise InputError(
-                f"healing: {name} has {total} tokens, a window to train on and a held-out one need {2 * length}: "
-                "lower heal.length (--length), or give more text"
-            )
-        validated = max(1, min(held_out_count, total // length // MIN_WINDOWS_PER_HELD_OUT))
-        stream: list[int] = []
-        while len(stream) < validated * length:
-            stream += order.pop()
-        order.append(stream[validated * length :])
-        validating += [stream[i * length : (i + 1) * length] for i in range(validated)]
-        stream = []
-        while len(stream) < count * length:
-            draw.shuffle(order)
-            for document in order:
-                stream += document
-        training += [stream[i * length : (i + 1) * length] for i in range(count)]
-    draw.shuffle(training)
-    return HealingText(torch.tensor(training + validating, dtype=torch.int64), len(validating))
 
 
 def calibration_windows(
@@ -109,36 +28,86 @@ def calibration_windows(
     seed: int,
     bos: int | None,
     eos: int | None,
+    notes: list[str] | None = None,
 ) -> Tensor:
     """Packed windows for calibration, int64 [samples, length], in the entries' shares, shuffled.
 
-    Documents are shuffled, begin with `bos` and end with `eos` where these are not None, and are packed end to end.
-    Raises InputError when an entry is too short for its share: nothing is repeated.
+    Documents are shuffled, begin with `bos` and end with `eos` where these are not None, are packed end to end and cut
+    by `cut`.
+    notes: an entry whose share is no window is added. Raises InputError when an entry is too short for its share:
+    nothing is repeated.
     """
     draw = random.Random(seed)
     counts = shares([share for _, _, share in entries], samples)
+    if notes is not None:
+        notes += left_without(entries, counts, "calibration", "calibration.samples or its share")
     chosen: list[list[int]] = []
     for (name, documents, _), count in zip(entries, counts, strict=True):
         stream: list[int] = []
         for document in draw.sample(list(documents), len(documents)):
-            stream += [*([] if bos is None else [bos]), *document.ids, *([] if eos is None else [eos])]
-        available = len(stream) // length
+            stream += document.marked(bos, eos)
+        starts = _starts(stream, length, bos)
+        available = len(starts)
         if available < count:
             raise InputError(
                 f"calibration: {name} has {len(stream)} tokens, {available} windows of {length}, "
                 f"but its share is {count}: lower calibration.samples or length, or give more text"
                 + (f" ({available * samples // count} samples of this length would fit)" if available else "")
             )
-        chosen += [stream[i * length : (i + 1) * length] for i in draw.sample(range(available), count)]
+        chosen += [_window(stream, at, length, bos) for at in draw.sample(starts, count)]
     draw.shuffle(chosen)
     return torch.tensor(chosen, dtype=torch.int64)
 
 
+def cut(stream: Sequence[int], length: int, bos: int | None, most: int | None = None) -> list[list[int]]:
+    """Windows of `length` tokens of a stream, one after the other; a rest that fills none is left out.
+
+    bos: the first token of every window, put in front of those that do not begin with it; None: none is. most: so many
+    windows at most.
+    """
+    return [_window(stream, at, length, bos) for at in _starts(stream, length, bos)[:most]]
+
+
+def _starts(stream: Sequence[int], length: int, bos: int | None) -> list[int]:
+    """Where in the stream its windows begin."""
+    starts, at = [], 0
+    while at < len(stream) and (after := at + length - _put_ahead(stream, at, bos)) <= len(stream):
+        starts.append(at)
+        at = after
+    return starts
+
+
+def _window(stream: Sequence[int], at: int, length: int, bos: int | None) -> list[int]:
+    ahead = _put_ahead(stream, at, bos)
+    return [*([bos] if ahead and bos is not None else []), *stream[at : at + length - ahead]]
+
+
+def _put_ahead(stream: Sequence[int], at: int, bos: int | None) -> int:
+    """Number of tokens that come before the stream's own in a window: BOS, where it does not begin with it."""
+    return int(bos is not None and stream[at] != bos)
+
+
 def shares(weights: Sequence[float], count: int) -> list[int]:
-    """`count` split in proportion to the weights; the first part also gets the remainder."""
-    counts = [int(count * w / sum(weights)) for w in weights]
-    counts[0] += count - sum(counts)
+    """`count` split in proportion to the weights, by largest remainder; of equal ones the first gets more."""
+    total = sum(map(Fraction, weights))
+    exact = [count * Fraction(w) / total for w in weights]
+    counts = [int(x) for x in exact]
+    # Rounded, so that weights such as 0.1 and 0.7, which are no exact fractions, tie where they should.
+    order = sorted(range(len(exact)), key=lambda i: -round(float(exact[i] - counts[i]), 9))
+    for i in order[: count - sum(counts)]:
+        counts[i] += 1
     return counts
+
+
+def left_without(entries: Sequence[Entry], counts: Sequence[int], what: str, more: str) -> list[str]:
+    """What to tell of entries whose share is no window. what: of what text. more: what to raise."""
+    total = sum(share for _, _, share in entries)
+    return [
+        f"{what}: {name} gets none of the {sum(counts)} windows (its share is {share / total:.2g}): raise {more}, or "
+        "leave it out"
+        for (name, _, share), count in zip(entries, counts, strict=True)
+        if not count
+    ]
 
 
 def digest(windows: Tensor) -> str:

@@ -59,16 +59,18 @@ class ProbeFacts(TypedDict):
     moved: float
 
 
-def sample_rows(names: Sequence[str], documents: Sequence[Sequence[TokenDocument]]) -> dict[str, tuple[Tensor, ...]]:
+def sample_rows(
+    names: Sequence[str], documents: Sequence[Sequence[TokenDocument]], bos: int | None = None
+) -> dict[str, tuple[Tensor, ...]]:
     """A few rows of each calibration source, evenly spread, by name of the source.
 
-    Rows are int64 [at most MAX_LENGTH], none shorter than MIN_LENGTH.
+    Rows are int64 [at most MAX_LENGTH], none shorter than MIN_LENGTH. bos: the first token of each; None: none is.
     """
     sampled = {}
     for name, every in zip(names, documents, strict=True):
         long = [d for d in every if len(d.ids) >= MIN_LENGTH]
         step = max(1, len(long) // MAX_ROWS)
-        sampled[name] = tuple(torch.tensor(d.ids[:MAX_LENGTH]) for d in long[::step][:MAX_ROWS])
+        sampled[name] = tuple(torch.tensor(d.marked(bos, None)[:MAX_LENGTH]) for d in long[::step][:MAX_ROWS])
     return {name: rows for name, rows in sampled.items() if rows}
 
 

@@ -1,7 +1,8 @@
 """Healing block by block, for models that do not fit whole: each towards the merged block.
 
 One block of student and teacher is resident, and three streams of hidden states: the merged model's, the healed
-student's, and on the held-out windows the unhealed student's, with which the result is compared. The input of a
+student's, and on the held-out windows the unhealed student's, with which the result is compared: the windows that
+choose each block's best step, and those that judge the whole. The input of a
 student's block is the output of the healed blocks before it; its target is the output of the merged model's block.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypedDict
 
 import torch
@@ -48,11 +50,13 @@ class Streams:
     arguments: the other arguments of every block, by number of windows in a batch.
     """
 
-    def __init__(self, walk: Walk, windows: Tensor, *, held_out: int, micro_batch: int) -> None:
-        items = walk.embed(windows, micro_batch)
+    def __init__(self, walk: Walk, windows: Tensor, *, held_out: int, choosing: int, micro_batch: int) -> None:
+        batches = torch.split(windows, micro_batch)
+        shorter = {choosing % micro_batch, held_out % micro_batch} - {0}  # the last batch of these windows alone
+        items = walk.embed_all([*batches, *(windows[:count] for count in shorter)])
         self.walk, self.micro_batch, self.held_out = walk, micro_batch, held_out
         self.arguments = {len(item.hidden): item.arguments for item in items}
-        self.teacher = torch.cat([item.hidden for item in items]).to(product_dtype(walk.device))
+        self.teacher = torch.cat([item.hidden for item in items[: len(batches)]]).to(product_dtype(walk.device))
         self.student = self.teacher.clone()
         self.unhealed = self.teacher[len(windows) - held_out :].clone()
         self.tail = walk.tail
@@ -111,7 +115,7 @@ def heal_blocks(
 
     The checkpoint is `job.source`, the 16-bit model `job.teacher`.
     Each finished block is a file in `job.work`, valid for `job.key`. Returns the new values by stored name, a curve of
-    two points (KL on held-out windows of start and end) and each block's errors.
+    two points (KL of start and end on the windows that choose; judged: on those that judge) and each block's errors.
     """
     text, device, micro = job.text, job.device, job.plan.micro_batch
     walk = _walk(job.teacher, device, trust_remote_code=job.trust_remote_code)
@@ -119,7 +123,7 @@ def heal_blocks(
     prefix, items = block_list(model)
     train = min(text.train, BLOCK_WINDOWS) // micro * micro
     windows = torch.cat([text.windows[:train], text.windows[text.train :]])
-    streams = Streams(walk, windows, held_out=text.held_out, micro_batch=micro)
+    streams = Streams(walk, windows, held_out=text.held_out, choosing=text.choosing, micro_batch=micro)
     values: dict[str, Tensor] = {}
     errors: list[BlockErrors] = []
     for index in range(len(walk)):
@@ -135,13 +139,18 @@ def heal_blocks(
         items[index] = nn.Identity()  # its weights are no longer needed
         if progress:
             progress(index + 1, len(walk), f"blocks, error {errors[-1]['start']:.2e} -> {best:.2e}")
-    return values, _compare_with_teacher(walk, streams, windows.to(device), job.settings.steps), errors
+    start, end = _compare_with_teacher(walk, streams, windows.to(device))
+    choosing = slice(0, text.choosing)
+    curve = LossCurve([], [(0, fmean(start[choosing])), (job.settings.steps, fmean(end[choosing]))])
+    if text.judging:
+        curve.judged = fmean(start[text.choosing :]), fmean(end[text.choosing :])
+    return values, curve, errors
 
 
 def _train(part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, file: Path, job: HealJob) -> LossCurve:
     """Heal one block, or load the finished one from `file`."""
     trainer = Trainer(
-        part, loss, job.settings, train=train, held_out=job.text.held_out, micro_batch=job.plan.micro_batch
+        part, loss, job.settings, train=train, choosing=job.text.choosing, micro_batch=job.plan.micro_batch
     )
     if file.exists():
         with safe_open(file, framework="pt") as stored:
@@ -181,15 +190,15 @@ def _load_block(model: Any, block: nn.Module, prefix: str, names: Mapping[str, s
     return Student(block, vectors)
 
 
-def _compare_with_teacher(walk: Walk, streams: Streams, windows: Tensor, steps: int) -> LossCurve:
-    """KL of the unhealed and the healed student from the merged model, on the held-out windows."""
+def _compare_with_teacher(walk: Walk, streams: Streams, windows: Tensor) -> tuple[list[float], list[float]]:
+    """KL of the unhealed and of the healed student from the merged model, on each held-out window."""
     after = AfterBlocks(walk, windows[:1], streams)
-    begin, points = len(streams.teacher) - streams.held_out, []
-    for stream, offset in ((streams.unhealed, 0), (streams.student, begin)):
-        total = 0.0
+    begin, length = len(streams.teacher) - streams.held_out, windows.shape[1]
+    found: tuple[list[float], list[float]] = ([], [])
+    for stream, offset, values in ((streams.unhealed, 0, found[0]), (streams.student, begin, found[1])):
         for i in range(streams.held_out):
             teacher = after.hidden(streams.teacher[begin + i][None])[0]
             healed = after.hidden(stream[offset + i][None])[0]
-            total += float(kl_loss.divergence(healed, after.head, teacher, after.head, product_dtype(walk.device)))
-        points.append(total / (streams.held_out * windows.shape[1]))
-    return LossCurve([], [(0, points[0]), (steps, points[1])])
+            total = kl_loss.divergence(healed, after.head, teacher, after.head, product_dtype(walk.device))
+            values.append(float(total) / length)
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.heal.plan import HealPlan
 from requant.heal.settings import HealSettings
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.errors import InputError
 from requant.heal.settings import HealSettings
 from requant.modeling import block_walk

@@ -1,7 +1,8 @@
 """Stage heal: distil group scales (and norms) of a GPTQ checkpoint towards its 16-bit model.
 
-Codes are unchanged, so the files keep format and size. The result is never worse than the start on the held-out windows
-of the healing text: when nothing was gained, the start is copied byte for byte.
+Codes are unchanged, so the files keep format and size. One part of the held-out windows of the healing text chooses the
+step, another one judges it. By neither is the result worse than the start: when nothing was gained, the start is copied
+byte for byte.
 """
 
 from __future__ import annotations
@@ -73,13 +74,18 @@ class ScaleChanges(TypedDict, total=False):
 class HealResult(BlockFacts, ScaleChanges):
     """Facts of a healing, for the report.
 
-    held: [steps done, KL on held-out windows]. KL is in nats a token.
+    held: [steps done, KL on the windows that choose]. chosen_step: by these. judged: KL of the start and of the chosen
+    step on the windows that judge, null where it is not finite; None without such windows. best_step: of the file, 0
+    for the start. kl_start, kl_best: of the start and of the file, by the windows that judge where there are some.
+    KL is in nats a token.
     """
 
     healed: bool
     mode: str
     teacher_resident: bool
     best_step: int
+    chosen_step: int
+    judged: list[float | None] | None
     kl_start: float
     kl_best: float
     held: list[list[float]]
@@ -87,6 +93,7 @@ class HealResult(BlockFacts, ScaleChanges):
     stopped: str | None
     windows: int
     held_windows: int
+    judge_windows: int
     length: int
     tokens: int
     digest: str
@@ -113,8 +120,8 @@ def heal(
         values, curve = _heal_whole(job, progress)
     else:
         values, curve, blocks["blocks"] = blockwise.heal_blocks(job, progress)
-    best_step, kl_best = curve.best
-    healed = best_step > 0
+    (chosen_step, least), healed = curve.best, curve.gained
+    kl_start, kl_best = curve.judged or (curve.held_out[0][1], least)
     if not healed:
         log.warning("healing gained nothing on held-out text: the checkpoint stays as it was")
     changes: ScaleChanges = scale_changes(job.source, values) if healed else {}
@@ -125,14 +132,17 @@ def heal(
         "healed": healed,
         "mode": job.plan.mode,
         "teacher_resident": job.plan.teacher_resident,
-        "best_step": best_step,
-        "kl_start": curve.held_out[0][1],
-        "kl_best": kl_best,
+        "best_step": chosen_step if healed else 0,
+        "chosen_step": chosen_step,
+        "judged": None if curve.judged is None else [v if math.isfinite(v) else None for v in curve.judged],
+        "kl_start": kl_start,
+        "kl_best": kl_best if healed else kl_start,
         "held": [list(point) for point in curve.held_out],
         "train": curve.train,
         "stopped": curve.stopped,
         "windows": job.text.train,
-        "held_windows": job.text.held_out,
+        "held_windows": job.text.choosing,
+        "judge_windows": job.text.judging,
         "length": job.text.length,
         "tokens": job.settings.steps * job.settings.batch * job.text.length,
         "digest": job.text.digest,
@@ -158,7 +168,8 @@ def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tens
         loss,
         job.settings,
         train=job.text.train,
-        held_out=job.text.held_out,
+        choosing=job.text.choosing,
+        judging=job.text.judging,
         micro_batch=job.plan.micro_batch,
     )
     curve = trainer.run(job.work / STATE, job.key, progress)
@@ -299,7 +310,7 @@ def _with_meta(config: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any
 
 def summary(result: HealResult) -> str:
     """The result of a healing in one line."""
+    start, best = result["kl_start"], result["kl_best"]
     if not result["healed"]:
         return "healing gained nothing on held-out text; the checkpoint is unchanged"
-    start, best = result["kl_start"], result["kl_best"]
     return f"KL on held-out healing text {start:.4f} -> {best:.4f} ({best / start:.2f} x) at step {result['best_step']}"

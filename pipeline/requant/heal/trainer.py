@@ -1,6 +1,7 @@
-"""Healing's training loop: AdamW on a student's offsets, the best step by held-out loss.
+"""Healing's training loop: AdamW on a student's offsets, and which step is the best.
 
-Step 0 is among the candidates, so the result is never worse than the start on the held-out windows. A killed run
+Step 0 is among the candidates, so the result is never worse than the start on the windows that choose. The least of
+several looks at them is a little too good: other windows, looked at once, judge the step that was chosen. A killed run
 resumes from its last saved step with the same numbers.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from requant.checkpoint.atomic_write import atomic_write
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.errors import StageError
 from requant.heal import kl_loss
 from requant.heal.job import Progress
@@ -42,17 +43,24 @@ log = logging.getLogger(__name__)
 class LossCurve:
     """The losses of a healing, in nats a token.
 
-    train: of each step's batch. held_out: (steps done, loss on the held-out windows). stopped: why it ended early.
+    train: of each step's batch. held_out: (steps done, loss on the windows that choose). stopped: why it ended early.
+    judged: loss of the start and of the best step on the windows that judge; None without such windows.
     """
 
     train: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     stopped: str | None = None
+    judged: tuple[float, float] | None = None
 
     @property
     def best(self) -> tuple[int, float]:
         """(steps done, loss) of the lowest held-out loss."""
         return min(self.held_out, key=lambda point: point[1])
+
+    @property
+    def gained(self) -> bool:
+        """Whether a step was chosen that is better than the start, by the windows that judge where there are some."""
+        return self.best[0] > 0 and (self.judged is None or self.judged[1] < self.judged[0])
 
     def to_json(self) -> str:
         """The curve as text for the metadata of a state file."""
@@ -63,6 +71,12 @@ class LossCurve:
         """The curve that `to_json` wrote."""
         stored = parse(text, constants=True)
         return cls(stored["train"], [(int(n), v) for n, v in stored["held"]], stored["stopped"])
+
+
+def _refuse_start(loss: float) -> None:
+    """Raise StageError where the checkpoint's own loss is not finite."""
+    if not math.isfinite(loss):
+        raise StageError("healing: the checkpoint gives NaN or infinity on the healing text: nothing to start from")
 
 
 def batches(count: int, settings: HealSettings) -> list[list[int]]:
@@ -87,15 +101,17 @@ class Trainer:
         settings: HealSettings,
         *,
         train: int,
-        held_out: int,
+        choosing: int,
+        judging: int = 0,
         micro_batch: int | None = None,
     ) -> None:
-        """Windows 0 .. train-1 are trained on, the next `held_out` validate.
+        """Windows 0 .. train-1 are trained on, the next `choosing` choose a step, the next `judging` judge it.
 
         micro_batch: windows in one forward pass; None: a whole batch.
         """
         self.student, self.loss, self.settings = student, loss, settings
-        self.train, self.held_out = train, range(train, train + held_out)
+        self.train, self.choosing = train, range(train, train + choosing)
+        self.judging = range(self.choosing.stop, self.choosing.stop + judging)
         self.micro_batch = micro_batch or settings.batch
         self.optimizer = torch.optim.AdamW([v.offset for v in student.trainable], lr=settings.lr)
         self.best = [v.offset.clone() for v in student.trainable]
@@ -122,20 +138,18 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss of the held-out windows."""
-        numbers, size = self.held_out, self.micro_batch
+    def loss_of(self, numbers: Sequence[int]) -> float:
+        """Mean loss of windows."""
+        size = self.micro_batch
         parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
         return sum(float(self.loss(part)) for part in parts) / len(numbers)
 
     def validate(self, done: int) -> None:
         """Take the held-out loss after `done` steps, and keep the offsets if it is the lowest."""
-        value = self.held_out_loss()
+        value = self.loss_of(self.choosing)
+        if not done:
+            _refuse_start(value)
         if not math.isfinite(value):
-            if not done:
-                raise StageError(
-                    "healing: the checkpoint gives NaN or infinity on the healing text: nothing to start from"
-                )
             self.curve.stopped = f"the KL on held-out text was not finite after {done} steps"
             return
         if done and value < self.curve.best[1]:
@@ -167,10 +181,22 @@ class Trainer:
                     progress(
                         number + 1, self.settings.steps, f"steps, {self.curve.held_out[-1][1]:.4f} on held-out text"
                     )
-        for vector, offset in zip(self.student.trainable, self.best, strict=True):
+            if self.judging:
+                self.curve.judged = self._judged([torch.zeros_like(v) for v in self.best]), self._judged(self.best)
+                _refuse_start(self.curve.judged[0])
+        self._set(self.best)
+        return self.curve
+
+    def _judged(self, offsets: Sequence[Tensor]) -> float:
+        """The loss with these offsets on the windows that judge."""
+        self._set(offsets)
+        return self.loss_of(self.judging)
+
+    def _set(self, offsets: Sequence[Tensor]) -> None:
+        """Give the student these offsets."""
+        for vector, offset in zip(self.student.trainable, offsets, strict=True):
             vector.offset.copy_(offset)
         self.student.refresh()
-        return self.curve
 
     def save(self, state: Path, key: str) -> None:
         """Write everything that a killed run needs to resume with the same numbers."""

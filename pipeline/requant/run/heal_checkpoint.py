@@ -14,7 +14,7 @@ from torch import nn
 from requant import __version__, heal
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
-from requant.data import packing
+from requant.data import healing_text
 from requant.data import tokenizer as tokenizer_files
 from requant.data.documents import TextSource, tokenize
 from requant.errors import InputError, StageError
@@ -89,15 +89,22 @@ def heal_checkpoint(
 
 def _text(
     files: Sequence[Path], tokenizer: Any, settings: HealSettings, warn: Callable[[str], None]
-) -> packing.HealingText:
+) -> healing_text.HealingText:
     """Windows of the files' text, each in an equal share. warn: receives what was left out."""
     notes: list[str] = []
     entries = [(f.name, tokenize(TextSource(path=f), tokenizer, completions=False, notes=notes), 1.0) for f in files]
+    text = healing_text.healing_windows(
+        entries,
+        tokenizer,
+        steps=settings.steps,
+        batch=settings.batch,
+        length=settings.length,
+        seed=settings.seed,
+        notes=notes,
+    )
     for note in dict.fromkeys(notes):
         warn(note)
-    return packing.healing_windows(
-        entries, tokenizer, steps=settings.steps, batch=settings.batch, length=settings.length, seed=settings.seed
-    )
+    return text
 
 
 def _check_new(out: Path) -> None:

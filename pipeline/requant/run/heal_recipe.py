@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from requant.data.documents import TokenDocument
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.heal.plan import HealPlan, ModelSize, choose_plan
 from requant.heal.settings import HealSettings
 from requant.recipe import Recipe

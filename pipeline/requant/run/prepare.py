@@ -21,6 +21,7 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import Checkpoint
 from requant.data import canaries
 from requant.data.canaries import Canaries
+from requant.data.documents import adds_bos
 from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
@@ -169,11 +170,12 @@ def _texts(
     warnings += dict.fromkeys(notes)
     doing("overlap of calibration and evaluation text")
     facts["overlap"] = _overlaps(windows, healing, tuple(sets), warnings)
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     texts = Texts(
         calibration=windows,
         calibration_facts=facts,
         sets=tuple(sets),
-        probes=adapter_probe.sample_rows(facts["data"], seen),
+        probes=adapter_probe.sample_rows(facts["data"], seen, bos),
         canaries=_canaries(recipe, tokenizer),
         first_documents=of_calibration,
         decode=tokenizer.decode,

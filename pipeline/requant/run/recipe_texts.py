@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from torch import Tensor
 
-from requant.data import overlap, packing
+from requant.data import healing_text, overlap, packing
 from requant.data import tokenizer as tokenizer_files
 from requant.data.documents import TextSource, TokenDocument, read_texts, tokenize
-from requant.data.packing import HealingText
+from requant.data.healing_text import HealingText
 from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
 from requant.recipe import Recipe
@@ -112,8 +112,14 @@ def healing(
     else:
         named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
         entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
-    text = packing.healing_windows(
-        entries, tokenizer, steps=section.steps, batch=section.batch, length=section.length, seed=section.seed
+    text = healing_text.healing_windows(
+        entries,
+        tokenizer,
+        steps=section.steps,
+        batch=section.batch,
+        length=section.length,
+        seed=section.seed,
+        notes=notes,
     )
     facts: HealingFacts = {"data": [name for name, _, _ in entries], "digest": text.digest}
     return [documents for _, documents, _ in entries] if own else [], text, facts
