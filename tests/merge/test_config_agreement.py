@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from helpers import pico
 from helpers.e2e import edit_json
 
 from requant.adapters import peft_directory
+from requant.checkpoint.model_files import edit_config
+from requant.checkpoint.reader import read_json
 from requant.errors import InputError
 from requant.run import prepare
 
@@ -42,3 +45,54 @@ def test_another_models_config_is_refused(tmp_path: Path, changes: dict[str, Any
         planned(tmp_path, **changes)
     assert "config.json does not describe these weights: " in str(caught.value)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers is 1000000, the weights are \d+ tensors"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000, the weights are"),
+        ({"text_config": {"n_layer": 10**6}}, "text_config.n_layer is 1000000, the weights are"),
+        ({"num_labels": 10**8}, "num_labels is 100000000, expected at most 100000"),
+        ({"head_dim": 10**9}, r"head_dim is 1000000000, the largest tensor has \d+ elements"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads is 1000000000, the largest tensor"),
+    ],
+)
+def test_sizes_that_no_weights_explain_are_refused_before_anything_is_built(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=rf"base/config\.json: {says}"):
+        planned(tmp_path, **changes)
+
+
+def test_sizes_of_no_weight_are_free(tmp_path: Path) -> None:
+    planned(tmp_path, max_position_embeddings=10**9, sliding_window=10**9, chunk_size=10**9, pad_token_id=5)
+
+
+def test_kernels_that_a_config_asks_for_are_never_loaded(tmp_path: Path) -> None:
+    """`user/repository` is code that transformers would download: nowhere to be found, so loading it would raise."""
+    planned(tmp_path, _attn_implementation="no/such", experts_implementation="no/such", attn_implementation="no/such:f")
+    config = edit_config(read_json(tmp_path / "base" / "config.json"), dtype="bfloat16")
+    assert [key for key in config if "implementation" in key] == []
+    assert config["hidden_size"] == 64
+
+
+@pytest.mark.parametrize("value", ["x", 3, [1], {"a": 1}, None, True])
+@pytest.mark.parametrize("key", ["hidden_act", "rope_parameters", "text_config", "torch_dtype", "id2label", "auto_map"])
+def test_wrong_types_are_errors_of_ours_or_nothing(tmp_path: Path, made: Path, key: str, value: object) -> None:
+    base = Path(shutil.copytree(made / "base", tmp_path / "base"))
+    edit_json(base / "config.json", **{key: value})
+    try:
+        prepare.plan_merge(base, peft_directory.load(made / "adapter"), None, trust_remote_code=False)
+    except InputError as error:
+        said = str(error)
+    else:
+        said = "config.json"
+    assert "config.json" in said
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made")
+    planned(path)
+    return path

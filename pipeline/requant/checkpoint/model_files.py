@@ -6,6 +6,7 @@ transformers re-serializes both with changes that break servers; its classes are
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ TOKENIZER = (
 PROCESSORS = ("*processor*.json", "*feature_extractor*.json", "custom_generate/*")
 _NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 FOLDERS = (TEMPLATES, "custom_generate")  # whose files belong to a model
+KERNELS = re.compile(r"_?(attn|experts)_implementation\w*")
 _SAMPLING = {
     "temperature": (None, 1.0),
     "top_p": (None, 1.0),
@@ -40,12 +42,10 @@ def edit_config(
     config: Mapping[str, Any], *, dtype: str, untie: bool = False, vocab_size: int | None = None
 ) -> dict[str, Any]:
     """A copy of config.json for unquantized weights of `dtype`, with what the merge changed."""
-    edited = {
-        k: v for k, v in config.items() if k not in ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
-    }
+    dropped = ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
+    edited = {k: v for k, v in without_kernels(config).items() if k not in dropped}
     sections = [edited]
     if isinstance(edited.get("text_config"), dict):
-        edited["text_config"] = dict(edited["text_config"])
         sections.append(edited["text_config"])
     for section in sections:
         key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
@@ -56,6 +56,18 @@ def edit_config(
         if vocab_size is not None and "vocab_size" in section:
             section["vocab_size"] = vocab_size
     return edited
+
+
+def without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json without the kernels it asks for, also in its sections.
+
+    transformers takes `user/repository` there for code to download and run.
+    """
+    return {
+        key: without_kernels(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not KERNELS.fullmatch(key)
+    }
 
 
 def with_eos(config: Mapping[str, Any], eos: int) -> dict[str, Any]:

@@ -215,6 +215,8 @@ def _small_files(path: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
     for name in _CONFIGS:
         if (path / name).exists():
             for key, text in _strings(read_json(path / name, constants=name == "config.json")):
+                if model_files.KERNELS.fullmatch(key.rpartition(".")[2]) and "/" in text:
+                    yield Finding(f"{name}: {key}", f"{text!r} is code that servers would download and run: remove it")
                 if LOCAL.fullmatch(text):
                     yield Finding(f"{name}: {key}", f"{text!r} is a path of the machine that made it: remove it")
 

@@ -154,8 +154,10 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
-    if sources.simulate is not None or sources.sixteen_bit:  # an empty quantization_config stops transformers
-        options["config"] = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code)
+    packed = sources.simulate is None and not sources.sixteen_bit  # else a quantization_config stops transformers
+    options["config"] = skeleton.load_config(
+        sources.base, trust_remote_code=sources.trust_remote_code, quantized=packed
+    )
     if sources.simulate is not None:
         s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from requant.checkpoint.reader import Weights
+from requant.checkpoint.reader import Weights, read_json
 from requant.errors import InputError, library_call
-from requant.modeling import linears, moe
+from requant.modeling import config_limits, linears, moe
 
 log = logging.getLogger(__name__)
 _ADVICE = "take the config.json that belongs to the weights, or download the model again"
@@ -28,14 +28,21 @@ def open_model(path: Path, *, trust_remote_code: bool = False) -> nn.Module:
     return build(load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
 
 
-def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a local model directory, without any `quantization_config`."""
+def load_config(path: Path, *, trust_remote_code: bool = False, quantized: bool = False) -> Any:
+    """The transformers config of a local model directory.
+
+    Without the kernels that the file asks for: their names may be repositories whose code transformers would run. And
+    without any `quantization_config`, unless `quantized`. Raises InputError for a file that transformers cannot read or
+    with sizes that the weights beside it do not explain.
+    """
     from transformers import AutoConfig
 
+    config_limits.check(path, read_json(path / "config.json", constants=True))
     with library_call(f"{path / 'config.json'}: transformers cannot read it", _ADVICE):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         config.get_text_config()
-    if hasattr(config, "quantization_config"):
+        config._attn_implementation = config._experts_implementation = None
+    if hasattr(config, "quantization_config") and not quantized:
         del config.quantization_config
     return config
 
