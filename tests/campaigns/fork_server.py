@@ -41,6 +41,8 @@ def import_everything() -> None:
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # 900 patterns, half of a short command's time
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     for root in ("requant", "requant_eval"):
         folder = Path(str(importlib.import_module(root).__file__)).parent
         for file in sorted(folder.rglob("*.py")):
