@@ -9,7 +9,7 @@ import pytest
 from campaigns import fuzzing
 from campaigns.workshop import Workshop
 
-WHOLE, SAMPLE = 10_000, 36
+WHOLE, SAMPLE = 10_000, 1  # of every kind at least one
 
 
 @pytest.mark.slow
