@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +14,10 @@ from campaigns.mutations import changed_bytes, changed_json
 from campaigns.same_run import difference
 from campaigns.tensor_mutations import changed_tensors, changed_values
 from campaigns.workshop import Workshop
+from requant import recipe as recipes
+from requant.quantize import background_writer
+from requant.run import runner
+from requant.run.observer import Watcher
 
 GATES = (
     "", "x", "ppl_increase", "ppl_increase in-domain", "ppl_increase in-domain 5%%", "ppl_increase nope 5%",
@@ -23,7 +29,7 @@ GATES = (
     "ppl_increase in-domain 5% relative_to rtn", "retention general ٣%", "\udc80 x 5%", "ppl_increase in-domain 5_0%",
     "kl in-domain 1e",
 )  # fmt: skip
-INTERRUPTED = ("merge:1", "quantize:1", "heal:3", "evaluate:2")
+INTERRUPTED = ("merge:1", "quantize:1", "heal:8", "evaluate:3")
 
 
 @cache
@@ -77,25 +83,33 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-def die_in(project: str, recipe: str, runs: str, when: str) -> None:
+class Dying(Watcher):
+    """Ends the process without cleaning up at the n-th step that a stage tells of."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.wanted, self.left, self.now = stage, steps, ""
+
+    def stage(self, name: str, *, done: bool) -> None:
+        self.now = name
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self.left -= self.now == self.wanted
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(recipe: str, runs: str, when: str) -> None:
     """Run until a step of a stage, and die there: what the fork server runs to make an interrupted run."""
-    from helpers import e2e
-
-    from requant import recipe as recipes
-    from requant.quantize import background_writer
-    from requant.run import runner
-
-    background_writer.BEHIND = 0
+    background_writer.BEHIND = 0  # each block is told of before the next is on its way
     stage, step = when.split(":")
-    loaded = recipes.load(recipe, overrides={"output.dir": runs})
-    runner.run(loaded, watcher=e2e.Killer(stage, int(step)))
+    runner.run(recipes.load(recipe, overrides={"output.dir": runs}), watcher=Dying(stage, int(step)))
 
 
 def interrupted(shop: Workshop, when: str) -> Path:
     """The directory of a run that was killed at `when`; made once."""
     folder = shop.folder / "interrupted" / when.replace(":", "-")
     if not folder.exists():
-        told = [f"{__name__}:die_in", shop.project, shop.recipe, folder, when]
+        told = [f"{__name__}:die_in", shop.recipe, folder, when]
         end = shop.requant.run(told)
         if end.code != -9:
             raise RuntimeError(f"{when}: {end.code} {end.text[-1000:]}")

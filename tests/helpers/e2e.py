@@ -229,7 +229,7 @@ def visible(directory: Path) -> set[str]:
 # --- killing ---
 
 
-class Killer:
+class _Killer:
     """A silent Watcher that ends the process without cleaning up, at step `at` of `stage`.
 
     0: as the stage begins.
@@ -264,7 +264,7 @@ def run_and_die(project: Path, out: Path, changes: dict[str, Any], when: str) ->
     if stage == "rename":
         _die_at_rename(out, int(step))
     else:
-        watcher = Killer(stage, int(step))
+        watcher = _Killer(stage, int(step))
     run(project, out, changes, watcher=watcher)
 
 
