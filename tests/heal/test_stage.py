@@ -120,6 +120,21 @@ def test_the_divergence_and_its_gradient_are_autograds(
     torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [1e-4, 1e-3, 1e-2])
+def test_small_divergences_are_exact(change: float) -> None:
+    """As those of 8-bit checkpoints: a plain fp32 sum is negative for some tokens at 1e-7."""
+    width, vocabulary = 16, 5000
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocabulary, width, generator=generator)
+    theirs = torch.randn(64, width, generator=generator)
+    hidden = theirs + change * torch.randn(64, width, generator=generator)
+    head = Head(weight)
+    for row in range(0, 64, 16):
+        ours = kl_loss.divergence(hidden[row : row + 1], head, theirs[row : row + 1], head, torch.float32)
+        q, p = ((x[row : row + 1] @ weight.T).double().log_softmax(-1) for x in (hidden, theirs))
+        assert float(ours) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
+
+
 def test_a_model_does_not_diverge_from_itself() -> None:
     head, hidden = Head(torch.randn(40, 16)), torch.randn(9, 16, requires_grad=True)
     loss = kl_loss.divergence(hidden, head, hidden.detach(), head, torch.float32)

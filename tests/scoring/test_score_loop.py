@@ -300,14 +300,14 @@ def test_scores_survive_the_disk(eval_set: EvalSet, tmp_path: Path) -> None:
 
 
 def test_kl_survives_underflow_and_keeps_tiny_values() -> None:
-    from requant_eval.scoring.score_loop import _kl
+    from requant_eval.scoring.kl import kl_divergence
 
     r = torch.tensor([[0.0, -300.0, -5.0], [0.0, 0.0, 0.0]]).log_softmax(-1)
     v = torch.tensor([[0.0, -2.0, -300.0], [0.0, 1e-4, -1e-4]]).log_softmax(-1)
     expected = (r.double().exp() * (r.double() - v.double())).sum(-1)
-    assert _kl(r, v)[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert kl_divergence(r, v)[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
     # KL of a small shift s of uniform logits is var(s) / 2 to second order.
-    assert _kl(r, v)[1].item() == pytest.approx((2e-8 / 3) / 2, rel=1e-2)
+    assert kl_divergence(r, v)[1].item() == pytest.approx((2e-8 / 3) / 2, rel=1e-2)
 
 
 def test_a_documents_sums_do_not_depend_on_the_others_or_on_the_batch(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_the_same_model_scored_twice_differs_by_exactly_zero(eval_set: EvalSet, 
 
 def test_excluded_tokens_do_not_make_kl_nan() -> None:
     """Logits of -inf, in both models, in one, in none: against the sum in fp64 over the reference's support."""
-    from requant_eval.scoring.score_loop import _kl
+    from requant_eval.scoring.kl import kl_divergence
 
     generator = torch.Generator().manual_seed(3)
     r, p = (torch.randn(8, 50, generator=generator) * 4 for _ in range(2))
@@ -354,7 +354,7 @@ def test_excluded_tokens_do_not_make_kl_nan() -> None:
     log_r, log_p = r.double().log_softmax(-1), p.double().log_softmax(-1)
     inside = torch.isfinite(log_r)
     terms = torch.where(inside, log_r.exp() * (log_r - log_p), torch.zeros_like(log_r))
-    found = _kl(r.log_softmax(-1), p.log_softmax(-1))
+    found = kl_divergence(r.log_softmax(-1), p.log_softmax(-1))
     assert found[:7].tolist() == pytest.approx(terms[:7].sum(-1).tolist(), rel=1e-5)
     assert found[7].item() == math.inf
 

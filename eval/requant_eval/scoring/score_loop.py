@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from requant_eval.errors import EvaluationError
+from requant_eval.scoring.kl import kl_divergence
 from requant_eval.scoring.lm_head import Head, HeadTap, prove_head
 from requant_eval.scoring.reference_states import Reference, ReferenceWriter
 from requant_eval.scoring.token_scores import TokenScores
@@ -29,7 +30,6 @@ __all__ = ["CHUNK_LOGITS", "Reference", "TokenScores", "score"]
 
 # Logits that exist at a time. On a CPU few enough for malloc to reuse their memory.
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
-FAR = 80.0  # nats; e^80 is still far from fp32's end
 
 
 def score(
@@ -150,26 +150,9 @@ class _TokenScorer:
             reference_rows = self.reference.hidden(part.start, part.stop).to(rows.device)
             log_r = self.reference.head.logits(reference_rows).log_softmax(-1)
             columns.agree[part] = (log_r.argmax(-1) == best).cpu()
-            kl = _kl(log_r, log_p)
+            kl = kl_divergence(log_r, log_p)
             columns.kl[part] = kl.cpu()
             columns.finite[part] &= torch.isfinite(kl).cpu()
-
-
-def _kl(log_r: Tensor, log_p: Tensor) -> Tensor:
-    """KL(R || P), nats, of each row of fp32 log-probabilities [n, vocab]: float64 [n].
-
-    Summed in fp64 as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
-    term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7. A logit may be
-    -inf: a token of probability 0 under R adds nothing to the KL, one that only P excludes makes it infinite.
-    """
-    d = log_p.sub(log_r)
-    r = log_r.exp()
-    if float(d.max()) <= FAR:
-        return d.expm1().sub_(d).mul_(r).sum(-1, dtype=torch.float64)
-    # Far above, e^d may overflow where r underflows: r * e^d is p. Where r is 0, ln r may be -inf and d no number.
-    near = d.clamp(max=FAR)
-    terms = torch.where(d > FAR, log_p.exp() - r - r * d, near.expm1().sub_(near).mul_(r))
-    return torch.where(r == 0, log_p.exp(), terms).sum(-1, dtype=torch.float64)
 
 
 def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[int]]:

@@ -1,7 +1,8 @@
 """Losses of healing: KL(teacher || student) over the vocabulary, relative error of a block.
 
 The KL divergence and its gradient are computed from final hidden states, a chunk of positions at a time: logits of both
-models exist for one chunk only, and only the gradient with respect to the student's hidden states is kept.
+models exist for one chunk only, and only the gradient with respect to the student's hidden states is kept. The value
+is summed as evaluation sums it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from requant.runtime.device import profile_of
+from requant_eval.scoring.kl import kl_divergence
 from requant_eval.scoring.lm_head import Head
 
 
@@ -72,10 +74,10 @@ class _Divergence(torch.autograd.Function):
             student_logits = logits(head, hidden[chunk].to(dtype))
             log_p = logits(teacher_head, teacher[chunk].to(dtype)).log_softmax(-1)
             log_q = student_logits.log_softmax(-1)
-            p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum(-1).sum(dtype=torch.float64)
+            total += kl_divergence(log_p, log_q).sum()
             if gradient is not None:
-                gradient[chunk] = _through_head(head, student_logits, log_q.exp_().sub_(p), dtype).to(hidden.dtype)
+                difference = log_q.exp_().sub_(log_p.exp_())
+                gradient[chunk] = _through_head(head, student_logits, difference, dtype).to(hidden.dtype)
         ctx.save_for_backward(*(() if gradient is None else (gradient,)))
         return total
 

@@ -162,7 +162,7 @@ def _memory(s: ModelSize, plan: HealPlan, length: int, unique: int, device: torc
     kept = s.layers * tokens * s.width * 4 + block if plan.recompute else s.layers * block
     student = s.stored_bytes + s.other * item + BYTES_PER_SCALE * s.scales
     teacher = (s.quantized + s.other) * item if plan.teacher_resident else 0
-    return int(student + teacher + kept + rebuilt + 4 * 4 * profile_of(device).kl_chunk_logits)
+    return int(student + teacher + kept + rebuilt + 6 * 4 * profile_of(device).kl_chunk_logits)
 
 
 def _flops(s: ModelSize, plan: HealPlan, tokens: Tokens) -> float:
