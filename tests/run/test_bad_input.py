@@ -178,6 +178,20 @@ def test_a_damaged_model_or_adapter_is_refused_before_any_work(project: Path, tm
         (b'{"quant_type": "nf4", "blocksize": null, "dtype": "bfloat16", "shape": [64, 64]}', "not the expected JSON"),
         (b'{"quant_type": "int5", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64]}', "'int5'"),
         (b'{"quant_type": "nf4", "blocksize": 0, "dtype": "bfloat16", "shape": [64, 64]}', "impossible blocksize 0"),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64.0, "dtype": "bfloat16", "shape": [64, 64]}',
+            "64.0 is not a whole number",
+        ),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64, "dtype": "a", "shape": [64, 64], "nested_blocksize": 1'
+            + b"0" * 29
+            + b', "nested_offset": 0.1}',
+            "impossible blocksize 64 or nested_blocksize 1000",
+        ),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64, "dtype": "a", "shape": [4294967296, 4294967297]}',
+            "impossible shape",
+        ),
         (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 96]}', "expected 3072"),
     ],
 )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
 from torch import nn
 
 from requant.adapters import targets
-from requant.adapters.config import pattern_value
+from requant.adapters.config import CONFIG, pattern_value
 from requant.adapters.keys import locate, stem, stems
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.trained_tokens import TrainedTokens
@@ -30,24 +30,26 @@ _SHOWN = 4  # names in a message
 
 
 def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
-    """A warning for each kind of module that the settings name and the adapter's file lacks.
+    """A warning for each kind of module that the settings name and the file lacks.
 
-    model: the skeleton of the base.
+    model: the skeleton of the base. Raises InputError for what no tool could load either: trained copies of whole
+    modules, trained tokens and pairs of stacked experts that the settings name.
     """
     trained = [*adapter.folds, *(pair.module for pair in adapter.expert_pairs)]
     here = {module: _located(plan, model, module) for module in trained}
     saved = {_located(plan, model, name.rpartition(".")[0]) for name in adapter.replaced}
     notes = []
     lost = [m for m in _targets(adapter, here, model) if m not in here.values()]
-    lost += _lacking_pairs(adapter, here, ModelLayout.of(model, plan.base))
     if lost:
         notes.append(f"{_counted(lost, len(here))}: the settings target them, so their training may be lost")
-    lost = [m for m in _saved_modules(adapter, model) if m not in saved]
-    if lost:
-        notes.append(f"{_counted(lost, len(saved))}: modules_to_save names them, so their training may be lost")
+    _refuse_lost("target_parameters", adapter, _lacking_pairs(adapter, here, ModelLayout.of(model, plan.base)), here)
+    _refuse_lost("modules_to_save", adapter, [m for m in _saved_modules(adapter, model) if m not in saved], saved)
     tokens = adapter.config.get("trainable_token_indices")
     if tokens and not any("trainable_tokens_delta" in key for key in adapter.tensors):
-        notes.append("has no rows of trained tokens, though trainable_token_indices names some")
+        raise InputError(
+            f"{adapter.weights}: has no rows of trained tokens, though trainable_token_indices names some: save the "
+            "adapter again, or take the setting out if no token was trained"
+        )
     extra = untargeted(adapter)
     if extra:
         notes.append(
@@ -56,6 +58,16 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
         )
     file = "the adapter's file" if len(plan.adapters) == 1 else f"{adapter.path.name}/{adapter.weights.name}"
     return [f"{file} {note}" for note in notes]
+
+
+def _refuse_lost(setting: str, adapter: Adapter, lost: Sequence[str], held: Collection[str]) -> None:
+    """Raise InputError for modules that a setting names and the file lacks."""
+    if lost:
+        raise InputError(
+            f"{adapter.weights}: {_counted(lost, len(held))}: {setting} of {CONFIG} names them: their training is "
+            f"lost, and PEFT does not load such an adapter: save it again, or take them out of {setting} if they were "
+            "not trained"
+        )
 
 
 def check_vocabulary(adapters: Sequence[Adapter], plan: MergePlan, model: Any) -> None:

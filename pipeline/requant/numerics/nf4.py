@@ -11,6 +11,7 @@ All of it in fp32. Blocks run over the flattened matrix and cross rows when `in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from requant_eval.strict_json import parse
 
 QuantType = Literal["nf4", "fp4"]
 NESTED_BLOCK = 256
+_LARGEST_BLOCK = 2**20  # bitsandbytes has blocks of 32 to 4096
 _CHUNK = 2**20  # bytes decoded at a time: the pairs of one chunk stay in cache for the multiplication
 
 NF4 = torch.tensor(
@@ -58,7 +60,7 @@ class QuantState:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def blocks(self) -> int:
@@ -70,18 +72,22 @@ def parse_state(data: bytes) -> QuantState:
     """Read the quant_state JSON; raises Nf4Error for anything missing, mistyped or unknown."""
     try:
         raw: dict[str, Any] = parse(data)
-        quant_type, blocksize = raw["quant_type"], int(raw["blocksize"])
-        shape, dtype = tuple(int(n) for n in raw["shape"]), str(raw["dtype"])
+        quant_type, blocksize = raw["quant_type"], _whole(raw["blocksize"])
+        shape, dtype = tuple(_whole(n) for n in raw["shape"]), str(raw["dtype"])
         offset = float(raw["nested_offset"]) if "nested_blocksize" in raw else None
-        nested_blocksize = int(raw.get("nested_blocksize", NESTED_BLOCK))
+        nested_blocksize = _whole(raw.get("nested_blocksize", NESTED_BLOCK))
     except KeyError as error:
         raise Nf4Error(f"quant_state has no {error.args[0]!r}") from error
-    except (ValueError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise Nf4Error(f"quant_state is not the expected JSON ({error})") from error
     if quant_type not in ("nf4", "fp4"):
-        raise Nf4Error(f"quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
-    if blocksize < 2 or blocksize % 2 or nested_blocksize < 1 or not shape or min(shape) < 1:
-        raise Nf4Error(f"impossible blocksize {blocksize}, nested_blocksize {nested_blocksize} or shape {shape}")
+        raise Nf4Error(f"quant_type is {quant_type!r:.80}, expected 'nf4' or 'fp4'")
+    if not 2 <= blocksize <= _LARGEST_BLOCK or blocksize % 2 or not 1 <= nested_blocksize <= _LARGEST_BLOCK:
+        raise Nf4Error(f"impossible blocksize {blocksize} or nested_blocksize {nested_blocksize}")
+    if not shape or min(shape) < 1 or math.prod(shape) >= 2**63:
+        raise Nf4Error(f"impossible shape {shape!s:.80}")
+    if offset is not None and not math.isfinite(offset):
+        raise Nf4Error(f"nested_offset is {offset}")
     return QuantState(
         quant_type=quant_type,
         blocksize=blocksize,
@@ -90,6 +96,13 @@ def parse_state(data: bytes) -> QuantState:
         nested_offset=offset,
         nested_blocksize=nested_blocksize,
     )
+
+
+def _whole(value: object) -> int:
+    """A whole number as it is; raises TypeError for anything that only converts to one."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.80} is not a whole number")
+    return value
 
 
 def check_table(stored: Tensor, quant_type: QuantType) -> None:
