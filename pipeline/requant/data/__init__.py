@@ -13,7 +13,7 @@
     overlap           how much evaluation text also occurs in calibration text
     canaries          prompts whose answers the report shows
 
-May import: errors, checkpoint; requant_eval.scoring.
+May import: errors, runtime, checkpoint; requant_eval.scoring.
 """
 
 from requant.data.documents import TextSource, TokenDocument, adds_bos, tokenize

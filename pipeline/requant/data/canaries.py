@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
@@ -21,6 +22,7 @@ from requant.checkpoint.reader import read_json
 from requant.data.documents import TextSource, read_rows
 from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
+from requant.runtime.guarded_process import LimitError, call_guarded
 
 if TYPE_CHECKING:
     from requant_eval.scoring.canaries import Canary
@@ -117,12 +119,14 @@ def _prompt(where: str, prompt: Any, tokenizer: Any, kind: Format) -> tuple[str,
         raise InputError(f"{where}: canaries.format is chat, and the tokenizer has no chat template")
     text = prompt
     if chat or (kind != "text" and tokenizer.chat_template):
-        from jinja2 import TemplateError
-
         messages = prompt if chat else [{"role": "user", "content": prompt}]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
+            text = call_guarded(
+                partial(tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=True)
+            )
+        except LimitError as error:
+            raise InputError(f"{where}: the chat template {error}") from error
+        except Exception as error:  # a template is a program: it can raise anything
             raise InputError(f"{where}: the chat template refuses it: {type(error).__name__} {error}") from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id

@@ -16,6 +16,7 @@ from typing import Any
 from requant.data import template_losses
 from requant.data.conversation import Conversation, Message, RowError
 from requant.data.template_losses import TemplateFailure
+from requant.runtime.guarded_process import LimitError, call_guarded
 from requant_eval.strict_json import JsonError, parse
 
 DATE = datetime.date(2024, 7, 26)
@@ -62,8 +63,8 @@ def writes_bos(tokenizer: Any) -> bool:
         return False
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     try:
-        text = _apply(tokenizer, turns, None)
-    except TemplateFailure:
+        text = call_guarded(partial(_apply, tokenizer, turns, None))
+    except (TemplateFailure, LimitError):
         return False
     return text.startswith(tokenizer.bos_token) and text.count(tokenizer.bos_token) == 1
 
@@ -105,6 +106,8 @@ def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | N
             tokenize=False,
             add_generation_prompt=ask,
         )
+    except MemoryError:
+        raise  # the process that a template runs in has a limit (`runtime.guarded_process`)
     except Exception as error:  # a template is a program: it can raise anything
         raise TemplateFailure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     return text

@@ -21,6 +21,7 @@ from requant.data.row_files import Row, TextSource, read_rows
 from requant.data.tokenizer import adds_bos
 from requant.data.tokenizer import notes as tokenizer_notes
 from requant.errors import InputError
+from requant.runtime.guarded_process import LimitError, guarded
 
 __all__ = [
     "COMPLETION_KEYS",
@@ -66,6 +67,9 @@ class TokenDocument:
         return [*([] if bos is None else [bos]), *self.ids, *([] if eos is None or self.ended else [eos])]
 
 
+_Rendered = tuple[str, Spans, list[str]]  # as of `_Reader._render`
+
+
 @dataclass
 class _Reader:
     """Renders the rows of one source. completions: whether the parts that are completion are located."""
@@ -80,9 +84,10 @@ class _Reader:
     lost: dict[Any, tuple[str, ...]] = field(default_factory=dict)
 
     def documents(self, rows: Sequence[Row]) -> Iterator[TokenDocument]:
-        for number, row in enumerate(rows, 1):
+        for number, rendered in enumerate(self._rendered(rows), 1):
             try:
-                rendered = self._render(row)
+                if isinstance(rendered, RowError):
+                    raise rendered
                 encoded = None if rendered is None else _encode(self.tokenizer, rendered[0], rendered[1], self.bos)
             except RowError as error:
                 raise InputError(
@@ -96,7 +101,26 @@ class _Reader:
             if encoded[0].ids:
                 yield encoded[0]
 
-    def _render(self, row: Row) -> tuple[str, Spans, list[str]] | None:
+    def _rendered(self, rows: Sequence[Row]) -> Iterator[_Rendered | RowError | None]:
+        """`_render` of every row, its error in place of what it raises. A template's program runs within limits."""
+
+        def render(row: Row) -> _Rendered | RowError | None:
+            try:
+                return self._render(row)
+            except RowError as error:
+                return error
+
+        if self.columns.kind == "text" or not self.tokenizer.chat_template:
+            yield from map(render, rows)
+            return
+        try:
+            yield from guarded(render, rows)
+        except LimitError as error:
+            yield RowError(
+                f"the chat template {error}: use the template that the adapter was trained with, or format text"
+            )
+
+    def _render(self, row: Row) -> _Rendered | None:
         """(text, spans of it that count as completion, what was changed); None for a row without text."""
         if self.columns.kind == "text":
             text = self.columns.text_in(row)

@@ -13,7 +13,7 @@
     config_agreement       whether config.json describes the base's weights
     deltas                 the adapter's delta to one weight
 
-May import: errors, numerics, checkpoint, modeling, adapters. Knows no recipe.
+May import: errors, numerics, runtime, checkpoint, modeling, adapters. Knows no recipe.
 """
 
 from requant.merge.plan import plan

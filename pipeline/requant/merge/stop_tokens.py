@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from requant.checkpoint import model_files
+from requant.runtime.guarded_process import call_guarded
 
 _ANSWER = "Requant"
 
@@ -56,14 +58,12 @@ def stop_tokens(tokenizer: Any, base: Path, config: Mapping[str, Any]) -> StopTo
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that the chat template writes after an answer; None without one."""
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+        text = call_guarded(partial(tokenizer.apply_chat_template, turns, tokenize=False))
+    except Exception:  # noqa: BLE001  # a template is a program: it can raise anything, and rows say what
         return None
     after = str(text).rpartition(_ANSWER)[2].strip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []

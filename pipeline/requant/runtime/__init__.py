@@ -1,11 +1,12 @@
 """Runtime: the machine. Devices, pinned memory, several ranks, measurements.
 
-    device          which device, how much of its memory is free, how fast it multiplies
-    ranks           communication between the processes that share a model   <- start here for several GPUs
-    launch          one command on all ranks that a launcher such as torchrun started
-    pinned_memory   page-locked host memory that is used again, and copies through it
-    interpreter     thread switch interval and garbage collector while a GPU works
-    measurements    seconds, peak memory and hardware of a stage
+    device            which device, how much of its memory is free, how fast it multiplies
+    ranks             communication between the processes that share a model   <- start here for several GPUs
+    launch            one command on all ranks that a launcher such as torchrun started
+    guarded_process   a stranger's program within limits of time and memory
+    pinned_memory     page-locked host memory that is used again, and copies through it
+    interpreter       thread switch interval and garbage collector while a GPU works
+    measurements      seconds, peak memory and hardware of a stage
 
 May import: errors.
 """
