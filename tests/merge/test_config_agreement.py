@@ -65,6 +65,13 @@ def test_sizes_that_no_weights_explain_are_refused_before_anything_is_built(
         planned(tmp_path, **changes)
 
 
+def test_two_heads_where_the_config_ties_them_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"tie_word_embeddings, but lm_head\.weight has other values than model\.embed"
+    ):
+        planned(tmp_path, tie_word_embeddings=True)
+
+
 def test_sizes_of_no_weight_are_free(tmp_path: Path) -> None:
     planned(tmp_path, max_position_embeddings=10**9, sliding_window=10**9, chunk_size=10**9, pad_token_id=5)
 

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from requant.adapters.ia3 import Ia3
 from requant.adapters.keys import PREFIX, adapter_names, clean
 from requant.adapters.peft_directory import CONFIG, WEIGHTS, Adapter
 from requant.adapters.trained_tokens import TrainedTokens
 from requant.checkpoint.reader import read_tensor
-from requant.errors import StageError
+from requant.errors import StageError, library_call
 from requant.merge.adapter_completeness import untargeted, untrained
 from requant.merge.plan import MergePlan
 
@@ -72,9 +74,11 @@ def _attached(model: Any, plan: MergePlan | Path, *, structure: bool) -> Any:
             part = bool(untrained(one, modules) or untargeted(one))
             needs_export = part or _needs_export(one, plan)
             path = str(export(one, plan, Path(folder), only_held=part) if needs_export else one.path)
-            if wrapped is None:
-                wrapped = peft.PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=structure)
-            result = wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=structure)
+            options = {"adapter_name": name, "low_cpu_mem_usage": structure}
+            with library_call(f"{one.path}: PEFT cannot load it", kind=StageError, passing=(torch.OutOfMemoryError,)):
+                if wrapped is None:
+                    wrapped = peft.PeftModel.from_pretrained(model, path, **options)
+                result = wrapped.load_adapter(path, **options)
         missing = [*result.missing_keys, *result.unexpected_keys]
         if missing:
             raise StageError(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from requant.checkpoint.reader import Checkpoint, Weights
-from requant.errors import StageError
+from requant.errors import StageError, library_call
 from requant.evaluate import peft_runtime, variant_weights
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
@@ -116,9 +116,11 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
         dtype=dtype,
         trust_remote_code=sources.trust_remote_code,
     )
+    what = f"{sources.merged}: transformers cannot load it"
     if device.type != "cpu":  # without a copy on the host
         try:
-            return load(device_map={"": device}).eval()
+            with library_call(what, kind=StageError, passing=(RuntimeError,)):
+                return load(device_map={"": device}).eval()
         except torch.OutOfMemoryError:
             raise
         except (
@@ -126,7 +128,8 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
         ) as error:  # transformers hides errors of stacking experts: load on the host, which shows them
             log.debug("loading straight to %s: %s", device, error)
         free_memory(device)
-    return load().to(device).eval()
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+        return load().to(device).eval()
 
 
 @torch.no_grad()
@@ -170,9 +173,11 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
         )
     else:
         options["dtype"] = dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        str(sources.base), device_map={"": device}, trust_remote_code=sources.trust_remote_code, **options
-    )
+    what = f"{sources.base}: transformers cannot load it as training did"
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(sources.base), device_map={"": device}, trust_remote_code=sources.trust_remote_code, **options
+        )
     _compute_in(model, dtype, sources.simulate.blocksize if sources.simulate else None)
     return (peft_runtime.attach(model, sources.plan or sources.adapter) if with_adapter else model).eval()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from requant.errors import InputError
 from requant.merge.base_weights import BaseWeights
 from requant.merge.model_layout import ModelLayout
@@ -13,7 +15,7 @@ _SHOWN = 3  # names in a message
 
 
 def check(base: BaseWeights, model: Any, layout: ModelLayout) -> None:
-    """Raise InputError where a tensor of the model is not in the base, or has another shape there.
+    """Raise InputError where a tensor of the model is not in the base, or has another shape or a second value there.
 
     model: the skeleton of the base, made of config.json.
     """
@@ -36,3 +38,21 @@ def check(base: BaseWeights, model: Any, layout: ModelLayout) -> None:
             f"{base.checkpoint.path}: config.json does not describe these weights: {'; '.join(problems[:_SHOWN])}"
             f"{more}. Take the config.json that belongs to them, or download the model again"
         )
+    _check_ties(base, model)
+
+
+def _check_ties(base: BaseWeights, model: Any) -> None:
+    """Raise InputError for two different matrices where config.json says that both ends are one.
+
+    transformers 4 takes the embedding for both, transformers 5 each its own. A copy with the same values is fine.
+    """
+    tied = skeleton.tied_pair(model)
+    names = skeleton.tensor_names(model, base.weights)
+    inner, outer = (names.get(end) for end in tied) if tied else (None, None)
+    if inner is None or outer is None or inner == outer or torch.equal(base.read(inner), base.read(outer)):
+        return
+    raise InputError(
+        f"{base.checkpoint.path}: config.json says tie_word_embeddings, but {outer} has other values than {inner}: "
+        "which one did training see? Set tie_word_embeddings to false in config.json if it was the head, as with "
+        "transformers 5, or take the base without it"
+    )
