@@ -18,6 +18,7 @@ FILES = sorted(file for name, root in SOURCES.items() for file in (root / name).
 # A file of the top level is a package of its own.
 ALLOWED: dict[str, set[str]] = {
     "requant.errors": set(),
+    "requant.outgoing": set(),
     "requant.numerics": {"requant.runtime"},
     "requant.runtime": set(),
     "requant.recipe": {"requant_eval.gate"},
@@ -53,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "requant_eval.gate", "requant_eval.report", "requant_eval.render",
     },
     "requant_eval.errors": set(),
+    "requant_eval.escaping": set(),
     "requant_eval.gate": set(),
     "requant_eval.strict_json": set(),
     "requant_eval.scoring": set(),
@@ -65,11 +67,13 @@ NARROW = {
     "requant.adapters": {"requant.modeling": {"requant.modeling.stacked_experts"}},
     "requant.numerics": {"requant.runtime": {"requant.runtime.device"}},  # block sizes: one profile a device type
 }
-# what every package may import: the exceptions, and the one way to read JSON
+# what every package may import: the exceptions, the one way to read JSON, what becomes of texts that leave
 EVERYBODY = {
-    "requant": {"requant.errors", "requant_eval.errors", "requant_eval.strict_json"},
-    "requant_eval": {"requant_eval.errors", "requant_eval.strict_json"},
-}
+    "requant": {
+        "requant.errors", "requant.outgoing", "requant_eval.errors", "requant_eval.escaping", "requant_eval.strict_json",
+    },
+    "requant_eval": {"requant_eval.errors", "requant_eval.escaping", "requant_eval.strict_json"},
+}  # fmt: skip
 DOORS = {"requant", "requant.__main__", "requant_eval"}  # they belong to no package
 
 

@@ -6,7 +6,7 @@
     +-- StageError    only the data itself showed it (NaN, overflow, full disk): exit code 1
         +-- NotFiniteError   what a linear receives holds NaN or infinity: all ranks see that alike
 
-Every message says what was found, what was expected and what to do.
+Every message says what was found, what was expected and what to do; secrets in it are masked (`outgoing`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from requant.outgoing import masked
+
 
 class RequantError(Exception):
     """Base of every error that requant raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(a) if isinstance(a, str) else a for a in args))
 
 
 class RecipeError(RequantError):
@@ -27,7 +32,7 @@ class RecipeError(RequantError):
     exit_code = 2
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems = tuple(map(masked, (problems,) if isinstance(problems, str) else problems))
         super().__init__("\n".join(self.problems))
 
 

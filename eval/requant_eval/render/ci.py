@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from requant_eval.escaping import markdown, markdown_block
+from requant_eval.render.document import readable
 from requant_eval.render.tables import gates_table, options_table
 from requant_eval.report.records import GateResult, Report
 
@@ -15,6 +17,7 @@ def junit(report: Report) -> str:
 
     A failed gate is a failure, an inconclusive one an error.
     """
+    report = readable(report)
     gates, name = report["gates"], str(report["name"] or "requant")
     found = [g["status"] for g in gates]
     counts = {"tests": len(gates), "failures": found.count("fail"), "errors": found.count("inconclusive")}
@@ -34,10 +37,12 @@ def junit(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """Verdict, headline, gates and the ways to deploy in Markdown, for `GITHUB_STEP_SUMMARY`."""
+    report = readable(report)
     gates = gates_table(report)
-    parts = [f"## {report['verdict']['line']}", report["headline"]]
+    parts = [f"## {markdown(report['verdict']['line'])}", markdown_block(report["headline"])]
     parts += [gates.markdown()] if gates.rows else []
-    return "\n\n".join([*parts, report["recommendation"]["text"], options_table(report).markdown()]) + "\n"
+    text = markdown_block(report["recommendation"]["text"])
+    return "\n\n".join([*parts, text, options_table(report).markdown()]) + "\n"
 
 
 def title(gate: GateResult) -> str:

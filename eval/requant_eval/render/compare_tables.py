@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from rich.console import Group
 from rich.text import Text
 
+from requant_eval.escaping import everywhere
 from requant_eval.render.document import Bullets, Document, Section
 from requant_eval.render.tables import Table
 from requant_eval.render.terminal import shown
@@ -66,6 +69,7 @@ def line(comparison: Comparison) -> str:
 
 def document(comparison: Comparison) -> Document:
     """The comparison for Markdown and HTML."""
+    comparison = cast("Comparison", everywhere(comparison))
     tokens = ", ".join(f"{s['name']}: {s['n_documents']} documents, {s['n_scored']} tokens" for s in comparison["sets"])
     left = (Bullets(tuple(comparison["left_out"])),) if comparison["left_out"] else ()
     sections = (
@@ -84,6 +88,7 @@ def document(comparison: Comparison) -> Document:
 
 def terminal(comparison: Comparison) -> Group:
     """The comparison on a terminal."""
+    comparison = cast("Comparison", everywhere(comparison))
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in comparison["warnings"]]
     left = [Text(f"Not in all runs, left out: {', '.join(comparison['left_out'])}.")] if comparison["left_out"] else []
     tables = shown(pairs_table(comparison), runs_table(comparison))

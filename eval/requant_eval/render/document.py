@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
+from requant_eval import escaping
 from requant_eval.metrics.engine_step import proofs
 from requant_eval.metrics.facts import Facts, HealFacts, is_16_bit_base, known_facts
 from requant_eval.metrics.records import EvaluationSet
@@ -121,7 +122,8 @@ class Document:
 
 
 def document(report: Report) -> Document:
-    """The whole report; sections without content are left out."""
+    """The whole report; sections without content are left out, and names cannot hold what a terminal obeys."""
+    report = readable(report)
     created = report["created"]
     return Document(
         headline=report["headline"],
@@ -130,6 +132,11 @@ def document(report: Report) -> Document:
         sections=tuple(_under_heading(s) for s in _sections(report) if s.blocks),
         verdict=report["verdict"]["line"],
     )
+
+
+def readable(report: Report) -> Report:
+    """The report with every text on one line and without control characters, YAML in as many lines as it has."""
+    return cast("Report", escaping.everywhere(report, whole=frozenset({"recipe", "patch"})))
 
 
 def _about(report: Report) -> str:

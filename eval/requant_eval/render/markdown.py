@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from requant_eval.escaping import fenced, markdown, markdown_block
 from requant_eval.render.document import Block, Bullets, Code, Document, Figure, Folded, Paragraph, document
 from requant_eval.render.model_card import model_card
 from requant_eval.render.tables import Table
@@ -17,9 +18,9 @@ def render(report: Report) -> str:
 
 def page(d: Document) -> str:
     """Any document as Markdown, without figures: their numbers are in the tables."""
-    parts = [d.verdict, d.headline, f"# {d.title}", d.about]
+    parts = [markdown_block(d.verdict), markdown_block(d.headline), f"# {markdown(d.title)}", markdown_block(d.about)]
     for section in d.sections:
-        parts += [f"## {section.title}", *map(_block, section.blocks)]
+        parts += [f"## {markdown(section.title)}", *map(_block, section.blocks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -28,10 +29,10 @@ def _block(block: Block) -> str:
         case Table():
             return block.markdown()
         case Paragraph(text):
-            return text
+            return markdown_block(text)
         case Bullets(items):
-            return "\n".join(f"- {item}" for item in items)
+            return "\n".join(f"- {markdown_block(item)}" for item in items)
         case Code():
-            return f"### {block.title}\n\n```{block.language}\n{block.text}\n```"
+            return f"### {markdown(block.title)}\n\n{fenced(block.text, block.language)}"
         case Figure() | Folded():
             return ""

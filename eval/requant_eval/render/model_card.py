@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from requant_eval.escaping import markdown, markdown_block, yaml
 from requant_eval.metrics.engine_step import proofs
 from requant_eval.metrics.facts import Facts, is_16_bit_base, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
+from requant_eval.render.document import readable
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
@@ -47,14 +48,14 @@ def model_card(report: Report, without: str | None = None) -> str:
 
     without: a variant to leave out, because the checkpoint neither is it nor was made of it.
     """
-    report = report if without is None else _without(report, without)
+    report = readable(report if without is None else _without(report, without))
     facts = known_facts(report["facts"])
     name = str(report["name"] or "gptq-checkpoint")
     parts = [
         _front_matter(report, name),
-        f"# {name}",
-        *([report["verdict"]["line"]] if report["gates"] else []),
-        report["headline"],
+        f"# {markdown(name)}",
+        *([markdown_block(report["verdict"]["line"])] if report["gates"] else []),
+        markdown_block(report["headline"]),
         "## Quality",
         *(
             t.markdown()
@@ -65,8 +66,10 @@ def model_card(report: Report, without: str | None = None) -> str:
         "## Serve",
         SERVE,
         "## Provenance",
-        f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on "
-        "the tokens named by the fingerprints above.",
+        markdown_block(
+            f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on the tokens named by the fingerprints "
+            "above."
+        ),
     ]
     settings = (facts.get("quantize") or {}).get("settings")
     for t in (
@@ -108,33 +111,32 @@ def _verb(report: Report) -> str:
 
 
 def _front_matter(report: Report, name: str) -> str:
-    """YAML; strings are written as JSON strings, which are YAML."""
-    lines = ["---"]
+    """What a hub reads off the card, as YAML."""
     base = _hub_id(known_facts(report["facts"]).get("base"))
-    if base:
-        lines += [f"base_model: {_quoted(base)}", "base_model_relation: quantized"]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gptq", "- requant"]
+    data: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
+    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gptq", "requant"]}
     results = _results(report)
     if results:
-        lines += ["model-index:", f"- name: {_quoted(name)}", "  results:", *results]
-    return "\n".join([*lines, "---"])
+        data["model-index"] = [{"name": name, "results": results}]
+    return f"---\n{yaml(data)}---"
 
 
-def _results(report: Report) -> list[str]:
+def _results(report: Report) -> list[dict[str, Any]]:
     """model-index entries of the variant that ships, one a set, with the report's digits."""
-    final = final_variant(report)
-    lines = []
+    final, found = final_variant(report), []
     for s in report["sets"]:
-        metrics = list(_metrics(report, s, final))
-        if not metrics:
-            continue
-        lines += [
-            "  - task: {type: text-generation, name: Text Generation}",
-            f"    dataset: {{type: {_quoted(s['name'])}, name: {_quoted(s['name'])}}}",
-            "    metrics:",
-            *(f"    - {{type: {kind}, name: {_quoted(name)}, value: {value}}}" for kind, name, value in metrics),
+        metrics = [
+            {"type": kind, "name": name, "value": float(value)} for kind, name, value in _metrics(report, s, final)
         ]
-    return lines
+        if metrics:
+            found.append(
+                {
+                    "task": {"type": "text-generation", "name": "Text Generation"},
+                    "dataset": {"type": s["name"], "name": s["name"]},
+                    "metrics": metrics,
+                }
+            )
+    return found
 
 
 def _metrics(report: Report, s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, str]]:
@@ -163,7 +165,3 @@ def _interval(estimate: Estimate) -> str:
 def _hub_id(base: str | Mapping[str, Any] | None) -> str | None:
     name = base.get("name") if isinstance(base, Mapping) else base
     return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

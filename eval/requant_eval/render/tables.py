@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from requant_eval.escaping import markdown, markdown_block
 from requant_eval.metrics.facts import Facts, base_and_adapter, known_facts
 from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
@@ -52,9 +53,10 @@ class Table:
     def markdown(self) -> str:
         """A pipe table with its title above and its note below."""
         align = ["---" if self.is_words(i) else "---:" for i in range(len(self.columns))]
-        lines = [self.columns, align, *([escape(cell) for cell in row] for row in self.rows)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return (f"### {self.title}\n\n" if self.title else "") + table + (f"\n\n{self.note}" if self.note else "")
+        columns, *rows = ([markdown(cell) for cell in row] for row in (self.columns, *self.rows))
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (columns, align, *rows))
+        title = f"### {markdown(self.title)}\n\n" if self.title else ""
+        return title + table + (f"\n\n{markdown_block(self.note)}" if self.note else "")
 
 
 def gates_table(report: Report) -> Table:
@@ -162,11 +164,6 @@ def facts_table(title: str, facts: object, *, skip: Sequence[str] = ()) -> Table
     """Any mapping as name and value; nested names are joined with a dot."""
     rows = tuple((name, text) for name, text in _flat(facts) if name.split(".")[0] not in skip)
     return Table(title=title, columns=("fact", "value"), rows=rows, text=2)
-
-
-def escape(text: str) -> str:
-    """`text` on one line, safe inside a pipe table."""
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _option_loss(estimate: Estimate | None) -> str:

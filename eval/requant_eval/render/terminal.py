@@ -12,6 +12,7 @@ from rich.text import Text
 
 from requant_eval.metrics.facts import known_facts
 from requant_eval.render import adapter_tables
+from requant_eval.render.document import readable
 from requant_eval.render.set_tables import divergence_table, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import Table, gates_table, options_table
 from requant_eval.report.records import Report
@@ -21,6 +22,7 @@ STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow
 
 def table(report: Report) -> Group:
     """Verdict, warnings, and for every set perplexity, steps, KL and retention; fits 80 columns."""
+    report = readable(report)
     parts: list[RenderableType] = [decision(report)]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report["warnings"]]
     for s in report["sets"]:
@@ -37,6 +39,7 @@ def table(report: Report) -> Group:
 
 def decision(report: Report) -> Group:
     """Verdict, headline, gates, ways to deploy, recommendation; fits 80 columns."""
+    report = readable(report)
     verdict = report["verdict"]
     return Group(
         Text(verdict["line"], style=STYLES[verdict["status"]]),
@@ -66,7 +69,7 @@ def suggestion(report: Report) -> RenderableType:
 
     The caller prints the patch, so that it can be copied.
     """
-    found = known_facts(report["facts"])["suggestion"]
+    found = known_facts(readable(report)["facts"])["suggestion"]
     if found is None or not found["units"]:
         return Text("Nothing to lift: everything has 8 bits.")
     shown = ("modules", "bits", "gain", "of the loss", "larger by", "in the patch")

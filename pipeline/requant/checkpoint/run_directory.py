@@ -21,6 +21,8 @@ from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.model_files import files_of
 from requant.checkpoint.reader import file_digest, read_json
 from requant.errors import InputError, StageError
+from requant.outgoing import everywhere, shared
+from requant_eval.escaping import visible
 
 MARKER = ".requant.json"
 MANIFEST = "manifest.json"
@@ -98,7 +100,8 @@ class RunDirectory:
         return entry["result"] if entry and entry["key"] == key else None
 
     def remember(self, stage: str, key: str, result: dict[str, Any]) -> None:
-        results = self._results() | {stage: {"key": key, "result": result}}
+        """Keep a stage's result, without secrets and places of this machine (`outgoing.shared`)."""
+        results = self._results() | {stage: {"key": key, "result": everywhere(result, shared)}}
         write_text(self.path / ".stages.json", json.dumps(results, indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
@@ -116,7 +119,7 @@ class RunDirectory:
         memory = self.path / ".digests.json"
         known = read_json(memory) if memory.exists() else {}
         stat = real.stat()
-        stamp = f"{real}:{stat.st_size}:{stat.st_mtime_ns}"
+        stamp = key_of(str(real), stat.st_size, stat.st_mtime_ns)  # a digest: no file of a run says where inputs lie
         if stamp not in known:
             known[stamp] = file_digest(real)
             write_text(memory, json.dumps(known, indent=1) + "\n")
@@ -193,12 +196,19 @@ class Artifact:
         return manifest if {"key", "files"} <= manifest.keys() else None
 
 
+class _LogLine(logging.Formatter):
+    """One record, without secrets, places of this machine and control characters; further lines are indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(shared(super().format(record))).replace("\n", "\n    ")
+
+
 class LogFile:
     """Attach a file handler to our loggers for the time of a `with`."""
 
     def __init__(self, file: Path) -> None:
         self.handler = logging.FileHandler(file, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.handler.setFormatter(_LogLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.logger = logging.getLogger("requant")
 
     def __enter__(self) -> None:

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from requant.cli.foreign_output import own_stderr
+from requant.outgoing import masked
+from requant_eval.escaping import one_line
 
 if TYPE_CHECKING:
     from requant.run.observer import Watcher
@@ -126,9 +128,10 @@ class ConsoleWatcher(Watcher):
 
     def doing(self, text: str) -> None:
         if self.rows:
-            self.rows[-1].note = text
+            self.rows[-1].note = _shown(text)
 
     def warn(self, text: str) -> None:
+        text = _shown(text)
         if self.live:
             self.console.print(f"warning: {text}", markup=False)
         else:
@@ -136,7 +139,7 @@ class ConsoleWatcher(Watcher):
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         row = self.rows[-1]
-        row.done, row.total, row.note = done, total, note
+        row.done, row.total, row.note = done, total, _shown(note)
         now = time.monotonic()
         if not self.live and (now - self.printed >= PLAIN_EVERY or done == total):
             self._print(_plain(row, now))
@@ -164,6 +167,11 @@ class ConsoleWatcher(Watcher):
 
         now, width = time.monotonic(), self.console.width
         return Text("\n".join(row.line(now, width) for row in self.rows), no_wrap=True, overflow="crop")
+
+
+def _shown(text: str) -> str:
+    """On one line, without secrets, before anything is cut off."""
+    return one_line(masked(text))
 
 
 def _plain(row: StageRow, now: float) -> str:

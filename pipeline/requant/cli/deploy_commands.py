@@ -63,7 +63,7 @@ def verify(
     if as_json:
         print(json.dumps(done.facts(), indent=1))
     else:
-        _print(done)
+        _print(done, _what_text(done, text))
     if not done.ok:
         raise typer.Exit(1)
 
@@ -115,32 +115,44 @@ def _read(file: Path) -> str:
     return text
 
 
-def _print(done: Verification) -> None:
-    """One line a check; the findings last."""
+def _what_text(done: Verification, given: Path | None) -> str:
+    """The text that was scored, in words."""
+    if given is not None:
+        return f"of {given.name}"
+    return (
+        f"of {done.sample_set}, beginnings of its documents" if done.sample_set else "of a paragraph of requant's own"
+    )
+
+
+def _print(done: Verification, text: str) -> None:
+    """One line a check; the findings last. text: what was scored."""
     if done.tensors:
         held = f"{done.tensors} tensors, {done.linears} packed linears"
         bits = f", {done.bits_per_weight:.2f} bits a weight" if done.bits_per_weight else ""
-        print(f"structure  {held}{bits}")
+        say(f"structure  {held}{bits}")
     if done.disk_bytes and done.expected_bytes:
         extra = done.disk_bytes / done.expected_bytes - 1
-        print(f"size       {done.disk_bytes / 1e6:.1f} MB on disk, {extra:+.3%} of what the config describes")
+        say(f"size       {done.disk_bytes / 1e6:.1f} MB on disk, {extra:+.3%} of what the config describes")
     if done.relative_error is not None:
-        print(f"weights    at most {done.relative_error:.1%} from the source's, linear by linear")
+        say(f"weights    at most {done.relative_error:.1%} from the source's, linear by linear")
     if done.negative_scales:
-        print(f"scales     {done.negative_scales} are negative")
+        say(f"scales     {done.negative_scales} are negative")
     if done.perplexity is not None:
-        print(f"scores     perplexity {done.perplexity:.4f} on {done.sample_tokens} tokens (fp32, our decoding)")
-        print(f"generates  {done.text!r}")
+        say(
+            f"scores     perplexity {done.perplexity:.4f} on {done.sample_tokens} tokens {text} (fp32, our decoding)",
+            indent=11,
+        )
+        say(f"generates  {done.text!r}")
     for row in done.engines:
         if row["error"] is None:
             what = f"{row['dtype']}, {', '.join(row['kernels'])}, loaded in {row['load_seconds']:.1f} s"
-            print(f"{row['engine']:<10} perplexity {row['perplexity']:.4f} ({what})")
+            say(f"{row['engine']:<10} perplexity {row['perplexity']:.4f} on the same text ({what})", indent=11)
     if done.carried:
         held = ", ".join(f"{root} ({count} tensors)" for root, count in done.carried.items())
-        print(f"carried    in 16 bit for servers: {held}")
+        say(f"carried    in 16 bit for servers: {held}")
     for line in done.skipped:
-        print(f"skipped    {line}")
-    print("ok" if done.ok else done.message())
+        say(f"skipped    {line}")
+    say("ok" if done.ok else done.message())
 
 
 def push(
@@ -164,15 +176,15 @@ def push(
 
         upload = hub_upload.plan_upload(folder, repo, trust_remote_code=trust_remote_code)
     for name, size in upload.files:
-        print(f"{size:>14,}  {name}")
+        say(f"{size:>14,}  {name}")
     kind = "public" if public else "private"
-    print(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind})")
+    say(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind})")
     if not yes:
-        print("dry run: nothing was sent; --yes sends it")
+        say("dry run: nothing was sent; --yes sends it")
         return
     with ConsoleWatcher() as watcher:
         watcher.stage("push", done=False)
         watcher.doing(f"{upload.total / 1e9:.2f} GB to {repo}")
         with quiet():
             address = hub_upload.push(upload, private=not public, update=update)
-    print(f"sent: {address}")
+    say(f"sent: {address}")

@@ -19,23 +19,25 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from requant.errors import RequantError
+from requant.outgoing import masked, masked_stream, shared
+from requant_eval.escaping import visible
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-_]")
 _LAST_LINES = 40  # of a library's output, shown with an error that is not ours
 
 
-def own_stderr() -> TextIO:
+def own_stderr() -> IO[str]:
     """The terminal's or file's stderr, which stays ours while `quiet` redirects the descriptor."""
-    if sys.stderr is not sys.__stderr__:
+    if getattr(sys.stderr, "stream", sys.stderr) is not sys.__stderr__:
         return sys.stderr  # somebody collects it, such as a test
-    return os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
+    return masked_stream(os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1))
 
 
 def readable(raw: bytes) -> list[str]:
-    """The lines of an output, without escapes and without the states of a bar that were written over."""
+    """The lines of an output, without secrets, escapes and the states of a bar that were written over."""
     text = _ESCAPE.sub("", raw.decode("utf-8", "replace")).replace("\r\n", "\n")
     lines = (line.rpartition("\r")[2].rstrip() for line in text.split("\n"))
-    return [line for line in lines if line]
+    return [visible(masked(line)) for line in lines if line]
 
 
 @contextlib.contextmanager
@@ -116,7 +118,7 @@ def _keep(caught: IO[bytes], begin: int, log: Path | None) -> list[str]:
     lines = readable(caught.read())
     if lines and log is not None and log.is_file():
         with log.open("a", encoding="utf-8") as file:
-            file.writelines(f"printed by a library: {line}\n" for line in lines)
+            file.writelines(f"printed by a library: {shared(line)}\n" for line in lines)
     return lines
 
 

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from requant.cli.wrapping import say
+from requant_eval.escaping import visible
+
 
 def init(
     adapter: Annotated[str, typer.Argument(help="PEFT directory or hub id.")],
@@ -21,11 +24,11 @@ def init(
     from requant.recipe.template import starter
 
     if output is None:
-        print(starter(adapter, widths=_input_widths), end="")
+        print(visible(starter(adapter, widths=_input_widths)), end="")
         return
     require_new(output)
     write_new(output, starter(adapter, directory=output.parent, widths=_input_widths))
-    print(f"{output} written: edit the lines marked FIXME, then `requant check {output}`")
+    say(f"{output} written: edit the lines marked FIXME, then `requant check {output}`")
 
 
 def _input_widths(directory: Path) -> Collection[int]:

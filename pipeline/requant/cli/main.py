@@ -18,6 +18,8 @@ from requant.cli import deploy_commands, exit_codes, init_command, report_comman
 from requant.cli.report_commands import Junit
 from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError
+from requant.outgoing import masked_stream
+from requant_eval.escaping import visible
 
 
 class Commands(TyperGroup):
@@ -50,7 +52,11 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point. Of several ranks the first runs the command, the others execute its calls."""
+    """Entry point. Of several ranks the first runs the command, the others execute its calls.
+
+    Whatever is printed, tracebacks too, is printed without secrets.
+    """
+    sys.stdout, sys.stderr = masked_stream(sys.stdout), masked_stream(sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from requant.cli.foreign_output import quiet
         from requant.runtime.launch import run_on_all_ranks
@@ -271,10 +277,10 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         console.print(terminal.table(outcome.report))
         if suggest:
             console.print(terminal.suggestion(outcome.report))
-            print(outcome.report["facts"]["suggestion"]["patch"], end="")
+            print(visible(outcome.report["facts"]["suggestion"]["patch"]), end="")
     if not outcome.ran:
-        print(f"nothing to do: everything in {outcome.path} is up to date")
+        say(f"nothing to do: everything in {outcome.path} is up to date")
     else:
-        print(f"{', '.join(dict.fromkeys(outcome.ran))} done: {outcome.path}")
+        say(f"{', '.join(dict.fromkeys(outcome.ran))} done: {outcome.path}")
     if outcome.report is not None:
         report_commands.finish(outcome.report, junit)

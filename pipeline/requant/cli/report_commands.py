@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from requant.cli import run_paths
+from requant.cli.wrapping import say
 from requant.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def render(file: Path, junit: Path | None = None) -> None:
     for suffix, text in written.items():
         save_text(file.with_suffix(suffix), text)
     Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(loaded))
-    print(f"written: {', '.join(str(file.with_suffix(suffix)) for suffix in written)}")
+    say(f"written: {', '.join(str(file.with_suffix(suffix)) for suffix in written)}")
     finish(loaded, junit)
 
 

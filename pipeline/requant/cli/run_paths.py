@@ -25,6 +25,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, or the one that a run keeps in its directory, running into that directory."""
     from requant import recipe
 
+    if path.name == "recipe.yaml" and is_run(path.parent):
+        path = path.parent  # the run's own copy, which does not say where the run lies
     if not path.is_dir():
         return recipe.load(path, overrides)
     file = path / "recipe.yaml"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from requant.outgoing import masked
+from requant_eval.escaping import one_line, visible
+
 if TYPE_CHECKING:
     from requant.run.prepared import Prepared
 
@@ -22,8 +25,8 @@ def print_texts(prepared: Prepared, count: int) -> None:
     how = "in bold" if terminal else f"between {OPEN} and {CLOSE}"
     print(f"text      special tokens are shown; of evaluation texts, what is scored is {how}")
     for sample in sample_texts(prepared, count):
-        print(f"--- {sample.title}")
-        parts, more = _beginning([_safe(part) for part in sample.parts])
+        print(f"--- {one_line(masked(sample.title))}")
+        parts, more = _beginning([(visible(masked(text)), scored) for text, scored in sample.parts])
         print("".join(f"{before}{text}{after}" if scored else text for text, scored in parts) + more)
     print("---")
 
@@ -36,9 +39,3 @@ def _beginning(parts: list[tuple[str, bool]]) -> tuple[list[tuple[str, bool]], s
         left = max(left - len(text), 0)
     more = sum(len(text) for text, _ in parts) - SHOWN
     return [part for part in shown if part[0]], f" ... ({more} more characters)" if more > 0 else ""
-
-
-def _safe(part: tuple[str, bool]) -> tuple[str, bool]:
-    """The text without control characters, which a terminal would obey."""
-    text, scored = part
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text), scored

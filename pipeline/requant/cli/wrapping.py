@@ -1,4 +1,4 @@
-"""Text for a terminal: wrapped between words, so that names and numbers stay whole."""
+"""Text for a terminal: wrapped between words, without what a terminal would obey."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import shutil
 import sys
 import textwrap
 from typing import TextIO
+
+from requant.outgoing import masked
+from requant_eval.escaping import visible
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
@@ -18,6 +21,6 @@ def wrapped(text: str, width: int, indent: int = 0) -> str:
 
 def say(text: str, *, indent: int = 0, file: TextIO | None = None) -> None:
     """Print text: wrapped at words on a terminal, one line elsewhere."""
-    stream = file or sys.stdout
+    stream, text = file or sys.stdout, visible(masked(text))
     shown = wrapped(text, shutil.get_terminal_size().columns, indent) if stream.isatty() else text
     print(shown, file=stream, flush=True)

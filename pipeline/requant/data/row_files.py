@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.errors import InputError
+from requant.outgoing import masked
 from requant_eval.strict_json import JsonError, parse
 
 Row = Mapping[str, Any]
@@ -171,7 +172,7 @@ def _hub_rows(source: TextSource) -> list[Row]:
     try:
         table = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises what it likes; the cause says more
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = " ".join(masked(str(error.__cause__ or error)).split())[:300]
         raise InputError(
             f"dataset {source}: cannot be loaded: {reason}. A local file is given as data: {{path: ...}}"
         ) from error

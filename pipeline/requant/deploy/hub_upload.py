@@ -17,6 +17,7 @@ from requant.checkpoint.model_files import files_of
 from requant.checkpoint.run_directory import MANIFEST
 from requant.deploy import check_headers
 from requant.errors import InputError, StageError
+from requant.outgoing import MASK, masked
 
 TOKEN = "HF_TOKEN"
 ENDPOINT = "HF_ENDPOINT"
@@ -122,4 +123,4 @@ def _broken(upload: Upload, error: Exception, token: str) -> StageError:
 
 def _clean(text: str, token: str) -> str:
     first = next((line.strip() for line in text.splitlines() if line.strip()), "no details")
-    return first.replace(token, "***")[:300]
+    return masked(first.replace(token, MASK))[:300]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.reader import read_json
+from requant.outgoing import masked
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -38,7 +39,7 @@ class Sample:
         for window in source.windows:
             if len(window.ids) > 1 and len(firsts) < DOCUMENTS:
                 firsts.setdefault(window.document, tuple(window.ids[:TOKENS].tolist()))
-        return cls(tuple(firsts.values()), tuple(range(len(firsts))), source.name, source.digest)
+        return cls(tuple(firsts.values()), tuple(range(len(firsts))), masked(source.name), source.digest)
 
     @classmethod
     def load(cls, checkpoint: Path) -> Sample | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from requant.checkpoint.run_directory import key_of
 from requant.data import canaries
 from requant.data.canaries import Canaries, CanaryFacts
 from requant.errors import StageError
+from requant.outgoing import masked
 
 if TYPE_CHECKING:
     from requant_eval.scoring.token_scores import TokenScores
@@ -45,12 +47,12 @@ class Scores:
         """The file of one variant's scores on one set."""
         reference = self.keys[REFERENCE] if self.kl and variant != REFERENCE else None
         key = key_of(self.keys[variant], s.digest, str(self.dtype), self.device.type, reference)
-        return self.cache / f"{variant}-{s.name}-{key[:16]}.safetensors"
+        return self.cache / f"{variant}-{_in_file_names(s.name)}-{key[:16]}.safetensors"
 
     def reference(self, s: EvalSet) -> Path:
         """The file of the reference's hidden states on one set."""
         key = key_of(self.keys[REFERENCE], s.digest, str(self.dtype), self.device.type)
-        return self.cache / f"reference-{s.name}-{key[:16]}.safetensors"
+        return self.cache / f"reference-{_in_file_names(s.name)}-{key[:16]}.safetensors"
 
     @property
     def answer_files(self) -> dict[str, Path]:
@@ -108,3 +110,8 @@ class Scores:
         except EvaluationError as error:
             file.unlink(missing_ok=True)
             raise StageError(f"{error}; it was removed, the same command scores it again") from error
+
+
+def _in_file_names(name: str) -> str:
+    """The name of a set without secrets, of characters that file systems take."""
+    return re.sub(r"[^\w.-]+", "-", masked(name))

@@ -1,6 +1,7 @@
 """Recipe: what the user asked for, as strict sections with readable errors.
 
-    schema               the whole recipe: load, parse, dump, JSON Schema   <- start here
+    schema               the whole recipe: load, parse, JSON Schema   <- start here
+    copies               the recipe as YAML again, for a run and for a report
     fields               field types and checks that sections share
     model_sections       base, adapter, merge, quantize, output
     text_sections        calibration, evaluation sets and other text
@@ -18,6 +19,7 @@
 Imports neither torch nor transformers. May import: errors; requant_eval.gate.
 """
 
-from requant.recipe.schema import Recipe, dump, json_schema, load, parse
+from requant.recipe.copies import dump, public
+from requant.recipe.schema import Recipe, json_schema, load, parse
 
-__all__ = ["Recipe", "dump", "json_schema", "load", "parse"]
+__all__ = ["Recipe", "dump", "json_schema", "load", "parse", "public"]

@@ -1,4 +1,4 @@
-"""The whole recipe: load, parse, dump, JSON Schema, checks that involve two sections.
+"""The whole recipe: load, parse, JSON Schema, checks that involve two sections.
 
 Reads no weights, imports neither torch nor transformers.
 """
@@ -6,7 +6,6 @@ Reads no weights, imports neither torch nor transformers.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_
 from requant.errors import RecipeError
 from requant.recipe import yaml_document, yaml_nodes
 from requant.recipe.error_messages import add_validation_errors
-from requant.recipe.fields import DATE, DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, absolute, fail
+from requant.recipe.fields import DATE, DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
 from requant.recipe.heal_section import Heal
 from requant.recipe.model_sections import Base, Merge, Output, Quantize, WeightedAdapter
@@ -28,7 +27,7 @@ from requant.recipe.text_sections import (
 from requant.recipe.yaml_document import KeyPath
 from requant_eval import strict_json
 
-__all__ = ["Overrides", "Recipe", "dump", "json_schema", "load", "parse"]
+__all__ = ["Overrides", "Recipe", "json_schema", "load", "parse"]
 Overrides = Sequence[str] | Mapping[str, Any]
 """Changed values: `{"quantize.bits": 3}`, or lines as `--set` takes them, `["quantize.bits=3"]`."""
 
@@ -78,6 +77,11 @@ class Recipe(Section):
     def directory(self) -> Path:
         """Directory that relative input paths are relative to: the recipe file's."""
         return self._directory
+
+    @property
+    def written(self) -> dict[KeyPath, tuple[str, str]]:
+        """Of each text with `${env:VAR}`: the text itself, and what it stands for."""
+        return self._places.written
 
     def place(self, *key: str | int) -> str:
         """`file:line: key.path` of a key, for messages about what it names."""
@@ -214,35 +218,8 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), 
     if document.problems:
         raise RecipeError(document.problems)
     recipe._directory = directory
-    recipe._places = yaml_document.Places(document.places)
+    recipe._places = yaml_document.Places(document)
     return recipe
-
-
-def dump(recipe: Recipe, directory: str | Path | None = None) -> str:
-    """YAML with every default written out: `parse(dump(x), directory=x.directory) == x`.
-
-    Args:
-        directory: where the text will be saved; relative input paths are rewritten as seen from there.
-    """
-    data = recipe.model_dump(mode="json")
-    moved = _with_paths_from(data, recipe.directory, Path(directory)) if directory else data
-    return yaml_document.write(moved)
-
-
-def _with_paths_from(value: Any, old: Path, new: Path) -> Any:
-    """Dumped data whose relative local paths start at `new` instead of `old`."""
-    if isinstance(value, list):
-        return [_with_paths_from(item, old, new) for item in value]
-    if not isinstance(value, dict):
-        return value
-    rewritten = {key: _with_paths_from(item, old, new) for key, item in value.items()}
-    for key in {"path", "model"} & rewritten.keys():
-        text = rewritten[key]
-        if not isinstance(text, str) or text.startswith(("/", "~")):
-            continue
-        if "dataset" in rewritten or Source(path=text).is_local(old):
-            rewritten[key] = f"./{os.path.relpath(absolute(text, old), new)}"
-    return rewritten
 
 
 def json_schema() -> dict[str, Any]:

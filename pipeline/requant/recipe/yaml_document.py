@@ -5,15 +5,14 @@ Includes `--set` overrides and `${env:VAR}`. Independent of the recipe's keys.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from requant import outgoing
 from requant.errors import RecipeError
 from requant.recipe.override_values import plain_data
 from requant.recipe.yaml_nodes import compose
@@ -37,13 +36,15 @@ _SET = re.compile(rf"({_STEP}(?:\.{_STEP})*)=(.*)", re.DOTALL)
 class Document:
     """A YAML mapping as plain dicts, lists and scalars, with the origin of each key.
 
-    The origin is a line of the file or a `--set`.
+    The origin is a line of the file or a `--set`. written: of each text with `${env:VAR}`, that text and what it stands
+    for.
     `data` may be changed by `override` and `interpolate`; what is wrong is collected, not raised.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.data: Any = {}
+        self.written: dict[KeyPath, tuple[str, str]] = {}
         self._marks: dict[KeyPath, tuple[int, str]] = {(): (1, f"{source}:1")}
         self._problems: list[tuple[int, str]] = []
 
@@ -131,7 +132,7 @@ class Document:
     def interpolate(self, environment: Mapping[str, str] = os.environ) -> None:
         """Replace `${env:VAR}` and `${env:VAR:-default}` in every text value.
 
-        Any other `${` is a problem.
+        The variables' values are hidden from messages and files. Any other `${` is a problem.
         """
         self.data = self._interpolated(self.data, (), environment)
 
@@ -152,11 +153,16 @@ class Document:
             name, default = match[1], match[2]
             if name not in environment and default is None:
                 self.report(path, f"environment variable {name} is not set: set it or write ${{env:{name}:-default}}")
+            if name in environment:
+                outgoing.hide(name, environment[name])
             return environment.get(name, default or "")
 
         text = _ENV.sub(replace, value)
-        if "${" in text:
-            self.report(path, f"{show_value(text)}: only ${{env:VAR}} and ${{env:VAR:-default}} are replaced")
+        self.written[path] = (value, text)
+        if "${" in _ENV.sub("", value):
+            self.report(path, f"{show_value(value)}: only ${{env:VAR}} and ${{env:VAR:-default}} are replaced")
+        elif "${" in text:
+            self.report(path, f"{show_value(value)}: the variable's value holds ${{ itself, which is not replaced")
         self._check_characters(text, path)
         return text
 
@@ -169,7 +175,14 @@ class Document:
 
 
 class Places(dict[KeyPath, str]):
-    """Where each key of a recipe is set. Recipes with the same values are equal wherever they are set."""
+    """Where each key of a recipe is set. Recipes with the same values are equal wherever they are set.
+
+    written: as in `Document`.
+    """
+
+    def __init__(self, document: Document | None = None) -> None:
+        super().__init__(document.places if document else {})
+        self.written = document.written if document else {}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Places)
@@ -208,17 +221,6 @@ def read(text: str, source: str) -> Document:
     document = Document(source)
     document.data = _plain(root, (), document, ())
     return document
-
-
-def write(data: Mapping[str, Any]) -> str:
-    """Plain data -> YAML 1.2 text in block style, keys in the given order."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None there
-    yaml.width = 1 << 20
-    stream = io.StringIO()
-    yaml.dump(data, stream)
-    return stream.getvalue()
 
 
 def _value(text: str, label: str) -> Any:
@@ -308,5 +310,6 @@ def show_value(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
+    value = outgoing.masked(value) if isinstance(value, str) else value
     text = ascii(value) if isinstance(value, str) and _UNPRINTABLE.search(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:76]}...'"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from requant.errors import InputError
+from requant.outgoing import masked
 from requant.recipe.fields import Source
 from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_model
 
@@ -54,7 +55,7 @@ def _download(source: Source, directory: Path, lead: str, *, trust_remote_code: 
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+        reason = " ".join(masked(str(error)).split())[:300].rstrip(".")
         meant = near_miss(source.path, directory / source.path)
         advice = "Check the name, HF_TOKEN for gated models, or begin a local path with ./"
         if isinstance(error, RevisionNotFoundError):

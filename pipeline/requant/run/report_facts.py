@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -150,7 +149,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
     return {
         "name": r.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe": public_recipe(r),
+        "recipe": recipe.public(r),
         "base": {
             "name": public_name(r.base.source, r.directory),
             "nf4": cast(Nf4Facts, asdict(nf4)) if nf4 else "none" if r.base.nf4 == "none" else "pre-quantized",
@@ -228,11 +227,6 @@ def _match(m: adapter_match.Match) -> MatchFacts:
     """The adapter-base match: signs that agree, of how many, and each of them."""
     agree, of = m.score
     return {"agree": agree, "of": of, "signs": cast(list[SignFacts], [asdict(s) for s in m.signs])}
-
-
-def public_recipe(r: recipe.Recipe) -> str:
-    """The recipe as YAML, absolute paths cut to their last part."""
-    return re.sub(r"(?m)^(\s*(?:- )?(?:path|model): )(['\"]?)(?:/|~)\S*/([^/\s'\"]+)", r"\1\2\3", recipe.dump(r))
 
 
 def _size(path: Path) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from requant import __version__
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.run_directory import key_of
 from requant.deploy.verification import VerificationFacts, saved_verifications
+from requant.outgoing import everywhere, shared
 from requant.run import report_facts
 from requant.run.context import RunContext
 from requant.run.stage_results import StageResults, SuggestStageResult
@@ -63,7 +65,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     from requant_eval.report.assemble import build, save
 
     scores, path = context.scores.load(), context.directory.path
-    sets = [SetResult.of(s, scores[s.name]) for s in context.prepared.texts.sets]
+    sets = [replace(SetResult.of(s, scores[s.name]), name=shared(s.name)) for s in context.prepared.texts.sets]
     facts = report_facts.run_facts(
         context.prepared, _stage_results(context), path, device=str(context.device), dtype=str(context.scores.dtype)[6:]
     )
@@ -75,8 +77,8 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     }
     facts["canaries"] = context.scores.answers()
     facts["suggestion"] = cast("SuggestStageResult | None", context.directory.result("suggest", context.keys.suggest))
-    gates = [gate.parsed() for gate in context.recipe.gates]
-    report = build(sets=sets, facts=facts, in_domain=_in_domain(context), gates=gates)
+    gates = [replace(gate, set=shared(gate.set)) for gate in (g.parsed() for g in context.recipe.gates)]
+    report = build(sets=sets, facts=everywhere(facts, shared), in_domain=shared(_in_domain(context)), gates=gates)
     context.directory.remember("report", INCOMPLETE, {})
     save(report, path / "report.json")
     write_text(path / "report.md", markdown.render(report))

@@ -11,11 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from requant import recipe
+from requant import outgoing, recipe
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.errors import InputError
 from requant.quantize.stage import check_ranks
+from requant.recipe import named_files
+from requant.recipe.fields import absolute
 from requant.run import prepare
 from requant.run.context import RunContext
 from requant.run.observer import Outcome, Watcher
@@ -53,6 +55,7 @@ def run(
     check_ranks(len(prepared.texts.calibration), pick_device(wanted.device), ranks)
     prepare.check_disk(prepared, directory.path)
     stages = _stages_until(until, prepared, suggest=suggest)
+    _leave_out_places(prepared, directory.path)
     with directory.open():
         watcher.doing("digests of the files of base and adapter")
         context = RunContext.of(prepared, directory, watcher, ranks)
@@ -65,6 +68,16 @@ def run(
             if until == "report":
                 _discard_artifacts(context)
     return context.outcome
+
+
+def _leave_out_places(prepared: Prepared, run: Path) -> None:
+    """Take the directories of this run's inputs and outputs out of all that it writes."""
+    wanted, sources = prepared.recipe, prepared.sources
+    texts = [absolute(path, wanted.directory).parent for _, path in named_files.named(wanted)]
+    adapters = [adapter.path for adapter in prepared.merge.plan.adapters]
+    models = [path for path in (sources.base, sources.original) if path]
+    for place in (wanted.directory, run, *texts, *adapters, *models):
+        outgoing.add_root(place)
 
 
 def _stages_until(until: Until, prepared: Prepared, *, suggest: bool) -> tuple[Stage, ...]:

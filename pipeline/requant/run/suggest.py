@@ -23,6 +23,7 @@ from requant.quantize.plan import Plan
 from requant.recipe.model_sections import OverrideFields
 from requant.run import module_swap
 from requant.run.stage_results import Distance, SuggestedUnit, SuggestStageResult
+from requant_eval import escaping
 
 COUNT = 10  # candidates that are measured
 LIFTED = {2: 4, 3: 4, 4: 8}
@@ -125,7 +126,7 @@ def patch_text(overrides: Mapping[str, OverrideFields]) -> str:
     lines = ["quantize:", "  overrides:"]
     for name, own in overrides.items():
         values = ", ".join(f"{k}: {str(v).lower()}" for k, v in own.items())
-        lines.append(f'    "{name}": {{{values}}}')
+        lines.append(f"    {escaping.quoted(name)}: {{{values}}}")
     return "\n".join(lines) + "\n"
 
 

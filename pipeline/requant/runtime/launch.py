@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from requant.errors import InputError, RequantError
 from requant.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Ranks
+from requant_eval.escaping import visible
 from requant_eval.strict_json import parse
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def run_on_all_ranks(
                 _run_other(ranks, silenced)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(visible(f"error: {error}"), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     if not ranks.first:
         _exit_quietly()
@@ -184,7 +185,7 @@ def _wait_until_reported(ranks: DistributedRanks, message: str) -> None:
             if ranks.store.check([REPORTED]):
                 return
             time.sleep(0.1)
-        print(f"error: rank {ranks.rank}: {message}", file=sys.stderr, flush=True)
+        print(visible(f"error: rank {ranks.rank}: {message}"), file=sys.stderr, flush=True)
 
 
 def _watch(ranks: DistributedRanks) -> None:
@@ -211,7 +212,7 @@ def _end_after(ranks: DistributedRanks, failure: Mapping[str, Any]) -> None:
             return  # the main thread is failing too, and reports the reason
         if failure["text"]:
             log.error("stopped: rank %d: %s", failure["rank"], failure["text"])
-            print(f"error: rank {failure['rank']}: {failure['text']}", file=sys.stderr, flush=True)
+            print(visible(f"error: rank {failure['rank']}: {failure['text']}"), file=sys.stderr, flush=True)
         ranks.store.set(REPORTED, "")
     _exit(ranks, failure["code"])
 
