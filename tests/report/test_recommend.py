@@ -81,7 +81,7 @@ def test_sizes_and_the_number_of_adapters_from_which_apart_is_smaller() -> None:
     many = report["recommendation"]["adapters_from"]
     cost = FACTS["cost"]["bytes"]
     assert many == next(n for n in range(1, 100) if cost["base"] + n * cost["adapter"] < n * cost["gptq"])
-    assert f"With {many} or more adapters" in report["recommendation"]["text"]
+    assert f"Where {many} or more adapters of one base are served, one base" in report["recommendation"]["text"]
 
 
 @pytest.mark.parametrize("lost", ["base", "adapter", "gptq"])

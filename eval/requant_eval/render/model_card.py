@@ -16,6 +16,7 @@ from requant_eval.render.engine_table import checks_table
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
+from requant_eval.report.adapter_gain import BEWARE
 from requant_eval.report.headline import final_variant, headline, method, reference_name
 from requant_eval.report.number_format import format_value
 from requant_eval.report.records import Report
@@ -54,7 +55,11 @@ def model_card(report: Report, without: str | None = None) -> str:
     parts = [
         _front_matter(report, name),
         f"# {markdown(name)}",
-        *([markdown_block(report["verdict"]["line"])] if report["gates"] else []),
+        *(
+            [markdown_block(report["verdict"]["line"])]
+            if report["gates"] or BEWARE in report["verdict"]["line"]
+            else []
+        ),
         markdown_block(report["headline"]),
         "## Quality",
         *(

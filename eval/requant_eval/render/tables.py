@@ -10,7 +10,7 @@ from requant_eval.metrics.facts import Facts, base_and_adapter, known_facts
 from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
 from requant_eval.report.recommend import option_words
-from requant_eval.report.records import Report
+from requant_eval.report.records import GateResult, Report
 
 WORST_MODULES = 10
 SILENT = frozenset(("", "unknown", "not measured", "no"))
@@ -66,7 +66,7 @@ def gates_table(report: Report) -> Table:
         unit = f" {g['unit']}" if g["unit"] else ""
         whose = f" of {g['relative_to']}'s" if g["relative_to"] else ""
         bound = f"{'<=' if g['side'] == 'max' else '>='} {g['limit']:g}{unit}{whose}"
-        value = format_estimate(g["estimate"], unit=unit) if g["estimate"] else "not measured"
+        value = format_estimate(g["estimate"], unit=unit) if g["estimate"] else _unmeasured(g)
         more = f", about {g['more_documents']} more documents" if g["more_documents"] else ""
         rows.append((g["metric"], value, bound, g["status"].upper() + more, g["set"], str(g["variant"])))
     note = "A gate passes when its whole 95 % interval keeps the limit, fails when the whole interval breaks it."
@@ -77,6 +77,11 @@ def gates_table(report: Report) -> Table:
         note=note,
         words=("status", "set", "variant"),
     )
+
+
+def _unmeasured(gate: GateResult) -> str:
+    """Why a gate has no number, in two words; the verdict says it in full."""
+    return "not defined" if "not defined" in gate["text"] else "not measured"
 
 
 def options_table(report: Report) -> Table:

@@ -15,6 +15,7 @@ from requant_eval.render import adapter_tables
 from requant_eval.render.document import readable
 from requant_eval.render.set_tables import divergence_table, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import Table, gates_table, options_table
+from requant_eval.report.adapter_gain import BEWARE
 from requant_eval.report.records import Report
 
 STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "none": "dim"}
@@ -41,8 +42,9 @@ def decision(report: Report) -> Group:
     """Verdict, headline, gates, ways to deploy, recommendation; fits 80 columns."""
     report = readable(report)
     verdict = report["verdict"]
+    doubted = verdict["status"] == "pass" and BEWARE in verdict["line"]
     return Group(
-        Text(verdict["line"], style=STYLES[verdict["status"]]),
+        Text(verdict["line"], style=STYLES["inconclusive" if doubted else verdict["status"]]),
         Text(report["headline"], style="bold"),
         *shown(
             gates_table(report).select("metric", "measured", "limit", "status", "set"),

@@ -6,6 +6,7 @@
     verdict         gates against the numbers
     recommend       which of three ways to deploy
     headline        the one sentence
+    adapter_gain    what the adapter gained over its base, where that is nothing
     compare         two runs, paired by document
     number_format   digits that an interval allows
 

@@ -20,7 +20,7 @@ from requant_eval.errors import EvaluationError
 from requant_eval.gate import Gate
 from requant_eval.metrics import engine_step
 from requant_eval.metrics import statistics as st
-from requant_eval.metrics.facts import Facts, known_facts
+from requant_eval.metrics.facts import known_facts
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.metrics.set_metrics import SetResult, fingerprint, section
 from requant_eval.report.headline import headline
@@ -31,7 +31,6 @@ from requant_eval.report.verdict import judge, verdict
 __all__ = ["SCHEMA_VERSION", "SetResult", "build", "conclude", "dumps", "fingerprint", "plain", "save", "save_text"]
 
 SCHEMA_VERSION: Literal[2] = 2  # 1: no gates, verdict, recommendation and tails; document sums of n and nll alone
-OVERLAP_LIMIT = 0.01
 NUMBERS = re.compile(r"\[\n[-+.,\deE\s]*\]")  # in JSON a line break is never inside a string
 
 
@@ -66,7 +65,7 @@ def build(
         "recommendation": {"choice": None, "text": "", "rule": "", "options": [], "adapters_from": None},
         "sets": rendered,
         "facts": dict(facts),
-        "warnings": [*(known.get("warnings") or []), *_warnings(rendered, known)],
+        "warnings": [*(known.get("warnings") or []), *_warnings(rendered)],
     }
     cleaned: Report = plain(report)
     return conclude(cleaned, gates)
@@ -111,7 +110,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _warnings(sets: Sequence[EvaluationSet], facts: Facts) -> list[str]:
+def _warnings(sets: Sequence[EvaluationSet]) -> list[str]:
     found = []
     for s in sets:
         if s["few_documents"]:
@@ -129,12 +128,6 @@ def _warnings(sets: Sequence[EvaluationSet], facts: Facts) -> list[str]:
             for e in s["edges"]
             if e["kind"] == "heal" and (e["delta"]["low"] or 0) > 0
         ]
-    overlap = (facts.get("calibration") or {}).get("overlap") or {}
-    found += [
-        f"{name}: {100 * value:.1f} % of its 13-grams are in the calibration data: its loss is understated"
-        for name, value in overlap.items()
-        if isinstance(value, int | float) and value > OVERLAP_LIMIT
-    ]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from requant_eval.metrics.facts import base_and_adapter, is_16_bit_base, known_facts
 from requant_eval.metrics.records import scaled
+from requant_eval.report.adapter_gain import gained_nothing, in_words, learned
 from requant_eval.report.number_format import format_bytes, format_estimate, format_value
 from requant_eval.report.records import Numbers
 
@@ -56,7 +57,11 @@ def _retention(report: Numbers, final: str) -> str:
             continue
         kept = s["retention"][final]
         if kept is None:
-            return f": retention is not defined (the adapter gains nothing measurable on {s['name']})"
+            step = learned(s)
+            gains = "gained nothing" if step is not None and gained_nothing(step) else "gained nothing measurable"
+            return f": retention is not defined, since the adapter {gains} on {s['name']}" + (
+                f" ({in_words(step)})" if step is not None else ""
+            )
         value = format_estimate(kept, factor=100, unit=" %", interval=False)
         if kept["low"] is None:
             return f" keeps {value} of what the adapter learned"

@@ -136,7 +136,7 @@ def _text(facts: Facts, options: Sequence[Option], choice: Choice | None, many: 
     )
     text += f"; {', '.join(passed)}." if passed else "."
     if many is not None and choice != "separate":
-        text += f" With {many} or more adapters of this base to serve, keeping them apart takes less memory."
+        text += f" Where {many} or more adapters of one base are served, one base with all of them takes less memory."
     return text
 
 

@@ -1,7 +1,8 @@
 """Gates judged on a report's intervals: pass, fail, inconclusive; and the verdict of all.
 
 Non-inferiority: a gate passes when the whole 95 % interval is on the good side of its limit, fails when the whole
-interval is on the bad side, and is inconclusive in between.
+interval is on the bad side, and is inconclusive in between. Retention of an adapter that gained nothing is not defined
+and never will be: its gate fails.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from requant_eval.errors import EvaluationError
 from requant_eval.gate import METRICS, Gate, GateError, from_rule
 from requant_eval.metrics import statistics as st
 from requant_eval.metrics.lookup import find_estimate, step_from_reference
-from requant_eval.metrics.records import PARTS, Estimate, EvaluationSet, scaled
+from requant_eval.metrics.records import PARTS, Edge, Estimate, EvaluationSet, scaled
+from requant_eval.report.adapter_gain import beware, gained_nothing, in_words, learned
 from requant_eval.report.headline import final_variant, method
 from requant_eval.report.number_format import format_estimate
 from requant_eval.report.records import GateResult, Numbers, Report, Status, Verdict
@@ -50,12 +52,14 @@ def judge(report: Numbers, gates: Sequence[Gate], variant: str | None = None) ->
 def verdict(report: Numbers, judged: Sequence[GateResult]) -> Verdict:
     """One status for all gates, and a line that says it.
 
-    status: "fail" if any gate fails, else "inconclusive" if any is, else "pass"; "none" without gates.
+    status: "fail" if any gate fails, else "inconclusive" if any is, else "pass"; "none" without gates. The line also
+    says where the adapter makes its own text worse, which no gate may be about.
     more_documents: the largest of the inconclusive gates.
     """
+    doubt = f" {said}" if (said := beware(report)) else ""
     if not judged:
         text = "No verdict: no gates are set (`gates:` in the recipe says how much loss is acceptable)."
-        return {"status": "none", "line": text, "more_documents": None}
+        return {"status": "none", "line": text + doubt, "more_documents": None}
     found = [g["status"] for g in judged]
     status: Status = "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
     telling = [g for g in judged if g["status"] == status]
@@ -67,7 +71,7 @@ def verdict(report: Numbers, judged: Sequence[GateResult]) -> Verdict:
         line = f"{said}; nearest to its limit: {min(telling, key=_margin)['text']}."
     else:
         line = f"{said}: {'; '.join(g['text'] for g in telling)}."
-    return {"status": status, "line": line, "more_documents": max(more) if more else None}
+    return {"status": status, "line": line + doubt, "more_documents": max(more) if more else None}
 
 
 def _margin(gate: GateResult) -> float:
@@ -89,6 +93,8 @@ def _judge(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
         raise EvaluationError(f"gate '{gate.text}': the report has no set {gate.set!r}, only {known}")
     estimate, missing = _estimate(s, gate, variant)
     status, more = ("inconclusive", None) if estimate is None else _status(gate, estimate, s["n_documents"])
+    if estimate is None and gate.metric == "retention" and (step := _unsure_gain(s, variant)) is not None:
+        status, more, missing = _without_gain(step, s)
     result: GateResult = {
         "metric": gate.metric,
         "set": gate.set,
@@ -122,6 +128,30 @@ def _status(gate: Gate, estimate: Estimate, documents: int) -> tuple[Status, int
     distance, half = abs(limit - value), high - value if value <= limit else value - low
     needed = st.documents_to_tell(distance, half, documents)
     return "inconclusive", max(1, math.ceil(needed - documents)) if needed < HOPELESS * documents else None
+
+
+def _unsure_gain(s: EvaluationSet, variant: str | None) -> Edge | None:
+    """The step from base to adapter, where it is why the retention of a variant is not defined."""
+    return learned(s) if variant in s["retention"] and s["retention"][variant] is None else None
+
+
+def _without_gain(step: Edge, s: EvaluationSet) -> tuple[Status, int | None, str]:
+    """(status, more documents, why) of a gate on retention where the adapter did not surely gain.
+
+    With a gain of zero or less it fails: more documents would not make it defined. With a gain that may be zero it is
+    inconclusive, as other gates at their limit.
+    """
+    value, high, numbers = step["delta"]["value"], step["delta"]["high"], in_words(step)
+    if value is None or gained_nothing(step):
+        return "fail", None, f"not defined, since the adapter gained nothing on {s['name']} ({numbers})"
+    why = f"not defined yet, since the adapter's gain on {s['name']} cannot be told from zero ({numbers})"
+    if high is None:
+        return "inconclusive", None, why
+    needed = st.documents_to_tell(-value, high - value, s["n_documents"])
+    if needed >= HOPELESS * s["n_documents"]:
+        return "inconclusive", None, f"{why}: no realistic number of documents would tell"
+    more = max(1, math.ceil(needed - s["n_documents"]))
+    return "inconclusive", more, f"{why}: about {more} more documents would tell"
 
 
 def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estimate | None, str]:

@@ -91,7 +91,8 @@ def measure(model: Any, samples: Mapping[str, Sequence[Tensor]], device: torch.d
                 off = log_probabilities(ids)
             target = ids[1:, None].to(device)
             losses = [-p.gather(1, target).double().sum() for p in (off, on)]
-            sums += torch.stack([*losses, (on.exp() * (on - off)).double().sum()]).cpu()
+            moved_by = torch.where(on.isneginf(), 0.0, on.exp() * (on - off))  # an excluded token adds nothing
+            sums += torch.stack([*losses, moved_by.double().sum()]).cpu()
             count += len(ids) - 1
         without, with_adapter, moved = (sums / count).tolist()
         probes.append(Probe(source=source, without=without, with_adapter=with_adapter, moved=moved))
