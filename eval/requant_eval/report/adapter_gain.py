@@ -43,8 +43,8 @@ def beware(report: Numbers) -> str:
     if not said:
         return ""
     return (
-        f"{BEWARE} the adapter makes its own text worse than its base alone does ({said}). Is this the base that it was "
-        "trained on, and its kind of text?"
+        f"{BEWARE} the adapter makes its own text worse than its base alone does ({said}). Is this the base that it "
+        "was trained on, and its kind of text?"
     )
 
 
