@@ -138,3 +138,14 @@ def test_ignore_names_a_column() -> None:
     assert "ignore names 'nots', which is no column; it has text, notes" in refused(
         {"text": "a", "notes": LONG}, ignore=("nots",)
     )
+
+
+@pytest.mark.parametrize("name", ["title", "page_title", "Topic", "headline"])
+def test_a_title_of_many_words_is_a_label(name: str) -> None:
+    """The titles of encyclopedias and news have six words and more; such a column stopped a run."""
+    title = "A Short History of Nearly All the Things"
+    row = {"text": LONG, name: title}
+    assert columns_of(TextSource(path=Path("x.jsonl")), [row], "auto").left_out == (name,)
+    assert f"column {name!r} holds text" in refused({"text": LONG, name: title * 5})
+    assert f"column {name!r} holds text" in refused({"text": LONG, name: "a title\nand its text"})
+    assert "column 'remark' holds text" in refused({"text": LONG, "remark": title})

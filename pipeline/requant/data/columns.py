@@ -50,6 +50,8 @@ HISTORY = "history"
 PREFERENCE = ("chosen", "rejected")
 LABEL = 64  # characters up to which a value of few words is a label, not text
 WORDS = 6  # words from which a value is text
+TITLES = ("title", "subtitle", "headline", "name", "topic", "subject")  # labels of any number of words on one line
+TITLE = 160  # characters up to which such a value is a label
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 CHOICES = ("choices", "options", "candidates", "endings")
 ROLE_COLUMNS = {*(k for pair in COMPLETION_KEYS for k in pair), *CONTEXT_KEYS, *SYSTEM_KEYS, *TOOL_KEYS}
@@ -215,7 +217,12 @@ def _is_text(name: str, value: Any) -> bool:
         return True
     if name in ROLE_COLUMNS and any(isinstance(leaf, str) and leaf.strip() for leaf in _leaves(value)):
         return True  # what it is called says that it is text, however short
-    return any(isinstance(leaf, str) and _is_prose(leaf) for leaf in _leaves(value))
+    return any(isinstance(leaf, str) and _is_prose(leaf, titled=_names_titles(name)) for leaf in _leaves(value))
+
+
+def _names_titles(name: str) -> bool:
+    """Whether a column is called by what it titles: `title`, `page_title`, `Topic`."""
+    return name.lower().rpartition("_")[2] in TITLES
 
 
 def _has_words(value: Any) -> bool:
@@ -223,9 +230,11 @@ def _has_words(value: Any) -> bool:
     return any(isinstance(leaf, str) and " " in leaf.strip() for leaf in _leaves(value))
 
 
-def _is_prose(text: str) -> bool:
-    """Whether a string is more than a label, an address or a key: several words or lines."""
+def _is_prose(text: str, *, titled: bool = False) -> bool:
+    """Whether a string is more than a label, an address or a key: several words or lines; of a title, several lines."""
     text = text.strip()
+    if titled and "\n" not in text:
+        return len(text) > TITLE
     if "\n" in text or len(text.split()) >= WORDS:
         return True
     written_without_blanks = not text.isascii() and " " not in text

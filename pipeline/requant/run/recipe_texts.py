@@ -12,6 +12,7 @@ from torch import Tensor
 from requant.data import healing_text, overlap, packing
 from requant.data import tokenizer as tokenizer_files
 from requant.data.documents import TextSource, TokenDocument, read_texts, tokenize
+from requant.data.duplicates import same_text
 from requant.data.healing_text import HealingText
 from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
@@ -153,6 +154,8 @@ def evaluation_set(
         rows = tokenize(source, tokenizer, item.format, completions=completion, notes=notes)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
         documents = [_document(row, item.document_tokens, completion=completion) for row in rows]
+        if notes is not None:
+            notes += _copies(name, [document.ids for document in documents])
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
@@ -174,6 +177,18 @@ def _document(row: TokenDocument, cut: int | None, *, completion: bool) -> Any:
     from requant_eval.scoring.windows import Document
 
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
+
+
+def _copies(name: str, documents: Sequence[tuple[int, ...]]) -> list[str]:
+    """A warning about documents of a set that are the same text: intervals take each for a text of its own."""
+    texts = same_text(documents)
+    copies = len(texts) - len(set(texts))
+    if not copies:
+        return []
+    return [
+        f"evaluate.sets: {copies} of the {len(texts)} documents of set '{name}' are copies of others, the same or nearly: "
+        "intervals count them as further documents and are too narrow; leave copies out"
+    ]
 
 
 def _refuse_identical(name: str, share: float, what: str, where: str = "calibration") -> None:
