@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import chat
 
-from requant.data import chat_template
+from requant.data import chat_template, template_call
 from requant.data.conversation import Conversation, RowError, conversation
 
 SYSTEM, USER, ANSWER = ({"role": r, "content": c} for r, c in (("system", "be"), ("user", "q"), ("assistant", "a")))
@@ -174,3 +174,29 @@ def test_the_date_of_a_template_is_frozen() -> None:
     assert chat_template.render(tokenizer, given(USER, ANSWER))[0].startswith("01 Mar 2025<user>")
     assert chat_template.asks_for_date(tokenizer)
     assert not chat_template.asks_for_date(chat.tokenizer())
+
+
+def test_content_is_given_as_parts_where_the_template_takes_nothing_else() -> None:
+    """Such a template wrote no word of content that is text: every message was left out."""
+    turns = given(USER, ANSWER, {"role": "user", "content": ""}, {"role": "assistant", "content": "b"})
+    text, notes, answers = rendered(chat.PARTS, turns)
+    assert text == "<user>q</end><assistant>a</end><user></end><assistant>b</end>"
+    assert answers == ["a</end>", "b</end>"]
+    assert notes == [template_call.PARTS]
+    assert rendered(chat.ECHO, turns)[1] == []
+
+
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f"}}]])
+def test_named_templates_without_a_default_are_named(tools: Any) -> None:
+    tokenizer = chat.tokenizer()
+    tokenizer.chat_template = {"rag": chat.ECHO, "tool_use": chat.TOOLS}
+    turns = given(USER, ANSWER).with_tools(tools)
+    if tools:
+        assert chat_template.render(tokenizer, turns)[0].endswith("<user>q</end><assistant>a</end>")
+        return
+    with pytest.raises(
+        RowError, match=r"chat templates named 'rag', 'tool_use' and none named 'default': give the one"
+    ):
+        chat_template.render(tokenizer, turns)
+    tokenizer.chat_template = {"rag": chat.TOOLS, "default": chat.ECHO}
+    assert chat_template.render(tokenizer, turns)[0] == "<user>q</end><assistant>a</end>"

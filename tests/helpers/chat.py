@@ -57,6 +57,10 @@ ENDED = (  # EOS at the end unless an answer is asked for, as Phi-3's
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
 )
+PARTS = (  # content as a list of parts and nothing else, as Idefics 3's
+    "{% for m in messages %}<{{ m.role }}>{% for line in m.content %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% endif %}{% endfor %}</end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def tokenizer(template: str | None = ECHO) -> Any:

@@ -5,6 +5,7 @@
     columns           which columns hold the text; no other text is left out
     conversation      a row's messages and tools as chat templates take them
     chat_template     messages -> text by the tokenizer's template, and where the answers are
+    template_call     one call of a template, with content as it takes it
     template_losses   what a template leaves out, found by marks
     tokenizer         loads the tokenizer that is shipped
     packing           windows for calibration, shares of sources

@@ -19,7 +19,9 @@ import torch
 
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.reader import read_json
+from requant.data import template_call
 from requant.data.documents import TextSource, read_rows
+from requant.data.template_losses import TemplateFailure
 from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
 from requant.runtime.guarded_process import LimitError, call_guarded
@@ -121,13 +123,11 @@ def _prompt(where: str, prompt: Any, tokenizer: Any, kind: Format) -> tuple[str,
     if chat or (kind != "text" and tokenizer.chat_template):
         messages = prompt if chat else [{"role": "user", "content": prompt}]
         try:
-            text = call_guarded(
-                partial(tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=True)
-            )
+            text = call_guarded(partial(template_call.apply, tokenizer, messages, None, ask=True))
         except LimitError as error:
             raise InputError(f"{where}: the chat template {error}") from error
-        except Exception as error:  # a template is a program: it can raise anything
-            raise InputError(f"{where}: the chat template refuses it: {type(error).__name__} {error}") from error
+        except TemplateFailure as error:
+            raise InputError(f"{where}: the chat template refuses it: {error}") from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if adds_bos(tokenizer) and ids[:1] != [bos]:

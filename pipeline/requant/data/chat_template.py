@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from requant.data import template_losses
+from requant.data import template_call, template_losses
 from requant.data.conversation import Conversation, Message, RowError
 from requant.data.template_losses import TemplateFailure
 from requant.runtime.guarded_process import LimitError, call_guarded
@@ -63,7 +63,7 @@ def writes_bos(tokenizer: Any) -> bool:
         return False
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     try:
-        text = call_guarded(partial(_apply, tokenizer, turns, None))
+        text = call_guarded(partial(template_call.apply, tokenizer, turns, None))
     except (TemplateFailure, LimitError):
         return False
     return text.startswith(tokenizer.bos_token) and text.count(tokenizer.bos_token) == 1
@@ -83,34 +83,20 @@ def render(
     refusal = TemplateFailure("nothing was tried")
     for changed, notes in _variants(given):
         try:
-            text = _apply(tokenizer, changed.messages, changed.tools)
+            text = template_call.apply(tokenizer, changed.messages, changed.tools)
         except TemplateFailure as error:
             refusal = error
             continue
         form = template_losses.signature(changed)
         if form not in known:
-            known[form] = template_losses.left_out(partial(_apply, tokenizer), changed)
+            known[form] = template_losses.left_out(partial(template_call.apply, tokenizer), changed)
         if "messages of role 'developer'" in known[form]:
             refusal = TemplateFailure("role 'developer' is left out")
             continue
-        return text, changed, [*notes, *(f"the chat template leaves out {what}" for what in known[form])]
+        parts = [template_call.PARTS] if template_call.takes_only_parts(tokenizer) else []
+        lost = [f"the chat template leaves out {what}" for what in known[form]]
+        return text, changed, [*notes, *parts, *lost]
     raise RowError(f"the chat template refuses it: {refusal}; {_advice(given.messages)}") from refusal
-
-
-def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None, *, ask: bool = False) -> str:
-    """The rendered text. ask: with the beginning of an answer (generation prompt)."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=ask,
-        )
-    except MemoryError:
-        raise  # the process that a template runs in has a limit (`runtime.guarded_process`)
-    except Exception as error:  # a template is a program: it can raise anything
-        raise TemplateFailure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    return text
 
 
 def _variants(given: Conversation) -> Iterator[tuple[Conversation, list[str]]]:
@@ -249,7 +235,7 @@ def _marked_span(tokenizer: Any, text: str, given: Conversation, index: int) -> 
     marked = [*given.messages]
     marked[index] = marked[index] | {"content": _MARK}
     try:
-        other = _apply(tokenizer, marked, given.tools)
+        other = template_call.apply(tokenizer, marked, given.tools)
     except TemplateFailure:
         return None
     if other.count(_MARK) != 1:
@@ -267,11 +253,13 @@ def _span(tokenizer: Any, text: str, given: Conversation, index: int) -> tuple[i
     """Where message `index` stands in `text`; None when the template writes its beginning otherwise."""
     asked, answered = given.messages[:index], given.messages[: index + 1]
     try:
-        after = _apply(tokenizer, answered, given.tools)
+        after = template_call.apply(tokenizer, answered, given.tools)
         before = (
-            _apply(tokenizer, asked, given.tools, ask=True) if asked else _opening(tokenizer, answered[0], given.tools)
+            template_call.apply(tokenizer, asked, given.tools, ask=True)
+            if asked
+            else _opening(tokenizer, answered[0], given.tools)
         )
-        prompt = _apply(tokenizer, asked, given.tools).rstrip() if asked else before
+        prompt = template_call.apply(tokenizer, asked, given.tools).rstrip() if asked else before
     except TemplateFailure:
         return None
     if not (text.startswith(after.rstrip()) and text.startswith(prompt)):
@@ -283,4 +271,4 @@ def _span(tokenizer: Any, text: str, given: Conversation, index: int) -> tuple[i
 
 def _opening(tokenizer: Any, first: Message, tools: Sequence[Any] | None) -> str:
     """What the template writes before the first message's content."""
-    return _apply(tokenizer, [first | {"content": _MARK}], tools).partition(_MARK)[0]
+    return template_call.apply(tokenizer, [first | {"content": _MARK}], tools).partition(_MARK)[0]
