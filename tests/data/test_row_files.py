@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from requant.data import row_files
 from requant.data.row_files import TextSource, read_rows
+from requant.data.text_files import LARGEST_PACKED
 from requant.errors import InputError
 
 ROWS = [{"text": "a b"}, {"text": "c\u2028d"}]
@@ -113,9 +116,42 @@ def test_typed_columns_do_not_add_keys(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b"x" * 1000)[:-10], r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read"),
         ("a.csv", 'text\n"x', r"a\.csv: not valid csv"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: 'a' is there twice"),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"a\.jsonl:1: a number of 5000 digits"),
+        ("a.jsonl", '{"a": ' + "[" * 5000 + "]" * 5000 + "}", r"a\.jsonl:1: nested too deeply"),
+        ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl: cannot be read: not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b"\n" * (LARGEST_PACKED + 1)), r"a\.jsonl\.gz: unpacks to more than 100 MB"),
         ("a.jsonl", "", "holds no rows"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path / name, data)
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, found in (("pipe", "a device or a pipe"), ("zero", "a device or a pipe"), ("folder", "a directory")):
+        with pytest.raises(InputError, match=rf"{name}\.jsonl: cannot be read: it is {found}, expected a file"):
+            read_rows(TextSource(path=tmp_path / f"{name}.jsonl"))
+    (tmp_path / "a.jsonl").write_text(lines(ROWS))
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    assert read_rows(TextSource(path=tmp_path / "link.jsonl")) == ROWS
+
+
+def test_the_first_documents_are_read_of_what_has_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "MOST_ROWS", 3)
+    data = lines([{"text": str(i)} for i in range(9)]) + "no JSON"
+    with pytest.raises(InputError, match=r"more than 3 rows: set data\.documents"):
+        read(tmp_path / "a.jsonl", data)
+    assert read(tmp_path / "a.jsonl", data, documents=2) == [{"text": "0"}, {"text": "1"}]
+
+
+def test_a_small_parquet_file_of_much_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "LARGEST", 10**6)
+    pq.write_table(pa.table({"text": ["x" * 1000] * 3000}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 10**4
+    with pytest.raises(InputError, match="its rows are larger than"):
+        read_rows(TextSource(path=tmp_path / "a.parquet"))

@@ -2,6 +2,8 @@
 
     documents         rows of text, chat or prompt and completion as token ids   <- start here
     row_files         rows of txt, jsonl, json, csv, parquet files and hub datasets
+    text_files        bytes of a data file within limits
+    long_texts        token ids of a long text, part by part
     columns           which columns hold the text; no other text is left out
     conversation      a row's messages and tools as chat templates take them
     chat_template     messages -> text by the tokenizer's template, and where the answers are

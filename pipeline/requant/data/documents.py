@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from requant.data import chat_template
+from requant.data import chat_template, long_texts
 from requant.data.chat_template import Spans
 from requant.data.columns import COMPLETION_KEYS, Columns, Format, columns_of
 from requant.data.conversation import Conversation, RowError
@@ -229,10 +229,10 @@ def _encode(tokenizer: Any, text: str, spans: Spans, bos: int | None) -> tuple[T
             ) from error
     if not getattr(tokenizer, "is_fast", True):
         return _encode_whole(tokenizer, text, spans, bos), []
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = _without_bos(encoded["input_ids"], bos)
-    taken_off = len(encoded["input_ids"]) - len(ids)
-    off, offsets = encoded["offset_mapping"][:taken_off], encoded["offset_mapping"][taken_off:]
+    found, places = long_texts.encode(tokenizer, text)
+    ids = _without_bos(found, bos)
+    taken_off = len(found) - len(ids)
+    off, offsets = places[:taken_off], places[taken_off:]
     spans = [(max(start, off[-1][1]), stop) for start, stop in spans] if off else spans
     scored = tuple(any(a < stop and (b > start or a >= start) for start, stop in spans) for a, b in offsets)
     flagged = [(_token_start(offsets, start), stop) for start, stop in spans]

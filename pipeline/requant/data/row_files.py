@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from requant.data.text_files import LARGEST, read_data
 from requant.errors import InputError
 from requant.outgoing import masked
 from requant_eval.strict_json import JsonError, parse
 
 Row = Mapping[str, Any]
+MOST_ROWS = 5_000_000  # a row takes some hundred bytes, whatever it holds
+PARQUET_ROWS = 128  # read at a time
+ROW_BYTES = 200  # of a row in memory, besides its text
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -55,7 +59,9 @@ def read_rows(source: TextSource) -> list[Row]:
     Raises InputError when unreadable or empty.
     """
     if source.path is not None:
-        rows = list(_file_rows(source.path, source.split))
+        rows = list(islice(_file_rows(source.path, source.split), min(MOST_ROWS, source.documents or MOST_ROWS)))
+        if len(rows) == MOST_ROWS:
+            raise InputError(f"{source.where}: more than {MOST_ROWS:,} rows: set data.documents to use the first ones")
     elif source.builtin is not None:
         from pydoc_data.topics import topics
 
@@ -71,21 +77,15 @@ def _file_rows(path: Path, split: str) -> Iterator[Row]:
     """Rows of one file; a .txt file is one document."""
     gzipped = path.suffix == ".gz"
     kind = Path(path.stem).suffix if gzipped else path.suffix
+    data = read_data(path)
+    if kind == ".parquet":
+        yield from _parquet_rows(path, data)
+        return
     try:
-        data = path.read_bytes()
-        if gzipped:
-            data = gzip.decompress(data)
-        if kind == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            yield from map(_dense, pq.read_table(pa.BufferReader(data)).to_pylist())
-            return
         text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    del data
     if kind == ".txt":
         yield from [{"text": text}] if text.strip() else []
     elif kind == ".csv":
@@ -94,6 +94,28 @@ def _file_rows(path: Path, split: str) -> Iterator[Row]:
         yield from _json_rows(path, text, split)
     else:
         yield from _json_lines(path, text)
+
+
+def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
+    """Rows of a parquet file, some at a time: what a small file describes may be of any size."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    left = LARGEST
+    try:
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=PARQUET_ROWS):
+            left -= batch.nbytes + ROW_BYTES * batch.num_rows
+            if left < 0:
+                raise InputError(
+                    f"{path}: its rows are larger than {LARGEST / 1e9:.0f} GB: make a file of those needed"
+                )
+            yield from map(_dense, batch.to_pylist())
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # the library raises what it likes
+        raise InputError(
+            f"{path}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:

@@ -1,0 +1,52 @@
+"""Token ids of a long text, part by part: the library takes 300 bytes a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PART = 500_000  # characters at a time
+AROUND = 400  # characters on either side of a cut that are tokenized together and apart
+TRIED = 40  # places in a row
+
+Offsets = list[tuple[int, int]]
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], Offsets]:
+    """(token ids of the whole text, where each token stands in it), without special tokens.
+
+    A long text is cut after line ends where its tokens are the same with and without the cut. Where no such place is
+    found, the rest is tokenized whole.
+    """
+    ids: list[int] = []
+    offsets: Offsets = []
+    start = 0
+    while start < len(text):
+        stop = _cut(tokenizer, text, start)
+        found, places = _encode(tokenizer, text[start:stop])
+        ids += found
+        offsets += [(a + start, b + start) for a, b in places] if start else places
+        start = stop
+    return ids, offsets
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], Offsets]:
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _cut(tokenizer: Any, text: str, start: int) -> int:
+    """Where the part that begins at `start` ends."""
+    if len(text) - start <= 2 * PART:
+        return len(text)
+    at = start + PART
+    for _ in range(TRIED):
+        at = text.find("\n", at) + 1
+        if not at or len(text) - at < AROUND:
+            break
+        left, right = text[at - AROUND : at], text[at : at + AROUND]
+        apart = _encode(tokenizer, left)[0] + _encode(tokenizer, right)[0]
+        if _encode(tokenizer, left + right)[0] == apart:
+            return at
+    return len(text)
