@@ -23,10 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "requant.runtime": set(),
     "requant.recipe": {"requant_eval.gate"},
     "requant.checkpoint": {"requant.runtime"},
-    "requant.formats": {"requant.checkpoint"},
+    "requant.formats": {"requant.runtime", "requant.checkpoint"},
     "requant.data": {"requant.runtime", "requant.checkpoint", "requant_eval.scoring"},
     "requant.modeling": {"requant.runtime", "requant.numerics", "requant.checkpoint"},
-    "requant.adapters": {"requant.checkpoint", "requant.modeling"},
+    "requant.adapters": {"requant.runtime", "requant.checkpoint", "requant.modeling"},
     "requant.merge": {"requant.numerics", "requant.runtime", "requant.checkpoint", "requant.modeling", "requant.adapters"},
     "requant.quantize": {
         "requant.numerics", "requant.runtime", "requant.checkpoint", "requant.formats", "requant.modeling",

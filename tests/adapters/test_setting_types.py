@@ -121,3 +121,27 @@ def test_other_tasks_are_named_and_merged(adapter: Path) -> None:
     assert peft_directory.load(adapter).notes == (
         "the adapter's task_type is FEATURE_EXTRACTION: it is merged and judged as a language model that writes text",
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_pattern": {"([a-z_.0-9]+)+!": 8}},
+        {"target_modules": ".*" * 12 + "!"},
+        {"exclude_modules": "(.+)+x{2}"},
+        {"modules_to_save": ["(.*)*!"]},
+    ],
+)
+def test_an_expression_that_never_ends_is_refused(adapter: Path, changes: dict[str, Any]) -> None:
+    (key,) = changes
+    assert f"{key} has " in refused(adapter, **changes)
+    assert "takes too long on a module's name" in refused(adapter, **changes)
+
+
+def test_expressions_of_trainers_are_tried_and_taken(adapter: Path) -> None:
+    expression = (
+        r"(?:.*?(?:language|text|model).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.(layers\.\d+\.)+x)"
+    )
+    config = json.loads((adapter / "kept.json").read_text()) | {"target_modules": expression}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert len(peft_directory.load(adapter).folds) == 4

@@ -226,6 +226,13 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "dynamic number": (lambda p: config(p, dynamic={"+:.*": 3}), "config.json: quantization_config", "is 3, expected settings"),
     "dynamic pattern": (lambda p: config(p, dynamic={"[": {}}), "config.json: quantization_config", "no regular expression"),
+    "dynamic that never ends": (
+        lambda p: config(p, dynamic={"-:([a-z0-9._]+)+!": {}}), "config.json: quantization_config", "takes too long",
+    ),
+    "length as text": (
+        lambda p: edit_json(p / "tokenizer_config.json", model_max_length="x"), "tokenizer.json",
+        "transformers cannot load the tokenizer",
+    ),
     "modules": (
         lambda p: config(p, modules_in_block_to_quantize=3), "config.json: quantization_config",
         "modules_in_block_to_quantize is 3, expected lists",

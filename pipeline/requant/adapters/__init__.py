@@ -16,7 +16,7 @@
     other_files                        trained weights in further files of the directory
     unsupported                        peft types and settings that are not merged, and why
 
-May import: errors, checkpoint, modeling (types of stacked_experts only).
+May import: errors, runtime, checkpoint, modeling (types of stacked_experts only).
 """
 
 from requant.adapters.peft_directory import Adapter, load

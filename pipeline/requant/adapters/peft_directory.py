@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from requant.adapters import other_files, stacked_lora, weight_files
+from requant.adapters import other_files, setting_types, stacked_lora, weight_files
 from requant.adapters.config import CONFIG, AdapterConfig
 from requant.adapters.fold import Fold
 from requant.adapters.keys import Key, normalise_all
@@ -24,6 +24,7 @@ from requant.adapters.weight_files import WEIGHTS
 from requant.checkpoint.reader import TensorInfo, read_json, read_tensor
 from requant.errors import InputError
 
+_TRIED = 100  # modules whose names regular expressions are tried on
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "load"]
 
 
@@ -89,6 +90,7 @@ def load(path: str | Path, *, weight: float = 1.0) -> Adapter:
         keys = normalise_all(tensors, lambda a, b: _equal(tensors[a], tensors[b]))
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
+    setting_types.check_expressions(config, [*{key.module: None for key in keys.values() if key is not None}][:_TRIED])
     loaded = _assemble(Adapter(path=path, weights=weights, config=config, tensors=tensors, keys=keys))
     return replace(loaded, notes=(*notes, *other_files.check(path, loaded.replaced)))
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from requant.adapters.config import AdapterConfig
+from requant.runtime.guarded_process import matches_in_time
 
 _BOOLEANS = (
     "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode", "ensure_weight_tying", "save_projection",
@@ -44,6 +45,18 @@ def check(config: AdapterConfig) -> None:
         lists = list(value.values()) if isinstance(value, Mapping) else [value]
         if value is not None and not all(isinstance(ids, list) and all(map(_whole, ids)) for ids in lists):
             raise config.error(f"{key} is {shown(value)}, expected a list of token ids, or a list for each module")
+
+
+def check_expressions(config: AdapterConfig, modules: Collection[str]) -> None:
+    """Raise InputError for a regular expression that takes too long on the names of the adapter's modules."""
+    for key in ("rank_pattern", "alpha_pattern", *_PATTERNS, "modules_to_save", "layers_pattern"):
+        value = config.get(key) or ()
+        for pattern in (value,) if isinstance(value, str) else value:
+            if not matches_in_time(pattern, modules):
+                raise config.error(
+                    f"{key} has {shown(pattern)}, which takes too long on a module's name: write it without a "
+                    "repetition inside a repetition"
+                )
 
 
 def shown(value: Any) -> str:

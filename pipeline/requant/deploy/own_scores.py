@@ -64,11 +64,11 @@ def score_checkpoint(
             f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
         )
         return None
-    tokenizer: Any = _tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer, ids = _tokenized(path, text or SAMPLE, trust_remote_code=trust_remote_code)
     config: Any = headers.model.config
     longest = (skeleton.positions(config) or 512) - NEW_TOKENS
     if sample is None:
-        sample = Sample((tuple(tokenizer(text or SAMPLE)["input_ids"][: min(longest, LONGEST)]),), (0,))
+        sample = Sample((tuple(ids[: min(longest, LONGEST)]),), (0,))
     rows = [row[:longest] for row in sample.rows]
     model = variants.quantized(path, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code)
     nll, finite = score_rows(model, rows, device)
@@ -91,11 +91,13 @@ def _free(device: torch.device) -> float:
     return 0.9 * free_bytes(device)
 
 
-def _tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
+def _tokenized(path: Path, text: str, *, trust_remote_code: bool) -> tuple[Any, list[int]]:
+    """(tokenizer of a checkpoint, ids of the text); InputError where its files do not serve."""
     from transformers import AutoTokenizer
 
     with library_call(f"{path / 'tokenizer.json'}: transformers cannot load the tokenizer", "copy its files again"):
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return tokenizer, list(tokenizer(text)["input_ids"])
 
 
 def score_rows(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[list[list[float]], bool]:

@@ -6,5 +6,5 @@
     gptq_reader        a GPTQ checkpoint by the names of a 16-bit one
     gptq_checks        config, headers and values of a GPTQ checkpoint, for `verify`
 
-May import: errors, checkpoint.
+May import: errors, runtime, checkpoint.
 """

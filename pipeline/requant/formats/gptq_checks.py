@@ -14,9 +14,11 @@ from requant.checkpoint.reader import TensorInfo, read_json
 from requant.formats.gptq import CONFIG_FILE, bits_of, is_v2, shapes, unpack_rows
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import Finding, Packing, Reader
+from requant.runtime.guarded_process import matches_in_time
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
+_NAME = "model.layers.10.mlp.experts.3.down_proj"
 SCALES = (torch.float16, torch.bfloat16)
 
 
@@ -105,6 +107,8 @@ def _rules(declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     for pattern, own in (dynamic or {}).items():
         if not _expression(pattern.removeprefix("-:").removeprefix("+:")):
             yield f"dynamic has {shown(pattern)}, which is no regular expression", False
+        elif not matches_in_time(pattern.removeprefix("-:").removeprefix("+:"), (_NAME,)):
+            yield f"dynamic has {shown(pattern)}, which takes too long on a module's name", False
         elif not isinstance(own, dict):
             yield f"dynamic of {shown(pattern)} is {shown(own)}, expected settings", False
         else:
