@@ -88,6 +88,14 @@ def test_the_date_of_a_template_is_told_with_chats(tmp_path: Path) -> None:
     assert made.decode(document.ids).startswith("26 Jul 2024<user>")
 
 
+def test_settings_of_a_wrong_type_that_show_at_the_first_text(tmp_path: Path) -> None:
+    base(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "x"}))
+    with pytest.raises(InputError, match=r"tokenizer\.json: transformers cannot load the tokenizer .*TypeError"):
+        tokenizer_files.load(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{}", "[1]", "not json", '{"model": {"type": "BPE"}}'])
 def test_a_broken_tokenizer_is_named(tmp_path: Path, content: str) -> None:
     base(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 from requant.checkpoint.model_files import tokenizer_files
 from requant.checkpoint.reader import read_json
 from requant.data import chat_template
-from requant.errors import InputError
+from requant.errors import InputError, library_call
 
 NEEDS_BOS = "gemma"
 """Model types that begin so are lost without BOS: perplexity of plain text grows without bound."""
@@ -50,15 +50,14 @@ def _load(base: Path, files: Mapping[str, Path], *, trust_remote_code: bool) -> 
         for name, file in {"config.json": base / "config.json", **code, **files}.items():
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, Path(folder) / name)
+        where = next((files[n] for n in ("tokenizer.json", "tokenizer.model") if n in files), base)
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # files of strangers: the library raises what it likes
-            where = next((files[n] for n in ("tokenizer.json", "tokenizer.model") if n in files), base)
-            reason = " ".join(str(error).replace(folder, str(base)).split())[:300]
-            raise InputError(
-                f"{where}: transformers cannot load the tokenizer ({', '.join(files)}): "
-                f"{type(error).__name__}: {reason}"
-            ) from error
+            with library_call(f"{where}: transformers cannot load the tokenizer ({', '.join(files)})"):
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+                tokenizer("a")  # wrong types of its settings show here
+                return tokenizer
+        except InputError as error:  # the library names its temporary copy
+            raise InputError(str(error).replace(folder, str(base))) from error
 
 
 def notes(tokenizer: Any, *, chat: bool) -> list[str]:
