@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -95,6 +96,14 @@ def test_yaml_reads_back(data: dict[str, Any]) -> None:
     text = escaping.yaml(data)
     assert YAML(typ="safe", pure=True).load(text) == data
     assert "<" not in text
+    assert visible(text) == text
+
+
+@given(NASTY | st.text())
+def test_json_reads_back(text: str) -> None:
+    shown = escaping.in_json(json.dumps([text], ensure_ascii=False, indent=1))
+    assert json.loads(shown) == [text]
+    assert visible(shown) == shown
 
 
 @given(st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=("Cs",))))

@@ -93,7 +93,12 @@ def yaml(data: Mapping[str, Any]) -> str:
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None there
     writer.width = 1 << 20
     writer.dump(data, stream)
-    return stream.getvalue().replace("<", "\\x3C")
+    return visible(stream.getvalue().replace("<", "\\x3C"))  # both stand in double quotes, where escapes are read
+
+
+def in_json(text: str) -> str:
+    """JSON text with the characters that `visible` takes out as JSON's own escapes, which read back unchanged."""
+    return _OBEYED.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def quoted(text: str) -> str:

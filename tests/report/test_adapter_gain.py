@@ -77,6 +77,12 @@ def test_a_wrong_base_is_on_the_first_screen_of_every_format(gates: tuple[str, .
     assert "makes its own text worse" in html.render(made)
 
 
+def test_what_the_gate_says_is_not_said_again() -> None:
+    line = report(-0.3, RETENTION, spread=0.1)["verdict"]["line"]
+    assert line.count("+35.0 %") == 1
+    assert line.endswith("Beware: is this the base that it was trained on, and its kind of text?")
+
+
 def test_a_loss_that_may_be_chance_is_no_alarm() -> None:
     assert "Beware" not in report(-0.01, PPL, spread=0.5)["verdict"]["line"]
 

@@ -10,6 +10,7 @@ from requant_eval.report.number_format import format_estimate, format_value
 from requant_eval.report.records import Numbers
 
 BEWARE = "Beware:"
+WRONG_BASE = "the base that it was trained on, and its kind of text?"
 
 
 def learned(s: EvaluationSet) -> Edge | None:
@@ -42,10 +43,7 @@ def beware(report: Numbers) -> str:
         said = ""
     if not said:
         return ""
-    return (
-        f"{BEWARE} the adapter makes its own text worse than its base alone does ({said}). Is this the base that it "
-        "was trained on, and its kind of text?"
-    )
+    return f"{BEWARE} the adapter makes its own text worse than its base alone does ({said}). Is this {WRONG_BASE}"
 
 
 def _by_the_probe(report: Numbers) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from requant_eval.errors import EvaluationError
+from requant_eval.escaping import in_json
 from requant_eval.gate import Gate
 from requant_eval.metrics import engine_step
 from requant_eval.metrics import statistics as st
@@ -89,7 +90,7 @@ def dumps(report: Mapping[str, object]) -> str:
     Raises:
         ValueError: NaN or infinity in the report.
     """
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    text = in_json(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
     return NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 
 

@@ -19,11 +19,12 @@ from requant_eval.gate import METRICS, Gate, GateError, from_rule
 from requant_eval.metrics import statistics as st
 from requant_eval.metrics.lookup import find_estimate, step_from_reference
 from requant_eval.metrics.records import PARTS, Edge, Estimate, EvaluationSet, scaled
-from requant_eval.report.adapter_gain import beware, gained_nothing, in_words, learned
+from requant_eval.report.adapter_gain import BEWARE, WRONG_BASE, beware, gained_nothing, in_words, learned
 from requant_eval.report.headline import final_variant, method
 from requant_eval.report.number_format import format_estimate
 from requant_eval.report.records import GateResult, Numbers, Report, Status, Verdict
 
+NOTHING_GAINED = "the adapter gained nothing"
 HOPELESS = 1000  # times the documents there are: nobody collects that many
 
 
@@ -57,6 +58,8 @@ def verdict(report: Numbers, judged: Sequence[GateResult]) -> Verdict:
     more_documents: the largest of the inconclusive gates.
     """
     doubt = f" {said}" if (said := beware(report)) else ""
+    if doubt and any(NOTHING_GAINED in g["text"] for g in judged):  # the gate has the numbers
+        doubt = f" {BEWARE} is this {WRONG_BASE}"
     if not judged:
         text = "No verdict: no gates are set (`gates:` in the recipe says how much loss is acceptable)."
         return {"status": "none", "line": text + doubt, "more_documents": None}
@@ -143,7 +146,7 @@ def _without_gain(step: Edge, s: EvaluationSet) -> tuple[Status, int | None, str
     """
     value, high, numbers = step["delta"]["value"], step["delta"]["high"], in_words(step)
     if value is None or gained_nothing(step):
-        return "fail", None, f"not defined, since the adapter gained nothing on {s['name']} ({numbers})"
+        return "fail", None, f"not defined, since {NOTHING_GAINED} on {s['name']} ({numbers})"
     why = f"not defined yet, since the adapter's gain on {s['name']} cannot be told from zero ({numbers})"
     if high is None:
         return "inconclusive", None, why

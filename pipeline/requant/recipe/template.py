@@ -15,6 +15,7 @@ from typing import Any
 from requant.errors import InputError
 from requant.recipe import adapter_record
 from requant.recipe.adapter_record import BASE_CONFIG, BaseRecord
+from requant_eval.escaping import one_line
 
 FOUR_BIT_NAME = re.compile(r"bnb-?4-?bit|(?<![a-z])nf4|(?<![a-z0-9])4-?bit", re.IGNORECASE)
 _FOUR_BIT_SUFFIX = re.compile(r"-(unsloth-)?bnb-4bit$", re.IGNORECASE)
@@ -72,11 +73,11 @@ def _base_section(base: BaseRecord, directory: Path) -> str:
     if not base.local and _is_path(shown):
         lines[0] += "   # FIXME: not found here (another machine's path?): write a directory or hub id"
     if base.why_no_model:
-        lines.append(f"  # FIXME: {base.why_no_model}")
+        lines.append(f"  # FIXME: {one_line(base.why_no_model)}")
     if base.revision is not None:
         lines.append(f"  revision: {_quoted(base.revision)}   # the revision recorded in the adapter")
     if base.dropped is not None:
-        lines.append(f"  # revision: {base.dropped}")
+        lines.append(f"  # revision: {one_line(base.dropped)}")
     four_bit = _is_four_bit(base.directory / BASE_CONFIG) if base.directory else None
     if four_bit is None:
         four_bit = bool(FOUR_BIT_NAME.search(Path(base.model).name))
@@ -121,7 +122,7 @@ def _summary(config: dict[str, Any]) -> str:
     names = sorted(map(str, targets)) if isinstance(targets, list) else [str(targets)] if targets else []
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     line = ", ".join(facts) + (f" on {shown}" if shown else "")
-    return "".join(character if character.isprintable() else " " for character in line)
+    return one_line(line)
 
 
 def _is_path(text: str) -> bool:
