@@ -98,12 +98,11 @@ def stated(document: dict[str, Any], table: dict[str, list[Any]], rng: Random) -
 
 def _judge_merged(bench: Bench, folder: Path) -> str:
     """After a merge: does the format's library read what was read, and transformers what was written?"""
-    return (
-        judges.library_refusal(folder)
-        or judges.library_refusal(merged(bench))
-        or judges.not_finite(merged(bench))
-        or judges.outside(bench.shop, "load_model", merged(bench))
-    )
+    refused = judges.library_refusal(folder)
+    if refused or not merged(bench).exists():  # check writes nothing
+        return refused
+    written = judges.library_refusal(merged(bench)) or judges.not_finite(merged(bench))
+    return written or judges.outside(bench.shop, "load_model", merged(bench))
 
 
 def _merge(bench: Bench, key: str, name: str, data: bytes, label: str) -> Case:
