@@ -12,13 +12,14 @@ import sys
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.reports import FACTS, HOSTILE, built, full, hostile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from requant_eval.render import html
+from requant_eval.render import html, markdown
 from requant_eval.render.charts import charts, healing, losses, waterfall
 from requant_eval.render.document import Bullets, Code, Document, Figure, Paragraph, Section, document
 from requant_eval.render.module_maps import module_maps
@@ -332,6 +333,23 @@ def test_the_healing_curve_falls_where_the_numbers_fall_and_fills_the_chosen_ste
     assert [b.kind for b in section.blocks if isinstance(b, Figure)] == ["healing"]
     assert "step 40: 0.02 nats a token" in html.render(built(facts))
     assert healing({"held": [[0, 0.1]]}).rows == ()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"best_step": 20, "chosen_step": 20, "judged": [0.081, 0.033], "judge_windows": 16},
+         "chose step 20; step 0 is the quantized checkpoint. 16 other windows judge it: 0.081 -> 0.033."),
+        ({"best_step": 0, "chosen_step": 20, "judged": [0.081, 0.082], "judge_windows": 16},
+         "16 other windows judge it: 0.081 -> 0.082, so the checkpoint stays as it was."),
+        ({"best_step": 20, "chosen_step": 20, "judged": None, "judge_windows": 0},
+         "chose step 20; step 0 is the quantized checkpoint. They were looked at 2 times: the least value is a little too good."),
+        ({"best_step": 20}, "chose step 20"),
+    ],
+)  # fmt: skip
+def test_the_report_says_what_judged_the_healed_step(told: dict[str, Any], said: str) -> None:
+    facts = FACTS | {"heal": {"held": [[0, 0.08], [20, 0.03]], **told}}
+    assert said in " ".join(markdown.render(built(facts)).split())
 
 
 def test_module_maps_place_layers_and_take_the_worst_expert() -> None:
