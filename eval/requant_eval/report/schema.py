@@ -5,6 +5,7 @@ The schema is made of the records of `report.records` and `metrics.records`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from requant_eval import strict_json
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import records as set_records
+from requant_eval.metrics.facts import Facts
 from requant_eval.report import records as report_records
 from requant_eval.report.assemble import SCHEMA_VERSION, conclude
 from requant_eval.report.records import Report
@@ -98,6 +100,21 @@ def check(report: Any) -> None:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'report'}: {e['msg']}" for e in error.errors()]
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise EvaluationError(f"does not match the schema: {'; '.join(problems[:SHOWN])}{more}") from error
+
+
+def wrong_fact(path: str | Path) -> str | None:
+    """The first fact of a report file that has another type than its readers expect, with what is wrong; None: none.
+
+    The schema leaves facts free. Raises EvaluationError as `load`.
+    """
+    with warnings.catch_warnings(action="ignore"):  # pydantic's, of keys that are read only
+        facts = TypeAdapter(Facts)
+    try:
+        facts.validate_python(load(path)["facts"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"facts.{'.'.join(map(str, first['loc']))}: {first['msg'][:200]}"
+    return None
 
 
 def _from_1(report: Mapping[str, Any]) -> Report:

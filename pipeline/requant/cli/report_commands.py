@@ -33,21 +33,22 @@ def gate(
 ) -> None:
     """Check a report against its gates, or against others."""
     from requant_eval import gate as rules
+    from requant_eval.render import terminal
     from requant_eval.report import verdict
     from requant_eval.report.assemble import conclude
     from requant_eval.report.schema import load
 
-    with readable_errors():
-        loaded = load(run_paths.report_in(report))
+    file = run_paths.report_in(report)
+    with readable_errors(file):
+        loaded = load(file)
         asked = [rules.parse(text) for text in gates] or verdict.saved_gates(loaded)
         if not asked:
             raise InputError(f'{report}: no gates in it: add them to the recipe, or give --gate "ppl_increase SET 5%"')
         concluded = conclude(loaded, asked)
+        shown = terminal.decision(concluded)
     from rich.console import Console
 
-    from requant_eval.render import terminal
-
-    Console(width=None if sys.stdout.isatty() else 120).print(terminal.decision(concluded))
+    Console(width=None if sys.stdout.isatty() else 120).print(shown)
     finish(concluded, junit)
 
 
@@ -62,13 +63,14 @@ def render(file: Path, junit: Path | None = None) -> None:
     from requant_eval.report.assemble import save_text
     from requant_eval.report.schema import load
 
-    with readable_errors():
+    with readable_errors(file):
         loaded = load(file)
         written = {".md": markdown.render(loaded), ".html": html.render(loaded)}
+        shown = terminal.table(loaded)
     file = file / "report.json" if file.is_dir() else file
     for suffix, text in written.items():
         save_text(file.with_suffix(suffix), text)
-    Console(width=None if sys.stdout.isatty() else 120).print(terminal.table(loaded))
+    Console(width=None if sys.stdout.isatty() else 120).print(shown)
     say(f"written: {', '.join(str(file.with_suffix(suffix)) for suffix in written)}")
     finish(loaded, junit)
 
@@ -93,16 +95,17 @@ def compare(
     from requant_eval.report.assemble import save, save_text
     from requant_eval.report.compare import compare as compared
 
-    with readable_errors():
+    with readable_errors(*(path for path, _ in map(_split, runs))):
         comparison = compared(_entrants(runs))
+        document = compare_tables.document(comparison)
+        shown = compare_tables.terminal(comparison)
     if json_file is not None:
         save(comparison, json_file)
-    document = compare_tables.document(comparison)
     if markdown is not None:
         save_text(markdown, md.page(document))
     if html is not None:
         save_text(html, pages.page(document))
-    Console(width=None if sys.stdout.isatty() else 120).print(compare_tables.terminal(comparison))
+    Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
 def _entrants(runs: list[str]) -> list[Any]:
@@ -156,12 +159,24 @@ def finish(report: Report, junit: Path | None = None) -> None:
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn errors of `requant_eval` into InputError: exit code 2."""
+def readable_errors(*files: Path) -> Iterator[None]:
+    """Turn errors of `requant_eval` into InputError: exit code 2.
+
+    files: the reports that are read. The schema leaves facts free, so whatever else is raised says that theirs are
+    not as requant writes them.
+    """
     from requant_eval.errors import EvaluationError
     from requant_eval.gate import GateError
+    from requant_eval.report.schema import wrong_fact
 
     try:
         yield
     except (EvaluationError, GateError) as error:
         raise InputError(str(error)) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        names = " or ".join(map(str, files))
+        fact = next(filter(None, map(wrong_fact, files)), None)
+        raise InputError(
+            f"{names}: damaged: a value is not as requant writes it ({fact or repr(error)[:200]}): "
+            "`requant report RECIPE` writes the report again"
+        ) from error
