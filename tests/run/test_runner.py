@@ -507,3 +507,38 @@ def test_an_impossible_output_directory(project: Path, tmp_path: Path) -> None:
     with pytest.raises(RequantError, match=r"file.*(cannot be written|[Nn]ot a directory)"):
         run(project, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "not a directory"
+
+
+# --- what a run says before it changes or leaves out something ---
+
+
+class Warned(observer.Watcher):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_checkpoint_that_will_be_replaced_is_named_first(project: Path, ran: Path) -> None:
+    """The same directory and other settings: the old checkpoint is there until the new one is whole."""
+    same, other = Warned(), Warned()
+    run(project, ran, watcher=same, until="quantize")
+    run(project, ran, {"quantize.bits": 8}, watcher=other, until="quantize")
+    assert not [w for w in same.warnings if "replaced" in w]
+    (told,) = [w for w in other.warnings if "replaced" in w]
+    assert told.startswith(
+        f"{ran / 'pico' / 'gptq'} was made from other inputs or settings and is replaced when quantize"
+    )
+    assert "--set name=" in told
+
+
+def test_an_engine_that_a_finished_checkpoint_never_met_is_named(
+    project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "installed", lambda names: [n for n in ("transformers",) if n in names])
+    watcher = Warned()
+    outcome = run(project, ran, {"deploy": ["transformers"]}, watcher=watcher, until="quantize")
+    assert outcome.ran == []
+    (told,) = [w for w in watcher.warnings if w.startswith("deploy: ")]
+    assert told.endswith(f"requant verify {ran / 'pico' / 'gptq'} --with transformers")

@@ -151,6 +151,11 @@ class Artifact:
             for n, size in manifest["files"].items()
         )
 
+    def of_another(self, key: str) -> bool:
+        """Whether a finished artifact is there that `finish` of `key` will replace."""
+        manifest = self._manifest(self.path)
+        return manifest is not None and manifest["key"] != key
+
     def begin(self, key: str) -> Path:
         """The directory to write into: that of an interrupted run with the same key, or a new one."""
         if self.path.exists() and self._manifest(self.path) is None:

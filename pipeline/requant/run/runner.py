@@ -14,6 +14,8 @@ from typing import Literal
 from requant import outgoing, recipe
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.run_directory import LogFile, RunDirectory
+from requant.deploy.engine_processes import installed
+from requant.deploy.verification import saved_verifications
 from requant.errors import InputError
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
@@ -119,13 +121,35 @@ class Runner:
             self._run(stage, key)
         elif not needed:
             context.watcher.stage(stage.name, done=True)
+            self._tell_of_engines(stage, key)
             if stage.when_finished is not None:
                 stage.when_finished(context)
+
+    def _tell_of_engines(self, stage: Stage, key: str) -> None:
+        """Name the engines of `deploy` that a finished checkpoint was never loaded in."""
+        stored = (self.context.directory.result(stage.name, key) or {}).get("verify")
+        if stage.artifact is None or not stored:
+            return
+        run = self.context.directory.path
+        proofs = [stored, *saved_verifications(run, {stage.name: key}).values()]
+        asked = {answer["engine"] for proof in proofs for answer in proof["engines"]}
+        names = [name for name in installed(self.context.recipe.deploy) if name not in asked]
+        if names:
+            options = " ".join(f"--with {name}" for name in names)
+            self.context.watcher.warn(
+                f"deploy: {stage.artifact} was finished before {' and '.join(names)} stood there and was not loaded in "
+                f"it: requant verify {run / stage.artifact} {options}"
+            )
 
     def _run(self, stage: Stage, key: str) -> None:
         """Run one stage, measure it and store its result under `key`."""
         context = self.context
         context.watcher.stage(stage.name, done=False)
+        if stage.artifact is not None and context.directory.artifact(stage.artifact).of_another(key):
+            context.watcher.warn(
+                f"{context.directory.path / stage.artifact} was made from other inputs or settings and is replaced when "
+                f"{stage.name} is done: stop here and give the run another name (--set name=...) to keep both"
+            )
         context.event(event="start", stage=stage.name)
         log.info("%s: started", stage.name)
         with measurements.measured(str(context.device)) as cost:
