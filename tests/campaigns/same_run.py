@@ -54,18 +54,23 @@ def _report(run: Path) -> dict[str, Any]:
     return dict(leaves(json.loads(OUTPUT.sub("", (run / "report.json").read_text()))))
 
 
-def difference(run: Path, reference: Path, *, gates: bool = True) -> str:
-    """What a run's directory has other than the reference; "" when it is the same. gates: of the same recipe."""
+def difference(run: Path, reference: Path, *, gates: bool = True, keys: bool = True) -> str:
+    """What a run's directory has other than the reference; "" when it is the same.
+
+    gates: of the same recipe. keys: of the same inputs, whose digests make the keys in the manifests.
+    """
     mine, theirs = digests(run), digests(reference)
     left = [n for n in mine if any(LEFTOVERS.search(part) for part in Path(n).parts)]
     if left:
         return f"left behind: {left[0]}"
     if mine.keys() != theirs.keys():
         return f"files differ: {sorted(mine.keys() ^ theirs.keys())[:3]}"
-    other = [n for n in mine if mine[n] != theirs[n] and Path(n).name not in CLOCKS]
+    other = [
+        n for n in mine if mine[n] != theirs[n] and Path(n).name not in CLOCKS | (set() if keys else {"manifest.json"})
+    ]
     if other:
         return f"other bytes: {other[0]}"
     reports = [_report(d) for d in (run, reference)]
-    keys = [k for k in reports[0].keys() | reports[1].keys() if reports[0].get(k) != reports[1].get(k)]
-    keys = [k for k in sorted(keys) if gates or not k.startswith(("/headline", "/facts/recipe"))]
-    return f"report differs: {keys[0]} = {reports[0].get(keys[0])!r:.60}" if keys else ""
+    other = [k for k in reports[0].keys() | reports[1].keys() if reports[0].get(k) != reports[1].get(k)]
+    other = [k for k in sorted(other) if gates or not k.startswith(("/headline", "/facts/recipe"))]
+    return f"report differs: {other[0]} = {reports[0].get(other[0])!r:.60}" if other else ""
