@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.command_line import answers
-from helpers.e2e import copied, digests, killed_run, one_thread, recipe, run, times, write_recipe
+from helpers.e2e import copied, digests, edit_json, killed_run, one_thread, recipe, run, times, write_recipe
 
 from requant import deploy
 from requant.deploy import engine_processes
@@ -205,3 +205,14 @@ def test_what_stands_alone_leaves_nothing_behind_when_refused(healed: Path, proj
             healed / "gptq", healed / "merged", [short], tmp_path / "out", HealSettings(), device=pick_device("cpu")
         )
     assert [f.name for f in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(healed: Path, project: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(healed / "gptq", tmp_path / "gptq"))
+    edit_json(mine / "tokenizer_config.json", eos_token=" ")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"makes token 30\d .* of the text, but the model has 300 embeddings"):
+        heal_checkpoint.heal_checkpoint(
+            mine, healed / "merged", [project / "train.jsonl"], tmp_path / "out" / "new",
+            HealSettings(steps=2, batch=1, length=16), device=pick_device("cpu"),
+        )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from requant.errors import library_call
+
 PART = 500_000  # characters at a time
 AROUND = 400  # characters on either side of a cut that are tokenized together and apart
 TRIED = 40  # places in a row
@@ -30,9 +32,10 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], Offsets]:
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], Offsets]:
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
+    with library_call("the tokenizer cannot read a text", "its files do not belong together: copy them again"):
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
     return encoded["input_ids"], encoded["offset_mapping"]
 
 

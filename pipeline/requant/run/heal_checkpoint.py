@@ -61,6 +61,7 @@ def heal_checkpoint(
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_files.load(checkpoint, trust_remote_code=trust_remote_code)
     text = _text([Path(file) for file in files], tokenizer, settings, warn)
+    _refuse_unknown_ids(text, tokenizer, checkpoint, trust_remote_code=trust_remote_code)
     plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -105,6 +106,18 @@ def _text(
     for note in dict.fromkeys(notes):
         warn(note)
     return text
+
+
+def _refuse_unknown_ids(text: healing_text.HealingText, tokenizer: Any, path: Path, *, trust_remote_code: bool) -> None:
+    """Raise InputError for a token that the model has no embedding of."""
+    model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
+    rows, largest = model.get_input_embeddings().weight.shape[0], int(text.windows.max())
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"{path}: its tokenizer makes token {largest} ({token!r}) of the text, but the model has {rows} embeddings: "
+            "copy the tokenizer that belongs to the model"
+        )
 
 
 def _check_new(out: Path) -> None:
