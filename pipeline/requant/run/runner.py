@@ -147,8 +147,8 @@ class Runner:
         context.watcher.stage(stage.name, done=False)
         if stage.artifact is not None and context.directory.artifact(stage.artifact).of_another(key):
             context.watcher.warn(
-                f"{context.directory.path / stage.artifact} was made from other inputs or settings and is replaced when "
-                f"{stage.name} is done: stop here and give the run another name (--set name=...) to keep both"
+                f"{context.directory.path / stage.artifact} was made from other inputs or settings and is replaced "
+                f"when {stage.name} is done: stop here and give the run another name (--set name=...) to keep both"
             )
         context.event(event="start", stage=stage.name)
         log.info("%s: started", stage.name)
