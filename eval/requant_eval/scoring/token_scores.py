@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import numpy.typing as npt
 from requant_eval.errors import EvaluationError
 
 FORMAT = "requant-scores-1"
+_DTYPES: dict[str, type] = {
+    "nll": np.float64, "document": np.int32, "top1": np.bool_, "kl": np.float64, "agree": np.bool_,
+}  # fmt: skip
+_OPTIONAL = ("kl", "agree")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +56,7 @@ class TokenScores:
             "seconds": repr(self.seconds),
             "runtime": self.runtime,
         }
+        metadata["checksum"] = _checksum(columns, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -75,14 +82,42 @@ class TokenScores:
             raise EvaluationError(f"{path}: no readable scores ({error}): score the variant again") from error
         if metadata.get("format") != FORMAT:
             raise EvaluationError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: score it again")
-        return cls(
-            nll=columns["nll"],
-            document=columns["document"],
-            top1=columns["top1"],
-            kl=columns.get("kl"),
-            agree=columns.get("agree"),
-            nonfinite=int(metadata["nonfinite"]),
-            digest=metadata["digest"],
-            seconds=float(metadata["seconds"]),
-            runtime=metadata.get("runtime", ""),
-        )
+        found = metadata.pop("checksum", None)
+        wrong = _wrong_column(columns)
+        if wrong or found not in (None, _checksum(columns, metadata)):  # None: written before there was one
+            raise EvaluationError(f"{path}: damaged ({wrong or 'its bytes have changed'}): score the variant again")
+        try:
+            return cls(
+                nll=columns["nll"],
+                document=columns["document"],
+                top1=columns["top1"],
+                kl=columns.get("kl"),
+                agree=columns.get("agree"),
+                nonfinite=int(metadata["nonfinite"]),
+                digest=metadata["digest"],
+                seconds=float(metadata["seconds"]),
+                runtime=metadata.get("runtime", ""),
+            )
+        except (KeyError, ValueError) as error:
+            raise EvaluationError(f"{path}: damaged ({error!r}): score the variant again") from error
+
+
+def _wrong_column(columns: Mapping[str, npt.NDArray[Any]]) -> str | None:
+    """What is wrong with the columns of a file; None: nothing."""
+    tokens = columns["nll"].shape if "nll" in columns else None
+    for name, dtype in _DTYPES.items():
+        if name not in columns:
+            if name in _OPTIONAL:
+                continue
+            return f"no {name}"
+        if columns[name].dtype != dtype or columns[name].ndim != 1 or columns[name].shape != tokens:
+            return f"{name} is {columns[name].dtype} {columns[name].shape}, expected {dtype.__name__} {tokens}"
+    return None
+
+
+def _checksum(columns: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all that a file holds, hex: chance changes a byte, nobody forges scores for themselves."""
+    text = repr(sorted(metadata.items())).encode()
+    for name in sorted(columns):
+        text = f"{zlib.crc32(columns[name].tobytes(), zlib.crc32(text + name.encode())):08x}".encode()
+    return text.decode()

@@ -142,6 +142,8 @@ def save_answers(answers: list[str], file: Path) -> None:
 
 
 def load_answers(file: Path) -> list[str]:
-    """The answers that `save_answers` wrote."""
-    answers: list[str] = read_json(file)["given"]
+    """The answers that `save_answers` wrote; raises InputError where the file is damaged."""
+    answers = read_json(file).get("given")
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise InputError(f"{file}: damaged: expected a list of texts under given")
     return answers

@@ -13,7 +13,7 @@ import torch
 from requant.checkpoint.run_directory import key_of
 from requant.data import canaries
 from requant.data.canaries import Canaries, CanaryFacts
-from requant.errors import StageError
+from requant.errors import InputError, StageError
 from requant.outgoing import masked
 
 if TYPE_CHECKING:
@@ -90,7 +90,19 @@ class Scores:
         """The answers of all variants, for the report; None without canaries."""
         if self.canaries is None:
             return None
-        return self.canaries.result({v: canaries.load_answers(file) for v, file in self.answer_files.items()})
+        return self.canaries.result({v: self._answers(file) for v, file in self.answer_files.items()})
+
+    def _answers(self, file: Path) -> list[str]:
+        """The answers in one file, one to each canary; raises StageError for a damaged file, which is removed."""
+        assert self.canaries is not None
+        try:
+            found = canaries.load_answers(file)
+            if len(found) != len(self.canaries.items):
+                raise InputError(f"{file}: damaged: {len(found)} answers to {len(self.canaries.items)} canaries")
+        except InputError as error:
+            file.unlink(missing_ok=True)
+            raise StageError(f"{error}; it was removed, the same command asks again") from error
+        return found
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
         """All scores, {set: {variant: scores}}.
