@@ -103,7 +103,9 @@ class Tokenizer:
         ids = [10 + ord(c) for c in text]
         return {"input_ids": [1, *ids] if add_special_tokens and self.bos else ids}
 
-    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, turns: list[dict[str, str]], tools: None, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
         assert not tokenize
         assert add_generation_prompt
         return "".join(f"<{t['role']}>{t['content']}" for t in turns) + "<assistant>"
@@ -177,7 +179,7 @@ def test_a_template_that_refuses_is_quoted(tmp_path: Path) -> None:
         raise ValueError("roles must alternate")
 
     tokenizer.apply_chat_template = refuse  # type: ignore[method-assign]
-    with pytest.raises(InputError, match="the chat template refuses it: ValueError roles must alternate"):
+    with pytest.raises(InputError, match="the chat template refuses it: ValueError: roles must alternate"):
         load(tmp_path, [{"prompt": "a?", "answer": "1"}], tokenizer)
 
 
