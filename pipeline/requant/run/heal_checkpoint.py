@@ -50,9 +50,7 @@ def heal_checkpoint(
     """Heal `checkpoint` towards `teacher` into the new directory `out`.
 
     files: text, each in an equal share. warn: receives what was left out of them.
-
-    Raises:
-        InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
+    Raises InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
     """
     checkpoint, teacher, out = Path(checkpoint), Path(teacher), Path(out)
     _check_new(out)
@@ -115,8 +113,8 @@ def _refuse_unknown_ids(text: healing_text.HealingText, tokenizer: Any, path: Pa
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(
-            f"{path}: its tokenizer makes token {largest} ({token!r}) of the text, but the model has {rows} embeddings: "
-            "copy the tokenizer that belongs to the model"
+            f"{path}: its tokenizer makes token {largest} ({token!r}) of the text, but the model has {rows} embeddings"
+            ": copy the tokenizer that belongs to the model"
         )
 
 
