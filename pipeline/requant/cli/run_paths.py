@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,22 +21,15 @@ def is_run(path: Path) -> bool:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, or the one that a run keeps in its directory, running into that directory."""
+    """The recipe in a file, or the one that a run keeps in its directory."""
     from requant import recipe
 
-    if path.name == "recipe.yaml" and is_run(path.parent):
-        path = path.parent  # the run's own copy, which does not say where the run lies
     if not path.is_dir():
         return recipe.load(path, overrides)
     file = path / "recipe.yaml"
     if not file.is_file():
         raise RecipeError(f"{path}: {_holds(path)}, no recipe.yaml: name a recipe file")
-    loaded = recipe.load(file, overrides)
-    here = path.absolute()
-    if not is_run(path) or (Path(loaded.output.dir) / loaded.name).absolute() == here:
-        return loaded
-    moved = [f"name={json.dumps(here.name)}", f"output.dir={json.dumps(str(path.parent))}"]
-    return recipe.load(file, [*moved, *overrides])
+    return recipe.load(file, overrides)
 
 
 def checkpoint_in(path: Path, names: Sequence[str] = CHECKPOINTS) -> tuple[Path, str | None]:

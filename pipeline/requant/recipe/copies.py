@@ -26,7 +26,7 @@ def dump(recipe: Recipe, directory: str | Path | None = None) -> str:
 
     Args:
         directory: the run's, where the text will be saved: local paths are rewritten as seen from there, in the home
-            directory with `~`, and `output.dir` is only named (`cli.run_paths` takes the place of the file for it).
+            directory with `~`, and `output.dir` is only named (`load` takes the place of the file for it).
     """
     data = recipe.model_dump(mode="json")
     if directory is None:

@@ -6,6 +6,7 @@ Reads no weights, imports neither torch nor transformers.
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,6 +174,8 @@ def _is_plain(info: ValidationInfo) -> bool:
 def load(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """Read a recipe file and apply overrides: `{"quantize.bits": 3}` or `["quantize.bits=3"]` (`--set`).
 
+    The copy that a run keeps in its directory is of that run, wherever the directory lies.
+
     Raises:
         RecipeError: with all problems at once, one line each, in the order of the file.
     """
@@ -189,7 +192,21 @@ def load(path: str | Path, overrides: Overrides = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse(text, source=str(path), overrides=overrides, directory=path.parent)
+    loaded = parse(text, source=str(path), overrides=overrides, directory=path.parent)
+    here = path.parent.absolute()
+    if not is_copy_of_run(path) or (Path(loaded.output.dir) / loaded.name).absolute() == here:
+        return loaded
+    own = {"name": here.name, "output.dir": str(path.parent.parent if path.parent.name else here.parent)}
+    if isinstance(overrides, Mapping):
+        return parse(text, source=str(path), overrides={**own, **overrides}, directory=path.parent)
+    place = [f"{key}={json.dumps(value)}" for key, value in own.items()]
+    given = [overrides] if isinstance(overrides, str) else overrides
+    return parse(text, source=str(path), overrides=[*place, *given], directory=path.parent)
+
+
+def is_copy_of_run(file: Path) -> bool:
+    """Whether a file is the recipe that a run keeps in its directory, which it marks."""
+    return file.name == "recipe.yaml" and (file.parent / ".requant.json").is_file()
 
 
 def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), directory: str | Path) -> Recipe:
