@@ -76,6 +76,30 @@ def test_symmetric_zero_words(bits: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("wrong", [-1.0, 0.5, 1.0000001, float("nan"), float("inf"), "beyond"])
+def test_only_whole_codes_and_zero_points_in_range_are_packed(bits: int, wrong: float | str) -> None:
+    """A zero point of 2.5 would become 2, a code of 2^bits would change its neighbour."""
+    codes, scale, zero = fixture(bits)
+    value = float(2**bits) if wrong == "beyond" else float(wrong)
+    for place in (codes, zero):
+        spoilt = place.float()
+        spoilt[3, 1] = value
+        with pytest.raises(gptq_format.PackError, match=r"span|whole"):
+            gptq_format.pack(*((spoilt, scale, zero) if place is codes else (codes, scale, spoilt)), bits)
+    with pytest.raises(gptq_format.PackError, match=r"codes (span|are not whole)"):
+        gptq_format.pack_rows(torch.full((32, 1), value), bits)
+
+
+def test_a_code_too_wide_for_its_bits_is_refused() -> None:
+    codes, scale, zero = fixture(4)
+    codes[0, 0] = 16
+    with pytest.raises(gptq_format.PackError, match=r"codes span 0 to 16, format v1 stores 0 to 15"):
+        gptq_format.pack(codes, scale, zero, 4)
+    with pytest.raises(gptq_format.PackError, match=r"do not fit"):
+        gptq_format.pack(codes[:, :96], scale[:, :1].expand(-1, 5), zero[:, :1].expand(-1, 5), 4)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_shapes_are_what_pack_makes(bits: int) -> None:
     """4-bit [576 in, 1536 out] in groups of 64 costs 4.33 bits a weight."""
     codes, scale, zero = fixture(bits, 96, 192, 64)
@@ -105,7 +129,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
         gptq_format.pack(codes, scale + 1e-6, zero, 4)
     with pytest.raises(gptq_format.PackError, match=r"not exact in float16"):
         gptq_format.pack(codes, torch.full_like(scale, float("inf")), zero, 4)
-    with pytest.raises(gptq_format.PackError, match=r"zero points span 0.0 to"):
+    with pytest.raises(gptq_format.PackError, match=r"zero points span 0 to"):
         gptq_format.pack(codes, scale, torch.zeros_like(zero), 4)
 
 

@@ -64,12 +64,14 @@ def is_v2(config: Mapping[str, Any]) -> bool:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack codes down each column as a stream of bits.
 
-    codes [n, m] in 0..2^bits-1, n a multiple of 32 -> int32 [n*bits/32, m].
+    codes [n, m] of any dtype, whole numbers in 0..2^bits-1, n a multiple of 32 -> int32 [n*bits/32, m].
     3-bit codes straddle words (10-1-10-1-10); the same little-endian bit stream describes every width.
+    Raises PackError for any other code: it would change its neighbours, or become another one.
     """
     n, m = codes.shape
     if n % _WORD:
         raise PackError(f"{n} codes in a column are not a multiple of {_WORD}")
+    _check_whole("codes", codes, 0, 2**bits - 1)
     if _WORD % bits == 0:
         wide = codes.to(torch.int32).reshape(-1, _WORD // bits, m)
         words = wide[:, 0].clone()
@@ -85,6 +87,17 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
             words64[:, word + 1] |= block[:, i] >> (_WORD - shift)
     low = words64 & 0xFFFFFFFF
     return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32).reshape(-1, m)
+
+
+def _check_whole(what: str, values: Tensor, low: int, high: int) -> None:
+    """Raise PackError unless all values are whole numbers from `low` to `high`; NaN is none."""
+    least, most = (float(v) for v in torch.aminmax(values))
+    if not (low <= least and most <= high):
+        raise PackError(f"{what} span {least:g} to {most:g}, format v1 stores {low} to {high}")
+    if values.is_floating_point():
+        fractions = values != values.round()
+        if bool(fractions.any()):
+            raise PackError(f"{what} are not whole numbers, e.g. {float(values[fractions][0]):g}")
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
@@ -110,17 +123,17 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Ten
     """The four tensors of one linear.
 
     codes: uint8 [out, in]. scale, zero: fp32 [out, groups].
-    Raises PackError when a scale is not exact in float16 or a zero point cannot be stored minus one.
+    Raises PackError when a scale is not exact in float16, a code or zero point is no whole number in range, a zero
+    point cannot be stored minus one, or the groups do not divide the inputs.
     """
     columns = codes.shape[1]
     groups = scale.shape[1]
+    if columns % groups or zero.shape != scale.shape:
+        raise PackError(f"{columns} inputs, scales {list(scale.shape)} and zero points {list(zero.shape)} do not fit")
     half = scale.half()
     if not torch.equal(half.float(), scale) or not torch.isfinite(half).all():
         raise PackError("a scale is not exact in float16")
-    if float(zero.min()) < 1 or float(zero.max()) > 2**bits - 1:
-        raise PackError(
-            f"zero points span {float(zero.min())} to {float(zero.max())}, format v1 stores 1 to {2**bits - 1}"
-        )
+    _check_whole("zero points", zero, 1, 2**bits - 1)
     g_idx = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // groups)
     return {
         "qweight": pack_rows(codes.T, bits),
