@@ -34,10 +34,11 @@ def case(
         weight.to(device), quant_type=quant_type, blocksize=blocksize, compress_statistics=nested
     )
     ours, absmax = nf4.encode(weight, quant_type, blocksize)
-    scale_codes = 0
+    scale_codes = same_mean = 0
     if nested:
         codes, _, _ = nf4.nest(absmax)
         scale_codes = int((codes != state.absmax.cpu()).sum())
+        same_mean = int((nf4.nest(absmax.to(device))[0] != state.absmax).sum())
         offset = float(state.offset)
         theirs = nf4.QuantState(
             quant_type=quant_type, blocksize=blocksize, shape=shape, dtype="float32", nested_offset=offset
@@ -49,12 +50,19 @@ def case(
     state.dtype = torch.float32
     reference = bnb.dequantize_4bit(packed, state).cpu()
     decoded = nf4.decode(packed.cpu(), absmax, theirs)
+    simulated = nf4.round_trip(weight, quant_type, blocksize, double_quant=nested)
     return {
         "bytes_differ": int((ours != packed.cpu().view(torch.uint8).reshape(-1)).sum()),
+        "scales": absmax.numel(),
         "scale_codes_differ": scale_codes,
+        "scale_codes_differ_with_their_mean": same_mean,
+        "simulated_distance": float((simulated - reference).norm() / reference.norm()),
         "decoded_differ": int((decoded != reference).sum()),
         "max_difference": float((decoded - reference).abs().max()),
     }
+
+
+COUNTS = ("bytes_differ", "scales", "scale_codes_differ", "scale_codes_differ_with_their_mean", "decoded_differ")
 
 
 def main() -> None:
@@ -79,7 +87,8 @@ def main() -> None:
                             }
                             | row
                         )
-    totals = {k: sum(int(r[k]) for r in rows) for k in ("bytes_differ", "scale_codes_differ", "decoded_differ")}  # type: ignore[call-overload]
+    totals = {k: sum(int(r[k]) for r in rows) for k in COUNTS}  # type: ignore[call-overload]
+    totals["worst simulated_distance"] = max(float(r["simulated_distance"]) for r in rows)  # type: ignore[assignment,arg-type]
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     result = {
         "device": device,

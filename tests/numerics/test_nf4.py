@@ -158,7 +158,8 @@ def test_16_bit_rounding_is_theirs() -> None:
 def test_encode_gives_bitsandbytes_bytes(quant_type: Any, dtype: torch.dtype, blocksize: int) -> None:
     """All bytes of whole blocks; in a short last block exact ties of 16-bit values may differ.
 
-    There bitsandbytes' CPU kernel divides, while its CUDA kernel and ours multiply by the reciprocal.
+    There bitsandbytes' CPU kernel divides, while its CUDA kernel and ours multiply by the reciprocal. In FP4 its CPU
+    code rounds halves down, its CUDA kernel and ours towards zero, and only those two have a negative zero.
     """
     for shape in [*SHAPES, (64, 256)]:
         weight = weights(shape, seed=blocksize).to(dtype)
@@ -166,8 +167,48 @@ def test_encode_gives_bitsandbytes_bytes(quant_type: Any, dtype: torch.dtype, bl
         data, absmax = nf4.encode(weight, quant_type, blocksize)
         whole = weight.numel() // blocksize * blocksize // 2
         assert torch.equal(absmax, state.absmax), shape
+        if quant_type == "fp4":
+            assert_as_near(weight, data, packed.reshape(-1), absmax, blocksize)
+            continue
         assert torch.equal(data[:whole], packed.reshape(-1)[:whole]), shape
         assert int((data[whole:] != packed.reshape(-1)[whole:]).sum()) <= 3, shape
+
+
+def assert_as_near(
+    weight: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, absmax: torch.Tensor, size: int
+) -> None:
+    """FP4 bytes differ only where both values are as near."""
+    state = nf4.QuantState(quant_type="fp4", blocksize=size, shape=tuple(weight.shape), dtype="float32")
+    a, b = (nf4.decode(data, absmax, state).double() for data in (ours, theirs))
+    unequal = a != b
+    assert float(unequal.float().mean()) < 0.02
+    distance = [(value - weight.double()).abs()[unequal] for value in (a, b)]
+    assert bool(((distance[0] - distance[1]).abs() <= 1e-6 * weight.abs().max()).all())
+
+
+def test_fp4_rounds_as_the_cuda_kernel_does() -> None:
+    """Its thresholds, one after the other; a half is not beyond its threshold, whatever the sign."""
+    thresholds = {0.00260417: 1, 0.0859375: 6, 0.20833333: 7, 0.29166667: 4, 0.4166667: 5, 0.583333: 2, 0.8333333: 3}
+    exact = torch.tensor([*thresholds])
+    sizes = torch.cat(
+        [exact, exact.nextafter(torch.ones(())), exact.nextafter(torch.zeros(())), torch.tensor([0.0, 1.0])]
+    )
+    values = torch.cat([sizes, -sizes, torch.ones(2)])
+    data, absmax = nf4.encode(values, "fp4", 64)
+    codes = torch.stack([data >> 4, data & 15], dim=1).flatten().tolist()
+    assert absmax.tolist() == [1.0]
+    for value, code in zip(values.tolist(), codes, strict=False):
+        size = torch.tensor(abs(value))
+        expected = max([0, *(i for i, t in enumerate(thresholds, 1) if size > torch.tensor(t))])
+        assert code == [0, *thresholds.values()][expected] + (8 if value < 0 else 0), value
+
+
+def test_a_half_of_a_nested_scale_takes_the_even_code() -> None:
+    """As the binary search of bitsandbytes' CUDA kernel does; bucketing alone takes the lower one."""
+    levels = nf4.dynamic_map()
+    middles = (levels[:-1] + levels[1:]) / 2
+    assert nf4._nearest_level(middles).tolist() == [i + i % 2 for i in range(255)]
+    assert nf4._nearest_level(levels).tolist() == list(range(256))
 
 
 def test_a_block_of_zeros_stays_zero() -> None:

@@ -24,6 +24,7 @@ from requant_eval.strict_json import parse
 QuantType = Literal["nf4", "fp4"]
 NESTED_BLOCK = 256
 _LARGEST_BLOCK = 2**20  # bitsandbytes has blocks of 32 to 4096
+STATE_DTYPES = ("float16", "bfloat16", "float32")
 _CHUNK = 2**20  # bytes decoded at a time: the pairs of one chunk stay in cache for the multiplication
 
 NF4 = torch.tensor(
@@ -33,6 +34,9 @@ NF4 = torch.tensor(
 )  # fmt: skip
 _FP4_HALF = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
 FP4 = torch.tensor(_FP4_HALF + [-v for v in _FP4_HALF])  # in bit-pattern order, not sorted
+_FP4_BY_SIZE = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3])
+# Between the magnitudes of FP4 as bitsandbytes' CUDA kernel has them, not all of them the exact middles.
+_FP4_EDGES = torch.tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
 
 
 class Nf4Error(ValueError):
@@ -48,7 +52,7 @@ def table(quant_type: QuantType) -> Tensor:
 class QuantState:
     """How the bytes of one weight are decoded: bitsandbytes' quant_state.
 
-    Stored as `M.weight.quant_state.bitsandbytes__*`.
+    Stored as `M.weight.quant_state.bitsandbytes__*`. dtype: of the weight that was quantized.
     """
 
     quant_type: QuantType
@@ -82,6 +86,8 @@ def parse_state(data: bytes) -> QuantState:
         raise Nf4Error(f"quant_state is not the expected JSON ({error})") from error
     if quant_type not in ("nf4", "fp4"):
         raise Nf4Error(f"quant_type is {quant_type!r:.80}, expected 'nf4' or 'fp4'")
+    if dtype not in STATE_DTYPES:
+        raise Nf4Error(f"dtype is {dtype!r:.80}, expected one of {', '.join(STATE_DTYPES)}")
     if not 2 <= blocksize <= _LARGEST_BLOCK or blocksize % 2 or not 1 <= nested_blocksize <= _LARGEST_BLOCK:
         raise Nf4Error(f"impossible blocksize {blocksize} or nested_blocksize {nested_blocksize}")
     if not shape or min(shape) < 1 or math.prod(shape) >= 2**63:
@@ -187,22 +193,34 @@ def _scale(values: Any, absmax: Any, first: int, blocksize: int) -> None:
 
 
 def encode(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Quantize as bitsandbytes' `quantize_4bit` does.
+    """Quantize as bitsandbytes' `quantize_4bit` does on a GPU, where training ran.
 
     fp32 [...] -> (bytes uint8 [ceil(numel/2)], absmax fp32 [blocks]).
-    Each value times the reciprocal of its block's largest magnitude is rounded to the nearest table entry, ties down.
+    Each value times the reciprocal of its block's largest magnitude is rounded to the nearest table entry. A half goes
+    down in NF4 and towards zero in FP4; bitsandbytes' CPU code (0.50) rounds it down in FP4 too. 16-bit weights have
+    many.
     """
     flat = weight.float().reshape(-1)
     pad = -flat.numel() % blocksize
     blocks = torch.nn.functional.pad(flat, (0, pad)).reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=1).clamp(min=1e-38)
     scaled = (blocks * (1.0 / absmax)[:, None]).clamp(-1, 1).reshape(-1)[: flat.numel()]
-    values = table(quant_type).to(weight.device)
-    order = torch.argsort(values)
-    midpoints = (values[order[:-1]] + values[order[1:]]) / 2
-    codes = torch.bucketize(torch.nn.functional.pad(scaled, (0, flat.numel() % 2)), midpoints, out_int32=True)
-    codes = order[codes.long()].to(torch.uint8)
+    scaled = torch.nn.functional.pad(scaled, (0, flat.numel() % 2))
+    codes = _nearest_nf4(scaled) if quant_type == "nf4" else _nearest_fp4(scaled)
     return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def _nearest_nf4(scaled: Tensor) -> Tensor:
+    """Codes uint8 of values in [-1, 1]."""
+    middles = ((NF4[:-1] + NF4[1:]) / 2).to(scaled.device)
+    return torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
+
+
+def _nearest_fp4(scaled: Tensor) -> Tensor:
+    """Codes uint8 of values in [-1, 1]: the magnitude's, and a bit for the sign, also of a negative zero."""
+    sizes = torch.bucketize(scaled.abs(), _FP4_EDGES.to(scaled.device), out_int32=True)
+    codes = _FP4_BY_SIZE.to(scaled.device)[sizes.long()] + 8 * (scaled < 0)
+    return codes.to(torch.uint8)
 
 
 def dynamic_map() -> Tensor:
@@ -219,9 +237,11 @@ def dynamic_map() -> Tensor:
 
 
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Double quantization of the scales.
+    """Double quantization of the scales, as bitsandbytes' CUDA kernel does it: training ran on a GPU.
 
     fp32 [blocks] -> (uint8 [blocks], nested_absmax fp32, offset).
+    The nearest level, halves to the even code. bitsandbytes' CPU kernel (0.50) takes the level of the nearest of 65,536
+    evenly spaced numbers instead: 0.2 % of scales get the neighbouring, farther level.
     """
     offset = absmax.mean()
     shifted = absmax - offset
@@ -229,9 +249,16 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     blocks = torch.nn.functional.pad(shifted, (0, pad)).reshape(-1, NESTED_BLOCK)
     scale = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1).reshape(-1)[: shifted.numel()]
-    values = dynamic_map()
-    codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
-    return codes.to(torch.uint8), scale, float(offset)
+    return _nearest_level(scaled), scale, float(offset)
+
+
+def _nearest_level(scaled: Tensor) -> Tensor:
+    """Codes uint8 of the levels of `dynamic_map` nearest to values in [-1, 1], halves to the even code."""
+    values = dynamic_map().to(scaled.device)
+    middles = (values[:-1] + values[1:]) / 2
+    codes = torch.bucketize(scaled, middles)  # a half: down
+    half = scaled == middles[codes.clamp(max=len(middles) - 1)]
+    return torch.where(half & (codes % 2 == 1), codes + 1, codes).to(torch.uint8)
 
 
 def round_trip(weight: Tensor, quant_type: QuantType, blocksize: int, *, double_quant: bool) -> Tensor:
