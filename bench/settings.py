@@ -37,7 +37,7 @@ from requant_eval.scoring.score_loop import score
 
 G = Grid(4, 64)
 S = Settings
-DEFAULT = S(G, sweeps=2, correct=0.5)
+DEFAULT = S(grid=G, sweeps=2, correct=0.5)
 # name: (settings, exact tokens for each input, calibration windows, their length)
 SETTINGS: dict[str, tuple[Settings, int, int, int]] = {
     "warm-up": (DEFAULT, 8, 8, 512),
@@ -110,8 +110,8 @@ def main() -> None:
         if not any(part in name for part in args.only.split(";")):
             continue
         memory.UNQUANTIZED_TOKENS = exact
-        for name, profile in list(PROFILES.items()):
-            PROFILES[name] = replace(profile, least_unquantized_tokens=0)
+        for kind, profile in list(PROFILES.items()):
+            PROFILES[kind] = replace(profile, least_unquantized_tokens=0)
         windows = packing.calibration_windows(
             entries, samples=samples, length=length, seed=0, bos=None, eos=tokenizer.eos_token_id
         )

@@ -93,15 +93,25 @@ def _range_scales(grid: Grid, low: Tensor, high: Tensor, shrink: Tensor) -> Scal
     return Scales(scale, torch.round(-low * shrink.abs() / scale).clamp(1, grid.levels - 1))
 
 
+def shrinks(grid: Grid) -> tuple[Tensor, Tensor]:
+    """The shares of a group's range that the search tries, and the offsets around the best of them; fp32.
+
+    The largest share is the one at which the short side of a symmetric grid reaches the largest weight: 2 at 2 bits,
+    1.33 at 3, 1.14 at 4.
+    """
+    half = grid.levels // 2
+    high = max(1.1, half / (half - 1)) if grid.symmetric else 1.1
+    coarse = torch.linspace(high, 0.42, 1 + round((high - 0.42) / 0.0567))
+    fine = (coarse[0] - coarse[1]) * torch.tensor((-0.75, -0.5, -0.25, 0.25, 0.5, 0.75))
+    return (torch.cat([coarse, -coarse]) if grid.signed else coarse), fine
+
+
 def _search(weight: Tensor, importance: Tensor, grid: Grid) -> Scales:
     """weight [rows, groups, g] -> the best Scales [rows, groups]."""
     low, high = weight.amin(dim=2).clamp(max=0), weight.amax(dim=2).clamp(min=0)
     if grid.search == "minmax":
         return _range_scales(grid, low, high, torch.ones_like(low))
-    coarse = torch.linspace(1.1, 0.42, 13, device=weight.device)
-    fine = (coarse[0] - coarse[1]) * torch.tensor((-0.75, -0.5, -0.25, 0.25, 0.5, 0.75), device=weight.device)
-    if grid.signed:
-        coarse = torch.cat([coarse, -coarse])
+    coarse, fine = (values.to(weight.device) for values in shrinks(grid))
     if triton_kernels.usable(weight):
         shrink = triton_kernels.search(weight, importance, coarse, fine, symmetric=grid.symmetric, levels=grid.levels)
         return _range_scales(grid, low, high, shrink)

@@ -33,7 +33,7 @@ class Settings:
     order: Literal["auto", "natural", "activation", "group"] = "auto"
     sweeps: int = 0  # of coordinate descent after the column loop
     correct: float = 0.0  # share of earlier layers' error that each layer makes up for
-    damp: float | None = None  # None: 0.02 when there are 16 tokens for each input feature, else 0.05
+    damp: float | None = None  # None: 0.02 when there are 64 tokens for each input feature, else 0.05
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
     format: str = "gptq"
 

@@ -121,10 +121,10 @@ def _named(linear: str) -> Iterator[None]:
 
 
 def _damp(settings: Settings, tokens: int, n: int) -> float:
-    """The recipe's damping, or 0.02 with at least 16 tokens for each of `n` inputs, else 0.05."""
+    """The recipe's damping, or 0.02 with at least 64 tokens for each of `n` inputs, else 0.05."""
     if settings.damp is not None:
         return settings.damp
-    return 0.02 if tokens >= 16 * n else 0.05
+    return 0.02 if tokens >= 64 * n else 0.05
 
 
 def _order(
