@@ -10,19 +10,22 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import pico
 from helpers.e2e import edit_json, edit_tensors, make_model, one_thread
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from requant.checkpoint.reader import INDEX
+from requant.checkpoint.reader import INDEX, Checkpoint
 from requant.deploy import check_tensors, own_scores, stage, verification
 from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
 from requant.formats.quantized_format import Finding
+from requant.formats.registry import open_quantized
 from requant.numerics.grid import Grid
+from requant.numerics.solution import checksum
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -321,6 +324,60 @@ def test_a_shard_of_another_model_is_seen_beside_the_source(source: Path, good: 
         f.where == f"{Q}.qweight" and "decodes to other weights than the source's" in f.reason for f in done.findings
     )
     assert any(f.where == "lm_head.weight" and "is not the source's" in f.reason for f in done.findings)
+
+
+def rows_of(path: Path, distance: float | None = None) -> dict[str, Any]:
+    """What a solver would have told of a checkpoint's linears."""
+    reader = open_quantized(path)
+    return {
+        name.removesuffix(".weight"): {"checksum": int(checksum(*reader.unpack(name)[:3])), "distance": distance}
+        for name in reader.quantized
+    }
+
+
+@pytest.mark.slow
+def test_a_file_must_decode_to_what_was_solved(good: Path, source: Path) -> None:
+    """One code that differs is seen, however small the change of the weights."""
+    solved = rows_of(good)
+    assert check(good, source=source, solved=solved).ok
+    solved[Q] |= {"checksum": solved[Q]["checksum"] ^ 1}
+    assert [str(f) for f in check(good, source=source, solved=solved).findings] == [
+        f"{Q}.qweight: does not decode to what was solved"
+    ]
+
+
+@pytest.mark.slow
+def test_a_right_solution_may_be_far_from_its_source(good: Path, source: Path, tmp_path: Path) -> None:
+    """Compensation may move a weight by more than its size: 107 % in one linear of a model at 2 bits.
+
+    The distance of the solution says what is right; without one, the share of the source that is left.
+    """
+    grid, stored = Grid(2, 32), Checkpoint(source)
+    far = tmp_path / "far"
+    pico.save(pico.reload(source), far, torch.float32)
+    weights = {n: stored.read(n).float() for n in stored}
+    g = torch.Generator().manual_seed(0)
+    for name in weights:
+        if name.endswith("_proj.weight"):
+            noise = torch.randn(weights[name].shape, generator=g)
+            weights[name] += 1.2 * noise * weights[name].norm() / noise.norm()
+    save_file(weights, far / "model.safetensors", metadata={"format": "pt"})
+    for file in good.glob("tokenizer*"):
+        shutil.copy(file, far)
+    pico.packed(far, tmp_path / "out", grid, dtype=torch.bfloat16)
+    done = check(tmp_path / "out", source=source)
+    assert done.ok, done.message()
+    assert (done.relative_error or 0) > 1
+    solved = rows_of(tmp_path / "out")
+    reader = open_quantized(tmp_path / "out")
+    for stem, row in solved.items():
+        weight = stored.read(f"{stem}.weight").float()
+        row["distance"] = float((reader.read(f"{stem}.weight") - weight).norm() / weight.norm())
+    assert check(tmp_path / "out", source=source, solved=solved).ok
+    solved[Q] |= {"distance": 0.6}
+    (found,) = check(tmp_path / "out", source=source, solved=solved).findings
+    assert "decodes to other weights than the source's" in found.reason
+    assert "60% when it was solved" in found.reason
 
 
 @pytest.mark.parametrize(("bits", "with_source"), [(3, True), (4, True), (8, True), (3, False), (4, False)])

@@ -26,16 +26,19 @@ def test_numbers_come_back_to_whom_they_belong() -> None:
         made, weight, hessian = solution(seed)
         delta = Delta(torch.randn(len(weight), 2), torch.randn(2, 64)) if name != "b" else None
         error = made.weight() - weight
-        costs.add(name, made, None if delta is None else measure(delta, error, hessian))
+        distance = error.norm() / weight.norm()
+        costs.add(name, made, distance, None if delta is None else measure(delta, error, hessian))
         losses = made.losses()
         alone = None if delta is None else delta_retention(delta, error, hessian, losses.loss)
-        expected.append((name, losses, alone))
+        expected.append((name, losses, alone, int(made.checksum()), float(distance)))
     costs.send(torch.tensor(1.0))
     assert costs.finite()
-    for got, (name, losses, alone) in zip(costs.results(lambda n: 0.5 if n == "c" else 0.0), expected, strict=True):
+    results = costs.results(lambda n: 0.5 if n == "c" else 0.0)
+    for got, (name, losses, alone, checksum, distance) in zip(results, expected, strict=True):
         assert (got.name, got.loss, got.relative_error, got.rtn_error) == (
             name, losses.loss, losses.relative, losses.rtn_relative,
         )  # fmt: skip
+        assert (got.checksum, got.distance) == (checksum, pytest.approx(distance))
         assert got.added == (0.5 if name == "c" else 0.0)
         assert got.signal_to_noise == (None if alone is None else pytest.approx(alone.signal_to_noise))
         assert got.output_retention == (None if alone is None else pytest.approx(alone.output_retention))
@@ -53,7 +56,7 @@ def test_no_tensor_of_a_solution_stays_in_memory() -> None:
     costs = BlockResults()
     made = solution(0)[0]
     held = [weakref.ref(t) for t in (made.codes, made.scales.scale, made.errors, made.rounded)]
-    costs.add("a", made, None)
+    costs.add("a", made, torch.tensor(0.1), None)
     del made
     assert [h() for h in held] == [None] * 4
 

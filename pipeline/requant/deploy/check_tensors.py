@@ -1,12 +1,14 @@
 """Value check of a quantized checkpoint: stored tensors and decoded weights.
 
-One linear is in memory at a time. With a source, the model that was quantized, every weight is compared with it.
+One linear is in memory at a time. What was solved is compared exactly, by checksums. With a source, the model that was
+quantized, every weight is compared with it: how far rounding may move it is known from the solution alone. At 2 bits,
+or where a few loud inputs rule the Hessian, a right solution can be farther from its source than a foreign weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -16,12 +18,19 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy.check_headers import HeaderCheck
 from requant.formats.quantized_format import Finding, QuantizedFormat
+from requant.numerics.solution import checksum
+from requant.quantize.module_results import ModuleRow
 
 PART = 2**24  # values of an unquantized tensor that are checked at once
 OTHER_WEIGHTS = 0.9
-"""Relative error from which a decoded weight is not the source's.
+"""Relative error from which an unquantized tensor is not the source's; an unrelated one of its size is 1.4 away."""
+SHARES = (0.5, 1.5)
+"""Share <Q, W> / <W, W> of the source's weight W that a decoded weight Q may hold, where no solution is known.
 
-Rounding costs 0.05 to 0.2 at 4 bits and up to 0.7 at 2; an unrelated weight of the same size is 1.4 away."""
+1 when the errors are independent of W, whatever their size; 0 in an unrelated weight, and s in one of a scale s times
+too large. At 2 bits 0.86 at a distance of 216 %, and 0.72 at 821 %, with too little damping."""
+SAME_DISTANCE = 0.02, 0.05
+"""Allowed difference of a distance from the solved one, and its share: a GPU solves for the source's 16-bit cast."""
 SHIFT = 0.5
 """Mean distance in steps from the source's weights: near 0 with the right zero point, 1 with the other convention."""
 
@@ -42,14 +51,21 @@ class TensorCheck:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.device | None = None) -> TensorCheck:
+def check(
+    headers: HeaderCheck,
+    source: Checkpoint | None = None,
+    device: torch.device | None = None,
+    *,
+    solved: Mapping[str, ModuleRow] | None = None,
+) -> TensorCheck:
     """Decode every linear whose headers are right, on `device`.
 
-    Search all other tensors for NaN and infinity.
+    solved: stem -> result of the linear's solution, which the file must decode to. Search all other tensors for NaN
+    and infinity.
     """
     result, device = TensorCheck(), device or torch.device("cpu")
     if headers.layout is not None:
-        _quantized(result, headers, headers.layout, source, device)
+        _quantized(result, headers, headers.layout, source, device, solved or {})
     packed = set(headers.packed_names)
     copies = {*headers.unplaced.state, *headers.unplaced.carried}
     for name, info in headers.checkpoint.items():
@@ -62,7 +78,12 @@ def check(headers: HeaderCheck, source: Checkpoint | None = None, device: torch.
 
 
 def _quantized(
-    result: TensorCheck, headers: HeaderCheck, layout: QuantizedFormat, source: Checkpoint | None, device: torch.device
+    result: TensorCheck,
+    headers: HeaderCheck,
+    layout: QuantizedFormat,
+    source: Checkpoint | None,
+    device: torch.device,
+    solved: Mapping[str, ModuleRow],
 ) -> None:
     """Check and decode every linear of `headers.packed`."""
     reader = layout.reader(headers.checkpoint)
@@ -75,7 +96,12 @@ def _quantized(
         result.weights += packing.rows * packing.columns
         result.negative_scales += int((decoded[1] < 0).sum())
         if not wrong:
-            _compare_decoded(result, stem, decoded, headers, layout, source)
+            solution = solved.get(stem, {})
+            expected = solution.get("checksum")
+            if expected is not None and int(checksum(*decoded[:3])) != expected:
+                result.findings.append(Finding(f"{stem}.{layout.codes}", "does not decode to what was solved"))
+                continue
+            _compare_decoded(result, stem, decoded, headers, layout, source, solution.get("distance"))
 
 
 def _compare_decoded(
@@ -85,10 +111,12 @@ def _compare_decoded(
     headers: HeaderCheck,
     layout: QuantizedFormat,
     source: Checkpoint | None,
+    distance: float | None,
 ) -> None:
     """Compare one linear with its source's weight; record the shift in steps.
 
-    decoded: codes [out, in], scale and zero [out, groups], group of each input [in].
+    distance: of the solution from its source. decoded: codes [out, in], scale and zero [out, groups], group of each
+    input [in].
     """
     codes, scale, zero, g_idx = decoded
     steps = codes.float() - zero[:, g_idx]
@@ -105,12 +133,27 @@ def _compare_decoded(
         result.findings.append(Finding(name, f"shape {list(steps.shape)}, the source's is {list(weight.shape)}"))
         return
     result.shifts[stem] = float((steps - weight / scales).mean())
-    error = float((steps * scales - weight).norm() / weight.norm().clamp(min=1e-30))
+    values = steps * scales
+    error = float((values - weight).norm() / weight.norm().clamp(min=1e-30))
     result.relative_error = max(result.relative_error or 0.0, error)
-    if error > OTHER_WEIGHTS:
-        result.findings.append(
-            Finding(f"{stem}.{layout.codes}", f"decodes to other weights than the source's: {error:.0%} off")
-        )
+    if (other := _other_weights(values, weight, error, distance)) is not None:
+        result.findings.append(Finding(f"{stem}.{layout.codes}", other))
+
+
+def _other_weights(values: Tensor, weight: Tensor, error: float, distance: float | None) -> str | None:
+    """Why decoded values are not the source's weight, None where they are.
+
+    error: their relative distance. distance: of the solution, where it is known.
+    """
+    if distance is not None:
+        absolute, relative = SAME_DISTANCE
+        if abs(error - distance) <= absolute + relative * distance:
+            return None
+        return f"decodes to other weights than the source's: {error:.0%} off, {distance:.0%} when it was solved"
+    share = float((values * weight).sum() / weight.square().sum().clamp(min=1e-30))
+    if SHARES[0] <= share <= SHARES[1] or not bool(weight.any()):
+        return None
+    return f"decodes to other weights than the source's: {error:.0%} off, and {share:.0%} of the source's is in them"
 
 
 def _unquantized(name: str, tensor: Tensor, source: Checkpoint | None, device: torch.device) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ What is wrong is collected, not raised: a `Verification` lists all findings, by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,7 @@ from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import EngineResult, Verification
 from requant.errors import InputError
 from requant.formats.quantized_format import Finding
+from requant.quantize.module_results import ModuleRow
 from requant.runtime.device import free_memory
 from requant_eval.metrics import engine_step
 
@@ -34,6 +35,7 @@ def verify(
     path: str | Path,
     *,
     source: str | Path | None = None,
+    solved: Mapping[str, ModuleRow] | None = None,
     text: str | None = None,
     load_in: Sequence[Engine] = (),
     deploy: Container[str] = (),
@@ -45,7 +47,7 @@ def verify(
 ) -> Verification:
     """Check the checkpoint in `path`; a file that cannot be read is a finding too.
 
-    source: the model that was quantized, to compare weights with.
+    source: the model that was quantized, to compare weights with. solved: stem of a linear -> its solution's result.
     text: what is scored; default: for engines the run's own documents, if the checkpoint is of a run, else a paragraph.
     load_in: engines that must load it and give our perplexity; InputError when one is not installed.
     deploy: engines that must, if they are installed. doing: receives what is done now, in words.
@@ -65,8 +67,7 @@ def verify(
     except InputError as error:
         done.findings.append(_unreadable(path, error))
         return done
-    doing(f"values of {len(headers.packed)} linears" + (", each against its source" if source else ""))
-    _check_values(done, headers, source, own_device or device)
+    _check_values(done, headers, source, own_device or device, solved, doing)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
@@ -98,10 +99,18 @@ def _unreadable(path: Path, error: InputError) -> Finding:
     return Finding(where, reason) if reason else Finding("checkpoint", text)
 
 
-def _check_values(done: Verification, headers: HeaderCheck, source: Path | str | None, device: torch.device) -> None:
-    """Decode every linear, compare it with its source's, and record what was found."""
+def _check_values(
+    done: Verification,
+    headers: HeaderCheck,
+    source: Path | str | None,
+    device: torch.device,
+    solved: Mapping[str, ModuleRow] | None,
+    doing: Callable[[str], None],
+) -> None:
+    """Decode every linear, compare it with its solution and its source's, and record what was found."""
+    doing(f"values of {len(headers.packed)} linears" + (", each against its source" if source else ""))
     original = Checkpoint(source) if source else None
-    tensors = _with_cpu_fallback(device, lambda d: check_tensors.check(headers, original, d))
+    tensors = _with_cpu_fallback(device, lambda d: check_tensors.check(headers, original, d, solved=solved))
     _record_checks(done, headers, tensors, compared=original is not None)
 
 

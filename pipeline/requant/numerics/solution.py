@@ -14,6 +14,35 @@ from torch import Tensor
 from requant.numerics.grid import Grid, Scales, dequantize_codes
 
 Order = Literal["natural", "activation", "group"]
+_PART = 2**24  # values of a checksum at a time: each takes 8 bytes
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+
+
+def checksum(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """A number below 2^48 that depends on every code, scale and zero point and its place; fp64 [] on the device.
+
+    codes: uint8 [rows, n]. scale, zero: fp32 [rows, groups], by their bits. Whole numbers only: every device and every
+    order of the sums gives the same one. One value that differs always changes it; it is no defence against malice.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=codes.device)
+    for values in (codes, scale.contiguous().view(torch.int32), zero.contiguous().view(torch.int32)):
+        total = total * _ODD + _weighted_sum(values)
+    return (total & (2**48 - 1)).double()
+
+
+def _weighted_sum(values: Tensor) -> Tensor:
+    """Sum of integers [rows, n], each times an odd number of its place; int64 [], modulo 2^64."""
+    rows, columns = (_odd_numbers(n, values.device) for n in values.shape)
+    step = max(1, _PART // values.shape[1])
+    parts = (
+        ((values[i : i + step].long() * columns).sum(dim=1) * rows[i : i + step]).sum()
+        for i in range(0, len(values), step)
+    )
+    return torch.stack(list(parts)).sum()
+
+
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, device=device).mul_(_ODD).bitwise_right_shift(7).bitwise_or_(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +75,10 @@ class Solution:
     def _select(self, rows: slice) -> Solution:
         scales, errors = self.scales.select(rows), self.errors[:, rows]
         return replace(self, codes=self.codes[rows], scales=scales, errors=errors, rounded=self.rounded[rows])
+
+    def checksum(self) -> Tensor:
+        """`checksum` of the codes, scales and zero points."""
+        return checksum(self.codes, self.scales.scale, self.scales.zero)
 
     def sums(self) -> Tensor:
         """What `Losses.of` needs, fp32 [4] on the device; nothing waits for the device."""

@@ -199,12 +199,13 @@ class Quantizer:
         del moments  # the largest tensors here: the solver releases them as it proceeds
         for solved in solving:
             quantized = solved.solution.weight()
-            self._keep(solved, quantized)
+            self._keep(solved, quantized, linears[solved.name].weight)
             linears[solved.name].weight = nn.Parameter(quantized.to(self.walk.dtype), requires_grad=False)
 
-    def _keep(self, solved: Solved, quantized: Tensor) -> None:
+    def _keep(self, solved: Solved, quantized: Tensor, source: Tensor) -> None:
         """Start to write one linear's tensors, and add its numbers to the block's results."""
-        self.block_results.add(solved.name, solved.solution, self._retention(solved, quantized))
+        distance = (quantized - source).norm() / source.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+        self.block_results.add(solved.name, solved.solution, distance, self._retention(solved, quantized))
         self.output.put(self._stored(solved.name), solved.solution)
 
     def _retention(self, solved: Solved, quantized: Tensor) -> Tensor | None:

@@ -43,10 +43,11 @@ class BlockResults:
         self.numbers: list[Tensor] = []
         self.arrived: Callable[[], Tensor] | None = None
 
-    def add(self, name: str, solution: Solution, measured: Tensor | None) -> None:
+    def add(self, name: str, solution: Solution, distance: Tensor, measured: Tensor | None) -> None:
         """Add one linear, without synchronization.
 
-        measured: the numbers of its adapter delta, from `delta_retention.measure`; None without a delta.
+        distance: of the solution from the source's weight, relative. measured: the numbers of its adapter delta, from
+        `delta_retention.measure`; None without a delta.
         """
         self.linears.append(
             _LinearFacts(
@@ -58,7 +59,7 @@ class BlockResults:
                 measured=measured is not None,
             )
         )
-        self.numbers.append(solution.sums().double())
+        self.numbers += [solution.sums().double(), solution.checksum()[None], distance.double()[None]]
         if measured is not None:
             self.numbers.append(measured)
 
@@ -88,6 +89,7 @@ class BlockResults:
 def _result(facts: _LinearFacts, numbers: list[float], added: Added) -> ModuleResult:
     """The result of one linear; its numbers are removed from the front of `numbers`."""
     losses = Losses.of(_take(numbers, 4), uncoupled=facts.uncoupled)
+    checksum, distance = _take(numbers, 2)
     adapted = asdict(DeltaRetention.of(_take(numbers, 4), losses.loss)) if facts.measured else {}
     if losses.fallback:
         log.warning("%s: rounded without error feedback (damp %.2f)", facts.name, facts.damp)
@@ -102,6 +104,8 @@ def _result(facts: _LinearFacts, numbers: list[float], added: Added) -> ModuleRe
         order=facts.order,
         fallback=losses.fallback,
         added=added(facts.name),
+        checksum=int(checksum),
+        distance=distance,
         **adapted,
     )
 
@@ -121,6 +125,8 @@ class ModuleResult:
     correction itself is not counted as an error.
     loss: tr(E H E'). relative_error: sqrt(tr(E H E') / tr(W H W')). rtn_error: relative_error of rounding W to nearest
     on min-max scales. added: share of an expert's calibration rows that were not routed to it, because too few were.
+    checksum: of codes, scales and zero points (`solution.checksum`), which the file must decode to. distance: of what
+    was solved from the source's weight W, |Q - W| / |W|. None from an engine that does not tell.
     The other fields compare the adapter's delta with the same error (`delta_retention`); None without a delta.
     """
 
@@ -139,6 +145,8 @@ class ModuleResult:
     retention: float | None = None
     output_retention: float | None = None
     added: float = 0.0
+    checksum: int | None = None
+    distance: float | None = None
 
     def row(self) -> ModuleRow:
         """As stored in JSON."""
@@ -163,3 +171,5 @@ class ModuleRow(TypedDict, total=False):
     retention: float | None
     output_retention: float | None
     added: float
+    checksum: int | None
+    distance: float | None

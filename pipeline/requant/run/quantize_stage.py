@@ -89,14 +89,15 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
         meta={"quantizer": [quantizer]},
         first_rank_only=own,
     )
+    rows = {plan.weights[m.name].removesuffix(".weight"): m.row() for m in modules}
     proof = deploy.verify(
-        out, source=merged, deploy=recipe.deploy, own_device=context.device,
+        out, source=merged, solved=rows, deploy=recipe.deploy, own_device=context.device,
         trust_remote_code=recipe.trust_remote_code, doing=context.watcher.doing,
     )  # fmt: skip
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "quantize", "requant": __version__})
     return {
-        "modules": [m.row() for m in modules],
+        "modules": list(rows.values()),
         "bits_per_weight": plan.bits_per_weight,
         "left": list(plan.left),
         "verify": proof.facts(),
