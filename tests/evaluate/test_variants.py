@@ -13,9 +13,13 @@ from helpers.e2e import LENGTH, LINEARS, VOCABULARY, one_thread, recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
+from requant import merge
+from requant.adapters import peft_directory
+from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
 from requant.evaluate import variants
-from requant.merge.base_weights import Nf4Settings
+from requant.merge import stage as merge_stage
+from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.numerics.grid import Grid
 from requant.run import prepare
 
@@ -140,6 +144,32 @@ def test_base_and_adapter_differ_by_the_lora_delta(
     torch.testing.assert_close(tuned - plain, 12 / 8 * x @ a.T @ b.T, rtol=1e-4, atol=1e-5)
     assert (logits(adapter, ids) - logits(base, ids)).abs().max() > 0.1
     torch.testing.assert_close(logits(adapter, ids), logits(load("merged", sources), ids), rtol=0, atol=1e-3)
+
+
+def test_base_runs_on_the_weights_that_training_saw(sources: variants.VariantSources) -> None:
+    """The project's base was quantized from bfloat16: training multiplied by the decoded weights in bfloat16."""
+    base = load("base", sources)
+    exact = BaseWeights(Checkpoint(sources.base)).read(f"{MODULES[0]}.weight")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = base.get_submodule(MODULES[0])(x)
+    torch.testing.assert_close(y, x @ exact.bfloat16().float().T, rtol=1e-5, atol=1e-6)
+    assert (y - x @ exact.T).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_an_fp32_merge_is_the_adapter_as_trained(sources: variants.VariantSources, ids: Tensor, tmp_path: Path) -> None:
+    """bf16(D) + BA in a file that can hold it; a bfloat16 file gets D + BA, rounded once."""
+    plan, _ = prepare.plan_merge(sources.base, peft_directory.load(sources.adapter), None)
+    results = {d: merge.merge(plan, tmp_path / d, dtype=d) for d in ("float32", "bfloat16")}  # type: ignore[arg-type]
+    live = load("adapter", sources)
+    merged = load("merged", replace(sources, merged=tmp_path / "float32"))
+    torch.testing.assert_close(logits(merged, ids), logits(live, ids), rtol=0, atol=2e-5)
+    assert results["float32"].onto == "4-bit weights decoded to bfloat16, as training multiplied by them"
+    assert results["bfloat16"].onto == "4-bit weights decoded to float32"
+    name = f"{MODULES[0]}.weight"
+    exact = merge_stage.compute(replace(plan, stored=torch.bfloat16), next(op for op in plan.ops if op.name == name))[0]
+    assert torch.equal(load_file(tmp_path / "bfloat16" / "model.safetensors")[name], exact.bfloat16())
 
 
 def test_original_is_the_16_bit_base_with_the_delta(

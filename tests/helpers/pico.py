@@ -8,6 +8,7 @@ Tests build the real thing with the real libraries, run ours on the files, and c
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,22 +203,24 @@ def quantize(source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) 
 
 
 def live_4bit(made: Any) -> Any:
-    """Let a bitsandbytes model decode to and compute in fp32, everything else in fp32 too."""
+    """Let a bitsandbytes model compute in fp32, on its weights in the dtypes that training casts them to."""
+    import bitsandbytes.functional as bnb
     from bitsandbytes.nn import Linear4bit
 
     packed = set()
     for module in made.modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-            module.support_avx512bf16_for_cpu = (
-                False  # else it repacks and computes in bf16, whatever compute_dtype says
-            )
-            module.weight.quant_state.dtype = torch.float32
+            seen = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype).float()
+            module.forward = partial(_linear, module, seen)
             packed.add(id(module.weight))
     for parameter in made.parameters():
         if id(parameter) not in packed and parameter.dtype.is_floating_point:
             parameter.data = parameter.data.float()
     return made.eval()
+
+
+def _linear(module: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, weight, module.bias)
 
 
 def linears(made: nn.Module) -> list[str]:

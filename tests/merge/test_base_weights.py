@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from helpers import pico
 
 from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.modeling import skeleton
 from requant.numerics import nf4
@@ -106,3 +108,33 @@ def test_quantizable_modules_are_those_of_transformers(
     live = replace_with_bnb_linear(live, modules_to_not_convert=kept, quantization_config=settings)
     assert ours == {name for name, module in live.named_modules() if isinstance(module, Linear4bit)}
     assert ours or skip or kind == "falcon", "Falcon's Linear is a class of its own, which bitsandbytes passes over"
+
+
+@pytest.mark.parametrize(("loaded", "compute"), [("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32", None)])
+@pytest.mark.filterwarnings("ignore")
+def test_what_training_multiplied_by(tmp_path: Path, loaded: Any, compute: str | None) -> None:
+    """bitsandbytes decodes to the dtype that was quantized and casts to the compute dtype, which is float32 unless set."""
+    source = pico.save(pico.model(), tmp_path / "source", getattr(torch, loaded))
+    named = {} if compute is None else {"bnb_4bit_compute_dtype": getattr(torch, compute)}
+    live = pico.quantize(source, getattr(torch, loaded), bnb_4bit_quant_type="nf4", **named)
+    live.save_pretrained(tmp_path / "base")
+    simulate = Nf4Settings(quant_type="nf4", double_quant=False, load_dtype=loaded, compute_dtype=compute)
+    on_the_fly = BaseWeights(Checkpoint(source), simulate=simulate, quantized=frozenset([NAME]))
+    packed = BaseWeights(Checkpoint(tmp_path / "base"))
+    module = live.get_submodule(NAME.removesuffix(".weight"))
+    assert str(module.weight.quant_state.dtype).endswith(loaded)
+    seen = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype).float()
+    for base in (packed, on_the_fly):
+        assert torch.equal(base.read(NAME, as_trained=True), seen)
+        assert torch.equal(base.read(NAME), seen) == (loaded == "float32")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compute_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+    source = pico.save(pico.model(), tmp_path / "source", torch.bfloat16)
+    path = pico.save_4bit(source, tmp_path / "base", bnb_4bit_quant_type="nf4")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = "int4"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config.json: bnb_4bit_compute_dtype is 'int4', expected one of float16"):
+        BaseWeights(Checkpoint(path))

@@ -40,7 +40,7 @@ class Decoded:
         return name in self.base.weights
 
     def read(self, name: str) -> Tensor:
-        value = self.base.read(name, self.device)
+        value = self.base.read(name, self.device, as_trained=True)
         missing = self.rows.get(name, 0) - len(value) if value.ndim else 0
         return value if missing <= 0 else torch.cat((value, value.new_zeros(missing, *value.shape[1:])))
 

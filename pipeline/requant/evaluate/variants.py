@@ -1,7 +1,8 @@
 """Variants as models: base, adapter, merged, original, rtn, gptq and healed.
 
-`base` and `adapter` run in bitsandbytes and PEFT, as in training; the others are plain models of the given dtype. A
-base that training did not quantize is a plain model too, and its `adapter` is it with PEFT.
+`base` and `adapter` run in bitsandbytes and PEFT, on the 4-bit weights in the dtype in which training multiplied by
+them; the others are plain models of the given dtype. Every variant computes in that dtype. A base that training did not
+quantize is a plain model too, and its `adapter` is it with PEFT.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import StageError, library_call
 from requant.evaluate import peft_runtime, variant_weights
-from requant.merge.base_weights import Nf4Settings
+from requant.merge.base_weights import Nf4Settings, finer
 from requant.merge.plan import MergePlan
 from requant.modeling import skeleton
 from requant.numerics import nf4
@@ -168,7 +169,7 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
             load_in_4bit=True,
             bnb_4bit_quant_type=s.quant_type,
             bnb_4bit_use_double_quant=s.double_quant,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=DTYPES[s.compute_dtype or s.load_dtype],
             llm_int8_skip_modules=_skipped(sources.base, s, trust_remote_code=sources.trust_remote_code),
         )
     else:
@@ -200,7 +201,7 @@ def _skipped(base: Path, simulate: Nf4Settings, *, trust_remote_code: bool) -> l
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
-    """Set the compute dtype of 4-bit layers to `dtype`; check bitsandbytes' decoder.
+    """Let 4-bit layers compute in `dtype` with the weights that training saw; check bitsandbytes' decoder.
 
     The decoder is checked where it may be wrong: bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is
     not a whole number of blocks.
@@ -220,14 +221,30 @@ def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> 
                 f"{name}: bitsandbytes quantizes in blocks of {state.blocksize}, base.nf4.blocksize is {blocksize}: "
                 "base and adapter cannot be measured as trained; quantize the base once with that block size and use it"
             )
-        module.compute_dtype = dtype
-        if dtype == torch.float32:
-            module.support_avx512bf16_for_cpu = False  # else its first forward repacks the scales to bfloat16
-        state.dtype = dtype
+        coarser = [t for t in (state.dtype, module.compute_dtype) if t is not None and finer(dtype, t)]
+        module.forward = partial(_linear_as_trained, module, tuple(coarser))
         shape = tuple(state.shape)
         if module.weight.device.type == "cpu" and shape[-1] % state.blocksize and shape not in checked:
             checked.add(shape)
             _check_decoder(name, module.weight, state, bnb)
+
+
+def _linear_as_trained(module: Any, casts: tuple[torch.dtype, ...], x: Tensor) -> Tensor:
+    """A `Linear4bit`'s forward in the dtype of x, its weight decoded by bitsandbytes and cast as in training.
+
+    casts: dtypes coarser than x's, one after the other. bitsandbytes computes in the dtype of the weight alone.
+    """
+    import bitsandbytes.functional as bnb
+
+    state = module.weight.quant_state
+    before, state.dtype = state.dtype, casts[0] if casts else x.dtype
+    try:
+        weight = bnb.dequantize_4bit(module.weight.data, state)
+    finally:
+        state.dtype = before
+    for dtype in casts[1:]:
+        weight = weight.to(dtype)
+    return nn.functional.linear(x, weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
 
 
 def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:

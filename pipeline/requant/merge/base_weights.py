@@ -27,7 +27,8 @@ class Nf4Settings:
     """Settings of the 4-bit quantization of a 16-bit base during training.
 
     adapter_config.json does not record them.
-    load_dtype: of the weights before they are rounded. skip: modules left in 16 bit.
+    load_dtype: of the weights before they are rounded. compute_dtype: of the products, None: load_dtype. skip: modules
+    left in 16 bit.
     version: of transformers, which decides which other modules are left in 16 bit.
     """
 
@@ -35,6 +36,7 @@ class Nf4Settings:
     double_quant: bool
     blocksize: int = 64
     load_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
+    compute_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     skip: tuple[str, ...] = ()
     version: Literal[4, 5] = 5
 
@@ -46,6 +48,7 @@ class Nf4Facts(TypedDict):
     double_quant: bool
     blocksize: int
     load_dtype: Literal["float16", "bfloat16", "float32"]
+    compute_dtype: Literal["float16", "bfloat16", "float32"] | None
     skip: Sequence[str]
     version: Literal[4, 5]
 
@@ -57,6 +60,7 @@ class BaseWeight:
     kind: `stored` as it is, `packed` in 4 bits on disk, or `simulated`: 16 bit on disk, 4 bit in training.
     dtype: of the values that `read` returns: fp32 for packed and simulated ones, else as stored.
     transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file contains [in, out].
+    casts: dtypes that training cast the decoded values to, one after the other, before it multiplied by them.
     """
 
     name: str
@@ -65,6 +69,35 @@ class BaseWeight:
     dtype: torch.dtype
     state: nf4.QuantState | None = None
     transposed: bool = False
+    casts: tuple[torch.dtype, ...] = ()
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """The coarsest dtype that training held the decoded values in."""
+        return max(self.casts, key=_eps, default=torch.float32)
+
+    def as_trained(self, value: Tensor) -> Tensor:
+        """Decoded values as training multiplied by them, in fp32."""
+        for dtype in self.casts:
+            value = value.to(dtype)
+        return value.float() if self.casts else value
+
+    def folded_as_trained(self, stored: torch.dtype) -> bool:
+        """Whether adapters are folded onto the values that training multiplied by, not onto the exact ones.
+
+        Where the file's dtype `stored` is finer than training's, so that it can hold what training saw. In a file as
+        coarse, the exact values lose less: rounded ones would be rounded twice, and a small delta would vanish.
+        """
+        return finer(stored, self.trained_dtype)
+
+
+def finer(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether `dtype` has more digits than `other`."""
+    return _eps(dtype) < _eps(other)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 class BaseWeights:
@@ -118,6 +151,16 @@ class BaseWeights:
         """Whether any weight has the values of a 4-bit grid, on disk or in training."""
         return any(w.kind != "stored" for w in self.weights.values())
 
+    def onto(self, stored: torch.dtype) -> str:
+        """What adapters are folded onto in a file of dtype `stored`, in words for the report."""
+        packed = [w for w in self.weights.values() if w.kind != "stored"]
+        if not packed:
+            return "16-bit weights"
+        rounded = {str(w.trained_dtype).removeprefix("torch.") for w in packed if w.folded_as_trained(stored)}
+        if rounded:
+            return f"4-bit weights decoded to {' and '.join(sorted(rounded))}, as training multiplied by them"
+        return "4-bit weights decoded to float32"
+
     def _weight(self, name: str, state_name: str | None, *, simulated: bool) -> BaseWeight:
         info = self.checkpoint[name]
         conv1d = name in self.conv1d
@@ -127,7 +170,14 @@ class BaseWeights:
                     f"{info.file}: {name} is {info.dtype} but has no quant_state: not a bitsandbytes 4-bit weight"
                 )
             if simulated:
-                return BaseWeight(name=name, kind="simulated", shape=info.shape, dtype=torch.float32, transposed=conv1d)
+                return BaseWeight(
+                    name=name,
+                    kind="simulated",
+                    shape=info.shape,
+                    dtype=torch.float32,
+                    transposed=conv1d,
+                    casts=self._casts(self.simulate.load_dtype if self.simulate else "float32"),
+                )
             dtype = info.dtype
             if self.simulate and dtype.is_floating_point:
                 dtype = DTYPES[self.simulate.load_dtype]
@@ -138,7 +188,33 @@ class BaseWeights:
             raise InputError(f"{self.checkpoint[state_name].file}: {state_name}: {error}") from error
         self._check_parts(name, state)
         shape = state.shape[::-1] if conv1d else state.shape
-        return BaseWeight(name=name, kind="packed", shape=shape, dtype=torch.float32, state=state, transposed=conv1d)
+        return BaseWeight(
+            name=name,
+            kind="packed",
+            shape=shape,
+            dtype=torch.float32,
+            state=state,
+            transposed=conv1d,
+            casts=self._casts(state.dtype),
+        )
+
+    def _casts(self, decoded: str) -> tuple[torch.dtype, ...]:
+        """What bitsandbytes casts a decoded weight to: the dtype that was quantized, then that of the products.
+
+        Up to bitsandbytes 0.49; 0.50 decodes straight to the second. Without a word on it, transformers computes in
+        float32.
+        """
+        if self.simulate is not None:
+            compute: str = self.simulate.compute_dtype or self.simulate.load_dtype
+        else:
+            stored = (self.checkpoint.config.get("quantization_config") or {}).get("bnb_4bit_compute_dtype")
+            compute = str(stored or "float32").removeprefix("torch.")
+            if compute not in DTYPES:
+                raise InputError(
+                    f"{self.checkpoint.path / 'config.json'}: bnb_4bit_compute_dtype is {stored!r}, expected one of "
+                    f"{', '.join(DTYPES)}"
+                )
+        return tuple(dict.fromkeys((DTYPES[decoded], DTYPES[compute])))
 
     def _check_parts(self, name: str, state: nf4.QuantState) -> None:
         """The headers of a packed weight's parts must agree with its quant_state."""
@@ -177,10 +253,11 @@ class BaseWeights:
         except nf4.Nf4Error as error:
             raise StageError(f"{self.checkpoint[weight.name].file}: {weight.name}: {error}") from error
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+    def read(self, name: str, device: torch.device = CPU, *, as_trained: bool = False) -> Tensor:
         """One weight in the dtype and shape of its `BaseWeight`, decoded on `device`.
 
-        Every device gives the same values. Raises StageError when the stored bytes and the quant_state disagree.
+        as_trained: cast as training cast it before it multiplied. Every device gives the same values.
+        Raises StageError when the stored bytes and the quant_state disagree.
         """
         weight = self.weights[name]
         if weight.kind == "stored":
@@ -189,6 +266,7 @@ class BaseWeights:
             value = self._decode(weight, device) if weight.kind == "packed" else self._simulate(weight, device)
         except nf4.Nf4Error as error:
             raise StageError(f"{self.checkpoint[name].file}: {name}: {error}") from error
+        value = weight.as_trained(value) if as_trained else value
         return value.T if weight.transposed else value
 
     def _decode(self, weight: BaseWeight, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from requant.adapters.lora import Lora
 from requant.merge.plan import MergePlan, Op
-from requant.merge.stage import compute
+from requant.merge.stage import compute, read_base
 from requant.numerics.delta_retention import Delta, Deltas
 
 
@@ -38,5 +38,5 @@ def delta_of(plan: MergePlan, op: Op) -> Delta:
         )
     if op.shape != op.source.shape:
         raise ValueError(f"{op.name}: resized from {op.source.shape} to {op.shape}")
-    whole = compute(plan, op)[0].float() - plan.base.read(op.source.name).float()
+    whole = compute(plan, op)[0].float() - read_base(plan, op.source).float()
     return Delta(whole.T.contiguous() if op.conv1d else whole)

@@ -72,6 +72,7 @@ class MergePlan:
     ops: in the base checkpoint's order. untied: input and output embeddings are written as two tensors.
     embedding_rows: of the merged input embedding. vocab_size: the new one, where the adapter resized it.
     renamed_modules: module in the adapter -> in the base, where the names differ.
+    stored: dtype of the merged checkpoint; fp32: values before their rounding.
     """
 
     base: BaseWeights
@@ -83,6 +84,7 @@ class MergePlan:
     renamed_modules: Mapping[str, str]
     unplaced: Unplaced = field(default_factory=Unplaced)
     warnings: tuple[str, ...] = ()
+    stored: torch.dtype = torch.float32
 
     @property
     def adapter(self) -> Adapter:
@@ -140,8 +142,7 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
     """
     every = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     refusals.unknown_tensors(base, layout)
-    dropped = set(layout.unplaced.recomputed)
-    sources = {w.name: w for w in base.weights.values() if w.name not in dropped}
+    sources = {w.name: w for w in base.weights.values() if w.name not in layout.unplaced.recomputed}
     changes = _Changes()
     for adapter in every:
         _collect(changes, adapter, layout, sources)

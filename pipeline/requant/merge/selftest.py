@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,7 +21,10 @@ from requant.adapters.fp64 import EPS, Exact
 from requant.checkpoint.reader import Checkpoint, read_tensor
 from requant.errors import StageError
 from requant.merge.plan import MergePlan, Op
+from requant.merge.stage import read_base
+from requant.merge.stored_dtype import own_dtype
 from requant.numerics import nf4
+from requant.numerics.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def self_test(plan: MergePlan, out: Path, *, tensors: int = 8, rows: int = 4, se
     Raises StageError that names the tensor and row that differ.
     """
     written = Checkpoint(out)
+    plan = replace(plan, stored=DTYPES[own_dtype(written)])
     expected = {op.name for op in plan.ops}
     if set(written) != expected:
         raise StageError(f"{out}: holds {len(written)} tensors, the plan has {len(expected)}")
@@ -122,18 +126,22 @@ def _base_row(plan: MergePlan, op: Op) -> Callable[[int], Tensor]:
     assert op.source is not None
     state = op.source.state
     if state is None or op.source.transposed:
-        whole = plan.base.read(op.source.name)
+        whole = read_base(plan, op.source)
         return lambda row: whole[row].double()
     data = plan.base.checkpoint.read(op.source.name).reshape(-1).view(torch.uint8)
     absmax = plan.base.absmax(op.source).double()
     values = nf4.table(state.quant_type).double().tolist()
     columns, blocksize = state.shape[-1], state.blocksize
+    casts = op.source.casts if op.source.folded_as_trained(plan.stored) else ()
 
     def decode(row: int) -> Tensor:
         out = []
         for e in range(row * columns, (row + 1) * columns):
             byte = int(data[e // 2])
             out.append(values[byte >> 4 if e % 2 == 0 else byte & 15] * float(absmax[e // blocksize]))
-        return torch.tensor(out, dtype=torch.float64)
+        exact = torch.tensor(out, dtype=torch.float64)
+        for dtype in (torch.float32, *casts) if casts else ():  # the products are exact in fp64
+            exact = exact.to(dtype)
+        return exact.double()
 
     return decode

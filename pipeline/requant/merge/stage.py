@@ -2,6 +2,9 @@
 
     W = D + scaling * B @ A     all in fp32, one rounding, at the end
 
+D is the decoded base. Training multiplied by D in its compute dtype, so D is rounded to that where the written file is
+finer (`BaseWeight.folded_as_trained`).
+
 The plan is made and checked from headers. Then one tensor at a time is in memory and is written to its final place.
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +24,7 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_tensor
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
-from requant.merge.base_weights import CPU
+from requant.merge.base_weights import CPU, BaseWeight
 from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
 from requant.merge.stop_tokens import StopTokens
 from requant.merge.stored_dtype import choose_dtype, largest_magnitude
@@ -36,13 +39,14 @@ Progress = Callable[[int, int], None]
 class MergeResult:
     """The outcome of a merge, for the report.
 
-    why: the reason for `dtype`. ledger: counts of tensors by what was done. untrained: modules with a zero delta.
-    max_abs: largest magnitude written. bytes: of all tensors. carried: module that only servers run -> its tensors.
-    stop_tokens: what the fine-tune's tokenizer changed in them, in a sentence.
+    why: the reason for `dtype`. onto: what the adapter was folded onto. ledger: counts of tensors by what was done.
+    untrained: modules with a zero delta. max_abs: largest magnitude written. bytes: of all tensors. carried: module
+    that only servers run -> its tensors. stop_tokens: what the fine-tune's tokenizer changed in them, in a sentence.
     """
 
     dtype: str
     why: str
+    onto: str
     ledger: Ledger
     untrained: list[str] = field(default_factory=list)
     max_abs: float = 0.0
@@ -50,6 +54,11 @@ class MergeResult:
     carried: dict[str, int] = field(default_factory=dict)
     stop_tokens: str | None = None
     warnings: list[str] = field(default_factory=list)
+
+
+def read_base(plan: MergePlan, source: BaseWeight, device: torch.device = CPU) -> Tensor:
+    """The base's weight that an adapter is folded onto, decoded as `BaseWeight.folded_as_trained` says."""
+    return plan.base.read(source.name, device, as_trained=source.folded_as_trained(plan.stored))
 
 
 def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor, bool]:
@@ -64,7 +73,7 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
         return plan.base.checkpoint.read(op.source.name), True
     if not all(fold.on_any_device for fold in (*op.folds, *op.bias_folds)):
         device = CPU
-    value = (read_tensor(op.replacement) if op.replacement else plan.base.read(op.source.name, device)).to(device)
+    value = (read_tensor(op.replacement) if op.replacement else read_base(plan, op.source, device)).to(device)
     if op.folds:
         value = value.float()
         oriented = value.T.contiguous() if op.conv1d else value
@@ -117,9 +126,11 @@ def merge(
     out.mkdir(parents=True, exist_ok=True)
     chosen, why = choose_dtype(plan, dtype)
     target = DTYPES[chosen]
+    plan = replace(plan, stored=target)
     result = MergeResult(
         dtype=chosen,
         why=why,
+        onto=plan.base.onto(target),
         ledger=plan.ledger,
         carried=plan.carried,
         stop_tokens=str(stops) if stops else None,

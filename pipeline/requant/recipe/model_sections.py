@@ -82,6 +82,9 @@ class Nf4(Section):
     load_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         default="bfloat16", description="dtype the weights were cast to before they were quantized."
     )
+    compute_dtype: Literal["float16", "bfloat16", "float32"] | None = Field(
+        default=None, description="bnb_4bit_compute_dtype of the training run, by default load_dtype."
+    )
     skip: Annotated[tuple[Text, ...], AsTuple] = Field(
         default=(),
         description="llm_int8_skip_modules of the training run, as given (module names or suffixes): "
@@ -197,7 +200,7 @@ class Quantize(Section):
     )
     damp: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         default="auto",
-        description="Share of the mean diagonal added to the Hessian; auto: 0.02, or 0.05 with few tokens.",
+        description="Share of the mean diagonal added to the Hessian; auto: 0.05, or 0.02 from 64 tokens an input.",
     )
     dtype: Literal["auto", "float16", "bfloat16"] = Field(
         default="auto",

@@ -166,6 +166,7 @@ _ON_THE_FLY = """\
     double_quant: true      # bool; bnb_4bit_use_double_quant (transformers' own default is false)
     blocksize: 64           # 32 ... 4096, default 64; bitsandbytes' default too
     load_dtype: bfloat16    # float16 | bfloat16 | float32, default bfloat16; dtype it was loaded in
+    # compute_dtype: bfloat16   # float16 | bfloat16 | float32, default load_dtype; bnb_4bit_compute_dtype
     transformers: 5         # 4 | 5, default 5; major version in training: 4 quantized single experts of MoE models too
     skip: []                # names, default []; llm_int8_skip_modules as given; a list must name lm_head too
 """

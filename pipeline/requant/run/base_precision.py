@@ -75,6 +75,7 @@ def nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
         double_quant=nf4.double_quant,
         blocksize=nf4.blocksize,
         load_dtype=nf4.load_dtype,
+        compute_dtype=nf4.compute_dtype,
         skip=nf4.skip,
         version=nf4.transformers,
     )

@@ -116,6 +116,7 @@ def _merge_inputs(
         plan, model = _onto_original(recipe, original or sources.base, loaded)
     else:
         plan, model = plan_merge(sources.base, loaded, sources.simulate, trust_remote_code=trust)
+    plan = replace(plan, stored=stored_dtype.expected_dtype(plan.base.checkpoint, recipe.merge.dtype))
     scored = original is not None and "original" in recipe.evaluate.variants
     onto_original = _onto_original(recipe, original, loaded)[0] if scored and original else None
     adapter_completeness.check_vocabulary(loaded, plan, model)

@@ -9,7 +9,7 @@ import torch
 from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.run.prepared import Prepared
 
-LAYOUT = 2  # raised when a stage's files change their meaning
+LAYOUT = 3  # raised when a stage's files change their meaning
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class MergeFacts(TypedDict, total=False):
 
     dtype: str
     why: str
+    onto: str
     ledger: Ledger
     untrained: list[str]
     max_abs: float
