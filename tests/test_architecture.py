@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "requant.numerics": {"requant.runtime"},
     "requant.runtime": set(),
     "requant.recipe": {"requant_eval.gate"},
-    "requant.checkpoint": {"requant.runtime"},
+    "requant.checkpoint": {"requant.runtime", "requant_eval.whole_files"},
     "requant.formats": {"requant.runtime", "requant.checkpoint"},
     "requant.data": {"requant.runtime", "requant.checkpoint", "requant_eval.scoring"},
     "requant.modeling": {"requant.runtime", "requant.numerics", "requant.checkpoint"},
@@ -51,15 +51,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "requant.cli": {
         "requant.recipe", "requant.runtime", "requant.checkpoint", "requant.heal", "requant.deploy", "requant.run",
-        "requant_eval.gate", "requant_eval.report", "requant_eval.render",
+        "requant_eval.gate", "requant_eval.report", "requant_eval.render", "requant_eval.whole_files",
     },
     "requant_eval.errors": set(),
     "requant_eval.escaping": set(),
     "requant_eval.gate": set(),
     "requant_eval.strict_json": set(),
-    "requant_eval.scoring": set(),
+    "requant_eval.whole_files": set(),
+    "requant_eval.scoring": {"requant_eval.whole_files"},
     "requant_eval.metrics": {"requant_eval.scoring"},
-    "requant_eval.report": {"requant_eval.gate", "requant_eval.metrics"},
+    "requant_eval.report": {"requant_eval.gate", "requant_eval.metrics", "requant_eval.whole_files"},
     "requant_eval.render": {"requant_eval.gate", "requant_eval.metrics", "requant_eval.report"},
 }  # fmt: skip
 # package -> of one other package, the only files that it may know

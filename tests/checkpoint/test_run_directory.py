@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from requant.checkpoint.run_directory import MANIFEST, MARKER, Artifact, RunDirectory, key_of
+from requant.checkpoint.artifact import MANIFEST, Artifact
+from requant.checkpoint.reader import file_digest
+from requant.checkpoint.run_directory import MARKER, RunDirectory, key_of
 from requant.errors import InputError
 
 
@@ -153,16 +155,25 @@ def test_results_are_remembered_by_key(run: RunDirectory) -> None:
 def test_digests_are_remembered_and_follow_the_content(run: RunDirectory, tmp_path: Path) -> None:
     file = tmp_path / "f.json"
     file.write_text("one")
-    first = run.digest(file)
-    assert first == run.digest(file)
+    first = run.digests([file])
+    assert first == run.digests([file]) == [file_digest(file)]
+    before = file.stat()
     file.write_text("two")
-    os.utime(file, ns=(1, 1))
-    assert run.digest(file) != first
-    blob = tmp_path / "blobs" / ("a" * 64)
-    blob.parent.mkdir()
-    blob.write_text("x")
-    (tmp_path / "model.safetensors").symlink_to(blob)
-    assert run.digest(tmp_path / "model.safetensors") == "a" * 64
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run.digests([file]) == [file_digest(file)] != first, "of the same size and time"
+
+
+def test_only_the_hubs_cache_names_its_files_by_their_digests(run: RunDirectory, tmp_path: Path) -> None:
+    """CACHE/models--A--B/snapshots/REVISION/FILE -> CACHE/models--A--B/blobs/SHA256; elsewhere a file is read."""
+    for store, trusted in (("models--a--b", True), ("elsewhere", False)):
+        blob = tmp_path / store / "blobs" / ("a" * 64)
+        link = tmp_path / store / "snapshots" / ("0" * 40) / "model.safetensors"
+        for path in (blob, link):
+            path.parent.mkdir(parents=True)
+        blob.write_text("x")
+        link.symlink_to(blob)
+        assert (run.digests([link]) == ["a" * 64]) is trusted
+        assert run.digests([blob]) == [file_digest(blob)], "named directly it is a file like others"
 
 
 def test_fingerprint_sees_what_a_run_reads(run: RunDirectory, tmp_path: Path) -> None:

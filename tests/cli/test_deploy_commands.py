@@ -43,7 +43,8 @@ def test_json_is_the_same_and_a_broken_one_exits_1(here: Here, finished: Path, t
     assert facts["ok"] is False
     assert facts["findings"][0]["where"] == "config.json: _name_or_path"
     assert here("verify", "bad") == 1
-    assert "bad:\n  config.json: _name_or_path: '/home/ann/base' is a path" in here.out
+    assert "bad: 2 things are wrong:\n  config.json: _name_or_path: '/home/ann/base' is a path" in here.out
+    assert re.search(r"config\.json: has \d+ bytes, \d+ were written: take the file from where it is whole", here.out)
 
 
 def test_wrong_commands(here: Here, finished: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ run.restype, run.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_int, ct
 try:
     run(b"raise KeyboardInterrupt", 257, {}, {})
 except KeyboardInterrupt:
-    raise SystemExit(exit_codes.interrupted("interrupted").exit_code)
+    raise SystemExit(exit_codes.interrupted(KeyboardInterrupt()).exit_code)
 """
 
 

@@ -177,17 +177,3 @@ def test_windows_are_shared_by_their_tokens(count: int) -> None:
 def test_fewer_windows_than_ranks_leave_some_with_none() -> None:
     one = [Window(0, torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool))]
     assert [len(over_ranks.rank_windows(one, rank, 3)) for rank in range(3)] == [0, 1, 0]
-
-
-def test_what_a_killed_run_left_half_written_goes(
-    given: tuple[variants.VariantSources, Scores], tmp_path: Path
-) -> None:
-    """Names contain the process number, so no other process writes the same file."""
-    names = (".gptq-a-1.safetensors.7.tmp", "ranks-2-0/.reference-a-1.safetensors.7.tmp", ".answers-gptq-1.json.tmp")
-    left = [tmp_path / name for name in names]
-    for file in left:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"half")
-    sources, scores = given
-    over_ranks.evaluate(replace(scores, cache=tmp_path, sets=(), canaries=None), sources, ranks=SINGLE_PROCESS, batch=1)
-    assert not any(file.exists() for file in left)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from requant.errors import InputError, RecipeError, RequantError, StageError
 from requant.numerics.grid import Grid
 from requant.quantize import block_quantizer
 from requant.quantize.plan import Settings
-from requant.runtime import launch
+from requant.runtime import launch, signals
 from requant.runtime.device import PROFILES
 from requant.runtime.ranks import Ranks
+from requant.runtime.signals import RESUMES
 
 PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
@@ -36,9 +38,12 @@ def work(who: str, *, ranks: Ranks) -> None:
     """Fails on rank `who`, or on all, while the others wait for it."""
     if who in (str(ranks.rank), "all"):
         raise StageError(f"the disk of {who} is full")
-    if who == "killed" and not ranks.first:
-        os.kill(os.getpid(), signal.SIGKILL)
+    ends = {"killed": (1, signal.SIGKILL), "first killed": (0, signal.SIGKILL), "terminated": (1, signal.SIGTERM)}
+    rank, number = ends.get(who, (None, signal.SIGTERM))
+    if ranks.rank == rank or who == "all terminated":
+        os.kill(os.getpid(), number)
     ranks.all(True)
+    time.sleep(30 if who in ends else 0)
 
 
 def command(who: str) -> None:
@@ -54,6 +59,7 @@ def command(who: str) -> None:
 
 def launched(rank: int, port: int, who: str, said: Path) -> None:
     """One of two ranks, in a process of its own; its stderr is written to a file."""
+    signals.raise_on_termination()
     os.dup2(os.open(said / str(rank), os.O_CREAT | os.O_WRONLY), 2)
     os.environ.update(environment(rank, port))
     launch.run_on_all_ranks(lambda: command(who))
@@ -71,6 +77,12 @@ def launched(rank: int, port: int, who: str, said: Path) -> None:
             "error: another rank ended: the launcher's output says why; the same command resumes the run",
             [1, -9],
         ),
+        (
+            "first killed",
+            "error: rank 1: another rank ended without a word (killed, or out of memory?): " + RESUMES,
+            [-9, 1],
+        ),
+        ("terminated", "error: rank 1: terminated (SIGTERM): " + RESUMES, [143, 143]),
         ("recipe", "error: recipe.yaml:1: no such key", [2, 0]),  # nobody was called: the others just go
     ],
 )

@@ -10,7 +10,7 @@
     compare         two runs, paired by document
     number_format   digits that an interval allows
 
-May import: errors, gate, metrics.
+May import: errors, gate, metrics, whole_files.
 """
 
 from requant_eval.report.assemble import build

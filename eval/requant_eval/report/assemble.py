@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
 from requant_eval.escaping import in_json
 from requant_eval.gate import Gate
@@ -138,11 +139,5 @@ def save(report: Mapping[str, object], path: str | Path) -> None:
 
 
 def save_text(path: str | Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a file whole or not at all; a link in its place is replaced, not followed."""
+    whole_files.write(Path(path), text.encode())

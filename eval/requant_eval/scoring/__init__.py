@@ -9,7 +9,7 @@
     token_scores       the numbers of one variant on one set, and their file
     canaries           greedy answers to prompts
 
-May import: errors.
+May import: errors, whole_files.
 """
 
 from __future__ import annotations

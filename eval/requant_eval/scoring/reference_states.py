@@ -7,7 +7,6 @@ metadata has the digest of the evaluation set.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring.lm_head import Head
 
@@ -68,9 +68,7 @@ class ReferenceWriter:
 
     def __init__(self, path: Path, *, rows: int, like: Tensor, head: Head, digest: str) -> None:
         """rows: scored tokens. like: a hidden state tensor [..., hidden] that sets width and dtype."""
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        whole_files.make_directory(path.parent)
         metadata = {"format": FORMAT, "digest": digest, "scale": repr(head.scale)}
         if head.softcap is not None:
             metadata["softcap"] = repr(head.softcap)
@@ -80,13 +78,10 @@ class ReferenceWriter:
         shapes["hidden"] = (like.dtype, [rows, width])
         header, offsets, total = _header(shapes, metadata)
         self._start, self._row_bytes = len(header) + offsets["hidden"], width * like.dtype.itemsize
+        self._begin = [(0, memoryview(header)), *((len(header) + offsets[n], _bytes(t)) for n, t in small.items())]
+        self._size = len(header) + total
         # Plain writes, not a memory map: a full disk is then an OSError here, not a SIGBUS.
-        self._file = open(self.temporary, "wb")  # noqa: SIM115
-        self._file.write(header)
-        self._file.truncate(len(header) + total)
-        for name, tensor in small.items():
-            self._file.seek(len(header) + offsets[name])
-            self._file.write(_bytes(tensor))
+        self._whole = whole_files.whole_file(path, self._size)
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Rows start.. of the file: hidden states [n, hidden]."""
@@ -94,16 +89,22 @@ class ReferenceWriter:
         self._file.write(_bytes(hidden))
 
     def __enter__(self) -> ReferenceWriter:
+        self._file = self._whole.__enter__()
+        try:
+            self._file.truncate(self._size)
+            for offset, data in self._begin:
+                self._file.seek(offset)
+                self._file.write(data)
+            self._begin = []
+        except BaseException as error:
+            self._whole.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if error is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+        self._whole.__exit__(kind, error, trace)
 
 
 def _header(

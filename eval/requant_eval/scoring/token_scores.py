@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
 
 FORMAT = "requant-scores-1"
@@ -43,8 +43,8 @@ class TokenScores:
     runtime: str = ""
 
     def save(self, path: Path) -> None:
-        """Writes a safetensors file under a temporary name and renames it."""
-        from safetensors.numpy import save_file
+        """Writes a safetensors file, whole or not at all, and on the disk."""
+        from safetensors.numpy import save
 
         columns: dict[str, npt.NDArray[Any]] = {"nll": self.nll, "document": self.document, "top1": self.top1}
         columns |= {} if self.kl is None else {"kl": self.kl}
@@ -57,13 +57,8 @@ class TokenScores:
             "runtime": self.runtime,
         }
         metadata["checksum"] = _checksum(columns, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(columns, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        whole_files.make_directory(path.parent)
+        whole_files.write(path, save(columns, metadata))
 
     @classmethod
     def load(cls, path: Path) -> TokenScores:

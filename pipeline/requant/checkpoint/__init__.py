@@ -5,10 +5,12 @@
     writer               sharded safetensors, written in order and resumable
     atomic_write         files that are whole or absent
     model_files          config.json, tokenizer and other small files of a model
-    run_directory        artifacts, manifests, results and the log of a run
+    run_directory        results and the log of a run
+    artifact             a directory that is whole, as its manifest says, or absent
+    digests              sha256 of files, computed once while a file stays what it was
     device_loader        tensors of a checkpoint straight to a GPU
 
-May import: errors, runtime.
+May import: errors, runtime; requant_eval.whole_files.
 """
 
 from requant.checkpoint.reader import Checkpoint

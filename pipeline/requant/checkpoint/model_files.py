@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.atomic_write import copy_file, write_text
 from requant.checkpoint.reader import read_json
 from requant.errors import InputError
 
@@ -175,8 +174,7 @@ def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) ->
     """
     copied = []
     for name, file in (_matching(source, PROCESSORS) | tokenizer_files(source, adapter)).items():
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, out / name)
+        copy_file(file, out / name)
         copied.append(name)
     generation = generation_config(source)
     if generation is not None:
@@ -184,6 +182,6 @@ def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) ->
         copied.append("generation_config.json")
     if any(_readable(source / name).get("auto_map") for name in _NAMING_CODE):
         for file in sorted(source.glob("*.py")):
-            shutil.copyfile(file, out / file.name)
+            copy_file(file, out / file.name)
             copied.append(file.name)
     return copied

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.artifact import Artifact
+from requant.checkpoint.atomic_write import DAMAGED, make_directory, read_state, write_text, writing
+from requant.checkpoint.digests import DIGESTS, hub_blob
 from requant.checkpoint.model_files import files_of
-from requant.checkpoint.reader import file_digest, read_json
-from requant.errors import InputError, StageError
+from requant.checkpoint.reader import read_json
+from requant.errors import InputError
 from requant.outgoing import everywhere, shared
+from requant_eval import whole_files
 from requant_eval.escaping import visible
 
 MARKER = ".requant.json"
-MANIFEST = "manifest.json"
-LATE = frozenset({"README.md", MANIFEST})  # written after the artifact is whole
+CACHE = ".cache"
+STAGES, KNOWN = ".stages.json", ".digests.json"
+OWN_FILES = (MARKER, "log.txt", "events.jsonl")  # that grow or are locked: they are not replaced as others are
+ARTIFACTS = ("merged", "gptq", "healed")
 
 
 def key_of(*parts: Any) -> str:
@@ -37,7 +43,8 @@ def key_of(*parts: Any) -> str:
 class RunDirectory:
     """`runs/NAME`; created on the first `open`.
 
-    Raises InputError when it is a directory that requant did not make.
+    Raises InputError when it is a directory that requant did not make, or when one of the directories that a run
+    writes into is a link (the run directory itself may be one).
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,35 +57,46 @@ class RunDirectory:
                 raise InputError(f"{self.path}: is a file: choose another name or output.dir")
             if any(self.path.iterdir()):
                 raise InputError(f"{self.path}: exists and was not made by requant: choose another name or output.dir")
+        for name in (*OWN_FILES, CACHE, *ARTIFACTS):
+            if (self.path / name).is_symlink():
+                raise InputError(
+                    f"{self.path / name}: is a link to {(self.path / name).readlink()}: requant writes through no link "
+                    "inside of a run: remove it; to keep runs elsewhere set output.dir, or link the whole run directory"
+                )
 
     @contextmanager
     def open(self) -> Iterator[RunDirectory]:
-        """Create or take the directory and hold its lock.
+        """Create or take the directory and hold its lock; what killed processes left half-written is removed.
 
         A second run of the same name is refused meanwhile.
         """
         self.check()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / MARKER).open("a+")
+            if not self.path.is_dir():
+                whole_files.make_directory(self.path)
+            handle = whole_files.open_to_append(self.path / MARKER)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}): choose another output.dir") from error
+            why = whole_files.reason(error, self.path)
+            raise InputError(f"{self.path}: cannot be written ({why}): choose another output.dir") from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{self.path}: another requant is running here: wait for it or stop it") from None
-            if not (self.path / MARKER).stat().st_size:
-                handle.write('{"made_by": "requant", "layout": 1}\n')
-                handle.flush()
+            with writing(self.path / MARKER):
+                if not os.fstat(handle.fileno()).st_size:
+                    handle.write(b'{"made_by": "requant", "layout": 1}\n')
+                    os.fsync(handle.fileno())
+                    whole_files.sync_directory(self.path)
+                for directory in (self.path, *self.path.glob(f"{CACHE}/**/")):
+                    whole_files.sweep(directory)
+            DIGESTS.learn(self._digests())
             yield self
 
     @property
     def cache(self) -> Path:
         """Scores and reference states of finished variants."""
-        path = self.path / ".cache"
-        path.mkdir(exist_ok=True)
-        return path
+        return make_directory(self.path / CACHE)
 
     def scratch(self, stage: str, key: str) -> Path:
         """Directory of a stage's intermediate files, from which it resumes; it is not created here.
@@ -86,13 +104,13 @@ class RunDirectory:
         Directories of other keys are removed.
         """
         path = self.cache / f"{stage}-{key[:16]}"
-        for other in self.cache.glob(f"{stage}-*/"):
-            if other != path:
-                shutil.rmtree(other)
+        for other in self.cache.glob(f"{stage}-*"):
+            if other != path and (other.is_symlink() or other.is_dir()):
+                whole_files.remove(other)
         return path
 
     def artifact(self, name: str) -> Artifact:
-        return Artifact(self.path, name)
+        return Artifact(self.path, name, self.digests)
 
     def result(self, stage: str, key: str) -> dict[str, Any] | None:
         """What `remember` kept for this stage, if its key is still the same."""
@@ -102,103 +120,52 @@ class RunDirectory:
     def remember(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Keep a stage's result, without secrets and places of this machine (`outgoing.shared`)."""
         results = self._results() | {stage: {"key": key, "result": everywhere(result, shared)}}
-        write_text(self.path / ".stages.json", json.dumps(results, indent=1) + "\n")
+        write_text(self.path / STAGES, json.dumps(results, indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
-        file = self.path / ".stages.json"
-        return read_json(file, constants=True) if file.exists() else {}
+        return read_state(self.path / STAGES, _results) or {}
 
-    def digest(self, file: Path) -> str:
-        """sha256 of a file, remembered by its path, size and time.
+    def digests(self, files: Sequence[Path]) -> list[str]:
+        """The sha256 of each file, remembered while the file stays what it was (`checkpoint.digests`).
 
-        A hub cache names its blobs by their sha256.
+        The hub's cache names its blobs by their sha256. No file of a run says where its inputs lie.
         """
-        real = file.resolve()
-        if real.parent.name == "blobs" and len(real.name) == 64:
-            return real.name
-        memory = self.path / ".digests.json"
-        known = read_json(memory) if memory.exists() else {}
-        stat = real.stat()
-        stamp = key_of(str(real), stat.st_size, stat.st_mtime_ns)  # a digest: no file of a run says where inputs lie
-        if stamp not in known:
-            known[stamp] = file_digest(real)
-            write_text(memory, json.dumps(known, indent=1) + "\n")
-        return str(known[stamp])
+        named = {file: blob for file in files if (blob := hub_blob(file))}
+        made = dict(zip(others := [f for f in files if f not in named], DIGESTS.of_all(others), strict=True))
+        known = {key_of(str(f.resolve())): kept for f in others if (kept := DIGESTS.remembered(f))}
+        before = read_state(self.path / KNOWN, _known_digests) or {}
+        if known.items() - before.items():
+            write_text(self.path / KNOWN, json.dumps(before | known, indent=1) + "\n")
+        return [named.get(file) or made[file] for file in files]
+
+    def _digests(self) -> dict[str, str]:
+        """Stamp -> digest, of an earlier process."""
+        return dict((read_state(self.path / KNOWN, _known_digests) or {}).values())
 
     def fingerprint(self, directory: Path) -> str:
         """Digest of a model or adapter directory: every file that a run reads, by name and content."""
         suffixes = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
         files = [f for f in files_of(directory) if f.suffix in suffixes]
-        return key_of([(f.relative_to(directory).as_posix(), self.digest(f)) for f in files])
-
-
-class Artifact:
-    """A directory inside the run directory that is whole or absent.
-
-    Whole: its manifest lists its files.
-    """
-
-    def __init__(self, parent: Path, name: str) -> None:
-        self.parent, self.name, self.path = parent, name, parent / name
-
-    def whole(self, key: str) -> bool:
-        """Whether the finished artifact belongs to `key` and still has all its files at their sizes."""
-        manifest = self._manifest(self.path)
-        if manifest is None or manifest["key"] != key:
-            return False
-        return all(
-            (self.path / n).is_file() and (self.path / n).stat().st_size == size
-            for n, size in manifest["files"].items()
+        return key_of(
+            [(f.relative_to(directory).as_posix(), d) for f, d in zip(files, self.digests(files), strict=True)]
         )
 
-    def of_another(self, key: str) -> bool:
-        """Whether a finished artifact is there that `finish` of `key` will replace."""
-        manifest = self._manifest(self.path)
-        return manifest is not None and manifest["key"] != key
 
-    def begin(self, key: str) -> Path:
-        """The directory to write into: that of an interrupted run with the same key, or a new one."""
-        if self.path.exists() and self._manifest(self.path) is None:
-            raise InputError(f"{self.path}: exists without requant's manifest: not overwritten; move it away")
-        partial = self.parent / f".{self.name}.partial-{key[:16]}"
-        for other in self.parent.glob(f".{self.name}.partial-*"):
-            if other != partial:
-                shutil.rmtree(other)
-        partial.mkdir(exist_ok=True)
-        return partial
+def _results(file: Path) -> dict[str, Any]:
+    """Stage -> key and result; ValueError where the file holds something else."""
+    results = read_json(file, constants=True)
+    for entry in results.values():
+        if not isinstance(entry, dict) or not isinstance(entry["key"], str) or not isinstance(entry["result"], dict):
+            raise ValueError("it holds no results of stages")
+    return results
 
-    def finish(self, key: str, provenance: dict[str, Any]) -> None:
-        """Write the manifest, then put the artifact in place of an older one of ours."""
-        partial = self.parent / f".{self.name}.partial-{key[:16]}"
-        written = [f for f in files_of(partial) if f.name not in LATE]
-        files = {f.relative_to(partial).as_posix(): f.stat().st_size for f in written}
-        manifest = {"key": key, "files": files, "provenance": provenance}
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        old = self.parent / f".{self.name}.old"
-        try:
-            if self.path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                self.path.rename(old)
-            partial.rename(self.path)
-            directory = os.open(self.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-        except OSError as error:
-            raise StageError(f"{self.path}: cannot be put in place: {error.strerror}") from error
-        shutil.rmtree(old, ignore_errors=True)
 
-    def remove(self) -> None:
-        """Delete the artifact if it is ours."""
-        if self._manifest(self.path) is not None:
-            shutil.rmtree(self.path)
-
-    @staticmethod
-    def _manifest(path: Path) -> dict[str, Any] | None:
-        file = path / MANIFEST
-        if not file.exists():
-            return None
-        manifest = read_json(file)
-        return manifest if {"key", "files"} <= manifest.keys() else None
+def _known_digests(file: Path) -> dict[str, tuple[str, str]]:
+    """Path -> (stamp, sha256); ValueError where the file holds something else."""
+    known = read_json(file)
+    if not all(isinstance(e, list) and len(e) == 2 and all(isinstance(t, str) for t in e) for e in known.values()):
+        raise ValueError("it holds no digests")
+    return {path: (stamp, digest) for path, (stamp, digest) in known.items()}
 
 
 class _LogLine(logging.Formatter):
@@ -209,10 +176,14 @@ class _LogLine(logging.Formatter):
 
 
 class LogFile:
-    """Attach a file handler to our loggers for the time of a `with`."""
+    """Attach a file handler to our loggers for the time of a `with`; a log that cannot be written stops no run."""
 
     def __init__(self, file: Path) -> None:
-        self.handler = logging.FileHandler(file, encoding="utf-8")
+        try:
+            stream = io.TextIOWrapper(whole_files.open_to_append(file), encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written ({whole_files.reason(error, file)})") from error
+        self.handler = _LogHandler(stream, file)
         self.handler.setFormatter(_LogLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.logger = logging.getLogger("requant")
 
@@ -225,3 +196,20 @@ class LogFile:
             self.logger.error("stopped: %s", str(error) or type(error).__name__)
         self.logger.removeHandler(self.handler)
         self.handler.close()
+        with suppress(OSError, ValueError):
+            self.handler.stream.close()
+
+
+class _LogHandler(logging.StreamHandler[io.TextIOWrapper]):
+    """A handler that says once that its file cannot be written, in place of a traceback a line."""
+
+    def __init__(self, stream: io.TextIOWrapper, file: Path) -> None:
+        super().__init__(stream)
+        self.file, self.failed = file, False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True  # first: the line below comes here too
+            error = sys.exc_info()[1]
+            why = whole_files.reason(error, self.file) if isinstance(error, OSError) else str(error)
+            DAMAGED.warning("%s: cannot be written (%s): the run goes on without it", self.file, why)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.atomic_write import DAMAGED, atomic_write, read_state, write_text, writing
+from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
 from requant.errors import StageError
-from requant_eval import strict_json
+from requant_eval import strict_json, whole_files
 
 AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB
 
@@ -65,7 +67,8 @@ class CheckpointWriter:
     """Writes the tensors of a plan, in any order, each straight to its place in its shard.
 
     Opening lays the shards out; `resume=True` keeps shards already laid out by the same plan, so that tensors
-    written before an interruption need not be written again. `close` refuses to finish while a slot is empty,
+    written before an interruption need not be written again (`kept` says whether all of them were). The digest of a
+    shard is computed in the background once its last slot is filled. `close` refuses to finish while a slot is empty,
     syncs, and writes the index.
     """
 
@@ -77,44 +80,33 @@ class CheckpointWriter:
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         self._slots: dict[str, tuple[Slot, str, int]] = {}
-        self._missing: set[str] = set()
-        self._files: dict[str, BinaryIO] = {}
+        self._missing: dict[str, set[str]] = {}  # by shard
+        self.kept = resume
+        self._files: dict[str, FileIO] = {}
         self.total_size = 0
         for file, shard in zip(names, shards, strict=True):
             self._lay_out(file, shard, resume=resume)
 
     def _lay_out(self, file: str, shard: list[Slot], *, resume: bool) -> None:
-        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for slot in sorted(shard, key=lambda s: -s.dtype.itemsize):  # wide dtypes first: every tensor stays aligned
+        header, offsets, size = _header(shard, {"format": "pt"})
+        for slot in shard:
             if slot.name in self._slots:
                 raise ValueError(f"{slot.name} is planned twice")
-            table[slot.name] = {
-                "dtype": DTYPE_NAMES[slot.dtype],
-                "shape": list(slot.shape),
-                "data_offsets": [offset, offset + slot.nbytes],
-            }
-            self._slots[slot.name] = (slot, file, offset)
-            offset += slot.nbytes
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        header = struct.pack("<Q", len(text)) + text
-        for slot in shard:
-            self._slots[slot.name] = (slot, file, self._slots[slot.name][2] + len(header))
-        self._open(self.path / file, header, len(header) + offset, resume=resume)
-        self._missing.update(slot.name for slot in shard)
-        self.total_size += offset
+            self._slots[slot.name] = (slot, file, len(header) + offsets[slot.name])
+        self._missing[file] = {slot.name for slot in shard}
+        self._open(self.path / file, header, len(header) + size, resume=resume)
+        self.total_size += size
 
     def _open(self, file: Path, header: bytes, size: int, *, resume: bool) -> None:
-        keep = resume and file.exists() and file.stat().st_size == size
-        if keep:
-            with file.open("rb") as f:
-                keep = f.read(len(header)) == header
-        handle = file.open("r+b" if keep else "w+b", buffering=0)
-        self._files[file.name] = handle
-        if not keep:
+        handle = _laid_out(file, header, size) if resume else None
+        self.kept = self.kept and handle is not None
+        if handle is None:
+            with writing(file, size):
+                handle = whole_files.create(file)
+            self._files[file.name] = handle
             _reserve(handle, size, file)
             _write_at(handle, 0, header)
+        self._files[file.name] = handle
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor in its slot, by any thread.
@@ -124,13 +116,19 @@ class CheckpointWriter:
         slot, file, offset = self._slots[name]
         if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{name}: planned {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_at(self._files[file], offset, data.data)
-        self._missing.discard(name)
+        _write_at(self._files[file], offset, _raw(tensor))
+        self._filled(file, {name})
 
     def mark_written(self, names: Iterable[str]) -> None:
         """Mark slots that were filled before the interruption (only after `resume=True`)."""
-        self._missing.difference_update(names)
+        for name in names:
+            self._filled(self._slots[name][1], {name})
+
+    def _filled(self, file: str, names: set[str]) -> None:
+        missing = self._missing[file]
+        missing -= names
+        if not missing:
+            DIGESTS.ahead(self.path / file)
 
     def read(self, name: str) -> torch.Tensor:
         """Read a slot back from its shard."""
@@ -144,13 +142,15 @@ class CheckpointWriter:
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
         for handle in self._files.values():
-            os.fsync(handle.fileno())
+            with writing(Path(str(handle.name))):
+                whole_files.sync(handle)
 
     def close(self) -> None:
         """Finish: every slot must be filled; writes the index when there are several shards."""
-        if self._missing:
-            sample = ", ".join(sorted(self._missing)[:3])
-            raise ValueError(f"{len(self._missing)} planned tensors were never written, e.g. {sample}")
+        missing = sorted(name for names in self._missing.values() for name in names)
+        if missing:
+            sample = ", ".join(missing[:3])
+            raise ValueError(f"{len(missing)} planned tensors were never written, e.g. {sample}")
         self.sync()
         self.abandon()
         if len({file for _, file, _ in self._slots.values()}) > 1:
@@ -175,7 +175,12 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.blocks: list[list[dict[str, Any]]] = strict_json.load(file, constants=True) if file.exists() else []
+        self.blocks: list[list[dict[str, Any]]] = read_state(file, _blocks) or []
+
+    def forget(self) -> None:
+        """Nothing is whole: what the blocks were written to is gone."""
+        DAMAGED.warning("%s: tells of blocks whose files are not there: they are solved again", self.file)
+        self.blocks = []
 
     def commit(
         self, index: int, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]
@@ -193,23 +198,83 @@ class Journal:
         write_text(self.file, json.dumps(self.blocks))
 
 
-def _reserve(handle: BinaryIO, size: int, file: Path) -> None:
-    """Reserve the disk space, so that a full disk is an error before the work, not after it."""
+def _blocks(file: Path) -> list[list[dict[str, Any]]]:
+    """The journal's blocks; ValueError where it holds something else."""
+    blocks: Any = strict_json.load(file, constants=True)
+    if not isinstance(blocks, list) or not all(isinstance(b, list) for b in blocks):
+        raise ValueError("it holds no list of blocks")
+    if not all(isinstance(row, dict) for block in blocks for row in block):
+        raise ValueError("a block holds no results")
+    return blocks
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a small safetensors file at once, on the disk; tensor after tensor, without a copy of all.
+
+    Raises StageError when it cannot be written.
+    """
+    header, size = _header([Slot(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata)[::2]
+    with atomic_write(file, len(header) + size) as handle:
+        handle.write(header)
+        for name in sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize):
+            handle.write(_raw(tensors[name]))
+
+
+def overwrite(file: Path, offset: int, tensor: torch.Tensor) -> None:
+    """Change a tensor's bytes in a file that exists; raises StageError when that fails."""
+    data = _raw(tensor)
+    with writing(file, len(data)), whole_files.open_in_place(file) as handle:
+        _write_at(handle, offset, data)
+
+
+def _header(shard: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """(header, name -> offset in the data, bytes of the data) of a safetensors file."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    for slot in sorted(shard, key=lambda s: -s.dtype.itemsize):  # wide dtypes first: every tensor stays aligned
+        table[slot.name] = {
+            "dtype": DTYPE_NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [end, end + slot.nbytes],
+        }
+        offsets[slot.name] = end
+        end += slot.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offsets, end
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, row-major."""
+    view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def _laid_out(file: Path, header: bytes, size: int) -> FileIO | None:
+    """The shard of an interrupted run, open; None where it is missing, of another plan, or no file of its own."""
     try:
+        handle = whole_files.open_in_place(file)
+    except OSError:
+        return None
+    if os.fstat(handle.fileno()).st_size == size and os.pread(handle.fileno(), len(header), 0) == header:
+        return handle
+    handle.close()
+    return None
+
+
+def _reserve(handle: FileIO, size: int, file: Path) -> None:
+    """Reserve the disk space, so that a full disk is an error before the work, not after it."""
+    with writing(file, size):
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle.fileno(), 0, size)
         else:
             handle.truncate(size)
-    except OSError as error:
-        raise StageError(f"{file}: cannot reserve {size / 1e9:.2f} GB ({error.strerror}): free disk space") from error
 
 
-def _write_at(handle: BinaryIO, offset: int, data: bytes | memoryview) -> None:
+def _write_at(handle: FileIO, offset: int, data: bytes | memoryview) -> None:
     """Write at an offset; other threads may write elsewhere in the file meanwhile."""
-    try:
-        view = memoryview(data)
+    view = memoryview(data)
+    with writing(Path(str(handle.name)), len(view)):
         while view:
             done = os.pwrite(handle.fileno(), view[:AT_ONCE], offset)
             view, offset = view[done:], offset + done
-    except OSError as error:
-        raise StageError(f"{handle.name}: write failed ({error.strerror}): free disk space and run again") from error

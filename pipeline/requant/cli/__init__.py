@@ -8,11 +8,12 @@
     deploy_commands   verify, push
     run_paths         a run's directory in place of a recipe, a report or a checkpoint
     exit_codes        what each exit code means, for the help texts
+    outputs           files that a command line asks for, the standard streams
     console           progress on a terminal, plain lines elsewhere
     wrapping          text broken between words only
     foreign_output    output of libraries, kept apart from ours
 
-May import: errors, recipe, runtime, checkpoint, heal, deploy, run; requant_eval.gate, .report, .render.
+May import: errors, recipe, runtime, checkpoint, heal, deploy, run; requant_eval.gate, .report, .render, .whole_files.
 """
 
 from requant.cli.main import app, main

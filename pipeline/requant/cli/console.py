@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,8 @@ class ConsoleWatcher(Watcher):
         if self.live:
             self.live.stop()
         if self.stream is not sys.stderr:
-            self.stream.close()
+            with suppress(OSError):
+                self.stream.close()
 
     def stage(self, name: str, *, done: bool) -> None:
         self._end()
@@ -153,7 +155,8 @@ class ConsoleWatcher(Watcher):
 
     def _print(self, text: str) -> None:
         self.printed = time.monotonic()
-        print(text, file=self.stream, flush=True)
+        with suppress(OSError):  # progress that nobody can read stops no run
+            print(text, file=self.stream, flush=True)
 
     def _beat(self) -> None:
         """Print the state of a stage that has said nothing for PLAIN_EVERY seconds."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from requant.cli import run_paths
+from requant.cli.outputs import require_output, write_output
 from requant.cli.wrapping import say
 from requant.errors import InputError, RecipeError
 
@@ -47,6 +48,7 @@ def verify(
     Names, shapes, values, a few tokens, the serving engines.
     """
     names = _engines(with_)
+    require_output(out)
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise RecipeError(f"--dtype {dtype}: expected float16, bfloat16 or float32")
     sample = None if text is None else _read(text)
@@ -57,9 +59,7 @@ def verify(
         engine_dtype=dtype, device=device, trust_remote_code=trust_remote_code, text=sample,
     )  # fmt: skip
     if out is not None:
-        from requant.checkpoint.model_files import write_json
-
-        write_json(out, done.facts())
+        write_output(out, json.dumps(done.facts(), indent=2, ensure_ascii=False) + "\n")
     if as_json:
         print(json.dumps(done.facts(), indent=1))
     else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 
 import typer
 
 from requant.cli.wrapping import say
+from requant.runtime import signals
 
 MEANINGS = {
     0: "done",
@@ -18,20 +20,23 @@ MEANINGS = {
     3: "a gate failed",
     4: "a gate is inconclusive",
     130: "interrupted",
+    143: "terminated (SIGTERM; 129: SIGHUP)",
 }
-WORK = (0, 1, 2, 130)  # of commands that end before the gates are evaluated
+WORK = (0, 1, 2, 130, 143)  # of commands that end before the gates are evaluated
 GATES = (0, 1, 2, 3, 4)  # of commands that only read finished reports
 
 
-def interrupted(message: str) -> typer.Exit:
-    """The exception that ends the command after Ctrl-C, with `message` on stderr.
+def interrupted(error: KeyboardInterrupt, advice: str = "") -> typer.Exit:
+    """The exception that ends the command after Ctrl-C, SIGTERM or SIGHUP, with one line on stderr.
 
     CPython keeps a mark of a KeyboardInterrupt that passed through code run by a C extension (an import, say), and dies
     of SIGINT at its end although it was handled. The next piece of code that is run through C takes the mark away.
     """
-    say(message, file=sys.stderr)
+    number = signals.number_of(error)
+    with suppress(OSError):
+        say(f"{signals.word(number)}{advice and f'; {advice}'}", file=sys.stderr)
     ctypes.pythonapi.PyRun_SimpleString(b"0")
-    return typer.Exit(130)
+    return typer.Exit(signals.exit_code(number))
 
 
 def epilog(codes: Iterable[int] = MEANINGS, for_command: Mapping[int, str] = MappingProxyType({})) -> str:

@@ -20,6 +20,7 @@ from typing import IO, TextIO
 
 from requant.errors import RequantError
 from requant.outgoing import masked, masked_stream, shared
+from requant_eval import whole_files
 from requant_eval.escaping import visible
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-_]")
@@ -117,8 +118,8 @@ def _keep(caught: IO[bytes], begin: int, log: Path | None) -> list[str]:
     caught.seek(begin)
     lines = readable(caught.read())
     if lines and log is not None and log.is_file():
-        with log.open("a", encoding="utf-8") as file:
-            file.writelines(f"printed by a library: {shared(line)}\n" for line in lines)
+        with contextlib.suppress(OSError):  # a log that cannot be written stops nothing
+            whole_files.append(log, "".join(f"printed by a library: {shared(line)}\n" for line in lines))
     return lines
 
 

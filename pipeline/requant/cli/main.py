@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -14,22 +15,23 @@ import typer
 from typer.core import TyperGroup
 
 from requant import __version__
-from requant.cli import deploy_commands, exit_codes, init_command, report_commands, run_paths
+from requant.cli import deploy_commands, exit_codes, init_command, outputs, report_commands, run_paths
 from requant.cli.report_commands import Junit
 from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError
 from requant.outgoing import masked_stream
+from requant.runtime import signals
 from requant_eval.escaping import visible
 
 
 class Commands(TyperGroup):
-    """The commands. Ctrl-C ends each with one line and exit code 130."""
+    """The commands. Ctrl-C, SIGTERM and SIGHUP end each with one line and an exit code of their own."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise exit_codes.interrupted("interrupted") from None
+        except KeyboardInterrupt as error:
+            raise exit_codes.interrupted(error) from None
 
 
 app = typer.Typer(
@@ -56,8 +58,11 @@ def main() -> None:
 
     Whatever is printed, tracebacks too, is printed without secrets.
     """
+    outputs.open_streams()
+    signals.raise_on_termination()
     sys.stdout, sys.stderr = masked_stream(sys.stdout), masked_stream(sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost rank is told with frames of C++
         from requant.cli.foreign_output import quiet
         from requant.runtime.launch import run_on_all_ranks
 
@@ -75,12 +80,19 @@ def _command() -> None:
     except RequantError as error:
         _stop(f"error: {error}", error.exit_code)
     except OSError as error:
-        _stop(f"error: {error.filename or ''}: {error.strerror or error}", 1)
+        _stop(f"error: {outputs.message(error)}", 1)
+    except SystemExit as end:
+        unwritten = outputs.close_stdout()
+        if unwritten is not None and not end.code:
+            _stop(f"error: {outputs.message(unwritten)}", 1)
+        raise
 
 
 def _stop(message: str, code: int) -> NoReturn:
     """End the process with a message on stderr."""
-    say(message, file=sys.stderr)
+    outputs.close_stdout()
+    with suppress(OSError):  # nobody reads it
+        say(message, file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -250,6 +262,7 @@ app.command(epilog=exit_codes.epilog(exit_codes.WORK, {1: "the checkpoint is wro
 
 
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
+    outputs.require_output(junit)
     loaded = run_paths.load_recipe(path, overrides)
     from requant.cli.console import ConsoleWatcher
     from requant.cli.foreign_output import quiet
@@ -266,8 +279,9 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
 
                 ranks = launch.current_ranks()
                 outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=ranks)
-    except KeyboardInterrupt:
-        raise exit_codes.interrupted("interrupted; the same command resumes the run") from None
+    except KeyboardInterrupt as error:
+        launch.current_ranks().claim_end()
+        raise exit_codes.interrupted(error, signals.RESUMES) from None
     if outcome.report is not None:
         from rich.console import Console
 

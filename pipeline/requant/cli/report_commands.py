@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from requant.cli import run_paths
+from requant.cli.outputs import require_output, write_output
 from requant.cli.wrapping import say
 from requant.errors import InputError
+from requant_eval import whole_files
 
 if TYPE_CHECKING:
     from requant_eval.report.records import Report
@@ -38,6 +40,7 @@ def gate(
     from requant_eval.report.assemble import conclude
     from requant_eval.report.schema import load
 
+    require_output(junit)
     file = run_paths.report_in(report)
     with readable_errors(file):
         loaded = load(file)
@@ -63,6 +66,7 @@ def render(file: Path, junit: Path | None = None) -> None:
     from requant_eval.report.assemble import save_text
     from requant_eval.report.schema import load
 
+    require_output(junit)
     with readable_errors(file):
         loaded = load(file)
         written = {".md": markdown.render(loaded), ".html": html.render(loaded)}
@@ -92,19 +96,20 @@ def compare(
     from requant_eval.render import compare_tables
     from requant_eval.render import html as pages
     from requant_eval.render import markdown as md
-    from requant_eval.report.assemble import save, save_text
+    from requant_eval.report.assemble import dumps
     from requant_eval.report.compare import compare as compared
 
+    require_output(json_file, markdown, html)
     with readable_errors(*(path for path, _ in map(_split, runs))):
         comparison = compared(_entrants(runs))
         document = compare_tables.document(comparison)
         shown = compare_tables.terminal(comparison)
     if json_file is not None:
-        save(comparison, json_file)
+        write_output(json_file, dumps(comparison))
     if markdown is not None:
-        save_text(markdown, md.page(document))
+        write_output(markdown, md.page(document))
     if html is not None:
-        save_text(html, pages.page(document))
+        write_output(html, pages.page(document))
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
@@ -146,13 +151,11 @@ def finish(report: Report, junit: Path | None = None) -> None:
         typer.Exit: with 3 or 4, unless every gate holds.
     """
     from requant_eval.render import ci
-    from requant_eval.report.assemble import save_text
 
     if junit is not None:
-        save_text(junit, ci.junit(report))
+        write_output(junit, ci.junit(report))
     if step := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(step).open("a", encoding="utf-8") as file:
-            file.write(ci.summary(report))
+        whole_files.append(Path(step), ci.summary(report))
     code = ci.EXIT_CODES[report["verdict"]["status"]]
     if code:
         raise typer.Exit(code)

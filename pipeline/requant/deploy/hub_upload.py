@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant.checkpoint.artifact import MANIFEST, UNDO, changed_files
 from requant.checkpoint.model_files import files_of
-from requant.checkpoint.run_directory import MANIFEST
+from requant.checkpoint.run_directory import MARKER
 from requant.deploy import check_headers
 from requant.errors import InputError, StageError
 from requant.outgoing import MASK, masked
@@ -59,7 +60,24 @@ def plan_upload(run: str | Path, repo: str, *, trust_remote_code: bool = False) 
         shown = "\n".join(f"  {f}" for f in found.findings[:5])
         raise StageError(f"{folder}: not pushed, {len(found.findings)} things are wrong with it:\n{shown}")
     files = [f for f in files_of(folder) if f.name not in _NOT_UPLOADED and not f.name.startswith(".")]
+    _refuse_links_outside(folder, files)
+    changed = changed_files(folder)
+    if changed:
+        shown = "\n".join(f"  {name}: {why}" for name, why in list(changed.items())[:5])
+        raise StageError(f"{folder}: not pushed, {len(changed)} files are not as they were written; {UNDO}:\n{shown}")
     return Upload(repo, folder, tuple((f.relative_to(folder).as_posix(), f.stat().st_size) for f in files))
+
+
+def _refuse_links_outside(folder: Path, files: Sequence[Path]) -> None:
+    """Raise InputError for a file whose content lies elsewhere: what is sent is what the run made.
+
+    A link inside of the run directory, or of a checkpoint without one, is followed.
+    """
+    inside = folder.parent if (folder.parent / MARKER).exists() else folder
+    for path in (folder, *files):
+        real = path.resolve()
+        if not real.is_relative_to(inside.resolve()):
+            raise InputError(f"{path}: is a link to {real}, outside of {inside}: not sent; put the file itself there")
 
 
 def push(upload: Upload, *, private: bool = True, update: bool = False, message: str = "Upload with requant") -> str:

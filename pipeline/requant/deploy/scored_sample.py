@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.atomic_write import make_directory, read_state, write_text
 from requant.checkpoint.reader import read_json
 from requant.outgoing import masked
 
@@ -45,17 +45,18 @@ class Sample:
     def load(cls, checkpoint: Path) -> Sample | None:
         """The sample of the run that wrote `checkpoint`.
 
-        None without a run, or where an older version ran.
+        None without a run, where an older version ran, and where it is damaged.
         """
-        file = checkpoint.absolute().parent / CACHE / FILE
-        if not file.exists():
-            return None
+        return read_state(checkpoint.absolute().parent / CACHE / FILE, cls._of_file)
+
+    @classmethod
+    def _of_file(cls, file: Path) -> Sample:
         raw = read_json(file)
-        return cls(tuple(map(tuple, raw["rows"])), tuple(raw["documents"]), raw["set"], raw["digest"])
+        rows = tuple(tuple(int(token) for token in row) for row in raw["rows"])
+        return cls(rows, tuple(int(n) for n in raw["documents"]), raw["set"], raw["digest"])
 
     def save(self, run: Path) -> None:
         """Save it in the run directory, for every `verify` of its checkpoints."""
-        (run / CACHE).mkdir(exist_ok=True)
-        text, file = json.dumps(asdict(self)) + "\n", run / CACHE / FILE
-        if not file.exists() or file.read_text() != text:  # a second run does nothing
+        text, file = json.dumps(asdict(self)) + "\n", make_directory(run / CACHE) / FILE
+        if not file.is_file() or file.read_bytes() != text.encode():  # a second run does nothing
             write_text(file, text)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from requant.checkpoint.artifact import UNDO, changed_files
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy import check_headers, check_tensors, engine_processes
 from requant.deploy.check_headers import HeaderCheck
@@ -54,20 +55,21 @@ def verify(
     engine_dtype: of the engines; default: fp32 for transformers on a CPU, else the checkpoint's.
     device: where engines run, default the CPU. own_device: where we decode and score, default `device`.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not (path := Path(path)).is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
     for engine in load_in:
         engine_processes.require(engine)
     engines = list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
     done, device = Verification(path=path), device or torch.device("cpu")
-    doing("names, shapes and configs")
+    doing("content of the files, names, shapes and configs")
+    changed = _changed(path)
     try:
         headers = check_headers.check(path, trust_remote_code=trust_remote_code)
     except InputError as error:
-        done.findings.append(_unreadable(path, error))
+        done.findings += [_unreadable(path, error), *changed]
         return done
     _check_values(done, headers, source, own_device or device, solved, doing)
+    done.findings += changed
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
@@ -90,6 +92,11 @@ def _scored(done: Verification, device: torch.device, score: Callable[[torch.dev
     except InputError as error:
         done.findings.append(_unreadable(done.path, error))
         return None
+
+
+def _changed(path: Path) -> list[Finding]:
+    """The files that are not as their manifest says, as findings."""
+    return [Finding(name, f"{reason}: {UNDO}") for name, reason in changed_files(path).items()]
 
 
 def _unreadable(path: Path, error: InputError) -> Finding:

@@ -6,7 +6,6 @@ A share has its own files and, for KL, its own hidden states of the reference: r
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from requant.checkpoint.atomic_write import TEMPORARY, write_text
+from requant.checkpoint.atomic_write import make_directory, remove, write_text
 from requant.data.canaries import Canaries
 from requant.evaluate import stage as evaluation
 from requant.evaluate.scores import REFERENCE, Scores
@@ -40,16 +39,14 @@ def evaluate(
     """`evaluate.evaluate` on all ranks, called by the first one.
 
     Each rank needs as much memory as a single process. Finished shares of a killed run are reused with the same number
-    of ranks; its half-written files are removed.
+    of ranks.
     """
-    for partial in scores.cache.rglob(TEMPORARY):
-        partial.unlink()
     if ranks.count == 1:
         return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress)
     todo = scores.missing()
     for other in scores.cache.glob("ranks-*"):
         if other != _shares_directory(scores.cache, ranks.count):
-            shutil.rmtree(other)
+            remove(other)
     unfinished = _without_finished(scores, todo)
     result: EvaluationResult = ranks.call(
         score_share,
@@ -61,7 +58,7 @@ def evaluate(
     )
     parts = [share_of(unfinished, rank, ranks.count) for rank in range(ranks.count)]
     for variant, s in ((v, s) for v in todo for s in unfinished.sets if not scores.file(v, s).exists()):
-        pieces = [scores.read(p.file(variant, share)) for p in parts for share in p.sets if share.name == s.name]
+        pieces = [p.read(variant, share) for p in parts for share in p.sets if share.name == s.name]
         join(pieces, s).save(scores.file(variant, s))
     for variant, file in scores.unanswered().items():
         write_text(file, parts[0].answer_files[variant].read_text(encoding="utf-8"))
@@ -84,7 +81,8 @@ def score_share(
     """
     on_device = replace(unfinished, device=ranks.device_of(unfinished.device), canaries=canaries)
     share = share_of(on_device, ranks.rank, ranks.count)
-    share.cache.mkdir(parents=True, exist_ok=True)
+    make_directory(share.cache.parent)
+    make_directory(share.cache)
     result = evaluation.evaluate(share, sources, batch=batch, stream=stream, progress=progress)
     every = ranks.all_gather_objects(result)
     streamed = dict.fromkeys(name for one in every for name in one["streamed"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
+from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.run_directory import key_of
 from requant.data import canaries
 from requant.data.canaries import Canaries, CanaryFacts
@@ -76,15 +79,15 @@ class Scores:
         only canaries left to answer.
         """
         names = sorted(self.keys, key=lambda n: n != REFERENCE)
-        todo = {v: [s for s in self.sets if not self.file(v, s).exists()] for v in names}
+        todo = {v: [s for s in self.sets if self._saved(v, s) is None] for v in names}
         if self.kl and any(todo.values()):
-            lost = [s for s in self.sets if not self.reference(s).exists()]
+            lost = [s for s in self.sets if read_state(self.reference(s), partial(_opened, s.digest)) is None]
             todo[REFERENCE] = [s for s in self.sets if s in todo[REFERENCE] or s in lost]
         return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
 
     def unanswered(self) -> dict[str, Path]:
         """The variants without saved answers, and the files for them."""
-        return {v: file for v, file in self.answer_files.items() if not file.exists()}
+        return {v: f for v, f in self.answer_files.items() if read_state(f, canaries.load_answers) is None}
 
     def answers(self) -> CanaryFacts | None:
         """The answers of all variants, for the report; None without canaries."""
@@ -105,25 +108,40 @@ class Scores:
         return found
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
-        """All scores, {set: {variant: scores}}.
+        """All scores, {set: {variant: scores}}; raises StageError where some are missing."""
+        return {s.name: {v: self.read(v, s) for v in self.keys} for s in self.sets}
 
-        Raises StageError for a damaged file, which is removed.
-        """
-        return {s.name: {v: self.read(self.file(v, s)) for v in self.keys} for s in self.sets}
+    def read(self, variant: str, s: EvalSet) -> TokenScores:
+        """The saved scores of one variant on one set; StageError where there are none."""
+        saved = self._saved(variant, s)
+        if saved is None:
+            raise StageError(f"{self.file(variant, s)}: no scores: the same command scores it again")
+        return saved
 
-    @staticmethod
-    def read(file: Path) -> TokenScores:
-        """The scores in one file; raises StageError for a damaged file, which is removed."""
-        from requant_eval.errors import EvaluationError
-        from requant_eval.scoring.token_scores import TokenScores
-
-        try:
-            return TokenScores.load(file)
-        except EvaluationError as error:
-            file.unlink(missing_ok=True)
-            raise StageError(f"{error}; it was removed, the same command scores it again") from error
+    def _saved(self, variant: str, s: EvalSet) -> TokenScores | None:
+        """The saved scores of one variant; None where there are none, or none that can be read and are of this set."""
+        return read_state(self.file(variant, s), partial(_scores_of, s))
 
 
 def _in_file_names(name: str) -> str:
     """The name of a set without secrets, of characters that file systems take."""
     return re.sub(r"[^\w.-]+", "-", masked(name))
+
+
+def _scores_of(s: EvalSet, file: Path) -> TokenScores:
+    """The scores in a file; EvaluationError or ValueError where they are damaged or of another set."""
+    from requant_eval.scoring.token_scores import TokenScores
+
+    scores = TokenScores.load(file)
+    if scores.digest != s.digest or len(scores.nll) != s.n_scored:
+        raise ValueError(f"{len(scores.nll)} tokens of set {scores.digest[:12]}, not of {s.digest[:12]}")
+    return scores
+
+
+def _opened(digest: str, file: Path) -> bool:
+    """True for a readable file of a reference's hidden states on a set of that digest."""
+    with safe_open(file, framework="pt") as stored:
+        written_for = (stored.metadata() or {})["digest"]
+    if written_for != digest:
+        raise ValueError(f"written for the set {written_for[:12]}, not {digest[:12]}")
+    return True

@@ -15,11 +15,11 @@ from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from requant.checkpoint.atomic_write import atomic_write
+from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.writer import save_tensors
 from requant.formats.registry import open_quantized
 from requant.heal import kl_loss, student
 from requant.heal.job import HealJob, Progress
@@ -152,18 +152,29 @@ def _train(part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, f
     trainer = Trainer(
         part, loss, job.settings, train=train, choosing=job.text.choosing, micro_batch=job.plan.micro_batch
     )
-    if file.exists():
-        with safe_open(file, framework="pt") as stored:
-            if stored.metadata().get("key") == job.key:
-                for i, vector in enumerate(part.trainable):
-                    vector.offset.copy_(stored.get_tensor(f"offset.{i}"))
-                part.refresh()
-                return LossCurve.from_json(stored.metadata()["curve"])
+    stored = read_state(file, lambda saved: _saved_block(saved, part, job.key))
+    if stored is not None:
+        curve, offsets = stored
+        for vector, offset in zip(part.trainable, offsets, strict=True):
+            vector.offset.copy_(offset)
+        part.refresh()
+        return curve
     curve = trainer.run(None)
     tensors = {f"offset.{i}": vector.offset.detach().cpu() for i, vector in enumerate(part.trainable)}
-    with atomic_write(file) as temporary:
-        save_file(tensors, temporary, {"key": job.key, "curve": curve.to_json()})
+    save_tensors(file, tensors, {"key": job.key, "curve": curve.to_json()})
     return curve
+
+
+def _saved_block(file: Path, part: Student, key: str) -> tuple[LossCurve, list[Tensor]] | None:
+    """Curve and offsets of a finished block; None where they belong to another key."""
+    with safe_open(file, framework="pt") as stored:
+        meta = stored.metadata() or {}
+        if meta["key"] != key:
+            return None
+        offsets = [stored.get_tensor(f"offset.{i}") for i in range(len(part.trainable))]
+        if any(offset.shape != v.offset.shape for offset, v in zip(offsets, part.trainable, strict=True)):
+            raise ValueError("its offsets have other shapes")
+        return LossCurve.from_json(meta["curve"]), offsets
 
 
 def _walk(path: Path, device: torch.device, *, trust_remote_code: bool) -> Walk:

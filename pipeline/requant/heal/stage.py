@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
+from requant.checkpoint.atomic_write import copy_file, make_directory
 from requant.checkpoint.model_files import files_of, write_json
 from requant.checkpoint.reader import Checkpoint, read_json
+from requant.checkpoint.writer import overwrite
 from requant.errors import InputError, StageError
 from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
@@ -114,7 +115,7 @@ def heal(
     """
     out = Path(out)
     check_same(job.source, job.teacher, trust_remote_code=job.trust_remote_code)
-    job.work.mkdir(parents=True, exist_ok=True)
+    make_directory(job.work)
     blocks: BlockFacts = {}
     if job.plan.mode == "whole":
         values, curve = _heal_whole(job, progress)
@@ -189,7 +190,7 @@ def _teacher(job: HealJob, progress: Progress | None) -> Teacher:
         try:
             return StoredTeacher(file, length=job.text.length, digest=digest, device=device)
         except StageError:
-            file.unlink()  # of other settings
+            file.unlink()  # of other settings, or damaged
     resident = ResidentTeacher(job.load_teacher(), windows, device)
     store_teacher(resident, file, digest=digest, batch=job.plan.micro_batch, progress=progress)
     del resident
@@ -278,20 +279,13 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
     checkpoint = Checkpoint(source)
     for file in files_of(source):
         if not file.name.startswith(".") and file.name not in ("README.md", "manifest.json"):
-            copy = out / file.relative_to(source)
-            try:
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
-            except OSError as error:
-                raise StageError(f"{copy}: write failed ({error.strerror}): free disk space") from error
+            copy_file(file, out / file.relative_to(source))
     for name, value in values.items():
         info = checkpoint[name]
         stored = _oriented(name, value.cpu()).to(info.dtype).contiguous()
         if tuple(stored.shape) != info.shape or not bool(torch.isfinite(stored).all()):
             raise StageError(f"{name}: its healed values cannot be stored as {info.dtype} {info.shape}")
-        with (out / info.file.name).open("r+b") as handle:
-            handle.seek(info.offset)
-            handle.write(stored.view(-1).view(torch.uint8).numpy().data)
+        overwrite(out / info.file.name, info.offset, stored)
     for name in ("config.json", "quantize_config.json"):
         if (out / name).exists():
             config = read_json(out / name, constants=True)

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from requant.checkpoint.atomic_write import atomic_write
+from requant.checkpoint.atomic_write import read_state
+from requant.checkpoint.writer import save_tensors
 from requant.data.healing_text import HealingText
 from requant.errors import StageError
 from requant.heal import kl_loss
@@ -37,6 +37,7 @@ from requant_eval.scoring.lm_head import HeadTap
 from requant_eval.strict_json import parse
 
 log = logging.getLogger(__name__)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
 @dataclass
@@ -70,7 +71,10 @@ class LossCurve:
     def from_json(cls, text: str) -> LossCurve:
         """The curve that `to_json` wrote."""
         stored = parse(text, constants=True)
-        return cls(stored["train"], [(int(n), v) for n, v in stored["held"]], stored["stopped"])
+        held_out = [(int(n), float(v)) for n, v in stored["held"]]
+        if not held_out:
+            raise ValueError("a curve without a loss on held-out text")
+        return cls([float(v) for v in stored["train"]], held_out, stored["stopped"])
 
 
 def _refuse_start(loss: float) -> None:
@@ -204,32 +208,41 @@ class Trainer:
         for i, (vector, best) in enumerate(zip(self.student.trainable, self.best, strict=True)):
             moments = self.optimizer.state[vector.offset]
             tensors |= {f"offset.{i}": vector.offset, f"best.{i}": best}
-            tensors |= {f"{name}.{i}": moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+            tensors |= {f"{name}.{i}": moments[name] for name in MOMENTS}
         on_host = {k: v.detach().cpu() for k, v in tensors.items()}
-        with atomic_write(state) as temporary:
-            save_file(on_host, temporary, {"key": key, "curve": self.curve.to_json()})
+        save_tensors(state, on_host, {"key": key, "curve": self.curve.to_json()})
 
     def restore(self, state: Path, key: str) -> int:
         """Load the state that `save` wrote for the same key.
 
-        Returns the number of steps done, 0 without such a file.
+        Returns the number of steps done, 0 without such a file, or where it is damaged.
         """
-        if not state.exists():
+        stored = read_state(state, functools.partial(self._stored, key=key))
+        if stored is None:
             return 0
-        with safe_open(state, framework="pt") as file:
-            meta = file.metadata()
-            if meta.get("key") != key:
-                return 0
-            self.curve = LossCurve.from_json(meta["curve"])
-            for i, vector in enumerate(self.student.trainable):
-                vector.offset.copy_(file.get_tensor(f"offset.{i}"))
-                self.best[i].copy_(file.get_tensor(f"best.{i}"))
-                moments = {n: file.get_tensor(f"{n}.{i}") for n in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[vector.offset] = {
-                    n: v if n == "step" else v.to(vector.offset.device) for n, v in moments.items()
-                }
+        self.curve, tensors = stored
+        for i, vector in enumerate(self.student.trainable):
+            vector.offset.copy_(tensors[f"offset.{i}"])
+            self.best[i].copy_(tensors[f"best.{i}"])
+            self.optimizer.state[vector.offset] = {
+                n: tensors[f"{n}.{i}"] if n == "step" else tensors[f"{n}.{i}"].to(vector.offset.device) for n in MOMENTS
+            }
         self.student.refresh()
         return len(self.curve.train)
+
+    def _stored(self, state: Path, *, key: str) -> tuple[LossCurve, dict[str, Tensor]] | None:
+        """Curve and tensors of a state, whole and of this student; None where it belongs to another key."""
+        with safe_open(state, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta["key"] != key:
+                return None
+            tensors = {}
+            for i, vector in enumerate(self.student.trainable):
+                for name in ("offset", "best", *MOMENTS):
+                    tensors[f"{name}.{i}"] = found = file.get_tensor(f"{name}.{i}")
+                    if name != "step" and found.shape != vector.offset.shape:
+                        raise ValueError(f"{name}.{i} has the shape {tuple(found.shape)}")
+            return LossCurve.from_json(meta["curve"]), tensors
 
 
 class EndToEndLoss:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint import model_files
+from requant.checkpoint.atomic_write import make_directory
 from requant.checkpoint.reader import read_tensor
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
@@ -123,7 +124,7 @@ def merge(
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     chosen, why = choose_dtype(plan, dtype)
     target = DTYPES[chosen]
     plan = replace(plan, stored=target)

@@ -98,6 +98,8 @@ class BackgroundWriter(BlockWriter):
         self.plan, self.source = plan, source
         self.journal = Journal(path / JOURNAL)
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
+        if self.journal.blocks and not self.writer.kept:
+            self.journal.forget()
         self.slots = {s.name: s for s in plan.slots}
         self.disk, self.side_stream, self.staging = ThreadPoolExecutor(1), SideStream(), PinnedBuffer()
         self.syncing, self.outside_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)

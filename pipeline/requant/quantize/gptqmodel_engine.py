@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from requant.checkpoint.atomic_write import remove
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import InputError, StageError
@@ -75,13 +75,13 @@ def quantize(
     layout = plan(checkpoint, model, settings, dtype, where=source)
     computed = compute_dtype(device, dtype)
     theirs = out / ".gptqmodel"
-    shutil.rmtree(theirs, ignore_errors=True)
+    remove(theirs)  # of a link, the link
     _run(source, theirs, windows, settings, layout, computed, device, batch, trust_remote_code=trust_remote_code)
     walk = Walk(checkpoint, model, device=device, dtype=computed)
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard) as writer:
         _rewrite(Checkpoint(theirs), checkpoint, layout, walk.names, writer)
         writer.close()
-    shutil.rmtree(theirs)
+    remove(theirs)
     damp = settings.damp or DAMP
     judge = Judge(walk=walk, written=Checkpoint(out), layout=layout, damp=damp, deltas=deltas or (lambda _: None))
     results = judge.measure(windows, batch, progress)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from requant.checkpoint.atomic_write import make_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.modeling import sequential, skeleton
@@ -58,7 +59,7 @@ def quantize(
     reports progress.
     """
     source, out = Path(source), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     device = check_ranks(len(windows), device, ranks)
     checkpoint = Checkpoint(source)
     model = skeleton.open_model(source, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@ from typing import Unpack
 
 import torch
 
+from requant.checkpoint.atomic_write import append_text
 from requant.checkpoint.run_directory import RunDirectory
 from requant.evaluate.scores import Scores
 from requant.evaluate.variants import VariantSources
@@ -83,8 +84,7 @@ class RunContext:
     def event(self, **event: Unpack[Event]) -> None:
         """Append one line to events.jsonl; its time is added."""
         line = json.dumps({"time": round(time.time(), 3), **event})
-        with (self.directory.path / "events.jsonl").open("a") as file:
-            file.write(line + "\n")
+        append_text(self.directory.path / "events.jsonl", line + "\n")
 
     def delta_prediction(self) -> PredictionResult:
         """How much of the adapter's delta round-to-nearest keeps.

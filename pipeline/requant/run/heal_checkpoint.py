@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 
 from requant import __version__, heal
+from requant.checkpoint.artifact import put_in_place
+from requant.checkpoint.atomic_write import make_directory, writing
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
 from requant.data import healing_text
 from requant.data import tokenizer as tokenizer_files
 from requant.data.documents import TextSource, tokenize
-from requant.errors import InputError, StageError
+from requant.errors import InputError
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
 from requant.heal.job import HealJob, Progress
@@ -62,9 +65,10 @@ def heal_checkpoint(
     _refuse_unknown_ids(text, tokenizer, checkpoint, trust_remote_code=trust_remote_code)
     plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    with writing(out):
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent))
     try:
-        (partial / "out").mkdir()
+        make_directory(partial / "out")
         job = HealJob(
             source=checkpoint,
             teacher=teacher,
@@ -78,9 +82,8 @@ def heal_checkpoint(
             trust_remote_code=trust_remote_code,
         )
         facts = heal.heal(job, partial / "out", meta={"healer": [f"requant:{__version__}"]}, progress=progress)
-        (partial / "out").rename(out)
-    except OSError as error:
-        raise StageError(f"{out}: cannot be written: {error.strerror or error}") from error
+        _check_new(out)  # somebody may have made it meanwhile
+        put_in_place(partial / "out", out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {**facts, "way": str(plan)}
@@ -120,7 +123,7 @@ def _refuse_unknown_ids(text: healing_text.HealingText, tokenizer: Any, path: Pa
 
 def _check_new(out: Path) -> None:
     """Raise InputError when `out` exists or cannot be made."""
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from requant import __version__
-from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.atomic_write import read_state, write_text
 from requant.checkpoint.run_directory import key_of
 from requant.deploy.verification import VerificationFacts, saved_verifications
 from requant.outgoing import everywhere, shared
@@ -30,7 +31,8 @@ def report_key(context: RunContext) -> str:
     suggested = context.directory.result("suggest", keys.suggest)
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
-    asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
+    name = context.recipe.name
+    asked = (name, _in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context))
 
 
@@ -39,30 +41,19 @@ def is_reported(context: RunContext, key: str) -> bool:
     names = (*FILES, *(f"{artifact}/README.md" for artifact in _cards(context)))
     exist = all((context.directory.path / name).exists() for name in names)
     done = exist and not context.outcome.ran and context.directory.result("report", key) is not None
-    return done and _finished(context) is not None
+    return done and read_state(context.directory.path / "report.json", _readable) is not None
 
 
 def load_report(context: RunContext) -> None:
     """Read the finished report.json into the outcome."""
-    context.outcome.report = _finished(context)
-
-
-def _finished(context: RunContext) -> Report | None:
-    """report.json; None where it is damaged: it is then written again."""
-    from requant_eval.errors import EvaluationError
-    from requant_eval.report.schema import load
-
-    try:
-        return load(context.directory.path / "report.json")
-    except EvaluationError:
-        return None
+    context.outcome.report = _readable(context.directory.path / "report.json")
 
 
 def run_report(context: RunContext, key: str) -> dict[str, Any]:
     """Build the report, write its files and one model card a checkpoint."""
     from requant_eval.metrics.set_metrics import SetResult
     from requant_eval.render import html, markdown, model_card
-    from requant_eval.report.assemble import build, save
+    from requant_eval.report.assemble import build, dumps
 
     scores, path = context.scores.load(), context.directory.path
     sets = [replace(SetResult.of(s, scores[s.name]), name=shared(s.name)) for s in context.prepared.texts.sets]
@@ -80,13 +71,20 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     gates = [replace(gate, set=shared(gate.set)) for gate in (g.parsed() for g in context.recipe.gates)]
     report = build(sets=sets, facts=everywhere(facts, shared), in_domain=shared(_in_domain(context)), gates=gates)
     context.directory.remember("report", INCOMPLETE, {})
-    save(report, path / "report.json")
+    write_text(path / "report.json", dumps(report))
     write_text(path / "report.md", markdown.render(report))
     write_text(path / "report.html", html.render(report))
     for artifact, left_out in _cards(context).items():
         write_text(path / artifact / "README.md", model_card.model_card(report, without=left_out))
     context.outcome.report = report
     return {}
+
+
+def _readable(file: Path) -> Report:
+    """The report in a file; EvaluationError where it is none of this version."""
+    from requant_eval.report.schema import load
+
+    return load(file)
 
 
 def _stored_dtypes(facts: report_facts.RunFacts) -> dict[str, str]:

@@ -6,13 +6,13 @@ Each result is stored under its stage's key, so a killed run resumes at the stag
 from __future__ import annotations
 
 import logging
-import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 from requant import outgoing, recipe
-from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.atomic_write import DAMAGED, remove, write_text
 from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.deploy.engine_processes import installed
 from requant.deploy.verification import saved_verifications
@@ -58,7 +58,7 @@ def run(
     prepare.check_disk(prepared, directory.path)
     stages = _stages_until(until, prepared, suggest=suggest)
     _leave_out_places(prepared, directory.path)
-    with directory.open():
+    with directory.open(), _shown(watcher):
         watcher.doing("digests of the files of base and adapter")
         context = RunContext.of(prepared, directory, watcher, ranks)
         with LogFile(directory.path / "log.txt"), ExitStack() as beside:
@@ -80,6 +80,18 @@ def _leave_out_places(prepared: Prepared, run: Path) -> None:
     models = [path for path in (sources.base, sources.original) if path]
     for place in (wanted.directory, run, *texts, *adapters, *models):
         outgoing.add_root(place)
+
+
+@contextmanager
+def _shown(watcher: Watcher) -> Iterator[None]:
+    """Show what is found damaged as warnings of this run."""
+    handler = logging.Handler()
+    handler.emit = lambda record: watcher.warn(record.getMessage())  # type: ignore[method-assign]
+    DAMAGED.addHandler(handler)
+    try:
+        yield
+    finally:
+        DAMAGED.removeHandler(handler)
 
 
 def _stages_until(until: Until, prepared: Prepared, *, suggest: bool) -> tuple[Stage, ...]:
@@ -159,7 +171,7 @@ class Runner:
         log.info("%s: done in %.1f s, peak %.2f GB", stage.name, cost.seconds, cost.peak_rss / 1e9)
         context.outcome.ran.append(stage.name)
         if stage.scratch:
-            shutil.rmtree(context.directory.scratch(stage.name, key), ignore_errors=True)
+            remove(context.directory.scratch(stage.name, key))
 
 
 def _discard_artifacts(context: RunContext) -> None:

@@ -3,6 +3,7 @@
     device            which device, how much of its memory is free, how fast it multiplies
     ranks             communication between the processes that share a model   <- start here for several GPUs
     launch            one command on all ranks that a launcher such as torchrun started
+    signals           SIGTERM and SIGHUP as Ctrl-C
     guarded_process   a stranger's program within limits of time and memory
     pinned_memory     page-locked host memory that is used again, and copies through it
     interpreter       thread switch interval and garbage collector while a GPU works

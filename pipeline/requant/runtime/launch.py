@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +25,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from requant.errors import InputError, RequantError
-from requant.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Ranks
+from requant.runtime import signals
+from requant.runtime.ranks import LOST, SINGLE_PROCESS, DistributedRanks, Ranks
 from requant_eval.escaping import visible
 from requant_eval.strict_json import parse
 
@@ -33,6 +35,8 @@ WAIT = timedelta(days=7)  # how long ranks wait while rank 0 merges, evaluates a
 GRACE = 1.0  # seconds in which the first rank may detect another rank's failure by itself
 REPORT_WAIT = 10.0  # seconds for the first rank to report another rank's failure
 LEAVE_WAIT = 3.0  # seconds for the other ranks to end before the first one does
+SIGNAL_GRACE = 2.0  # seconds for the first rank's main thread to end by itself after a signal
+SIGNALLED = tuple(map(signals.exit_code, signals.ENDING))
 FAILED, REPORTED, LEFT = "failed", "said", "left"  # keys of the store
 _current: Ranks = SINGLE_PROCESS
 
@@ -104,6 +108,7 @@ def run_on_all_ranks(
         with join_ranks() as ranks:
             ranks.watching = threading.Thread(target=_watch, args=(ranks,), daemon=True)
             ranks.watching.start()
+            signals.watch(partial(_end_on_signal, ranks))
             if ranks.first:
                 _run_first(ranks, command)
             else:
@@ -131,8 +136,9 @@ def _run_first(ranks: DistributedRanks, command: Callable[[], None]) -> None:
     try:
         command()
     except BaseException as error:
-        if ranks.called:
-            code = _message_and_code(error)[1]
+        code = _message_and_code(error)[1]
+        if ranks.called or code in SIGNALLED:  # after a signal the others may be ending too: nothing is awaited
+            ranks.claim_end()
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
             ranks.store.set(REPORTED, "")
@@ -149,9 +155,33 @@ def _run_other(ranks: DistributedRanks, silenced: Callable[[], AbstractContextMa
         with silenced():
             ranks.serve()
     except BaseException as error:  # noqa: BLE001 - after any error the other ranks must not wait for this one
-        message, code = _message_and_code(error)
-        _store_failure(ranks, message, code)
-        _wait_until_reported(ranks, message)
+        ranks.claim_end()
+        _end_other(ranks, *_message_and_code(error))
+
+
+def _end_other(ranks: DistributedRanks, message: str, code: int) -> NoReturn:
+    """End another rank than the first one, for a reason that the first one reports, or else this one."""
+    _store_failure(ranks, message, code)
+    _wait_until_reported(ranks, message)
+    _exit(ranks, code)
+
+
+def _end_on_signal(ranks: DistributedRanks, number: int) -> None:
+    """End this process on a signal, in a thread: a collective call keeps the main thread from seeing it.
+
+    The main thread of the first rank gets time to do it itself.
+    """
+    message, code = f"{signals.word(number)}: {signals.RESUMES}", signals.exit_code(number)
+    if not ranks.first:
+        if ranks.failing.acquire(blocking=False):
+            _end_other(ranks, message, code)
+        return
+    ranks.signalled = True
+    time.sleep(SIGNAL_GRACE)
+    if ranks.failing.acquire(blocking=False):
+        print(message, file=sys.stderr, flush=True)
+        ranks.store.set(REPORTED, "")
+        _store_failure(ranks, "", code)
         _exit(ranks, code)
 
 
@@ -160,7 +190,8 @@ def _message_and_code(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
-        return "", 130
+        number = signals.number_of(error)
+        return f"{signals.word(number)}: {signals.RESUMES}", signals.exit_code(number)
     if isinstance(error, RequantError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
@@ -185,7 +216,7 @@ def _wait_until_reported(ranks: DistributedRanks, message: str) -> None:
             if ranks.store.check([REPORTED]):
                 return
             time.sleep(0.1)
-        print(visible(f"error: rank {ranks.rank}: {message}"), file=sys.stderr, flush=True)
+    print(visible(f"error: rank {ranks.rank}: {message}"), file=sys.stderr, flush=True)
 
 
 def _watch(ranks: DistributedRanks) -> None:
@@ -197,9 +228,19 @@ def _watch(ranks: DistributedRanks) -> None:
         try:
             failed = ranks.store.check([FAILED])
         except dist.DistError:
-            _exit(ranks, 1)  # the store was in the first rank's process, which has ended
+            return _end_without_store(ranks)
         if failed:
             return _end_after(ranks, parse(ranks.store.get(FAILED)))
+
+
+def _end_without_store(ranks: DistributedRanks) -> None:
+    """End after the first rank, in whose process the store was.
+
+    The main thread, which may learn of it by itself, is not contradicted.
+    """
+    if not ranks.over.is_set() and ranks.failing.acquire(blocking=False):
+        print(f"error: rank {ranks.rank}: {LOST}", file=sys.stderr, flush=True)
+        _exit(ranks, 1)
 
 
 def _end_after(ranks: DistributedRanks, failure: Mapping[str, Any]) -> None:
@@ -208,6 +249,8 @@ def _end_after(ranks: DistributedRanks, failure: Mapping[str, Any]) -> None:
         return
     time.sleep(GRACE)
     if ranks.first:
+        if ranks.signalled:
+            return  # this rank was told to end as well, and says so
         if not ranks.failing.acquire(blocking=False):
             return  # the main thread is failing too, and reports the reason
         if failure["text"]:

@@ -19,6 +19,8 @@ from torch import distributed as dist
 from requant.errors import InputError, StageError
 
 T = TypeVar("T")
+LOST = "another rank ended without a word (killed, or out of memory?): the same command resumes the run"
+_LOSS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")  # in torch's messages
 TRIANGLE_ROWS = 2048  # rows of a triangle in one all-reduce: memory is needed for a copy of these only
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
@@ -93,6 +95,9 @@ class Ranks:
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Copy the first rank's tensor into the other ranks' tensors."""
 
+    def claim_end(self) -> None:
+        """Called before it is said why this process ends."""
+
     def call(self, function: Callable[..., T], *args: Any, first_rank_only: Mapping[str, Any], **kwargs: Any) -> T:
         """Run `function` on every rank, with the argument `ranks` if there are several.
 
@@ -112,8 +117,9 @@ class DistributedRanks(Ranks):
     local: this rank's number on its machine, and the index of its GPU.
     store: the key-value store of all ranks; it can be read while a collective call waits.
     called: whether the other ranks run a function for the first one.
+    signalled: whether a signal told this process to end.
     over: set when the first rank will make no more calls.
-    failing: a lock that is never released; its holder reports why all ranks end.
+    failing: a lock that is never released; its holder, a thread, reports why all ranks end.
     watching: the thread that reads failures of other ranks from the store.
     """
 
@@ -122,7 +128,8 @@ class DistributedRanks(Ranks):
     def __init__(self, local: int, store: Any) -> None:
         self.rank, self.count, self.local, self.store = dist.get_rank(), dist.get_world_size(), local, store
         self.failing, self.over = threading.Lock(), threading.Event()
-        self.called = False
+        self.holder: int | None = None
+        self.called = self.signalled = False
         self.watching: threading.Thread | None = None
 
     def device_of(self, device: torch.device) -> torch.device:
@@ -205,13 +212,13 @@ class DistributedRanks(Ranks):
         dist.broadcast(tensor.data, src=0)
 
     def call(self, function: Callable[..., T], *args: Any, first_rank_only: Mapping[str, Any], **kwargs: Any) -> T:
-        self.broadcast((function, args, kwargs))
         self.called = True
         try:
+            self.broadcast((function, args, kwargs))
             result = function(*args, **kwargs, **first_rank_only, ranks=self)
         except BaseException as error:
-            self.failing.acquire()  # never released: no rank will be called again
-            if isinstance(error, RuntimeError) and "gloo" in str(error):  # its message when a peer has ended
+            self.claim_end()  # no rank will be called again
+            if is_loss(error):
                 raise StageError(
                     "another rank ended: the launcher's output says why; the same command resumes the run"
                 ) from error
@@ -220,16 +227,38 @@ class DistributedRanks(Ranks):
         return result
 
     def serve(self) -> None:
-        """Run the functions that the first rank calls, until it dismisses the other ranks."""
-        while (job := self.broadcast(None)) is not None:
-            function, args, kwargs = job
-            function(*args, **kwargs, ranks=self)
-        self._end()
+        """Run the functions that the first rank calls, until it dismisses the other ranks.
+
+        Raises StageError when a rank that this one waits for has ended without a word.
+        """
+        try:
+            while (job := self.broadcast(None)) is not None:
+                function, args, kwargs = job
+                function(*args, **kwargs, ranks=self)
+            self._end()
+        except (RuntimeError, dist.DistError) as error:
+            if is_loss(error):
+                raise StageError(LOST) from error
+            raise
 
     def dismiss(self) -> None:
-        """End `serve` on the other ranks; the first rank calls this."""
-        self.broadcast(None)
-        self._end()
+        """End `serve` on the other ranks; the first rank calls this. One that has died is not waited for."""
+        try:
+            self.broadcast(None)
+            self._end()
+        except (RuntimeError, dist.DistError) as error:
+            if not is_loss(error):
+                raise
+            self.over.set()
+
+    def claim_end(self) -> None:
+        """Become the thread that reports why all ranks end; does not return where another one does.
+
+        That one ends the process.
+        """
+        if self.holder != threading.get_ident():
+            self.failing.acquire()
+            self.holder = threading.get_ident()
 
     def _end(self) -> None:
         self.finish_connecting()
@@ -237,6 +266,13 @@ class DistributedRanks(Ranks):
         if self.watching:
             self.watching.join()  # a thread that is in the store when Python ends aborts the process
         self.all(holds=True)  # the store may live in the first rank's process: it is kept until no rank reads it
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error is what a collective call raises when a rank that it waits for has ended."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _LOSS)
 
 
 def _first_sum(device: torch.device) -> None:

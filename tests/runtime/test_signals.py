@@ -1,0 +1,50 @@
+"""`requant.runtime.signals` and the command line: SIGTERM and SIGHUP end as Ctrl-C does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import os, signal, sys
+from requant.cli import main, run_paths
+
+number = int(sys.argv.pop())
+if sys.argv[1] == "ignored":
+    signal.signal(sys.argv.pop(1) and number, signal.SIG_IGN)
+run_paths.load_recipe = lambda *_: (os.kill(os.getpid(), number), sys.exit(7))
+main()
+"""
+
+
+def run(*argv: str) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *argv], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "code"),
+    [
+        (signal.SIGINT, "interrupted\n", 130),
+        (signal.SIGTERM, "terminated (SIGTERM)\n", 143),
+        (signal.SIGHUP, "terminated (SIGHUP)\n", 129),
+    ],
+)
+def test_a_signal_ends_a_command_with_one_line_and_its_code(number: int, line: str, code: int) -> None:
+    assert run("run", "recipe.yaml", str(int(number))) == (code, "", line)
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    assert run("ignored", "run", "recipe.yaml", str(int(signal.SIGHUP))) == (7, "", "")
+
+
+@pytest.mark.parametrize("closed", [">/dev/full", ">&-", "2>&-"])
+def test_an_output_that_takes_nothing_is_no_traceback(closed: str) -> None:
+    """--version prints one line; a full disk is said, a closed stdout or stderr is not missed."""
+    command = f"{sys.executable} -m requant --version {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    full = "error: the output of this command: No space left on device\n" if closed == ">/dev/full" else ""
+    assert (done.returncode, done.stderr) == (1 if full else 0, full)
