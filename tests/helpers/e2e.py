@@ -218,7 +218,7 @@ def digests(directory: Path, pattern: str = "*") -> dict[str, str]:
 def times(directory: Path, *, but: tuple[str, ...] = ("log.txt", "events.jsonl", "recipe.yaml")) -> dict[str, int]:
     """Relative path -> modification time of every file that not every run writes."""
     files = (f for f in directory.rglob("*") if f.is_file() and str(f.relative_to(directory)) not in but)
-    return {str(f.relative_to(directory)): f.stat().st_mtime_ns for f in files}
+    return {str(f.relative_to(directory)): f.stat().st_mtime_ns for f in files if f.name != ".digests.json"}
 
 
 def visible(directory: Path) -> set[str]:
