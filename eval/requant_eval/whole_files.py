@@ -162,7 +162,7 @@ def sync(handle: BinaryIO | FileIO) -> None:
 
 def sync_file(file: Path) -> None:
     """Wait until a file that others wrote is on the disk."""
-    with file.open("rb") as handle:
+    with _named(file), file.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
@@ -173,7 +173,7 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC:
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 

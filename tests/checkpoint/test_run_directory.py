@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
 
-from requant.checkpoint.artifact import MANIFEST, Artifact
+from requant.checkpoint import digests as digest_module
+from requant.checkpoint import run_directory
+from requant.checkpoint.artifact import MANIFEST, Artifact, changed_files
+from requant.checkpoint.atomic_write import DAMAGED
 from requant.checkpoint.reader import file_digest
-from requant.checkpoint.run_directory import MARKER, RunDirectory, key_of
+from requant.checkpoint.run_directory import MARKER, LogFile, RunDirectory, key_of
 from requant.errors import InputError
 
 
@@ -206,3 +212,128 @@ def test_files_in_the_folders_of_a_model_belong_to_it(run: RunDirectory, tmp_pat
     assert artifact.whole("key")
     (artifact.path / "additional_chat_templates" / "tool_use.jinja").unlink()
     assert not artifact.whole("key")
+
+
+def flip(file: Path, at: int = -1) -> None:
+    """Change one bit; size and modification time stay."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_bit_that_changed_makes_it_incomplete_and_is_said(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = run.artifact("gptq")
+    file = build(artifact, "k") / "model.safetensors"
+    assert artifact.whole("k")
+    flip(file)
+    assert not artifact.whole("k")
+    (line,) = caplog.messages
+    assert re.search(r"gptq/model\.safetensors: its content changed since it was written \(sha256 \w+, was \w+\)", line)
+    assert changed_files(artifact.path).keys() == {"model.safetensors"}
+
+
+def test_a_file_that_nobody_touched_is_not_read_again(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor after the run directory was renamed: names are no part of what a file is known by."""
+    artifact = run.artifact("gptq")
+    build(artifact, "k")
+    time.sleep(2 * digest_module.FRESH / 1e9)
+    assert artifact.whole("k")
+    monkeypatch.setattr(digest_module, "DIGESTS", digest_module.Digests())
+    monkeypatch.setattr(run_directory, "DIGESTS", digest_module.DIGESTS)
+    monkeypatch.setattr(digest_module, "file_digest", lambda _: "0" * 64)
+    run.path.rename(run.path.with_name("other"))
+    with RunDirectory(run.path.with_name("other")).open() as moved:
+        assert moved.artifact("gptq").whole("k")
+        flip(moved.path / "gptq" / "model.safetensors")
+        assert not moved.artifact("gptq").whole("k")
+
+
+def test_a_manifest_of_an_older_version_holds_sizes_alone(run: RunDirectory) -> None:
+    artifact = run.artifact("gptq")
+    path = build(artifact, "k")
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["sha256"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert artifact.whole("k")
+    (path / "model.safetensors").write_text("longer than it was")
+    assert not artifact.whole("k")
+
+
+@pytest.mark.parametrize("name", [".cache", "merged", "gptq", "healed", "log.txt", "events.jsonl", MARKER])
+def test_what_a_run_writes_into_is_no_link(tmp_path: Path, name: str) -> None:
+    """The run directory itself may be one: that is its owner's choice."""
+    target, path = tmp_path / "elsewhere", tmp_path / "run"
+    target.mkdir()
+    path.mkdir()
+    (path / MARKER).write_text("{}")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(target)
+    with pytest.raises(
+        InputError, match=rf"run/{re.escape(name)}: is a link to .*elsewhere: requant writes through no"
+    ):
+        RunDirectory(path).open().__enter__()
+    assert list(target.iterdir()) == []
+    (tmp_path / "linked").symlink_to(target)
+    with RunDirectory(tmp_path / "linked").open():
+        assert (target / MARKER).is_file()
+
+
+def test_a_partial_directory_that_is_a_link_is_removed(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_text("x")
+    for name in (".gptq.partial-kkkkkkkkkkkkkkkk", ".gptq.partial-other", ".gptq.old"):
+        (run.path / name).symlink_to(tmp_path / "victim")
+    artifact = run.artifact("gptq")
+    for key in ("k" * 64, "l" * 64):
+        build(artifact, key)
+    assert [f.name for f in (tmp_path / "victim").iterdir()] == ["precious"]
+    assert (tmp_path / "victim" / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"merge": 3}', '{"merge": {"key": 1, "result": {}}}', "\xff\xfe"])
+def test_damaged_results_and_digests_are_none(run: RunDirectory, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "f.json"
+    file.write_text("one")
+    for name in (".stages.json", ".digests.json"):
+        (run.path / name).write_bytes(content.encode("latin-1"))
+    with run.open():
+        assert run.result("merge", "k") is None
+        run.remember("merge", "k", {"dtype": "float16"})
+        assert run.result("merge", "k") == {"dtype": "float16"}
+        assert run.digests([file]) == [file_digest(file)]
+
+
+def test_what_killed_processes_left_goes_when_the_directory_is_opened(run: RunDirectory) -> None:
+    left = [
+        run.path / name
+        for name in (".report.json.0f.tmp", ".cache/.gptq-a-1.safetensors.7.tmp", ".cache/ranks-2/0/.a.tmp")
+    ]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    with run.open():
+        assert not any(file.exists() for file in left)
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """logging prints a traceback for each line that it cannot write."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    DAMAGED.addHandler(handler)
+    try:
+        log = LogFile(tmp_path / "log.txt")
+        log.handler.setStream(open("/dev/full", "w"))  # noqa: SIM115
+        with log:
+            for _ in range(3):
+                logging.getLogger("requant").info("a line")
+    finally:
+        DAMAGED.removeHandler(handler)
+    assert len(said) == 1
+    assert re.fullmatch(
+        r".*log\.txt: cannot be written \(No space left on device: .*\): the run goes on without it", said[0]
+    )
+    assert capsys.readouterr() == ("", "")

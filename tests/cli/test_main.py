@@ -54,11 +54,11 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "codes"),
     [
-        ("", "0 1 2 3 4 130 143"),
-        ("run", "0 1 2 3 4 130 143"),
-        ("report", "0 1 2 3 4 130 143"),
+        ("", "0 1 2 3 4 129 130 143"),
+        ("run", "0 1 2 3 4 129 130 143"),
+        ("report", "0 1 2 3 4 129 130 143"),
         ("gate", "0 1 2 3 4"),
-        *((name, "0 1 2 130 143") for name in ("check", "merge", "quantize", "heal", "evaluate", "verify", "push")),
+        *((name, "0 1 2 129 130 143") for name in ("check", "merge", "quantize", "heal", "evaluate", "verify", "push")),
     ],
 )
 def test_help_names_the_exit_codes(here: Here, command: str, codes: str) -> None:
@@ -71,7 +71,7 @@ def test_exit_codes_are_those_of_errors_and_gates() -> None:
     from requant_eval.render.ci import EXIT_CODES
 
     raised = {c.exit_code for c in (errors.RequantError, errors.InputError, errors.RecipeError, errors.StageError)}
-    assert exit_codes.MEANINGS.keys() == raised | set(EXIT_CODES.values()) | {130, 143}
+    assert exit_codes.MEANINGS.keys() == raised | set(EXIT_CODES.values()) | {129, 130, 143}
     assert exit_codes.MEANINGS[EXIT_CODES["fail"]] == "a gate failed"
     assert exit_codes.MEANINGS[EXIT_CODES["inconclusive"]] == "a gate is inconclusive"
 

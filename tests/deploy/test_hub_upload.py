@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from helpers import hub, pico
 from helpers.e2e import edit_json, make_model, one_thread
 
+from requant.checkpoint.reader import file_digest
+from requant.checkpoint.run_directory import MARKER
 from requant.cli.main import main
 from requant.deploy.hub_upload import plan_upload
 from requant.errors import InputError, StageError
@@ -156,3 +159,31 @@ def test_what_is_no_parcel(gptq: Path, tmp_path: Path) -> None:
     edit_json(tmp_path / "gptq" / "config.json", _name_or_path="/home/ann/base")
     with pytest.raises(StageError, match=r"not pushed, 1 things are wrong with it:\n  config.json: _name_or_path"):
         plan_upload(tmp_path, REPO)
+
+
+def test_a_link_that_leads_out_of_the_run_is_not_sent(gptq: Path, tmp_path: Path) -> None:
+    shutil.copytree(gptq, tmp_path / "run")
+    (tmp_path / "run" / MARKER).write_text("{}")
+    (tmp_path / "secret").write_text("precious")
+    link = tmp_path / "run" / "gptq" / "vocab.txt"
+    link.symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"gptq/vocab\.txt: is a link to .*/secret, outside of .*/run: not sent"):
+        plan_upload(tmp_path / "run", REPO)
+    link.unlink()
+    shutil.move(tmp_path / "run" / "gptq", tmp_path / "other")
+    (tmp_path / "run" / "gptq").symlink_to(tmp_path / "other")
+    with pytest.raises(InputError, match=r"run/gptq: is a link to .*/other, outside of .*/run: not sent"):
+        plan_upload(tmp_path / "run", REPO)
+
+
+def test_a_file_that_changed_since_it_was_written_is_not_sent(gptq: Path, tmp_path: Path) -> None:
+    shutil.copytree(gptq, tmp_path / "run")
+    file = tmp_path / "run" / "gptq" / "model.safetensors"
+    manifest = {"key": "k", "files": {file.name: file.stat().st_size}, "sha256": {file.name: file_digest(file)}}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+    assert plan_upload(tmp_path / "run", REPO).files
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(StageError, match=r"not pushed, 1 files are not as they were written; take .*\n  model\.safe"):
+        plan_upload(tmp_path / "run", REPO)

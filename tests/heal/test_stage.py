@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import pico
 from helpers.devices import set_profile
@@ -367,6 +368,26 @@ def test_a_step_that_the_judging_windows_refuse_is_not_taken(
     assert told["judged"] == [told["kl_start"], pytest.approx(told["kl_start"] + 1e-3)]
     for file in pair[1].glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["whole", "blocks"])
+def test_a_damaged_state_is_no_state(
+    pair: tuple[Path, Path], tmp_path: Path, mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Empty, cut, of another program, with other shapes: one line, and that part is healed again."""
+    plan = replace(WHOLE, mode=mode, teacher_resident=False)
+    whole = run(pair, tmp_path / "out", plan=plan)
+    (state,) = tmp_path.rglob("state.safetensors" if mode == "whole" else "block-0000")
+    kept = state.read_bytes()
+    other = safetensors.torch.save({"offset.0": torch.ones(1)}, {"key": "k", "curve": "{}"})
+    for content in (b"", kept[:-50], b"something else", other):
+        state.write_bytes(content)
+        shutil.rmtree(tmp_path / "out")
+        caplog.clear()
+        again = run(pair, tmp_path / "out", plan=plan)
+        assert (again["held"], again["train"]) == (whole["held"], whole["train"])
+        assert [m for m in caplog.messages if f"{state}: not readable" in m and "is made again" in m], content[:20]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(

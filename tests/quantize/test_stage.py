@@ -266,6 +266,30 @@ def test_a_blocks_place_in_the_journal_needs_no_tensor_of_the_next(
     assert len(json.loads((tmp_path / "out" / JOURNAL).read_text())) == 2
 
 
+@pytest.mark.parametrize("content", ["", "[", "{}", "[[1]]", "[3]", "[" * 10**5])
+def test_a_damaged_journal_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / JOURNAL).write_text(content)
+    assert Journal(tmp_path / JOURNAL).blocks == []
+    assert not (tmp_path / JOURNAL).exists()
+
+
+def test_blocks_whose_shard_is_gone_are_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that is laid out anew holds zeros."""
+    monkeypatch.setattr(quantize_module, "BEHIND", 0)
+    source = model_dir(tmp_path, num_hidden_layers=2)
+
+    def kill(done: int, _total: int, _note: str) -> None:
+        raise Killed
+
+    run(source, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(source, tmp_path / "cut", progress=kill)
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    run(source, tmp_path / "cut")
+    one, two = (file_digest(tmp_path / n / "model.safetensors") for n in ("whole", "cut"))
+    assert one == two
+
+
 def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> None:
     with (
         CheckpointWriter(tmp_path, []) as writer,

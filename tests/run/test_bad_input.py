@@ -343,7 +343,7 @@ def test_a_full_disk(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", reserve)
-    with pytest.raises(StageError, match=r"cannot reserve .* \(No space left on device\): free disk space"):
+    with pytest.raises(StageError, match=r"write failed \(No space left on device: .* needed, .* free; free"):
         run(project, tmp_path, until="quantize")
     assert visible(tmp_path / "pico") & {"merged", "gptq"} == ({"merged"} if full_at == 2 else set())
     monkeypatch.undo()
@@ -357,6 +357,7 @@ def test_a_disk_too_small_is_seen_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))  # type: ignore[attr-defined]
     error = refusal(project, tmp_path)
     assert error.exit_code == 2
+    assert "1.00 kB free, the run writes" in str(error)
     assert "free space or set output.dir" in str(error)
 
 

@@ -19,10 +19,11 @@ MEANINGS = {
     2: "the recipe or the command is wrong",
     3: "a gate failed",
     4: "a gate is inconclusive",
+    129: "hung up (SIGHUP)",
     130: "interrupted",
-    143: "terminated (SIGTERM; 129: SIGHUP)",
+    143: "terminated (SIGTERM)",
 }
-WORK = (0, 1, 2, 130, 143)  # of commands that end before the gates are evaluated
+WORK = (0, 1, 2, 129, 130, 143)  # of commands that end before the gates are evaluated
 GATES = (0, 1, 2, 3, 4)  # of commands that only read finished reports
 
 

@@ -302,10 +302,12 @@ def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
     written = [f for name in ("merged", "gptq", "healed") for f in where.glob(f"*{name}*/*.safetensors")]
     written += [f for name in ("merged", "gptq", "healed") for f in where.glob(f".{name}.partial-*/*.safetensors")]
     need = max(0, need - sum(f.stat().st_size for f in set(written)))  # of this run, or replaced by it
+    from requant_eval.report.number_format import format_bytes
+
     existing = next(p for p in (where, *where.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
         raise InputError(
-            f"{existing}: {free / 1e9:.1f} GB free, the run writes {need / 1e9:.1f} GB: free space or set output.dir"
+            f"{existing}: {format_bytes(free)} free, the run writes {format_bytes(need)}: free space or set output.dir"
         )
     return need, free
