@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -303,6 +304,29 @@ def test_the_key_of_a_report_is_that_of_older_versions(project: Path, finished: 
         "metric": "ppl_increase", "set": "general", "limit": 5.0, "relative_to": None, "side": "max", "unit": "%",
     }  # fmt: skip
     assert report_stage.report_key(context) == key_of(*keys, "in-domain", [gate], [], False, 2, __version__, {})
+
+
+def test_a_run_that_was_renamed_gets_a_report_with_its_name(project: Path, ran: Path) -> None:
+    """Its directory too, as `name` asks: nothing else is done again, and no file but the report's tells the old name."""
+    (ran / "pico").rename(ran / "other")
+    assert run(project, ran, {"name": "other"}).ran == ["report"]
+    assert read(ran / "other" / "report.json")["name"] == "other"
+    assert run(project, ran, {"name": "other"}).ran == []
+
+
+@pytest.mark.parametrize("name", ["gptq/model.safetensors", ".cache/gptq-*.safetensors", "report.json"])
+def test_what_changed_on_the_disk_is_made_again(project: Path, ran: Path, name: str) -> None:
+    """One bit of a checkpoint or of scores at the same size and time; a cut report."""
+    mine = numbers(read(ran / "pico" / "report.json"))
+    file = next((ran / "pico").glob(name))
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content if file.suffix == ".safetensors" else content[:-100])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = run(project, ran)
+    expected = {"gptq": ["quantize", "report"], ".cache": ["evaluate", "report"], "report.json": ["report"]}
+    assert again.ran == expected[name.split("/")[0]]
+    assert numbers(read(ran / "pico" / "report.json")) == mine
 
 
 def test_the_ways_to_deploy_have_the_sizes_of_the_files(finished: Path, project: Path) -> None:

@@ -31,17 +31,18 @@ def report_key(context: RunContext) -> str:
     suggested = context.directory.result("suggest", keys.suggest)
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
-    name = context.recipe.name
-    asked = (name, _in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
+    asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context))
 
 
 def is_reported(context: RunContext, key: str) -> bool:
-    """Whether no stage ran, the key is the stored one, every file exists and the report can be read."""
+    """Whether no stage ran, the key is the stored one, every file exists and the report has the run's name."""
     names = (*FILES, *(f"{artifact}/README.md" for artifact in _cards(context)))
     exist = all((context.directory.path / name).exists() for name in names)
-    done = exist and not context.outcome.ran and context.directory.result("report", key) is not None
-    return done and read_state(context.directory.path / "report.json", _readable) is not None
+    if not exist or context.outcome.ran or context.directory.result("report", key) is None:
+        return False
+    report = read_state(context.directory.path / "report.json", _readable)
+    return report is not None and report["name"] == context.recipe.name
 
 
 def load_report(context: RunContext) -> None:
