@@ -62,14 +62,13 @@ def verify(
     engines = list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
     done, device = Verification(path=path), device or torch.device("cpu")
     doing("content of the files, names, shapes and configs")
-    changed = _changed(path)
     try:
         headers = check_headers.check(path, trust_remote_code=trust_remote_code)
     except InputError as error:
-        done.findings += [_unreadable(path, error), *changed]
+        done.findings += [_unreadable(path, error), *_changed(path)]
         return done
     _check_values(done, headers, source, own_device or device, solved, doing)
-    done.findings += changed
+    done.findings += _changed(path)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
