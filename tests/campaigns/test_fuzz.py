@@ -22,6 +22,4 @@ def test_mutated_inputs_are_refused_or_read_right(shop: Workshop, seed: int, siz
     print(f"\n{tally.summary()}\nkept: {kept}")
     if only and len(inputs) == 1:
         print("\n".join(f.read_text() for f in kept.glob("*.txt")))
-    if tally.faults and not size and not only:
-        pytest.xfail(f"root causes that are being mended: {len(tally.faults)}")
     assert not tally.faults, tally.summary()
