@@ -137,7 +137,8 @@ def _damaged(bench: Bench, run: Path, files: list[Path]) -> str:
 def _run_again(bench: Bench, run: Path, files: list[Path], where: str) -> Case:
     label = _damaged(bench, run, files)
     changes = {"gates.0.max": "400%"} if bench.rng.random() < 0.3 and where == "finished" else {}
-    keys = not label.startswith(".digests.json")  # a whole memory that lies makes other keys, and the same files
+    # A memory of digests that lies makes other keys and the same files; what a manifest says of its origin is its own.
+    keys = ".digests.json" not in label and "manifest.json" not in label
     # a report that a user has damaged is theirs: a finished run need not look at it
     theirs = label.startswith(("report.", "log.txt", "events.jsonl", "recipe.yaml"))
     return Case(
