@@ -11,6 +11,7 @@ from helpers import chat
 
 from requant.data import chat_template, template_call
 from requant.data.conversation import Conversation, RowError, conversation
+from requant.errors import InputError
 
 SYSTEM, USER, ANSWER = ({"role": r, "content": c} for r, c in (("system", "be"), ("user", "q"), ("assistant", "a")))
 SECOND = [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
@@ -174,6 +175,13 @@ def test_the_date_of_a_template_is_frozen() -> None:
     assert chat_template.render(tokenizer, given(USER, ANSWER))[0].startswith("01 Mar 2025<user>")
     assert chat_template.asks_for_date(tokenizer)
     assert not chat_template.asks_for_date(chat.tokenizer())
+
+
+def test_a_named_template_that_is_no_text_is_refused() -> None:
+    tokenizer = chat.tokenizer()
+    tokenizer.chat_template = {"default": chat.DATED, "a": 1}
+    with pytest.raises(InputError, match=r"'a' is 1, expected the text of a template"):
+        chat_template.freeze_date(tokenizer)
 
 
 def test_content_is_given_as_parts_where_the_template_takes_nothing_else() -> None:

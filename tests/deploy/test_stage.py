@@ -212,6 +212,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "'/home/ann/models/base' is a path of the machine that made it",
     ),
     "dtype": (lambda p: edit_json(p / "config.json", dtype="float64"), "config.json: dtype", "'float64', expected float16"),
+    "a width of nothing": (lambda p: edit_json(p / "config.json", hidden_size=0), f"{Q}.qweight", "expected"),
     "junk behind the tensors": (
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes() + b"j" * 64) and None,
         "model.safetensors", "64 bytes behind the last tensor",

@@ -25,7 +25,7 @@ from requant.checkpoint.model_files import files_of
 from requant.checkpoint.reader import read_json
 from requant.errors import InputError
 from requant.outgoing import everywhere, shared
-from requant_eval import whole_files
+from requant_eval import strict_json, whole_files
 from requant_eval.escaping import visible
 
 MARKER = ".requant.json"
@@ -119,7 +119,8 @@ class RunDirectory:
 
     def remember(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Keep a stage's result, without secrets and places of this machine (`outgoing.shared`)."""
-        results = self._results() | {stage: {"key": key, "result": everywhere(result, shared)}}
+        kept = strict_json.parse(json.dumps(everywhere(result, shared)), constants=True)
+        results = self._results() | {stage: {"key": key, "result": kept, "digest": key_of(kept)}}
         write_text(self.path / STAGES, json.dumps(results, indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
@@ -157,6 +158,8 @@ def _results(file: Path) -> dict[str, Any]:
     for entry in results.values():
         if not isinstance(entry, dict) or not isinstance(entry["key"], str) or not isinstance(entry["result"], dict):
             raise ValueError("it holds no results of stages")
+        if entry.get("digest") not in (None, key_of(entry["result"])):  # None: written before there was one
+            raise ValueError("its bytes have changed")
     return results
 
 

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from requant import __version__
 from requant.cli import deploy_commands, exit_codes, init_command, outputs, report_commands, run_paths
 from requant.cli.report_commands import Junit
-from requant.cli.wrapping import say
+from requant.cli.wrapping import say, shortened
 from requant.errors import RecipeError, RequantError
 from requant.outgoing import masked_stream
 from requant.runtime import signals
@@ -92,7 +92,7 @@ def _stop(message: str, code: int) -> NoReturn:
     """End the process with a message on stderr."""
     outputs.close_stdout()
     with suppress(OSError):  # nobody reads it
-        say(message, file=sys.stderr)
+        say(shortened(message), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from requant.data import template_call, template_losses
 from requant.data.conversation import Conversation, Message, RowError
 from requant.data.template_losses import TemplateFailure
+from requant.errors import InputError
 from requant.runtime.guarded_process import LimitError, call_guarded
 from requant_eval.strict_json import JsonError, parse
 
@@ -32,10 +33,13 @@ Spans = list[tuple[int, int]]
 def freeze_date(tokenizer: Any, date: datetime.date = DATE) -> Any:
     """The tokenizer, its chat templates given `date` where they ask for today's (`strftime_now`).
 
-    Texts and their digests then do not change overnight.
+    Texts and their digests then do not change overnight. Raises InputError for a named template that is no text.
     """
     given = tokenizer.chat_template
     if isinstance(given, dict):
+        wrong = [name for name, template in given.items() if not isinstance(template, str)]
+        if wrong:
+            raise InputError(f"chat_template: {wrong[0]!r} is {given[wrong[0]]!r:.60}, expected the text of a template")
         tokenizer.chat_template = {name: _dated(template, date) for name, template in given.items()}
     elif isinstance(given, str):
         tokenizer.chat_template = _dated(given, date)

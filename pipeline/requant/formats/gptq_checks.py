@@ -161,7 +161,7 @@ def _symmetric_zeros(stem: str, qzeros: Tensor, bits: int, *, v2: bool) -> Itera
 def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], packing: Packing) -> str:
     """What the stored shape means, in the words of the config."""
     text = f"shape {list(have)}, expected {list(want)} for {packing.bits} bits and group_size {packing.group_size}"
-    if len(have) != 2:
+    if len(have) != 2 or not packing.columns:
         return text
     if suffix == "qweight" and have[1] == want[1] and 32 * have[0] % packing.columns == 0:
         text += f"; the tensor is {bits_of(have, packing.columns)}-bit"
