@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from requant.checkpoint.atomic_write import writing
 from requant.checkpoint.model_files import tokenizer_files
 from requant.checkpoint.reader import read_json
 from requant.data import chat_template
@@ -48,8 +49,10 @@ def _load(base: Path, files: Mapping[str, Path], *, trust_remote_code: bool) -> 
     code = {f.name: f for f in base.glob("*.py")} if trust_remote_code else {}
     with tempfile.TemporaryDirectory() as folder:
         for name, file in {"config.json": base / "config.json", **code, **files}.items():
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, Path(folder) / name)
+            copy = Path(folder) / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("rb") as content, writing(copy), copy.open("wb") as made:  # names the copy, not its source
+                shutil.copyfileobj(content, made)
         where = next((files[n] for n in ("tokenizer.json", "tokenizer.model") if n in files), base)
         try:
             with library_call(f"{where}: transformers cannot load the tokenizer ({', '.join(files)})"):
