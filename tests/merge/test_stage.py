@@ -507,6 +507,13 @@ def test_nested_scales_of_another_size_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_nested_table_of_another_shape_fails(tmp_path: Path) -> None:
+    base, adapter = four_bit(tmp_path, bnb_4bit_use_double_quant=True)
+    pico.edit_tensors(base / "model.safetensors", change={NAME + ".nested_quant_map": lambda t: t[None]})
+    assert "nested_quant_map has shape (1, 256), expected (256,)" in no_plan(base, adapter)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_foreign_code_table_fails(tmp_path: Path) -> None:
     base, adapter = four_bit(tmp_path)
     pico.edit_tensors(base / "model.safetensors", change={NAME + ".quant_map": lambda t: t * 1.01})

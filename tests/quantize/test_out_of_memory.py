@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from helpers.e2e import one_thread
 from helpers.quantizing import GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
 
+from requant.checkpoint.writer import Journal
 from requant.errors import StageError
 from requant.formats.registry import FORMATS
 from requant.modeling.block_walk import Walk
@@ -156,7 +156,7 @@ def test_one_window_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
         StageError, match=r"layers.1: out of memory on cpu with one window at a time: shorten calibration"
     ):
         run(source, tmp_path / "out")
-    assert len(json.loads((tmp_path / "out" / "blocks.json").read_text())) == 1
+    assert len(Journal(tmp_path / "out" / "blocks.json").blocks) == 1
     monkeypatch.undo()
     run(source, tmp_path / "whole")
     run(source, tmp_path / "out")

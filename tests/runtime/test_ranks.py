@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from helpers.ranks import environment, free_port
 from helpers.stagewise import assert_compared, assert_same_files, led, recorded
 from torch import Tensor
 
+from requant.checkpoint.writer import Journal
 from requant.errors import InputError
 from requant.numerics.cholesky import shared_cholesky
 from requant.numerics.delta_retention import Delta
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path, two: 
     out.mkdir()
     options: dict[str, Any] = {"dtype": torch.float16, "device": CPU, "batch": 2, "steps": steps}
     first.call(cut, where, out, windows(), CORRECTED, survived=1, first_rank_only={}, **options)
-    kept = json.loads((out / JOURNAL).read_text())
+    kept = Journal(out / JOURNAL).blocks
     assert len(kept) == 1
     done: list[int] = []
     results, compared = run(

@@ -16,6 +16,8 @@ number = int(sys.argv.pop())
 if sys.argv[1] == "ignored":
     signal.signal(sys.argv.pop(1) and number, signal.SIG_IGN)
 run_paths.load_recipe = lambda *_: (os.kill(os.getpid(), number), sys.exit(7))
+if sys.argv[1] == "building":
+    sys.modules["requant.cli.main"].app = lambda **_: os.kill(os.getpid(), number)
 main()
 """
 
@@ -35,6 +37,10 @@ def run(*argv: str) -> tuple[int, str, str]:
 )
 def test_a_signal_ends_a_command_with_one_line_and_its_code(number: int, line: str, code: int) -> None:
     assert run("run", "recipe.yaml", str(int(number))) == (code, "", line)
+
+
+def test_a_signal_while_the_commands_are_built_is_no_traceback() -> None:
+    assert run("building", str(int(signal.SIGTERM))) == (143, "", "terminated (SIGTERM)\n")
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored() -> None:

@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -195,12 +196,20 @@ class Journal:
             future.result()
         writer.sync()
         self.blocks.append(results)
-        write_text(self.file, json.dumps(self.blocks))
+        blocks = json.dumps(self.blocks)
+        write_text(self.file, json.dumps({"sha256": _digest(blocks), "blocks": blocks}))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _blocks(file: Path) -> list[list[dict[str, Any]]]:
     """The journal's blocks; ValueError where it holds something else."""
-    blocks: Any = strict_json.load(file, constants=True)
+    journal: Any = strict_json.load(file)
+    if journal["sha256"] != _digest(journal["blocks"]):
+        raise ValueError("its bytes have changed")
+    blocks: Any = strict_json.parse(journal["blocks"], constants=True)
     if not isinstance(blocks, list) or not all(isinstance(b, list) for b in blocks):
         raise ValueError("it holds no list of blocks")
     if not all(isinstance(row, dict) for block in blocks for row in block):

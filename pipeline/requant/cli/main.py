@@ -81,6 +81,9 @@ def _command() -> None:
         _stop(f"error: {error}", error.exit_code)
     except OSError as error:
         _stop(f"error: {outputs.message(error)}", 1)
+    except KeyboardInterrupt as error:  # before a command has begun
+        number = signals.number_of(error)
+        _stop(signals.word(number), signals.exit_code(number))
     except SystemExit as end:
         unwritten = outputs.close_stdout()
         if unwritten is not None and not end.code:

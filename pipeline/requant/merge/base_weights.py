@@ -232,6 +232,9 @@ class BaseWeights:
             second, blocks = self.checkpoint[name + ".nested_absmax"], -(-state.blocks // state.nested_blocksize)
             if second.shape != (blocks,):
                 raise InputError(f"{second.file}: {second.name} has shape {second.shape}, {name} needs {(blocks,)}")
+            table = self.checkpoint[name + ".nested_quant_map"]
+            if table.shape != (nf4.NESTED_TABLE,):
+                raise InputError(f"{table.file}: {table.name} has shape {table.shape}, expected {(nf4.NESTED_TABLE,)}")
         half = -(-state.numel // 2)
         item = packed.dtype.itemsize
         if scales.shape != (state.blocks,) or packed.nbytes != -(-half // item) * item:

@@ -23,6 +23,7 @@ from requant_eval.strict_json import parse
 
 QuantType = Literal["nf4", "fp4"]
 NESTED_BLOCK = 256
+NESTED_TABLE = 256  # values that a byte of nested scales stands for
 _LARGEST_BLOCK = 2**20  # bitsandbytes has blocks of 32 to 4096
 STATE_DTYPES = ("float16", "bfloat16", "float32")
 _CHUNK = 2**20  # bytes decoded at a time: the pairs of one chunk stay in cache for the multiplication
