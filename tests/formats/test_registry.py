@@ -45,6 +45,23 @@ def test_the_reader_finds_bits_and_groups_from_headers(tmp_path: Path, bits: int
     assert not any(n.endswith(("qweight", "qzeros", "scales", "g_idx")) for n in reader)
 
 
+@pytest.mark.parametrize(
+    ("shape", "told"), [(None, "is missing"), ((4, 16), r"shape \[4, 16\]"), ((0,), r"shape \[0\]")]
+)
+def test_the_reader_names_a_tensor_that_is_no_part_of_a_weight(
+    tmp_path: Path, shape: tuple[int, ...] | None, told: str
+) -> None:
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
+    pico.packed(source, tmp_path / "out", Grid(4, 32))
+    name = "model.layers.0.mlp.up_proj.g_idx"
+    pico.edit_tensors(
+        tmp_path / "out" / "model.safetensors", drop=() if shape else (name,),
+        change={name: lambda _: torch.zeros(shape, dtype=torch.int32)} if shape else {},
+    )  # fmt: skip
+    with pytest.raises(InputError, match=f"{name} (has )?{told}"):
+        open_quantized(tmp_path / "out").bits_and_group_size("model.layers.0.mlp.up_proj.weight")
+
+
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
     pico.packed(source, tmp_path / "out", Grid(4, 32))

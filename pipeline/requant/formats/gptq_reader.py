@@ -45,11 +45,23 @@ class GptqReader:
 
         Raises InputError when one is missing.
         """
+        shapes = self._shapes(weight)
         stem = weight.removesuffix("weight")
-        missing = [s for s in SUFFIXES if f"{stem}{s}" not in self.checkpoint]
-        if missing:
-            raise InputError(f"{self.checkpoint.path}: {stem}{missing[0]} is missing: the GPTQ checkpoint is damaged")
-        return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in SUFFIXES}
+        return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in shapes}
+
+    def _shapes(self, weight: str) -> dict[str, tuple[int, ...]]:
+        """Suffix -> shape of the four tensors; InputError for one that is missing, or of no size."""
+        stem, shapes = weight.removesuffix("weight"), dict[str, tuple[int, ...]]()
+        for suffix in SUFFIXES:
+            name, dims = f"{stem}{suffix}", 1 if suffix == "g_idx" else 2
+            if name not in self.checkpoint:
+                raise InputError(f"{self.checkpoint.path}: {name} is missing: the GPTQ checkpoint is damaged")
+            shapes[suffix] = self.checkpoint[name].shape
+            if len(shapes[suffix]) != dims or not all(shapes[suffix]):
+                raise InputError(
+                    f"{self.checkpoint.path}: {name} has shape {list(shapes[suffix])}, expected {dims} sizes"
+                )
+        return shapes
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes, scales, zeros and group indices in the four tensors of a quantized weight.
@@ -74,6 +86,6 @@ class GptqReader:
 
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, from headers."""
-        stem = weight.removesuffix("weight")
-        columns, groups = self.checkpoint[f"{stem}g_idx"].shape[0], self.checkpoint[f"{stem}scales"].shape[0]
-        return bits_of(self.checkpoint[f"{stem}qweight"].shape, columns), columns // groups
+        shapes = self._shapes(weight)
+        columns, groups = shapes["g_idx"][0], shapes["scales"][0]
+        return bits_of(shapes["qweight"], columns), columns // groups
