@@ -26,7 +26,7 @@ def filled(shop: Workshop, rng: Random, runs: Path) -> tuple[End, str, str]:
     kind = rng.choice(("full", "full", "full", "fails", "limit")) if shop.record else "limit"
     code = {"full": errno.ENOSPC, "limit": errno.EFBIG}.get(kind) or rng.choice((errno.ENOSPC, errno.EIO, errno.EDQUOT))
     if kind == "limit":
-        nbytes = int(10 ** rng.uniform(1, 5.8))
+        nbytes = int(10 ** rng.uniform(3.3, 5.8))  # the command's output is a file too
         end, label = shop.requant.run(shop.run_of(runs), file_bytes=nbytes), f"files of at most {nbytes} bytes"
     elif kind == "full":
         assert shop.record is not None
