@@ -6,15 +6,21 @@
     +-- StageError    only the data itself showed it (NaN, overflow, full disk): exit code 1
         +-- NotFiniteError   what a linear receives holds NaN or infinity: all ranks see that alike
 
-Every message says what was found, what was expected and what to do; secrets in it are masked (`outgoing`).
+Every message says what was found, what was expected and what to do; secrets in it are masked (`outgoing`), and what it
+repeats of strangers' names is cut (`bounded`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 from requant.outgoing import masked
+
+LONGEST = 4000  # characters of a message
+_LONG_WORD = re.compile(r"\S{1001,}")
 
 
 class RequantError(Exception):
@@ -23,7 +29,7 @@ class RequantError(Exception):
     exit_code = 1
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(masked(a) if isinstance(a, str) else a for a in args))
+        super().__init__(*(bounded(masked(a)) if isinstance(a, str) else a for a in args))
 
 
 class RecipeError(RequantError):
@@ -32,7 +38,8 @@ class RecipeError(RequantError):
     exit_code = 2
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = tuple(map(masked, (problems,) if isinstance(problems, str) else problems))
+        given = (problems,) if isinstance(problems, str) else problems
+        self.problems = _first([bounded(masked(problem), LONGEST // 4) for problem in given])
         super().__init__("\n".join(self.problems))
 
 
@@ -73,6 +80,30 @@ def library_call(
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of Rust's extensions
             raise
         raise kind(": ".join(filter(None, (what, one_line(error), advice)))) from error
+
+
+def bounded(text: str, longest: int = LONGEST) -> str:
+    """The text where words, such as names that a file made up, and the whole are cut in the middle.
+
+    Words of more than 1,000 characters become 200. The beginning stays, which names the file, and the end, which says
+    what to do.
+    """
+    text = _LONG_WORD.sub(lambda word: _cut(word[0], 200), text)
+    return text if len(text) <= longest else _cut(text, longest)
+
+
+def _first(problems: Sequence[str]) -> tuple[str, ...]:
+    """The problems that fit into one message, and how many do not."""
+    sizes = accumulate(len(problem) + 1 for problem in problems)
+    fitting = sum(size <= LONGEST - 20 for size in sizes)
+    rest = len(problems) - fitting
+    return (*problems[:fitting], f"and {rest} more") if rest else tuple(problems)
+
+
+def _cut(text: str, longest: int) -> str:
+    """The first two thirds and the last third of `longest` characters."""
+    end = longest // 3
+    return f"{text[: longest - end]}... ({len(text):,} characters) ...{text[-end:]}"
 
 
 def one_line(error: BaseException) -> str:

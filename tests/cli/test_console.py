@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from requant.cli import console, foreign_output
 from requant.cli.console import ConsoleWatcher, StageRow, clock
 from requant.cli.foreign_output import quiet, readable
-from requant.cli.wrapping import shortened, wrapped
+from requant.cli.wrapping import wrapped
 from requant.errors import InputError
 
 # --- rows ---
@@ -79,13 +79,6 @@ def test_plain_lines_count_and_warn(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # --- wrapping ---
-
-
-def test_a_name_of_ten_thousand_letters_is_cut_in_errors() -> None:
-    assert shortened(f"x.safetensors: tensor {'a' * 10_000} is extra") == (
-        f"x.safetensors: tensor {'a' * 200}... (10,000 characters) is extra"
-    )
-    assert shortened("/a" * 500) == "/a" * 500
 
 
 @given(st.lists(st.text("abc-._/", min_size=1, max_size=30), min_size=1, max_size=40), st.integers(20, 100))

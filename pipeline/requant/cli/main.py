@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 from requant import __version__
 from requant.cli import deploy_commands, exit_codes, init_command, outputs, report_commands, run_paths
 from requant.cli.report_commands import Junit
-from requant.cli.wrapping import say, shortened
-from requant.errors import RecipeError, RequantError
+from requant.cli.wrapping import say
+from requant.errors import RecipeError, RequantError, bounded
 from requant.outgoing import masked_stream
 from requant.runtime import signals
 from requant_eval.escaping import visible
@@ -80,7 +80,7 @@ def _command() -> None:
     except RequantError as error:
         _stop(f"error: {error}", error.exit_code)
     except OSError as error:
-        _stop(f"error: {outputs.message(error)}", 1)
+        _stop(f"error: {bounded(outputs.message(error))}", 1)
     except KeyboardInterrupt as error:  # before a command has begun
         number = signals.number_of(error)
         _stop(signals.word(number), signals.exit_code(number))
@@ -95,7 +95,7 @@ def _stop(message: str, code: int) -> NoReturn:
     """End the process with a message on stderr."""
     outputs.close_stdout()
     with suppress(OSError):  # nobody reads it
-        say(shortened(message), file=sys.stderr)
+        say(message, file=sys.stderr)
     raise SystemExit(code)
 
 

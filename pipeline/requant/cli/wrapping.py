@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import textwrap
@@ -11,8 +10,6 @@ from typing import TextIO
 from requant.outgoing import masked
 from requant_eval.escaping import visible
 
-_LONG = re.compile(r"\S{1001,}")
-
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
     """`text` in lines of at most `width`, broken between words only; later lines are indented."""
@@ -20,11 +17,6 @@ def wrapped(text: str, width: int, indent: int = 0) -> str:
         width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(wrapper.fill(line) for line in text.splitlines())
-
-
-def shortened(text: str) -> str:
-    """Text whose words of more than 1,000 characters, names that a file has made up, are cut."""
-    return _LONG.sub(lambda word: f"{word[0][:200]}... ({len(word[0]):,} characters)", text)
 
 
 def say(text: str, *, indent: int = 0, file: TextIO | None = None) -> None:
