@@ -108,3 +108,13 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no tokenizer files"):
         tokenizer_files.load(tmp_path)
+
+
+def test_a_named_template_that_is_no_text_is_refused_by_its_file(tmp_path: Path) -> None:
+    """`{"a": 1}` in place of a template was a TypeError."""
+    path = base(tmp_path, template="{{ messages }}")
+    (path / "chat_template.jinja").unlink()
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": {"a": 1}}))
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template: 'a' is 1, expected the text of a"):
+        tokenizer_files.load(path)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from requant.data import template_call, template_losses
@@ -30,16 +31,19 @@ _MARK = template_losses.OPEN
 Spans = list[tuple[int, int]]
 
 
-def freeze_date(tokenizer: Any, date: datetime.date = DATE) -> Any:
+def freeze_date(tokenizer: Any, date: datetime.date = DATE, *, where: Path | str = "the tokenizer") -> Any:
     """The tokenizer, its chat templates given `date` where they ask for today's (`strftime_now`).
 
-    Texts and their digests then do not change overnight. Raises InputError for a named template that is no text.
+    Texts and their digests then do not change overnight. where: the file of the templates, for errors.
+    Raises InputError for a named template that is no text.
     """
     given = tokenizer.chat_template
     if isinstance(given, dict):
         wrong = [name for name, template in given.items() if not isinstance(template, str)]
         if wrong:
-            raise InputError(f"chat_template: {wrong[0]!r} is {given[wrong[0]]!r:.60}, expected the text of a template")
+            raise InputError(
+                f"{where}: chat_template: {wrong[0]!r:.80} is {given[wrong[0]]!r:.60}, expected the text of a template"
+            )
         tokenizer.chat_template = {name: _dated(template, date) for name, template in given.items()}
     elif isinstance(given, str):
         tokenizer.chat_template = _dated(given, date)

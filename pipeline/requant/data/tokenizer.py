@@ -35,7 +35,9 @@ def load(
     if not files:
         beside = ", and none beside the adapter" if adapter else ""
         raise InputError(f"{base}: no tokenizer files{beside}")
-    tokenizer = chat_template.freeze_date(_load(base, files, trust_remote_code=trust_remote_code), date)
+    where = next((files[n] for n in ("chat_template.jinja", "tokenizer_config.json") if n in files), base)
+    tokenizer = _load(base, files, trust_remote_code=trust_remote_code)
+    tokenizer = chat_template.freeze_date(tokenizer, date, where=where)
     tokenizer.chat_date = date
     model_type = str(read_json(base / "config.json").get("model_type", ""))
     tokenizer.needs_bos = tokenizer.bos_token_id is not None and model_type.startswith(NEEDS_BOS)
