@@ -218,29 +218,30 @@ class BaseWeights:
 
     def _check_parts(self, name: str, state: nf4.QuantState) -> None:
         """The headers of a packed weight's parts must agree with its quant_state."""
-        need = {".absmax", ".quant_map"} | (
-            {".nested_absmax", ".nested_quant_map"} if state.nested_offset is not None else set()
-        )
-        lost = sorted(s for s in need if name + s not in self.checkpoint)
+        nested = state.nested_offset is not None
+        parts = {".absmax": (state.blocks,), ".quant_map": (16,)}
+        if nested:
+            second = -(-state.blocks // state.nested_blocksize)
+            parts |= {".nested_absmax": (second,), ".nested_quant_map": (nf4.NESTED_TABLE,)}
+        lost = sorted(s for s in parts if name + s not in self.checkpoint)
         if lost:
             raise InputError(
                 f"{self.checkpoint.path}: {name} is 4-bit but {name}{lost[0]} is missing: the checkpoint is incomplete"
             )
-        scales = self.checkpoint[name + ".absmax"]
-        packed = self.checkpoint[name]
-        if state.nested_offset is not None:
-            second, blocks = self.checkpoint[name + ".nested_absmax"], -(-state.blocks // state.nested_blocksize)
-            if second.shape != (blocks,):
-                raise InputError(f"{second.file}: {second.name} has shape {second.shape}, {name} needs {(blocks,)}")
-            table = self.checkpoint[name + ".nested_quant_map"]
-            if table.shape != (nf4.NESTED_TABLE,):
-                raise InputError(f"{table.file}: {table.name} has shape {table.shape}, expected {(nf4.NESTED_TABLE,)}")
-        half = -(-state.numel // 2)
+        for suffix, shape in parts.items():
+            part, code = self.checkpoint[name + suffix], nested and suffix == ".absmax"
+            if part.shape != shape or not (part.dtype == torch.uint8 if code else part.dtype.is_floating_point):
+                raise InputError(
+                    f"{part.file}: {part.name} is {part.dtype} {list(part.shape)}, but {name} with the shape "
+                    f"{list(state.shape)} in blocks of {state.blocksize}, as its quant_state says, needs "
+                    f"{'uint8' if code else 'float32'} {list(shape)}: the checkpoint is damaged: download it again"
+                )
+        packed, half = self.checkpoint[name], -(-state.numel // 2)
         item = packed.dtype.itemsize
-        if scales.shape != (state.blocks,) or packed.nbytes != -(-half // item) * item:
+        if packed.nbytes != -(-half // item) * item:
             raise InputError(
                 f"{packed.file}: {name}: quant_state says shape {state.shape} in blocks of {state.blocksize}; found "
-                f"{packed.nbytes} packed bytes and {scales.shape[0]} scales, expected {half} and {state.blocks}"
+                f"{packed.nbytes} packed bytes, expected {half}"
             )
 
     def absmax(self, weight: BaseWeight, device: torch.device = CPU) -> Tensor:

@@ -126,9 +126,10 @@ def unnest(absmax_u8: Tensor, nested_map: Tensor, nested_absmax: Tensor, state: 
     if state.nested_offset is None:
         raise Nf4Error("absmax is uint8 but quant_state has no nested_offset")
     blocks = -(-absmax_u8.numel() // state.nested_blocksize)
-    if nested_map.numel() != 256 or nested_absmax.numel() != blocks:
+    if nested_map.shape != (NESTED_TABLE,) or nested_absmax.shape != (blocks,):
         raise Nf4Error(
-            f"{nested_absmax.numel()} nested scales and a map of {nested_map.numel()}, expected {blocks} and 256"
+            f"nested scales {list(nested_absmax.shape)} and a map {list(nested_map.shape)}, "
+            f"expected [{blocks}] and [{NESTED_TABLE}]"
         )
     values = nested_map.float()[absmax_u8.long()]
     scale = nested_absmax.float().repeat_interleave(state.nested_blocksize)[: values.numel()]
