@@ -1,5 +1,20 @@
-"""`python -m requant`, which launchers such as torchrun start by its name."""
+"""The program `requant`, also `python -m requant`: launchers such as torchrun use that name."""
 
-from requant.cli.main import main
+from __future__ import annotations
 
-main()
+from requant.runtime import signals
+
+
+def main() -> None:
+    """Run the command line; a signal ends it with one line also before and after the command."""
+    signals.end_at_once()
+    from requant.cli import main as command
+
+    try:
+        command()
+    finally:
+        signals.end_at_once()
+
+
+if __name__ == "__main__":
+    main()

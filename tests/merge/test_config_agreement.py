@@ -65,6 +65,13 @@ def test_sizes_that_no_weights_explain_are_refused_before_anything_is_built(
         planned(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("value", [False, 0, None])
+def test_a_config_whose_outputs_have_no_names_is_refused(tmp_path: Path, value: Any) -> None:
+    """transformers' own forward fails on it: a merge of it ended well, and nobody could run the result."""
+    with pytest.raises(InputError, match=rf"base/config\.json: return_dict is {value}, which transformers cannot run"):
+        planned(tmp_path, return_dict=value)
+
+
 def test_two_heads_where_the_config_ties_them_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"tie_word_embeddings, but lm_head\.weight has other values than model\.embed"

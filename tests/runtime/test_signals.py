@@ -18,6 +18,16 @@ if sys.argv[1] == "ignored":
 run_paths.load_recipe = lambda *_: (os.kill(os.getpid(), number), sys.exit(7))
 if sys.argv[1] == "building":
     sys.modules["requant.cli.main"].app = lambda **_: os.kill(os.getpid(), number)
+if sys.argv[1] == "parsing":
+    sys.modules["typer.core"].TyperGroup.make_context = lambda *_, **__: os.kill(os.getpid(), number)
+if sys.argv[1] == "swallowed":
+    def load(*_):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as error:
+            raise ValueError("a library's") from error
+    run_paths.load_recipe = load
+    sys.argv[1:] = ["run", "recipe.yaml"]
 main()
 """
 
@@ -39,8 +49,40 @@ def test_a_signal_ends_a_command_with_one_line_and_its_code(number: int, line: s
     assert run("run", "recipe.yaml", str(int(number))) == (code, "", line)
 
 
-def test_a_signal_while_the_commands_are_built_is_no_traceback() -> None:
-    assert run("building", str(int(signal.SIGTERM))) == (143, "", "terminated (SIGTERM)\n")
+@pytest.mark.parametrize("when", ["building", "parsing", "swallowed"])
+def test_a_signal_before_a_command_has_begun_is_told_too(when: str) -> None:
+    """Of a signal while arguments were parsed nothing was said, and the code was that of SIGINT."""
+    assert run(when, str(int(signal.SIGTERM))) == (143, "", "terminated (SIGTERM)\n")
+
+
+STARTING = """
+import atexit, importlib.abc, os, runpy, sys
+
+when, number = sys.argv[1], int(sys.argv.pop())
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), number)
+
+if when == "imports":
+    sys.meta_path.insert(0, Finder())
+else:
+    atexit.register(os.kill, os.getpid(), number)
+runpy.run_module("requant", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("when", ["imports", "--version"])
+@pytest.mark.parametrize(
+    ("number", "line", "code"),
+    [(signal.SIGINT, "interrupted\n", 130), (signal.SIGTERM, "terminated (SIGTERM)\n", 143)],
+)
+def test_a_signal_before_and_after_the_command_is_no_traceback(when: str, number: int, line: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, when, str(int(number))], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, line)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
 import typer
@@ -38,6 +38,22 @@ def interrupted(error: KeyboardInterrupt, advice: str = "") -> typer.Exit:
         say(f"{signals.word(number)}{advice and f'; {advice}'}", file=sys.stderr)
     ctypes.pythonapi.PyRun_SimpleString(b"0")
     return typer.Exit(signals.exit_code(number))
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn a signal inside into its line and exit code, also where a library has made an error of it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise interrupted(error) from None
+    except typer.Exit:
+        raise
+    except Exception:
+        arrived = signals.arrived()
+        if arrived is None:
+            raise
+        raise interrupted(arrived) from None
 
 
 def epilog(codes: Iterable[int] = MEANINGS, for_command: Mapping[int, str] = MappingProxyType({})) -> str:

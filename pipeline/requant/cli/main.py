@@ -27,11 +27,13 @@ from requant_eval.escaping import visible
 class Commands(TyperGroup):
     """The commands. Ctrl-C, SIGTERM and SIGHUP end each with one line and an exit code of their own."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with exit_codes.told():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with exit_codes.told():
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise exit_codes.interrupted(error) from None
 
 
 app = typer.Typer(

@@ -2,7 +2,7 @@
 
     skeleton             the modules transformers would build, without weights   <- start here
     linears              every matrix as a Linear: Conv1D transposed, experts split
-    config_limits        sizes in config.json that the weights do not explain
+    config_limits        settings of config.json with which nothing can be built or run
     families             what structure does not tell of a model family: one entry each
     unplaced             stored tensors that are no parameter: buffers, prediction heads, spare layers
     moe                  mixture-of-experts layers as one Linear a projection and expert
