@@ -26,7 +26,7 @@ from requant.heal import kl_loss, student, teacher, trainer
 from requant.heal.settings import HealSettings
 from requant.heal.trainer import EndToEndLoss, Trainer
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_linears, block_list
+from requant.modeling.blocks import block_linears, block_list
 
 LAYERS = 32
 

@@ -122,7 +122,7 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
     import torch
 
     from requant.modeling import skeleton
-    from requant.modeling.block_walk import block_list
+    from requant.modeling.blocks import block_list
     from requant.modeling.fused_ops import FusedOps
     from requant.quantize.warmup import WarmUp
 

@@ -102,7 +102,7 @@ def test_half_a_pair_is_refused(adapter: Path) -> None:
 @pytest.mark.parametrize("cut", [lambda t: t[:, :3], lambda t: t[..., None], lambda t: t[0]])
 def test_factors_that_do_not_multiply_are_refused(adapter: Path, cut: Any) -> None:
     pico.edit_tensors(adapter / peft_directory.WEIGHTS, change={f"{Q}.lora_B.weight": cut})
-    assert "do not multiply (linear layers only)" in refused(adapter)
+    assert "do not multiply (linear layers, and convolutions in one group)" in refused(adapter)
 
 
 def test_a_file_without_tensors_is_refused(adapter: Path) -> None:

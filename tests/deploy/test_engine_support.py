@@ -74,7 +74,8 @@ def test_what_vllm_refuses_and_others_load(grid: Grid, says: str) -> None:
     assert says in str(got)
     assert verdict("transformers", "llama", Settings(grid=grid), **LLAMA).loads
     sglang = verdict("sglang", "llama", Settings(grid=grid), **LLAMA)
-    assert list(sglang.kernels) == ["NVIDIA GPU with --quantization gptq --dtype half"]
+    assert not sglang.loads, "its plain GPTQ kernel for GPUs is gone since 0.5.23"
+    assert says in str(sglang)
 
 
 def test_sglang_does_not_pad() -> None:
@@ -136,10 +137,10 @@ def test_heads_are_not_cut() -> None:
 
 
 def test_a_part_is_too_small_for_a_kernel() -> None:
-    """SGLang's Marlin does not pad; its other kernel takes any part but half a group."""
+    """SGLang's Marlin does not pad."""
     settings = Settings(grid=Grid(4, 64))
     got = verdict("sglang", "llama", settings, **LLAMA)
-    assert got.parallel[4] is None, "64 of o_proj's 256 inputs: not for Marlin, but for GPTQ"
+    assert got.parallel[4] == "model.layers.0.self_attn.o_proj: its 64 inputs are no multiple of 128"
     assert got.parallel[8] == "4 attention heads"
     alone = Settings(grid=Grid(4, 128))
     assert verdict("vllm", "llama", alone, **LLAMA).parallel[4] == (

@@ -249,7 +249,7 @@ class Loading:
 @pytest.fixture
 def loading(monkeypatch: pytest.MonkeyPatch) -> Loading:
     loader = Loading()
-    monkeypatch.setattr("transformers.AutoModelForCausalLM", loader)
+    monkeypatch.setattr("requant.evaluate.variants.model_class", lambda *_, **__: loader)
     return loader
 
 

@@ -7,9 +7,12 @@ What the code must know of a family beyond its structure is in `requant.modeling
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from helpers.sweep import RESULTS, Outcome
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,58 @@ No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.bloc
 (`up_proj`: w3, `down_proj`: w2) and on `mlp.gate`, and with these names loads our tensors and gives our logits
 (`tests/merge/test_roundtrip.py`). Ours are the original checkpoint's, for servers.
 
-Experts that the checkpoint holds in one tensor (gpt-oss, Granite MoE, Llama 4) are merged, adapters on them too, and
-stay in 16 bit: `requant check` warns, and a rule in the config tells engines. transformers with gptqmodel gives our
-decoder's logits for the three (`tests/adapters/test_stacked_experts.py`), vLLM 0.32 ours for gpt-oss and Granite MoE. Matrices
-with fewer than 32 outputs, like the gate of a shared expert, stay in 16 bit.
+Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL MoE, Granite MoE, Gemma 4) are merged,
+adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
+reads (`...mlp.experts.0.gate_proj.qweight`; read in its source, not loaded here). Those of Llama 4, DBRX and JetMoE, whose
+classes are of their own, stay in 16 bit: `requant check` warns, and a rule in the config tells engines. Matrices
+whose sizes are no multiple of 32, like the gate of a shared expert or the input projection of some Mamba layers, stay
+in 16 bit.
+
+Of a model with towers for images or sound the text decoder is quantized, on text alone; towers and projectors are
+merged, adapters on them too (convolutions as well), and stay in 16 bit, which a rule in the config says by their names.
+The class is the one that the config's `architectures` names, so that names on disk stay the original checkpoint's.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
 merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our
 own decoder's values, and `requant check` says so (`tests/merge/test_bases.py`).
 """
+
+
+_SWEEP = """
+## Every model type of transformers {version}
+
+Each that transformers registers as a causal LM or as an image-text-to-text model, built tiny and random ({count} types;
+one command, `python -m helpers.sweep`; results: `bench/results/{file}`). *Exact*: every weight of NF4 + LoRA on
+all linears merged is PEFT's within 1e-5, the model is quantized block by block, and our decoder gives the merged
+model's logits at 8 bits. None of these was loaded in a server by this table; what was is above.
+
+{lines}
+
+*Refused* says why, before the work or in it; *not tried*: no tiny model of it could be built by settings' names alone, or its
+forward wants more than text.
+"""
+
+
+def _sweep() -> str:
+    """The table of the sweep over all model types, from its results."""
+    rows = json.loads(RESULTS.read_text())
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        outcome = Outcome(**row)
+        found.setdefault(outcome.verdict, []).append(_shown(outcome))
+    lines = [
+        f"**{verdict.capitalize()}** ({len(found[verdict])}): {', '.join(found[verdict])}."
+        for verdict in ("exact", "experts in 16 bit", "refused", "not tried")
+        if verdict in found
+    ]
+    return _SWEEP.format(version="5.23", count=len(rows), file=RESULTS.name, lines="\n\n".join(lines))
+
+
+def _shown(outcome: Outcome) -> str:
+    """A model type, with the linears that stay in 16 bit, or the reason."""
+    if outcome.verdict == "refused":
+        return f"`{outcome.kind}` ({outcome.error.split(' @')[0][:90]})"
+    return f"`{outcome.kind}`"
 
 
 def document() -> str:
@@ -104,7 +150,7 @@ def document() -> str:
         loads = ", ".join(family.loads) or "neither"
         left = f"; 16 bit: {', '.join(family.left)}" if family.left else ""
         rows.append(f"| {family.name} | `{family.kind}` | {loads} | {family.note}{left} |\n")
-    return _HEAD + "".join(rows) + _FOOT
+    return _HEAD + "".join(rows) + _FOOT + _sweep()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import MergeResult
 from requant.modeling import skeleton
+from requant.modeling.model_classes import model_class
 from requant.numerics.grid import Grid, find_scales, round_to_grid
 from requant.quantize import gptq_files
 from requant.quantize import plan as layout
@@ -180,9 +181,8 @@ def save_tokenizer(path: Path) -> None:
 
 def reload(path: Path) -> Any:
     """transformers' model of a directory in fp32; warnings about weights are errors."""
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=torch.float32, output_loading_info=True
-    )
+    made = model_class(transformers.AutoConfig.from_pretrained(path))
+    loaded, info = made.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
     assert not info["mismatched_keys"], info["mismatched_keys"]
@@ -197,9 +197,8 @@ def save_4bit(source: Path, out: Path, **options: Any) -> Path:
 
 def quantize(source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        str(source), quantization_config=config, dtype=dtype, device_map={"": "cpu"}
-    )
+    made = model_class(transformers.AutoConfig.from_pretrained(source))
+    return made.from_pretrained(str(source), quantization_config=config, dtype=dtype, device_map={"": "cpu"})
 
 
 def live_4bit(made: Any) -> Any:

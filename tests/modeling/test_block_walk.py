@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.modeling import skeleton
-from requant.modeling.block_walk import BlockInput, Walk, block_linears, block_list
+from requant.modeling.block_walk import BlockInput, Walk
+from requant.modeling.blocks import block_linears, block_list
 from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
 from requant.modeling.sequential import run_block, start_unquantized
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
 from requant.merge.base_weights import Nf4Settings
-from requant.modeling.block_walk import BlockInput, block_list
+from requant.modeling.block_walk import BlockInput
+from requant.modeling.blocks import block_list
 from requant.numerics.grid import Grid
 from requant.quantize.block_quantizer import Quantizer
 from requant.quantize.plan import Settings

@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 
 from requant.checkpoint.reader import Checkpoint
 from requant.modeling import skeleton
-from requant.modeling.block_walk import Walk, block_linears, block_list
+from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_linears, block_list
 from requant.quantize.memory import MEMORY_SHARE, activation_bytes, fits_inside_block, solving_bytes
 
 

@@ -428,7 +428,7 @@ def test_transformers_loads_it_with_our_numbers(tmp_path: Path, kind: str, grid:
 
 
 def skeleton_blocks(made: Any) -> Any:
-    from requant.modeling.block_walk import block_list
+    from requant.modeling.blocks import block_list
 
     return block_list(made)[1]
 

@@ -12,7 +12,7 @@ from helpers.families import FAMILIES, Family
 
 from requant.checkpoint.writer import Slot
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_list
+from requant.modeling.blocks import block_list
 from requant.numerics.grid import Grid
 from requant.quantize import plan as layout
 from requant.run.check.rehearsal import RandomWeights, Rehearsal

@@ -53,7 +53,8 @@ _RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 class Lora(Fold):
     """LoRA, rsLoRA or DoRA of one module.
 
-    a, b: [r, in] and [out, r]; of an embedding [r, vocabulary] and [width, r].
+    a, b: [r, in] and [out, r]; of an embedding [r, vocabulary] and [width, r]; of a convolution [r, in, *kernel] and
+    [out, r, 1, ...]: as a matrix its weight is [out, in * kernel].
     magnitude: trained row norms (DoRA). bias_delta: the bias of lora_B.
     """
 
@@ -67,8 +68,8 @@ class Lora(Fold):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, columns = self.b.shape[0], self.a.shape[1]
-        return (columns, rows) if self.embedding else (rows, columns)
+        rows, columns = self.b.shape[0], self.a.shape[1:]
+        return (*columns, rows) if self.embedding else (rows, *columns)
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -76,11 +77,12 @@ class Lora(Fold):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(left [rows, r], right [r, columns]) in fp32: the delta is `scaling * left @ right`."""
-        a, b = read(self.a), read(self.b)
+        a, b = read(self.a).flatten(1), read(self.b).flatten(1)
         return (a.T.contiguous(), b.T.contiguous()) if self.embedding else (b, a)
 
     def apply(self, weight: Tensor) -> bool:
         left, right = (factor.to(weight.device) for factor in self.factors())
+        weight = weight.view(len(weight), -1)
         weight.addmm_(left, right, alpha=self.scaling)
         if self.magnitude is None:
             return bool(left.any()) and bool(right.any())
@@ -95,14 +97,15 @@ class Lora(Fold):
         return largest + abs(self.scaling) * product_bound(left, right)
 
     def exact_rows(self, rows: Tensor, index: list[int]) -> fp64.Exact:
-        a, b = fp64.read64(self.a), fp64.read64(self.b)
+        shape, rows = rows.shape, rows.flatten(1)
+        a, b = fp64.read64(self.a).flatten(1), fp64.read64(self.b).flatten(1)
         left, right = (a.T[index], b.T) if self.embedding else (b[index], a)
         out, bound = fp64.add_product(rows, left, right, self.scaling)
         if self.magnitude is None:
-            return fp64.Exact(out, bound)
+            return fp64.Exact(out.view(shape), bound.view(shape))
         scale = fp64.read64(self.magnitude).reshape(-1, 1)[index] / out.norm(dim=1, keepdim=True)
         norms = (out * scale).abs() * (fp64.EPS * 8 + fp64.EPS * out.shape[1] ** 0.5)
-        return fp64.Exact(out * scale, bound * scale.abs() + norms)
+        return fp64.Exact((out * scale).view(shape), (bound * scale.abs() + norms).view(shape))
 
     @property
     def bias(self) -> Literal["needed"] | None:
@@ -147,8 +150,11 @@ def build(tensors: ModuleTensors) -> Fold:
     a, b = (found.get(f"lora_embedding_{x}" if embedding else f"lora_{x}") for x in "AB")
     if a is None or b is None:
         raise tensors.error(f"{module} has {', '.join(sorted(found))} but not both lora_A and lora_B")
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise tensors.error(f"{module}: lora_A {a.shape} and lora_B {b.shape} do not multiply (linear layers only)")
+    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or b.shape[1:] != (a.shape[0], *[1] * (len(a.shape) - 2)):
+        raise tensors.error(
+            f"{module}: lora_A {a.shape} and lora_B {b.shape} do not multiply (linear layers, and convolutions in one "
+            "group)"
+        )
     rank = config.rank(module)
     if rank != a.shape[0]:
         raise config.error(f"rank of {module} is {rank} there, {a.shape[0]} in {tensors.file.name}")

@@ -24,7 +24,7 @@ from requant_eval import strict_json
 
 __all__ = [
     "DTYPES", "DTYPE_NAMES", "INDEX", "SINGLE", "Checkpoint", "TensorInfo", "Weights", "cut", "file_digest", "opened",
-    "read_header", "read_json", "read_part", "read_tensor", "read_weight_map",
+    "read_header", "read_json", "read_part", "read_tensor", "read_weight_map", "stored_names",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
@@ -85,6 +85,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` on the CPU, in the dtype and shape of the file."""
         return read_tensor(self[name])
+
+    def contiguous(self, name: str) -> bool:
+        """Whether the tensor's bytes stand together in its file, as its `TensorInfo` says."""
+        return name in self._infos
+
+
+def stored_names(path: Path) -> tuple[str, ...]:
+    """Names of the tensors that a directory holds; none where it holds no safetensors."""
+    return tuple(_tables(path)) if any(path.glob("*.safetensors")) else ()
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:

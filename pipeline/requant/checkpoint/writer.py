@@ -22,6 +22,7 @@ import torch
 
 from requant.checkpoint.atomic_write import DAMAGED, atomic_write, read_state, write_text, writing
 from requant.checkpoint.digests import DIGESTS
+from requant.checkpoint.open_files import OpenFiles
 from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
 from requant.errors import StageError
 from requant_eval import strict_json, whole_files
@@ -83,7 +84,7 @@ class CheckpointWriter:
         self._slots: dict[str, tuple[Slot, str, int]] = {}
         self._missing: dict[str, set[str]] = {}  # by shard
         self.kept = resume
-        self._files: dict[str, FileIO] = {}
+        self._files = OpenFiles(whole_files.open_in_place)
         self.total_size = 0
         for file, shard in zip(names, shards, strict=True):
             self._lay_out(file, shard, resume=resume)
@@ -104,10 +105,13 @@ class CheckpointWriter:
         if handle is None:
             with writing(file, size):
                 handle = whole_files.create(file)
-            self._files[file.name] = handle
-            _reserve(handle, size, file)
-            _write_at(handle, 0, header)
-        self._files[file.name] = handle
+            try:
+                _reserve(handle, size, file)
+                _write_at(handle, 0, header)
+            except BaseException:
+                handle.close()
+                raise
+        self._files.add(file, handle)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor in its slot, by any thread.
@@ -117,7 +121,8 @@ class CheckpointWriter:
         slot, file, offset = self._slots[name]
         if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{name}: planned {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        _write_at(self._files[file], offset, _raw(tensor))
+        with writing(self.path / file, slot.nbytes), self._files.writing(self.path / file) as handle:
+            _write_at(handle, offset, _raw(tensor))
         self._filled(file, {name})
 
     def mark_written(self, names: Iterable[str]) -> None:
@@ -142,9 +147,7 @@ class CheckpointWriter:
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
-        for handle in self._files.values():
-            with writing(Path(str(handle.name))):
-                whole_files.sync(handle)
+        self._files.sync(_sync)
 
     def close(self) -> None:
         """Finish: every slot must be filled; writes the index when there are several shards."""
@@ -161,8 +164,7 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         """Close the files as they are."""
-        for handle in self._files.values():
-            handle.close()
+        self._files.close()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -269,6 +271,11 @@ def _laid_out(file: Path, header: bytes, size: int) -> FileIO | None:
         return handle
     handle.close()
     return None
+
+
+def _sync(handle: FileIO) -> None:
+    with writing(Path(str(handle.name))):
+        whole_files.sync(handle)
 
 
 def _reserve(handle: FileIO, size: int, file: Path) -> None:

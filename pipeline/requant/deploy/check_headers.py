@@ -20,7 +20,7 @@ from requant.errors import InputError
 from requant.formats.quantized_format import Finding, PackError, Packing, QuantizedFormat, Rules
 from requant.formats.registry import declared_in, not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_linears, block_list
+from requant.modeling.blocks import block_linears, block_list
 from requant.modeling.unplaced import Unplaced
 
 UNQUANTIZED = (torch.float16, torch.bfloat16, torch.float32)

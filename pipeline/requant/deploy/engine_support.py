@@ -73,7 +73,7 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
             kernels[where] = chosen
     if not kernels:
         problems += list(dict.fromkeys(lacking.values()))
-    gpus = [offered for where, offered in target.hardware.items() if where in kernels and where != "CPU"]
+    gpus = [offered for where, offered in target.hardware.items() if where in kernels and not where.startswith("CPU")]
     parallel = (
         {n: _why_not_parallel(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
     )

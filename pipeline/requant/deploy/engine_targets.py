@@ -91,7 +91,8 @@ TARGETS: Mapping[Name, Target] = {
     for t in (
         Target(
             name="vllm",
-            source="vLLM 0.32.0: quantization/auto_gptq.py, kernels/linear/mixed_precision, utils/marlin_utils.py",
+            source="vLLM 0.32.0, read 2026-11-29: quantization/auto_gptq.py, utils/marlin_utils.py, "
+            "kernels/linear/mixed_precision",
             fuses=True,
             hardware={
                 "Hopper": (
@@ -114,16 +115,14 @@ TARGETS: Mapping[Name, Target] = {
         ),
         Target(
             name="sglang",
-            source="SGLang 006d096: quantization/gptq.py, marlin_utils.py",
+            source="SGLang 0.5.23, read 2026-11-29: layers/quantization/gptq (schemes), marlin_utils.py",
             fuses=True,
             hardware={
                 "NVIDIA GPU from Ampere on": (
                     Kernel(name="Marlin", inputs=128, outputs=64, experts=False),
                     Kernel(name="Marlin MoE", inputs=128, outputs=64, experts=True),
                 ),
-                "NVIDIA GPU with --quantization gptq --dtype half": (
-                    Kernel(name="GPTQ", bits=(2, 3, 4, 8), symmetric=False, experts=False),
-                ),
+                "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
             },
             refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
         ),

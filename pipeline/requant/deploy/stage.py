@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from requant.checkpoint.artifact import UNDO, changed_files
+from requant.checkpoint.pieces import PiecewiseCheckpoint
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy import check_headers, check_tensors, engine_processes
 from requant.deploy.check_headers import HeaderCheck
@@ -23,6 +24,7 @@ from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import EngineResult, Verification
 from requant.errors import InputError
 from requant.formats.quantized_format import Finding
+from requant.modeling.stacked_experts import stored_pieces
 from requant.quantize.module_results import ModuleRow
 from requant.runtime.device import free_memory
 from requant_eval.metrics import engine_step
@@ -115,7 +117,10 @@ def _check_values(
 ) -> None:
     """Decode every linear, compare it with its solution and its source's, and record what was found."""
     doing(f"values of {len(headers.packed)} linears" + (", each against its source" if source else ""))
-    original = Checkpoint(source) if source else None
+    original = None
+    if source:
+        whole = Checkpoint(source)
+        original = PiecewiseCheckpoint(whole, stored_pieces(headers.model, whole))
     tensors = _with_cpu_fallback(device, lambda d: check_tensors.check(headers, original, d, solved=solved))
     _record_checks(done, headers, tensors, compared=original is not None)
 

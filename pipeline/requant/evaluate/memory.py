@@ -12,7 +12,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variant_weights
 from requant.evaluate.variants import VariantSources
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_linears, block_list
+from requant.modeling.blocks import block_linears, block_list, kinds
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
 
 __all__ = ["CHUNK_LOGITS", "VariantSize"]
@@ -64,7 +64,7 @@ class VariantSize:
         counts = [_parameters(block) for block in blocks]
         total = _parameters(model)
         embedding = model.get_input_embeddings()
-        linears = max((list(block_linears(b).values()) for b in blocks), key=len)
+        linears = [list(block_linears(block).values()) for block in kinds(blocks)]
         return cls(
             total=total,
             packed=packed,
@@ -73,8 +73,8 @@ class VariantSize:
             outside=total - sum(counts),
             width=embedding.embedding_dim,
             vocabulary=embedding.num_embeddings,
-            inputs_outputs=sum(m.in_features + m.out_features for m in linears),
-            largest=max((m.weight.numel() for m in linears), default=0),
+            inputs_outputs=max(sum(m.in_features + m.out_features for m in inside) for inside in linears),
+            largest=max((m.weight.numel() for inside in linears for m in inside), default=0),
             adapter=adapter,
         )
 

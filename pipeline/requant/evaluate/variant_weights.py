@@ -127,9 +127,8 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
     )
 
 
-def rounded(path: Path, model: nn.Module, grids: Mapping[str, Grid], device: torch.device) -> Rounded:
+def rounded(checkpoint: Checkpoint, model: nn.Module, grids: Mapping[str, Grid], device: torch.device) -> Rounded:
     """Plain round-to-nearest of a 16-bit checkpoint. grids: by module of the skeleton `model`."""
-    checkpoint = Checkpoint(path)
     names = skeleton.tensor_names(model, checkpoint)
     stored = {names[f"{module}.weight"]: grid for module, grid in grids.items()}
     return Rounded(checkpoint, stored, _stored(skeleton.conv1d_modules(model), names), device)

@@ -23,7 +23,8 @@ from requant.errors import StageError, library_call
 from requant.evaluate import peft_runtime, variant_weights
 from requant.merge.base_weights import Nf4Settings, finer
 from requant.merge.plan import MergePlan
-from requant.modeling import skeleton
+from requant.modeling import skeleton, stacked_experts
+from requant.modeling.model_classes import model_class
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid
@@ -82,11 +83,12 @@ def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any
     if path is None or name not in PLAIN or (name == "original" and sources.original is None):
         raise ValueError(f"no variant {name!r}")
     trust = sources.trust_remote_code
+    if name == "rtn":
+        split, checkpoint = stacked_experts.open_split(path, trust_remote_code=trust)
+        return split, variant_weights.rounded(checkpoint, split, sources.grids, device)
     model = skeleton.open_model(path, trust_remote_code=trust)
     if name == "original" and sources.original is not None:
         return model, variant_weights.Merged(sources.original, device)
-    if name == "rtn":
-        return model, variant_weights.rounded(path, model, sources.grids, device)
     return model, Checkpoint(path) if name == "merged" else variant_weights.packed(path, model, device)
 
 
@@ -109,10 +111,9 @@ def quantized(path: str | Path, *, device: torch.device, dtype: torch.dtype, tru
 
 
 def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    config = skeleton.load_config(sources.merged, trust_remote_code=sources.trust_remote_code)
     load = partial(
-        AutoModelForCausalLM.from_pretrained,
+        model_class(config, trust_remote_code=sources.trust_remote_code).from_pretrained,
         str(sources.merged),
         dtype=dtype,
         trust_remote_code=sources.trust_remote_code,
@@ -155,13 +156,11 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
 
     with_adapter: with the adapter on top through PEFT, unmerged.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    options: dict[str, Any] = {}
     packed = sources.simulate is None and not sources.sixteen_bit  # else a quantization_config stops transformers
-    options["config"] = skeleton.load_config(
-        sources.base, trust_remote_code=sources.trust_remote_code, quantized=packed
-    )
+    config = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code, quantized=packed)
+    options: dict[str, Any] = {"config": config}
     if sources.simulate is not None:
         s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]
@@ -176,7 +175,8 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
         options["dtype"] = dtype
     what = f"{sources.base}: transformers cannot load it as training did"
     with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
-        model = AutoModelForCausalLM.from_pretrained(
+        made = model_class(config, trust_remote_code=sources.trust_remote_code)
+        model = made.from_pretrained(
             str(sources.base), device_map={"": device}, trust_remote_code=sources.trust_remote_code, **options
         )
     _compute_in(model, dtype, sources.simulate.blocksize if sources.simulate else None)

@@ -163,13 +163,15 @@ def dequantize(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) ->
 
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
-    quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (),
+    quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config` and `quantize_config.json`.
 
     overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names inside a
     block of the linears that are quantized. carried: modules of which everything is in 16 bit, also what engines fuse
-    there. Both `dynamic` (gptqmodel, vLLM, SGLang) and
+    there. towers: such modules of a wrapper, for images or sound. Engines put the parts of a wrapper under names of
+    their own: rules then match a module's name from the list of blocks on, and a tower by its own name.
+    Both `dynamic` (gptqmodel, vLLM, SGLang) and
     `modules_in_block_to_quantize` (transformers with optimum) are written when something is left out; the latter not
     when `quantized` is empty.
     """
@@ -178,8 +180,12 @@ def quantization_config(
         "lm_head": False, "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32",
         "true_sequential": True, "damp_percent": damp, "static_groups": False, "meta": dict(meta),
     }  # fmt: skip
-    rules = {("-:" if own is None else "+:") + _exactly(name): dict(own or {}) for name, own in overrides.items()}
-    rules |= {f"-:{_inside(root)}": {} for root in carried}
+    start = r"(.*\.)?" if towers else ""
+    rules: dict[str, dict[str, Any]] = {f"-:^(.*\\.)?{_inside(tower.rpartition('.')[2])}": {} for tower in towers}
+    rules |= {
+        f"{'-:' if own is None else '+:'}^{start}{_escaped(name)}$": dict(own or {}) for name, own in overrides.items()
+    }
+    rules |= {f"-:^{_inside(root)}": {} for root in carried}
     if rules:
         config["dynamic"] = rules
     if quantized and any(own is None for own in overrides.values()):
@@ -187,12 +193,13 @@ def quantization_config(
     return config
 
 
-def _exactly(name: str) -> str:
-    return "^" + name.replace(".", r"\.") + "$"
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")
 
 
 def _inside(module: str) -> str:
-    return "^" + module.replace(".", r"\.") + r"(\.|$)"
+    """A pattern of a module and all that is inside it."""
+    return _escaped(module) + r"(\.|$)"
 
 
 class GptqRules:

@@ -28,7 +28,8 @@ from requant.heal.student import Student
 from requant.heal.teacher import head_of, precision, product_dtype
 from requant.heal.trainer import LossCurve, Trainer
 from requant.modeling import skeleton
-from requant.modeling.block_walk import Walk, block_list
+from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_list
 from requant_eval.scoring.lm_head import HeadTap
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from requant.data.healing_text import HealingText
 from requant.errors import InputError
 from requant.heal.settings import HealSettings
-from requant.modeling import block_walk
+from requant.modeling.blocks import block_linears, block_list, kinds
 from requant.numerics.grid import Grid
 from requant.runtime.device import USABLE, free_bytes, product_rate, profile_of
 
@@ -47,8 +47,8 @@ class ModelSize:
         """From a skeleton and the grid of every quantized linear."""
         linears: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
         sizes = {name: m.weight.numel() for name, m in linears.items()}
-        items = block_walk.block_list(model)[1]
-        inside = block_walk.block_linears(items[0]).values()
+        items = block_list(model)[1]
+        inside = [block_linears(block).values() for block in kinds(items)]
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         return cls(
             quantized=sum(sizes.values()),
@@ -59,7 +59,7 @@ class ModelSize:
             layers=len(items),
             width=embedding.embedding_dim,
             vocabulary=embedding.num_embeddings,
-            inputs_outputs=sum(m.in_features + m.out_features for m in inside),
+            inputs_outputs=max(sum(m.in_features + m.out_features for m in linears) for linears in inside),
         )
 
 

@@ -28,7 +28,7 @@ from requant.heal.job import HealJob, Progress
 from requant.heal.settings import HealSettingsFacts
 from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, product_dtype, store_teacher
 from requant.heal.trainer import EndToEndLoss, LossCurve, Trainer, recompute_in_backward
-from requant.modeling import skeleton
+from requant.modeling import skeleton, stacked_experts
 from requant.runtime.device import free_memory
 
 log = logging.getLogger(__name__)
@@ -204,12 +204,16 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
     Compares the structure of both, and a few tensors.
     """
     quantized = open_quantized(source)
-    models: list[Any] = [skeleton.open_model(p, trust_remote_code=trust_remote_code) for p in (source, teacher)]
+    teacher_model, original = stacked_experts.open_split(teacher, trust_remote_code=trust_remote_code)
+    whole = bool(stacked_experts.stored_pieces(teacher_model, tuple(quantized)))  # experts that stayed in one tensor
+    models: list[Any] = [
+        skeleton.open_model(source, trust_remote_code=trust_remote_code),
+        skeleton.open_model(teacher, trust_remote_code=trust_remote_code) if whole else teacher_model,
+    ]
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models]
     for name in {**shapes[0], **shapes[1]}:
         if shapes[0].get(name) != shapes[1].get(name):
             raise _not_same(source, teacher, name, f"{[s.get(name) for s in shapes]} by their config.json")
-    original = Checkpoint(teacher)
     names = [skeleton.tensor_names(models[0], quantized), skeleton.tensor_names(models[1], original)]
     both = [n for n in shapes[0] if n in names[0] and n in names[1]]
     packed = [n for n in both if names[0][n] in quantized.quantized]

@@ -32,7 +32,7 @@ from requant.heal.job import Progress
 from requant.heal.settings import HealSettings
 from requant.heal.student import Student
 from requant.heal.teacher import Teacher, head_of, precision, product_dtype
-from requant.modeling import block_walk
+from requant.modeling.blocks import block_list
 from requant_eval.scoring.lm_head import HeadTap
 from requant_eval.strict_json import parse
 
@@ -282,7 +282,7 @@ class EndToEndLoss:
 
 def recompute_in_backward(model: Any) -> None:
     """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
-    for block in block_walk.block_list(model)[1]:
+    for block in block_list(model)[1]:
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 

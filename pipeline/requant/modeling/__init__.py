@@ -1,6 +1,8 @@
 """Modeling: a causal LM's structure on meta tensors, and running it block by block.
 
     skeleton             the modules transformers would build, without weights   <- start here
+    model_classes        the class of transformers that a checkpoint belongs to
+    blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split
     config_limits        settings of config.json with which nothing can be built or run
     families             what structure does not tell of a model family: one entry each

@@ -1,6 +1,6 @@
 """Runs a causal LM one block at a time: one block resident, the next one being loaded.
 
-Structure is found, not tabulated: the blocks are the largest list of like modules.
+Which modules the blocks are: `blocks`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from requant.checkpoint.device_loader import DeviceLoader
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import InputError, StageError
-from requant.modeling import linears, skeleton
+from requant.modeling import skeleton
+from requant.modeling.blocks import block_list
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.runtime.pinned_memory import use_stream
 
@@ -43,23 +44,6 @@ class BlockInput:
 def larger_half(count: int) -> int:
     """The larger half of `count` windows, at least one."""
     return max(1, -(-count // 2))
-
-
-def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, blocks) of the largest ModuleList of one class; raises InputError without one."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
-    ]
-    if not lists:
-        raise InputError(f"{type(model).__name__}: no list of transformer blocks found")
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def block_linears(block: nn.Module) -> dict[str, Any]:
-    """Every Linear of a block by its name inside the block."""
-    return {name: m for name, m in block.named_modules() if linears.is_linear(m)}
 
 
 class _Captured(Exception):
@@ -153,7 +137,7 @@ class Walk:
 
     def _stored(self, name: str) -> Tensor:
         """A stored tensor on the device, in the dtype that blocks have."""
-        if self._device_loader and isinstance(self.checkpoint, Checkpoint):
+        if self._device_loader and isinstance(self.checkpoint, Checkpoint) and self.checkpoint.contiguous(name):
             return self._device_loader.load(self.checkpoint[name], self.dtype)
         return self.checkpoint.read(name).to(self.device, self.dtype)
 

@@ -42,11 +42,8 @@ def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
 
 
 def _splittable(module: Any) -> bool:
-    """Fused experts of transformers 5 (integrations/moe.py) as [gate; up], without biases."""
-    if not fused_experts(module):
-        return False
-    plain = not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
-    return bool(plain and module.has_gate and module.is_concatenated)
+    """Fused experts of transformers 5 (integrations/moe.py), but for those with a norm of their own."""
+    return fused_experts(module) and not module.has_post_expert_norm
 
 
 def fused_experts(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,25 +13,61 @@ FLOOR = 0.25  # of the rows each expert would see if all were chosen alike: it c
 ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
-class Expert(nn.Module):
-    """One gated expert: down(act(gate(x)) * up(x)), combined as its family does."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedLayout:
+    """How transformers stacks the weights of a layer's experts: [experts, out, in], or [experts, in, out].
 
-    def __init__(self, fused: Any) -> None:
+    gated: gate and up are one tensor, one after the other or, interleaved, row by row in turns. transposed: [in, out].
+    """
+
+    gated: bool
+    interleaved: bool
+    transposed: bool
+
+    @classmethod
+    def of(cls, fused: Any) -> StackedLayout:
+        """The layout of transformers' module of fused experts."""
+        gated = bool(fused.has_gate)
+        return cls(gated=gated, interleaved=gated and not fused.is_concatenated, transposed=bool(fused.is_transposed))
+
+    @property
+    def roles(self) -> Mapping[str, tuple[str, ...]]:
+        """Stacked parameter -> the matrices of an expert that it holds."""
+        return {"gate_up_proj": ROLES[:2], "down_proj": ROLES[2:]} if self.gated else {r: (r,) for r in ROLES[1:]}
+
+    def cut(self, entry: Tensor, place: int, count: int) -> Tensor:
+        """Matrix [out, in] or bias [out] number `place` of the `count` in one expert's entry of a stacked tensor."""
+        rows = entry.T if self.transposed and entry.ndim == 2 else entry
+        return rows[place::count] if self.interleaved else rows.chunk(count)[place]
+
+
+class Expert(nn.Module):
+    """One expert: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate, combined as its family does.
+
+    fused: transformers' module of all experts of the layer, on the meta device.
+    """
+
+    def __init__(self, fused: Any, layout: StackedLayout) -> None:
         super().__init__()
-        both, inner = fused.gate_up_proj.shape[-2], fused.down_proj.shape[-1]
-        self.gate_proj = _meta_linear(fused.gate_up_proj.shape[-1], both // 2)
-        self.up_proj = _meta_linear(fused.gate_up_proj.shape[-1], both // 2)
-        self.down_proj = _meta_linear(inner, fused.down_proj.shape[-2])
-        self._combine = fused._apply_gate
+        self.interleaved = layout.interleaved
+        for leaf, roles in layout.roles.items():
+            rows, columns = getattr(fused, leaf).shape[1:]
+            outputs, inputs = (columns, rows) if layout.transposed else (rows, columns)
+            for role in roles:
+                linear = nn.Linear(inputs, outputs // len(roles), bias=fused.has_bias, device="meta")
+                self.add_module(role, linear)
+        self._combine = fused._apply_gate if layout.gated else fused.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self._combine(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1))
-        result: Tensor = self.down_proj(hidden)
+        linears: Any = self._modules
+        parts = [linears[role](x) for role in ROLES[:2] if role in linears]
+        whole = torch.stack(parts, dim=-1).flatten(-2) if self.interleaved else torch.cat(parts, dim=-1)
+        result: Tensor = linears["down_proj"](self._combine(whole))
         return result
 
 
 class SplitExperts(nn.Module):
-    """transformers' fused experts as one module of three Linears an expert, named 0, 1, 2 ...
+    """transformers' fused experts as one module of Linears for each expert, named 0, 1, 2 ...
 
     Every expert is called once in every forward, on the rows (tokens) routed to it, also when there are none.
 
@@ -43,9 +80,10 @@ class SplitExperts(nn.Module):
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
-        self.count = int(fused.gate_up_proj.shape[0])
+        self.layout = StackedLayout.of(fused)
+        self.count = int(fused.down_proj.shape[0])
         for index in range(self.count):
-            self.add_module(str(index), Expert(fused))
+            self.add_module(str(index), Expert(fused, self.layout))
         self.floor = 0.0
         self.leader: tuple[SplitExperts, ...] = ()  # not a submodule
         self.rows: tuple[Tensor, ...] = ()
@@ -135,10 +173,6 @@ def _fill(own: Tensor, least: int, tokens: int) -> Tensor:
     others[own] = False
     free = others.nonzero()[:, 0]
     return torch.cat((own, free[torch.arange(lacking, device=own.device) * len(free) // lacking]))
-
-
-def _meta_linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False, device="meta")
 
 
 def split_experts(module: nn.Module) -> Iterator[tuple[str, SplitExperts]]:

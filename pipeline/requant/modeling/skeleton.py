@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from requant.checkpoint.reader import Weights, read_json
-from requant.errors import InputError, library_call
+from requant.checkpoint.reader import Weights, read_json, stored_names
+from requant.errors import library_call
 from requant.modeling import config_limits, linears, moe
+from requant.modeling.families import EXPERT
+from requant.modeling.model_classes import model_class
 
 log = logging.getLogger(__name__)
 _ADVICE = "take the config.json that belongs to the weights, or download the model again"
 
 
-def open_model(path: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """`build` of the config in a local model directory."""
-    return build(load_config(path, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+def open_model(path: Path, *, trust_remote_code: bool = False, split: bool = False) -> nn.Module:
+    """`build` of a local model directory; experts that its files hold one by one are split, with `split` all."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    single = {match[1] for name in stored_names(path) if (match := EXPERT.fullmatch(name))}
+    return build(config, trust_remote_code=trust_remote_code, single=single, split=split)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False, quantized: bool = False) -> Any:
@@ -64,24 +68,37 @@ def positions(config: Any) -> int | None:
     return next((n for n in found if isinstance(n, int)), None)
 
 
-def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM of `config` with parameters on the meta device, buffers on the CPU."""
+def build(
+    config: Any, *, trust_remote_code: bool = False, single: Collection[str] = (), split: bool = False
+) -> nn.Module:
+    """The language model of `config`, with all its towers: parameters on the meta device, buffers on the CPU.
+
+    Experts become Linears where checkpoints of the family hold them one by one. single: stored names of modules whose
+    experts this one holds so. split: whether all do, also those that are read in pieces of one tensor.
+    """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
     with library_call(f"{file}: transformers cannot build a {str(config.model_type)[:80]} of it", _ADVICE):
-        if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
-            raise InputError(f"{file}: model_type {config.model_type!r} has no causal language model in transformers")
+        made = model_class(config, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False), no_init_weights():  # drawing numbers for nothing takes its time
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = _from_config(made, config, trust_remote_code=trust_remote_code)
         model.tie_weights()  # building on meta parts them
-        experts = _rules(model)[1]
-    stems = tuple(role.partition(r".\1.")[0] for _, role in experts)
-    linears.expose(model, lambda name: name.endswith(stems))
+        _rules(model)
+    stored = {name.removesuffix(".0") for name in (renamed(model, f"{s}.0") for s in single)} | set(single)
+    linears.expose(
+        model, lambda name: split or single_by_rule(model, name) or any(n in stored for n in spellings(model, name))
+    )
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def _from_config(made: Any, config: Any, *, trust_remote_code: bool) -> Any:
+    """The model of a class, or of an Auto class where code of the checkpoint's own is run."""
+    if hasattr(made, "from_config"):
+        return made.from_config(config, trust_remote_code=trust_remote_code)
+    return made._from_config(config)
 
 
 def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> set[str]:
@@ -125,10 +142,10 @@ def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
     They differ by the base model's prefix, or by the renamings that transformers applies when it loads this model.
     """
-    return _found(model, (n for n, _ in model.named_parameters(remove_duplicate=False)), stored)
+    return found_names(model, (n for n, _ in model.named_parameters(remove_duplicate=False)), stored)
 
 
-def _found(model: nn.Module, names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+def found_names(model: nn.Module, names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
     """Those of the model's `names` that are stored -> their names in the checkpoint."""
     have = {renamed(model, name): name for name in stored}
     found = {}
@@ -181,6 +198,11 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str
     return found  # type: ignore[no-any-return]
 
 
+def single_by_rule(model: nn.Module, name: str) -> bool:
+    """Whether the family's checkpoints hold the experts of this module one by one, by transformers' conversions."""
+    return name.endswith(tuple(role.partition(r".\1.")[0] for _, role in _rules(model)[1]))
+
+
 def load_buffers(model: nn.Module, weights: Weights) -> None:
     """Give every buffer that a checkpoint of this class holds its stored value, where one is stored."""
     owners = {
@@ -191,7 +213,7 @@ def load_buffers(model: nn.Module, weights: Weights) -> None:
     }
     if not owners:
         return
-    for name, stored in _found(model, owners, weights).items():
+    for name, stored in found_names(model, owners, weights).items():
         module, leaf = owners[name]
         module._buffers[leaf] = weights.read(stored).clone()
 
@@ -210,13 +232,14 @@ def buffers_to(model: nn.Module, device: torch.device, weights: Weights | None =
 
 
 def tied_pair(model: nn.Module) -> tuple[str, str] | None:
-    """(input embedding, output embedding) parameter names when the config ties them, else None."""
-    config: Any = model.config
-    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
-        return None
+    """(input embedding, output embedding) parameter names when the class ties them, else None.
+
+    A wrapper and its text config may disagree on `tie_word_embeddings`: what counts is whether `tie_weights` made them
+    one parameter.
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    if ends[1] is None:
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
         return None
     return f"{names[id(ends[0])]}.weight", f"{names[id(ends[1])]}.weight"
 

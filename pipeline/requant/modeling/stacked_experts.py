@@ -6,12 +6,17 @@ transformers 5 holds the experts of a layer in parameters [experts, rows, column
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from torch import nn
 
-from requant.modeling import moe
+from requant.checkpoint.pieces import Piece as StoredPiece
+from requant.checkpoint.pieces import PiecewiseCheckpoint
+from requant.checkpoint.reader import Checkpoint
+from requant.modeling import moe, skeleton
 
 
 def stacked(
@@ -39,7 +44,7 @@ def _split(
 ) -> dict[str, StackedParameter]:
     """The two stacked parameters that one module of split experts replaces."""
     found = {}
-    for leaf, roles in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+    for leaf, roles in experts.layout.roles.items():
         linear: nn.Linear = experts.get_submodule(f"0.{roles[0]}")  # type: ignore[assignment]
         height, columns = linear.weight.shape
         shape = (experts.count, height * len(roles), columns)
@@ -79,3 +84,47 @@ class StackedParameter:
     shape: tuple[int, int, int]
     transposed: bool
     pieces: tuple[Piece, ...]
+
+
+def stored_pieces(model: nn.Module, stored: Collection[str]) -> dict[str, StoredPiece]:
+    """Name of each matrix and bias of an expert -> the piece of the stored tensor that holds it.
+
+    model: from `skeleton.build` with `split`. stored: names of the checkpoint. Families whose checkpoints hold experts
+    one by one have no pieces. Named as servers name single experts: `<container>.experts.<index>.<role>.weight`.
+    """
+    every = [(name, m) for name, m in moe.split_experts(model) if not skeleton.single_by_rule(model, name)]
+    stacked = [f"{name}.{leaf}{suffix}" for name, m in every for leaf in m.layout.roles for suffix in ("", "_bias")]
+    tensors = skeleton.found_names(model, stacked, stored) if stacked else {}
+    found: dict[str, StoredPiece] = {}
+    for name, experts in every:
+        for leaf, roles in experts.layout.roles.items():
+            for kind, suffix in (("weight", ""), ("bias", "_bias")):
+                tensor = tensors.get(f"{name}.{leaf}{suffix}")
+                for place, role in enumerate(roles if tensor else ()):
+                    found |= _pieces(experts, str(tensor), f"{role}.{kind}", place, len(roles))
+    return found
+
+
+def _pieces(experts: moe.SplitExperts, tensor: str, parameter: str, place: int, count: int) -> dict[str, StoredPiece]:
+    """The pieces of one stored tensor that are the same parameter of all experts, by their names."""
+    container = tensor.removesuffix(".weight").rpartition(".")[0]
+    container += "" if container.rpartition(".")[2] == "experts" else ".experts"
+    layout, shape = experts.layout, tuple(experts.get_parameter(f"0.{parameter}").shape)
+    run_of_rows = not (layout.interleaved and count > 1) and not (layout.transposed and len(shape) == 2)
+    return {
+        f"{container}.{index}.{parameter}": StoredPiece(
+            stacked=tensor,
+            index=index,
+            shape=shape,
+            first=place * shape[0] if run_of_rows else 0,
+            select=None if run_of_rows else partial(layout.cut, place=place, count=count),
+        )
+        for index in range(experts.count)
+    }
+
+
+def open_split(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, PiecewiseCheckpoint]:
+    """The model of a local directory with all experts as Linears, and its tensors with the pieces that these need."""
+    model = skeleton.open_model(path, trust_remote_code=trust_remote_code, split=True)
+    checkpoint = Checkpoint(path)
+    return model, PiecewiseCheckpoint(checkpoint, stored_pieces(model, checkpoint))

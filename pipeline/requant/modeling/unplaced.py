@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_list
+from requant.modeling.blocks import block_list
 
 Kind = Literal["state", "recomputed", "carried", "unknown"]
 Shape = tuple[int, ...]

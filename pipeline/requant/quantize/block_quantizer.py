@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.errors import NotFiniteError, StageError
-from requant.modeling.block_walk import BlockInput, Walk, block_linears
+from requant.modeling.block_walk import BlockInput, Walk
+from requant.modeling.blocks import block_linears
 from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
 from requant.modeling.moe import calibrate_experts, pool_experts, share_added
 from requant.modeling.sequential import pass_on, run_block

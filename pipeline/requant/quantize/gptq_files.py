@@ -41,8 +41,12 @@ def write_small_files(
     every = [*layout.grids, *layout.left, *layout.renamed.values()]
     # Engines hold experts in one module of its own class, and treat it as quantized unless a rule names it.
     overrides |= _fused(overrides) | _containers(overrides, every) | dict.fromkeys(layout.fused)
+    if layout.towers:
+        outer = layout.prefix.rpartition(".")[0] + "."
+        overrides = {name.removeprefix(outer): own for name, own in overrides.items()}
     # Only where it adds information: vLLM compares it with names of its own, which differ for gpt-oss.
-    list_quantized = layout.left and not layout.partly_left
+    # In a wrapper it would name linears of towers too, since engines look for these names anywhere.
+    list_quantized = layout.left and not layout.partly_left and not layout.towers
     inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if list_quantized else []
     quantization = layout.format.config(
         bits=settings.grid.bits,
@@ -52,6 +56,7 @@ def write_small_files(
         overrides=overrides,
         quantized=inside,
         carried=layout.carried,
+        towers=layout.towers,
         meta=meta,
     )
     config = model_files.edit_config(

@@ -25,7 +25,8 @@ from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
 from requant.formats.quantized_format import PackError
 from requant.modeling import skeleton
-from requant.modeling.block_walk import Walk, block_linears
+from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_linears
 from requant.modeling.linear_groups import Inputs, LinearGroup, find_linear_groups
 from requant.modeling.sequential import run_block
 from requant.numerics import gptq

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.modeling.block_walk import Walk, block_linears
+from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_linears, kinds
 from requant.modeling.moe import split_experts
 from requant.runtime.device import free_bytes, profile_of
 
@@ -20,7 +21,7 @@ SQUARES = 5  # Hessian, drift, its damped copy, the factor and what factoring ta
 
 def unquantized_every(walk: Walk, windows: Tensor) -> int:
     """One batch in this many also runs unquantized, to measure the drift of inputs."""
-    widest: int = max(m.in_features for m in block_linears(walk.blocks[0]).values())
+    widest: int = max(m.in_features for block in kinds(walk.blocks) for m in block_linears(block).values())
     return max(
         1, round(windows.numel() / max(UNQUANTIZED_TOKENS * widest, profile_of(walk.device).least_unquantized_tokens))
     )
@@ -40,13 +41,17 @@ def fits_inside_block(walk: Walk, tokens: int, unquantized: float = 0.0, memory_
 
 
 def waiting_bytes(walk: Walk, tokens: int, unquantized: float) -> int:
-    """Memory while all batches pause inside a block, and while its widest linear is solved.
+    """Memory while all batches pause inside the block that takes most, and while its widest linear is solved.
 
     A third of `activation_bytes`: a linear's input and output are not all alive at once (bench/speed.py).
     """
-    block, size = walk.blocks[0], walk.dtype.itemsize
-    activations = activation_bytes(block, tuple(block_linears(block)), tokens, size)
-    return int(activations * (1 + unquantized) / 3) + solving_bytes(block, size)
+    size = walk.dtype.itemsize
+
+    def of(block: nn.Module) -> int:
+        activations = activation_bytes(block, tuple(block_linears(block)), tokens, size)
+        return int(activations * (1 + unquantized) / 3) + solving_bytes(block, size)
+
+    return max(of(block) for block in kinds(walk.blocks))
 
 
 def solving_bytes(block: nn.Module, itemsize: int) -> int:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from requant.checkpoint.pieces import Piece
 from requant.checkpoint.writer import Slot
 from requant.errors import InputError, StageError
 from requant.formats.quantized_format import PackError, QuantizedFormat
 from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_linears, block_list
+from requant.modeling.blocks import block_linears, block_list, towers
+from requant.modeling.families import EXPERT
 from requant.modeling.linears import left_fused
+from requant.modeling.stacked_experts import stored_pieces
 from requant.modeling.unplaced import Unplaced
 from requant.numerics.dtypes import SIXTEEN_BIT
 from requant.numerics.grid import Grid
 
-NARROW = 32  # outputs: the gate of a shared expert has one; no engine has a kernel for so few
+UNIT = 32  # no layout packs and no engine multiplies a matrix whose sizes are no multiples of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,8 @@ class Plan:
     renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
     weights: Mapping[str, str]  # quantized module -> name of its weight in the 16-bit checkpoint
     fused: tuple[str, ...] = ()  # modules of experts that stay fused, in 16 bit
+    towers: tuple[str, ...] = ()  # modules of a wrapper beside its text decoder that hold linears, in 16 bit
+    pieces: Mapping[str, Piece] = field(default_factory=dict)  # of stacked tensors that the 16-bit checkpoint holds
     carried: tuple[str, ...] = ()  # modules that the model class leaves out and servers may run, in 16 bit
 
     @property
@@ -84,7 +89,8 @@ def plan(
 ) -> Plan:
     """Plan the quantized checkpoint; raises InputError listing linears that cannot be packed."""
     prefix, blocks = block_list(model)
-    names = skeleton.tensor_names(model, tensors)
+    pieces = stored_pieces(model, tensors)
+    names = skeleton.tensor_names(model, [*tensors, *pieces])
     linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
     if not linears:
         raise InputError(f"{where}: the blocks of {type(model).__name__} hold no Linear to quantize")
@@ -93,7 +99,7 @@ def plan(
     replaced: dict[str, list[Slot]] = {}
     for name, module in linears.items():
         grid = settings.grid_of(name)
-        if grid is None or module.out_features < NARROW:
+        if grid is None or module.out_features % UNIT or module.in_features % UNIT:
             continue
         try:
             layout = written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
@@ -109,8 +115,7 @@ def plan(
     if problems:
         raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
     unplaced = Unplaced.of(model, {name: info.shape for name, info in tensors.items()})
-    kept = _kept(tensors, unplaced, dtype)
-    slots = [s for name in tensors for s in replaced.get(name, [kept[name]])]
+    slots = _slots(_kept(tensors, unplaced, dtype), pieces, replaced)
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
     fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
     return Plan(
@@ -126,7 +131,28 @@ def plan(
         weights={n: names[f"{n}.weight"] for n in grids},
         fused=fused,
         carried=unplaced.roots,
+        towers=towers(model),
+        pieces=pieces,
     )
+
+
+def _slots(kept: Mapping[str, Slot], pieces: Mapping[str, Piece], replaced: Mapping[str, list[Slot]]) -> list[Slot]:
+    """The slots of all tensors: packed ones for quantized weights.
+
+    kept: of every tensor of the 16-bit checkpoint, unquantized. A stacked tensor becomes one for each piece where its
+    container has a quantized expert: servers read the experts of a layer in one way.
+    """
+    containers = {match[1] for name in replaced if (match := EXPERT.fullmatch(name))}
+    by_stacked: dict[str, list[str]] = {}
+    for name, piece in pieces.items():
+        if (match := EXPERT.fullmatch(name)) and match[1] in containers:
+            by_stacked.setdefault(piece.stacked, []).append(name)
+    slots: list[Slot] = []
+    for name, slot in kept.items():
+        for part in by_stacked.get(name, [name]):
+            whole = slot if part == name else Slot(part, slot.dtype, pieces[part].shape)
+            slots += replaced.get(part) or [whole]
+    return slots
 
 
 def _block_slots(slots: Iterable[Slot], prefix: str, count: int) -> tuple[tuple[str, ...], ...]:

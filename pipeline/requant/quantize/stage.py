@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.atomic_write import make_directory
+from requant.checkpoint.pieces import PiecewiseCheckpoint
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.modeling import sequential, skeleton
@@ -61,9 +62,10 @@ def quantize(
     source, out = Path(source), Path(out)
     make_directory(out)
     device = check_ranks(len(windows), device, ranks)
-    checkpoint = Checkpoint(source)
-    model = skeleton.open_model(source, trust_remote_code=trust_remote_code)
-    layout = plan(checkpoint, model, settings, dtype, where=source)
+    whole = Checkpoint(source)
+    model = skeleton.open_model(source, trust_remote_code=trust_remote_code, split=True)
+    layout = plan(whole, model, settings, dtype, where=source)
+    checkpoint = PiecewiseCheckpoint(whole, layout.pieces)
     ranks.connect(device)
     walk = Walk(checkpoint, model, device=device, dtype=compute_dtype(device, dtype))
     calibration = plan_calibration(walk, windows, settings, ranks, batch=batch)

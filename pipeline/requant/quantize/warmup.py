@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_list
+from requant.modeling.blocks import block_list
 from requant.modeling.fused_ops import FusedOps
 from requant.numerics import cholesky, gptq, grid, triton_kernels
 from requant.numerics.grid import Grid
@@ -95,7 +95,7 @@ def warm_up(
     if device.type != "cuda":
         yield
         return
-    model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
+    model = skeleton.open_model(base, trust_remote_code=trust_remote_code, split=True)
     passes = FusedOps(block_list(model)[1], device, dtype)
     with (
         gpu_interpreter_settings(device),

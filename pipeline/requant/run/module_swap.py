@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
-from requant.modeling import skeleton
+from requant.modeling import skeleton, stacked_experts
 from requant.run.stage_results import Distance, EstimateFacts
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def measure(
         merged = run(variants.load("merged", sources, device=device, dtype=dtype), 0, "merged", write_reference=file)
         model = variants.load("gptq", sources, device=device, dtype=dtype)
         before = run(model, 1, "gptq", reference=file)
-        checkpoint = Checkpoint(sources.merged)
+        _, checkpoint = stacked_experts.open_split(sources.merged, trust_remote_code=sources.trust_remote_code)
         gains: list[Distance] = []
         for number, unit in enumerate(units):
             with swapped(model, {m: checkpoint.read(weights[m]) for m in unit}):

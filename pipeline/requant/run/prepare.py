@@ -63,17 +63,18 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     merge_inputs, model = _merge_inputs(recipe, sources, loaded)
     plan = merge_inputs.plan
     dtypes.refuse_float16(recipe, plan)
-    quantize_inputs = _quantize_inputs(recipe, plan, model)
+    single = _single_experts(recipe, plan, model)
+    quantize_inputs = _quantize_inputs(recipe, plan, single)
     unloadable = _unloadable(plan, model, sources.simulate)
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
     warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
     for adapter in loaded:
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += _refusing_engines(recipe, quantize_inputs.engines)
-    warnings += [*_left_fused(model), *([unloadable] if unloadable else [])]
+    warnings += [*_left_fused(single), *([unloadable] if unloadable else [])]
     tokenizer = recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter)
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
-    texts, healing = _texts(recipe, tokenizer, ModelSize.of(model, quantize_inputs.plan.grids), warnings, doing)
+    texts, healing = _texts(recipe, tokenizer, ModelSize.of(single, quantize_inputs.plan.grids), warnings, doing)
     refuse_unknown_ids(texts, healing, plan, tokenizer)
     texts = positions.fitted(model, texts, healing, warnings)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
@@ -143,6 +144,12 @@ def _stop_tokens(adapter: Path, plan: MergePlan, tokenizer: Any) -> StopTokens |
         return None
     base = plan.base.checkpoint
     return stop_tokens(tokenizer, base.path, base.config)
+
+
+def _single_experts(recipe: Recipe, plan: MergePlan, model: Any) -> Any:
+    """The skeleton with experts as Linears also where the base holds those of a layer in one tensor."""
+    trust, path = recipe.trust_remote_code, plan.base.checkpoint.path
+    return skeleton.open_model(path, trust_remote_code=trust, split=True) if linears.left_fused(model) else model
 
 
 def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:

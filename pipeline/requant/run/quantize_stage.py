@@ -68,7 +68,7 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
     out = artifact.begin(key)
     context.watcher.doing("the first block")
     notes: list[str] = []
-    own: dict[str, Any] = {"deltas": deltas(p.merge.plan), "progress": context.watcher.progress}
+    own: dict[str, Any] = {"deltas": deltas(p.merge.plan, p.quantize.plan.pieces), "progress": context.watcher.progress}
     if recipe.quantize.engine == "requant":
         ranks, quantizer = context.ranks, f"requant:{__version__}"
         function: Callable[..., Any] = quantize.quantize

@@ -55,7 +55,7 @@ def forecast(p: Prepared, sources: VariantSources, device: torch.device, dtype: 
     started = measurements.reset_peak()
     trust = p.recipe.trust_remote_code
     began = time.perf_counter()
-    model: Any = skeleton.open_model(p.sources.base, trust_remote_code=trust)
+    model: Any = skeleton.open_model(p.sources.base, trust_remote_code=trust, split=True)
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         needs = [merging(p, device, started, Disk.probed(Path(folder), device))]

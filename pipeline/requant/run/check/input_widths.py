@@ -7,8 +7,8 @@ from pathlib import Path
 
 from requant.errors import InputError
 from requant.modeling import skeleton
-from requant.modeling.block_walk import block_linears, block_list
-from requant.quantize.plan import NARROW
+from requant.modeling.blocks import block_linears, block_list
+from requant.quantize.plan import UNIT
 
 log = logging.getLogger(__name__)
 
@@ -21,4 +21,4 @@ def input_widths(directory: Path) -> set[int]:
     except (InputError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError) as error:
         log.debug("widths are not known: %s", error)
         return set()
-    return {m.in_features for m in linears if m.out_features >= NARROW}
+    return {m.in_features for m in linears if m.out_features % UNIT == 0 == m.in_features % UNIT}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from requant.evaluate.streamed import StreamedModel
 from requant.modeling import skeleton
-from requant.modeling.block_walk import Walk, block_linears, block_list
+from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_linears, block_list, typical
 from requant.modeling.fused_ops import FusedOps
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.modeling.sequential import start_unquantized
@@ -127,7 +128,7 @@ class Scored:
 
 
 class Rehearsal:
-    """One block of a model, the middle one, on a device."""
+    """One block of a model, of its most frequent kind, on a device."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model, self.device, self.weights = model, device, RandomWeights(model, device)
@@ -142,13 +143,13 @@ class Rehearsal:
     def parameters(self) -> int:
         """Of the block that is rehearsed."""
         blocks = block_list(self.model)[1]
-        return sum(p.numel() for p in blocks[len(blocks) // 2].parameters())
+        return sum(p.numel() for p in blocks[typical(blocks)].parameters())
 
     @property
     def effort(self) -> float:
         """Flops to solve the block that is rehearsed, roughly."""
         blocks = block_list(self.model)[1]
-        shapes = [m.weight.shape for m in block_linears(blocks[len(blocks) // 2]).values()]
+        shapes = [m.weight.shape for m in block_linears(blocks[typical(blocks)]).values()]
         return float(sum(n * n * (2 * n + 4 * rows) for rows, n in shapes))
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class Rehearsal:
         calibration = plan_calibration(walk, windows, settings, SINGLE_PROCESS, batch=batch)
         whole = len(calibration.unquantized) == len(calibration.batches)  # every batch also runs unquantized
         walk.states = HiddenStateStore(self.device, on_host=calibration.on_host)
-        index = len(walk) // 2
+        index = typical(walk.blocks)
 
         def once(count: int) -> Cost:
             items = walk.embed(windows[:batch].repeat(count, 1), batch)
@@ -200,7 +201,7 @@ class Rehearsal:
         walk = self.walk(dtype)
         model = StreamedModel(walk)
         ids = torch.stack([w.ids for w in eval_set.windows])
-        index, short, items = len(walk) // 2, walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, batch)
+        index, short, items = typical(walk.blocks), walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, batch)
         walk.forget(0)
         walk.load(index)
         walk.run(index, items[0])

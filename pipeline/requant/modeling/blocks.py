@@ -1,0 +1,81 @@
+"""The transformer blocks of a model and their linears, found by structure, not tabulated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from requant.errors import InputError
+from requant.modeling import linears
+
+_Signature = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of a block's parameters
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, blocks) of the text decoder: the largest list of modules beside the input embedding.
+
+    Towers for images and sound have lists of their own, and a hybrid's blocks are of several classes: the embedding of
+    tokens tells which list reads text. Lists inside of a block (experts) do not count. Raises InputError without one.
+    """
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    owner = _name_of(model, "get_input_embeddings").rpartition(".")[0]
+    while True:
+        inside = [(n, m) for n, m in outer if not owner or n.startswith(f"{owner}.")]
+        if inside:
+            return max(inside, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        if not owner:
+            raise InputError(f"{type(model).__name__}: no list of transformer blocks found")
+        owner = owner.rpartition(".")[0]
+
+
+def _name_of(model: Any, getter: str) -> str:
+    """Name of the module that a method of the class returns; empty where the class does not tell."""
+    try:
+        wanted = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return ""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def towers(model: nn.Module) -> tuple[str, ...]:
+    """The outermost modules with linears that are no part of the text decoder: towers and projectors of a wrapper."""
+    blocks = block_list(model)[0]
+    ends = {_name_of(model, "get_input_embeddings"), _name_of(model, "get_output_embeddings")}
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if linears.is_linear(module) and not name.startswith(f"{blocks}.") and name not in ends:
+            steps = name.split(".")
+            outer = (".".join(steps[:i]) for i in range(1, len(steps) + 1))
+            found[next(o for o in outer if not f"{blocks}.".startswith(f"{o}."))] = None
+    return tuple(found)
+
+
+def block_linears(block: nn.Module) -> dict[str, Any]:
+    """Every Linear of a block by its name inside the block."""
+    return {name: m for name, m in block.named_modules() if linears.is_linear(m)}
+
+
+def kinds(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The first block of each kind, the most frequent kind first: a hybrid has several, of other linears each."""
+    first: dict[_Signature, nn.Module] = {}
+    counts: Counter[_Signature] = Counter()
+    for block in blocks:
+        first.setdefault(_signature(block), block)
+        counts[_signature(block)] += 1
+    return [first[found] for found, _ in counts.most_common()]
+
+
+def typical(blocks: Iterable[nn.Module]) -> int:
+    """Index of the block of the most frequent kind that is nearest to the middle."""
+    every = list(blocks)
+    wanted, middle = _signature(kinds(every)[0]), len(every) // 2
+    return min((i for i, b in enumerate(every) if _signature(b) == wanted), key=lambda i: abs(i - middle))
+
+
+def _signature(block: nn.Module) -> _Signature:
+    """Names and shapes of a block's parameters."""
+    return tuple((name, tuple(p.shape)) for name, p in block.named_parameters())

@@ -1,0 +1,49 @@
+"""The class of transformers that a checkpoint's tensors belong to.
+
+A model type can have several: a causal LM of the text part alone, and a wrapper with towers for images and sound. The
+config's `architectures` names the one that wrote the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from requant.errors import InputError
+
+
+def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The class whose `from_pretrained` and `_from_config` give the model that a transformers config describes.
+
+    The class that the config names where it generates text, else the first registered for configs of this kind: causal
+    LMs come before models that also read images, these before models that also read sound. With remote code the Auto
+    class. Raises InputError where transformers has none.
+    """
+    import transformers
+
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
+    classes = list(_registered(config.model_type))
+    named = getattr(config, "architectures", None) or ()
+    own = [made for made in classes if made.config_class is type(config)]
+    found = next((made for made in classes if made.__name__ in named), None) or next(iter(own), None)
+    if found is None:
+        raise InputError(
+            f"{Path(getattr(config, '_name_or_path', None) or '') / 'config.json'}: model_type "
+            f"{config.model_type!r:.80} has no class that generates text in transformers {transformers.__version__}, "
+            "neither from text alone nor from images or sound and text"
+        )
+    return found
+
+
+def _registered(model_type: str) -> Iterator[Any]:
+    """transformers' classes of a model type that generate text, in the order of preference."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        names = dict(getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})).get(model_type, ())
+        for name in (names,) if isinstance(names, str) else names:
+            if made := getattr(transformers, name, None):
+                yield made

@@ -1,0 +1,35 @@
+"""Model types by structure alone: a sample of the sweep over all of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.sweep import Outcome, sweep
+
+FP32 = 1e-5
+SAMPLE = (
+    "gemma3",  # a tower and a projector beside the language part
+    "qwen2_5_vl",
+    "qwen3_5",  # blocks of two kinds
+    "qwen3_5_moe",  # experts in one tensor, and a shared one
+    "gpt_oss",  # transposed, interleaved, with biases
+    "granitemoe",  # named otherwise in the file
+    "deepseek_v3",  # latent attention
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_a_model_type_is_merged_and_quantized_whole(tmp_path: Path, kind: str) -> None:
+    outcome = sweep(kind, tmp_path)
+    assert not outcome.error
+    assert 0 <= outcome.merged < FP32, "every adapted weight is PEFT's"
+    assert 0 <= outcome.states < 0.1, "8 bits keep the logits, but for routers that were undecided"
+    assert not outcome.fused
+    assert outcome.quantized
+
+
+def test_an_outcome_is_told_in_a_line() -> None:
+    assert str(Outcome(kind="x", error="merge KeyError: y")) == "x: FAIL merge KeyError: y"
