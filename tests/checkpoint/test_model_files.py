@@ -178,3 +178,11 @@ def test_the_end_of_a_turn_at_both_levels() -> None:
         "eos_token_id": 7, "text_config": {"eos_token_id": 7, "x": 2}, "vision_config": {"eos_token_id": 3},
     }  # fmt: skip
     assert model_files.with_eos({"text_config": {}}, 7) == {"text_config": {}, "eos_token_id": 7}
+
+
+def test_how_a_forward_returns_its_results_is_not_copied() -> None:
+    """transformers cannot use a model whose config says `return_dict: false`, and no server reads it."""
+    config = {"model_type": "llama", "return_dict": False, "output_attentions": True, "hidden_size": 8}
+    assert model_files.edit_config(config, dtype="float16") == {
+        "model_type": "llama", "hidden_size": 8, "dtype": "float16",
+    }  # fmt: skip

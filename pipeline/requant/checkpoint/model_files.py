@@ -37,11 +37,17 @@ _SAMPLING = {
 }
 
 
+_RETURNING = ("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript")
+
+
 def edit_config(
     config: Mapping[str, Any], *, dtype: str, untie: bool = False, vocab_size: int | None = None
 ) -> dict[str, Any]:
-    """A copy of config.json for unquantized weights of `dtype`, with what the merge changed."""
-    dropped = ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
+    """A copy of config.json for unquantized weights of `dtype`, with what the merge changed.
+
+    Without what is of one process of Python only: how a forward returns its results.
+    """
+    dropped = {"quantization_config", "_pre_quantization_dtype", "_name_or_path", *_RETURNING}
     edited = {k: v for k, v in without_kernels(config).items() if k not in dropped}
     sections = [edited]
     if isinstance(edited.get("text_config"), dict):
