@@ -111,8 +111,9 @@ _SWEEP = """
 
 Each that transformers registers as a causal LM or as an image-text-to-text model, built tiny and random ({count} types;
 one command, `python -m helpers.sweep`; results: `bench/results/{file}`). *Exact*: every weight of NF4 + LoRA on
-all linears merged is PEFT's within 1e-5, the model is quantized block by block, and our decoder gives the merged
-model's logits at 8 bits. None of these was loaded in a server by this table; what was is above.
+all linears merged is PEFT's within 1e-5, and the model is quantized block by block to 8 bits and read back by our
+decoder (how near its logits come to the merged model's is in the results). None of these was loaded in a server by this
+table; what was is above.
 
 {lines}
 
@@ -130,7 +131,7 @@ def _sweep() -> str:
         found.setdefault(outcome.verdict, []).append(_shown(outcome))
     lines = [
         f"**{verdict.capitalize()}** ({len(found[verdict])}): {', '.join(found[verdict])}."
-        for verdict in ("exact", "experts in 16 bit", "refused", "not tried")
+        for verdict in ("exact", "experts in 16 bit", "differs", "refused", "not tried")
         if verdict in found
     ]
     return _SWEEP.format(version="5.23", count=len(rows), file=RESULTS.name, lines="\n\n".join(lines))
@@ -138,6 +139,8 @@ def _sweep() -> str:
 
 def _shown(outcome: Outcome) -> str:
     """A model type, with the linears that stay in 16 bit, or the reason."""
+    if outcome.verdict == "differs":
+        return f"`{outcome.kind}` (a weight by {outcome.merged:.1g})"
     if outcome.verdict == "refused":
         return f"`{outcome.kind}` ({outcome.error.split(' @')[0][:90]})"
     return f"`{outcome.kind}`"

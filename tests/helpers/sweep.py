@@ -53,11 +53,14 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """`exact`, `experts in 16 bit`, `refused`, or `not tried` where there is no tiny model or it wants more than text."""
+        """`exact`, `experts in 16 bit`, `differs` from PEFT, `refused`, or `not tried`.
+
+        Not tried are those without a tiny model, or whose forward wants more than text.
+        """
         if self.error:
             return "not tried" if self.error.startswith(("build", "save")) else "refused"
         if not 0 <= self.merged < FP32:
-            return "wrong"
+            return "differs"
         return "experts in 16 bit" if self.fused else "exact"
 
     def __str__(self) -> str:
@@ -97,11 +100,12 @@ def merge(made: Any, base: Path, folder: Path) -> float:
     live = pico.quantize(base, bnb_4bit_quant_type="nf4")
     live = pico.live_4bit(live)
     try:
-        pico.train(made, folder / "adapter", target_modules="all-linear")
+        trained = pico.train(made, folder / "adapter", target_modules="all-linear")
     except ValueError:  # PEFT refuses what the kernels of Mamba do not call
-        pico.train(made, folder / "adapter", target_modules="all-linear", exclude_modules=["out_proj", "conv1d"])
+        left = ["out_proj", "conv1d"]
+        trained = pico.train(made, folder / "adapter", target_modules="all-linear", exclude_modules=left)
     live = peft.PeftModel.from_pretrained(live, folder / "adapter").eval()
-    expected = _trained_weights(live)
+    expected = _trained_weights(live, trained)
     simulate = Nf4Settings(quant_type="nf4", double_quant=False)
     pico.merged(base, folder / "adapter", folder / "merged", simulate=simulate)
     loaded = pico.reload(folder / "merged")
@@ -111,8 +115,11 @@ def merge(made: Any, base: Path, folder: Path) -> float:
 
 
 @torch.no_grad()
-def _trained_weights(live: Any) -> dict[str, Tensor]:
-    """Every adapted weight as bitsandbytes decodes it plus what PEFT says is its delta."""
+def _trained_weights(live: Any, trained: Any) -> dict[str, Tensor]:
+    """Every adapted weight as bitsandbytes decodes it, in `live`, plus what PEFT says is its delta, in `trained`.
+
+    PEFT 0.21 does not load the adapter of every model type that it has saved, and says nothing.
+    """
     from peft.tuners.lora.layer import LoraLayer
 
     found = {}
@@ -122,7 +129,7 @@ def _trained_weights(live: Any) -> dict[str, Tensor]:
             weight = getattr(module.get_base_layer(), leaf)
             value = _decoded(weight) if hasattr(weight, "quant_state") else weight.data.float()
             owner = name.replace(".base_layer", "")
-            delta = module.get_delta_weight("default").float()
+            delta = trained.get_base_model().get_submodule(name).get_delta_weight("default").float()
             found[f"{owner}.{leaf}"] = value + (delta if delta.shape == value.shape else delta.T)
     assert found, "no adapted module"
     return found
@@ -139,7 +146,7 @@ def _decoded(weight: Any) -> Tensor:
         bytes(weight.data.flatten().numpy()), state.absmax.tolist(), state.code.tolist(), state.blocksize,
         state.shape.numel(),
     )  # fmt: skip
-    return flat.reshape(state.shape).float()
+    return flat.reshape(state.shape).to(state.dtype).float()  # as training multiplied by it
 
 
 def quantize_merged(outcome: Outcome, folder: Path) -> None:

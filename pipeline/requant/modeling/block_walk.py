@@ -130,10 +130,16 @@ class Walk:
     def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         """A module's parameters by their names inside it, on the device."""
         return {
-            name: self._stored(self.names[prefix + name])
+            name: self._stored(self._name(prefix + name))
             for name, parameter in module.named_parameters()
             if id(parameter) not in self.own
         }
+
+    def _name(self, parameter: str) -> str:
+        """The stored name of a parameter."""
+        if parameter not in self.names:
+            raise InputError(f"{self.checkpoint.path}: {parameter} of {type(self.model).__name__} is not stored")
+        return self.names[parameter]
 
     def _stored(self, name: str) -> Tensor:
         """A stored tensor on the device, in the dtype that blocks have."""

@@ -110,10 +110,9 @@ def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> s
     integrations/bitsandbytes.py `replace_with_bnb_linear`. version: of transformers. 4 held experts and routers as
     Linears, and took subclasses of Linear too; 5 keeps experts fused and does not quantize them.
     """
-    from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = [*(skip or get_keys_to_not_convert(model)), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+    kept = [*(skip or _kept_by_transformers(model)), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
     expert = {f"{name}.{n}" for name, m in moe.split_experts(model) for n, _ in m.named_modules()}
     return {
         name
@@ -125,6 +124,18 @@ def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> s
         )
         and should_convert_module(name, kept)
     }
+
+
+def _kept_by_transformers(model: Any) -> list[str]:
+    """What transformers leaves in 16 bit by itself: tied weights, the head, the module of the last parameter.
+
+    While it decides, tied weights are still parameters of their own, so that the last one is most often the head's.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    last = [name for name, _ in model.named_parameters(remove_duplicate=False)][-1]
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if head is not None and module is head]
+    return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), last, *heads)})
 
 
 def _version_4_linear(module: nn.Module, name: str) -> bool:
