@@ -16,7 +16,7 @@ from requant.checkpoint import run_directory
 from requant.checkpoint.artifact import MANIFEST, Artifact, changed_files
 from requant.checkpoint.atomic_write import DAMAGED
 from requant.checkpoint.reader import file_digest
-from requant.checkpoint.run_directory import MARKER, LogFile, RunDirectory, key_of
+from requant.checkpoint.run_directory import MARKER, LogFile, RunDirectory, key_of, sealed, unsealed
 from requant.errors import InputError
 
 
@@ -348,6 +348,26 @@ def test_a_result_whose_bytes_have_changed_is_none(run: RunDirectory) -> None:
     whole = json.loads(file.read_text())
     file.write_text(file.read_text().replace("14", "15"))
     assert run.result("merge", "k") is None
-    del whole["merge"]["digest"]  # written before there was one
+    del whole["merge"]["sha256"]  # written before there was one
     file.write_text(json.dumps(whole))
     assert run.result("merge", "k") == kept
+
+
+def test_a_sealed_state_that_was_changed_is_seen() -> None:
+    state = {"a": (1, 2.5), 3: None, "nan": float("inf")}
+    kept = sealed(state)
+    assert unsealed(json.loads(json.dumps(kept))) == {"a": [1, 2.5], "3": None, "nan": float("inf")}
+    for changed in ({**kept, "a": [1, 2.6]}, {**kept, "b": 1}, {k: v for k, v in kept.items() if k != "a"}):
+        with pytest.raises(ValueError, match="its bytes have changed"):
+            unsealed(changed)
+    assert unsealed({"a": 1}) == {"a": 1}  # written before there was a digest
+
+
+def test_a_memory_of_digests_that_was_changed_is_none(run: RunDirectory) -> None:
+    known = run.path / run_directory.KNOWN
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(sealed({"path": ["stamp", "a" * 64]})))
+    assert run._digests() == {"stamp": "a" * 64}
+    known.write_text(known.read_text().replace("a" * 64, "b" * 64))
+    assert run._digests() == {}
+    assert not known.exists()

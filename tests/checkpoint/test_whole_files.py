@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from requant.checkpoint.atomic_write import append_text, copy_file, write_text
-from requant.checkpoint.writer import CheckpointWriter, Slot, save_tensors
+from requant.checkpoint.writer import CheckpointWriter, Slot, load_tensors, save_tensors
 from requant.cli.outputs import require_output, write_output
 from requant.errors import InputError, StageError
 from requant_eval import whole_files
@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_with_file_and_bytes(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "fdatasync", full)
     with pytest.raises(
-        StageError, match=r"state: write failed \(No space left on device: 88 B needed, .* [kMG]B free; "
+        StageError, match=r"state: write failed \(No space left on device: 168 B needed, .* [kMG]B free; "
     ):
         save_tensors(tmp_path / "state", {"a": torch.ones(2)}, {})
     assert list(tmp_path.iterdir()) == []
@@ -169,3 +169,18 @@ def test_a_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"link: write failed \(is a link to .*real: nothing is written through links"):
         copy_file(Path(__file__), tmp_path / "link" / "tokenizer.json")
     assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_changed_tensors_and_metadata_of_a_state_are_seen(tmp_path: Path) -> None:
+    """Still a safetensors file with the right names and shapes: a run went on with other numbers."""
+    file = tmp_path / "state"
+    save_tensors(file, {"a": torch.ones(2), "b": torch.zeros((), dtype=torch.bfloat16)}, {"key": "kkkk"})
+    metadata, tensors = load_tensors(file)
+    assert metadata == {"key": "kkkk"}
+    assert torch.equal(tensors["a"], torch.ones(2))
+    whole = file.read_bytes()
+    for changed in (whole[:-1] + b"\x01", whole.replace(b"kkkk", b"kkkj"), whole.replace(b'"a"', b'"c"')):
+        assert changed != whole
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match="its bytes have changed"):
+            load_tensors(file)

@@ -375,13 +375,14 @@ def test_a_step_that_the_judging_windows_refuse_is_not_taken(
 def test_a_damaged_state_is_no_state(
     pair: tuple[Path, Path], tmp_path: Path, mode: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Empty, cut, of another program, with other shapes: one line, and that part is healed again."""
+    """Empty, cut, of another program, with other shapes, one bit changed: one line, and that part is healed again."""
     plan = replace(WHOLE, mode=mode, teacher_resident=False)
     whole = run(pair, tmp_path / "out", plan=plan)
     (state,) = tmp_path.rglob("state.safetensors" if mode == "whole" else "block-0000")
     kept = state.read_bytes()
     other = safetensors.torch.save({"offset.0": torch.ones(1)}, {"key": "k", "curve": "{}"})
-    for content in (b"", kept[:-50], b"something else", other):
+    changed = kept[:-1] + bytes([kept[-1] ^ 1])
+    for content in (b"", kept[:-50], b"something else", other, changed):
         state.write_bytes(content)
         shutil.rmtree(tmp_path / "out")
         caplog.clear()

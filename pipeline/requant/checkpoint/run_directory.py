@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from requant_eval.escaping import visible
 MARKER = ".requant.json"
 CACHE = ".cache"
 STAGES, KNOWN = ".stages.json", ".digests.json"
+SEAL = "sha256"  # key of a state's digest
 OWN_FILES = (MARKER, "log.txt", "events.jsonl")  # that grow or are locked: they are not replaced as others are
 ARTIFACTS = ("merged", "gptq", "healed")
 
@@ -38,6 +39,20 @@ ARTIFACTS = ("merged", "gptq", "healed")
 def key_of(*parts: Any) -> str:
     """sha256 (hex) of JSON-able parts: the name of everything a stage's result depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it is written, with the digest of what JSON keeps of it."""
+    kept = strict_json.parse(json.dumps(state), constants=True)
+    return {**kept, SEAL: key_of(kept)}
+
+
+def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that `sealed` was given; ValueError where it was changed since."""
+    state = {key: value for key, value in found.items() if key != SEAL}
+    if found.get(SEAL) not in (None, key_of(state)):  # None: written before there was one
+        raise ValueError("its bytes have changed")
+    return state
 
 
 class RunDirectory:
@@ -119,8 +134,9 @@ class RunDirectory:
 
     def remember(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Keep a stage's result, without secrets and places of this machine (`outgoing.shared`)."""
-        kept = strict_json.parse(json.dumps(everywhere(result, shared)), constants=True)
-        results = self._results() | {stage: {"key": key, "result": kept, "digest": key_of(kept)}}
+        results = {n: sealed(r) for n, r in self._results().items()} | {
+            stage: sealed({"key": key, "result": everywhere(result, shared)})
+        }
         write_text(self.path / STAGES, json.dumps(results, indent=1) + "\n")
 
     def _results(self) -> dict[str, Any]:
@@ -136,7 +152,7 @@ class RunDirectory:
         known = {key_of(str(f.resolve())): kept for f in others if (kept := DIGESTS.remembered(f))}
         before = read_state(self.path / KNOWN, _known_digests) or {}
         if known.items() - before.items():
-            write_text(self.path / KNOWN, json.dumps(before | known, indent=1) + "\n")
+            write_text(self.path / KNOWN, json.dumps(sealed(before | known), indent=1) + "\n")
         return [named.get(file) or made[file] for file in files]
 
     def _digests(self) -> dict[str, str]:
@@ -158,14 +174,12 @@ def _results(file: Path) -> dict[str, Any]:
     for entry in results.values():
         if not isinstance(entry, dict) or not isinstance(entry["key"], str) or not isinstance(entry["result"], dict):
             raise ValueError("it holds no results of stages")
-        if entry.get("digest") not in (None, key_of(entry["result"])):  # None: written before there was one
-            raise ValueError("its bytes have changed")
-    return results
+    return {stage: unsealed(entry) for stage, entry in results.items()}
 
 
 def _known_digests(file: Path) -> dict[str, tuple[str, str]]:
     """Path -> (stamp, sha256); ValueError where the file holds something else."""
-    known = read_json(file)
+    known = unsealed(read_json(file))
     if not all(isinstance(e, list) and len(e) == 2 and all(isinstance(t, str) for t in e) for e in known.values()):
         raise ValueError("it holds no digests")
     return {path: (stamp, digest) for path, (stamp, digest) in known.items()}

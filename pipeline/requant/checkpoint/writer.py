@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from requant.checkpoint.atomic_write import DAMAGED, atomic_write, read_state, write_text, writing
 from requant.checkpoint.digests import DIGESTS
@@ -222,13 +223,33 @@ def _blocks(file: Path) -> list[list[dict[str, Any]]]:
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a small safetensors file at once, on the disk; tensor after tensor, without a copy of all.
 
-    Raises StageError when it cannot be written.
+    Its metadata holds a checksum of everything else. Raises StageError when it cannot be written.
     """
+    metadata = {**metadata, "checksum": _checksum(tensors, metadata)}
     header, size = _header([Slot(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata)[::2]
     with atomic_write(file, len(header) + size) as handle:
         handle.write(header)
         for name in sorted(tensors, key=lambda n: -tensors[n].dtype.itemsize):
             handle.write(_raw(tensors[name]))
+
+
+def load_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors that `save_tensors` wrote; ValueError where they were changed since."""
+    with safe_open(file, framework="pt") as stored:
+        metadata = dict(stored.metadata() or {})
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+        raise ValueError("its bytes have changed")
+    return metadata, tensors
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    names = sorted(tensors)
+    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), shapes]).encode())
+    for name in names:
+        digest.update(_raw(tensors[name]))
+    return digest.hexdigest()
 
 
 def overwrite(file: Path, offset: int, tensor: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from requant.checkpoint.atomic_write import write_text
 from requant.checkpoint.reader import read_json
+from requant.checkpoint.run_directory import sealed, unsealed
 from requant.data import template_call
 from requant.data.documents import TextSource, read_rows
 from requant.data.template_losses import TemplateFailure
@@ -138,12 +139,15 @@ def _prompt(where: str, prompt: Any, tokenizer: Any, kind: Format) -> tuple[str,
 
 def save_answers(answers: list[str], file: Path) -> None:
     """Write one variant's answers to `file`."""
-    write_text(file, json.dumps({"given": answers}, indent=1, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(sealed({"given": answers}), indent=1, ensure_ascii=False) + "\n")
 
 
 def load_answers(file: Path) -> list[str]:
     """The answers that `save_answers` wrote; raises InputError where the file is damaged."""
-    answers = read_json(file).get("given")
+    try:
+        answers = unsealed(read_json(file)).get("given")
+    except ValueError as error:
+        raise InputError(f"{file}: damaged: {error}") from error
     if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
         raise InputError(f"{file}: damaged: expected a list of texts under given")
     return answers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from requant.checkpoint.atomic_write import make_directory, read_state, write_text
 from requant.checkpoint.reader import read_json
+from requant.checkpoint.run_directory import sealed, unsealed
 from requant.outgoing import masked
 
 if TYPE_CHECKING:
@@ -51,12 +52,12 @@ class Sample:
 
     @classmethod
     def _of_file(cls, file: Path) -> Sample:
-        raw = read_json(file)
+        raw = unsealed(read_json(file))
         rows = tuple(tuple(int(token) for token in row) for row in raw["rows"])
         return cls(rows, tuple(int(n) for n in raw["documents"]), raw["set"], raw["digest"])
 
     def save(self, run: Path) -> None:
         """Save it in the run directory, for every `verify` of its checkpoints."""
-        text, file = json.dumps(asdict(self)) + "\n", make_directory(run / CACHE) / FILE
+        text, file = json.dumps(sealed(asdict(self))) + "\n", make_directory(run / CACHE) / FILE
         if not file.is_file() or file.read_bytes() != text.encode():  # a second run does nothing
             write_text(file, text)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from requant.checkpoint.artifact import read_manifest
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.model_files import write_json
 from requant.checkpoint.reader import read_json
-from requant.checkpoint.run_directory import MARKER
+from requant.checkpoint.run_directory import MARKER, sealed, unsealed
 from requant.errors import StageError
 from requant.formats.quantized_format import Finding
 
@@ -138,8 +137,12 @@ def save_verification(done: Verification) -> Path | None:
     file = run / f"verify-{done.path.absolute().name}.json"
     if not (run / MARKER).exists() or manifest is None or file.name not in RESULTS.values():
         return None
-    write_json(file, {"key": manifest["key"], **done.facts()})
+    write_json(file, sealed({"key": manifest["key"], **done.facts()}))
     return file
+
+
+def _unsealed(file: Path) -> dict[str, Any]:
+    return unsealed(read_json(file, constants=True))
 
 
 def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, VerificationFacts]:
@@ -147,7 +150,7 @@ def saved_verifications(run: Path, keys: Mapping[str, str]) -> dict[str, Verific
 
     keys: stage -> key of the checkpoint that counts.
     """
-    saved = {stage: read_state(run / RESULTS[stage], partial(read_json, constants=True)) or {} for stage in keys}
+    saved = {stage: read_state(run / RESULTS[stage], _unsealed) or {} for stage in keys}
     return {
         stage: cast(VerificationFacts, {k: v for k, v in result.items() if k != "key"})
         for stage, result in saved.items()

@@ -14,12 +14,11 @@ from statistics import fmean
 from typing import Any, TypedDict
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.reader import Checkpoint
-from requant.checkpoint.writer import save_tensors
+from requant.checkpoint.writer import load_tensors, save_tensors
 from requant.formats.registry import open_quantized
 from requant.heal import kl_loss, student
 from requant.heal.job import HealJob, Progress
@@ -168,14 +167,13 @@ def _train(part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, f
 
 def _saved_block(file: Path, part: Student, key: str) -> tuple[LossCurve, list[Tensor]] | None:
     """Curve and offsets of a finished block; None where they belong to another key."""
-    with safe_open(file, framework="pt") as stored:
-        meta = stored.metadata() or {}
-        if meta["key"] != key:
-            return None
-        offsets = [stored.get_tensor(f"offset.{i}") for i in range(len(part.trainable))]
-        if any(offset.shape != v.offset.shape for offset, v in zip(offsets, part.trainable, strict=True)):
-            raise ValueError("its offsets have other shapes")
-        return LossCurve.from_json(meta["curve"]), offsets
+    meta, tensors = load_tensors(file)
+    if meta["key"] != key:
+        return None
+    offsets = [tensors[f"offset.{i}"] for i in range(len(part.trainable))]
+    if any(offset.shape != v.offset.shape for offset, v in zip(offsets, part.trainable, strict=True)):
+        raise ValueError("its offsets have other shapes")
+    return LossCurve.from_json(meta["curve"]), offsets
 
 
 def _walk(path: Path, device: torch.device, *, trust_remote_code: bool) -> Walk:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from requant.checkpoint.atomic_write import read_state
-from requant.checkpoint.writer import save_tensors
+from requant.checkpoint.writer import load_tensors, save_tensors
 from requant.data.healing_text import HealingText
 from requant.errors import StageError
 from requant.heal import kl_loss
@@ -232,17 +231,15 @@ class Trainer:
 
     def _stored(self, state: Path, *, key: str) -> tuple[LossCurve, dict[str, Tensor]] | None:
         """Curve and tensors of a state, whole and of this student; None where it belongs to another key."""
-        with safe_open(state, framework="pt") as file:
-            meta = file.metadata() or {}
-            if meta["key"] != key:
-                return None
-            tensors = {}
-            for i, vector in enumerate(self.student.trainable):
-                for name in ("offset", "best", *MOMENTS):
-                    tensors[f"{name}.{i}"] = found = file.get_tensor(f"{name}.{i}")
-                    if name != "step" and found.shape != vector.offset.shape:
-                        raise ValueError(f"{name}.{i} has the shape {tuple(found.shape)}")
-            return LossCurve.from_json(meta["curve"]), tensors
+        meta, tensors = load_tensors(state)
+        if meta["key"] != key:
+            return None
+        for i, vector in enumerate(self.student.trainable):
+            for name in ("offset", "best", *MOMENTS):
+                found = tensors[f"{name}.{i}"]
+                if name != "step" and found.shape != vector.offset.shape:
+                    raise ValueError(f"{name}.{i} has the shape {tuple(found.shape)}")
+        return LossCurve.from_json(meta["curve"]), tensors
 
 
 class EndToEndLoss:

@@ -1,4 +1,4 @@
-"""Settings in config.json with which nothing can be built or run, refused early.
+"""Sizes in config.json that no weights stand behind, refused before anything is built.
 
 transformers makes a module a layer, a name a label and a table as wide as a head, whatever the numbers are: a million
 layers take hours. The headers bound them: a layer has a tensor, a head is no wider than a tensor is large.
@@ -26,15 +26,8 @@ _LEAST_SIZE = 2**20  # a table so wide costs nothing
 def check(path: Path, config: Mapping[str, Any]) -> None:
     """Raise InputError for a number of a model's config.json that is far beyond what its weights hold.
 
-    Also for `return_dict: false`: transformers' own forward reads outputs by name, and fails on tuples.
     config: the content of config.json in the directory `path`.
     """
-    for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        if section.get("return_dict", True) is not True:
-            raise InputError(
-                f"{path / 'config.json'}: return_dict is {section['return_dict']!r:.80}, which transformers cannot "
-                "run: remove it"
-            )
     tensors, largest = _held(path)
     for name, value in _numbers(config):
         key = name.rpartition(".")[2]

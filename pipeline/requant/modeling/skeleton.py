@@ -44,7 +44,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False, quantized: bool 
     config_limits.check(path, read_json(path / "config.json", constants=True))
     with library_call(f"{path / 'config.json'}: transformers cannot read it", _ADVICE):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        config.get_text_config()
+        config.return_dict = config.get_text_config().return_dict = True  # else transformers' own forward fails
         config._attn_implementation = config._experts_implementation = None
     if hasattr(config, "quantization_config") and not quantized:
         del config.quantization_config
