@@ -201,7 +201,7 @@ def test_other_quantized_formats(tmp_path: Path, method: str) -> None:
     [
         ("llama9", "config.json: transformers cannot read it: "),
         (None, "config.json: transformers cannot read it: "),
-        ("vit", "model_type 'vit' has no causal language model in transformers"),
+        ("vit", "model_type 'vit' has no class that generates text in transformers"),
     ],
 )
 def test_a_model_that_transformers_does_not_know(tmp_path: Path, model_type: str | None, says: str) -> None:
