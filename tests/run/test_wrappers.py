@@ -1,4 +1,4 @@
-"""A whole run on models with a tower: the text decoder quantized, the tower kept, engines told."""
+"""A whole run on models with a tower: the text decoder is quantized, the tower kept."""
 
 from __future__ import annotations
 
