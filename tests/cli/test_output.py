@@ -74,7 +74,7 @@ def test_every_line_on_a_terminal_is_ours_and_ctrl_c_says_one(mine: Path) -> Non
     left = [line for line in foreign(lines, ROW) if line not in report]
     assert [line for line in left if not line.endswith("done: runs/pico")] == []
     assert all(len(line) <= 80 for line in lines)
-    assert "stopped: KeyboardInterrupt" in (mine / "runs/pico/log.txt").read_text()
+    assert "stopped: SIGINT" in (mine / "runs/pico/log.txt").read_text()
     code, lines = on_terminal("check", "runs/pico", cwd=mine, interrupt_at="check ")
     assert code == 130
     assert foreign([line.removeprefix("^C") for line in lines], ROW, re.compile("")) == ["interrupted"]
