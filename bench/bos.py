@@ -10,10 +10,12 @@ Both are calibrated on the same text: a window that begins with BOS gives its la
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ def led(windows: Tensor, bos: int) -> Tensor:
     return torch.where(windows[:, :1] == bos, windows, shifted)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "texts", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -53,7 +55,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=4000, help="scored tokens of each set")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def losses(
+    checkpoint: Any, sets: Sequence[ev.EvalSet], references: Mapping[str, Path], **options: Any
+) -> dict[str, float]:
+    """Loss and KL of a model on each set."""
+    row: dict[str, float] = {}
+    for s in sets:
+        scores = score(checkpoint, s, batch=8, reference=references[s.name], **options)
+        assert scores.kl is not None
+        row |= {f"{s.name} loss": float(scores.nll.mean()), f"{s.name} KL": float(scores.kl.mean())}
+    return row
+
+
+def main() -> None:
+    args = arguments()
     from transformers import AutoTokenizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,50 +87,43 @@ def main() -> None:
         for n, f in SETS
     ]
     args.work.mkdir(parents=True, exist_ok=True)
-    model = variants.load(
-        "merged", variants.VariantSources.of_checkpoint(args.model), device=device, dtype=torch.float32
-    )
+    sources = variants.VariantSources.of_checkpoint(args.model)
+    model = variants.load("merged", sources, device=device, dtype=torch.float32)
     references = {s.name: args.work / f"{s.name}.safetensors" for s in sets}
     floor = {
-        s.name: float(score(model, s, batch=8, device=device, write_reference=references[s.name]).nll.mean())
+        f"{s.name} loss": float(score(model, s, batch=8, device=device, write_reference=references[s.name]).nll.mean())
         for s in sets
     }
     del model
     rows: list[dict[str, Any]] = [{"windows": "16 bit"} | floor]
-    for bits in args.bits:
-        for seed in args.seeds:
-            windows = packing.calibration_windows(
-                entries, samples=args.samples, length=args.length, seed=seed, bos=None, eos=tokenizer.eos_token_id
-            )
-            for kind, chosen in (("anywhere", windows), ("BOS", led(windows, bos))):
-                out = args.work / "checkpoint"
-                shutil.rmtree(out, ignore_errors=True)
-                out.mkdir()
-                started = time.perf_counter()
-                quantize.quantize(
-                    args.model,
-                    out,
-                    chosen,
-                    Settings(grid=Grid(bits, args.group), sweeps=2, correct=0.5),
-                    dtype=torch.bfloat16,
-                    device=device,
-                )
-                seconds = time.perf_counter() - started
-                model = variants.quantized(out, device=device, dtype=torch.float32)
-                row: dict[str, Any] = {
-                    "bits": bits, "seed": seed, "windows": kind, "with BOS": int((chosen[:, 0] == bos).sum()),
-                    "seconds": round(seconds, 1),
-                }  # fmt: skip
-                for s in sets:
-                    scores = score(model, s, batch=8, device=device, reference=references[s.name])
-                    assert scores.kl is not None
-                    row |= {
-                        f"{s.name} loss": float(scores.nll.mean()) - floor[s.name], f"{s.name} KL": float(scores.kl.mean()),
-                    }  # fmt: skip
-                del model
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                args.out.write_text(json.dumps({"device": str(device), "rows": rows}, indent=1) + "\n")
+    for bits, seed in itertools.product(args.bits, args.seeds):
+        windows = packing.calibration_windows(
+            entries, samples=args.samples, length=args.length, seed=seed, bos=None, eos=tokenizer.eos_token_id
+        )
+        for kind, chosen in (("anywhere", windows), ("BOS", led(windows, bos))):
+            row: dict[str, Any] = {"bits": bits, "seed": seed, "windows": kind}
+            row["with BOS"] = int((chosen[:, 0] == bos).sum())
+            row |= {
+                k: v - floor.get(k, 0.0) for k, v in quantized(args, chosen, bits, device, sets, references).items()
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            args.out.write_text(json.dumps({"device": str(device), "rows": rows}, indent=1) + "\n")
+
+
+def quantized(
+    args: argparse.Namespace, windows: Tensor, bits: int, device: torch.device, sets: Sequence[ev.EvalSet],
+    references: Mapping[str, Path],
+) -> dict[str, float]:  # fmt: skip
+    """Losses and KL of the model quantized on these windows, and the seconds that it took."""
+    out = args.work / "checkpoint"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    settings, started = Settings(grid=Grid(bits, args.group), sweeps=2, correct=0.5), time.perf_counter()
+    quantize.quantize(args.model, out, windows, settings, dtype=torch.bfloat16, device=device)
+    seconds = time.perf_counter() - started
+    model = variants.quantized(out, device=device, dtype=torch.float32)
+    return {"seconds": round(seconds, 1)} | losses(model, sets, references, device=device)
 
 
 if __name__ == "__main__":
