@@ -17,14 +17,16 @@ META = {"format": FORMAT, "digest": "d", "nonfinite": "0", "seconds": "1.0"}
 
 
 def test_a_changed_byte_never_passes(tmp_path: Path) -> None:
-    """Of 200 flips at random places each is refused: a wrong score would be a wrong report."""
+    """Every flip in the header and 200 at random places are refused: a wrong score would be a wrong report."""
     file, draw = tmp_path / "s.safetensors", Random(7)
     reports.scores(0.1, documents=5).save(file)
     whole = file.read_bytes()
     loaded = TokenScores.load(file)
-    for _ in range(200):
-        place = draw.randrange(len(whole))
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+    header = 8 + int.from_bytes(whole[:8], "little")
+    flips = [(place, bit) for place in range(header) for bit in range(8)]
+    flips += [(draw.randrange(len(whole)), draw.randrange(8)) for _ in range(200)]
+    for place, bit in flips:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
         with pytest.raises(EvaluationError, match=r"s\.safetensors: "):
             TokenScores.load(file)
     file.write_bytes(whole)

@@ -19,6 +19,7 @@ _DTYPES: dict[str, type] = {
     "nll": np.float64, "document": np.int32, "top1": np.bool_, "kl": np.float64, "agree": np.bool_,
 }  # fmt: skip
 _OPTIONAL = ("kl", "agree")
+_KEYS = frozenset({"format", "digest", "nonfinite", "seconds", "runtime"})  # of the metadata, besides the checksum
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,9 @@ class TokenScores:
         if metadata.get("format") != FORMAT:
             raise EvaluationError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: score it again")
         found = metadata.pop("checksum", None)
-        wrong = _wrong_column(columns)
+        wrong = _wrong_column(columns) or next(
+            (f"{key!r:.40} is no key of it" for key in metadata if key not in _KEYS), None
+        )
         if wrong or found not in (None, _checksum(columns, metadata)):  # None: written before there was one
             raise EvaluationError(f"{path}: damaged ({wrong or 'its bytes have changed'}): score the variant again")
         try:
