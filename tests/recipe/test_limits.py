@@ -6,19 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.recipes import TEXT
 
 from requant.errors import RecipeError
 from requant.recipe import Recipe, load, named_files, parse
 from requant.recipe.yaml_nodes import DEEPEST, LARGEST, MOST
-
-TEXT = """\
-name: x
-base: {model: ./base}
-adapter: ./adapter
-calibration: {data: {path: ./a.txt}}
-evaluate:
-  sets: [{name: held-out, data: {path: ./b.txt}}]
-"""
 
 
 def laughs(levels: int, times: int = 10) -> str:

@@ -6,19 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.recipes import TEXT
 
 from requant.errors import RecipeError
 from requant.recipe import Recipe, dump, load, parse
 from requant.recipe.model_sections import Nf4
-
-TEXT = """\
-name: x
-base: {model: ./base}
-adapter: ./adapter
-calibration: {data: {path: ./a.txt}}
-evaluate:
-  sets: [{name: held-out, data: {path: ./b.txt}}]
-"""
 
 
 @pytest.fixture

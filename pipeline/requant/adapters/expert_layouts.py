@@ -39,7 +39,7 @@ def assign(
         if name in taken:
             raise InputError(f"{adapter.path}: two pairs of {pair.module} fit {name}: which is which is not recorded")
         taken.add(name)
-        for piece in fused[name].pieces:
+        for part in fused[name].parts:
             fold = StackedLora(
                 module=pair.module,
                 a=pair.a,
@@ -47,11 +47,11 @@ def assign(
                 scaling=lora.scaling(adapter.config, name),
                 experts=fused[name].shape[0],
                 transposed=_transposed(fused[name], version),
-                expert=piece.expert,
-                first=piece.first,
-                last=piece.last,
+                expert=part.expert,
+                first=part.first,
+                last=part.last,
             )
-            yield piece.name, fold
+            yield part.name, fold
 
 
 def _targeted(parameter: str, targets: tuple[str, ...]) -> bool:

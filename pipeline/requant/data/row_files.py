@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.data.text_files import LARGEST, read_data
-from requant.errors import InputError
+from requant.errors import InputError, library_call
 from requant.outgoing import masked
 from requant_eval.strict_json import JsonError, parse
 
@@ -102,7 +102,7 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     left = LARGEST
-    try:
+    with library_call(f"{path}: cannot be read", passing=(MemoryError,)):
         for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=PARQUET_ROWS):
             left -= batch.nbytes + ROW_BYTES * batch.num_rows
             if left < 0:
@@ -110,12 +110,6 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
                     f"{path}: its rows are larger than {LARGEST / 1e9:.0f} GB: make a file of those needed"
                 )
             yield from map(_dense, batch.to_pylist())
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # the library raises what it likes
-        raise InputError(
-            f"{path}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from requant.data.conversation import Message
 from requant.data.template_losses import CLOSE, OPEN, TemplateFailure
+from requant.errors import one_line
 
 PARTS = "content was given as a list of parts, since the chat template takes only those"
 _MARK = OPEN + CLOSE
@@ -68,5 +69,5 @@ def _call(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | No
     except MemoryError:
         raise  # the process that a template runs in has a limit (`runtime.guarded_process`)
     except Exception as error:  # a template is a program: it can raise anything
-        raise TemplateFailure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise TemplateFailure(one_line(error)) from error
     return text

@@ -22,7 +22,7 @@ def check(base: BaseWeights, model: Any, layout: ModelLayout) -> None:
     weights = base.weights
     stored = skeleton.tensor_names(model, weights)
     conv1d = {f"{name}.weight" for name in skeleton.conv1d_modules(model)}
-    stacks = {n.rpartition(".")[0] for n, stack in layout.fused.items() if stack.pieces[0].expert is None}
+    stacks = {n.rpartition(".")[0] for n, stack in layout.fused.items() if stack.parts[0].expert is None}
     problems = []
     for name, parameter in model.named_parameters():
         expected = tuple(parameter.shape)[:: -1 if name in conv1d else 1]

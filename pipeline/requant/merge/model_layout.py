@@ -38,7 +38,7 @@ class ModelLayout:
         embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
         shapes = {w.name: w.shape for w in base.weights.values()}
         fused = stacked(model, names, shapes)
-        placed = {piece.name for parameter in fused.values() for piece in parameter.pieces}
+        placed = {part.name for parameter in fused.values() for part in parameter.parts}
         return cls(
             names=names,
             conv1d=frozenset(skeleton.conv1d_modules(model)),

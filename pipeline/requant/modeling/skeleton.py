@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ _ADVICE = "take the config.json that belongs to the weights, or download the mod
 def open_model(path: Path, *, trust_remote_code: bool = False, split: bool = False) -> nn.Module:
     """`build` of a local model directory; experts that its files hold one by one are split, with `split` all."""
     config = load_config(path, trust_remote_code=trust_remote_code)
-    single = {match[1] for name in stored_names(path) if (match := EXPERT.fullmatch(name))}
-    return build(config, trust_remote_code=trust_remote_code, single=single, split=split)
+    return build(config, trust_remote_code=trust_remote_code, stored=lambda: stored_names(path), split=split)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False, quantized: bool = False) -> Any:
@@ -69,12 +69,12 @@ def positions(config: Any) -> int | None:
 
 
 def build(
-    config: Any, *, trust_remote_code: bool = False, single: Collection[str] = (), split: bool = False
+    config: Any, *, trust_remote_code: bool = False, stored: Callable[[], Iterable[str]] = tuple, split: bool = False
 ) -> nn.Module:
     """The language model of `config`, with all its towers: parameters on the meta device, buffers on the CPU.
 
-    Experts become Linears where checkpoints of the family hold them one by one. single: stored names of modules whose
-    experts this one holds so. split: whether all do, also those that are read in pieces of one tensor.
+    Experts become Linears where checkpoints of the family hold them one by one, or this one does. stored: names of its
+    tensors, asked for only where that decides. split: whether all do, also those that are read in pieces of one tensor.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
@@ -86,9 +86,15 @@ def build(
             model = _from_config(made, config, trust_remote_code=trust_remote_code)
         model.tie_weights()  # building on meta parts them
         _rules(model)
-    stored = {name.removesuffix(".0") for name in (renamed(model, f"{s}.0") for s in single)} | set(single)
+
+    @cache
+    def single() -> set[str]:
+        """Names of the modules whose experts the checkpoint holds one by one, as stored and as the model calls them."""
+        found = {match[1] for name in stored() if (match := EXPERT.fullmatch(name))}
+        return found | {renamed(model, f"{name}.0").removesuffix(".0") for name in found}
+
     linears.expose(
-        model, lambda name: split or single_by_rule(model, name) or any(n in stored for n in spellings(model, name))
+        model, lambda name: split or single_by_rule(model, name) or any(n in single() for n in spellings(model, name))
     )
     model.eval()
     return model  # type: ignore[no-any-return]

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from requant.checkpoint.pieces import Piece as StoredPiece
-from requant.checkpoint.pieces import PiecewiseCheckpoint
+from requant.checkpoint.pieces import Piece, PiecewiseCheckpoint
 from requant.checkpoint.reader import Checkpoint
 from requant.modeling import moe, skeleton
 
@@ -34,7 +33,7 @@ def stacked(
             owner = model.get_submodule(name.rpartition(".")[0])
             transposed = bool(getattr(owner, "is_transposed", False))
             found[name] = StackedParameter(
-                shape=_three(parameter.shape), transposed=transposed, pieces=(Piece(names[name]),)
+                shape=_three(parameter.shape), transposed=transposed, parts=(Part(names[name]),)
             )
     return found
 
@@ -55,10 +54,10 @@ def _split(
             for i, role in enumerate(roles)
         ]
         if whole is not None and shapes[whole] == shape:
-            found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, pieces=(Piece(whole),))
+            found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, parts=(Part(whole),))
         elif all(n in names and shapes[names[n]] == (height, columns) for n, _, _ in places):
-            pieces = tuple(Piece(names[n], expert, first, first + height) for n, expert, first in places)
-            found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, pieces=pieces)
+            parts = tuple(Part(names[n], expert, first, first + height) for n, expert, first in places)
+            found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, parts=parts)
     return found
 
 
@@ -68,7 +67,7 @@ def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Part:
     """One stored tensor of a stacked parameter: rows of one expert, or all (expert None)."""
 
     name: str
@@ -83,10 +82,10 @@ class StackedParameter:
 
     shape: tuple[int, int, int]
     transposed: bool
-    pieces: tuple[Piece, ...]
+    parts: tuple[Part, ...]
 
 
-def stored_pieces(model: nn.Module, stored: Collection[str]) -> dict[str, StoredPiece]:
+def stored_pieces(model: nn.Module, stored: Collection[str]) -> dict[str, Piece]:
     """Name of each matrix and bias of an expert -> the piece of the stored tensor that holds it.
 
     model: from `skeleton.build` with `split`. stored: names of the checkpoint. Families whose checkpoints hold experts
@@ -95,7 +94,7 @@ def stored_pieces(model: nn.Module, stored: Collection[str]) -> dict[str, Stored
     every = [(name, m) for name, m in moe.split_experts(model) if not skeleton.single_by_rule(model, name)]
     stacked = [f"{name}.{leaf}{suffix}" for name, m in every for leaf in m.layout.roles for suffix in ("", "_bias")]
     tensors = skeleton.found_names(model, stacked, stored) if stacked else {}
-    found: dict[str, StoredPiece] = {}
+    found: dict[str, Piece] = {}
     for name, experts in every:
         for leaf, roles in experts.layout.roles.items():
             for kind, suffix in (("weight", ""), ("bias", "_bias")):
@@ -105,14 +104,14 @@ def stored_pieces(model: nn.Module, stored: Collection[str]) -> dict[str, Stored
     return found
 
 
-def _pieces(experts: moe.SplitExperts, tensor: str, parameter: str, place: int, count: int) -> dict[str, StoredPiece]:
+def _pieces(experts: moe.SplitExperts, tensor: str, parameter: str, place: int, count: int) -> dict[str, Piece]:
     """The pieces of one stored tensor that are the same parameter of all experts, by their names."""
     container = tensor.removesuffix(".weight").rpartition(".")[0]
     container += "" if container.rpartition(".")[2] == "experts" else ".experts"
     layout, shape = experts.layout, tuple(experts.get_parameter(f"0.{parameter}").shape)
     run_of_rows = not (layout.interleaved and count > 1) and not (layout.transposed and len(shape) == 2)
     return {
-        f"{container}.{index}.{parameter}": StoredPiece(
+        f"{container}.{index}.{parameter}": Piece(
             stacked=tensor,
             index=index,
             shape=shape,
