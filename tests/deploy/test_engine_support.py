@@ -53,8 +53,10 @@ def test_which_kernel_on_which_hardware() -> None:
     assert got.kernels["other NVIDIA GPU"] == {"Marlin": 8}
     assert got.kernels["CPU"] == {"CPUWNA16": 8}
     assert str(got).startswith("loads; Hopper: Machete 8; ")
-    narrow = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 16, "num_key_value_heads": 1}))
-    assert narrow.kernels["Hopper"] == {"Machete": 6, "Marlin": 2}, "qkv has 96 outputs"
+    narrow = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 32, "num_key_value_heads": 1}))
+    assert narrow.kernels["Hopper"] == {"Machete": 6, "Marlin": 2}, "qkv has 192 outputs"
+    odd = verdict("vllm", "llama", settings, **(LLAMA | {"head_dim": 16, "num_key_value_heads": 1}))
+    assert odd.kernels["Hopper"] == {"Machete": 6}, "k and v have 16 outputs: q stays in 16 bit with them"
     assert verdict("vllm", "llama", Settings(grid=Grid(4, 32)), **LLAMA).kernels["Hopper"] == {"Marlin": 8}
 
 

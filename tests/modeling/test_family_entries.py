@@ -23,7 +23,8 @@ def test_every_proven_family_has_an_entry() -> None:
 
 
 def test_the_recipe_knows_the_same_fused_linears() -> None:
-    assert {fused.parts: fused.pattern for fused in families.FUSED.values()} == model_sections._FUSED
+    anywhere = [fused for fused in families.FUSED.values() if "." not in fused.pattern]
+    assert {fused.parts: fused.pattern for fused in anywhere} == model_sections._FUSED
 
 
 def test_one_engine_name_has_one_meaning() -> None:
@@ -45,11 +46,42 @@ def test_a_linear_is_cut_in_one_way() -> None:
 
 def test_what_engines_were_read_to_do() -> None:
     """vLLM 0.32 and SGLang: the names in their models, each once."""
-    assert list(families.FUSED) == ["qkv_proj", "gate_up_proj"], "rules are written in this order"
+    assert list(families.FUSED) == [
+        "qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa", "in_proj_qkvz", "in_proj_ba",
+        "linear_attn.in_proj_qkvg", "w13",
+    ], "rules are written in this order"  # fmt: skip
     assert {"FalconLinear"} == families.LINEAR_CLASSES
     assert {
-        "o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "output_linear",
+        "o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "output_linear", "w2",
     } == families.BY_INPUTS  # fmt: skip
     assert {"qkv_proj", "query_key_value", "c_attn", "Wqkv"} == families.FUSED_HEADS
     assert {"k_proj", "v_proj"} == families.KEY_HEADS
     assert {"gate", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa"} == families.UNCUT
+
+
+NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+
+
+@pytest.mark.parametrize(
+    ("names", "odd", "stays"),
+    [
+        (NET, (), {"in_proj_b", "in_proj_a"}),
+        (NET, ("in_proj_z",), {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}),
+        (("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj"), ("kv_a_proj_with_mqa",), {"q_a_proj", "kv_a_proj_with_mqa"}),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj",), {"q_proj", "k_proj", "v_proj"}),
+        (("q_proj", "k_proj", "v_proj", "g_proj"), ("g_proj",), {"g_proj"}),
+        (("w1", "w2", "w3"), ("w3",), {"w1", "w3"}),
+        (("router.layer", "mlp.gate_proj"), (), {"router.layer"}),
+    ],
+)
+def test_what_stays_takes_along_what_engines_fuse_it_with(
+    names: tuple[str, ...], odd: tuple[str, ...], stays: set[str]
+) -> None:
+    found = families.in_16_bit([f"layers.0.a.{n}" for n in names], [f"layers.0.a.{n}" for n in odd])
+    assert found == {f"layers.0.a.{n}" for n in stays}
+
+
+def test_a_gate_is_fused_only_inside_of_its_delta_net() -> None:
+    names = [f"layers.0.linear_attn.{part}_proj" for part in "qkvg"]
+    assert families.in_16_bit(names, names[3:]) == set(names)
+    assert set(families.fused_patterns(names).values()) == {"layers.0.linear_attn.[qkvg]_proj"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pico
+from helpers import pico, tiny
 from helpers.devices import set_profile
 from helpers.quantizing import CPU, GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, file_digest
-from requant.checkpoint.writer import CheckpointWriter, Journal
+from requant.checkpoint.writer import CheckpointWriter, Journal, Slot
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
@@ -484,6 +485,32 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
     made.blocks = torch.nn.ModuleList([torch.nn.LayerNorm(4)])
     with pytest.raises(InputError, match=r"the blocks of Module hold no Linear to quantize"):
         plan({}, made, Settings(grid=GRID), torch.float16, where=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "quantized", "stays"),
+    [
+        (  # 32 value heads: a and b have sizes that could be packed, engines hold them in 16 bit
+            "qwen3_5_text", {"linear_num_value_heads": 32}, {"linear_attn.in_proj_qkv", "linear_attn.in_proj_z"},
+            {"linear_attn.in_proj_b", "linear_attn.in_proj_a"},
+        ),
+        ("qwen3_5_text", {"linear_value_head_dim": 12}, set(), {"linear_attn.in_proj_qkv", "linear_attn.in_proj_z"}),
+        ("deepseek_v3", {}, {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"}, set()),
+        ("deepseek_v3", {"kv_lora_rank": 24}, set(), {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"}),
+        ("afmoe", {"num_experts": 32}, {"self_attn.q_proj"}, {"mlp.router.gate"}),
+    ],
+)  # fmt: skip
+def test_what_engines_fuse_is_quantized_or_left_together(
+    tmp_path: Path, kind: str, changes: dict[str, Any], quantized: set[str], stays: set[str]
+) -> None:
+    made = skeleton.build(tiny.config(kind, **changes), split=True)
+    stored = {name: Slot(name, torch.bfloat16, tuple(p.shape)) for name, p in made.named_parameters()}
+    planned = plan(stored, made, Settings(grid=GRID), torch.float16, where=tmp_path)
+    of_kind = {re.sub(r".*?layers\.\d+\.", "", name) for name in planned.grids}
+    left = {re.sub(r".*?layers\.\d+\.", "", name) for name in planned.left}
+    assert quantized <= of_kind
+    assert stays <= left
+    assert not stays & of_kind
 
 
 @pytest.mark.parametrize("order", ["activation", "auto"])

@@ -12,6 +12,7 @@ from helpers.e2e import recipe, run
 
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
+from requant.modeling.families import fused_patterns
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings
 from requant.run import module_swap, prepare, suggest
@@ -40,10 +41,13 @@ KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
     ],
 )
 def test_a_pattern_covers_what_engines_fuse_and_nothing_else(module: str, covered: list[str], apart: list[str]) -> None:
-    settings = Settings(grid=Grid(4, 32), overrides=((pattern(module), {"bits": 8}),))
+    fused = fused_patterns(
+        [module, *covered, *apart, *(f"model.layers.{i}.{kind}" for i in (0, 1, 11) for kind in KINDS)]
+    )
+    settings = Settings(grid=Grid(4, 32), overrides=((pattern(module, fused), {"bits": 8}),))
     for name in (module, *covered):
         assert settings.grid_of(name) == Grid(8, 32), name
-        assert pattern(name) == pattern(module)
+        assert pattern(name, fused) == pattern(module, fused)
     for name in apart:
         assert settings.grid_of(name) == Grid(4, 32), name
 

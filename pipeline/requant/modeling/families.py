@@ -19,9 +19,10 @@ EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fused:
-    """Linears of a checkpoint that engines load as one matrix: all of them share one setting.
+    """Linears of a checkpoint that engines load as one matrix: all of them share one setting, or stay in 16 bit.
 
-    pattern: an fnmatch pattern that covers `parts` and no other linear.
+    parts: last part of their names, with the module around them where only there they are one matrix. pattern: an
+    fnmatch pattern that covers `parts` and no other linear.
     """
 
     parts: tuple[str, ...]
@@ -50,6 +51,11 @@ class Family:
 
 _QKV = Fused(parts=("q_proj", "k_proj", "v_proj"), pattern="[qkv]_proj")
 _GATE_UP = Fused(parts=("gate_proj", "up_proj"), pattern="[gu]*_proj")
+_LATENT = Fused(parts=("q_a_proj", "kv_a_proj_with_mqa"), pattern="*_a_proj*")
+_DELTA = {  # of gated delta nets
+    "in_proj_qkvz": Fused(parts=("in_proj_qkv", "in_proj_z"), pattern="in_proj_[qz]*"),
+    "in_proj_ba": Fused(parts=("in_proj_b", "in_proj_a"), pattern="in_proj_[ba]"),
+}
 
 FAMILIES = (
     Family(
@@ -79,11 +85,35 @@ FAMILIES = (
         key_heads=frozenset({"k_proj", "v_proj"}),
         uncut=frozenset({"gate", "shared_expert_gate"}),
     ),
-    Family(  # latent attention: the projections into the latent space are whole on every GPU
-        model_types=("deepseek_v2", "deepseek_v3"),
-        fused={"gate_up_proj": _GATE_UP},
+    Family(  # latent attention: the projections into the latent space are whole on every GPU; two engines, two names
+        model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        fused={"gate_up_proj": _GATE_UP, "fused_qkv_a_proj": _LATENT, "fused_qkv_a_proj_with_mqa": _LATENT},
         by_inputs=frozenset({"o_proj", "down_proj"}),
         uncut=frozenset({"gate", "q_a_proj", "kv_a_proj_with_mqa"}),
+    ),
+    Family(  # a gated delta net in most blocks
+        model_types=("qwen3_5", "qwen3_5_text", "qwen3_next"),
+        fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP} | _DELTA,
+        by_inputs=frozenset({"o_proj", "down_proj", "out_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(
+        model_types=("olmo_hybrid",),
+        fused={
+            "qkv_proj": _QKV,
+            "gate_up_proj": _GATE_UP,
+            "linear_attn.in_proj_qkvg": Fused(
+                parts=tuple(f"linear_attn.{part}_proj" for part in "qkvg"), pattern="linear_attn.[qkvg]_proj"
+            ),
+        },
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(  # short convolutions
+        model_types=("lfm2", "lfm2_moe"),
+        fused={"qkv_proj": _QKV, "w13": Fused(parts=("w1", "w3"), pattern="w[13]")},
+        by_inputs=frozenset({"out_proj", "w2"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
     ),
     Family(
         model_types=("granitemoe",),
@@ -129,6 +159,11 @@ FAMILIES = (
     Family(model_types=("mpt",), by_inputs=frozenset({"out_proj", "down_proj"}), fused_heads=frozenset({"Wqkv"})),
 )
 
+IN_16_BIT = re.compile(
+    r"(.*\.)?(in_proj_(a|b|ba)|b_proj|shared_expert_gate|indexer\.(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+)"
+)
+"""Linears that stay in 16 bit: routers, gates of one output a head, what engines build without quantized weights."""
+
 NEEDS_BFLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "glm4"})
 """Model types whose activations exceed float16's range: in float16 they give NaN, and vLLM refuses it."""
 
@@ -143,13 +178,43 @@ UNCUT = frozenset[str]().union(*(f.uncut for f in FAMILIES))
 def fused_groups(names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(fused name, its parts) of every matrix that engines make of some of these linears."""
     for name, fused in FUSED.items():
-        first = fused.parts[0]
-        for linear in names:
-            if linear.endswith("." + first):
-                stem = linear.removesuffix(first)
-                parts = tuple(stem + part for part in fused.parts)
-                if all(part in names for part in parts):
-                    yield stem + name, parts
+        for stem, parts in _groups(fused, names):
+            yield stem + name, parts
+
+
+def fused_patterns(names: Collection[str]) -> dict[str, str]:
+    """Linear -> an fnmatch pattern that covers all that engines fuse it with, of those that are fused."""
+    found: dict[str, str] = {}
+    for fused in sorted(FUSED.values(), key=lambda f: len(f.parts)):
+        for stem, parts in _groups(fused, names):
+            found |= dict.fromkeys(parts, stem + fused.pattern)
+    return found
+
+
+def in_16_bit(names: Collection[str], odd: Collection[str]) -> set[str]:
+    """Those of the linears `names` that stay in 16 bit whatever a recipe says.
+
+    odd: those whose sizes no layout packs. What an engine fuses with one that stays, stays too: it is one matrix there.
+    """
+    found = {name for name in names if name in odd or IN_16_BIT.fullmatch(name)}
+    groups, count = [parts for _, parts in fused_groups(names)], -1
+    while len(found) != count:
+        count = len(found)
+        for parts in groups:
+            if not found.isdisjoint(parts):
+                found.update(parts)
+    return found
+
+
+def _groups(fused: Fused, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(stem, full names of the parts) of each place where all parts are."""
+    first = fused.parts[0]
+    for linear in names:
+        if linear.endswith("." + first):
+            stem = linear.removesuffix(first)
+            parts = tuple(stem + part for part in fused.parts)
+            if all(part in names for part in parts):
+                yield stem, parts
 
 
 def expert_groups(names: Iterable[str]) -> dict[str, list[str]]:

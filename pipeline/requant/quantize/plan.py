@@ -18,7 +18,7 @@ from requant.formats.quantized_format import PackError, QuantizedFormat
 from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, towers
-from requant.modeling.families import EXPERT
+from requant.modeling.families import EXPERT, in_16_bit
 from requant.modeling.linears import left_fused
 from requant.modeling.stacked_experts import stored_pieces
 from requant.modeling.unplaced import Unplaced
@@ -91,15 +91,15 @@ def plan(
     prefix, blocks = block_list(model)
     pieces = stored_pieces(model, tensors)
     names = skeleton.tensor_names(model, [*tensors, *pieces])
-    linears = {f"{prefix}.{i}.{n}": m for i, b in enumerate(blocks) for n, m in block_linears(b).items()}
+    linears = {f"{prefix}.{n}": m for n, m in block_linears(blocks).items()}
     if not linears:
         raise InputError(f"{where}: the blocks of {type(model).__name__} hold no Linear to quantize")
     written, grids = FORMATS[settings.format], dict[str, Grid]()
     problems: list[str] = []
     replaced: dict[str, list[Slot]] = {}
-    for name, module in linears.items():
+    for name, module in quantizable(linears).items():
         grid = settings.grid_of(name)
-        if grid is None or module.out_features % UNIT or module.in_features % UNIT:
+        if grid is None:
             continue
         try:
             layout = written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
@@ -134,6 +134,12 @@ def plan(
         towers=towers(model),
         pieces=pieces,
     )
+
+
+def quantizable(linears: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's linears that can be quantized: a layout packs them, engines hold them so."""
+    kept = in_16_bit(linears, [n for n, m in linears.items() if m.out_features % UNIT or m.in_features % UNIT])
+    return {name: module for name, module in linears.items() if name not in kept}
 
 
 def _slots(kept: Mapping[str, Slot], pieces: Mapping[str, Piece], replaced: Mapping[str, list[Slot]]) -> list[Slot]:

@@ -34,8 +34,16 @@ from requant.recipe.fields import (
 from requant.recipe.yaml_document import KeyPath
 
 _LAST_WORD = re.compile(r"([A-Za-z0-9_]*)\Z")
-# As in `modeling.families`, which is not imported here: it would load torch. A test compares them.
-_FUSED = {("q_proj", "k_proj", "v_proj"): "[qkv]_proj", ("gate_proj", "up_proj"): "[gu]*_proj"}
+# As in `modeling.families`, which is not imported here: it would load torch. A test compares them. Without those that
+# are one matrix only inside of some module: what a pattern matches is not known here.
+_FUSED = {
+    ("q_proj", "k_proj", "v_proj"): "[qkv]_proj",
+    ("gate_proj", "up_proj"): "[gu]*_proj",
+    ("q_a_proj", "kv_a_proj_with_mqa"): "*_a_proj*",
+    ("in_proj_qkv", "in_proj_z"): "in_proj_[qz]*",
+    ("in_proj_b", "in_proj_a"): "in_proj_[ba]",
+    ("w1", "w3"): "w[13]",
+}
 
 
 def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from requant.evaluate.variants import VariantSources
-from requant.modeling.families import FUSED
+from requant.modeling.families import fused_patterns
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleRow
 from requant.quantize.plan import Plan
@@ -62,20 +62,19 @@ def candidates(modules: Sequence[ModuleRow], plan: Plan, count: int = COUNT) -> 
     """
     results = {m["name"]: m for m in modules}
     units: dict[str, list[str]] = {}
+    fused = fused_patterns(results)
     for name in results:
-        units.setdefault(pattern(name), []).append(name)
+        units.setdefault(pattern(name, fused), []).append(name)
     found = [_candidate(p, names, results, plan) for p, names in units.items()]
     liftable = [c for c in found if c is not None]
     return sorted(liftable, key=lambda c: -c.relative_error)[:count]
 
 
-def pattern(module: str) -> str:
-    """The fnmatch pattern that covers a module and everything an engine fuses it with."""
+def pattern(module: str, fused: Mapping[str, str]) -> str:
+    """The fnmatch pattern that covers a module and everything an engine fuses it with. fused: `fused_patterns`."""
     if ".experts." in module:
         return module.split(".experts.")[0] + ".experts.*"
-    stem, _, leaf = module.rpartition(".")
-    cover = next((fused.pattern for fused in FUSED.values() if leaf in fused.parts), leaf)
-    return f"{stem}.{cover}"
+    return fused.get(module, module)
 
 
 def _candidate(name: str, modules: Sequence[str], results: Mapping[str, ModuleRow], plan: Plan) -> Candidate | None:

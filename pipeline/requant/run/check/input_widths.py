@@ -8,7 +8,7 @@ from pathlib import Path
 from requant.errors import InputError
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list
-from requant.quantize.plan import UNIT
+from requant.quantize.plan import quantizable
 
 log = logging.getLogger(__name__)
 
@@ -17,8 +17,8 @@ def input_widths(directory: Path) -> set[int]:
     """Numbers of inputs of the linears that are quantized; empty if transformers cannot build the model."""
     try:
         model = skeleton.open_model(directory)
-        linears = [m for block in block_list(model)[1] for m in block_linears(block).values()]
+        linears = quantizable(block_linears(block_list(model)[1]))
     except (InputError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError) as error:
         log.debug("widths are not known: %s", error)
         return set()
-    return {m.in_features for m in linears if m.out_features % UNIT == 0 == m.in_features % UNIT}
+    return {m.in_features for m in linears.values()}
