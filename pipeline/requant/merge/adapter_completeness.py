@@ -23,6 +23,7 @@ from requant.errors import InputError
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
 from requant.modeling import linears, skeleton
+from requant.modeling.blocks import block_list, towers
 from requant.modeling.moe import split_experts
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a name
@@ -39,7 +40,8 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
     here = {module: _located(plan, model, module) for module in trained}
     saved = {_located(plan, model, name.rpartition(".")[0]) for name in adapter.replaced}
     notes = []
-    lost = [m for m in _targets(adapter, here, model) if m not in here.values()]
+    untrained_towers = _towers_of_a_text_class(here, model)
+    lost = [m for m in _targets(adapter, here, model) if m not in here.values() and not m.startswith(untrained_towers)]
     if lost:
         notes.append(f"{_counted(lost, len(here))}: the settings target them, so their training may be lost")
     _refuse_lost("target_parameters", adapter, _lacking_pairs(adapter, here, ModelLayout.of(model, plan.base)), here)
@@ -125,6 +127,20 @@ def _targets(adapter: Adapter, here: Mapping[str, str], model: Any) -> Iterator[
                 yield name
         elif name and _may_be_adapted(module) and targets.is_target(config, spelled):
             yield name
+
+
+def _towers_of_a_text_class(here: Mapping[str, str], model: Any) -> tuple[str, ...]:
+    """Beginnings of the names of towers, where the adapter was trained on the class of the text alone.
+
+    It has nothing in them, and it names the blocks as that class does, without the wrapper's outer names.
+    """
+    outside, blocks = towers(model), block_list(model)[0]
+    if any(name == tower or name.startswith(f"{tower}.") for name in here.values() for tower in outside):
+        return ()
+    shorter = any(
+        name.startswith(f"{blocks}.") and len(m.split(".")) < len(name.split(".")) for m, name in here.items()
+    )
+    return tuple(f"{tower}." for tower in outside) if shorter else ()
 
 
 def _lacking_pairs(adapter: Adapter, here: Mapping[str, str], layout: ModelLayout) -> list[str]:

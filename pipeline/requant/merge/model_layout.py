@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from requant.merge.base_weights import BaseWeights
@@ -53,3 +55,12 @@ class ModelLayout:
     def tensor(self, parameter: str) -> str:
         """The checkpoint's name of a parameter."""
         return self.names.get(parameter, parameter)
+
+    def modules(self, stored: Iterable[str]) -> Iterator[str]:
+        """Modules of the class, and those of `stored` tensors that are no parameter of it, each under one name."""
+        extra = (name for name in stored if name not in self._placed)
+        return (name.rpartition(".")[0] for name in chain(self.names, self.fused, extra))
+
+    @cached_property
+    def _placed(self) -> frozenset[str]:
+        return frozenset(self.names.values())

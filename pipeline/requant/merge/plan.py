@@ -190,7 +190,7 @@ def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tu
 def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
     """Add one adapter's folds and replacements under the names of the checkpoint."""
     modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)}
-    by_stem = stems(modules)
+    by_stem = stems(layout.modules(sources))
 
     def in_base(module: str) -> str:
         found = locate(module, modules, by_stem)
