@@ -201,6 +201,12 @@ def quantize(source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) 
     return made.from_pretrained(str(source), quantization_config=config, dtype=dtype, device_map={"": "cpu"})
 
 
+def reload_4bit(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of a base that bitsandbytes saved, as training loads it."""
+    made = model_class(transformers.AutoConfig.from_pretrained(path))
+    return made.from_pretrained(str(path), dtype=dtype, device_map={"": "cpu"})
+
+
 def live_4bit(made: Any) -> Any:
     """Let a bitsandbytes model compute in fp32, on its weights in the dtypes that training casts them to."""
     import bitsandbytes.functional as bnb

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from helpers import pico
+from helpers import pico, tiny
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
@@ -108,6 +109,21 @@ def test_quantizable_modules_are_those_of_transformers(
     live = replace_with_bnb_linear(live, modules_to_not_convert=kept, quantization_config=settings)
     assert ours == {name for name, module in live.named_modules() if isinstance(module, Linear4bit)}
     assert ours or skip or kind == "falcon", "Falcon's Linear is a class of its own, which bitsandbytes passes over"
+
+
+@pytest.mark.parametrize(
+    ("skip", "kept"),
+    [
+        ("vision_tower", r"model\.vision_tower\."),
+        ("language_model.layers.1", r".*language_model\.layers\.1\."),
+        ("q_proj", r".*\.q_proj$"),
+        ("layers.1.mlp.up_proj", "no module: a part of its end is not its name"),
+    ],
+)
+def test_transformers_4_skipped_a_module_by_any_part_of_its_name(skip: str, kept: str) -> None:
+    made = skeleton.build(tiny.config("gemma3"))
+    every, rest = (skeleton.quantizable(made, names, version=4) for names in (("lm_head",), ("lm_head", skip)))
+    assert every - rest == {name for name in every if re.match(kept, name)}
 
 
 @pytest.mark.parametrize(("loaded", "compute"), [("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32", None)])

@@ -179,6 +179,7 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
         model = made.from_pretrained(
             str(sources.base), device_map={"": device}, trust_remote_code=sources.trust_remote_code, **options
         )
+    _unwrap_16_bit(model)
     _compute_in(model, dtype, sources.simulate.blocksize if sources.simulate else None)
     return (peft_runtime.attach(model, sources.plan or sources.adapter) if with_adapter else model).eval()
 
@@ -198,6 +199,22 @@ def _skipped(base: Path, simulate: Nf4Settings, *, trust_remote_code: bool) -> l
             "cannot be measured here. The merge is not affected"
         )
     return [f"{re.escape(name)}$" for name in sorted(possible - trained)]
+
+
+def _unwrap_16_bit(model: nn.Module) -> None:
+    """Make Linears of 4-bit layers whose weights are not packed.
+
+    Towers of a base that transformers 4 saved are such: transformers 5 finds no module by the names in its
+    `llm_int8_skip_modules`, which lack the outer `model`, and neither runs nor adapts them.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight, plain.bias = module.weight, module.bias
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, plain)
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:

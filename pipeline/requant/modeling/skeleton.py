@@ -124,11 +124,12 @@ def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> s
         name
         for name, module in model.named_modules()
         if (
-            _version_4_linear(module, name)
+            _version_4_linear(module, name) and not _kept_in_version_4(name, kept)
             if version == 4
-            else type(module) in (nn.Linear, linears.TransposedLinear) and name not in expert
+            else type(module) in (nn.Linear, linears.TransposedLinear)
+            and name not in expert
+            and should_convert_module(name, kept)
         )
-        and should_convert_module(name, kept)
     }
 
 
@@ -147,6 +148,14 @@ def _kept_by_transformers(model: Any) -> list[str]:
 def _version_4_linear(module: nn.Module, name: str) -> bool:
     """A Linear of transformers 4: also the routers of mixtures of experts."""
     return linears.is_linear(module) or type(module).__name__.endswith("TopKRouter")
+
+
+def _kept_in_version_4(name: str, kept: Iterable[str]) -> bool:
+    """Whether transformers 4 left a module in 16 bit: `kept` has its last name, its full one or that of one around it.
+
+    The latter anywhere in the name, as wrappers called towers with fewer outer names then.
+    """
+    return any(key in (name, name.rpartition(".")[2]) or f"{key}." in name for key in kept)
 
 
 def conv1d_modules(model: nn.Module) -> set[str]:
