@@ -226,12 +226,6 @@ def test_a_version_whose_layout_the_shapes_contradict(tmp_path: Path) -> None:
     assert "its layout is not proven" in message
 
 
-@pytest.mark.slow
-def test_unsloth_packs_experts_in_another_order(tmp_path: Path) -> None:
-    message = refused(tmp_path, auto_mapping={"unsloth_fixed": True})
-    assert "written by unsloth, which packs lora_B of experts in another order" in message
-
-
 def test_half_a_pair(tmp_path: Path) -> None:
     assert "has lora_A; expected lora_A and lora_B alone" in refused(
         tmp_path, tensors={"drop": [f"{E}.base_layer.lora_B.weight"]}

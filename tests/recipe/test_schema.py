@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from requant.errors import RecipeError
 from requant.recipe import Recipe, dump, json_schema, load, parse, yaml_document
 from requant.recipe.fields import Source
-from requant.recipe.model_sections import Nf4
+from requant.recipe.model_sections import AdapterSource, Nf4
 from requant_eval import escaping
 
 GOOD = """\
@@ -54,7 +54,7 @@ def said(extra: str, *overrides: str) -> list[str]:
 def test_defaults() -> None:
     r = recipe()
     assert (r.version, r.device, r.trust_remote_code) == (1, "auto", False)
-    assert r.adapter == Source(path="./adapter")
+    assert r.adapter == AdapterSource(path="./adapter")
     assert r.base.nf4 == "auto"
     assert r.base.sixteen_bit is None
     assert (r.quantize.bits, r.quantize.group_size, r.quantize.symmetric) == (4, 128, True)
@@ -450,10 +450,10 @@ def test_overrides_apply_in_order_and_reach_everything() -> None:
     assert (r.quantize.bits, r.quantize.group_size) == (3, 64)
     assert r.quantize.overrides["*.down_proj"].bits == 8
     assert r.evaluate.sets[0].tokens == 100
-    assert r.adapter == Source(path="owner/adapter")
+    assert r.adapter == AdapterSource(path="owner/adapter")
     assert r.device == "cuda:1"
     hub = parse(GOOD.replace("./adapter", "owner/adapter"), overrides=["adapter.revision=v1"], directory=HERE)
-    assert hub.adapter == Source(path="owner/adapter", revision="v1")
+    assert hub.adapter == AdapterSource(path="owner/adapter", revision="v1")
 
 
 @pytest.mark.parametrize(
@@ -725,7 +725,7 @@ def test_several_adapters_with_weights() -> None:
     r = parse(SEVERAL, directory=HERE)
     assert [(s.path, s.revision, w) for s, w in r.weighted_adapters] == [("./a", None, 1.0), ("owner/b", "v2", -0.5)]
     assert parse(dump(r), directory=HERE) == r
-    assert recipe().weighted_adapters == ((Source(path="./adapter"), 1.0),)
+    assert recipe().weighted_adapters == ((AdapterSource(path="./adapter"), 1.0),)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Assigns each LoRA pair on experts to its stacked parameter and stored tensors.
 
 PEFT does not write the parameter's name of `target_parameters`, and its layout changed with its releases. The base's
-shapes and the recorded peft_version together prove both; a pair that they leave open is refused.
+shapes and the recorded peft_version together prove both; a pair that they leave open is refused. The order of lora_B's
+columns is no matter of shapes: `expert_order`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from requant.adapters import lora
+from requant.adapters import expert_order, lora
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.stacked_lora import ExpertPair, StackedLora
 from requant.errors import InputError
@@ -39,6 +40,7 @@ def assign(
         if name in taken:
             raise InputError(f"{adapter.path}: two pairs of {pair.module} fit {name}: which is which is not recorded")
         taken.add(name)
+        order = expert_order.order_of(adapter, name)
         for part in fused[name].parts:
             fold = StackedLora(
                 module=pair.module,
@@ -50,6 +52,7 @@ def assign(
                 expert=part.expert,
                 first=part.first,
                 last=part.last,
+                order=order,
             )
             yield part.name, fold
 
@@ -90,12 +93,6 @@ def _version(adapter: Adapter) -> tuple[int, int]:
 
     Raises InputError where the layout of experts in that release is not known.
     """
-    mapping = adapter.config.get("auto_mapping")
-    if isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"):
-        raise InputError(
-            f"{adapter.path}: written by unsloth, which packs lora_B of experts in another order than PEFT says in its "
-            "file: merge it with unsloth's save_pretrained_merged"
-        )
     match = re.match(r"(\d+)\.(\d+)", str(adapter.config.get("peft_version") or ""))
     found = (int(match[1]), int(match[2])) if match else (0, 0)
     if not OLDEST <= found < NEWEST:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -36,6 +37,8 @@ class Adapter:
     replaced: tensor of the base -> the tensor that replaces it. shared: tensors that belong to no module.
     tensors, keys: key in the file -> its header, and what the key means (None: a copy of the base's own tensor).
     weights: the file, or the index of several. notes: what in the directory is not used, for the reader.
+    expert_order: in which lora_B of stacked experts is read (`expert_order`); auto: as recorded. order_reason: of a
+    measured one, in words.
     """
 
     path: Path
@@ -48,6 +51,8 @@ class Adapter:
     replaced: Mapping[str, TensorInfo] = field(default_factory=dict)
     shared: Mapping[str, TensorInfo] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    expert_order: Literal["auto", "peft", "unsloth"] = "auto"
+    order_reason: str = ""
 
     @property
     def weight(self) -> float:
@@ -71,11 +76,14 @@ class Adapter:
         return sum(key is None for key in self.keys.values())
 
 
-def load(path: str | Path, *, weight: float = 1.0) -> Adapter:
+def load(
+    path: str | Path, *, weight: float = 1.0, expert_order: Literal["auto", "peft", "unsloth"] = "auto"
+) -> Adapter:
     """Load a PEFT directory: its config and the headers of its tensors.
 
     Raises InputError for anything that cannot be merged exactly.
     weight: multiplies the deltas; other than 1 only for LoRA without DoRA and without tensors that replace the base's.
+    expert_order: of lora_B of stacked experts; auto: as the adapter's files say.
     """
     path = Path(path)
     config_file = path / CONFIG
@@ -92,7 +100,7 @@ def load(path: str | Path, *, weight: float = 1.0) -> Adapter:
         raise InputError(f"{weights}: {error}") from error
     setting_types.check_expressions(config, [*{key.module: None for key in keys.values() if key is not None}][:_TRIED])
     loaded = _assemble(Adapter(path=path, weights=weights, config=config, tensors=tensors, keys=keys))
-    return replace(loaded, notes=(*notes, *other_files.check(path, loaded.replaced)))
+    return replace(loaded, notes=(*notes, *other_files.check(path, loaded.replaced)), expert_order=expert_order)
 
 
 def _equal(a: TensorInfo, b: TensorInfo) -> bool:

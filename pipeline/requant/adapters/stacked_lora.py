@@ -6,7 +6,9 @@ an `ExpertPair`; `expert_layouts` makes folds of it once the base's shapes are k
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ class ExpertPair:
 class StackedLora(Fold):
     """LoRA on stacked experts, or on the slice of them that one stored tensor contains.
 
-    a: [experts * r, in], expert after expert. b: [out, r * experts], the expert changing fastest.
+    a: [experts * r, in], expert after expert. b: [out, r * experts], in PEFT's order the expert changing fastest, in
+    unsloth's expert after expert.
     expert: which one; None: all, stacked. transposed: PEFT took the parameter for [experts, in, out].
     first, last: the rows of one expert's matrix, as it is stored, that the tensor contains; last -1: all.
     """
@@ -46,6 +49,7 @@ class StackedLora(Fold):
     expert: int | None = None
     first: int = 0
     last: int = -1
+    order: Literal["peft", "unsloth"] = "peft"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,10 +66,17 @@ class StackedLora(Fold):
     def factors(self, expert: int, b: Tensor) -> tuple[Tensor, Tensor]:
         """(left [rows, r], right [r, columns]) of one expert as it is stored; `b` is `read_b()`."""
         rank = self.a.shape[0] // self.experts
-        expert_b, expert_a = b[:, expert :: self.experts], read_rows(self.a, expert * rank, (expert + 1) * rank)
+        expert_b, expert_a = b[:, self.columns(expert)], read_rows(self.a, expert * rank, (expert + 1) * rank)
         if not self.transposed:
             return expert_b, expert_a
         return (expert_a if self.last < 0 else expert_a[:, self.first : self.last]).T, expert_b.T
+
+    def columns(self, expert: int) -> slice:
+        """Which columns of lora_B are the expert's."""
+        if self.order == "peft":
+            return slice(expert, None, self.experts)
+        rank = self.a.shape[0] // self.experts
+        return slice(expert * rank, (expert + 1) * rank)
 
     def read_b(self) -> Tensor:
         """The rows of B that concern this tensor, fp32."""
@@ -91,7 +102,8 @@ class StackedLora(Fold):
         rank = a.shape[0] // self.experts
         pairs = []
         for expert in index if self.expert is None else [self.expert]:
-            left = b[:, [r * self.experts + expert for r in range(rank)]]
+            peft, unsloth = ([r * self.experts + expert for r in range(rank)], [expert * rank + r for r in range(rank)])
+            left = b[:, peft if self.order == "peft" else unsloth]
             right = a[[expert * rank + r for r in range(rank)]]
             pairs.append((right.T, left.T) if self.transposed else (left, right))
         if self.expert is not None:
@@ -99,6 +111,16 @@ class StackedLora(Fold):
             return fp64.add_product(rows, left[chosen], right, self.scaling)
         every = [fp64.add_product(row, *pair, self.scaling) for row, pair in zip(rows, pairs, strict=True)]
         return fp64.Exact(torch.stack([e.values for e in every]), torch.stack([e.bound for e in every]))
+
+
+def in_unsloths_order(folds: Iterable[Fold]) -> dict[TensorInfo, int]:
+    """lora_B that is in unsloth's order -> its number of experts, of some folds."""
+    return {f.b: f.experts for f in folds if isinstance(f, StackedLora) and f.order == "unsloth"}
+
+
+def in_pefts_order(b: Tensor, experts: int) -> Tensor:
+    """lora_B [out, experts * r] in unsloth's order with its columns in PEFT's."""
+    return b.view(len(b), experts, -1).transpose(1, 2).reshape(b.shape)
 
 
 def is_stacked(tensors: ModuleTensors) -> bool:

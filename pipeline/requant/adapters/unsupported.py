@@ -34,8 +34,10 @@ COMMON = frozenset({
 """Keys of adapter_config.json that every kind understands."""
 
 
-NO_MEANING = frozenset({"metadata", "unsloth_version", "transformers_version", "torch_dtype"})
-"""Keys that tools add beside PEFT's and that say nothing about weights."""
+NO_MEANING = frozenset({
+    "metadata", "unsloth_version", "transformers_version", "torch_dtype", "lora_B_layout", "unsloth_fused_expert_lora",
+})  # fmt: skip
+"""Keys that tools add beside PEFT's and that say nothing about weights, or what `expert_order` reads."""
 
 _HEADS: Mapping[str, str] = {
     "SEQ_CLS": "a classifier of texts, with a head (score, classifier) in the place of lm_head",

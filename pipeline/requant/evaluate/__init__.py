@@ -10,6 +10,7 @@
     peft_runtime      the adapter applied by PEFT, as in training
     finite_forward    where a checkpoint first gives NaN in the dtype that it ships in
     adapter_probe     whether the adapter lowers the loss on calibration text
+    expert_order_probe   in which of two orders the experts of an adapter lower it
 
 May import: errors, runtime, numerics, checkpoint, formats, data, modeling, adapters, merge; requant_eval.scoring.
 """

@@ -19,8 +19,9 @@ import torch
 from requant.adapters.ia3 import Ia3
 from requant.adapters.keys import PREFIX, adapter_names, clean
 from requant.adapters.peft_directory import CONFIG, WEIGHTS, Adapter
+from requant.adapters.stacked_lora import in_pefts_order, in_unsloths_order
 from requant.adapters.trained_tokens import TrainedTokens
-from requant.checkpoint.reader import read_tensor
+from requant.checkpoint.reader import TensorInfo, read_tensor
 from requant.errors import StageError, library_call
 from requant.merge.adapter_completeness import untargeted, untrained
 from requant.merge.plan import MergePlan
@@ -91,7 +92,7 @@ def _attached(model: Any, plan: MergePlan | Path, *, structure: bool) -> Any:
 
 
 def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool = False) -> Path:
-    """Write the adapter with the keys and module names that PEFT expects on this base.
+    """Write the adapter with the keys, module names and order of experts that PEFT expects on this base.
 
     Returns `folder`.
     only_held: target all modules that the file holds and no others: PEFT leaves out the ones that the settings do not
@@ -99,7 +100,7 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool =
     """
     from safetensors.torch import save_file
 
-    names = adapter_names(adapter.tensors)
+    names, experts = adapter_names(adapter.tensors), _of_unsloth(plan)
     tensors = {}
     for spelled, key in adapter.keys.items():
         name = clean(spelled, names)
@@ -107,7 +108,8 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool =
             continue
         module = plan.renamed_modules.get(key.module, key.module)
         name = f"{PREFIX}{module}.{name.removeprefix(f'{PREFIX}{key.module}.')}" if module != key.module else name
-        tensors[name] = read_tensor(adapter.tensors[spelled])
+        info = adapter.tensors[spelled]
+        tensors[name] = in_pefts_order(read_tensor(info), experts[info]) if info in experts else read_tensor(info)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = dict(adapter.config)
     folds = {plan.renamed_modules.get(m, m): fold for m, fold in adapter.folds.items()}
@@ -122,13 +124,20 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool =
 
 
 def _needs_export(adapter: Adapter, plan: MergePlan) -> bool:
-    """Whether PEFT would not find the adapter's tensors by their present files and keys."""
+    """Whether PEFT would not find the adapter's tensors by their present files and keys, or would read them wrongly."""
     if adapter.weights.name != WEIGHTS:
         return True
-    names = adapter_names(adapter.tensors)
+    names, experts = adapter_names(adapter.tensors), _of_unsloth(plan)
+    if any(info in experts for info in adapter.tensors.values()):
+        return True
     return any(clean(key, names) != key for key in adapter.tensors) or any(
         m in plan.renamed_modules for m in adapter.folds
     )
+
+
+def _of_unsloth(plan: MergePlan) -> dict[TensorInfo, int]:
+    """lora_B with experts in unsloth's order, which PEFT would read wrongly -> the number of experts."""
+    return in_unsloths_order(fold for op in plan.ops for fold in op.folds)
 
 
 def _activate(wrapped: Any, names: list[str], plan: MergePlan) -> None:

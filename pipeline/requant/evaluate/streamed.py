@@ -201,16 +201,21 @@ def can_stream(name: str, sources: VariantSources) -> bool:
     return name != "adapter" or sources.plan is None or not any(a.expert_pairs for a in sources.plan.adapters)
 
 
-def walk_of(name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Walk:
-    """The walk over one variant's blocks."""
+def walk_of(
+    name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype, rows: int | None = None
+) -> Walk:
+    """The walk over one variant's blocks.
+
+    rows: of the embeddings of `base`, where an adapter has a larger vocabulary; the new ones are zero.
+    """
     if name not in ("base", "adapter"):
         structure, stored = plain(name, sources, device)
         return Walk(stored, structure, device=device, dtype=dtype)
     trust, plan = sources.trust_remote_code, sources.plan if name == "adapter" else None
     config = skeleton.load_config(sources.base, trust_remote_code=trust)
-    checkpoint, rows = Checkpoint(sources.base), None
-    if plan is not None and plan.vocab_size is not None:
-        rows = config.get_text_config().vocab_size = plan.vocab_size
+    checkpoint, rows = Checkpoint(sources.base), plan.vocab_size if plan is not None else rows
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
     model: Any = skeleton.build(config, trust_remote_code=trust)
     base = variant_weights.open_base(checkpoint, model, sources.simulate)
     skeleton.load_buffers(model, checkpoint)  # here they have the names of the checkpoint: PEFT changes them

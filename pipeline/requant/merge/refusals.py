@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from requant.adapters import expert_order
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.trained_tokens import TrainedTokens
 from requant.errors import InputError
@@ -77,10 +78,21 @@ def paths(adapters: Sequence[Adapter]) -> str:
 
 
 def warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """Where PEFT itself is wrong, so that comparing with it will show a difference."""
+    """In what order experts are read; where PEFT itself is wrong, so that comparing with it will show a difference."""
+    orders = tuple(sentence for a in adapters if (sentence := expert_order.said(a)))
     wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
-    return tuple(
+    return orders + tuple(
         f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
         "it will differ from the variant adapter"
         for a in wrong
     )
+
+
+def open_expert_orders(adapters: Sequence[Adapter]) -> None:
+    """Raise InputError for an adapter whose experts are in an order that no one has said or measured."""
+    for adapter in filter(expert_order.is_open, adapters):
+        raise InputError(
+            f"{adapter.path}: {expert_order.written_by_unsloth(adapter)} names unsloth, and whether lora_B of its "
+            f"experts is in PEFT's order or unsloth's is not known: give load() an {expert_order.KEY}, or let a run "
+            "measure it"
+        )

@@ -25,6 +25,7 @@ from requant.checkpoint.atomic_write import make_directory
 from requant.checkpoint.reader import read_tensor
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
+from requant.merge import refusals
 from requant.merge.base_weights import CPU, BaseWeight
 from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
 from requant.merge.stop_tokens import StopTokens
@@ -123,6 +124,7 @@ def merge(
     stops: tokens that end a turn of the fine-tune and that the base's configs lack.
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
+    refusals.open_expert_orders(plan.adapters)
     out = Path(out)
     make_directory(out)
     chosen, why = choose_dtype(plan, dtype)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypedDict
 
 from pydantic import (
+    BeforeValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -62,7 +63,26 @@ def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]
     return problems
 
 
-class WeightedAdapter(Source):
+class AdapterSource(Source):
+    """The directory or hub id of a PEFT adapter. A plain string is the path."""
+
+    expert_order: Literal["auto", "peft", "unsloth"] = Field(
+        default="auto",
+        description="Order of experts in lora_B of target_parameters; auto: as recorded, or measured where unsloth "
+        "recorded none.",
+    )
+
+
+AnyAdapter = Annotated[
+    AdapterSource,
+    BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value,
+        json_schema_input_type=str | AdapterSource,
+    ),
+]
+
+
+class WeightedAdapter(AdapterSource):
     """One of several adapters whose deltas are added up."""
 
     weight: Annotated[float, Field(ge=-1e4, le=1e4)] = Field(

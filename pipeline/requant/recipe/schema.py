@@ -16,10 +16,18 @@ from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_
 from requant.errors import RecipeError
 from requant.recipe import yaml_document, yaml_nodes
 from requant.recipe.error_messages import add_validation_errors
-from requant.recipe.fields import DATE, DEVICE, AnySource, AsTuple, Section, Server, Slug, Source, Whole, fail
+from requant.recipe.fields import DATE, DEVICE, AsTuple, Section, Server, Slug, Whole, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
 from requant.recipe.heal_section import Heal
-from requant.recipe.model_sections import Base, Merge, Output, Quantize, WeightedAdapter
+from requant.recipe.model_sections import (
+    AdapterSource,
+    AnyAdapter,
+    Base,
+    Merge,
+    Output,
+    Quantize,
+    WeightedAdapter,
+)
 from requant.recipe.text_sections import (
     AnyCanaries,
     Calibration,
@@ -42,7 +50,7 @@ class Recipe(Section):
     adapters: Annotated[tuple[WeightedAdapter, ...], AsTuple] = Field(
         default=(), description="Instead of adapter: several LoRA adapters, whose deltas are added up."
     )
-    adapter: AnySource | None = Field(
+    adapter: AnyAdapter | None = Field(
         default=None, validate_default=True, description="The PEFT adapter: directory or hub id."
     )
     merge: Merge = Field(default=Merge(), description="How the adapter is folded in.")
@@ -89,7 +97,7 @@ class Recipe(Section):
         return self._places.of(key)
 
     @property
-    def weighted_adapters(self) -> tuple[tuple[Source, float], ...]:
+    def weighted_adapters(self) -> tuple[tuple[AdapterSource, float], ...]:
         """(adapter, weight) of every adapter; at least one."""
         one = ((self.adapter, 1.0),) if self.adapter else ()
         return one or tuple((a, a.weight) for a in self.adapters)
@@ -105,7 +113,7 @@ class Recipe(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _one_or_several(cls, adapter: Source | None, info: ValidationInfo) -> Source | None:
+    def _one_or_several(cls, adapter: AdapterSource | None, info: ValidationInfo) -> AdapterSource | None:
         several = info.data.get("adapters")
         if adapter is None and several == ():
             fail((("adapter",), "required key is missing"))

@@ -184,6 +184,7 @@ name: {name}     # names the run directory
 base:                       # the model that the adapter was trained on
 {base}adapter: {adapter}
 # adapters: [{{path: ./a, weight: 1.0}}, {{path: ./b, weight: 0.5}}]   # instead of adapter: LoRA deltas added up
+# adapter: {{path: ./a, expert_order: auto}}   # auto | unsloth | peft: of lora_B on stacked experts
 
 merge:
   onto: dequantized         # dequantized | original, default dequantized; what training saw: exact

@@ -16,6 +16,7 @@ Only this package, and cli for printing, reads a Recipe.
     merge_stage         the merged checkpoint
     quantize_stage      the GPTQ checkpoint, and what comes before it
     probe               does the adapter lower the loss on its own text
+    expert_order        in which order an adapter holds its experts, measured where no file says it
     heal_stage          the healed checkpoint
     evaluate_stage      scores
     suggest_stage       which modules are worth more bits

@@ -12,7 +12,7 @@ from requant.recipe.fields import Source
 from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_model
 
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken", "*.txt")
-_PICKLES = ("*.bin",)  # of an adapter: seen, and never loaded
+_OF_ADAPTERS = ("*.bin", "README.md")  # pickles are seen, and never loaded; the card names the tool
 _NOT_NEEDED = ("pytorch_model*.bin", "optimizer.bin", "*/*.bin")
 
 
@@ -36,18 +36,18 @@ def fetch(
         if not os.path.exists(path):
             raise InputError(f"{lead}{path}: no such directory{near_miss(source.path, path)}")
     else:
-        path = _download(source, directory, lead, trust_remote_code=trust_remote_code, pickles=kind == "adapter")
+        path = _download(source, directory, lead, trust_remote_code=trust_remote_code, adapter=kind == "adapter")
     why = why_no_adapter(path) if kind == "adapter" else why_no_model(path)
     if why:
         raise InputError(f"{lead}{path if source.is_local(directory) else source.path}: {why}")
     return path
 
 
-def _download(source: Source, directory: Path, lead: str, *, trust_remote_code: bool, pickles: bool) -> Path:
+def _download(source: Source, directory: Path, lead: str, *, trust_remote_code: bool, adapter: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
-    patterns = [*_PATTERNS, *(["*.py"] if trust_remote_code else []), *(_PICKLES if pickles else ())]
+    patterns = [*_PATTERNS, *(["*.py"] if trust_remote_code else []), *(_OF_ADAPTERS if adapter else ())]
     try:
         return Path(
             snapshot_download(

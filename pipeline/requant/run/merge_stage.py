@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from requant import __version__, merge
+from requant.adapters import expert_order
 from requant.errors import StageError
 from requant.evaluate.finite_forward import first_overflow
 from requant.merge import selftest
@@ -36,7 +37,8 @@ def run_merge(context: RunContext, key: str) -> MergeStageResult:
     )
     proof = selftest.self_test(plan, out)
     _prove_float16(context, merged, out)
-    artifact.finish(key, {"stage": "merge", "requant": __version__})
+    orders = [sentence for adapter in plan.adapters if (sentence := expert_order.said(adapter))]
+    artifact.finish(key, {"stage": "merge", "requant": __version__} | ({"experts": orders} if orders else {}))
     return cast(MergeStageResult, asdict(merged) | {"selftest": asdict(proof)})
 
 

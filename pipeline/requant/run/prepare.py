@@ -99,7 +99,7 @@ def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
     for i, (source, weight) in enumerate(recipe.weighted_adapters):
         where = recipe.place("adapter") if recipe.adapter else recipe.place("adapters", i, "path")
         path = fetch(source, directory, trust_remote_code=trust, kind="adapter", place=where)
-        loaded.append(peft_directory.load(path, weight=weight))
+        loaded.append(peft_directory.load(path, weight=weight, expert_order=source.expert_order))
     original = model if base.sixteen_bit and not base.original else None
     if base.original:
         original = fetch(base.original, directory, trust_remote_code=trust, place=recipe.place("base", "original"))

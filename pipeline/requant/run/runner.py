@@ -20,7 +20,7 @@ from requant.errors import InputError
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
-from requant.run import prepare
+from requant.run import expert_order, prepare
 from requant.run.context import RunContext
 from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
@@ -58,17 +58,17 @@ def run(
     prepare.check_disk(prepared, directory.path)
     stages = _stages_until(until, prepared, suggest=suggest)
     _leave_out_places(prepared, directory.path)
-    with directory.open(), _shown(watcher):
+    with directory.open(), _shown(watcher), LogFile(directory.path / "log.txt"), ExitStack() as beside:
         watcher.doing("digests of the files of base and adapter")
+        prepared = expert_order.decided(prepared, directory, watcher)
         context = RunContext.of(prepared, directory, watcher, ranks)
-        with LogFile(directory.path / "log.txt"), ExitStack() as beside:
-            for stage in stages:
-                if stage.ahead is not None:
-                    beside.enter_context(stage.ahead(context))
-            write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
-            Runner(context).run(stages)
-            if until == "report":
-                _discard_artifacts(context)
+        for stage in stages:
+            if stage.ahead is not None:
+                beside.enter_context(stage.ahead(context))
+        write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
+        Runner(context).run(stages)
+        if until == "report":
+            _discard_artifacts(context)
     return context.outcome
 
 

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from requant.adapters.stacked_lora import in_unsloths_order
 from requant.checkpoint.run_directory import RunDirectory, key_of
+from requant.merge.plan import MergePlan
 from requant.run.prepared import Prepared
 
 LAYOUT = 3  # raised when a stage's files change their meaning
@@ -31,6 +33,7 @@ class Keys:
         base = directory.fingerprint(p.sources.base)
         prints = [(directory.fingerprint(a.path), a.weight) for a in p.merge.plan.adapters]
         adapter = prints[0][0] if len(prints) == 1 and prints[0][1] == 1 else key_of(prints)
+        adapter = _with_expert_orders(adapter, p.merge.plan)
         original = directory.fingerprint(p.sources.original) if p.sources.original else None
         simulate = asdict(p.sources.simulate) if p.sources.simulate else None
         onto = (original, None) if p.recipe.merge.onto == "original" else (base, simulate)
@@ -57,3 +60,10 @@ class Keys:
             "healed": healed,
         }
         return cls(merged, quantized, healed, {v: every[v] for v in p.variants})
+
+
+def _with_expert_orders(adapter: str, plan: MergePlan) -> str:
+    """The key of the adapters, and which of their tensors are read in unsloth's order of experts."""
+    found = in_unsloths_order(fold for op in plan.ops for fold in op.folds)
+    names = [sorted(name for name, info in a.tensors.items() if info in found) for a in plan.adapters]
+    return key_of(adapter, "experts as unsloth orders them", names) if any(names) else adapter

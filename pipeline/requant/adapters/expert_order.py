@@ -1,0 +1,123 @@
+"""Order of the experts in lora_B of a stacked parameter: PEFT's, or unsloth's older one.
+
+    peft      column j is of expert j % experts          the ranks one after the other
+    unsloth   column j is of expert j // rank            the experts one after the other
+
+Both have the same shape. Since September 2026 unsloth trains in PEFT's order and writes `lora_B_layout` to
+adapter_config.json. Its older adapters record no order: unless the recipe names it, it has to be measured.
+(unslothai/unsloth issue 6930; unslothai/unsloth-zoo pull requests 1232 and 1269.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from requant.adapters.config import AdapterConfig
+from requant.adapters.peft_directory import Adapter
+from requant.adapters.setting_types import shown
+
+Order = Literal["peft", "unsloth"]
+LAYOUT, DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
+"""Keys of adapter_config.json in which unsloth records the order: of the file, and of each parameter."""
+KEY = "expert_order"
+CARD = "README.md"
+WORDS: Mapping[str, str] = {"peft": "PEFT's order", "unsloth": "unsloth's order"}
+_LAYOUTS: Mapping[str, Order] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
+_SEVERAL = "mixed"  # recorded of a file whose parameters differ
+_MOST = 2**16  # characters of a model card that are read
+
+
+def order_of(adapter: Adapter, parameter: str) -> Order:
+    """The order in which the adapter's lora_B of a stacked parameter is read.
+
+    That of the recipe or of a measurement, or else the recorded one, or else PEFT's: see `is_open`.
+    Raises InputError for a record that is not known.
+    """
+    if adapter.expert_order != "auto":
+        return adapter.expert_order
+    recorded = _recorded(adapter.config)
+    return recorded.get(parameter.rpartition(".")[2]) or recorded.get("") or "peft"
+
+
+def is_open(adapter: Adapter) -> bool:
+    """Whether the order is to be measured: unsloth's adapter, no order recorded, and the two orders differ."""
+    if adapter.expert_order != "auto" or _recorded(adapter.config) or not _differ(adapter):
+        return False
+    return written_by_unsloth(adapter) is not None
+
+
+def written_by_unsloth(adapter: Adapter) -> str | None:
+    """What in the adapter's directory says that unsloth may have trained it; None: nothing does."""
+    config = adapter.config
+    mapping = config.get("auto_mapping")
+    if isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"):
+        return "auto_mapping.unsloth_fixed"
+    for key in ("unsloth_version", LAYOUT, DETAIL):
+        if config.get(key):
+            return key
+    if "unsloth" in str(config.get("base_model_name_or_path") or "").lower():
+        return "base_model_name_or_path"
+    return CARD if "unsloth" in _front_matter(adapter.path / CARD).lower() else None
+
+
+def said(adapter: Adapter) -> str | None:
+    """How the order of the experts was found or will be, in a sentence; None where there is nothing to say."""
+    if not adapter.expert_pairs:
+        return None
+    name, order = adapter.path.name, adapter.expert_order
+    if is_open(adapter):
+        return (
+            f"{name}: {written_by_unsloth(adapter)} names unsloth, and no file says whether lora_B of the experts is "
+            "in PEFT's order or in unsloth's older one: the loss with both is measured before the merge, which "
+            f"decides it or stops. {KEY}: unsloth (or peft) beside the adapter's path decides it at once"
+        )
+    if order == "auto":
+        recorded = _recorded(adapter.config).values()
+        return f"{name}: lora_B of experts is in unsloth's order, as {LAYOUT} says" if "unsloth" in recorded else None
+    why = adapter.order_reason or "as the recipe says"
+    others = [layout for layout in _layouts(adapter.config).values() if _LAYOUTS.get(layout) != order]
+    against = f", although {LAYOUT} says {others[0]}" if others else ""
+    return f"{name}: lora_B of experts is read in {WORDS[order]}, {why}{against}"
+
+
+def _recorded(config: AdapterConfig) -> dict[str, Order]:
+    """Leaf of a stacked parameter, or "" for all others -> the order that adapter_config.json records."""
+    found = _layouts(config)
+    unknown = next((layout for layout in found.values() if layout not in _LAYOUTS), None)
+    if unknown is not None:
+        raise config.error(
+            f"{LAYOUT} is {unknown}, expected {' or '.join(_LAYOUTS)}: the order of its experts is not known. "
+            f"Write {KEY}: unsloth (or peft) beside the adapter's path in the recipe"
+        )
+    return {leaf: _LAYOUTS[layout] for leaf, layout in found.items()}
+
+
+def _layouts(config: AdapterConfig) -> dict[str, str]:
+    """What adapter_config.json says of each leaf and, as "", of all others, whether it is known or not."""
+    detail, whole = config.get(DETAIL), config.get(LAYOUT)
+    parameters = detail.get("parameters") if isinstance(detail, Mapping) else None
+    found = {}
+    for name, own in parameters.items() if isinstance(parameters, Mapping) else ():
+        if isinstance(own, Mapping) and own.get(LAYOUT) is not None:
+            found[str(name).rpartition(".")[2]] = own[LAYOUT]
+    if whole is not None and not (found and whole == _SEVERAL):
+        found[""] = whole
+    return {leaf: layout if isinstance(layout, str) else shown(layout) for leaf, layout in found.items()}
+
+
+def _differ(adapter: Adapter) -> bool:
+    """Whether the orders differ: with one expert, or of rank 1, they are the same."""
+    ranks = [adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()]
+    return any(1 < rank < pair.a.shape[0] for pair in adapter.expert_pairs for rank in ranks if isinstance(rank, int))
+
+
+def _front_matter(card: Path) -> str:
+    """The YAML head of a model card; empty where there is none."""
+    try:
+        with card.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MOST)
+    except OSError:
+        return ""
+    return text.split("\n---", 1)[0] if text.startswith("---") else ""
