@@ -37,13 +37,15 @@ demo: $(DEMO)/work/.ready
 	@echo "report: runs/smollm2-pydocs-w4g64/report.md    checkpoint: runs/smollm2-pydocs-w4g64/gptq"
 
 # vLLM brings a torch of its own, so it gets an environment of its own; what it installs beside torch is of another
-# release and keeps it from starting.
+# release and keeps it from starting. Its classes of models with images need torchvision: tests/deploy/vllm_site.py.
 setup-vllm: .venv-vllm/.ready
 
-.venv-vllm/.ready: constraints-vllm.txt
+.venv-vllm/.ready: constraints-vllm.txt tests/deploy/vllm_site.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	cp tests/deploy/vllm_site.py .venv-vllm/lib/python3*/site-packages/sitecustomize.py
 	touch $@
 
 # The checkpoint of `make demo` is served too, when it is there.

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 
@@ -19,7 +20,8 @@ def kernels(model: Any) -> list[str]:
     found = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if hasattr(module, "qweight") and method is not None:
+        packed = hasattr(module, "qweight") or hasattr(module, "w13_qweight")  # the latter: experts of a layer
+        if packed and method is not None:
             kernel = getattr(method, "kernel", None)
             found.add(type(method).__name__ + (f"/{type(kernel).__name__}" if kernel is not None else ""))
     return sorted(found)
@@ -51,6 +53,11 @@ def speed(llm: Any, request: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def has_processor(path: str) -> bool:
+    """Whether a model has files of a processor for images or sound: without one vLLM can only read text with it."""
+    return any(Path(path).glob("*processor*.json"))
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
 
@@ -69,6 +76,7 @@ def main() -> None:
         max_num_seqs=16,
         enable_prefix_caching=False,
         trust_remote_code=request["trust_remote_code"],
+        language_model_only=not has_processor(request["path"]),
     )
     seconds = time.perf_counter() - started
     answer: dict[str, Any] = {"load_seconds": seconds, "kernels": llm.apply_model(kernels)[0]}

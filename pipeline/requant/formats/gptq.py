@@ -167,13 +167,12 @@ def quantization_config(
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config` and `quantize_config.json`.
 
-    overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names inside a
-    block of the linears that are quantized. carried: modules of which everything is in 16 bit, also what engines fuse
+    overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names of quantized
+    linears, or the ends of such names. carried: modules of which everything is in 16 bit, also what engines fuse
     there. towers: such modules of a wrapper, for images or sound. Engines put the parts of a wrapper under names of
     their own: rules then match a module's name from the list of blocks on, and a tower by its own name.
-    Both `dynamic` (gptqmodel, vLLM, SGLang) and
-    `modules_in_block_to_quantize` (transformers with optimum) are written when something is left out; the latter not
-    when `quantized` is empty.
+    `dynamic` (gptqmodel, vLLM, SGLang) is written when a module has settings of its own or is left out,
+    `modules_in_block_to_quantize` (transformers with optimum, vLLM) unless `quantized` is empty.
     """
     config: dict[str, Any] = {
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": symmetric,
@@ -188,7 +187,7 @@ def quantization_config(
     rules |= {f"-:^{_inside(root)}": {} for root in carried}
     if rules:
         config["dynamic"] = rules
-    if quantized and any(own is None for own in overrides.values()):
+    if quantized:
         config["modules_in_block_to_quantize"] = [list(quantized)]
     return config
 
@@ -226,7 +225,7 @@ class GptqRules:
                     return None
                 own = change
                 break
-        if self.inside is not None and inner not in self.inside:
+        if self.inside is not None and not any(f".{inner}".endswith(f".{name}") for name in self.inside):
             return None
         values = dict(self.declared) | dict(own)
         return Packing(

@@ -37,7 +37,8 @@ class Family:
     the same product. fused: an engine's matrix -> the linears it is made of. For several GPUs, where an engine cuts
     matrices: by_inputs: cut by their inputs, for they lead back into the residual stream; fused_heads: q, k and v in
     one, cut by attention heads; key_heads: cut by key heads, repeated where there are fewer than GPUs; uncut: whole on
-    every GPU.
+    every GPU. called: a module around linears -> what engines call it when they look up its settings, where that is not
+    its name in the checkpoint.
     """
 
     model_types: tuple[str, ...]
@@ -47,6 +48,7 @@ class Family:
     fused_heads: frozenset[str] = frozenset()
     key_heads: frozenset[str] = frozenset()
     uncut: frozenset[str] = frozenset()
+    called: Mapping[str, str] | None = None
 
 
 _QKV = Fused(parts=("q_proj", "k_proj", "v_proj"), pattern="[qkv]_proj")
@@ -115,6 +117,13 @@ FAMILIES = (
         by_inputs=frozenset({"out_proj", "w2"}),
         key_heads=frozenset({"k_proj", "v_proj"}),
     ),
+    Family(  # Mamba's mixers beside attention
+        model_types=("falcon_h1", "granitemoehybrid", "jamba"),
+        fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
+        by_inputs=frozenset({"o_proj", "down_proj", "out_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+        called={"mamba": "mixer"},
+    ),
     Family(
         model_types=("granitemoe",),
         fused={"qkv_proj": _QKV},
@@ -173,6 +182,7 @@ BY_INPUTS = frozenset[str]().union(*(f.by_inputs for f in FAMILIES))
 FUSED_HEADS = frozenset[str]().union(*(f.fused_heads for f in FAMILIES))
 KEY_HEADS = frozenset[str]().union(*(f.key_heads for f in FAMILIES))
 UNCUT = frozenset[str]().union(*(f.uncut for f in FAMILIES))
+CALLED: dict[str, str] = {name: other for f in FAMILIES for name, other in (f.called or {}).items()}
 
 
 def fused_groups(names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -180,6 +190,13 @@ def fused_groups(names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]
     for name, fused in FUSED.items():
         for stem, parts in _groups(fused, names):
             yield stem + name, parts
+
+
+def called(linear: str) -> str | None:
+    """The name by which engines look up a linear's settings, where that is not its own; None: it is."""
+    steps = linear.split(".")
+    other = ".".join([*(CALLED.get(step, step) for step in steps[:-1]), steps[-1]])
+    return None if other == linear else other
 
 
 def fused_patterns(names: Collection[str]) -> dict[str, str]:
@@ -197,6 +214,7 @@ def in_16_bit(names: Collection[str], odd: Collection[str]) -> set[str]:
     odd: those whose sizes no layout packs. What an engine fuses with one that stays, stays too: it is one matrix there.
     """
     found = {name for name in names if name in odd or IN_16_BIT.fullmatch(name)}
+    found |= _mamba_1(names)
     groups, count = [parts for _, parts in fused_groups(names)], -1
     while len(found) != count:
         count = len(found)
@@ -204,6 +222,16 @@ def in_16_bit(names: Collection[str], odd: Collection[str]) -> set[str]:
             if not found.isdisjoint(parts):
                 found.update(parts)
     return found
+
+
+def _mamba_1(names: Collection[str]) -> set[str]:
+    """Those of the linears `names` that belong to a first Mamba's mixers: vLLM builds none of them quantized.
+
+    None where all do: of a model of such mixers alone nothing else could be quantized.
+    """
+    mixers = {name.removesuffix("x_proj") for name in names if name.endswith(".x_proj")}
+    found = {name for name in names if name[: name.rfind(".") + 1] in mixers}
+    return set() if len(found) == len(names) else found
 
 
 def _groups(fused: Fused, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

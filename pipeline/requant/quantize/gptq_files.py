@@ -10,7 +10,7 @@ import torch
 
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
-from requant.modeling.families import expert_groups, fused_groups
+from requant.modeling.families import FUSED, called, expert_groups, fused_groups
 from requant.quantize.plan import Plan, Settings, _inner
 
 
@@ -41,20 +41,17 @@ def write_small_files(
     every = [*layout.grids, *layout.left, *layout.renamed.values()]
     # Engines hold experts in one module of its own class, and treat it as quantized unless a rule names it.
     overrides |= _fused(overrides) | _containers(overrides, every) | dict.fromkeys(layout.fused)
+    overrides |= {other: own for name, own in overrides.items() if (other := called(name))}
     if layout.towers:
         outer = layout.prefix.rpartition(".")[0] + "."
         overrides = {name.removeprefix(outer): own for name, own in overrides.items()}
-    # Only where it adds information: vLLM compares it with names of its own, which differ for gpt-oss.
-    # In a wrapper it would name linears of towers too, since engines look for these names anywhere.
-    list_quantized = layout.left and not layout.partly_left and not layout.towers
-    inside = sorted({_inner(n, layout.prefix) for n in layout.grids}) if list_quantized else []
     quantization = layout.format.config(
         bits=settings.grid.bits,
         group_size=settings.grid.group_size,
         symmetric=settings.grid.symmetric,
         damp=damp,
         overrides=overrides,
-        quantized=inside,
+        quantized=_listed(layout),
         carried=layout.carried,
         towers=layout.towers,
         meta=meta,
@@ -66,6 +63,26 @@ def write_small_files(
     if layout.format.config_file is not None:
         model_files.write_json(out / layout.format.config_file, quantization)
     model_files.copy_small_files(source, out)
+
+
+def _listed(layout: Plan) -> list[str]:
+    """Names of the quantized linears for the engines that keep a list of them; empty: they need none.
+
+    optimum looks for these at the end of a module's name, vLLM anywhere in its own name of it, or in the names of what
+    it takes to be its parts. So each is the last part of a name, unless one that stays in 16 bit has that in it too,
+    and the parts of what the checkpoint holds as one matrix are there as well. Written only where it adds information:
+    in a wrapper it would name linears of towers too. Without it vLLM goes by the names of the checkpoint's tensors.
+    """
+    inside = {_inner(n, layout.prefix) for n in layout.grids}
+    left = {_inner(n, layout.prefix) for n in layout.left} - inside
+    leaves = {name: name.rpartition(".")[2] for name in inside}
+    parts = {part for leaf in leaves.values() if leaf in FUSED for part in FUSED[leaf].parts}
+    others = {other for name in inside if (other := called(name))}
+    wanted = parts or others or (left and not layout.partly_left and not layout.towers)
+    if not wanted:
+        return []
+    short = {leaf if not any(leaf in n for n in left) else name for name, leaf in leaves.items()}
+    return sorted(short | parts | {o for o in others if o.rpartition(".")[2] not in short})
 
 
 def _fused(overrides: Mapping[str, ModuleRule | None]) -> dict[str, ModuleRule | None]:
