@@ -1,4 +1,4 @@
-"""Start-up of vLLM's own environment: `make setup-vllm` installs it there as sitecustomize.py.
+"""Start-up of vLLM's own environment, where `make setup-vllm` puts it: sitecustomize.py.
 
 torchvision's wheel is built for another torch than vLLM's, so its operators are not loaded, and its import insists on
 two of them. What vLLM wants of it, the transforms of images, needs none.
