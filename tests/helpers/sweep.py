@@ -106,7 +106,7 @@ def merge(made: Any, base: Path, folder: Path) -> float:
         trained = pico.train(made, folder / "adapter", target_modules="all-linear", exclude_modules=left)
     live = peft.PeftModel.from_pretrained(live, folder / "adapter").eval()
     expected = _trained_weights(live, trained)
-    simulate = Nf4Settings(quant_type="nf4", double_quant=False)
+    simulate = Nf4Settings(quant_type="nf4", double_quant=False, compute_dtype="float32")  # transformers' default
     pico.merged(base, folder / "adapter", folder / "merged", simulate=simulate)
     loaded = pico.reload(folder / "merged")
     turned = {f"{name}.weight" for name, module in loaded.named_modules() if type(module) is Conv1D}  # [in, out]
@@ -127,15 +127,18 @@ def _trained_weights(live: Any, trained: Any) -> dict[str, Tensor]:
         if isinstance(module, LoraLayer):
             leaf = getattr(module, "parameter_name", "weight")  # another one: of stacked experts
             weight = getattr(module.get_base_layer(), leaf)
-            value = _decoded(weight) if hasattr(weight, "quant_state") else weight.data.float()
+            value = decoded_by_bitsandbytes(weight) if hasattr(weight, "quant_state") else weight.data.float()
             owner = name.replace(".base_layer", "")
-            delta = trained.get_base_model().get_submodule(name).get_delta_weight("default").float()
-            found[f"{owner}.{leaf}"] = value + (delta if delta.shape == value.shape else delta.T)
+            adapted = trained.get_base_model().get_submodule(name)
+            delta = adapted.get_delta_weight("default").float()
+            if type(adapted.get_base_layer()) is Conv1D:
+                delta = delta.T  # bitsandbytes holds it as [out, in]
+            found[f"{owner}.{leaf}"] = value + delta.reshape(value.shape)  # PEFT drops the dimension of a single expert
     assert found, "no adapted module"
     return found
 
 
-def _decoded(weight: Any) -> Tensor:
+def decoded_by_bitsandbytes(weight: Any) -> Tensor:
     """A weight as bitsandbytes decodes it; entry by entry where its decoder for CPUs fails, on odd widths."""
     from bitsandbytes.functional import dequantize_4bit
 

@@ -97,13 +97,14 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "mistral4": {"qk_rope_head_dim": 16, "head_dim": 32, "qk_head_dim": 32, "kv_lora_rank": 32},
     "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "nemotron": {"num_key_value_heads": 2},
     "helium": {"head_dim": 16},
     "codegen": {"rotary_dim": 8, "n_ctx": 128},
     "gptj": {"rotary_dim": 8},
     "xlnet": {"d_head": 16},
     "reformer": {"is_decoder": True},
+    "mllama": {"text_config.num_hidden_layers": 3, "text_config.cross_attention_layers": [1]},
 }  # fmt: skip
 _CHANGES["gemma3n"] = {f"text_config.{k}": v for k, v in _CHANGES["gemma3n_text"].items()}
 

@@ -13,9 +13,11 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from helpers import pico, tiny
+from helpers.sweep import decoded_by_bitsandbytes
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
+from requant.evaluate.variant_weights import open_base
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.modeling import skeleton
 from requant.numerics import nf4
@@ -109,6 +111,28 @@ def test_quantizable_modules_are_those_of_transformers(
     live = replace_with_bnb_linear(live, modules_to_not_convert=kept, quantization_config=settings)
     assert ours == {name for name, module in live.named_modules() if isinstance(module, Linear4bit)}
     assert ours or skip or kind == "falcon", "Falcon's Linear is a class of its own, which bitsandbytes passes over"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loaded", ["bfloat16", "float16"])
+def test_what_a_class_loads_in_fp32_is_quantized_from_there(tmp_path: Path, loaded: Any) -> None:
+    """HY 4 keeps the indexer's `weights_proj` in fp32, and bitsandbytes decodes to the dtype that it quantized."""
+    source = pico.save(tiny.model("hy_v4"), tmp_path / "source", torch.bfloat16)
+    live = pico.quantize(
+        source, getattr(torch, loaded), bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    simulate = Nf4Settings(quant_type="nf4", double_quant=False, load_dtype=loaded, compute_dtype="float32")
+    model = skeleton.open_model(source)
+    base = open_base(Checkpoint(source), model, simulate)
+    names = skeleton.tensor_names(model, base.checkpoint)
+    fp32 = []
+    for name, module in live.named_modules():
+        if isinstance(module, Linear4bit):
+            expected = decoded_by_bitsandbytes(module.weight)
+            stored = names[f"{name}.weight"]
+            assert torch.equal(base.read(stored, as_trained=True).float(), expected), name
+            fp32 += [stored] if module.weight.quant_state.dtype == torch.float32 else []
+    assert {name.rpartition("indexer.")[2] for name in fp32} == {"weights_proj.weight"}
 
 
 @pytest.mark.parametrize(

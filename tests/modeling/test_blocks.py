@@ -7,7 +7,7 @@ from helpers import tiny
 from torch import nn
 
 from requant.modeling import skeleton
-from requant.modeling.blocks import block_list, kinds, typical
+from requant.modeling.blocks import block_list, kinds, typical, why_not_text
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ from requant.modeling.blocks import block_list, kinds, typical
         ("jamba", "model.layers"),
         ("nemotron_h", "model.layers"),
         ("qwen3_moe", "model.layers"),
+        ("phi4_multimodal", "model.layers"),  # its sound encoder is larger, and inside of a module beside the embedding
     ],
 )
 def test_the_list_beside_the_embedding_of_tokens(kind: str, prefix: str) -> None:
@@ -42,3 +43,21 @@ def test_kinds_are_told_apart_by_their_parameters() -> None:
     assert [block.out_features for block in kinds(blocks)] == [3, 2]
     assert typical(blocks) == 2
     assert typical([nn.Linear(2, 2)] * 4) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("bert", "reads in both directions"),
+        ("electra", "reads in both directions"),
+        ("whisper", "attends to the output of an encoder"),
+        ("bart", "attends to the output of an encoder"),
+        ("prophetnet", "attends to the output of an encoder"),
+        ("gpt_neox", None),  # is_decoder is false there too, and means nothing
+        ("mllama", None),  # one of three blocks
+        ("paligemma", None),
+    ],
+)
+def test_what_text_alone_cannot_calibrate_is_known_from_the_structure(kind: str, why: str | None) -> None:
+    found = why_not_text(skeleton.build(tiny.config(kind)))
+    assert found is None if why is None else why in str(found)

@@ -483,7 +483,7 @@ def test_a_group_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> None
 def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
     made = torch.nn.Module()
     made.blocks = torch.nn.ModuleList([torch.nn.LayerNorm(4)])
-    with pytest.raises(InputError, match=r"the blocks of Module hold no Linear to quantize"):
+    with pytest.raises(InputError, match=r"Module cannot be quantized: its blocks hold no Linear"):
         plan({}, made, Settings(grid=GRID), torch.float16, where=tmp_path)
 
 

@@ -19,6 +19,7 @@ from requant.merge.plan import MergePlan
 from requant.merge.stage import compute
 from requant.modeling import skeleton
 from requant.numerics import matmul_precision
+from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid, find_scales, nearest
 
 
@@ -119,11 +120,13 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
     """
     names = skeleton.tensor_names(model, checkpoint)
     modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
+    kept = skeleton.loaded_in_fp32(model, DTYPES[simulate.load_dtype]) if simulate else set[str]()
     return BaseWeights(
         checkpoint,
         simulate=simulate,
         conv1d=_stored(skeleton.conv1d_modules(model), names),
         quantized=_stored(modules, names),
+        in_fp32=frozenset(names[n] for n in kept if n in names),
     )
 
 

@@ -113,16 +113,18 @@ class BaseWeights:
         simulate: Nf4Settings | None = None,
         quantized: frozenset[str] = frozenset(),
         conv1d: frozenset[str] = frozenset(),
+        in_fp32: frozenset[str] = frozenset(),
     ) -> None:
         """Classify the tensors of a checkpoint: stored, packed, simulated or auxiliary.
 
-        quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules.
+        quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules. in_fp32: tensors
+        that training loaded in fp32 whatever `simulate.load_dtype` is.
         Raises InputError for an 8-bit base, missing or contradictory parts of a packed weight, or `simulate` on a
         checkpoint that is already packed.
         """
         self.checkpoint = checkpoint
         self.simulate = simulate
-        self.conv1d = conv1d
+        self.conv1d, self.in_fp32 = conv1d, in_fp32
         states = {n.split(STATE)[0]: n for n in checkpoint if STATE in n}
         eight_bit = [n for n in checkpoint if n.endswith((".SCB", ".weight_format"))]
         if eight_bit:
@@ -176,11 +178,11 @@ class BaseWeights:
                     shape=info.shape,
                     dtype=torch.float32,
                     transposed=conv1d,
-                    casts=self._casts(self.simulate.load_dtype if self.simulate else "float32"),
+                    casts=self._casts(self._loaded_in(name)),
                 )
             dtype = info.dtype
             if self.simulate and dtype.is_floating_point:
-                dtype = DTYPES[self.simulate.load_dtype]
+                dtype = DTYPES[self._loaded_in(name)]
             return BaseWeight(name=name, kind="stored", shape=info.shape, dtype=dtype)
         try:
             state = nf4.parse_state(bytes(read_tensor(self.checkpoint[state_name]).numpy()))
@@ -197,6 +199,10 @@ class BaseWeights:
             transposed=conv1d,
             casts=self._casts(state.dtype),
         )
+
+    def _loaded_in(self, name: str) -> str:
+        """The dtype in which training loaded a weight before it quantized."""
+        return self.simulate.load_dtype if self.simulate and name not in self.in_fp32 else "float32"
 
     def _casts(self, decoded: str) -> tuple[torch.dtype, ...]:
         """What bitsandbytes casts a decoded weight to: the dtype that was quantized, then that of the products.
@@ -281,6 +287,6 @@ class BaseWeights:
     def _simulate(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert self.simulate is not None
         s = self.simulate
-        stored = self.checkpoint.read(weight.name).to(device).to(DTYPES[s.load_dtype])
+        stored = self.checkpoint.read(weight.name).to(device).to(DTYPES[self._loaded_in(weight.name)])
         stored = stored.T.contiguous() if weight.transposed else stored
         return nf4.round_trip(stored, s.quant_type, s.blocksize, double_quant=s.double_quant)

@@ -18,7 +18,7 @@ from requant.checkpoint.device_loader import DeviceLoader
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import InputError, StageError
 from requant.modeling import skeleton
-from requant.modeling.blocks import block_list
+from requant.modeling.blocks import block_list, waits_for_an_encoder
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.runtime.pinned_memory import use_stream
 
@@ -30,7 +30,7 @@ class BlockInput:
     """One batch's input of the blocks: hidden states, and the other arguments of every block."""
 
     hidden: Tensor  # [batch, length, width]
-    arguments: list[BlockArguments] = field(default_factory=list)
+    arguments: list[BlockArguments | None] = field(default_factory=list)  # None: this block is skipped on text
     _: KW_ONLY
     unquantized: Tensor | None = None  # `hidden` in the unquantized model, for batches that also run there
     passed: int = 0  # blocks that `hidden` has gone through
@@ -165,7 +165,7 @@ class Walk:
             self._coming.pop(0, None)  # it holds memory, and the error may be a lack of memory
             raise
         first = self.load(0)
-        recorded: dict[torch.Size, list[BlockArguments]] = {}
+        recorded: dict[torch.Size, list[BlockArguments | None]] = {}
         inputs = []
         for ids in batches:
             ids = ids.to(self.device)
@@ -240,34 +240,37 @@ class Walk:
         if not caught:
             raise StageError(f"{type(self.model).__name__} never called its first block")
         args, kwargs = caught[0]
-        if not args and "hidden_states" in kwargs:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("hidden_states"),)
+        if not args:
+            return kwargs["hidden_states"], (args, _without_hidden(kwargs))
         return args[0], (args[1:], kwargs)
 
-    def _record(self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any) -> list[BlockArguments]:
+    def _record(self, ids: Tensor, first: nn.Module, hidden: Tensor, arguments: Any) -> list[BlockArguments | None]:
         """The arguments of every block, seen while each is replaced by one that passes its input on."""
         output = first(hidden, *arguments[0], **arguments[1])
-        self.tail = tuple(output[1:]) if isinstance(output, tuple) else None
-        recorded: list[BlockArguments] = []
+        self.tail = tuple(output[1:]) if isinstance(output, tuple | list) else None
+        recorded, calls = dict[int, BlockArguments](), list[int]()
 
-        def passing(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            recorded.append((args, kwargs))
-            return x
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(id(block))
+            recorded[id(block)] = (args[1:], kwargs) if args else (args, _without_hidden(kwargs))
 
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        handle = head.register_forward_pre_hook(_stop) if head is not None else None
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self.blocks]
+        handles += [head.register_forward_pre_hook(_stop)] if head is not None else []
         try:
-            with self.instead(passing):
+            with self.instead(lambda x=None, *_, hidden_states=None, **__: hidden_states if x is None else x):
                 self.model(input_ids=ids, use_cache=False)
         except _Captured:
             pass
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
-        if len(recorded) != len(self.blocks):
-            raise StageError(f"{type(self.model).__name__} called {len(recorded)} of its {len(self.blocks)} blocks")
-        return recorded
+        if calls != [id(b) for b in self.blocks if id(b) in recorded or not waits_for_an_encoder(b)]:
+            raise StageError(
+                f"{type(self.model).__name__} called {len(recorded)} of its {len(self.blocks)} blocks on the "
+                f"calibration text, {len(calls)} times: only models that call each block once, in turn, are quantized"
+            )
+        return [recorded.get(id(block)) for block in self.blocks]
 
     @contextmanager
     def instead(self, function: Callable[..., Tensor]) -> Iterator[None]:
@@ -294,16 +297,21 @@ class Walk:
         return self.forward(self.blocks[index], item.hidden.to(self.device), item.arguments[index])
 
     @staticmethod
-    def forward(block: Any, hidden: Tensor | None, others: BlockArguments) -> Tensor:
-        """A block's hidden states out of hidden states in, whichever way it wraps them."""
-        out = block(hidden, *others[0], **others[1])
-        result: Tensor = out[0] if isinstance(out, tuple) else out
+    def forward(block: Any, hidden: Any, others: BlockArguments | None) -> Tensor:
+        """A block's hidden states out of hidden states in, however it wraps them; a skipped one's are the same."""
+        out = hidden if others is None else block(hidden, *others[0], **others[1])
+        result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
 
 
 def _filled(block: nn.Module) -> bool:
     """Whether a block has its weights."""
     return all(not p.is_meta for p in block.parameters())
+
+
+def _without_hidden(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's arguments by name but for its hidden states."""
+    return {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def _stop(*_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from requant.errors import InputError
 from requant.modeling import linears
 
+_CROSS = re.compile(r"(.*\.)?(cross|encoder)_?att(n|ention)")  # last part: an attention between two sequences
 _Signature = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of a block's parameters
 
 
@@ -25,11 +27,28 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     owner = _name_of(model, "get_input_embeddings").rpartition(".")[0]
     while True:
         inside = [(n, m) for n, m in outer if not owner or n.startswith(f"{owner}.")]
-        if inside:
-            return max(inside, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        if inside:  # a list beside the embedding, before one inside of a module beside it
+            beside = [item for item in inside if item[0].rpartition(".")[0] == owner]
+            return max(beside or inside, key=lambda item: sum(p.numel() for p in item[1].parameters()))
         if not owner:
             raise InputError(f"{type(model).__name__}: no list of transformer blocks found")
         owner = owner.rpartition(".")[0]
+
+
+def why_not_text(model: Any) -> str | None:
+    """Why text alone says nothing about the blocks of a model; None: it does."""
+    config = model.config.get_text_config()
+    _, blocks = block_list(model)
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        return "it is an encoder, which reads in both directions (config.json: is_decoder is not true)"
+    if all(waits_for_an_encoder(block) for block in blocks):
+        return "every block attends to the output of an encoder, and text alone has none"
+    return None
+
+
+def waits_for_an_encoder(block: nn.Module) -> bool:
+    """Whether a block attends to an encoder's output, so that models skip it on text alone."""
+    return any(_CROSS.fullmatch(name) for name, _ in block.named_modules())
 
 
 def _name_of(model: Any, getter: str) -> str:

@@ -169,7 +169,8 @@ FAMILIES = (
 )
 
 IN_16_BIT = re.compile(
-    r"(.*\.)?(in_proj_(a|b|ba)|b_proj|shared_expert_gate|indexer\.(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+)"
+    r"(.*\.)?(in_proj_(a|b|ba)|linear_attn\.a_proj|b_proj|shared_expert_gate|gate\.wg"
+    r"|indexer\.(\w+\.)*(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+)"
 )
 """Linears that stay in 16 bit: routers, gates of one output a head, what engines build without quantized weights."""
 

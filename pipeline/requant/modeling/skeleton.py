@@ -133,6 +133,15 @@ def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> s
     }
 
 
+def loaded_in_fp32(model: Any, dtype: torch.dtype) -> set[str]:
+    """Parameters that transformers loads in fp32 although `dtype` is asked for, by the class's own list."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    listed = list(model._get_dtype_plan(dtype)) if hasattr(model, "_get_dtype_plan") else []
+    pattern = build_glob_alternation(listed)[0] if listed else None
+    return {name for name, _ in model.named_parameters() if pattern and pattern.search(name)}
+
+
 def _kept_by_transformers(model: Any) -> list[str]:
     """What transformers leaves in 16 bit by itself: tied weights, the head, the module of the last parameter.
 

@@ -17,7 +17,7 @@ from requant.errors import InputError, StageError
 from requant.formats.quantized_format import PackError, QuantizedFormat
 from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
-from requant.modeling.blocks import block_linears, block_list, towers
+from requant.modeling.blocks import block_linears, block_list, towers, waits_for_an_encoder, why_not_text
 from requant.modeling.families import EXPERT, in_16_bit
 from requant.modeling.linears import left_fused
 from requant.modeling.stacked_experts import stored_pieces
@@ -91,15 +91,14 @@ def plan(
     prefix, blocks = block_list(model)
     pieces = stored_pieces(model, tensors)
     names = skeleton.tensor_names(model, [*tensors, *pieces])
-    linears = {f"{prefix}.{n}": m for n, m in block_linears(blocks).items()}
-    if not linears:
-        raise InputError(f"{where}: the blocks of {type(model).__name__} hold no Linear to quantize")
+    linears = _linears(model, where)
     written, grids = FORMATS[settings.format], dict[str, Grid]()
     problems: list[str] = []
     replaced: dict[str, list[Slot]] = {}
+    skipped = tuple(f"{prefix}.{i}." for i, block in enumerate(blocks) if waits_for_an_encoder(block))
     for name, module in quantizable(linears).items():
         grid = settings.grid_of(name)
-        if grid is None:
+        if grid is None or name.startswith(skipped):
             continue
         try:
             layout = written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
@@ -134,6 +133,15 @@ def plan(
         towers=towers(model),
         pieces=pieces,
     )
+
+
+def _linears(model: nn.Module, where: Path) -> dict[str, Any]:
+    """Every Linear of the blocks by its full name; raises InputError where text alone cannot calibrate them."""
+    prefix, blocks = block_list(model)
+    linears = {f"{prefix}.{n}": m for n, m in block_linears(blocks).items()}
+    if why := why_not_text(model) if linears else "its blocks hold no Linear":
+        raise InputError(f"{where}: {type(model).__name__} cannot be quantized: {why}")
+    return linears
 
 
 def quantizable(linears: Mapping[str, Any]) -> dict[str, Any]:
