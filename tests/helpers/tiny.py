@@ -103,6 +103,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8, "n_ctx": 128},
     "gptj": {"rotary_dim": 8},
     "xlnet": {"d_head": 16},
+    "olmo_hybrid": {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
+                    "linear_num_value_heads": 4},  # transformers cuts what it saves into equal parts
     "reformer": {"is_decoder": True},
     "mllama": {"text_config.num_hidden_layers": 3, "text_config.cross_attention_layers": [1]},
 }  # fmt: skip

@@ -21,6 +21,7 @@ class ModelLayout:
     names: parameter -> tensor of the checkpoint. conv1d: names of Conv1D modules.
     tied: parameters (input, output embedding) that share one tensor. embedding: parameter of the input embedding.
     fused: stacked expert parameter -> where it is stored. current_name: an older release's tensor name -> today's.
+    converted: what transformers does with a stored tensor of this name besides renaming it, None: nothing.
     unplaced: what the checkpoint holds besides the parameters of `model_class`.
     """
 
@@ -30,6 +31,7 @@ class ModelLayout:
     embedding: str
     fused: Mapping[str, StackedParameter] = field(default_factory=dict)
     current_name: Callable[[str], str] = str
+    converted: Callable[[str], str | None] = lambda _: None
     unplaced: Unplaced = field(default_factory=Unplaced)
     model_class: str = "the model"
 
@@ -48,6 +50,7 @@ class ModelLayout:
             embedding=f"{embedding}.weight",
             fused=fused,
             current_name=lambda name: skeleton.renamed(model, name),
+            converted=lambda name: skeleton.converted(model, name),
             unplaced=Unplaced.of(model, shapes, placed),
             model_class=type(model).__name__,
         )

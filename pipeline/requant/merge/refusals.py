@@ -19,14 +19,24 @@ _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$")
 def unknown_tensors(base: BaseWeights, layout: ModelLayout) -> None:
     """Raise InputError for tensors of the base that are neither the model's nor known to be of use."""
     unknown = layout.unplaced.unknown
-    if unknown:
-        shown = ", ".join(f"{n} {list(base.weights[n].shape)}" for n in unknown[:SHOWN])
+    if not unknown:
+        return
+    shown = ", ".join(f"{n} {list(base.weights[n].shape)}" for n in unknown[:SHOWN])
+    shown = (
+        f"{len(unknown)} of its tensors have no place in {layout.model_class}, the class of its config.json: {shown}"
+    )
+    more = " ..." if len(unknown) > SHOWN else ""
+    operations = {layout.converted(name) for name in unknown} - {None}
+    if operations:
         raise InputError(
-            f"{base.checkpoint.path}: {len(unknown)} of its tensors have no place in {layout.model_class}, the "
-            f"class of its config.json: {shown}{' ...' if len(unknown) > SHOWN else ''}. Servers would refuse or "
-            "ignore them: take the config.json that belongs to these weights, or a copy of the base "
-            "without these tensors"
+            f"{base.checkpoint.path}: {shown}{more}. transformers makes other tensors of such ones while it loads "
+            f"({'; '.join(sorted(map(str, operations)))}), which a merge into the file's own tensors would have to undo: "
+            "such a model is not supported"
         )
+    raise InputError(
+        f"{base.checkpoint.path}: {shown}{more}. Servers would refuse or ignore them: take the config.json that "
+        "belongs to these weights, or a copy of the base without these tensors"
+    )
 
 
 def changes_outside_the_model(adapters: Sequence[Adapter], changed: Iterable[str], layout: ModelLayout) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from requant.checkpoint.reader import Weights, read_json, stored_names
 from requant.errors import library_call
-from requant.modeling import config_limits, linears, moe
+from requant.modeling import config_limits, joined_parts, linears, moe
 from requant.modeling.families import EXPERT
 from requant.modeling.model_classes import model_class
 
@@ -96,6 +96,7 @@ def build(
     linears.expose(
         model, lambda name: split or single_by_rule(model, name) or any(n in single() for n in spellings(model, name))
     )
+    joined_parts.expose(model, _rules(model)[2])
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -181,8 +182,12 @@ def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
 
 def found_names(model: nn.Module, names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
-    """Those of the model's `names` that are stored -> their names in the checkpoint."""
-    have = {renamed(model, name): name for name in stored}
+    """Those of the model's `names` that are stored -> their names in the checkpoint.
+
+    A stored name that no renaming was meant for, but one matches, counts as it is: so transformers does.
+    """
+    every = sorted(stored)  # renamings that go together are decided by the first of their names
+    have = {name: name for name in every} | {renamed(model, name): name for name in every}
     found = {}
     for name in names:
         spelled = next((n for n in spellings(model, name) if n in have), None)
@@ -199,7 +204,7 @@ def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
 
 def renamed(model: nn.Module, name: str) -> str:
     """A checkpoint's tensor name as the model of today calls it."""
-    renamings, experts = _rules(model)
+    renamings, experts, _ = _rules(model)
     for rule in renamings:
         name = rule.rename_source_key(name)[0]
     for pattern, role in experts:
@@ -207,8 +212,16 @@ def renamed(model: nn.Module, name: str) -> str:
     return name
 
 
-def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str]]]:
-    """transformers' renamings for this model, and (pattern, replacement) of expert weights.
+def converted(model: nn.Module, name: str) -> str | None:
+    """What transformers does with a stored tensor besides renaming it, such as "Chunk"; None: nothing."""
+    for rule in _rules(model)[2]:
+        if rule.rename_source_key(name)[1] is not None:
+            return ", ".join(type(operation).__name__ for operation in rule.operations)
+    return None
+
+
+def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str]], list[Any]]:
+    """transformers' renamings for this model, (pattern, replacement) of expert weights, and all its conversions.
 
     Which of an expert's weights is the gate is read off the conversion that fuses them: [gate, up] in this order.
     """
@@ -218,17 +231,18 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str
         from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
         every = get_model_conversion_mapping(model, add_legacy=False)
+        converters = [rule for rule in every if isinstance(rule, WeightConverter)]
         experts = []
-        for rule in every:
-            if type(rule) is not WeightConverter or type(rule.operations[0]) is not MergeModulelist:
+        for rule in converters:
+            if type(rule.operations[0]) is not MergeModulelist:
                 continue
             stem, _, leaf = rule.target_patterns[0].rpartition(".")
             fused = [type(op) for op in rule.operations] == [MergeModulelist, Concatenate]
             roles = moe.ROLES[:2] if fused and leaf == "gate_up_proj" else (leaf,)
             for source, role in zip(rule.source_patterns, roles, strict=True):
-                pattern = re.escape(source).replace(r"\*", r"(\d+)")
+                pattern = re.escape(source.replace("\\", "")).replace(r"\*", r"(\d+)")
                 experts.append((re.compile(pattern), rf"{stem}.\1.{role}.weight"))
-        found = ([rule for rule in every if type(rule) is WeightRenaming], experts)
+        found = ([rule for rule in every if isinstance(rule, WeightRenaming)], experts, converters)
         model._requant_rules = found
     return found  # type: ignore[no-any-return]
 

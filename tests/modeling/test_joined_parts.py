@@ -1,0 +1,49 @@
+"""Tensors that transformers joins, or renames by patterns: the skeleton has them as the file does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import pico, tiny
+from helpers.sweep import ids
+
+from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError
+from requant.modeling import skeleton
+from requant.modeling.joined_parts import JoinedConvolution
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("kind", "joined"),
+    [("olmo_hybrid", True), ("kimi_linear", True), ("bailing_hybrid", True), ("deepseek_v4", False)],
+)
+def test_a_skeleton_filled_from_the_file_is_transformers_model(tmp_path: Path, kind: str, joined: bool) -> None:
+    """DeepSeek V4: patterns with backslashes for experts, and one for `norm` that the last norm's name fits too."""
+    made = tiny.model(kind)
+    stored = Checkpoint(pico.save(made, tmp_path))
+    model = skeleton.open_model(tmp_path)
+    names = skeleton.tensor_names(model, stored)
+    assert names.keys() == {name for name, _ in model.named_parameters()}
+    assert any(isinstance(m, JoinedConvolution) for m in model.modules()) == joined
+    for parameter, name in names.items():
+        skeleton.place(model, {parameter: stored.read(name)})
+    skeleton.buffers_to(model, torch.device("cpu"), stored)
+    assert pico.relative(pico.logits(model, ids()), pico.logits(made, ids())) < 1e-5
+
+
+def test_parts_may_have_other_widths() -> None:
+    """As queries and values of OLMo hybrids: transformers itself cuts what it saves into equal parts, the hub does not."""
+    model = skeleton.build(tiny.config("olmo_hybrid", linear_value_head_dim=32))
+    convolution = next(m for m in model.modules() if isinstance(m, JoinedConvolution))
+    assert [tuple(part.weight.shape) for part in convolution.parts] == [(64, 1, 4), (64, 1, 4), (128, 1, 4)]
+
+
+def test_other_conversions_are_refused_by_name(tmp_path: Path) -> None:
+    base = pico.save(tiny.model("qianfan_ocr"), tmp_path / "base")
+    pico.train(tiny.model("qianfan_ocr"), tmp_path / "adapter", target_modules=r".*language_model.*q_proj")
+    with pytest.raises(InputError, match=r"attn.qkv.bias .*transformers makes other tensors of such ones .*\(Chunk\)"):
+        pico.merged(base, tmp_path / "adapter", tmp_path / "merged")
