@@ -145,7 +145,9 @@ def spin() -> None:
 
 
 def wait() -> None:
-    time.sleep(3600)
+    """Nothing is done, but for a look at the clock as progress is told: no end of a command either."""
+    while True:
+        time.sleep(0.2)
 
 
 def swallow() -> None:
@@ -163,7 +165,7 @@ def write(folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "cpu", "memory", "reason"),
-    [(spin, 1.5, 10**12, "hang"), (swallow, 600.0, 10**9, "memory")],
+    [(spin, 1.5, 10**12, "hang"), (wait, 600.0, 10**12, "hang"), (swallow, 600.0, 10**9, "memory")],
 )
 def test_limits_end_a_command(
     shop: Workshop, function: Callable[[], None], cpu: float, memory: int, reason: str

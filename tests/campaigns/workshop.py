@@ -24,6 +24,7 @@ from campaigns.verdicts import End
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 10.0  # of one mutated input: more is a hang
 IDLE_SECONDS = 10.0  # asleep without any progress: waits for what never comes
+WORK = 0.1  # CPU seconds: less in all of that time is a thread that tells of no progress
 MEMORY = 2 * 10**9  # bytes resident
 LOOK = 0.02  # seconds between two looks at a process
 RUN_CPU_SECONDS = 120.0  # of a whole run, on a machine that others use too
@@ -65,7 +66,7 @@ class Running:
         used, since = -1.0, time.monotonic()
         while self.poll(LOOK) is None:
             state, now, resident = usage(self.process)
-            if now > used or state == "R":
+            if now > used + WORK or state == "R":
                 used, since = now, time.monotonic()
             asleep = time.monotonic() - since
             stopped = "memory" if resident > memory else "hang" if now > cpu or asleep > IDLE_SECONDS else ""

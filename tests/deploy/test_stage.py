@@ -55,6 +55,19 @@ def test_a_good_checkpoint_passes(good: Path, source: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_does_not_generate_is_told(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever transformers' generate raises for what config.json says."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("exactly one of input_ids or inputs_embeds")
+
+    monkeypatch.setattr(own_scores, "_generate", fails)
+    done = check(good)
+    assert not done.ok
+    assert "config.json: transformers cannot generate with it: ValueError: exactly one of input_ids" in done.message()
+
+
+@pytest.mark.slow
 def test_the_size_is_what_the_config_describes(good: Path) -> None:
     """Every byte of the files is a tensor the format page asks for, or the header."""
     done = check(good)

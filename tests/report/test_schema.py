@@ -62,6 +62,17 @@ def test_damage_is_found_by_the_schema_and_by_the_reader(place: str, tmp_path: P
         load(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["edges.0.from", "edges.1.to", "kernels.0.from"])
+def test_a_step_of_a_variant_without_a_result_is_found(place: str) -> None:
+    report = json.loads(dumps(built()))
+    found, (steps, number, end) = report["sets"][0], place.split(".")
+    of_an_edge = {key: found["edges"][0][key] for key in ("from", "to", "delta", "loss_percent")}
+    found["kernels"] = [of_an_edge | {"kind": "kernel", "n_documents": 3, "n_tokens": 9, "dtype": "d", "device": "cpu"}]
+    found[steps][int(number)][end] = "gone"
+    with pytest.raises(EvaluationError, match=rf"sets\.0\.{place}: 'gone' is no variant of the set"):
+        upgrade(report)
+
+
 @pytest.mark.parametrize("key", ["sets", "facts", "verdict", "gates"])
 def test_a_lost_section_is_found(key: str) -> None:
     report = built()

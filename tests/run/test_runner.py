@@ -17,7 +17,7 @@ from requant import __version__
 from requant import recipe as recipes
 from requant.checkpoint import atomic_write
 from requant.checkpoint.reader import Checkpoint
-from requant.checkpoint.run_directory import RunDirectory, key_of
+from requant.checkpoint.run_directory import RunDirectory, key_of, sealed
 from requant.errors import InputError, RequantError, StageError
 from requant.run import observer, prepare, report_stage, runner
 from requant.run.context import RunContext
@@ -458,9 +458,9 @@ def test_a_half_written_report_of_other_settings_is_not_taken_for_ours(
 
 
 def test_a_report_that_was_being_written_is_written_again(project: Path, ran: Path) -> None:
-    """The key that a killed run leaves, spelled as older versions spell it."""
+    """The key that a killed run leaves."""
     file = ran / "pico" / ".stages.json"
-    edit_json(file, report={"key": "being written", "result": {}})
+    edit_json(file, report=sealed({"key": "being written", "result": {}}))
     assert run(project, ran).ran == ["report"]
     assert run(project, ran).ran == []
 

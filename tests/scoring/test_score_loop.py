@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import (
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring import score_loop
 from requant_eval.scoring.lm_head import HeadTap, extract, prove_head
-from requant_eval.scoring.reference_states import Reference
+from requant_eval.scoring.reference_states import Reference, prove
 from requant_eval.scoring.score_loop import score
 from requant_eval.scoring.token_scores import TokenScores
 from requant_eval.scoring.windows import Document, EvalSet, make_set
@@ -173,6 +174,25 @@ def test_reference_file_holds_the_rows_of_the_scored_positions(eval_set: EvalSet
     assert got.dtype == torch.bfloat16
     assert torch.allclose(got.float(), torch.cat(rows).float(), rtol=0.02, atol=0.02)
     assert torch.equal(opened.head.weight, model.lm_head.weight)
+
+
+def test_a_flipped_bit_of_a_reference_is_seen(eval_set: EvalSet, tmp_path: Path) -> None:
+    """The number that it changed would have gone into the report: the scores still have their checksum."""
+    path = tmp_path / "reference.safetensors"
+    score(pico("gemma2"), eval_set, batch=2, device="cpu", write_reference=path)
+    assert prove(path, digest=eval_set.digest) == eval_set.n_scored
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    random = Random(0)
+    for at in [*random.choices(range(start), k=150), *random.choices(range(start, len(whole)), k=50)]:
+        changed = bytearray(whole)
+        changed[at] ^= 1 << random.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(EvaluationError):
+            prove(path, digest=eval_set.digest)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(EvaluationError):
+        prove(path, digest=eval_set.digest)
 
 
 def test_reference_of_another_set_or_vocabulary_is_refused(eval_set: EvalSet, tmp_path: Path) -> None:

@@ -79,10 +79,13 @@ def charts(figure: Figure) -> list[Chart]:
 
 def waterfall(s: EvaluationSet) -> Chart:
     """Perplexity of every variant, as a bar from the variant that it was made of."""
-    into: dict[str, tuple[Edge | KernelStep, Point]] = {e["to"]: (e, delta) for e, delta in _steps(s)}
     level = {v["name"]: mean.value for v in s["variants"] if (mean := point(v["mean_nll"]))}
+    into: dict[str, tuple[Edge | KernelStep, Point]] = {
+        e["to"]: (e, delta) for e, delta in _steps(s) if e["from"] in level and e["to"] in level
+    }
     for label, step, delta in _served(s):
-        into[label], level[label] = (step, delta), level[step["from"]] + delta.value
+        if step["from"] in level:
+            into[label], level[label] = (step, delta), level[step["from"]] + delta.value
     level = dict(sorted(level.items(), key=lambda item: item[0] in into and into[item[0]][0]["kind"] in CONTROLS))
     ends = [math.exp(level[e["from"]] + x) for e, delta in into.values() for x in delta.numbers]
     scale = Scale.around([*ends, *(math.exp(v) for v in level.values())], log=True)

@@ -6,9 +6,9 @@ The schema is made of the records of `report.records` and `metrics.records`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -22,6 +22,7 @@ from requant_eval.report.records import Report
 
 OPEN = ConfigDict(extra="allow", strict=True)
 SHOWN = 5  # problems named in one message
+ENDS: tuple[Literal["from", "to"], ...] = ("from", "to")  # of a step
 
 
 RECORDS: tuple[Any, ...] = (
@@ -100,6 +101,22 @@ def check(report: Any) -> None:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'report'}: {e['msg']}" for e in error.errors()]
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise EvaluationError(f"does not match the schema: {'; '.join(problems[:SHOWN])}{more}") from error
+    if problem := next(_unknown_variants(report), None):
+        raise EvaluationError(f"does not match the schema: {problem}")
+
+
+def _unknown_variants(report: Report) -> Iterator[str]:
+    """What names a variant that its set has no result of, where and by which name.
+
+    A step into an engine leads to what is no variant: a kernel.
+    """
+    for number, found in enumerate(report["sets"]):
+        known = {v["name"] for v in found["variants"]}
+        named = [(f"edges.{i}.{end}", e[end]) for i, e in enumerate(found["edges"]) for end in ENDS]
+        named += [(f"kernels.{i}.from", k["from"]) for i, k in enumerate(found.get("kernels") or [])]
+        for place, name in named:
+            if name not in known:
+                yield f"sets.{number}.{place}: {name!r:.60} is no variant of the set"
 
 
 def wrong_fact(path: str | Path) -> str | None:

@@ -1,12 +1,13 @@
 """The reference's final hidden states at the scored positions and its head, in one file.
 
 32 to 85 times smaller than its logits. A safetensors file, written and read row by row, never whole in memory. Its
-metadata has the digest of the evaluation set.
+metadata has the digest of the evaluation set, and a checksum of all of the file, which `prove` computes again.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,9 @@ from requant_eval.errors import EvaluationError
 from requant_eval.scoring.lm_head import Head
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-FORMAT = "requant-reference-1"
+FORMAT = "requant-reference-2"
+_NONE_YET = "-" * 16  # in the checksum's place until the file is whole
+_READ = 1024  # rows at a time
 
 
 class Reference:
@@ -34,18 +37,8 @@ class Reference:
         Raises:
             EvaluationError: not a reference file, or one of another evaluation set.
         """
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise EvaluationError(f"{path}: no readable reference ({error}): score the reference first") from error
-        meta = file.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise EvaluationError(f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}: write it anew")
-        if meta["digest"] != digest:
-            raise EvaluationError(
-                f"{path}: written for evaluation set {meta['digest'][:12]}, this one is {digest[:12]}: "
-                "other tokens are never compared, score the reference on this set"
-            )
+        file = _open(path)
+        meta = _metadata(path, file, digest)
         names = set(file.keys())
         bias = file.get_tensor("bias") if "bias" in names else None
         softcap = float(meta["softcap"]) if "softcap" in meta else None
@@ -58,6 +51,29 @@ class Reference:
         """Hidden states of scored tokens start..stop-1, in window order: [stop - start, hidden]."""
         rows: Tensor = self._rows[start:stop]
         return rows.to(self.device)
+
+
+def prove(path: Path, *, digest: str) -> int:
+    """Reads a reference file for an evaluation set with `digest` whole: its bytes are those that were written.
+
+    Returns the number of its rows. Raises:
+        EvaluationError: not a reference file, one of another evaluation set, or a damaged one.
+    """
+    file = _open(path)
+    meta = _metadata(path, file, digest)
+    found, changed = meta.pop("checksum", None), f"{path}: damaged (its bytes have changed): score the reference again"
+    try:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        total = _sum_of_header(meta, {name: part.get_shape() for name, part in slices.items()})
+        for name, part in slices.items():
+            for at in range(0, part.get_shape()[0], _READ):
+                total += _sum_of_rows(name, at, part[at : at + _READ])
+        rows = int(slices["hidden"].get_shape()[0])
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise EvaluationError(changed) from error
+    if found != _hex(total):
+        raise EvaluationError(changed)
+    return rows
 
 
 class ReferenceWriter:
@@ -76,7 +92,10 @@ class ReferenceWriter:
         small = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         shapes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in small.items()}
         shapes["hidden"] = (like.dtype, [rows, width])
-        header, offsets, total = _header(shapes, metadata)
+        self._sum = _sum_of_header(metadata, {name: shape for name, (_, shape) in shapes.items()})
+        self._sum += sum(_sum_of_rows(name, 0, tensor) for name, tensor in small.items())
+        header, offsets, total = _header(shapes, {**metadata, "checksum": _NONE_YET})
+        self._checksum_at = header.index(_NONE_YET.encode())
         self._start, self._row_bytes = len(header) + offsets["hidden"], width * like.dtype.itemsize
         self._begin = [(0, memoryview(header)), *((len(header) + offsets[n], _bytes(t)) for n, t in small.items())]
         self._size = len(header) + total
@@ -84,9 +103,11 @@ class ReferenceWriter:
         self._whole = whole_files.whole_file(path, self._size)
 
     def write(self, start: int, hidden: Tensor) -> None:
-        """Rows start.. of the file: hidden states [n, hidden]."""
+        """Rows start.. of the file: hidden states [..., hidden]."""
+        rows = hidden.detach().cpu().flatten(0, -2)
+        self._sum += _sum_of_rows("hidden", start, rows)
         self._file.seek(self._start + start * self._row_bytes)
-        self._file.write(_bytes(hidden))
+        self._file.write(_bytes(rows))
 
     def __enter__(self) -> ReferenceWriter:
         self._file = self._whole.__enter__()
@@ -104,7 +125,46 @@ class ReferenceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._file.seek(self._checksum_at)
+            self._file.write(_hex(self._sum).encode())
         self._whole.__exit__(kind, error, trace)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise EvaluationError(f"{path}: no readable reference ({error}): score the reference first") from error
+
+
+def _metadata(path: Path, file: Any, digest: str) -> dict[str, str]:
+    """The metadata of an open file; raises EvaluationError unless it is a reference for a set with `digest`."""
+    meta: dict[str, str] = file.metadata() or {}
+    if meta.get("format") != FORMAT:
+        raise EvaluationError(f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}: write it anew")
+    if (written_for := meta.get("digest", "none")) != digest:
+        raise EvaluationError(
+            f"{path}: written for evaluation set {written_for[:12]}, this one is {digest[:12]}: "
+            "other tokens are never compared, score the reference on this set"
+        )
+    return meta
+
+
+def _sum_of_header(metadata: dict[str, str], shapes: dict[str, list[int]]) -> int:
+    """CRC-32 of what a header says, its checksum aside."""
+    return zlib.crc32(json.dumps([metadata, shapes], sort_keys=True).encode())
+
+
+def _sum_of_rows(name: str, start: int, rows: Tensor) -> int:
+    """Sum of the rows' CRC-32, each begun with the tensor's name and the row's number: they come in any order."""
+    data, first = _bytes(rows), zlib.crc32(name.encode()) + start
+    size = data.nbytes // max(len(rows), 1)
+    return sum(zlib.crc32(data[i * size : (i + 1) * size], (first + i) % 2**32) for i in range(len(rows)))
+
+
+def _hex(total: int) -> str:
+    return f"{total % 2**64:016x}"
 
 
 def _header(

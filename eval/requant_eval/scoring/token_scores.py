@@ -82,8 +82,10 @@ class TokenScores:
         wrong = _wrong_column(columns) or next(
             (f"{key!r:.40} is no key of it" for key in metadata if key not in _KEYS), None
         )
-        if wrong or found not in (None, _checksum(columns, metadata)):  # None: written before there was one
-            raise EvaluationError(f"{path}: damaged ({wrong or 'its bytes have changed'}): score the variant again")
+        if wrong is None and found != _checksum(columns, metadata):
+            wrong = "no checksum" if found is None else "its bytes have changed"
+        if wrong:
+            raise EvaluationError(f"{path}: damaged ({wrong}): score the variant again")
         try:
             return cls(
                 nll=columns["nll"],

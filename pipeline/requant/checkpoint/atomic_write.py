@@ -85,17 +85,19 @@ def remove(path: Path) -> None:
 def read_state(file: Path, read: Callable[[Path], T]) -> T | None:
     """What `read` makes of a file that a run keeps for itself; None where it is missing or unreadable.
 
-    An unreadable state is no state: one line says so, the file is removed, and what it held is made again.
+    An unreadable state is no state: one line says so, the file is removed, and what it held is made again. So it is
+    with what is no file: opening a pipe would wait for its writer.
     """
     if not file.exists():
         return None
     try:
+        if not file.is_file():
+            raise ValueError("it is no regular file")
         return read(file)
     except _UNREADABLE as error:
         why = " ".join(str(error).replace(f"{file}: ", "").split())[:200] or type(error).__name__
         DAMAGED.warning("%s: not readable (%s): what it held is made again", file, why)
-        with writing(file):
-            file.unlink()
+        remove(file)
         return None
 
 

@@ -50,8 +50,8 @@ def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
 def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
     """The state that `sealed` was given; ValueError where it was changed since."""
     state = {key: value for key, value in found.items() if key != SEAL}
-    if found.get(SEAL) not in (None, key_of(state)):  # None: written before there was one
-        raise ValueError("its bytes have changed")
+    if found.get(SEAL) != key_of(state):
+        raise ValueError("its bytes have changed" if SEAL in found else "it has no checksum")
     return state
 
 

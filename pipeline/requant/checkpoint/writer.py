@@ -25,6 +25,7 @@ from requant.checkpoint.atomic_write import DAMAGED, atomic_write, read_state, w
 from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.open_files import OpenFiles
 from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
+from requant.checkpoint.run_directory import sealed, unsealed
 from requant.errors import StageError
 from requant_eval import strict_json, whole_files
 
@@ -199,20 +200,12 @@ class Journal:
             future.result()
         writer.sync()
         self.blocks.append(results)
-        blocks = json.dumps(self.blocks)
-        write_text(self.file, json.dumps({"sha256": _digest(blocks), "blocks": blocks}))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        write_text(self.file, json.dumps(sealed({"blocks": self.blocks})))
 
 
 def _blocks(file: Path) -> list[list[dict[str, Any]]]:
     """The journal's blocks; ValueError where it holds something else."""
-    journal: Any = strict_json.load(file)
-    if journal["sha256"] != _digest(journal["blocks"]):
-        raise ValueError("its bytes have changed")
-    blocks: Any = strict_json.parse(journal["blocks"], constants=True)
+    blocks: Any = unsealed(strict_json.load(file, constants=True)).get("blocks")
     if not isinstance(blocks, list) or not all(isinstance(b, list) for b in blocks):
         raise ValueError("it holds no list of blocks")
     if not all(isinstance(row, dict) for block in blocks for row in block):

@@ -75,7 +75,12 @@ def score_checkpoint(
     done.sample_tokens, done.sample_set, done.sample_digest = sum(map(len, nll)), sample.set, sample.digest
     if finite:
         done.perplexity = engine_processes.perplexity(nll)
-        done.generated = _generate(model, rows[0][:PROMPT], device)
+        with library_call(
+            f"{path / 'config.json'}: transformers cannot generate with it",
+            "look at config.json and generation_config.json of the base",
+            passing=(torch.OutOfMemoryError,),
+        ):
+            done.generated = _generate(model, rows[0][:PROMPT], device)
         done.text = tokenizer.decode(done.generated) if tokenizer is not None else None
     else:
         done.findings.append(Finding("model", "its logits hold NaN or infinity on the sample"))

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.run_directory import key_of
 from requant.data import canaries
 from requant.data.canaries import Canaries, CanaryFacts
-from requant.errors import InputError, StageError
+from requant.errors import StageError
 from requant.outgoing import masked
 
 if TYPE_CHECKING:
@@ -81,13 +80,15 @@ class Scores:
         names = sorted(self.keys, key=lambda n: n != REFERENCE)
         todo = {v: [s for s in self.sets if self._saved(v, s) is None] for v in names}
         if self.kl and any(todo.values()):
-            lost = [s for s in self.sets if read_state(self.reference(s), partial(_opened, s.digest)) is None]
+            from requant_eval.scoring.reference_states import prove
+
+            lost = [s for s in self.sets if read_state(self.reference(s), partial(prove, digest=s.digest)) is None]
             todo[REFERENCE] = [s for s in self.sets if s in todo[REFERENCE] or s in lost]
         return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
 
     def unanswered(self) -> dict[str, Path]:
         """The variants without saved answers, and the files for them."""
-        return {v: f for v, f in self.answer_files.items() if read_state(f, canaries.load_answers) is None}
+        return {v: f for v, f in self.answer_files.items() if self._given(f) is None}
 
     def answers(self) -> CanaryFacts | None:
         """The answers of all variants, for the report; None without canaries."""
@@ -97,15 +98,15 @@ class Scores:
 
     def _answers(self, file: Path) -> list[str]:
         """The answers in one file, one to each canary; raises StageError for a damaged file, which is removed."""
-        assert self.canaries is not None
-        try:
-            found = canaries.load_answers(file)
-            if len(found) != len(self.canaries.items):
-                raise InputError(f"{file}: damaged: {len(found)} answers to {len(self.canaries.items)} canaries")
-        except InputError as error:
-            file.unlink(missing_ok=True)
-            raise StageError(f"{error}; it was removed, the same command asks again") from error
+        found = self._given(file)
+        if found is None:
+            raise StageError(f"{file}: no answers: the same command asks again")
         return found
+
+    def _given(self, file: Path) -> list[str] | None:
+        """The saved answers of one variant; None where there are none, or none that can be read."""
+        assert self.canaries is not None
+        return read_state(file, partial(_answers_of, len(self.canaries.items)))
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
         """All scores, {set: {variant: scores}}; raises StageError where some are missing."""
@@ -138,10 +139,9 @@ def _scores_of(s: EvalSet, file: Path) -> TokenScores:
     return scores
 
 
-def _opened(digest: str, file: Path) -> bool:
-    """True for a readable file of a reference's hidden states on a set of that digest."""
-    with safe_open(file, framework="pt") as stored:
-        written_for = (stored.metadata() or {})["digest"]
-    if written_for != digest:
-        raise ValueError(f"written for the set {written_for[:12]}, not {digest[:12]}")
-    return True
+def _answers_of(count: int, file: Path) -> list[str]:
+    """The answers to `count` canaries in one file."""
+    found = canaries.load_answers(file)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} answers to {count} canaries")
+    return found

@@ -7,6 +7,7 @@ byte for byte.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
-from requant.checkpoint.atomic_write import copy_file, make_directory
+from requant.checkpoint.atomic_write import copy_file, make_directory, read_state
 from requant.checkpoint.model_files import files_of, write_json
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.checkpoint.writer import overwrite
@@ -30,6 +31,7 @@ from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, produc
 from requant.heal.trainer import EndToEndLoss, LossCurve, Trainer, recompute_in_backward
 from requant.modeling import skeleton, stacked_experts
 from requant.runtime.device import free_memory
+from requant_eval.scoring.reference_states import prove
 
 log = logging.getLogger(__name__)
 STATE = "state.safetensors"
@@ -186,11 +188,8 @@ def _teacher(job: HealJob, progress: Progress | None) -> Teacher:
     if job.plan.teacher_resident:
         return ResidentTeacher(job.load_teacher(), windows, device)
     file, digest = job.work / "teacher.safetensors", f"{job.key}:{job.text.digest}"
-    if file.exists():
-        try:
-            return StoredTeacher(file, length=job.text.length, digest=digest, device=device)
-        except StageError:
-            file.unlink()  # of other settings, or damaged
+    if read_state(file, functools.partial(prove, digest=digest)):
+        return StoredTeacher(file, length=job.text.length, digest=digest, device=device)
     resident = ResidentTeacher(job.load_teacher(), windows, device)
     store_teacher(resident, file, digest=digest, batch=job.plan.micro_batch, progress=progress)
     del resident

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.checkpoint.atomic_write import make_directory
+from requant.checkpoint.atomic_write import make_directory, remove
 from requant.checkpoint.pieces import PiecewiseCheckpoint
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
@@ -46,7 +46,7 @@ def quantize(
     dtype: torch.dtype, device: torch.device,
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9,
     meta: Mapping[str, Any] | None = None, deltas: Deltas | None = None, progress: Progress | None = None,
-    ranks: Ranks = SINGLE_PROCESS, notes: list[str] | None = None,
+    ranks: Ranks = SINGLE_PROCESS, notes: list[str] | None = None, keep_journal: bool = False,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the directory `out`, resuming what it holds.
 
@@ -55,6 +55,7 @@ def quantize(
     Blocks compute in fp32 on the CPU and in `dtype` on a GPU.
     deltas: what an adapter added to the weights of `source`, to measure how much of it is retained.
     notes: gets a line for each change of plan, such as smaller batches when memory runs out.
+    keep_journal: leave the file by which a killed run resumes, for a caller that verifies first.
     `out` must belong to the same source, windows and settings: the caller names it after their digest.
     With several ranks each makes this call (`Ranks.call`). Only the first needs deltas, writes files and
     reports progress.
@@ -87,7 +88,8 @@ def quantize(
     if ranks.first:
         damp = min((m.damp for m in quantizer.results), default=0.01)
         write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
-        (out / JOURNAL).unlink(missing_ok=True)
+        if not keep_journal:
+            remove(out / JOURNAL)
     return layout, quantizer.results
 
 

@@ -9,9 +9,11 @@ from importlib.metadata import version
 from typing import Any
 
 from requant import __version__, deploy, quantize
+from requant.checkpoint.atomic_write import remove
 from requant.deploy.scored_sample import Sample
 from requant.merge.deltas import deltas
 from requant.quantize import gptqmodel_engine, warmup
+from requant.quantize.background_writer import JOURNAL
 from requant.run.context import RunContext
 from requant.run.probe import probe
 from requant.run.stage_results import QuantizeStageResult
@@ -72,7 +74,7 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
     if recipe.quantize.engine == "requant":
         ranks, quantizer = context.ranks, f"requant:{__version__}"
         function: Callable[..., Any] = quantize.quantize
-        own["notes"] = notes
+        own |= {"notes": notes, "keep_journal": True}
     else:
         ranks, quantizer = SINGLE_PROCESS, f"gptqmodel:{version('gptqmodel')}"
         function = gptqmodel_engine.quantize
@@ -94,6 +96,7 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
         out, source=merged, solved=rows, deploy=recipe.deploy, own_device=context.device,
         trust_remote_code=recipe.trust_remote_code, doing=context.watcher.doing,
     )  # fmt: skip
+    remove(out / JOURNAL)  # also of a file that is wrong: it is solved again
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "quantize", "requant": __version__})
     return {
