@@ -1,4 +1,4 @@
-"""Tensors that transformers joins, or renames by patterns: the skeleton has them as the file does."""
+"""Tensors that transformers joins or renames while loading: the skeleton has the file's."""
 
 from __future__ import annotations
 
