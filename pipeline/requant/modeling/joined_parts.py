@@ -63,7 +63,7 @@ def _cut(model: nn.Module, whole: nn.Conv1d, name: str, names: list[str]) -> Non
 
 
 def _outputs(model: nn.Module, part: str) -> int:
-    """The channels of a part: the outputs of the projection that it follows, q_proj of q_conv1d; 0 where it has none."""
+    """The channels of a part: the outputs of the projection before it, q_proj of q_conv1d; 0 where it has none."""
     owner, _, leaf = part.rpartition(".")
     projection: Any = getattr(model.get_submodule(owner), f"{leaf.partition('_')[0]}_proj", None)
     return int(getattr(projection, "out_features", 0))
