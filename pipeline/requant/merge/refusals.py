@@ -30,8 +30,8 @@ def unknown_tensors(base: BaseWeights, layout: ModelLayout) -> None:
     if operations:
         raise InputError(
             f"{base.checkpoint.path}: {shown}{more}. transformers makes other tensors of such ones while it loads "
-            f"({'; '.join(sorted(map(str, operations)))}), which a merge into the file's own would have to undo: such a "
-            "model is not supported"
+            f"({'; '.join(sorted(map(str, operations)))}), which a merge into the file's own would have to undo: "
+            "such a model is not supported"
         )
     raise InputError(
         f"{base.checkpoint.path}: {shown}{more}. Servers would refuse or ignore them: take the config.json that "
