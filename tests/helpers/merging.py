@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from requant.adapters import peft_directory
+from requant.checkpoint.reader import Checkpoint
 from requant.merge.plan import MergePlan
 from requant.merge.stage import MergeResult
 
@@ -16,7 +17,7 @@ FP32 = 1e-5
 def ledger(plan: MergePlan, result: MergeResult) -> None:
     """Every tensor on both sides is counted exactly once."""
     base, adapter = result.ledger["base"], result.ledger["adapter"]
-    assert sum(base.values()) == len(plan.base.checkpoint) + plan.untied
+    assert sum(base.values()) == len(Checkpoint(plan.base.checkpoint.path)) + plan.untied
     (one,) = plan.adapters
     assert adapter["consumed"] == len(load_file(one.path / peft_directory.WEIGHTS)) - one.copies
     used = (

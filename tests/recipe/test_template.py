@@ -239,7 +239,7 @@ def test_unreachable_hub_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"quant_method": "gptq", "bits": 4},
-            "quantization_config.quant_method is 'gptq': expected bitsandbytes 4-bit or a 16-bit model: use "
+            "quantization_config.quant_method is 'gptq': expected bitsandbytes 4-bit, MXFP4, FP8 or a 16-bit model: use "
             "the model that the adapter was trained on",
         ),
         (

@@ -74,7 +74,7 @@ def test_none_on_a_4_bit_checkpoint_is_refused(project: Path, tmp_path: Path) ->
     ("quantization", "says"),
     [
         ({"quant_method": "gptq", "bits": 4}, "the base is quantized with gptq"),
-        ({"quant_method": "fp8"}, "the base is quantized with fp8"),
+        ({"quant_method": "fp8"}, "says FP8, but no tensor is of 8-bit floats"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "but no tensor is stored in 4 bits"),
     ],
 )

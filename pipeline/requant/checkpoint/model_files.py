@@ -51,6 +51,7 @@ def edit_config(
     edited = {k: v for k, v in without_kernels(config).items() if k not in dropped}
     sections = [edited]
     if isinstance(edited.get("text_config"), dict):
+        edited["text_config"] = {k: v for k, v in edited["text_config"].items() if k != "quantization_config"}
         sections.append(edited["text_config"])
     for section in sections:
         key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"

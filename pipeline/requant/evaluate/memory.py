@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variant_weights
 from requant.evaluate.variants import VariantSources
+from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, kinds
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
@@ -52,8 +52,8 @@ class VariantSize:
         model = skeleton.open_model(path, trust_remote_code=trust)
         packed = 0
         if quantized:
-            base = variant_weights.open_base(Checkpoint(path), model, sources.simulate)
-            packed = sum(_count(w.shape) for w in base.weights.values() if w.kind != "stored")
+            base = variant_weights.open_base(open_base_checkpoint(path), model, sources.simulate)
+            packed = sum(_count(w.shape) for w in base.weights.values() if w.four_bit)
         loaded = sources.plan.adapters if name == "adapter" and sources.plan else ()
         return cls.of_model(model, packed, 4 * sum(_count(t.shape) for a in loaded for t in a.tensors.values()))
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
 from requant.evaluate import peft_runtime, variant_weights
 from requant.evaluate.variants import PLAIN, VariantSources, plain
+from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, larger_half
 from requant.modeling.hidden_state_store import HiddenStateStore
@@ -213,7 +213,7 @@ def walk_of(
         return Walk(stored, structure, device=device, dtype=dtype)
     trust, plan = sources.trust_remote_code, sources.plan if name == "adapter" else None
     config = skeleton.load_config(sources.base, trust_remote_code=trust)
-    checkpoint, rows = Checkpoint(sources.base), plan.vocab_size if plan is not None else rows
+    checkpoint, rows = open_base_checkpoint(sources.base), plan.vocab_size if plan is not None else rows
     if rows is not None:
         config.get_text_config().vocab_size = rows
     model: Any = skeleton.build(config, trust_remote_code=trust)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import StageError, library_call
 from requant.evaluate import peft_runtime, variant_weights
+from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings, finer
 from requant.merge.plan import MergePlan
 from requant.modeling import skeleton, stacked_experts
@@ -152,14 +153,18 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
 
 
 def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
-    """The base as training loaded it: in 4 bits through bitsandbytes, or in 16 bit.
+    """The base as training loaded it: in 4 bits through bitsandbytes, or in 16 bit, decoded by transformers.
 
     with_adapter: with the adapter on top through PEFT, unmerged.
     """
     from transformers import BitsAndBytesConfig
 
-    packed = sources.simulate is None and not sources.sixteen_bit  # else a quantization_config stops transformers
-    config = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code, quantized=packed)
+    packed = sources.simulate is None and not sources.sixteen_bit
+    encoded = isinstance(open_base_checkpoint(sources.base), DecodedCheckpoint)
+    quantized = packed or encoded  # else a quantization_config stops transformers
+    config = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code, quantized=quantized)
+    if encoded:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
     options: dict[str, Any] = {"config": config}
     if sources.simulate is not None:
         s = sources.simulate

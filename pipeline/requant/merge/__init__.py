@@ -1,6 +1,9 @@
 """Merge: fold the adapter into the base, in fp32, with one rounding.
 
     base_weights           the base's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4
+    base_checkpoint        the base's files as a 16-bit checkpoint: FORMATS, those that are decoded when read
+    mxfp4_base, fp8_base   one file a format: which tensors are a weight, and how it is read
+    encoded_weight         what a format tells of one weight
     plan                   what becomes of every tensor, from headers only
     refusals               what is refused before any work: foreign tensors, adapters that do not add up
     stored_dtype           the dtype of the result: one in which the model runs

@@ -1,6 +1,7 @@
 """The base model's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4.
 
 Names and shapes are those of the 16-bit checkpoint. Opening reads headers; `read` loads and decodes one tensor.
+Files in MXFP4 or FP8 are a 16-bit checkpoint already (`base_checkpoint`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, read_tensor
 from requant.errors import InputError, StageError
+from requant.merge.base_checkpoint import DecodedCheckpoint
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
 
@@ -57,19 +59,25 @@ class Nf4Facts(TypedDict):
 class BaseWeight:
     """One tensor of the base, named and shaped as in the 16-bit checkpoint.
 
-    kind: `stored` as it is, `packed` in 4 bits on disk, or `simulated`: 16 bit on disk, 4 bit in training.
-    dtype: of the values that `read` returns: fp32 for packed and simulated ones, else as stored.
+    kind: `stored` as it is, `packed` in 4 bits on disk, or `simulated`: 16 bit on disk, 4 bit in training; `encoded`: in
+    MXFP4 or FP8 on disk, 16 bit in training.
+    dtype: of the values that `read` returns: fp32 for packed and simulated ones, else as stored or decoded.
     transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file contains [in, out].
     casts: dtypes that training cast the decoded values to, one after the other, before it multiplied by them.
     """
 
     name: str
-    kind: Literal["stored", "packed", "simulated"]
+    kind: Literal["stored", "packed", "simulated", "encoded"]
     shape: tuple[int, ...]
     dtype: torch.dtype
     state: nf4.QuantState | None = None
     transposed: bool = False
     casts: tuple[torch.dtype, ...] = ()
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether training held it in 4 bits."""
+        return self.kind in ("packed", "simulated")
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -136,8 +144,10 @@ class BaseWeights:
             raise InputError(
                 f"{checkpoint.path}: already 4-bit on disk; remove base.nf4 from the recipe, its settings are stored"
             )
-        self.auxiliary = frozenset(
-            n for n in checkpoint if STATE in n or any(n.endswith(s) and n.removesuffix(s) in states for s in AUXILIARY)
+        described = [n for n in checkpoint if any(n.endswith(s) and n.removesuffix(s) in states for s in AUXILIARY)]
+        self._encoded = checkpoint if isinstance(checkpoint, DecodedCheckpoint) else None
+        self.auxiliary = (
+            frozenset(described) | {*states.values()} | (self._encoded.auxiliary if self._encoded else set())
         )
         self.weights: Mapping[str, BaseWeight] = {
             n: self._weight(n, states.get(n), simulated=n in quantized) for n in checkpoint if n not in self.auxiliary
@@ -151,11 +161,13 @@ class BaseWeights:
     @property
     def four_bit(self) -> bool:
         """Whether any weight has the values of a 4-bit grid, on disk or in training."""
-        return any(w.kind != "stored" for w in self.weights.values())
+        return any(w.four_bit for w in self.weights.values())
 
     def onto(self, stored: torch.dtype) -> str:
         """What adapters are folded onto in a file of dtype `stored`, in words for the report."""
-        packed = [w for w in self.weights.values() if w.kind != "stored"]
+        packed = [w for w in self.weights.values() if w.four_bit]
+        if self._encoded is not None:
+            return f"{self._encoded.format.NAME} weights decoded to 16 bit or more"
         if not packed:
             return "16-bit weights"
         rounded = {str(w.trained_dtype).removeprefix("torch.") for w in packed if w.folded_as_trained(stored)}
@@ -166,6 +178,9 @@ class BaseWeights:
     def _weight(self, name: str, state_name: str | None, *, simulated: bool) -> BaseWeight:
         info = self.checkpoint[name]
         conv1d = name in self.conv1d
+        if self._encoded is not None:
+            kind: Literal["stored", "encoded"] = "encoded" if name in self._encoded.encoded else "stored"
+            return BaseWeight(name=name, kind=kind, shape=info.shape, dtype=info.dtype)
         if state_name is None:
             if info.dtype in (torch.uint8, torch.int8) and name.endswith(".weight"):
                 raise InputError(
@@ -270,7 +285,7 @@ class BaseWeights:
         Raises StageError when the stored bytes and the quant_state disagree.
         """
         weight = self.weights[name]
-        if weight.kind == "stored":
+        if not weight.four_bit:
             return self.checkpoint.read(name).to(device).to(weight.dtype)
         try:
             value = self._decode(weight, device) if weight.kind == "packed" else self._simulate(weight, device)

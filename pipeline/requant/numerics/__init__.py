@@ -1,6 +1,7 @@
 """Numerics: tensors in, tensors out. NF4, GPTQ and what they need; no files, no models.
 
     nf4                NF4 decoder and encoder (bitsandbytes 4-bit), double quantization   <- start here for the base
+    mxfp4, fp8         decoders of what bases are stored in besides: blocks of 4-bit floats, 8-bit floats with scales
     gptq               the GPTQ solver: factor, column loop, coordinate descent   <- start here for quantizing
     solution           what the solver returns: codes, scales, errors, losses
     grid               integer grids and the search for their scales

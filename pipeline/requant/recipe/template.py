@@ -18,6 +18,9 @@ from requant.recipe.adapter_record import BASE_CONFIG, BaseRecord
 from requant_eval.escaping import one_line
 
 FOUR_BIT_NAME = re.compile(r"bnb-?4-?bit|(?<![a-z])nf4|(?<![a-z0-9])4-?bit", re.IGNORECASE)
+DECODED = ("mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors")
+"""quant_method of bases that a merge decodes. As `merge.base_checkpoint.FORMATS`, which would load torch."""
+_FOUR_BIT = "bitsandbytes"
 _FOUR_BIT_SUFFIX = re.compile(r"-(unsloth-)?bnb-4bit$", re.IGNORECASE)
 GROUPS = (128, 64, 32)
 Widths = Callable[[Path], Collection[int]]
@@ -78,29 +81,32 @@ def _base_section(base: BaseRecord, directory: Path) -> str:
         lines.append(f"  revision: {_quoted(base.revision)}   # the revision recorded in the adapter")
     if base.dropped is not None:
         lines.append(f"  # revision: {one_line(base.dropped)}")
-    four_bit = _is_four_bit(base.directory / BASE_CONFIG) if base.directory else None
-    if four_bit is None:
-        four_bit = bool(FOUR_BIT_NAME.search(Path(base.model).name))
-    return "\n".join(lines) + "\n" + (_pre_quantized(base.model) if four_bit else _ON_THE_FLY)
+    quantized = _quantized(base.directory / BASE_CONFIG) if base.directory else None
+    if quantized is None and not base.directory and FOUR_BIT_NAME.search(Path(base.model).name):
+        quantized = _FOUR_BIT
+    nf4 = _ON_THE_FLY if quantized is None else _DECODED.format(method=quantized)
+    return "\n".join(lines) + "\n" + (_pre_quantized(base.model) if quantized == _FOUR_BIT else nf4)
 
 
-def _is_four_bit(file: Path) -> bool:
-    """Whether a config.json is that of a bitsandbytes 4-bit checkpoint; refuses other quantized ones."""
+def _quantized(file: Path) -> str | None:
+    """The `quant_method` of a base's config.json, None of a 16-bit one; refuses those that are not read."""
     quantization = adapter_record.read_object(file, "download the file again").get("quantization_config")
     if not quantization:
-        return False
+        return None
     if not isinstance(quantization, dict):
         raise InputError(
             f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
         )
     method = quantization.get("quant_method")
-    if method not in (None, "bitsandbytes"):
+    if method in DECODED:
+        return str(method)
+    if method not in (None, _FOUR_BIT):
         raise InputError(
-            f"{file}: quantization_config.quant_method is {method!r}: expected bitsandbytes 4-bit or a "
+            f"{file}: quantization_config.quant_method is {method!r}: expected bitsandbytes 4-bit, MXFP4, FP8 or a "
             "16-bit model: use the model that the adapter was trained on"
         )
     if quantization.get("load_in_4bit"):
-        return True
+        return _FOUR_BIT
     raise InputError(
         f"{file}: quantization_config has no load_in_4bit: true: 8-bit (LLM.int8) bases are not supported: "
         "use a 4-bit or a 16-bit model"
@@ -169,6 +175,10 @@ _ON_THE_FLY = """\
     # compute_dtype: bfloat16   # float16 | bfloat16 | float32, default load_dtype; bnb_4bit_compute_dtype
     transformers: 5         # 4 | 5, default 5; major version in training: 4 quantized single experts of MoE models too
     skip: []                # names, default []; llm_int8_skip_modules as given; a list must name lm_head too
+"""
+
+_DECODED = """\
+  nf4: none                 # none | a section; none: {method} on disk, decoded to 16 bit as in training
 """
 
 _PRE_QUANTIZED = """\

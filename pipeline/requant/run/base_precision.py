@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, RecipeError
+from requant.merge.base_checkpoint import LIVE, DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import STATE, Nf4Settings
+from requant.merge.plan import MergePlan
+from requant.modeling import skeleton
 from requant.recipe import Recipe
 from requant.recipe.model_sections import Nf4
 from requant.recipe.template import FOUR_BIT_NAME
@@ -17,11 +21,13 @@ def check_base(recipe: Recipe, base: Path) -> None:
     """Refuse a base whose files do not go with `base.nf4`, read from headers.
 
     Raises RecipeError for a 16-bit base without a word on how training held it, and for `none` on a 4-bit one;
-    InputError for a quantized format other than bitsandbytes 4-bit.
+    InputError for a quantized format that is not read.
     """
-    checkpoint = Checkpoint(base)
-    refuse_quantized(checkpoint)
+    checkpoint = open_base_checkpoint(base)
     nf4, name = recipe.base.nf4, Path(recipe.base.model).name
+    if isinstance(checkpoint, DecodedCheckpoint):
+        _check_decoded(recipe, checkpoint, name)
+        return
     if any(tensor.endswith((".SCB", ".weight_format")) for tensor in checkpoint):
         return  # 8 bit: refused with its own words when it is opened
     if any(STATE in tensor for tensor in checkpoint):
@@ -46,20 +52,37 @@ def check_base(recipe: Recipe, base: Path) -> None:
         )
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a base in a quantized format other than bitsandbytes 4-bit."""
-    file = checkpoint.path / "config.json"
-    quantization = checkpoint.config.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        raise InputError(
-            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
+def _check_decoded(recipe: Recipe, checkpoint: DecodedCheckpoint, name: str) -> None:
+    """Raise RecipeError unless the recipe says that training did not hold an encoded base in NF4."""
+    if recipe.base.nf4 == "none":
+        return
+    said = "auto, the default, reads" if recipe.base.nf4 == "auto" else "a section describes"
+    raise RecipeError(
+        f"{recipe.place('base', 'nf4')}: {said} a base that training held in bitsandbytes' 4 bits, but {name} is stored "
+        f"in {checkpoint.format.NAME}, which is decoded and not quantized again: write nf4: none. Was it trained in 4 "
+        "bits after all? Name the 16-bit or 4-bit model that training loaded"
+    )
+
+
+def unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | None:
+    """Why transformers 5 cannot hold the base as training did; None when it can."""
+    checkpoint = plan.base.checkpoint
+    if isinstance(checkpoint, DecodedCheckpoint) and checkpoint.method not in LIVE:
+        return (
+            f"transformers does not decode a base in {checkpoint.format.NAME} of {checkpoint.method}: base and adapter "
+            "are measured block by block, on our own decoder's values"
         )
-    method = quantization.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise InputError(
-            f"{file}: the base is quantized with {method}; adapters are merged onto bitsandbytes 4-bit or 16-bit "
-            "bases. Use the 16-bit model that it was made from"
-        )
+    able = skeleton.quantizable(model, ("^$",))
+    stored = skeleton.tensor_names(model, plan.base.weights)
+    held = {p.removesuffix(".weight") for p, n in stored.items() if plan.base.weights[n].kind == "packed"} - able
+    if simulate is not None:
+        held |= skeleton.quantizable(model, simulate.skip, version=simulate.version) - able
+    if not held:
+        return None
+    return (
+        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter "
+        "are measured block by block, on our own decoder's values"
+    )
 
 
 def _says_four_bit(checkpoint: Checkpoint) -> bool:

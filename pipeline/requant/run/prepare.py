@@ -18,7 +18,6 @@ from torch import Tensor
 from requant import merge
 from requant.adapters import peft_directory
 from requant.checkpoint import model_files
-from requant.checkpoint.reader import Checkpoint
 from requant.data import canaries
 from requant.data.canaries import Canaries
 from requant.data.documents import adds_bos
@@ -27,6 +26,7 @@ from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
 from requant.merge import adapter_completeness, adapter_match, config_agreement, stored_dtype
+from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
@@ -37,8 +37,8 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
-from requant.run import dtypes, positions, recipe_texts
-from requant.run.base_precision import check_base, hints, nf4_settings, refuse_quantized
+from requant.run import base_precision, dtypes, positions, recipe_texts
+from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     dtypes.refuse_float16(recipe, plan)
     single = _single_experts(recipe, plan, model)
     quantize_inputs = _quantize_inputs(recipe, plan, single)
-    unloadable = _unloadable(plan, model, sources.simulate)
+    unloadable = base_precision.unloadable(plan, model, sources.simulate)
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
     warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
     for adapter in loaded:
@@ -231,8 +231,7 @@ def plan_merge(
     simulate: how a 16-bit base was quantized in training; None: it was not, or `base` is stored in 4 bits.
     """
     base = Path(base)
-    checkpoint = Checkpoint(base)
-    refuse_quantized(checkpoint)
+    checkpoint = open_base_checkpoint(base)
     skeleton.check_generation_config(base)
     model: Any = skeleton.open_model(base, trust_remote_code=trust_remote_code)
     stored = variant_weights.open_base(checkpoint, model, simulate)
@@ -273,21 +272,6 @@ def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ..
     if asked:
         raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
     return [] if recipe.deploy else [f"{name} {says}" for name, says in refusals.items()]
-
-
-def _unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | None:
-    """Why transformers 5 cannot hold the base as training did; None when it can."""
-    able = skeleton.quantizable(model, ("^$",))
-    stored = skeleton.tensor_names(model, plan.base.weights)
-    held = {p.removesuffix(".weight") for p, n in stored.items() if plan.base.weights[n].kind == "packed"} - able
-    if simulate is not None:
-        held |= skeleton.quantizable(model, simulate.skip, version=simulate.version) - able
-    if not held:
-        return None
-    return (
-        f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter "
-        "are measured block by block, on our own decoder's values"
-    )
 
 
 def _left_fused(model: Any) -> list[str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from requant import recipe
-from requant.checkpoint.reader import Checkpoint
 from requant.data.canaries import CanaryFacts
 from requant.deploy.verification import VerificationFacts
 from requant.evaluate import variant_weights
 from requant.evaluate.adapter_probe import ProbeFacts
 from requant.merge import adapter_match
 from requant.merge.adapter_match import SignFacts
+from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Facts
 from requant.modeling import skeleton
 from requant.quantize.module_results import ModuleRow
@@ -236,17 +236,19 @@ def _size(path: Path) -> int:
 def _base_bytes(p: Prepared) -> int:
     """Bytes of the base as it is served with the adapter: as training held it.
 
-    Of a 4-bit checkpoint its files; of a 16-bit one what quantizing it on the fly leaves, or 16 bit a weight where
+    Of a checkpoint in few bits its files; of a 16-bit one what quantizing it on the fly leaves, or 16 bit a weight where
     training did not quantize it.
     """
     base, nf4 = p.merge.plan.base, p.sources.simulate
+    if isinstance(base.checkpoint, DecodedCheckpoint):
+        return _size(p.sources.base)
     if p.recipe.base.nf4 == "none":
         return sum(math.prod(w.shape) * min(w.dtype.itemsize, 2) for w in base.weights.values())
     if nf4 is None:
         return _size(p.sources.base)
     if base.simulate is None:  # merged onto the 16-bit original: the plan knows nothing of the 4-bit base
         model = skeleton.open_model(p.sources.base, trust_remote_code=p.recipe.trust_remote_code)
-        base = variant_weights.open_base(Checkpoint(p.sources.base), model, nf4)
+        base = variant_weights.open_base(open_base_checkpoint(p.sources.base), model, nf4)
     total = 0
     for weight in base.weights.values():
         count = math.prod(weight.shape)

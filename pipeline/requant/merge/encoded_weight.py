@@ -1,0 +1,44 @@
+"""`EncodedWeight`: a tensor of the base that is stored in few bits, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from requant.checkpoint.reader import Checkpoint, TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedWeight:
+    """One tensor as a 16-bit checkpoint would hold it.
+
+    name, shape, dtype: of what `read` returns. parts: names of the stored tensors that it is decoded from.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[str, ...]
+    read: Callable[[], Tensor]
+
+
+class BaseFormat(Protocol):
+    """A format in which bases are stored; one file each."""
+
+    NAME: str
+
+    def encoded(self, checkpoint: Checkpoint) -> tuple[list[EncodedWeight], frozenset[str]]:
+        """(the encoded weights, further stored tensors that only describe them or activations).
+
+        Raises InputError for tensors that do not belong together or are of another format.
+        """
+
+
+def entry(info: TensorInfo, index: int) -> TensorInfo:
+    """One entry of a tensor's first dimension."""
+    size = info.nbytes // info.shape[0]
+    return replace(info, shape=info.shape[1:], offset=info.offset + index * size, nbytes=size)
