@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from helpers import families, pico
+from helpers import families, pico, tiny
 from helpers.e2e import recipe
 from helpers.families import FAMILIES, Family
 
@@ -256,3 +257,47 @@ def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
     unproven = [k for _, k in offered if k.why_not(plain) is None and not k.signed]
     assert unproven
     assert all(k.why_not(signed) == f"negative scales are not proven in {k.name}" for k in unproven)
+
+
+def test_what_an_engine_has_of_a_class() -> None:
+    mpt = verdict("vllm", "mpt", **MPT)
+    assert not mpt.loads
+    assert "vLLM 0.32.0 has no MptForCausalLM" in str(mpt)
+    assert "SGLang 0.5.23 has no MptForCausalLM" in str(verdict("sglang", "mpt", **MPT))
+    assert verdict("vllm", "llama", **LLAMA).remarks == ()
+    generic = verdict("vllm", "smollm3", **LLAMA)
+    assert generic.loads
+    assert str(generic).startswith(
+        "loads, SmolLM3ForCausalLM by transformers' code, as vLLM 0.32.0 has no such class; "
+    )
+    assert verdict("transformers", "smollm3", **LLAMA).remarks == ()
+
+
+def test_experts_in_16_bit_are_told() -> None:
+    whole = Settings(grid=Grid(4, 32), overrides=(("*.experts.*", None),))
+    assert str(verdict("vllm", "qwen3_moe", whole)).startswith("loads, experts in 16 bit; ")
+    assert verdict("vllm", "granitemoe", num_local_experts=4).remarks == ("experts in 16 bit",)
+    assert verdict("vllm", "qwen3_moe").remarks == ()
+
+
+def test_classes_that_an_engine_refuses() -> None:
+    target = engine_targets.TARGETS["vllm"]
+    assert target.classes is not None
+    strict = replace(target.classes, refuses_experts={"Qwen3MoeForCausalLM": "no"})
+    planned_moe, model = planned("qwen3_moe")
+    got = engine_support.judge(planned_moe, model, replace(target, classes=strict))
+    assert got.problems == ("Qwen3MoeForCausalLM: no",)
+    refused = replace(target.classes, refuses={"LlamaForCausalLM": "not at all"})
+    got = engine_support.judge(*planned("llama", **LLAMA), replace(target, classes=refused))
+    assert got.problems == ("LlamaForCausalLM: not at all",)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_without_a_gate_are_judged_too() -> None:
+    """Nemotron H's experts are up_proj and down_proj."""
+    config = tiny.config("nemotron_h")
+    model: Any = skeleton.build(config, split=True)
+    slots = {n: Slot(n, torch.bfloat16, tuple(p.shape)) for n, p in model.named_parameters()}
+    plan_of_it = plan(slots, model, Settings(grid=Grid(4, 32)), torch.bfloat16, where=Path("here"))
+    got = engine_support.judge(plan_of_it, model, engine_targets.TARGETS["vllm"])
+    assert got.kernels["Hopper"]["MoeWNA16"] == 1, "64 inputs"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers import served
 from helpers.sweep import RESULTS, Outcome
 
 
@@ -82,7 +83,7 @@ _FOOT = """
 Not loaded by transformers: Conv1D, Falcon's own Linear and experts (`requant check` says why; vLLM and SGLang do not use
 transformers' modules). Experts are written one by one under the names of the original checkpoint
 (`model.layers.0.mlp.experts.0.gate_proj.qweight`; Mixtral: `block_sparse_moe.experts.0.w1`), which vLLM's loader reads
-(0.32 on a CPU, seen with the experts left in 16 bit: its CPU kernel for quantized ones needs AMX).
+(0.32 on a CPU with AMX, which its kernel for quantized experts needs: `tests/deploy/test_vllm_families.py`).
 
 No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.block_sparse_moe.experts.0.w1` and stops at
 `model.layers.0.mlp...` (`tests/deploy/test_vllm.py`); gptqmodel 7.7 insists on `model.layers.0.mlp.experts.0.gate_proj`
@@ -91,7 +92,7 @@ No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.bloc
 
 Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL MoE, Granite MoE, Gemma 4) are merged,
 adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
-reads (`...mlp.experts.0.gate_proj.qweight`; read in its source, not loaded here). Those of Llama 4, DBRX and JetMoE, whose
+reads (`...mlp.experts.0.gate_proj.qweight`; below what was loaded). Those of Llama 4, DBRX and JetMoE, whose
 classes are of their own, stay in 16 bit: `requant check` warns, and a rule in the config tells engines. Matrices
 whose sizes are no multiple of 32, like the gate of a shared expert or the input projection of some Mamba layers, stay
 in 16 bit.
@@ -112,8 +113,7 @@ _SWEEP = """
 Each that transformers registers as a causal LM or as an image-text-to-text model, built tiny and random ({count} types;
 one command, `python -m helpers.sweep`; results: `bench/results/{file}`). *Exact*: every weight of NF4 + LoRA on
 all linears merged is PEFT's within 1e-5, and the model is quantized block by block to 8 bits and read back by our
-decoder (how near its logits come to the merged model's is in the results). None of these was loaded in a server by this
-table; what was is above.
+decoder (how near its logits come to the merged model's is in the results). What of it was loaded in a server is below.
 
 {lines}
 
@@ -153,7 +153,13 @@ def document() -> str:
         loads = ", ".join(family.loads) or "neither"
         left = f"; 16 bit: {', '.join(family.left)}" if family.left else ""
         rows.append(f"| {family.name} | `{family.kind}` | {loads} | {family.note}{left} |\n")
-    return _HEAD + "".join(rows) + _FOOT + _sweep()
+    return _HEAD + "".join(rows) + _FOOT + _sweep() + served.section(_quantized())
+
+
+def _quantized() -> list[str]:
+    """The classes that the sweep quantized."""
+    outcomes = [Outcome(**row) for row in json.loads(RESULTS.read_text())]
+    return [o.made for o in outcomes if o.verdict in ("exact", "experts in 16 bit")]
 
 
 if __name__ == "__main__":

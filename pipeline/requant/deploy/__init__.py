@@ -6,6 +6,7 @@
     check_tensors                      values: scales, zero points, codes, NaN
     own_scores                         scores and tokens by our own decoding in fp32
     engine_targets                     the table of engines: kernels and what they refuse
+    engine_classes                     the table of engines' model classes
     engine_support                     which engines load which settings, and why not
     tensor_parallel                    how servers split a linear over GPUs
     engine_processes                   start a real engine and compare its scores

@@ -16,7 +16,7 @@ from torch import nn
 from requant.deploy import tensor_parallel
 from requant.deploy.engine_targets import Kernel, Matrix, Target, Trait
 from requant.modeling import linears
-from requant.modeling.families import EXPERT, expert_groups, fused_groups
+from requant.modeling.families import BY_INPUTS, EXPERT, expert_groups, fused_groups
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 
@@ -28,6 +28,7 @@ _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.la
 class Verdict:
     """One engine's verdict on a plan. problems: why it does not load it; empty: it does.
 
+    remarks: how it runs the model, where not by a class of its own with everything quantized.
     kernels: hardware -> kernel -> number of matrices. lacking: hardware -> why no kernel fits.
     parallel: number of GPUs -> why they cannot split every matrix, None when they can; empty: not checked.
     """
@@ -37,6 +38,7 @@ class Verdict:
     kernels: Mapping[str, Mapping[str, int]]
     lacking: Mapping[str, str]
     parallel: Mapping[int, str | None] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def loads(self) -> bool:
@@ -47,7 +49,7 @@ class Verdict:
             return f"does not load this: {'; '.join(self.problems)}"
         parts = [f"{where}: {', '.join(f'{k} {n}' for k, n in found.items())}" for where, found in self.kernels.items()]
         parts += [f"not on {where}: {why}" for where, why in self.lacking.items()]
-        return "; ".join(["loads", *parts, *self._parallel_text()])
+        return "; ".join([", ".join(["loads", *self.remarks]), *parts, *self._parallel_text()])
 
     def _parallel_text(self) -> list[str]:
         """How many GPUs can split the matrices, and the first number that cannot."""
@@ -61,7 +63,8 @@ class Verdict:
 def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     """Whether and with which kernels `target` loads the checkpoint of `plan`."""
     found = traits(plan, model)
-    problems = [text.format(found[t]) for t, text in target.refuses.items() if t in found]
+    problems, remarks = _by_class(plan, type(model), target)
+    problems += [text.format(found[t]) for t, text in target.refuses.items() if t in found]
     matrices = list(_matrices(plan, model, fused=target.fuses))
     kernels: dict[str, Mapping[str, int]] = {}
     lacking: dict[str, str] = {}
@@ -77,7 +80,32 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     parallel = (
         {n: _why_not_parallel(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
     )
-    return Verdict(target=target, problems=tuple(problems), kernels=kernels, lacking=lacking, parallel=parallel)
+    return Verdict(
+        target=target,
+        problems=tuple(problems),
+        kernels=kernels,
+        lacking=lacking,
+        parallel=parallel,
+        remarks=tuple(remarks),
+    )
+
+
+def _by_class(plan: Plan, model_class: type, target: Target) -> tuple[list[str], list[str]]:
+    """What an engine cannot load of a class of models, and how it runs it where not as its own class, quantized."""
+    problems, remarks, classes, name = list[str](), list[str](), target.classes, model_class.__name__
+    if classes:
+        how = classes.has(model_class)
+        if how == "none":
+            problems.append(f"{classes.name} has no {name}")
+        elif how == "generic":
+            remarks.append(f"{name} by transformers' code, as {classes.name} has no such class")
+        if name in classes.refuses:
+            problems.append(f"{name}: {classes.refuses[name]}")
+        elif name in classes.refuses_experts and any(EXPERT.fullmatch(n) for n in plan.grids):
+            problems.append(f"{name}: {classes.refuses_experts[name]}")
+    if plan.fused or (_experts(plan) and not any(EXPERT.fullmatch(n) for n in plan.grids)):
+        remarks.append("experts in 16 bit")
+    return problems, remarks
 
 
 def _why_not_parallel(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:
@@ -189,7 +217,8 @@ def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> 
             inside = [n for n in plan.grids if n.startswith(container + ".")]
             taken |= set(inside)
             if inside:
-                yield Matrix(container, *size(f"{container}.0.gate_proj"), plan.grids[inside[0]])
+                first = next((n for n in inside if n.rpartition(".")[2] not in BY_INPUTS), inside[0])
+                yield Matrix(container, *size(first), plan.grids[first])
         for name, parts, same in _groups(plan):
             if same and parts[0] in plan.grids and not taken & set(parts):
                 taken |= set(parts)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from requant.deploy.engine_classes import SGLANG, VLLM, Registry
 from requant.numerics.grid import Grid
 
 Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
@@ -65,7 +66,7 @@ class Kernel:
 class Target:
     """One engine. hardware: device kind -> kernels in the order they are tried.
 
-    refuses: trait -> what goes wrong.
+    refuses: trait -> what goes wrong. classes: the model classes that it has; None: it runs transformers' own.
     """
 
     name: Name
@@ -73,6 +74,7 @@ class Target:
     fuses: bool
     hardware: Mapping[str, tuple[Kernel, ...]]
     refuses: Mapping[Trait, str]
+    classes: Registry | None = None
 
 
 _MOE_MARLIN = Kernel(name="Marlin MoE", inputs=128, experts=True)
@@ -112,6 +114,7 @@ TARGETS: Mapping[Name, Target] = {
                 ),
             },
             refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
+            classes=VLLM,
         ),
         Target(
             name="sglang",
@@ -125,6 +128,7 @@ TARGETS: Mapping[Name, Target] = {
                 "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
             },
             refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
+            classes=SGLANG,
         ),
         Target(
             name="transformers",

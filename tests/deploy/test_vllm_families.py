@@ -1,0 +1,80 @@
+"""Checkpoints of many families in a real vLLM; the table of classes against its registry.
+
+Run by `make test-vllm`; skipped without `.venv-vllm`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import served, sweep
+from helpers.e2e import one_thread
+from helpers.served import SERVED, Served
+
+from requant.deploy import engine_processes
+from requant.deploy.engine_classes import VLLM
+from requant.evaluate import variants
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Settings
+from requant.quantize.stage import quantize
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = engine_processes.interpreter("vllm", ROOT)
+CPU = torch.device("cpu")
+AMX = "amx_tile" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(PYTHON is None, reason="no vLLM here: make setup-vllm"),
+]
+
+
+def ours(path: Path, rows: list[list[int]]) -> list[list[float]]:
+    """-ln p of every token after the first, by our own decoding in fp32."""
+    model = variants.quantized(path, device=CPU, dtype=torch.float32)
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    scores: list[list[float]] = nll.view(len(rows), -1).tolist()
+    return scores
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SERVED, ids=lambda s: s.kind)
+def test_vllm_scores_a_family_as_we_do(family: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family.experts == "quantized" and not AMX:
+        pytest.skip("vLLM's kernel for quantized experts on a CPU needs AMX")
+    monkeypatch.setenv("REQUANT_VLLM_PYTHON", str(PYTHON))
+    source, out = served.build(family, tmp_path / "model"), tmp_path / "gptq"
+    out.mkdir()
+    settings = Settings(grid=Grid(4, 32), overrides=(("*.experts.*", None),) if family.experts == "in 16 bit" else ())
+    with one_thread():
+        quantize(source, out, sweep.ids(), settings, dtype=torch.bfloat16, device=CPU, batch=2)
+        rows = sweep.ids(5).tolist()
+        expected = ours(out, rows)
+    answer = engine_processes.ask("vllm", out, rows, dtype="bfloat16")
+    assert answer.error is None
+    assert answer.agrees(expected), answer.difference(expected)
+    assert any(kernel.startswith("AutoGPTQLinearMethod/") for kernel in answer.kernels)
+    assert ("AutoGPTQMoEMethod" in answer.kernels) == (family.experts == "quantized")
+
+
+REGISTRY = """
+import json
+from vllm.model_executor.models import registry as r
+own = [n for d in (r._TEXT_GENERATION_MODELS, r._MULTIMODAL_MODELS) for n in d]
+print("ANSWER", json.dumps([own, list(r._TRANSFORMERS_SUPPORTED_MODELS)]))
+"""
+
+
+def test_the_table_of_classes_is_vllms_registry() -> None:
+    done = subprocess.run([str(PYTHON), "-c", REGISTRY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, generic = json.loads(done.stdout.split("ANSWER ")[1])
+    assert set(own) == VLLM.own
+    assert set(generic) == VLLM.generic
+    assert VLLM.refuses.keys() | VLLM.refuses_experts.keys() <= VLLM.own
