@@ -236,8 +236,8 @@ def _size(path: Path) -> int:
 def _base_bytes(p: Prepared) -> int:
     """Bytes of the base as it is served with the adapter: as training held it.
 
-    Of a checkpoint in few bits its files; of a 16-bit one what quantizing it on the fly leaves, or 16 bit a weight where
-    training did not quantize it.
+    Of a checkpoint in few bits its files; of a 16-bit one what quantizing it on the fly leaves, or 16 bit a weight
+    where training did not quantize it.
     """
     base, nf4 = p.merge.plan.base, p.sources.simulate
     if isinstance(base.checkpoint, DecodedCheckpoint):
