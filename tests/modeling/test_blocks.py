@@ -7,7 +7,7 @@ from helpers import tiny
 from torch import nn
 
 from requant.modeling import skeleton
-from requant.modeling.blocks import block_list, kinds, typical, why_not_text
+from requant.modeling.blocks import block_list, kinds, samples, why_not_text
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,12 @@ def test_a_tower_larger_than_the_language_part_is_not_taken_for_it() -> None:
 
 
 def test_kinds_are_told_apart_by_their_parameters() -> None:
-    """Two blocks of one kind, three of another: the second is the typical one."""
+    """Two blocks of one kind, three of another: the second is the most frequent one."""
     blocks = [nn.Linear(2, 2), nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(2, 2), nn.Linear(2, 3)]
     assert [block.out_features for block in kinds(blocks)] == [3, 2]
-    assert typical(blocks) == 2
-    assert typical([nn.Linear(2, 2)] * 4) == 2
+    assert samples([nn.Linear(2, 2)] * 4) == [(2, 4.0)]
+    assert samples(blocks) == [(2, 3.0), (3, 2.0)]
+    assert samples(blocks, most=1) == [(2, 3.0 + 2 * 6 / 9)], "the rest by their parameters"
 
 
 @pytest.mark.parametrize(

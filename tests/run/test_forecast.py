@@ -107,7 +107,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
     monkeypatch.setattr(fused_ops.FusedOps, "use", lambda _: order.append("one pass"))
     monkeypatch.setattr(block_quantizer.Quantizer, "block", lambda *args: order.append("block") or block(*args))
     rehearsal = Rehearsal(skeleton.open_model(prepared.sources.base), CPU)
-    assert rehearsal.parameters == BLOCK
+    assert rehearsal.samples == [(1, LAYERS)]
     parts = rehearsal.quantizing(
         prepared.quantize.plan, prepared.quantize.settings, prepared.texts.calibration, 4, lambda _: None
     )
@@ -125,7 +125,7 @@ def test_a_rehearsal_runs_the_real_code_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of the rehearsed size, 2 batches of calibration, the evaluation's tokens."""
+    """Costs of all blocks, 2 batches of calibration, the evaluation's tokens."""
     calibration = CalibrationPlan(
         share=slice(0, 8), batches=(4, 4), unquantized=(0,), first_held_out=1, inside_block=True, waiting_bytes=0
     )
@@ -149,7 +149,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "merging", lambda *_: Need("merge", 1.0, 2))
     needs = of(prepared)
     assert prepared.texts.calibration.shape == (8, 64)
-    assert needs["quantize"].seconds == pytest.approx(LAYERS * (2.0 + 0.5))
+    assert needs["quantize"].seconds == pytest.approx(2.0 + 0.5)
     states = 8 * 64 * 64 * 4 * (1 + 1 / 2)
     assert needs["quantize"].host == BLOCK * 4 + 1000 + 10 + states
     sets, scored_tokens = prepared.texts.sets, sum(s.n_scored for s in prepared.texts.sets)
@@ -158,7 +158,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     heads = {0: scored_tokens / batch + 0.5 * len(sets), 1: 3 * scored_tokens / batch + len(sets)}
     adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.plan.adapter.tensors.values()) / (LAYERS * BLOCK)
     expected = sum(heads[name != "adapter"] for name in prepared.variants)
-    expected += LAYERS * tokens / 100 * (len(prepared.variants) + adapter)
+    expected += tokens / 100 * (len(prepared.variants) + adapter)
     assert needs["evaluate"].seconds == pytest.approx(expected)
     adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.plan.adapter.tensors.values())
     assert needs["evaluate"].host == (BLOCK + OUTSIDE + tokens * 64) * 4 + adapter_bytes + 9000

@@ -88,11 +88,22 @@ def kinds(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     return [first[found] for found, _ in counts.most_common()]
 
 
-def typical(blocks: Iterable[nn.Module]) -> int:
-    """Index of the block of the most frequent kind that is nearest to the middle."""
+def samples(blocks: Iterable[nn.Module], most: int = 3) -> list[tuple[int, float]]:
+    """(index of a block, how many blocks it stands for) of the `most` most frequent kinds.
+
+    Blocks of rarer kinds count to the first of these, by their numbers of parameters.
+    """
     every = list(blocks)
-    wanted, middle = _signature(kinds(every)[0]), len(every) // 2
-    return min((i for i, b in enumerate(every) if _signature(b) == wanted), key=lambda i: abs(i - middle))
+    signatures = [_signature(block) for block in every]
+    found = [[i for i, s in enumerate(signatures) if s == _signature(kind)] for kind in kinds(every)]  # indices by kind
+    middle = len(every) // 2
+    chosen = [(min(of, key=lambda i: abs(i - middle)), float(len(of))) for of in found[:most]]
+    rest = sum(_count(every[i]) for of in found[most:] for i in of) / max(_count(every[chosen[0][0]]), 1)
+    return [(chosen[0][0], chosen[0][1] + rest), *chosen[1:]]
+
+
+def _count(block: nn.Module) -> int:
+    return sum(p.numel() for p in block.parameters())
 
 
 def _signature(block: nn.Module) -> _Signature:

@@ -48,7 +48,7 @@ def forecast(p: Prepared, sources: VariantSources, device: torch.device, dtype: 
     """Merge, quantize (by our own engine) and evaluate, nothing being finished.
 
     dtype, batch: of the evaluation.
-    Only the merge where a block takes too long to rehearse on this processor.
+    Only the merge where the blocks take too long to rehearse on this processor.
     """
     free_memory(device)
     rate = product_rate(device)  # on a GPU also what its libraries take of the host
@@ -79,7 +79,6 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     parts = rehearsal.quantizing(p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored[name]))
     batches, unquantized = len(parts.calibration.batches), len(parts.calibration.unquantized)
     rest = parts.more * (batches - max(1, unquantized)) + parts.unquantized * max(0, unquantized - 1)
-    like = (size.total - size.outside) / rehearsal.parameters  # blocks of the rehearsed one's size
     again: float = 2 * (size.total - size.outside)
     if device.type == "cuda":  # blocks are read during the work: only verification and embeddings remain
         again = 3 * size.outside + 2 * p.quantize.settings.grid.bits / 16 * (size.total - size.outside)
@@ -88,7 +87,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     device_bytes, host_bytes = (
         checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu"))
     )
-    seconds = (parts.one.seconds + rest.seconds) * like + scored.reading * again
+    seconds = parts.one.seconds + rest.seconds + scored.reading * again
     seconds += scored.check(on_device=device_bytes > 0)
     seconds += 4 * scored.build + profile_of(device).start_seconds
     item = 4 if device.type == "cpu" else 2
@@ -127,8 +126,7 @@ class _Scoring:
         self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // length))
         self.sample = replace(alike, windows=alike.windows[: 3 * self.rows])
         self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
-        self.like = (self.size.total - self.size.outside) / rehearsal.parameters
-        self.token = self.parts.token.seconds * self.like
+        self.token = self.parts.token.seconds
         self.reading, self.decoding = self.on_host = _rates(folder, self.device, dtype)
         if self.device.type == "cuda":
             self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
@@ -160,7 +158,7 @@ class _Scoring:
 
     def _seconds(self, name: str, size: VariantSize) -> float:
         """Loading, blocks, and the head on what is scored."""
-        per_token = self.parts.forward.seconds / self.parts.tokens * self.like
+        per_token = self.parts.forward.seconds / self.parts.tokens
         tokens = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows)
         kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
         in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.rows])

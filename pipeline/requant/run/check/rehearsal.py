@@ -1,4 +1,4 @@
-"""Rehearsal: time and memory to run, quantize and score one block of random weights.
+"""Rehearsal: time and memory to run, quantize and score random blocks, one of each kind.
 
 The cost does not depend on the values of weights, so only shapes are read (and, for the merge, one tensor of each
 kind). `forecast` adds the pieces up.
@@ -7,8 +7,9 @@ kind). `forecast` adds the pieces up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from requant.evaluate.streamed import StreamedModel
 from requant.modeling import skeleton
-from requant.modeling.block_walk import Walk
-from requant.modeling.blocks import block_linears, block_list, typical
+from requant.modeling.block_walk import BlockInput, Walk
+from requant.modeling.blocks import block_linears, block_list, samples
 from requant.modeling.fused_ops import FusedOps
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.modeling.sequential import start_unquantized
@@ -101,7 +102,7 @@ class RandomWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """Cost of quantizing a block.
+    """Cost of quantizing all blocks, one by one.
 
     one: with one batch. more: each further batch. unquantized: each further batch that also runs unquantized.
     calibration: the plan of the real run on one rank.
@@ -115,7 +116,7 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """Cost of scoring: a block on a batch of `tokens` tokens, a block on one token, the LM head.
+    """Cost of scoring: all blocks, one by one, on a batch of `tokens` tokens and on one token; the LM head.
 
     head: of each batch after a set's first. first: of the first. Both alone, and against a reference.
     """
@@ -128,10 +129,14 @@ class Scored:
 
 
 class Rehearsal:
-    """One block of a model, of its most frequent kind, on a device."""
+    """One block of each frequent kind of a model, on a device.
+
+    samples: (index of a block, how many it stands for).
+    """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model, self.device, self.weights = model, device, RandomWeights(model, device)
+        self.samples = samples(block_list(model)[1])
         self.names = {n: n for n in self.weights}
 
     def walk(self, dtype: torch.dtype) -> Walk:
@@ -140,17 +145,17 @@ class Rehearsal:
         return walk
 
     @property
-    def parameters(self) -> int:
-        """Of the block that is rehearsed."""
-        blocks = block_list(self.model)[1]
-        return sum(p.numel() for p in blocks[typical(blocks)].parameters())
-
-    @property
     def effort(self) -> float:
-        """Flops to solve the block that is rehearsed, roughly."""
+        """Flops to solve the blocks that are rehearsed, roughly."""
         blocks = block_list(self.model)[1]
-        shapes = [m.weight.shape for m in block_linears(blocks[typical(blocks)]).values()]
+        shapes = [m.weight.shape for index, _ in self.samples for m in block_linears(blocks[index]).values()]
         return float(sum(n * n * (2 * n + 4 * rows) for rows, n in shapes))
+
+    def _of_all(self, costs: Iterable[Cost]) -> Cost:
+        """The cost of all blocks, one by one. costs: of the samples."""
+        every = list(costs)
+        seconds = sum(cost.seconds * count for cost, (_, count) in zip(every, self.samples, strict=True))
+        return Cost(seconds, max(cost.bytes for cost in every))
 
     @torch.no_grad()
     def quantizing(self, plan: Plan, settings: Settings, windows: Tensor, batch: int, deltas: Deltas) -> Quantized:
@@ -159,9 +164,8 @@ class Rehearsal:
         calibration = plan_calibration(walk, windows, settings, SINGLE_PROCESS, batch=batch)
         whole = len(calibration.unquantized) == len(calibration.batches)  # every batch also runs unquantized
         walk.states = HiddenStateStore(self.device, on_host=calibration.on_host)
-        index = typical(walk.blocks)
 
-        def once(count: int) -> Cost:
+        def once(index: int, count: int) -> Cost:
             items = walk.embed(windows[:batch].repeat(count, 1), batch)
             sample = replace(
                 calibration,
@@ -180,11 +184,14 @@ class Rehearsal:
 
         with FusedOps(walk.blocks, self.device, walk.dtype) as passes:
             passes.use()
-            if self.device.type == "cuda":
-                once(1)  # kernels are compiled
-            one = once(1)
-            more = (once(1 + MORE) - one) * (1 / MORE)
+            firsts, mores = list[Cost](), list[Cost]()
+            for index, _ in self.samples:
+                if self.device.type == "cuda":
+                    once(index, 1)  # kernels are compiled
+                firsts.append(once(index, 1))
+                mores.append((once(index, 1 + MORE) - firsts[-1]) * (1 / MORE))
         walk.release(self.model)
+        one, more = self._of_all(firsts), self._of_all(mores)
         return Quantized(
             one=one,
             more=more * 0.5 if whole else more,
@@ -201,13 +208,10 @@ class Rehearsal:
         walk = self.walk(dtype)
         model = StreamedModel(walk)
         ids = torch.stack([w.ids for w in eval_set.windows])
-        index, short, items = typical(walk.blocks), walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, batch)
+        short, items = walk.embed(ids[:1, :1], 1)[0], walk.embed(ids, batch)
         walk.forget(0)
-        walk.load(index)
-        walk.run(index, items[0])
-        forward = cost_of(self.device, lambda: walk.run(index, items[0]))
-        token = cost_of(self.device, lambda: walk.run(index, short))
-        walk.release(walk.blocks[index])
+        runs = [self._runs(walk, index, items[0], short) for index, _ in self.samples]
+        forward, token = (self._of_all(costs) for costs in zip(*runs, strict=True))
         for rows, item in zip(torch.split(ids, batch), items, strict=True):
             model.set_hidden_states(rows, item)
         first = replace(eval_set, windows=eval_set.windows[:batch])
@@ -216,6 +220,14 @@ class Rehearsal:
         heads = [(b - a) * (1 / more) if len(items) > 1 else b for a, b in zip(one, all_, strict=True)]
         walk.release(self.model)
         return Scored(tokens=ids[:batch].numel(), forward=forward, token=token, head=(heads[0], heads[1]), first=one)
+
+    def _runs(self, walk: Walk, index: int, item: BlockInput, short: BlockInput) -> tuple[Cost, Cost]:
+        """One block on a batch and on a token."""
+        walk.load(index)
+        walk.run(index, item)
+        found = [cost_of(self.device, partial(walk.run, index, one)) for one in (item, short)]
+        walk.release(walk.blocks[index])
+        return found[0], found[1]
 
     def _heads(self, model: StreamedModel, eval_set: Any, batch: int, scratch: Path) -> tuple[Cost, Cost]:
         """Scoring a set whose blocks are done: alone, writing hidden states, and against these."""
