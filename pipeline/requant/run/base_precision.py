@@ -59,8 +59,8 @@ def _check_decoded(recipe: Recipe, checkpoint: DecodedCheckpoint, name: str) -> 
     said = "auto, the default, reads" if recipe.base.nf4 == "auto" else "a section describes"
     raise RecipeError(
         f"{recipe.place('base', 'nf4')}: {said} a base that training held in bitsandbytes' 4 bits, but {name} "
-        f"is stored in {checkpoint.format.NAME}, which is decoded and not quantized again: write nf4: none. Was it trained "
-        "in 4 bits after all? Name the 16-bit or 4-bit model that training loaded"
+        f"is stored in {checkpoint.format.NAME}, which is decoded and not quantized again: write nf4: none. "
+        "Was it trained in 4 bits after all? Name the 16-bit or 4-bit model that training loaded"
     )
 
 
