@@ -149,6 +149,7 @@ def test_an_adapter_of_unsloth_without_stacked_experts(tmp_path: Path) -> None:
     loaded = peft_directory.load(tmp_path / "adapter")
     assert not expert_order.is_open(loaded)
     assert expert_order.said(loaded) is None
+    assert "has no effect" in str(expert_order.said(peft_directory.load(tmp_path / "adapter", expert_order="unsloth")))
 
 
 def test_an_unknown_record(tmp_path: Path) -> None:

@@ -96,6 +96,20 @@ def test_mxfp4(tmp_path: Path) -> None:
     check_merge(tmp_path, base, target_modules=["q_proj"], target_parameters=STACKS)
 
 
+def test_layers_past_the_last_are_decoded_too(tmp_path: Path) -> None:
+    """DeepSeek's and GLM's prediction layers, which only servers run: 16 bit in the output, without scales."""
+    base = encoded.fp8(pico.save(pico.model(num_hidden_layers=3), tmp_path / "base", torch.bfloat16))
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 2}))
+    pico.train(pico.model(), tmp_path / "adapter")
+    plan, _, _ = pico.merged(base, tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
+    assert plan.carried == {"model.layers.2": 9}
+    name = "model.layers.2.mlp.up_proj.weight"
+    held = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert held.dtype == torch.bfloat16
+    assert torch.equal(held, open_base_checkpoint(base).read(name).to(torch.bfloat16))
+
+
 def test_the_starter_knows_the_same_formats() -> None:
     assert set(template.DECODED) == set(FORMATS)
 

@@ -17,7 +17,13 @@ import pytest
 from helpers.e2e import write_recipe
 
 NAME, REVISION, COMMIT = "ann/base", "v1.2", "c" * 40
-UNWANTED = ("pytorch_model.bin", "modeling_own.py", "README.md")
+UNWANTED = (
+    "pytorch_model.bin",
+    "modeling_own.py",
+    "README.md",
+    "original/model.safetensors",
+    "metal/model.safetensors",
+)
 
 
 @contextmanager

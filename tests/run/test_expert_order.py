@@ -171,9 +171,19 @@ def facts(source: str = "train", **changes: Any) -> OrderFacts:
         ([facts(rows=2)], None),
         ([facts(efficiency={"peft": 0.2, "unsloth": -0.8})], None),
         ([facts(), facts("general", se=0.9)], "peft"),
+        ([facts(difference=0.0, se=0.0)], "peft"),
         ([facts(), facts("other", difference=-1.4, efficiency={"peft": -0.8, "unsloth": 0.9})], None),
     ],
-    ids=["peft", "unsloth", "unsure", "few rows", "another kind of text", "one text tells", "two texts disagree"],
+    ids=[
+        "peft",
+        "unsloth",
+        "unsure",
+        "few rows",
+        "another kind of text",
+        "one text tells",
+        "no difference",
+        "two texts disagree",
+    ],
 )
 def test_when_a_text_tells(many: list[OrderFacts], order: str | None) -> None:
     assert expert_order_probe.decide(many)[0] == order

@@ -64,9 +64,9 @@ def written_by_unsloth(adapter: Adapter) -> str | None:
 
 def said(adapter: Adapter) -> str | None:
     """How the order of the experts was found or will be, in a sentence; None where there is nothing to say."""
-    if not adapter.expert_pairs:
-        return None
     name, order = adapter.path.name, adapter.expert_order
+    if not adapter.expert_pairs:
+        return f"{name}: {KEY} has no effect, it has no LoRA on stacked experts" if order != "auto" else None
     if is_open(adapter):
         return (
             f"{name}: {written_by_unsloth(adapter)} names unsloth, and no file says whether lora_B of the experts is "

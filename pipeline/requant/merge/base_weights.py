@@ -59,8 +59,8 @@ class Nf4Facts(TypedDict):
 class BaseWeight:
     """One tensor of the base, named and shaped as in the 16-bit checkpoint.
 
-    kind: `stored` as it is, `packed` in 4 bits on disk, or `simulated`: 16 bit on disk, 4 bit in training; `encoded`: in
-    MXFP4 or FP8 on disk, 16 bit in training.
+    kind: `stored` as it is, `packed` in 4 bits on disk, `simulated`: 16 bit on disk, 4 bit in training, or `encoded`:
+    in MXFP4 or FP8 on disk, 16 bit in training.
     dtype: of the values that `read` returns: fp32 for packed and simulated ones, else as stored or decoded.
     transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file contains [in, out].
     casts: dtypes that training cast the decoded values to, one after the other, before it multiplied by them.

@@ -40,8 +40,8 @@ def encoded(checkpoint: Checkpoint) -> tuple[list[EncodedWeight], frozenset[str]
     found = [_weight(checkpoint, info, block) for info in checkpoint.values() if info.dtype in fp8.DTYPES]
     if not found:
         raise InputError(
-            f"{checkpoint.path / 'config.json'}: quantization_config says {NAME}, but no tensor is of 8-bit floats: the "
-            "files do not belong together. Remove quantization_config if the weights are 16-bit"
+            f"{checkpoint.path / 'config.json'}: quantization_config says {NAME}, but no tensor is of 8-bit floats: "
+            "the files do not belong together. Remove quantization_config if the weights are 16-bit"
         )
     return found, frozenset(n for n in checkpoint if n.endswith(_OF_ACTIVATIONS))
 

@@ -13,7 +13,7 @@ from requant.recipe.source_directories import near_miss, why_no_adapter, why_no_
 
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken", "*.txt")
 _OF_ADAPTERS = ("*.bin", "README.md")  # pickles are seen, and never loaded; the card names the tool
-_NOT_NEEDED = ("pytorch_model*.bin", "optimizer.bin", "*/*.bin")
+_NOT_NEEDED = ("pytorch_model*.bin", "optimizer.bin", "*/*.bin", "original/*", "metal/*")  # gpt-oss: twice more
 
 
 def fetch(
