@@ -50,6 +50,7 @@ SERVED = (
     Served(kind="qwen3_5"),
     Served(kind="glm4"),
     Served(kind="phi3"),
+    Served(kind="olmo2"),
     Served(kind="falcon_h1", changes=_MAMBA),
     Served(kind="granitemoehybrid", experts="quantized", changes=_MAMBA | {"num_local_experts": 4}),
     Served(kind="granitemoe", experts="quantized"),
