@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def check_merge(tmp: Path, base: Path, **lora: Any) -> None:
     assert tested.worst <= 1
     ledger(plan, result)
     assert pico.relative(pico.logits(pico.reload(tmp / "out")), pico.logits(tuned)) < FP32
+    again = pickle.loads(pickle.dumps(plan)).base  # as it goes to the other processes of a run
+    for name in again.checkpoint.encoded:
+        assert torch.equal(again.read(name), plan.base.read(name))
     assert "quantization_config" not in json.loads((tmp / "out" / "config.json").read_text())
     held = load_file(tmp / "out" / "model.safetensors")
     assert not [n for n in held if n.endswith(("_scale_inv", "_scales", "_blocks", "_scale"))]

@@ -53,6 +53,7 @@ def test_a_whole_run(tmp_path: Path, kind: str, name: str) -> None:
     made = project(tmp_path / "p", kind)
     prepared = prepare.prepare(recipe(made, tmp_path))
     assert (prepared.unloadable is not None) == (kind == "fbgemm_fp8")
+    assert prepared.held == f"base in {name}, decoded as training held it"
     with e2e.one_thread():
         result = runner.run(recipe(made, tmp_path))
     report = result.report

@@ -81,7 +81,7 @@ def _print_contents(prepared: Prepared) -> None:
     """Base, adapter, layout, texts and servers."""
     ledger, layout, c = prepared.merge.plan.ledger, prepared.quantize.plan, prepared.texts.calibration_facts
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
-    plain = ", base in 16 bit as training held it (nf4: none)" if prepared.recipe.base.nf4 == "none" else ""
+    plain = f", {prepared.held} (nf4: none)" if prepared.recipe.base.nf4 == "none" else ""
     _line("base", ", ".join(f"{n} {what}" for what, n in ledger["base"].items()) + plain)
     if carried := prepared.merge.plan.unplaced.carried_line:
         _line("carried", f"in 16 bit, for servers only: {carried}")

@@ -38,8 +38,8 @@ class DecodedCheckpoint(Checkpoint):
     """
 
     def __init__(self, stored: Checkpoint, method: str) -> None:
-        self.path, self.method, self.format = stored.path, method, FORMATS[method]
-        weights, others = self.format.encoded(stored)
+        self.path, self.method = stored.path, method
+        weights, others = FORMATS[method].encoded(stored)
         self.encoded = {w.name: w for w in weights}
         first = {w.parts[0]: w.name for w in weights}
         dropped = {part for w in weights for part in w.parts} | others
@@ -53,6 +53,11 @@ class DecodedCheckpoint(Checkpoint):
                 self._infos[weight.name] = info
             elif name not in dropped:
                 self._infos[name] = info
+
+    @property
+    def format_name(self) -> str:
+        """The format in words: MXFP4, FP8."""
+        return FORMATS[self.method].NAME
 
     @property
     def config(self) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class BaseWeights:
         """What adapters are folded onto in a file of dtype `stored`, in words for the report."""
         packed = [w for w in self.weights.values() if w.four_bit]
         if self._encoded is not None:
-            return f"{self._encoded.format.NAME} weights decoded to 16 bit or more"
+            return f"{self._encoded.format_name} weights decoded to 16 bit or more"
         if not packed:
             return "16-bit weights"
         rounded = {str(w.trained_dtype).removeprefix("torch.") for w in packed if w.folded_as_trained(stored)}

@@ -17,6 +17,7 @@ class EncodedWeight:
     """One tensor as a 16-bit checkpoint would hold it.
 
     name, shape, dtype: of what `read` returns. parts: names of the stored tensors that it is decoded from.
+    read: can be pickled, for the other processes of a run.
     """
 
     name: str

@@ -6,6 +6,8 @@ uint8 [experts, out, in / 32]. Everything else is in 16 bit.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def _weight(checkpoint: Checkpoint, name: str) -> EncodedWeight:
         shape=(experts, groups * mxfp4.BLOCK, rows),
         dtype=torch.bfloat16,
         parts=(blocks.name, scales.name),
-        read=lambda: _read(blocks, scales),
+        read=partial(_read, blocks, scales),
     )
 
 

@@ -59,7 +59,7 @@ def _check_decoded(recipe: Recipe, checkpoint: DecodedCheckpoint, name: str) -> 
     said = "auto, the default, reads" if recipe.base.nf4 == "auto" else "a section describes"
     raise RecipeError(
         f"{recipe.place('base', 'nf4')}: {said} a base that training held in bitsandbytes' 4 bits, but {name} "
-        f"is stored in {checkpoint.format.NAME}, which is decoded and not quantized again: write nf4: none. "
+        f"is stored in {checkpoint.format_name}, which is decoded and not quantized again: write nf4: none. "
         "Was it trained in 4 bits after all? Name the 16-bit or 4-bit model that training loaded"
     )
 
@@ -69,7 +69,7 @@ def unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str
     checkpoint = plan.base.checkpoint
     if isinstance(checkpoint, DecodedCheckpoint) and checkpoint.method not in LIVE:
         return (
-            f"transformers does not decode a base in {checkpoint.format.NAME} of {checkpoint.method}: base and adapter "
+            f"transformers does not decode a base in {checkpoint.format_name} of {checkpoint.method}: base and adapter "
             "are measured block by block, on our own decoder's values"
         )
     able = skeleton.quantizable(model, ("^$",))

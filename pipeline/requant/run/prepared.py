@@ -14,6 +14,7 @@ from requant.data.canaries import Canaries
 from requant.data.documents import TokenDocument
 from requant.deploy import engine_support
 from requant.merge import adapter_match
+from requant.merge.base_checkpoint import DecodedCheckpoint
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stop_tokens import StopTokens
@@ -116,6 +117,14 @@ class Prepared:
         asked = self.recipe.quantize.overrides
         set_fields = {n: own.model_dump(exclude_none=True, exclude_defaults=True) for n, own in asked.items()}
         return cast("dict[str, OverrideFields]", set_fields)
+
+    @property
+    def held(self) -> str:
+        """How a base that training did not quantize lies on disk, in words."""
+        checkpoint = self.merge.plan.base.checkpoint
+        if isinstance(checkpoint, DecodedCheckpoint):
+            return f"base in {checkpoint.format_name}, decoded as training held it"
+        return "base in 16 bit as training held it"
 
     @property
     def dtypes(self) -> str:
