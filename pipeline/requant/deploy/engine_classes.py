@@ -119,7 +119,7 @@ VLLM = Registry(
         "FalconMambaForCausalLM": "it builds no quantized Mamba mixers",
     },
     refuses_experts={
-        "GptOssForCausalLM": "it passes over experts stored one by one: their weights would be random; leave them in 16 bit",
+        "GptOssForCausalLM": "it passes over single experts, whose weights would be random: leave them in 16 bit",
     },
 )
 
