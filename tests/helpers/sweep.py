@@ -1,8 +1,9 @@
 """One model type through the whole pipeline on a tiny random model: what works.
 
 Base in NF4 + LoRA on every linear -> merged: every weight is PEFT's -> GPTQ block by block: the written file gives the
-states that the walk ended in -> loaded by our decoder. `python -m helpers.sweep [MODEL_TYPE ...]` prints a line each;
-without types it tries all of transformers and writes `RESULTS`, from which docs/families.md has its second table.
+states that the walk ended in -> loaded by our decoder. `python -m helpers.sweep [--write] [MODEL_TYPE ...]` prints a line
+each; without types it tries all of transformers. Then, or with `--write`, their results are in `RESULTS`, from which
+docs/families.md has its second table.
 """
 
 from __future__ import annotations
@@ -182,15 +183,17 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}{place}"
 
 
-def main(chosen: list[str]) -> None:
-    outcomes = []
+def main(arguments: list[str]) -> None:
+    chosen = [kind for kind in arguments if kind != "--write"]
+    rows = {row["kind"]: row for row in json.loads(RESULTS.read_text())} if chosen else {}
     for kind in chosen or tiny.kinds():
         with tempfile.TemporaryDirectory() as folder:
-            outcomes.append(sweep(kind, Path(folder)))
-            outcomes[-1].error = outcomes[-1].error.replace(folder, "")
-            print(outcomes[-1], flush=True)
-    if not chosen:
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(asdict(o)) for o in outcomes) + "\n]\n")
+            outcome = sweep(kind, Path(folder))
+            outcome.error = outcome.error.replace(folder, "")
+            print(outcome, flush=True)
+            rows[kind] = asdict(outcome)
+    if not chosen or "--write" in arguments:
+        RESULTS.write_text("[\n" + ",\n".join(json.dumps(rows[kind]) for kind in sorted(rows)) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY = 256
 WIDTH = 64
-LARGEST = 20_000_000  # parameters: more are no tiny model, some size is not cut
+LARGEST = 30_000_000  # parameters: more are no tiny model, some size is not cut
 
 # The first pattern that matches the whole name of a setting gives its size, at most: smaller defaults stay.
 _SIZES = tuple(
@@ -106,6 +106,15 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
                     "linear_num_value_heads": 4},  # transformers cuts what it saves into equal parts
     "reformer": {"is_decoder": True},
+    "cosmos3_edge": {"text_config.rope_parameters": _MROPE},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]}},
+    "glm5_next": {"text_config.index_topk": 16},
+    "recurrent_gemma": {"use_cache": False, "num_hidden_layers": 3},
+    "step3p7": {"text_config.sliding_window": 16},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
     "mllama": {"text_config.num_hidden_layers": 3, "text_config.cross_attention_layers": [1]},
 }  # fmt: skip
 _CHANGES["gemma3n"] = {f"text_config.{k}": v for k, v in _CHANGES["gemma3n_text"].items()}
@@ -165,13 +174,17 @@ def _cut(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[key] = value
     _cut_lists(found, settings, layers)
+    if isinstance(own := settings.get("per_layer_config"), Mapping):
+        count = next((found[k] for k in ("num_hidden_layers", "num_layers", "n_layer") if found.get(k)), 0)
+        found["per_layer_config"] = {k: v for k, v in own.items() if int(k) < count}
     if found.get("kv_lora_rank") and "qk_rope_head_dim" in found:  # latent attention: the width of what is rotated
         found["num_key_value_heads"] = found["num_attention_heads"]
         found["head_dim"] = found["qk_rope_head_dim"]
     return found
 
 
-def _size(key: str, value: int) -> int:
+def _size(key: Any, value: int) -> int:
+    key = str(key)
     if re.fullmatch(r".*(token_id|token_index|_id)s?", key):
         return value if value < VOCABULARY else VOCABULARY - 6
     size = next((size for pattern, size in _SIZES if pattern.fullmatch(key)), value)

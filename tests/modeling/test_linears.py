@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pico
+from helpers import pico, tiny
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, read_json
@@ -71,6 +71,14 @@ def test_layouts_that_are_not_split_are_named() -> None:
         f"model.layers.{i}.mlp.experts.{leaf}" for i in (0, 1) for leaf in ("gate_up_proj", "down_proj")
     ]
     assert not list(split_experts(built))
+
+
+def test_experts_in_matrices_of_a_class_of_their_own_are_named_too() -> None:
+    """DBRX holds the rows of all experts in one matrix."""
+    built = skeleton.build(tiny.config("dbrx"), split=True)
+    assert {name.rpartition("blocks.0.")[2] for name in linears.left_fused(built) if ".blocks.0." in name} == {
+        f"ffn.experts.mlp.{leaf}" for leaf in ("w1", "v1", "w2")
+    }
 
 
 def moe(tmp: Path) -> Any:

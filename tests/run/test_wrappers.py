@@ -12,10 +12,12 @@ import peft
 import pytest
 import torch
 from helpers import pico, tiny
-from helpers.e2e import run
+from helpers.e2e import recipe, run
 from helpers.sweep import ids
 
 from requant.checkpoint.reader import Checkpoint
+from requant.errors import InputError
+from requant.run import prepare
 
 WORDS = 320  # of the model: more than the tokenizer has, so that no text holds the placeholder of an image
 PLACES = ("image_token_index", "boi_token_index", "eoi_token_index", "image_token_id", "video_token_id")
@@ -111,3 +113,23 @@ def test_a_4_bit_base_whose_tower_was_skipped_runs_whole(project: Path, tmp_path
     config = json.loads((gptq.path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "gptq"
     assert not {"llm_int8_skip_modules", "load_in_4bit"} & config.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "why"), [("bart", "attends to the output of an encoder"), ("electra", "reads in both directions")]
+)
+def test_what_text_cannot_calibrate_is_refused_before_the_work(
+    project: Path, tmp_path: Path, kind: str, why: str
+) -> None:
+    made = tiny.model(kind)
+    base = pico.save(made, tmp_path / "base", torch.bfloat16)
+    for file in (project / "base").glob("tokenizer*"):
+        shutil.copy(file, base)
+    pico.train(made, tmp_path / "adapter", target_modules="all-linear")
+    changes = {
+        "base.model": str(base), "base.original": None, "adapter": str(tmp_path / "adapter"), "gates": [],
+        "base.nf4": {"quant_type": "nf4", "double_quant": False}, "evaluate.variants": ["base", "adapter", "merged", "gptq"],
+    }  # fmt: skip
+    with pytest.raises(InputError, match=rf"base: \w+ cannot be quantized: .*{why}"):
+        prepare.prepare(recipe(project, tmp_path / "runs", changes))

@@ -52,12 +52,13 @@ def fused_experts(module: nn.Module) -> bool:
 
 
 def left_fused(model: nn.Module) -> list[str]:
-    """Names of three-dimensional expert weights that stay fused and are not quantized."""
+    """Names of experts' weights, [experts, ...] or [experts * rows, columns], that stay fused, in 16 bit."""
     return [
         f"{name}.{leaf}"
         for name, module in model.named_modules()
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and "expert" in (name + type(module).__name__).lower()
+        for leaf, parameter in ({} if is_linear(module) else module._parameters).items()
+        if parameter is not None and parameter.ndim in (2, 3) and "bias" not in leaf
+        if "expert" in (name + type(module).__name__).lower()
     ]
 
 
