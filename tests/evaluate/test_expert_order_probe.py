@@ -1,4 +1,4 @@
-"""`requant.evaluate.expert_order_probe`: the losses in both orders are those of PEFT's own forward."""
+"""`requant.evaluate.expert_order_probe`: losses in both orders are those of PEFT's forward."""
 
 from __future__ import annotations
 
