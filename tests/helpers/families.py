@@ -93,13 +93,27 @@ No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.bloc
 Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL MoE, Granite MoE, Gemma 4) are merged,
 adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
 reads (`...mlp.experts.0.gate_proj.qweight`; below what was loaded). Those of Llama 4, DBRX and JetMoE, whose
-classes are of their own, stay in 16 bit: `requant check` warns, and a rule in the config tells engines. Matrices
-whose sizes are no multiple of 32, like the gate of a shared expert or the input projection of some Mamba layers, stay
-in 16 bit.
+classes are of their own, stay in 16 bit: `requant check` warns, and a rule in the config tells engines.
+
+In 16 bit at every size, since engines build them so: routers, indexers, gates of one output a head (`in_proj_b`,
+`in_proj_a`, `shared_expert_gate`). And matrices whose sizes are no multiple of 32, like the input projection of some
+Mamba layers. What engines hold as one matrix is quantized alike or left together: q, k and v; gate and up;
+`in_proj_qkv` and `in_proj_z`; `q_a_proj` and `kv_a_proj_with_mqa`; LFM2's `w1` and `w3` (`tests/quantize/test_stage.py`).
 
 Of a model with towers for images or sound the text decoder is quantized, on text alone; towers and projectors are
 merged, adapters on them too (convolutions as well), and stay in 16 bit, which a rule in the config says by their names.
 The class is the one that the config's `architectures` names, so that names on disk stay the original checkpoint's.
+An adapter may name the language part as any class and release does: the text-only class, today's wrapper or one before
+transformers 4.52 (`tests/merge/test_wrapper_names.py`, against PEFT on the wrapper). A base in 4 bits whose tower was
+skipped runs whole (`tests/run/test_wrappers.py`). Blocks that attend to an image and are skipped on text, as in
+Llama 3.2 Vision, stay in 16 bit.
+
+Heads for multi-token prediction are copied into every checkpoint, whatever a family calls them, and `verify` compares
+them with the source (18 families: `tests/merge/test_extra_heads.py`).
+
+Encoders and decoders whose blocks all attend to an encoder (BERT, BART, Whisper) are refused by `check`. So are tensors
+that transformers cuts or joins while it loads (qkv of the towers of Kimi K2.5, Nemotron H Omni, Qianfan and others), but for
+convolutions held in parts (Kimi Linear, Bailing, OLMo hybrid), which are read and kept.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
 merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our

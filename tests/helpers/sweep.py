@@ -102,9 +102,10 @@ def merge(made: Any, base: Path, folder: Path) -> float:
     live = pico.live_4bit(live)
     try:
         trained = pico.train(made, folder / "adapter", target_modules="all-linear")
-    except ValueError:  # PEFT refuses what the kernels of Mamba do not call
-        left = ["out_proj", "conv1d"]
-        trained = pico.train(made, folder / "adapter", target_modules="all-linear", exclude_modules=left)
+    except ValueError:  # PEFT refuses what the kernels of Mamba do not call, and cannot spell some names
+        left = ("out_proj", "conv1d", "lm_head")
+        names = [name for name in pico.linears(made) if name.rpartition(".")[2] not in left]
+        trained = pico.train(made, folder / "adapter", target_modules=names)
     live = peft.PeftModel.from_pretrained(live, folder / "adapter").eval()
     expected = _trained_weights(live, trained)
     simulate = Nf4Settings(quant_type="nf4", double_quant=False, compute_dtype="float32")  # transformers' default

@@ -21,6 +21,7 @@ from requant.modeling.blocks import block_list, kinds, samples, why_not_text
         ("jamba", "model.layers"),
         ("nemotron_h", "model.layers"),
         ("qwen3_moe", "model.layers"),
+        ("git", "git.encoder.layer"),  # its embedding is inside of a module, and the image's encoder beside that
         ("phi4_multimodal", "model.layers"),  # its sound encoder is larger, and inside of a module beside the embedding
     ],
 )

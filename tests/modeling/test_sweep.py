@@ -16,6 +16,8 @@ SAMPLE = (
     "gpt_oss",  # transposed, interleaved, with biases
     "granitemoe",  # named otherwise in the file
     "deepseek_v3",  # latent attention
+    "kimi_linear",  # a convolution in parts
+    "mllama",  # a block that is skipped on text
 )
 
 

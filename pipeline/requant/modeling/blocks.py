@@ -22,9 +22,15 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Towers for images and sound have lists of their own, and a hybrid's blocks are of several classes: the embedding of
     tokens tells which list reads text. Lists inside of a block (experts) do not count. Raises InputError without one.
     """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    embedding = _name_of(model, "get_input_embeddings")
+    senses = tuple(f"{n}." for n, m in model.named_modules() if _reads_no_text(m) and not embedding.startswith(n))
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) and not name.startswith(senses)
+    ]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    owner = _name_of(model, "get_input_embeddings").rpartition(".")[0]
+    owner = embedding.rpartition(".")[0]
     while True:
         inside = [(n, m) for n, m in outer if not owner or n.startswith(f"{owner}.")]
         if inside:  # a list beside the embedding, before one inside of a module beside it
@@ -39,11 +45,17 @@ def why_not_text(model: Any) -> str | None:
     """Why text alone says nothing about the blocks of a model; None: it does."""
     config = model.config.get_text_config()
     _, blocks = block_list(model)
-    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+    causal = any(getattr(m, "is_causal", False) for block in blocks for m in block.modules())
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention") and not causal:
         return "it is an encoder, which reads in both directions (config.json: is_decoder is not true)"
     if all(waits_for_an_encoder(block) for block in blocks):
         return "every block attends to the output of an encoder, and text alone has none"
     return None
+
+
+def _reads_no_text(module: Any) -> bool:
+    """Whether a module is a model of transformers whose input is images or sound."""
+    return getattr(module, "main_input_name", "input_ids") in ("pixel_values", "input_features", "input_values")
 
 
 def waits_for_an_encoder(block: nn.Module) -> bool:
