@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import pico
-from helpers.e2e import edit_json
+from helpers import pico, tiny
+from helpers.e2e import edit_json, edit_tensors
 
 from requant.adapters import peft_directory
 from requant.checkpoint.model_files import edit_config
-from requant.checkpoint.reader import read_json
+from requant.checkpoint.reader import Checkpoint, read_json
 from requant.errors import InputError
+from requant.merge.base_weights import BaseWeights
+from requant.merge.config_agreement import lacking_buffers
 from requant.modeling import skeleton
 from requant.run import prepare
 
@@ -29,6 +31,25 @@ def planned(tmp_path: Path, kind: str = "llama", **changes: Any) -> None:
 @pytest.mark.parametrize("kind", ["llama", *pico._OTHER])
 def test_every_family_agrees_with_its_own(tmp_path: Path, kind: str) -> None:
     planned(tmp_path, kind)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "buffer"), [("glm4_moe", "e_score_correction_bias"), ("lfm2_moe", "expert_bias")])
+def test_a_routers_bias_that_the_base_lacks_is_told(tmp_path: Path, kind: str, buffer: str) -> None:
+    """GLM 4.5's was lost by tools that save parameters alone."""
+    base = pico.save(tiny.model(kind), tmp_path / "base")
+    model = skeleton.open_model(base)
+    assert not lacking_buffers(BaseWeights(Checkpoint(base)), model)
+    edit_tensors(base / "model.safetensors", lambda t: {n: v for n, v in t.items() if buffer not in n})
+    (warning,) = lacking_buffers(BaseWeights(Checkpoint(base)), model)
+    assert "lacks 1 of the buffers" in warning
+    assert f".{buffer}: transformers starts without" in warning
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5", "mamba", "gpt2", "falcon_h1"])
+def test_no_family_lacks_buffers_of_its_own(tmp_path: Path, kind: str) -> None:
+    base = pico.save(tiny.model(kind), tmp_path / "base")
+    assert not lacking_buffers(BaseWeights(Checkpoint(base)), skeleton.open_model(base))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from requant.errors import InputError
 from requant.merge.base_weights import BaseWeights
 from requant.merge.model_layout import ModelLayout
 from requant.modeling import skeleton
+from requant.modeling.unplaced import buffer_names, recomputed_by_name
 
 _SHOWN = 3  # names in a message
 
@@ -39,6 +41,21 @@ def check(base: BaseWeights, model: Any, layout: ModelLayout) -> None:
             f"{more}. Take the config.json that belongs to them, or download the model again"
         )
     _check_ties(base, model)
+
+
+def lacking_buffers(base: BaseWeights, model: Any) -> list[str]:
+    """A warning where the base lacks buffers with trained values, such as a router's bias, that the model loads."""
+    kept = {name for name in buffer_names(model)[0] if not recomputed_by_name(name)}
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    stored = skeleton.found_names(model, kept, base.weights)
+    lacking = sorted(n for n in kept - stored.keys() if not any(pattern.search(n) for pattern in ignored))
+    if not lacking:
+        return []
+    return [
+        f"{base.checkpoint.path}: lacks {len(lacking)} of the buffers that {type(model).__name__} loads, e.g. {lacking[0]}: "
+        "transformers starts without their trained values, and servers may refuse the model; a tool that saved this "
+        "base may have lost them: compare with the original's list of tensors"
+    ]
 
 
 def _check_ties(base: BaseWeights, model: Any) -> None:

@@ -149,6 +149,11 @@ def buffer_names(model: nn.Module) -> tuple[set[str], set[str]]:
     return kept, computed
 
 
+def recomputed_by_name(name: str) -> bool:
+    """Whether a buffer of this name is one that every loader computes."""
+    return any(pattern.fullmatch(name) for pattern, _ in _RECOMPUTED)
+
+
 def _roots(carried: Collection[str], others: Collection[str]) -> Iterator[str]:
     """The shortest modules that hold carried tensors and none of `others`."""
     shared = {name[:i] for name in others for i, letter in enumerate(name) if letter == "."}

@@ -70,7 +70,10 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
     for adapter in loaded:
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
-    warnings += _refusing_engines(recipe, quantize_inputs.engines)
+    warnings += [
+        *config_agreement.lacking_buffers(plan.base, model),
+        *_refusing_engines(recipe, quantize_inputs.engines),
+    ]
     warnings += [*_left_fused(single), *([unloadable] if unloadable else [])]
     tokenizer = recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter)
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
