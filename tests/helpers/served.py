@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,28 @@ SERVED = (
     Served(kind="qwen3_moe", experts="quantized"),
     Served(kind="qwen3_next", experts="quantized"),
     Served(kind="qwen3_5_moe", experts="quantized"),
+    Served(kind="qwen3_vl_moe", experts="quantized"),
     Served(kind="lfm2_moe", experts="in 16 bit"),
     Served(kind="gpt_oss", experts="in 16 bit"),
+)
+
+# Read whole by vLLM's loaders where its kernels for CPUs refuse them, or with the towers that text does not need.
+FILLED = (
+    Served(kind="mistral3"),
+    Served(kind="qwen3_5"),
+    Served(kind="lfm2_moe", experts="quantized"),
+    Served(
+        kind="gemma4_text",
+        experts="quantized",
+        changes={
+            "per_layer_config": {2: {"head_dim": 64}},
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+        }
+        | {"moe_intermediate_size": 128},
+    ),
+    Served(kind="gpt_oss", experts="quantized"),
 )
 
 
@@ -71,6 +92,11 @@ def build(served: Served, folder: Path) -> Path:
     changes = {f"{prefix}{name}": size for name, size in _SIZES.items() if name in inside}
     changes |= {name: WORDS - 1 for name in _PLACES if name in default}
     saved = pico.save(tiny.model(served.kind, **(changes | dict(served.changes))), folder, torch.bfloat16)
+    if served.kind == "qwen3_vl_moe":  # a setting that hub configs have and transformers 5.23 does not write
+        file = saved / "config.json"
+        config = json.loads(file.read_text())
+        config["text_config"]["norm_topk_prob"] = True
+        file.write_text(json.dumps(config))
     make_tokenizer(saved)
     return saved
 
@@ -83,6 +109,9 @@ our decoder within the rounding of bfloat16 (`tests/deploy/test_vllm_families.py
 Wrappers are asked with text alone.
 
 {served}
+
+Read whole by vLLM's own loaders, every parameter filled, where its kernels for CPUs refuse the model: `lfm2_moe` and `gemma4_text`
+with quantized experts; with their towers: `mistral3`, `qwen3_5`.
 
 `requant check` says for each server whether it has the model's class (`pipeline/requant/deploy/engine_classes.py`, read
 2026-11-29). Of the {count} classes above that are exact or have experts in 16 bit:
