@@ -23,7 +23,7 @@ from requant.data.healing_text import HealingText
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
-from requant.heal import blockwise, kl_loss, student, teacher, trainer
+from requant.heal import blockwise, curve, end_to_end, kl_loss, student, teacher, trainer
 from requant.heal import stage as heal
 from requant.heal.job import HealJob
 from requant.heal.plan import HealPlan, ModelSize, choose_plan
@@ -74,7 +74,7 @@ def run(pair: tuple[Path, Path], out: Path, settings: HealSettings = SETTINGS, *
         source=source,
         teacher=merged,
         load_teacher=lambda: model_of(merged),
-        text=sample(),
+        text=changes.pop("text", None) or sample(),
         settings=settings,
         plan=changes.pop("plan", WHOLE),
         device=CPU,
@@ -154,7 +154,7 @@ def test_codes_rebuild_the_weight(bits: int, symmetric: bool) -> None:
     scale = deployable(torch.rand(32, 2) + 0.5)
     zero = torch.full((32, 2), 2.0 ** (bits - 1)) if symmetric else torch.randint(1, 2**bits, (32, 2)).float()
     tensors = gptq_format.pack(codes, scale, zero, bits)
-    stored = student.Codes.of(*gptq_format.unpack(tensors, bits), where="x")
+    stored = student.Codes.of(*gptq_format.unpack(tensors, bits), bits=bits, where="x")
     rebuilt = (stored.centred(torch.float32) * stored.scale[..., None]).flatten(1)
     assert torch.equal(rebuilt, gptq_format.dequantize(tensors, bits))
     assert stored.packed.numel() == (codes.numel() if bits == 8 else codes.numel() // 2)
@@ -165,7 +165,9 @@ def test_columns_in_any_order_of_groups() -> None:
     codes, scale = torch.randint(0, 16, (32, 64), dtype=torch.uint8), deployable(torch.rand(32, 2) + 0.5)
     g_idx = torch.randperm(64) // 32
     zero = torch.full((32, 2), 8.0)
-    layer = student.ScaledLinear(student.Codes.of(codes, scale, zero, g_idx, where="x"), torch.randn(32), torch.float32)
+    layer = student.ScaledLinear(
+        student.Codes.of(codes, scale, zero, g_idx, bits=4, where="x"), torch.randn(32), torch.float32
+    )
     x = torch.randn(5, 64)
     weight = (codes.float() - zero[:, g_idx]) * scale[:, g_idx]
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-4)
@@ -174,13 +176,15 @@ def test_columns_in_any_order_of_groups() -> None:
 def test_groups_of_unequal_size_are_refused() -> None:
     g_idx = torch.arange(64) // 48
     with pytest.raises(InputError, match=r"x\.g_idx: its groups are not of equal size"):
-        student.Codes.of(torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2), torch.ones(32, 2), g_idx, where="x")
+        student.Codes.of(
+            torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2), torch.ones(32, 2), g_idx, bits=4, where="x"
+        )
 
 
 def test_gradients_of_scales_and_inputs_are_autograds() -> None:
     codes, scale = torch.randint(0, 16, (32, 64), dtype=torch.uint8), deployable(torch.rand(32, 2) * 0.1 + 0.05)
     zero, g_idx = torch.full((32, 2), 8.0), torch.arange(64) // 32
-    layer = student.ScaledLinear(student.Codes.of(codes, scale, zero, g_idx, where="x"), None, torch.float32)
+    layer = student.ScaledLinear(student.Codes.of(codes, scale, zero, g_idx, bits=4, where="x"), None, torch.float32)
     moving = student.trainable_scales({"x": layer}, torch.float32)
     x, weights = torch.randn(7, 64, requires_grad=True), torch.randn(7, 32)
     (layer(x) * weights).sum().backward()
@@ -342,6 +346,12 @@ def test_a_killed_healing_goes_on_with_the_same_numbers(pair: tuple[Path, Path],
     )
 
 
+def windows_of(*kl: float, loss: float = 0.0) -> curve.Windows:
+    """Held-out windows of one source."""
+    values = torch.tensor(kl, dtype=torch.float64)
+    return curve.Windows(values, torch.full_like(values, loss), (0,) * len(kl))
+
+
 @pytest.mark.parametrize("mode", ["whole", "blocks"])
 def test_a_step_that_the_judging_windows_refuse_is_not_taken(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
@@ -351,14 +361,14 @@ def test_a_step_that_the_judging_windows_refuse_is_not_taken(
     better = run(pair, tmp_path / "better", plan=plan)
     assert better["healed"]
     if mode == "whole":
-        judged = iter((0.1, 0.1 + 1e-3))
+        judged = iter(windows_of(value) for value in (0.1, 0.1 + 1e-3))
         monkeypatch.setattr(trainer.Trainer, "_judged", lambda *_: next(judged))
     else:
         compare = blockwise._compare_with_teacher
 
-        def worse(*given: Any) -> tuple[list[float], list[float]]:
+        def worse(*given: Any) -> tuple[curve.Windows, curve.Windows]:
             start, end = compare(*given)
-            return start, [*end[:8], *(value + 1e-3 for value in start[8:])]
+            return start, replace(end, kl=torch.cat((end.kl[:8], start.kl[8:] + 1e-3)))
 
         monkeypatch.setattr(blockwise, "_compare_with_teacher", worse)
     told = run(pair, tmp_path / "out", plan=plan)
@@ -566,9 +576,9 @@ def test_every_epoch_has_its_own_order() -> None:
 
 def test_the_rate_warms_up_and_ends_at_nothing() -> None:
     s = HealSettings(steps=100, lr=0.5)
-    rates = [s.rate(n) for n in range(100)]
-    assert max(rates) == rates[9] == 0.5
-    assert rates[0] == pytest.approx(0.05)
+    rates = [s.share_of_rate(n) for n in range(100)]
+    assert max(rates) == rates[9] == 1
+    assert rates[0] == pytest.approx(0.1)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0 < rates[-1] < 1e-3
     assert s.validation_steps() == {0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100}
@@ -609,9 +619,9 @@ def test_teacher_and_student_find_their_heads_in_mixed_precision(
     """As on a GPU: bfloat16 products, fp32 residual stream; the loss stays near that of fp32."""
     text = sample()
     unquantized = _start(pair, text)
-    for module in (teacher, trainer, blockwise, heal):
+    for module in (teacher, end_to_end, blockwise, heal):
         monkeypatch.setattr(module, "product_dtype", lambda _: torch.bfloat16)
-    for module in (teacher, trainer, blockwise):
+    for module in (teacher, end_to_end, blockwise):
         monkeypatch.setattr(module, "precision", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert _start(pair, text) == pytest.approx(unquantized, rel=0.02)
 
@@ -619,5 +629,6 @@ def test_teacher_and_student_find_their_heads_in_mixed_precision(
 def _start(pair: tuple[Path, Path], text: HealingText) -> float:
     pupil = student.load(pair[1], device=CPU, dtype=teacher.product_dtype(CPU), tune=("scales",))
     taught = teacher.ResidentTeacher(model_of(pair[0]), text.windows, CPU)
-    loss = trainer.EndToEndLoss(pupil, taught, text, CPU)
-    return trainer.Trainer(pupil, loss, SETTINGS, train=text.train, choosing=text.choosing).loss_of(range(48, 56))
+    loss = end_to_end.EndToEndLoss(pupil, taught, text, CPU)
+    trained = trainer.Trainer(pupil, loss, loss.measure, SETTINGS, train=text.train, choosing=text.choosing)
+    return float(trained.look(range(48, 56)).kl.mean())

@@ -116,7 +116,12 @@ def test_all_problems_at_once_in_file_order() -> None:
         ("heal: {steps: 0}", "11: heal.steps: 0 is not a number above 0"),
         ("heal: {lr: 2}", "11: heal.lr: 2 is not a number of at most 1.0"),
         ("heal: {tune: []}", "11: heal.tune: an empty list is not a list of at least one item"),
-        ("heal: {tune: [codes]}", "11: heal.tune.0: 'codes' is not one of scales, norms"),
+        ("heal: {tune: [code]}", "11: heal.tune.0: 'code' is not one of scales, codes, norms: did you mean codes?"),
+        (
+            "heal: {tune: [codes], mode: blocks}",
+            "11: heal.mode: codes are trained end to end only: use auto or whole, or leave codes out of tune",
+        ),
+        ("heal: {code_lr: 0.01}", "11: heal.code_lr: belongs to codes: add them to tune, or remove it"),
         ("heal: {tune: [scales, scales]}", "11: heal.tune.1: scales is already in the list"),
         ("heal: {format: chat}", "11: heal.format: belongs to data: write it in the entries of mix, or remove it"),
         (

@@ -34,12 +34,20 @@ class HealingText:
     """Packed windows for healing: training windows, then those that choose, then those that judge.
 
     windows: int64 [n, length]. choosing: how many choose the best step. judging: how many of the last windows judge it,
-    not looked at before; 0 where the text is too short.
+    not looked at before; 0 where the text is too short. held_out_sources: number of the source of each of these. names,
+    reads: of every source, how often its text is read in all steps.
     """
 
     windows: Tensor
     choosing: int
     judging: int = 0
+    held_out_sources: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    reads: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.held_out_sources:
+            object.__setattr__(self, "held_out_sources", (0,) * self.held_out)
 
     @property
     def train(self) -> int:
@@ -59,7 +67,8 @@ class HealingText:
     @property
     def digest(self) -> str:
         """sha256 of the windows and of what each is for, hex."""
-        return hashlib.sha256(f"{packing.digest(self.windows)} {self.choosing} {self.judging}".encode()).hexdigest()
+        parts = packing.digest(self.windows), self.choosing, self.judging, *self.held_out_sources
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
 
 def healing_windows(
@@ -102,7 +111,7 @@ def pack(
     The training windows are in the entries' shares. Each entry gives its share of the held-out windows, but at most an
     eighth of its text, and at least one window to choose by and one to judge by (of two windows of text, only the
     former). Half of them judges, rounded down. An entry that is shorter than
-    its share of `train` is repeated, its documents in another order.
+    its share of `train` is repeated, its documents in another order: each text once before any twice.
     notes: what the user should know is added. Raises InputError when an entry has less text than two windows.
     """
     draw = random.Random(seed)
@@ -117,23 +126,32 @@ def pack(
     taken: set[int] = set()
     choosing: list[list[int]] = []
     judging: list[list[int]] = []
-    for pool, _, held in used:
+    sources: tuple[list[int], list[int]] = [], []
+    for source, (pool, _, held) in enumerate(used):
         sizes = pool.held_out(held)
-        for part, size in zip((choosing, judging), sizes, strict=True):
+        for part, size, numbers in zip((choosing, judging), sizes, sources, strict=True):
             part += pool.take(size, taken)
+            numbers += [source] * size
     training = [window for pool, count, _ in used for window in pool.training(count, taken)]
     draw.shuffle(training)
     if notes is not None:
         notes += [*told, *_copies(pools, taken), *([] if judging else [NOT_JUDGED])]
-    windows = torch.tensor([*training, *choosing, *judging], dtype=torch.int64)
-    return HealingText(windows, len(choosing), len(judging))
+    return HealingText(
+        torch.tensor([*training, *choosing, *judging], dtype=torch.int64),
+        len(choosing),
+        len(judging),
+        held_out_sources=(*sources[0], *sources[1]),
+        names=tuple(pool.name for pool, _, _ in used),
+        reads=tuple(pool.reads for pool, _, _ in used),
+    )
 
 
 class _Pool:
     """The documents of one entry, by the text that they are.
 
     texts: number of a text -> its documents, all copies. order: numbers of texts that can be held out, the next one
-    last. rests: what was left of documents when they were cut. length, bos: of the windows.
+    last. rests: what was left of documents when they were cut. length, bos: of the windows. reads: how often `training`
+    reads the text.
     """
 
     def __init__(
@@ -150,6 +168,7 @@ class _Pool:
         most = sum(len(document) for _, document in documents) / MIN_WINDOWS_PER_HELD_OUT
         self.order.sort(key=lambda number: len(self.texts[number]) == 1 or sum(map(len, self.texts[number])) <= most)
         self.rests: list[list[int]] = []
+        self.reads = 0.0
 
     def held_out(self, wanted: int) -> tuple[int, int]:
         """How many windows choose, how many judge. Raises InputError where there is too little different text."""
@@ -179,14 +198,19 @@ class _Pool:
 
     def training(self, count: int, taken: set[int]) -> list[list[int]]:
         """Windows of all that is not held out, read again and again in another order until there are `count`."""
-        documents = [*self.rests, *(d for n, copies in self.texts.items() if n not in taken for d in copies)]
-        if sum(map(len, documents)) < self.length:
-            raise self._too_little(sum(map(len, documents)))
+        kept = [copies for number, copies in self.texts.items() if number not in taken]
+        first = [*self.rests, *(copies[0] for copies in kept)]
+        again = [document for copies in kept for document in copies[1:]]
+        found = sum(map(len, [*first, *again]))
+        if found < self.length:
+            raise self._too_little(found)
         stream: list[int] = []
         while len(stream) < count * self.length:
-            self.draw.shuffle(documents)
-            for document in documents:
-                stream += document
+            for documents in (first, again):
+                self.draw.shuffle(documents)
+                for document in documents:
+                    stream += document
+        self.reads = count * self.length / sum(map(len, first))
         return cut(stream, self.length, self.bos, count)
 
     def _too_little(self, found: int) -> InputError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypedDict
 
 import torch
@@ -21,11 +20,12 @@ from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import load_tensors, save_tensors
 from requant.formats.registry import open_quantized
 from requant.heal import kl_loss, student
+from requant.heal.curve import Judgement, Look, LossCurve, Windows
 from requant.heal.job import HealJob, Progress
 from requant.heal.plan import BLOCK_WINDOWS
 from requant.heal.student import Student
 from requant.heal.teacher import head_of, precision, product_dtype
-from requant.heal.trainer import LossCurve, Trainer
+from requant.heal.trainer import Measure, Trainer
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
 from requant.modeling.blocks import block_list
@@ -80,12 +80,22 @@ class Streams:
         """
 
         def of(numbers: Sequence[int]) -> Tensor:
-            chosen = list(numbers)
-            return len(chosen) * kl_loss.relative_error(
-                self.forward(block, self.student[chosen], index), self.teacher[chosen]
-            )
+            return self._errors(block, index, numbers).sum()
 
         return of
+
+    def measure(self, block: nn.Module, index: int) -> Measure:
+        """The relative error of a block on each window, in the place of a KL; there is no loss of the text."""
+
+        def of(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            errors = self._errors(block, index, numbers).double().cpu()
+            return errors, torch.zeros_like(errors)
+
+        return of
+
+    def _errors(self, block: nn.Module, index: int, numbers: Sequence[int]) -> Tensor:
+        chosen = list(numbers)
+        return kl_loss.relative_error(self.forward(block, self.student[chosen], index), self.teacher[chosen])
 
 
 class AfterBlocks:
@@ -131,49 +141,50 @@ def heal_blocks(
         walk.release(walk.blocks[index])
         part = _load_block(model, items[index], f"{prefix}.{index}.", names, job)
         streams.advance(streams.unhealed, part.model, index)
-        curve = _train(part, streams.loss(part.model, index), train, job.work / f"block-{index:04d}", job)
+        curve = _train(part, streams, index, train, job)
         streams.advance(streams.student, part.model, index)
         values |= {name: value.cpu() for name, value in part.values().items()}
-        best_step, best = curve.best
-        errors.append({"block": index, "start": curve.held_out[0][1], "best": best, "best_step": best_step})
+        first, best = curve.held_out[0], curve.best
+        errors.append({"block": index, "start": first.mean_kl, "best": best.mean_kl, "best_step": best.steps})
         items[index] = nn.Identity()  # its weights are no longer needed
         if progress:
-            progress(index + 1, len(walk), f"blocks, error {errors[-1]['start']:.2e} -> {best:.2e}")
-    start, end = _compare_with_teacher(walk, streams, windows.to(device))
-    choosing = slice(0, text.choosing)
-    curve = LossCurve([], [(0, fmean(start[choosing])), (job.settings.steps, fmean(end[choosing]))])
+            progress(index + 1, len(walk), f"blocks, error {errors[-1]['start']:.2e} -> {best.mean_kl:.2e}")
+    start, end = _compare_with_teacher(walk, streams, windows.to(device), text.held_out_sources)
+    judged = text.choosing
+    curve = LossCurve([], [Look(0, start.part(0, judged)), Look(job.settings.steps, end.part(0, judged))])
     if text.judging:
-        curve.judged = fmean(start[text.choosing :]), fmean(end[text.choosing :])
+        curve.judged = Judgement.of(start.part(judged), end.part(judged), job.settings.steps)
     return values, curve, errors
 
 
-def _train(part: Student, loss: Callable[[Sequence[int]], Tensor], train: int, file: Path, job: HealJob) -> LossCurve:
-    """Heal one block, or load the finished one from `file`."""
+def _train(part: Student, streams: Streams, index: int, train: int, job: HealJob) -> LossCurve:
+    """Heal one block, or load the finished one from its file."""
+    file = job.work / f"block-{index:04d}"
     trainer = Trainer(
-        part, loss, job.settings, train=train, choosing=job.text.choosing, micro_batch=job.plan.micro_batch
-    )
+        part, streams.loss(part.model, index), streams.measure(part.model, index), job.settings,
+        train=train, choosing=job.text.choosing, sources=job.text.held_out_sources, micro_batch=job.plan.micro_batch,
+    )  # fmt: skip
     stored = read_state(file, lambda saved: _saved_block(saved, part, job.key))
     if stored is not None:
-        curve, offsets = stored
-        for vector, offset in zip(part.trainable, offsets, strict=True):
-            vector.offset.copy_(offset)
-        part.refresh()
+        curve, values = stored
+        for vector, value in zip(part.trainable, values, strict=True):
+            vector.adopt(value)
         return curve
     curve = trainer.run(None)
-    tensors = {f"offset.{i}": vector.offset.detach().cpu() for i, vector in enumerate(part.trainable)}
+    tensors = {f"value.{i}": vector.snapshot().cpu() for i, vector in enumerate(part.trainable)}
     save_tensors(file, tensors, {"key": job.key, "curve": curve.to_json()})
     return curve
 
 
 def _saved_block(file: Path, part: Student, key: str) -> tuple[LossCurve, list[Tensor]] | None:
-    """Curve and offsets of a finished block; None where they belong to another key."""
+    """Curve and values of a finished block; None where they belong to another key."""
     meta, tensors = load_tensors(file)
     if meta["key"] != key:
         return None
-    offsets = [tensors[f"offset.{i}"] for i in range(len(part.trainable))]
-    if any(offset.shape != v.offset.shape for offset, v in zip(offsets, part.trainable, strict=True)):
-        raise ValueError("its offsets have other shapes")
-    return LossCurve.from_json(meta["curve"]), offsets
+    values = [tensors[f"value.{i}"] for i in range(len(part.trainable))]
+    if any(value.shape != v.start().shape for value, v in zip(values, part.trainable, strict=True)):
+        raise ValueError("its values have other shapes")
+    return LossCurve.from_json(meta["curve"]), values
 
 
 def _walk(path: Path, device: torch.device, *, trust_remote_code: bool) -> Walk:
@@ -195,20 +206,24 @@ def _load_block(model: Any, block: nn.Module, prefix: str, names: Mapping[str, s
     dtype, reader = product_dtype(job.device), open_quantized(job.source)
     layers = student.fill(model, prefix, reader, names, device=job.device, dtype=dtype)
     vectors = student.trainable_vectors(
-        model, prefix, layers, job.settings.tune, checkpoint=reader.checkpoint, names=names, dtype=dtype
+        model, prefix, layers, job.tune, checkpoint=reader.checkpoint, names=names, dtype=dtype
     )
     return Student(block, vectors)
 
 
-def _compare_with_teacher(walk: Walk, streams: Streams, windows: Tensor) -> tuple[list[float], list[float]]:
-    """KL of the unhealed and of the healed student from the merged model, on each held-out window."""
+def _compare_with_teacher(
+    walk: Walk, streams: Streams, windows: Tensor, sources: Sequence[int]
+) -> tuple[Windows, Windows]:
+    """The held-out windows with the unhealed and with the healed student, against the merged model."""
     after = AfterBlocks(walk, windows[:1], streams)
-    begin, length = len(streams.teacher) - streams.held_out, windows.shape[1]
-    found: tuple[list[float], list[float]] = ([], [])
-    for stream, offset, values in ((streams.unhealed, 0, found[0]), (streams.student, begin, found[1])):
+    begin = len(streams.teacher) - streams.held_out
+    found = []
+    for stream, offset in ((streams.unhealed, 0), (streams.student, begin)):
+        each = []
         for i in range(streams.held_out):
-            teacher = after.hidden(streams.teacher[begin + i][None])[0]
-            healed = after.hidden(stream[offset + i][None])[0]
-            total = kl_loss.divergence(healed, after.head, teacher, after.head, product_dtype(walk.device))
-            values.append(float(total) / length)
-    return found
+            teacher, healed = (after.hidden(s[None]) for s in (streams.teacher[begin + i], stream[offset + i]))
+            ids = windows[begin + i][None]
+            each.append(kl_loss.measured(healed, after.head, teacher, after.head, ids, product_dtype(walk.device)))
+        kl, loss = (torch.cat(values) for values in zip(*each, strict=True))
+        found.append(Windows(kl, loss, sources))
+    return found[0], found[1]

@@ -11,7 +11,7 @@ import torch
 
 from requant.data.healing_text import HealingText
 from requant.heal.plan import HealPlan
-from requant.heal.settings import HealSettings
+from requant.heal.settings import HealSettings, Tune
 
 Progress = Callable[[int, int, str], None]  # (done, of, note)
 
@@ -39,3 +39,8 @@ class HealJob:
     def __post_init__(self) -> None:
         for name in ("source", "teacher", "work"):  # callers may give text
             object.__setattr__(self, name, Path(getattr(self, name)))
+
+    @property
+    def tune(self) -> tuple[Tune, ...]:
+        """What is trained: what was asked for, without codes where the plan leaves them as they are."""
+        return tuple(t for t in self.settings.tune if t != "codes" or self.plan.codes)

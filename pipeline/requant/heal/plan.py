@@ -22,6 +22,7 @@ from requant.runtime.device import USABLE, free_bytes, product_rate, profile_of
 
 Mode = Literal["whole", "blocks"]
 BLOCK_WINDOWS = 256  # block by block the hidden states of all windows are kept: more do not fit for large models
+BYTES_PER_LATENT = 4 * 4  # latent, gradient, two moments
 BYTES_PER_SCALE = 7 * 4  # base, unit, offset, gradient, two moments, best; and the values in use
 
 
@@ -68,13 +69,15 @@ class HealPlan:
     """How a checkpoint is healed on a device, with estimates of memory and time.
 
     teacher_resident: the teacher stays in memory. recompute: blocks run again in the backward pass.
-    micro_batch: windows in one forward pass.
+    micro_batch: windows in one forward pass. codes: whether codes are trained, if asked for. without_codes: why not.
     """
 
     mode: Mode
     teacher_resident: bool
     recompute: bool
     micro_batch: int
+    codes: bool = True
+    without_codes: str = ""
     bytes: int = 0
     seconds: float = 0.0
 
@@ -83,7 +86,8 @@ class HealPlan:
         teacher = ""
         if self.mode == "whole":
             teacher = f", teacher {'beside it' if self.teacher_resident else 'run before it'}"
-        return f"{how}{teacher}, about {self.bytes / 1e9:.1f} GB and {max(self.seconds / 60, 0.1):.1f} min"
+        needs = f"about {self.bytes / 1e9:.1f} GB and {max(self.seconds / 60, 0.1):.1f} min"
+        return f"{how}{teacher}, {needs}{self.without_codes}"
 
 
 def choose_plan(
@@ -110,20 +114,28 @@ def choose_plan(
         validated=len(settings.validation_steps()) * text.held_out * length,
     )
     tried: list[HealPlan] = []
-    for plan in _candidates(settings.batch):
+    for plan in _candidates(settings):
         if mode not in ("auto", plan.mode):
             continue
         estimated = replace(
             plan, bytes=_memory(size, plan, length, unique, device), seconds=_flops(size, plan, tokens) / speed
         )
         if estimated.bytes <= memory_share:
+            if "codes" in settings.tune and not plan.codes:
+                needed = min(other.bytes for other in tried if other.codes)
+                estimated = replace(estimated, without_codes=f"; codes stay: with them {needed / 1e9:.1f} GB")
             return estimated
         tried.append(estimated)
     least = min(tried, key=lambda plan: plan.bytes)
     raise InputError(
         f"healing needs at least {least.bytes / 1e9:.1f} GB ({least.mode}), {device} has "
-        f"{memory_share / USABLE / 1e9:.1f} GB free: lower heal.length, or set heal: off"
+        f"{memory_share / USABLE / 1e9:.1f} GB free: lower heal.length, {_or_else(settings)}"
     )
+
+
+def _or_else(settings: HealSettings) -> str:
+    """What else to do where nothing fits."""
+    return "tune scales instead of codes, or set heal: off" if settings.tune == ("codes",) else "or set heal: off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,17 +147,26 @@ class Tokens:
     validated: int
 
 
-def _candidates(batch: int) -> list[HealPlan]:
-    """All plans, from the fastest to the one with the least memory."""
+def _candidates(settings: HealSettings) -> list[HealPlan]:
+    """All plans, from the fastest to the one with the least memory; those with codes, if asked for, come first.
+
+    Codes are trained end to end only.
+    """
+    batch = settings.batch
     micro_batches = [batch // k for k in range(1, batch + 1) if batch % k == 0]
+    asked = "codes" in settings.tune
     whole = [
-        HealPlan(mode="whole", teacher_resident=resident, recompute=recompute, micro_batch=micro)
+        HealPlan(mode="whole", teacher_resident=resident, recompute=recompute, micro_batch=micro, codes=codes)
+        for codes in ((True, False) if asked else (False,))
         for resident in (True, False)
         for recompute in (False, True)
         for micro in micro_batches[: None if recompute else 2]
     ]
+    if settings.tune == ("codes",):
+        return [plan for plan in whole if plan.codes]
     return whole + [
-        HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro) for micro in micro_batches
+        HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro, codes=False)
+        for micro in micro_batches
     ]
 
 
@@ -154,13 +175,15 @@ def _memory(s: ModelSize, plan: HealPlan, length: int, unique: int, device: torc
     item = 2 if device.type == "cuda" else 4
     tokens = plan.micro_batch * length
     block = tokens * s.inputs_outputs * (item + 4)  # kept by one block for its backward pass
-    rebuilt = 4 * s.largest * item
+    rebuilt = 4 * s.largest * item + (6 * 4 * s.largest if plan.codes else 0)  # fp32 copies in a step of the latents
     if plan.mode == "blocks":
         one = (s.quantized * item + s.stored_bytes) // s.layers
         streams = 3 * min(unique, BLOCK_WINDOWS) * length * s.width * item
         return int(one + block + rebuilt + BYTES_PER_SCALE * s.scales // s.layers + streams + s.other * item)
     kept = s.layers * tokens * s.width * 4 + block if plan.recompute else s.layers * block
     student = s.stored_bytes + s.other * item + BYTES_PER_SCALE * s.scales
+    if plan.codes:
+        student += BYTES_PER_LATENT * s.quantized + 2 * s.stored_bytes  # and the codes of start and best step
     teacher = (s.quantized + s.other) * item if plan.teacher_resident else 0
     return int(student + teacher + kept + rebuilt + 6 * 4 * profile_of(device).kl_chunk_logits)
 

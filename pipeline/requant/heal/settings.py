@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-Tune = Literal["scales", "norms"]
+Tune = Literal["scales", "codes", "norms"]
 MAX_VALIDATIONS, MIN_STEPS_BETWEEN = 10, 5  # validations after step 0
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
@@ -16,22 +16,24 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises
 class HealSettings:
     """The settings of a healing: `steps` optimizer steps on `batch` windows of `length` tokens.
 
-    lr: the largest change of an offset, relative to its scale, in one step. tune: what is trained.
+    lr: the largest change of an offset, relative to its scale, in one step. code_lr: that of a code's latent, in codes.
+    tune: what is trained.
     """
 
     steps: int = 150
     batch: int = 16
     length: int = 512
     lr: float = 5e-3
+    code_lr: float = 1e-3
     tune: tuple[Tune, ...] = ("scales",)
     seed: int = 0
 
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
+    def share_of_rate(self, step: int) -> float:
+        """Share of the learning rates at step 0, 1, ...: linear warm-up, then half a cosine down to 0."""
         warm = max(1, round(WARM_UP * self.steps))
         if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
     def validation_steps(self) -> set[int]:
         """Numbers of steps after which the held-out loss is taken; 0 and the last are among them."""
@@ -46,5 +48,6 @@ class HealSettingsFacts(TypedDict):
     batch: int
     length: int
     lr: float
+    code_lr: float
     tune: Sequence[Tune]
     seed: int

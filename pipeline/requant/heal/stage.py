@@ -1,15 +1,14 @@
-"""Stage heal: distil group scales (and norms) of a GPTQ checkpoint towards its 16-bit model.
+"""Stage heal: distil scales, codes or norms of a GPTQ checkpoint towards its 16-bit model.
 
-Codes are unchanged, so the files keep format and size. One part of the held-out windows of the healing text chooses the
-step, another one judges it. By neither is the result worse than the start: when nothing was gained, the start is copied
-byte for byte.
+The files keep format and size. One part of the held-out windows of the healing text chooses the step, another one
+judges it. By neither is the result worse than the start, on any source of the text: when nothing was gained, the start
+is copied byte for byte.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,15 +19,20 @@ from torch import Tensor
 
 from requant.checkpoint.atomic_write import copy_file, make_directory, read_state
 from requant.checkpoint.model_files import files_of, write_json
-from requant.checkpoint.reader import Checkpoint, read_json
+from requant.checkpoint.reader import Checkpoint, TensorInfo, read_json
 from requant.checkpoint.writer import overwrite
 from requant.errors import InputError, StageError
+from requant.formats import gptq
 from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
+from requant.heal.changes import CodeChanges, ScaleChanges, code_changes, scale_changes
+from requant.heal.curve import LossCurve
+from requant.heal.curve_facts import CurveFacts, curve_facts
+from requant.heal.end_to_end import EndToEndLoss, recompute_in_backward
 from requant.heal.job import HealJob, Progress
 from requant.heal.settings import HealSettingsFacts
 from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, product_dtype, store_teacher
-from requant.heal.trainer import EndToEndLoss, LossCurve, Trainer, recompute_in_backward
+from requant.heal.trainer import Trainer
 from requant.modeling import skeleton, stacked_experts
 from requant.runtime.device import free_memory
 from requant_eval.scoring.reference_states import prove
@@ -37,7 +41,6 @@ log = logging.getLogger(__name__)
 STATE = "state.safetensors"
 SAME = 0.2  # relative difference of unquantized tensors from which two models are not the same one
 ALIKE = 0.5  # least cosine between a quantized weight and the teacher's
-WORST = 10
 
 
 class BlockFacts(TypedDict, total=False):
@@ -46,54 +49,13 @@ class BlockFacts(TypedDict, total=False):
     blocks: list[blockwise.BlockErrors]
 
 
-class Changes(TypedDict):
-    """Mean and quantiles of the relative changes of all scales. unchanged: share of the scales."""
+class HealResult(BlockFacts, ScaleChanges, CurveFacts):
+    """Facts of a healing, for the report. tuned: what was trained. changed_codes: None where none were trained."""
 
-    mean: float
-    median: float
-    p90: float
-    p99: float
-    max: float
-    unchanged: float
-
-
-class ModuleChange(TypedDict):
-    """The mean relative change of one module's scales."""
-
-    name: str
-    mean: float
-
-
-class ScaleChanges(TypedDict, total=False):
-    """Relative changes of the scales.
-
-    moved: over all scales. moved_most: the modules with the largest mean.
-    """
-
-    moved: Changes | None
-    moved_most: list[ModuleChange]
-
-
-class HealResult(BlockFacts, ScaleChanges):
-    """Facts of a healing, for the report.
-
-    held: [steps done, KL on the windows that choose]. chosen_step: by these. judged: KL of the start and of the chosen
-    step on the windows that judge, null where it is not finite; None without such windows. best_step: of the file, 0
-    for the start. kl_start, kl_best: of the start and of the file, by the windows that judge where there are some.
-    KL is in nats a token.
-    """
-
-    healed: bool
     mode: str
+    tuned: list[str]
+    changed_codes: CodeChanges | None
     teacher_resident: bool
-    best_step: int
-    chosen_step: int
-    judged: list[float | None] | None
-    kl_start: float
-    kl_best: float
-    held: list[list[float]]
-    train: list[float]
-    stopped: str | None
     windows: int
     held_windows: int
     judge_windows: int
@@ -123,8 +85,7 @@ def heal(
         values, curve = _heal_whole(job, progress)
     else:
         values, curve, blocks["blocks"] = blockwise.heal_blocks(job, progress)
-    (chosen_step, least), healed = curve.best, curve.gained
-    kl_start, kl_best = curve.judged or (curve.held_out[0][1], least)
+    healed = curve.gained
     if not healed:
         log.warning("healing gained nothing on held-out text: the checkpoint stays as it was")
     changes: ScaleChanges = scale_changes(job.source, values) if healed else {}
@@ -132,17 +93,11 @@ def heal(
     return {
         **blocks,
         **changes,
-        "healed": healed,
+        "changed_codes": code_changes(job.source, values) if healed else None,
+        **curve_facts(job.text, curve),
         "mode": job.plan.mode,
+        "tuned": list(job.tune),
         "teacher_resident": job.plan.teacher_resident,
-        "best_step": chosen_step if healed else 0,
-        "chosen_step": chosen_step,
-        "judged": None if curve.judged is None else [v if math.isfinite(v) else None for v in curve.judged],
-        "kl_start": kl_start,
-        "kl_best": kl_best if healed else kl_start,
-        "held": [list(point) for point in curve.held_out],
-        "train": curve.train,
-        "stopped": curve.stopped,
         "windows": job.text.train,
         "held_windows": job.text.choosing,
         "judge_windows": job.text.judging,
@@ -160,7 +115,8 @@ def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tens
         job.source,
         device=job.device,
         dtype=product_dtype(job.device),
-        tune=job.settings.tune,
+        tune=job.tune,
+        original=job.teacher,
         trust_remote_code=job.trust_remote_code,
     )
     if job.plan.recompute:
@@ -169,13 +125,15 @@ def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tens
     trainer = Trainer(
         trained,
         loss,
+        loss.measure,
         job.settings,
         train=job.text.train,
         choosing=job.text.choosing,
         judging=job.text.judging,
+        sources=job.text.held_out_sources,
         micro_batch=job.plan.micro_batch,
     )
-    curve = trainer.run(job.work / STATE, job.key, progress)
+    curve = trainer.run(job.work / STATE, f"{job.key} {'+'.join(job.tune)}", progress)
     return trained.values(), curve
 
 
@@ -237,40 +195,11 @@ def _not_same(source: Path, teacher: Path, name: str, found: str) -> InputError:
     )
 
 
-def scale_changes(source: Path, values: Mapping[str, Tensor]) -> ScaleChanges:
-    """Relative changes of the healed scales `values` from those of the checkpoint `source`."""
-    checkpoint = Checkpoint(source)
-    means, every = {}, []
-    for name, value in values.items():
-        before = _oriented(name, checkpoint.read(name).float())
-        change = (value.cpu() / before - 1).abs()
-        if name.endswith(".scales"):
-            every.append(change.flatten())
-            means[name.removesuffix(".scales")] = float(change.mean())
-    if not every:
-        return {"moved": None, "moved_most": []}
-    flat = torch.cat(every).sort().values
-    at = {q: float(flat[min(len(flat) - 1, math.floor(q * len(flat)))]) for q in (0.5, 0.9, 0.99)}
-    most = sorted(means, key=lambda n: -means[n])[:WORST]
-    return {
-        "moved": {
-            "mean": float(flat.mean()),
-            "median": at[0.5],
-            "p90": at[0.9],
-            "p99": at[0.99],
-            "max": float(flat[-1]),
-            "unchanged": float((flat == 0).float().mean()),
-        },
-        "moved_most": [{"name": name, "mean": means[name]} for name in most],
-    }
-
-
-def _oriented(name: str, tensor: Tensor) -> Tensor:
-    """A tensor converted between the layouts of file and student.
-
-    Scales are [groups, out] in the file and [out, groups] in a student; other tensors are the same in both.
-    """
-    return tensor.T if name.endswith(".scales") else tensor
+def _as_stored(name: str, value: Tensor, info: TensorInfo) -> Tensor:
+    """A healed value in the layout of the file: scales are [groups, out] there, codes packed along the inputs."""
+    if name.endswith(".qweight"):
+        return gptq.pack_rows(value.T, gptq.bits_of(info.shape, value.shape[1])).contiguous()
+    return (value.T if name.endswith(".scales") else value).to(info.dtype).contiguous()
 
 
 def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -285,8 +214,8 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
             copy_file(file, out / file.relative_to(source))
     for name, value in values.items():
         info = checkpoint[name]
-        stored = _oriented(name, value.cpu()).to(info.dtype).contiguous()
-        if tuple(stored.shape) != info.shape or not bool(torch.isfinite(stored).all()):
+        stored = _as_stored(name, value.cpu(), info)
+        if tuple(stored.shape) != info.shape or stored.dtype != info.dtype or not bool(torch.isfinite(stored).all()):
             raise StageError(f"{name}: its healed values cannot be stored as {info.dtype} {info.shape}")
         overwrite(out / info.file.name, info.offset, stored)
     for name in ("config.json", "quantize_config.json"):
@@ -310,4 +239,7 @@ def summary(result: HealResult) -> str:
     start, best = result["kl_start"], result["kl_best"]
     if not result["healed"]:
         return "healing gained nothing on held-out text; the checkpoint is unchanged"
-    return f"KL on held-out healing text {start:.4f} -> {best:.4f} ({best / start:.2f} x) at step {result['best_step']}"
+    codes = result["changed_codes"]
+    changed = f"; {codes['share']:.2%} of the codes changed" if codes else ""
+    kl = f"{start:.4f} -> {best:.4f} ({best / start:.2f} x)"
+    return f"KL on held-out healing text {kl} at step {result['best_step']}{changed}"

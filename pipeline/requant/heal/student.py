@@ -1,13 +1,13 @@
-"""The student: a GPTQ checkpoint as a model whose group scales (and norms) are trainable.
+"""The student: a GPTQ checkpoint as a model whose scales, codes and norms are trainable.
 
-Integer codes are frozen. A weight is rebuilt from its packed codes when its layer runs, and again in the backward pass.
+A weight is rebuilt from its packed codes when its layer runs, and again in the backward pass.
 Every value in use can be stored in the file and is what a server computes with: scales exact in fp16 and bf16, norms in
 their stored dtype. The gradient passes straight through the rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,104 +20,24 @@ from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.formats.quantized_format import Reader
 from requant.formats.registry import open_quantized
+from requant.heal.codes import Codes, DequantizedProduct
+from requant.heal.latents import OriginalWeights, TrainableCodes, latent_of
 from requant.heal.settings import Tune
-from requant.heal.trainable import TrainableVector
+from requant.heal.trainable import Trainable, TrainableVector
 from requant.modeling import skeleton
 from requant.numerics.grid import deployable
 
 CPU = torch.device("cpu")
 
 
-@dataclass(kw_only=True)
-class Codes:
-    """One quantized linear as stored: W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]).
-
-    packed: uint8 [out, in] for 8 bits; else [out, in/2], columns j and j + in/2 in the low and high half of byte j.
-    scale: fp32 [out, groups]. zero: uint8 [out, groups]. order: int64 [in], the columns sorted by group, where the file
-    has them in another order (desc_act).
-    """
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor
-    columns: int
-    order: Tensor | None = None
-
-    @classmethod
-    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor, *, where: str) -> Codes:
-        """Codes from the result of `Reader.unpack`.
-
-        Raises InputError for zero or non-finite scales and groups of unequal size.
-        """
-        if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
-            raise InputError(
-                f"{where}.scales: holds zeros, NaN or infinity: the checkpoint is damaged, quantize it again"
-            )
-        columns, groups = codes.shape[1], scale.shape[1]
-        order = torch.argsort(g_idx, stable=True)
-        regular = torch.arange(columns, device=g_idx.device) // (columns // groups)
-        if columns % groups or not torch.equal(g_idx[order], regular):
-            raise InputError(f"{where}.g_idx: its groups are not of equal size: cannot be healed")
-        sorted_already = torch.equal(g_idx, regular)
-        codes = codes if sorted_already else codes[:, order]
-        if int(codes.max()) < 16:
-            half = columns // 2
-            codes = codes[:, :half] | (codes[:, half:] << 4)
-        return cls(
-            packed=codes.contiguous(),
-            scale=scale,
-            zero=zero.to(torch.uint8),
-            columns=columns,
-            order=None if sorted_already else order,
-        )
-
-    def centred(self, dtype: torch.dtype) -> Tensor:
-        """code - zero, [out, groups, group_size]; exact in every float dtype."""
-        rows, half = len(self.packed), self.columns // 2
-        out = torch.empty(rows, self.columns, dtype=dtype, device=self.packed.device)
-        if self.packed.shape[1] == self.columns:
-            out.copy_(self.packed)
-        else:
-            torch.bitwise_and(self.packed, 15, out=(low := torch.empty_like(self.packed)))
-            out[:, :half] = low
-            out[:, half:] = torch.bitwise_right_shift(self.packed, 4, out=low)
-        return out.view(rows, self.scale.shape[1], -1).sub_(self.zero[..., None])
-
-
-class _DequantizedProduct(torch.autograd.Function):
-    """x @ W.T with W rebuilt from codes, in the forward and again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, offset: Tensor, codes: Codes, current_scales: Tensor) -> Tensor:
-        weight = codes.centred(current_scales.dtype).mul_(current_scales[..., None]).view(len(current_scales), -1)
-        rounded = x.to(current_scales.dtype)
-        ctx.codes, ctx.current_scales, ctx.dtype = codes, current_scales, x.dtype
-        ctx.save_for_backward(rounded)
-        return rounded @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        output_gradient = outer[0].to(x.dtype)
-        centred = ctx.codes.centred(x.dtype)
-        rows, groups, _ = centred.shape
-        offset_gradient = None
-        if ctx.needs_input_grad[1]:  # dL/dW contracted with the codes of each group, times the unit of an offset
-            flat = output_gradient.reshape(-1, rows).T @ x.reshape(-1, x.shape[-1])
-            offset_gradient = flat.view(rows, groups, -1).mul_(centred).sum(-1, dtype=torch.float32)
-            offset_gradient.mul_(ctx.codes.scale)
-        input_gradient = None
-        if ctx.needs_input_grad[0]:
-            weight = centred.mul_(ctx.current_scales[..., None]).view(rows, -1)
-            input_gradient = (output_gradient @ weight).to(ctx.dtype)
-        return input_gradient, offset_gradient, None, None
-
-
 class ScaledLinear(nn.Module):
     """A quantized linear with trainable scales.
 
     offset: fp32 [out, groups], relative change of each scale. current_scales: [out, groups], the values in use.
+    latent: of its codes where these are trained (`latents`).
     """
+
+    latent: Tensor | None
 
     def __init__(self, codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -126,12 +46,13 @@ class ScaledLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.offset = nn.Parameter(torch.zeros_like(codes.scale), requires_grad=False)
         self.current_scales = codes.scale.to(dtype)
+        self.latent = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.codes.order is not None:
             x = x.index_select(-1, self.codes.order)
-        apply: Any = _DequantizedProduct.apply
-        out: Tensor = apply(x, self.offset, self.codes, self.current_scales)
+        apply: Any = DequantizedProduct.apply
+        out: Tensor = apply(x, self.offset, self.latent, self.codes, self.current_scales)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -151,7 +72,7 @@ class Student:
     """A causal LM, or a part of it, with its trainable values."""
 
     model: Any
-    trainable: list[TrainableVector]
+    trainable: list[Trainable]
 
     def refresh(self) -> None:
         """Compute all current values from their offsets."""
@@ -159,13 +80,14 @@ class Student:
             vector.refresh()
 
     def values(self) -> dict[str, Tensor]:
-        """Stored tensor name -> current values, fp32 (scales [out, groups])."""
-        return {name: v.view(v.current, name).float().clone() for v in self.trainable for name in v.parts}
+        """Stored tensor name -> current values: fp32 (scales [out, groups]); of codes uint8 [out, in], on the CPU."""
+        return {name: value for v in self.trainable for name, value in v.values().items()}
 
 
 def read_linear(reader: Reader, stem: str, device: torch.device = CPU) -> Codes:
     """One quantized linear by the name that its tensors share, on `device`."""
-    return Codes.of(*reader.unpack(f"{stem}.weight", device), where=f"{reader.checkpoint.path}: {stem}")
+    bits, _ = reader.bits_and_group_size(f"{stem}.weight")
+    return Codes.of(*reader.unpack(f"{stem}.weight", device), bits=bits, where=f"{reader.checkpoint.path}: {stem}")
 
 
 def fill(
@@ -210,18 +132,18 @@ def trainable_vectors(
     model: nn.Module,
     prefix: str,
     layers: Mapping[str, ScaledLinear],
-    tune: Iterable[Tune],
+    tune: Collection[Tune],
     *,
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     dtype: torch.dtype,
-) -> list[TrainableVector]:
-    """The values named by `tune` as trainable vectors, with units of change.
+) -> list[Trainable]:
+    """The scales and norms named by `tune` as trainable vectors, with units of change; codes: `train_codes`.
 
     The unit of a group scale is the scale itself, that of a norm's weight the root mean square of the norm's weights.
     """
     scales = [trainable_scales(layers, dtype)] if "scales" in tune and layers else []
-    return scales + (_norms(model, prefix, checkpoint, names) if "norms" in tune else [])
+    return [*scales, *(_norms(model, prefix, checkpoint, names) if "norms" in tune else [])]
 
 
 def trainable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> TrainableVector:
@@ -237,6 +159,13 @@ def trainable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> 
         layer.current_scales = scales.view(scales.current, name)
         layer.codes.scale = scales.view(scales.base, name)
     return scales
+
+
+def train_codes(stem: str, layer: ScaledLinear, weight: Tensor | None) -> TrainableCodes:
+    """The codes of one layer as trainable values. weight: as in `latent_of`."""
+    codes = TrainableCodes(stem, layer.codes, latent_of(layer.codes, weight))
+    layer.latent = codes.offset
+    return codes
 
 
 def _norms(model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping[str, str]) -> list[TrainableVector]:
@@ -265,9 +194,18 @@ def _norms(model: nn.Module, prefix: str, checkpoint: Checkpoint, names: Mapping
 
 
 def load(
-    path: Path, *, device: torch.device, dtype: torch.dtype, tune: Iterable[Tune], trust_remote_code: bool = False
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tune: Collection[Tune],
+    original: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Student:
-    """The whole model of a GPTQ checkpoint as a student."""
+    """The whole model of a GPTQ checkpoint as a student.
+
+    original: the 16-bit model, whose weights say where in its cell the latent of a code begins; None: in the middle.
+    """
     reader = open_quantized(path)
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     names = skeleton.tensor_names(model, reader)
@@ -278,7 +216,14 @@ def load(
     skeleton.buffers_to(model, device, reader.checkpoint)
     widen(model)
     vectors = trainable_vectors(model, "", layers, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype)
-    return Student(model, vectors)
+    codes: list[Trainable] = []
+    if "codes" in tune:
+        weights = OriginalWeights(original, trust_remote_code=trust_remote_code) if original else None
+        stems = {stored.removesuffix(".weight"): name for name, stored in names.items()}
+        codes = [
+            train_codes(stem, layer, weights.read(stems[stem]) if weights else None) for stem, layer in layers.items()
+        ]
+    return Student(model, [*vectors, *codes])
 
 
 def widen(model: Any) -> None:

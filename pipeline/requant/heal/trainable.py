@@ -1,12 +1,43 @@
-"""Trainable values of a student: one vector of offsets for all scales, one for all norms."""
+"""Trainable values of a student: a vector of offsets for all scales, one for all norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Trainable(Protocol):
+    """Values that an optimizer moves by `offset`, which has a gradient.
+
+    unit_of_rate: what a learning rate of these is a share of: the value's own unit, or a code.
+    """
+
+    offset: Tensor
+    unit_of_rate: Literal["value", "code"]
+
+    def refresh(self) -> None:
+        """Compute the values in use from `offset`."""
+        ...
+
+    def snapshot(self) -> Tensor:
+        """A copy of what the values in use are made of."""
+        ...
+
+    def start(self) -> Tensor:
+        """The snapshot of the file's own values."""
+        ...
+
+    def adopt(self, snapshot: Tensor) -> None:
+        """Use the values of a snapshot."""
+        ...
+
+    def values(self) -> dict[str, Tensor]:
+        """The values in use by stored tensor name."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -23,6 +54,7 @@ class TrainableVector:
     current: Tensor
     rounding: Callable[[Tensor], Tensor]
     parts: Mapping[str, tuple[int, torch.Size]]
+    unit_of_rate: Literal["value", "code"] = "value"
 
     @classmethod
     def concatenate(
@@ -60,3 +92,20 @@ class TrainableVector:
     def refresh(self) -> None:
         """Compute `current` from `offset`."""
         self.current.copy_(torch.where(self.offset == 0, self.base, self.rounding(self.base + self.unit * self.offset)))
+
+    def snapshot(self) -> Tensor:
+        """A copy of the offsets."""
+        return self.offset.clone()
+
+    def start(self) -> Tensor:
+        """Offsets of zero."""
+        return torch.zeros_like(self.offset)
+
+    def adopt(self, snapshot: Tensor) -> None:
+        """Use these offsets."""
+        self.offset.copy_(snapshot)
+        self.refresh()
+
+    def values(self) -> dict[str, Tensor]:
+        """Current values by stored name, fp32 (scales [out, groups])."""
+        return {name: self.view(self.current, name).float().clone() for name in self.parts}

@@ -1,4 +1,4 @@
-"""Healing's training loop: AdamW on a student's offsets, and which step is the best.
+"""Healing's training loop: AdamW on offsets and latents, and which step is the best.
 
 Step 0 is among the candidates, so the result is never worse than the start on the windows that choose. The least of
 several looks at them is a little too good: other windows, looked at once, judge the step that was chosen. A killed run
@@ -8,77 +8,31 @@ resumes from its last saved step with the same numbers.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.writer import load_tensors, save_tensors
-from requant.data.healing_text import HealingText
 from requant.errors import StageError
-from requant.heal import kl_loss
+from requant.heal.curve import Judgement, Look, LossCurve, Windows
 from requant.heal.job import Progress
 from requant.heal.settings import HealSettings
 from requant.heal.student import Student
-from requant.heal.teacher import Teacher, head_of, precision, product_dtype
-from requant.modeling.blocks import block_list
-from requant_eval.scoring.lm_head import HeadTap
-from requant_eval.strict_json import parse
 
 log = logging.getLogger(__name__)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
-@dataclass
-class LossCurve:
-    """The losses of a healing, in nats a token.
-
-    train: of each step's batch. held_out: (steps done, loss on the windows that choose). stopped: why it ended early.
-    judged: loss of the start and of the best step on the windows that judge; None without such windows.
-    """
-
-    train: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    stopped: str | None = None
-    judged: tuple[float, float] | None = None
-
-    @property
-    def best(self) -> tuple[int, float]:
-        """(steps done, loss) of the lowest held-out loss."""
-        return min(self.held_out, key=lambda point: point[1])
-
-    @property
-    def gained(self) -> bool:
-        """Whether a step was chosen that is better than the start, by the windows that judge where there are some."""
-        return self.best[0] > 0 and (self.judged is None or self.judged[1] < self.judged[0])
-
-    def to_json(self) -> str:
-        """The curve as text for the metadata of a state file."""
-        return json.dumps({"train": self.train, "held": self.held_out, "stopped": self.stopped})
-
-    @classmethod
-    def from_json(cls, text: str) -> LossCurve:
-        """The curve that `to_json` wrote."""
-        stored = parse(text, constants=True)
-        held_out = [(int(n), float(v)) for n, v in stored["held"]]
-        if not held_out:
-            raise ValueError("a curve without a loss on held-out text")
-        return cls([float(v) for v in stored["train"]], held_out, stored["stopped"])
-
-
-def _refuse_start(loss: float) -> None:
-    """Raise StageError where the checkpoint's own loss is not finite."""
-    if not math.isfinite(loss):
+def _refuse_start(look: Look) -> None:
+    """Raise StageError where the checkpoint's own losses are not finite."""
+    if not look.finite:
         raise StageError("healing: the checkpoint gives NaN or infinity on the healing text: nothing to start from")
 
 
@@ -91,33 +45,50 @@ def batches(count: int, settings: HealSettings) -> list[list[int]]:
     return [order[i * settings.batch : (i + 1) * settings.batch] for i in range(settings.steps)]
 
 
+Measure = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+
+
+def adamw(student: Student, settings: HealSettings) -> torch.optim.Optimizer:
+    """AdamW on all trainable values. `peak` of a group is its highest rate; codes are not drawn to zero."""
+    groups = []
+    for unit, peak, decay in (("value", settings.lr, 0.01), ("code", settings.code_lr, 0.0)):
+        found = [v.offset for v in student.trainable if v.unit_of_rate == unit]
+        groups += [{"params": found, "peak": peak, "weight_decay": decay}] if found else []
+    return torch.optim.AdamW(groups, lr=settings.lr, foreach=False)  # for each: copies of all latents at once
+
+
 class Trainer:
     """Trains the offsets of one student.
 
-    loss(numbers): the sum over these windows of each one's mean loss over tokens.
+    loss(numbers): the sum over these windows of each one's mean loss over tokens. measure(numbers): KL and loss of each
+    of these windows, float64 [n] on the CPU.
     """
 
     def __init__(
         self,
         student: Student,
         loss: Callable[[Sequence[int]], Tensor],
+        measure: Measure,
         settings: HealSettings,
         *,
         train: int,
         choosing: int,
         judging: int = 0,
+        sources: Sequence[int] = (),
         micro_batch: int | None = None,
     ) -> None:
         """Windows 0 .. train-1 are trained on, the next `choosing` choose a step, the next `judging` judge it.
 
-        micro_batch: windows in one forward pass; None: a whole batch.
+        sources: the source of each of the latter; without: one. micro_batch: windows in one forward pass; None: a
+        whole batch.
         """
-        self.student, self.loss, self.settings = student, loss, settings
+        self.student, self.loss, self.measure, self.settings = student, loss, measure, settings
         self.train, self.choosing = train, range(train, train + choosing)
         self.judging = range(self.choosing.stop, self.choosing.stop + judging)
+        self.sources = tuple(sources) or (0,) * (choosing + judging)
         self.micro_batch = micro_batch or settings.batch
-        self.optimizer = torch.optim.AdamW([v.offset for v in student.trainable], lr=settings.lr)
-        self.best = [v.offset.clone() for v in student.trainable]
+        self.optimizer = adamw(student, settings)
+        self.best = [v.start() for v in student.trainable]
         self.curve = LossCurve()
 
     def step(self, number: int, chosen: Sequence[int]) -> float:
@@ -135,71 +106,78 @@ class Trainer:
             total += float(loss.detach())
         if math.isfinite(total):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.rate(number)
+                group["lr"] = group["peak"] * self.settings.share_of_rate(number)
             self.optimizer.step()
             self.student.refresh()
         return total
 
     @torch.no_grad()
-    def loss_of(self, numbers: Sequence[int]) -> float:
-        """Mean loss of windows."""
+    def look(self, numbers: range) -> Windows:
+        """KL and loss of held-out windows."""
         size = self.micro_batch
-        parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        return sum(float(self.loss(part)) for part in parts) / len(numbers)
+        parts = [self.measure(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+        kl, loss = (torch.cat(each) for each in zip(*parts, strict=True))
+        return Windows(kl, loss, [self.sources[n - self.train] for n in numbers])
 
     def validate(self, done: int) -> None:
-        """Take the held-out loss after `done` steps, and keep the offsets if it is the lowest."""
-        value = self.loss_of(self.choosing)
+        """Look at the windows that choose after `done` steps, and keep the values if their score is the least."""
+        found = Look(done, self.look(self.choosing))
         if not done:
-            _refuse_start(value)
-        if not math.isfinite(value):
+            _refuse_start(found)
+        if not found.finite:
             self.curve.stopped = f"the KL on held-out text was not finite after {done} steps"
             return
-        if done and value < self.curve.best[1]:
-            self.best = [v.offset.clone() for v in self.student.trainable]
-        self.curve.held_out.append((done, value))
+        self.curve.held_out.append(found)
+        if done and self.curve.best is found:
+            self.best = [v.snapshot() for v in self.student.trainable]
+        if done < self.settings.steps and self.curve.turned(self.settings.steps):
+            self.curve.stopped = f"held-out text has only become worse since step {self.curve.best.steps}"
 
     def run(self, state: Path | None, key: str = "", progress: Progress | None = None) -> LossCurve:
         """Run all steps, resumed from the file `state` if it belongs to `key`.
 
-        The student ends with its best offsets.
+        The student ends with its best values.
         """
-        chosen, validated = batches(self.train, self.settings), self.settings.validation_steps()
         begin = self.restore(state, key) if state else 0
-        with deterministic(self.best[0].device):
+        with deterministic(self.student.trainable[0].offset.device):
             if not self.curve.held_out:
                 self.validate(0)
-            for number in range(begin, self.settings.steps):
-                loss = self.step(number, chosen[number])
-                if not math.isfinite(loss):
-                    self.curve.stopped = f"the loss was not finite at step {number + 1}"
-                if self.curve.stopped:
-                    break
-                self.curve.train.append(loss)
-                if number + 1 in validated:
-                    self.validate(number + 1)
-                    if state:
-                        self.save(state, key)
-                if progress:
-                    progress(
-                        number + 1, self.settings.steps, f"steps, {self.curve.held_out[-1][1]:.4f} on held-out text"
-                    )
+            self._steps(begin, state, key, progress)
             if self.judging:
-                self.curve.judged = self._judged([torch.zeros_like(v) for v in self.best]), self._judged(self.best)
-                _refuse_start(self.curve.judged[0])
+                start, chosen = (self._judged(v) for v in ([v.start() for v in self.student.trainable], self.best))
+                self.curve.judged = Judgement.of(start, chosen, self.curve.best.steps)
+                _refuse_start(self.curve.judged.start)
         self._set(self.best)
         return self.curve
 
-    def _judged(self, offsets: Sequence[Tensor]) -> float:
-        """The loss with these offsets on the windows that judge."""
-        self._set(offsets)
-        return self.loss_of(self.judging)
+    def _steps(self, begin: int, state: Path | None, key: str, progress: Progress | None) -> None:
+        """The steps from `begin` on, with looks at held-out text, until all are done or the curve says why not."""
+        chosen, validated = batches(self.train, self.settings), self.settings.validation_steps()
+        for number in range(begin, self.settings.steps):
+            if self.curve.stopped:
+                return
+            loss = self.step(number, chosen[number])
+            if not math.isfinite(loss):
+                self.curve.stopped = f"the loss was not finite at step {number + 1}"
+                return
+            self.curve.train.append(loss)
+            if number + 1 in validated:
+                self.validate(number + 1)
+                if state:
+                    self.save(state, key)
+            if progress:
+                held = self.curve.held_out[-1].mean_kl
+                progress(number + 1, self.settings.steps, f"steps, {held:.4f} on held-out text")
 
-    def _set(self, offsets: Sequence[Tensor]) -> None:
-        """Give the student these offsets."""
-        for vector, offset in zip(self.student.trainable, offsets, strict=True):
-            vector.offset.copy_(offset)
-        self.student.refresh()
+    def _judged(self, values: Sequence[Tensor]) -> Windows:
+        """The windows that judge, with the values of these snapshots."""
+        self._set(values)
+        return self.look(self.judging)
+
+    def _set(self, values: Sequence[Tensor]) -> None:
+        """Give the student the values of these snapshots."""
+        for vector, value in zip(self.student.trainable, values, strict=True):
+            vector.adopt(value)
 
     def save(self, state: Path, key: str) -> None:
         """Write everything that a killed run needs to resume with the same numbers."""
@@ -221,8 +199,8 @@ class Trainer:
             return 0
         self.curve, tensors = stored
         for i, vector in enumerate(self.student.trainable):
-            vector.offset.copy_(tensors[f"offset.{i}"])
-            self.best[i].copy_(tensors[f"best.{i}"])
+            vector.offset.detach().copy_(tensors[f"offset.{i}"])
+            self.best[i] = tensors[f"best.{i}"].to(vector.offset.device)
             self.optimizer.state[vector.offset] = {
                 n: tensors[f"{n}.{i}"] if n == "step" else tensors[f"{n}.{i}"].to(vector.offset.device) for n in MOMENTS
             }
@@ -237,50 +215,10 @@ class Trainer:
         for i, vector in enumerate(self.student.trainable):
             for name in ("offset", "best", *MOMENTS):
                 found = tensors[f"{name}.{i}"]
-                if name != "step" and found.shape != vector.offset.shape:
+                wanted = vector.start().shape if name == "best" else vector.offset.shape
+                if name != "step" and found.shape != wanted:
                     raise ValueError(f"{name}.{i} has the shape {tuple(found.shape)}")
         return LossCurve.from_json(meta["curve"]), tensors
-
-
-class EndToEndLoss:
-    """The loss of a whole student: KL(teacher || student) over the healing windows.
-
-    All positions count. The teacher's hidden states of the held-out windows are cached: every validation uses them.
-    """
-
-    def __init__(self, student: Student, teacher: Teacher, text: HealingText, device: torch.device) -> None:
-        self.student, self.teacher, self.windows, self.device = student, teacher, text.windows, device
-        self.held_out = range(text.train, len(text.windows))
-        self.cached: dict[tuple[int, ...], Tensor] = {}
-        self.tap = HeadTap(student.model)
-        self.head = head_of(student.model, text.windows[:1].to(device))
-
-    def __call__(self, numbers: Sequence[int]) -> Tensor:
-        ids = self.windows[list(numbers)].to(self.device)
-        teacher = self._teacher_states(numbers)
-        with precision(self.device):
-            hidden, _ = self.tap.run(self.student.model, ids)
-        total = kl_loss.divergence(
-            hidden.flatten(0, 1), self.head, teacher.flatten(0, 1), self.teacher.head, product_dtype(self.device)
-        )
-        return total / ids.shape[1]
-
-    def _teacher_states(self, numbers: Sequence[int]) -> Tensor:
-        """The teacher's final hidden states [n, length, width].
-
-        Those of held-out windows come from the cache.
-        """
-        if not set(numbers) <= set(self.held_out):
-            return self.teacher.hidden(numbers)
-        if tuple(numbers) not in self.cached:
-            self.cached[tuple(numbers)] = self.teacher.hidden(numbers).to(product_dtype(self.device))
-        return self.cached[tuple(numbers)]
-
-
-def recompute_in_backward(model: Any) -> None:
-    """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
-    for block in block_list(model)[1]:
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

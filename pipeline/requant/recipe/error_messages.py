@@ -77,9 +77,19 @@ def add_validation_errors(document: Document, root: type[BaseModel], errors: Seq
             expected_at.setdefault(path, (error["input"], []))[1].append(_expectation(error))
     for path, (value, phrases) in expected_at.items():
         expected = " or ".join(dict.fromkeys(phrases))
+        meant = _meant(value, expected)
         document.report(
-            path, f"empty, expected {expected}" if value is None else f"{show_value(value)} is not {expected}"
+            path, f"empty, expected {expected}" if value is None else f"{show_value(value)} is not {expected}{meant}"
         )
+
+
+def _meant(value: Any, expected: str) -> str:
+    """The one of several values that a misspelt one is close to, as a question; else empty."""
+    if not isinstance(value, str) or not value.isalpha() or not expected.startswith("one of "):
+        return ""
+    known = expected.removeprefix("one of ").partition(" or ")[0].split(", ")
+    close = difflib.get_close_matches(value, known, n=1, cutoff=0.75)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def _section_was_meant(path: KeyPath, other: KeyPath, error: Mapping[str, Any]) -> bool:
@@ -105,8 +115,8 @@ def _locate(data: Any, error: Mapping[str, Any]) -> KeyPath:
 def _expectation(error: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     if error["type"] == "literal_error":
-        values = context["expected"].replace(" or ", ", ")
-        return values.replace("'", "") if ", " not in values else f"one of {values}".replace("'", "")
+        values = context["expected"].replace(" or ", ", ").replace("'", "")
+        return f"one of {values}" if ", " in values else values
     if error["type"] == "string_pattern_mismatch":
         return PATTERNS[context["pattern"]]
     phrase = _PHRASES.get(error["type"])

@@ -32,8 +32,11 @@ class Heal(Section):
     lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.005, description="Learning rate: how far a scale may move in a step, relative to its size."
     )
-    tune: Annotated[tuple[Literal["scales", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
-        default=("scales",), description="What moves; the codes never do."
+    code_lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.001, description="Learning rate of codes: how far the value that is rounded may move in a step."
+    )
+    tune: Annotated[tuple[Literal["scales", "codes", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
+        default=("scales",), description="What moves; codes need the memory of 16 bytes a weight."
     )
     target: Literal["merged", "adapter"] = Field(
         default="merged", description="Whose predictions are imitated: the merged model's, or those of base + adapter."
@@ -70,6 +73,10 @@ class Heal(Section):
             fail((("mix",), "expected data or mix, got both"))
         if self.data is None and self.format != "auto":
             fail((("format",), "belongs to data: write it in the entries of mix, or remove it"))
+        if self.mode == "blocks" and "codes" in self.tune:
+            fail((("mode",), "codes are trained end to end only: use auto or whole, or leave codes out of tune"))
+        if "code_lr" in self.model_fields_set and "codes" not in self.tune:
+            fail((("code_lr",), "belongs to codes: add them to tune, or remove it"))
         if self.mode == "blocks" and self.target == "adapter":
             fail((("target",), "adapter needs mode whole: block by block a student follows the merged model's blocks"))
         return self

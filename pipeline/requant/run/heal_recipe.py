@@ -35,7 +35,9 @@ class Healing:
     def settings(self) -> HealSettings:
         """The section's settings for the stage."""
         s = self.section
-        return HealSettings(steps=s.steps, batch=s.batch, length=s.length, lr=s.lr, tune=s.tune, seed=s.seed)
+        return HealSettings(
+            steps=s.steps, batch=s.batch, length=s.length, lr=s.lr, code_lr=s.code_lr, tune=s.tune, seed=s.seed
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -1,0 +1,90 @@
+"""What held-out text says of a healing, for the report."""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict
+
+from requant.data.healing_text import HealingText
+from requant.heal.curve import LossCurve
+
+
+class SourceFacts(TypedDict):
+    """One source of the text. reads: how often it was read; None: unknown.
+
+    held: [steps, KL, loss] on its windows that choose. judged: [KL, loss] of the start and of the chosen step on those
+    that judge, null where not finite; None without such. worse: whether they say that it became worse.
+    """
+
+    name: str
+    reads: float | None
+    held: list[list[float]]
+    judged: list[list[float | None]] | None
+    worse: bool
+
+
+class CurveFacts(TypedDict):
+    """What held-out text says of a healing. KL and loss are in nats a token.
+
+    held: [steps done, KL on the windows that choose], every source with the same weight. chosen_step: by these. judged:
+    KL of the start and of the chosen step on the windows that judge, null where it is not finite; None without such
+    windows. best_step: of the file, 0 for the start. kl_start, kl_best: of the start and of the file, by the windows
+    that judge where there are some.
+    """
+
+    healed: bool
+    best_step: int
+    chosen_step: int
+    judged: list[float | None] | None
+    kl_start: float
+    kl_best: float
+    held: list[list[float]]
+    sources: list[SourceFacts]
+    train: list[float]
+    stopped: str | None
+
+
+def curve_facts(text: HealingText, curve: LossCurve) -> CurveFacts:
+    """Which step was chosen, and what the curve and the windows that judge say of it."""
+    best, healed = curve.best, curve.gained
+    start = curve.judged.start if curve.judged else curve.held_out[0]
+    chosen = curve.judged.chosen if curve.judged else best
+    return {
+        "healed": healed,
+        "best_step": best.steps if healed else 0,
+        "chosen_step": best.steps,
+        "judged": None if curve.judged is None else [_number(look.mean_kl) for look in (start, chosen)],
+        "kl_start": start.mean_kl,
+        "kl_best": chosen.mean_kl if healed else start.mean_kl,
+        "held": [[look.steps, look.mean_kl] for look in curve.held_out],
+        "sources": _source_facts(text, curve),
+        "train": curve.train,
+        "stopped": curve.stopped,
+    }
+
+
+def _source_facts(text: HealingText, curve: LossCurve) -> list[SourceFacts]:
+    """What held-out windows of each source say."""
+    names = text.names or ("text",)
+    judging = sorted(set(text.held_out_sources[text.choosing :])) if curve.judged else []
+    facts: list[SourceFacts] = []
+    for at, number in enumerate(sorted(set(text.held_out_sources[: text.choosing]))):
+        judged = None
+        if curve.judged and number in judging:
+            j = judging.index(number)
+            judged = [
+                [_number(look.kl[j]), _number(look.loss[j])] for look in (curve.judged.start, curve.judged.chosen)
+            ]
+        facts.append({
+            "name": names[number],
+            "reads": text.reads[number] if text.reads else None,
+            "held": [[look.steps, look.kl[at], look.loss[at]] for look in curve.held_out],
+            "judged": judged,
+            "worse": curve.judged is not None and number in curve.judged.worse,
+        })  # fmt: skip
+    return facts
+
+
+def _number(value: float) -> float | None:
+    """A value for JSON: null where it is not finite."""
+    return value if math.isfinite(value) else None

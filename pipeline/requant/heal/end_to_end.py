@@ -1,0 +1,68 @@
+"""The loss of a whole student, and what held-out windows say of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from requant.data.healing_text import HealingText
+from requant.heal import kl_loss
+from requant.heal.student import Student
+from requant.heal.teacher import Teacher, head_of, precision, product_dtype
+from requant.modeling.blocks import block_list
+from requant_eval.scoring.lm_head import HeadTap
+
+
+class EndToEndLoss:
+    """The loss of a whole student: KL(teacher || student) over the healing windows.
+
+    All positions count. The teacher's hidden states of the held-out windows are cached: every validation uses them.
+    """
+
+    def __init__(self, student: Student, teacher: Teacher, text: HealingText, device: torch.device) -> None:
+        self.student, self.teacher, self.windows, self.device = student, teacher, text.windows, device
+        self.held_out = range(text.train, len(text.windows))
+        self.cached: dict[tuple[int, ...], Tensor] = {}
+        self.tap = HeadTap(student.model)
+        self.head = head_of(student.model, text.windows[:1].to(device))
+
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        ids = self.windows[list(numbers)].to(self.device)
+        teacher = self._teacher_states(numbers)
+        with precision(self.device):
+            hidden, _ = self.tap.run(self.student.model, ids)
+        total = kl_loss.divergence(
+            hidden.flatten(0, 1), self.head, teacher.flatten(0, 1), self.teacher.head, product_dtype(self.device)
+        )
+        return total / ids.shape[1]
+
+    @torch.no_grad()
+    def measure(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """KL, and how much more the text costs than with the teacher, of each window: float64 [n] on the CPU."""
+        ids = self.windows[list(numbers)].to(self.device)
+        teacher = self._teacher_states(numbers)
+        with precision(self.device):
+            hidden, _ = self.tap.run(self.student.model, ids)
+        return kl_loss.measured(hidden, self.head, teacher, self.teacher.head, ids, product_dtype(self.device))
+
+    def _teacher_states(self, numbers: Sequence[int]) -> Tensor:
+        """The teacher's final hidden states [n, length, width].
+
+        Those of held-out windows come from the cache.
+        """
+        if not set(numbers) <= set(self.held_out):
+            return self.teacher.hidden(numbers)
+        if tuple(numbers) not in self.cached:
+            self.cached[tuple(numbers)] = self.teacher.hidden(numbers).to(product_dtype(self.device))
+        return self.cached[tuple(numbers)]
+
+
+def recompute_in_backward(model: Any) -> None:
+    """Keep only the inputs of the blocks for the backward pass, which runs each block again."""
+    for block in block_list(model)[1]:
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
