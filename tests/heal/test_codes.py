@@ -223,11 +223,11 @@ def test_a_file_of_gptqmodels_kind(pair: tuple[Path, Path], tmp_path: Path) -> N
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"] |= {"desc_act": True, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
     (other / "config.json").write_text(json.dumps(config))
-    reader, change = open_quantized(source), {}
-    for name in reader.quantized:
+    reader, change, generator = open_quantized(source), {}, torch.Generator().manual_seed(0)
+    for name in sorted(reader.quantized):
         stem = name.removesuffix("weight")
         weight, tensors = Checkpoint(merged).read(name).float(), reader.tensors(name)
-        g_idx = tensors["g_idx"][torch.randperm(weight.shape[1])]
+        g_idx = tensors["g_idx"][torch.randperm(weight.shape[1], generator=generator)]
         _, scale, _, _ = reader.unpack(name)
         scale = (scale * 1.1).half().float()
         codes = (weight / scale[:, g_idx.long()] + 4).round().clamp(0, 7).to(torch.uint8)

@@ -109,4 +109,6 @@ def _healing(prepared: Prepared) -> str:
         return "off" if asked == "off" else "off: auto heals on a GPU only; give heal settings of its own to heal here"
     s = prepared.heal.section
     plan = prepared.heal.plan(pick_device(prepared.recipe.device))
-    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {plan}"
+    text = prepared.heal.text
+    reads = ", ".join(f"{name} {often:.1f} times" for name, often in zip(text.names, text.reads, strict=True))
+    return f"{s.steps} steps of {s.batch} x {s.length} tokens, {plan}; reads {reads}"

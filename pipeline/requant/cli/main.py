@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -188,18 +188,19 @@ def heal(
     steps: Annotated[int, typer.Option(min=1, max=100_000)] = 150,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Windows a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, max=131072, help="Tokens a window.")] = 512,
-    lr: Annotated[float, typer.Option(min=1e-9, max=1.0)] = 0.005,
+    lr: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Of scales and norms.")] = 0.005,
+    codes: Annotated[bool, typer.Option("--codes", help="Train the codes too: 16 bytes of memory a weight.")] = False,
+    code_lr: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Of codes, in codes.")] = 0.001,
     norms: Annotated[bool, typer.Option("--norms", help="Train the norm weights too.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Distil the scales of a run's checkpoint, or of any other."""
+    """Distil scales (and codes) of a run's or any checkpoint."""
     alone = {"--checkpoint": checkpoint, "--teacher": teacher, "--data": data}
     if recipe is not None:
-        given = [name for name, value in alone.items() if value]
-        if given:
-            raise RecipeError(f"{given[0]} cannot be used with a RECIPE: give one of the two")
+        for name in (name for name, value in alone.items() if value):
+            raise RecipeError(f"{name} cannot be used with a RECIPE: give one of the two")
         _run(recipe, overrides, "heal")
         return
     if checkpoint is None or teacher is None or not data:
@@ -214,17 +215,17 @@ def heal(
         watcher.stage("heal", done=False)
         watcher.doing("tokens of the texts, then the models")
         with quiet():
-            from requant.heal.settings import HealSettings
+            from requant.heal.settings import HealSettings, Tune
             from requant.heal.stage import summary
             from requant.run.heal_checkpoint import heal_checkpoint
             from requant.runtime.device import pick_device
 
-            tune: tuple[Literal["scales", "norms"], ...] = ("scales", "norms") if norms else ("scales",)
+            asked: dict[Tune, bool] = {"scales": True, "codes": codes, "norms": norms}
             facts = heal_checkpoint(
                 checkpoint, teacher, data, target,
-                HealSettings(steps=steps, batch=batch, length=length, lr=lr, tune=tune, seed=seed),
-                device=pick_device(device), trust_remote_code=trust_remote_code, progress=watcher.progress,
-                warn=watcher.warn,
+                HealSettings(steps=steps, batch=batch, length=length, lr=lr, code_lr=code_lr, seed=seed,
+                             tune=tuple(name for name in asked if asked[name])),
+                device=pick_device(device), trust_remote_code=trust_remote_code, progress=watcher.progress, warn=watcher.warn,
             )  # fmt: skip
     say(f"{summary(facts)}: {target}")
 

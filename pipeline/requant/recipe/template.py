@@ -255,6 +255,7 @@ evaluate:
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
 # heal: auto                # auto | off | {{steps: 150, ...}}: distil the scales after quantizing; auto: on a GPU
+#                           # {{tune: [scales, codes], steps: 300}}: the codes too; 16 bytes of memory a weight
 # chat_date: 2024-07-26    # default 2024-07-26; the day that chat templates write as today's
 # canaries: ./canaries.jsonl  # default none; lines of prompt and answer, asked of adapter, merged and quantized
 gates:                      # default none; `requant run` ends with exit code 3 or 4 unless the 95 % intervals keep all
