@@ -224,8 +224,8 @@ def heal(
             facts = heal_checkpoint(
                 checkpoint, teacher, data, target,
                 HealSettings(steps=steps, batch=batch, length=length, lr=lr, code_lr=code_lr, seed=seed,
-                             tune=tuple(name for name in asked if asked[name])),
-                device=pick_device(device), trust_remote_code=trust_remote_code, progress=watcher.progress, warn=watcher.warn,
+                             tune=tuple(name for name in asked if asked[name])), device=pick_device(device),
+                trust_remote_code=trust_remote_code, progress=watcher.progress, warn=watcher.warn,
             )  # fmt: skip
     say(f"{summary(facts)}: {target}")
 
