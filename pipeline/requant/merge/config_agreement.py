@@ -52,9 +52,9 @@ def lacking_buffers(base: BaseWeights, model: Any) -> list[str]:
     if not lacking:
         return []
     return [
-        f"{base.checkpoint.path}: lacks {len(lacking)} of the buffers that {type(model).__name__} loads, e.g. {lacking[0]}: "
-        "transformers starts without their trained values, and servers may refuse the model; a tool that saved this "
-        "base may have lost them: compare with the original's list of tensors"
+        f"{base.checkpoint.path}: lacks {len(lacking)} of the buffers that {type(model).__name__} loads, e.g. "
+        f"{lacking[0]}: transformers starts without their trained values, and servers may refuse the model; a tool "
+        "that saved this base may have lost them: compare with the original's list of tensors"
     ]
 
 
