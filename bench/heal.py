@@ -1,6 +1,7 @@
 """What healing gives back on the demo's fine-tune, and which settings help.
 
     python bench/heal.py compare  --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--bits 4,3] [--peer]
+                          [--codes] [--code-lr 0.001] [--steps 300]
     python bench/heal.py ablate   --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--only NAME;NAME] [--budget SECONDS]
 
 compare: NF4 base + adapter -> merged -> GPTQ (ours, and with --peer gptqmodel's) -> healed; all scored in fp32 on both
@@ -22,12 +23,15 @@ import torch
 from heal_lab import DEVICE, HALF, Bench, peak, phase, reset_peak, sync
 
 from requant.data.healing_text import HealingText
-from requant.heal import blockwise, student, teacher, trainer
+from requant.heal import blockwise, student, teacher
+from requant.heal.changes import code_changes, scale_changes
+from requant.heal.curve import LossCurve
+from requant.heal.end_to_end import EndToEndLoss
 from requant.heal.job import HealJob
 from requant.heal.plan import HealPlan
 from requant.heal.settings import HealSettings
-from requant.heal.stage import scale_changes, write
-from requant.heal.trainer import EndToEndLoss, Trainer
+from requant.heal.stage import write
+from requant.heal.trainer import Trainer, rate_groups
 
 
 class ByRow(torch.optim.Optimizer):
@@ -36,8 +40,8 @@ class ByRow(torch.optim.Optimizer):
     Inside a row, steps are in proportion to the gradients.
     """
 
-    def __init__(self, pupil: student.Student, lr: float, first: float = 0.9) -> None:
-        super().__init__([m.offset for m in pupil.trainable], {"lr": lr})
+    def __init__(self, pupil: student.Student, settings: HealSettings, first: float = 0.9) -> None:
+        super().__init__(rate_groups(pupil, settings), {"lr": settings.lr})
         self.pupil, self.first, self.count = pupil, first, 0
 
     @torch.no_grad()
@@ -55,17 +59,45 @@ class ByRow(torch.optim.Optimizer):
                 moving.view(moving.offset, name).sub_(rate * moving.view(mean, name) / root)
 
 
-Optimizer = Callable[[student.Student, float], torch.optim.Optimizer]
+class SignedCodes(torch.optim.Optimizer):
+    """AdamW on scales and norms; codes move by the rate along the sign of the gradient, without moments."""
+
+    def __init__(self, pupil: student.Student, settings: HealSettings) -> None:
+        super().__init__(rate_groups(pupil, settings), {"lr": settings.lr})
+        values = [v.offset for v in pupil.trainable if v.unit_of_rate == "value"]
+        self.codes = [v.offset for v in pupil.trainable if v.unit_of_rate == "code"]
+        self.adam = torch.optim.AdamW(values, lr=settings.lr) if values else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.adam:
+            self.adam.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            self.adam.step()
+        for latent in self.codes:
+            latent.sub_(self.param_groups[-1]["lr"] * latent.grad.sign())
+
+
+Optimizer = Callable[[student.Student, HealSettings], torch.optim.Optimizer]
 
 
 def adam(*betas: float) -> Optimizer:
-    return lambda pupil, lr: torch.optim.AdamW([m.offset for m in pupil.trainable], lr=lr, betas=betas)  # type: ignore[arg-type]
+    return lambda pupil, settings: torch.optim.AdamW(rate_groups(pupil, settings), betas=betas, foreach=False)  # type: ignore[arg-type]
+
+
+def eight_bits(pupil: student.Student, settings: HealSettings) -> torch.optim.Optimizer:
+    """AdamW with moments of 8 bits, of bitsandbytes."""
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(rate_groups(pupil, settings), lr=settings.lr)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "slow": adam(0.97, 0.999),
     "by row": ByRow,
+    "8-bit": eight_bits,
+    "signs": SignedCodes,
 }
+BOTH = ("scales", "codes")
 
 # name: (changes of the default settings, shares of the two texts and of text that the merged model wrote, teacher)
 ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
@@ -89,38 +121,58 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "first moment 0.97": ({"optimizer": "slow"}, HALF, "merged"),
     "first moment 0.97, lr 1e-2": ({"optimizer": "slow", "lr": 1e-2}, HALF, "merged"),
     "500 steps": ({"steps": 500}, HALF, "merged"),
+    "codes": ({"tune": BOTH}, HALF, "merged"),
+    "codes, 8-bit Adam": ({"tune": BOTH, "optimizer": "8-bit"}, HALF, "merged"),
+    "codes, signs": ({"tune": BOTH, "optimizer": "signs"}, HALF, "merged"),
+    "codes, rate 3e-3": ({"tune": BOTH, "code_lr": 3e-3}, HALF, "merged"),
+    "codes, rate 3e-4": ({"tune": BOTH, "code_lr": 3e-4}, HALF, "merged"),
+    "codes, from the middle of their cells": ({"tune": BOTH, "middle": True}, HALF, "merged"),
+    "codes, 300 steps": ({"tune": BOTH, "steps": 300}, HALF, "merged"),
+    "codes, 600 steps": ({"tune": BOTH, "steps": 600}, HALF, "merged"),
+    "codes alone": ({"tune": ("codes",)}, HALF, "merged"),
 }
 
 
 def base_settings(args: argparse.Namespace) -> HealSettings:
-    return HealSettings(steps=args.steps, batch=args.batch, length=args.window)
+    tune = BOTH if args.codes else ("scales",)
+    return HealSettings(
+        steps=args.steps, batch=args.batch, length=args.window, lr=args.lr, code_lr=args.code_lr, tune=tune
+    )
 
 
 def heal_whole(
     bench: Bench, path: Path, settings: HealSettings, taught: Any, text: HealingText, micro: int,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | None = None, middle: bool = False,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:  # fmt: skip
     """Heal in memory: (row, best values)."""
     reset_peak()
     sync()
     started = time.perf_counter()
-    pupil = student.load(path, device=DEVICE, dtype=teacher.product_dtype(DEVICE), tune=settings.tune)
+    pupil = student.load(
+        path, device=DEVICE, dtype=teacher.product_dtype(DEVICE), tune=settings.tune,
+        original=None if middle else bench.merged,
+    )  # fmt: skip
     loading = time.perf_counter() - started
     loss = EndToEndLoss(pupil, taught, text, DEVICE)
-    trained = Trainer(pupil, loss, settings, train=text.train, choosing=text.choosing, micro_batch=micro)
+    trained = Trainer(
+        pupil, loss, loss.measure, settings, train=text.train, choosing=text.choosing, judging=text.judging,
+        sources=text.held_out_sources, micro_batch=micro,
+    )  # fmt: skip
     if optimizer:
-        trained.optimizer = optimizer(pupil, settings.lr)
+        trained.optimizer = optimizer(pupil, settings)
     curve = trained.run(None)
     sync()
     row = {"seconds": round(time.perf_counter() - started, 2), "loading": round(loading, 2), "peak_gb": peak()}
-    return row | facts(curve), pupil.values()
+    row |= {"reads": dict(zip(text.names, text.reads, strict=True))}
+    values = pupil.values()
+    return row | facts(curve) | {"codes": code_changes(path, values)}, values
 
 
-def facts(curve: trainer.LossCurve) -> dict[str, Any]:
-    step, value = curve.best
+def facts(curve: LossCurve) -> dict[str, Any]:
     return {
-        "kl_start": curve.held_out[0][1], "kl_best": value, "best_step": step, "stopped": curve.stopped,
-        "held": curve.held_out, "train": [round(v, 5) for v in curve.train],
+        "kl_start": curve.held_out[0].mean_kl, "kl_best": curve.best.mean_kl, "best_step": curve.best.steps,
+        "gained": curve.gained, "stopped": curve.stopped,
+        "held": [(look.steps, look.kl, look.loss) for look in curve.held_out], "train": [round(v, 5) for v in curve.train],
     }  # fmt: skip
 
 
@@ -160,7 +212,7 @@ def ablate(args: argparse.Namespace) -> None:
         if not any(part in name for part in args.only.split(";")):
             continue
         own = dict(changes)
-        mode, optimizer = own.pop("mode", "whole"), own.pop("optimizer", None)
+        mode, optimizer, middle = own.pop("mode", "whole"), own.pop("optimizer", None), own.pop("middle", False)
         factor = {k: getattr(args, k) / v for k, v in (("steps", 150), ("batch", 16))}
         for key in factor.keys() & own.keys():
             own[key] = max(1, round(own[key] * factor[key]))
@@ -179,7 +231,7 @@ def ablate(args: argparse.Namespace) -> None:
                 taught[target].windows = text.windows
                 row, values = heal_whole(
                     bench, path, settings, taught[target], text, args.micro or settings.batch,
-                    OPTIMIZERS.get(optimizer),
+                    OPTIMIZERS.get(optimizer), middle,
                 )  # fmt: skip
                 rate = row["seconds"] / (settings.steps * settings.batch)
             loss = bench.losses(path, values)
@@ -230,6 +282,9 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", default="", help="rows whose names hold one of these, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--codes", action="store_true", help="train the codes too")
+    parser.add_argument("--lr", type=float, default=HealSettings().lr)
+    parser.add_argument("--code-lr", type=float, default=HealSettings().code_lr)
     parser.add_argument("--share", type=float, default=0.5, help="of the calibration windows that are in-domain")
     numbers = {
         "samples": 48,

@@ -114,6 +114,8 @@ class Bench:
                 value = (values or {}).get(stored, checkpoint.read(stored))
             else:
                 codes = student.read_linear(checkpoint, stem, DEVICE)
+                if (other := (values or {}).get(f"{stem}.qweight")) is not None:
+                    codes.put(other.to(DEVICE) if codes.order is None else other.to(DEVICE)[:, codes.order])
                 scale = (values or {}).get(f"{stem}.scales", codes.scale).to(DEVICE)
                 value = (codes.centred(torch.float32) * scale[..., None]).flatten(1)
                 value = value if codes.order is None else value[:, torch.argsort(codes.order)]

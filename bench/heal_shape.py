@@ -22,9 +22,10 @@ import torch
 from heal_lab import DEVICE, peak, phase, reset_peak, save, sync
 
 from requant.data.healing_text import HealingText
-from requant.heal import kl_loss, student, teacher, trainer
+from requant.heal import kl_loss, student, teacher
+from requant.heal.end_to_end import EndToEndLoss, recompute_in_backward
 from requant.heal.settings import HealSettings
-from requant.heal.trainer import EndToEndLoss, Trainer
+from requant.heal.trainer import Trainer
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list
 
@@ -75,20 +76,15 @@ def end_to_end(bench: Bench, config: Any) -> None:
     with phase("random student", bench.seconds):
         pupil = random_student(random_model(config, quantized=True))
         student.widen(pupil.model)
-        trainer.recompute_in_backward(pupil.model)
+        recompute_in_backward(pupil.model)
     with phase("random teacher", bench.seconds):
         big = random_model(config, quantized=False)
         taught = teacher.ResidentTeacher(big, windows, DEVICE)
 
     def measure(mode: str, source: Any, micro: int, before: float) -> None:
         with phase(f"{mode}, {micro} windows at a time", bench.seconds):
-            runs = Trainer(
-                pupil,
-                EndToEndLoss(pupil, source, HealingText(windows, s.batch), DEVICE),
-                s,
-                train=2 * s.batch,
-                choosing=s.batch,
-            )
+            loss = EndToEndLoss(pupil, source, HealingText(windows, s.batch), DEVICE)
+            runs = Trainer(pupil, loss, loss.measure, s, train=2 * s.batch, choosing=s.batch)
             bench.measure(mode, runs, micro, lambda each: before + each * s.steps)
 
     for micro in (s.batch, max(1, s.batch // 4)):
@@ -123,7 +119,11 @@ def block_by_block(bench: Bench, config: Any) -> None:
 
     def loss(numbers: Any) -> torch.Tensor:
         chosen = list(numbers)
-        return len(chosen) * kl_loss.relative_error(run(ours, states[chosen]), states[chosen])
+        return kl_loss.relative_error(run(ours, states[chosen]), states[chosen]).sum()
+
+    def measure(numbers: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        errors = kl_loss.relative_error(run(ours, states[list(numbers)]), states[list(numbers)]).double().cpu()
+        return errors, torch.zeros_like(errors)
 
     sync()
     started = time.perf_counter()
@@ -133,7 +133,7 @@ def block_by_block(bench: Bench, config: Any) -> None:
     forward = (time.perf_counter() - started) / 3
     for micro in (s.batch, max(1, s.batch // 4)):
         with phase(f"block by block, {micro} windows at a time", bench.seconds):
-            runs = Trainer(pupil, loss, s, train=2 * s.batch, choosing=s.batch)
+            runs = Trainer(pupil, loss, measure, s, train=2 * s.batch, choosing=s.batch)
             bench.measure(
                 "block by block", runs, micro,
                 lambda each: bench.args.layers * (each * s.steps + 3 * forward * s.steps),
@@ -163,7 +163,9 @@ def random_linear(rows: int, columns: int, dtype: torch.dtype) -> student.Scaled
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=DEVICE)
     scale = torch.full((rows, columns // group), 2.0**-8, device=DEVICE)
     zero = torch.full(scale.shape, 8, dtype=torch.uint8, device=DEVICE)
-    return student.ScaledLinear(student.Codes(packed=packed, scale=scale, zero=zero, columns=columns), None, dtype)
+    return student.ScaledLinear(
+        student.Codes(packed=packed, scale=scale, zero=zero, columns=columns, bits=4), None, dtype
+    )
 
 
 def random_student(model: Any) -> student.Student:

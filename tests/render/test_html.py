@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from requant_eval.render import html, markdown
 from requant_eval.render.charts import charts, healing, losses, waterfall
 from requant_eval.render.document import Bullets, Code, Document, Figure, Paragraph, Section, document
+from requant_eval.render.heal_tables import heal_tables
 from requant_eval.render.module_maps import module_maps
 from requant_eval.render.svg import Scale
 from requant_eval.render.tables import Table
@@ -378,3 +379,18 @@ def test_scales_keep_everything_inside_and_label_it(low: float, times: float, lo
     assert all(0 <= scale.at(tick) <= 100 and scale.low <= tick * (1 + 1e-9) for tick in ticks)
     if not log or times > 200:
         assert ticks
+
+
+def test_the_report_has_the_curve_of_every_source_and_what_codes_changed() -> None:
+    sources = [
+        {"name": name, "reads": 2.5, "held": [[0, 0.08, 0.02], [20, 0.03, 0.01]], "judged": None, "worse": worse}
+        for name, worse in (("own.jsonl", False), ("wiki", True))
+    ]
+    codes = {"share": 0.0123, "codes": 1000, "by": {"1": 12, "2": 1}, "most": 2, "modules": []}
+    told = {"held": [[0, 0.08], [20, 0.03]], "best_step": 20, "sources": sources, "changed_codes": codes}
+    tables = {t.title: t for t in heal_tables(built(FACTS | {"heal": told}))}
+    assert tables["Held-out text of own.jsonl"].rows[1][0] == "20"
+    assert tables["Held-out text of own.jsonl"].note == "Its text is read 2.5 times."
+    assert "became worse" in tables["Held-out text of wiki"].note
+    assert tables["Changed codes"].note == "1.23% of 1,000 codes changed."
+    assert tables["Changed codes"].rows == (("1", "12"), ("2", "1"))

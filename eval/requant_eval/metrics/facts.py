@@ -94,6 +94,23 @@ class ProofFacts(TypedDict, total=False):
     engines: Sequence[EngineFacts]
 
 
+class HealSource(TypedDict):
+    """One source of the healing text. held: [steps, KL, loss] on its windows that choose, in nats a token."""
+
+    name: str
+    reads: float | None
+    held: Sequence[Sequence[float]]
+    worse: bool
+
+
+class ChangedCodes(TypedDict):
+    """Codes that healing changed. share: of all. by: how many by distance."""
+
+    share: float
+    codes: int
+    by: Mapping[str, int]
+
+
 class HealFacts(TypedDict, total=False):
     """Healing. held: (steps, KL in nats a token on the windows that choose a step).
 
@@ -105,6 +122,8 @@ class HealFacts(TypedDict, total=False):
     chosen_step: int
     judged: Sequence[float | None] | None
     judge_windows: int
+    sources: Sequence[HealSource]
+    changed_codes: ChangedCodes | None
     verify: ProofFacts | None
 
 

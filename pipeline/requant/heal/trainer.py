@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,18 @@ def batches(count: int, settings: HealSettings) -> list[list[int]]:
 Measure = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
 
 
-def adamw(student: Student, settings: HealSettings) -> torch.optim.Optimizer:
-    """AdamW on all trainable values. `peak` of a group is its highest rate; codes are not drawn to zero."""
-    groups = []
+def rate_groups(student: Student, settings: HealSettings) -> list[dict[str, Any]]:
+    """An optimizer's groups of values and of codes. `peak` is the highest rate of each; codes are not drawn to zero."""
+    groups: list[dict[str, Any]] = []
     for unit, peak, decay in (("value", settings.lr, 0.01), ("code", settings.code_lr, 0.0)):
         found = [v.offset for v in student.trainable if v.unit_of_rate == unit]
         groups += [{"params": found, "peak": peak, "weight_decay": decay}] if found else []
+    return groups
+
+
+def adamw(student: Student, settings: HealSettings) -> torch.optim.Optimizer:
+    """AdamW on all trainable values."""
+    groups = rate_groups(student, settings)
     return torch.optim.AdamW(groups, lr=settings.lr, foreach=False)  # for each: copies of all latents at once
 
 
