@@ -262,6 +262,17 @@ def test_only_scales_change_in_the_file(pair: tuple[Path, Path], tmp_path: Path)
     assert config == original
 
 
+def test_meta_that_is_no_object_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Another tool's checkpoint: loaders ignore it, so it may be anything."""
+    shutil.copytree(pair[1], tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    config["quantization_config"]["meta"] = ["gptqmodel"]
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    run((pair[0], tmp_path / "foreign"), tmp_path / "out", meta={"healer": ["x"]})
+    healed = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert healed["quantization_config"]["meta"] == {"healer": ["x"]}
+
+
 def test_norms_move_when_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
     run(pair, tmp_path / "out", replace(SETTINGS, tune=("norms",)))
     before, after = Checkpoint(pair[1]), Checkpoint(tmp_path / "out")

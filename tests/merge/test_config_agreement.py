@@ -76,6 +76,7 @@ def test_another_models_config_is_refused(tmp_path: Path, changes: dict[str, Any
         ({"num_experts": 10**9}, "num_experts is 1000000000, the weights are"),
         ({"text_config": {"n_layer": 10**6}}, "text_config.n_layer is 1000000, the weights are"),
         ({"num_labels": 10**8}, "num_labels is 100000000, expected at most 100000"),
+        ({"sliding_window": "x"}, "sliding_window is 'x', expected a whole number or null"),
         ({"head_dim": 10**9}, r"head_dim is 1000000000, the largest tensor has \d+ elements"),
         ({"num_attention_heads": 10**9}, "num_attention_heads is 1000000000, the largest tensor"),
     ],

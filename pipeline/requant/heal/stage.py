@@ -227,10 +227,11 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
 def _with_meta(config: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """The config with entries added to `meta` of its quantization settings.
 
-    Loaders ignore `meta`.
+    Loaders ignore `meta`, whatever another tool wrote there: only an object can be added to.
     """
     target = config.get("quantization_config", config)
-    target["meta"] = {**(target.get("meta") or {}), **meta}
+    given = target.get("meta")
+    target["meta"] = {**(given if isinstance(given, Mapping) else {}), **meta}
     return config
 
 

@@ -19,6 +19,7 @@ _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|experts)")
 _SIZES = re.compile(r"(\w+_)?(dims?|size|rank|heads?|embd|inner|channels)")
 _LABELS = re.compile(r"num_labels")
 _NOT_OF_WEIGHTS = re.compile(r"\w*(window|chunk|batch|block|image|patch|crop)\w*size")
+_CACHE = ("sliding_window", "attention_chunk_size")  # read by every model's cache, declared by few
 _UNKNOWN = 10**5  # tensors, where no weights are beside the config
 _LEAST_SIZE = 2**20  # a table so wide costs nothing
 
@@ -26,21 +27,29 @@ _LEAST_SIZE = 2**20  # a table so wide costs nothing
 def check(path: Path, config: Mapping[str, Any]) -> None:
     """Raise InputError for a number of a model's config.json that is far beyond what its weights hold.
 
-    config: the content of config.json in the directory `path`.
+    And for a window of attention that is no whole number: a class that does not declare it takes anything, and fails in
+    its forward. config: the content of config.json in the directory `path`.
     """
+    for section, values in (("", config), ("text_config.", config.get("text_config"))):
+        for key in _CACHE if isinstance(values, Mapping) else ():
+            if not isinstance(value := values.get(key), int | None) or isinstance(value, bool):
+                raise InputError(
+                    f"{path / 'config.json'}: {section}{key} is {value!r:.60}, expected a whole number or null: "
+                    "correct or download the file again"
+                )
     tensors, largest = _held(path)
-    for name, value in _numbers(config):
+    for name, number in _numbers(config):
         key = name.rpartition(".")[2]
-        if _COUNTS.fullmatch(key) and value > tensors:
+        if _COUNTS.fullmatch(key) and number > tensors:
             held = f"the weights are {tensors} tensors"
-        elif _LABELS.fullmatch(key) and value > MOST_LABELS:
+        elif _LABELS.fullmatch(key) and number > MOST_LABELS:
             held = f"expected at most {MOST_LABELS}"
-        elif _SIZES.fullmatch(key) and not _NOT_OF_WEIGHTS.fullmatch(key) and value > max(largest, _LEAST_SIZE):
+        elif _SIZES.fullmatch(key) and not _NOT_OF_WEIGHTS.fullmatch(key) and number > max(largest, _LEAST_SIZE):
             held = f"the largest tensor has {largest} elements"
         else:
             continue
         raise InputError(
-            f"{path / 'config.json'}: {name} is {value}, {held}: take the config.json that belongs to the weights, or "
+            f"{path / 'config.json'}: {name} is {number}, {held}: take the config.json that belongs to the weights, or "
             "download the model again"
         )
 
