@@ -30,8 +30,9 @@ def check(path: Path, config: Mapping[str, Any]) -> None:
     And for a window of attention that is no whole number: a class that does not declare it takes anything, and fails in
     its forward. config: the content of config.json in the directory `path`.
     """
-    for section, values in (("", config), ("text_config.", config.get("text_config"))):
-        for key in _CACHE if isinstance(values, Mapping) else ():
+    text = config.get("text_config")
+    for section, values in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
+        for key in _CACHE:
             if not isinstance(value := values.get(key), int | None) or isinstance(value, bool):
                 raise InputError(
                     f"{path / 'config.json'}: {section}{key} is {value!r:.60}, expected a whole number or null: "
