@@ -1,0 +1,76 @@
+"""Ways to heal codes on a random two-layer model, 40 steps of 16 windows: seconds on a CPU.
+
+    python bench/heal_codes_pico.py
+
+Says whether a way works at all, not how much a trained model gains: for that see bench/heal.py on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT / folder) for folder in ("tests", "pipeline", "eval")]  # instead of bench: its heal.py
+
+import torch
+from heal import test_codes, test_stage
+
+from requant.heal import student, teacher
+from requant.heal.end_to_end import EndToEndLoss
+from requant.heal.trainer import Trainer
+from requant.numerics.grid import Grid
+
+BOTH = ("scales", "codes")
+# name, what is trained, rate of codes, along signs, from where the 16-bit weight lies
+WAYS = (
+    ("scales", ("scales",), 0.01, False, True),
+    ("AdamW, 0.01", BOTH, 0.01, False, True),
+    ("AdamW, 0.003", BOTH, 0.003, False, True),
+    ("signs, 0.01", BOTH, 0.01, True, True),
+    ("signs, 0.003", BOTH, 0.003, True, True),
+    ("AdamW, 0.01, from the middle", BOTH, 0.01, False, False),
+)
+
+
+class Signs(torch.optim.Optimizer):
+    """AdamW, and codes along the sign of their gradient."""
+
+    def __init__(self, adam: torch.optim.Optimizer) -> None:
+        super().__init__(adam.param_groups, {})
+        self.adam = adam
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        values, codes = self.param_groups
+        for latent in codes["params"]:
+            latent.sub_(codes["lr"] * latent.grad.sign())
+            latent.grad.zero_()
+        self.adam.param_groups[0]["lr"], self.adam.param_groups[1]["lr"] = values["lr"], 0.0
+        self.adam.step()
+
+
+def main() -> None:
+    text = test_codes.sample()
+    for bits in (3, 4):
+        merged, source = test_stage.quantized(
+            Path(tempfile.mkdtemp()) / "pair", grid=Grid(bits, 32), tie_word_embeddings=True
+        )
+        taught = teacher.ResidentTeacher(test_stage.model_of(merged), text.windows, test_stage.CPU)
+        for name, tune, rate, signs, begun in WAYS:
+            pupil = student.load(
+                source, device=test_stage.CPU, dtype=torch.float32, tune=tune, original=merged if begun else None
+            )
+            settings = replace(test_codes.CODES, steps=40, code_lr=rate, tune=tune)
+            loss = EndToEndLoss(pupil, taught, text, test_stage.CPU)
+            runs = Trainer(pupil, loss, loss.measure, settings, train=640, choosing=16, judging=16, micro_batch=16)
+            if signs:
+                runs.optimizer = Signs(runs.optimizer)
+            judged = runs.run(None).judged
+            print(f"{bits} bits  {name:30} KL {judged.start.mean_kl:.5f} -> {judged.chosen.mean_kl:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
