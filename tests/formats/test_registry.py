@@ -78,6 +78,22 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         open_quantized(tmp_path / "out").read(name)
 
 
+@pytest.mark.parametrize("suffix", ["qweight", "qzeros", "scales"])
+def test_a_tensor_of_another_weight_is_named(tmp_path: Path, suffix: str) -> None:
+    """Turned, or of other groups: healing would multiply what does not belong together."""
+    source = pico.save(pico.model(), tmp_path / "merged", torch.float16)
+    pico.packed(source, tmp_path / "out", Grid(4, 32))
+    name = "model.layers.0.mlp.down_proj.weight"
+    part = f"{name.removesuffix('weight')}{suffix}"
+    pico.edit_tensors(tmp_path / "out" / "model.safetensors", change={part: lambda t: t.T})
+    reader = open_quantized(tmp_path / "out")
+    for use in (reader.read, reader.unpack, reader.bits_and_group_size):
+        with pytest.raises(
+            InputError, match=r"the tensors of model.layers.0.mlp.down_proj are not of one weight: .*dam"
+        ):
+            use(name)
+
+
 def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new format is one entry: what reads a checkpoint back asks them all."""
     source = pico.save(pico.model(), tmp_path / "merged", torch.float16)

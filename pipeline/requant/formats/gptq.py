@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from requant.formats.quantized_format import PackError, Packing
 
+BITS = (2, 3, 4, 8)
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
 CONFIG_FILE = "quantize_config.json"

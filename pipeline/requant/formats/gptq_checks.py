@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import TensorInfo, read_json
-from requant.formats.gptq import CONFIG_FILE, bits_of, is_v2, shapes, unpack_rows
+from requant.formats.gptq import BITS, CONFIG_FILE, bits_of, is_v2, shapes, unpack_rows
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import Finding, Packing, Reader
 from requant.runtime.guarded_process import matches_in_time
 
-BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 _NAME = "model.layers.10.mlp.experts.3.down_proj"
 SCALES = (torch.float16, torch.bfloat16)

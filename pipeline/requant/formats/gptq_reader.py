@@ -9,7 +9,8 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats.gptq import SUFFIXES, bits_of, dequantize, is_v2, unpack
+from requant.formats.gptq import BITS, SUFFIXES, bits_of, dequantize, is_v2, shapes, unpack
+from requant.formats.quantized_format import PackError
 
 CPU = torch.device("cpu")
 
@@ -45,23 +46,28 @@ class GptqReader:
 
         Raises InputError when one is missing.
         """
-        shapes = self._shapes(weight)
         stem = weight.removesuffix("weight")
-        return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in shapes}
+        return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in self._shapes(weight)}
 
     def _shapes(self, weight: str) -> dict[str, tuple[int, ...]]:
-        """Suffix -> shape of the four tensors; InputError for one that is missing, or of no size."""
-        stem, shapes = weight.removesuffix("weight"), dict[str, tuple[int, ...]]()
+        """Suffix -> shape of the four tensors; InputError for one that is missing, of no size, or not of the others'."""
+        stem, found = weight.removesuffix("weight"), dict[str, tuple[int, ...]]()
         for suffix in SUFFIXES:
             name, dims = f"{stem}{suffix}", 1 if suffix == "g_idx" else 2
             if name not in self.checkpoint:
                 raise InputError(f"{self.checkpoint.path}: {name} is missing: the GPTQ checkpoint is damaged")
-            shapes[suffix] = self.checkpoint[name].shape
-            if len(shapes[suffix]) != dims or not all(shapes[suffix]):
+            found[suffix] = self.checkpoint[name].shape
+            if len(found[suffix]) != dims or not all(found[suffix]):
                 raise InputError(
-                    f"{self.checkpoint.path}: {name} has shape {list(shapes[suffix])}, expected {dims} sizes"
+                    f"{self.checkpoint.path}: {name} has shape {list(found[suffix])}, expected {dims} sizes"
                 )
-        return shapes
+        if not _belong_together(found):
+            told = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in found.items())
+            raise InputError(
+                f"{self.checkpoint.path}: the tensors of {stem.removesuffix('.')} are not of one weight: {told}: the "
+                "GPTQ checkpoint is damaged"
+            )
+        return found
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes, scales, zeros and group indices in the four tensors of a quantized weight.
@@ -86,6 +92,20 @@ class GptqReader:
 
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, from headers."""
-        shapes = self._shapes(weight)
-        columns, groups = shapes["g_idx"][0], shapes["scales"][0]
-        return bits_of(shapes["qweight"], columns), columns // groups
+        found = self._shapes(weight)
+        columns, groups = found["g_idx"][0], found["scales"][0]
+        return bits_of(found["qweight"], columns), columns // groups
+
+
+def _belong_together(found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the shapes of four tensors are those of one weight."""
+    columns, rows, groups = found["g_idx"][0], found["qweight"][1], found["scales"][0]
+    bits = bits_of(found["qweight"], columns)
+    if bits not in BITS or columns % groups:
+        return False
+    try:
+        return all(
+            found[suffix] == shape for suffix, (shape, _) in shapes(rows, columns, bits, columns // groups).items()
+        )
+    except PackError:
+        return False
