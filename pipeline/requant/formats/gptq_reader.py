@@ -50,7 +50,7 @@ class GptqReader:
         return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in self._shapes(weight)}
 
     def _shapes(self, weight: str) -> dict[str, tuple[int, ...]]:
-        """Suffix -> shape of the four tensors; InputError for one that is missing, of no size, or not of the others'."""
+        """Suffix -> shape of the four tensors; InputError for one that is missing or does not fit."""
         stem, found = weight.removesuffix("weight"), dict[str, tuple[int, ...]]()
         for suffix in SUFFIXES:
             name, dims = f"{stem}{suffix}", 1 if suffix == "g_idx" else 2
