@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from requant import recipe as recipes
 from requant.errors import RecipeError
 from requant.recipe.template import starter
-from requant.run import prepare, runner
+from requant.run import evaluation_inputs, prepare, runner
+from requant.run.check import forecast
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -54,6 +55,11 @@ def test_a_whole_run(tmp_path: Path, kind: str, name: str) -> None:
     prepared = prepare.prepare(recipe(made, tmp_path))
     assert (prepared.unloadable is not None) == (kind == "fbgemm_fp8")
     assert prepared.held == f"base in {name}, decoded as training held it"
+    sources = evaluation_inputs.variant_sources(prepared, tmp_path / "nowhere")
+    needs = forecast.forecast(prepared, sources, torch.device("cpu"), torch.float32, 2)
+    assert [n.stage for n in needs] == ["merge", "quantize", "evaluate"], (
+        "also of experts in one tensor, with an adapter"
+    )
     with e2e.one_thread():
         result = runner.run(recipe(made, tmp_path))
     report = result.report

@@ -74,9 +74,12 @@ def forecast(p: Prepared, sources: VariantSources, device: torch.device, dtype: 
 def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
     device, windows, size = rehearsal.device, p.texts.calibration, scored.size
     batch = batch_size(device, windows.shape[1])
-    stored = skeleton.tensor_names(rehearsal.model, p.merge.plan.base.weights)
-    added = deltas(p.merge.plan)
-    parts = rehearsal.quantizing(p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored[name]))
+    pieces = p.quantize.plan.pieces
+    stored = skeleton.tensor_names(rehearsal.model, [*p.merge.plan.base.weights, *pieces])
+    added = deltas(p.merge.plan, pieces)
+    parts = rehearsal.quantizing(
+        p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored.get(name, name))
+    )
     batches, unquantized = len(parts.calibration.batches), len(parts.calibration.unquantized)
     rest = parts.more * (batches - max(1, unquantized)) + parts.unquantized * max(0, unquantized - 1)
     again: float = 2 * (size.total - size.outside)
