@@ -146,6 +146,7 @@ G = "model.layers.0.mlp.experts.gate_up_proj"
         ("fp8", {"change": {Q: lambda t: t.float().to(torch.int8)}}, "is no weight of 8-bit floats"),
         ("mxfp4", {"drop": [f"{G}_scales"]}, f"{G}_blocks stands alone"),
         ("mxfp4", {"drop": [f"{G}_blocks"]}, f"{G}_scales stands alone"),
+        ("mxfp4", {"add": {G: torch.zeros(4, 64, 192)}}, f"{G} is stored in 16 bit beside {G}_blocks"),
         ("mxfp4", {"change": {f"{G}_scales": lambda t: t[:, :1]}}, f"{G}_blocks .*expected .experts, out, groups, 16."),
     ],
 )

@@ -40,6 +40,12 @@ class DecodedCheckpoint(Checkpoint):
     def __init__(self, stored: Checkpoint, method: str) -> None:
         self.path, self.method = stored.path, method
         weights, others = FORMATS[method].encoded(stored)
+        twice = next((w for w in weights if w.name in stored and w.name not in w.parts), None)
+        if twice is not None:
+            raise InputError(
+                f"{stored[twice.name].file}: {twice.name} is stored in 16 bit beside {twice.parts[0]}: which of them "
+                "is the weight is not said. Download the checkpoint again"
+            )
         self.encoded = {w.name: w for w in weights}
         first = {w.parts[0]: w.name for w in weights}
         dropped = {part for w in weights for part in w.parts} | others
