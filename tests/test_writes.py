@@ -26,7 +26,6 @@ BY_NAME = {"save_file", "FileHandler"}
 EXCEPTIONS = {  # file -> what it may call, and why
     "foreign_output.py": {"os.fdopen", "tempfile.NamedTemporaryFile"},  # stderr; a file of the system's own directory
     "guarded_process.py": {"os.fdopen"},  # pipes
-    "scores.py": {"unlink"},  # damaged answers
     "text_files.py": {"os.open", "os.fdopen"},  # for reading
     "outputs.py": {"os.open", "open"},  # /dev/null
     "gptqmodel_engine.py": {"open"},  # /dev/null
@@ -35,8 +34,6 @@ EXCEPTIONS = {  # file -> what it may call, and why
     "forecast_merge.py": {"open"},  # a temporary directory
     "tokenizer.py": {"mkdir", "open"},  # a temporary directory
     "heal_checkpoint.py": {"tempfile.mkdtemp", "shutil.rmtree"},  # a directory that it has just made
-    "atomic_write.py": {"unlink"},  # a damaged state
-    "stage.py": {"unlink"},  # of heal and quantize: their own states
 }
 
 

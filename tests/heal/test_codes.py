@@ -290,8 +290,9 @@ def test_the_step_is_chosen_by_kl_and_loss() -> None:
 
 
 def test_a_source_that_becomes_worse_keeps_the_file() -> None:
-    start, other = look(0, 0.10, 0.05, 0.05).windows, torch.tensor([0] * 4 + [1] * 4)
-    noise = torch.tensor([0.01, -0.01] * 4).double()
+    other = torch.tensor([0] * 8 + [1] * 8)
+    flat = torch.ones(16).double()
+    start, noise = curve.Windows(0.10 * flat, 0.05 * flat, other.tolist()), torch.tensor([0.01, -0.01] * 8).double()
     gained = replace(start, kl=start.kl - 0.05, loss=start.loss + noise)
     assert curve.Judgement.of(start, gained, 9).better, "a loss that differs by its noise"
     dearer = replace(gained, loss=start.loss + noise / 10 + 0.02 * other)
@@ -300,6 +301,8 @@ def test_a_source_that_becomes_worse_keeps_the_file() -> None:
         judged = curve.Judgement.of(start, worse, 9)
         assert judged.worse == (1,)
         assert not judged.better
+    few = [curve.Windows(w.kl[4:12], w.loss[4:12], w.sources[4:12]) for w in (start, dearer)]
+    assert curve.Judgement.of(*few, 9).better, "of four windows a source the noise is not known"
 
 
 def test_training_stops_when_held_out_text_turns() -> None:

@@ -21,7 +21,8 @@ from requant_eval.strict_json import parse
 
 PATIENCE = 3  # looks in a row that are worse than the best, in the second half, end a training
 NOISE = 2.0  # standard errors that a loss may rise by
-SURE, MIN_WINDOWS = 3.0, 8  # standard errors and windows from which losses choose a step: they are looked at ten times
+SURE = 3.0  # standard errors by which losses choose a step: they are looked at ten times
+MIN_WINDOWS = 8  # of fewer windows the noise is not known: their losses decide nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,7 @@ class Look:
     def surely_cheaper_than(self, other: Look) -> bool:
         """Whether the score is less, and the loss by more than its noise on these windows."""
         fall = other.windows.loss - self.windows.loss
-        enough = len(fall) >= MIN_WINDOWS
-        return enough and self.score < other.score and float(fall.mean()) > SURE * _error(fall)
+        return self.score < other.score and float(fall.mean()) > SURE * _error(fall)
 
     def beats(self, other: Look) -> bool:
         """Whether this is better: by KL and loss where the losses differ for sure, else by KL."""
@@ -112,8 +112,8 @@ class Judgement:
 
 
 def _error(values: Tensor) -> float:
-    """The standard error of a mean; that of one value is unknown."""
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    """The standard error of a mean; that of a few values is unknown."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) >= MIN_WINDOWS else math.inf
 
 
 @dataclass
