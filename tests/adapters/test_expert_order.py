@@ -5,7 +5,10 @@ The oracle of both orders is one einsum in fp64 over the stacked parameter; of P
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -158,6 +161,26 @@ def test_an_unknown_record(tmp_path: Path) -> None:
         prepare.plan_merge(base, peft_directory.load(adapter))
     plan, _ = prepare.plan_merge(base, peft_directory.load(adapter, expert_order="peft"))
     assert "is read in PEFT's order, as the recipe says" in plan.warnings[0]
+
+
+@pytest.mark.parametrize("layers", [(GROUPED, RANKS), (RANKS, GROUPED)])
+def test_layers_of_different_orders_are_refused(tmp_path: Path, layers: Any) -> None:
+    parameters = {f"model.layers.{i}.mlp.experts.gate_up_proj": own for i, own in enumerate(layers)}
+    parameters["model.layers.0.mlp.experts.down_proj"] = GROUPED
+    _, base, adapter = adapter_on(tmp_path, unsloth_fused_expert_lora={"parameters": parameters}, lora_B_layout="mixed")
+    with pytest.raises(InputError, match="lora_B_layout is mixed, expected rank_major or grouped_by_expert"):
+        prepare.plan_merge(base, peft_directory.load(adapter))
+
+
+def test_a_model_card_that_is_a_pipe_is_not_read(tmp_path: Path) -> None:
+    """Opening it without a writer would wait for ever: a writer is kept here, so that the old code fails in time."""
+    _, _, adapter = adapter_on(tmp_path)
+    (adapter / "README.md").unlink(missing_ok=True)
+    os.mkfifo(adapter / "README.md")
+    writer = os.open(adapter / "README.md", os.O_RDWR)
+    os.write(writer, b"---\ntags: [unsloth]\n---\n" + b"x" * 2**15)
+    Thread(target=lambda: (sleep(1), os.close(writer)), daemon=True).start()
+    assert not expert_order.is_open(peft_directory.load(adapter))
 
 
 def test_the_recipe_counts_more_than_a_record(tmp_path: Path) -> None:

@@ -160,3 +160,17 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, kind: str, edit: dict
 def test_a_wrong_block_size(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"weight_block_size is \[0, 32\], expected two whole numbers"):
         open_base_checkpoint(fp8_base(tmp_path, encoded.BLOCKS | {"weight_block_size": [0, 32]}))
+
+
+def test_rotated_weights_are_refused(tmp_path: Path) -> None:
+    rotation = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+    base = fp8_base(tmp_path, encoded.TENSORS | {"transform_config": rotation})
+    with pytest.raises(InputError, match="has a transform_config: its weights are rotated"):
+        open_base_checkpoint(base)
+
+
+def test_scales_of_more_matrices_than_the_weight_has(tmp_path: Path) -> None:
+    base = fp8_base(tmp_path)
+    pico.edit_tensors(base / "model.safetensors", change={f"{Q}_scale_inv": lambda t: torch.stack([t, t])})
+    with pytest.raises(InputError, match=r"q_proj.weight: scales \[2, 2, 2\] of a weight \[64, 64\] are neither"):
+        open_base_checkpoint(base)

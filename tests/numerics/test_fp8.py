@@ -49,3 +49,12 @@ def test_every_kind_of_scale(grid: tuple[int, ...], block: tuple[int, int] | Non
 def test_scales_that_do_not_fit(grid: tuple[int, ...], block: tuple[int, int] | None) -> None:
     with pytest.raises(fp8.Fp8Error, match=r"scales .* of a weight \[70, 50\] are neither one a tensor nor one a row"):
         fp8.block_of((70, 50), grid, block)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [((64, 64), (2, 2, 2)), ((4, 64, 64), (2, 2, 2)), ((4, 64, 64), (3, 1, 1)), ((64, 64), (2, 64, 1))],
+)
+def test_grids_of_another_number_of_matrices_are_refused(shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
+    with pytest.raises(fp8.Fp8Error, match="are neither one a tensor nor one a row nor one a block of 32 x 32"):
+        fp8.block_of(shape, scale, (32, 32))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from requant.adapters.config import AdapterConfig
 from requant.adapters.peft_directory import Adapter
@@ -95,13 +95,17 @@ def _recorded(config: AdapterConfig) -> dict[str, Order]:
 
 
 def _layouts(config: AdapterConfig) -> dict[str, str]:
-    """What adapter_config.json says of each leaf and, as "", of all others, whether it is known or not."""
+    """What adapter_config.json says of each leaf and, as "", of all others, whether it is known or not.
+
+    Of a leaf whose layers differ: `_SEVERAL`.
+    """
     detail, whole = config.get(DETAIL), config.get(LAYOUT)
     parameters = detail.get("parameters") if isinstance(detail, Mapping) else None
-    found = {}
+    found: dict[str, Any] = {}
     for name, own in parameters.items() if isinstance(parameters, Mapping) else ():
         if isinstance(own, Mapping) and own.get(LAYOUT) is not None:
-            found[str(name).rpartition(".")[2]] = own[LAYOUT]
+            leaf = str(name).rpartition(".")[2]
+            found[leaf] = own[LAYOUT] if found.get(leaf, own[LAYOUT]) == own[LAYOUT] else _SEVERAL
     if whole is not None and not (found and whole == _SEVERAL):
         found[""] = whole
     return {leaf: layout if isinstance(layout, str) else shown(layout) for leaf, layout in found.items()}
@@ -116,6 +120,8 @@ def _differ(adapter: Adapter) -> bool:
 def _front_matter(card: Path) -> str:
     """The YAML head of a model card; empty where there is none."""
     try:
+        if not card.is_file():  # a pipe would wait for its writer
+            return ""
         with card.open(encoding="utf-8", errors="replace") as file:
             text = file.read(_MOST)
     except OSError:

@@ -28,13 +28,18 @@ _OTHER = (".weight_packed", ".weight_zero_point", ".weight_global_scale", ".weig
 def encoded(checkpoint: Checkpoint) -> tuple[list[EncodedWeight], frozenset[str]]:
     """Every weight of 8-bit floats in fp32; names of the scales of activations.
 
-    Raises InputError for codes without scales, scales that do not fit them, or weights of another format.
+    Raises InputError for codes without scales, scales that do not fit them, rotated weights, or other formats.
     """
     other = next((n for n in checkpoint if n.endswith(_OTHER) or checkpoint[n].dtype == torch.int8), None)
     if other is not None:
         raise InputError(
             f"{checkpoint[other].file}: {other} is no weight of 8-bit floats: of {NAME} bases only those are decoded. "
             "Use the 16-bit model that it was made from"
+        )
+    if (checkpoint.config.get("quantization_config") or {}).get("transform_config"):
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: quantization_config has a transform_config: its weights are rotated, "
+            "and a 16-bit model would not turn them back. Use the 16-bit model that it was made from"
         )
     block = _block(checkpoint)
     found = [_weight(checkpoint, info, block) for info in checkpoint.values() if info.dtype in fp8.DTYPES]

@@ -5,6 +5,8 @@ w[i, j] = float(code[i, j]) * scale[i // rows, j // columns]          in fp32: o
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -19,16 +21,20 @@ def block_of(shape: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, i
     """(rows, columns) of codes that share a scale.
 
     shape: of the codes, [..., out, in]. scale: of the scales: one number, one a row, or a grid of blocks of the size
-    `block`; the last ones of a grid may be smaller. Raises Fp8Error for others.
+    `block`; the last ones of a grid may be smaller. One grid for all matrices, or one for each.
+    Raises Fp8Error for others.
     """
     rows, columns = shape[-2:]
     grid = scale[-2:] if len(scale) > 1 else (*scale, 1) if scale else (1, 1)
+    found = None
     if grid == (1, 1):
-        return rows, columns
-    if grid == (rows, 1):
-        return 1, columns
-    if block is not None and grid == (-(-rows // block[0]), -(-columns // block[1])):
-        return block
+        found = rows, columns
+    elif grid == (rows, 1):
+        found = 1, columns
+    elif block is not None and grid == (-(-rows // block[0]), -(-columns // block[1])):
+        found = block
+    if found is not None and (prod(scale) == prod(grid) or scale[:-2] == shape[:-2]):
+        return found
     raise Fp8Error(
         f"scales {list(scale)} of a weight {list(shape)} are neither one a tensor nor one a row"
         + (f" nor one a block of {block[0]} x {block[1]}" if block else ", and no weight_block_size is given")
