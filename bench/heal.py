@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heal_lab import DEVICE, HALF, Bench, peak, phase, reset_peak, sync
+from heal_lab import DEVICE, HALF, Bench, SignedCodes, peak, phase, reset_peak, sync
 
 from requant.data.healing_text import HealingText
 from requant.heal import blockwise, student, teacher
@@ -57,24 +57,6 @@ class ByRow(torch.optim.Optimizer):
                 square = state.setdefault(name, torch.zeros_like(now)).lerp_(now, 0.001)
                 root = (square / (1 - 0.999**self.count)).sqrt().clamp_min(1e-12)
                 moving.view(moving.offset, name).sub_(rate * moving.view(mean, name) / root)
-
-
-class SignedCodes(torch.optim.Optimizer):
-    """AdamW on scales and norms; codes move by the rate along the sign of the gradient, without moments."""
-
-    def __init__(self, pupil: student.Student, settings: HealSettings) -> None:
-        super().__init__(rate_groups(pupil, settings), {"lr": settings.lr})
-        values = [v.offset for v in pupil.trainable if v.unit_of_rate == "value"]
-        self.codes = [v.offset for v in pupil.trainable if v.unit_of_rate == "code"]
-        self.adam = torch.optim.AdamW(values, lr=settings.lr) if values else None
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.adam:
-            self.adam.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-            self.adam.step()
-        for latent in self.codes:
-            latent.sub_(self.param_groups[-1]["lr"] * latent.grad.sign())
 
 
 Optimizer = Callable[[student.Student, HealSettings], torch.optim.Optimizer]

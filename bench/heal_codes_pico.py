@@ -18,6 +18,10 @@ sys.path[:1] = [str(ROOT / folder) for folder in ("tests", "pipeline", "eval")] 
 import torch
 from heal import test_codes, test_stage
 
+sys.path.append(str(ROOT / "bench"))  # once the tests' heal is known
+
+from heal_lab import SignedCodes
+
 from requant.heal import student, teacher
 from requant.heal.end_to_end import EndToEndLoss
 from requant.heal.trainer import Trainer
@@ -35,23 +39,6 @@ WAYS = (
 )
 
 
-class Signs(torch.optim.Optimizer):
-    """AdamW, and codes along the sign of their gradient."""
-
-    def __init__(self, adam: torch.optim.Optimizer) -> None:
-        super().__init__(adam.param_groups, {})
-        self.adam = adam
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        values, codes = self.param_groups
-        for latent in codes["params"]:
-            latent.sub_(codes["lr"] * latent.grad.sign())
-            latent.grad.zero_()
-        self.adam.param_groups[0]["lr"], self.adam.param_groups[1]["lr"] = values["lr"], 0.0
-        self.adam.step()
-
-
 def main() -> None:
     text = test_codes.sample()
     for bits in (3, 4):
@@ -67,7 +54,7 @@ def main() -> None:
             loss = EndToEndLoss(pupil, taught, text, test_stage.CPU)
             runs = Trainer(pupil, loss, loss.measure, settings, train=640, choosing=16, judging=16, micro_batch=16)
             if signs:
-                runs.optimizer = Signs(runs.optimizer)
+                runs.optimizer = SignedCodes(pupil, settings)
             judged = runs.run(None).judged
             print(f"{bits} bits  {name:30} KL {judged.start.mean_kl:.5f} -> {judged.chosen.mean_kl:.5f}", flush=True)
 

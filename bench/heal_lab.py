@@ -33,6 +33,7 @@ from requant.evaluate import variants
 from requant.formats.registry import open_quantized
 from requant.heal import student, teacher
 from requant.heal.settings import HealSettings
+from requant.heal.trainer import rate_groups
 from requant.numerics.grid import Grid
 from requant.quantize import plan as layout
 from requant.run import prepare
@@ -44,6 +45,24 @@ ENTRIES = ("train.jsonl", "general-calibration.jsonl")
 OWN = "written by the model"
 SETS = (("in-domain", "heldout.jsonl"), ("general", "general.jsonl"))
 HALF = (0.5, 0.5, 0.0)  # of the two texts, and of text that the merged model wrote
+
+
+class SignedCodes(torch.optim.Optimizer):
+    """AdamW on scales and norms; codes move by the rate along the sign of the gradient, without moments."""
+
+    def __init__(self, pupil: student.Student, settings: HealSettings) -> None:
+        super().__init__(rate_groups(pupil, settings), {"lr": settings.lr})
+        values = [v.offset for v in pupil.trainable if v.unit_of_rate == "value"]
+        self.codes = [v.offset for v in pupil.trainable if v.unit_of_rate == "code"]
+        self.adam = torch.optim.AdamW(values, lr=settings.lr) if values else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.adam:
+            self.adam.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            self.adam.step()
+        for latent in self.codes:
+            latent.sub_(self.param_groups[-1]["lr"] * latent.grad.sign())
 
 
 def sync() -> None:

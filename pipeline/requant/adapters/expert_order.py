@@ -10,15 +10,15 @@ adapter_config.json. Its older adapters record no order: unless the recipe names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from requant.adapters.config import AdapterConfig
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.setting_types import shown
+from requant.adapters.stacked_lora import Order
 
-Order = Literal["peft", "unsloth"]
 LAYOUT, DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 """Keys of adapter_config.json in which unsloth records the order: of the file, and of each parameter."""
 KEY = "expert_order"
@@ -80,6 +80,11 @@ def said(adapter: Adapter) -> str | None:
     others = [layout for layout in _layouts(adapter.config).values() if _LAYOUTS.get(layout) != order]
     against = f", although {LAYOUT} says {others[0]}" if others else ""
     return f"{name}: lora_B of experts is read in {WORDS[order]}, {why}{against}"
+
+
+def sentences(adapters: Iterable[Adapter]) -> list[str]:
+    """What `said` says of some adapters."""
+    return [sentence for adapter in adapters if (sentence := said(adapter))]
 
 
 def _recorded(config: AdapterConfig) -> dict[str, Order]:

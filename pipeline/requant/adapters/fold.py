@@ -23,18 +23,7 @@ def read(info: TensorInfo) -> Tensor:
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Rows start..stop of a 2-D adapter tensor in fp32; the other rows are not read."""
-    row = info.nbytes // info.shape[0]
-    shape = (stop - start, *info.shape[1:])
-    return read(
-        TensorInfo(
-            name=info.name,
-            dtype=info.dtype,
-            shape=shape,
-            file=info.file,
-            offset=info.offset + start * row,
-            nbytes=(stop - start) * row,
-        )
-    )
+    return read(info.rows(start, stop))
 
 
 def product_bound(left: Tensor, right: Tensor) -> float:

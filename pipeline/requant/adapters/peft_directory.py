@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -19,7 +18,7 @@ from requant.adapters.fold import Fold
 from requant.adapters.keys import Key, normalise_all
 from requant.adapters.kinds import KINDS
 from requant.adapters.module_tensors import ModuleTensors
-from requant.adapters.stacked_lora import ExpertPair
+from requant.adapters.stacked_lora import AskedOrder, ExpertPair
 from requant.adapters.unsupported import is_head, refuse
 from requant.adapters.weight_files import WEIGHTS
 from requant.checkpoint.reader import TensorInfo, read_json, read_tensor
@@ -51,7 +50,7 @@ class Adapter:
     replaced: Mapping[str, TensorInfo] = field(default_factory=dict)
     shared: Mapping[str, TensorInfo] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    expert_order: Literal["auto", "peft", "unsloth"] = "auto"
+    expert_order: AskedOrder = "auto"
     order_reason: str = ""
 
     @property
@@ -76,9 +75,7 @@ class Adapter:
         return sum(key is None for key in self.keys.values())
 
 
-def load(
-    path: str | Path, *, weight: float = 1.0, expert_order: Literal["auto", "peft", "unsloth"] = "auto"
-) -> Adapter:
+def load(path: str | Path, *, weight: float = 1.0, expert_order: AskedOrder = "auto") -> Adapter:
     """Load a PEFT directory: its config and the headers of its tensors.
 
     Raises InputError for anything that cannot be merged exactly.

@@ -18,6 +18,9 @@ from requant.adapters.fold import Fold, product_bound, read, read_rows
 from requant.adapters.module_tensors import ModuleTensors
 from requant.checkpoint.reader import TensorInfo
 
+Order = Literal["peft", "unsloth"]  # of the experts in lora_B: see `expert_order`
+AskedOrder = Literal["auto", "peft", "unsloth"]  # auto: as recorded, or measured
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertPair:
@@ -49,7 +52,7 @@ class StackedLora(Fold):
     expert: int | None = None
     first: int = 0
     last: int = -1
-    order: Literal["peft", "unsloth"] = "peft"
+    order: Order = "peft"
 
     @property
     def shape(self) -> tuple[int, ...]:

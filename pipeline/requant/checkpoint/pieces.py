@@ -41,7 +41,7 @@ class PiecewiseCheckpoint(Checkpoint):
         self.path, self.pieces = whole.path, pieces
         self._infos = dict(whole) | {name: _info(name, whole[piece.stacked], piece) for name, piece in pieces.items()}
         self._entries = {
-            name: _entry(whole[piece.stacked], piece.index) for name, piece in pieces.items() if piece.select
+            name: whole[piece.stacked].entry(piece.index) for name, piece in pieces.items() if piece.select
         }
 
     def contiguous(self, name: str) -> bool:
@@ -56,15 +56,8 @@ class PiecewiseCheckpoint(Checkpoint):
         return select(read_tensor(self._entries[name])).contiguous()
 
 
-def _entry(stacked: TensorInfo, index: int) -> TensorInfo:
-    """One entry of a stacked tensor's first dimension."""
-    size = stacked.nbytes // stacked.shape[0]
-    return replace(stacked, shape=stacked.shape[1:], offset=stacked.offset + index * size, nbytes=size)
-
-
 def _info(name: str, stacked: TensorInfo, piece: Piece) -> TensorInfo:
     """Header of a piece; of one that is no run of rows the size, but not the place, is its own."""
-    entry = _entry(stacked, piece.index)
-    row = entry.nbytes // entry.shape[0]
-    nbytes = prod(piece.shape) * stacked.dtype.itemsize
-    return replace(entry, name=name, shape=piece.shape, offset=entry.offset + piece.first * row, nbytes=nbytes)
+    entry = stacked.entry(piece.index)
+    first = entry.rows(piece.first, piece.first + 1)
+    return replace(first, name=name, shape=piece.shape, nbytes=prod(piece.shape) * stacked.dtype.itemsize)

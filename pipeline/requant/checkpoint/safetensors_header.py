@@ -9,7 +9,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,20 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """Entries start..stop of the first dimension, where they lie in the file."""
+        row = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row,
+            nbytes=(stop - start) * row,
+        )
+
+    def entry(self, index: int) -> TensorInfo:
+        """One entry of the first dimension, without that dimension."""
+        return replace(self.rows(index, index + 1), shape=self.shape[1:])
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

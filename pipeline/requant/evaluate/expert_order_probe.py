@@ -16,7 +16,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from requant.adapters.expert_order import WORDS, Order
+from requant.adapters.expert_order import WORDS
+from requant.adapters.stacked_lora import Order
 from requant.evaluate import adapter_probe
 from requant.evaluate.adapter_probe import LOW_EFFICIENCY, Probe
 from requant.evaluate.streamed import StreamedModel, walk_of

@@ -19,9 +19,9 @@ import torch
 from requant.adapters.ia3 import Ia3
 from requant.adapters.keys import PREFIX, adapter_names, clean
 from requant.adapters.peft_directory import CONFIG, WEIGHTS, Adapter
-from requant.adapters.stacked_lora import in_pefts_order, in_unsloths_order
+from requant.adapters.stacked_lora import in_pefts_order
 from requant.adapters.trained_tokens import TrainedTokens
-from requant.checkpoint.reader import TensorInfo, read_tensor
+from requant.checkpoint.reader import read_tensor
 from requant.errors import StageError, library_call
 from requant.merge.adapter_completeness import untargeted, untrained
 from requant.merge.plan import MergePlan
@@ -100,7 +100,7 @@ def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool =
     """
     from safetensors.torch import save_file
 
-    names, experts = adapter_names(adapter.tensors), _of_unsloth(plan)
+    names, experts = adapter_names(adapter.tensors), plan.unsloth_experts
     tensors = {}
     for spelled, key in adapter.keys.items():
         name = clean(spelled, names)
@@ -127,17 +127,12 @@ def _needs_export(adapter: Adapter, plan: MergePlan) -> bool:
     """Whether PEFT would not find the adapter's tensors by their present files and keys, or would read them wrongly."""
     if adapter.weights.name != WEIGHTS:
         return True
-    names, experts = adapter_names(adapter.tensors), _of_unsloth(plan)
+    names, experts = adapter_names(adapter.tensors), plan.unsloth_experts
     if any(info in experts for info in adapter.tensors.values()):
         return True
     return any(clean(key, names) != key for key in adapter.tensors) or any(
         m in plan.renamed_modules for m in adapter.folds
     )
-
-
-def _of_unsloth(plan: MergePlan) -> dict[TensorInfo, int]:
-    """lora_B with experts in unsloth's order, which PEFT would read wrongly -> the number of experts."""
-    return in_unsloths_order(fold for op in plan.ops for fold in op.folds)
 
 
 def _activate(wrapped: Any, names: list[str], plan: MergePlan) -> None:

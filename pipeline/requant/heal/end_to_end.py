@@ -32,10 +32,7 @@ class EndToEndLoss:
         self.head = head_of(student.model, text.windows[:1].to(device))
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
-        ids = self.windows[list(numbers)].to(self.device)
-        teacher = self._teacher_states(numbers)
-        with precision(self.device):
-            hidden, _ = self.tap.run(self.student.model, ids)
+        ids, teacher, hidden = self._states(numbers)
         total = kl_loss.divergence(
             hidden.flatten(0, 1), self.head, teacher.flatten(0, 1), self.teacher.head, product_dtype(self.device)
         )
@@ -44,11 +41,16 @@ class EndToEndLoss:
     @torch.no_grad()
     def measure(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """KL, and how much more the text costs than with the teacher, of each window: float64 [n] on the CPU."""
+        ids, teacher, hidden = self._states(numbers)
+        return kl_loss.measured(hidden, self.head, teacher, self.teacher.head, ids, product_dtype(self.device))
+
+    def _states(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids int64 [n, length] of windows; the teacher's and the student's final hidden states."""
         ids = self.windows[list(numbers)].to(self.device)
         teacher = self._teacher_states(numbers)
         with precision(self.device):
             hidden, _ = self.tap.run(self.student.model, ids)
-        return kl_loss.measured(hidden, self.head, teacher, self.teacher.head, ids, product_dtype(self.device))
+        return ids, teacher, hidden
 
     def _teacher_states(self, numbers: Sequence[int]) -> Tensor:
         """The teacher's final hidden states [n, length, width].

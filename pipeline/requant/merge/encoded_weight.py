@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from requant.checkpoint.reader import Checkpoint, TensorInfo
+from requant.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,3 @@ class BaseFormat(Protocol):
 
         Raises InputError for tensors that do not belong together or are of another format.
         """
-
-
-def entry(info: TensorInfo, index: int) -> TensorInfo:
-    """One entry of a tensor's first dimension."""
-    size = info.nbytes // info.shape[0]
-    return replace(info, shape=info.shape[1:], offset=info.offset + index * size, nbytes=size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ def encoded(checkpoint: Checkpoint) -> tuple[list[EncodedWeight], frozenset[str]
             f"{checkpoint[other].file}: {other} is no weight of 8-bit floats: of {NAME} bases only those are decoded. "
             "Use the 16-bit model that it was made from"
         )
-    if (checkpoint.config.get("quantization_config") or {}).get("transform_config"):
+    settings = checkpoint.config.get("quantization_config") or {}
+    if settings.get("transform_config"):
         raise InputError(
             f"{checkpoint.path / 'config.json'}: quantization_config has a transform_config: its weights are rotated, "
             "and a 16-bit model would not turn them back. Use the 16-bit model that it was made from"
         )
-    block = _block(checkpoint)
+    block = _block(settings, checkpoint.path / "config.json")
     found = [_weight(checkpoint, info, block) for info in checkpoint.values() if info.dtype in fp8.DTYPES]
     if not found:
         raise InputError(
@@ -74,16 +76,13 @@ def _read(codes: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> Tenso
     return fp8.decode(read_tensor(codes), read_tensor(scale), block)
 
 
-def _block(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """The size of the blocks that config.json gives; None: it gives none."""
-    config = checkpoint.config.get("quantization_config") or {}
-    found = config.get("weight_block_size") or _of_groups(config)
+def _block(settings: Mapping[str, Any], file: Path) -> tuple[int, int] | None:
+    """The size of the blocks that the quantization_config of `file` gives; None: it gives none."""
+    found = settings.get("weight_block_size") or _of_groups(settings)
     if not found:
         return None
     if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
-        raise InputError(
-            f"{checkpoint.path / 'config.json'}: weight_block_size is {found!r}, expected two whole numbers"
-        )
+        raise InputError(f"{file}: weight_block_size is {found!r}, expected two whole numbers")
     return found[0], found[1]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, TensorInfo, read_tensor
 from requant.errors import InputError
-from requant.merge.encoded_weight import EncodedWeight, entry
+from requant.merge.encoded_weight import EncodedWeight
 from requant.numerics import mxfp4
 
 NAME = "MXFP4"
@@ -61,5 +61,5 @@ def _read(blocks: TensorInfo, scales: TensorInfo) -> Tensor:
     experts, rows, groups, _ = blocks.shape
     out = torch.empty(experts, groups * mxfp4.BLOCK, rows, dtype=torch.bfloat16)
     for i in range(experts):
-        out[i] = mxfp4.decode(read_tensor(entry(blocks, i)), read_tensor(entry(scales, i))).T
+        out[i] = mxfp4.decode(read_tensor(blocks.entry(i)), read_tensor(scales.entry(i))).T
     return out

@@ -16,6 +16,7 @@ from requant.adapters import expert_layouts
 from requant.adapters.fold import Fold
 from requant.adapters.keys import locate, stems
 from requant.adapters.peft_directory import Adapter
+from requant.adapters.stacked_lora import in_unsloths_order
 from requant.adapters.trained_tokens import TrainedTokens
 from requant.checkpoint.reader import TensorInfo, read_tensor
 from requant.checkpoint.writer import Slot
@@ -113,6 +114,11 @@ class MergePlan:
     def carried(self) -> dict[str, int]:
         """Module that only servers run -> number of its tensors."""
         return self.unplaced.counts
+
+    @property
+    def unsloth_experts(self) -> dict[TensorInfo, int]:
+        """lora_B with experts in unsloth's order, which PEFT would read wrongly -> the number of experts."""
+        return in_unsloths_order(fold for op in self.ops for fold in op.folds)
 
     def slots(self, dtype: torch.dtype) -> list[Slot]:
         """Name, dtype and shape of every tensor of the output checkpoint."""

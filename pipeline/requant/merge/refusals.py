@@ -89,13 +89,13 @@ def paths(adapters: Sequence[Adapter]) -> str:
 
 def warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """In what order experts are read; where PEFT itself is wrong, so that comparing with it will show a difference."""
-    orders = tuple(sentence for a in adapters if (sentence := expert_order.said(a)))
     wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
-    return orders + tuple(
+    pefts = (
         f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
         "it will differ from the variant adapter"
         for a in wrong
     )
+    return (*expert_order.sentences(adapters), *pefts)
 
 
 def open_expert_orders(adapters: Sequence[Adapter]) -> None:

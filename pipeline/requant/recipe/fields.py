@@ -136,10 +136,11 @@ class Source(Section):
         return self
 
 
-AnySource = Annotated[
-    Source,
-    BeforeValidator(
-        lambda value: {"path": value} if isinstance(value, str) else value,
-        json_schema_input_type=str | Source,
-    ),
-]
+def or_path(section: type[Section]) -> BeforeValidator:
+    """Lets a plain string stand for a section that needs no more than its `path`."""
+    return BeforeValidator(
+        lambda value: {"path": value} if isinstance(value, str) else value, json_schema_input_type=str | section
+    )
+
+
+AnySource = Annotated[Source, or_path(Source)]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypedDict
 
 from pydantic import (
-    BeforeValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -29,6 +28,7 @@ from requant.recipe.fields import (
     Whole,
     check_source,
     fail,
+    or_path,
     size_in_bytes,
     unique,
 )
@@ -73,13 +73,7 @@ class AdapterSource(Source):
     )
 
 
-AnyAdapter = Annotated[
-    AdapterSource,
-    BeforeValidator(
-        lambda value: {"path": value} if isinstance(value, str) else value,
-        json_schema_input_type=str | AdapterSource,
-    ),
-]
+AnyAdapter = Annotated[AdapterSource, or_path(AdapterSource)]
 
 
 class WeightedAdapter(AdapterSource):

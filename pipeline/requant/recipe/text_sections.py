@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, unique
+from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, or_path, unique
 from requant.recipe.yaml_document import KeyPath
 
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -120,13 +120,7 @@ class Canaries(Section):
         return self
 
 
-AnyCanaries = Annotated[
-    Canaries,
-    BeforeValidator(
-        lambda value: {"path": value} if isinstance(value, str) else value,
-        json_schema_input_type=str | Canaries,
-    ),
-]
+AnyCanaries = Annotated[Canaries, or_path(Canaries)]
 
 
 class EvalSet(Section):

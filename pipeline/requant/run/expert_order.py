@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from requant.adapters import expert_order, peft_directory
-from requant.adapters.expert_order import Order
 from requant.adapters.peft_directory import Adapter
+from requant.adapters.stacked_lora import Order
 from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.data.packing import digest
 from requant.errors import InputError

@@ -37,7 +37,7 @@ def run_merge(context: RunContext, key: str) -> MergeStageResult:
     )
     proof = selftest.self_test(plan, out)
     _prove_float16(context, merged, out)
-    orders = [sentence for adapter in plan.adapters if (sentence := expert_order.said(adapter))]
+    orders = expert_order.sentences(plan.adapters)
     artifact.finish(key, {"stage": "merge", "requant": __version__} | ({"experts": orders} if orders else {}))
     return cast(MergeStageResult, asdict(merged) | {"selftest": asdict(proof)})
 

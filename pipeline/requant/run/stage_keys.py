@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from requant.adapters.stacked_lora import in_unsloths_order
 from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.merge.plan import MergePlan
 from requant.run.prepared import Prepared
@@ -64,6 +63,6 @@ class Keys:
 
 def _with_expert_orders(adapter: str, plan: MergePlan) -> str:
     """The key of the adapters, and which of their tensors are read in unsloth's order of experts."""
-    found = in_unsloths_order(fold for op in plan.ops for fold in op.folds)
+    found = plan.unsloth_experts
     names = [sorted(name for name, info in a.tensors.items() if info in found) for a in plan.adapters]
     return key_of(adapter, "experts as unsloth orders them", names) if any(names) else adapter

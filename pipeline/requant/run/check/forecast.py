@@ -77,9 +77,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     pieces = p.quantize.plan.pieces
     stored = skeleton.tensor_names(rehearsal.model, [*p.merge.plan.base.weights, *pieces])
     added = deltas(p.merge.plan, pieces)
-    parts = rehearsal.quantizing(
-        p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored.get(name, name))
-    )
+    parts = rehearsal.quantizing(p.quantize.plan, p.quantize.settings, windows, batch, lambda name: added(stored[name]))
     batches, unquantized = len(parts.calibration.batches), len(parts.calibration.unquantized)
     rest = parts.more * (batches - max(1, unquantized)) + parts.unquantized * max(0, unquantized - 1)
     again: float = 2 * (size.total - size.outside)
