@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import random_models
 import speed
 import watched
 
@@ -157,7 +158,7 @@ def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser
         if ranks.count > 1 and not args.scratch:
             parser.error("several ranks need --scratch: all of them read the model there")
         if ranks.first and not model.exists():
-            speed.build(model, args.shape, args.layers)
+            random_models.build(model, args.shape, args.layers)
         ranks.all(True)
         work = Path(ranks.broadcast(str(Path(temporary) / "out")))
         work.mkdir(exist_ok=True)
@@ -167,7 +168,7 @@ def places(args: argparse.Namespace, ranks: Any, parser: argparse.ArgumentParser
 def arguments(about: str | None) -> argparse.ArgumentParser:
     """Model, calibration text and output directory of the run."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=speed.SHAPES, default="llama-3-8b")
+    parser.add_argument("--shape", choices=random_models.SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--length", type=int, default=2048)
@@ -180,7 +181,8 @@ def main() -> None:
     parser = arguments(__doc__)
     args = parser.parse_args()
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
+
+    random_models.SHAPES[args.shape].import_model()
 
     with speed.launched_ranks() as ranks, places(args, ranks, parser) as (model, work):
         several = ranks.count > 1

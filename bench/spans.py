@@ -23,6 +23,7 @@ from typing import Any
 import gaps
 import speed
 import watched
+from random_models import SHAPES
 
 NAMES = gaps.NAMES | {
     "modeling.skeleton.build": "skeleton",
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=15, help="milliseconds of a call that is shown")
     parser.add_argument("--compiled", action="store_true", help="kernels are compiled before the clock starts")
     args = parser.parse_args()
-    import transformers.models.llama.modeling_llama  # noqa: F401 - not what is looked at
+    SHAPES[args.shape].import_model()
 
     with speed.launched_ranks() as ranks, gaps.places(args, ranks, parser) as (model, work):
         text = "\n".join(measured(args, model, work, ranks))

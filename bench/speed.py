@@ -2,12 +2,14 @@
 
 Random weights; both in one run.
 
-    python bench/speed.py [--shape llama-3-8b|llama-3-70b|pico] [--layers 4 8] [--samples 128] [--length 2048]
-        [--only ours|gptqmodel] [--batch 8] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2] [--compiled] [--out FILE]
+    python bench/speed.py [--shape llama-3-8b|llama-3-70b|qwen3-30b-a3b|pico|pico-moe] [--layers 4 8] [--samples 128]
+        [--length 2048] [--only ours|gptqmodel] [--batch 8] [--sweeps 2] [--correct 0.5] [--profile] [--ranks 1 2]
+        [--compiled] [--out FILE]
 
 Each side runs alone in a process of its own, from loading to the written checkpoint, with no kernel compiled before;
 --compiled: our kernels are compiled and libraries loaded before, as `requant run` does during the merge.
-Weights are bf16 and random, tokens are random: the work does not depend on them. Two depths give a slope, from which a
+Weights are bf16 and random, tokens are random: the work does not depend on them (a random router takes all experts
+alike; both sides give an expert the tokens that are routed to it). Two depths give a slope, from which a
 whole model's time follows (said so).
 
 --ranks runs ours on each of these numbers of GPUs of this host (processes on the CPU), one after another, more than one
@@ -33,67 +35,16 @@ from pathlib import Path
 from typing import Any
 
 from phases import Phases
+from random_models import SHAPES, build
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
-
-SHAPES = {  # hidden, intermediate, heads, key-value heads, vocabulary, layers of the whole model
-    "llama-3-8b": (4096, 14336, 32, 8, 128256, 32),
-    "llama-3-70b": (8192, 28672, 64, 8, 128256, 80),
-    "pico": (256, 512, 4, 2, 512, 2),
-}
-
-
-def build(folder: Path, shape: str, layers: int) -> None:
-    """Write a Llama checkpoint of random bf16 weights, one shard a block.
-
-    The model is never whole in memory.
-    """
-    import torch
-    from transformers import LlamaConfig
-
-    from requant.checkpoint.writer import CheckpointWriter, Slot
-
-    hidden, inner, heads, kv, vocab, _ = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=False, dtype="bfloat16",
-        max_position_embeddings=8192, rope_theta=500000.0, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    from tokenizers import Tokenizer, models  # gptqmodel does not load a model without one
-
-    Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab)}, "t0")).save(str(folder / "tokenizer.json"))
-    text = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t1", "pad_token": "t2", "unk_token": "t0"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(text))
-    wide = kv * hidden // heads
-    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (wide, hidden), "self_attn.v_proj": (wide, hidden),
-              "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-              "mlp.down_proj": (hidden, inner)}  # fmt: skip
-    names = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "lm_head.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for i in range(layers):
-        names |= {f"model.layers.{i}.{n}.weight": s for n, s in shapes.items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        names |= {f"model.layers.{i}.{n}.weight": (hidden,) for n in norms}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    with CheckpointWriter(folder, [Slot(n, torch.bfloat16, s) for n, s in names.items()], max_bytes=10**9) as writer:
-        for name, size in names.items():
-            tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
-            writer.write(name, tensor.fill_(1) if len(size) == 1 else tensor.normal_(0, 0.02, generator=generator))
-        writer.close()
+os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # else it compiles C++ while the clock runs
 
 
 def windows(args: argparse.Namespace) -> Any:
     import torch
 
-    vocab = SHAPES[args.shape][4]
-    return torch.randint(0, vocab, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
+    size, generator = (args.samples, args.length), torch.Generator().manual_seed(1)
+    return torch.randint(0, SHAPES[args.shape].vocabulary, size, generator=generator)
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +79,7 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
 
     ranks.connect(device)
     passes = FusedOps(block_list(skeleton.open_model(args.model))[1], device, torch.bfloat16)
-    widths = {settings.grid: SHAPES[args.shape][0]}
+    widths = {settings.grid: SHAPES[args.shape].hidden}
     with WarmUp(device, widths, settings, torch.bfloat16, also=[passes.try_out]) as warming:
         warming.wait()
     ranks.broadcast_tensor(torch.zeros(1, device=device))  # after which NCCL has begun
@@ -136,11 +87,11 @@ def compile_ahead(args: argparse.Namespace, settings: Any, device: Any, ranks: A
 
 def walk_over(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - gptqmodel imports it before its clock starts
 
     from requant.quantize import memory, solve
     from requant.quantize import stage as quantize
 
+    SHAPES[args.shape].import_model()  # gptqmodel imports it before its clock starts
     device = ranks.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = settings_of(args)
     if args.replicated:
@@ -262,8 +213,12 @@ def main() -> None:
         return
     result = compare(args, sys.argv[1:])
     print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
+
+
+def save(result: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def compare(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
@@ -283,12 +238,24 @@ def compare(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
                 build(model, args.shape, layers)
             for role, ranks in sides(args):
                 work = Path(temporary) / f"{role}-{layers}-{ranks}"
-                run = child(role, model, work, argv, ranks)
+                run = child(role, model, work, argv, ranks) | {"quantized_matrices": quantized_matrices(work)}
                 shutil.rmtree(work, ignore_errors=True)
                 result["runs"][label(role, layers, ranks)] = run
+                save(result, args.out)  # what is there, should the next take too long
                 shown = {k: v for k, v in run.items() if k != "profile"}
                 print(label(role, layers, ranks), json.dumps(shown, indent=1), flush=True)
     return result | summary(args, result["runs"])
+
+
+def quantized_matrices(folder: Path) -> int:
+    """Matrices with codes in a written checkpoint: both sides must have as many."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            total += sum(name.endswith(".qweight") for name in tensors.keys())  # noqa: SIM118 - not a mapping
+    return total
 
 
 def sides(args: argparse.Namespace) -> list[tuple[str, int]]:
@@ -309,7 +276,7 @@ def summary(args: argparse.Namespace, runs: dict[str, Any]) -> dict[str, Any]:
         if len(times) > 1 and all(times.values()):
             few, many = min(times), max(times)
             slope = (times[many] - times[few]) / (many - few)
-            whole = SHAPES[args.shape][5]
+            whole = SHAPES[args.shape].layers
             who = role + (f" on {ranks} ranks" if ranks > 1 else "")
             out[f"{who}: seconds a layer"] = slope
             out[f"{who}: whole model ({whole} layers), extrapolated, seconds"] = times[many] + slope * (whole - many)

@@ -30,13 +30,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from speed import SHAPES, build
+from random_models import SHAPES, build
 
 from requant.errors import RequantError
 from requant.evaluate import streamed, variants
 from requant.runtime import measurements
 
-SHAPES["smollm2-135m"] = (576, 1536, 9, 3, 49152, 30)  # one that a CPU can do
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 RANK, ALPHA = 16, 32
@@ -84,9 +83,10 @@ def scored(model: Path, eval_set: Any, batch: int, *, whole: bool, **reference: 
 
 def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Resident and streamed, each after a first time that does not count."""
-    model, eval_set = at(folder, args.shape, args.layers), evaluation(SHAPES[args.shape][4], args.windows, args.length)
+    vocabulary = SHAPES[args.shape].vocabulary
+    model, eval_set = at(folder, args.shape, args.layers), evaluation(vocabulary, args.windows, args.length)
     file = folder / "reference.safetensors"
-    short = evaluation(SHAPES[args.shape][4], 2, args.length)
+    short = evaluation(vocabulary, 2, args.length)
     for way in (True, False):
         scored(model, short, args.batch, whole=way)
     resident, a = scored(model, eval_set, args.batch, whole=True, write_reference=file)
@@ -103,11 +103,11 @@ def whole(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def deep(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    eval_set = evaluation(SHAPES[args.deep][4], args.windows, args.length)
+    eval_set = evaluation(SHAPES[args.deep].vocabulary, args.windows, args.length)
     for layers in args.deep_layers:
         model = at(folder, args.deep, layers)
         _, out[f"{layers} layers"] = scored(model, eval_set, args.batch, whole=False)
-    few, many, all_ = min(args.deep_layers), max(args.deep_layers), SHAPES[args.deep][5]
+    few, many, all_ = min(args.deep_layers), max(args.deep_layers), SHAPES[args.deep].layers
     if few < many:
         first, last = (out[f"{n} layers"]["seconds"] for n in (few, many))
         slope = (last - first) / (many - few)
@@ -153,7 +153,7 @@ def nf4_base(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     config_json = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets,
                    "base_model_name_or_path": "base", "bias": "none", "fan_in_fan_out": False}  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(config_json))
-    tokenizer(base, SHAPES[args.shape][4])
+    tokenizer(base, SHAPES[args.shape].vocabulary)
     return base, adapter
 
 
@@ -204,7 +204,7 @@ def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from requant.runtime.device import free_memory, pick_device
 
     base, adapter = nf4_base(args, folder)
-    vocabulary = SHAPES[args.shape][4]
+    vocabulary = SHAPES[args.shape].vocabulary
     generator = torch.Generator().manual_seed(9)
     texts = {"train": args.samples * 5 // 4, "heldout": args.windows}
     for name, count in texts.items():

@@ -1,4 +1,4 @@
-"""The benches name functions of requant as text: each of them exists."""
+"""Benches: functions that they name as text exist, random models are read whole."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def test_what_a_bench_watches_exists(file: str) -> None:
         for part in inner:
             assert hasattr(holder, part), name
             holder = getattr(holder, part)
+
+
+@pytest.mark.parametrize("shape", ["pico", "pico-moe"])
+def test_a_random_model_has_every_weight_of_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import_module("random_models").build(tmp_path / "model", shape, 1)
+    from transformers import AutoModelForCausalLM
+
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert {name: found for name, found in told.items() if found} == {}
