@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,3 +47,31 @@ def test_a_random_model_has_every_weight_of_its_class(
 
     _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert {name: found for name, found in told.items() if found} == {}
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_measured_by_stage_and_variant(tmp_path: Path) -> None:
+    """A pico base from the bench's own inputs, on the CPU: the parts cover the whole."""
+    sizes = {"layers": 2, "documents": 8, "short": 24, "long": 4, "window": 48, "samples": 8, "length": 32}
+    inputs = ["random", str(tmp_path / "inputs"), "--shape=pico", *(f"--{name}={n}" for name, n in sizes.items())]
+    asked = ["--inputs", *inputs, "--", "--set", "device=cpu", "--set", "heal=off"]
+    command = [sys.executable, BENCH / "whole.py", *asked, "--out", tmp_path / "out.json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"].values()
+    stages, parts = run["stages"], run["evaluate"]
+    assert {"start and check", "merge", "probe", "quantize", "evaluate", "report"} <= stages.keys()
+    assert sum(row["seconds"] for row in stages.values()) == pytest.approx(run["seconds"], abs=1)
+    variants = ("base", "adapter", "merged", "rtn", "gptq")
+    assert parts.keys() == {f"{v}{at}" for v in variants for at in (", loading", " on short", " on long")}
+    assert sum(row["seconds"] for row in parts.values()) == pytest.approx(stages["evaluate"]["seconds"], abs=1)
+    assert run["numbers"].keys() == {f"{v} on {s}" for v in variants for s in ("short", "long")}
+
+
+def test_chats_of_the_bench_are_whole_and_of_different_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    chats = list(import_module("whole_inputs")._chats(["word " * 400, "too short"], 100))
+    lengths = [sum(len(turn["content"]) for turn in chat["messages"]) for chat in chats]
+    assert 15 < len(chats) < 25
+    assert len(set(lengths)) > 10
+    assert all([turn["role"] for turn in chat["messages"]] == ["user", "assistant"] for chat in chats)

@@ -165,6 +165,7 @@ class _Evaluation:
     def _load(self, name: str, sets: Sequence[EvalSet], *, streaming: bool) -> tuple[Any, str]:
         """(model, name of its runtime). A streamed model has run all windows through its blocks."""
         device, dtype = self.scores.device, self.scores.dtype
+        log.info("loading %s", name)
         if self.progress:
             self.progress(self.done, self.total, f"loading {name}")
         if not streaming:

@@ -1,0 +1,254 @@
+"""Bench of a whole `requant run`, from a cold process to the report: seconds of each stage, and what the machine did.
+
+    python bench/whole.py RECIPE [--set heal=off] [--code . ../before] [--check] [--again] [--out FILE]
+    python bench/whole.py --inputs smollm2 FOLDER [--documents 200 ...] -- [--set heal=off ...]
+    python bench/whole.py --inputs random FOLDER --layers 8 -- [...]
+
+--inputs: make them with bench/whole_inputs.py first (kept in FOLDER between calls); its options follow, then `--`.
+--code: checkouts to run, one after another, on the same recipe; ratios to the last one are printed.
+--check: also `requant check`, before. --again: also the finished run once more, which has nothing to do.
+Stages are read from the run's own events.jsonl and log.txt. `cpu`: cores that the process kept busy, from /proc;
+`gpu`: share of the time in which the GPU ran a kernel, from nvidia-smi, a sample every tenth of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) \w+ (\S+): (.*)")
+SCORING = re.compile(r"scoring (\S+) on (.+)|loading (\S+)$")
+EVERY = 0.1  # seconds between two samples
+Span = tuple[str, float, float]  # name, start and end in seconds since the epoch
+
+
+@dataclass
+class Samples:
+    """What a process and its GPU did over time. cpu: (time, CPU seconds so far); gpu: (time, busy share, bytes)."""
+
+    pid: int
+    cpu: list[tuple[float, float]] = field(default_factory=list)
+    gpu: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def mean(self, start: float, end: float) -> dict[str, float]:
+        """Cores and GPU share busy between two times."""
+        found: dict[str, float] = {}
+        cpu = [(at, used) for at, used in self.cpu if start <= at <= end]
+        if len(cpu) > 1 and cpu[-1][0] > cpu[0][0]:
+            found["cpu"] = (cpu[-1][1] - cpu[0][1]) / (cpu[-1][0] - cpu[0][0])
+        gpu = [(share, used) for at, share, used in self.gpu if start <= at <= end]
+        if gpu:
+            found |= {"gpu": sum(share for share, _ in gpu) / len(gpu), "gpu memory": max(used for _, used in gpu)}
+        return found
+
+    def sample_cpu(self, done: threading.Event) -> None:
+        ticks = os.sysconf("SC_CLK_TCK")
+        while not done.wait(EVERY):
+            with suppress(OSError, IndexError):  # it has ended, or this is no Linux
+                fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+                self.cpu.append((time.time(), (int(fields[11]) + int(fields[12])) / ticks))
+
+    def read_gpu(self, lines: Any) -> None:
+        for line in lines:
+            with suppress(ValueError):
+                share, used = (float(part) for part in line.split(","))
+                self.gpu.append((time.time(), share / 100, used * 2**20))
+
+
+@contextmanager
+def sampled(pid: int) -> Iterator[Samples]:
+    samples, done = Samples(pid), threading.Event()
+    threads = [threading.Thread(target=samples.sample_cpu, args=(done,))]
+    smi = None
+    if shutil.which("nvidia-smi"):
+        query = ["--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+        smi = subprocess.Popen(["nvidia-smi", *query, "-lms", str(int(1e3 * EVERY))], stdout=subprocess.PIPE, text=True)
+        threads.append(threading.Thread(target=samples.read_gpu, args=(smi.stdout,)))
+    for thread in threads:
+        thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        if smi is not None:
+            smi.terminate()
+            smi.wait()
+        for thread in threads:
+            thread.join()
+
+
+def command(code: Path, words: list[str], log: Path) -> tuple[float, float, Samples]:
+    """(start, end, samples) of one `requant` command of a checkout, in a cold process."""
+    known = os.environ | {"PYTHONPATH": os.pathsep.join(str(code.resolve() / p) for p in ("pipeline", "eval"))}
+    started = time.time()
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "requant", *words], env=known, stdout=out, stderr=out)
+        with sampled(process.pid) as samples:
+            code_of_exit = process.wait()
+            ended = time.time()
+    if code_of_exit not in (0, 1):  # 1: a gate failed
+        raise SystemExit(f"requant {' '.join(words)} ended with {code_of_exit}:\n{log.read_text()[-3000:]}")
+    return started, ended, samples
+
+
+def stages(run: Path, started: float, ended: float) -> list[Span]:
+    """The spans of a run that began in an empty directory: stages in order, and what is around them."""
+    found: list[Span] = []
+    begun: dict[str, float] = {}
+    before = started
+    for line in (run / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "start":
+            begun[event["stage"]] = event["time"]
+            name = {"merge": "start and check", "quantize": "probe"}.get(event["stage"], f"before {event['stage']}")
+            if event["time"] - before > EVERY:
+                found.append((name, before, event["time"]))
+        elif event["event"] == "done":
+            before = event["time"]
+            found.append((event["stage"], begun[event["stage"]], before))
+    return [*found, ("end", before, ended)]
+
+
+def variants(run: Path, evaluate: Span) -> list[Span]:
+    """The spans inside evaluate: "variant, loading" and "variant on set"."""
+    marks: list[tuple[str, float]] = []
+    for line in (run / "log.txt").read_text().splitlines():
+        at = LINE.match(line)
+        said = SCORING.match(at[4]) if at and at[3].startswith("requant.evaluate") else None
+        if at is None or said is None:
+            continue
+        when = time.mktime(time.strptime(at[1], "%Y-%m-%d %H:%M:%S")) + int(at[2]) / 1e3
+        if evaluate[1] - 1e-3 <= when <= evaluate[2]:
+            marks.append((f"{said[3]}, loading" if said[3] else f"{said[1]} on {said[2]}", when))
+    ends = [when for _, when in marks[1:]] + [evaluate[2]]
+    return [(name, when, end) for (name, when), end in zip(marks, ends, strict=True)]
+
+
+def measured(code: Path, recipe: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One whole run of a checkout in an empty directory."""
+    words = [word for value in [*args.set, f"output.dir={folder}"] for word in ("--set", value)]
+    result: dict[str, Any] = {}
+    if args.check:
+        begun, over, _ = command(code, ["check", str(recipe), *words], folder / "check.txt")
+        result["check"] = over - begun
+    started, ended, samples = command(code, ["run", str(recipe), *words], folder / "printed.txt")
+    (run,) = (path.parent for path in folder.glob("*/events.jsonl"))
+    spans = stages(run, started, ended)
+    inside = [s for span in spans if span[0] == "evaluate" for s in variants(run, span)]
+    result |= {"seconds": ended - started, "stages": table(spans, samples), "evaluate": table(inside, samples)}
+    result["numbers"] = numbers(json.loads((run / "report.json").read_text()))
+    if args.again:
+        begun, over, _ = command(code, ["run", str(recipe), *words], folder / "again.txt")
+        result["again"] = over - begun
+    return result
+
+
+def table(spans: list[Span], samples: Samples) -> dict[str, dict[str, float]]:
+    return {name: {"seconds": end - start, **samples.mean(start, end)} for name, start, end in spans}
+
+
+def numbers(report: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Sums over each document of each variant on each set: what all other numbers are made of."""
+    return {
+        f"{name} on {section['name']}": {
+            "ppl": [v["ppl"]["value"] for v in section["variants"] if v["name"] == name],
+            **sums,
+        }
+        for section in report["sets"]
+        for name, sums in section["documents"].items()
+    }
+
+
+def show(result: dict[str, Any], beside: dict[str, Any] | None) -> None:
+    """Seconds of each part, and how many times less that is than `beside`."""
+
+    def line(name: str, row: dict[str, float], other: dict[str, float] | None) -> None:
+        more = "".join(f"  {k} {row[k]:5.2f}" for k in ("cpu", "gpu") if k in row)
+        more += f"  {row['gpu memory'] / 1e9:6.1f} GB" if "gpu memory" in row else ""
+        more += f"  {other['seconds'] / row['seconds']:5.2f} x" if other and row["seconds"] > 0 else ""
+        print(f"{name:32} {row['seconds']:8.2f} s{more}")
+
+    for part in ("stages", "evaluate"):
+        print(f"-- {part}")
+        for name, row in result[part].items():
+            line(name, row, beside[part].get(name) if beside else None)
+    print("-- whole")
+    for name in ("check", "seconds", "again"):
+        if name in result:
+            line(name, {"seconds": result[name]}, {"seconds": beside[name]} if beside else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, nargs="?")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of requant run")
+    parser.add_argument("--code", type=Path, nargs="+", default=[ROOT], help="checkouts of requant")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--out", type=Path)
+    argv = sys.argv[1:]
+    recipe = None
+    if argv[:1] == ["--inputs"]:
+        end = argv.index("--") if "--" in argv else len(argv)
+        recipe, made, argv = Path(argv[2]) / "recipe.yaml", argv[1:end], argv[end + 1 :]
+        known = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("pipeline", "eval"))}
+        if not recipe.exists():  # in a process of its own: no memory of the GPU stays taken
+            subprocess.run([sys.executable, ROOT / "bench" / "whole_inputs.py", *made], check=True, env=known)
+    args = parser.parse_args(argv)
+    recipe = recipe or args.recipe or parser.error("a recipe, or --inputs")
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "arguments": sys.argv[1:], **machine(), "runs": {}}
+    runs = result["runs"]
+    for number, code in enumerate(args.code):
+        with tempfile.TemporaryDirectory() as folder:
+            name = f"{number}: {code.resolve().name}"
+            runs[name] = measured(code, recipe, args, Path(folder))
+            print(f"== {name}", flush=True)
+            show(runs[name], None)
+    if len(runs) > 1:
+        *_, last = runs.values()
+        for name, one in list(runs.items())[:-1]:
+            print(f"== {name}, as many times the last one's seconds")
+            show(last, one)
+            print("numbers, largest relative difference:", difference(one, last))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference of each kind of number, over variants, sets and documents."""
+    found: dict[str, float] = {}
+    for name, kinds in one["numbers"].items():
+        for kind, values in kinds.items():
+            for a, b in zip(values, other["numbers"][name][kind], strict=True):
+                found[kind] = max(found.get(kind, 0.0), abs(a - b) / max(abs(b), 1e-30))
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The device and the versions, asked in a process of its own."""
+    ask = (
+        "import json, torch; from requant.runtime import measurements as m; from requant.runtime.device import pick_device;"
+        "d = str(pick_device('auto')); print(json.dumps({'machine': m.hardware(d), 'versions': m.versions()}))"
+    )
+    known = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("pipeline", "eval"))}
+    done = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True, env=known)
+    return {"platform": platform.machine(), **json.loads(done.stdout.splitlines()[-1])}
+
+
+if __name__ == "__main__":
+    main()
