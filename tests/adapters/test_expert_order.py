@@ -93,6 +93,20 @@ def test_parameters_of_different_orders(tmp_path: Path) -> None:
     pico.merged(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("whole", [{}, {"lora_B_layout": "mixed"}])
+def test_a_parameter_that_the_record_lacks_is_refused(tmp_path: Path, whole: dict[str, Any]) -> None:
+    """PEFT's order would be a guess; the recipe can say it, and where the orders are the same there is no question."""
+    record = {"unsloth_fused_expert_lora": {"parameters": {"gate_up_proj": GROUPED}}} | whole
+    _, base, adapter = adapter_on(tmp_path, **record)
+    with pytest.raises(InputError, match="records the order of experts of gate_up_proj, and none of down_proj"):
+        prepare.plan_merge(base, peft_directory.load(adapter))
+    prepare.plan_merge(base, peft_directory.load(adapter, expert_order="unsloth"))
+    made, base = saved(tmp_path / "one", "qwen3_moe")
+    pico.train(made, tmp_path / "one" / "adapter", target_modules=[], target_parameters=STACKS, r=1)
+    pico.edit_adapter(tmp_path / "one" / "adapter", **record)
+    prepare.plan_merge(base, peft_directory.load(tmp_path / "one" / "adapter"))
+
+
 @pytest.mark.parametrize("order", ["peft", "unsloth"])
 def test_peft_runs_the_adapter_in_the_order_of_the_merge(tmp_path: Path, order: Any) -> None:
     """The variant `adapter`, and with it the teacher of healing: unmerged logits are the merged model's."""

@@ -89,6 +89,49 @@ def test_fp8_with_a_scale_a_row_or_a_tensor(tmp_path: Path, config: dict[str, An
     assert result.onto == "FP8 weights decoded to 16 bit or more"
 
 
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """E8M0, one byte each, as bases with `scale_fmt: ue8m0` hold them: the weights of the same scales in fp32."""
+    base = fp8_base(tmp_path, encoded.BLOCKS | {"scale_fmt": "ue8m0"})
+    stored = load_file(base / "model.safetensors")
+    scales = {n: lambda t: t.log2().ceil().exp2() for n in stored if n.endswith("_scale_inv")}
+    pico.edit_tensors(base / "model.safetensors", change=scales)
+    opened = open_base_checkpoint(base)
+    plain = {n: opened.read(n) for n in opened}
+    pico.edit_tensors(base / "model.safetensors", change=dict.fromkeys(scales, lambda t: t.to(torch.float8_e8m0fnu)))
+    assert load_file(base / "model.safetensors")[next(iter(scales))].dtype == torch.float8_e8m0fnu
+    opened = open_base_checkpoint(base)
+    assert set(opened) == set(plain)
+    assert all(torch.equal(opened.read(n), value) for n, value in plain.items())
+    pico.train(pico.model(), tmp_path / "adapter")
+    pico.merged(base, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_counted_by_file_and_tensor(tmp_path: Path, bad: float) -> None:
+    base = fp8_base(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    pico.edit_tensors(
+        base / "model.safetensors",
+        change={f"{name}_scale_inv": lambda t: t.index_fill(0, t.new_tensor([1]).long(), bad)},
+    )
+    opened = open_base_checkpoint(base)
+    assert isinstance(opened, DecodedCheckpoint)
+    says = rf"model.safetensors: {name}_scale_inv: 2 of 8 scales are NaN or infinity"
+    for read in (opened.check_scales, lambda: opened.read(name)):
+        with pytest.raises(InputError, match=says):
+            read()
+
+
+def test_exponents_that_stand_for_nan(tmp_path: Path) -> None:
+    base = gpt_oss(tmp_path)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    pico.edit_tensors(base / "model.safetensors", change={name: lambda t: t.index_fill(0, torch.tensor([2]), 255)})
+    opened = open_base_checkpoint(base)
+    assert isinstance(opened, DecodedCheckpoint)
+    with pytest.raises(InputError, match=rf"{name}: \d+ of \d+ scales are NaN or infinity"):
+        opened.check_scales()
+
+
 def test_mxfp4(tmp_path: Path) -> None:
     base = gpt_oss(tmp_path)
     opened, stored = open_base_checkpoint(base), load_file(base / "model.safetensors")
@@ -142,7 +185,7 @@ G = "model.layers.0.mlp.experts.gate_up_proj"
     [
         ("fp8", {"drop": [f"{Q}_scale_inv"]}, f"{Q} is torch.float8_e4m3fn without a scale"),
         ("fp8", {"change": {f"{Q}_scale_inv": lambda t: t[:1]}}, f"{Q}: scales .* nor one a block of 32 x 32"),
-        ("fp8", {"change": {f"{Q}_scale_inv": lambda t: t.int()}}, "is torch.int32, expected float32, bfloat16"),
+        ("fp8", {"change": {f"{Q}_scale_inv": lambda t: t.int()}}, "is torch.int32, expected float32 or bfloat16"),
         ("fp8", {"change": {Q: lambda t: t.float().to(torch.int8)}}, "is no weight of 8-bit floats"),
         ("mxfp4", {"drop": [f"{G}_scales"]}, f"{G}_blocks stands alone"),
         ("mxfp4", {"drop": [f"{G}_blocks"]}, f"{G}_scales stands alone"),

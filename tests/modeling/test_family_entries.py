@@ -70,6 +70,7 @@ NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
         (("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj"), ("kv_a_proj_with_mqa",), {"q_a_proj", "kv_a_proj_with_mqa"}),
         (("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj",), {"q_proj", "k_proj", "v_proj"}),
         (("q_proj", "k_proj", "v_proj", "g_proj"), ("g_proj",), {"g_proj"}),
+        (("q_proj", "k_proj", "o_proj"), ("k_proj",), {"q_proj", "k_proj"}),
         (("w1", "w2", "w3"), ("w3",), {"w1", "w3"}),
         (("router.layer", "mlp.gate_proj"), (), {"router.layer"}),
     ],
@@ -79,6 +80,16 @@ def test_what_stays_takes_along_what_engines_fuse_it_with(
 ) -> None:
     found = families.in_16_bit([f"layers.0.a.{n}" for n in names], [f"layers.0.a.{n}" for n in odd])
     assert found == {f"layers.0.a.{n}" for n in stays}
+
+
+def test_blocks_without_v_or_k_are_one_matrix_in_engines_too() -> None:
+    """Gemma 4: keys that are the values too (vLLM, SGLang), and blocks with q alone (SGLang's `qkv_proj`)."""
+    names = ["a.q_proj", "a.k_proj", "b.q_proj", "c.k_proj", "c.v_proj", "d.gate_proj"]
+    assert list(families.fused_groups(names)) == [
+        ("a.qkv_proj", ("a.q_proj", "a.k_proj")),
+        ("b.qkv_proj", ("b.q_proj",)),
+    ]
+    assert families.fused_patterns(names) == dict.fromkeys(names[:2], "a.[qkv]_proj")
 
 
 def test_a_gate_is_fused_only_inside_of_its_delta_net() -> None:

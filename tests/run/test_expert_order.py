@@ -118,6 +118,25 @@ def test_what_was_measured_is_not_measured_again(
     assert again.ran == []
 
 
+def test_adapters_of_one_name_are_measured_apart(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a stored result and a name of its own: a second run measures neither again."""
+    for order in ("peft", "unsloth"):
+        shutil.copytree(project / order, tmp_path / order / "final")
+    both = [{"path": str(tmp_path / order / "final"), "weight": 0.5} for order in ("peft", "unsloth")]
+    wanted = recipe(project, tmp_path / "runs", None, adapters=both)
+    with e2e.one_thread():
+        runner.run(wanted, until="merge")
+    monkeypatch.setattr(expert_order_probe, "measure", lambda *_: pytest.fail("measured again"))
+    again = runner.run(wanted, until="merge")
+    said = [
+        line for line in (again.path / "log.txt").read_text().splitlines() if "lora_B of experts is read in" in line
+    ]
+    for order, words in (("peft", "PEFT's order"), ("unsloth", "unsloth's order")):
+        assert [line for line in said if f"{order}/final: lora_B of experts is read in {words}" in line]
+
+
 def test_another_order_is_another_merge(project: Path, tmp_path: Path) -> None:
     """The keys of every stage that reads the adapter."""
     keys = []

@@ -33,12 +33,18 @@ def order_of(adapter: Adapter, parameter: str) -> Order:
     """The order in which the adapter's lora_B of a stacked parameter is read.
 
     That of the recipe or of a measurement, or else the recorded one, or else PEFT's: see `is_open`.
-    Raises InputError for a record that is not known.
+    Raises InputError for a record that is not known, and for one of other parameters only.
     """
     if adapter.expert_order != "auto":
         return adapter.expert_order
-    recorded = _recorded(adapter.config)
-    return recorded.get(parameter.rpartition(".")[2]) or recorded.get("") or "peft"
+    recorded, leaf = _recorded(adapter.config), parameter.rpartition(".")[2]
+    order = recorded.get(leaf) or recorded.get("")
+    if order is None and recorded and _differ(adapter):
+        raise adapter.config.error(
+            f"{DETAIL} records the order of experts of {', '.join(sorted(recorded))}, and none of {leaf}: "
+            f"write {KEY}: unsloth (or peft) beside the adapter's path in the recipe"
+        )
+    return order or "peft"
 
 
 def is_open(adapter: Adapter) -> bool:
@@ -64,7 +70,7 @@ def written_by_unsloth(adapter: Adapter) -> str | None:
 
 def said(adapter: Adapter) -> str | None:
     """How the order of the experts was found or will be, in a sentence; None where there is nothing to say."""
-    name, order = adapter.path.name, adapter.expert_order
+    name, order = adapter.name, adapter.expert_order
     if not adapter.expert_pairs:
         return f"{name}: {KEY} has no effect, it has no LoRA on stacked experts" if order != "auto" else None
     if is_open(adapter):

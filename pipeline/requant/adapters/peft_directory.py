@@ -6,7 +6,7 @@ written. Semantics: PEFT 0.21 (tuners/lora).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from requant.checkpoint.reader import TensorInfo, read_json, read_tensor
 from requant.errors import InputError
 
 _TRIED = 100  # modules whose names regular expressions are tried on
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "load"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "load", "named_apart"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Adapter:
     tensors, keys: key in the file -> its header, and what the key means (None: a copy of the base's own tensor).
     weights: the file, or the index of several. notes: what in the directory is not used, for the reader.
     expert_order: in which lora_B of stacked experts is read (`expert_order`); auto: as recorded. order_reason: of a
-    measured one, in words.
+    measured one, in words. name: for the reader, see `named_apart`.
     """
 
     path: Path
@@ -52,6 +52,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     expert_order: AskedOrder = "auto"
     order_reason: str = ""
+    name: str = ""
 
     @property
     def weight(self) -> float:
@@ -96,8 +97,18 @@ def load(path: str | Path, *, weight: float = 1.0, expert_order: AskedOrder = "a
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
     setting_types.check_expressions(config, [*{key.module: None for key in keys.values() if key is not None}][:_TRIED])
-    loaded = _assemble(Adapter(path=path, weights=weights, config=config, tensors=tensors, keys=keys))
+    empty = Adapter(path=path, weights=weights, config=config, tensors=tensors, keys=keys, name=path.name)
+    loaded = _assemble(empty)
     return replace(loaded, notes=(*notes, *other_files.check(path, loaded.replaced)), expert_order=expert_order)
+
+
+def named_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters, each named by as many last parts of its path as tell all of them apart."""
+    paths = {a.path for a in adapters}
+    count = 1
+    while len({a.path.parts[-count:] for a in adapters}) < len(paths):
+        count += 1
+    return [replace(a, name="/".join(a.path.parts[-count:])) for a in adapters]
 
 
 def _equal(a: TensorInfo, b: TensorInfo) -> bool:

@@ -23,7 +23,7 @@ _LARGEST = 2**64  # sizes and places fit 64 bits
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
@@ -108,8 +108,13 @@ def _info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
         raise _unreadable(file, name, entry)
     dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
-    if dtype is None or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    if not isinstance(entry["dtype"], str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise _unreadable(file, name, entry)
+    if dtype is None:
+        raise InputError(
+            f"{file}: tensor {name[:80]!r} is stored as {entry['dtype']:.20}, which is not read here; what is: "
+            f"{', '.join(DTYPES)}. Use the model in 16 bit"
+        )
     begin, end = offsets
     nbytes = dtype.itemsize
     for n in shape:

@@ -220,7 +220,7 @@ def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> 
                 first = next((n for n in inside if n.rpartition(".")[2] not in BY_INPUTS), inside[0])
                 yield Matrix(container, *size(first), plan.grids[first])
         for name, parts, same in _groups(plan):
-            if same and parts[0] in plan.grids and not taken & set(parts):
+            if len(parts) > 1 and same and parts[0] in plan.grids and not taken & set(parts):
                 taken |= set(parts)
                 rows = sum(size(p)[0] for p in parts)
                 yield Matrix(name, rows, size(parts[0])[1], plan.grids[parts[0]])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import StageError, library_call
 from requant.evaluate import peft_runtime, variant_weights
-from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
+from requant.merge.base_checkpoint import LIVE, DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings, finer
 from requant.merge.plan import MergePlan
 from requant.modeling import skeleton, stacked_experts
@@ -153,19 +153,24 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
 
 
 def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
-    """The base as training loaded it: in 4 bits through bitsandbytes, or in 16 bit, decoded by transformers.
+    """The base as training loaded it: in 4 bits through bitsandbytes, or in 16 bit.
 
+    What is encoded on disk is decoded by transformers where it can, or else by us.
     with_adapter: with the adapter on top through PEFT, unmerged.
     """
     from transformers import BitsAndBytesConfig
 
     packed = sources.simulate is None and not sources.sixteen_bit
-    encoded = isinstance(open_base_checkpoint(sources.base), DecodedCheckpoint)
-    quantized = packed or encoded  # else a quantization_config stops transformers
+    base = open_base_checkpoint(sources.base)
+    encoded = base if isinstance(base, DecodedCheckpoint) else None
+    ours = encoded is not None and encoded.method not in LIVE
+    quantized = packed or (encoded is not None and not ours)  # else a quantization_config stops transformers
     config = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code, quantized=quantized)
-    if encoded:
-        config.quantization_config = {**config.quantization_config, "dequantize": True}
     options: dict[str, Any] = {"config": config}
+    if encoded is not None and ours:
+        options["state_dict"] = {n: encoded.read(n).to(dtype) if n in encoded.encoded else base.read(n) for n in base}
+    elif encoded is not None:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
     if sources.simulate is not None:
         s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]
@@ -182,7 +187,10 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
     with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
         made = model_class(config, trust_remote_code=sources.trust_remote_code)
         model = made.from_pretrained(
-            str(sources.base), device_map={"": device}, trust_remote_code=sources.trust_remote_code, **options
+            None if ours else str(sources.base),
+            device_map={"": device},
+            trust_remote_code=sources.trust_remote_code,
+            **options,
         )
     _unwrap_16_bit(model)
     _compute_in(model, dtype, sources.simulate.blocksize if sources.simulate else None)

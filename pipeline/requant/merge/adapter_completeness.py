@@ -58,7 +58,7 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
             f"holds {_named(extra)} that target_modules does not match: merged, though PEFT leaves out what the "
             "settings do not name"
         )
-    file = "the adapter's file" if len(plan.adapters) == 1 else f"{adapter.path.name}/{adapter.weights.name}"
+    file = "the adapter's file" if len(plan.adapters) == 1 else f"{adapter.name}/{adapter.weights.name}"
     return [f"{file} {note}" for note in notes]
 
 

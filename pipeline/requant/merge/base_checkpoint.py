@@ -17,7 +17,7 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.merge import fp8_base, mxfp4_base
-from requant.merge.encoded_weight import BaseFormat
+from requant.merge.encoded_weight import BaseFormat, read_scales
 
 FORMATS: Mapping[str, BaseFormat] = {
     "mxfp4": cast(BaseFormat, mxfp4_base),
@@ -28,6 +28,10 @@ FORMATS: Mapping[str, BaseFormat] = {
 """quant_method in config.json -> how its weights are decoded."""
 LIVE = ("mxfp4", "fp8")
 """Those that transformers decodes by itself when it loads a model."""
+
+
+SCALES = 2**26
+"""Bytes of scales that are looked at before the work: all of most FP8 bases, of MXFP4 those of the first layers."""
 
 
 class DecodedCheckpoint(Checkpoint):
@@ -69,6 +73,15 @@ class DecodedCheckpoint(Checkpoint):
     def config(self) -> dict[str, Any]:
         """config.json as raw JSON, without its `quantization_config`."""
         return {key: value for key, value in super().config.items() if key != "quantization_config"}
+
+    def check_scales(self) -> None:
+        """Raise InputError for NaN or infinity among the first `SCALES` bytes of scales; reading meets the others."""
+        left = SCALES
+        for weight in self.encoded.values():
+            left -= weight.scales.nbytes
+            if left < 0:
+                return
+            read_scales(weight.scales)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` on the CPU, decoded."""

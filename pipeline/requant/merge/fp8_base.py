@@ -7,7 +7,7 @@ model has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, TensorInfo, read_tensor
 from requant.errors import InputError
-from requant.merge.encoded_weight import EncodedWeight
+from requant.merge.encoded_weight import EncodedWeight, read_scales
 from requant.numerics import fp8
 
 NAME = "FP8"
@@ -57,8 +57,8 @@ def _weight(checkpoint: Checkpoint, codes: TensorInfo, block: tuple[int, int] | 
     scale = next((checkpoint[codes.name + s] for s in _SCALES if codes.name + s in checkpoint), None)
     if scale is None or len(codes.shape) < 2:
         raise InputError(f"{codes.file}: {codes.name} is {codes.dtype} without a scale: download the checkpoint again")
-    if scale.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"{scale.file}: {scale.name} is {scale.dtype}, expected float32, bfloat16 or float16")
+    if scale.dtype not in fp8.SCALE_DTYPES:
+        raise InputError(f"{scale.file}: {scale.name} is {scale.dtype}, expected {_words(fp8.SCALE_DTYPES)}")
     try:
         own = fp8.block_of(codes.shape, scale.shape, block)
     except fp8.Fp8Error as error:
@@ -68,12 +68,17 @@ def _weight(checkpoint: Checkpoint, codes: TensorInfo, block: tuple[int, int] | 
         shape=codes.shape,
         dtype=torch.float32,
         parts=(codes.name, scale.name),
+        scales=scale,
         read=partial(_read, codes, scale, own),
     )
 
 
 def _read(codes: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> Tensor:
-    return fp8.decode(read_tensor(codes), read_tensor(scale), block)
+    return fp8.decode(read_tensor(codes), read_scales(scale), block)
+
+
+def _words(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _block(settings: Mapping[str, Any], file: Path) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, TensorInfo, read_tensor
 from requant.errors import InputError
-from requant.merge.encoded_weight import EncodedWeight
+from requant.merge.encoded_weight import EncodedWeight, read_scales
 from requant.numerics import mxfp4
 
 NAME = "MXFP4"
@@ -52,6 +52,7 @@ def _weight(checkpoint: Checkpoint, name: str) -> EncodedWeight:
         shape=(experts, groups * mxfp4.BLOCK, rows),
         dtype=torch.bfloat16,
         parts=(blocks.name, scales.name),
+        scales=scales,
         read=partial(_read, blocks, scales),
     )
 
@@ -61,5 +62,5 @@ def _read(blocks: TensorInfo, scales: TensorInfo) -> Tensor:
     experts, rows, groups, _ = blocks.shape
     out = torch.empty(experts, groups * mxfp4.BLOCK, rows, dtype=torch.bfloat16)
     for i in range(experts):
-        out[i] = mxfp4.decode(read_tensor(blocks.entry(i)), read_tensor(scales.entry(i))).T
+        out[i] = mxfp4.decode(read_tensor(blocks.entry(i)), read_scales(scales.entry(i))).T
     return out

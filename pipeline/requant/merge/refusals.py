@@ -91,7 +91,7 @@ def warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """In what order experts are read; where PEFT itself is wrong, so that comparing with it will show a difference."""
     wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]
     pefts = (
-        f"{a.path.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
+        f"{a.name}: PEFT 0.21 applies rsLoRA on fused experts sqrt(2) times too strongly: the merge does not, so "
         "it will differ from the variant adapter"
         for a in wrong
     )

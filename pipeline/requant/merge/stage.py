@@ -145,7 +145,7 @@ def merge(
         for done, (op, value, changes) in enumerate(_computed(plan, device)):
             if not changes:
                 result.untrained += [fold.module for fold in op.folds]
-            rounded = _round(op, value, target_dtype(op, target), result)
+            rounded = _round(plan, op, value, target_dtype(op, target), result)
             if writing is not None:
                 writing.result()  # one tensor is written while the next is computed, never more
             writing = disk.submit(writer.write, op.name, rounded)
@@ -161,7 +161,7 @@ def merge(
     return result
 
 
-def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Tensor:
+def _round(plan: MergePlan, op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Tensor:
     """The one rounding; raises StageError unless every value is finite afterwards."""
     rounded = value.to(dtype)
     if not dtype.is_floating_point or (op.role == "state" and op.replacement is None):
@@ -174,8 +174,11 @@ def _round(op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Te
                 f"{op.name}: {unrounded:.4g} overflows {str(dtype).removeprefix('torch.')}: "
                 "set merge.dtype to bfloat16 or auto"
             )
+        whose = "adapter or base" if op.folds or op.replacement else "base"
+        assert op.source is not None
+        bad, held = int((~torch.isfinite(value)).sum()), op.replacement or plan.base.checkpoint[op.source.name]
         raise StageError(
-            f"{op.name}: NaN or infinity in the {'adapter or base' if op.folds or op.replacement else 'base'} weights"
+            f"{op.name}: NaN or infinity in the {whose} weights: {bad} of {value.numel()} values ({held.file})"
         )
     result.max_abs = max(result.max_abs, largest)
     return rounded

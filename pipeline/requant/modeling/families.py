@@ -22,11 +22,13 @@ class Fused:
     """Linears of a checkpoint that engines load as one matrix: all of them share one setting, or stay in 16 bit.
 
     parts: last part of their names, with the module around them where only there they are one matrix. pattern: an
-    fnmatch pattern that covers `parts` and no other linear.
+    fnmatch pattern that covers `parts` and no other linear. fewer: whether blocks may lack parts behind the first,
+    since they take them from elsewhere; engines build the same matrix there.
     """
 
     parts: tuple[str, ...]
     pattern: str
+    fewer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,9 @@ class Family:
     called: Mapping[str, str] | None = None
 
 
-_QKV = Fused(parts=("q_proj", "k_proj", "v_proj"), pattern="[qkv]_proj")
+_QKV = Fused(  # Gemma 4: keys that are the values too; keys and values of an earlier block
+    parts=("q_proj", "k_proj", "v_proj"), pattern="[qkv]_proj", fewer=True
+)
 _GATE_UP = Fused(parts=("gate_proj", "up_proj"), pattern="[gu]*_proj")
 _LATENT = Fused(parts=("q_a_proj", "kv_a_proj_with_mqa"), pattern="*_a_proj*")
 _DELTA = {  # of gated delta nets
@@ -187,7 +191,7 @@ CALLED: dict[str, str] = {name: other for f in FAMILIES for name, other in (f.ca
 
 
 def fused_groups(names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(fused name, its parts) of every matrix that engines make of some of these linears."""
+    """(fused name, its parts, one or more) of every matrix that engines make of some of these linears."""
     for name, fused in FUSED.items():
         for stem, parts in _groups(fused, names):
             yield stem + name, parts
@@ -205,7 +209,8 @@ def fused_patterns(names: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for fused in sorted(FUSED.values(), key=lambda f: len(f.parts)):
         for stem, parts in _groups(fused, names):
-            found |= dict.fromkeys(parts, stem + fused.pattern)
+            if len(parts) > 1:
+                found |= dict.fromkeys(parts, stem + fused.pattern)
     return found
 
 
@@ -236,13 +241,13 @@ def _mamba_1(names: Collection[str]) -> set[str]:
 
 
 def _groups(fused: Fused, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(stem, full names of the parts) of each place where all parts are."""
+    """(stem, full names of the parts) of each place where all parts are, or the first where some may be missing."""
     first = fused.parts[0]
     for linear in names:
         if linear.endswith("." + first):
             stem = linear.removesuffix(first)
-            parts = tuple(stem + part for part in fused.parts)
-            if all(part in names for part in parts):
+            parts = tuple(stem + part for part in fused.parts if stem + part in names)
+            if fused.fewer or len(parts) == len(fused.parts):
                 yield stem, parts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, RecipeError
-from requant.merge.base_checkpoint import LIVE, DecodedCheckpoint, open_base_checkpoint
+from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import STATE, Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.modeling import skeleton
@@ -66,12 +66,6 @@ def _check_decoded(recipe: Recipe, checkpoint: DecodedCheckpoint, name: str) -> 
 
 def unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str | None:
     """Why transformers 5 cannot hold the base as training did; None when it can."""
-    checkpoint = plan.base.checkpoint
-    if isinstance(checkpoint, DecodedCheckpoint) and checkpoint.method not in LIVE:
-        return (
-            f"transformers does not decode a base in {checkpoint.format_name} of {checkpoint.method}: base and adapter "
-            "are measured block by block, on our own decoder's values"
-        )
     able = skeleton.quantizable(model, ("^$",))
     stored = skeleton.tensor_names(model, plan.base.weights)
     held = {p.removesuffix(".weight") for p, n in stored.items() if plan.base.weights[n].kind == "packed"} - able

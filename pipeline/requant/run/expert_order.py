@@ -106,7 +106,7 @@ def _measured(prepared: Prepared, adapter: Adapter, directory: RunDirectory, wat
         [{name: [digest(row[None]) for row in rows] for name, rows in text.items()} for text in texts],
         (str(where.dtype), device.type),
     )
-    name = f"expert order of {adapter.path.name}"
+    name = f"expert order of {adapter.name}"
     stored = directory.result(name, key)
     if stored is not None:
         return cast(OrderResult, stored)
@@ -121,7 +121,7 @@ def _measured(prepared: Prepared, adapter: Adapter, directory: RunDirectory, wat
         order, why = expert_order_probe.decide(facts)
         if order is not None:
             break
-    result: OrderResult = {"adapter": adapter.path.name, "order": order, "why": why, "facts": facts}
+    result: OrderResult = {"adapter": adapter.name, "order": order, "why": why, "facts": facts}
     directory.remember(name, key, dict(result))
     return result
 

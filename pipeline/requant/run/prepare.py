@@ -26,7 +26,7 @@ from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
 from requant.merge import adapter_completeness, adapter_match, config_agreement, stored_dtype
-from requant.merge.base_checkpoint import open_base_checkpoint
+from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
@@ -62,6 +62,8 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     sources, loaded = _sources(recipe)
     merge_inputs, model = _merge_inputs(recipe, sources, loaded)
     plan = merge_inputs.plan
+    if isinstance(plan.base.checkpoint, DecodedCheckpoint):
+        plan.base.checkpoint.check_scales()
     dtypes.refuse_float16(recipe, plan)
     single = _single_experts(recipe, plan, model)
     quantize_inputs = _quantize_inputs(recipe, plan, single)
@@ -107,6 +109,7 @@ def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
     if base.original:
         original = fetch(base.original, directory, trust_remote_code=trust, place=recipe.place("base", "original"))
     simulate = nf4_settings(recipe.base.nf4)
+    loaded = peft_directory.named_apart(loaded)
     return Sources(base=model, adapter=loaded[0].path, original=original, simulate=simulate), loaded
 
 
