@@ -286,7 +286,7 @@ def test_classes_that_an_engine_refuses() -> None:
     strict = replace(target.classes, refuses_experts={"Qwen3MoeForCausalLM": "no"})
     planned_moe, model = planned("qwen3_moe")
     got = engine_support.judge(planned_moe, model, replace(target, classes=strict))
-    assert got.problems == ("Qwen3MoeForCausalLM: no",)
+    assert got.problems == ("Qwen3MoeForCausalLM: no: leave them in 16 bit (quantize.experts)",)
     refused = replace(target.classes, refuses={"LlamaForCausalLM": "not at all"})
     got = engine_support.judge(*planned("llama", **LLAMA), replace(target, classes=refused))
     assert got.problems == ("LlamaForCausalLM: not at all",)

@@ -119,7 +119,7 @@ VLLM = Registry(
         "FalconMambaForCausalLM": "it builds no quantized Mamba mixers",
     },
     refuses_experts={
-        "GptOssForCausalLM": "it passes over single experts, whose weights would be random: leave them in 16 bit",
+        "GptOssForCausalLM": "it passes over single experts, whose weights would be random",
     },
 )
 
@@ -183,6 +183,6 @@ SGLANG = Registry(
         "OlmoForCausalLM": "it builds attention without quantized weights",
     },
     refuses_experts={
-        "GptOssForCausalLM": "it reads the experts of a layer as one tensor only; leave them in 16 bit",
+        "GptOssForCausalLM": "it reads the experts of a layer as one tensor only",
     },
 )

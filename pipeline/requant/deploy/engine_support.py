@@ -7,7 +7,7 @@ of a list that fits the matrix is used.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,19 @@ def _by_class(plan: Plan, model_class: type, target: Target) -> tuple[list[str],
         if name in classes.refuses:
             problems.append(f"{name}: {classes.refuses[name]}")
         elif name in classes.refuses_experts and any(EXPERT.fullmatch(n) for n in plan.grids):
-            problems.append(f"{name}: {classes.refuses_experts[name]}")
+            problems.append(f"{name}: {classes.refuses_experts[name]}: leave them in 16 bit (quantize.experts)")
     if plan.fused or (_experts(plan) and not any(EXPERT.fullmatch(n) for n in plan.grids)):
         remarks.append("experts in 16 bit")
     return problems, remarks
+
+
+def why_no_experts(model_class: type, targets: Iterable[Target]) -> str | None:
+    """Why no server reads a class's experts quantized, where one serves it at all; None: one does, or none has it."""
+    name = model_class.__name__
+    serving = [c for t in targets if (c := t.classes) and c.has(model_class) != "none" and name not in c.refuses]
+    if not serving or any(name not in c.refuses_experts for c in serving):
+        return None
+    return "; ".join(f"{c.name}: {c.refuses_experts[name]}" for c in serving)
 
 
 def _why_not_parallel(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:

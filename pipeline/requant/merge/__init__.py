@@ -5,6 +5,7 @@
     mxfp4_base, fp8_base   one file a format: which tensors are a weight, and how it is read
     encoded_weight         what a format tells of one weight
     plan                   what becomes of every tensor, from headers only
+    changes                what all adapters change, by the checkpoint's names; embeddings that are no longer tied
     refusals               what is refused before any work: foreign tensors, adapters that do not add up
     stored_dtype           the dtype of the result: one in which the model runs
     stop_tokens            those of the fine-tune that the base's configs lack

@@ -17,12 +17,12 @@ from requant.adapters.fold import Fold
 from requant.adapters.keys import locate, stems
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.stacked_lora import in_unsloths_order
-from requant.adapters.trained_tokens import TrainedTokens
-from requant.checkpoint.reader import TensorInfo, read_tensor
+from requant.checkpoint.reader import TensorInfo
 from requant.checkpoint.writer import Slot
 from requant.errors import InputError
 from requant.merge import refusals
 from requant.merge.base_weights import BaseWeight, BaseWeights
+from requant.merge.changes import Changes, untie
 from requant.merge.model_layout import ModelLayout
 from requant.modeling.unplaced import Unplaced
 from requant.numerics.dtypes import SIXTEEN_BIT
@@ -125,22 +125,6 @@ class MergePlan:
         return [Slot(op.name, target_dtype(op, dtype), op.shape) for op in self.ops]
 
 
-@dataclass
-class _Changes:
-    """What all adapters change, by the checkpoint's tensor names."""
-
-    folds: dict[str, list[Fold]] = field(default_factory=dict)
-    bias_folds: dict[str, list[Fold]] = field(default_factory=dict)
-    replaced: dict[str, TensorInfo] = field(default_factory=dict)
-    renamed_modules: dict[str, str] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.folds) + len(self.bias_folds) + len(self.replaced)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.folds or name in self.replaced
-
-
 def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: ModelLayout) -> MergePlan:
     """The merge plan: every adapter tensor matched to a base weight.
 
@@ -149,13 +133,13 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
     every = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     refusals.unknown_tensors(base, layout)
     sources = {w.name: w for w in base.weights.values() if w.name not in layout.unplaced.recomputed}
-    changes = _Changes()
+    changes = Changes()
     for adapter in every:
         _collect(changes, adapter, layout, sources)
     refusals.combinations(every)
     refusals.changes_outside_the_model(every, (*changes.folds, *changes.bias_folds, *changes.replaced), layout)
     conv1d = {layout.tensor(f"{m}.weight") for m in layout.conv1d}
-    untied, sources = _untie(layout, sources, changes, tie_on_purpose=any(a.ties_weights for a in every))
+    untied, sources = untie(layout, sources, changes, tie_on_purpose=any(a.ties_weights for a in every))
     lost = [n for n in (*changes.folds, *changes.bias_folds, *changes.replaced) if n not in sources]
     if lost:
         of_adapter, of_base = (", ".join(sorted(names)[:3]) for names in (lost, sources))
@@ -193,7 +177,7 @@ def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tu
     return tuple(map(with_role, ops))
 
 
-def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
+def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
     """Add one adapter's folds and replacements under the names of the checkpoint."""
     modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)}
     by_stem = stems(layout.modules(sources))
@@ -222,59 +206,7 @@ def _collect(changes: _Changes, adapter: Adapter, layout: ModelLayout, sources: 
         changes.folds.setdefault(name, []).append(stacked)
 
 
-def _untie(
-    layout: ModelLayout, sources: dict[str, BaseWeight], changes: _Changes, *, tie_on_purpose: bool
-) -> tuple[bool, dict[str, BaseWeight]]:
-    """(whether tied embeddings become two tensors, the sources of the output tensors).
-
-    They become two tensors where the adapter makes them differ.
-    """
-    if layout.tied is None:
-        return False, sources
-    inner, outer = layout.tensor(layout.tied[0]), layout.tied[1]
-    stored = layout.names.get(outer)
-    if stored is not None and stored != inner and stored in sources:
-        sources = {n: w for n, w in sources.items() if n != stored}  # a redundant copy of a tied head
-    if inner not in changes and outer not in changes:
-        return False, sources
-    folds, replaced = changes.folds, changes.replaced
-    if _same_rows(folds.get(inner, []), folds.get(outer, [])) and inner not in replaced and outer not in replaced:
-        folds.pop(outer, None)
-        return False, sources
-    both = inner in replaced and outer in replaced
-    folded = inner in folds or outer in folds
-    same = both and not folded and torch.equal(read_tensor(replaced[inner]), read_tensor(replaced[outer]))
-    if same or tie_on_purpose:
-        if outer in folds:
-            folds.setdefault(inner, folds.pop(outer))
-        if outer in replaced:
-            replaced.setdefault(inner, replaced.pop(outer))
-        return False, sources
-    _share_rows(folds, inner, outer)
-    return True, sources | {outer: sources[inner]}
-
-
-def _share_rows(folds: dict[str, list[Fold]], inner: str, outer: str) -> None:
-    """Give the head the embedding's trained tokens before its own folds: PEFT keeps these rows tied."""
-    shared = [f for f in folds.get(inner, []) if isinstance(f, TrainedTokens)]
-    if shared and not any(isinstance(f, TrainedTokens) for f in folds.get(outer, [])):
-        folds[outer] = [*shared, *folds.get(outer, [])]
-
-
-def _same_rows(inner: list[Fold], outer: list[Fold]) -> bool:
-    """Whether a tied pair changes by trained tokens alone, the same at both ends.
-
-    PEFT keeps these tied.
-    """
-    if len(inner) != 1 or len(outer) > 1:
-        return False
-    (one,), (other,) = inner, outer or inner
-    if not isinstance(one, TrainedTokens) or not isinstance(other, TrainedTokens) or one.indices != other.indices:
-        return False
-    return torch.equal(read_tensor(one.rows), read_tensor(other.rows))
-
-
-def _op(adapters: Sequence[Adapter], changes: _Changes, source: BaseWeight, name: str, *, conv1d: bool) -> Op:
+def _op(adapters: Sequence[Adapter], changes: Changes, source: BaseWeight, name: str, *, conv1d: bool) -> Op:
     """The computation of one output tensor, with checked shapes.
 
     A replacement may have other rows than the base (a resized vocabulary).

@@ -228,6 +228,10 @@ class Quantize(Section):
         default="auto",
         description="dtype the server will run in: of config.json and of the tensors left unquantized.",
     )
+    experts: Literal["auto", "quantize", "skip"] = Field(
+        default="auto",
+        description="A mixture's experts; skip: in 16 bit; auto: so where no server reads them quantized (gpt-oss).",
+    )
     overrides: dict[str, Override] = Field(
         default={}, description="Full module name pattern (fnmatch) -> what differs; the last match wins."
     )

@@ -11,6 +11,7 @@ Only this package, and cli for printing, reads a Recipe.
     positions           windows longer than the positions that a model has
     prepared            the record that prepare returns: sources, merge, quantize, texts
     unknown_ids         refuses texts with tokens that the model has no embedding for
+    served_experts      which experts are quantized: those that some server reads so
     stage_keys          what each stage depends on, as digests
     stage_results       shapes of stored results and events
     merge_stage         the merged checkpoint

@@ -37,7 +37,7 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
-from requant.run import base_precision, dtypes, positions, recipe_texts
+from requant.run import base_precision, dtypes, positions, recipe_texts, served_experts
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
         *config_agreement.lacking_buffers(plan.base, model),
         *_refusing_engines(recipe, quantize_inputs.engines),
     ]
-    warnings += [*_left_fused(single), *([unloadable] if unloadable else [])]
+    warnings += [*quantize_inputs.notes, *([unloadable] if unloadable else [])]
     tokenizer = recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter)
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(single, quantize_inputs.plan.grids), warnings, doing)
@@ -160,12 +160,13 @@ def _single_experts(recipe: Recipe, plan: MergePlan, model: Any) -> Any:
 
 def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:
     """The quantized layout, and which engines load it."""
-    dtype, settings = dtypes.serving_dtype(recipe, plan), quantize_settings(recipe)
+    dtype = dtypes.serving_dtype(recipe, plan)
+    settings, notes = served_experts.settled(recipe, quantize_settings(recipe), model)
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
     engines = tuple(engine_support.judge(layout, model, target) for target in engine_targets.TARGETS.values())
-    return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines)
+    return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines, notes=tuple(notes))
 
 
 def _texts(
@@ -278,14 +279,6 @@ def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ..
     if asked:
         raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
     return [] if recipe.deploy else [f"{name} {says}" for name, says in refusals.items()]
-
-
-def _left_fused(model: Any) -> list[str]:
-    """A warning about expert weights that no Linear stands for."""
-    left = linears.left_fused(model)
-    if not left:
-        return []
-    return [f"{len(left)} fused expert weights stay in 16 bit, e.g. {left[0]}: this family's layout is not split"]
 
 
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:

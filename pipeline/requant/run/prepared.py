@@ -60,13 +60,15 @@ class MergeInputs:
 class QuantizeInputs:
     """What quantize needs.
 
-    dtype: of serving and of unquantized tensors. engines: which of them load the result.
+    dtype: of serving and of unquantized tensors. engines: which of them load the result. notes: what of the experts
+    stays in 16 bit, and why.
     """
 
     plan: Plan
     settings: Settings
     dtype: torch.dtype
     engines: tuple[engine_support.Verdict, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

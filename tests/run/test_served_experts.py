@@ -1,0 +1,68 @@
+"""`requant.run.served_experts`: only experts that some server reads are quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run.test_encoded_bases import project, recipe
+
+from requant.deploy import engine_support
+from requant.modeling.families import EXPERT
+from requant.run import prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """gpt-oss, which no server reads with quantized experts, and a Qwen 3 MoE, which all do."""
+    return {kind: project(tmp_path_factory.mktemp(kind), kind) for kind in ("mxfp4", "experts")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "quantized"),
+    [
+        ("mxfp4", "auto", False),
+        ("mxfp4", "skip", False),
+        ("mxfp4", "quantize", True),
+        ("experts", "auto", True),
+        ("experts", "quantize", True),
+        ("experts", "skip", False),
+    ],
+)
+def test_experts_that_no_server_reads_stay_in_16_bit(
+    bases: dict[str, Path], tmp_path: Path, kind: str, asked: str, quantized: bool
+) -> None:
+    prepared = prepare.prepare(recipe(bases[kind], tmp_path, **{"quantize.experts": asked}))
+    grids = prepared.quantize.plan.grids
+    assert any(EXPERT.fullmatch(n) for n in grids) == quantized
+    assert "model.layers.0.self_attn.q_proj" in grids
+    vllm: Any = next(v for v in prepared.quantize.engines if v.target.name == "vllm")
+    assert ("experts in 16 bit" in vllm.remarks) == (not quantized)
+    refused = [p for p in vllm.problems if "passes over single experts" in p]
+    assert bool(refused) == (kind == "mxfp4" and quantized)
+    said = [w for w in prepared.warnings if "stay in 16 bit, since no server reads those of GptOssForCausalLM" in w]
+    assert len(said) == (kind == "mxfp4" and asked == "auto")
+    assert not said or ("vLLM" in said[0] and "SGLang" in said[0] and "quantize.experts: quantize" in said[0])
+
+
+def test_a_run_without_quantized_experts_is_another_run(bases: dict[str, Path], tmp_path: Path) -> None:
+    """What is left is part of the plan, which the key of the stage is made of."""
+    auto, every = (
+        prepare.prepare(recipe(bases["mxfp4"], tmp_path, **{"quantize.experts": asked})).quantize.plan
+        for asked in ("auto", "quantize")
+    )
+    assert auto.grids.keys() < every.grids.keys()
+    stacked = [s for s in auto.slots if s.name.endswith("experts.gate_up_proj")]
+    assert [len(s.shape) for s in stacked] == [3, 3], "under the one name that servers read in 16 bit"
+
+
+def test_a_class_that_no_server_has_is_no_reason() -> None:
+    from requant.deploy.engine_targets import TARGETS
+
+    class Unheard:
+        pass
+
+    assert engine_support.why_no_experts(Unheard, TARGETS.values()) is None
