@@ -33,7 +33,7 @@ EXCEPTIONS = {  # file -> what it may call, and why
     "peft_runtime.py": {"write_text", "save_file"},  # a temporary directory
     "forecast_merge.py": {"open"},  # a temporary directory
     "tokenizer.py": {"mkdir", "open"},  # a temporary directory
-    "heal_checkpoint.py": {"tempfile.mkdtemp", "shutil.rmtree"},  # a directory that it has just made
+    "artifact.py": {"tempfile.mkdtemp", "shutil.rmtree"},  # a directory that it has just made
 }
 
 

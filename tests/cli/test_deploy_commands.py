@@ -1,4 +1,4 @@
-"""The commands verify and push: output, exit codes, what a run keeps of a verification."""
+"""The commands verify, convert, push: output, exit codes, what a run keeps of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from helpers import e2e
 from helpers.command_line import Here, answers
 from helpers.e2e import edit_json, one_thread
 
+from requant.cli import convert_command
 from requant.deploy.verification import RESULTS
+from requant.formats.registry import FORMATS
 
 
 @pytest.fixture
@@ -102,3 +104,25 @@ def test_a_run_verifies_what_it_wrote(finished: Path) -> None:
     text = (finished / "report.md").read_text()
     assert "## Read back" in text
     assert f"{proof['perplexity']:.4f}" in text
+
+
+def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
+    """A run's checkpoint in another format, verified like the one it was made of."""
+    assert here("convert", str(finished), "--to", "compressed-tensors", "-o", "ct") == 0
+    assert f"{finished} is a run: taking its gptq/" in here.err
+    lines = here.out.splitlines()
+    assert lines[0] == "converted  14 linears, each decodes to exactly what its source does"
+    assert re.fullmatch(r"size       0\.\d MB of tensors, 0\.\d MB before", lines[1])
+    assert lines[-1] == "done: ct"
+    assert (tmp_path / "ct" / "README.md").read_bytes() == (finished / "gptq" / "README.md").read_bytes()
+    assert here("verify", "ct", "--against", str(finished / "merged")) == 0
+    assert here("convert", str(finished), "--to", "compressed-tensors", "-o", "ct") == 2
+    assert here.err.splitlines()[-1] == "error: ct: exists: nothing is overwritten; choose another --out"
+    assert here("convert", str(finished), "--to", "exl3", "-o", "new") == 2
+    assert here.err == "--to exl3: expected one of compressed-tensors, gptq\n"
+    assert here("convert", "nothing", "--to", "gptq", "-o", "new") == 2
+    assert here.err.splitlines()[-1] == "error: nothing: no such model directory"
+
+
+def test_the_command_knows_every_format() -> None:
+    assert sorted(convert_command.TARGETS) == sorted(FORMATS)

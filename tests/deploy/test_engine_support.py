@@ -219,7 +219,7 @@ def test_the_table_is_gptqmodels_own() -> None:
     from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
 
     theirs = {"Marlin": MarlinLinear, "Torch": TorchLinear, "TorchAten": TorchAtenLinear, "Triton": TritonV2Linear}
-    for kernels in engine_targets.TARGETS["gptqmodel"].hardware.values():
+    for kernels in engine_targets.TARGETS["gptqmodel"].formats["gptq"].hardware.values():
         for kernel in kernels:
             own: Any = theirs[kernel.name]
             assert set(kernel.bits) <= set(own.SUPPORTS_BITS)
@@ -247,13 +247,22 @@ def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
     """
     signed = engine_targets.Matrix("m", 128, 128, Grid(4, 64, signed=True))
     plain = engine_targets.Matrix("m", 128, 128, Grid(4, 64))
-    offered = [(t.name, k) for t in engine_targets.TARGETS.values() for kernels in t.hardware.values() for k in kernels]
+    offered = [
+        (t.name, k)
+        for t in engine_targets.TARGETS.values()
+        for loader in t.formats.values()
+        for kernels in loader.hardware.values()
+        for k in kernels
+    ]
     gptqmodel = {
         (name, kernel)
         for name in ("transformers", "gptqmodel")
         for kernel in ("Torch", "TorchAten", "Triton", "Marlin")
     }
-    assert {(n, k.name) for n, k in offered if k.why_not(signed) is None} == gptqmodel | {("vllm", "CPUWNA16")}
+    assert {(n, k.name) for n, k in offered if k.why_not(signed) is None} == gptqmodel | {
+        ("vllm", "CPUWNA16"),
+        ("transformers", "decoded when loaded"),
+    }
     unproven = [k for _, k in offered if k.why_not(plain) is None and not k.signed]
     assert unproven
     assert all(k.why_not(signed) == f"negative scales are not proven in {k.name}" for k in unproven)
@@ -301,3 +310,34 @@ def test_experts_without_a_gate_are_judged_too() -> None:
     plan_of_it = plan(slots, model, Settings(grid=Grid(4, 32)), torch.bfloat16, where=Path("here"))
     got = engine_support.judge(plan_of_it, model, engine_targets.TARGETS["vllm"])
     assert got.kernels["Hopper"]["MoeWNA16"] == 1, "64 inputs"
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "kernels", "lacking"),
+    [
+        ("vllm", Grid(4, 64), {"Hopper": "Machete", "CPU": "CPUWNA16"}, set()),
+        ("vllm", Grid(4, 32, symmetric=False), {"Hopper": "Marlin", "CPU": "CPUWNA16"}, set()),
+        ("vllm", Grid(8, 64, symmetric=False), {"other NVIDIA GPU": "Humming (where installed)"}, {"CPU"}),
+        ("vllm", Grid(3, 64), {"Hopper": "Humming (where installed)"}, {"CPU"}),
+        ("sglang", Grid(4, 64, symmetric=False), {"NVIDIA GPU from Ampere on": "Marlin"}, set()),
+        ("transformers", Grid(2, 32, symmetric=False), {"any device": "decoded when loaded"}, set()),
+    ],
+)
+def test_compressed_tensors_carries_what_gptq_does_not(
+    name: engine_targets.Name, grid: Grid, kernels: dict[str, str], lacking: set[str]
+) -> None:
+    got = verdict(name, "llama", Settings(grid=grid, format="compressed-tensors"), **LLAMA)
+    assert got.loads, got.problems
+    assert {where: next(iter(got.kernels[where])) for where in kernels} == kernels
+    assert set(got.lacking) == lacking
+
+
+def test_what_engines_refuse_of_compressed_tensors() -> None:
+    grids = (("*.down_proj", {"bits": 8}),)
+    three = Settings(grid=Grid(3, 64), format="compressed-tensors")
+    assert verdict("sglang", "llama", three, **LLAMA).problems[0].endswith("no 3-bit weights")
+    mixed = Settings(grid=Grid(4, 64), overrides=grids, format="compressed-tensors")
+    assert verdict("transformers", "llama", mixed, **LLAMA).loads
+    with_zeros = replace(mixed, grid=Grid(4, 64, symmetric=False))
+    assert "takes the first settings for every module" in str(verdict("transformers", "llama", with_zeros, **LLAMA))
+    assert verdict("gptqmodel", "llama", mixed, **LLAMA).problems == ("it reads gptq, not compressed-tensors",)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from requant import deploy
 from requant.deploy import engine_processes, engine_support, engine_targets, tensor_parallel
+from requant.deploy.conversion import convert
 from requant.deploy.own_scores import SAMPLE
 from requant.evaluate import variants
 from requant.heal.settings import HealSettings
@@ -71,6 +72,23 @@ def test_vllm_reads_our_numbers(source: Path, tmp_path: Path, grid: Grid) -> Non
     row = done.engines[0]
     assert row["dtype"] == "bfloat16"
     assert row["kernels"], "packed layers, not plain ones"
+    assert abs(row["difference"]) < engine_processes.TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "overrides"),
+    [(Grid(4, 64), (("*.layers.0.*", {"group_size": 32}),)), (Grid(4, 64, symmetric=False), (("*.layers.0.*", None),))],
+    ids=["groups of two sizes", "asymmetric beside 16 bit"],
+)
+def test_vllm_reads_the_same_numbers_as_compressed_tensors(
+    source: Path, tmp_path: Path, grid: Grid, overrides: tuple[Any, ...]
+) -> None:
+    pico.packed(source, tmp_path / "gptq", grid, dtype=torch.bfloat16, overrides=overrides)
+    convert(tmp_path / "gptq", tmp_path / "ct", "compressed-tensors")
+    done = deploy.verify(tmp_path / "ct", source=source, load_in=["vllm"])
+    assert done.ok, done.message()
+    row = done.engines[0]
+    assert row["kernels"] == ["CompressedTensorsLinearMethod/CPUWNA16LinearKernel"]
     assert abs(row["difference"]) < engine_processes.TOLERANCE["bfloat16"]
 
 
@@ -184,7 +202,7 @@ print("ANSWERS", json.dumps(answers))
 def test_the_table_of_parts_is_vllms_own() -> None:
     """Every split of these matrices by inputs: our rule and kernels against vLLM's kernels."""
     asked, ours = [], []
-    offered = {k.name: k for k in engine_targets.TARGETS["vllm"].hardware["Hopper"]}
+    offered = {k.name: k for k in engine_targets.TARGETS["vllm"].formats["gptq"].hardware["Hopper"]}
     marlin, machete = offered["Marlin"], offered["Machete"]
     for columns in (256, 576, 1536, 4096, 13824):
         for group in (-1, 32, 64, 128):

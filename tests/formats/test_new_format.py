@@ -24,7 +24,9 @@ SUFFIXES = ("codes", "step", "middle")
 MODULE = "model.layers.1.mlp.down_proj"
 
 
-def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def shapes(
+    rows: int, columns: int, bits: int, group_size: int, *, symmetric: bool = True
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     groups = columns // group_size
     return {
         "codes": ((rows, columns), torch.uint8),
@@ -33,7 +35,7 @@ def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tup
     }
 
 
-def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
+def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = True) -> dict[str, Tensor]:
     return {"codes": codes, "step": scale, "middle": zero}
 
 
@@ -121,6 +123,7 @@ class PlainChecks:
 
 
 PLAIN = QuantizedFormat(
+    name="plain",
     suffixes=SUFFIXES,
     codes="codes",
     shapes=shapes,

@@ -22,9 +22,11 @@ from requant.numerics.grid import Grid
 def test_a_layout_packs_what_its_shapes_say_and_recognises_its_config(layout: QuantizedFormat) -> None:
     codes = torch.arange(64 * 64).reshape(64, 64).to(torch.uint8) % 16
     scale, zero = torch.full((64, 2), 0.5), torch.full((64, 2), 8.0)
-    tensors = layout.pack(codes, scale, zero, 4)
+    for symmetric in (True, False):
+        tensors = layout.pack(codes, scale, zero, 4, symmetric=symmetric)
+        named = {s: (tuple(t.shape), t.dtype) for s, t in tensors.items()}
+        assert named == dict(layout.shapes(64, 64, 4, 32, symmetric=symmetric))
     assert tuple(tensors) == layout.suffixes
-    assert {s: (tuple(t.shape), t.dtype) for s, t in tensors.items()} == dict(layout.shapes(64, 64, 4, 32))
     assert torch.equal(layout.unpack(tensors, 4)[0], codes)
     assert torch.equal(layout.dequantize(tensors, 4), (codes.float() - 8) * 0.5)
     config = layout.config(bits=4, group_size=32, symmetric=True, damp=0.1, overrides={}, quantized=(), meta={})
@@ -117,5 +119,5 @@ def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, m
     assert opened == [tmp_path / "out"]
     config["quantization_config"]["quant_method"] = "awq"
     file.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="quant_method is 'awq', expected 'gptq' or 'sparse'"):
+    with pytest.raises(InputError, match="quant_method is 'awq', expected 'gptq' or 'compressed-tensors' or 'sparse'"):
         open_quantized(tmp_path / "out")

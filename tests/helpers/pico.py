@@ -21,7 +21,6 @@ from requant import merge
 from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
-from requant.formats import gptq as gptq_format
 from requant.merge import selftest
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
@@ -233,21 +232,23 @@ def linears(made: nn.Module) -> list[str]:
 
 
 def packed(source: Path, out: Path, grid: Grid, *, dtype: torch.dtype = torch.float16, **options: Any) -> layout.Plan:
-    """A GPTQ checkpoint of a saved model, rounded to nearest: real files without calibration."""
+    """A GPTQ checkpoint, or one of another `format`, of a saved model, rounded to nearest: without calibration."""
     checkpoint = Checkpoint(source)
     made = skeleton.open_model(source)
-    settings = layout.Settings(grid=grid, overrides=options.pop("overrides", ()))
+    settings = layout.Settings(grid=grid, overrides=options.pop("overrides", ()), format=options.pop("format", "gptq"))
     planned = layout.plan(checkpoint, made, settings, dtype, where=source)
-    names = skeleton.tensor_names(made, checkpoint)
+    names, transposed = skeleton.tensor_names(made, checkpoint), skeleton.conv1d_modules(made)
     out.mkdir(exist_ok=True)
     with CheckpointWriter(out, planned.slots, **options) as writer:
         slots = {s.name: s for s in planned.slots}
         for module, own in planned.grids.items():
             stored = names[f"{module}.weight"]
             weight = checkpoint.read(stored).float()
+            weight = weight.T.contiguous() if module in transposed else weight
             scales = find_scales(weight, torch.ones(weight.shape[1]), own)
             codes = round_to_grid(weight, scales, own)
-            for suffix, tensor in gptq_format.pack(codes, scales.scale, scales.zero, own.bits).items():
+            parts = planned.format.pack(codes, scales.scale, scales.zero, own.bits, symmetric=own.symmetric)
+            for suffix, tensor in parts.items():
                 writer.write(f"{stored.removesuffix('weight')}{suffix}", tensor)
         for name in set(slots) & set(checkpoint):
             writer.write(name, checkpoint.read(name).to(slots[name].dtype))

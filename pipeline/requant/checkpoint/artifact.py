@@ -7,7 +7,11 @@ sizes and digests, then the directory is renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +110,32 @@ def put_in_place(made: Path, out: Path) -> None:
     sync_all(files_of(made))
     with writing(out):
         whole_files.move(made, out)
+
+
+def require_new(out: Path) -> None:
+    """Raise InputError when `out` exists or cannot be made."""
+    if os.path.lexists(out):
+        raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out`; its `out` gets the name `out` when the block ends without an error.
+
+    Raises InputError when `out` exists or cannot be made, before the block and after it.
+    """
+    require_new(out)
+    with writing(out):
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent))
+    try:
+        make_directory(partial / "out")
+        yield partial
+        require_new(out)  # somebody may have made it meanwhile
+        put_in_place(partial / "out", out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

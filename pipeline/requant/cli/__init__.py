@@ -6,6 +6,7 @@
     text_view         documents as the model will see them, what is scored marked
     report_commands   gate, compare: commands that need finished reports only
     deploy_commands   verify, push
+    convert_command   convert
     run_paths         a run's directory in place of a recipe, a report or a checkpoint
     exit_codes        what each exit code means, for the help texts
     outputs           files that a command line asks for, the standard streams

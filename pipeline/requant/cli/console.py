@@ -21,7 +21,7 @@ else:
 
 PLAIN_EVERY = 15.0  # seconds between plain lines, also where nothing is counted
 BAR = 16  # characters
-UNITS = {"merge": "tensors", "quantize": "blocks", "evaluate": "windows", "suggest": "measurements"}
+UNITS = {"merge": "tensors", "quantize": "blocks", "evaluate": "windows", "suggest": "measurements", "convert": "steps"}
 """What the steps of a stage are; the notes of heal name theirs, which depend on how it heals."""
 
 

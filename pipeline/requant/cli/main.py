@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from requant import __version__
-from requant.cli import deploy_commands, exit_codes, init_command, outputs, report_commands, run_paths
+from requant.cli import convert_command, deploy_commands, exit_codes, init_command, outputs, report_commands, run_paths
 from requant.cli.report_commands import Junit
 from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError, bounded
@@ -262,6 +262,9 @@ def report(
 app.command(
     epilog=exit_codes.epilog(exit_codes.WORK, {0: "nothing is wrong", 1: "something is wrong with the checkpoint"})
 )(deploy_commands.verify)
+app.command(epilog=exit_codes.epilog(exit_codes.WORK, {1: "what was converted does not decode to its source"}))(
+    convert_command.convert
+)
 app.command(epilog=exit_codes.epilog(exit_codes.WORK, {1: "the checkpoint is wrong, or the connection broke"}))(
     deploy_commands.push
 )

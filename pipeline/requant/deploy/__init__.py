@@ -1,6 +1,7 @@
 """Deploy: verify the written checkpoint, load it in real engines, upload it.
 
     stage                              verify(checkpoint, ...): all checks of a written checkpoint   <- start here
+    conversion, conversion_plan        convert(checkpoint, out, to): the same codes in another layout
     verification                       the result: findings, sizes, scores; saved beside a run
     check_headers                      configs and headers against the format and the model
     check_tensors                      values: scales, zero points, codes, NaN

@@ -34,14 +34,16 @@ class HeaderCheck:
     """Findings about the headers, and what later checks need of them.
 
     model: skeleton on the meta device. declared: the `quantization_config`. layout: the format that it describes; None:
-    unknown. packed: stored stem -> its packing, of linears whose stored tensors have the right headers.
-    transposed: stems whose 16-bit weight is stored [in, out]. unplaced: tensors that are no parameter of the model.
+    unknown. usable: whether the config says enough to check the tensors. packed: stored stem -> its packing, of linears
+    whose stored tensors have the right headers. transposed: stems whose 16-bit weight is stored [in, out]. unplaced:
+    tensors that are no parameter of the model.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     declared: Mapping[str, Any]
     layout: QuantizedFormat | None
+    usable: bool = False
     packed: dict[str, Packing] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     expected_bytes: int = 0
@@ -54,7 +56,14 @@ class HeaderCheck:
     @property
     def packed_names(self) -> list[str]:
         """Names of the stored tensors of `packed`."""
-        return [f"{stem}.{suffix}" for stem in self.packed for suffix in (self.layout.suffixes if self.layout else ())]
+        if self.layout is None:
+            return []
+        return [f"{stem}.{suffix}" for stem, own in self.packed.items() for suffix in stored_shapes(self.layout, own)]
+
+
+def stored_shapes(layout: QuantizedFormat, packing: Packing) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Suffix -> shape and dtype of one linear's tensors. Raises PackError when the config cannot be meant."""
+    return layout.shapes(packing.rows, packing.columns, packing.bits, packing.group_size, symmetric=packing.symmetric)
 
 
 def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
@@ -63,6 +72,16 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
     Raises:
         InputError: one of them cannot be read.
     """
+    headers = check_weights(path, trust_remote_code=trust_remote_code)
+    if headers.usable:
+        headers.findings += _small_files(path, headers.checkpoint.config)
+        headers.findings += _tokenizer(path, headers.model)
+        skeleton.check_generation_config(path)
+    return headers
+
+
+def check_weights(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
+    """`check` of the weights alone: their headers, the index and the quantization config."""
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     model = skeleton.open_model(path, trust_remote_code=trust_remote_code)
@@ -73,14 +92,11 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
         reason = f"{not_recognised(declared)}: servers would load it as something else"
         headers.report("config.json: quantization_config", reason)
         return headers
-    if not _config_is_usable(headers, layout):
-        return headers
-    _tensors(headers, layout, layout.rules(declared))
-    _index(headers, path)
-    headers.findings += layout.checks.files(path, declared)
-    headers.findings += _small_files(path, config)
-    headers.findings += _tokenizer(path, model)
-    skeleton.check_generation_config(path)
+    headers.usable = _config_is_usable(headers, layout)
+    if headers.usable:
+        _tensors(headers, layout, layout.rules(declared))
+        _index(headers, path)
+        headers.findings += layout.checks.files(path, declared)
     return headers
 
 
@@ -156,7 +172,7 @@ def _packed(headers: HeaderCheck, layout: QuantizedFormat, stem: str, packing: P
     """Check one quantized linear's tensors; returns the names that belong to it."""
     names = {suffix: f"{stem}.{suffix}" for suffix in layout.suffixes}
     try:
-        shapes = layout.shapes(packing.rows, packing.columns, packing.bits, packing.group_size)
+        shapes = stored_shapes(layout, packing)
     except PackError as error:
         headers.report(names[layout.codes], f"the config cannot be meant: {error}")
         return set(names.values())
@@ -171,7 +187,7 @@ def _packed(headers: HeaderCheck, layout: QuantizedFormat, stem: str, packing: P
             headers.report(names[suffix], reason)
     if len(headers.findings) == before:
         headers.packed[stem] = packing
-    return set(names.values())
+    return {names[suffix] for suffix in shapes}
 
 
 def _unquantized(headers: HeaderCheck, name: str, shape: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy.check_headers import HeaderCheck
+from requant.errors import InputError
 from requant.formats.quantized_format import Finding, QuantizedFormat
 from requant.numerics.solution import checksum
 from requant.quantize.module_results import ModuleRow
@@ -88,7 +89,12 @@ def _quantized(
     """Check and decode every linear of `headers.packed`."""
     reader = layout.reader(headers.checkpoint)
     for stem, packing in headers.packed.items():
-        tensors = reader.tensors(f"{stem}.weight", device)
+        try:
+            tensors = reader.tensors(f"{stem}.weight", device)
+        except InputError as error:  # what is stored beside the codes contradicts their headers
+            reason = str(error).removeprefix(f"{headers.checkpoint.path}: ")
+            result.findings.append(Finding(f"{stem}.{layout.codes}", reason))
+            continue
         decoded = reader.decode(tensors)
         wrong = list(layout.checks.values(stem, tensors, packing, reader))
         result.findings += wrong

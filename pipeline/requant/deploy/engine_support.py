@@ -1,4 +1,4 @@
-"""Engine support: which engines load a GPTQ checkpoint, with which kernels, and why not.
+"""Engine support: which engines load a quantized checkpoint, with which kernels, why not.
 
 One table, read off the engines' sources, judges a plan before any weight is read. As in the engines, the first kernel
 of a list that fits the matrix is used.
@@ -26,14 +26,16 @@ _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.la
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One engine's verdict on a plan. problems: why it does not load it; empty: it does.
+    """One engine's verdict on a plan.
 
-    remarks: how it runs the model, where not by a class of its own with everything quantized.
-    kernels: hardware -> kernel -> number of matrices. lacking: hardware -> why no kernel fits.
-    parallel: number of GPUs -> why they cannot split every matrix, None when they can; empty: not checked.
+    source: where the rules were read. problems: why it does not load it; empty: it does. remarks: how it runs the
+    model, where not by a class of its own with everything quantized. kernels: hardware -> kernel -> number of matrices.
+    lacking: hardware -> why no kernel fits. parallel: number of GPUs -> why they cannot split every matrix, None when
+    they can; empty: not checked.
     """
 
     target: Target
+    source: str
     problems: tuple[str, ...]
     kernels: Mapping[str, Mapping[str, int]]
     lacking: Mapping[str, str]
@@ -62,13 +64,16 @@ class Verdict:
 
 def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     """Whether and with which kernels `target` loads the checkpoint of `plan`."""
+    loader = target.formats.get(plan.format.name)
+    if loader is None:
+        return _reads_no_such_format(plan, target)
     found = traits(plan, model)
     problems, remarks = _by_class(plan, type(model), target)
-    problems += [text.format(found[t]) for t, text in target.refuses.items() if t in found]
+    problems += [text.format(found[t]) for t, text in loader.refuses.items() if t in found]
     matrices = list(_matrices(plan, model, fused=target.fuses))
     kernels: dict[str, Mapping[str, int]] = {}
     lacking: dict[str, str] = {}
-    for where, offered in target.hardware.items():
+    for where, offered in loader.hardware.items():
         chosen, why = _choose(offered, matrices)
         if why:
             lacking[where] = why
@@ -76,18 +81,27 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
             kernels[where] = chosen
     if not kernels:
         problems += list(dict.fromkeys(lacking.values()))
-    gpus = [offered for where, offered in target.hardware.items() if where in kernels and not where.startswith("CPU")]
+    gpus = [offered for where, offered in loader.hardware.items() if where in kernels and not where.startswith("CPU")]
     parallel = (
         {n: _why_not_parallel(plan, model, gpus, n) for n in tensor_parallel.DEGREES} if target.fuses and gpus else {}
     )
     return Verdict(
         target=target,
+        source=loader.source,
         problems=tuple(problems),
         kernels=kernels,
         lacking=lacking,
         parallel=parallel,
         remarks=tuple(remarks),
     )
+
+
+def _reads_no_such_format(plan: Plan, target: Target) -> Verdict:
+    """The verdict of an engine that does not know the plan's format."""
+    name, known = plan.format.name, " and ".join(target.formats)
+    source = next(iter(target.formats.values())).source
+    problem = f"it reads {known}, not {name}"
+    return Verdict(target=target, source=source, problems=(problem,), kernels={}, lacking={})
 
 
 def _by_class(plan: Plan, model_class: type, target: Target) -> tuple[list[str], list[str]]:
@@ -164,6 +178,7 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         "renamed": _renamed(plan, model),
         "fused gate_up": [n for n in modules if n.endswith(".gate_up_proj")],
         "overrides": rarest if len(by_grid) > 1 else [],
+        "asymmetric overrides": rarest if len(by_grid) > 1 and not all(symmetric for *_, symmetric in by_grid) else [],
         "skipped in some blocks": plan.partly_left,
         "unlike fused parts": [
             f"the parts of {fused}" for fused, _, same in _groups(plan) if not same and ".experts." not in fused

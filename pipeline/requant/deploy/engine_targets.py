@@ -6,7 +6,7 @@ Read off the engines' sources, which each entry names. `engine_support` holds a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from requant.deploy.engine_classes import SGLANG, VLLM, Registry
@@ -21,6 +21,7 @@ Trait = Literal[
     "renamed",
     "fused gate_up",
     "overrides",
+    "asymmetric overrides",
     "skipped in some blocks",
     "unlike fused parts",
     "unlike experts",
@@ -63,23 +64,36 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One engine. hardware: device kind -> kernels in the order they are tried.
+class Loader:
+    """How one engine loads one format.
 
-    refuses: trait -> what goes wrong. classes: the model classes that it has; None: it runs transformers' own.
+    source: where that was read. hardware: device kind -> kernels in the order they are tried. refuses: trait -> what
+    goes wrong.
+    """
+
+    source: str
+    hardware: Mapping[str, tuple[Kernel, ...]]
+    refuses: Mapping[Trait, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One engine. formats: name of a format -> how it loads it.
+
+    fuses: whether it fuses linears with the same input. classes: the model classes that it has; None: it runs
+    transformers' own.
     """
 
     name: Name
-    source: str
     fuses: bool
-    hardware: Mapping[str, tuple[Kernel, ...]]
-    refuses: Mapping[Trait, str]
+    formats: Mapping[str, Loader]
     classes: Registry | None = None
 
 
-_MOE_MARLIN = Kernel(name="Marlin MoE", inputs=128, experts=True)
 _PARTS = "{} differ in their settings, and it fuses them"
+_ALIKE: Mapping[Trait, str] = {"unlike fused parts": _PARTS, "unlike experts": _PARTS}
 _TORCH = (Kernel(name="Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
+_MOE_MARLIN = Kernel(name="Marlin MoE", inputs=128, experts=True)
 _GPTQMODEL = {
     "NVIDIA GPU": (
         Kernel(name="Marlin", signed=True),
@@ -88,72 +102,118 @@ _GPTQMODEL = {
     ),
     "CPU": (Kernel(name="TorchAten", bits=(4,), groups=(32, 64, 128), symmetric=False, signed=True), *_TORCH),
 }
+_MACHETE = Kernel(name="Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False)
+_VLLM_GPTQ = {
+    "Hopper": (_MACHETE, Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True)),
+    "other NVIDIA GPU": (Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True)),
+    "CPU": (
+        Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
+        Kernel(name="CPU MoE (needs AMX)", bits=(4,), experts=True),
+    ),
+}
+_VLLM_PACKED_GPU = (
+    Kernel(name="Marlin", experts=False),
+    Kernel(name="Marlin", bits=(4,), symmetric=False, experts=False),
+    _MOE_MARLIN,
+    Kernel(name="Humming (where installed)", bits=(2, 3, 4, 8), symmetric=False, experts=False),
+)
+_VLLM_PACKED = {
+    "Hopper": (replace(_MACHETE, symmetric=False), *_VLLM_PACKED_GPU),
+    "other NVIDIA GPU": _VLLM_PACKED_GPU,
+    "CPU": (Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, symmetric=False, experts=False, signed=True),),
+}
+_SGLANG_MARLIN = Kernel(name="Marlin", inputs=128, outputs=64, experts=False)
 TARGETS: Mapping[Name, Target] = {
     t.name: t
     for t in (
         Target(
             name="vllm",
-            source="vLLM 0.32.0, read 2026-11-29: quantization/auto_gptq.py, utils/marlin_utils.py, "
-            "kernels/linear/mixed_precision",
             fuses=True,
-            hardware={
-                "Hopper": (
-                    Kernel(name="Machete", groups=(-1, 64, 128), inputs=64, outputs=128, experts=False),
-                    Kernel(name="Marlin", experts=False),
-                    _MOE_MARLIN,
-                    Kernel(name="MoeWNA16", experts=True),
+            formats={
+                "gptq": Loader(
+                    source="vLLM 0.32.0, read 2026-11-29: quantization/auto_gptq.py, utils/marlin_utils.py, "
+                    "kernels/linear/mixed_precision",
+                    hardware=_VLLM_GPTQ,
+                    refuses=_ALIKE,
                 ),
-                "other NVIDIA GPU": (
-                    Kernel(name="Marlin", experts=False),
-                    _MOE_MARLIN,
-                    Kernel(name="MoeWNA16", experts=True),
-                ),
-                "CPU": (
-                    Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),
-                    Kernel(name="CPU MoE (needs AMX)", bits=(4,), experts=True),
+                "compressed-tensors": Loader(
+                    source="vLLM 0.32.0, read 2026-11-29: quantization/compressed_tensors, "
+                    "kernels/linear/mixed_precision, fused_moe/oracle/int_wna16.py",
+                    hardware=_VLLM_PACKED,
+                    refuses=_ALIKE,
                 ),
             },
-            refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
             classes=VLLM,
         ),
         Target(
             name="sglang",
-            source="SGLang 0.5.23, read 2026-11-29: layers/quantization/gptq (schemes), marlin_utils.py",
             fuses=True,
-            hardware={
-                "NVIDIA GPU from Ampere on": (
-                    Kernel(name="Marlin", inputs=128, outputs=64, experts=False),
-                    Kernel(name="Marlin MoE", inputs=128, outputs=64, experts=True),
+            formats={
+                "gptq": Loader(
+                    source="SGLang 0.5.23, read 2026-11-29: layers/quantization/gptq (schemes), marlin_utils.py",
+                    hardware={
+                        "NVIDIA GPU from Ampere on": (
+                            _SGLANG_MARLIN,
+                            replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True),
+                        ),
+                        "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
+                    },
+                    refuses=_ALIKE,
                 ),
-                "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
+                "compressed-tensors": Loader(
+                    source="SGLang 0.5.23, read 2026-11-29: layers/quantization/compressed_tensors/schemes",
+                    hardware={
+                        "NVIDIA GPU from Ampere on": (
+                            replace(_SGLANG_MARLIN, symmetric=False),
+                            replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True),
+                        ),
+                    },
+                    refuses=_ALIKE,
+                ),
             },
-            refuses={"unlike fused parts": _PARTS, "unlike experts": _PARTS},
             classes=SGLANG,
         ),
         Target(
             name="transformers",
-            source="transformers 5.23 with optimum 2.3 (gptq/quantizer.py) and gptqmodel 7.7",
             fuses=False,
-            hardware=_GPTQMODEL,
-            refuses={
-                "conv1d": "it cannot make Conv1D layers ({}) quantized ones; gptqmodel's own loader can",
-                "linear-like": "it passes over {}, so that their weights would be random; "
-                "gptqmodel's own loader does not",
-                "experts": "it keeps experts fused, so that their weights would be random; "
-                "gptqmodel's own loader does not",
-                "overrides": "it ignores settings of single modules ({})",
-                "skipped in some blocks": "{} stays in 16 bit in some blocks only",
-                "blocks elsewhere": "it does not look for blocks in {}",
+            formats={
+                "gptq": Loader(
+                    source="transformers 5.23 with optimum 2.3 (gptq/quantizer.py) and gptqmodel 7.7",
+                    hardware=_GPTQMODEL,
+                    refuses={
+                        "conv1d": "it cannot make Conv1D layers ({}) quantized ones; gptqmodel's own loader can",
+                        "linear-like": "it passes over {}, so that their weights would be random; "
+                        "gptqmodel's own loader does not",
+                        "experts": "it keeps experts fused, so that their weights would be random; "
+                        "gptqmodel's own loader does not",
+                        "overrides": "it ignores settings of single modules ({})",
+                        "skipped in some blocks": "{} stays in 16 bit in some blocks only",
+                        "blocks elsewhere": "it does not look for blocks in {}",
+                    },
+                ),
+                "compressed-tensors": Loader(
+                    source="transformers 5.23 with compressed-tensors 0.20.1 (quantization/lifecycle/apply.py)",
+                    hardware={"any device": (replace(_TORCH[0], name="decoded when loaded"),)},
+                    refuses={
+                        "conv1d": "it cannot make Conv1D layers ({}) quantized ones",
+                        "linear-like": "it passes over {}, so that their weights would be random",
+                        "asymmetric overrides": "with zero points ({}) it takes the first settings for every module",
+                    },
+                ),
             },
         ),
         Target(
             name="gptqmodel",
-            source="gptqmodel 7.7: GPTQModel.load, models/definitions",
             fuses=False,
-            hardware=_GPTQMODEL,
-            refuses={
-                "renamed": "it looks for {}, which the original checkpoint, and so ours, calls otherwise",
-                "fused gate_up": "it splits {} before it looks for its weights; transformers loads them",
+            formats={
+                "gptq": Loader(
+                    source="gptqmodel 7.7: GPTQModel.load, models/definitions",
+                    hardware=_GPTQMODEL,
+                    refuses={
+                        "renamed": "it looks for {}, which the original checkpoint, and so ours, calls otherwise",
+                        "fused gate_up": "it splits {} before it looks for its weights; transformers loads them",
+                    },
+                ),
             },
         ),
     )

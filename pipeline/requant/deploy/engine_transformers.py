@@ -1,9 +1,9 @@
-"""Engine script: load a GPTQ checkpoint with transformers, score, generate.
+"""Engine script: load a quantized checkpoint with transformers, score, generate.
 
     python engine_transformers.py < request.json       (started by `engine_processes`)
 
-It needs transformers, gptqmodel and optimum. It imports nothing of ours and is a process of its own: gptqmodel patches
-what it imports and compiles kernels.
+It needs transformers, and gptqmodel with optimum, or compressed-tensors. It imports nothing of ours and is a process of
+its own: gptqmodel patches what it imports and compiles kernels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ def load(request: dict[str, Any]) -> Any:
     import transformers
 
     options: dict[str, Any] = {"dtype": getattr(torch, request["dtype"]), "device_map": {"": request["device"]}}
+    declared = quantization_of(request["path"])
     if request.get("backend"):
-        with open(os.path.join(request["path"], "config.json"), encoding="utf-8") as file:
-            bits = json.load(file)["quantization_config"]["bits"]
-        options["quantization_config"] = transformers.GPTQConfig(bits=bits, backend=request["backend"])
+        options["quantization_config"] = transformers.GPTQConfig(bits=declared["bits"], backend=request["backend"])
+    if needs_dequantize(declared):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         request["path"], output_loading_info=True, trust_remote_code=request["trust_remote_code"], **options
     )
@@ -33,6 +34,22 @@ def load(request: dict[str, Any]) -> Any:
     if lost:
         raise RuntimeError(f"transformers reports {lost}")
     return model.eval()
+
+
+def quantization_of(path: str) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint; an empty one for a model in 16 bit."""
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        declared: dict[str, Any] = json.load(file).get("quantization_config") or {}
+    return declared
+
+
+def needs_dequantize(declared: dict[str, Any]) -> bool:
+    """Whether transformers 5.23 loads a checkpoint only if it may decode it while loading.
+
+    Otherwise it expects zero points that are not packed. Decoding so, it knows one config group alone.
+    """
+    groups = list((declared.get("config_groups") or {}).values())
+    return len(groups) == 1 and not groups[0]["weights"]["symmetric"]
 
 
 def score(model: Any, rows: list[list[int]]) -> list[list[float]]:
@@ -51,7 +68,9 @@ def score(model: Any, rows: list[list[int]]) -> list[list[float]]:
 
 def kernels(model: Any) -> list[str]:
     """Class names of the modules that hold packed weights."""
-    return sorted({type(m).__name__ for m in model.modules() if hasattr(m, "qweight") and hasattr(m, "scales")})
+    ways = ({"weight_packed"}, {"qweight", "scales"})
+    packed = (m for m in model.modules() if any(all(hasattr(m, name) for name in way) for way in ways))
+    return sorted({type(m).__name__ for m in packed})
 
 
 def speed(model: Any, request: dict[str, Any]) -> dict[str, float]:
@@ -102,9 +121,9 @@ def main() -> None:
     answer["generated"] = made[0, ids.shape[1] :].tolist()
     if request.get("speed"):
         answer["speed"] = speed(model, request)
-    names = ("transformers", "gptqmodel", "optimum", "torch")
-    packed = bool(answer["kernels"])
-    answer["versions"] = {n: version(n) for n in names if packed or n in ("transformers", "torch")}
+    readers = {"gptq": ("gptqmodel", "optimum"), "compressed-tensors": ("compressed-tensors",)}
+    method = quantization_of(request["path"]).get("quant_method", "")
+    answer["versions"] = {n: version(n) for n in ("transformers", "torch", *readers.get(method, ()))}
     print("RESULT " + json.dumps(answer))
 
 

@@ -1,4 +1,4 @@
-"""Engine script: load a GPTQ checkpoint in vLLM, score, generate.
+"""Engine script: load a quantized checkpoint in vLLM, score, generate.
 
     python engine_vllm.py < request.json       (started by `engine_processes` in the interpreter that has vLLM)
 
@@ -18,11 +18,12 @@ from typing import Any
 def kernels(model: Any) -> list[str]:
     """Class names of the methods (and their kernels) that multiply packed weights."""
     found = set()
+    # GPTQ's name, compressed-tensors' name, and both with what stands before them for the experts of a layer
+    packed = ("qweight", "weight_packed", "w13_qweight", "w13_weight_packed")
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        packed = hasattr(module, "qweight") or hasattr(module, "w13_qweight")  # the latter: experts of a layer
-        if packed and method is not None:
-            kernel = getattr(method, "kernel", None)
+        if method is not None and any(hasattr(module, name) for name in packed):
+            kernel = getattr(getattr(module, "scheme", method), "kernel", None)
             found.add(type(method).__name__ + (f"/{type(kernel).__name__}" if kernel is not None else ""))
     return sorted(found)
 

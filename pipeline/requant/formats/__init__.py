@@ -5,6 +5,11 @@
     gptq               GPTQ v1 and v2: pack, unpack, config, rules
     gptq_reader        a GPTQ checkpoint by the names of a 16-bit one
     gptq_checks        config, headers and values of a GPTQ checkpoint, for `verify`
+    compressed_tensors, compressed_tensors_reader, compressed_tensors_checks
+                       the same of compressed-tensors' packed integers
+    bit_stream         codes in 32-bit words, as both hold them
+    stored_reader      what the readers share
+    stored_checks      what the checks share
 
 May import: errors, runtime, checkpoint.
 """

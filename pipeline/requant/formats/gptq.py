@@ -15,33 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.formats.quantized_format import PackError, Packing
+from requant.formats.bit_stream import WORD, check_whole, exact_scales, fitting_groups, pack_rows, unpack_rows
+from requant.formats.quantized_format import Packing, weights
 
-BITS = (2, 3, 4, 8)
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
 CONFIG_FILE = "quantize_config.json"
-_WORD = 32
 
 
-def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor for a weight [rows (out), columns (in)].
+def shapes(
+    rows: int, columns: int, bits: int, group_size: int, *, symmetric: bool = True
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor for a weight [rows (out), columns (in)], symmetric or not.
 
     Raises PackError when it cannot be packed.
     """
-    group = columns if group_size == -1 else group_size
-    if columns % group:
-        fits = [g for g in (128, 64, 32) if columns % g == 0]
-        raise PackError(
-            f"group_size {group_size} does not divide its {columns} inputs; use {' or '.join(map(str, [*fits, -1]))}"
-        )
-    if columns % _WORD or rows % _WORD:
-        raise PackError(
-            f"its shape [{rows}, {columns}] is not a multiple of {_WORD} both ways; skip it with an override"
-        )
+    group = fitting_groups(rows, columns, group_size)
     return {
-        "qweight": ((columns * bits // _WORD, rows), torch.int32),
-        "qzeros": ((columns // group, rows * bits // _WORD), torch.int32),
+        "qweight": ((columns * bits // WORD, rows), torch.int32),
+        "qzeros": ((columns // group, rows * bits // WORD), torch.int32),
         "scales": ((columns // group, rows), torch.float16),
         "g_idx": ((columns,), torch.int32),
     }
@@ -49,7 +41,7 @@ def shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, tup
 
 def bits_of(qweight: Sequence[int], columns: int) -> int:
     """Bits a code has, from the shape of `qweight` [in*bits/32, out] and the number of inputs."""
-    return _WORD * qweight[0] // columns
+    return WORD * qweight[0] // columns
 
 
 def recognise(config: Mapping[str, Any]) -> bool:
@@ -62,79 +54,16 @@ def is_v2(config: Mapping[str, Any]) -> bool:
     return config.get("checkpoint_format") == "gptq_v2"
 
 
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes down each column as a stream of bits.
-
-    codes [n, m] of any dtype, whole numbers in 0..2^bits-1, n a multiple of 32 -> int32 [n*bits/32, m].
-    3-bit codes straddle words (10-1-10-1-10); the same little-endian bit stream describes every width.
-    Raises PackError for any other code: it would change its neighbours, or become another one.
-    """
-    n, m = codes.shape
-    if n % _WORD:
-        raise PackError(f"{n} codes in a column are not a multiple of {_WORD}")
-    _check_whole("codes", codes, 0, 2**bits - 1)
-    if _WORD % bits == 0:
-        wide = codes.to(torch.int32).reshape(-1, _WORD // bits, m)
-        words = wide[:, 0].clone()
-        for i in range(1, _WORD // bits):
-            words |= wide[:, i] << (bits * i)
-        return words
-    block = codes.to(torch.int64).reshape(-1, _WORD, m)
-    words64 = torch.zeros(block.shape[0], bits, m, dtype=torch.int64, device=codes.device)
-    for i in range(_WORD):
-        word, shift = divmod(bits * i, _WORD)
-        words64[:, word] |= block[:, i] << shift
-        if shift + bits > _WORD:
-            words64[:, word + 1] |= block[:, i] >> (_WORD - shift)
-    low = words64 & 0xFFFFFFFF
-    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32).reshape(-1, m)
-
-
-def _check_whole(what: str, values: Tensor, low: int, high: int) -> None:
-    """Raise PackError unless all values are whole numbers from `low` to `high`; NaN is none."""
-    least, most = (float(v) for v in torch.aminmax(values))
-    if not (low <= least and most <= high):
-        raise PackError(f"{what} span {least:g} to {most:g}, format v1 stores {low} to {high}")
-    if values.is_floating_point():
-        fractions = values != values.round()
-        if bool(fractions.any()):
-            raise PackError(f"{what} are not whole numbers, e.g. {float(values[fractions][0]):g}")
-
-
-def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_rows`: int32 [k, m] -> uint8 [k*32/bits, m]."""
-    m = words.shape[1]
-    mask = 2**bits - 1
-    if _WORD % bits == 0:
-        shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)[None, :, None]
-        codes: Tensor = (words[:, None] >> shifts) & mask
-        return codes.to(torch.uint8).reshape(-1, m)
-    wide = (words.to(torch.int64) & 0xFFFFFFFF).reshape(-1, bits, m)
-    out = torch.empty(wide.shape[0], _WORD, m, dtype=torch.uint8, device=words.device)
-    for i in range(_WORD):
-        word, shift = divmod(bits * i, _WORD)
-        value = wide[:, word] >> shift
-        if shift + bits > _WORD:
-            value |= wide[:, word + 1] << (_WORD - shift)
-        out[:, i] = (value & mask).to(torch.uint8)
-    return out.reshape(-1, m)
-
-
-def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> dict[str, Tensor]:
-    """The four tensors of one linear.
+def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = True) -> dict[str, Tensor]:
+    """The four tensors of one linear, symmetric or not.
 
     codes: uint8 [out, in]. scale, zero: fp32 [out, groups].
     Raises PackError when a scale is not exact in float16, a code or zero point is no whole number in range, a zero
     point cannot be stored minus one, or the groups do not divide the inputs.
     """
-    columns = codes.shape[1]
-    groups = scale.shape[1]
-    if columns % groups or zero.shape != scale.shape:
-        raise PackError(f"{columns} inputs, scales {list(scale.shape)} and zero points {list(zero.shape)} do not fit")
-    half = scale.half()
-    if not torch.equal(half.float(), scale) or not torch.isfinite(half).all():
-        raise PackError("a scale is not exact in float16")
-    _check_whole("zero points", zero, 1, 2**bits - 1)
+    columns, groups = codes.shape[1], scale.shape[1]
+    half = exact_scales(codes, scale, zero)
+    check_whole("zero points, stored minus one,", zero, 1, 2**bits - 1)
     g_idx = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // groups)
     return {
         "qweight": pack_rows(codes.T, bits),
@@ -158,19 +87,20 @@ def unpack(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> tup
 
 def dequantize(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> Tensor:
     """The four tensors -> fp32 [out, in], any g_idx."""
-    codes, scale, zero, g_idx = unpack(tensors, bits, v2=v2)
-    return (codes.float() - zero[:, g_idx]) * scale[:, g_idx]
+    return weights(*unpack(tensors, bits, v2=v2))
 
 
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
     quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
+    outside: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config` and `quantize_config.json`.
 
     overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names of quantized
     linears, or the ends of such names. carried: modules of which everything is in 16 bit, also what engines fuse
-    there. towers: such modules of a wrapper, for images or sound. Engines put the parts of a wrapper under names of
+    there. towers: such modules of a wrapper, for images or sound. outside: linears beside the blocks, in 16 bit, which
+    no rule of GPTQ reaches. Engines put the parts of a wrapper under names of
     their own: rules then match a module's name from the list of blocks on, and a tower by its own name.
     `dynamic` (gptqmodel, vLLM, SGLang) is written when a module has settings of its own or is left out,
     `modules_in_block_to_quantize` (transformers with optimum, vLLM) unless `quantized` is empty.

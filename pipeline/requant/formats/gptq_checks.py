@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import TensorInfo, read_json
-from requant.formats.gptq import BITS, CONFIG_FILE, bits_of, is_v2, shapes, unpack_rows
+from requant.formats.bit_stream import BITS, unpack_rows
+from requant.formats.gptq import CONFIG_FILE, bits_of, is_v2, shapes
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import Finding, Packing, Reader
-from requant.runtime.guarded_process import matches_in_time
+from requant.formats.stored_checks import bad_scales, header_fault, shown, why_no_pattern
 
 VERSIONS = ("gptq", "gptq_v2")
-_NAME = "model.layers.10.mlp.experts.3.down_proj"
-SCALES = (torch.float16, torch.bfloat16)
 
 
 class GptqChecks:
@@ -37,23 +35,14 @@ class GptqChecks:
     def header(self, suffix: str, info: TensorInfo | None, packing: Packing) -> str | None:
         """What is wrong with the header of one stored tensor. Raises PackError when the config cannot be meant."""
         shape, dtype = shapes(packing.rows, packing.columns, packing.bits, packing.group_size)[suffix]
-        if info is None:
-            return f"missing: expected {_name(dtype)} {list(shape)}"
-        if info.shape != shape:
-            return _wrong_shape(suffix, info.shape, shape, packing)
-        if info.dtype != dtype and not (suffix == "scales" and info.dtype in SCALES):
-            return f"dtype {_name(info.dtype)}, expected {_name(dtype)}"
-        return None
+        also = "" if info is None or info.shape == shape else _meaning(suffix, info.shape, shape, packing)
+        return header_fault(info, shape, dtype, packing, scales=suffix == "scales", meaning=also)
 
     def values(self, stem: str, tensors: Mapping[str, Tensor], packing: Packing, reader: Reader) -> Iterator[Finding]:
         """What is wrong with one linear's scales, zero points and group indices."""
         assert isinstance(reader, GptqReader)
         scales, g_idx = tensors["scales"], tensors["g_idx"].long()
-        for what, bad in (("not finite", ~torch.isfinite(scales)), ("zero", scales == 0)):
-            if bad.any():
-                group, row = (int(i) for i in bad.nonzero()[0])
-                count = f"{int(bad.sum())} of {scales.numel()} scales are {what}"
-                yield Finding(f"{stem}.scales", f"{count}, the first of group {group}, output {row}")
+        yield from bad_scales(f"{stem}.scales", scales)
         if packing.symmetric:
             yield from _symmetric_zeros(stem, tensors["qzeros"], packing.bits, v2=reader.v2)
         groups = scales.shape[0]
@@ -82,12 +71,6 @@ class GptqChecks:
         return "qzeros", f"zero points of the other format version than checkpoint_format {version!r}"
 
 
-def shown(value: Any) -> str:
-    """A value of a config in a message, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]} ..."
-
-
 _SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": ("one of 2, 3, 4, 8", lambda v: type(v) is int and v in BITS),
     "group_size": ("-1 or a positive number", lambda v: type(v) is int and (v == -1 or 1 <= v < 2**31)),
@@ -104,10 +87,8 @@ def _rules(declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         yield f"dynamic is {shown(dynamic)}, expected pairs of pattern and settings", False
         return
     for pattern, own in (dynamic or {}).items():
-        if not _expression(pattern.removeprefix("-:").removeprefix("+:")):
-            yield f"dynamic has {shown(pattern)}, which is no regular expression", False
-        elif not matches_in_time(pattern.removeprefix("-:").removeprefix("+:"), (_NAME,)):
-            yield f"dynamic has {shown(pattern)}, which takes too long on a module's name", False
+        if why := why_no_pattern(pattern.removeprefix("-:").removeprefix("+:")):
+            yield f"dynamic has {shown(pattern)}, {why}", False
         elif not isinstance(own, dict):
             yield f"dynamic of {shown(pattern)} is {shown(own)}, expected settings", False
         else:
@@ -117,14 +98,6 @@ def _rules(declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     inside = declared.get("modules_in_block_to_quantize")
     if inside is not None and not _lists_of_names(inside):
         yield f"modules_in_block_to_quantize is {shown(inside)}, expected lists of module names", False
-
-
-def _expression(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 def _lists_of_names(value: Any) -> bool:
@@ -157,9 +130,9 @@ def _symmetric_zeros(stem: str, qzeros: Tensor, bits: int, *, v2: bool) -> Itera
     yield Finding(f"{stem}.qzeros", reason)
 
 
-def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], packing: Packing) -> str:
-    """What the stored shape means, in the words of the config."""
-    text = f"shape {list(have)}, expected {list(want)} for {packing.bits} bits and group_size {packing.group_size}"
+def _meaning(suffix: str, have: tuple[int, ...], want: tuple[int, ...], packing: Packing) -> str:
+    """What a wrong shape means, in the words of the config."""
+    text = ""
     if len(have) != 2 or not packing.columns:
         return text
     if suffix == "qweight" and have[1] == want[1] and 32 * have[0] % packing.columns == 0:
@@ -167,7 +140,3 @@ def _wrong_shape(suffix: str, have: tuple[int, ...], want: tuple[int, ...], pack
     if suffix in ("scales", "qzeros") and have[1] == want[1] and have[0] and packing.columns % have[0] == 0:
         text += f"; the tensor has groups of {packing.columns // have[0]}"
     return text
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,6 +20,14 @@ class PackError(ValueError):
     """
 
 
+def weights(codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor) -> Tensor:
+    """Decoded weights fp32 [out, in].
+
+    codes: [out, in]. scale, zero: [out, groups]. group: of each input [in].
+    """
+    return (codes.float() - zero[:, group]) * scale[:, group]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing wrong with a checkpoint. where: a tensor name, or `file: key`."""
@@ -41,6 +49,22 @@ class Packing:
     desc_act: bool
     rows: int
     columns: int
+
+
+class Shapes(Protocol):
+    """Suffix -> shape and dtype of one linear's tensors; raises PackError when it cannot be packed."""
+
+    def __call__(
+        self, rows: int, columns: int, bits: int, group_size: int, *, symmetric: bool = ...
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]: ...
+
+
+class Pack(Protocol):
+    """Codes [out, in], scale and zero [out, groups] -> one linear's tensors by suffix; raises PackError."""
+
+    def __call__(
+        self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = ...
+    ) -> dict[str, Tensor]: ...
 
 
 class Rules(Protocol):
@@ -113,19 +137,19 @@ class Checks(Protocol):
 class QuantizedFormat:
     """The functions of one layout.
 
-    suffixes: names of the tensors that replace `weight`. codes: the one of them that holds the codes. shapes: (rows,
-    columns, bits, group_size) -> suffix -> shape and dtype; raises PackError. pack: (codes [out, in], scale and zero
-    [out, groups], bits) -> tensors by suffix; raises PackError. unpack: (tensors, bits) -> codes, scale, zero, group of
-    each input. dequantize: (tensors, bits) -> fp32 [out, in]. config: keyword arguments -> `quantization_config`.
-    config_file: where the config is written a second time; None: nowhere. recognise: whether a `quantization_config` is
-    of this layout. rules: `quantization_config` -> which linears it declares as quantized. reader: reads a written
-    checkpoint. checks: what `verify` asks.
+    name: as commands call it. suffixes: names of the tensors that replace `weight`, some of them only where it is
+    asymmetric. codes: the one that holds the codes. unpack: (tensors, bits) -> codes, scale, zero, group of each input.
+    dequantize: (tensors, bits) -> fp32 [out, in]. config: arguments of `gptq.quantization_config` ->
+    `quantization_config`. config_file: where the config is written a second time; None: nowhere. recognise: whether a
+    `quantization_config` is of this layout. rules: `quantization_config` -> which linears it declares as quantized.
+    reader: reads a written checkpoint. checks: what `verify` asks.
     """
 
+    name: str
     suffixes: tuple[str, ...]
     codes: str
-    shapes: Callable[[int, int, int, int], Mapping[str, tuple[tuple[int, ...], torch.dtype]]]
-    pack: Callable[[Tensor, Tensor, Tensor, int], dict[str, Tensor]]
+    shapes: Shapes
+    pack: Pack
     unpack: Callable[[Mapping[str, Tensor], int], tuple[Tensor, Tensor, Tensor, Tensor]]
     dequantize: Callable[[Mapping[str, Tensor], int], Tensor]
     config: Callable[..., dict[str, Any]]

@@ -10,26 +10,42 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats import gptq, gptq_checks
+from requant.formats import compressed_tensors, compressed_tensors_checks, gptq, gptq_checks
+from requant.formats.compressed_tensors_reader import CompressedTensorsReader
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import QuantizedFormat, Reader
 
-FORMATS: dict[str, QuantizedFormat] = {
-    "gptq": QuantizedFormat(
-        suffixes=gptq.SUFFIXES,
-        codes=gptq.CODES,
-        shapes=gptq.shapes,
-        pack=gptq.pack,
-        unpack=gptq.unpack,
-        dequantize=gptq.dequantize,
-        config=gptq.quantization_config,
-        config_file=gptq.CONFIG_FILE,
-        recognise=gptq.recognise,
-        rules=gptq.GptqRules,
-        reader=GptqReader,
-        checks=gptq_checks.GptqChecks(),
-    ),
-}
+GPTQ = QuantizedFormat(
+    name="gptq",
+    suffixes=gptq.SUFFIXES,
+    codes=gptq.CODES,
+    shapes=gptq.shapes,
+    pack=gptq.pack,
+    unpack=gptq.unpack,
+    dequantize=gptq.dequantize,
+    config=gptq.quantization_config,
+    config_file=gptq.CONFIG_FILE,
+    recognise=gptq.recognise,
+    rules=gptq.GptqRules,
+    reader=GptqReader,
+    checks=gptq_checks.GptqChecks(),
+)
+COMPRESSED_TENSORS = QuantizedFormat(
+    name="compressed-tensors",
+    suffixes=compressed_tensors.SUFFIXES,
+    codes=compressed_tensors.CODES,
+    shapes=compressed_tensors.shapes,
+    pack=compressed_tensors.pack,
+    unpack=compressed_tensors.unpack,
+    dequantize=compressed_tensors.dequantize,
+    config=compressed_tensors.quantization_config,
+    config_file=None,
+    recognise=compressed_tensors.recognise,
+    rules=compressed_tensors.CompressedTensorsRules,
+    reader=CompressedTensorsReader,
+    checks=compressed_tensors_checks.CompressedTensorsChecks(),
+)
+FORMATS: dict[str, QuantizedFormat] = {layout.name: layout for layout in (GPTQ, COMPRESSED_TENSORS)}
 
 
 def recognised(config: Mapping[str, Any]) -> QuantizedFormat | None:

@@ -23,6 +23,8 @@ from requant.checkpoint.reader import Checkpoint, TensorInfo, read_json
 from requant.checkpoint.writer import overwrite
 from requant.errors import InputError, StageError
 from requant.formats import gptq
+from requant.formats.bit_stream import pack_rows
+from requant.formats.gptq_reader import GptqReader
 from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
 from requant.heal.changes import CodeChanges, ScaleChanges, code_changes, scale_changes
@@ -161,6 +163,10 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
     Compares the structure of both, and a few tensors.
     """
     quantized = open_quantized(source)
+    if not isinstance(quantized, GptqReader):
+        raise InputError(
+            f"{source}: is no GPTQ checkpoint, and healing writes no other: `requant convert --to gptq` makes one of it"
+        )
     teacher_model, original = stacked_experts.open_split(teacher, trust_remote_code=trust_remote_code)
     whole = bool(stacked_experts.stored_pieces(teacher_model, tuple(quantized)))  # experts that stayed in one tensor
     models: list[Any] = [
@@ -198,7 +204,7 @@ def _not_same(source: Path, teacher: Path, name: str, found: str) -> InputError:
 def _as_stored(name: str, value: Tensor, info: TensorInfo) -> Tensor:
     """A healed value in the layout of the file: scales are [groups, out] there, codes packed along the inputs."""
     if name.endswith(".qweight"):
-        return gptq.pack_rows(value.T, gptq.bits_of(info.shape, value.shape[1])).contiguous()
+        return pack_rows(value.T, gptq.bits_of(info.shape, value.shape[1])).contiguous()
     return (value.T if name.endswith(".scales") else value).to(info.dtype).contiguous()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -125,7 +126,8 @@ class BackgroundWriter(BlockWriter):
 
     def read(self, module: str, bits: int) -> Tensor:
         layout = self.plan.format
-        return layout.dequantize({s: self.writer.read(f"{module}.{s}") for s in layout.suffixes}, bits)
+        names = {s: f"{module}.{s}" for s in layout.suffixes if f"{module}.{s}" in self.slots}
+        return layout.dequantize({s: self.writer.read(name) for s, name in names.items()}, bits)
 
     def put(self, module: str, solution: Solution) -> None:
         self._submit(self._write_packed, module, solution, self.side_stream.solved(solution.codes))
@@ -170,8 +172,9 @@ class BackgroundWriter(BlockWriter):
 
 
 def _packed(solution: Solution, layout: QuantizedFormat) -> dict[str, Tensor]:
-    scale, zero, bits = solution.scales.scale, solution.scales.zero, solution.grid.bits
+    scale, zero, grid = solution.scales.scale, solution.scales.zero, solution.grid
+    pack = partial(layout.pack, bits=grid.bits, symmetric=grid.symmetric)
     try:
-        return layout.pack(solution.codes, scale, zero, bits)
+        return pack(solution.codes, scale, zero)
     except torch.OutOfMemoryError:  # paused batches may hold all memory
-        return layout.pack(solution.codes.cpu(), scale.cpu(), zero.cpu(), bits)
+        return pack(solution.codes.cpu(), scale.cpu(), zero.cpu())

@@ -54,6 +54,7 @@ def write_small_files(
         quantized=_listed(layout),
         carried=layout.carried,
         towers=layout.towers,
+        outside=layout.outside,
         meta=meta,
     )
     config = model_files.edit_config(

@@ -67,6 +67,7 @@ class Plan:
     towers: tuple[str, ...] = ()  # modules of a wrapper beside its text decoder that hold linears, in 16 bit
     pieces: Mapping[str, Piece] = field(default_factory=dict)  # of stacked tensors that the 16-bit checkpoint holds
     carried: tuple[str, ...] = ()  # modules that the model class leaves out and servers may run, in 16 bit
+    outside: tuple[str, ...] = ()  # linears beside the blocks and towers, such as the head, in 16 bit
 
     @property
     def partly_left(self) -> list[str]:
@@ -101,7 +102,7 @@ def plan(
         if grid is None or name.startswith(skipped):
             continue
         try:
-            layout = written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size)
+            layout = _shapes(written, module, grid)
         except PackError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -132,6 +133,7 @@ def plan(
         carried=unplaced.roots,
         towers=towers(model),
         pieces=pieces,
+        outside=_outside(model, prefix),
     )
 
 
@@ -142,6 +144,17 @@ def _linears(model: nn.Module, where: Path) -> dict[str, Any]:
     if why := why_not_text(model) if linears else "its blocks hold no Linear":
         raise InputError(f"{where}: {type(model).__name__} cannot be quantized: {why}")
     return linears
+
+
+def _shapes(written: QuantizedFormat, module: Any, grid: Grid) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a linear; raises PackError."""
+    return written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size, symmetric=grid.symmetric)
+
+
+def _outside(model: nn.Module, prefix: str) -> tuple[str, ...]:
+    """Names of the linears that are neither in the blocks nor in a tower."""
+    inside = tuple(f"{root}." for root in (prefix, *towers(model)))
+    return tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not f"{n}.".startswith(inside))
 
 
 def quantizable(linears: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,7 @@ import torch
 from torch import nn
 
 from requant import __version__, heal
-from requant.checkpoint.artifact import put_in_place
-from requant.checkpoint.atomic_write import make_directory, writing
+from requant.checkpoint.artifact import new_directory, require_new
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
 from requant.data import healing_text
@@ -56,7 +52,7 @@ def heal_checkpoint(
     Raises InputError: `out` exists, the models are not the same, there is not enough text or not enough memory.
     """
     checkpoint, teacher, out = Path(checkpoint), Path(teacher), Path(out)
-    _check_new(out)
+    require_new(out)
     if problem := too_long(settings.steps, settings.batch, settings.length):
         raise InputError(f"healing: {problem}")
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
@@ -65,10 +61,7 @@ def heal_checkpoint(
     _refuse_unknown_ids(text, tokenizer, checkpoint, trust_remote_code=trust_remote_code)
     plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
-    with writing(out):
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent))
-    try:
-        make_directory(partial / "out")
+    with new_directory(out) as partial:
         job = HealJob(
             source=checkpoint,
             teacher=teacher,
@@ -82,10 +75,6 @@ def heal_checkpoint(
             trust_remote_code=trust_remote_code,
         )
         facts = heal.heal(job, partial / "out", meta={"healer": [f"requant:{__version__}"]}, progress=progress)
-        _check_new(out)  # somebody may have made it meanwhile
-        put_in_place(partial / "out", out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {**facts, "way": str(plan)}
 
 
@@ -119,14 +108,6 @@ def _refuse_unknown_ids(text: healing_text.HealingText, tokenizer: Any, path: Pa
             f"{path}: its tokenizer makes token {largest} ({token!r}) of the text, but the model has {rows} embeddings"
             ": copy the tokenizer that belongs to the model"
         )
-
-
-def _check_new(out: Path) -> None:
-    """Raise InputError when `out` exists or cannot be made."""
-    if os.path.lexists(out):
-        raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
-    if not out.parent.is_dir():
-        raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
 
 
 def _dtype(path: Path) -> torch.dtype | None:

@@ -270,15 +270,11 @@ def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ..
 
     Raises InputError when one of them is in `deploy`.
     """
-    refusals = {v.target.name: str(v) for v in verdicts if not v.loads}
-    asked = [
-        f"deploy: {name} {refusals[name]} ({engine_targets.TARGETS[name].source})"
-        for name in recipe.deploy
-        if name in refusals
-    ]
+    refusals = {v.target.name: v for v in verdicts if not v.loads}
+    asked = [f"deploy: {name} {refusals[name]} ({refusals[name].source})" for name in recipe.deploy if name in refusals]
     if asked:
         raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
-    return [] if recipe.deploy else [f"{name} {says}" for name, says in refusals.items()]
+    return [] if recipe.deploy else [f"{name} {verdict}" for name, verdict in refusals.items()]
 
 
 def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:

@@ -168,8 +168,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
             "resonance": stages["resonance"]["prediction"],
             "left_in_16_bit": quantized.get("left", []),
             "engines": {
-                v.target.name: {"loads": v.loads, "says": str(v), "source": v.target.source}
-                for v in prepared.quantize.engines
+                v.target.name: {"loads": v.loads, "says": str(v), "source": v.source} for v in prepared.quantize.engines
             },
         },
         "verify": quantized.get("verify"),

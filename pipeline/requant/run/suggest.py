@@ -106,7 +106,8 @@ def _growth(plan: Plan, module: str, bits: int) -> int:
     grid = plan.grids[module]
 
     def size(b: int) -> int:
-        parts = plan.format.shapes(*plan.shapes[module], b, grid.group_size).values()
+        rows, columns = plan.shapes[module]
+        parts = plan.format.shapes(rows, columns, b, grid.group_size, symmetric=grid.symmetric).values()
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
     return size(bits) - size(grid.bits)

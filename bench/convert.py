@@ -1,0 +1,106 @@
+"""Bench of `requant convert`: seconds and memory on a Llama-8B-shaped checkpoint.
+
+    python bench/convert.py [--layers 4] [--bits 4 3] [--to compressed-tensors] [--out FILE]
+
+Codes are random. All sizes but the number of layers are those of Llama 3.1 8B; the conversion is a process of its own,
+so that its peak of memory is its own too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from requant.checkpoint.writer import CheckpointWriter, Slot
+from requant.deploy.conversion_plan import StoredSettings
+from requant.modeling import skeleton
+from requant.numerics.grid import Grid
+from requant.quantize import gptq_files
+from requant.quantize.plan import plan
+
+SHAPE = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from requant.deploy.conversion import convert
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+done = convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"linears": done.linears, "seconds": round(seconds, 1), "mb_before": before // 1024,
+                  "mb_peak": peak // 1024, "bytes": done.nbytes}))
+"""
+
+
+def write(out: Path, layers: int, bits: int) -> None:
+    """A GPTQ checkpoint of random codes, symmetric, in groups of 128."""
+    own = {"num_hidden_layers": layers, "dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}
+    config = transformers.LlamaConfig(**own, **SHAPE)
+    config.save_pretrained(out)
+    model = skeleton.build(skeleton.load_config(out))
+    tensors = {n: Slot(n, torch.bfloat16, tuple(p.shape)) for n, p in model.named_parameters()}
+    settings = StoredSettings(grid=Grid(bits, 128), grids=dict.fromkeys(_linears(model), Grid(bits, 128)))
+    planned = plan(tensors, model, settings, torch.bfloat16, where=out)
+    middle = torch.tensor([(2 ** (bits - 1) - 1 >> i) & 1 for i in range(bits)] * 32)
+    words = (middle.reshape(bits, 32) << torch.arange(32)).sum(1).to(torch.int32)
+    with CheckpointWriter(out, planned.slots) as writer:
+        for slot in planned.slots:
+            writer.write(slot.name, _values(slot, words))
+        writer.close()
+    gptq_files.write_small_files(out, out, planned, settings, dtype=torch.bfloat16, damp=0.02, meta={})
+
+
+def _linears(model: Any) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+
+
+def _values(slot: Slot, words: torch.Tensor) -> torch.Tensor:
+    """Values of one tensor: random codes, the one zero point of a symmetric file."""
+    leaf = slot.name.rpartition(".")[2]
+    if leaf == "qweight":
+        return torch.randint(-(2**31), 2**31 - 1, slot.shape, dtype=torch.int32)
+    if leaf == "qzeros":
+        return words.repeat(slot.shape[0], slot.shape[1] // len(words))
+    if leaf == "g_idx":
+        return (torch.arange(slot.shape[0]) // 128).int()
+    return torch.full(slot.shape, 0.01, dtype=slot.dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--to", default="compressed-tensors")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    rows = []
+    for bits in asked.bits:
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / "gptq", Path(folder) / "out"
+            write(source, asked.layers, bits)
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, str(source), str(target), asked.to],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+        row = {"bits": bits, "layers": asked.layers, "to": asked.to} | json.loads(done.stdout.splitlines()[-1])
+        print(row, flush=True)
+        rows.append(row)
+    if asked.out:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        asked.out.write_text(json.dumps({"device": "2 CPU cores", "versions": versions, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

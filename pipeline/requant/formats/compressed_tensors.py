@@ -1,0 +1,171 @@
+"""compressed-tensors on disk (`pack-quantized`): packing and unpacking, and the config.
+
+weight_packed     int32 [out, in*bits/32]      codes packed along the inputs, lowest bits first
+weight_scale      fp16  [out, groups]          W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]),  g = i // group_size
+weight_zero_point int32 [out*bits/32, groups]  zero points as they are, packed along the outputs; only if asymmetric
+weight_shape      int64 [2]                    out, in
+
+Source: compressed-tensors 0.20.1, compressors/pack_quantized. Its codes are signed, and stored with 2^(bits-1) added;
+here they are as stored. It has no order of the inputs: a group is always of neighbours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from requant.formats.bit_stream import WORD, check_whole, exact_scales, fitting_groups, pack_rows, unpack_rows
+from requant.formats.quantized_format import Packing, weights
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+CODES = "weight_packed"
+METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
+EVERY_LINEAR = "Linear"  # as a target: every module of this class
+REGEX = "re:"
+
+
+def shapes(
+    rows: int, columns: int, bits: int, group_size: int, *, symmetric: bool = True
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor for a weight [rows (out), columns (in)].
+
+    Zero points are there only if it is asymmetric. Raises PackError when it cannot be packed.
+    """
+    groups = columns // fitting_groups(rows, columns, group_size)
+    return {
+        "weight_packed": ((rows, columns * bits // WORD), torch.int32),
+        "weight_scale": ((rows, groups), torch.float16),
+        **({} if symmetric else {"weight_zero_point": ((rows * bits // WORD, groups), torch.int32)}),
+        "weight_shape": ((2,), torch.int64),
+    }
+
+
+def recognise(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is of compressed-tensors; its checks say whether it is packed integers."""
+    return config.get("quant_method") == METHOD
+
+
+def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = True) -> dict[str, Tensor]:
+    """The tensors of one linear; without zero points where it is symmetric.
+
+    codes: uint8 [out, in]. scale, zero: fp32 [out, groups].
+    Raises PackError when a scale is not exact in float16, a code or zero point is no whole number in range, a symmetric
+    zero point is not 2^(bits-1), or the groups do not divide the inputs.
+    """
+    half = exact_scales(codes, scale, zero)
+    middle = 2 ** (bits - 1)
+    if symmetric:
+        check_whole("symmetric zero points", zero, middle, middle)
+    else:
+        check_whole("zero points", zero, 0, 2**bits - 1)
+    zeros = {} if symmetric else {"weight_zero_point": pack_rows(zero.to(torch.uint8), bits)}
+    return {
+        "weight_packed": pack_rows(codes.T, bits).T.contiguous(),
+        "weight_scale": half.contiguous(),
+        **zeros,
+        "weight_shape": torch.tensor(codes.shape, device=codes.device),
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The codes, scales and zeros in the tensors of one linear.
+
+    (codes uint8 [out, in], scale fp32 [out, groups], zero fp32 [out, groups], group of each input int64 [in]).
+    """
+    codes = unpack_rows(tensors["weight_packed"].T.contiguous(), bits).T.contiguous()
+    scale = tensors["weight_scale"].float()
+    columns, groups = codes.shape[1], scale.shape[1]
+    stored = tensors.get("weight_zero_point")
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if stored is None else unpack_rows(stored, bits).float()
+    return codes, scale, zero, torch.arange(columns, device=codes.device) // (columns // groups)
+
+
+def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+    """The tensors -> fp32 [out, in]."""
+    return weights(*unpack(tensors, bits))
+
+
+def quantization_config(
+    *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
+    quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
+    outside: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The dict for `config.json: quantization_config`; arguments as of `gptq.quantization_config`.
+
+    Modules with settings of their own are the targets of a config group of their own, by name; all others are of the
+    class Linear. What is in 16 bit is in `ignore`, all linears beside the blocks too, as transformers would else take
+    them for quantized. Other keys (`damp`, `meta`) have no place in it: engines refuse what they do not know.
+    """
+    start = r"(.*\.)?" if towers else ""
+    settings: dict[tuple[int, int, bool], list[str]] = {(bits, group_size, symmetric): [EVERY_LINEAR]}
+    ignore = [f"{REGEX}^(.*\\.)?{_inside(tower.rpartition('.')[2])}" for tower in towers]
+    for name, own in overrides.items():
+        if own is None:
+            ignore.append(f"{REGEX}^{start}{_inside(name)}")
+        else:
+            values = (own.get("bits", bits), own.get("group_size", group_size), own.get("sym", symmetric))
+            settings.setdefault(values, []).append(f"{REGEX}^{start}{re.escape(name)}$")
+    ignore += [f"{REGEX}^{_inside(root)}" for root in carried]
+    groups = {f"group_{i}": _group(targets, *own) for i, (own, targets) in enumerate(settings.items())}
+    return {
+        "quant_method": METHOD, "format": LAYOUT, "quantization_status": "compressed", "config_groups": groups,
+        "ignore": [*dict.fromkeys([*outside, *ignore])], "kv_cache_scheme": None, "global_compression_ratio": None,
+    }  # fmt: skip
+
+
+def _group(targets: list[str], bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """One config group: these targets have these weights, and activations in 16 bit."""
+    strategy: dict[str, Any] = (
+        {"strategy": "channel", "group_size": None}
+        if group_size == -1
+        else {"strategy": "group", "group_size": group_size}
+    )
+    weight = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy, "dynamic": False}
+    return {"targets": targets, "weights": weight, "input_activations": None, "output_activations": None}
+
+
+def _inside(module: str) -> str:
+    """A pattern of a module and all that is inside it."""
+    return re.escape(module) + r"(\.|$)"
+
+
+class CompressedTensorsRules:
+    """Which linears a quantization config declares as quantized, and how.
+
+    Read from `ignore` and `config_groups`. As in vLLM and transformers, a target that is a module's name or a pattern
+    of it comes before the class.
+    """
+
+    def __init__(self, declared: Mapping[str, Any]) -> None:
+        self.ignore: Sequence[str] = declared.get("ignore") or ()
+        self.groups: Sequence[Mapping[str, Any]] = list(declared["config_groups"].values())
+
+    def of(self, module: str, inner: str, linear: nn.Linear) -> Packing | None:
+        """Packing of one linear by its full name and its name inside the block.
+
+        None: left in 16 bit.
+        """
+        if _names(module, self.ignore) or EVERY_LINEAR in self.ignore:
+            return None
+        named = (group for group in self.groups if _names(module, group["targets"]))
+        every = (group for group in self.groups if EVERY_LINEAR in group["targets"])
+        own = next(named, None) or next(every, None)
+        if own is None:
+            return None
+        weight = own["weights"]
+        return Packing(
+            bits=weight["num_bits"], group_size=weight.get("group_size") or -1, symmetric=weight["symmetric"],
+            desc_act=False, rows=linear.out_features, columns=linear.in_features,
+        )  # fmt: skip
+
+
+def _names(module: str, targets: Iterable[str]) -> bool:
+    """Whether one of the targets names a module, or is a pattern that its name begins with."""
+    return any(
+        re.match(target.removeprefix(REGEX), module) if target.startswith(REGEX) else target == module
+        for target in targets
+    )

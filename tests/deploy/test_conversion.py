@@ -1,0 +1,242 @@
+"""`requant.deploy.conversion`: every weight is exactly the same, or nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import pico
+from helpers.e2e import edit_json, edit_tensors, make_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from requant import deploy
+from requant.checkpoint.reader import read_json
+from requant.deploy import conversion
+from requant.deploy.conversion import convert
+from requant.errors import InputError, StageError
+from requant.evaluate import variants
+from requant.formats import bit_stream
+from requant.formats.registry import open_quantized
+from requant.numerics.grid import Grid
+
+CT = "compressed-tensors"
+UP = "model.layers.0.mlp.up_proj"
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model")
+    make_model(out, hidden=64)
+    return out
+
+
+@pytest.fixture
+def gptq(source: Path, tmp_path: Path) -> Path:
+    """A GPTQ checkpoint with a card, of 4 bits in groups of 32."""
+    pico.packed(source, tmp_path / "gptq", Grid(4, 32))
+    (tmp_path / "gptq" / "README.md").write_text("# a card")
+    return tmp_path / "gptq"
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Both hold the same tensors by the names of a 16-bit checkpoint: weights exactly, others byte for byte."""
+    a, b = open_quantized(one), open_quantized(other)
+    assert set(a) == set(b)
+    assert a.quantized == b.quantized
+    assert a.quantized
+    for name in a:
+        x, y = a.read(name), b.read(name)
+        assert x.dtype == y.dtype, name
+        assert torch.equal(x, y), name
+
+
+GRIDS = [
+    Grid(bits, group, symmetric=symmetric)
+    for bits in (2, 3, 4, 8)
+    for group in (-1, 32, 64)
+    for symmetric in (True, False)
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.bits}g{g.group_size}{'' if g.symmetric else 'a'}")
+def test_every_setting_there_and_back(source: Path, tmp_path: Path, grid: Grid) -> None:
+    pico.packed(source, tmp_path / "gptq", grid)
+    done = convert(tmp_path / "gptq", tmp_path / "ct", CT)
+    assert (done.linears, done.dropped) == (14, {})
+    assert_same(tmp_path / "gptq", tmp_path / "ct")
+    assert not (tmp_path / "ct" / "quantize_config.json").exists()
+    convert(tmp_path / "ct", tmp_path / "back", "gptq")
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("gptq", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ct", "gptq"]
+
+
+def test_settings_of_modules_tokenizer_and_card_come_along(source: Path, tmp_path: Path) -> None:
+    overrides = (("*.down_proj", {"bits": 8, "symmetric": False}), ("*.layers.1.self_attn.*", None))
+    pico.packed(source, tmp_path / "gptq", Grid(3, 64), overrides=overrides, dtype=torch.bfloat16, max_bytes=2 * 10**4)
+    (tmp_path / "gptq" / "README.md").write_text("# a card")
+    convert(tmp_path / "gptq", tmp_path / "ct", CT)
+    assert_same(tmp_path / "gptq", tmp_path / "ct")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
+        assert (tmp_path / "ct" / name).read_bytes() == (tmp_path / "gptq" / name).read_bytes()
+    done = deploy.verify(tmp_path / "ct", source=source)
+    assert done.ok, done.message()
+    assert done.linears == 10
+    scores = [deploy.verify(tmp_path / n).perplexity for n in ("gptq", "ct")]
+    assert scores[0] == scores[1]
+
+
+def test_evaluation_reads_what_was_converted(gptq: Path, source: Path, tmp_path: Path) -> None:
+    convert(gptq, tmp_path / "ct", CT)
+    models = [variants.quantized(p, device=torch.device("cpu"), dtype=torch.float32) for p in (gptq, tmp_path / "ct")]
+    with torch.no_grad():
+        a, b = (pico.logits(m) for m in models)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt2", {}),
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("gemma3_text", {}),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    ],
+)
+def test_families(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    """Conv1D weights, experts under their original names, experts that stay in one tensor, norms of their own."""
+    pico.save(pico.model(kind, **changes), tmp_path / "model", torch.bfloat16)
+    pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32), dtype=torch.bfloat16)
+    convert(tmp_path / "gptq", tmp_path / "ct", CT)
+    assert_same(tmp_path / "gptq", tmp_path / "ct")
+    done = deploy.verify(tmp_path / "ct", source=tmp_path / "model")
+    assert [f for f in done.findings if f.where != "tokenizer"] == []
+    ignore = read_json(tmp_path / "ct" / "config.json")["quantization_config"]["ignore"]
+    assert any("experts" in name for name in ignore) == (kind == "gpt_oss")
+
+
+def test_version_2_stores_zero_points_as_they_are(source: Path, tmp_path: Path) -> None:
+    pico.packed(source, tmp_path / "gptq", Grid(4, 32, symmetric=False))
+    convert(tmp_path / "gptq", tmp_path / "one", CT)
+
+    def unshifted(name: str, tensor: Tensor) -> Tensor:
+        if not name.endswith("qzeros"):
+            return tensor
+        zero = bit_stream.unpack_rows(tensor.T.contiguous(), 4) + 1
+        return bit_stream.pack_rows(zero, 4).T.contiguous()
+
+    edit_tensors(tmp_path / "gptq" / "model.safetensors", lambda t: {n: unshifted(n, v) for n, v in t.items()})
+    for file in ("config.json", "quantize_config.json"):
+        whole = read_json(tmp_path / "gptq" / file)
+        declared = whole.get("quantization_config", whole) | {"checkpoint_format": "gptq_v2"}
+        edit_json(
+            tmp_path / "gptq" / file, **({"quantization_config": declared} if file == "config.json" else declared)
+        )
+    convert(tmp_path / "gptq", tmp_path / "two", CT)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_file_of_autogptq(gptq: Path, tmp_path: Path) -> None:
+    """As its first releases wrote it: biases of zeros, rotary tables, its own file name, a path of its machine."""
+    convert(gptq, tmp_path / "one", CT)
+    extra = {f"{UP}.bias": torch.zeros(128), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    edit_tensors(gptq / "model.safetensors", lambda t: t | extra)
+    (gptq / "model.safetensors").rename(gptq / "gptq_model-4bit-32g.safetensors")
+    keys = ("quant_method", "bits", "group_size", "desc_act", "sym", "damp_percent")
+    declared = {k: read_json(gptq / "config.json")["quantization_config"][k] for k in keys}
+    edit_json(gptq / "config.json", quantization_config=declared, _name_or_path="/home/ann/llama", dtype=None)
+    (gptq / "quantize_config.json").unlink()
+    done = convert(gptq, tmp_path / "two", CT)
+    assert done.dropped.keys() == extra.keys()
+    assert_same(tmp_path / "one", tmp_path / "two")
+    assert read_json(tmp_path / "two" / "config.json")["dtype"] == "float16"
+    assert deploy.verify(tmp_path / "two").ok
+
+
+def shuffled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    return tensors | {f"{Q}.g_idx": (order // 32).int()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (shuffled, rf"{Q} has its groups in an order of their own \(desc_act\), which compressed-tensors cannot say"),
+        (lambda t: t | {f"{UP}.bias": torch.ones(128)}, rf"{UP}.bias: extra: LlamaForCausalLM with this config"),
+        (
+            lambda t: t | {f"{UP}.scales": torch.full_like(t[f"{UP}.scales"], torch.nan)},
+            rf"{UP}.scales: 256 of 256 scales are not finite",
+        ),
+        (
+            lambda t: t | {f"{UP}.scales": torch.full((2, 128), 1e-12, dtype=torch.bfloat16)},
+            rf"{UP} cannot be stored as compressed-tensors: a scale is not exact in float16",
+        ),
+        (lambda t: t | {f"{UP}.qzeros": torch.zeros_like(t[f"{UP}.qzeros"])}, rf"{UP}.qzeros: stores zero point 0, a"),
+        (lambda t: {n: v for n, v in t.items() if n != f"{UP}.g_idx"}, rf"{UP}.g_idx: missing"),
+    ],
+    ids=["act order", "bias", "NaN", "scale", "zero point", "missing"],
+)
+def test_what_cannot_be_said_leaves_nothing(
+    gptq: Path, tmp_path: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], told: str
+) -> None:
+    edit_tensors(gptq / "model.safetensors", damage)
+    if damage is shuffled:
+        for file in ("config.json", "quantize_config.json"):
+            whole = read_json(gptq / file)
+            declared = whole.get("quantization_config", whole) | {"desc_act": True}
+            edit_json(gptq / file, **({"quantization_config": declared} if file == "config.json" else declared))
+    with pytest.raises(InputError, match=told):
+        convert(gptq, tmp_path / "ct", CT)
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+def test_wrong_inputs(gptq: Path, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gptq: exists: nothing is overwritten; choose another --out"):
+        convert(gptq, gptq, CT)
+    with pytest.raises(InputError, match=r"no such directory: make it, or choose another --out"):
+        convert(gptq, tmp_path / "a" / "b", CT)
+    with pytest.raises(InputError, match=r"gptq: is a gptq checkpoint already: name another format"):
+        convert(gptq, tmp_path / "ct", "gptq")
+    with pytest.raises(
+        InputError, match=r"cannot be converted:\n.*quant_method is None, expected 'gptq' or 'compressed"
+    ):
+        convert(source, tmp_path / "ct", CT)
+    edit_json(gptq / "config.json", quantization_config={"quant_method": "gptq", "bits": 5})
+    with pytest.raises(InputError, match=r"cannot be converted:\n.*bits is 5, expected one of 2, 3, 4, 8"):
+        convert(gptq, tmp_path / "ct", CT)
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.parametrize("suffix", ["weight_packed", "norm.weight"])
+def test_what_does_not_decode_to_its_source_gets_no_name(
+    gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    class Careless(conversion.CheckpointWriter):
+        def write(self, name: str, tensor: Tensor) -> None:
+            super().write(name, tensor + 1 if name.endswith(suffix) else tensor)
+
+    monkeypatch.setattr(conversion, "CheckpointWriter", Careless)
+    with pytest.raises(
+        StageError, match=r"what was converted (does not decode to its source|is no copy of its source)"
+    ):
+        convert(gptq, tmp_path / "ct", CT)
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+def test_healing_writes_gptq_alone(gptq: Path, source: Path, tmp_path: Path) -> None:
+    from requant.heal.stage import check_same
+
+    convert(gptq, tmp_path / "ct", CT)
+    with pytest.raises(
+        InputError, match=r"is no GPTQ checkpoint, and healing writes no other: `requant convert --to g"
+    ):
+        check_same(tmp_path / "ct", source)
+    shutil.rmtree(tmp_path / "ct")
