@@ -1,4 +1,4 @@
-"""Bench of a whole `requant run`, from a cold process to the report: seconds of each stage, and what the machine did.
+"""Bench of a whole `requant run`, from a cold process to the report, by stage.
 
     python bench/whole.py RECIPE [--set heal=off] [--code . ../before] [--check] [--again] [--out FILE]
     python bench/whole.py --inputs smollm2 FOLDER [--documents 200 ...] -- [--set heal=off ...]

@@ -1,4 +1,4 @@
-"""Inputs of `bench/whole.py`: a base, an adapter, texts of short and of long documents, and their recipe.
+"""Inputs of `bench/whole.py`: base, adapter, short and long texts, recipe.
 
     python bench/whole_inputs.py smollm2 FOLDER [--work recipes/smollm2-pydocs/work] [sizes]
     python bench/whole_inputs.py random FOLDER [--shape llama-3-8b] [--layers 32] [sizes]

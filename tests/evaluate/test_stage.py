@@ -20,6 +20,7 @@ from requant.evaluate.scores import Scores
 from requant.run import prepare
 from requant.runtime import device
 from requant_eval.scoring import score_loop
+from requant_eval.scoring.batches import BatchSize
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
 
 CPU = torch.device("cpu")
@@ -111,8 +112,9 @@ def test_out_of_memory_halves_the_batch(
 ) -> None:
     score = score_loop.score
 
-    def limited(model: Any, s: Any, *, batch: int, **options: Any) -> Any:
-        if batch > 3:
+    def limited(model: Any, s: Any, *, batch: BatchSize, **options: Any) -> Any:
+        assert batch.windows is not None
+        if batch.windows > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(model, s, batch=batch, **options)
 

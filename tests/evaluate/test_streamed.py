@@ -24,6 +24,8 @@ from requant.modeling.block_walk import Walk
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Settings
 from requant.run import prepare
+from requant_eval.scoring import batches
+from requant_eval.scoring.batches import BatchSize
 from requant_eval.scoring.canaries import Canary, ask, greedy
 
 CPU = torch.device("cpu")
@@ -185,6 +187,33 @@ class Full:
             return forward(block, hidden, others)
 
         walk.forward = limited  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@torch.no_grad()
+def test_windows_of_different_lengths_share_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: bool
+) -> None:
+    """Padded rows are answered from the cache; where padding is found to change states, each length runs apart."""
+    made = pico.model()
+    walk = Walk(
+        Checkpoint(pico.save(made, tmp_path / "model")), skeleton.open_model(tmp_path / "model"), device=CPU, dtype=F32
+    )
+    parts, sizes = StreamedModel(walk), list[list[torch.Size]]()
+    embed = walk.embed_all
+    monkeypatch.setattr(walk, "embed_all", lambda many: (sizes.append([ids.shape for ids in many]), embed(many))[1])
+    if changes:
+        monkeypatch.setattr(streamed.batches, "padding_changes", lambda *_: True)
+    parts.run(windows(), BatchSize(tokens=200, padding=50))
+    together, apart = [(5, 33), (1, 9), (1, 20)], [(2, 33), (3, 20), (1, 9)]  # the last one: alone, as the witness
+    expected = [together, apart] if changes else [together]
+    assert sizes == expected
+    assert bool(parts.notes) == changes
+    found = parts.forward_padded(batches.padded([windows()[3], windows()[0], windows()[5]]), lengths=[33, 20, 9]).logits
+    for row, number in enumerate((3, 0, 5)):
+        alone = windows()[number]
+        assert pico.relative(found[row, : len(alone)].double(), pico.logits(made, alone[None])[0]) < 2e-6
+    assert len(sizes) == len(expected), "nothing was run again"
 
 
 @pytest.mark.slow

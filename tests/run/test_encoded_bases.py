@@ -19,6 +19,7 @@ from requant.errors import RecipeError
 from requant.recipe.template import starter
 from requant.run import evaluation_inputs, prepare, runner
 from requant.run.check import forecast
+from requant_eval.scoring.batches import BatchSize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -59,7 +60,7 @@ def test_a_whole_run(tmp_path: Path, kind: str, name: str) -> None:
     assert prepared.unloadable is None
     assert prepared.held == f"base in {name}, decoded as training held it"
     sources = evaluation_inputs.variant_sources(prepared, tmp_path / "nowhere")
-    needs = forecast.forecast(prepared, sources, torch.device("cpu"), torch.float32, 2)
+    needs = forecast.forecast(prepared, sources, torch.device("cpu"), torch.float32, BatchSize(windows=2))
     assert [n.stage for n in needs] == ["merge", "quantize", "evaluate"], (
         "also of experts in one tensor, with an adapter"
     )

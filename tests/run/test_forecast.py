@@ -25,6 +25,7 @@ from requant.run.check import forecast, forecast_merge
 from requant.run.check.forecast_merge import PROBED, Made, Need
 from requant.run.check.rehearsal import Cost, Quantized, RandomWeights, Rehearsal, Scored, cost_of
 from requant.run.prepared import Prepared
+from requant_eval.scoring.batches import BatchSize
 
 CPU = torch.device("cpu")
 LAYERS, BLOCK = 2, 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64
@@ -43,7 +44,9 @@ def alone() -> Iterator[None]:
 
 
 def of(p: Prepared, batch: int = 4) -> dict[str, Need]:
-    needs = forecast.forecast(p, evaluation_inputs.variant_sources(p, Path("nowhere")), CPU, torch.float32, batch)
+    needs = forecast.forecast(
+        p, evaluation_inputs.variant_sources(p, Path("nowhere")), CPU, torch.float32, BatchSize(windows=batch)
+    )
     return {need.stage: need for need in needs}
 
 

@@ -3,6 +3,7 @@
     windows            an evaluation set: documents cut into windows by protocol
     set_description    an evaluation set without its tokens: name, digest, protocol, counts
     score_loop         score(model, set): log-likelihood, KL, top-1 of every token   <- start here
+    batches            which windows share a forward, padded to one length
     kl                 KL divergence of next-token distributions, which healing uses too
     lm_head            logits from hidden states in fp32, a chunk at a time
     reference_states   hidden states of the reference in a file, for KL

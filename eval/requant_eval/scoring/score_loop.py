@@ -1,17 +1,17 @@
 """Scores of every token of an evaluation set: log-likelihood, KL and top-1 of a causal LM.
 
-Every variant takes the same code path. A batch has windows of equal length, so there is no padding and the batch size
+Every variant takes the same code path. Windows of about one length share a batch, padded on the right (`batches`), which
 changes nothing but rounding. Logits are computed in fp32 from the final hidden states, a chunk of positions at a time:
-peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window.
+peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window. The host waits for the device once a batch.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from requant_eval.errors import EvaluationError
-from requant_eval.scoring.kl import kl_divergence
-from requant_eval.scoring.lm_head import Head, HeadTap, prove_head
+from requant_eval.scoring import batches
+from requant_eval.scoring.batches import BatchSize
+from requant_eval.scoring.kl import FAR, kl_divergence, near_kl_divergence
+from requant_eval.scoring.lm_head import PROOF_POSITIONS, Head, HeadTap, model_type, prove_head
 from requant_eval.scoring.reference_states import Reference, ReferenceWriter
 from requant_eval.scoring.token_scores import TokenScores
 from requant_eval.scoring.windows import EvalSet, Window
@@ -36,19 +38,20 @@ def score(
     model: Any,
     eval_set: EvalSet,
     *,
-    batch: int,
+    batch: BatchSize | int,
     device: torch.device | str,
     reference: str | Path | None = None,
     write_reference: str | Path | None = None,
     chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> TokenScores:
     """Scores of a model on every scored token of `eval_set`.
 
     model: a transformers or PEFT causal LM; it is put in eval mode. batch: windows per forward pass. device: of the
     token ids. reference: the file of an earlier call; fills `kl` and `agree`. write_reference: write this model's
     hidden states there as a reference. chunk_tokens: positions whose logits exist at a time. on_progress: (windows
-    done, windows).
+    done, windows). on_note: what a reader of the scores should know, in words.
 
     Raises:
         EvaluationError: NaN/inf in logits, infinite KL, a head that can't be read, a reference of another set or
@@ -61,27 +64,67 @@ def score(
     done = 0
     tap = HeadTap(model)
     with torch.inference_mode(), ExitStack() as stack:
-        head = prove_head(model, tap, windows[0].ids[None].to(device))
+        head = prove_head(model, tap, _proof(model, windows[0]).to(device))
         chunk = chunk_tokens or max(16, CHUNK_LOGITS[torch.device(device).type] // head.vocab)
         scorer = _TokenScorer(head, _open(reference, eval_set, head), chunk)
         sink: ReferenceWriter | None = None
-        for numbers in _batches(windows, batch):
-            hidden, _ = tap.run(model, torch.stack([windows[i].ids for i in numbers]).to(device))
+        forward = _Forward(model, tap, windows, torch.device(device), on_note)
+        for numbers, hidden in forward.batches(BatchSize.of(batch)):
             if write_reference is not None and sink is None:
                 writer = ReferenceWriter(
                     Path(write_reference), rows=columns.n, like=hidden, head=head, digest=eval_set.digest
                 )
                 sink = stack.enter_context(writer)
-            for row, number in enumerate(numbers):
-                rows, targets = _scored_rows(hidden[row], windows[number])
-                if sink is not None:
-                    sink.write(columns.starts[number], rows)
-                scorer.score(columns, columns.starts[number], rows, targets)
-                _check_finite(columns, number, eval_set)
+            rows, targets = _scored_rows(hidden, [windows[i] for i in numbers])
+            spans = [slice(columns.starts[i], columns.starts[i + 1]) for i in numbers]
+            if sink is not None:
+                sink.write_all(spans, rows)
+            columns.fill(spans, scorer.score(rows, targets, spans))
+            _check_finite(columns, numbers, eval_set)
             done += len(numbers)
             if on_progress is not None:
                 on_progress(done, len(windows))
     return columns.scores(eval_set, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Runs windows through a model, batch by batch."""
+
+    model: Any
+    tap: HeadTap
+    windows: Sequence[Window]
+    device: torch.device
+    on_note: Callable[[str], None] | None
+
+    def batches(self, size: BatchSize) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """(numbers of the windows, final hidden states [n, longest, hidden]) of every batch.
+
+        The batch with most padding comes first: where it shows that padding changes the model's states, windows of
+        different lengths run apart.
+        """
+        lengths = [len(w.ids) for w in self.windows]
+        plan = batches.plan(lengths, size, padded_up_to=batches.padded_up_to(self.model.config))
+        left = list(plan.batches)
+        if plan.widest is not None and not hasattr(self.model, "forward_padded"):  # which has proven it itself
+            first = left.pop(plan.widest)
+            hidden, alone = self.states(first), self.states(first[-1:])
+            if batches.padding_changes(hidden[-1], alone[0]):
+                left = list(batches.plan(lengths, size, padded_up_to=0).batches)
+                if self.on_note is not None:
+                    self.on_note(batches.APART.format(model_type(self.model)))
+            else:
+                yield first, hidden
+        for numbers in left:
+            yield numbers, self.states(numbers)
+
+    def states(self, numbers: Sequence[int]) -> Tensor:
+        """Final hidden states [n, longest, hidden] of some windows, the longest first."""
+        rows = [self.windows[i].ids for i in numbers]
+        ids, run = batches.padded(rows).to(self.device), self.model
+        if hasattr(run, "forward_padded"):
+            run = partial(self.model.forward_padded, lengths=[len(row) for row in rows])
+        return self.tap.run(run, ids)[0]
 
 
 @dataclass(kw_only=True)
@@ -111,6 +154,15 @@ class _Columns:
             agree=flag.clone() if compared else None,
         )
 
+    def fill(self, spans: Sequence[slice], numbers: Tensor) -> None:
+        """Fill the tokens of `spans` from `_TokenScorer.score`."""
+        at = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        self.nll[at], self.top1[at] = numbers[0], numbers[1].bool()
+        # log_softmax spreads one NaN or +inf logit over its whole row, so the target's entry shows it.
+        self.finite[at] = numbers[[0, 2] if self.kl is not None else [0]].isfinite().all(0)
+        if self.kl is not None and self.agree is not None:
+            self.kl[at], self.agree[at] = numbers[2], numbers[3].bool()
+
     def scores(self, eval_set: EvalSet, seconds: float) -> TokenScores:
         document = np.repeat(np.array([w.document for w in eval_set.windows], dtype=np.int32), np.diff(self.starts))
         return TokenScores(
@@ -133,44 +185,53 @@ class _TokenScorer:
     reference: Reference | None
     chunk_tokens: int
 
-    def score(self, columns: _Columns, start: int, hidden: Tensor, targets: Tensor) -> None:
-        """Fills tokens start.. from `hidden` [n, hidden] and `targets` int64 [n], chunk by chunk."""
-        for at in range(0, len(hidden), self.chunk_tokens):
-            rows, expected = hidden[at : at + self.chunk_tokens], targets[at : at + self.chunk_tokens]
-            part = slice(start + at, start + at + len(rows))
-            log_p = self.head.logits(rows).log_softmax(-1)
-            nll = -log_p.gather(-1, expected[:, None])[:, 0]
-            best = log_p.argmax(-1)
-            columns.nll[part] = nll.double().cpu()
-            columns.top1[part] = (best == expected).cpu()
-            # log_softmax spreads one NaN or +inf logit over its whole row, so the target's entry shows it.
-            columns.finite[part] = torch.isfinite(nll).cpu()
-            if self.reference is None or columns.kl is None or columns.agree is None:
-                continue
-            reference_rows = self.reference.hidden(part.start, part.stop).to(rows.device)
-            log_r = self.reference.head.logits(reference_rows).log_softmax(-1)
-            columns.agree[part] = (log_r.argmax(-1) == best).cpu()
-            kl = kl_divergence(log_r, log_p)
-            columns.kl[part] = kl.cpu()
-            columns.finite[part] &= torch.isfinite(kl).cpu()
+    def score(self, hidden: Tensor, targets: Tensor, spans: Sequence[slice]) -> Tensor:
+        """float64 [2 or 4, n] on the host: -ln p, top-1, KL, agreement of n tokens, computed chunk by chunk.
+
+        hidden: [n, hidden]. targets: int64 [n]. spans: where these tokens are in the set.
+        """
+        others = None
+        if self.reference is not None:
+            others = torch.cat([self.reference.hidden(s.start, s.stop) for s in spans]).to(hidden.device)
+        found = self._chunks(hidden, targets, others, near_kl_divergence).cpu()
+        if others is not None and not bool((found[4] <= FAR).all()):
+            found = self._chunks(hidden, targets, others, lambda *of: (kl_divergence(*of), of[0][:, 0])).cpu()
+        return found[:4]
+
+    def _chunks(self, hidden: Tensor, targets: Tensor, others: Tensor | None, divergence: Any) -> Tensor:
+        size = self.chunk_tokens
+        parts = [torch.split(t, size) for t in (hidden, targets, *([] if others is None else [others]))]
+        return torch.cat([self._chunk(divergence, *part) for part in zip(*parts, strict=True)], dim=1)
+
+    def _chunk(self, divergence: Any, hidden: Tensor, targets: Tensor, others: Tensor | None = None) -> Tensor:
+        """float64 [2 or 5, n] of one chunk: also what `divergence` says of how far the two models are apart."""
+        log_p = self.head.logits(hidden).log_softmax(-1)
+        best = log_p.argmax(-1)
+        columns = [-log_p.gather(-1, targets[:, None])[:, 0], best == targets]
+        if others is not None and self.reference is not None:
+            log_r = self.reference.head.logits(others).log_softmax(-1)
+            kl, furthest = divergence(log_r, log_p)
+            columns += [kl, log_r.argmax(-1) == best, furthest]
+        return torch.stack([column.double() for column in columns])
 
 
-def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[int]]:
-    """Window numbers, up to `batch` of one length at a time."""
-    if batch < 1:
-        raise EvaluationError(f"batch is {batch}, needs at least 1")
-    by_length: defaultdict[int, list[int]] = defaultdict(list)
-    for number, window in enumerate(windows):
-        by_length[len(window.ids)].append(number)
-    for numbers in by_length.values():
-        for at in range(0, len(numbers), batch):
-            yield numbers[at : at + batch]
+def _proof(model: Any, window: Window) -> Tensor:
+    """Token ids int64 [1, length] on which the head is proven: the first of a window.
+
+    All of them where a model has computed its windows already.
+    """
+    return window.ids[None, : None if hasattr(model, "forward_padded") else PROOF_POSITIONS]
 
 
-def _scored_rows(hidden: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict the scored tokens [n, hidden], and those tokens int64 [n]."""
-    at = window.scored.nonzero()[:, 0]
-    return hidden[(at - 1).to(hidden.device)], window.ids[at].to(hidden.device)
+def _scored_rows(hidden: Tensor, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict the scored tokens [n, hidden], and those tokens int64 [n].
+
+    hidden: [windows, longest, hidden].
+    """
+    length = hidden.shape[1]
+    at = torch.cat([w.scored.nonzero()[:, 0] - 1 + row * length for row, w in enumerate(windows)])
+    targets = torch.cat([w.ids[w.scored] for w in windows])
+    return hidden.flatten(0, 1)[at.to(hidden.device)], targets.to(hidden.device)
 
 
 def _open(path: str | Path | None, eval_set: EvalSet, head: Head) -> Reference | None:
@@ -185,11 +246,12 @@ def _open(path: str | Path | None, eval_set: EvalSet, head: Head) -> Reference |
     return reference
 
 
-def _check_finite(columns: _Columns, number: int, eval_set: EvalSet) -> None:
-    part = slice(columns.starts[number], columns.starts[number + 1])
-    finite = columns.finite[part]
-    if bool(finite.all()):
+def _check_finite(columns: _Columns, numbers: Sequence[int], eval_set: EvalSet) -> None:
+    parts = {number: slice(columns.starts[number], columns.starts[number + 1]) for number in numbers}
+    number = next((i for i in sorted(parts) if not bool(columns.finite[parts[i]].all())), None)
+    if number is None:
         return
+    part, finite = parts[number], columns.finite[parts[number]]
     document, bad = eval_set.windows[number].document, int((~finite).sum())
     where = f"set '{eval_set.name}', window {number} (document {document}), {bad} of {len(finite)} scored tokens"
     if columns.kl is not None and bool(columns.nll[part].isfinite().all()):

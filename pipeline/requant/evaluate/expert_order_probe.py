@@ -27,6 +27,7 @@ from requant.merge.plan import MergePlan
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
 from requant.runtime.device import free_memory
+from requant_eval.scoring.batches import BatchSize
 
 FEWEST_ROWS, SURE = 3, 3.0  # rows of one text; standard errors between the two losses
 
@@ -49,11 +50,11 @@ class OrderFacts(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where and in what precision the models are run, and with how many rows at a time."""
+    """Where and in what precision the models are run, and how much at a time."""
 
     device: torch.device
     dtype: torch.dtype
-    batch: int
+    batch: BatchSize
 
 
 def measure(

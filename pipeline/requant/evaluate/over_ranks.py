@@ -23,6 +23,7 @@ from requant.evaluate.variants import VariantSources
 from requant.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
+    from requant_eval.scoring.batches import BatchSize
     from requant_eval.scoring.token_scores import TokenScores
     from requant_eval.scoring.windows import EvalSet, Window
 
@@ -32,7 +33,7 @@ def evaluate(
     sources: VariantSources,
     *,
     ranks: Ranks,
-    batch: int,
+    batch: BatchSize | int,
     stream: Stream = "auto",
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -69,7 +70,7 @@ def score_share(
     unfinished: Scores,
     sources: VariantSources,
     *,
-    batch: int,
+    batch: BatchSize | int,
     stream: Stream,
     ranks: Ranks,
     canaries: Canaries | None = None,

@@ -21,6 +21,7 @@ from requant.evaluate import streamed, variants
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.scores import REFERENCE, Scores
 from requant.runtime.device import USABLE, free_bytes, free_memory
+from requant_eval.scoring.batches import BatchSize, Plan, plan
 from requant_eval.scoring.score_loop import CHUNK_LOGITS
 
 if TYPE_CHECKING:
@@ -47,19 +48,19 @@ def evaluate(
     scores: Scores,
     sources: variants.VariantSources,
     *,
-    batch: int,
+    batch: BatchSize | int,
     stream: Stream = "auto",
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Score every variant and generate its canary answers, as far as they are missing.
 
     stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory
-    halves the batch; with a batch of one window, a resident variant is streamed, unless `stream` is never.
+    halves the batch; with one window at a time, a resident variant is streamed, unless `stream` is never.
 
     Raises StageError for NaN or infinity in logits.
     """
     free_memory(scores.device)  # of earlier stages: what is free decides what is streamed
-    work = _Evaluation(scores=scores, sources=sources, batch=batch, stream=stream, progress=progress)
+    work = _Evaluation(scores=scores, sources=sources, batch=BatchSize.of(batch), stream=stream, progress=progress)
     todo, unanswered = scores.missing(), scores.unanswered()
     streaming = {name: work.should_stream(name, sets) for name, sets in todo.items()}
     work.total = sum(
@@ -75,7 +76,7 @@ def load_reference(
     sources: variants.VariantSources,
     samples: Mapping[str, Sequence[Tensor]],
     *,
-    batch: int,
+    batch: BatchSize | int,
     stream: Stream,
 ) -> Any:
     """The reference's model, whole or streamed.
@@ -84,7 +85,7 @@ def load_reference(
     """
     rows = [row for many in samples.values() for row in many]
     free_memory(scores.device)
-    work = _Evaluation(scores=scores, sources=sources, batch=batch, stream=stream, progress=None)
+    work = _Evaluation(scores=scores, sources=sources, batch=BatchSize.of(batch), stream=stream, progress=None)
     if not work.should_stream(REFERENCE, ()):
         return variants.load(REFERENCE, sources, device=scores.device, dtype=scores.dtype)
     model = streamed.StreamedModel(streamed.walk_of(REFERENCE, sources, device=scores.device, dtype=scores.dtype))
@@ -100,7 +101,7 @@ class _Evaluation:
 
     scores: Scores
     sources: variants.VariantSources
-    batch: int
+    batch: BatchSize
     stream: Stream
     progress: Progress | None
     total: int = 0
@@ -115,7 +116,7 @@ class _Evaluation:
 
     def should_stream(self, name: str, sets: Sequence[EvalSet]) -> bool:
         """Whether a variant is scored block by block."""
-        tokens = self.batch * max((s.window for s in sets), default=1)
+        tokens = max((_plan(s, self.batch).tokens for s in sets), default=1)
         return should_stream(
             name,
             self.sources,
@@ -190,16 +191,20 @@ class _Evaluation:
         """Score one set; out of memory halves the batch."""
         while not self._fits_in_memory(name, model, s, runtime):
             free_memory(self.scores.device)
-            before = self.batch
+            before = _plan(s, self.batch).largest
             if before == 1:
                 raise torch.OutOfMemoryError
-            self.batch = -(-before // 2)
-            self._note(f"{name} on {s.name}: out of memory with {before} windows at a time, went on with {self.batch}")
+            self.batch = self.batch.halved(before)
+            after = _plan(s, self.batch).largest
+            self._note(f"{name} on {s.name}: out of memory with {before} windows at a time, went on with {after}")
         self.done += len(s.windows)
 
     def _fits_in_memory(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
         try:
-            _score_set(self.scores, name, model, s, self.batch, runtime, partial(self._on_progress, name, self.done))
+            _score_set(
+                self.scores, name, model, s, self.batch, runtime,
+                partial(self._on_progress, name, self.done), lambda note: self._note(f"{name} on {s.name}: {note}"),
+            )  # fmt: skip
         except torch.OutOfMemoryError:
             return False  # the failed forward's memory is released with its frames
         return True
@@ -238,9 +243,15 @@ def should_stream(
     return need > USABLE * free
 
 
+def _plan(s: EvalSet, size: BatchSize) -> Plan:
+    """The batches of a set, whose sizes decide what fits in memory."""
+    return plan([len(w.ids) for w in s.windows], size)
+
+
 def _score_set(
-    scores: Scores, name: str, model: Any, s: EvalSet, batch: int, runtime: str, on_progress: OnProgress
-) -> None:
+    scores: Scores, name: str, model: Any, s: EvalSet, batch: BatchSize, runtime: str,
+    on_progress: OnProgress, on_note: Callable[[str], None],
+) -> None:  # fmt: skip
     """Write the scores of one variant on one set; of the reference also the hidden states."""
     from requant_eval.scoring.score_loop import score
 
@@ -253,6 +264,7 @@ def _score_set(
         batch=batch,
         device=scores.device,
         on_progress=lambda at, _: on_progress(at, s.name),
+        on_note=on_note,
         reference=None if is_reference else states,
         write_reference=states if is_reference else None,
     )

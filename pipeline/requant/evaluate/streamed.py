@@ -23,6 +23,8 @@ from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, larger_half
 from requant.modeling.hidden_state_store import HiddenStateStore
 from requant.runtime.device import free_bytes, free_memory
+from requant_eval.scoring import batches
+from requant_eval.scoring.batches import BatchSize
 
 log = logging.getLogger(__name__)
 OnBlock = Callable[[int, int], None]  # (blocks done, blocks)
@@ -61,45 +63,77 @@ class StreamedModel:
         return self.model.get_output_embeddings()
 
     @torch.no_grad()
-    def run(self, windows: Sequence[Tensor], batch: int, on_block: OnBlock | None = None) -> None:
+    def run(self, windows: Sequence[Tensor], batch: BatchSize | int, on_block: OnBlock | None = None) -> None:
         """Run windows through all blocks and cache their last hidden states.
 
-        windows: int64 [length], of any lengths. Out of memory halves the batch, down to one window, and continues with
-        the first unfinished batch.
+        windows: int64 [length], of any lengths; those of about one length share a batch, padded. A window that also
+        runs alone shows whether padding changes the states; then all run again, each length apart. Out of memory halves
+        the batch, down to one window, and continues with the first unfinished batch.
         """
-        batches = list(_batches(list({_key(w): w for w in windows}.values()), batch))
-        self.walk.states = HiddenStateStore(self.walk.device, on_host=self._on_host(sum(b.numel() for b in batches)))
-        batches_in_flight = _BatchesInFlight(self.walk, batches, self.notes)
+        unique = list({_key(w): w for w in windows}.values())
+        lengths, size = [len(w) for w in unique], BatchSize.of(batch)
+        plan = batches.plan(lengths, size, padded_up_to=batches.padded_up_to(self.config))
+        if plan.widest is None:
+            self._run([[unique[i] for i in numbers] for numbers in plan.batches], on_block)
+            return
+        witness = unique[plan.batches[plan.widest][-1]]  # the window that is padded most
+        alone = self._run([*([unique[i] for i in numbers] for numbers in plan.batches), [witness]], on_block)
+        if batches.padding_changes(self._hidden(witness), alone):
+            self.notes.append(batches.APART.format(getattr(self.config, "model_type", type(self.model).__name__)))
+            apart = batches.plan(lengths, size, padded_up_to=0)
+            self._run([[unique[i] for i in numbers] for numbers in apart.batches], on_block)
+
+    def _run(self, rows: Sequence[Sequence[Tensor]], on_block: OnBlock | None) -> Tensor:
+        """Run batches of windows and cache the states; of a window that comes twice, the first.
+
+        Returns the last window's [length, width].
+        """
+        ids = [batches.padded(many) for many in rows]
+        self.walk.states = HiddenStateStore(self.walk.device, on_host=self._on_host(sum(b.numel() for b in ids)))
+        in_flight = _BatchesInFlight(self.walk, ids, self.notes)
         for index in range(len(self.walk)):
-            batches_in_flight.block(index)
+            in_flight.block(index)
             if on_block:
                 on_block(index + 1, len(self.walk))
-        for ids, item in zip(batches_in_flight.batches, batches_in_flight.items, strict=True):
-            self.set_hidden_states(ids, item)
+        windows = [window for many in rows for window in many]
+        at = len(windows)
+        for item in reversed(in_flight.items):
+            at -= len(item.hidden)
+            self.set_hidden_states(windows[at : at + len(item.hidden)], item)
+        return in_flight.items[-1].hidden[-1][: len(windows[-1])]
 
-    def set_hidden_states(self, ids: Tensor, item: BlockInput) -> None:
+    def set_hidden_states(self, windows: Sequence[Tensor] | Tensor, item: BlockInput) -> None:
         """Cache the hidden states of `item` as the last block's output for some windows.
 
-        ids: the windows, int64 [n, length].
+        windows: int64 [length] each, without the padding that `item` may have.
         """
-        self._cached |= {(self._without_adapter, _key(row)): (item, at) for at, row in enumerate(ids)}
+        self._cached |= {(self._without_adapter, _key(row)): (item, at) for at, row in enumerate(windows)}
+
+    def _hidden(self, window: Tensor) -> Tensor:
+        """The cached hidden states [length, width] of a window."""
+        item, at = self._cached[self._without_adapter, _key(window)]
+        return item.hidden[at][: len(window)]
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None) -> Any:
         """The output of a transformers model; its `past_key_values` are the token ids so far."""
         ids = input_ids if past_key_values is None else torch.cat((past_key_values, input_ids), dim=1)
-        rows = [row.cpu() for row in ids]
-        new = [row for row in rows if (self._without_adapter, _key(row)) not in self._cached]
-        if new:
-            self.run(new, len(new))
-        found = [self._cached[self._without_adapter, _key(row)] for row in rows]
-        states = torch.stack([item.hidden[at] for item, at in found]).to(self.walk.device)
-        for row in new:
-            self._cached.pop((self._without_adapter, _key(row)), None)
-        with self.walk.instead(lambda *_, **__: states):
-            output = self.model(input_ids=ids, use_cache=False)
+        output = self.forward_padded(ids, lengths=[ids.shape[1]] * len(ids))
         if use_cache:
             output.past_key_values = ids
         return output
+
+    def forward_padded(self, input_ids: Tensor, *, lengths: Sequence[int], use_cache: bool = False) -> Any:
+        """The output on windows of `lengths` tokens, each padded on the right to a row of `input_ids`."""
+        rows = [row[:length] for row, length in zip(input_ids.cpu(), lengths, strict=True)]
+        new = [row for row in rows if (self._without_adapter, _key(row)) not in self._cached]
+        if new:
+            self.run(new, len(new))
+        found = [self._hidden(row).to(self.walk.device) for row in rows]
+        states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        for row in new:
+            self._cached.pop((self._without_adapter, _key(row)), None)
+        with self.walk.instead(lambda *_, **__: states):
+            return self.model(input_ids=input_ids, use_cache=use_cache)
 
     @torch.no_grad()
     def last_logits(self, sequences: Sequence[Tensor]) -> list[Tensor]:
@@ -252,15 +286,6 @@ def _tuned(
 
 def _zeros(like: Tensor, device: torch.device) -> Tensor:
     return torch.zeros((), device=device).expand(like.shape)
-
-
-def _batches(windows: list[Tensor], batch: int) -> Iterator[Tensor]:
-    """Batches int64 [up to batch, length] of windows of equal length."""
-    lengths: dict[int, list[Tensor]] = {}
-    for window in windows:
-        lengths.setdefault(len(window), []).append(window)
-    for many in lengths.values():
-        yield from torch.split(torch.stack(many), batch)
 
 
 def _key(ids: Tensor) -> bytes:

@@ -22,14 +22,15 @@ from requant.run.stage_keys import Keys
 from requant.run.stage_results import Event, PredictionResult, ProbeResult
 from requant.runtime.device import pick_device
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
+from requant_eval.scoring.batches import BatchSize
 
 
 @dataclass(kw_only=True)
 class RunContext:
     """Inputs and state of one run, handed to every stage.
 
-    ranks: the other processes of this run. variant_sources: where each variant is made from. batch: evaluation windows
-    at a time. outcome: filled in by the stages. probe: set before quantizing.
+    ranks: the other processes of this run. variant_sources: where each variant is made from. batch: how much
+    evaluation runs at a time. outcome: filled in by the stages. probe: set before quantizing.
     """
 
     prepared: Prepared
@@ -38,7 +39,7 @@ class RunContext:
     ranks: Ranks
     device: torch.device
     variant_sources: VariantSources
-    batch: int
+    batch: BatchSize
     keys: Keys
     scores: Scores
     outcome: Outcome

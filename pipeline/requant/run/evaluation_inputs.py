@@ -10,6 +10,7 @@ from requant.evaluate.variants import VariantSources
 from requant.numerics.dtypes import DTYPES
 from requant.run.prepared import Prepared
 from requant.runtime.device import compute_dtype, profile_of
+from requant_eval.scoring.batches import BatchSize
 
 
 def variant_sources(p: Prepared, run: Path) -> VariantSources:
@@ -38,8 +39,9 @@ def dtype(p: Prepared, device: torch.device) -> torch.dtype:
     return compute_dtype(device, p.quantize.dtype)
 
 
-def batch(p: Prepared, device: torch.device) -> int:
-    """Windows at a time."""
-    asked = p.recipe.evaluate.batch
-    tokens = profile_of(device).scoring_tokens
-    return max(1, tokens // p.texts.sets[0].window) if asked == "auto" else asked
+def batch(p: Prepared, device: torch.device) -> BatchSize:
+    """How much runs at a time: so many tokens, or as many windows as the recipe asks for."""
+    asked, profile = p.recipe.evaluate.batch, profile_of(device)
+    if asked == "auto":
+        return BatchSize(tokens=profile.scoring_tokens, padding=profile.scoring_padding)
+    return BatchSize(windows=asked, padding=profile.scoring_padding)

@@ -24,6 +24,7 @@ from requant.modeling import skeleton, stacked_experts
 from requant.run.stage_results import Distance, EstimateFacts
 
 if TYPE_CHECKING:
+    from requant_eval.scoring.batches import BatchSize
     from requant_eval.scoring.token_scores import TokenScores
     from requant_eval.scoring.windows import EvalSet
 
@@ -53,7 +54,7 @@ def measure(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    batch: int,
+    batch: BatchSize | int,
     progress: Progress | None = None,
 ) -> tuple[Distance, list[Distance]]:
     """(distance of the quantized model from the merged one, gain of each unit of modules).

@@ -24,6 +24,7 @@ from requant.recipe.model_sections import OverrideFields
 from requant.run import module_swap
 from requant.run.stage_results import Distance, SuggestedUnit, SuggestStageResult
 from requant_eval import escaping
+from requant_eval.scoring.batches import BatchSize
 
 COUNT = 10  # candidates that are measured
 LIFTED = {2: 4, 3: 4, 4: 8}
@@ -140,7 +141,7 @@ def advise(
     calibration: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-    batch: int,
+    batch: BatchSize | int,
     progress: module_swap.Progress | None = None,
 ) -> SuggestStageResult:
     """Every candidate with its gain, the best first, and the patch that lifts those that help.

@@ -25,7 +25,8 @@ class DeviceProfile:
     start_seconds: to load its libraries and kernels.
     computes_fp32: blocks compute in fp32, whatever dtype is served; elsewhere in the serving dtype.
     batch_tokens: of a calibration batch: enough to fill the processor, few enough to keep in memory.
-    scoring_tokens: the same of an evaluation batch. kl_chunk_logits: logits of one model in memory at a time.
+    scoring_tokens: the same of an evaluation batch, with the padding of its windows; scoring_padding: of these at most.
+    kl_chunk_logits: logits of one model in memory at a time.
     commits_later: a block is committed while the next one is being solved.
     least_unquantized_tokens: at least these also run through the unquantized block; more is better where it costs
     little.
@@ -44,6 +45,7 @@ class DeviceProfile:
     computes_fp32: bool
     batch_tokens: int
     scoring_tokens: int
+    scoring_padding: int
     kl_chunk_logits: int
     commits_later: bool
     least_unquantized_tokens: int
@@ -64,6 +66,7 @@ PROFILES: dict[str, DeviceProfile] = {
         computes_fp32=True,
         batch_tokens=2048,
         scoring_tokens=2048,
+        scoring_padding=16,
         kl_chunk_logits=2**22,
         commits_later=False,
         least_unquantized_tokens=0,
@@ -82,6 +85,7 @@ PROFILES: dict[str, DeviceProfile] = {
         computes_fp32=False,
         batch_tokens=8192,
         scoring_tokens=16384,
+        scoring_padding=1024,
         kl_chunk_logits=2**26,
         commits_later=True,
         least_unquantized_tokens=2**17,

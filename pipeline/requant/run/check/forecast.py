@@ -31,6 +31,7 @@ from requant.run.check.rehearsal import Rehearsal, cost_of
 from requant.run.prepared import Prepared
 from requant.runtime import measurements
 from requant.runtime.device import PROFILES, USABLE, free_bytes, free_memory, product_rate, profile_of
+from requant_eval.scoring.batches import BatchSize, plan
 
 __all__ = ["Need", "forecast"]
 
@@ -44,7 +45,9 @@ TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
 
-def forecast(p: Prepared, sources: VariantSources, device: torch.device, dtype: torch.dtype, batch: int) -> list[Need]:
+def forecast(
+    p: Prepared, sources: VariantSources, device: torch.device, dtype: torch.dtype, batch: BatchSize
+) -> list[Need]:
     """Merge, quantize (by our own engine) and evaluate, nothing being finished.
 
     dtype, batch: of the evaluation.
@@ -114,17 +117,20 @@ class _Scoring:
         p: Prepared,
         sources: VariantSources,
         dtype: torch.dtype,
-        batch: int,
+        batch: BatchSize,
         rehearsal: Rehearsal,
         folder: Path,
         build: float,
     ) -> None:
-        self.p, self.sources, self.dtype, self.batch, self.device = p, sources, dtype, batch, rehearsal.device
+        self.p, self.sources, self.dtype, self.device = p, sources, dtype, rehearsal.device
+        self.plans = [plan([len(w.ids) for w in s.windows], batch) for s in p.texts.sets]
         self.build = build  # seconds to make a model's structure
         self.size = VariantSize.of_model(rehearsal.model)
         alike = _alike(p.texts.sets)
         length = len(alike.windows[0].ids)
-        self.rows = batch if self.device.type == "cuda" else max(1, min(batch, TRIED // length))
+        rows = batch.rows(length)
+        self.rows = rows if self.device.type == "cuda" else max(1, min(rows, TRIED // length))
+        self.tokens = self.rows * length
         self.sample = replace(alike, windows=alike.windows[: 3 * self.rows])
         self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
         self.token = self.parts.token.seconds
@@ -172,11 +178,11 @@ class _Scoring:
         if not size.packed and not size.adapter:
             return load + tokens * per_token + heads
         extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
-        times = 1 if self._streams(name, size) else _forwards(self.p.texts.sets, self.batch)
+        times = 1 if self._streams(name, size) else sum(len(one.batches) for one in self.plans)
         return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
     def _bytes(self, name: str, size: VariantSize) -> int:
-        forward = self.parts.forward.bytes * self.batch // self.rows
+        forward = self.parts.forward.bytes * max(one.tokens for one in self.plans) // self.tokens
         item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
         if self._streams(name, size):
             ahead = 2 if self.device.type == "cuda" else 1
@@ -187,7 +193,6 @@ class _Scoring:
         return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
 
     def _streams(self, name: str, size: VariantSize) -> bool:
-        tokens = self.batch * max(s.window for s in self.p.texts.sets)
         return should_stream(
             name,
             self.sources,
@@ -195,7 +200,7 @@ class _Scoring:
             stream=self.p.recipe.evaluate.stream,
             device=self.device,
             dtype=self.dtype,
-            tokens=tokens,
+            tokens=max(one.tokens for one in self.plans),
         )
 
     def _size(self, name: str) -> VariantSize:
@@ -213,11 +218,6 @@ def _alike(sets: Sequence[EvalSet]) -> EvalSet:
     length = lengths.most_common(1)[0][0]
     fullest = max(sets, key=lambda s: sum(len(w.ids) == length for w in s.windows))
     return replace(fullest, windows=tuple(w for w in fullest.windows if len(w.ids) == length))
-
-
-def _forwards(sets: Sequence[EvalSet], batch: int) -> int:
-    """Batches of all sets."""
-    return sum(-(-n // batch) for s in sets for n in Counter(len(w.ids) for w in s.windows).values())
 
 
 def _rates(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
