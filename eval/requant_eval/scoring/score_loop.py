@@ -1,8 +1,8 @@
 """Scores of every token of an evaluation set: log-likelihood, KL and top-1 of a causal LM.
 
-Every variant takes the same code path. Windows of about one length share a batch, padded on the right (`batches`), which
-changes nothing but rounding. Logits are computed in fp32 from the final hidden states, a chunk of positions at a time:
-peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window. The host waits for the device once a batch.
+Every variant takes the same code path. Windows of about one length share a batch, padded on the right (`batches`),
+which changes nothing but rounding. Logits are computed in fp32 from the final hidden states, a chunk of positions at a
+time: peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window. The host waits for the device once a batch.
 """
 
 from __future__ import annotations
