@@ -1,9 +1,10 @@
 """Bench of scoring alone: variants on one set, by several checkouts of requant.
 
-    python bench/scoring.py RECIPE --code before . [--variants merged adapter] [--documents 40] [--rounds 2] [--out FILE]
+    python bench/scoring.py RECIPE --code before . [--variants merged adapter] [--documents 40] [--rounds 2]
+                            [--out FILE]
 
-Only the stage evaluate runs, each time in a process of its own: models are loaded, then scored. `cpu` is the CPU time of
-the process, which other work on the machine changes least; the ratio is to the last checkout. Scores are compared token
+Only the stage evaluate runs, each time in a process of its own: models are loaded, then scored. `cpu` is the CPU time
+of the process, which other work on the machine changes least; the ratio is to the last checkout. Scores are compared token
 by token. merged: the base's decoded weights and the adapter in one (written once, beside the recipe).
 """
 

@@ -242,7 +242,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """The device and the versions, asked in a process of its own."""
     ask = (
-        "import json, torch; from requant.runtime import measurements as m; from requant.runtime.device import pick_device;"
+        "import json; from requant.runtime import measurements as m; from requant.runtime.device import pick_device;"
         "d = str(pick_device('auto')); print(json.dumps({'machine': m.hardware(d), 'versions': m.versions()}))"
     )
     known = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("pipeline", "eval"))}

@@ -2,7 +2,8 @@
 
 Every variant takes the same code path. Windows of about one length share a batch, padded on the right (`batches`),
 which changes nothing but rounding. Logits are computed in fp32 from the final hidden states, a chunk of positions at a
-time: peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window. The host waits for the device once a batch.
+time: peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window. The host waits for the device once for
+each batch.
 """
 
 from __future__ import annotations
