@@ -4,8 +4,8 @@
                             [--out FILE]
 
 Only the stage evaluate runs, each time in a process of its own: models are loaded, then scored. `cpu` is the CPU time
-of the process, which other work on the machine changes least; the ratio is to the last checkout. Scores are compared token
-by token. merged: the base's decoded weights and the adapter in one (written once, beside the recipe).
+of the process, which other work on the machine changes least; the ratio is to the last checkout. Scores are compared
+token by token. merged: the base's decoded weights and the adapter in one (written once, beside the recipe).
 """
 
 from __future__ import annotations

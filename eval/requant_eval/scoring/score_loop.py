@@ -59,10 +59,9 @@ def score(
             vocabulary.
     """
     started = time.perf_counter()
-    windows = eval_set.windows
+    windows, done = eval_set.windows, 0
     columns = _Columns.of(eval_set, compared=reference is not None)
     model.eval()
-    done = 0
     tap = HeadTap(model)
     with torch.inference_mode(), ExitStack() as stack:
         head = prove_head(model, tap, _proof(model, windows[0]).to(device))
