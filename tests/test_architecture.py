@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "requant_eval.errors": set(),
     "requant_eval.escaping": set(),
     "requant_eval.gate": set(),
+    "requant_eval.regular_files": set(),
     "requant_eval.strict_json": set(),
     "requant_eval.whole_files": set(),
     "requant_eval.scoring": {"requant_eval.whole_files"},
@@ -68,12 +69,15 @@ NARROW = {
     "requant.adapters": {"requant.modeling": {"requant.modeling.stacked_experts"}},
     "requant.numerics": {"requant.runtime": {"requant.runtime.device"}},  # block sizes: one profile a device type
 }
-# what every package may import: the exceptions, the one way to read JSON, what becomes of texts that leave
+# what every package may import: the exceptions, the one way to open files and to read JSON, what becomes of texts that leave
 EVERYBODY = {
     "requant": {
         "requant.errors", "requant.outgoing", "requant_eval.errors", "requant_eval.escaping", "requant_eval.strict_json",
+        "requant_eval.regular_files",
     },
-    "requant_eval": {"requant_eval.errors", "requant_eval.escaping", "requant_eval.strict_json"},
+    "requant_eval": {
+        "requant_eval.errors", "requant_eval.escaping", "requant_eval.strict_json", "requant_eval.regular_files",
+    },
 }  # fmt: skip
 DOORS = {"requant", "requant.__main__", "requant_eval"}  # they belong to no package
 

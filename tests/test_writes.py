@@ -26,7 +26,7 @@ BY_NAME = {"save_file", "FileHandler"}
 EXCEPTIONS = {  # file -> what it may call, and why
     "foreign_output.py": {"os.fdopen", "tempfile.NamedTemporaryFile"},  # stderr; a file of the system's own directory
     "guarded_process.py": {"os.fdopen"},  # pipes
-    "text_files.py": {"os.open", "os.fdopen"},  # for reading
+    "regular_files.py": {"os.open"},  # for reading
     "outputs.py": {"os.open", "open"},  # /dev/null
     "gptqmodel_engine.py": {"open"},  # /dev/null
     "measurements.py": {"write_text"},  # /proc

@@ -1,23 +1,28 @@
 """JSON of strangers: parsed strictly and within limits, or refused by what is wrong with it.
 
 `json` takes a key twice (the last one wins), NaN, numbers beyond a double and lone surrogates, raises RecursionError,
-and hangs on a FIFO. Imports nothing of ours and nothing heavy: all of requant reads JSON through it.
+and hangs on a FIFO. Imports nothing heavy: all of requant reads JSON through it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import stat
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from requant_eval.regular_files import NotAFileError, open_regular
+
 LARGEST = 100 * 10**6  # bytes of a file: parsed it takes ten times that
+MOST = 8 * 10**6  # lists, objects and their members in one text: each takes up to 200 bytes and some microseconds
 DEEPEST = 100  # lists and objects within each other: walks by recursion stay far from their limit
 _DIGITS = 308  # of a whole number: more do not fit a double
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BOM = "\ufeff"
+_STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|([\[{,])', re.DOTALL)  # a text, or what begins a value
 
 
 class JsonError(ValueError):
@@ -43,24 +48,20 @@ def load(file: Path, *, largest: int = LARGEST, constants: bool = False, bom: bo
 def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
     """The content of a regular file of at most `largest` bytes. Raises JsonError and OSError as `load` does."""
     try:
-        found = file.stat()
-    except ValueError as error:  # a name with a NUL
-        raise JsonError(f"no file can have this name ({error})") from error
-    if stat.S_ISDIR(found.st_mode):
-        raise JsonError("a directory, expected a file")
-    if not stat.S_ISREG(found.st_mode):
-        raise JsonError("a device or a pipe, expected a file")
-    if found.st_size > largest:
-        raise JsonError(f"{found.st_size} bytes, expected at most {largest}")
-    with file.open("rb") as stream:
-        return stream.read(largest + 1)
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > largest:
+                raise JsonError(f"{size} bytes, expected at most {largest}")
+            return stream.read(largest + 1)
+    except NotAFileError as error:
+        raise JsonError(str(error.strerror)) from error
 
 
 def parse(text: bytes | str, *, constants: bool = False, bom: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises JsonError for bytes that are no UTF-8 or begin with a byte order mark, a key that an object has twice,
-    numbers that do not fit a double, lone surrogates, and more than `DEEPEST` levels.
+    numbers that do not fit a double, lone surrogates, more than `DEEPEST` levels and more than `MOST` values.
     constants: whether NaN, Infinity and -Infinity are numbers, as in the config.json of some model families.
     bom: whether a byte order mark may stand in front, as editors write it.
     """
@@ -70,6 +71,9 @@ def parse(text: bytes | str, *, constants: bool = False, bom: bool = False) -> A
         if not bom:
             raise JsonError("begins with a byte order mark: save it as UTF-8 without one", line=1)
         text = text[1:]
+    begins = (found for found in _STRUCTURE.finditer(text) if found[1])
+    if values_in(text) > MOST and next(islice(begins, MOST, None), None):
+        raise JsonError(f"more than {MOST:,} values")
     try:
         value = _DECODERS[constants].decode(text)
     except RecursionError:
@@ -84,6 +88,11 @@ def parse(text: bytes | str, *, constants: bool = False, bom: bool = False) -> A
         except UnicodeEncodeError:
             raise JsonError("a text in it holds half a surrogate pair, which is no character") from None
     return value
+
+
+def values_in(text: str | bytes) -> int:
+    """No fewer than the lists, objects and their members in a JSON text: commas and brackets in strings count too."""
+    return sum(text.count(c) for c in "[{,") if isinstance(text, str) else sum(text.count(c) for c in b"[{,")
 
 
 def depth(value: Any, most: int) -> int:

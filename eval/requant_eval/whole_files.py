@@ -21,6 +21,8 @@ from io import BufferedRandom, FileIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from requant_eval.regular_files import open_regular
+
 TEMPORARY = ".*.tmp"  # glob of the temporary names
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEPT = 40  # characters of a file's name in its temporary name
@@ -70,9 +72,9 @@ def write_new(file: Path, data: bytes) -> None:
     sync_directory(file.parent)
 
 
-def copy(source: Path, file: Path) -> None:
-    """Copy a file's content; a source that is a link, such as those of the hub's cache, is followed."""
-    with source.open("rb") as content, whole_file(file, os.fstat(content.fileno()).st_size) as handle:
+def copy(content: BinaryIO, file: Path) -> None:
+    """Copy what an open file holds."""
+    with whole_file(file, os.fstat(content.fileno()).st_size) as handle:
         shutil.copyfileobj(content, handle, _COPIED)
 
 
@@ -162,7 +164,7 @@ def sync(handle: BinaryIO | FileIO) -> None:
 
 def sync_file(file: Path) -> None:
     """Wait until a file that others wrote is on the disk."""
-    with _named(file), file.open("rb") as handle:
+    with _named(file), open_regular(file) as handle:
         os.fsync(handle.fileno())
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import quote
 
+from requant_eval.regular_files import read_bytes
+
 MASK = "***"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 SHORTEST = 4  # characters; to replace fewer would mangle words and numbers, and they keep nothing secret
@@ -114,7 +116,7 @@ def _tokens() -> list[str]:
 @lru_cache(maxsize=8)
 def _stored(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8").strip()[:1000] if os.path.isfile(file) else ""
+        return read_bytes(file, 10_000).decode().strip()[:1000]
     except (OSError, ValueError):
         return ""
 

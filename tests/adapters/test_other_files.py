@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,19 @@ def test_names_that_cannot_be_read(adapter: Path) -> None:
     (adapter / "trainable_params.bin").write_bytes(b"no pickle at all")
     with pytest.raises(InputError, match=r"trainable_params.bin: seems to hold weights that were trained beside LoRA"):
         peft_directory.load(adapter)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_that_says_it_is_long_is_not_waited_for(adapter: Path, packed: bool) -> None:
+    """A pickle says how long its texts are, and a small archive unpacks to gigabytes: neither is believed."""
+    said = b"\x80\x04\x8d" + struct.pack("<Q", 2**62)
+    if packed:
+        with zipfile.ZipFile(adapter / "something.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data.pkl", b"\x80\x04" + b"N0" * 2**21 + b"K\x00.")  # a little more than is read
+    else:
+        (adapter / "something.pt").write_bytes(said)
+    (note,) = peft_directory.load(adapter).notes
+    assert note.startswith("adapter/something.pt: weights beside the adapter that are not read")
 
 
 def test_a_pickle_is_never_executed(adapter: Path, tmp_path: Path) -> None:

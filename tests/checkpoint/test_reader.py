@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from requant.checkpoint import reader
 from requant.checkpoint.atomic_write import write_text
+from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, file_digest, read_header, read_json
 from requant.checkpoint.writer import CheckpointWriter, Slot, plan_shards
 from requant.errors import InputError, StageError
@@ -326,3 +327,35 @@ def test_small_files_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 def test_file_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert file_digest(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-extra.bin", "additional_chat_templates/tool.jinja"])
+def test_a_pipe_among_a_models_files_is_refused(tmp_path: Path, name: str) -> None:
+    """Whatever library opens it would wait for its writer without an end."""
+    write(tmp_path, tensors())
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    assert Checkpoint(tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: a device or a pipe, expected files"):
+        Checkpoint(tmp_path)
+
+
+def test_a_directory_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(InputError, match=r": cannot be read \(Permission denied\)"):
+        Checkpoint(tmp_path)
+
+
+def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path, {"a": torch.ones(2)})
+    checkpoint = Checkpoint(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    os.mkfifo(tmp_path / SINGLE)
+    with pytest.raises(StageError, match="cannot be read \\(a device or a pipe, expected a file\\)"):
+        checkpoint.read("a")
+    with pytest.raises(StageError, match="cannot be read \\(a device or a pipe, expected a file\\)"):
+        DIGESTS.of(tmp_path / SINGLE)

@@ -54,6 +54,27 @@ def test_an_artifact_is_absent_until_it_is_finished(run: RunDirectory) -> None:
     assert not artifact.whole("other" * 12)
 
 
+def test_the_journal_stays_until_the_manifest_is_written(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed while its files are synced and their digests are taken resumes from all that was solved."""
+    artifact = run.artifact("gptq")
+    partial = artifact.begin("key")
+    for name in ("model.safetensors", "blocks.json"):
+        (partial / name).write_text(name)
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("requant.checkpoint.artifact.sync_all", killed)
+        with pytest.raises(KeyboardInterrupt):
+            artifact.finish("key", {}, journal="blocks.json")
+    assert artifact.begin("key") == partial
+    assert (partial / "blocks.json").exists()
+    artifact.finish("key", {}, journal="blocks.json")
+    assert {f.name for f in artifact.path.iterdir()} == {"model.safetensors", "manifest.json"}
+    assert artifact.whole("key")
+
+
 def test_a_changed_file_makes_it_incomplete(run: RunDirectory) -> None:
     artifact = run.artifact("merged")
     file = build(artifact, "k") / "model.safetensors"

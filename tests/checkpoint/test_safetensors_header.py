@@ -92,16 +92,14 @@ def test_what_is_refused_and_why(tmp_path: Path, case: str) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for file, says in (
-        (tmp_path / "pipe", "no regular file"),
-        (tmp_path, "no regular file"),
-        (Path("/dev/zero"), "0 bytes"),
+    for file, found in (
+        (tmp_path / "pipe", "a device or a pipe"),
+        (tmp_path, "a directory"),
+        (Path("/dev/zero"), "a device or a pipe"),
+        (tmp_path / "a\0b", "no file can have this name"),
     ):
-        with pytest.raises(InputError, match="not a safetensors file"):
+        with pytest.raises(InputError, match=f"not a safetensors file: {found}"):
             read_header(file)
-        assert says
-    with pytest.raises(InputError, match="corrupt"):
-        read_header(tmp_path / "a\0b")
 
 
 def test_tables_in_any_order_with_empty_tensors_and_scalars(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from requant.data import row_files
+from requant.data import row_files, text_files
 from requant.data.row_files import TextSource, read_rows
 from requant.data.text_files import LARGEST_PACKED
 from requant.errors import InputError
+from requant_eval import strict_json
 
 ROWS = [{"text": "a b"}, {"text": "c\u2028d"}]
 
@@ -119,8 +120,10 @@ def test_typed_columns_do_not_add_keys(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: 'a' is there twice"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"a\.jsonl:1: a number of 5000 digits"),
         ("a.jsonl", '{"a": ' + "[" * 5000 + "]" * 5000 + "}", r"a\.jsonl:1: nested too deeply"),
-        ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl: cannot be read: not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(b"\n" * (LARGEST_PACKED + 1)), r"a\.jsonl\.gz: unpacks to more than 100 MB"),
+        ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl:1: not UTF-8 text"),
+        ("a.csv", b"text\nx\n\xff", r"a\.csv: cannot be read: not UTF-8 text"),
+        ("a.txt", b"\xff", r"a\.txt: cannot be read: not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b" " * (LARGEST_PACKED + 1)), r"a\.jsonl\.gz: unpacks to more than 100 MB"),
         ("a.jsonl", "", "holds no rows"),
     ],
 )
@@ -129,12 +132,48 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: str | byt
         read(tmp_path / name, data)
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("a.jsonl.gz", b'{"text": "a b c"}\n'), ("a.csv.gz", b"a b c\n"), ("a.jsonl", b'{"text": "a b c"}\n')],
+)
+def test_only_what_is_needed_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, row: bytes
+) -> None:
+    """A large file gives its first documents in little memory, and none where all would be read."""
+    data = (b"text\n" if "csv" in name else b"") + row * 2 * (10**6 // len(row))
+    monkeypatch.setattr(text_files, "LARGEST_PACKED", 10**6)
+    monkeypatch.setattr(text_files, "LARGEST", 10**6)
+    data = gzip.compress(data) if name.endswith(".gz") else data
+    assert read(tmp_path / name, data, documents=2) == [{"text": "a b c"}] * 2
+    with pytest.raises(InputError, match=r"(unpacks to more than 1 MB|is larger than 0 GB): set data\.documents"):
+        read(tmp_path / name, data)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_small_files_of_millions_of_values_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(row_files, "MOST", 100)
+    monkeypatch.setattr(strict_json, "MOST", 100)
+    many = b'{"text": [' + b"[]," * 60 + b"1]}"
+    with pytest.raises(InputError, match=rf"{name}\.gz: more than 100 values"):
+        read(tmp_path / f"{name}.gz", gzip.compress(many))
+    text = {"text": 'He said "[' + "[{,\\" * 30}  # in a text they are no values
+    assert read(tmp_path / "b.json.gz", gzip.compress(json.dumps([text]).encode())) == [text]
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    for name, data in (("a.jsonl", lines(ROWS)), ("a.json", json.dumps(ROWS)), ("a.txt", "x"), ("a.csv", "text\nx\n")):
+        rows = read(tmp_path / name, b"\xef\xbb\xbf" + data.encode())
+        assert rows == (ROWS if "json" in name else [{"text": "x"}])
+
+
 def test_only_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     (tmp_path / "folder.jsonl").mkdir()
     for name, found in (("pipe", "a device or a pipe"), ("zero", "a device or a pipe"), ("folder", "a directory")):
-        with pytest.raises(InputError, match=rf"{name}\.jsonl: cannot be read: it is {found}, expected a file"):
+        with pytest.raises(InputError, match=rf"{name}\.jsonl: cannot be read: {found}, expected a file"):
             read_rows(TextSource(path=tmp_path / f"{name}.jsonl"))
     (tmp_path / "a.jsonl").write_text(lines(ROWS))
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")

@@ -211,7 +211,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(healed: Path, pr
     mine = Path(shutil.copytree(healed / "gptq", tmp_path / "gptq"))
     edit_json(mine / "tokenizer_config.json", eos_token=" ")
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=r"makes token 30\d .* of the text, but the model has 300 embeddings"):
+    with pytest.raises(InputError, match=r"gptq: the text holds token 30\d .*, but the model has 300 embeddings: copy"):
         heal_checkpoint.heal_checkpoint(
             mine, healed / "merged", [project / "train.jsonl"], tmp_path / "out" / "new",
             HealSettings(steps=2, batch=1, length=16), device=pick_device("cpu"),

@@ -217,3 +217,16 @@ def test_scales_of_more_matrices_than_the_weight_has(tmp_path: Path) -> None:
     pico.edit_tensors(base / "model.safetensors", change={f"{Q}_scale_inv": lambda t: torch.stack([t, t])})
     with pytest.raises(InputError, match=r"q_proj.weight: scales \[2, 2, 2\] of a weight \[64, 64\] are neither"):
         open_base_checkpoint(base)
+
+
+def test_settings_in_text_config_are_found(tmp_path: Path) -> None:
+    """Models with towers keep them there, and transformers looks for them there."""
+    base = fp8_base(tmp_path)
+    settings = json.loads((base / "config.json").read_text())
+    settings["text_config"] = {"quantization_config": settings.pop("quantization_config")}
+    (base / "config.json").write_text(json.dumps(settings))
+    opened = open_base_checkpoint(base)
+    assert isinstance(opened, DecodedCheckpoint)
+    assert opened.format_name == "FP8"
+    assert opened.config["text_config"] == {}
+    assert "quantization_config" in settings["text_config"]

@@ -367,6 +367,11 @@ def test_a_base_that_is_no_model_is_marked(here: Path) -> None:
     [
         ("{", "base/config.json:1: not valid JSON: "),
         ('{"quantization_config": 3}', "base/config.json: quantization_config is 3, expected an object: download"),
+        ('{"quantization_config": []}', "base/config.json: quantization_config is [], expected an object: download"),
+        (
+            '{"text_config": {"quantization_config": "x"}}',
+            "base/config.json: quantization_config is 'x', expected an object: download",
+        ),
     ],
 )
 def test_a_config_of_the_base_that_cannot_be_read(here: Path, content: str, says: str) -> None:

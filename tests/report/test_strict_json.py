@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from requant_eval import strict_json
 from requant_eval.strict_json import DEEPEST, JsonError, depth, load, parse
 
 
@@ -81,3 +82,24 @@ def test_only_regular_files_of_a_size_are_read(tmp_path: Path) -> None:
         load(tmp_path / "none")
     (tmp_path / "link").symlink_to(tmp_path / "large")
     assert load(tmp_path / "link") == "x" * 100
+
+
+@pytest.mark.parametrize(
+    "text", ["[" + "[]," * 10**4 + "1]", '{"a":[' + '"x",' * 10**4 + '""]}', "[" + "1," * 10**4 + "1]"]
+)
+def test_more_values_than_memory_can_be_meant_for(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A hundred megabytes of `[],` would take three gigabytes."""
+    monkeypatch.setattr(strict_json, "MOST", 1000)
+    with pytest.raises(JsonError, match="more than 1,000 values"):
+        parse(text)
+
+
+@pytest.mark.parametrize("end", ['"', "", '\\"', "\\"])
+def test_commas_and_brackets_in_texts_are_no_values(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(strict_json, "MOST", 1000)
+    text = '"' + '[{,\\"' * 10**5 + end  # also quickly where the text does not end
+    if end == '"':
+        assert parse(text) == '[{,"' * 10**5
+    else:
+        with pytest.raises(JsonError, match="not valid JSON"):
+            parse(text)

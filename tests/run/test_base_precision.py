@@ -86,6 +86,29 @@ def test_other_bases_keep_their_own_words(
     assert says in refusal(mine, {"base": {"model": "./original", "nf4": nf4}, **_variants()})
 
 
+@pytest.mark.parametrize("where", ["", "text_config."])
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        ([], "quantization_config is [], expected an object"),
+        ([1], "quantization_config is [1], expected an object"),
+        ("nf4", "quantization_config is 'nf4', expected an object"),
+        (False, "quantization_config is False, expected an object"),
+        ({"quant_method": "gptq"}, "the base is quantized with gptq"),
+        ({"quant_method": ["gptq"]}, "the base is quantized with ['gptq']"),
+    ],
+)
+def test_what_says_nothing_of_how_a_base_is_quantized(
+    project: Path, tmp_path: Path, where: str, quantization: Any, says: str
+) -> None:
+    """transformers reads it from text_config too."""
+    mine = copied(project, tmp_path / "p", "original")
+    settings = {"quantization_config": quantization}
+    edit_json(mine / "original" / "config.json", **({"text_config": settings} if where else settings))
+    said = refusal(mine, {"base": {"model": "./original", "nf4": "none"}, **_variants()})
+    assert "original/config.json: " + (where if "expected an object" in says else "") + says in said
+
+
 @pytest.mark.parametrize("nf4", ["auto", "none"])
 def test_an_8_bit_base_keeps_its_own_words(project: Path, tmp_path: Path, nf4: str) -> None:
     mine = copied(project, tmp_path / "p", "original")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
+from requant_eval.regular_files import require_regular
 from requant_eval.scoring.lm_head import Head
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -141,6 +142,7 @@ class ReferenceWriter:
 
 def _open(path: Path) -> Any:
     try:
+        require_regular(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise EvaluationError(f"{path}: no readable reference ({error}): score the reference first") from error

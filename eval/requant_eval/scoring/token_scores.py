@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
+from requant_eval.regular_files import require_regular
 
 FORMAT = "requant-scores-1"
 _DTYPES: dict[str, type] = {
@@ -71,6 +72,7 @@ class TokenScores:
         from safetensors import SafetensorError, safe_open
 
         try:
+            require_regular(path)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -18,6 +18,7 @@ from requant.adapters.config import AdapterConfig
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.setting_types import shown
 from requant.adapters.stacked_lora import Order
+from requant_eval.regular_files import read_bytes
 
 LAYOUT, DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 """Keys of adapter_config.json in which unsloth records the order: of the file, and of each parameter."""
@@ -26,7 +27,7 @@ CARD = "README.md"
 WORDS: Mapping[str, str] = {"peft": "PEFT's order", "unsloth": "unsloth's order"}
 _LAYOUTS: Mapping[str, Order] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
 _SEVERAL = "mixed"  # recorded of a file whose parameters differ
-_MOST = 2**16  # characters of a model card that are read
+_MOST = 2**16  # bytes of a model card that are read
 
 
 def order_of(adapter: Adapter, parameter: str) -> Order:
@@ -131,10 +132,7 @@ def _differ(adapter: Adapter) -> bool:
 def _front_matter(card: Path) -> str:
     """The YAML head of a model card; empty where there is none."""
     try:
-        if not card.is_file():  # a pipe would wait for its writer
-            return ""
-        with card.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_MOST)
+        text = read_bytes(card, _MOST).decode(errors="replace")
     except OSError:
         return ""
     return text.split("\n---", 1)[0] if text.startswith("---") else ""

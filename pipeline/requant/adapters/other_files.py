@@ -7,6 +7,7 @@ loaded: the names in them are read from their opcodes.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import re
 import zipfile
@@ -19,6 +20,7 @@ from requant.adapters.kinds import tensor_keys
 from requant.adapters.weight_files import INDEX, SHARDS, WEIGHTS
 from requant.checkpoint.reader import read_header
 from requant.errors import InputError
+from requant_eval.regular_files import open_regular
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 _STATE = re.compile(
@@ -38,7 +40,7 @@ _NOT_TEXT = re.compile(
 _TEXT = re.compile(r"trainable|non_lora|embed|lm_head|norm|modules_to_save|full_weights", re.IGNORECASE)
 """Names of files whose tensors are taken for the text model's where their own names cannot be read."""
 _NOT_A_NAME = re.compile(r"storage|cpu|(cuda|meta|mps|xpu|npu)(:\d+)?|version|_metadata|assign_to_params_buffers|\d*")
-_MOST_NAMES = 10**6
+_LARGEST_PICKLE = 2**22  # bytes; the names of 25,000 tensors. A small archive may unpack to any size
 
 
 def check(path: Path, held: Collection[str]) -> list[str]:
@@ -121,33 +123,34 @@ def _names(file: Path) -> list[str] | None:
     try:
         if file.suffix == ".safetensors":
             return list(read_header(file))
-        if file.suffix == ".npz":
-            with zipfile.ZipFile(file) as archive:
-                return [n.removesuffix(".npy") for n in archive.namelist()]
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
+        with open_regular(file) as stream:
+            if file.suffix != ".npz" and not zipfile.is_zipfile(stream):
+                stream.seek(0)
+                return _pickled_names(stream, 4)  # torch before 1.6: magic number, protocol, system, then the object
+            with zipfile.ZipFile(stream) as archive:
+                if file.suffix == ".npz":
+                    return [n.removesuffix(".npy") for n in archive.namelist()]
                 inner = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
                 if inner is None:
                     return None
-                with archive.open(inner) as stream:
-                    return _pickled_names(stream, 1)
-        with file.open("rb") as stream:
-            return _pickled_names(stream, 4)  # torch before 1.6: magic number, protocol, system, then the object
+                with archive.open(inner) as pickled:
+                    return _pickled_names(pickled, 1)
     except (OSError, ValueError, InputError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return None
 
 
-def _pickled_names(stream: IO[bytes], pickles: int) -> list[str]:
+def _pickled_names(file: IO[bytes], pickles: int) -> list[str]:
     """Texts in the last of several pickles that may be names of tensors; none where it holds no tensor.
 
-    Raises ValueError for what is no pickle.
+    Raises ValueError for what is no pickle, or a larger one than names explain.
     """
+    stream = io.BytesIO(file.read(_LARGEST_PICKLE))  # a text in it says its own length: that much would be allocated
     found: list[str] = []
     tensors = False
     for left in range(pickles - 1, -1, -1):
         for text in _texts(stream):
             tensors |= "_rebuild_" in text
-            if left == 0 and len(found) < _MOST_NAMES and not _NOT_A_NAME.fullmatch(text) and " " not in text:
+            if left == 0 and not _NOT_A_NAME.fullmatch(text) and " " not in text:
                 found.append(text)
     return list(dict.fromkeys(n for n in found if not n.startswith(("torch", "collections")))) if tensors else []
 

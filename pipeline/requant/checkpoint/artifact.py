@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.atomic_write import DAMAGED, make_directory, write_text, writing
+from requant.checkpoint.atomic_write import DAMAGED, make_directory, remove, write_text, writing
 from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.model_files import files_of
 from requant.checkpoint.reader import read_json
@@ -67,10 +67,13 @@ class Artifact:
         whole_files.sweep(partial)
         return partial
 
-    def finish(self, key: str, provenance: dict[str, Any]) -> None:
-        """Put the files on the disk, write the manifest, then put the artifact in place of an older one of ours."""
+    def finish(self, key: str, provenance: dict[str, Any], *, journal: str | None = None) -> None:
+        """Put the files on the disk, write the manifest, then put the artifact in place of an older one of ours.
+
+        journal: name of a file by which an interrupted run resumes; it goes last, and is no part of the artifact.
+        """
         partial = self.parent / f".{self.name}.partial-{key[:16]}"
-        written = [f for f in files_of(partial) if f.name not in LATE]
+        written = [f for f in files_of(partial) if f.name not in {*LATE, journal}]
         names = [f.relative_to(partial).as_posix() for f in written]
         sync_all(written)
         manifest = {
@@ -80,6 +83,10 @@ class Artifact:
             "provenance": provenance,
         }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        if journal is not None:
+            remove(partial / journal)
+            with writing(partial):
+                whole_files.sync_directory(partial)
         old = self.parent / f".{self.name}.old"
         with writing(self.path):
             if self.path.exists():

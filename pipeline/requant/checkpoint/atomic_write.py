@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from requant.errors import InputError, RequantError, StageError
 from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
+from requant_eval.regular_files import open_regular, require_regular
 from requant_eval.whole_files import TEMPORARY
 
 __all__ = [
-    "DAMAGED", "TEMPORARY", "append_text", "atomic_write", "copy_file", "make_directory", "read_state", "remove",
-    "require_new", "write_new", "write_text", "writing",
+    "DAMAGED", "TEMPORARY", "append_text", "atomic_write", "copy_file", "make_directory", "read_state", "reading",
+    "remove", "require_new", "write_new", "write_text", "writing",
 ]  # fmt: skip
 T = TypeVar("T")
 DAMAGED = logging.getLogger("requant.damaged")
@@ -39,6 +40,17 @@ def writing(file: Path, size: int | None = None) -> Iterator[None]:
     except OSError as error:
         named = Path(error.filename) if error.filename and not isinstance(error.filename, int) else file
         raise StageError(f"{named}: write failed ({whole_files.reason(error, file, size)})") from error
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[BinaryIO]:
+    """A regular file that somebody gave, open for reading; an OSError of opening it becomes an InputError."""
+    try:
+        opened = open_regular(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+    with opened:
+        yield opened
 
 
 @contextmanager
@@ -64,10 +76,13 @@ def append_text(file: Path, text: str) -> None:
 
 
 def copy_file(source: Path, file: Path) -> None:
-    """Copy a file's content; directories that it lies in are made."""
-    with writing(file):
+    """Copy a regular file's content, through a link such as the hub cache's; directories that `file` lies in are made.
+
+    Raises InputError for a source that cannot be read.
+    """
+    with reading(source) as content, writing(file):
         whole_files.make_directory(file.parent)
-        whole_files.copy(source, file)
+        whole_files.copy(content, file)
 
 
 def make_directory(path: Path) -> Path:
@@ -91,8 +106,7 @@ def read_state(file: Path, read: Callable[[Path], T]) -> T | None:
     if not file.exists():
         return None
     try:
-        if not file.is_file():
-            raise ValueError("it is no regular file")
+        require_regular(file)
         return read(file)
     except _UNREADABLE as error:
         why = " ".join(str(error).replace(f"{file}: ", "").split())[:200] or type(error).__name__

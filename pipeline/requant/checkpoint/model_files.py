@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from requant.checkpoint.atomic_write import copy_file, write_text
-from requant.checkpoint.reader import read_json
+from requant.checkpoint.reader import TEMPLATES, entries_of, read_json
 from requant.errors import InputError
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
-TEMPLATES = "additional_chat_templates"  # a folder: one file a named template
 _TEMPLATE = ("chat_template.jinja", "chat_template.json")
 TOKENIZER = (
     *VOCABULARY, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -26,7 +25,6 @@ TOKENIZER = (
 # Of processors (images, audio, video) and of generation; generation_config.json is made consistent, not copied.
 PROCESSORS = ("*processor*.json", "*feature_extractor*.json", "custom_generate/*")
 _NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-FOLDERS = (TEMPLATES, "custom_generate")  # whose files belong to a model
 KERNELS = re.compile(r"_?(attn|experts)_implementation\w*")
 _SAMPLING = {
     "temperature": (None, 1.0),
@@ -47,13 +45,11 @@ def edit_config(
 
     Without what is of one process of Python only: how a forward returns its results.
     """
-    dropped = {"quantization_config", "_pre_quantization_dtype", "_name_or_path", *_RETURNING}
-    edited = {k: v for k, v in without_kernels(config).items() if k not in dropped}
-    sections = [edited]
-    if isinstance(edited.get("text_config"), dict):
-        edited["text_config"] = {k: v for k, v in edited["text_config"].items() if k != "quantization_config"}
-        sections.append(edited["text_config"])
-    for section in sections:
+    dropped = {"_pre_quantization_dtype", "_name_or_path", *_RETURNING}
+    edited = {k: v for k, v in without_quantization(without_kernels(config)).items() if k not in dropped}
+    for section in (edited, edited.get("text_config")):
+        if not isinstance(section, dict):
+            continue
         key = "torch_dtype" if "torch_dtype" in section and "dtype" not in section else "dtype"
         if section is edited or key in section:
             section[key] = dtype
@@ -74,6 +70,14 @@ def without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if not KERNELS.fullmatch(key)
     }
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json without `quantization_config`, also in text_config."""
+    copy = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(text := copy.get("text_config"), dict):
+        copy["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return copy
 
 
 def with_eos(config: Mapping[str, Any], eos: int) -> dict[str, Any]:
@@ -170,8 +174,7 @@ def generation_config(path: Path) -> dict[str, Any] | None:
 
 def files_of(directory: Path) -> list[Path]:
     """The files of a model directory, also those in the folders that belong to a model, by name."""
-    inside = (f for folder in FOLDERS for f in (directory / folder).glob("*"))
-    return sorted(f for f in (*directory.iterdir(), *inside) if f.is_file())
+    return [entry for entry in entries_of(directory) if entry.is_file()]
 
 
 def copy_small_files(source: Path, out: Path, *, adapter: Path | None = None) -> list[str]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +21,36 @@ from requant.checkpoint.safetensors_header import DTYPE_NAMES, DTYPES, TensorInf
 from requant.errors import InputError, StageError
 from requant.runtime.pinned_memory import allocate
 from requant_eval import strict_json
+from requant_eval.regular_files import open_regular
 
 __all__ = [
-    "DTYPES", "DTYPE_NAMES", "INDEX", "SINGLE", "Checkpoint", "TensorInfo", "Weights", "cut", "file_digest", "opened",
-    "read_header", "read_json", "read_part", "read_tensor", "read_weight_map", "stored_names",
+    "DTYPES",
+    "DTYPE_NAMES",
+    "FOLDERS",
+    "INDEX",
+    "SINGLE",
+    "TEMPLATES",
+    "Checkpoint",
+    "TensorInfo",
+    "Weights",
+    "cut",
+    "entries_of",
+    "file_digest",
+    "opened",
+    "quantization_in",
+    "read_header",
+    "read_json",
+    "read_part",
+    "read_tensor",
+    "read_weight_map",
+    "refuse_pipes",
+    "stored_names",
 ]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TEMPLATES = "additional_chat_templates"  # a folder: one file a named template
+FOLDERS = (TEMPLATES, "custom_generate")  # whose files belong to a model
 PART = 2**25  # bytes of a tensor that a thread reads at a time
 READERS = min(8, os.cpu_count() or 1)
 
@@ -63,6 +85,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.path = path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such model directory")
+        refuse_pipes(path)
         self._infos = _tables(path)
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -82,6 +105,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """config.json as raw JSON."""
         return read_json(self.path / "config.json", constants=True)
 
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """`quantization_in` config.json."""
+        return quantization_in(self.config, self.path / "config.json")
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` on the CPU, in the dtype and shape of the file."""
         return read_tensor(self[name])
@@ -89,6 +117,22 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def contiguous(self, name: str) -> bool:
         """Whether the tensor's bytes stand together in its file, as its `TensorInfo` says."""
         return name in self._infos
+
+
+def entries_of(directory: Path) -> list[Path]:
+    """What a model or adapter directory holds, and the folders that belong to a model, by name."""
+    inside = (entry for folder in FOLDERS for entry in (directory / folder).glob("*"))
+    return sorted([*directory.iterdir(), *inside])
+
+
+def refuse_pipes(directory: Path) -> None:
+    """Raise InputError for a pipe or a device among the files of a model: a library that opens it would wait."""
+    try:
+        other = next((e for e in entries_of(directory) if e.exists() and not e.is_file() and not e.is_dir()), None)
+    except OSError as error:
+        raise InputError(f"{error.filename or directory}: cannot be read ({error.strerror or error})") from error
+    if other is not None:
+        raise InputError(f"{other}: a device or a pipe, expected files: remove it, or download the file again")
 
 
 def stored_names(path: Path) -> tuple[str, ...]:
@@ -118,19 +162,19 @@ def cut(nbytes: int, size: int) -> list[slice]:
 
 
 @contextmanager
-def opened(info: TensorInfo) -> Iterator[FileIO]:
+def opened(info: TensorInfo) -> Iterator[BufferedReader]:
     """A tensor's file, open while parts of it are read.
 
     An OSError inside the block becomes a StageError.
     """
     try:
-        with info.file.open("rb", buffering=0) as file:
+        with open_regular(info.file) as file:
             yield file
     except OSError as error:
         raise StageError(f"{info.file}: {info.name!r} cannot be read ({error.strerror or error})") from error
 
 
-def read_part(file: FileIO, info: TensorInfo, part: slice, into: torch.Tensor) -> None:
+def read_part(file: BufferedReader, info: TensorInfo, part: slice, into: torch.Tensor) -> None:
     """Read a part of a tensor's bytes into memory on the CPU, uint8, of the same length.
 
     Raises StageError where the file ends.
@@ -162,6 +206,23 @@ def read_json(file: Path, *, constants: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def quantization_in(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The `quantization_config` in the content of a config.json, empty without one.
+
+    It is where transformers looks for it: at the top, else in text_config. Raises InputError for what is no object.
+    """
+    text = config.get("text_config")
+    places = {"": config, "text_config.": text if isinstance(text, Mapping) else {}}
+    found = {f"{where}quantization_config": section.get("quantization_config") for where, section in places.items()}
+    for key, value in found.items():
+        if value is not None and not isinstance(value, dict):
+            raise InputError(
+                f"{file}: {key} is {value!r:.80}, expected an object: remove it if the weights are 16-bit, or download "
+                "the file again"
+            )
+    return next(filter(None, found.values()), {})
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -234,6 +295,6 @@ def _shards(index: Path) -> dict[str, TensorInfo]:
 
 
 def file_digest(file: Path) -> str:
-    """sha256 of a file's content, as hex."""
-    with file.open("rb") as f:
+    """sha256 of a regular file's content, as hex; OSError where it cannot be read."""
+    with open_regular(file) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

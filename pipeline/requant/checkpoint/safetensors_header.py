@@ -6,7 +6,6 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 
 from requant.errors import InputError
 from requant_eval import strict_json
+from requant_eval.regular_files import NotAFileError, open_regular
 
 MAX_HEADER = 100 * 10**6  # bytes, the library's limit
 _LARGEST = 2**64  # sizes and places fit 64 bits
@@ -66,6 +66,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         table, start, size = _table(file)
     except FileNotFoundError:
         raise InputError(f"{file}: missing; the checkpoint is incomplete: download it again") from None
+    except NotAFileError as error:
+        raise InputError(f"{file}: not a safetensors file: {error.strerror}: download it again") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -81,9 +83,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _table(file: Path) -> tuple[dict[str, Any], int, int]:
     """(header, where the tensors begin, size of the file in bytes). Raises ValueError for what is no header."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise InputError(f"{file}: not a safetensors file (no regular file): download it again")
-    with file.open("rb") as f:
+    with open_regular(file) as f:
         size = f.seek(0, 2)
         f.seek(0)
         head = f.read(8)

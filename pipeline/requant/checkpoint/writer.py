@@ -28,6 +28,7 @@ from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, re
 from requant.checkpoint.run_directory import sealed, unsealed
 from requant.errors import StageError
 from requant_eval import strict_json, whole_files
+from requant_eval.regular_files import require_regular
 
 AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB
 
@@ -228,6 +229,7 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
 def load_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors that `save_tensors` wrote; ValueError where they were changed since."""
+    require_regular(file)
     with safe_open(file, framework="pt") as stored:
         metadata = dict(stored.metadata() or {})
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

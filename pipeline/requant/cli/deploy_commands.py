@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from requant.checkpoint.atomic_write import reading
 from requant.cli import run_paths
 from requant.cli.outputs import require_output, write_output
 from requant.cli.wrapping import say
@@ -107,8 +108,9 @@ def _engines(names: list[str]) -> list[Engine]:
 
 def _read(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(file) as opened:
+            text = opened.read().decode()
+    except UnicodeDecodeError as error:
         raise InputError(f"{file}: cannot be read as text ({error})") from error
     if len(text.split()) < 8:
         raise InputError(f"{file}: {len(text.split())} words are too few to score: give it a paragraph")

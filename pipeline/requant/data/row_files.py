@@ -5,20 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from requant.data.text_files import LARGEST, read_data
+from requant.data.text_files import LARGEST, open_data
 from requant.errors import InputError, library_call
 from requant.outgoing import masked
-from requant_eval.strict_json import JsonError, parse
+from requant_eval.strict_json import MOST, JsonError, parse, values_in
 
 Row = Mapping[str, Any]
-MOST_ROWS = 5_000_000  # a row takes some hundred bytes, whatever it holds
+MOST_ROWS = 3_000_000  # a row takes some hundred bytes, whatever it holds
 PARQUET_ROWS = 128  # read at a time
 ROW_BYTES = 200  # of a row in memory, besides its text
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
@@ -74,26 +75,31 @@ def read_rows(source: TextSource) -> list[Row]:
 
 
 def _file_rows(path: Path, split: str) -> Iterator[Row]:
-    """Rows of one file; a .txt file is one document."""
-    gzipped = path.suffix == ".gz"
-    kind = Path(path.stem).suffix if gzipped else path.suffix
-    data = read_data(path)
-    if kind == ".parquet":
-        yield from _parquet_rows(path, data)
-        return
+    """Rows of one file, read as they are asked for; a .txt file is one document."""
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    with open_data(path) as file:
+        if kind == ".parquet":
+            yield from _parquet_rows(path, file.read())
+            return
+        if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+            file.read(len(BOM_UTF8))
+        if kind == ".csv":
+            yield from _csv_rows(path, file)
+        elif kind not in (".txt", ".json"):
+            yield from _json_lines(path, file)
+        else:
+            text = _decoded(path, file.read())
+            if kind == ".json":
+                yield from _json_rows(path, text, split)
+            elif text.strip():
+                yield {"text": text}
+
+
+def _decoded(path: Path, data: bytes) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    del data
-    if kind == ".txt":
-        yield from [{"text": text}] if text.strip() else []
-    elif kind == ".csv":
-        yield from _csv_rows(path, text)
-    elif kind == ".json":
-        yield from _json_rows(path, text, split)
-    else:
-        yield from _json_lines(path, text)
 
 
 def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
@@ -112,12 +118,12 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
             yield from map(_dense, batch.to_pylist())
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+def _csv_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     """Rows of a csv file with a header; fields may have any length."""
     csv.field_size_limit(sys.maxsize)
     number = 0
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
         if twice:
             raise InputError(f"{path}: column {twice[0]!r} is named twice in the header")
@@ -129,6 +135,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
             yield {k: v or None for k, v in row.items()}  # csv has no null: an empty cell is one
     except csv.Error as error:
         raise InputError(f"{path}: not valid csv after row {number} ({error})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: not UTF-8 text ({error.reason}) after row {number}") from error
 
 
 def _json_rows(path: Path, text: str, split: str) -> list[Row]:
@@ -138,7 +146,7 @@ def _json_rows(path: Path, text: str, split: str) -> list[Row]:
     except JsonError as error:
         lines = [line for line in text.split("\n") if line.strip()]
         if len(lines) > 1 and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
-            return list(_json_lines(path, text))
+            return list(_json_lines(path, io.BytesIO(text.encode())))
         place = f"{path}:{error.line}" if error.line else str(path)
         raise InputError(f"{place}: {error}") from error
     return _objects(str(path), _rows_in(path, value, split))
@@ -165,14 +173,20 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = parse(line, constants=True)
-            except JsonError as error:
-                raise InputError(f"{path}:{number}: {error}") from error
-            yield from _objects(f"{path}:{number}", value if isinstance(value, list) else [value])
+def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
+    left = MOST if path.suffix == ".gz" else None  # the size of others says what they may hold
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if left is not None and (left := left - values_in(line)) < 0:
+            raise InputError(
+                f"{path}: more than {MOST:,} values: set data.documents to use the first ones, or unpack it"
+            )
+        try:
+            value = parse(line, constants=True)
+        except JsonError as error:
+            raise InputError(f"{path}:{number}: {error}") from error
+        yield from _objects(f"{path}:{number}", value if isinstance(value, list) else [value])
 
 
 def _objects(where: str, rows: list[Any]) -> list[Row]:

@@ -1,56 +1,65 @@
-"""Bytes of a stranger's data file within limits: no pipe, no device, no bomb."""
+"""Bytes of a stranger's data file within limits, read as they are needed: no pipe, no device, no bomb."""
 
 from __future__ import annotations
 
 import gzip
 import io
-import os
-import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from requant.errors import InputError
+from requant_eval.regular_files import open_regular
 
-LARGEST = 4 * 10**9  # bytes; rows are held in memory
-LARGEST_PACKED = 10**8  # what any .gz file may unpack to; beyond that at most RATIO times its size
-RATIO = 100  # text is rarely packed to less than a twentieth
+LARGEST = 4 * 10**9  # bytes that are read of a file; its rows are held in memory
+LARGEST_PACKED = 10**8  # bytes that are read of what a .gz file unpacks to, which its size does not say
+_AT_ONCE = 2**18
 
 
-def read_data(path: Path) -> bytes:
+@contextmanager
+def open_data(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """The bytes of a file, unpacked where its name ends in .gz.
 
-    Raises InputError: it is missing, no regular file, cannot be read or unpacked, or holds more than can be meant.
+    Raises InputError, then or while it is read: it is missing, no regular file, cannot be read or unpacked, or more of
+    it is read than can be meant.
     """
     try:
-        # Opening a pipe would wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_regular(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a device or a pipe"
-        raise InputError(f"{path}: cannot be read: it is {kind}, expected a file")
-    with os.fdopen(descriptor, "rb") as file:
-        packed = path.suffix == ".gz"
-        most = min(LARGEST, max(LARGEST_PACKED, RATIO * found.st_size)) if packed else LARGEST
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with file, io.BufferedReader(_Bounded(path, file), _AT_ONCE) as opened:
+        yield opened
+
+
+class _Bounded(io.RawIOBase):
+    """An open file, unpacked where its name says so, that gives no more than the limit."""
+
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
+        self.path, self.packed = path, path.suffix == ".gz"
+        self.content: Any = gzip.GzipFile(fileobj=file) if self.packed else file
+        self.left = LARGEST_PACKED if self.packed else LARGEST
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         try:
-            opened = gzip.GzipFile(fileobj=file) if packed else file
-            data = _read(opened, most + 1)
+            got: int = self.content.readinto(buffer)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
-    if len(data) > most:
-        how = f"unpacks to more than {most / 1e6:,.0f} MB" if packed else f"is larger than {most / 1e9:.0f} GB"
-        raise InputError(f"{path}: {how}: make a file of the documents that are needed (calibration reads a few MB)")
-    return data
-
-
-def _read(file: io.BufferedIOBase, most: int) -> bytes:
-    """At most `most` bytes, a part at a time: the memory that a file needs is not known before."""
-    parts, left = [], most
-    while left and (part := file.read(min(left, 2**24))):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+            raise InputError(f"{self.path}: cannot be read: {error}") from error
+        self.left -= got
+        if self.left >= 0:
+            return got
+        if self.packed:
+            raise InputError(
+                f"{self.path}: unpacks to more than {LARGEST_PACKED / 1e6:.0f} MB: set data.documents to use the first "
+                "ones, or unpack it"
+            )
+        raise InputError(
+            f"{self.path}: is larger than {LARGEST / 1e9:.0f} GB: set data.documents to use the first ones, or make a "
+            "file of those that are needed (calibration reads a few MB)"
+        )

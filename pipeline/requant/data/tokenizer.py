@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.atomic_write import writing
+from requant.checkpoint.atomic_write import reading, writing
 from requant.checkpoint.model_files import tokenizer_files
 from requant.checkpoint.reader import read_json
 from requant.data import chat_template
@@ -53,7 +53,7 @@ def _load(base: Path, files: Mapping[str, Path], *, trust_remote_code: bool) -> 
         for name, file in {"config.json": base / "config.json", **code, **files}.items():
             copy = Path(folder) / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("rb") as content, writing(copy), copy.open("wb") as made:  # names the copy, not its source
+            with reading(file) as content, writing(copy), copy.open("wb") as made:  # names the copy, not its source
                 shutil.copyfileobj(content, made)
         where = next((files[n] for n in ("tokenizer.json", "tokenizer.model") if n in files), base)
         try:

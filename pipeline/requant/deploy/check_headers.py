@@ -18,7 +18,7 @@ from requant.checkpoint import model_files
 from requant.checkpoint.reader import INDEX, Checkpoint, read_json, read_weight_map
 from requant.errors import InputError
 from requant.formats.quantized_format import Finding, PackError, Packing, QuantizedFormat, Rules
-from requant.formats.registry import declared_in, not_recognised, recognised, unquantized_names
+from requant.formats.registry import not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list
 from requant.modeling.unplaced import Unplaced
@@ -83,9 +83,8 @@ def check(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
 def check_weights(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck:
     """`check` of the weights alone: their headers, the index and the quantization config."""
     checkpoint = Checkpoint(path)
-    config = checkpoint.config
     model = skeleton.open_model(path, trust_remote_code=trust_remote_code)
-    declared = declared_in(config)
+    declared = checkpoint.quantization
     layout = recognised(declared)
     headers = HeaderCheck(checkpoint=checkpoint, model=model, declared=declared, layout=layout)
     if layout is None:

@@ -12,6 +12,7 @@ from requant.checkpoint.atomic_write import make_directory, read_state, write_te
 from requant.checkpoint.reader import read_json
 from requant.checkpoint.run_directory import sealed, unsealed
 from requant.outgoing import masked
+from requant_eval.regular_files import read_bytes
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -59,5 +60,5 @@ class Sample:
     def save(self, run: Path) -> None:
         """Save it in the run directory, for every `verify` of its checkpoints."""
         text, file = json.dumps(sealed(asdict(self))) + "\n", make_directory(run / CACHE) / FILE
-        if not file.is_file() or file.read_bytes() != text.encode():  # a second run does nothing
+        if not file.is_file() or read_bytes(file) != text.encode():  # a second run does nothing
             write_text(file, text)

@@ -21,6 +21,7 @@ from requant.evaluate.scores import REFERENCE, Scores
 from requant.evaluate.stage import EvaluationResult, Progress, Stream
 from requant.evaluate.variants import VariantSources
 from requant.runtime.ranks import Ranks
+from requant_eval.regular_files import read_bytes
 
 if TYPE_CHECKING:
     from requant_eval.scoring.batches import BatchSize
@@ -62,7 +63,7 @@ def evaluate(
         pieces = [p.read(variant, share) for p in parts for share in p.sets if share.name == s.name]
         join(pieces, s).save(scores.file(variant, s))
     for variant, file in scores.unanswered().items():
-        write_text(file, parts[0].answer_files[variant].read_text(encoding="utf-8"))
+        write_text(file, read_bytes(parts[0].answer_files[variant]).decode())
     return result
 
 

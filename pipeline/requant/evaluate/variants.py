@@ -170,7 +170,7 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
     if encoded is not None and ours:
         options["state_dict"] = {n: encoded.read(n).to(dtype) if n in encoded.encoded else base.read(n) for n in base}
     elif encoded is not None:
-        config.quantization_config = {**config.quantization_config, "dequantize": True}
+        config.quantization_config = {**Checkpoint(sources.base).quantization, "dequantize": True}
     if sources.simulate is not None:
         s = sources.simulate
         options["dtype"] = DTYPES[s.load_dtype]

@@ -22,7 +22,7 @@ class GptqReader(StoredReader):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self.v2 = is_v2(checkpoint.config.get("quantization_config") or {})
+        self.v2 = is_v2(checkpoint.quantization)
 
     def stored(self, weight: str) -> dict[str, tuple[int, ...]]:
         """Suffix -> shape of the four tensors; InputError for one that is missing or does not fit."""

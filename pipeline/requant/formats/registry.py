@@ -58,19 +58,13 @@ def not_recognised(config: Mapping[str, Any]) -> str:
     return f"quant_method is {config.get('quant_method')!r}, expected {' or '.join(map(repr, FORMATS))}"
 
 
-def declared_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `quantization_config` of a config.json; an empty one where it has none, or something else under this key."""
-    declared = config.get("quantization_config")
-    return declared if isinstance(declared, Mapping) else {}
-
-
 def open_quantized(path: Path) -> Reader:
     """The reader of a written checkpoint, by the format that its config.json describes.
 
     Raises InputError when that is none of `FORMATS`, or has settings that cannot be meant.
     """
     checkpoint = Checkpoint(path)
-    config = declared_in(checkpoint.config)
+    config = checkpoint.quantization
     layout = recognised(config)
     if layout is None:
         raise InputError(f"{path / 'config.json'}: quantization_config.{not_recognised(config)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from requant.checkpoint.atomic_write import copy_file, make_directory, read_state
 from requant.checkpoint.model_files import files_of, write_json
-from requant.checkpoint.reader import Checkpoint, TensorInfo, read_json
+from requant.checkpoint.reader import Checkpoint, TensorInfo, quantization_in, read_json
 from requant.checkpoint.writer import overwrite
 from requant.errors import InputError, StageError
 from requant.formats import gptq
@@ -227,18 +227,18 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
     for name in ("config.json", "quantize_config.json"):
         if (out / name).exists():
             config = read_json(out / name, constants=True)
-            write_json(out / name, _with_meta(config, meta) if values else config)
+            if values:
+                _add_meta(quantization_in(config, out / name) or config, meta)
+            write_json(out / name, config)
 
 
-def _with_meta(config: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with entries added to `meta` of its quantization settings.
+def _add_meta(settings: dict[str, Any], meta: Mapping[str, Any]) -> None:
+    """Add entries to `meta` of quantization settings.
 
     Loaders ignore `meta`, whatever another tool wrote there: only an object can be added to.
     """
-    target = config.get("quantization_config", config)
-    given = target.get("meta")
-    target["meta"] = {**(given if isinstance(given, Mapping) else {}), **meta}
-    return config
+    given = settings.get("meta")
+    settings["meta"] = {**(given if isinstance(given, Mapping) else {}), **meta}
 
 
 def summary(result: HealResult) -> str:

@@ -15,7 +15,9 @@ from typing import Literal, TypedDict
 
 from requant.adapters.peft_directory import Adapter
 from requant.checkpoint import model_files
-from requant.checkpoint.reader import file_digest, read_json
+from requant.checkpoint.atomic_write import reading
+from requant.checkpoint.digests import DIGESTS
+from requant.checkpoint.reader import read_json
 from requant.errors import InputError
 from requant.merge.plan import MergePlan
 
@@ -129,7 +131,7 @@ def _vocabulary(base: Path, adapter: Path) -> Sign:
     if not all(f.exists() for f in files):
         missing = next(f for f in files if not f.exists())
         return Sign(what="vocabulary", agrees=None, note=f"no tokenizer.json in {missing.parent.name}")
-    if file_digest(files[0]) == file_digest(files[1]):
+    if len(set(DIGESTS.of_all(files))) == 1:
         return Sign(what="vocabulary", agrees=True, note="the same file")
     of_base, of_adapter = (_tokens(f) for f in files)
     changed = [t for t, i in of_base.items() if of_adapter.get(t) != i]
@@ -183,8 +185,9 @@ def _chat_template(directory: Path) -> str | None:
     )
     if jinja.exists():
         try:
-            return jinja.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            with reading(jinja) as opened:
+                return opened.read().decode().strip()
+        except UnicodeDecodeError as error:
             raise InputError(f"{jinja}: cannot be read as text ({error}): copy the file again") from error
     for file in (legacy, config):
         found = read_json(file).get("chat_template") if file.exists() else None

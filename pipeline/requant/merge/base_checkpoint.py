@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from requant.checkpoint.model_files import without_quantization
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.merge import fp8_base, mxfp4_base
@@ -72,7 +73,7 @@ class DecodedCheckpoint(Checkpoint):
     @property
     def config(self) -> dict[str, Any]:
         """config.json as raw JSON, without its `quantization_config`."""
-        return {key: value for key, value in super().config.items() if key != "quantization_config"}
+        return without_quantization(super().config)
 
     def check_scales(self) -> None:
         """Raise InputError for NaN or infinity among the first `SCALES` bytes of scales; reading meets the others."""
@@ -96,18 +97,13 @@ def open_base_checkpoint(path: Path) -> Checkpoint:
 
     Raises InputError for a quantized base in a format that is neither of these nor bitsandbytes'.
     """
-    checkpoint, file = Checkpoint(path), path / "config.json"
-    quantization = checkpoint.config.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        raise InputError(
-            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
-        )
-    method = quantization.get("quant_method", "bitsandbytes")
+    checkpoint = Checkpoint(path)
+    method = checkpoint.quantization.get("quant_method", "bitsandbytes")
     if isinstance(method, str) and method in FORMATS:
         return DecodedCheckpoint(checkpoint, method)
     if method != "bitsandbytes":
         raise InputError(
-            f"{file}: the base is quantized with {method}; adapters are merged onto 16-bit bases, and onto those in "
-            "bitsandbytes 4 bit, MXFP4 or FP8. Use the 16-bit model that it was made from"
+            f"{path / 'config.json'}: the base is quantized with {method!s:.80}; adapters are merged onto 16-bit "
+            "bases, and onto those in bitsandbytes 4 bit, MXFP4 or FP8. Use the 16-bit model that it was made from"
         )
     return checkpoint

@@ -228,7 +228,7 @@ class BaseWeights:
         if self.simulate is not None:
             compute: str = self.simulate.compute_dtype or self.simulate.load_dtype
         else:
-            stored = (self.checkpoint.config.get("quantization_config") or {}).get("bnb_4bit_compute_dtype")
+            stored = self.checkpoint.quantization.get("bnb_4bit_compute_dtype")
             compute = str(stored or "float32").removeprefix("torch.")
             if compute not in DTYPES:
                 raise InputError(

@@ -37,7 +37,7 @@ def encoded(checkpoint: Checkpoint) -> tuple[list[EncodedWeight], frozenset[str]
             f"{checkpoint[other].file}: {other} is no weight of 8-bit floats: of {NAME} bases only those are decoded. "
             "Use the 16-bit model that it was made from"
         )
-    settings = checkpoint.config.get("quantization_config") or {}
+    settings = checkpoint.quantization
     if settings.get("transform_config"):
         raise InputError(
             f"{checkpoint.path / 'config.json'}: quantization_config has a transform_config: its weights are rotated, "

@@ -46,8 +46,9 @@ def load_config(path: Path, *, trust_remote_code: bool = False, quantized: bool 
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         config.return_dict = config.get_text_config().return_dict = True  # else transformers' own forward fails
         config._attn_implementation = config._experts_implementation = None
-    if hasattr(config, "quantization_config") and not quantized:
-        del config.quantization_config
+    for section in (config, config.get_text_config()):
+        if hasattr(section, "quantization_config") and not quantized:
+            del section.quantization_config
     return config
 
 

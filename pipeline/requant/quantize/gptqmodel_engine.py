@@ -161,8 +161,7 @@ def _rewrite(
     theirs: Checkpoint, source: Checkpoint, layout: Plan, names: Mapping[str, str], writer: CheckpointWriter
 ) -> None:
     """Write the library's packed tensors in our layout (v1 zeros, fp16 scales), and all others."""
-    config = theirs.config.get("quantization_config") or {}
-    v2 = gptq_format.is_v2(config)
+    v2 = gptq_format.is_v2(theirs.quantization)
     packed = set()
     for module, grid in layout.grids.items():
         stem = names[f"{module}.weight"].removesuffix(".weight")

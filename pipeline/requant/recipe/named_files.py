@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from requant.recipe.fields import absolute
 from requant.recipe.heal_section import Heal
 from requant.recipe.text_sections import Calibration
 from requant.recipe.yaml_document import KeyPath
+from requant_eval.regular_files import what_else
 
 if TYPE_CHECKING:
     from requant.recipe.schema import Recipe
@@ -50,14 +50,12 @@ def _problem(path: str, directory: Path) -> str | None:
     """What is wrong with a text's path; None: a file is there."""
     wanted = absolute(path, directory)
     try:
-        mode = os.stat(wanted).st_mode
+        other = what_else(os.stat(wanted))
     except FileNotFoundError:
         return _missing(path, directory)
     except OSError as error:
         return f"{wanted}: cannot be read ({error.strerror or error})"
-    if stat.S_ISREG(mode):
-        return None
-    return f"{wanted}: {'a directory' if stat.S_ISDIR(mode) else 'a device or a pipe'}, expected a file"
+    return other and f"{wanted}: {other}"
 
 
 def _missing(path: str, directory: Path) -> str:

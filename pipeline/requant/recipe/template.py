@@ -90,13 +90,16 @@ def _base_section(base: BaseRecord, directory: Path) -> str:
 
 def _quantized(file: Path) -> str | None:
     """The `quant_method` of a base's config.json, None of a 16-bit one; refuses those that are not read."""
-    quantization = adapter_record.read_object(file, "download the file again").get("quantization_config")
-    if not quantization:
-        return None
+    config = adapter_record.read_object(file, "download the file again")
+    sections = [s for s in (config, config.get("text_config")) if isinstance(s, dict)]
+    found = (s["quantization_config"] for s in sections if s.get("quantization_config") is not None)
+    quantization: Any = next(found, {})
     if not isinstance(quantization, dict):
         raise InputError(
-            f"{file}: quantization_config is {quantization!r}, expected an object: download the file again"
+            f"{file}: quantization_config is {quantization!r:.80}, expected an object: download the file again"
         )
+    if not quantization:
+        return None
     method = quantization.get("quant_method")
     if method in DECODED:
         return str(method)

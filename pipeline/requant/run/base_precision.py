@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, RecipeError
 from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import STATE, Nf4Settings
@@ -38,7 +37,7 @@ def check_base(recipe: Recipe, base: Path) -> None:
                 "16-bit model"
             )
         return
-    if isinstance(nf4, str) and _says_four_bit(checkpoint):
+    if isinstance(nf4, str) and checkpoint.quantization:
         raise InputError(
             f"{checkpoint.path / 'config.json'}: quantization_config says bitsandbytes, but no tensor is stored in 4 "
             "bits: the files do not belong together. Remove quantization_config if the weights are 16-bit"
@@ -77,10 +76,6 @@ def unloadable(plan: MergePlan, model: Any, simulate: Nf4Settings | None) -> str
         f"the base holds {len(held)} modules in 4 bits that transformers 5 cannot, e.g. {min(held)}: base and adapter "
         "are measured block by block, on our own decoder's values"
     )
-
-
-def _says_four_bit(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.config.get("quantization_config"))
 
 
 def nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:

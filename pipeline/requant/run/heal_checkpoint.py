@@ -26,6 +26,7 @@ from requant.heal.stage import HealResult, check_same
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.recipe.heal_section import too_long
+from requant.run.unknown_ids import refuse_unknown_ids
 
 
 class HealCheckpointResult(HealResult):
@@ -58,8 +59,10 @@ def heal_checkpoint(
     check_same(checkpoint, teacher, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_files.load(checkpoint, trust_remote_code=trust_remote_code)
     text = _text([Path(file) for file in files], tokenizer, settings, warn)
-    _refuse_unknown_ids(text, tokenizer, checkpoint, trust_remote_code=trust_remote_code)
-    plan = choose_plan(_model_size(checkpoint, trust_remote_code=trust_remote_code), settings, text, device=device)
+    model: Any = skeleton.open_model(checkpoint, trust_remote_code=trust_remote_code)
+    rows, advice = model.get_input_embeddings().weight.shape[0], "copy the tokenizer that belongs to the model"
+    refuse_unknown_ids({f"{checkpoint}: the text": [text.windows]}, rows, tokenizer, advice)
+    plan = choose_plan(_model_size(checkpoint, model), settings, text, device=device)
     sources = variants.VariantSources.of_checkpoint(teacher, trust_remote_code=trust_remote_code)
     with new_directory(out) as partial:
         job = HealJob(
@@ -98,18 +101,6 @@ def _text(
     return text
 
 
-def _refuse_unknown_ids(text: healing_text.HealingText, tokenizer: Any, path: Path, *, trust_remote_code: bool) -> None:
-    """Raise InputError for a token that the model has no embedding of."""
-    model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
-    rows, largest = model.get_input_embeddings().weight.shape[0], int(text.windows.max())
-    if largest >= rows:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise InputError(
-            f"{path}: its tokenizer makes token {largest} ({token!r}) of the text, but the model has {rows} embeddings"
-            ": copy the tokenizer that belongs to the model"
-        )
-
-
 def _dtype(path: Path) -> torch.dtype | None:
     """The dtype that config.json names, if it names one of torch's."""
     config = Checkpoint(path).config
@@ -117,10 +108,9 @@ def _dtype(path: Path) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _model_size(path: Path, *, trust_remote_code: bool) -> ModelSize:
+def _model_size(path: Path, model: nn.Module) -> ModelSize:
     """What memory and time depend on, from the checkpoint's headers."""
     reader = open_quantized(path)
-    model: nn.Module = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     grids = {}
     for parameter, name in skeleton.tensor_names(model, reader).items():
         if name in reader.quantized:

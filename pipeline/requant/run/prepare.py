@@ -37,13 +37,12 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
-from requant.run import base_precision, dtypes, positions, recipe_texts, served_experts
+from requant.run import base_precision, dtypes, positions, recipe_texts, served_experts, unknown_ids
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
-from requant.run.unknown_ids import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -80,7 +79,10 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     tokenizer = recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter)
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
     texts, healing = _texts(recipe, tokenizer, ModelSize.of(single, quantize_inputs.plan.grids), warnings, doing)
-    refuse_unknown_ids(texts, healing, plan, tokenizer)
+    if plan.embedding_rows is not None:
+        unknown_ids.refuse_unknown_ids(
+            unknown_ids.ids_of(texts, healing), plan.embedding_rows, tokenizer, unknown_ids.OF_TRAINING
+        )
     texts = positions.fitted(model, texts, healing, warnings)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(

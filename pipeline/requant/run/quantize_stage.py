@@ -96,9 +96,10 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
         out, source=merged, solved=rows, deploy=recipe.deploy, own_device=context.device,
         trust_remote_code=recipe.trust_remote_code, doing=context.watcher.doing,
     )  # fmt: skip
-    remove(out / JOURNAL)  # also of a file that is wrong: it is solved again
+    if not proof.ok:
+        remove(out / JOURNAL)  # of a file that is wrong: it is solved again
     proof.raise_if_wrong()
-    artifact.finish(key, {"stage": "quantize", "requant": __version__})
+    artifact.finish(key, {"stage": "quantize", "requant": __version__}, journal=JOURNAL)
     return {
         "modules": list(rows.values()),
         "bits_per_weight": plan.bits_per_weight,

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from requant.errors import InputError
-from requant.merge.plan import MergePlan
 from requant.run.heal_recipe import Healing
 from requant.run.prepared import Texts
 
+OF_TRAINING = (
+    "training used another vocabulary. Put the tokenizer of the training run beside the adapter; if it is there, save "
+    "embed_tokens and lm_head with the adapter, or look whether it belongs to another base"
+)
 
-def refuse_unknown_ids(texts: Texts, healing: Healing | None, plan: MergePlan, tokenizer: Any) -> None:
-    """Raise InputError naming the text and the token.
 
-    A tokenizer may be longer than the embedding: only ids that a text uses count.
+def refuse_unknown_ids(ids: Mapping[str, Iterable[Tensor]], rows: int, tokenizer: Any, advice: str) -> None:
+    """Raise InputError naming the text and the token; a tokenizer may have ids beyond the embedding that no text uses.
+
+    ids: int64 token ids of every text by what it is. rows: of the embedding. advice: what is wrong, and what to do.
     """
-    rows = plan.embedding_rows
-    if rows is None:
-        return
-    for what, parts in _ids(texts, healing).items():
-        unknown = [int(part.max()) for part in parts if int(part.max()) >= rows]
-        if unknown:
-            token = tokenizer.convert_ids_to_tokens(unknown[0])
-            raise InputError(
-                f"{what} holds token {unknown[0]} ({token!r}), but the model has {rows} embeddings: training used "
-                "another vocabulary. Put the tokenizer of the training run beside the adapter; if it is there, save "
-                "embed_tokens and lm_head with the adapter, or look whether it belongs to another base"
-            )
+    for what, parts in ids.items():
+        largest = max((int(part.max()) for part in parts), default=-1)
+        if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(f"{what} holds token {largest} ({token!r}), but the model has {rows} embeddings: {advice}")
 
 
-def _ids(texts: Texts, healing: Healing | None) -> dict[str, Iterable[Tensor]]:
+def ids_of(texts: Texts, healing: Healing | None) -> dict[str, Iterable[Tensor]]:
     """Token ids of every text by what it is."""
     return {
         "the calibration text": [texts.calibration],
