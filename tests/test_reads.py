@@ -1,4 +1,4 @@
-"""Files are opened for reading in one place: `requant_eval.regular_files`, which waits for no pipe."""
+"""Files are opened to be read in one place: `requant_eval.regular_files`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXCEPTIONS = {  # file -> what it may call, and why
     "other_files.py": {"is_zipfile", "ZipFile", "open"},
     "runner.py": {"open"},  # of a run directory: its lock
 }
-OURS = ("regular_files", "strict_json")
+OURS = ("regular_files", "strict_json")  # whose functions are no calls of a library
 
 
 def reads(source: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The only place that opens files for reading: regular files, no pipe and no device, which may never end.
+"""The only place that opens files for reading: regular files, no pipe and no device.
 
 Opening a pipe waits for its writer, reading a device may give bytes without an end; neither is begun here. Imports
 nothing of ours and nothing heavy.

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from requant.checkpoint.atomic_write import reading
 from requant.cli import run_paths
 from requant.cli.outputs import require_output, write_output
 from requant.cli.wrapping import say
 from requant.errors import InputError, RecipeError
+from requant_eval import regular_files
 
 if TYPE_CHECKING:
     from requant.deploy.engine_processes import Engine
@@ -108,9 +108,8 @@ def _engines(names: list[str]) -> list[Engine]:
 
 def _read(file: Path) -> str:
     try:
-        with reading(file) as opened:
-            text = opened.read().decode()
-    except UnicodeDecodeError as error:
+        text = regular_files.read_bytes(file).decode()
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as text ({error})") from error
     if len(text.split()) < 8:
         raise InputError(f"{file}: {len(text.split())} words are too few to score: give it a paragraph")

@@ -1,4 +1,4 @@
-"""Bytes of a stranger's data file within limits, read as they are needed: no pipe, no device, no bomb."""
+"""Bytes of a stranger's data file, read as needed and within limits: no pipe, no bomb."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from requant.checkpoint.reader import Weights, read_json, stored_names
+from requant.checkpoint.reader import Weights, quantization_in, read_json, stored_names
 from requant.errors import library_call
 from requant.modeling import config_limits, joined_parts, linears, moe
 from requant.modeling.families import EXPERT
@@ -41,8 +41,11 @@ def load_config(path: Path, *, trust_remote_code: bool = False, quantized: bool 
     """
     from transformers import AutoConfig
 
-    config_limits.check(path, read_json(path / "config.json", constants=True))
-    with library_call(f"{path / 'config.json'}: transformers cannot read it", _ADVICE):
+    file = path / "config.json"
+    raw = read_json(file, constants=True)
+    config_limits.check(path, raw)
+    quantization_in(raw, file)  # else transformers fails on what is no object
+    with library_call(f"{file}: transformers cannot read it", _ADVICE):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         config.return_dict = config.get_text_config().return_dict = True  # else transformers' own forward fails
         config._attn_implementation = config._experts_implementation = None
