@@ -13,8 +13,8 @@ import torch
 from helpers.e2e import ALL, one_thread, recipe
 
 from requant.errors import StageError
+from requant.evaluate import peft_runtime, streamed, variants
 from requant.evaluate import stage as evaluate
-from requant.evaluate import streamed, variants
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.scores import Scores
 from requant.run import prepare
@@ -99,6 +99,34 @@ def test_what_fits_stays_whole_and_what_does_not_is_streamed(
     between = sum(need.values()) / 2 / device.USABLE
     monkeypatch.setattr(evaluate, "free_bytes", lambda _: between)
     assert evaluate.evaluate(two, given[0], batch=8)["streamed"] == ["merged"]
+
+
+@pytest.mark.slow
+def test_base_is_the_adapters_model_with_its_adapters_off(
+    given: tuple[variants.VariantSources, Scores],
+    scores: Scores,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    finished: Path,
+) -> None:
+    """Loaded once for both, with the base's own numbers; loaded again where the adapter's model is another one."""
+    loaded: list[str] = []
+    load = variants.load
+    monkeypatch.setattr(variants, "load", lambda name, *a, **k: (loaded.append(name), load(name, *a, **k))[1])
+    both = replace(scores, keys={n: n for n in ("base", "merged", "adapter")}, sets=scores.sets[:1])
+    evaluate.evaluate(both, given[0], batch=8)
+    assert loaded == ["adapter", "merged"]
+    alone = replace(both, keys={"base": "base"}, kl=False, cache=tmp_path / "alone")
+    evaluate.evaluate(alone, given[0], batch=8)
+    assert loaded == ["adapter", "merged", "base"]
+    (by_variant,), (own,) = (list(s.load().values()) for s in (both, alone))
+    np.testing.assert_allclose(by_variant["base"].nll, own["base"].nll, atol=1e-6)
+    assert np.abs(by_variant["base"].nll - by_variant["adapter"].nll).max() > 1e-3
+    assert by_variant["base"].runtime == own["base"].runtime == variants.RUNTIMES["base"]
+    plan = given[0].plan
+    assert plan is not None
+    wider = replace(given[0], plan=replace(plan, vocab_size=plan.embedding_rows))
+    assert not peft_runtime.leaves_the_base_alone(wider.plan)
 
 
 @pytest.mark.slow

@@ -39,6 +39,18 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
         return _attached(model, plan, structure=structure)
 
 
+def leaves_the_base_alone(plan: MergePlan) -> bool:
+    """Whether the attached model with its adapters off is the base, bit for bit: plain LoRA beside its own modules."""
+    plain = all(
+        adapter.config.get("peft_type") == "LORA"
+        and adapter.config.get("bias") in (None, "none")
+        and not adapter.replaced
+        and not adapter.expert_pairs
+        for adapter in plan.adapters
+    )
+    return plain and plan.vocab_size is None
+
+
 @contextlib.contextmanager
 def without_gptqmodel() -> Iterator[None]:
     """Keep PEFT from importing gptqmodel, which prints a banner, changes the environment and patches libraries.

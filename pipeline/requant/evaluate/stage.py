@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from requant.data import canaries
 from requant.errors import StageError
-from requant.evaluate import streamed, variants
+from requant.evaluate import peft_runtime, streamed, variants
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.scores import REFERENCE, Scores
 from requant.runtime.device import USABLE, free_bytes, free_memory
@@ -66,8 +67,9 @@ def evaluate(
     work.total = sum(
         work.steps(sets, canaries=name in unanswered, streaming=streaming[name]) for name, sets in todo.items()
     )
-    for name, sets in todo.items():
-        work.variant(name, sets, unanswered.get(name), streaming=streaming[name])
+    for name, following in zip(todo, [*list(todo)[1:], None], strict=True):
+        work.keeping = (name, following) == (REFERENCE, "base") and not (streaming[REFERENCE] or streaming["base"])
+        work.variant(name, todo[name], unanswered.get(name), streaming=streaming[name])
     return {"variants": list(todo), "streamed": work.streamed, "notes": work.notes}
 
 
@@ -97,7 +99,10 @@ def load_reference(
 
 @dataclass(kw_only=True)
 class _Evaluation:
-    """The state of one call of `evaluate`. total, done: steps, which are windows and canaries."""
+    """The state of one call of `evaluate`. total, done: steps, which are windows and canaries.
+
+    keeping: the variant base follows the adapter's, whose model it is with its adapters off. kept: that model.
+    """
 
     scores: Scores
     sources: variants.VariantSources
@@ -106,6 +111,8 @@ class _Evaluation:
     progress: Progress | None
     total: int = 0
     done: int = 0
+    keeping: bool = False
+    kept: Any = None
     streamed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -147,31 +154,39 @@ class _Evaluation:
         """Score one variant whole or streamed; False when memory ran out."""
         from requant_eval.errors import EvaluationError
 
+        kept, self.kept = self.kept, None
         try:
-            model, runtime = self._load(name, sets, streaming=streaming)
-            for s in sets:
-                self._score(name, model, s, runtime)
-            if answers is not None:
-                _answer_canaries(self.scores, model, answers, partial(self._on_progress, name, self.done))
-                self.done += self.steps((), canaries=True, streaming=False)
+            model, runtime = self._load(name, sets, streaming=streaming, kept=kept)
+            with model.disable_adapter() if model is kept else nullcontext():
+                for s in sets:
+                    self._score(name, model, s, runtime)
+                if answers is not None:
+                    _answer_canaries(self.scores, model, answers, partial(self._on_progress, name, self.done))
+                    self.done += self.steps((), canaries=True, streaming=False)
             self.notes += [f"{name}: {note}" for note in getattr(model, "notes", [])]
         except EvaluationError as error:
             raise StageError(f"variant {name}: {error}") from error
         except torch.OutOfMemoryError:
             return False
-        del model
+        if self.keeping and self.sources.plan is not None and peft_runtime.leaves_the_base_alone(self.sources.plan):
+            self.kept = model
+        del model, kept
         free_memory(self.scores.device)
         return True
 
-    def _load(self, name: str, sets: Sequence[EvalSet], *, streaming: bool) -> tuple[Any, str]:
-        """(model, name of its runtime). A streamed model has run all windows through its blocks."""
+    def _load(self, name: str, sets: Sequence[EvalSet], *, streaming: bool, kept: Any) -> tuple[Any, str]:
+        """(model, name of its runtime). A streamed model has run all windows through its blocks.
+
+        kept: the model of the variant, where it is in memory.
+        """
         device, dtype = self.scores.device, self.scores.dtype
         log.info("loading %s", name)
         if self.progress:
             self.progress(self.done, self.total, f"loading {name}")
         if not streaming:
             whole = variants.RUNTIMES_16_BIT if self.sources.sixteen_bit else variants.RUNTIMES
-            return variants.load(name, self.sources, device=device, dtype=dtype), whole[name]
+            model = variants.load(name, self.sources, device=device, dtype=dtype) if kept is None else kept
+            return model, whole[name]
         self.streamed.append(name)
         model = streamed.StreamedModel(streamed.walk_of(name, self.sources, device=device, dtype=dtype))
         windows = [w.ids for s in sets for w in s.windows]
