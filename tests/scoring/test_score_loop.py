@@ -24,7 +24,7 @@ from transformers import (
 
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring import score_loop
-from requant_eval.scoring.lm_head import HeadTap, extract, prove_head
+from requant_eval.scoring.lm_head import Head, HeadTap, extract, prove_head
 from requant_eval.scoring.reference_states import Reference, prove
 from requant_eval.scoring.score_loop import score
 from requant_eval.scoring.token_scores import TokenScores
@@ -398,3 +398,21 @@ def test_infinite_kl_is_refused_by_name(eval_set: EvalSet, tmp_path: Path, monke
     excluding(0, 2)
     with pytest.raises(EvaluationError, match=r"KL from the reference is not finite: set 'pico', window \d+"):
         score(other, eval_set, batch=2, device="cpu", reference=reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_16_bit_factors_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    """As near to fp64 as fp32 products of the same factors, and far nearer than 16-bit logits."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 4096, generator=generator, device="cuda").to(dtype) for n in (300, 33000))
+    head = Head(weight * 0.03)
+    exact = hidden.double() @ head.weight.double().T
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits.double() - exact).abs().max())
+
+    mine = head.logits(hidden)
+    assert mine.dtype == torch.float32
+    assert error(mine) < 20 * error(head.logits(hidden.float()))
+    assert 20 * error(mine) < error(hidden @ head.weight.T)
