@@ -17,6 +17,7 @@ SAMPLE = (
     "granitemoe",  # named otherwise in the file
     "deepseek_v3",  # latent attention
     "kimi_linear",  # a convolution in parts
+    "kimi_k25",  # q, k and v of the tower in one matrix, with rows in another order
     "mllama",  # a block that is skipped on text
 )
 

@@ -246,11 +246,11 @@ def walk_of(
         structure, stored = plain(name, sources, device)
         return Walk(stored, structure, device=device, dtype=dtype)
     trust, plan = sources.trust_remote_code, sources.plan if name == "adapter" else None
-    config = skeleton.load_config(sources.base, trust_remote_code=trust)
-    checkpoint, rows = open_base_checkpoint(sources.base), plan.vocab_size if plan is not None else rows
+    config, checkpoint = skeleton.load_config(sources.base, trust_remote_code=trust), open_base_checkpoint(sources.base)
+    rows = plan.vocab_size if plan is not None else rows
     if rows is not None:
         config.get_text_config().vocab_size = rows
-    model: Any = skeleton.build(config, trust_remote_code=trust)
+    model: Any = skeleton.build(config, trust_remote_code=trust, stored=lambda: checkpoint)
     base = variant_weights.open_base(checkpoint, model, sources.simulate)
     skeleton.load_buffers(model, checkpoint)  # here they have the names of the checkpoint: PEFT changes them
     names = skeleton.tensor_names(model, base.weights)

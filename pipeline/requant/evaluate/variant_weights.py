@@ -17,7 +17,7 @@ from requant.formats.registry import open_quantized
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import compute
-from requant.modeling import skeleton
+from requant.modeling import cut_linears, skeleton
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid, find_scales, nearest
@@ -119,6 +119,7 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
     simulate: how a 16-bit base was quantized in training.
     """
     names = skeleton.tensor_names(model, checkpoint)
+    parts = {names[f"{n}.weight"]: many for n, many in cut_linears.parts(model).items() if f"{n}.weight" in names}
     modules = skeleton.quantizable(model, simulate.skip, version=simulate.version) if simulate else set()
     kept = skeleton.loaded_in_fp32(model, DTYPES[simulate.load_dtype]) if simulate else set[str]()
     return BaseWeights(
@@ -127,6 +128,7 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
         conv1d=_stored(skeleton.conv1d_modules(model), names),
         quantized=_stored(modules, names),
         in_fp32=frozenset(names[n] for n in kept if n in names),
+        parts=parts,
     )
 
 

@@ -64,6 +64,7 @@ class BaseWeight:
     dtype: of the values that `read` returns: fp32 for packed and simulated ones, else as stored or decoded.
     transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file contains [in, out].
     casts: dtypes that training cast the decoded values to, one after the other, before it multiplied by them.
+    parts: rows of a simulated weight that training held as weights of their own; none: all of it is one.
     """
 
     name: str
@@ -73,6 +74,7 @@ class BaseWeight:
     state: nf4.QuantState | None = None
     transposed: bool = False
     casts: tuple[torch.dtype, ...] = ()
+    parts: tuple[Sequence[int], ...] = ()
 
     @property
     def four_bit(self) -> bool:
@@ -122,17 +124,19 @@ class BaseWeights:
         quantized: frozenset[str] = frozenset(),
         conv1d: frozenset[str] = frozenset(),
         in_fp32: frozenset[str] = frozenset(),
+        parts: Mapping[str, tuple[Sequence[int], ...]] | None = None,
     ) -> None:
         """Classify the tensors of a checkpoint: stored, packed, simulated or auxiliary.
 
         quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules. in_fp32: tensors
-        that training loaded in fp32 whatever `simulate.load_dtype` is.
+        that training loaded in fp32 whatever `simulate.load_dtype` is. parts: rows of a weight that training held as
+        several.
         Raises InputError for an 8-bit base, missing or contradictory parts of a packed weight, or `simulate` on a
         checkpoint that is already packed.
         """
         self.checkpoint = checkpoint
         self.simulate = simulate
-        self.conv1d, self.in_fp32 = conv1d, in_fp32
+        self.conv1d, self.in_fp32, self.parts = conv1d, in_fp32, parts or {}
         states = {n.split(STATE)[0]: n for n in checkpoint if STATE in n}
         eight_bit = [n for n in checkpoint if n.endswith((".SCB", ".weight_format"))]
         if eight_bit:
@@ -194,6 +198,7 @@ class BaseWeights:
                     dtype=torch.float32,
                     transposed=conv1d,
                     casts=self._casts(self._loaded_in(name)),
+                    parts=self.parts.get(name, ()),
                 )
             dtype = info.dtype
             if self.simulate and dtype.is_floating_point:
@@ -304,4 +309,9 @@ class BaseWeights:
         s = self.simulate
         stored = self.checkpoint.read(weight.name).to(device).to(DTYPES[self._loaded_in(weight.name)])
         stored = stored.T.contiguous() if weight.transposed else stored
-        return nf4.round_trip(stored, s.quant_type, s.blocksize, double_quant=s.double_quant)
+        if not weight.parts:
+            return nf4.round_trip(stored, s.quant_type, s.blocksize, double_quant=s.double_quant)
+        found = torch.empty(stored.shape, device=device)
+        for rows in map(list, weight.parts):
+            found[rows] = nf4.round_trip(stored[rows], s.quant_type, s.blocksize, double_quant=s.double_quant)
+        return found

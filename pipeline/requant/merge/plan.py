@@ -16,6 +16,7 @@ from requant.adapters import expert_layouts
 from requant.adapters.fold import Fold
 from requant.adapters.keys import locate, stems
 from requant.adapters.peft_directory import Adapter
+from requant.adapters.some_rows import SomeRows
 from requant.adapters.stacked_lora import in_unsloths_order
 from requant.checkpoint.reader import TensorInfo
 from requant.checkpoint.writer import Slot
@@ -179,7 +180,7 @@ def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tu
 
 def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
     """Add one adapter's folds and replacements under the names of the checkpoint."""
-    modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)}
+    modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)} | layout.cuts.keys()
     by_stem = stems(layout.modules(sources))
 
     def in_base(module: str) -> str:
@@ -192,6 +193,8 @@ def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: M
 
     for module, fold in adapter.folds.items():
         name = in_base(module)
+        if (cut := layout.cuts.get(name)) is not None:
+            name, fold = cut.joined, SomeRows(module=fold.module, fold=fold, rows=cut.rows, total=cut.total)
         changes.folds.setdefault(layout.tensor(f"{name}.weight"), []).append(fold)
         bias = layout.tensor(f"{name}.bias")
         if fold.bias == "needed" or (fold.bias == "if any" and bias in sources):

@@ -18,7 +18,7 @@ from torch import nn
 
 from requant.checkpoint.reader import Weights, quantization_in, read_json, stored_names
 from requant.errors import library_call
-from requant.modeling import config_limits, joined_parts, linears, moe
+from requant.modeling import config_limits, cut_linears, joined_parts, linears, moe
 from requant.modeling.families import EXPERT
 from requant.modeling.model_classes import model_class
 
@@ -101,6 +101,8 @@ def build(
         model, lambda name: split or single_by_rule(model, name) or any(n in single() for n in spellings(model, name))
     )
     joined_parts.expose(model, _rules(model)[2])
+    if cuts := _cuts(model):
+        cut_linears.expose(model, cuts, [_renamed(model, name) for name in sorted(stored())])
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -208,12 +210,21 @@ def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
 
 def renamed(model: nn.Module, name: str) -> str:
     """A checkpoint's tensor name as the model of today calls it."""
-    renamings, experts, _ = _rules(model)
-    for rule in renamings:
-        name = rule.rename_source_key(name)[0]
-    for pattern, role in experts:
+    name = _renamed(model, name)
+    for pattern, role in _rules(model)[1]:
         name = pattern.sub(role, name)
+    return cut_linears.renamed(name, _cuts(model))
+
+
+def _renamed(model: nn.Module, name: str) -> str:
+    """The name after transformers' renamings, before its conversions."""
+    for rule in _rules(model)[0]:
+        name = rule.rename_source_key(name)[0]
     return name
+
+
+def _cuts(model: nn.Module) -> list[Any]:
+    return [rule for rule in _rules(model)[2] if cut_linears.is_cut(rule)]
 
 
 def converted(model: nn.Module, name: str) -> str | None:
