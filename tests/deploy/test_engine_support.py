@@ -204,7 +204,7 @@ def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
         prepared(**asymmetric, deploy=["transformers", "vllm"])
     message = str(caught.value)
     assert "deploy: vllm does not load this: model.layers.0.self_attn.qkv_proj: no asymmetric weights" in message
-    assert "(vLLM 0.32.0" in message
+    assert "(vLLM 0.33.0" in message
     assert "deploy: transformers" not in message
     assert message.endswith("change quantize, or take it out of deploy")
     assert not any("does not load" in w for w in prepared(**asymmetric, deploy=["transformers"]).warnings)
@@ -271,22 +271,63 @@ def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
 def test_what_an_engine_has_of_a_class() -> None:
     mpt = verdict("vllm", "mpt", **MPT)
     assert not mpt.loads
-    assert "vLLM 0.32.0 has no MptForCausalLM" in str(mpt)
+    assert "vLLM 0.33.0 has no MptForCausalLM" in str(mpt)
     assert "SGLang 0.5.23 has no MptForCausalLM" in str(verdict("sglang", "mpt", **MPT))
     assert verdict("vllm", "llama", **LLAMA).remarks == ()
     generic = verdict("vllm", "smollm3", **LLAMA)
     assert generic.loads
     assert str(generic).startswith(
-        "loads, SmolLM3ForCausalLM by transformers' code, as vLLM 0.32.0 has no such class; "
+        "loads, SmolLM3ForCausalLM by transformers' code, as vLLM 0.33.0 has no such class; "
     )
     assert verdict("transformers", "smollm3", **LLAMA).remarks == ()
 
 
 def test_experts_in_16_bit_are_told() -> None:
     whole = Settings(grid=Grid(4, 32), overrides=(("*.experts.*", None),))
-    assert str(verdict("vllm", "qwen3_moe", whole)).startswith("loads, experts in 16 bit; ")
+    assert str(verdict("vllm", "qwen3_moe", whole, hidden_size=128)).startswith("loads, experts in 16 bit; ")
     assert verdict("vllm", "granitemoe", num_local_experts=4).remarks == ("experts in 16 bit",)
     assert verdict("vllm", "qwen3_moe").remarks == ()
+
+
+def test_experts_in_16_bit_that_engines_take_for_quantized() -> None:
+    """vLLM asks whether its Marlin kernel fits before it looks at the rules, SGLang never looks at them."""
+    whole = Settings(grid=Grid(4, 32), overrides=(("*.experts.*", None),))
+    narrow = verdict("vllm", "qwen3_moe", whole)
+    assert not narrow.loads
+    assert "it takes model.layers.0.mlp.experts [32, 64] for quantized, whatever the rules say" in str(narrow)
+    assert verdict("vllm", "qwen3_moe", hidden_size=128).loads
+    for kind, changes in (("qwen3_moe", {"hidden_size": 128}), ("granitemoe", {"num_local_experts": 4})):
+        got = verdict("sglang", kind, whole, **changes)
+        assert not got.loads
+        assert "for quantized, whatever the rules say" in str(got)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_latent_attention_in_sglang() -> None:
+    """Its loader dequantizes kv_b_proj as AWQ's, and joins q_a_proj and kv_a_proj_with_mqa as AWQ stores them."""
+    config = tiny.config("deepseek_v3", hidden_size=128)
+    model: Any = skeleton.build(config, split=True)
+    slots = {n: Slot(n, torch.bfloat16, tuple(p.shape)) for n, p in model.named_parameters()}
+
+    def judged(name: Any, settings: Settings) -> engine_support.Verdict:
+        made = plan(slots, model, settings, torch.bfloat16, where=Path("base"))
+        return engine_support.judge(made, model, engine_targets.TARGETS[name])
+
+    every = Settings(grid=Grid(4, 32))
+    apart = Settings(grid=Grid(4, 32), overrides=(("*_a_proj*", None), ("*.kv_b_proj", None)))
+    assert [p for p in judged("sglang", every).problems if "as AWQ stores it" in p]
+    assert not [p for p in judged("sglang", apart).problems if "AWQ" in p]
+    assert not [p for p in judged("vllm", every).problems if "AWQ" in p]
+
+
+def test_the_class_is_the_one_that_config_json_names() -> None:
+    """Servers look it up there; transformers' own class may be called otherwise."""
+    made, model = planned("llama", **LLAMA)
+    model.config.architectures = ["KimiK25ForConditionalGeneration"]
+    assert engine_support.judge(made, model, engine_targets.TARGETS["vllm"]).remarks == ()
+    model.config.architectures = ["UnheardForCausalLM"]
+    got = engine_support.judge(made, model, engine_targets.TARGETS["vllm"])
+    assert [*got.problems, *got.remarks] != []
 
 
 def test_classes_that_an_engine_refuses() -> None:

@@ -26,10 +26,10 @@ STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SIZES: dict[str, Any] = {"vocab_size": e2e.VOCABULARY, "max_position_embeddings": 256}
 
 
-def project(out: Path, kind: str) -> Path:
+def project(out: Path, kind: str, **changes: Any) -> Path:
     """base/ and adapter/ of one kind of base, with texts."""
     if kind == "mxfp4":
-        made = pico.model("gpt_oss", num_local_experts=4, intermediate_size=64, head_dim=16, **SIZES)
+        made = pico.model("gpt_oss", num_local_experts=4, intermediate_size=64, head_dim=16, **SIZES, **changes)
         encoded.mxfp4_base(pico.save(made, out / "base", torch.bfloat16))
     else:
         config = {"fp8": encoded.BLOCKS, "fbgemm_fp8": encoded.ROWS, "experts": encoded.TENSORS}[kind]

@@ -6,6 +6,7 @@
     trained_tokens                     rows of an embedding replaced: a kind, and a part of LORA
     stacked_lora, expert_layouts       LoRA on stacked experts, a part of LORA; which parameter a pair changes
     expert_order                       the order of lora_B's columns there: PEFT's, or unsloth's older one
+    some_rows                          a change of rows of a stored matrix, which are a module of the class
     fold                               the base class of the formulas, in fp32
     fp64                               fp64 arithmetic and error bounds of the self-test
     module_tensors                     the tensors of one module, and how PEFT spells their keys

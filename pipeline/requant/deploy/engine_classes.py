@@ -29,12 +29,12 @@ class Registry:
     refuses: Mapping[str, str] = field(default_factory=dict)
     refuses_experts: Mapping[str, str] = field(default_factory=dict)
 
-    def has(self, model_class: type) -> Has:
-        """How the engine runs a class of transformers, or of the checkpoint's own code."""
-        if model_class.__name__ in self.own:
+    def has(self, architecture: str, model_class: type) -> Has:
+        """How the engine runs what config.json calls `architecture`, a class of transformers or the checkpoint's own."""
+        if architecture in self.own:
             return "own"
         able = any(getattr(model_class, question, lambda: False)() for question in self.asks)
-        return "generic" if able or model_class.__name__ in self.generic else "none"
+        return "generic" if able or architecture in self.generic else "none"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -42,75 +42,76 @@ def _names(text: str) -> frozenset[str]:
 
 
 VLLM = Registry(
-    name="vLLM 0.32.0",
+    name="vLLM 0.33.0",
     source="vllm/model_executor/models/registry.py and the model files that it names, read 2026-11-29",
     own=_names("""
-    AfmoeForCausalLM ApertusForCausalLM AriaForConditionalGeneration AudioFlamingo3ForConditionalGeneration
-    AXK1ForCausalLM BagelForConditionalGeneration BailingMoeForCausalLM BailingMoeV2_5ForCausalLM
-    BailingMoeV2ForCausalLM BailingMoeV3ForCausalLM BailingMoeV3VLForConditionalGeneration BeeForConditionalGeneration
-    Blip2ForConditionalGeneration BloomForCausalLM ChatGLMForConditionalGeneration ChatGLMModel Cohere2ForCausalLM
-    Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration
-    CohereCompassForConditionalGeneration CohereForCausalLM Cosmos3EdgeForConditionalGeneration
-    Cosmos3ForConditionalGeneration DbrxForCausalLM DeciLMForCausalLM DeepseekForCausalLM DeepseekOCR2ForCausalLM
-    DeepseekOCRForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV41ForCausalLM
-    DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration DeepseekVLV2ForCausalLM DiffusionGemmaForBlockDiffusion
-    Dots3NoteForCausalLM DotsOCRForCausalLM Eagle2_5_VLForConditionalGeneration Ernie4_5_MoeForCausalLM
+    AfmoeForCausalLM AliceAIForCausalLM Alpamayo2Super ApertusForCausalLM AriaForConditionalGeneration
+    AudioFlamingo3ForConditionalGeneration AXK1ForCausalLM BagelForConditionalGeneration BailingMoeForCausalLM
+    BailingMoeV2_5ForCausalLM BailingMoeV2ForCausalLM BailingMoeV3ForCausalLM BailingMoeV3VLForConditionalGeneration
+    BeamForCausalLM BeeForConditionalGeneration Blip2ForConditionalGeneration BloomForCausalLM
+    ChatGLMForConditionalGeneration ChatGLMModel Cohere2ForCausalLM Cohere2MoeForCausalLM
+    Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration CohereCompassForConditionalGeneration
+    CohereForCausalLM Cosmos3EdgeForConditionalGeneration Cosmos3ForConditionalGeneration DbrxForCausalLM
+    DeciLMForCausalLM DeepseekForCausalLM DeepseekOCR2ForCausalLM DeepseekOCRForCausalLM DeepseekV2ForCausalLM
+    DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV41ForCausalLM DeepseekV4ForCausalLM
+    DeepseekV4ForConditionalGeneration DeepseekVLV2ForCausalLM DiffusionGemmaForBlockDiffusion DomynEdgeForCausalLM
+    DoryForCausalLM Dots3NoteForCausalLM DotsOCRForCausalLM Eagle2_5_VLForConditionalGeneration Ernie4_5_MoeForCausalLM
     Ernie4_5_VLMoeForConditionalGeneration Ernie4_5ForCausalLM Exaone4_5_ForConditionalGeneration Exaone4ForCausalLM
-    ExaoneForCausalLM ExaoneMoEForCausalLM ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM
-    FalconMambaForCausalLM FireRedASR2ForConditionalGeneration FunASRForConditionalGeneration
+    ExaoneForCausalLM ExaoneMoeForCausalLM ExaoneMoEForCausalLM FalconForCausalLM FalconH1ForCausalLM
+    FalconMambaForCausalLM FireRedASR2ForConditionalGeneration FlintForCausalLM FunASRForConditionalGeneration
     FunAudioChatForConditionalGeneration Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration
     Gemma3nForCausalLM Gemma3nForConditionalGeneration Gemma4ForCausalLM Gemma4ForConditionalGeneration
     Gemma4UnifiedForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM Glm4MoeLiteForCausalLM
     GLM4VForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration Glm5NextForCausalLM
-    Glm5NextForConditionalGeneration GlmAsrForConditionalGeneration GlmMoeDsaForCausalLM
-    GlmOcrForConditionalGeneration GPT2LMHeadModel GPTJForCausalLM GptOssForCausalLM
-    Granite4VisionForConditionalGeneration GraniteForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM
-    GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM GraniteSpeechForConditionalGeneration
-    GraniteSpeechPlusForConditionalGeneration GraniteSWAForCausalLM H2OVLChatModel HCXVisionV2ForCausalLM HfMoondream
-    HrmTextForCausalLM HyperCLOVAXForCausalLM HYV3ForCausalLM HYV4ForCausalLM Idefics3ForConditionalGeneration
-    InklingForCausalLM InklingForConditionalGeneration InternLM2ForCausalLM InternLM3ForCausalLM
-    InternS1ForConditionalGeneration InternS1ProForConditionalGeneration InternS2MobiusForConditionalGeneration
-    InternS2PreviewForConditionalGeneration InternVLChatModel InternVLForConditionalGeneration IQuestCoderForCausalLM
-    IQuestLoopCoderForCausalLM IsaacForConditionalGeneration JambaForCausalLM K2HorizonForCausalLM
-    KananaVForConditionalGeneration KeyeForConditionalGeneration KeyeVL1_5ForConditionalGeneration
-    KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration KimiLinearForCausalLM
-    KimiVLForConditionalGeneration LagunaForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM Lfm2VlForConditionalGeneration
-    LightOnOCRForConditionalGeneration Llama4ForCausalLM Llama4ForConditionalGeneration Llama_Nemotron_Nano_VL
-    LLaMAForCausalLM LlamaForCausalLM LlavaForConditionalGeneration LlavaNextForConditionalGeneration
-    LlavaNextVideoForConditionalGeneration LlavaOnevision2ForConditionalGeneration
+    Glm5NextForConditionalGeneration GlmAsrForConditionalGeneration GlmMoeDsaForCausalLM GlmOcrForConditionalGeneration
+    GPT2LMHeadModel GPTJForCausalLM GptOssForCausalLM Granite4VisionForConditionalGeneration GraniteForCausalLM
+    GraniteMoeForCausalLM GraniteMoeHybridForCausalLM GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM
+    GraniteSpeechForConditionalGeneration GraniteSpeechPlusForConditionalGeneration GraniteSWAForCausalLM H2OVLChatModel
+    HCXVisionV2ForCausalLM HfMoondream HrmTextForCausalLM HyperCLOVAXForCausalLM HYV3ForCausalLM HYV4ForCausalLM
+    Idefics3ForConditionalGeneration InklingForCausalLM InklingForConditionalGeneration InternLM2ForCausalLM
+    InternLM3ForCausalLM InternS1ForConditionalGeneration InternS1ProForConditionalGeneration
+    InternS2MobiusForConditionalGeneration InternS2PreviewForConditionalGeneration InternVLChatModel
+    InternVLForConditionalGeneration IQuestCoderForCausalLM IQuestLoopCoderForCausalLM IsaacForConditionalGeneration
+    JambaForCausalLM K2HorizonForCausalLM KananaVForConditionalGeneration KeyeForConditionalGeneration
+    KeyeVL1_5ForConditionalGeneration KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration
+    KimiLinearForCausalLM KimiVLForConditionalGeneration LagunaForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM
+    Lfm2VlForConditionalGeneration LightOnOCRForConditionalGeneration Llama4ForCausalLM Llama4ForConditionalGeneration
+    Llama_Nemotron_Nano_VL LLaMAForCausalLM LlamaForCausalLM LlavaForConditionalGeneration
+    LlavaNextForConditionalGeneration LlavaNextVideoForConditionalGeneration LlavaOnevision2ForConditionalGeneration
     LlavaOnevisionForConditionalGeneration LongcatFlashForCausalLM LongcatFlashNgramForCausalLM Mamba2ForCausalLM
     MambaForCausalLM MiDashengLMModel MiMoForCausalLM MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiMoV2OmniForCausalLM
-    MiniCPM3ForCausalLM MiniCPMForCausalLM MiniCPMO MiniCPMV MiniCPMV4_6ForConditionalGeneration
-    MiniCPMV4_7ForConditionalGeneration MiniMaxM2ForCausalLM MiniMaxM3SparseForCausalLM
-    MiniMaxM3SparseForConditionalGeneration Ministral3ForCausalLM Mistral3ForConditionalGeneration MistralForCausalLM
-    MistralLarge3ForCausalLM MixtralForCausalLM Molmo2ForConditionalGeneration MolmoForCausalLM Moondream3ForCausalLM
-    MoonshotKimiaForCausalLM MossAudioModel MossTranscribeDiarizeForConditionalGeneration MuseGlimmerForCausalLM
-    MuseGlimmerForConditionalGeneration NemotronForCausalLM NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_VL_V2
+    MiniCPM3ForCausalLM MiniCPMForCausalLM MiniCPMO MiniCPMOcrForConditionalGeneration MiniCPMV
+    MiniCPMV4_6ForConditionalGeneration MiniCPMV4_7ForConditionalGeneration MiniMaxM2ForCausalLM
+    MiniMaxM3SparseForCausalLM MiniMaxM3SparseForConditionalGeneration Ministral3ForCausalLM
+    Mistral3ForConditionalGeneration MistralForCausalLM MistralLarge3ForCausalLM MixtralForCausalLM
+    Molmo2ForConditionalGeneration MolmoForCausalLM Moondream3ForCausalLM MoonshotKimiaForCausalLM MossAudioModel
+    MossTranscribeDiarizeForConditionalGeneration MuseGlimmerForCausalLM MuseGlimmerForConditionalGeneration
+    MuseSparkForConditionalGeneration NemotronForCausalLM NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_VL_V2
     NemotronH_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 NemotronHForCausalLM NemotronHPuzzleForCausalLM
-    NemotronParseForConditionalGeneration NVLM_D OlmoeForCausalLM OlmoHybridForCausalLM
-    OpenCUAForConditionalGeneration OpenPanguVLForConditionalGeneration OpenVLAForActionPrediction OPTForCausalLM
-    OrionForCausalLM Ovis Ovis2_5 Ovis2_6_MoeForCausalLM Ovis2_6ForCausalLM PaddleOCRVLForConditionalGeneration
-    PaliGemmaForConditionalGeneration PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM
-    Param2MoEForCausalLM Phi3ForCausalLM Phi3VForCausalLM Phi4ForCausalLMV Phi4MMForCausalLM PhiMoEForCausalLM
-    PixtralForConditionalGeneration Plamo3ForCausalLM QianfanOCRForConditionalGeneration
-    Qwen2_5_VLForConditionalGeneration Qwen2_5OmniForConditionalGeneration Qwen2_5OmniModel
-    Qwen2AudioForConditionalGeneration Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen2VLForConditionalGeneration
-    Qwen3_5ForCausalLM Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration
-    Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM
-    Qwen3NextForCausalLM Qwen3OmniMoeForConditionalGeneration Qwen3VLForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration Qwen4ExpForCausalLM Qwen4ExpForConditionalGeneration RForConditionalGeneration
-    Rnj1ForCausalLM SarvamMLAForCausalLM SarvamMoEForCausalLM SkyworkR1VChatModel SmolVLMForConditionalGeneration
-    SolarForCausalLM StableLmForCausalLM Step1ForCausalLM Step3p5ForCausalLM Step3p7ForConditionalGeneration
-    Step3TextForCausalLM Step3VLForConditionalGeneration StepVLForConditionalGeneration TeleChat2ForCausalLM
-    TeleChat3ForCausalLM TeleFLMForCausalLM UltravoxModel UnlimitedOCRForCausalLM VoxtralForConditionalGeneration
-    VoxtralRealtimeGeneration WhisperForConditionalGeneration Zamba2ForCausalLM
+    NemotronParseForConditionalGeneration NVLM_D OlmoeForCausalLM OlmoHybridForCausalLM OpenCUAForConditionalGeneration
+    OpenPanguVLForConditionalGeneration OpenVLAForActionPrediction OPTForCausalLM OrionForCausalLM Ovis Ovis2_5
+    Ovis2_6_MoeForCausalLM Ovis2_6ForCausalLM PaddleOCRVLForConditionalGeneration PaliGemmaForConditionalGeneration
+    PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM Param2MoEForCausalLM Phi3ForCausalLM
+    Phi3VForCausalLM Phi4ForCausalLMV Phi4MMForCausalLM PhiMoEForCausalLM PixtralForConditionalGeneration
+    Plamo3ForCausalLM QianfanOCRForConditionalGeneration Qwen2_5_VLForConditionalGeneration
+    Qwen2_5OmniForConditionalGeneration Qwen2_5OmniModel Qwen2AudioForConditionalGeneration Qwen2ForCausalLM
+    Qwen2MoeForCausalLM Qwen2VLForConditionalGeneration Qwen3_5ForCausalLM Qwen3_5ForConditionalGeneration
+    Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration Qwen3ASRForConditionalGeneration Qwen3ASRRealtimeGeneration
+    Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3OmniMoeForConditionalGeneration
+    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen4ExpForCausalLM
+    Qwen4ExpForConditionalGeneration RadioMBartPrefixForCausalLM RForConditionalGeneration Rnj1ForCausalLM
+    SarvamMLAForCausalLM SarvamMoEForCausalLM SkyworkR1VChatModel SmolVLMForConditionalGeneration SolarForCausalLM
+    StableLmForCausalLM Step1ForCausalLM Step3p5ForCausalLM Step3p7ForConditionalGeneration Step3TextForCausalLM
+    Step3VLForConditionalGeneration Step5ForCausalLM Step5ForConditionalGeneration StepVLForConditionalGeneration
+    TeleChat2ForCausalLM TeleChat3ForCausalLM TeleFLMForCausalLM UltravoxModel UnlimitedOCRForCausalLM
+    VoxtralForConditionalGeneration VoxtralRealtimeGeneration WhisperForConditionalGeneration Zamba2ForCausalLM
     """),
     generic=_names("""
     ArceeForCausalLM CwmForCausalLM Emu3ForConditionalGeneration FlexOlmoForCausalLM GlmForCausalLM
     GPTBigCodeForCausalLM GPTNeoXForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-    HunYuanVLForConditionalGeneration Jais2ForCausalLM MellumForCausalLM NanbeigeForCausalLM Olmo2ForCausalLM
-    Olmo3ForCausalLM OlmoForCausalLM PhiForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM
-    VaultGemmaForCausalLM VibeVoiceAsrForConditionalGeneration
+    HunYuanVLForConditionalGeneration Jais2ForCausalLM Kolibri1ForCausalLM MellumForCausalLM NanbeigeForCausalLM
+    Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM PhiForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM
+    Starcoder2ForCausalLM VaultGemmaForCausalLM VibeVoiceAsrForConditionalGeneration
     """),
     asks=("is_backend_compatible", "_can_set_attn_implementation"),
     refuses={

@@ -20,6 +20,7 @@ from requant.modeling.families import BY_INPUTS, EXPERT, expert_groups, fused_gr
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 
+_LATENT = (".q_a_proj", ".kv_a_proj_with_mqa", ".kv_b_proj")
 # optimum 2.3 gptq/constants.py BLOCK_PATTERNS, of causal language models.
 _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
 
@@ -68,7 +69,7 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     if loader is None:
         return _reads_no_such_format(plan, target)
     found = traits(plan, model)
-    problems, remarks = _by_class(plan, type(model), target)
+    problems, remarks = _by_class(plan, model, target)
     problems += [text.format(found[t]) for t, text in loader.refuses.items() if t in found]
     matrices = list(_matrices(plan, model, fused=target.fuses))
     kernels: dict[str, Mapping[str, int]] = {}
@@ -104,11 +105,16 @@ def _reads_no_such_format(plan: Plan, target: Target) -> Verdict:
     return Verdict(target=target, source=source, problems=(problem,), kernels={}, lacking={})
 
 
-def _by_class(plan: Plan, model_class: type, target: Target) -> tuple[list[str], list[str]]:
+def _architecture(model: Any) -> str:
+    """The class of a model as servers look it up: by config.json, which may name one of the checkpoint's own code."""
+    return str(next(iter(getattr(model.config, "architectures", None) or ()), type(model).__name__))
+
+
+def _by_class(plan: Plan, model: nn.Module, target: Target) -> tuple[list[str], list[str]]:
     """What an engine cannot load of a class of models, and how it runs it where not as its own class, quantized."""
-    problems, remarks, classes, name = list[str](), list[str](), target.classes, model_class.__name__
+    problems, remarks, classes, name = list[str](), list[str](), target.classes, _architecture(model)
     if classes:
-        how = classes.has(model_class)
+        how = classes.has(name, type(model))
         if how == "none":
             problems.append(f"{classes.name} has no {name}")
         elif how == "generic":
@@ -117,15 +123,15 @@ def _by_class(plan: Plan, model_class: type, target: Target) -> tuple[list[str],
             problems.append(f"{name}: {classes.refuses[name]}")
         elif name in classes.refuses_experts and any(EXPERT.fullmatch(n) for n in plan.grids):
             problems.append(f"{name}: {classes.refuses_experts[name]}: leave them in 16 bit (quantize.experts)")
-    if plan.fused or (_experts(plan) and not any(EXPERT.fullmatch(n) for n in plan.grids)):
+    if experts_left(plan):
         remarks.append("experts in 16 bit")
     return problems, remarks
 
 
-def why_no_experts(model_class: type, targets: Iterable[Target]) -> str | None:
-    """Why no server reads a class's experts quantized, where one serves it at all; None: one does, or none has it."""
-    name = model_class.__name__
-    serving = [c for t in targets if (c := t.classes) and c.has(model_class) != "none" and name not in c.refuses]
+def why_no_experts(model: nn.Module, targets: Iterable[Target]) -> str | None:
+    """Why no server reads a model's experts quantized, where one has its class; None: one does, or none has it."""
+    name, kind = _architecture(model), type(model)
+    serving = [c for t in targets if (c := t.classes) and c.has(name, kind) != "none" and name not in c.refuses]
     if not serving or any(name not in c.refuses_experts for c in serving):
         return None
     return "; ".join(f"{c.name}: {c.refuses_experts[name]}" for c in serving)
@@ -185,8 +191,35 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         ],
         "unlike experts": [n for n, same in _experts(plan).items() if not same],
         "blocks elsewhere": [] if plan.prefix in _BLOCKS else [plan.prefix],
+        "experts in 16 bit": experts_left(plan),
+        "experts in 16 bit of other sizes": [
+            f"{n} {list(shape)}" for n, shape in _left_shapes(plan, model) if not _marlin_fits(plan, shape)
+        ],
+        "latent attention": [n for n in modules if n.endswith(_LATENT)],
+        "kv_b_proj": [n for n in modules if n.endswith(_LATENT[-1])],
     }
     return {trait: examples[0] for trait, examples in found.items() if examples}
+
+
+def experts_left(plan: Plan) -> list[str]:
+    """The experts that stay in 16 bit, all of a layer's: containers, or modules that are not split."""
+    quantized = expert_groups(plan.grids)
+    return [*plan.fused, *(name for name in expert_groups(plan.left) if name not in quantized)]
+
+
+def _left_shapes(plan: Plan, model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(container, [expert width, model width]) of experts in 16 bit whose matrices are known."""
+    for container, names in expert_groups(plan.left).items():
+        first = next((n for n in names if n.rpartition(".")[2] not in BY_INPUTS), names[0])
+        module: Any = model.get_submodule(first)
+        if container in experts_left(plan):
+            yield container, (module.out_features, module.in_features)
+
+
+def _marlin_fits(plan: Plan, shape: tuple[int, int]) -> bool:
+    """vLLM's `check_moe_marlin_supports_config`, asked before its rules are."""
+    group = next(iter(Counter(g.group_size for g in plan.grids.values()).most_common(1)), (-1, 0))[0]
+    return shape[1] % 128 == 0 and (group < 0 or shape[0] % group == 0)
 
 
 def _renamed(plan: Plan, model: nn.Module) -> list[str]:

@@ -26,6 +26,10 @@ Trait = Literal[
     "unlike fused parts",
     "unlike experts",
     "blocks elsewhere",
+    "experts in 16 bit",
+    "experts in 16 bit of other sizes",
+    "latent attention",
+    "kv_b_proj",
 ]
 GROUPS = (-1, 32, 64, 128)
 
@@ -131,10 +135,14 @@ TARGETS: Mapping[Name, Target] = {
             fuses=True,
             formats={
                 "gptq": Loader(
-                    source="vLLM 0.32.0, read 2026-11-29: quantization/auto_gptq.py, utils/marlin_utils.py, "
+                    source="vLLM 0.33.0, read 2026-11-29: quantization/auto_gptq.py, utils/marlin_utils.py, "
                     "kernels/linear/mixed_precision",
                     hardware=_VLLM_GPTQ,
-                    refuses=_ALIKE,
+                    refuses={
+                        **_ALIKE,
+                        "experts in 16 bit of other sizes": "it takes {} for quantized, whatever the rules say, since its "
+                        "Marlin kernel would not fit their sizes",
+                    },
                 ),
                 "compressed-tensors": Loader(
                     source="vLLM 0.32.0, read 2026-11-29: quantization/compressed_tensors, "
@@ -158,7 +166,12 @@ TARGETS: Mapping[Name, Target] = {
                         ),
                         "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
                     },
-                    refuses=_ALIKE,
+                    refuses={
+                        **_ALIKE,
+                        "experts in 16 bit": "it takes {} for quantized, whatever the rules say",
+                        "latent attention": "it reads {} as AWQ stores it: leave such modules in 16 bit "
+                        '(quantize.overrides: {{"*_a_proj*": {{skip: true}}, "*.kv_b_proj": {{skip: true}}}})',
+                    },
                 ),
                 "compressed-tensors": Loader(
                     source="SGLang 0.5.23, read 2026-11-29: layers/quantization/compressed_tensors/schemes",
@@ -168,7 +181,10 @@ TARGETS: Mapping[Name, Target] = {
                             replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True),
                         ),
                     },
-                    refuses=_ALIKE,
+                    refuses={
+                        **_ALIKE,
+                        "kv_b_proj": 'it wants {} in 16 bit (quantize.overrides: {{"*.kv_b_proj": {{skip: true}}}})',
+                    },
                 ),
             },
             classes=SGLANG,

@@ -1,4 +1,4 @@
-"""Linears that checkpoints hold as one matrix, where transformers' class has several: qkv, gate and up.
+"""Linears that a checkpoint holds as one matrix, and the class as several: qkv of towers.
 
 The one matrix is a Linear of the model here, beside the class's modules, which show rows of it. So every parameter is
 a tensor of the file, and is quantized and written as servers read it.

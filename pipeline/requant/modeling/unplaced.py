@@ -95,7 +95,7 @@ class Unplaced:
             recomputed=tuple(found["recomputed"]),
             carried=tuple(found["carried"]),
             unknown=tuple(found["unknown"]),
-            roots=tuple(_roots(found["carried"], others)),
+            roots=tuple(roots(found["carried"], others)),
         )
 
 
@@ -154,11 +154,11 @@ def recomputed_by_name(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern, _ in _RECOMPUTED)
 
 
-def _roots(carried: Collection[str], others: Collection[str]) -> Iterator[str]:
-    """The shortest modules that hold carried tensors and none of `others`."""
+def roots(names: Collection[str], others: Collection[str]) -> Iterator[str]:
+    """The shortest modules that hold these tensors and none of `others`."""
     shared = {name[:i] for name in others for i, letter in enumerate(name) if letter == "."}
     seen = set[str]()
-    for name in carried:
+    for name in names:
         parts = name.split(".")
         heads = (".".join(parts[:i]) for i in range(1, len(parts)))
         root = next((head for head in heads if head not in shared), name)

@@ -21,7 +21,7 @@ from requant.modeling.blocks import block_linears, block_list, towers, waits_for
 from requant.modeling.families import EXPERT, in_16_bit
 from requant.modeling.linears import left_fused
 from requant.modeling.stacked_experts import stored_pieces
-from requant.modeling.unplaced import Unplaced
+from requant.modeling.unplaced import Unplaced, roots
 from requant.numerics.dtypes import SIXTEEN_BIT
 from requant.numerics.grid import Grid
 
@@ -64,7 +64,9 @@ class Plan:
     renamed: Mapping[str, str]  # linears that the checkpoint calls otherwise, apart from the base model's prefix
     weights: Mapping[str, str]  # quantized module -> name of its weight in the 16-bit checkpoint
     fused: tuple[str, ...] = ()  # modules of experts that stay fused, in 16 bit
-    towers: tuple[str, ...] = ()  # modules of a wrapper beside its text decoder that hold linears, in 16 bit
+    towers: tuple[
+        str, ...
+    ] = ()  # modules beside the text decoder that hold linears, by the class's and the file's names
     pieces: Mapping[str, Piece] = field(default_factory=dict)  # of stacked tensors that the 16-bit checkpoint holds
     carried: tuple[str, ...] = ()  # modules that the model class leaves out and servers may run, in 16 bit
     outside: tuple[str, ...] = ()  # linears beside the blocks and towers, such as the head, in 16 bit
@@ -131,10 +133,23 @@ def plan(
         weights={n: names[f"{n}.weight"] for n in grids},
         fused=fused,
         carried=unplaced.roots,
-        towers=towers(model),
+        towers=_towers(model, names, tensors),
         pieces=pieces,
         outside=_outside(model, prefix),
     )
+
+
+def _towers(model: nn.Module, names: Mapping[str, str], tensors: Iterable[str]) -> tuple[str, ...]:
+    """Towers and projectors by the class's names, and by the checkpoint's, which servers mostly keep.
+
+    Rules name the last part alone: a name that is also one around the text decoder is no name for a tower.
+    """
+    found = towers(model)
+    inside = [stored for name, stored in names.items() if name.startswith(tuple(f"{tower}." for tower in found))]
+    others = set(tensors) - {*inside}
+    taken = {part for name in (*others, block_list(model)[0]) for part in name.split(".")}
+    taken |= {tower.rpartition(".")[2] for tower in found}
+    return (*found, *(root for root in roots(inside, others) if root.rpartition(".")[2] not in taken))
 
 
 def _linears(model: nn.Module, where: Path) -> dict[str, Any]:

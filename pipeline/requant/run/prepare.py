@@ -163,7 +163,9 @@ def _single_experts(recipe: Recipe, plan: MergePlan, model: Any) -> Any:
 def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:
     """The quantized layout, and which engines load it."""
     dtype = dtypes.serving_dtype(recipe, plan)
-    settings, notes = served_experts.settled(recipe, quantize_settings(recipe), model)
+    settings, notes = served_experts.settled(
+        recipe, quantize_settings(recipe), model, lambda s: plan_quantize(plan, model, s, dtype)
+    )
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)

@@ -1,11 +1,12 @@
 """Which experts of a mixture are quantized: by default those that some server reads so.
 
-Where none does, though one serves the model with experts in 16 bit, they stay in 16 bit: a file that nobody can serve
-is not what a run is for. `quantize.experts` of the recipe says otherwise.
+Where none does, and one serves the model with experts in 16 bit, they stay in 16 bit: a file that nobody can serve is
+not what a run is for. `quantize.experts` of the recipe says otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,29 +15,37 @@ from torch import nn
 from requant.deploy import engine_support, engine_targets
 from requant.modeling import linears
 from requant.modeling.families import EXPERT
-from requant.quantize.plan import Settings
+from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
 
 PATTERN = "*.experts.*"
 
 
-def settled(recipe: Recipe, settings: Settings, model: nn.Module) -> tuple[Settings, list[str]]:
+def settled(
+    recipe: Recipe, settings: Settings, model: nn.Module, planned: Callable[[Settings], Plan]
+) -> tuple[Settings, list[str]]:
     """(the settings with the experts' share, what to tell the reader).
 
-    model: with experts as Linears where they can be split.
+    model: with experts as Linears where they can be split. planned: the layout that settings give.
     """
     fused = linears.left_fused(model)
     words = f"{len(fused)} fused expert weights stay in 16 bit, e.g. {{}}: this family's layout is not split"
     notes = [words.format(fused[0])] if fused else []
-    asked, why = recipe.quantize.experts, engine_support.why_no_experts(type(model), engine_targets.TARGETS.values())
-    experts = [m for n, m in model.named_modules() if EXPERT.fullmatch(n) and linears.is_linear(m)]
-    if asked == "quantize" or not experts or (asked == "auto" and why is None):
+    left = replace(settings, overrides=(*settings.overrides, (PATTERN, None)))
+    if recipe.quantize.experts != "auto":
+        return (left if recipe.quantize.experts == "skip" else settings), notes
+    servers = [target for target in engine_targets.TARGETS.values() if target.classes]
+    experts: list[Any] = [m for n, m in model.named_modules() if EXPERT.fullmatch(n) and linears.is_linear(m)]
+    why = engine_support.why_no_experts(model, servers) if experts else None
+    if why is None:
         return settings, notes
-    left: Any = sum(p.numel() for m in experts for p in m.parameters())
-    share = left / sum(p.numel() for p in model.parameters())
-    if asked == "auto":
-        notes.append(
-            f"the experts, {share:.0%} of the weights, stay in 16 bit, since no server reads those of "
-            f"{type(model).__name__} quantized ({why}). quantize.experts: quantize quantizes them all the same"
-        )
-    return replace(settings, overrides=(*settings.overrides, (PATTERN, None))), notes
+    which = f"experts of {type(model).__name__} quantized ({why})"
+    verdicts = [engine_support.judge(planned(left), model, server) for server in servers]
+    if not any(verdict.loads for verdict in verdicts):
+        return settings, [*notes, f"no server reads {which}, and none in 16 bit: serve the merged checkpoint"]
+    share = sum(p.numel() for m in experts for p in m.parameters()) / sum(p.numel() for p in model.parameters())
+    said = (
+        f"the experts, {share:.0%} of the weights, stay in 16 bit, since no server reads {which}. "
+        "quantize.experts: quantize quantizes them all the same"
+    )
+    return left, [*notes, said]
