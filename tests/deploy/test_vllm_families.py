@@ -63,6 +63,29 @@ def test_vllm_scores_a_family_as_we_do(family: Served, tmp_path: Path, monkeypat
     assert ("AutoGPTQMoEMethod" in answer.kernels) == (family.experts == "quantized")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
+def test_experts_in_16_bit_of_widths_that_marlin_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """As gpt-oss, 2,880 wide: in GPTQ vLLM takes them for quantized before it asks the rules."""
+    monkeypatch.setenv("REQUANT_VLLM_PYTHON", str(PYTHON))
+    family = Served(kind="gpt_oss", experts="in 16 bit", changes={"hidden_size": 192, "head_dim": 64})
+    source, out = served.build(family, tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    settings = Settings(grid=Grid(4, 32), overrides=(("*.experts.*", None),), format=layout)
+    with one_thread():
+        quantize(source, out, sweep.ids(), settings, dtype=torch.bfloat16, device=CPU, batch=2)
+        rows = sweep.ids(5).tolist()
+        expected = ours(out, rows)
+    answer = engine_processes.ask("vllm", out, rows, dtype="bfloat16")
+    if layout == "gptq":
+        assert "No WNA16 MoE backend supports the deployment configuration" in str(answer.error)
+    else:
+        assert answer.error is None
+        assert answer.agrees(expected), answer.difference(expected)
+
+
 # Runs in vLLM's interpreter: every tensor of a file goes through the model's own loader, also where the kernels for CPUs
 # would refuse the model, and into towers, which vLLM leaves out when only text is asked. Prints what was not filled.
 FILL = """

@@ -93,8 +93,8 @@ No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.bloc
 Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL MoE, Granite MoE, Gemma 4) are merged,
 adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
 reads (`...mlp.experts.0.gate_proj.qweight`; below what was loaded). Where no server reads them so but one reads them in
-16 bit, they stay in 16 bit (`quantize.experts`; gpt-oss of a width that vLLM's kernel fits). Those of Llama 4, DBRX and
-JetMoE, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule in the config tells engines.
+16 bit, they stay in 16 bit (`quantize.experts`; gpt-oss, which vLLM then reads in compressed-tensors). Those of Llama 4,
+DBRX and JetMoE, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule tells engines.
 
 In 16 bit at every size, since engines build them so: routers, indexers, gates of one output a head (`in_proj_b`,
 `in_proj_a`, `shared_expert_gate`). And matrices whose sizes are no multiple of 32, like the input projection of some

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from requant.deploy import engine_support
 from requant.modeling.families import EXPERT
-from requant.run import prepare
+from requant.run import prepare, served_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +30,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("gpt-oss 128", "auto", False),
         ("gpt-oss 128", "skip", False),
         ("gpt-oss 128", "quantize", True),
-        ("gpt-oss 64", "auto", True),
+        ("gpt-oss 64", "auto", False),
         ("experts", "auto", True),
         ("experts", "quantize", True),
         ("experts", "skip", False),
@@ -49,14 +49,24 @@ def test_experts_that_no_server_reads_stay_in_16_bit(
     assert bool(refused) == (kind != "experts" and quantized)
     said = [w for w in prepared.warnings if "no server reads experts of GptOssForCausalLM quantized (vLLM" in w]
     assert len(said) == (kind != "experts" and asked == "auto")
-    if said and kind == "gpt-oss 64":  # vLLM asks whether its kernel fits before it asks whether they are quantized
-        assert said[0].endswith("and none in 16 bit: serve the merged checkpoint")
-    elif said:
-        assert vllm.loads
+    if said:
         assert said[0].startswith("the experts, ")
-        assert said[0].endswith("quantize.experts: quantize quantizes them all the same")
+        assert "quantize.experts: quantize quantizes them all the same" in said[0]
+        assert vllm.loads == (kind == "gpt-oss 128"), (
+            "64: it asks for its kernel before it asks whether they are quantized"
+        )
+        assert said[0].endswith("requant convert --to compressed-tensors") != vllm.loads
     sglang: Any = next(v for v in prepared.quantize.engines if v.target.name == "sglang")
     assert any("whatever the rules say" in p for p in sglang.problems) == (not quantized)
+
+
+def test_where_no_server_reads_them_in_16_bit_either_they_are_quantized(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_experts, "_is_served", lambda *_: False)
+    prepared = prepare.prepare(recipe(bases["gpt-oss 64"], tmp_path))
+    assert any(EXPERT.fullmatch(n) for n in prepared.quantize.plan.grids)
+    assert [w for w in prepared.warnings if w.endswith("and none in 16 bit: serve the merged checkpoint")]
 
 
 def test_a_run_without_quantized_experts_is_another_run(bases: dict[str, Path], tmp_path: Path) -> None:

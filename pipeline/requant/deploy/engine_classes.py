@@ -30,7 +30,7 @@ class Registry:
     refuses_experts: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, architecture: str, model_class: type) -> Has:
-        """How the engine runs what config.json calls `architecture`, a class of transformers or the checkpoint's own."""
+        """How the engine runs what config.json calls `architecture`, of the class `model_class`."""
         if architecture in self.own:
             return "own"
         able = any(getattr(model_class, question, lambda: False)() for question in self.asks)

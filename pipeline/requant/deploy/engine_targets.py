@@ -140,8 +140,8 @@ TARGETS: Mapping[Name, Target] = {
                     hardware=_VLLM_GPTQ,
                     refuses={
                         **_ALIKE,
-                        "experts in 16 bit of other sizes": "it takes {} for quantized, whatever the rules say, since its "
-                        "Marlin kernel would not fit their sizes",
+                        "experts in 16 bit of other sizes": "it takes {} for quantized, whatever the rules say, since "
+                        "its Marlin kernel would not fit their sizes",
                     },
                 ),
                 "compressed-tensors": Loader(

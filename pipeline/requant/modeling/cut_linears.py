@@ -75,6 +75,11 @@ class CutLinear(nn.Linear):
         return self.cut.of(self.output.of(self.joined[0], input), -1)
 
 
+def rules(conversions: Iterable[Any]) -> list[Any]:
+    """Those of transformers' conversions that cut or reorder the rows of one matrix."""
+    return [rule for rule in conversions if is_cut(rule)]
+
+
 def is_cut(rule: Any) -> bool:
     """Whether a conversion of transformers cuts the rows of one matrix, or reorders them, or both."""
     operations = [type(op).__name__ for op in rule.operations]

@@ -101,7 +101,7 @@ def build(
         model, lambda name: split or single_by_rule(model, name) or any(n in single() for n in spellings(model, name))
     )
     joined_parts.expose(model, _rules(model)[2])
-    if cuts := _cuts(model):
+    if cuts := cut_linears.rules(_rules(model)[2]):
         cut_linears.expose(model, cuts, [_renamed(model, name) for name in sorted(stored())])
     model.eval()
     return model  # type: ignore[no-any-return]
@@ -213,7 +213,7 @@ def renamed(model: nn.Module, name: str) -> str:
     name = _renamed(model, name)
     for pattern, role in _rules(model)[1]:
         name = pattern.sub(role, name)
-    return cut_linears.renamed(name, _cuts(model))
+    return cut_linears.renamed(name, cut_linears.rules(_rules(model)[2]))
 
 
 def _renamed(model: nn.Module, name: str) -> str:
@@ -221,10 +221,6 @@ def _renamed(model: nn.Module, name: str) -> str:
     for rule in _rules(model)[0]:
         name = rule.rename_source_key(name)[0]
     return name
-
-
-def _cuts(model: nn.Module) -> list[Any]:
-    return [rule for rule in _rules(model)[2] if cut_linears.is_cut(rule)]
 
 
 def converted(model: nn.Module, name: str) -> str | None:

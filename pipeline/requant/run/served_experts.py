@@ -6,13 +6,14 @@ not what a run is for. `quantize.experts` of the recipe says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from requant.deploy import engine_support, engine_targets
+from requant.formats.registry import FORMATS
 from requant.modeling import linears
 from requant.modeling.families import EXPERT
 from requant.quantize.plan import Plan, Settings
@@ -40,12 +41,17 @@ def settled(
     if why is None:
         return settings, notes
     which = f"experts of {type(model).__name__} quantized ({why})"
-    verdicts = [engine_support.judge(planned(left), model, server) for server in servers]
-    if not any(verdict.loads for verdict in verdicts):
+    read = [name for name in FORMATS if _is_served(planned(replace(left, format=name)), model, servers)]
+    if not read:
         return settings, [*notes, f"no server reads {which}, and none in 16 bit: serve the merged checkpoint"]
     share = sum(p.numel() for m in experts for p in m.parameters()) / sum(p.numel() for p in model.parameters())
     said = (
         f"the experts, {share:.0%} of the weights, stay in 16 bit, since no server reads {which}. "
         "quantize.experts: quantize quantizes them all the same"
     )
-    return left, [*notes, said]
+    convert = [] if left.format in read else [f"serve it in another format: requant convert --to {read[0]}"]
+    return left, [*notes, "; ".join([said, *convert])]
+
+
+def _is_served(plan: Plan, model: nn.Module, servers: Iterable[engine_targets.Target]) -> bool:
+    return any(engine_support.judge(plan, model, server).loads for server in servers)
