@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from campaigns import model_cases, run_cases, text_cases
+from campaigns import format_cases, model_cases, run_cases, text_cases
 from campaigns.cases import Bench, Case, Maker
 from campaigns.verdicts import End, Tally, fault_of
 from campaigns.workshop import CPU_SECONDS, Workshop
 
 MAKERS: dict[str, tuple[Maker, int]] = {
     maker.__name__: (maker, weight)
-    for rows in (model_cases.MAKERS, text_cases.MAKERS, run_cases.MAKERS)
+    for rows in (model_cases.MAKERS, text_cases.MAKERS, run_cases.MAKERS, format_cases.MAKERS)
     for maker, weight in rows
 }
 

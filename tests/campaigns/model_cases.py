@@ -15,6 +15,7 @@ from campaigns.mutations import changed_json, to_json
 from campaigns.tensor_mutations import changed_tensors, join, split
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+PIPE = "fifo.safetensors"
 CONFIG: dict[str, list[Any]] = {  # keys of config.json and values that lie about the tensors, or are none
     "vocab_size": [10**12, 0, -1, 1, 299, 301, 2**63, "300"], "hidden_size": [0, 10**9, 63, -64, 1, 32],
     "num_hidden_layers": [0, 10**6, 10**9, -1, 1, 3, "2"], "num_attention_heads": [0, 3, 10**9, -4, 1, 8],
@@ -68,7 +69,7 @@ LORA: dict[str, list[Any]] = {  # keys of adapter_config.json
 PLACES = (  # values of an index's weight_map
     "../../x", "../adapter/adapter_model.safetensors", "/etc/passwd", "/dev/zero", "/dev/stdin", "", ".", "..", None,
     1, [], ["a"], {},
-    "a" * 5000, "model-00002.safetensors", "config.json", "a\x00b", "\ud800", "/proc/self/mem", True, 1.5, "fifo",
+    "a" * 5000, "model-00002.safetensors", "config.json", "a\x00b", "\ud800", "/proc/self/mem", True, 1.5, PIPE,
     "\x1b[2J", "~/x",
 )  # fmt: skip
 GPTQ: dict[str, list[Any]] = {  # keys of quantization_config
@@ -96,7 +97,7 @@ def stated(document: dict[str, Any], table: dict[str, list[Any]], rng: Random) -
     return to_json(made), "; ".join(told)
 
 
-def _judge_merged(bench: Bench, folder: Path) -> str:
+def judge_merged(bench: Bench, folder: Path) -> str:
     """After a merge: does the format's library read what was read, and transformers what was written?"""
     refused = judges.library_refusal(folder)
     if refused or not merged(bench).exists():  # check writes nothing
@@ -111,7 +112,7 @@ def _merge(bench: Bench, key: str, name: str, data: bytes, label: str) -> Case:
     folder = linked(bench.shop.project / part, bench.folder / part, {name: data})
     told = perhaps_strange(bench, folder / name, label)
     argv = merge_with(bench, **{key: folder})
-    return Case(argv=argv, label=told, judge=lambda: _judge_merged(bench, folder))
+    return Case(argv=argv, label=told, judge=lambda: judge_merged(bench, folder))
 
 
 def base_tensors(bench: Bench) -> Case:
@@ -177,8 +178,8 @@ def base_index(bench: Bench) -> Case:
         index["weight_map"]["extra.weight"] = WEIGHTS
     data, more = changed_json(index, rng, depth=2) if kind >= 0.7 else (to_json(index), label)
     case = _merge(bench, "base__model", "model.safetensors.index.json", data, more)
-    fifo = bench.folder / "base" / "fifo"
-    os.mkfifo(fifo)
+    if PIPE.encode() in data:
+        os.mkfifo(bench.folder / "base" / PIPE)
     return case
 
 
@@ -250,6 +251,11 @@ def _judge_checkpoint(bench: Bench, folder: Path, *, exact: bool) -> str:
     )
 
 
+def foreign_checkpoint(bench: Bench) -> tuple[Path, str]:
+    """The finished run's checkpoint, as from another tool, with one file changed."""
+    return _checkpoint(bench, foreign=True)
+
+
 def verify(bench: Bench) -> Case:
     """`requant verify` of a run's checkpoint that was changed afterwards; its manifest is there."""
     folder, label = _checkpoint(bench, foreign=False)
@@ -258,7 +264,7 @@ def verify(bench: Bench) -> Case:
 
 def verify_foreign(bench: Bench) -> Case:
     """`requant verify` of a checkpoint without a manifest, now and then against its source."""
-    folder, label = _checkpoint(bench, foreign=True)
+    folder, label = foreign_checkpoint(bench)
     argv: list[object] = [
         "verify",
         folder,
@@ -269,7 +275,7 @@ def verify_foreign(bench: Bench) -> Case:
 
 def heal_foreign(bench: Bench) -> Case:
     """`requant heal --checkpoint` of a checkpoint without a manifest."""
-    folder, label = _checkpoint(bench, foreign=True)
+    folder, label = foreign_checkpoint(bench)
     shop, out = bench.shop, bench.folder / "out"
     argv: list[object] = [
         "heal", "--checkpoint", folder, "--teacher", shop.finished / "merged", "--data", shop.project / "train.jsonl",

@@ -240,3 +240,52 @@ def test_healing_writes_gptq_alone(gptq: Path, source: Path, tmp_path: Path) -> 
     ):
         check_same(tmp_path / "ct", source)
     shutil.rmtree(tmp_path / "ct")
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "dtype"),
+    [
+        ("gptq", "qweight", torch.float32), ("gptq", "qzeros", torch.int64), ("gptq", "g_idx", torch.float32),
+        ("gptq", "scales", torch.int16), (CT, "weight_packed", torch.float32), (CT, "weight_scale", torch.int16),
+        (CT, "weight_shape", torch.float64),
+    ],
+)  # fmt: skip
+def test_tensors_of_another_dtype_are_refused(
+    gptq: Path, tmp_path: Path, form: str, name: str, dtype: torch.dtype
+) -> None:
+    """Their bytes would be read as other numbers; NaN is no size."""
+    if form == CT:
+        convert(gptq, tmp_path / "ct", CT)
+    file = tmp_path / ("gptq" if form == "gptq" else "ct") / "model.safetensors"
+    edit_tensors(file, lambda t: t | {f"{Q}.{name}": torch.full(t[f"{Q}.{name}"].shape, -1).to(dtype)})
+    reader = open_quantized(file.parent)
+    for use in (reader.read, reader.bits_and_group_size):
+        with pytest.raises(InputError, match=rf"{Q}\.{name} is {dtype}, expected torch\.\w+: the .* is damaged"):
+            use(f"{Q}.weight")
+
+
+def test_meta_and_damp_of_other_tools(gptq: Path, tmp_path: Path) -> None:
+    """Engines read neither; other tools write what they like there."""
+    config = read_json(gptq / "config.json")
+    config["quantization_config"] |= {"meta": ["gptqmodel"], "damp_percent": "auto"}
+    edit_json(gptq / "config.json", **config)
+    convert(gptq, tmp_path / "ct", CT)
+    assert_same(gptq, tmp_path / "ct")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("generation_config.json", "[1]")]
+)
+def test_small_files_that_no_engine_loads_are_refused(gptq: Path, tmp_path: Path, name: str, text: str) -> None:
+    """They are copied: the result would be no checkpoint."""
+    (gptq / name).write_text(text)
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        convert(gptq, tmp_path / "ct", CT)
+    assert not (tmp_path / "ct").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_is_converted(gptq: Path, tmp_path: Path) -> None:
+    for file in gptq.glob("tokenizer*"):
+        file.unlink()
+    convert(gptq, tmp_path / "ct", CT)
+    assert_same(gptq, tmp_path / "ct")

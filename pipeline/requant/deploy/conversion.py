@@ -6,7 +6,7 @@ linear is in memory at a time. What was written is read back and compared with i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,17 @@ from torch import Tensor
 from requant import __version__
 from requant.checkpoint.artifact import new_directory, require_new
 from requant.checkpoint.atomic_write import copy_file
+from requant.checkpoint.model_files import VOCABULARY
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
 from requant.deploy import check_headers
 from requant.deploy.check_headers import HeaderCheck
 from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
+from requant.deploy.own_scores import tokenized
 from requant.errors import InputError, StageError
 from requant.formats.quantized_format import Finding, PackError, QuantizedFormat, Reader
 from requant.formats.registry import FORMATS
+from requant.modeling import skeleton
 from requant.quantize.gptq_files import write_small_files
 
 Progress = Callable[[int, int, str], None]
@@ -88,6 +91,9 @@ def _checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
         raise InputError("\n".join([f"{source}: cannot be converted:", *map(str, headers.findings[:_SHOWN])]))
     if headers.layout.name == to:
         raise InputError(f"{source}: is a {to} checkpoint already: name another format")
+    skeleton.check_generation_config(source)  # the small files are copied: what no engine loads is no checkpoint
+    if any((source / name).exists() for name in VOCABULARY):
+        tokenized(source, "a", trust_remote_code=trust_remote_code)
     return headers
 
 
@@ -127,15 +133,15 @@ def _repacked(planned: ConversionPlan, module: str, weight: str, target: Quantiz
 
 def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:
     """Write configs, tokenizer, templates and cards."""
-    declared = planned.declared
+    damp, meta = (planned.declared.get(key) for key in ("damp_percent", "meta"))  # no engine reads them
     write_small_files(
         source,
         out,
         planned.plan,
         planned.settings,
         dtype=planned.dtype,
-        damp=declared.get("damp_percent") or 0.01,
-        meta={**(declared.get("meta") or {}), "converter": [f"requant:{__version__}"]},
+        damp=damp if isinstance(damp, float) else 0.01,
+        meta={**(meta if isinstance(meta, Mapping) else {}), "converter": [f"requant:{__version__}"]},
     )
     for pattern in CARDS:
         for file in sorted(source.glob(pattern)):

@@ -64,7 +64,7 @@ def score_checkpoint(
             f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
         )
         return None
-    tokenizer, ids = _tokenized(path, text or SAMPLE, trust_remote_code=trust_remote_code)
+    tokenizer, ids = tokenized(path, text or SAMPLE, trust_remote_code=trust_remote_code)
     config: Any = headers.model.config
     longest = (skeleton.positions(config) or 512) - NEW_TOKENS
     if sample is None:
@@ -96,7 +96,7 @@ def _free(device: torch.device) -> float:
     return 0.9 * free_bytes(device)
 
 
-def _tokenized(path: Path, text: str, *, trust_remote_code: bool) -> tuple[Any, list[int]]:
+def tokenized(path: Path, text: str, *, trust_remote_code: bool) -> tuple[Any, list[int]]:
     """(tokenizer of a checkpoint, ids of the text); InputError where its files do not serve."""
     from transformers import AutoTokenizer
 

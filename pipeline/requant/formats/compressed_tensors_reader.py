@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from requant.formats.bit_stream import BITS, WORD
@@ -18,6 +20,7 @@ class CompressedTensorsReader(StoredReader):
     """
 
     suffixes, named = SUFFIXES, "compressed-tensors"
+    dtypes: ClassVar = dict(zip(SUFFIXES, (torch.int32, torch.float16, torch.int32, torch.int64), strict=True))
 
     def stored(self, weight: str) -> dict[str, tuple[int, ...]]:
         """Suffix -> shape of the three or four tensors; InputError for one that is missing or does not fit."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
@@ -19,6 +21,7 @@ class GptqReader(StoredReader):
     """
 
     suffixes, named = SUFFIXES, "GPTQ"
+    dtypes: ClassVar = {s: torch.float16 if s == "scales" else torch.int32 for s in SUFFIXES}
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)

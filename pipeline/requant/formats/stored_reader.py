@@ -21,9 +21,11 @@ class StoredReader(ABC):
 
     quantized: names of the `.weight`s that are stored as tensors of the layout. A layout's reader says what its tensors
     are called (the one with the codes first), what it is called itself, which of them belong to a weight, and decodes.
+    dtypes: of its tensors, of scales any of floating point.
     """
 
     suffixes: ClassVar[tuple[str, ...]]
+    dtypes: ClassVar[Mapping[str, torch.dtype]]
     named: ClassVar[str]
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -82,14 +84,18 @@ class StoredReader(ABC):
     def found(self, weight: str, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Suffix -> shape of the tensors in `dims`, which says how many sizes each has.
 
-        Raises InputError unless each is there, with so many sizes and none of them zero.
+        Raises InputError unless each is there, of its dtype, with so many sizes and none of them zero.
         """
         stem, found = weight.removesuffix("weight"), dict[str, tuple[int, ...]]()
         for suffix, expected in dims.items():
             name = f"{stem}{suffix}"
             if name not in self.checkpoint:
                 raise InputError(f"{self.checkpoint.path}: {name} is missing: the {self.named} checkpoint is damaged")
-            found[suffix] = self.checkpoint[name].shape
+            found[suffix], dtype, own = self.checkpoint[name].shape, self.checkpoint[name].dtype, self.dtypes[suffix]
+            if dtype != own and not (dtype.is_floating_point and own.is_floating_point):
+                raise InputError(
+                    f"{self.checkpoint.path}: {name} is {dtype}, expected {own}: the {self.named} checkpoint is damaged"
+                )
             if len(found[suffix]) != expected or not all(found[suffix]):
                 raise InputError(
                     f"{self.checkpoint.path}: {name} has shape {list(found[suffix])}, expected {expected} sizes"
