@@ -21,7 +21,7 @@ from requant.run import prepare
 from requant.runtime import device
 from requant_eval.scoring import score_loop
 from requant_eval.scoring.batches import BatchSize
-from requant_eval.scoring.score_loop import CHUNK_LOGITS
+from requant_eval.scoring.score_loop import logit_bytes
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def test_what_fits_stays_whole_and_what_does_not_is_streamed(
 ) -> None:
     two = replace(scores, keys={n: n for n in ("adapter", "merged")}, sets=scores.sets[:1])
     tokens = 8 * two.sets[0].window
-    need = {n: VariantSize.of(n, given[0]).resident(4, tokens, CHUNK_LOGITS["cpu"]) for n in two.keys}
+    need = {n: VariantSize.of(n, given[0]).resident(4, tokens, logit_bytes("cpu")) for n in two.keys}
     assert need["adapter"] < need["merged"], "4 bits take less than 32"
     between = sum(need.values()) / 2 / device.USABLE
     monkeypatch.setattr(evaluate, "free_bytes", lambda _: between)

@@ -43,8 +43,10 @@ class Head:
     def vocab(self) -> int:
         return self.weight.shape[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, hidden] in any float dtype -> fp32 [n, vocab].
+
+        out: fp32 [at least n, vocab], which it may be written to.
 
         On a GPU two 16-bit factors of one dtype are multiplied on tensor cores: each product is exact in fp32, in which
         they are summed. Elsewhere 16-bit weights are converted to fp32 a slice of the vocabulary at a time.
@@ -53,8 +55,7 @@ class Head:
             return self._post(torch.mm(hidden, self.weight.T, out_dtype=torch.float32))
         hidden = hidden.float()
         if self.weight.dtype == torch.float32:
-            out = hidden @ self.weight.T
-            return self._post(out)
+            return self._post(torch.mm(hidden, self.weight.T, out=None if out is None else out[: len(hidden)]))
         out = torch.empty(len(hidden), self.vocab, dtype=torch.float32, device=hidden.device)
         for start in range(0, self.vocab, VOCAB_SLICE):
             rows = self.weight[start : start + VOCAB_SLICE].float()
@@ -62,13 +63,13 @@ class Head:
         return self._post(out)
 
     def _post(self, out: Tensor) -> Tensor:
-        """Bias, scale and softcap, in place where possible."""
+        """Bias, scale and softcap, in place."""
         if self.bias is not None:
             out += self.bias.float()
         if self.scale != 1.0:
             out *= self.scale
         if self.softcap is not None:
-            out = torch.tanh(out / self.softcap) * self.softcap
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
 
     def to(self, device: torch.device) -> Head:

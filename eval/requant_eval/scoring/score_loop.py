@@ -2,8 +2,7 @@
 
 Every variant takes the same code path. Windows of about one length share a batch, padded on the right (`batches`),
 which changes nothing but rounding. Logits are computed in fp32 from the final hidden states, a chunk of positions at a
-time: peak memory is a few times CHUNK_LOGITS * 4 bytes, whatever the window. The host waits for the device once for
-each batch.
+time: peak memory is `logit_bytes`, whatever the window. The host waits for the device once for each batch.
 """
 
 from __future__ import annotations
@@ -29,10 +28,17 @@ from requant_eval.scoring.reference_states import Reference, ReferenceWriter
 from requant_eval.scoring.token_scores import TokenScores
 from requant_eval.scoring.windows import EvalSet, Window
 
-__all__ = ["CHUNK_LOGITS", "Reference", "TokenScores", "score"]
+__all__ = ["Reference", "TokenScores", "logit_bytes", "score"]
 
-# Logits that exist at a time. On a CPU few enough for malloc to reuse their memory.
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+# Logits that exist at a time: enough for a matrix product at full speed.
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+# Those that softmax and KL go over at a time. On a CPU few enough for its cache, and for malloc to reuse their memory.
+PASS_LOGITS = {"cpu": 2**19, "cuda": 2**26}
+
+
+def logit_bytes(device_type: str) -> int:
+    """Bytes of logits at a time: two models' of a chunk, and four temporaries of a pass over them."""
+    return 4 * (2 * CHUNK_LOGITS[device_type] + 4 * PASS_LOGITS[device_type])
 
 
 def score(
@@ -65,8 +71,7 @@ def score(
     tap = HeadTap(model)
     with torch.inference_mode(), ExitStack() as stack:
         head = prove_head(model, tap, _proof(model, windows[0]).to(device))
-        chunk = chunk_tokens or max(16, CHUNK_LOGITS[torch.device(device).type] // head.vocab)
-        scorer = _TokenScorer(head, _open(reference, eval_set, head), chunk)
+        scorer = _TokenScorer.of(head, _open(reference, eval_set, head), torch.device(device), chunk_tokens)
         sink: ReferenceWriter | None = None
         forward = _Forward(model, tap, windows, torch.device(device), on_note)
         for numbers, hidden in forward.batches(BatchSize.of(batch)):
@@ -179,11 +184,21 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _TokenScorer:
-    """Computes the columns of tokens from their hidden states."""
+    """Computes the columns of tokens from their hidden states.
+
+    chunk_tokens: whose logits exist at a time. pass_tokens: of these, what is gone over at a time.
+    """
 
     head: Head
     reference: Reference | None
     chunk_tokens: int
+    pass_tokens: int
+
+    @classmethod
+    def of(cls, head: Head, reference: Reference | None, device: torch.device, chunk: int | None) -> _TokenScorer:
+        """A scorer of `chunk` tokens at a time; None: as many as suit the device."""
+        chunk = chunk or max(16, CHUNK_LOGITS[device.type] // head.vocab)
+        return cls(head, reference, chunk, max(1, PASS_LOGITS[device.type] // head.vocab))
 
     def score(self, hidden: Tensor, targets: Tensor, spans: Sequence[slice]) -> Tensor:
         """float64 [2 or 4, n] on the host: -ln p, top-1, KL, agreement of n tokens, computed chunk by chunk.
@@ -199,20 +214,37 @@ class _TokenScorer:
         return found[:4]
 
     def _chunks(self, hidden: Tensor, targets: Tensor, others: Tensor | None, divergence: Any) -> Tensor:
-        size = self.chunk_tokens
-        parts = [torch.split(t, size) for t in (hidden, targets, *([] if others is None else [others]))]
-        return torch.cat([self._chunk(divergence, *part) for part in zip(*parts, strict=True)], dim=1)
+        heads = [self.head, *([] if others is None or self.reference is None else [self.reference.head])]
+        states = [hidden, *([] if others is None else [others])]
+        room = [self._room(len(hidden), head) for head in heads]
+        found = []
+        for at in range(0, len(hidden), self.chunk_tokens):
+            rows = slice(at, at + self.chunk_tokens)
+            logits = [h.logits(x[rows], out) for h, x, out in zip(heads, states, room, strict=True)]
+            parts = [torch.split(t, self.pass_tokens) for t in (targets[rows], *logits)]
+            found += [_numbers(divergence, *part) for part in zip(*parts, strict=True)]
+        return torch.cat(found, dim=1)
 
-    def _chunk(self, divergence: Any, hidden: Tensor, targets: Tensor, others: Tensor | None = None) -> Tensor:
-        """float64 [2 or 5, n] of one chunk: also what `divergence` says of how far the two models are apart."""
-        log_p = self.head.logits(hidden).log_softmax(-1)
-        best = log_p.argmax(-1)
-        columns = [-log_p.gather(-1, targets[:, None])[:, 0], best == targets]
-        if others is not None and self.reference is not None:
-            log_r = self.reference.head.logits(others).log_softmax(-1)
-            kl, furthest = divergence(log_r, log_p)
-            columns += [kl, log_r.argmax(-1) == best, furthest]
-        return torch.stack([column.double() for column in columns])
+    def _room(self, tokens: int, head: Head) -> Tensor | None:
+        """Memory for the logits of a chunk, on a CPU, whose allocator would map and clear it anew for each."""
+        if head.weight.device.type != "cpu":
+            return None
+        return torch.empty(min(tokens, self.chunk_tokens), head.vocab, dtype=torch.float32)
+
+
+def _numbers(divergence: Any, targets: Tensor, logits: Tensor, others: Tensor | None = None) -> Tensor:
+    """float64 [2 or 5, n] of n tokens: also what `divergence` says of how far the two models are apart.
+
+    logits, others: fp32 [n, vocab] of the model and of the reference.
+    """
+    log_p = logits.log_softmax(-1)
+    best = log_p.argmax(-1)
+    columns = [-log_p.gather(-1, targets[:, None])[:, 0], best == targets]
+    if others is not None:
+        log_r = others.log_softmax(-1)
+        kl, furthest = divergence(log_r, log_p)
+        columns += [kl, log_r.argmax(-1) == best, furthest]
+    return torch.stack([column.double() for column in columns])
 
 
 def _proof(model: Any, window: Window) -> Tensor:

@@ -13,12 +13,8 @@ from requant.evaluate.variants import VariantSources
 from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, kinds
-from requant_eval.scoring.score_loop import CHUNK_LOGITS
-
-__all__ = ["CHUNK_LOGITS", "VariantSize"]
 
 BYTES_PER_NF4_WEIGHT = 0.5 + 1 / 64 + 4 / 64 / 256  # with nested scales; with fp32 scales 0.5625
-BYTES_PER_LOGIT = 6 * 4  # of a chunk: two models' logits, their softmaxes, and the terms of KL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +74,23 @@ class VariantSize:
             adapter=adapter,
         )
 
-    def resident(self, item: int, tokens: int, chunk: int) -> int:
+    def resident(self, item: int, tokens: int, logits: int) -> int:
         """Bytes that scoring the whole variant on the device takes.
 
-        item: bytes of a number. tokens: in a batch. chunk: logits computed at a time.
+        item: bytes of a number. tokens: in a batch. logits: bytes of them at a time.
         """
         weights = (self.total - self.packed) * item + self.packed * BYTES_PER_NF4_WEIGHT + self.adapter
         decoded = self.largest * (item + 4) if self.packed else 0
-        return int(weights + decoded + self._activations(item, tokens, chunk))
+        return int(weights + decoded + self._activations(item, tokens, logits))
 
-    def _activations(self, item: int, tokens: int, chunk: int) -> int:
+    def _activations(self, item: int, tokens: int, logits: int) -> int:
         """Bytes of one batch's activations or logits, and of the reference's head.
 
         Of activations and logits the larger ones count. Three quarters of a block's inputs and outputs exist at the
         same time.
         """
         head = self.vocabulary * self.width * item
-        return max(tokens * (self.inputs_outputs * 3 // 4 + 4 * self.width) * item, BYTES_PER_LOGIT * chunk) + head
+        return max(tokens * (self.inputs_outputs * 3 // 4 + 4 * self.width) * item, logits) + head
 
 
 def _parameters(module: nn.Module) -> int:

@@ -23,7 +23,7 @@ from requant.evaluate.memory import VariantSize
 from requant.evaluate.scores import REFERENCE, Scores
 from requant.runtime.device import USABLE, free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize, Plan, plan
-from requant_eval.scoring.score_loop import CHUNK_LOGITS
+from requant_eval.scoring.score_loop import logit_bytes
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -252,7 +252,7 @@ def should_stream(
         return False
     if stream == "always" or (name in ("base", "adapter") and not sources.live):
         return True
-    need, free = size().resident(dtype.itemsize, tokens, CHUNK_LOGITS[device.type]), free_bytes(device)
+    need, free = size().resident(dtype.itemsize, tokens, logit_bytes(device.type)), free_bytes(device)
     if need > USABLE * free:
         log.info("%s takes %.1f GB whole, %.1f GB are free: block by block", name, need / 1e9, free / 1e9)
     return need > USABLE * free
