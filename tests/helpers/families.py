@@ -115,8 +115,8 @@ them with the source (18 families: `tests/merge/test_extra_heads.py`).
 Encoders and decoders whose blocks all attend to an encoder (BERT, BART, Whisper) are refused by `check`. A matrix that
 a file holds as one and transformers' class as several (qkv of the towers of Kimi K2.5, Nemotron H Omni, Qianfan), with rows
 in another order or not, is read, merged into and written as the file has it (`tests/merge/test_cut_linears.py`); so are
-convolutions held in parts (Kimi Linear, Bailing, OLMo hybrid). Other tensors that transformers makes of several while it
-loads are refused.
+convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3). Other tensors that transformers
+makes of several while it loads are refused.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
 merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.evaluate import streamed, variants
-from requant.modeling import cut_linears, skeleton
+from requant.evaluate import streamed, variant_weights, variants
+from requant.merge.base_weights import Nf4Settings
+from requant.modeling import cut_linears, joined_parts, skeleton
+from requant.numerics import nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = [
@@ -67,6 +69,31 @@ def test_the_joined_matrix_is_multiplied_by_once_for_all_its_parts(tmp_path: Pat
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_on_a_linear_that_the_file_holds_in_parts(tmp_path: Path, options: dict[str, Any]) -> None:
+    """MiniMax M3 multiplies by gate and up at once, its file holds them apart."""
+    made, base = saved("minimax_m3_vl", tmp_path)
+    model = variants.fill(skeleton.open_model(base), Checkpoint(base), CPU, torch.float32)
+    joins = joined_parts.joined_linears(model)
+    assert joins
+    for name in joins:
+        theirs, ours = made.get_submodule(name), model.get_submodule(name)
+        assert torch.equal(ours.weight, theirs.weight)
+        x = torch.randn(2, theirs.in_features, generator=torch.Generator().manual_seed(1))
+        assert pico.relative(ours(x), theirs(x)) < FP32
+    pico.train(made, tmp_path / "adapter", target_modules=sorted(joins), **options)
+    live = peft.PeftModel.from_pretrained(pico.reload(base), tmp_path / "adapter").merge_and_unload()
+    plan, result, tested = pico.merged(base, tmp_path / "adapter", tmp_path / "out")
+    assert tested.worst <= 1
+    ledger(plan, result)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    merged, before = pico.reload(tmp_path / "out"), pico.reload(base)
+    for name in joins:
+        got, expected, old = (m.get_submodule(name).weight for m in (merged, live, before))
+        assert pico.relative(got, expected) < FP32
+        assert pico.relative(got, old) > 10 * FP32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["lora", "dora", "bias"])
 def test_adapters_on_the_parts_are_merged_into_the_files_matrix(
@@ -88,6 +115,25 @@ def test_adapters_on_the_parts_are_merged_into_the_files_matrix(
             got, expected = (getattr(m.get_submodule(name), leaf) for m in (merged, live))
             assert pico.relative(got, expected) < FP32
             assert pico.relative(got, getattr(before.get_submodule(name), leaf)) > 10 * FP32
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "minimax_m3_vl"])
+def test_training_rounded_what_the_class_holds_as_one(tmp_path: Path, kind: str) -> None:
+    """NF4 with nested scales, whose mean is that of all blocks of a weight: of q alone, in its own order of rows."""
+    _, base = saved(kind, tmp_path, torch.bfloat16)
+    model: Any = skeleton.open_model(base)
+    settings = Nf4Settings(quant_type="nf4", double_quant=True)
+    held = variant_weights.open_base(Checkpoint(base), model, settings)
+    live = pico.reload(base)
+    for parameter, name in skeleton.tensor_names(model, held.weights).items():
+        if held.weights[name].four_bit:
+            skeleton.place(model, {parameter: held.read(name)})
+    names = [*cut_linears.cuts(model), *joined_parts.joined_linears(model)]
+    assert names
+    for name in names:
+        whole = live.get_submodule(name).weight.detach().to(torch.bfloat16)
+        expected = nf4.round_trip(whole, "nf4", 64, double_quant=True)
+        assert torch.equal(model.get_submodule(name).weight, expected)
 
 
 def test_an_adapter_of_other_widths_is_refused(tmp_path: Path) -> None:

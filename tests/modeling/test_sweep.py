@@ -18,6 +18,7 @@ SAMPLE = (
     "deepseek_v3",  # latent attention
     "kimi_linear",  # a convolution in parts
     "kimi_k25",  # q, k and v of the tower in one matrix, with rows in another order
+    "minimax_m3_vl",  # gate and up in one Linear of the class, apart in the file
     "mllama",  # a block that is skipped on text
 )
 

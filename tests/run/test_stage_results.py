@@ -12,11 +12,12 @@ from requant.evaluate.adapter_probe import Probe, ProbeFacts
 from requant.formats.quantized_format import Finding
 from requant.heal.settings import HealSettings, HealSettingsFacts
 from requant.merge.adapter_match import Sign, SignFacts
-from requant.merge.base_weights import Nf4Facts, Nf4Settings
+from requant.merge.base_weights import Nf4Settings
 from requant.merge.selftest import SelfTest, SelfTestFacts
 from requant.merge.stage import MergeResult
 from requant.quantize.module_results import ModuleResult, ModuleRow
 from requant.run.check.delta_prediction import Prediction
+from requant.run.report_facts import Nf4Facts
 from requant.run.stage_results import EstimateFacts, MergeFacts, PredictionFacts, SuggestedUnit
 from requant.run.suggest import Candidate
 from requant_eval.metrics.statistics import Estimate

@@ -17,7 +17,7 @@ from requant.formats.registry import open_quantized
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import compute
-from requant.modeling import cut_linears, skeleton
+from requant.modeling import cut_linears, joined_parts, skeleton
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid, find_scales, nearest
@@ -129,7 +129,17 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
         quantized=_stored(modules, names),
         in_fp32=frozenset(names[n] for n in kept if n in names),
         parts=parts,
+        whole=_held_as_one(model, names),
     )
+
+
+def _held_as_one(model: nn.Module, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Stored name -> the stored names of all parts of the class's weight that it is a part of."""
+    found: dict[str, tuple[str, ...]] = {}
+    for parts in joined_parts.joined_linears(model).values():
+        stored = tuple(names[f"{part}.weight"] for part in parts if f"{part}.weight" in names)
+        found |= dict.fromkeys(stored, stored)
+    return found
 
 
 def rounded(checkpoint: Checkpoint, model: nn.Module, grids: Mapping[str, Grid], device: torch.device) -> Rounded:

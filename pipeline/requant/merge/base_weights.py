@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, read_tensor
 from requant.errors import InputError, StageError
+from requant.merge import simulated_weight
 from requant.merge.base_checkpoint import DecodedCheckpoint
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
@@ -43,18 +45,6 @@ class Nf4Settings:
     version: Literal[4, 5] = 5
 
 
-class Nf4Facts(TypedDict):
-    """`Nf4Settings` as stored."""
-
-    quant_type: nf4.QuantType
-    double_quant: bool
-    blocksize: int
-    load_dtype: Literal["float16", "bfloat16", "float32"]
-    compute_dtype: Literal["float16", "bfloat16", "float32"] | None
-    skip: Sequence[str]
-    version: Literal[4, 5]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseWeight:
     """One tensor of the base, named and shaped as in the 16-bit checkpoint.
@@ -65,6 +55,7 @@ class BaseWeight:
     transposed: a Conv1D whose 4-bit form is [out, in] while the 16-bit file contains [in, out].
     casts: dtypes that training cast the decoded values to, one after the other, before it multiplied by them.
     parts: rows of a simulated weight that training held as weights of their own; none: all of it is one.
+    whole: the stored weights, this one among them, that training held as one; none: it was one by itself.
     """
 
     name: str
@@ -75,6 +66,7 @@ class BaseWeight:
     transposed: bool = False
     casts: tuple[torch.dtype, ...] = ()
     parts: tuple[Sequence[int], ...] = ()
+    whole: tuple[str, ...] = ()
 
     @property
     def four_bit(self) -> bool:
@@ -125,18 +117,19 @@ class BaseWeights:
         conv1d: frozenset[str] = frozenset(),
         in_fp32: frozenset[str] = frozenset(),
         parts: Mapping[str, tuple[Sequence[int], ...]] | None = None,
+        whole: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         """Classify the tensors of a checkpoint: stored, packed, simulated or auxiliary.
 
         quantized: weight names to simulate with `simulate`. conv1d: weight names of Conv1D modules. in_fp32: tensors
-        that training loaded in fp32 whatever `simulate.load_dtype` is. parts: rows of a weight that training held as
-        several.
+        that training loaded in fp32 whatever `simulate.load_dtype` is. parts, whole: as in `BaseWeight`.
         Raises InputError for an 8-bit base, missing or contradictory parts of a packed weight, or `simulate` on a
         checkpoint that is already packed.
         """
         self.checkpoint = checkpoint
         self.simulate = simulate
         self.conv1d, self.in_fp32, self.parts = conv1d, in_fp32, parts or {}
+        self.whole = whole or {}
         states = {n.split(STATE)[0]: n for n in checkpoint if STATE in n}
         eight_bit = [n for n in checkpoint if n.endswith((".SCB", ".weight_format"))]
         if eight_bit:
@@ -199,6 +192,7 @@ class BaseWeights:
                     transposed=conv1d,
                     casts=self._casts(self._loaded_in(name)),
                     parts=self.parts.get(name, ()),
+                    whole=self.whole.get(name, ()),
                 )
             dtype = info.dtype
             if self.simulate and dtype.is_floating_point:
@@ -306,12 +300,14 @@ class BaseWeights:
 
     def _simulate(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert self.simulate is not None
+
         s = self.simulate
-        stored = self.checkpoint.read(weight.name).to(device).to(DTYPES[self._loaded_in(weight.name)])
-        stored = stored.T.contiguous() if weight.transposed else stored
-        if not weight.parts:
-            return nf4.round_trip(stored, s.quant_type, s.blocksize, double_quant=s.double_quant)
-        found = torch.empty(stored.shape, device=device)
-        for rows in map(list, weight.parts):
-            found[rows] = nf4.round_trip(stored[rows], s.quant_type, s.blocksize, double_quant=s.double_quant)
-        return found
+
+        def loaded(name: str) -> Tensor:
+            stored = self.checkpoint.read(name).to(device).to(DTYPES[self._loaded_in(name)])
+            return stored.T.contiguous() if weight.transposed else stored
+
+        round_trip = partial(
+            nf4.round_trip, quant_type=s.quant_type, blocksize=s.blocksize, double_quant=s.double_quant
+        )
+        return simulated_weight.rounded(weight.name, loaded, round_trip, parts=weight.parts, whole=weight.whole)

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from requant.merge.base_weights import BaseWeights
-from requant.modeling import cut_linears, skeleton
+from requant.modeling import cut_linears, joined_parts, skeleton
 from requant.modeling.cut_linears import Cut
 from requant.modeling.stacked_experts import StackedParameter, stacked
 from requant.modeling.unplaced import Unplaced
@@ -22,6 +22,7 @@ class ModelLayout:
     names: parameter -> tensor of the checkpoint. conv1d: names of Conv1D modules.
     tied: parameters (input, output embedding) that share one tensor. embedding: parameter of the input embedding.
     cuts: module of the class -> its rows of the one Linear that the file holds for several.
+    joins: module of the class -> the parts in which the file holds it, and their rows of it.
     fused: stacked expert parameter -> where it is stored. current_name: an older release's tensor name -> today's.
     converted: what transformers does with a stored tensor of this name besides renaming it, None: nothing.
     unplaced: what the checkpoint holds besides the parameters of `model_class`.
@@ -32,6 +33,7 @@ class ModelLayout:
     tied: tuple[str, str] | None
     embedding: str
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    joins: Mapping[str, Mapping[str, range]] = field(default_factory=dict)
     fused: Mapping[str, StackedParameter] = field(default_factory=dict)
     current_name: Callable[[str], str] = str
     converted: Callable[[str], str | None] = lambda _: None
@@ -52,6 +54,7 @@ class ModelLayout:
             tied=skeleton.tied_pair(model),
             embedding=f"{embedding}.weight",
             cuts=cut_linears.cuts(model),
+            joins=joined_parts.joined_linears(model),
             fused=fused,
             current_name=lambda name: skeleton.renamed(model, name),
             converted=lambda name: skeleton.converted(model, name),
@@ -66,7 +69,7 @@ class ModelLayout:
     def modules(self, stored: Iterable[str]) -> Iterator[str]:
         """Modules of the class, and those of `stored` tensors that are no parameter of it, each under one name."""
         extra = (name for name in stored if name not in self._placed)
-        return chain((name.rpartition(".")[0] for name in chain(self.names, self.fused, extra)), self.cuts)
+        return chain((name.rpartition(".")[0] for name in chain(self.names, self.fused, extra)), self.cuts, self.joins)
 
     @cached_property
     def _placed(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ Every adapter tensor is matched to a tensor of the base; one that is left over o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
@@ -16,7 +16,7 @@ from requant.adapters import expert_layouts
 from requant.adapters.fold import Fold
 from requant.adapters.keys import locate, stems
 from requant.adapters.peft_directory import Adapter
-from requant.adapters.some_rows import SomeRows
+from requant.adapters.some_rows import PartOfModule, SomeRows
 from requant.adapters.stacked_lora import in_unsloths_order
 from requant.checkpoint.reader import TensorInfo
 from requant.checkpoint.writer import Slot
@@ -178,9 +178,23 @@ def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tu
     return tuple(map(with_role, ops))
 
 
+def _stored_folds(module: str, fold: Fold, layout: ModelLayout) -> Iterator[tuple[str, Fold]]:
+    """(module as the file holds it, its fold) of one module of the class: itself, rows of another, or in parts."""
+    if (cut := layout.cuts.get(module)) is not None:
+        yield cut.joined, SomeRows(module=fold.module, fold=fold, rows=cut.rows, total=cut.total)
+        return
+    parts = layout.joins.get(module)
+    total = sum(map(len, parts.values())) if parts else 0
+    for part, rows in parts.items() if parts else ():
+        yield part, PartOfModule(module=fold.module, fold=fold, rows=rows, total=total)
+    if not parts:
+        yield module, fold
+
+
 def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
     """Add one adapter's folds and replacements under the names of the checkpoint."""
-    modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)} | layout.cuts.keys()
+    modules = {p.rpartition(".")[0] for p in (*layout.names, *sources, *layout.fused)}
+    modules |= layout.cuts.keys() | layout.joins.keys()
     by_stem = stems(layout.modules(sources))
 
     def in_base(module: str) -> str:
@@ -192,13 +206,11 @@ def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: M
         return found
 
     for module, fold in adapter.folds.items():
-        name = in_base(module)
-        if (cut := layout.cuts.get(name)) is not None:
-            name, fold = cut.joined, SomeRows(module=fold.module, fold=fold, rows=cut.rows, total=cut.total)
-        changes.folds.setdefault(layout.tensor(f"{name}.weight"), []).append(fold)
-        bias = layout.tensor(f"{name}.bias")
-        if fold.bias == "needed" or (fold.bias == "if any" and bias in sources):
-            changes.bias_folds.setdefault(bias, []).append(fold)
+        for name, own in _stored_folds(in_base(module), fold, layout):
+            changes.folds.setdefault(layout.tensor(f"{name}.weight"), []).append(own)
+            bias = layout.tensor(f"{name}.bias")
+            if own.bias == "needed" or (own.bias == "if any" and bias in sources):
+                changes.bias_folds.setdefault(bias, []).append(own)
     for spelled, info in adapter.replaced.items():
         module, _, leaf = spelled.rpartition(".")
         name = layout.tensor(f"{in_base(module)}.{leaf}")

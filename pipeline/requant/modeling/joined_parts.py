@@ -1,11 +1,12 @@
-"""Convolutions that a checkpoint holds in parts: each part is a parameter of its own here.
+"""Convolutions and Linears that a checkpoint holds in parts, each a parameter here.
 
-Gated delta nets convolve queries, keys and values apart in their files, and together in transformers' classes.
+Gated delta nets convolve queries, keys and values apart in their files, and together in transformers' classes. Some
+classes multiply by gate and up at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,40 @@ class JoinedConvolution(nn.Module):
         return torch.cat([part.weight for part in self.parts])
 
 
+class JoinedLinear(nn.Linear):
+    """A Linear of the class whose outputs are those of its parts, one after the other; it has no parameters."""
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        nn.Module.__init__(self)
+        self.parts = tuple(parts)  # modules beside this one, by the names of the checkpoint
+        self.in_features, self.out_features = parts[0].in_features, sum(part.out_features for part in parts)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return torch.cat(tuple(part.weight for part in self.parts))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        biases = tuple(part.bias for part in self.parts if part.bias is not None)
+        return torch.cat(biases) if biases else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([part(input) for part in self.parts], dim=-1)
+
+
+def joined_linears(model: nn.Module) -> dict[str, dict[str, range]]:
+    """Linear of the class -> its parts and their rows of it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, dict[str, range]] = {}
+    for name, module in model.named_modules():
+        first = 0
+        for part in module.parts if isinstance(module, JoinedLinear) else ():
+            found.setdefault(name, {})[names[id(part)]] = range(first, first := first + part.out_features)
+    return found
+
+
 def expose(model: nn.Module, rules: Iterable[Any]) -> None:
-    """Cut the convolutions of a model on the meta device that its checkpoints hold in parts, in place.
+    """Cut the convolutions and Linears of a model on the meta device that its checkpoints hold in parts, in place.
 
     rules: transformers' conversions for the model.
     """
@@ -47,8 +80,20 @@ def expose(model: nn.Module, rules: Iterable[Any]) -> None:
             continue
         target, sources = _module(rule.target_patterns[0]), [_module(pattern) for pattern in rule.source_patterns]
         for name, module in list(model.named_modules()):
+            parts = [name.removesuffix(target) + source for source in sources]
             if type(module) is nn.Conv1d and module.bias is None and f".{name}".endswith(f".{target}"):
-                _cut(model, module, name, [name.removesuffix(target) + source for source in sources])
+                _cut(model, module, name, parts)
+            elif type(module) is nn.Linear and f".{name}".endswith(f".{target}"):
+                _cut_linear(model, module, name, parts)
+
+
+def _cut_linear(model: nn.Module, whole: nn.Linear, name: str, names: list[str]) -> None:
+    """Replace a Linear by equal parts of these names."""
+    rows, rest = divmod(whole.out_features, len(names))
+    if rest or whole.bias is not None:
+        return
+    parts = [nn.Linear(whole.in_features, rows, bias=False, device="meta").requires_grad_(False) for _ in names]
+    _place(model, {**dict(zip(names, parts, strict=True)), name: JoinedLinear(parts)})
 
 
 def _cut(model: nn.Module, whole: nn.Conv1d, name: str, names: list[str]) -> None:
@@ -57,7 +102,11 @@ def _cut(model: nn.Module, whole: nn.Conv1d, name: str, names: list[str]) -> Non
     if sum(sizes) != whole.weight.shape[0]:
         return
     parts = [ConvolutionPart(size, whole) for size in sizes]
-    for path, module in [*zip(names, parts, strict=True), (name, JoinedConvolution(parts))]:
+    _place(model, {**dict(zip(names, parts, strict=True)), name: JoinedConvolution(parts)})
+
+
+def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner), leaf, module)
 
@@ -71,4 +120,4 @@ def _outputs(model: nn.Module, part: str) -> int:
 
 def _module(pattern: str) -> str:
     """The module that the pattern of a conversion names."""
-    return pattern.replace("\\", "").removesuffix(".weight")
+    return pattern.replace("\\", "").removesuffix(".weight").lstrip(".")

@@ -17,8 +17,8 @@ from requant.evaluate.adapter_probe import ProbeFacts
 from requant.merge import adapter_match
 from requant.merge.adapter_match import SignFacts
 from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
-from requant.merge.base_weights import Nf4Facts
 from requant.modeling import skeleton
+from requant.numerics.nf4 import QuantType
 from requant.quantize.module_results import ModuleRow
 from requant.recipe import fields
 from requant.run.check import delta_prediction
@@ -37,6 +37,18 @@ from requant.run.stage_results import (
 from requant.runtime import measurements
 
 MEASURED = tuple(Measured.__annotations__)
+
+
+class Nf4Facts(TypedDict):
+    """`Nf4Settings` as stored."""
+
+    quant_type: QuantType
+    double_quant: bool
+    blocksize: int
+    load_dtype: Literal["float16", "bfloat16", "float32"]
+    compute_dtype: Literal["float16", "bfloat16", "float32"] | None
+    skip: Sequence[str]
+    version: Literal[4, 5]
 
 
 class BaseFacts(TypedDict):
