@@ -119,10 +119,13 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
     assert here("convert", str(finished), "--to", "compressed-tensors", "-o", "ct") == 2
     assert here.err.splitlines()[-1] == "error: ct: exists: nothing is overwritten; choose another --out"
     assert here("convert", str(finished), "--to", "exl3", "-o", "new") == 2
-    assert here.err == "--to exl3: expected one of compressed-tensors, gptq\n"
+    assert here.err == "--to exl3: expected one of compressed-tensors, gguf, gptq\n"
+    assert here("convert", str(finished), "--to", "gguf", "-o", "for-llama") == 0
+    assert here.out.splitlines()[0] == "converted  14 linears, each decodes to exactly what its source does"
+    assert sorted(p.name for p in (tmp_path / "for-llama").iterdir()) == ["README.md", "model-Q4_0.gguf"]
     assert here("convert", "nothing", "--to", "gptq", "-o", "new") == 2
     assert here.err.splitlines()[-1] == "error: nothing: no such model directory"
 
 
 def test_the_command_knows_every_format() -> None:
-    assert sorted(convert_command.TARGETS) == sorted(FORMATS)
+    assert sorted(convert_command.TARGETS) == sorted([*FORMATS, "gguf"])

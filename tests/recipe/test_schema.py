@@ -131,6 +131,10 @@ def test_all_problems_at_once_in_file_order() -> None:
         ("merge: {dtype: fp16}", "11: merge.dtype: 'fp16' is not one of auto, float16, bfloat16, float32"),
         ("trust_remote_code: 1", "11: trust_remote_code: 1 is not true or false"),
         ("output: {keep: [merged]}", "11: output.keep: gptq is missing: it is what the run is for"),
+        (
+            "output: {formats: [compressed-tensors]}",
+            "11: output.formats: gptq is missing: it is what the run scores, and what the others are made of",
+        ),
         ("output: {keep: [gptq, gptq]}", "11: output.keep.1: gptq is already in the list"),
         (
             "quantize: {symmetric: false, signed_scales: true}",

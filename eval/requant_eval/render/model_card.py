@@ -32,7 +32,7 @@ SGLang:
 
     python -m sglang.launch_server --model-path PATH
 
-transformers (`pip install gptqmodel optimum`):
+transformers (`pip install PACKAGES`):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,16 +44,25 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `PATH` is this directory or its id on a hub."""
 
 
-def model_card(report: Report, without: str | None = None) -> str:
+SAME_CODES = (
+    "The files are in the format {0}. Their codes, scales and zero points are those of the GPTQ checkpoint that was "
+    "scored; the conversion was read back and compared with it exactly."
+)
+PACKAGES = {"gptq": "gptqmodel optimum", "compressed-tensors": "compressed-tensors"}
+"""Format of a checkpoint -> what transformers needs to load it."""
+
+
+def model_card(report: Report, without: str | None = None, *, layout: str = "gptq") -> str:
     """The card as Markdown: front matter, headline, quality, how to serve, provenance.
 
-    without: a variant to leave out, because the checkpoint neither is it nor was made of it.
+    without: a variant to leave out, because the checkpoint neither is it nor was made of it. layout: its format; one
+    that is not GPTQ holds the same codes.
     """
     report = readable(report if without is None else _without(report, without))
     facts = known_facts(report["facts"])
     name = str(report["name"] or "gptq-checkpoint")
     parts = [
-        _front_matter(report, name),
+        _front_matter(report, name, layout),
         f"# {markdown(name)}",
         *(
             [markdown_block(report["verdict"]["line"])]
@@ -69,7 +78,8 @@ def model_card(report: Report, without: str | None = None) -> str:
             if t.rows
         ),
         "## Serve",
-        SERVE,
+        *([SAME_CODES.format(layout)] if layout != "gptq" else []),
+        SERVE.replace("PACKAGES", PACKAGES[layout]),
         "## Provenance",
         markdown_block(
             f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on the tokens named by the fingerprints "
@@ -115,11 +125,11 @@ def _verb(report: Report) -> str:
     return "quantized" if final in (None, "merged") else f"quantized ({method(report, str(final))})"
 
 
-def _front_matter(report: Report, name: str) -> str:
+def _front_matter(report: Report, name: str, layout: str) -> str:
     """What a hub reads off the card, as YAML."""
     base = _hub_id(known_facts(report["facts"]).get("base"))
     data: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
-    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gptq", "requant"]}
+    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [layout, "requant"]}
     results = _results(report)
     if results:
         data["model-index"] = [{"name": name, "results": results}]

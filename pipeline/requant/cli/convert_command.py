@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +15,9 @@ from requant.errors import RecipeError
 
 if TYPE_CHECKING:
     from requant.deploy.conversion import Conversion
+    from requant.deploy.gguf_export import GgufExport
 
-TARGETS = ("compressed-tensors", "gptq")  # as `formats.registry.FORMATS`, which would load torch
+TARGETS = ("compressed-tensors", "gguf", "gptq")  # `formats.registry.FORMATS`, which would load torch, and GGUF
 
 
 def convert(
@@ -28,7 +30,8 @@ def convert(
 ) -> None:
     """Write a quantized checkpoint in another format.
 
-    Codes, scales and zero points stay as they are, or it is refused; the result is read back and compared.
+    Codes, scales and zero points stay as they are, or it is refused; the result is read back and compared. gguf, for
+    llama.cpp: OUT holds one file.
     """
     if to not in TARGETS:
         raise RecipeError(f"--to {to}: expected one of {', '.join(TARGETS)}")
@@ -42,17 +45,20 @@ def convert(
         watcher.stage("convert", done=False)
         watcher.doing("names, shapes and configs")
         with quiet():
-            from requant.deploy import conversion
+            from requant.deploy import conversion, gguf_export
 
-            done = conversion.convert(source, out, to, trust_remote_code=trust_remote_code, progress=watcher.progress)
+            function = gguf_export.export if to == "gguf" else partial(conversion.convert, to=to)
+            done = function(source, out, trust_remote_code=trust_remote_code, progress=watcher.progress)
     _print(done, out)
 
 
-def _print(done: Conversion, out: Path) -> None:
-    """What was written, and what was left out."""
-    before, after = done.nbytes
+def _print(done: Conversion | GgufExport, out: Path) -> None:
+    """What was written, what was left out, and how exact it is."""
     for name, why in done.dropped.items():
         say(f"left out   {name}: {why}")
-    say(f"converted  {done.linears} linears, each decodes to exactly what its source does")
+    exact = not done.largest_rounding
+    how = "exactly what its source does" if exact else f"its source's, at most {done.largest_rounding:.2g} steps off"
+    say(f"converted  {done.linears} linears, each decodes to {how}")
+    before, after = done.nbytes
     say(f"size       {after / 1e6:.1f} MB of tensors, {before / 1e6:.1f} MB before")
     say(f"done: {out}")

@@ -6,7 +6,7 @@ linear is in memory at a time. What was written is read back and compared with i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from requant import __version__
-from requant.checkpoint.artifact import new_directory, require_new
+from requant.checkpoint.artifact import new_directory
 from requant.checkpoint.atomic_write import copy_file
 from requant.checkpoint.model_files import VOCABULARY
 from requant.checkpoint.reader import Checkpoint
@@ -24,7 +24,7 @@ from requant.deploy.check_headers import HeaderCheck
 from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
 from requant.deploy.own_scores import tokenized
 from requant.errors import InputError, StageError
-from requant.formats.quantized_format import Finding, PackError, QuantizedFormat, Reader
+from requant.formats.quantized_format import PackError, QuantizedFormat, Reader
 from requant.formats.registry import FORMATS
 from requant.modeling import skeleton
 from requant.quantize.gptq_files import write_small_files
@@ -36,15 +36,16 @@ _SHOWN = 5  # findings in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What was converted. dropped: stored tensors that say nothing, and why. nbytes: of all tensors, before and after.
+    """What was converted.
 
-    plan: of what was written, for the table of engines.
+    dropped: stored tensors that say nothing, and why. nbytes: of all tensors, before and after. largest_rounding: of a
+    weight, in steps of its scale.
     """
 
     linears: int
     dropped: dict[str, str]
     nbytes: tuple[int, int]
-    plan: ConversionPlan
+    largest_rounding: float = 0.0
 
 
 @torch.no_grad()
@@ -57,34 +58,44 @@ def convert(
         InputError: `out` is there, `source` is wrong or in this layout already, or cannot be said in it.
         StageError: what was written does not decode to the same weights.
     """
-    require_new(out)
-    headers = _checked(source, to, trust_remote_code=trust_remote_code)
-    planned = plan_conversion(headers, FORMATS[to], source)
-    steps = _Steps(2 * len(planned.plan.grids), progress)
     with new_directory(out) as partial:
-        _write(planned, partial / "out", steps)
-        _write_files(planned, source, partial / "out")
-        _compare(planned, partial / "out", steps, trust_remote_code=trust_remote_code)
-    before = sum(info.nbytes for info in headers.checkpoint.values())
+        return convert_into(partial / "out", source, to, trust_remote_code=trust_remote_code, progress=progress)
+
+
+def convert_into(
+    out: Path, source: Path, to: str, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> Conversion:
+    """`convert` into the existing directory `out`, which gets no name of its own."""
+    headers = checked(source, to, trust_remote_code=trust_remote_code)
+    planned = plan_conversion(headers, FORMATS[to], source)
+    steps = Steps(2 * len(planned.plan.grids), progress)
+    _write(planned, out, steps)
+    _write_files(planned, source, out)
+    _compare(planned, out, steps, trust_remote_code=trust_remote_code)
     after = sum(slot.nbytes for slot in planned.plan.slots)
     return Conversion(
-        linears=len(planned.plan.grids), dropped=dict(planned.dropped), nbytes=(before, after), plan=planned
+        linears=len(planned.plan.grids), dropped=dict(planned.dropped), nbytes=(stored_bytes(headers), after)
     )
 
 
-class _Steps:
-    """Counts linears written and compared."""
+def stored_bytes(headers: HeaderCheck) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    return sum(info.nbytes for info in headers.checkpoint.values())
+
+
+class Steps:
+    """Counts what is written and compared. A call is one step, and says which."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self.progress, self.done = total, progress, 0
 
-    def one(self, note: str) -> None:
+    def __call__(self, note: str) -> None:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total, note)
 
 
-def _checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
+def checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
     """The headers of a checkpoint that may be converted; InputError where its config is not to be read."""
     headers = check_headers.check_weights(source, trust_remote_code=trust_remote_code)
     if headers.layout is None or not headers.usable:
@@ -97,14 +108,14 @@ def _checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
     return headers
 
 
-def _write(planned: ConversionPlan, out: Path, steps: _Steps) -> None:
+def _write(planned: ConversionPlan, out: Path, steps: Steps) -> None:
     """Write every tensor of the plan, one linear in memory at a time."""
     reader, target = planned.reader, planned.plan.format
     with CheckpointWriter(out, planned.plan.slots) as writer:
         for module, weight in planned.plan.weights.items():
             for suffix, tensor in _repacked(planned, module, weight, target).items():
                 writer.write(f"{weight.removesuffix('weight')}{suffix}", tensor)
-            steps.one(f"writing {module}")
+            steps(f"writing {module}")
         for name in planned.kept:
             writer.write(name, reader.checkpoint.read(name))
         writer.close()
@@ -112,23 +123,35 @@ def _write(planned: ConversionPlan, out: Path, steps: _Steps) -> None:
 
 def _repacked(planned: ConversionPlan, module: str, weight: str, target: QuantizedFormat) -> dict[str, Tensor]:
     """One linear's tensors in the target layout; InputError where they cannot say the same."""
-    reader, grid = planned.reader, planned.plan.grids[module]
-    tensors = reader.tensors(weight)
-    path, stem = reader.checkpoint.path, weight.removesuffix(".weight")
-    wrong: Iterator[Finding] = planned.source.checks.values(stem, tensors, planned.packings[module], reader)
-    for finding in wrong:
-        raise InputError(f"{path}: {finding}: `requant verify` shows all that is wrong")
-    codes, scale, zero, group = reader.decode(tensors)
-    size = codes.shape[1] // scale.shape[1]
-    if not torch.equal(group, torch.arange(codes.shape[1]) // size):
-        raise InputError(
-            f"{path}: {stem} has its groups in an order of their own (desc_act), which {target.name} cannot say and no "
-            "engine reads: quantize again without it"
-        )
+    grid = planned.plan.grids[module]
+    codes, scale, zero = in_order(planned, module, weight, target.name)
     try:
         return target.pack(codes, scale, zero, grid.bits, symmetric=grid.symmetric)
     except PackError as error:
-        raise InputError(f"{path}: {stem} cannot be stored as {target.name}: {error}") from error
+        raise cannot_be_stored(planned, module, target.name, error) from error
+
+
+def in_order(planned: ConversionPlan, module: str, weight: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [out, in], scale and zero fp32 [out, groups] of one linear, in groups of neighbours.
+
+    target: name of the format to write. Raises InputError for values that are wrong, and groups in another order.
+    """
+    reader, stem = planned.reader, weight.removesuffix(".weight")
+    tensors = reader.tensors(weight)
+    for finding in planned.source.checks.values(stem, tensors, planned.packings[module], reader):
+        raise InputError(f"{reader.checkpoint.path}: {finding}: `requant verify` shows all that is wrong")
+    codes, scale, zero, group = reader.decode(tensors)
+    if not torch.equal(group, torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])):
+        raise InputError(
+            f"{reader.checkpoint.path}: {stem} has its groups in an order of their own (desc_act), which {target} "
+            "cannot say: quantize again without it"
+        )
+    return codes, scale, zero
+
+
+def cannot_be_stored(planned: ConversionPlan, module: str, target: str, why: PackError) -> InputError:
+    """The error of a linear that a format does not hold."""
+    return InputError(f"{planned.reader.checkpoint.path}: {module} cannot be stored as {target}: {why}")
 
 
 def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:
@@ -143,13 +166,18 @@ def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:
         damp=damp if isinstance(damp, float) else 0.01,
         meta={**(meta if isinstance(meta, Mapping) else {}), "converter": [f"requant:{__version__}"]},
     )
+    copy_cards(source, out)
+
+
+def copy_cards(source: Path, out: Path) -> None:
+    """Copy the model card and licences."""
     for pattern in CARDS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 copy_file(file, out / file.name)
 
 
-def _compare(planned: ConversionPlan, out: Path, steps: _Steps, *, trust_remote_code: bool) -> None:
+def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_code: bool) -> None:
     """Raise StageError unless what was written has right headers and decodes to exactly what its source does."""
     headers = check_headers.check_weights(out, trust_remote_code=trust_remote_code)
     for finding in headers.findings:
@@ -161,7 +189,7 @@ def _compare(planned: ConversionPlan, out: Path, steps: _Steps, *, trust_remote_
     for module, weight in planned.plan.weights.items():
         if not _same(reader, planned.reader, weight):
             raise StageError(f"{module}: what was converted does not decode to its source")
-        steps.one(f"comparing {module}")
+        steps(f"comparing {module}")
     for name in planned.kept:
         old, new = planned.reader.checkpoint.read(name), checkpoint.read(name)
         if old.dtype != new.dtype or not torch.equal(_bytes(old), _bytes(new)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from requant.checkpoint import model_files
 from requant.checkpoint.writer import Slot
@@ -37,10 +38,12 @@ class StoredSettings(Settings):
 class ConversionPlan:
     """What is converted, and into which tensors.
 
-    reader, source, declared: of the checkpoint that is read. packings: module -> how it is packed there. plan,
-    settings, dtype: of the one that is written. kept: names of the tensors that are copied. dropped: name -> why.
+    model: skeleton on the meta device. reader, source, declared: of the checkpoint that is read. packings: module ->
+    how it is packed there. plan, settings, dtype: of the one that is written. kept: names of the tensors that are
+    copied. dropped: name -> why.
     """
 
+    model: nn.Module
     reader: Reader
     source: QuantizedFormat
     declared: Mapping[str, Any]
@@ -78,6 +81,7 @@ def plan_conversion(headers: HeaderCheck, target: QuantizedFormat, where: Path) 
         raise InputError(f"{where}: {left[0]} is quantized, and what engines read holds it in 16 bit")
     slots = tuple(replace(s, dtype=checkpoint[s.name].dtype) if s.name in kept else s for s in planned.slots)
     return ConversionPlan(
+        model=headers.model,
         reader=reader,
         source=headers.layout,
         declared=headers.declared,

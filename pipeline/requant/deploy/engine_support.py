@@ -7,14 +7,15 @@ of a list that fits the matrix is used.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from requant.deploy import tensor_parallel
 from requant.deploy.engine_targets import Kernel, Matrix, Target, Trait
+from requant.formats.registry import FORMATS
 from requant.modeling import linears
 from requant.modeling.families import BY_INPUTS, EXPERT, expert_groups, fused_groups
 from requant.numerics.grid import Grid
@@ -29,13 +30,14 @@ _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.la
 class Verdict:
     """One engine's verdict on a plan.
 
-    source: where the rules were read. problems: why it does not load it; empty: it does. remarks: how it runs the
-    model, where not by a class of its own with everything quantized. kernels: hardware -> kernel -> number of matrices.
-    lacking: hardware -> why no kernel fits. parallel: number of GPUs -> why they cannot split every matrix, None when
-    they can; empty: not checked.
+    format: of the checkpoint. source: where the rules were read. problems: why it does not load it; empty: it does.
+    remarks: how it runs the model, where not by a class of its own with everything quantized. kernels: hardware ->
+    kernel -> number of matrices. lacking: hardware -> why no kernel fits. parallel: number of GPUs -> why they cannot
+    split every matrix, None when they can; empty: not checked.
     """
 
     target: Target
+    format: str
     source: str
     problems: tuple[str, ...]
     kernels: Mapping[str, Mapping[str, int]]
@@ -52,7 +54,8 @@ class Verdict:
             return f"does not load this: {'; '.join(self.problems)}"
         parts = [f"{where}: {', '.join(f'{k} {n}' for k, n in found.items())}" for where, found in self.kernels.items()]
         parts += [f"not on {where}: {why}" for where, why in self.lacking.items()]
-        return "; ".join([", ".join(["loads", *self.remarks]), *parts, *self._parallel_text()])
+        loads = "loads" if self.format == "gptq" else f"loads, as {self.format}"
+        return "; ".join([", ".join([loads, *self.remarks]), *parts, *self._parallel_text()])
 
     def _parallel_text(self) -> list[str]:
         """How many GPUs can split the matrices, and the first number that cannot."""
@@ -88,6 +91,7 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     )
     return Verdict(
         target=target,
+        format=plan.format.name,
         source=loader.source,
         problems=tuple(problems),
         kernels=kernels,
@@ -97,12 +101,18 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     )
 
 
+def best(plan: Plan, model: nn.Module, target: Target, formats: Sequence[str]) -> Verdict:
+    """The verdict on the first of `formats` that `target` loads; where it loads none, on the first."""
+    verdicts = [judge(replace(plan, format=FORMATS[name]), model, target) for name in formats]
+    return next((verdict for verdict in verdicts if verdict.loads), verdicts[0])
+
+
 def _reads_no_such_format(plan: Plan, target: Target) -> Verdict:
     """The verdict of an engine that does not know the plan's format."""
     name, known = plan.format.name, " and ".join(target.formats)
     source = next(iter(target.formats.values())).source
     problem = f"it reads {known}, not {name}"
-    return Verdict(target=target, source=source, problems=(problem,), kernels={}, lacking={})
+    return Verdict(target=target, format=name, source=source, problems=(problem,), kernels={}, lacking={})
 
 
 def _architecture(model: Any) -> str:

@@ -14,9 +14,12 @@ from requant.checkpoint.reader import read_json
 from requant.checkpoint.run_directory import MARKER, sealed, unsealed
 from requant.errors import StageError
 from requant.formats.quantized_format import Finding
+from requant.formats.registry import FORMATS
 
 SHOWN = 20  # findings in a message
-RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"}  # by the stage that wrote the checkpoint
+RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"} | {
+    name: f"verify-{name}.json" for name in FORMATS if name != "gptq"
+}  # by the stage that wrote the checkpoint
 
 
 class EngineResult(TypedDict):

@@ -263,6 +263,11 @@ class Output(Section):
         default=("merged", "gptq"), description="Checkpoints kept after the run."
     )
 
+    formats: Annotated[tuple[Literal["gptq", "compressed-tensors"], ...], AsTuple] = Field(
+        default=("gptq",),
+        description="Formats of the checkpoint that is deployed: the others hold the same codes in a directory each.",
+    )
+
     @field_validator("keep")
     @classmethod
     def _product(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
@@ -270,3 +275,11 @@ class Output(Section):
         if "gptq" not in keep:
             fail(((), "gptq is missing: it is what the run is for"))
         return keep
+
+    @field_validator("formats")
+    @classmethod
+    def _first_format(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        unique(formats)
+        if "gptq" not in formats:
+            fail(((), "gptq is missing: it is what the run scores, and what the others are made of"))
+        return formats

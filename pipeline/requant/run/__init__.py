@@ -19,6 +19,7 @@ Only this package, and cli for printing, reads a Recipe.
     probe               does the adapter lower the loss on its own text
     expert_order        in which order an adapter holds its experts, measured where no file says it
     heal_stage          the healed checkpoint
+    convert_stage       the same in other formats
     evaluate_stage      scores
     suggest_stage       which modules are worth more bits
     report_stage        report.json, its renderings, model cards

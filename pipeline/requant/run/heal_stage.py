@@ -42,7 +42,7 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
     )
     facts = heal.heal(job, out, meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress)
     proof = deploy.verify(
-        out, source=sources.merged, deploy=asked.deploy, own_device=device,
+        out, source=sources.merged, deploy=context.prepared.quantize.served_as("gptq", asked.deploy), own_device=device,
         trust_remote_code=sources.trust_remote_code, doing=context.watcher.doing,
     )  # fmt: skip
     proof.raise_if_wrong()

@@ -169,7 +169,9 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
-    engines = tuple(engine_support.judge(layout, model, target) for target in engine_targets.TARGETS.values())
+    formats = sorted(recipe.output.formats, key=lambda name: name != "gptq")
+    targets = engine_targets.TARGETS.values()
+    engines = tuple(engine_support.best(layout, model, target, formats) for target in targets)
     return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines, notes=tuple(notes))
 
 
@@ -288,9 +290,11 @@ def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
     """
     dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
     need = sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.plan.slots)
-    need += sum(s.nbytes for s in prepared.quantize.plan.slots) if prepared.heal else 0
-    written = [f for name in ("merged", "gptq", "healed") for f in where.glob(f"*{name}*/*.safetensors")]
-    written += [f for name in ("merged", "gptq", "healed") for f in where.glob(f".{name}.partial-*/*.safetensors")]
+    others = [name for name in prepared.recipe.output.formats if name != "gptq"]
+    need += sum(s.nbytes for s in prepared.quantize.plan.slots) * (len(others) + bool(prepared.heal))
+    names = ("merged", "gptq", "healed", *others)
+    written = [f for name in names for f in where.glob(f"*{name}*/*.safetensors")]
+    written += [f for name in names for f in where.glob(f".{name}.partial-*/*.safetensors")]
     need = max(0, need - sum(f.stat().st_size for f in set(written)))  # of this run, or replaced by it
     from requant_eval.report.number_format import format_bytes
 

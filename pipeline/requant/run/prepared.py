@@ -70,6 +70,11 @@ class QuantizeInputs:
     engines: tuple[engine_support.Verdict, ...]
     notes: tuple[str, ...] = ()
 
+    def served_as(self, layout: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the engines `names` that load the result in this format, and in none before it."""
+        loading = {verdict.target.name for verdict in self.engines if verdict.loads and verdict.format == layout}
+        return tuple(name for name in names if name in loading)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:

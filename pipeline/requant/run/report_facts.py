@@ -207,7 +207,8 @@ def _bytes(prepared: Prepared, run: Path, merged: MergeStageResult) -> dict[str,
         "merged": _size(run / "merged") or merged.get("bytes"),
         "gptq": _size(run / "gptq"),
     }
-    return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {})
+    others = {name: _size(run / name) for name in prepared.recipe.output.formats if name != "gptq"}
+    return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {}) | others
 
 
 def _healing(prepared: Prepared, healed: HealStageResult | None) -> HealFacts | None:

@@ -32,7 +32,8 @@ def report_key(context: RunContext) -> str:
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
-    return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context))
+    others = sorted(name for name in context.recipe.output.formats if name != "gptq")
+    return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others)
 
 
 def is_reported(context: RunContext, key: str) -> bool:
@@ -76,7 +77,8 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     write_text(path / "report.md", markdown.render(report))
     write_text(path / "report.html", html.render(report))
     for artifact, left_out in _cards(context).items():
-        write_text(path / artifact / "README.md", model_card.model_card(report, without=left_out))
+        card = model_card.model_card(report, without=left_out, layout="gptq" if artifact == "healed" else artifact)
+        write_text(path / artifact / "README.md", card)
     context.outcome.report = report
     return {}
 
@@ -102,7 +104,8 @@ def _in_domain(context: RunContext) -> str:
 
 def _cards(context: RunContext) -> dict[str, str | None]:
     """Artifact that gets a model card -> the variant that the card leaves out."""
-    return {"gptq": "healed", "healed": None} if context.prepared.heal else {"gptq": None}
+    cards: dict[str, str | None] = {"gptq": "healed", "healed": None} if context.prepared.heal else {"gptq": None}
+    return cards | {name: None for name in context.recipe.output.formats if name != "gptq"}
 
 
 def _proofs(context: RunContext) -> dict[str, VerificationFacts]:

@@ -17,6 +17,7 @@ from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.deploy.engine_processes import installed
 from requant.deploy.verification import saved_verifications
 from requant.errors import InputError
+from requant.formats.registry import FORMATS
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
@@ -145,7 +146,9 @@ class Runner:
         run = self.context.directory.path
         proofs = [stored, *saved_verifications(run, {stage.name: key}).values()]
         asked = {answer["engine"] for proof in proofs for answer in proof["engines"]}
-        names = [name for name in installed(self.context.recipe.deploy) if name not in asked]
+        layout = stage.artifact if stage.artifact in FORMATS else "gptq"
+        wanted = self.context.prepared.quantize.served_as(layout, self.context.recipe.deploy)
+        names = [name for name in installed(wanted) if name not in asked]
         if names:
             options = " ".join(f"--with {name}" for name in names)
             self.context.watcher.warn(

@@ -150,6 +150,14 @@ class SuggestStageResult(Measured):
     patch: str
 
 
+class ConvertedFacts(TypedDict):
+    """The checkpoint in another format. made_from: the artifact. bytes: of its tensors. verify: of this one."""
+
+    made_from: str
+    bytes: int
+    verify: VerificationFacts
+
+
 class StageResults(TypedDict, total=False):
     """Stage -> its stored result, as the report needs them."""
 

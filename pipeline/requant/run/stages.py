@@ -1,6 +1,6 @@
 """The stages of a run, one record each: a new stage is a new entry of `STAGES`.
 
-    merge -> quantize -> (heal) -> evaluate -> (suggest) -> report
+    merge -> quantize -> (heal) -> (other formats) -> evaluate -> (suggest) -> report
 
 A stage has a key, the digest of all that its result depends on. A stage whose key is unchanged is not run again.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from requant.run.context import RunContext
+from requant.run.convert_stage import CONVERTED, converted_key, run_convert, source_stages
 from requant.run.evaluate_stage import evaluate_needs, is_evaluated, run_evaluate
 from requant.run.heal_stage import run_heal
 from requant.run.merge_stage import run_merge
@@ -30,7 +32,7 @@ class Stage:
     function: does the work for a key; its result is stored. needs: names of stages whose artifact must be on disk.
     artifact: the checkpoint directory that it writes. discardable: the recipe may drop the artifact after the run.
     scratch: it resumes from files that are removed once its result is stored.
-    only_with: what must be asked for, else the stage is not part of the run.
+    only_with: what must be asked for (healing, suggestions, a format), else the stage is not part of the run.
     finished: replaces the usual test, which is a stored result and a whole artifact.
     ahead: work that runs beside the stages before it. before: runs each time, also when the stage is finished.
     when_finished: runs in place of the stage when nothing is left to do.
@@ -43,7 +45,7 @@ class Stage:
     artifact: str | None = None
     discardable: bool = False
     scratch: bool = False
-    only_with: Literal["healing", "suggestions"] | None = None
+    only_with: str | None = None
     finished: Callable[[RunContext, str], bool] | None = None
     ahead: Callable[[RunContext], AbstractContextManager[None]] | None = None
     before: Callable[[RunContext], None] | None = None
@@ -93,6 +95,17 @@ STAGES: tuple[Stage, ...] = (
         scratch=True,
         only_with="healing",
     ),
+    *(
+        Stage(
+            name=name,
+            key=partial(converted_key, name=name),
+            function=partial(run_convert, name=name),
+            needs=source_stages,
+            artifact=name,
+            only_with=name,
+        )
+        for name in CONVERTED
+    ),
     Stage(
         name="evaluate",
         key=lambda context: context.scores.key,
@@ -119,7 +132,8 @@ STAGES: tuple[Stage, ...] = (
 
 def stages_of(prepared: Prepared, *, suggest: bool = False) -> tuple[Stage, ...]:
     """The stages of one recipe's run, in order."""
-    included = {None} | ({"healing"} if prepared.heal else set()) | ({"suggestions"} if suggest else set())
+    included: set[str | None] = {None, *prepared.recipe.output.formats}
+    included |= ({"healing"} if prepared.heal else set()) | ({"suggestions"} if suggest else set())
     return tuple(stage for stage in STAGES if stage.only_with in included)
 
 

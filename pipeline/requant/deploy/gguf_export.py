@@ -1,0 +1,266 @@
+"""A quantized checkpoint as one GGUF file for llama.cpp, its codes as they are.
+
+Linears become blocks of `formats.gguf_blocks`. What is not quantized keeps its values too: float16 where that is exact,
+else bfloat16, vectors float32. The file is written tensor by tensor, read back and compared before it gets its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from requant.checkpoint.artifact import new_directory
+from requant.checkpoint.atomic_write import writing
+from requant.deploy import gguf_families, gguf_tokenizer
+from requant.deploy.conversion import Progress, Steps, cannot_be_stored, checked, copy_cards, in_order, stored_bytes
+from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
+from requant.deploy.gguf_families import Family
+from requant.errors import InputError, StageError
+from requant.formats import gguf_blocks
+from requant.formats.quantized_format import PackError, weights
+from requant.modeling import skeleton
+
+FORMAT = "gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """One tensor of the file. kind: as GGUF calls it. shape: of its bytes, rows first.
+
+    read: makes the bytes, uint8. rounding: bytes of the file -> the largest difference from the source, in steps of the
+    weight's scale where it has one.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    rounding: Callable[[Tensor], float]
+
+
+@dataclass(kw_only=True)
+class GgufExport:
+    """What was written. file: its name. kinds: of tensors -> how many. Other fields: as of `conversion.Conversion`."""
+
+    file: str
+    linears: int
+    dropped: dict[str, str]
+    nbytes: tuple[int, int]
+    kinds: Counter[str] = field(default_factory=Counter)
+    largest_rounding: float = 0.0
+
+
+@torch.no_grad()
+def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> GgufExport:
+    """Write the quantized checkpoint in `source` as a GGUF file into the new directory `out`, with its card.
+
+    Raises:
+        InputError: `out` is there, the package gguf is missing, or the model, its tokenizer or a width is not written.
+        StageError: what was written does not decode to the same weights.
+    """
+    _package()
+    with new_directory(out) as partial:
+        headers = checked(source, FORMAT, trust_remote_code=trust_remote_code)
+        assert headers.layout is not None
+        planned = plan_conversion(headers, headers.layout, source)
+        config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
+        family = gguf_families.family_of(config, str(source))
+        tensors = list(_tensors(planned, config, family, source))
+        nbytes = (stored_bytes(headers), sum(math.prod(tensor.shape) for tensor in tensors))
+        done = GgufExport(
+            file=f"model-{_file_kind(tensors)}.gguf",
+            linears=len(planned.plan.grids),
+            dropped=dict(planned.dropped),
+            nbytes=nbytes,
+        )
+        made = partial / "out" / done.file
+        step = Steps(2 * len(tensors), progress)
+        with writing(made):
+            _write(made, tensors, planned, config, family, source, step)
+        _compare(done, made, tensors, step)
+        copy_cards(source, partial / "out")
+    return done
+
+
+def _package() -> Any:
+    """The package gguf, or InputError."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError("--to gguf needs the package gguf: pip install gguf") from error
+    return gguf
+
+
+def _file_kind(tensors: list[GgufTensor]) -> str:
+    """The kind of most quantized tensors, which names the file."""
+    kinds = Counter(t.kind for t in tensors if t.kind in gguf_blocks.BYTES)
+    return kinds.most_common(1)[0][0]
+
+
+def _tensors(planned: ConversionPlan, config: Any, family: Family, source: Path) -> Iterator[GgufTensor]:
+    """The tensors of the file, quantized ones by the names of their modules."""
+    gguf = _package()
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.architecture.upper()), config.num_hidden_layers)
+    stored = skeleton.tensor_names(planned.model, [*planned.plan.weights.values(), *planned.kept])
+    tied = skeleton.tied_pair(planned.model)
+    written = set[str]()
+    for parameter, weight in stored.items():
+        if weight in written or (tied and parameter == tied[1]):
+            continue
+        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise InputError(f"{source}: {weight} has no name in GGUF's {family.architecture}")
+        written.add(weight)
+        module = parameter.removesuffix(".weight")
+        if module in planned.plan.grids:
+            yield _packed(planned, config, family, module, weight, name)
+        else:
+            yield _plain(planned, config, family, parameter, weight, name)
+    lost = [n for n in planned.kept if n not in written and not (tied and n == stored.get(tied[1]))]
+    if lost:
+        raise InputError(f"{source}: {lost[0]} is no part of GGUF's {family.architecture}")
+    factors = gguf_families.frequency_factors(config)
+    if factors is not None:
+        yield GgufTensor(
+            name="rope_freqs.weight",
+            kind="F32",
+            shape=(factors.numel() * 4,),
+            read=lambda: factors.view(torch.uint8),
+            rounding=lambda found: float((found.view(torch.float32) - factors).abs().max()),
+        )
+
+
+def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, weight: str, name: str) -> GgufTensor:
+    """A quantized linear as blocks; raises InputError where none hold it."""
+    grid, (rows, columns) = planned.plan.grids[module], planned.plan.shapes[module]
+    try:
+        group = columns if grid.group_size == -1 else grid.group_size
+        kind = gguf_blocks.kind_of(grid.bits, group, symmetric=grid.symmetric)
+    except PackError as error:
+        raise cannot_be_stored(planned, module, FORMAT, error) from error
+    order = gguf_families.rows(config, family, module, rows)
+
+    def read() -> Tensor:
+        codes, scale, zero = in_order(planned, module, weight, FORMAT)
+        if order is not None:
+            codes, scale, zero = codes[order], scale[order], zero[order]
+        try:
+            return gguf_blocks.pack(kind, codes, scale, zero)
+        except PackError as error:
+            raise cannot_be_stored(planned, module, FORMAT, error) from error
+
+    def rounding(found: Tensor) -> float:
+        codes, scale, zero, group = planned.reader.unpack(weight)
+        every = torch.arange(rows) if order is None else order
+        difference = gguf_blocks.unpack(kind, found) - weights(codes, scale, zero, group)[every]
+        return float((difference / scale[every][:, group]).abs().max())
+
+    nbytes = columns // gguf_blocks.BLOCK * gguf_blocks.BYTES[kind]
+    return GgufTensor(name=name, kind=kind, shape=(rows, nbytes), read=read, rounding=rounding)
+
+
+def _plain(planned: ConversionPlan, config: Any, family: Family, parameter: str, weight: str, name: str) -> GgufTensor:
+    """A tensor that is not quantized: a vector in fp32, a matrix in 16 bit where that is exact."""
+    checkpoint = planned.reader.checkpoint
+    module, _, leaf = parameter.rpartition(".")
+    shape = checkpoint[weight].shape
+    order = gguf_families.rows(config, family, module, shape[0]) if leaf in ("weight", "bias") else None
+
+    def values() -> Tensor:
+        found = checkpoint.read(weight)
+        return found if order is None else found[order]
+
+    kind, dtype = ("F32", torch.float32) if len(shape) == 1 else _exact_dtype(values())
+
+    def read() -> Tensor:
+        return values().to(dtype).contiguous().view(torch.uint8)
+
+    def rounding(found: Tensor) -> float:
+        return float((found.view(dtype).double() - values().double()).abs().max())
+
+    return GgufTensor(
+        name=name, kind=kind, shape=(*shape[:-1], shape[-1] * dtype.itemsize), read=read, rounding=rounding
+    )
+
+
+def _exact_dtype(values: Tensor) -> tuple[str, torch.dtype]:
+    """The narrowest type of GGUF that holds values exactly: float16, which every backend multiplies, if it does."""
+    for kind, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        if torch.equal(values.to(dtype).to(values.dtype), values):
+            return kind, dtype
+    return "F32", torch.float32
+
+
+def _write(
+    file: Path,
+    tensors: list[GgufTensor],
+    planned: ConversionPlan,
+    config: Any,
+    family: Family,
+    source: Path,
+    step: Steps,
+) -> None:
+    """Write header, metadata and tensors, one tensor in memory at a time."""
+    gguf = _package()
+    writer = gguf.GGUFWriter(file, family.architecture)
+    try:
+        _metadata(writer, config, family, source, getattr(gguf.LlamaFileType, f"MOSTLY_{_file_kind(tensors)}"))
+        for tensor in tensors:
+            nbytes = math.prod(tensor.shape)
+            number = gguf.GGMLQuantizationType[tensor.kind]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint8), nbytes, raw_dtype=number)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.read().numpy().reshape(tensor.shape))
+            step(f"writing {tensor.name}")
+    finally:
+        writer.close()
+
+
+def _metadata(writer: Any, config: Any, family: Family, source: Path, file_type: int) -> None:
+    """Everything but tensors: sizes, the tokenizer, the chat template."""
+    gguf = _package()
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.resolve().name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in gguf_families.metadata(config, family).items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{family.architecture}.{key}", value)
+    if (factor := gguf_families.scaling(config)) is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(factor)
+    vocabulary = gguf_tokenizer.read(source, config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.rule)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    gguf.SpecialVocab(source, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _compare(done: GgufExport, file: Path, tensors: list[GgufTensor], step: Steps) -> None:
+    """Raise StageError unless every tensor of the file decodes to its source; count kinds and what is rounded."""
+    gguf = _package()
+    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    if stored.keys() != {t.name for t in tensors}:
+        raise StageError(f"{file.name}: does not hold the tensors that were written")
+    for tensor in tensors:
+        found = (
+            torch.from_numpy(np.array(stored[tensor.name].data)).contiguous().view(torch.uint8).reshape(tensor.shape)
+        )
+        largest = tensor.rounding(found)
+        if largest and tensor.kind != "Q4_1":
+            raise StageError(f"{file.name}: {tensor.name} does not decode to its source")
+        done.largest_rounding = max(done.largest_rounding, largest)
+        done.kinds[tensor.kind] += 1
+        step(f"comparing {tensor.name}")

@@ -1,0 +1,41 @@
+"""Stages of a run that write its checkpoint in other formats, one a format."""
+
+from __future__ import annotations
+
+from requant import __version__, deploy
+from requant.checkpoint.run_directory import key_of
+from requant.deploy.conversion import convert_into
+from requant.formats.registry import FORMATS
+from requant.run.context import RunContext
+from requant.run.stage_results import ConvertedFacts
+
+CONVERTED = tuple(name for name in FORMATS if name != "gptq")
+
+
+def source_stages(context: RunContext) -> tuple[str, ...]:
+    """The stage that wrote the checkpoint that is deployed."""
+    return ("heal",) if context.prepared.heal else ("quantize",)
+
+
+def converted_key(context: RunContext, *, name: str) -> str:
+    """Digest of what is converted, and into which format."""
+    return key_of(context.keys.heal if context.prepared.heal else context.keys.quantize, "convert", name)
+
+
+def run_convert(context: RunContext, key: str, *, name: str) -> ConvertedFacts:
+    """Write the artifact of one format, its codes those of the checkpoint that is deployed.
+
+    Returns size and verification, for the report.
+    """
+    p, trust = context.prepared, context.recipe.trust_remote_code
+    source = context.directory.path / ("healed" if p.heal else "gptq")
+    artifact = context.directory.artifact(name)
+    out = artifact.begin(key)
+    done = convert_into(out, source, name, trust_remote_code=trust, progress=context.watcher.progress)
+    proof = deploy.verify(
+        out, deploy=p.quantize.served_as(name, context.recipe.deploy), own_device=context.device,
+        trust_remote_code=trust, doing=context.watcher.doing,
+    )  # fmt: skip
+    proof.raise_if_wrong()
+    artifact.finish(key, {"stage": "convert", "requant": __version__, "from": source.name})
+    return {"made_from": source.name, "bytes": done.nbytes[1], "verify": proof.facts()}
