@@ -95,6 +95,7 @@ class Target:
 
 
 _PARTS = "{} differ in their settings, and it fuses them"
+_CONVERT = "; in compressed-tensors it does not (requant convert)"
 _ALIKE: Mapping[Trait, str] = {"unlike fused parts": _PARTS, "unlike experts": _PARTS}
 _TORCH = (Kernel(name="Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
 _MOE_MARLIN = Kernel(name="Marlin MoE", inputs=128, experts=True)
@@ -141,7 +142,7 @@ TARGETS: Mapping[Name, Target] = {
                     refuses={
                         **_ALIKE,
                         "experts in 16 bit of other sizes": "it takes {} for quantized, whatever the rules say, since "
-                        "its Marlin kernel would not fit their sizes",
+                        f"its Marlin kernel would not fit their sizes{_CONVERT}",
                     },
                 ),
                 "compressed-tensors": Loader(
@@ -168,7 +169,7 @@ TARGETS: Mapping[Name, Target] = {
                     },
                     refuses={
                         **_ALIKE,
-                        "experts in 16 bit": "it takes {} for quantized, whatever the rules say",
+                        "experts in 16 bit": f"it takes {{}} for quantized, whatever the rules say{_CONVERT}",
                         "latent attention": "it reads {} as AWQ stores it: leave such modules in 16 bit "
                         '(quantize.overrides: {{"*_a_proj*": {{skip: true}}, "*.kv_b_proj": {{skip: true}}}})',
                     },
