@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from whole import machine, shown
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -98,7 +100,9 @@ def main() -> None:
     if args.cache:
         child(args)
         return
-    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "arguments": sys.argv[1:], "rounds": []}
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "arguments": shown(sys.argv[1:]), **machine(), "rounds": [],
+    }  # fmt: skip
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as temporary:
             folders = [Path(temporary) / str(n) for n in range(len(args.code))]

@@ -211,7 +211,12 @@ def main() -> None:
             subprocess.run([sys.executable, ROOT / "bench" / "whole_inputs.py", *made], check=True, env=known)
     args = parser.parse_args(argv)
     recipe = recipe or args.recipe or parser.error("a recipe, or --inputs")
-    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "arguments": sys.argv[1:], **machine(), "runs": {}}
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "arguments": shown(sys.argv[1:]),
+        **machine(),
+        "runs": {},
+    }
     runs = result["runs"]
     for number, code in enumerate(args.code):
         with tempfile.TemporaryDirectory() as folder:
@@ -237,6 +242,11 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
             for a, b in zip(values, other["numbers"][name][kind], strict=True):
                 found[kind] = max(found.get(kind, 0.0), abs(a - b) / max(abs(b), 1e-30))
     return found
+
+
+def shown(arguments: list[str]) -> list[str]:
+    """Arguments without the directories of this machine."""
+    return [Path(word).name if os.sep in word and "=" not in word else word for word in arguments]
 
 
 def machine() -> dict[str, Any]:
