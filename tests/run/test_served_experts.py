@@ -55,9 +55,17 @@ def test_experts_that_no_server_reads_stay_in_16_bit(
         assert vllm.loads == (kind == "gpt-oss 128"), (
             "64: it asks for its kernel before it asks whether they are quantized"
         )
-        assert said[0].endswith("requant convert --to compressed-tensors") != vllm.loads
+        assert said[0].endswith("serve it as compressed-tensors: add that to output.formats") != vllm.loads
     sglang: Any = next(v for v in prepared.quantize.engines if v.target.name == "sglang")
     assert any("whatever the rules say" in p for p in sglang.problems) == (not quantized)
+
+
+def test_a_format_that_is_written_needs_no_advice(bases: dict[str, Path], tmp_path: Path) -> None:
+    both = {"output.formats": ["gptq", "compressed-tensors"]}
+    prepared = prepare.prepare(recipe(bases["gpt-oss 64"], tmp_path, **both))
+    vllm: Any = next(v for v in prepared.quantize.engines if v.target.name == "vllm")
+    assert vllm.loads
+    assert [w for w in prepared.warnings if w.endswith("quantize.experts: quantize quantizes them all the same")]
 
 
 def test_where_no_server_reads_them_in_16_bit_either_they_are_quantized(

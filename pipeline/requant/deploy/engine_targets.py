@@ -95,7 +95,7 @@ class Target:
 
 
 _PARTS = "{} differ in their settings, and it fuses them"
-_CONVERT = "; in compressed-tensors it does not (requant convert)"
+_CONVERT = "; in compressed-tensors it does not (output.formats)"
 _ALIKE: Mapping[Trait, str] = {"unlike fused parts": _PARTS, "unlike experts": _PARTS}
 _TORCH = (Kernel(name="Torch", bits=(2, 3, 4, 8), symmetric=False, signed=True),)
 _MOE_MARLIN = Kernel(name="Marlin MoE", inputs=128, experts=True)

@@ -49,8 +49,8 @@ def settled(
         f"the experts, {share:.0%} of the weights, stay in 16 bit, since no server reads {which}. "
         "quantize.experts: quantize quantizes them all the same"
     )
-    convert = [] if left.format in read else [f"serve it in another format: requant convert --to {read[0]}"]
-    return left, [*notes, "; ".join([said, *convert])]
+    written = {*recipe.output.formats} & {*read}
+    return left, [*notes, said if written else f"{said}; serve it as {read[0]}: add that to output.formats"]
 
 
 def _is_served(plan: Plan, model: nn.Module, servers: Iterable[engine_targets.Target]) -> bool:
