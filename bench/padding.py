@@ -1,4 +1,4 @@
-"""Bench of padding on the right: every model type of transformers, tiny and random, padded and alone.
+"""Bench of padding on the right: every model type, tiny and random.
 
     PYTHONPATH=pipeline:eval:tests python bench/padding.py [MODEL_TYPE ...] [--out FILE]
 
