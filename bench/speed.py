@@ -37,6 +37,8 @@ from typing import Any
 from phases import Phases
 from random_models import SHAPES, build
 
+WORKERS = min(12, max(2, ((os.cpu_count() or 1) + 1) // 2))  # gptqmodel's own default, and the two that it needs
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(WORKERS))
 os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # else it compiles C++ while the clock runs
 
 
