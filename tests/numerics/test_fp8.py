@@ -58,3 +58,12 @@ def test_scales_that_do_not_fit(grid: tuple[int, ...], block: tuple[int, int] | 
 def test_grids_of_another_number_of_matrices_are_refused(shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
     with pytest.raises(fp8.Fp8Error, match="are neither one a tensor nor one a row nor one a block of 32 x 32"):
         fp8.block_of(shape, scale, (32, 32))
+
+
+def test_blocks_larger_than_a_weight() -> None:
+    """A config may say any size: no memory is taken by it."""
+    stored, scale = codes(70, 50), torch.tensor([[2.0], [3.0]])
+    block = fp8.block_of((70, 50), (2, 1), (48, 10**12))
+    assert block == (48, 50)
+    expected = stored.float() * torch.cat([torch.full((48, 1), 2.0), torch.full((22, 1), 3.0)])
+    assert torch.equal(fp8.decode(stored, scale, block), expected)

@@ -33,7 +33,7 @@ def block_of(shape: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, i
     elif grid == (rows, 1):
         found = 1, columns
     elif block is not None and grid == (-(-rows // block[0]), -(-columns // block[1])):
-        found = block
+        found = min(block[0], rows), min(block[1], columns)
     if found is not None and (prod(scale) == prod(grid) or scale[:-2] == shape[:-2]):
         return found
     raise Fp8Error(
