@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -151,10 +153,30 @@ def rows(bench: Bench) -> Case:
         data = b"".join(to_json(r) + b"\n" for r in made) if isinstance(made, list) else to_json(made)
     else:
         data, label = changed_bytes(_rows_file(good, suffix), rng)
+    if rng.random() < 0.15:
+        file, (data, label) = file.with_name(f"{file.name}.gz"), _packed(data, label, rng)
     file.write_bytes(data)
     label = perhaps_strange(bench, file, f"for {key}: {label}")
-    judge = (lambda: judges.strict_json_lines(file)) if suffix == "jsonl" else None
+    judge = (lambda: judges.strict_json_lines(file)) if file.suffix == ".jsonl" else None
     return Case(argv=merge_with(bench, **{key: file}), label=label, judge=judge)
+
+
+@cache
+def _bomb(unit: bytes) -> bytes:
+    """200 MB of one piece in less than one."""
+    return gzip.compress(b'{"text": [' + unit * (2 * 10**8 // len(unit)), 1)
+
+
+def _packed(data: bytes, label: str, rng: Random) -> tuple[bytes, str]:
+    """The bytes as gzip, damaged now and then, or what unpacks to far more."""
+    if rng.random() < 0.3:
+        unit = rng.choice((b"[],", b"{},", b'"a",', b"1,", b"\n", b"a"))
+        return _bomb(unit), f"gzip of 200 MB of {unit!r}"
+    packed = gzip.compress(data, 1)
+    if rng.random() < 0.3:
+        packed, more = changed_bytes(packed, rng)
+        return packed, f"gzip {more} of {label}"
+    return packed + (packed if rng.random() < 0.2 else b""), f"gzip of {label}"
 
 
 def _parquet(good: list[dict[str, Any]], rng: Random) -> tuple[bytes, str]:

@@ -294,6 +294,11 @@ def sharded(source: Path, out: Path) -> Path:
     return out
 
 
+def test_a_source_that_is_quantized_is_refused(good: Path) -> None:
+    with pytest.raises(InputError, match="is quantized itself: compare with the 16-bit model"):
+        check(good, source=good)
+
+
 def test_a_tokenizer_longer_than_the_embedding_passes(good: Path, tmp_path: Path) -> None:
     """That of official Gemma 3 text models is; a fine-tune's [PAD] that no text uses is another."""
     mine = Path(shutil.copytree(good, tmp_path / "longer"))

@@ -63,13 +63,14 @@ def verify(
         engine_processes.require(engine)
     engines = list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
     done, device = Verification(path=path), device or torch.device("cpu")
+    original = None if source is None else _in_16_bit(Path(source))
     doing("content of the files, names, shapes and configs")
     try:
         headers = check_headers.check(path, trust_remote_code=trust_remote_code)
     except InputError as error:
         done.findings += [_unreadable(path, error), *_changed(path)]
         return done
-    _check_values(done, headers, source, own_device or device, solved, doing)
+    _check_values(done, headers, original, own_device or device, solved, doing)
     done.findings += _changed(path)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
@@ -107,20 +108,25 @@ def _unreadable(path: Path, error: InputError) -> Finding:
     return Finding(where, reason) if reason else Finding("checkpoint", text)
 
 
+def _in_16_bit(source: Path) -> Checkpoint:
+    """The model that was quantized; InputError for one that is quantized itself."""
+    checkpoint = Checkpoint(source)
+    if checkpoint.quantization:
+        raise InputError(f"{source}: is quantized itself: compare with the 16-bit model that was quantized")
+    return checkpoint
+
+
 def _check_values(
     done: Verification,
     headers: HeaderCheck,
-    source: Path | str | None,
+    source: Checkpoint | None,
     device: torch.device,
     solved: Mapping[str, ModuleRow] | None,
     doing: Callable[[str], None],
 ) -> None:
     """Decode every linear, compare it with its solution and its source's, and record what was found."""
     doing(f"values of {len(headers.packed)} linears" + (", each against its source" if source else ""))
-    original = None
-    if source:
-        whole = Checkpoint(source)
-        original = PiecewiseCheckpoint(whole, stored_pieces(headers.model, whole))
+    original = None if source is None else PiecewiseCheckpoint(source, stored_pieces(headers.model, source))
     tensors = _with_cpu_fallback(device, lambda d: check_tensors.check(headers, original, d, solved=solved))
     _record_checks(done, headers, tensors, compared=original is not None)
 
