@@ -96,6 +96,7 @@ def test_a_code_too_wide_for_its_bits_is_refused() -> None:
     codes[0, 0] = 16
     with pytest.raises(PackError, match=r"codes span 0 to 16, expected 0 to 15"):
         gptq_format.pack(codes, scale, zero, 4)
+    codes[0, 0] = 15
     with pytest.raises(PackError, match=r"do not fit"):
         gptq_format.pack(codes[:, :96], scale[:, :1].expand(-1, 5), zero[:, :1].expand(-1, 5), 4)
 

@@ -26,10 +26,12 @@ from requant.deploy.own_scores import tokenized
 from requant.errors import InputError, StageError
 from requant.formats.quantized_format import PackError, QuantizedFormat, Reader
 from requant.formats.registry import FORMATS
+from requant.formats.stored_reader import StoredReader
 from requant.modeling import skeleton
 from requant.quantize.gptq_files import write_small_files
 
 Progress = Callable[[int, int, str], None]
+Decode = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor, Tensor]]
 CARDS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _SHOWN = 5  # findings in a message
 
@@ -124,15 +126,20 @@ def _write(planned: ConversionPlan, out: Path, steps: Steps) -> None:
 def _repacked(planned: ConversionPlan, module: str, weight: str, target: QuantizedFormat) -> dict[str, Tensor]:
     """One linear's tensors in the target layout; InputError where they cannot say the same."""
     grid = planned.plan.grids[module]
-    codes, scale, zero = in_order(planned, module, weight, target.name)
+    decode, pack = planned.reader.decode, target.pack
+    if isinstance(planned.reader, StoredReader) and target.pack_stream is not None:  # then no code is unpacked
+        decode, pack = planned.reader.stream, target.pack_stream
+    codes, scale, zero = in_order(planned, module, weight, target.name, decode)
     try:
-        return target.pack(codes, scale, zero, grid.bits, symmetric=grid.symmetric)
+        return pack(codes, scale, zero, grid.bits, symmetric=grid.symmetric)
     except PackError as error:
         raise cannot_be_stored(planned, module, target.name, error) from error
 
 
-def in_order(planned: ConversionPlan, module: str, weight: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [out, in], scale and zero fp32 [out, groups] of one linear, in groups of neighbours.
+def in_order(
+    planned: ConversionPlan, module: str, weight: str, target: str, decode: Decode
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes as `decode` gives them, scale and zero fp32 [out, groups] of one linear, in groups of neighbours.
 
     target: name of the format to write. Raises InputError for values that are wrong, and groups in another order.
     """
@@ -140,8 +147,8 @@ def in_order(planned: ConversionPlan, module: str, weight: str, target: str) -> 
     tensors = reader.tensors(weight)
     for finding in planned.source.checks.values(stem, tensors, planned.packings[module], reader):
         raise InputError(f"{reader.checkpoint.path}: {finding}: `requant verify` shows all that is wrong")
-    codes, scale, zero, group = reader.decode(tensors)
-    if not torch.equal(group, torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])):
+    codes, scale, zero, group = decode(tensors)
+    if not torch.equal(group, torch.arange(len(group)) // (len(group) // scale.shape[1])):
         raise InputError(
             f"{reader.checkpoint.path}: {stem} has its groups in an order of their own (desc_act), which {target} "
             "cannot say: quantize again without it"
@@ -198,7 +205,11 @@ def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_c
 
 def _same(one: Reader, other: Reader, weight: str) -> bool:
     """Whether a weight has the same codes, scales, zero points and groups in both."""
-    return all(torch.equal(a, b) for a, b in zip(one.unpack(weight), other.unpack(weight), strict=True))
+    if isinstance(one, StoredReader) and isinstance(other, StoredReader):
+        parts = zip(one.stream(one.tensors(weight)), other.stream(other.tensors(weight)), strict=True)
+    else:
+        parts = zip(one.unpack(weight), other.unpack(weight), strict=True)
+    return all(torch.equal(a, b) for a, b in parts)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
     order = gguf_families.rows(config, family, module, rows)
 
     def read() -> Tensor:
-        codes, scale, zero = in_order(planned, module, weight, FORMAT)
+        codes, scale, zero = in_order(planned, module, weight, FORMAT, planned.reader.decode)
         if order is not None:
             codes, scale, zero = codes[order], scale[order], zero[order]
         try:

@@ -88,15 +88,13 @@ def fitting_groups(rows: int, columns: int, group_size: int) -> int:
     return group
 
 
-def exact_scales(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def exact_scales(columns: int, scale: Tensor, zero: Tensor) -> Tensor:
     """Scales fp32 [out, groups] as float16.
 
-    Raises PackError unless that is exact, and codes [out, in] and zero points [out, groups] fit to them.
+    Raises PackError unless that is exact, and zero points [out, groups] and the number of inputs fit to them.
     """
-    if codes.shape[1] % scale.shape[1] or zero.shape != scale.shape:
-        raise PackError(
-            f"{codes.shape[1]} inputs, scales {list(scale.shape)} and zero points {list(zero.shape)} do not fit"
-        )
+    if columns % scale.shape[1] or zero.shape != scale.shape:
+        raise PackError(f"{columns} inputs, scales {list(scale.shape)} and zero points {list(zero.shape)} do not fit")
     half = scale.half()
     if not torch.equal(half.float(), scale) or not torch.isfinite(half).all():
         raise PackError("a scale is not exact in float16")

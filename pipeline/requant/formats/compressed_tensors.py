@@ -56,7 +56,13 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bo
     Raises PackError when a scale is not exact in float16, a code or zero point is no whole number in range, a symmetric
     zero point is not 2^(bits-1), or the groups do not divide the inputs.
     """
-    half = exact_scales(codes, scale, zero)
+    return pack_stream(pack_rows(codes.T, bits), scale, zero, bits, symmetric=symmetric)
+
+
+def pack_stream(stream: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = True) -> dict[str, Tensor]:
+    """`pack` of codes that are a stream of bits along the inputs already: int32 [in*bits/32, out]."""
+    columns = WORD * stream.shape[0] // bits
+    half = exact_scales(columns, scale, zero)
     middle = 2 ** (bits - 1)
     if symmetric:
         check_whole("symmetric zero points", zero, middle, middle)
@@ -64,10 +70,10 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bo
         check_whole("zero points", zero, 0, 2**bits - 1)
     zeros = {} if symmetric else {"weight_zero_point": pack_rows(zero.to(torch.uint8), bits)}
     return {
-        "weight_packed": pack_rows(codes.T, bits).T.contiguous(),
+        "weight_packed": stream.T.contiguous(),
         "weight_scale": half.contiguous(),
         **zeros,
-        "weight_shape": torch.tensor(codes.shape, device=codes.device),
+        "weight_shape": torch.tensor([stream.shape[1], columns], device=stream.device),
     }
 
 
@@ -76,12 +82,17 @@ def unpack(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Te
 
     (codes uint8 [out, in], scale fp32 [out, groups], zero fp32 [out, groups], group of each input int64 [in]).
     """
-    codes = unpack_rows(tensors["weight_packed"].T.contiguous(), bits).T.contiguous()
-    scale = tensors["weight_scale"].float()
-    columns, groups = codes.shape[1], scale.shape[1]
+    stream, scale, zero, group = unpack_stream(tensors, bits)
+    return unpack_rows(stream.contiguous(), bits).T.contiguous(), scale, zero, group
+
+
+def unpack_stream(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`unpack` with the codes as a stream of bits along the inputs: int32 [in*bits/32, out]."""
+    stream, scale = tensors["weight_packed"].T, tensors["weight_scale"].float()
+    columns, groups = WORD * stream.shape[0] // bits, scale.shape[1]
     stored = tensors.get("weight_zero_point")
     zero = torch.full_like(scale, 2 ** (bits - 1)) if stored is None else unpack_rows(stored, bits).float()
-    return codes, scale, zero, torch.arange(columns, device=codes.device) // (columns // groups)
+    return stream, scale, zero, torch.arange(columns, device=stream.device) // (columns // groups)
 
 
 def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:

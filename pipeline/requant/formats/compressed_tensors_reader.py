@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from requant.formats.bit_stream import BITS, WORD
-from requant.formats.compressed_tensors import SUFFIXES, shapes, unpack
+from requant.formats.compressed_tensors import SUFFIXES, shapes, unpack_stream
 from requant.formats.stored_reader import StoredReader, have_shapes
 
 
@@ -36,12 +36,9 @@ class CompressedTensorsReader(StoredReader):
             raise self.not_of_one_weight(weight, found | {"weight_shape": (rows, columns)})
         return found
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes, scales, zeros and group indices in the tensors of a quantized weight.
-
-        uint8 [out, in], fp32 [out, groups], fp32 [out, groups], int64 [in].
-        """
-        return unpack(tensors, WORD * tensors["weight_packed"].shape[1] // int(tensors["weight_shape"][1]))
+    def stream(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`decode` with the codes as a stream of bits along the inputs: int32 [in*bits/32, out]."""
+        return unpack_stream(tensors, WORD * tensors["weight_packed"].shape[1] // int(tensors["weight_shape"][1]))
 
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, from headers and the stored shape."""

@@ -61,12 +61,17 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bo
     Raises PackError when a scale is not exact in float16, a code or zero point is no whole number in range, a zero
     point cannot be stored minus one, or the groups do not divide the inputs.
     """
-    columns, groups = codes.shape[1], scale.shape[1]
-    half = exact_scales(codes, scale, zero)
+    return pack_stream(pack_rows(codes.T, bits), scale, zero, bits, symmetric=symmetric)
+
+
+def pack_stream(stream: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = True) -> dict[str, Tensor]:
+    """`pack` of codes that are a stream of bits along the inputs already: int32 [in*bits/32, out]."""
+    columns, groups = WORD * stream.shape[0] // bits, scale.shape[1]
+    half = exact_scales(columns, scale, zero)
     check_whole("zero points, stored minus one,", zero, 1, 2**bits - 1)
-    g_idx = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // groups)
+    g_idx = torch.arange(columns, dtype=torch.int32, device=stream.device) // (columns // groups)
     return {
-        "qweight": pack_rows(codes.T, bits),
+        "qweight": stream.contiguous(),
         "qzeros": pack_rows((zero - 1).to(torch.uint8), bits).T.contiguous(),
         "scales": half.T.contiguous(),
         "g_idx": g_idx.to(torch.int32),
@@ -78,11 +83,18 @@ def unpack(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> tup
 
     (codes uint8 [out, in], scale fp32 [out, groups], zero fp32 [out, groups], g_idx int64 [in]).
     """
-    codes = unpack_rows(tensors["qweight"], bits).T.contiguous()
+    stream, scale, zero, g_idx = unpack_stream(tensors, bits, v2=v2)
+    return unpack_rows(stream, bits).T.contiguous(), scale, zero, g_idx
+
+
+def unpack_stream(
+    tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`unpack` with the codes as a stream of bits along the inputs: int32 [in*bits/32, out]."""
     zero = unpack_rows(tensors["qzeros"].T.contiguous(), bits).float()
     if not v2:
         zero = (zero + 1) % 2**bits
-    return codes, tensors["scales"].float().T.contiguous(), zero, tensors["g_idx"].long()
+    return tensors["qweight"], tensors["scales"].float().T.contiguous(), zero, tensors["g_idx"].long()
 
 
 def dequantize(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) -> Tensor:

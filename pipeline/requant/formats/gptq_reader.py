@@ -10,7 +10,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.formats.bit_stream import BITS
-from requant.formats.gptq import SUFFIXES, bits_of, is_v2, shapes, unpack
+from requant.formats.gptq import SUFFIXES, bits_of, is_v2, shapes, unpack_stream
 from requant.formats.stored_reader import StoredReader, have_shapes
 
 
@@ -36,12 +36,9 @@ class GptqReader(StoredReader):
             raise self.not_of_one_weight(weight, found)
         return found
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes, scales, zeros and group indices in the four tensors of a quantized weight.
-
-        uint8 [out, in], fp32 [out, groups], fp32 [out, groups], int64 [in].
-        """
-        return unpack(tensors, bits_of(tensors["qweight"].shape, tensors["g_idx"].shape[0]), v2=self.v2)
+    def stream(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`decode` with the codes as a stream of bits along the inputs: int32 [in*bits/32, out]."""
+        return unpack_stream(tensors, bits_of(tensors["qweight"].shape, tensors["g_idx"].shape[0]), v2=self.v2)
 
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, from headers."""

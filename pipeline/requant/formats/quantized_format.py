@@ -60,10 +60,10 @@ class Shapes(Protocol):
 
 
 class Pack(Protocol):
-    """Codes [out, in], scale and zero [out, groups] -> one linear's tensors by suffix; raises PackError."""
+    """Codes [out, in], or their stream, scale and zero [out, groups] -> one linear's tensors; raises PackError."""
 
     def __call__(
-        self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = ...
+        self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, /, *, symmetric: bool = ...
     ) -> dict[str, Tensor]: ...
 
 
@@ -142,7 +142,8 @@ class QuantizedFormat:
     dequantize: (tensors, bits) -> fp32 [out, in]. config: arguments of `gptq.quantization_config` ->
     `quantization_config`. config_file: where the config is written a second time; None: nowhere. recognise: whether a
     `quantization_config` is of this layout. rules: `quantization_config` -> which linears it declares as quantized.
-    reader: reads a written checkpoint. checks: what `verify` asks.
+    reader: reads a written checkpoint. checks: what `verify` asks. pack_stream: `pack` of codes that are a stream of
+    bits along the inputs already, int32 [in*bits/32, out]; None: this layout holds no such stream.
     """
 
     name: str
@@ -158,3 +159,4 @@ class QuantizedFormat:
     rules: Callable[[Mapping[str, Any]], Rules]
     reader: Callable[[Checkpoint], Reader]
     checks: Checks
+    pack_stream: Pack | None = None

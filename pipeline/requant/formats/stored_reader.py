@@ -11,6 +11,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
+from requant.formats.bit_stream import WORD, unpack_rows
 from requant.formats.quantized_format import PackError, Shapes, weights
 
 CPU = torch.device("cpu")
@@ -50,11 +51,17 @@ class StoredReader(ABC):
         """Suffix -> shape of a quantized weight's tensors; InputError for one that is missing or does not fit."""
 
     @abstractmethod
+    def stream(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`decode` with the codes as a stream of bits along the inputs: int32 [in*bits/32, out]."""
+
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes, scales, zeros and group indices in the tensors of a quantized weight.
 
         uint8 [out, in], fp32 [out, groups], fp32 [out, groups], int64 [in].
         """
+        stream, scale, zero, group = self.stream(tensors)
+        bits = WORD * stream.shape[0] // len(group)
+        return unpack_rows(stream.contiguous(), bits).T.contiguous(), scale, zero, group
 
     @abstractmethod
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -173,7 +172,10 @@ class BackgroundWriter(BlockWriter):
 
 def _packed(solution: Solution, layout: QuantizedFormat) -> dict[str, Tensor]:
     scale, zero, grid = solution.scales.scale, solution.scales.zero, solution.grid
-    pack = partial(layout.pack, bits=grid.bits, symmetric=grid.symmetric)
+
+    def pack(codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        return layout.pack(codes, scale, zero, grid.bits, symmetric=grid.symmetric)
+
     try:
         return pack(solution.codes, scale, zero)
     except torch.OutOfMemoryError:  # paused batches may hold all memory
