@@ -116,6 +116,7 @@ def test_base_is_the_adapters_model_with_its_adapters_off(
     both = replace(scores, keys={n: n for n in ("base", "merged", "adapter")}, sets=scores.sets[:1])
     evaluate.evaluate(both, given[0], batch=8)
     assert loaded == ["adapter", "merged"]
+    assert evaluate.evaluate(both, given[0], batch=8)["variants"] == [], "nothing is left"
     alone = replace(both, keys={"base": "base"}, kl=False, cache=tmp_path / "alone")
     evaluate.evaluate(alone, given[0], batch=8)
     assert loaded == ["adapter", "merged", "base"]

@@ -67,8 +67,9 @@ def evaluate(
     work.total = sum(
         work.steps(sets, canaries=name in unanswered, streaming=streaming[name]) for name, sets in todo.items()
     )
-    for name, following in zip(todo, [*list(todo)[1:], None], strict=True):
-        work.keeping = (name, following) == (REFERENCE, "base") and not (streaming[REFERENCE] or streaming["base"])
+    base_follows = list(todo)[:2] == [REFERENCE, "base"] and not (streaming[REFERENCE] or streaming["base"])
+    for name in todo:
+        work.keeping = base_follows and name == REFERENCE
         work.variant(name, todo[name], unanswered.get(name), streaming=streaming[name])
     return {"variants": list(todo), "streamed": work.streamed, "notes": work.notes}
 
