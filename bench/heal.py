@@ -80,6 +80,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "signs": SignedCodes,
 }
 BOTH = ("scales", "codes")
+WRITTEN = (0.34, 0.33, 0.33)
 
 # name: (changes of the default settings, shares of the two texts and of text that the merged model wrote, teacher)
 ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
@@ -89,7 +90,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "lr 7e-3": ({"lr": 7e-3}, HALF, "merged"),
     "lr 5e-3, 240 steps": ({"lr": 5e-3, "steps": 240}, HALF, "merged"),
     "lr 5e-3": ({"lr": 5e-3}, HALF, "merged"),
-    "a third written by the model": ({}, (0.34, 0.33, 0.33), "merged"),
+    "a third written": ({}, WRITTEN, "merged"),
     "two thirds in-domain": ({}, (0.67, 0.33, 0.0), "merged"),
     "target adapter": ({}, HALF, "adapter"),
     "50 steps": ({"steps": 50}, HALF, "merged"),
@@ -106,11 +107,16 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "codes": ({"tune": BOTH}, HALF, "merged"),
     "codes, 8-bit Adam": ({"tune": BOTH, "optimizer": "8-bit"}, HALF, "merged"),
     "codes, signs": ({"tune": BOTH, "optimizer": "signs"}, HALF, "merged"),
+    "codes, signs, rate 3e-3": ({"tune": BOTH, "optimizer": "signs", "code_lr": 3e-3}, HALF, "merged"),
+    "codes, signs, rate 3e-4": ({"tune": BOTH, "optimizer": "signs", "code_lr": 3e-4}, HALF, "merged"),
     "codes, rate 3e-3": ({"tune": BOTH, "code_lr": 3e-3}, HALF, "merged"),
     "codes, rate 3e-4": ({"tune": BOTH, "code_lr": 3e-4}, HALF, "merged"),
+    "codes, lr 1e-2": ({"tune": BOTH, "lr": 1e-2}, HALF, "merged"),
     "codes, from the middle of their cells": ({"tune": BOTH, "middle": True}, HALF, "merged"),
-    "codes, 300 steps": ({"tune": BOTH, "steps": 300}, HALF, "merged"),
-    "codes, 600 steps": ({"tune": BOTH, "steps": 600}, HALF, "merged"),
+    "codes, twice the steps": ({"tune": BOTH, "steps": 300}, HALF, "merged"),
+    "codes, a third written": ({"tune": BOTH}, WRITTEN, "merged"),
+    "codes, half written": ({"tune": BOTH}, (0.15, 0.35, 0.5), "merged"),
+    "codes, signs, a third written": ({"tune": BOTH, "optimizer": "signs"}, WRITTEN, "merged"),
     "codes alone": ({"tune": ("codes",)}, HALF, "merged"),
 }
 
@@ -191,7 +197,7 @@ def ablate(args: argparse.Namespace) -> None:
     taught: dict[str, Any] = {}
     rate = 0.0
     for name, (changes, shares, target) in ABLATIONS.items():
-        if not any(part in name for part in args.only.split(";")):
+        if args.only and name not in args.only.split(";"):
             continue
         own = dict(changes)
         mode, optimizer, middle = own.pop("mode", "whole"), own.pop("optimizer", None), own.pop("middle", False)
@@ -262,7 +268,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/requant-heal"))
     parser.add_argument("--bits", default="4")
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--only", default="", help="rows whose names hold one of these, split by ;")
+    parser.add_argument("--only", default="", help="names of rows, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
     parser.add_argument("--codes", action="store_true", help="train the codes too")
     parser.add_argument("--lr", type=float, default=HealSettings().lr)
@@ -276,6 +282,7 @@ def main() -> None:
         "window": 512,
         "micro": None,
         "tokens": None,
+        "written": 1024,
     }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -210,11 +210,11 @@ class Bench:
         )  # fmt: skip
 
     @torch.no_grad()
-    def written(self, documents: int = 256, given: int = 32) -> list[TokenDocument]:
+    def written(self, given: int = 32) -> list[TokenDocument]:
         """Text sampled from the merged model, continuing the first tokens of windows of both texts."""
         model = self.model("merged")
         torch.manual_seed(0)
-        count = documents if DEVICE.type == "cuda" else 4
+        count = self.args.written if DEVICE.type == "cuda" else 4
         streams = [torch.tensor([t for d in self.documents[n] for t in d.ids]) for n in ENTRIES]
         starts = [torch.randint(len(s) - given, (count // 2,)) for s in streams]
         begun = torch.cat([s[a[:, None] + torch.arange(given)] for s, a in zip(streams, starts, strict=True)]).to(

@@ -63,12 +63,14 @@ class Running:
 
     def wait(self, *, cpu: float = RUN_CPU_SECONDS, memory: int = MEMORY) -> End:
         """Its end; it is killed when it uses more than `cpu` seconds or `memory` bytes, or sleeps for IDLE_SECONDS."""
-        used, since = -1.0, time.monotonic()
+        used, asleep, looked = -1.0, 0.0, time.monotonic()
         while self.poll(LOOK) is None:
             state, now, resident = usage(self.process)
-            if now > used + WORK or state == "R":
-                used, since = now, time.monotonic()
-            asleep = time.monotonic() - since
+            before, looked = looked, time.monotonic()
+            if now > used + WORK:
+                used, asleep = now, 0.0
+            elif state != "R":  # else it waits for a processor that others use
+                asleep += looked - before
             stopped = "memory" if resident > memory else "hang" if now > cpu or asleep > IDLE_SECONDS else ""
             if stopped and self.poll() is None:
                 return self.stop(stopped)

@@ -59,9 +59,10 @@ def rate_groups(student: Student, settings: HealSettings) -> list[dict[str, Any]
 
 
 def adamw(student: Student, settings: HealSettings) -> torch.optim.Optimizer:
-    """AdamW on all trainable values."""
+    """AdamW on all trainable values: one kernel for all of them on a GPU, without copies of all latents at once."""
     groups = rate_groups(student, settings)
-    return torch.optim.AdamW(groups, lr=settings.lr, foreach=False)  # for each: copies of all latents at once
+    on_gpu = student.trainable[0].offset.device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=settings.lr, foreach=False, fused=on_gpu)
 
 
 class Trainer:
@@ -103,9 +104,7 @@ class Trainer:
 
         A loss that is not finite changes nothing.
         """
-        for vector in self.student.trainable:
-            assert vector.offset.grad is not None
-            vector.offset.grad.zero_()
+        self.optimizer.zero_grad(set_to_none=False)
         total = 0.0
         for at in range(0, len(chosen), self.micro_batch):
             loss = self.loss(chosen[at : at + self.micro_batch]) / len(chosen)
@@ -208,8 +207,9 @@ class Trainer:
         for i, vector in enumerate(self.student.trainable):
             vector.offset.detach().copy_(tensors[f"offset.{i}"])
             self.best[i] = tensors[f"best.{i}"].to(vector.offset.device)
+            on_device = MOMENTS if self.optimizer.defaults.get("fused") else MOMENTS[1:]
             self.optimizer.state[vector.offset] = {
-                n: tensors[f"{n}.{i}"] if n == "step" else tensors[f"{n}.{i}"].to(vector.offset.device) for n in MOMENTS
+                n: tensors[f"{n}.{i}"].to(vector.offset.device if n in on_device else "cpu") for n in MOMENTS
             }
         self.student.refresh()
         return len(self.curve.train)
