@@ -24,6 +24,7 @@ from heal_lab import DEVICE, HALF, Bench, SignedCodes, peak, phase, reset_peak, 
 
 from requant.data.healing_text import HealingText
 from requant.heal import blockwise, student, teacher
+from requant.heal.captured_steps import CapturedSteps
 from requant.heal.changes import code_changes, scale_changes
 from requant.heal.curve import LossCurve
 from requant.heal.end_to_end import EndToEndLoss
@@ -145,6 +146,7 @@ def heal_whole(
     trained = Trainer(
         pupil, loss, loss.measure, settings, train=text.train, choosing=text.choosing, judging=text.judging,
         sources=text.held_out_sources, micro_batch=micro,
+        captured=CapturedSteps(loss) if DEVICE.type == "cuda" and not bench.args.eager else None,
     )  # fmt: skip
     if optimizer:
         trained.optimizer = optimizer(pupil, settings)
@@ -270,6 +272,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", default="", help="names of rows, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--eager", action="store_true", help="launch the kernels of a step one by one")
     parser.add_argument("--codes", action="store_true", help="train the codes too")
     parser.add_argument("--lr", type=float, default=HealSettings().lr)
     parser.add_argument("--code-lr", type=float, default=HealSettings().code_lr)

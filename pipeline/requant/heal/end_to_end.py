@@ -31,26 +31,32 @@ class EndToEndLoss:
         self.tap = HeadTap(student.model)
         self.head = head_of(student.model, text.windows[:1].to(device))
 
-    def __call__(self, numbers: Sequence[int]) -> Tensor:
-        ids, teacher, hidden = self._states(numbers)
+    def inputs(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        """Token ids int64 [n, length] of windows, and the teacher's inputs."""
+        return (self.windows[list(numbers)].to(self.device), *self.teacher.inputs(numbers))
+
+    def of(self, ids: Tensor, *teacher_inputs: Tensor) -> Tensor:
+        """The sum over windows of each one's mean KL, from their `inputs`."""
+        hidden, teacher = self._student_states(ids), self.teacher.states(*teacher_inputs)
         total = kl_loss.divergence(
             hidden.flatten(0, 1), self.head, teacher.flatten(0, 1), self.teacher.head, product_dtype(self.device)
         )
         return total / ids.shape[1]
 
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        return self.of(*self.inputs(numbers))
+
     @torch.no_grad()
     def measure(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """KL, and how much more the text costs than with the teacher, of each window: float64 [n] on the CPU."""
-        ids, teacher, hidden = self._states(numbers)
+        ids, teacher = self.windows[list(numbers)].to(self.device), self._teacher_states(numbers)
+        hidden = self._student_states(ids)
         return kl_loss.measured(hidden, self.head, teacher, self.teacher.head, ids, product_dtype(self.device))
 
-    def _states(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids int64 [n, length] of windows; the teacher's and the student's final hidden states."""
-        ids = self.windows[list(numbers)].to(self.device)
-        teacher = self._teacher_states(numbers)
+    def _student_states(self, ids: Tensor) -> Tensor:
+        """The student's final hidden states [n, length, width]."""
         with precision(self.device):
-            hidden, _ = self.tap.run(self.student.model, ids)
-        return ids, teacher, hidden
+            return self.tap.run(self.student.model, ids)[0]
 
     def _teacher_states(self, numbers: Sequence[int]) -> Tensor:
         """The teacher's final hidden states [n, length, width].
@@ -58,9 +64,10 @@ class EndToEndLoss:
         Those of held-out windows come from the cache.
         """
         if not set(numbers) <= set(self.held_out):
-            return self.teacher.hidden(numbers)
+            return self.teacher.states(*self.teacher.inputs(numbers))
         if tuple(numbers) not in self.cached:
-            self.cached[tuple(numbers)] = self.teacher.hidden(numbers).to(product_dtype(self.device))
+            states = self.teacher.states(*self.teacher.inputs(numbers))
+            self.cached[tuple(numbers)] = states.to(product_dtype(self.device))
         return self.cached[tuple(numbers)]
 
 

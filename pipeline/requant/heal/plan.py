@@ -22,6 +22,7 @@ from requant.runtime.device import USABLE, free_bytes, product_rate, profile_of
 
 Mode = Literal["whole", "blocks"]
 BLOCK_WINDOWS = 256  # block by block the hidden states of all windows are kept: more do not fit for large models
+CAPTURED = 2**44  # weights times tokens of a forward pass, up to which launches take longer than the kernels
 BYTES_PER_LATENT = 4 * 4  # latent, gradient, two moments
 BYTES_PER_SCALE = 7 * 4  # base, unit, offset, gradient, two moments, best; and the values in use
 
@@ -70,6 +71,7 @@ class HealPlan:
 
     teacher_resident: the teacher stays in memory. recompute: blocks run again in the backward pass.
     micro_batch: windows in one forward pass. codes: whether codes are trained, if asked for. without_codes: why not.
+    captured: the steps run as CUDA graphs.
     """
 
     mode: Mode
@@ -78,6 +80,7 @@ class HealPlan:
     micro_batch: int
     codes: bool = True
     without_codes: str = ""
+    captured: bool = False
     bytes: int = 0
     seconds: float = 0.0
 
@@ -118,8 +121,9 @@ def choose_plan(
         if mode not in ("auto", plan.mode):
             continue
         estimated = replace(
-            plan, bytes=_memory(size, plan, length, unique, device), seconds=_flops(size, plan, tokens) / speed
-        )
+            plan, bytes=_memory(size, plan, length, unique, device), seconds=_flops(size, plan, tokens) / speed,
+            captured=device.type == "cuda" and _captured(size, plan, length),
+        )  # fmt: skip
         if estimated.bytes <= memory_share:
             if "codes" in settings.tune and not plan.codes:
                 needed = min(other.bytes for other in tried if other.codes)
@@ -168,6 +172,11 @@ def _candidates(settings: HealSettings) -> list[HealPlan]:
         HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro, codes=False)
         for micro in micro_batches
     ]
+
+
+def _captured(s: ModelSize, plan: HealPlan, length: int) -> bool:
+    """Whether a step is worth a CUDA graph."""
+    return plan.mode == "whole" and not plan.recompute and s.quantized * plan.micro_batch * length <= CAPTURED
 
 
 def _memory(s: ModelSize, plan: HealPlan, length: int, unique: int, device: torch.device) -> int:

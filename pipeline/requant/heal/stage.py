@@ -27,6 +27,7 @@ from requant.formats.bit_stream import pack_rows
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
+from requant.heal.captured_steps import CapturedSteps
 from requant.heal.changes import CodeChanges, ScaleChanges, code_changes, scale_changes
 from requant.heal.curve import LossCurve
 from requant.heal.curve_facts import CurveFacts, curve_facts
@@ -134,6 +135,7 @@ def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tens
         judging=job.text.judging,
         sources=job.text.held_out_sources,
         micro_batch=job.plan.micro_batch,
+        captured=CapturedSteps(loss) if job.plan.captured else None,
     )
     curve = trainer.run(job.work / STATE, f"{job.key} {'+'.join(job.tune)}", progress)
     return trained.values(), curve

@@ -65,8 +65,13 @@ class Teacher(Protocol):
 
     head: Head
 
-    def hidden(self, numbers: Sequence[int]) -> Tensor:
-        """Final hidden states [n, length, width] of these windows."""
+    def inputs(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        """What the states of these windows are made of, on the device."""
+        ...
+
+    def states(self, *inputs: Tensor) -> Tensor:
+        """Final hidden states [n, length, width] from `inputs`."""
+        ...
 
 
 class ResidentTeacher:
@@ -78,10 +83,13 @@ class ResidentTeacher:
         self.tap = HeadTap(model)
         self.head = head_of(model, windows[:1].to(device))
 
+    def inputs(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        return (self.windows[list(numbers)].to(self.device),)
+
     @torch.no_grad()
-    def hidden(self, numbers: Sequence[int]) -> Tensor:
+    def states(self, *inputs: Tensor) -> Tensor:
         with precision(self.device):
-            return self.tap.run(self.model, self.windows[list(numbers)].to(self.device))[0]
+            return self.tap.run(self.model, inputs[0])[0]
 
 
 class StoredTeacher:
@@ -94,8 +102,11 @@ class StoredTeacher:
             raise StageError(f"healing: {error}") from error
         self.head, self.length = self.reference.head, length
 
-    def hidden(self, numbers: Sequence[int]) -> Tensor:
-        return torch.stack([self.reference.hidden(i * self.length, (i + 1) * self.length) for i in numbers])
+    def inputs(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        return (torch.stack([self.reference.hidden(i * self.length, (i + 1) * self.length) for i in numbers]),)
+
+    def states(self, *inputs: Tensor) -> Tensor:
+        return inputs[0]
 
 
 def store_teacher(
@@ -107,10 +118,10 @@ def store_teacher(
     """
     count, length = teacher.windows.shape
     dtype = product_dtype(teacher.device)
-    like = teacher.hidden([0]).to(dtype)
+    like = teacher.states(*teacher.inputs([0])).to(dtype)
     with ReferenceWriter(file, rows=count * length, like=like, head=teacher.head, digest=digest) as writer:
         for at in range(0, count, batch):
             numbers = range(at, min(at + batch, count))
-            writer.write(at * length, teacher.hidden(numbers).to(dtype))
+            writer.write(at * length, teacher.states(*teacher.inputs(numbers)).to(dtype))
             if progress:
                 progress(numbers.stop, count, "windows of the teacher's hidden states")

@@ -22,6 +22,7 @@ from torch import Tensor
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.writer import load_tensors, save_tensors
 from requant.errors import StageError
+from requant.heal.captured_steps import CapturedSteps
 from requant.heal.curve import Judgement, Look, LossCurve, Windows
 from requant.heal.job import Progress
 from requant.heal.settings import HealSettings
@@ -84,17 +85,19 @@ class Trainer:
         judging: int = 0,
         sources: Sequence[int] = (),
         micro_batch: int | None = None,
+        captured: CapturedSteps | None = None,
     ) -> None:
         """Windows 0 .. train-1 are trained on, the next `choosing` choose a step, the next `judging` judge it.
 
         sources: the source of each of the latter; without: one. micro_batch: windows in one forward pass; None: a
-        whole batch.
+        whole batch. captured: of the same loss and student, where the steps run as CUDA graphs.
         """
         self.student, self.loss, self.measure, self.settings = student, loss, measure, settings
         self.train, self.choosing = train, range(train, train + choosing)
         self.judging = range(self.choosing.stop, self.choosing.stop + judging)
         self.sources = tuple(sources) or (0,) * (choosing + judging)
         self.micro_batch = micro_batch or settings.batch
+        self.captured = captured
         self.optimizer = adamw(student, settings)
         self.best = [v.start() for v in student.trainable]
         self.curve = LossCurve()
@@ -107,15 +110,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         total = 0.0
         for at in range(0, len(chosen), self.micro_batch):
-            loss = self.loss(chosen[at : at + self.micro_batch]) / len(chosen)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            total += self._add_gradient(chosen[at : at + self.micro_batch], len(chosen))
         if math.isfinite(total):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * self.settings.share_of_rate(number)
             self.optimizer.step()
-            self.student.refresh()
+            (self.captured or self.student).refresh()
         return total
+
+    def _add_gradient(self, numbers: Sequence[int], count: int) -> float:
+        """Add the gradient of the loss of these of `count` windows; returns their share of the loss."""
+        if self.captured:
+            return self.captured.add_gradient(numbers, count)
+        loss = self.loss(numbers) / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
     @torch.no_grad()
     def look(self, numbers: range) -> Windows:
