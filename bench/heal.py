@@ -170,7 +170,7 @@ def compare(args: argparse.Namespace) -> None:
     """Unhealed and healed, ours and the peer's, at each width."""
     bench = Bench(args)
     settings = base_settings(args)
-    text = bench.windows(settings)
+    text = bench.windows(settings, WRITTEN if args.third_written else HALF)
     taught = teacher.ResidentTeacher(bench.model("merged"), text.windows, DEVICE)
     for bits in [int(b) for b in args.bits.split(",")]:
         makers = [("ours", bench.quantized), *([("gptqmodel", bench.peer)] if args.peer else [])]
@@ -178,6 +178,8 @@ def compare(args: argparse.Namespace) -> None:
             with phase(f"{maker} {bits} bits: quantize", bench.seconds):
                 path = make(bits)
             bench.add({"checkpoint": f"{maker} {bits} bits", "healed": False} | bench.losses(path))
+            if maker != "ours" and not args.heal_peer:
+                continue
             with phase(f"{maker} {bits} bits: heal", bench.seconds):
                 row, values = heal_whole(bench, path, settings, taught, text, args.micro or args.batch)
             written = bench.work / f"{path.name}-healed"
@@ -272,6 +274,9 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", default="", help="names of rows, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument(
+        "--third-written", action="store_true", help="a third of the text is what the merged model wrote"
+    )
     parser.add_argument("--eager", action="store_true", help="launch the kernels of a step one by one")
     parser.add_argument("--codes", action="store_true", help="train the codes too")
     parser.add_argument("--lr", type=float, default=HealSettings().lr)
