@@ -43,7 +43,7 @@ def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
 
 def _splittable(module: Any) -> bool:
     """Fused experts of transformers 5 (integrations/moe.py), but for those with a norm of their own."""
-    return fused_experts(module) and not module.has_post_expert_norm
+    return fused_experts(module) and not getattr(module, "has_post_expert_norm", False)  # 5.17 has none
 
 
 def fused_experts(module: nn.Module) -> bool:
