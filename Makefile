@@ -61,8 +61,9 @@ browser:
 	fi; \
 	command -v chromium >/dev/null || echo "no Chromium: tests that open report.html in a browser will be skipped"
 
+# One process a core: a test file runs in one of them, with one thread.
 test: .venv/.ready browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The whole of what `make test` runs a sample of. What fails is kept, and printed with the command that repeats it.
 campaign: .venv/.ready

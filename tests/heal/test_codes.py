@@ -21,7 +21,7 @@ from requant.data.documents import TokenDocument
 from requant.errors import InputError
 from requant.formats import gptq as gptq_format
 from requant.formats.registry import open_quantized
-from requant.heal import curve, latents, student
+from requant.heal import curve, latents, student, trainer
 from requant.heal import stage as heal
 from requant.heal.codes import Codes
 from requant.heal.plan import choose_plan
@@ -289,6 +289,23 @@ def test_the_step_is_chosen_by_kl_and_loss() -> None:
     assert curve.LossCurve([], [start, above]).best is start, "no step has a higher KL than the start"
 
 
+def test_a_kl_that_rises_by_its_noise_keeps_no_file() -> None:
+    """Of one source it rose by 0.0001 on eight windows that differ by 0.002, while the whole gained."""
+    sources, flat = [0] * 8 + [1] * 8, torch.ones(16).double()
+    noise = 0.002 * torch.tensor([1.0, -1.0] * 8).double()
+    risen = torch.tensor(sources).double()
+    start = curve.Windows(0.05 * flat, 0.03 * flat, sources)
+    lower = start.kl - 0.01 * (1 - risen)
+    for kl, better in ((lower + noise + 1e-4 * risen, True), (lower + noise + 5e-3 * risen, False)):
+        moved = replace(start, kl=kl, loss=start.loss - 0.02)
+        assert curve.Judgement.of(start, moved, 9).better is better
+        assert (curve.LossCurve([], [curve.Look(0, start), curve.Look(9, moved)]).best.steps == 9) is better
+    dearer = replace(start, kl=start.kl + noise + 1e-4, loss=start.loss - 0.02)
+    assert curve.LossCurve([], [curve.Look(0, start), curve.Look(9, dearer)]).best.steps == 0, "no mean KL above it"
+    few = [curve.Windows(w.kl[:12:3], w.loss[:12:3], w.sources[:12:3]) for w in (start, dearer)]
+    assert curve.Judgement.of(*few, 9).worse, "of few windows the noise is not known: none may rise"
+
+
 def test_a_source_that_becomes_worse_keeps_the_file() -> None:
     other = torch.tensor([0] * 8 + [1] * 8)
     flat = torch.ones(16).double()
@@ -326,6 +343,8 @@ def test_codes_that_do_not_fit_stay_and_the_plan_says_so(pair: tuple[Path, Path]
     assert large.bytes > 16 * size_8b().quantized
     assert not small.codes
     assert "; codes stay: with them 1" in str(small)
+    blocks = choose_plan(size_8b(), settings, text, mode="blocks", free=200 * 10**9, **asked)
+    assert "; codes stay: they are trained end to end only" in str(blocks)
     with pytest.raises(InputError, match=r"healing needs at least .* tune scales instead of codes, or set heal: off"):
         choose_plan(size_8b(), replace(settings, tune=("codes",)), text, free=80 * 10**9, **asked)
 
@@ -342,3 +361,33 @@ def test_a_state_knows_what_it_is_of(pair: tuple[Path, Path]) -> None:
     assert (
         pico.relative(pico.logits(pupil.model, pico.ids(2, LENGTH)), pico.logits(pupil.model, pico.ids(2, LENGTH))) == 0
     )
+
+
+def test_a_large_state_is_written_seldom(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents and moments are 12 bytes a weight: written after every look they would cost more than the training."""
+    clock, written = [0.0], []
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(trainer.Trainer, "save", lambda self, *_: written.append(len(self.curve.train)) or due(self))
+
+    def due(trained: trainer.Trainer) -> None:
+        trained._saved_at = clock[0]
+
+    def tick(done: int, *_: object) -> None:
+        clock[0] = float(done)
+
+    run(pair, tmp_path / "small", progress=tick)
+    assert written == [5, 10, 15, 20], "a small one after every look"
+    written.clear()
+    clock[0] = 0.0
+    monkeypatch.setattr(trainer, "SMALL_STATE", 0)
+    monkeypatch.setattr(trainer, "STATE_BYTES_A_SECOND", 12 * sum(p.numel() for p in _weights(pair)) / 0.4)
+    run(pair, tmp_path / "large", progress=tick)
+    assert written == [10, 20], "writing takes 0.4 s, of which 8 s of training are worth it"
+
+
+def _weights(pair: tuple[Path, Path]) -> list[Tensor]:
+    """The weights of the quantized linears, and their scales."""
+    pupil = student.load(pair[1], device=CPU, dtype=torch.float32, tune=CODES.tune)
+    return [v.offset for v in pupil.trainable]

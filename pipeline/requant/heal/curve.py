@@ -20,9 +20,9 @@ from torch import Tensor
 from requant_eval.strict_json import parse
 
 PATIENCE = 3  # looks in a row that are worse than the best, in the second half, end a training
-NOISE = 2.0  # standard errors that a loss may rise by
+NOISE = 2.0  # standard errors that the KL or the loss of a source may rise by
 SURE = 3.0  # standard errors by which losses choose a step: they are looked at ten times
-MIN_WINDOWS = 8  # of fewer windows the noise is not known: their losses decide nothing
+MIN_WINDOWS = 8  # of fewer windows the noise is not known: their losses decide nothing, their KL may not rise
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,9 @@ class Look:
         return all(map(math.isfinite, (*self.kl, *self.loss)))
 
     def gains_on(self, start: Look) -> bool:
-        """Whether no source has a higher KL."""
-        return all(own <= first for own, first in zip(self.kl, start.kl, strict=True))
+        """Whether no source has a KL that is higher by more than its noise."""
+        rises = start.windows.by_source(self.windows.kl - start.windows.kl)
+        return not any(_surely_risen(rise) for rise in rises.values())
 
     def surely_cheaper_than(self, other: Look) -> bool:
         """Whether the score is less, and the loss by more than its noise on these windows."""
@@ -100,15 +101,21 @@ class Judgement:
 
     @classmethod
     def of(cls, start: Windows, chosen: Windows, steps: int) -> Judgement:
-        """A source is worse when its KL rose, or its loss by more than two standard errors of the difference."""
+        """A source is worse when its KL or its loss rose by more than two standard errors of the difference."""
         kl, loss = start.by_source(chosen.kl - start.kl), start.by_source(chosen.loss - start.loss)
-        worse = [s for s in kl if not float(kl[s].mean()) <= 0 or not float(loss[s].mean()) <= NOISE * _error(loss[s])]
+        worse = [s for s in kl if _surely_risen(kl[s]) or not float(loss[s].mean()) <= NOISE * _error(loss[s])]
         return cls(Look(0, start), Look(steps, chosen), tuple(worse))
 
     @property
     def better(self) -> bool:
         """Whether the whole gained, and no source became worse."""
         return not self.worse and self.chosen.mean_kl < self.start.mean_kl
+
+
+def _surely_risen(rise: Tensor) -> bool:
+    """Whether KLs of the same windows rose by more than their noise; where that is not known, by anything."""
+    error = _error(rise)
+    return not float(rise.mean()) <= (NOISE * error if math.isfinite(error) else 0.0)
 
 
 def _error(values: Tensor) -> float:
@@ -131,10 +138,13 @@ class LossCurve:
 
     @property
     def best(self) -> Look:
-        """The start, or the last look that beat the best before it; no source has a higher KL than the start."""
+        """The start, or the last look that beat the best before it.
+
+        Its mean KL is not above the start's, and no source's by more than its noise.
+        """
         best = start = self.held_out[0]
         for look in self.held_out[1:]:
-            if look.gains_on(start) and look.beats(best):
+            if look.mean_kl <= start.mean_kl and look.gains_on(start) and look.beats(best):
                 best = look
         return best
 

@@ -126,8 +126,9 @@ def choose_plan(
         )  # fmt: skip
         if estimated.bytes <= memory_share:
             if "codes" in settings.tune and not plan.codes:
-                needed = min(other.bytes for other in tried if other.codes)
-                estimated = replace(estimated, without_codes=f"; codes stay: with them {needed / 1e9:.1f} GB")
+                needed = min((other.bytes for other in tried if other.codes), default=0)
+                why = f"with them {needed / 1e9:.1f} GB" if needed else "they are trained end to end only"
+                estimated = replace(estimated, without_codes=f"; codes stay: {why}")
             return estimated
         tried.append(estimated)
     least = min(tried, key=lambda plan: plan.bytes)

@@ -20,12 +20,12 @@ class HealSettings:
     tune: what is trained.
     """
 
-    steps: int = 150
+    steps: int = 300
     batch: int = 16
     length: int = 512
     lr: float = 5e-3
     code_lr: float = 1e-3
-    tune: tuple[Tune, ...] = ("scales",)
+    tune: tuple[Tune, ...] = ("scales", "codes")
     seed: int = 0
 
     def share_of_rate(self, step: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ from requant.heal.student import Student
 
 log = logging.getLogger(__name__)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+SMALL_STATE = 2**28  # bytes: a state up to that is saved after every look at held-out text
+STATE_BYTES_A_SECOND = 2**28  # written and synced to a plain disk
+SAVING_SHARE = 0.05  # of the time that training takes
 
 
 def _refuse_start(look: Look) -> None:
@@ -98,6 +102,7 @@ class Trainer:
         self.sources = tuple(sources) or (0,) * (choosing + judging)
         self.micro_batch = micro_batch or settings.batch
         self.captured = captured
+        self._saved_at = time.monotonic()
         self.optimizer = adamw(student, settings)
         self.best = [v.start() for v in student.trainable]
         self.curve = LossCurve()
@@ -178,7 +183,7 @@ class Trainer:
             self.curve.train.append(loss)
             if number + 1 in validated:
                 self.validate(number + 1)
-                if state:
+                if state and self._worth_saving():
                     self.save(state, key)
             if progress:
                 held = self.curve.held_out[-1].mean_kl
@@ -194,6 +199,11 @@ class Trainer:
         for vector, value in zip(self.student.trainable, values, strict=True):
             vector.adopt(value)
 
+    def _worth_saving(self) -> bool:
+        """Whether what a kill would cost by now is much more than what writing a large state takes."""
+        size = 3 * sum(v.offset.nbytes for v in self.student.trainable)  # the values and two moments
+        return size <= SMALL_STATE or time.monotonic() - self._saved_at > size / STATE_BYTES_A_SECOND / SAVING_SHARE
+
     def save(self, state: Path, key: str) -> None:
         """Write everything that a killed run needs to resume with the same numbers."""
         tensors: dict[str, Tensor] = {}
@@ -203,6 +213,7 @@ class Trainer:
             tensors |= {f"{name}.{i}": moments[name] for name in MOMENTS}
         on_host = {k: v.detach().cpu() for k, v in tensors.items()}
         save_tensors(state, on_host, {"key": key, "curve": self.curve.to_json()})
+        self._saved_at = time.monotonic()
 
     def restore(self, state: Path, key: str) -> int:
         """Load the state that `save` wrote for the same key.

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from requant.recipe.fields import AsTuple, Section, fail, unique
 from requant.recipe.text_sections import Data, Format, MixEntry
 
-MOST_TOKENS = 2**26  # that healing trains on: fifty times the default; they are packed in memory
+MOST_TOKENS = 2**26  # that healing trains on: 27 times the default; they are packed in memory
 
 
 def too_long(steps: int, batch: int, length: int) -> str | None:
@@ -26,7 +26,7 @@ def too_long(steps: int, batch: int, length: int) -> str | None:
 class Heal(Section):
     """How to heal. Without data and mix the text is the calibration's."""
 
-    steps: Annotated[int, Field(gt=0, le=100_000)] = Field(default=150, description="Steps of the optimizer.")
+    steps: Annotated[int, Field(gt=0, le=100_000)] = Field(default=300, description="Steps of the optimizer.")
     batch: Annotated[int, Field(gt=0, le=4096)] = Field(default=16, description="Windows a step.")
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=512, description="Tokens a window.")
     lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
@@ -36,7 +36,8 @@ class Heal(Section):
         default=0.001, description="Learning rate of codes: how far the value that is rounded may move in a step."
     )
     tune: Annotated[tuple[Literal["scales", "codes", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
-        default=("scales",), description="What moves; codes need the memory of 16 bytes a weight."
+        default=("scales", "codes"),
+        description="What moves. Codes take 16 bytes of memory a weight; where that is not there they stay.",
     )
     target: Literal["merged", "adapter"] = Field(
         default="merged", description="Whose predictions are imitated: the merged model's, or those of base + adapter."
@@ -73,7 +74,7 @@ class Heal(Section):
             fail((("mix",), "expected data or mix, got both"))
         if self.data is None and self.format != "auto":
             fail((("format",), "belongs to data: write it in the entries of mix, or remove it"))
-        if self.mode == "blocks" and "codes" in self.tune:
+        if self.mode == "blocks" and "codes" in self.tune and "tune" in self.model_fields_set:
             fail((("mode",), "codes are trained end to end only: use auto or whole, or leave codes out of tune"))
         if "code_lr" in self.model_fields_set and "codes" not in self.tune:
             fail((("code_lr",), "belongs to codes: add them to tune, or remove it"))

@@ -258,7 +258,7 @@ evaluate:
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
-# heal: auto                # auto | off | {{steps: 150, ...}}: distil the scales after quantizing; auto: on a GPU
+# heal: auto                # auto | off | {{steps: 300, ...}}: distil scales and codes after quantizing; auto: on a GPU
 #                           # {{tune: [scales, codes], steps: 300}}: the codes too; 16 bytes of memory a weight
 # chat_date: 2024-07-26    # default 2024-07-26; the day that chat templates write as today's
 # canaries: ./canaries.jsonl  # default none; lines of prompt and answer, asked of adapter, merged and quantized
