@@ -240,7 +240,7 @@ def heal_blocks(
     job = HealJob(
         source=path,
         teacher=bench.merged,
-        load_teacher=lambda: bench.model("merged"),
+        load_teacher=lambda _: bench.model("merged"),
         text=text,
         settings=settings,
         plan=HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro),

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.e2e import forks
+from requant.runtime import launch
+from requant.runtime.ranks import DistributedRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,3 +27,26 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def second(port: int) -> None:
+    """The other rank's process."""
+    os.environ.update(environment(1, port))
+    torch.set_num_threads(1)
+    launch.run_on_all_ranks(lambda: None)
+
+
+@contextmanager
+def two_ranks() -> Iterator[DistributedRanks]:
+    """This process and one more, waiting to be called."""
+    port = free_port()
+    child = forks().Process(target=second, args=(port,))
+    child.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment(0, port).items():
+            patch.setenv(key, value)
+        with launch.join_ranks() as joined:
+            yield joined
+            joined.dismiss()
+    child.join(60)
+    assert child.exitcode == 0

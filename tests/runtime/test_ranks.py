@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import pico
-from helpers.e2e import forks
-from helpers.ranks import environment, free_port
+from helpers.ranks import two_ranks
 from helpers.stagewise import assert_compared, assert_same_files, led, recorded
 from torch import Tensor
 
@@ -34,27 +32,10 @@ GRID = Grid(4, 32)
 CPU = torch.device("cpu")
 
 
-def second(port: int) -> None:
-    """The other rank's process."""
-    os.environ.update(environment(1, port))
-    torch.set_num_threads(1)
-    launch.run_on_all_ranks(lambda: None)
-
-
 @pytest.fixture(scope="module")
 def two() -> Iterator[DistributedRanks]:
-    """This process and one more, waiting to be called."""
-    port = free_port()
-    child = forks().Process(target=second, args=(port,))
-    child.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment(0, port).items():
-            patch.setenv(key, value)
-        with launch.join_ranks() as joined:
-            yield joined
-            joined.dismiss()
-    child.join(60)
-    assert child.exitcode == 0
+    with two_ranks() as joined:
+        yield joined
 
 
 def windows(count: int = 8, seed: int = 3) -> Tensor:

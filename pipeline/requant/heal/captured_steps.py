@@ -22,16 +22,21 @@ class CapturedSteps:
 
     def __init__(self, loss: EndToEndLoss) -> None:
         self.loss, self.student, self.device = loss, loss.student, loss.device
+        self._windows = 0  # in a captured call
         self._gradient: Callable[..., Any] | None = None
         self._refresh: Callable[[], Any] | None = None
 
     def add_gradient(self, numbers: Sequence[int], count: int) -> float:
         """Add the gradient of the loss of these of `count` windows; returns their share of the loss.
 
-        Every call has as many windows, of as many; before the first one all gradients are zero.
+        `count` is the same in every call; before the first one all gradients are zero. Another number of windows than
+        in the first call runs kernel by kernel.
         """
         inputs = self.loss.inputs(numbers)
+        if self._windows not in (0, len(numbers)):
+            return float(self._add(count, *inputs))
         if self._gradient is None:
+            self._windows = len(numbers)
             with one_sequence_a_window():
                 self._gradient = captured(partial(self._add, count), *inputs, device=self.device)
             for vector in self.student.trainable:  # what the runs before the capture have added

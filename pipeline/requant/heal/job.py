@@ -21,13 +21,14 @@ class HealJob:
     """What is healed, towards what, on which text and how.
 
     source: a GPTQ checkpoint. teacher: the 16-bit checkpoint that it was made from; block by block it is the teacher.
-    load_teacher: loads the model that a student trained end to end imitates. work: a directory for the state that a
-    killed run resumes from. key: digest of everything that the result depends on.
+    load_teacher: loads the model that a student trained end to end imitates onto a device; it can be pickled where
+    several ranks heal. work: a directory for the state that a killed run resumes from. key: digest of everything that
+    the result depends on.
     """
 
     source: Path
     teacher: Path
-    load_teacher: Callable[[], Any]
+    load_teacher: Callable[[torch.device], Any]
     text: HealingText
     settings: HealSettings
     plan: HealPlan

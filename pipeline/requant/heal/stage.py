@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -38,6 +38,7 @@ from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, produc
 from requant.heal.trainer import Trainer
 from requant.modeling import skeleton, stacked_experts
 from requant.runtime.device import free_memory
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.reference_states import prove
 
 log = logging.getLogger(__name__)
@@ -69,12 +70,18 @@ class HealResult(BlockFacts, ScaleChanges, CurveFacts):
 
 
 def heal(
-    job: HealJob, out: str | Path, *, meta: Mapping[str, Any] | None = None, progress: Progress | None = None
+    job: HealJob,
+    out: str | Path,
+    *,
+    meta: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> HealResult:
-    """Heal the GPTQ checkpoint `job.source` into the existing, empty directory `out`.
+    """Heal the GPTQ checkpoint `job.source` into the existing, empty directory `out`; the first rank calls this.
 
     Returns facts for the report.
-    meta: added to `meta` of the quantization config of a checkpoint that was changed.
+    meta: added to `meta` of the quantization config of a checkpoint that was changed. ranks: end to end they share the
+    windows of every step; block by block the first one heals alone.
 
     Raises:
         InputError: `job.source` is no GPTQ checkpoint, or of another model than `job.teacher`.
@@ -85,7 +92,7 @@ def heal(
     make_directory(job.work)
     blocks: BlockFacts = {}
     if job.plan.mode == "whole":
-        values, curve = _heal_whole(job, progress)
+        values, curve = ranks.call(heal_whole, job, first_rank_only={"progress": progress})
     else:
         values, curve, blocks["blocks"] = blockwise.heal_blocks(job, progress)
     healed = curve.gained
@@ -111,9 +118,12 @@ def heal(
     }
 
 
-def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tensor], LossCurve]:
-    """Heal end to end; returns the best values by stored name."""
-    teacher = _teacher(job, progress)
+def heal_whole(
+    job: HealJob, *, progress: Progress | None = None, ranks: Ranks = SINGLE_PROCESS
+) -> tuple[dict[str, Tensor], LossCurve]:
+    """Heal end to end, on every rank; returns the best values by stored name, the same on all of them."""
+    job = replace(job, device=ranks.device_of(job.device))
+    teacher = _teacher(job, progress, ranks)
     trained = student.load(
         job.source,
         device=job.device,
@@ -136,26 +146,27 @@ def _heal_whole(job: HealJob, progress: Progress | None) -> tuple[dict[str, Tens
         sources=job.text.held_out_sources,
         micro_batch=job.plan.micro_batch,
         captured=CapturedSteps(loss) if job.plan.captured else None,
+        ranks=ranks,
     )
     curve = trainer.run(job.work / STATE, f"{job.key} {'+'.join(job.tune)}", progress)
     return trained.values(), curve
 
 
-def _teacher(job: HealJob, progress: Progress | None) -> Teacher:
+def _teacher(job: HealJob, progress: Progress | None, ranks: Ranks) -> Teacher:
     """The resident teacher, or a stored one.
 
-    A stored teacher's hidden states are in `job.work`; its model is released after they are written.
+    A stored teacher's hidden states are in `job.work`, written by the first rank; its model is released after that.
     """
     windows, device = job.text.windows, job.device
     if job.plan.teacher_resident:
-        return ResidentTeacher(job.load_teacher(), windows, device)
+        return ResidentTeacher(job.load_teacher(device), windows, device)
     file, digest = job.work / "teacher.safetensors", f"{job.key}:{job.text.digest}"
-    if read_state(file, functools.partial(prove, digest=digest)):
-        return StoredTeacher(file, length=job.text.length, digest=digest, device=device)
-    resident = ResidentTeacher(job.load_teacher(), windows, device)
-    store_teacher(resident, file, digest=digest, batch=job.plan.micro_batch, progress=progress)
-    del resident
-    free_memory(device)
+    if ranks.first and not read_state(file, functools.partial(prove, digest=digest)):
+        resident = ResidentTeacher(job.load_teacher(device), windows, device)
+        store_teacher(resident, file, digest=digest, batch=job.plan.micro_batch, progress=progress)
+        del resident
+        free_memory(device)
+    ranks.all(holds=True)  # all wait for the first one
     return StoredTeacher(file, length=job.text.length, digest=digest, device=device)
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from requant.heal.curve import Judgement, Look, LossCurve, Windows
 from requant.heal.job import Progress
 from requant.heal.settings import HealSettings
 from requant.heal.student import Student
+from requant.heal.trainable import Trainable
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
@@ -90,18 +92,20 @@ class Trainer:
         sources: Sequence[int] = (),
         micro_batch: int | None = None,
         captured: CapturedSteps | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         """Windows 0 .. train-1 are trained on, the next `choosing` choose a step, the next `judging` judge it.
 
         sources: the source of each of the latter; without: one. micro_batch: windows in one forward pass; None: a
-        whole batch. captured: of the same loss and student, where the steps run as CUDA graphs.
+        whole batch. captured: of the same loss and student, where the steps run as CUDA graphs. ranks: share the
+        windows of every step and of every look; each makes the same steps of its own student.
         """
         self.student, self.loss, self.measure, self.settings = student, loss, measure, settings
         self.train, self.choosing = train, range(train, train + choosing)
         self.judging = range(self.choosing.stop, self.choosing.stop + judging)
         self.sources = tuple(sources) or (0,) * (choosing + judging)
         self.micro_batch = micro_batch or settings.batch
-        self.captured = captured
+        self.captured, self.ranks = captured, ranks
         self._saved_at = time.monotonic()
         self.optimizer = adamw(student, settings)
         self.best = [v.start() for v in student.trainable]
@@ -113,9 +117,11 @@ class Trainer:
         A loss that is not finite changes nothing.
         """
         self.optimizer.zero_grad(set_to_none=False)
-        total = 0.0
-        for at in range(0, len(chosen), self.micro_batch):
-            total += self._add_gradient(chosen[at : at + self.micro_batch], len(chosen))
+        own, total = chosen[self.ranks.share(len(chosen))], 0.0
+        for at in range(0, len(own), self.micro_batch):
+            total += self._add_gradient(own[at : at + self.micro_batch], len(chosen))
+        (total,) = self.ranks.sum([total])
+        self.ranks.all_reduce((), [v.offset.grad for v in self.student.trainable if v.offset.grad is not None], (0,))
         if math.isfinite(total):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * self.settings.share_of_rate(number)
@@ -134,9 +140,10 @@ class Trainer:
     @torch.no_grad()
     def look(self, numbers: range) -> Windows:
         """KL and loss of held-out windows."""
-        size = self.micro_batch
-        parts = [self.measure(numbers[i : i + size]) for i in range(0, len(numbers), size)]
-        kl, loss = (torch.cat(each) for each in zip(*parts, strict=True))
+        own, size = numbers[self.ranks.share(len(numbers))], self.micro_batch
+        parts = [self.measure(own[i : i + size]) for i in range(0, len(own), size)]
+        every = [part for of_rank in self.ranks.all_gather_objects(parts) for part in of_rank]
+        kl, loss = (torch.cat(each) for each in zip(*every, strict=True))
         return Windows(kl, loss, [self.sources[n - self.train] for n in numbers])
 
     def validate(self, done: int) -> None:
@@ -158,7 +165,7 @@ class Trainer:
 
         The student ends with its best values.
         """
-        begin = self.restore(state, key) if state else 0
+        begin = self._begin(state, key)
         with deterministic(self.student.trainable[0].offset.device):
             if not self.curve.held_out:
                 self.validate(0)
@@ -169,6 +176,30 @@ class Trainer:
                 _refuse_start(self.curve.judged.start)
         self._set(self.best)
         return self.curve
+
+    def _begin(self, state: Path | None, key: str) -> int:
+        """The number of steps that are done: the first rank restores them, all ranks go on from its values."""
+        begin = self.restore(state, key) if state and self.ranks.first else 0
+        begin, curve = self.ranks.broadcast((begin, self.curve.to_json() if begin else ""))
+        if begin and not self.ranks.first:
+            self.curve = LossCurve.from_json(curve)
+            for vector in self.student.trainable:
+                moments = {n: torch.empty_like(vector.offset) for n in MOMENTS[1:]}
+                self._put_moments(vector, torch.tensor(float(begin)), moments)
+        for i, vector in enumerate(self.student.trainable):
+            moved = [self.optimizer.state[vector.offset][n] for n in MOMENTS[1:]] if begin else []
+            for tensor in (vector.offset, self.best[i], *moved):
+                self.ranks.broadcast_tensor(tensor)
+        if self.ranks.count > 1:
+            self.student.refresh()
+        return begin
+
+    def _put_moments(self, vector: Trainable, step: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """Give the optimizer what it knows of a vector."""
+        on_device = self.optimizer.defaults.get("fused")
+        self.optimizer.state[vector.offset] = {MOMENTS[0]: step.to(vector.offset.device) if on_device else step} | {
+            name: moments[name] for name in MOMENTS[1:]
+        }
 
     def _steps(self, begin: int, state: Path | None, key: str, progress: Progress | None) -> None:
         """The steps from `begin` on, with looks at held-out text, until all are done or the curve says why not."""
@@ -183,7 +214,7 @@ class Trainer:
             self.curve.train.append(loss)
             if number + 1 in validated:
                 self.validate(number + 1)
-                if state and self._worth_saving():
+                if state and self.ranks.first and self._worth_saving():
                     self.save(state, key)
             if progress:
                 held = self.curve.held_out[-1].mean_kl
@@ -227,10 +258,8 @@ class Trainer:
         for i, vector in enumerate(self.student.trainable):
             vector.offset.detach().copy_(tensors[f"offset.{i}"])
             self.best[i] = tensors[f"best.{i}"].to(vector.offset.device)
-            on_device = MOMENTS if self.optimizer.defaults.get("fused") else MOMENTS[1:]
-            self.optimizer.state[vector.offset] = {
-                n: tensors[f"{n}.{i}"].to(vector.offset.device if n in on_device else "cpu") for n in MOMENTS
-            }
+            moments = {n: tensors[f"{n}.{i}"].to(vector.offset.device) for n in MOMENTS[1:]}
+            self._put_moments(vector, tensors[f"{MOMENTS[0]}.{i}"], moments)
         self.student.refresh()
         return len(self.curve.train)
 

@@ -68,7 +68,7 @@ def heal_checkpoint(
         job = HealJob(
             source=checkpoint,
             teacher=teacher,
-            load_teacher=lambda: variants.teacher("merged", sources, device=device, stored=_dtype(teacher)),
+            load_teacher=lambda on: variants.teacher("merged", sources, device=on, stored=_dtype(teacher)),
             text=text,
             settings=settings,
             plan=plan,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from typing import Any, Literal
+
+import torch
 
 from requant import __version__, deploy, heal
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
+from requant.evaluate.variants import VariantSources
 from requant.heal.job import HealJob
 from requant.numerics.dtypes import DTYPES
 from requant.run.context import RunContext
@@ -31,7 +36,7 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
     job = HealJob(
         source=sources.gptq,
         teacher=sources.merged,
-        load_teacher=lambda: variants.teacher(target, sources, device=device, stored=stored),
+        load_teacher=partial(_teacher, target, sources, stored),
         text=asked.text,
         settings=asked.settings,
         plan=plan,
@@ -40,7 +45,9 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
         key=key,
         trust_remote_code=sources.trust_remote_code,
     )
-    facts = heal.heal(job, out, meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress)
+    facts = heal.heal(
+        job, out, meta={"healer": [f"requant:{__version__}"]}, progress=context.watcher.progress, ranks=context.ranks
+    )
     proof = deploy.verify(
         out, source=sources.merged, deploy=context.prepared.quantize.served_as("gptq", asked.deploy), own_device=device,
         trust_remote_code=sources.trust_remote_code, doing=context.watcher.doing,
@@ -48,3 +55,10 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "heal", "requant": __version__})
     return {**facts, "data": asked.facts["data"], "target": target, "verify": proof.facts()}
+
+
+def _teacher(
+    target: Literal["merged", "adapter"], sources: VariantSources, stored: torch.dtype | None, device: torch.device
+) -> Any:
+    """The model that is imitated, on a rank's device."""
+    return variants.teacher(target, sources, device=device, stored=stored)
