@@ -1,4 +1,7 @@
-"""Steps as CUDA graphs: the numbers of launched kernels, resumed too; models that cannot be captured run without."""
+"""Steps as CUDA graphs: the numbers of launched kernels, resumed too.
+
+Models that cannot be captured run without.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing over two ranks: the numbers of one, resumed under one or two, however windows divide."""
+"""Healing over two ranks: the numbers of one, also resumed, however windows divide."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from requant_eval.scoring.lm_head import Head
 CPU = torch.device("cpu")
 LENGTH = 24
 WHOLE = HealPlan(mode="whole", teacher_resident=True, recompute=False, micro_batch=4)
-SETTINGS = HealSettings(steps=12, batch=4, length=LENGTH, lr=5e-3)
+SETTINGS = HealSettings(steps=12, batch=4, length=LENGTH, lr=5e-3, tune=("scales",))
 
 
 def quantized(path: Path, kind: str = "llama", *, grid: Grid = Grid(3, 32), **changes: Any) -> tuple[Path, Path]:  # noqa: B008
@@ -615,12 +615,13 @@ def test_the_mode_follows_the_memory() -> None:
     assert size.quantized == 6_979_321_856
     text = HealingText(torch.zeros(2432, 512, dtype=torch.int64), 32)
     asked: dict[str, Any] = {"device": torch.device("cuda"), "rate": 5e14}
-    found = [choose_plan(size, HealSettings(), text, free=gb * 10**9, **asked) for gb in (160, 78, 23, 9)]
+    scales = HealSettings(tune=("scales",))
+    found = [choose_plan(size, scales, text, free=gb * 10**9, **asked) for gb in (160, 78, 23, 9)]
     assert [f.mode for f in found] == ["whole", "whole", "whole", "blocks"]
     assert [f.teacher_resident for f in found] == [True, True, False, False]
     assert all(f.bytes <= 0.85 * gb * 10**9 for f, gb in zip(found, (160, 78, 23, 9), strict=True))
     with pytest.raises(InputError, match=r"healing needs at least [0-9.]+ GB \(blocks\), cuda has 0\.5 GB free"):
-        choose_plan(size, HealSettings(), text, free=5 * 10**8, **asked)
+        choose_plan(size, scales, text, free=5 * 10**8, **asked)
     assert "block by block" in str(found[3])
 
 

@@ -121,7 +121,7 @@ def test_all_problems_at_once_in_file_order() -> None:
             "heal: {tune: [codes], mode: blocks}",
             "11: heal.mode: codes are trained end to end only: use auto or whole, or leave codes out of tune",
         ),
-        ("heal: {code_lr: 0.01}", "11: heal.code_lr: belongs to codes: add them to tune, or remove it"),
+        ("heal: {tune: [scales], code_lr: 0.01}", "11: heal.code_lr: belongs to codes: add them to tune, or remove it"),
         ("heal: {tune: [scales, scales]}", "11: heal.tune.1: scales is already in the list"),
         ("heal: {format: chat}", "11: heal.format: belongs to data: write it in the entries of mix, or remove it"),
         (

@@ -11,7 +11,8 @@ FAR = 80.0  # nats; e^80 is still far from fp32's end
 def kl_divergence(log_r: Tensor, log_p: Tensor, *, waits: bool = True) -> Tensor:
     """KL(R || P), nats, of each row of fp32 log-probabilities [n, vocab]: float64 [n].
 
-    waits: asks first whether any difference is far, which saves work and waits for the device; the numbers are the same.
+    waits: asks first whether any difference is far, which saves work and waits for the device. The numbers are the
+    same.
 
     Summed in fp64 as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
     term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7. A logit may be

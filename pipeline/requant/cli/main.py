@@ -189,9 +189,7 @@ def heal(
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Windows a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, max=131072, help="Tokens a window.")] = 512,
     lr: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Of scales and norms.")] = 0.005,
-    codes: Annotated[
-        bool, typer.Option("--codes/--no-codes", help="Train the codes too: 16 bytes of memory a weight.")
-    ] = True,
+    codes: Annotated[bool, typer.Option(help="Train the codes too: 16 bytes of memory a weight.")] = True,
     code_lr: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Of codes, in codes.")] = 0.001,
     norms: Annotated[bool, typer.Option("--norms", help="Train the norm weights too.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,

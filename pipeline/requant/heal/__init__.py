@@ -11,6 +11,7 @@
     teacher       the 16-bit model: resident beside the student, or its stored hidden states
     kl_loss       KL divergence from the teacher, a chunk of positions at a time
     end_to_end    the loss of a whole student
+    captured_steps steps of small models as CUDA graphs
     curve         looks at held-out windows by source, which step is best, whether a file gained
     curve_facts   what held-out text says, for the report
     changes       how far scales moved, how many codes changed

@@ -1,4 +1,7 @@
-"""Gradient and rounding of a student's steps as CUDA graphs: small models wait for launches more than for the GPU."""
+"""Gradient and rounding of a student's steps as CUDA graphs.
+
+Small models wait for launches more than for what is launched.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,10 @@ class CapturedSteps:
 
 @contextmanager
 def one_sequence_a_window() -> Iterator[None]:
-    """Context in which transformers takes every window for one sequence, as it is, without waiting for its positions."""
+    """Context in which transformers takes every window for one sequence, as it is.
+
+    It would wait for the positions to find that out.
+    """
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

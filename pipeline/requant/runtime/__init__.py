@@ -5,6 +5,7 @@
     launch            one command on all ranks that a launcher such as torchrun started
     signals           SIGTERM and SIGHUP as Ctrl-C
     guarded_process   a stranger's program within limits of time and memory
+    cuda_graph        work on fixed shapes as one launch
     pinned_memory     page-locked host memory that is used again, and copies through it
     interpreter       thread switch interval and garbage collector while a GPU works
     measurements      seconds, peak memory and hardware of a stage

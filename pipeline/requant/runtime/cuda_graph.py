@@ -1,4 +1,7 @@
-"""Work on tensors of fixed shapes as a CUDA graph: one launch, where thousands take longer than what they launch."""
+"""Work on tensors of fixed shapes as a CUDA graph.
+
+One launch, where thousands take longer than what they launch.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ class CudaGraph:
 
 
 def captured(function: Callable[..., Any], *inputs: Tensor, device: torch.device) -> Callable[..., Any]:
-    """The function as a CUDA graph; itself where it cannot be captured. It may have run some times before this returns."""
+    """The function as a CUDA graph; itself where it cannot be captured.
+
+    It may have run some times before this returns.
+    """
     try:
         return CudaGraph(function, *inputs, device=device)
     except RuntimeError as error:
