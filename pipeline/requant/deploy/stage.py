@@ -62,8 +62,7 @@ def verify(
     for engine in load_in:
         engine_processes.require(engine)
     engines = list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
-    done, device = Verification(path=path), device or torch.device("cpu")
-    original = None if source is None else _in_16_bit(Path(source))
+    done, device, original = Verification(path=path), device or torch.device("cpu"), _in_16_bit(source)
     doing("content of the files, names, shapes and configs")
     try:
         headers = check_headers.check(path, trust_remote_code=trust_remote_code)
@@ -108,10 +107,10 @@ def _unreadable(path: Path, error: InputError) -> Finding:
     return Finding(where, reason) if reason else Finding("checkpoint", text)
 
 
-def _in_16_bit(source: Path) -> Checkpoint:
-    """The model that was quantized; InputError for one that is quantized itself."""
-    checkpoint = Checkpoint(source)
-    if checkpoint.quantization:
+def _in_16_bit(source: str | Path | None) -> Checkpoint | None:
+    """The model that was quantized, if it is given; InputError for one that is quantized itself."""
+    checkpoint = Checkpoint(Path(source)) if source is not None else None
+    if checkpoint and checkpoint.quantization:
         raise InputError(f"{source}: is quantized itself: compare with the 16-bit model that was quantized")
     return checkpoint
 
