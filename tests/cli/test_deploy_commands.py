@@ -114,7 +114,8 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
     assert lines[0] == "converted  14 linears, each decodes to exactly what its source does"
     assert re.fullmatch(r"size       0\.\d MB of tensors, 0\.\d MB before", lines[1])
     assert lines[-1] == "done: ct"
-    assert (tmp_path / "ct" / "README.md").read_bytes() == (finished / "gptq" / "README.md").read_bytes()
+    card, before = ((path / "README.md").read_text() for path in (tmp_path / "ct", finished / "gptq"))
+    assert card.replace(card[card.index("> The files here") : card.index("# pico")], "") == before
     assert here("verify", "ct", "--against", str(finished / "merged")) == 0
     assert here("convert", str(finished), "--to", "compressed-tensors", "-o", "ct") == 2
     assert here.err.splitlines()[-1] == "error: ct: exists: nothing is overwritten; choose another --out"

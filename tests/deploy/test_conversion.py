@@ -81,11 +81,14 @@ def test_every_setting_there_and_back(source: Path, tmp_path: Path, grid: Grid) 
 def test_settings_of_modules_tokenizer_and_card_come_along(source: Path, tmp_path: Path) -> None:
     overrides = (("*.down_proj", {"bits": 8, "symmetric": False}), ("*.layers.1.self_attn.*", None))
     pico.packed(source, tmp_path / "gptq", Grid(3, 64), overrides=overrides, dtype=torch.bfloat16, max_bytes=2 * 10**4)
-    (tmp_path / "gptq" / "README.md").write_text("# a card")
+    (tmp_path / "gptq" / "README.md").write_text("---\ntags: [gptq]\n---\n# a card")
     convert(tmp_path / "gptq", tmp_path / "ct", CT)
     assert_same(tmp_path / "gptq", tmp_path / "ct")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "ct" / name).read_bytes() == (tmp_path / "gptq" / name).read_bytes()
+    card = (tmp_path / "ct" / "README.md").read_text()
+    assert card.startswith("---\ntags: [gptq]\n---\n> The files here are in the format compressed-tensors. ")
+    assert card.endswith("\n\n# a card")
     done = deploy.verify(tmp_path / "ct", source=source)
     assert done.ok, done.message()
     assert done.linears == 10

@@ -6,6 +6,7 @@ linear is in memory at a time. What was written is read back and compared with i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from requant import __version__
 from requant.checkpoint.artifact import new_directory
-from requant.checkpoint.atomic_write import copy_file
+from requant.checkpoint.atomic_write import copy_file, write_text
 from requant.checkpoint.model_files import VOCABULARY
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
@@ -32,6 +33,11 @@ from requant.quantize.gptq_files import write_small_files
 
 Progress = Callable[[int, int, str], None]
 Decode = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor, Tensor]]
+NOTE = (
+    "> The files here are in the format {}. `requant convert` made them of the checkpoint that this card describes, "
+    "whose codes, scales and zero points they hold. Commands below that load it are for that one."
+)
+FRONT_MATTER = re.compile(r"---\n.*?\n---\n+", re.DOTALL)
 CARDS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _SHOWN = 5  # findings in a message
 
@@ -173,15 +179,26 @@ def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:
         damp=damp if isinstance(damp, float) else 0.01,
         meta={**(meta if isinstance(meta, Mapping) else {}), "converter": [f"requant:{__version__}"]},
     )
-    copy_cards(source, out)
+    copy_cards(source, out, planned.plan.format.name)
 
 
-def copy_cards(source: Path, out: Path) -> None:
-    """Copy the model card and licences."""
+def copy_cards(source: Path, out: Path, to: str) -> None:
+    """Copy the model card and licences; the card says first that these files are in the format `to`."""
     for pattern in CARDS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 copy_file(file, out / file.name)
+    card = out / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        write_text(card, with_note(text, NOTE.format(to)))
+
+
+def with_note(card: str, note: str) -> str:
+    """A model card with a paragraph after its front matter."""
+    front = FRONT_MATTER.match(card)
+    end = front.end() if front else 0
+    return f"{card[:end]}{note}\n\n{card[end:]}"
 
 
 def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_code: bool) -> None:

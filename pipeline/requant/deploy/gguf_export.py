@@ -86,7 +86,7 @@ def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress
         with writing(made):
             _write(made, tensors, planned, config, family, source, step)
         _compare(done, made, tensors, step)
-        copy_cards(source, partial / "out")
+        copy_cards(source, partial / "out", FORMAT)
     return done
 
 
