@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -37,8 +38,10 @@ def missing(adapter: Adapter, plan: MergePlan, model: Any) -> list[str]:
     modules, trained tokens and pairs of stacked experts that the settings name.
     """
     trained = [*adapter.folds, *(pair.module for pair in adapter.expert_pairs)]
-    here = {module: _located(plan, model, module) for module in trained}
-    saved = {_located(plan, model, name.rpartition(".")[0]) for name in adapter.replaced}
+    known = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    located = partial(_located, plan, model, known, stems(known))
+    here = {module: located(module) for module in trained}
+    saved = {located(name.rpartition(".")[0]) for name in adapter.replaced}
     notes = []
     untrained_towers = _towers_of_a_text_class(here, model)
     lost = [m for m in _targets(adapter, here, model) if m not in here.values() and not m.startswith(untrained_towers)]
@@ -202,14 +205,13 @@ class _TrainedNames:
         return name
 
 
-def _located(plan: MergePlan, model: Any, module: str) -> str:
-    """The model's name of a module that the adapter names."""
-    known = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+def _located(plan: MergePlan, model: Any, known: Set[str], known_stems: Mapping[str, set[str]], module: str) -> str:
+    """The model's name of a module that the adapter names. known: the model's modules that have parameters."""
     module = plan.renamed_modules.get(module, module)
     if module not in known:
-        module = locate(module, known, stems(known))
+        module = locate(module, known, known_stems)
     if module not in known:
-        module = locate(skeleton.renamed(model, f"{module}.weight").removesuffix(".weight"), known, stems(known))
+        module = locate(skeleton.renamed(model, f"{module}.weight").removesuffix(".weight"), known, known_stems)
     return module
 
 
