@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,10 +55,17 @@ def _report(run: Path) -> dict[str, Any]:
     return dict(leaves(json.loads(OUTPUT.sub("", (run / "report.json").read_text()))))
 
 
-def difference(run: Path, reference: Path, *, gates: bool = True, keys: bool = True) -> str:
+def _alike(one: Any, other: Any, digits: float) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or math.isclose(one, other, rel_tol=digits, abs_tol=digits)
+    return bool(one == other)
+
+
+def difference(run: Path, reference: Path, *, gates: bool = True, keys: bool = True, digits: float = 0.0) -> str:
     """What a run's directory has other than the reference; "" when it is the same.
 
-    gates: of the same recipe. keys: of the same inputs, whose digests make the keys in the manifests.
+    gates: of the same recipe. keys: of the same inputs, whose digests make the keys in the manifests. digits: relative
+    difference that numbers of the report may have.
     """
     mine, theirs = digests(run), digests(reference)
     left = [n for n in mine if any(LEFTOVERS.search(part) for part in Path(n).parts)]
@@ -71,6 +79,8 @@ def difference(run: Path, reference: Path, *, gates: bool = True, keys: bool = T
     if other:
         return f"other bytes: {other[0]}"
     reports = [_report(d) for d in (run, reference)]
-    other = [k for k in reports[0].keys() | reports[1].keys() if reports[0].get(k) != reports[1].get(k)]
+    other = [
+        k for k in reports[0].keys() | reports[1].keys() if not _alike(reports[0].get(k), reports[1].get(k), digits)
+    ]
     other = [k for k in sorted(other) if gates or not k.startswith(("/headline", "/facts/recipe"))]
     return f"report differs: {other[0]} = {reports[0].get(other[0])!r:.60}" if other else ""

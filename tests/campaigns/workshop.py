@@ -214,11 +214,14 @@ class Workshop:
         layer.close()
         return end
 
-    def resumed(self, runs: Path) -> tuple[End, str]:
-        """Run to the end what was interrupted: its end, and why it is not as the undisturbed run, or ""."""
+    def resumed(self, runs: Path, *, digits: float = 0.0) -> tuple[End, str]:
+        """Run to the end what was interrupted: its end, and why it is not as the undisturbed run, or "".
+
+        digits: as of `same_run.difference`.
+        """
         end = self.requant.run(self.run_of(runs))
         cause = verdicts.fault_of(end) or (f"not resumed: {end.code}" if end.code else "")
-        return end, cause or same_run.difference(runs / "pico", self.finished)
+        return end, cause or same_run.difference(runs / "pico", self.finished, digits=digits)
 
     def fresh(self, name: str) -> Path:
         """An empty folder for one case."""
