@@ -30,6 +30,7 @@ from requant.formats.registry import FORMATS
 from requant.formats.stored_reader import StoredReader
 from requant.modeling import skeleton
 from requant.quantize.gptq_files import write_small_files
+from requant_eval.regular_files import read_bytes
 
 Progress = Callable[[int, int, str], None]
 Decode = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -190,7 +191,7 @@ def copy_cards(source: Path, out: Path, to: str) -> None:
                 copy_file(file, out / file.name)
     card = out / "README.md"
     if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
+        text = read_bytes(card).decode(errors="replace")
         write_text(card, with_note(text, NOTE.format(to)))
 
 
