@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -194,3 +195,14 @@ def test_a_small_parquet_file_of_much_text_is_refused(tmp_path: Path, monkeypatc
     assert (tmp_path / "a.parquet").stat().st_size < 10**4
     with pytest.raises(InputError, match="its rows are larger than"):
         read_rows(TextSource(path=tmp_path / "a.parquet"))
+
+
+def test_a_large_file_of_plain_text_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text packs to a third or a tenth, and what it unpacks to is as far above the limit as its own size allows."""
+    monkeypatch.setattr(text_files, "LARGEST_PACKED", 1000)
+    rows = [{"text": hashlib.sha256(b"%d" % i).hexdigest()} for i in range(500)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    assert len(data) > 30 * 1000
+    assert read(tmp_path / "a.jsonl.gz", gzip.compress(data)) == rows
+    with pytest.raises(InputError, match=r"unpacks to more than 0 MB"):
+        read(tmp_path / "b.jsonl.gz", gzip.compress(json.dumps({"text": "x" * 10**5}).encode()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from requant.errors import InputError
 from requant_eval.regular_files import open_regular
 
 LARGEST = 4 * 10**9  # bytes that are read of a file; its rows are held in memory
-LARGEST_PACKED = 10**8  # bytes that are read of what a .gz file unpacks to, which its size does not say
+LARGEST_PACKED = 10**8  # bytes that are read of what a .gz file unpacks to, however small it is
+MOST_TIMES = 20  # its own size are read of a larger one: text packs to a third or a tenth, a bomb to a thousandth
 _AT_ONCE = 2**18
 
 
@@ -41,7 +43,10 @@ class _Bounded(io.RawIOBase):
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path, self.packed = path, path.suffix == ".gz"
         self.content: Any = gzip.GzipFile(fileobj=file) if self.packed else file
-        self.left = LARGEST_PACKED if self.packed else LARGEST
+        self.most = LARGEST
+        if self.packed:
+            self.most = min(LARGEST, max(LARGEST_PACKED, MOST_TIMES * os.fstat(file.fileno()).st_size))
+        self.left = self.most
 
     def readable(self) -> bool:
         return True
@@ -56,7 +61,7 @@ class _Bounded(io.RawIOBase):
             return got
         if self.packed:
             raise InputError(
-                f"{self.path}: unpacks to more than {LARGEST_PACKED / 1e6:.0f} MB: set data.documents to use the first "
+                f"{self.path}: unpacks to more than {self.most / 1e6:.0f} MB: set data.documents to use the first "
                 "ones, or unpack it"
             )
         raise InputError(
