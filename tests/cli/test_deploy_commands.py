@@ -124,6 +124,14 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
     assert here("convert", str(finished), "--to", "gguf", "-o", "for-llama") == 0
     assert here.out.splitlines()[0] == "converted  14 linears, each decodes to exactly what its source does"
     assert sorted(p.name for p in (tmp_path / "for-llama").iterdir()) == ["README.md", "model-Q4_0.gguf"]
+    assert here("verify", "for-llama", "--against", str(finished)) == 0
+    assert "weights    each decodes to its source's, exactly" in here.out
+    assert here("verify", "for-llama/model-Q4_0.gguf") == 0
+    assert "structure  21 tensors, 14 packed linears, 4.50 bits a weight" in here.out
+    assert here("verify", "for-llama", "--with", "vllm") == 2
+    assert here.err.splitlines()[-1] == "--with vllm: does not read GGUF files"
+    assert here("verify", "none.gguf") == 2
+    assert here.err.splitlines()[-1] == "error: none.gguf: no such file"
     assert here("convert", "nothing", "--to", "gptq", "-o", "new") == 2
     assert here.err.splitlines()[-1] == "error: nothing: no such model directory"
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.e2e import one_thread, recipe, run, times
+from helpers.e2e import copied, one_thread, recipe, run, times
 
 from requant.checkpoint.artifact import changed_files, read_manifest
 from requant.deploy import hub_upload
+from requant.deploy.gguf_verification import verify_gguf
 from requant.errors import InputError
 from requant.formats.registry import open_quantized
 from requant.run import prepare
@@ -45,13 +46,78 @@ def test_a_run_writes_its_codes_in_every_format(finished: Path, project: Path, r
     assert "pip install compressed-tensors" in card
     assert "pip install gptqmodel" not in card
     assert "pip install gptqmodel optimum" in (out.path / "gptq" / "README.md").read_text()
-    sizes = json.loads((out.path / "report.json").read_text())["facts"]["cost"]["bytes"]
+    facts = json.loads((out.path / "report.json").read_text())["facts"]
+    sizes, formats = facts["cost"]["bytes"], facts["formats"]
+    assert formats[CT]["directory"] == CT
+    assert formats["gptq"]["directory"] == "gptq"
+    assert formats["gptq"]["made_from"] is None
+    assert formats[CT]["made_from"] == "gptq"
+    assert {name: found["bytes"] for name, found in formats.items()} == {name: sizes[name] for name in formats}
+    assert "gptqmodel" in formats["gptq"]["read_by"]
+    assert "gptqmodel" not in formats[CT]["read_by"]
+    assert formats[CT]["largest_rounding"] == 0
+    assert 4.5 < formats[CT]["bits_per_weight"] < formats["gptq"]["bits_per_weight"], "without g_idx"
+    assert "| compressed-tensors |" in (out.path / "report.md").read_text()
+    assert "every weight against gptq/: exactly" in card
     assert sizes[CT] == sum(f.stat().st_size for f in made.glob("*.safetensors"))
     assert {name for name, _ in hub_upload.plan_upload(made, "ann/model").files} >= {"config.json", "README.md"}
     assert run(project, ran, asked).ran == []
     shutil.rmtree(made)
     assert run(project, ran, asked).ran == [CT, "report"]
     assert not [p for p in out.path.iterdir() if p.name.startswith(f".{CT}")]
+
+
+@pytest.mark.slow
+def test_a_run_writes_a_gguf_file(finished: Path, project: Path, ran: Path, tmp_path: Path) -> None:
+    asked = {"output.formats": ["gptq", "gguf"]}
+    out = run(project, ran, asked)
+    assert out.ran == ["gguf", "report"]
+    (file,) = (out.path / "gguf").glob("*.gguf")
+    done = verify_gguf(file, source=out.path / "gptq")
+    assert (done.findings, done.largest_rounding) == ([], 0)
+    manifest = read_manifest(out.path / "gguf")
+    assert manifest is not None
+    assert (manifest["provenance"]["from"], list(manifest["files"])) == ("gptq", [file.name])
+    facts = json.loads((out.path / "report.json").read_text())["facts"]
+    assert facts["formats"]["gguf"]["bytes"] == facts["cost"]["bytes"]["gguf"] == file.stat().st_size
+    assert facts["formats"]["gguf"]["read_by"] == ["llama.cpp"]
+    assert facts["formats"]["gguf"]["bits_per_weight"] == 4.5
+    assert facts["cost"]["seconds"]["gguf"] > 0
+    card = (out.path / "gguf" / "README.md").read_text()
+    assert "llama-server -m PATH" in card
+    assert "compared with it: all weights are equal." in card
+    assert "library_name" not in card
+    upload = hub_upload.plan_upload(out.path / "gguf", "ann/model")
+    assert ({name for name, _ in upload.files}, upload.format) == ({file.name, "README.md"}, "gguf")
+    assert run(project, ran, asked).ran == []
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run(project, ran, asked).ran == ["gguf", "report"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"quantize.bits": 8, "quantize.symmetric": False}, r"cannot be stored as gguf: 8 bits with zero points"),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused_before_any_work(
+    project: Path, tmp_path: Path, changes: dict[str, object], told: str
+) -> None:
+    asked = {**changes, "output.formats": ["gptq", "gguf"]}
+    with one_thread(), pytest.raises(InputError, match=rf"^output\.formats: gguf: .*{told}"):
+        prepare.prepare(recipe(project, tmp_path, asked))
+
+
+def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_any_work(project: Path, tmp_path: Path) -> None:
+    other = copied(project, tmp_path / "project", "base")
+    raw = json.loads((other / "base" / "tokenizer.json").read_text())
+    raw["pre_tokenizer"] = {"type": "Whitespace"}
+    (other / "base" / "tokenizer.json").write_text(json.dumps(raw))
+    with (
+        one_thread(),
+        pytest.raises(InputError, match=r"^output\.formats: gguf: .*llama.cpp has no name for how it cuts"),
+    ):
+        prepare.prepare(recipe(other, tmp_path, {"output.formats": ["gptq", "gguf"]}))
 
 
 @pytest.mark.slow

@@ -127,6 +127,22 @@ class HealFacts(TypedDict, total=False):
     verify: ProofFacts | None
 
 
+class FormatFacts(TypedDict, total=False):
+    """The deployed checkpoint in one format (`run.report_facts.FormatFacts`). bytes: of its weights' files.
+
+    read_by: engines, by the engine table. made_from: the directory whose weights it has, None: it was solved.
+    largest_rounding: of a weight, in steps of its scale. loaded_in: engines that loaded it.
+    """
+
+    directory: str
+    bytes: int
+    bits_per_weight: float | None
+    read_by: Sequence[str]
+    made_from: str | None
+    largest_rounding: float
+    loaded_in: Sequence[str]
+
+
 class CostFacts(TypedDict, total=False):
     """bytes: of every artifact. The rest by stage: seconds, peak bytes of memory and GPU memory."""
 
@@ -213,6 +229,7 @@ class Facts(TypedDict, total=False):
     verify: ProofFacts | None
     calibration: OverlapFacts
     heal: HealFacts | None
+    formats: Mapping[str, FormatFacts]
     cost: CostFacts
     evaluation: EvaluationFacts
     versions: Mapping[str, str]

@@ -5,7 +5,7 @@
     model_card                                                  README.md of a checkpoint
     tables                                                      what a table is, and those of the whole report
     set_tables                                                  tables of one evaluation set
-    adapter_tables, heal_tables, engine_table, compare_tables   tables of one subject each
+    adapter_tables, heal_tables, engine_table, compare_tables, format_table   tables of one subject each
     input_tables                                                base, adapters, their match, the loss on their own text
     charts, module_maps                                         figures
     chart, svg                                                  what a chart is, and its marks, scales and axes as SVG

@@ -16,6 +16,7 @@ from requant_eval.metrics.facts import Facts, HealFacts, is_16_bit_base, known_f
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.render import adapter_tables
 from requant_eval.render.engine_table import checks_table
+from requant_eval.render.format_table import formats_table
 from requant_eval.render.heal_tables import heal_tables
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import set_tables
@@ -175,6 +176,8 @@ def _sections(report: Report) -> Iterator[Section]:
     yield Section("Modules", tuple(_modules(facts)))
     read_back = (checks_table(name, proof) for name, proof in proofs(facts))
     yield Section("Read back", tuple(t for t in read_back if t.rows))
+    formats = formats_table(facts)
+    yield Section("Formats", (formats,) if formats.rows else ())
     yield Section("Cost", tuple(cost_tables(facts)))
     described = (
         facts_table("Merge", facts.get("merge")),

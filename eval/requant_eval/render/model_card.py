@@ -13,6 +13,7 @@ from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
 from requant_eval.render.document import readable
 from requant_eval.render.engine_table import checks_table
+from requant_eval.render.format_table import formats_table
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
@@ -44,9 +45,16 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `PATH` is this directory or its id on a hub."""
 
 
+GGUF = "gguf"
+SERVE_GGUF = """\
+llama.cpp:
+
+    llama-server -m PATH
+
+`PATH` is the .gguf file in this directory."""
 SAME_CODES = (
     "The files are in the format {0}. Their codes, scales and zero points are those of the GPTQ checkpoint that was "
-    "scored; the conversion was read back and compared with it exactly."
+    "scored; the conversion was read back and compared with it: {1}."
 )
 PACKAGES = {"gptq": "gptqmodel optimum", "compressed-tensors": "compressed-tensors"}
 """Format of a checkpoint -> what transformers needs to load it."""
@@ -78,8 +86,8 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
             if t.rows
         ),
         "## Serve",
-        *([SAME_CODES.format(layout)] if layout != "gptq" else []),
-        SERVE.replace("PACKAGES", PACKAGES[layout]),
+        *([_same_codes(facts, layout)] if layout != "gptq" else []),
+        SERVE_GGUF if layout == GGUF else SERVE.replace("PACKAGES", PACKAGES[layout]),
         "## Provenance",
         markdown_block(
             f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on the tokens named by the fingerprints "
@@ -89,6 +97,7 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
     settings = (facts.get("quantize") or {}).get("settings")
     for t in (
         *(checks_table(name, proof) for name, proof in proofs(facts) if name != without),
+        formats_table(facts),
         inputs_table(facts, created=True),
         facts_table("Quantization", settings),
         facts_table("Versions", facts.get("versions")),
@@ -96,6 +105,14 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
         if t.rows:
             parts.append(t.markdown())
     return "\n\n".join(parts) + "\n"
+
+
+def _same_codes(facts: Facts, layout: str) -> str:
+    """How the files of a format agree with those that were scored."""
+    rounding = ((facts.get("formats") or {}).get(layout) or {}).get("largest_rounding")
+    return SAME_CODES.format(
+        layout, f"weights are at most {rounding:.2g} steps of their scales off" if rounding else "all weights are equal"
+    )
 
 
 def _without(report: Report, variant: str) -> Report:
@@ -129,7 +146,8 @@ def _front_matter(report: Report, name: str, layout: str) -> str:
     """What a hub reads off the card, as YAML."""
     base = _hub_id(known_facts(report["facts"]).get("base"))
     data: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
-    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [layout, "requant"]}
+    data |= {} if layout == GGUF else {"library_name": "transformers"}
+    data |= {"pipeline_tag": "text-generation", "tags": [layout, "requant"]}
     results = _results(report)
     if results:
         data["model-index"] = [{"name": name, "results": results}]

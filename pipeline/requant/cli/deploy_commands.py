@@ -55,10 +55,13 @@ def verify(
     sample = None if text is None else _read(text)
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
         raise RecipeError(f"--device {device}: expected cpu, cuda or cuda:N")
-    done = _verified(
-        _checkpoint(checkpoint), source=run_paths.merged_in(against) if against else None, load_in=names,
-        engine_dtype=dtype, device=device, trust_remote_code=trust_remote_code, text=sample,
-    )  # fmt: skip
+    if run_paths.names_gguf(checkpoint):
+        done = _verified_gguf(checkpoint, against, with_, trust_remote_code=trust_remote_code)
+    else:
+        done = _verified(
+            _checkpoint(checkpoint), source=run_paths.merged_in(against) if against else None, load_in=names,
+            engine_dtype=dtype, device=device, trust_remote_code=trust_remote_code, text=sample,
+        )  # fmt: skip
     if out is not None:
         write_output(out, json.dumps(done.facts(), indent=2, ensure_ascii=False) + "\n")
     if as_json:
@@ -87,6 +90,24 @@ def _verified(checkpoint: Path, *, device: str, load_in: list[Engine], **options
             if load_in:
                 save_verification(done)
     return done
+
+
+def _verified_gguf(path: Path, against: Path | None, engines: list[str], *, trust_remote_code: bool) -> Verification:
+    """The verification of a GGUF file. against: the quantized checkpoint that it was made of, or its run."""
+    if engines:
+        raise RecipeError(f"--with {engines[0]}: does not read GGUF files")
+    from requant.cli.console import ConsoleWatcher
+    from requant.cli.foreign_output import quiet
+
+    source = None if against is None else _checkpoint(against)
+    with ConsoleWatcher() as watcher:
+        watcher.stage("verify", done=False)
+        with quiet():
+            from requant.deploy.gguf_verification import gguf_file, verify_gguf
+
+            return verify_gguf(
+                gguf_file(path) or path, source=source, trust_remote_code=trust_remote_code, doing=watcher.doing
+            )
 
 
 def _checkpoint(path: Path) -> Path:
@@ -136,6 +157,9 @@ def _print(done: Verification, text: str) -> None:
         say(f"size       {done.disk_bytes / 1e6:.1f} MB on disk, {extra:+.3%} of what the config describes")
     if done.relative_error is not None:
         say(f"weights    at most {done.relative_error:.1%} from the source's, linear by linear")
+    if done.largest_rounding is not None:
+        off = f"at most {done.largest_rounding:.2g} steps off" if done.largest_rounding else "exactly"
+        say(f"weights    each decodes to its source's, {off}")
     if done.negative_scales:
         say(f"scales     {done.negative_scales} are negative")
     if done.perplexity is not None:
@@ -179,7 +203,7 @@ def push(
     for name, size in upload.files:
         say(f"{size:>14,}  {name}")
     kind = "public" if public else "private"
-    say(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind})")
+    say(f"{upload.total:>14,}  bytes in {len(upload.files)} files to {repo} ({kind}), {upload.format}")
     if not yes:
         say("dry run: nothing was sent; --yes sends it")
         return

@@ -48,6 +48,13 @@ def checkpoint_in(path: Path, names: Sequence[str] = CHECKPOINTS) -> tuple[Path,
     return path, None
 
 
+def names_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, or a directory that holds one in place of a config.json."""
+    return path.suffix == ".gguf" or (
+        path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    )
+
+
 def merged_in(path: Path) -> Path:
     """The 16-bit model that `path` names: a run's merged one. Raises InputError for a run that keeps none."""
     if not is_run(path):

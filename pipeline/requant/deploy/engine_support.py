@@ -107,6 +107,12 @@ def best(plan: Plan, model: nn.Module, target: Target, formats: Sequence[str]) -
     return next((verdict for verdict in verdicts if verdict.loads), verdicts[0])
 
 
+def readers(plan: Plan, model: nn.Module, targets: Iterable[Target], name: str) -> tuple[str, ...]:
+    """The engines among `targets` that load the checkpoint of `plan` in the format `name`."""
+    layout = replace(plan, format=FORMATS[name])
+    return tuple(target.name for target in targets if judge(layout, model, target).loads)
+
+
 def _reads_no_such_format(plan: Plan, target: Target) -> Verdict:
     """The verdict of an engine that does not know the plan's format."""
     name, known = plan.format.name, " and ".join(target.formats)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import PackError, weights
 from requant.modeling import skeleton
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Plan
 
-FORMAT = "gguf"
+FORMAT, ENGINE = "gguf", "llama.cpp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,11 @@ class GgufTensor:
     read: Callable[[], Tensor]
     rounding: Callable[[Tensor], float]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return math.prod(self.shape)
+
 
 @dataclass(kw_only=True)
 class GgufExport:
@@ -58,6 +65,17 @@ class GgufExport:
     largest_rounding: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class GgufPlan:
+    """What is written of one checkpoint. conversion: of its linears. nbytes: of its tensors. Others: as GGUF has it."""
+
+    conversion: ConversionPlan
+    config: Any
+    family: Family
+    tensors: tuple[GgufTensor, ...]
+    nbytes: int
+
+
 @torch.no_grad()
 def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> GgufExport:
     """Write the quantized checkpoint in `source` as a GGUF file into the new directory `out`, with its card.
@@ -66,40 +84,77 @@ def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress
         InputError: `out` is there, the package gguf is missing, or the model, its tokenizer or a width is not written.
         StageError: what was written does not decode to the same weights.
     """
-    _package()
+    package()
     with new_directory(out) as partial:
-        headers = checked(source, FORMAT, trust_remote_code=trust_remote_code)
-        assert headers.layout is not None
-        planned = plan_conversion(headers, headers.layout, source)
-        config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
-        family = gguf_families.family_of(config, str(source))
-        tensors = list(_tensors(planned, config, family, source))
-        nbytes = (stored_bytes(headers), sum(math.prod(tensor.shape) for tensor in tensors))
-        done = GgufExport(
-            file=f"model-{_file_kind(tensors)}.gguf",
-            linears=len(planned.plan.grids),
-            dropped=dict(planned.dropped),
-            nbytes=nbytes,
-        )
-        made = partial / "out" / done.file
-        step = Steps(2 * len(tensors), progress)
-        with writing(made):
-            _write(made, tensors, planned, config, family, source, step)
-        _compare(done, made, tensors, step)
-        copy_cards(source, partial / "out", FORMAT)
+        return export_into(partial / "out", source, trust_remote_code=trust_remote_code, progress=progress)
+
+
+def export_into(
+    out: Path, source: Path, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> GgufExport:
+    """`export` into the existing directory `out`, which gets no name of its own."""
+    plan = plan_export(source, trust_remote_code=trust_remote_code)
+    tensors = plan.tensors
+    done = GgufExport(
+        file=f"model-{_file_kind(tensors)}.gguf",
+        linears=len(plan.conversion.plan.grids),
+        dropped=dict(plan.conversion.dropped),
+        nbytes=(plan.nbytes, sum(tensor.nbytes for tensor in tensors)),
+    )
+    made, step = out / done.file, Steps(2 * len(tensors), progress)
+    with writing(made):
+        _write(made, plan, source, step)
+    _compare(done, made, tensors, step)
+    copy_cards(source, out, FORMAT)
     return done
 
 
-def _package() -> Any:
+def plan_export(source: Path, *, trust_remote_code: bool = False) -> GgufPlan:
+    """The tensors of the file that is written of a checkpoint. Raises InputError as `export`."""
+    headers = checked(source, FORMAT, trust_remote_code=trust_remote_code)
+    assert headers.layout is not None
+    conversion = plan_conversion(headers, headers.layout, source)
+    config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
+    family = gguf_families.family_of(config, str(source))
+    tensors = tuple(_tensors(conversion, config, family, source))
+    return GgufPlan(conversion=conversion, config=config, family=family, tensors=tensors, nbytes=stored_bytes(headers))
+
+
+def refuse_early(plan: Plan, config: Any, tokenizer: Path, rows: int | None) -> None:
+    """Raise InputError for a checkpoint that is planned and could not be written as GGUF.
+
+    tokenizer: the directory of its tokenizer.json. rows: of its embedding, None: as the config says.
+    """
+    package()
+    gguf_families.family_of(config, "the base")
+    beside = [*plan.towers, *plan.carried]
+    if beside:
+        raise InputError(f"{beside[0]} is no part of GGUF's {config.model_type}")
+    for module, grid in plan.grids.items():
+        try:
+            _kind(grid, plan.shapes[module][1])
+        except PackError as error:
+            raise InputError(f"{module} cannot be stored as {FORMAT}: {error}") from error
+    gguf_tokenizer.read(tokenizer, rows or config.vocab_size)
+
+
+def _kind(grid: Grid, columns: int) -> str:
+    """The kind of block of a linear with so many inputs; PackError where there is none."""
+    return gguf_blocks.kind_of(
+        grid.bits, columns if grid.group_size == -1 else grid.group_size, symmetric=grid.symmetric
+    )
+
+
+def package() -> Any:
     """The package gguf, or InputError."""
     try:
         import gguf
     except ImportError as error:
-        raise InputError("--to gguf needs the package gguf: pip install gguf") from error
+        raise InputError("GGUF files need the package gguf: pip install gguf") from error
     return gguf
 
 
-def _file_kind(tensors: list[GgufTensor]) -> str:
+def _file_kind(tensors: Sequence[GgufTensor]) -> str:
     """The kind of most quantized tensors, which names the file."""
     kinds = Counter(t.kind for t in tensors if t.kind in gguf_blocks.BYTES)
     return kinds.most_common(1)[0][0]
@@ -107,7 +162,7 @@ def _file_kind(tensors: list[GgufTensor]) -> str:
 
 def _tensors(planned: ConversionPlan, config: Any, family: Family, source: Path) -> Iterator[GgufTensor]:
     """The tensors of the file, quantized ones by the names of their modules."""
-    gguf = _package()
+    gguf = package()
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.architecture.upper()), config.num_hidden_layers)
     stored = skeleton.tensor_names(planned.model, [*planned.plan.weights.values(), *planned.kept])
     tied = skeleton.tied_pair(planned.model)
@@ -142,8 +197,7 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
     """A quantized linear as blocks; raises InputError where none hold it."""
     grid, (rows, columns) = planned.plan.grids[module], planned.plan.shapes[module]
     try:
-        group = columns if grid.group_size == -1 else grid.group_size
-        kind = gguf_blocks.kind_of(grid.bits, group, symmetric=grid.symmetric)
+        kind = _kind(grid, columns)
     except PackError as error:
         raise cannot_be_stored(planned, module, FORMAT, error) from error
     order = gguf_families.rows(config, family, module, rows)
@@ -199,24 +253,16 @@ def _exact_dtype(values: Tensor) -> tuple[str, torch.dtype]:
     return "F32", torch.float32
 
 
-def _write(
-    file: Path,
-    tensors: list[GgufTensor],
-    planned: ConversionPlan,
-    config: Any,
-    family: Family,
-    source: Path,
-    step: Steps,
-) -> None:
+def _write(file: Path, plan: GgufPlan, source: Path, step: Steps) -> None:
     """Write header, metadata and tensors, one tensor in memory at a time."""
-    gguf = _package()
+    tensors, config, family = plan.tensors, plan.config, plan.family
+    gguf = package()
     writer = gguf.GGUFWriter(file, family.architecture)
     try:
         _metadata(writer, config, family, source, getattr(gguf.LlamaFileType, f"MOSTLY_{_file_kind(tensors)}"))
         for tensor in tensors:
-            nbytes = math.prod(tensor.shape)
             number = gguf.GGMLQuantizationType[tensor.kind]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint8), nbytes, raw_dtype=number)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -229,7 +275,7 @@ def _write(
 
 def _metadata(writer: Any, config: Any, family: Family, source: Path, file_type: int) -> None:
     """Everything but tensors: sizes, the tokenizer, the chat template."""
-    gguf = _package()
+    gguf = package()
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.resolve().name)
     writer.add_file_type(file_type)
@@ -248,19 +294,20 @@ def _metadata(writer: Any, config: Any, family: Family, source: Path, file_type:
     gguf.SpecialVocab(source, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
 
 
-def _compare(done: GgufExport, file: Path, tensors: list[GgufTensor], step: Steps) -> None:
+def _compare(done: GgufExport, file: Path, tensors: Sequence[GgufTensor], step: Steps) -> None:
     """Raise StageError unless every tensor of the file decodes to its source; count kinds and what is rounded."""
-    gguf = _package()
-    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    stored = {t.name: t for t in package().GGUFReader(file).tensors}
     if stored.keys() != {t.name for t in tensors}:
         raise StageError(f"{file.name}: does not hold the tensors that were written")
     for tensor in tensors:
-        found = (
-            torch.from_numpy(np.array(stored[tensor.name].data)).contiguous().view(torch.uint8).reshape(tensor.shape)
-        )
-        largest = tensor.rounding(found)
+        largest = tensor.rounding(stored_bytes_of(stored[tensor.name]).reshape(tensor.shape))
         if largest and tensor.kind != "Q4_1":
             raise StageError(f"{file.name}: {tensor.name} does not decode to its source")
         done.largest_rounding = max(done.largest_rounding, largest)
         done.kinds[tensor.kind] += 1
         step(f"comparing {tensor.name}")
+
+
+def stored_bytes_of(tensor: Any) -> Tensor:
+    """The bytes of a tensor that the package gguf read, uint8."""
+    return torch.from_numpy(np.array(tensor.data)).contiguous().view(torch.uint8)

@@ -17,7 +17,10 @@ from requant.checkpoint.artifact import MANIFEST, UNDO, changed_files
 from requant.checkpoint.model_files import files_of
 from requant.checkpoint.run_directory import MARKER
 from requant.deploy import check_headers
+from requant.deploy.gguf_export import FORMAT
+from requant.deploy.gguf_verification import gguf_file, verify_gguf
 from requant.errors import InputError, StageError
+from requant.formats.quantized_format import Finding
 from requant.outgoing import MASK, masked
 
 TOKEN = "HF_TOKEN"
@@ -29,11 +32,12 @@ _NOT_UPLOADED = frozenset({MANIFEST, "blocks.json"})
 
 @dataclass(frozen=True)
 class Upload:
-    """Files of one upload, (name, bytes), and their repository."""
+    """Files of one upload, (name, bytes), their repository, and the format of the checkpoint."""
 
     repo: str
     folder: Path
     files: tuple[tuple[str, int], ...]
+    format: str
 
     @property
     def total(self) -> int:
@@ -51,21 +55,31 @@ def plan_upload(run: str | Path, repo: str, *, trust_remote_code: bool = False) 
     if not REPO.fullmatch(repo):
         raise InputError(f"{repo!r} is not a hub id: expected OWNER/NAME of letters, digits, '.', '_' and '-'")
     folder = run / "gptq" if (run / "gptq").is_dir() else run
-    if not (folder / "config.json").exists():
+    gguf = gguf_file(folder)
+    if gguf is None and not (folder / "config.json").exists():
         raise InputError(f"{run}: holds no finished checkpoint (gptq/config.json): finish `requant run` first")
     if not (folder / CARD).exists():
         raise InputError(f"{folder / CARD}: there is no model card: `requant report RECIPE` writes it")
-    found = check_headers.check(folder, trust_remote_code=trust_remote_code)
-    if found.findings:
-        shown = "\n".join(f"  {f}" for f in found.findings[:5])
-        raise StageError(f"{folder}: not pushed, {len(found.findings)} things are wrong with it:\n{shown}")
+    findings, layout = _checked(folder, gguf, trust_remote_code=trust_remote_code)
+    if findings:
+        shown = "\n".join(f"  {f}" for f in findings[:5])
+        raise StageError(f"{folder}: not pushed, {len(findings)} things are wrong with it:\n{shown}")
     files = [f for f in files_of(folder) if f.name not in _NOT_UPLOADED and not f.name.startswith(".")]
     _refuse_links_outside(folder, files)
     changed = changed_files(folder)
     if changed:
         shown = "\n".join(f"  {name}: {why}" for name, why in list(changed.items())[:5])
         raise StageError(f"{folder}: not pushed, {len(changed)} files are not as they were written; {UNDO}:\n{shown}")
-    return Upload(repo, folder, tuple((f.relative_to(folder).as_posix(), f.stat().st_size) for f in files))
+    listed = tuple((f.relative_to(folder).as_posix(), f.stat().st_size) for f in files)
+    return Upload(repo, folder, listed, layout)
+
+
+def _checked(folder: Path, gguf: Path | None, *, trust_remote_code: bool) -> tuple[list[Finding], str]:
+    """(what is wrong with headers and configs of a checkpoint, or with its GGUF file, the name of its format)."""
+    if gguf is not None:
+        return verify_gguf(gguf).findings, FORMAT
+    found = check_headers.check(folder, trust_remote_code=trust_remote_code)
+    return found.findings, found.layout.name if found.layout else ""
 
 
 def _refuse_links_outside(folder: Path, files: Sequence[Path]) -> None:

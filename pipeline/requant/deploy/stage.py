@@ -67,10 +67,10 @@ def verify(
     try:
         headers = check_headers.check(path, trust_remote_code=trust_remote_code)
     except InputError as error:
-        done.findings += [_unreadable(path, error), *_changed(path)]
+        done.findings += [_unreadable(path, error), *changed(path)]
         return done
     _check_values(done, headers, original, own_device or device, solved, doing)
-    done.findings += _changed(path)
+    done.findings += changed(path)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
@@ -95,7 +95,7 @@ def _scored(done: Verification, device: torch.device, score: Callable[[torch.dev
         return None
 
 
-def _changed(path: Path) -> list[Finding]:
+def changed(path: Path) -> list[Finding]:
     """The files that are not as their manifest says, as findings."""
     return [Finding(name, f"{reason}: {UNDO}") for name, reason in changed_files(path).items()]
 

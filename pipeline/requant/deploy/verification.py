@@ -18,7 +18,7 @@ from requant.formats.registry import FORMATS
 
 SHOWN = 20  # findings in a message
 RESULTS = {"quantize": "verify-gptq.json", "heal": "verify-healed.json"} | {
-    name: f"verify-{name}.json" for name in FORMATS if name != "gptq"
+    name: f"verify-{name}.json" for name in (*FORMATS, "gguf") if name != "gptq"
 }  # by the stage that wrote the checkpoint
 
 
@@ -54,8 +54,8 @@ class Verification:
 
     expected_bytes: of all tensors as the config describes them. disk_bytes: of the safetensors files.
     perplexity: of the sample, decoded by us in fp32. sample_set, sample_digest: the evaluation set of the sample.
-    skipped: checks that could not be made, and why. carried: module that only servers run -> number of its tensors,
-    which are copies.
+    largest_rounding: of a GGUF file's weight, in steps of its scale. skipped: checks that could not be made, and why.
+    carried: module that only servers run -> number of its tensors, which are copies.
     """
 
     path: Path
@@ -67,6 +67,7 @@ class Verification:
     disk_bytes: int | None = None
     negative_scales: int | None = None
     relative_error: float | None = None
+    largest_rounding: float | None = None
     sample_tokens: int = 0
     sample_set: str | None = None
     sample_digest: str | None = None
@@ -129,6 +130,7 @@ class VerificationFacts(TypedDict):
     engines: list[EngineResult]
     skipped: list[str]
     carried: NotRequired[dict[str, int]]
+    largest_rounding: NotRequired[float | None]
 
 
 def save_verification(done: Verification) -> Path | None:

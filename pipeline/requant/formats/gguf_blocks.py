@@ -19,6 +19,7 @@ from requant.formats.quantized_format import PackError
 
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # of one block
+LARGEST_ROUNDING = 2.0**-7  # of Q4_1's minimum, in steps of the scale: half an ulp of float16 at 15 steps is 0.0073
 
 
 def kind_of(bits: int, group: int, *, symmetric: bool) -> str:

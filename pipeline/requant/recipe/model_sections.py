@@ -263,7 +263,7 @@ class Output(Section):
         default=("merged", "gptq"), description="Checkpoints kept after the run."
     )
 
-    formats: Annotated[tuple[Literal["gptq", "compressed-tensors"], ...], AsTuple] = Field(
+    formats: Annotated[tuple[Literal["gptq", "compressed-tensors", "gguf"], ...], AsTuple] = Field(
         default=("gptq",),
         description="Formats of the checkpoint that is deployed: the others hold the same codes in a directory each.",
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from requant import __version__, deploy
 from requant.checkpoint.run_directory import key_of
-from requant.deploy.conversion import convert_into
+from requant.deploy import gguf_export
+from requant.deploy.conversion import Conversion, convert_into
+from requant.deploy.gguf_verification import verify_gguf
 from requant.formats.registry import FORMATS
 from requant.run.context import RunContext
 from requant.run.stage_results import ConvertedFacts
 
-CONVERTED = tuple(name for name in FORMATS if name != "gptq")
+CONVERTED = (*(name for name in FORMATS if name != "gptq"), gguf_export.FORMAT)
 
 
 def source_stages(context: RunContext) -> tuple[str, ...]:
@@ -31,11 +33,21 @@ def run_convert(context: RunContext, key: str, *, name: str) -> ConvertedFacts:
     source = context.directory.path / ("healed" if p.heal else "gptq")
     artifact = context.directory.artifact(name)
     out = artifact.begin(key)
-    done = convert_into(out, source, name, trust_remote_code=trust, progress=context.watcher.progress)
-    proof = deploy.verify(
-        out, deploy=p.quantize.served_as(name, context.recipe.deploy), own_device=context.device,
-        trust_remote_code=trust, doing=context.watcher.doing,
-    )  # fmt: skip
+    done: Conversion | gguf_export.GgufExport
+    if name == gguf_export.FORMAT:
+        done = gguf_export.export_into(out, source, trust_remote_code=trust, progress=context.watcher.progress)
+        proof = verify_gguf(out / done.file, doing=context.watcher.doing)
+    else:
+        done = convert_into(out, source, name, trust_remote_code=trust, progress=context.watcher.progress)
+        proof = deploy.verify(
+            out, deploy=p.quantize.served_as(name, context.recipe.deploy), own_device=context.device,
+            trust_remote_code=trust, doing=context.watcher.doing,
+        )  # fmt: skip
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "convert", "requant": __version__, "from": source.name})
-    return {"made_from": source.name, "bytes": done.nbytes[1], "verify": proof.facts()}
+    return {
+        "made_from": source.name,
+        "bytes": done.nbytes[1],
+        "largest_rounding": done.largest_rounding,
+        "verify": proof.facts(),
+    }

@@ -21,7 +21,7 @@ from requant.checkpoint import model_files
 from requant.data import canaries
 from requant.data.canaries import Canaries
 from requant.data.documents import adds_bos
-from requant.deploy import engine_support, engine_targets
+from requant.deploy import engine_support, gguf_export
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.heal.plan import ModelSize
@@ -37,11 +37,12 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
-from requant.run import base_precision, dtypes, positions, recipe_texts, served_experts, unknown_ids
+from requant.run import base_precision, dtypes, output_formats, positions, recipe_texts, served_experts, unknown_ids
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
+from requant.run.output_formats import weight_files
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
     dtypes.refuse_float16(recipe, plan)
     single = _single_experts(recipe, plan, model)
     quantize_inputs = _quantize_inputs(recipe, plan, single)
+    if gguf_export.FORMAT in recipe.output.formats:
+        output_formats.refuse_gguf(sources, plan, quantize_inputs.plan, model)
     unloadable = base_precision.unloadable(plan, model, sources.simulate)
     warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
     warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
@@ -169,10 +172,10 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
-    formats = sorted(recipe.output.formats, key=lambda name: name != "gptq")
-    targets = engine_targets.TARGETS.values()
-    engines = tuple(engine_support.best(layout, model, target, formats) for target in targets)
-    return QuantizeInputs(plan=layout, settings=settings, dtype=dtype, engines=engines, notes=tuple(notes))
+    engines, readers = output_formats.engines(recipe.output.formats, layout, model)
+    return QuantizeInputs(
+        plan=layout, settings=settings, dtype=dtype, engines=engines, notes=tuple(notes), readers=readers
+    )
 
 
 def _texts(
@@ -293,9 +296,8 @@ def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
     others = [name for name in prepared.recipe.output.formats if name != "gptq"]
     need += sum(s.nbytes for s in prepared.quantize.plan.slots) * (len(others) + bool(prepared.heal))
     names = ("merged", "gptq", "healed", *others)
-    written = [f for name in names for f in where.glob(f"*{name}*/*.safetensors")]
-    written += [f for name in names for f in where.glob(f".{name}.partial-*/*.safetensors")]
-    need = max(0, need - sum(f.stat().st_size for f in set(written)))  # of this run, or replaced by it
+    written = {f for name in names for d in where.glob(f"*{name}*") for f in weight_files(d)}
+    need = max(0, need - sum(f.stat().st_size for f in written))  # of this run, or replaced by it
     from requant_eval.report.number_format import format_bytes
 
     existing = next(p for p in (where, *where.absolute().parents) if p.exists())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -61,7 +61,7 @@ class QuantizeInputs:
     """What quantize needs.
 
     dtype: of serving and of unquantized tensors. engines: which of them load the result. notes: what of the experts
-    stays in 16 bit, and why.
+    stays in 16 bit, and why. readers: format that is written -> the engines that load it.
     """
 
     plan: Plan
@@ -69,6 +69,7 @@ class QuantizeInputs:
     dtype: torch.dtype
     engines: tuple[engine_support.Verdict, ...]
     notes: tuple[str, ...] = ()
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def served_as(self, layout: str, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the engines `names` that load the result in this format, and in none before it."""

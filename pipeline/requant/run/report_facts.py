@@ -22,6 +22,7 @@ from requant.numerics.nf4 import QuantType
 from requant.quantize.module_results import ModuleRow
 from requant.recipe import fields
 from requant.run.check import delta_prediction
+from requant.run.format_facts import FormatFacts, format_facts, weight_bytes
 from requant.run.prepared import Prepared
 from requant.run.recipe_texts import CalibrationFacts
 from requant.run.stage_results import (
@@ -143,6 +144,7 @@ class RunFacts(TypedDict):
     verify: VerificationFacts | None
     calibration: CalibrationFacts
     heal: HealFacts | None
+    formats: dict[str, FormatFacts]
     cost: CostFacts
     evaluation: EvaluationFacts
     versions: dict[str, str]
@@ -186,6 +188,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "verify": quantized.get("verify"),
         "calibration": prepared.texts.calibration_facts,
         "heal": _healing(prepared, stages.get("heal")),
+        "formats": format_facts(prepared, stages, run),
         "cost": {
             "bytes": _bytes(prepared, run, merged),
             "seconds": {n: s["seconds"] for n, s in costs.items() if "seconds" in s},
@@ -203,12 +206,12 @@ def _bytes(prepared: Prepared, run: Path, merged: MergeStageResult) -> dict[str,
     """Weights of every artifact; None where it is not known."""
     sizes = {
         "base": _base_bytes(prepared),
-        "adapter": _size(prepared.sources.adapter),
-        "merged": _size(run / "merged") or merged.get("bytes"),
-        "gptq": _size(run / "gptq"),
+        "adapter": weight_bytes(prepared.sources.adapter),
+        "merged": weight_bytes(run / "merged") or merged.get("bytes"),
+        "gptq": weight_bytes(run / "gptq"),
     }
-    others = {name: _size(run / name) for name in prepared.recipe.output.formats if name != "gptq"}
-    return sizes | ({"healed": _size(run / "healed")} if prepared.heal else {}) | others
+    others = {name: weight_bytes(run / name) for name in prepared.recipe.output.formats if name != "gptq"}
+    return sizes | ({"healed": weight_bytes(run / "healed")} if prepared.heal else {}) | others
 
 
 def _healing(prepared: Prepared, healed: HealStageResult | None) -> HealFacts | None:
@@ -241,10 +244,6 @@ def _match(m: adapter_match.Match) -> MatchFacts:
     return {"agree": agree, "of": of, "signs": cast(list[SignFacts], [asdict(s) for s in m.signs])}
 
 
-def _size(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
-
-
 def _base_bytes(p: Prepared) -> int:
     """Bytes of the base as it is served with the adapter: as training held it.
 
@@ -253,11 +252,11 @@ def _base_bytes(p: Prepared) -> int:
     """
     base, nf4 = p.merge.plan.base, p.sources.simulate
     if isinstance(base.checkpoint, DecodedCheckpoint):
-        return _size(p.sources.base)
+        return weight_bytes(p.sources.base)
     if p.recipe.base.nf4 == "none":
         return sum(math.prod(w.shape) * min(w.dtype.itemsize, 2) for w in base.weights.values())
     if nf4 is None:
-        return _size(p.sources.base)
+        return weight_bytes(p.sources.base)
     if base.simulate is None:  # merged onto the 16-bit original: the plan knows nothing of the 4-bit base
         model = skeleton.open_model(p.sources.base, trust_remote_code=p.recipe.trust_remote_code)
         base = variant_weights.open_base(open_base_checkpoint(p.sources.base), model, nf4)

@@ -13,6 +13,7 @@ from requant.deploy.verification import VerificationFacts, saved_verifications
 from requant.outgoing import everywhere, shared
 from requant.run import report_facts
 from requant.run.context import RunContext
+from requant.run.convert_stage import converted_key
 from requant.run.stage_results import StageResults, SuggestStageResult
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def report_key(context: RunContext) -> str:
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
-    others = sorted(name for name in context.recipe.output.formats if name != "gptq")
+    others = _converted(context)
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others)
 
 
@@ -105,18 +106,26 @@ def _in_domain(context: RunContext) -> str:
 def _cards(context: RunContext) -> dict[str, str | None]:
     """Artifact that gets a model card -> the variant that the card leaves out."""
     cards: dict[str, str | None] = {"gptq": "healed", "healed": None} if context.prepared.heal else {"gptq": None}
-    return cards | {name: None for name in context.recipe.output.formats if name != "gptq"}
+    return cards | dict.fromkeys(_converted(context))
+
+
+def _converted(context: RunContext) -> list[str]:
+    """The formats besides GPTQ that the run writes."""
+    return sorted(name for name in context.recipe.output.formats if name != "gptq")
 
 
 def _proofs(context: RunContext) -> dict[str, VerificationFacts]:
     """Stage -> what `requant verify` kept of its checkpoint after the run."""
-    return saved_verifications(context.directory.path, {"quantize": context.keys.quantize, "heal": context.keys.heal})
+    keys = {"quantize": context.keys.quantize, "heal": context.keys.heal}
+    keys |= {name: converted_key(context, name=name) for name in _converted(context)}
+    return saved_verifications(context.directory.path, keys)
 
 
 def _stage_results(context: RunContext) -> StageResults:
     """Stage -> its stored result; a later `requant verify` replaces the verification inside."""
     keys = {"merge": context.keys.merge, "quantize": context.keys.quantize, "evaluate": context.scores.key}
     keys |= {"heal": context.keys.heal} if context.prepared.heal else {}
+    keys |= {name: converted_key(context, name=name) for name in _converted(context)}
     results: dict[str, Any] = {name: context.directory.result(name, key) or {} for name, key in keys.items()}
     results["probe"] = context.probe or {}
     for name, proof in _proofs(context).items():

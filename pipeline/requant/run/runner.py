@@ -17,12 +17,12 @@ from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.deploy.engine_processes import installed
 from requant.deploy.verification import saved_verifications
 from requant.errors import InputError
-from requant.formats.registry import FORMATS
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
 from requant.run import expert_order, prepare
 from requant.run.context import RunContext
+from requant.run.convert_stage import CONVERTED
 from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.stages import STAGES, Stage, stage_named, stages_of
@@ -146,7 +146,7 @@ class Runner:
         run = self.context.directory.path
         proofs = [stored, *saved_verifications(run, {stage.name: key}).values()]
         asked = {answer["engine"] for proof in proofs for answer in proof["engines"]}
-        layout = stage.artifact if stage.artifact in FORMATS else "gptq"
+        layout = stage.artifact if stage.artifact in CONVERTED else "gptq"
         wanted = self.context.prepared.quantize.served_as(layout, self.context.recipe.deploy)
         names = [name for name in installed(wanted) if name not in asked]
         if names:

@@ -151,10 +151,15 @@ class SuggestStageResult(Measured):
 
 
 class ConvertedFacts(TypedDict):
-    """The checkpoint in another format. made_from: the artifact. bytes: of its tensors. verify: of this one."""
+    """The checkpoint in another format.
+
+    made_from: the artifact. bytes: of its tensors. largest_rounding: of a weight, in steps of its scale. verify: of
+    this one.
+    """
 
     made_from: str
     bytes: int
+    largest_rounding: float
     verify: VerificationFacts
 
 

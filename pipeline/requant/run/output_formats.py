@@ -1,0 +1,44 @@
+"""`output.formats`: which engines read which of them, and what GGUF cannot hold, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from requant.checkpoint import model_files
+from requant.deploy import engine_support, engine_targets, gguf_export
+from requant.errors import InputError
+from requant.formats.registry import FORMATS
+from requant.merge.plan import MergePlan
+from requant.quantize.plan import Plan
+from requant.run.prepared import Sources
+
+WEIGHTS = ("*.safetensors", "*.gguf")
+
+
+def engines(
+    formats: Sequence[str], layout: Plan, model: Any
+) -> tuple[tuple[engine_support.Verdict, ...], dict[str, tuple[str, ...]]]:
+    """(each engine's verdict on the first format that it loads, format -> the engines that load it); GPTQ first."""
+    targets = engine_targets.TARGETS.values()
+    packed = sorted((name for name in formats if name in FORMATS), key=lambda name: name != "gptq")
+    readers = {name: engine_support.readers(layout, model, targets, name) for name in packed}
+    if gguf_export.FORMAT in formats:
+        readers[gguf_export.FORMAT] = (gguf_export.ENGINE,)
+    return tuple(engine_support.best(layout, model, target, packed) for target in targets), readers
+
+
+def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -> None:
+    """Raise InputError for a checkpoint that could not be written as GGUF."""
+    files = model_files.tokenizer_files(sources.base, sources.adapter)
+    tokenizer = files.get("tokenizer.json", sources.base / "tokenizer.json").parent
+    try:
+        gguf_export.refuse_early(layout, model.config, tokenizer, merged.embedding_rows)
+    except InputError as error:
+        raise InputError(f"output.formats: gguf: {error}") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of a directory that hold weights, in any format; none where it is no directory."""
+    return [f for pattern in WEIGHTS for f in directory.glob(pattern)] if directory.is_dir() else []
