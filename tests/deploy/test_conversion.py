@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from requant import deploy
-from requant.checkpoint.reader import read_json
+from requant.checkpoint.reader import Checkpoint, read_json
 from requant.deploy import conversion
 from requant.deploy.conversion import convert
 from requant.errors import InputError, StageError
@@ -162,6 +163,31 @@ def test_a_file_of_autogptq(gptq: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "one", tmp_path / "two")
     assert read_json(tmp_path / "two" / "config.json")["dtype"] == "float16"
     assert deploy.verify(tmp_path / "two").ok
+
+
+@pytest.mark.parametrize("later", [{}, {"sym": True, "true_sequential": True, "model_name_or_path": None}])
+def test_a_file_of_autogptq_without_quantization_config(gptq: Path, tmp_path: Path, later: dict[str, Any]) -> None:
+    """The settings stand in quantize_config.json alone, in its first releases without method and symmetry."""
+    convert(gptq, tmp_path / "one", CT)
+    config = read_json(gptq / "config.json")
+    del config["quantization_config"]
+    (gptq / "config.json").write_text(json.dumps(config))
+    settings = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False} | later
+    (gptq / "quantize_config.json").write_text(json.dumps(settings))
+    assert deploy.verify(gptq).ok
+    convert(gptq, tmp_path / "two", CT)
+    assert_same(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "two" / "quantize_config.json").exists()
+    edit_json(gptq / "quantize_config.json", bits=5)
+    with pytest.raises(InputError, match=r"quantize_config\.json: bits is 5, expected one of 2, 3, 4, 8"):
+        convert(gptq, tmp_path / "three", CT)
+
+
+def test_settings_beside_16_bit_weights_say_nothing_of_them(source: Path, gptq: Path, tmp_path: Path) -> None:
+    """A folder that once held both: there is no packed tensor."""
+    model = shutil.copytree(source, tmp_path / "model")
+    (model / "quantize_config.json").write_text((gptq / "quantize_config.json").read_text())
+    assert Checkpoint(model).quantization == {}
 
 
 def shuffled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -73,6 +73,9 @@ class Weights(Protocol):
         """One tensor, its Conv1D weights as a 16-bit checkpoint holds them, on any device."""
 
 
+QUANTIZE_CONFIG = "quantize_config.json"  # its first releases wrote neither the method nor that all is symmetric
+
+
 class Checkpoint(Mapping[str, TensorInfo]):
     """A directory of safetensors: name -> TensorInfo of every tensor.
 
@@ -107,8 +110,18 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """`quantization_in` config.json."""
-        return quantization_in(self.config, self.path / "config.json")
+        """`quantization_in` config.json; of GPTQ tensors without one, the quantize_config.json that AutoGPTQ wrote."""
+        found = quantization_in(self.config, self.path / "config.json")
+        if found or self.quantization_place != QUANTIZE_CONFIG:
+            return found
+        return {"quant_method": "gptq", "sym": True} | read_json(self.path / QUANTIZE_CONFIG)
+
+    @property
+    def quantization_place(self) -> str:
+        """Where `quantization` stands: file, and key where it has one."""
+        beside = (self.path / QUANTIZE_CONFIG).is_file() and any(name.endswith(".qweight") for name in self)
+        inside = quantization_in(self.config, self.path / "config.json")
+        return QUANTIZE_CONFIG if beside and not inside else "config.json: quantization_config"
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` on the CPU, in the dtype and shape of the file."""

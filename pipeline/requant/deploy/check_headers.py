@@ -89,7 +89,7 @@ def check_weights(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck
     headers = HeaderCheck(checkpoint=checkpoint, model=model, declared=declared, layout=layout)
     if layout is None:
         reason = f"{not_recognised(declared)}: servers would load it as something else"
-        headers.report("config.json: quantization_config", reason)
+        headers.report(checkpoint.quantization_place, reason)
         return headers
     headers.usable = _config_is_usable(headers, layout)
     if headers.usable:
@@ -101,7 +101,7 @@ def check_weights(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck
 
 def _config_is_usable(headers: HeaderCheck, layout: QuantizedFormat) -> bool:
     """Whether the tensors can be checked by the quantization config; reports what is wrong in it."""
-    where, usable = "config.json: quantization_config", True
+    where, usable = headers.checkpoint.quantization_place, True
     for reason, readable in layout.checks.config(headers.declared):
         headers.report(where, reason)
         usable = usable and readable

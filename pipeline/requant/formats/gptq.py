@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from requant.checkpoint.reader import QUANTIZE_CONFIG
 from requant.formats.bit_stream import WORD, check_whole, exact_scales, fitting_groups, pack_rows, unpack_rows
 from requant.formats.quantized_format import Packing, weights
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
-CONFIG_FILE = "quantize_config.json"
+CONFIG_FILE = QUANTIZE_CONFIG
 
 
 def shapes(
