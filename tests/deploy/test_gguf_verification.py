@@ -1,4 +1,4 @@
-"""`requant.deploy.gguf_verification`: what is found in a GGUF file that is whole, damaged, or another model's."""
+"""`requant.deploy.gguf_verification`: files that are whole, damaged, or of another model."""
 
 from __future__ import annotations
 

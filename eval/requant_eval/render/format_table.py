@@ -1,4 +1,4 @@
-"""The table of the formats that a run wrote its checkpoint in, for the report and the model card."""
+"""The table of the formats that a run wrote, for the report and the model card."""
 
 from __future__ import annotations
 

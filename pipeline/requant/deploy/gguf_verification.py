@@ -1,4 +1,4 @@
-"""Verification of a GGUF file: read back, decoded, and compared with the checkpoint it was made of."""
+"""Verification of a GGUF file: decoded, and compared with the checkpoint it was made of."""
 
 from __future__ import annotations
 

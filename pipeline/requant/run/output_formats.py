@@ -1,4 +1,4 @@
-"""`output.formats`: which engines read which of them, and what GGUF cannot hold, before any work."""
+"""`output.formats`: which engines read which of them, and what GGUF cannot hold."""
 
 from __future__ import annotations
 
