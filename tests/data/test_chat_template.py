@@ -88,6 +88,17 @@ def test_a_template_may_raise_anything() -> None:
         rendered(None, given(USER, ANSWER))
 
 
+def test_a_template_adds_no_book_to_every_row() -> None:
+    """A template of 200 kB of text made 8 MB of 40 short rows, and 20 seconds of tokenizing."""
+    book = "- " * 50_000
+    with pytest.raises(RowError, match=r"refuses it: it writes 100,0\d\d characters for a conversation of \d\d"):
+        rendered(book + chat.ECHO, given(USER, ANSWER))
+    prompt = "You are one of many. " * 2000
+    long = given({"role": "user", "content": book}, ANSWER)
+    assert rendered(prompt + chat.ECHO, given(USER, ANSWER))[0].startswith(prompt)
+    assert rendered(chat.ECHO, long)[0].startswith("<user>- - "), "what a row holds itself may be long"
+
+
 def test_tools_and_calls_are_rendered() -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"city": "text"}}}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}

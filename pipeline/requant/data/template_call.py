@@ -6,6 +6,7 @@ write no word of content that is text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,7 @@ from requant.data.template_losses import CLOSE, OPEN, TemplateFailure
 from requant.errors import one_line
 
 PARTS = "content was given as a list of parts, since the chat template takes only those"
+MOST_ADDED, MOST_TIMES = 50_000, 10  # characters that a template may add, and times that it may write what it is given
 _MARK = OPEN + CLOSE
 
 
@@ -70,4 +72,8 @@ def _call(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | No
         raise  # the process that a template runs in has a limit (`runtime.guarded_process`)
     except Exception as error:  # a template is a program: it can raise anything
         raise TemplateFailure(one_line(error)) from error
+    if len(text) > MOST_ADDED:
+        given = len(json.dumps([list(messages), tools], default=str, ensure_ascii=False))
+        if len(text) > MOST_ADDED + MOST_TIMES * given:
+            raise TemplateFailure(f"it writes {len(text):,} characters for a conversation of {given:,}")
     return text
