@@ -160,8 +160,15 @@ def test_out_of_memory_halves_the_batch(
 
 @pytest.mark.slow
 def test_what_turns_out_not_to_fit_is_streamed(
-    given: tuple[variants.VariantSources, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch, finished: Path
+    given: tuple[variants.VariantSources, Scores],
+    scores: Scores,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Path,
+    tmp_path: Path,
 ) -> None:
+    """And the variant after it is loaded by itself."""
+    whole = variants.load
+
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -173,6 +180,12 @@ def test_what_turns_out_not_to_fit_is_streamed(
     np.testing.assert_allclose(
         one.load()["general"]["adapter"].nll, kept(finished, "general", "adapter").nll, atol=2e-5
     )
+    monkeypatch.setattr(variants, "load", lambda name, *a, **k: full() if name == "adapter" else whole(name, *a, **k))
+    both = replace(one, keys={"adapter": "adapter", "base": "base"}, cache=tmp_path / "both")
+    told = evaluate.evaluate(both, given[0], batch=4)
+    assert told["notes"] == ["adapter: out of memory with one window at a time, went on block by block"]
+    assert both.load()["general"]["base"].runtime == variants.RUNTIMES["base"]
+    monkeypatch.setattr(variants, "load", full)
     with pytest.raises(StageError, match=r"variant merged: out of memory on cpu .* or set evaluate.stream to auto"):
         evaluate.evaluate(replace(scores, keys={"merged": "m", "adapter": "adapter"}, kl=False, sets=scores.sets[1:]),
                           given[0], batch=4, stream="never")  # fmt: skip

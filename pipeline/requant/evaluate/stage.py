@@ -169,7 +169,8 @@ class _Evaluation:
             raise StageError(f"variant {name}: {error}") from error
         except torch.OutOfMemoryError:
             return False
-        if self.keeping and self.sources.plan is not None and peft_runtime.leaves_the_base_alone(self.sources.plan):
+        plan = self.sources.plan
+        if self.keeping and not streaming and plan is not None and peft_runtime.leaves_the_base_alone(plan):
             self.kept = model
         del model, kept
         free_memory(self.scores.device)
