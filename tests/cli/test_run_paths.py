@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -59,6 +60,20 @@ def test_a_run_names_the_checkpoint_that_is_deployed(tmp_path: Path) -> None:
     shutil.rmtree(run / "merged")
     with pytest.raises(InputError, match=r"no merged/: name the 16-bit model, or keep it \(output.keep\)"):
         run_paths.merged_in(run)
+
+
+@pytest.mark.parametrize(("made_of", "taken"), [("a", "healed"), ("b", "gptq"), (None, "healed")])
+def test_a_healed_checkpoint_of_other_codes_is_not_taken(tmp_path: Path, made_of: str | None, taken: str) -> None:
+    """A run whose settings changed, until it heals again or where it no longer heals."""
+    run = empty_run(tmp_path / "run")
+    checkpoint(run, "gptq", "healed")
+    said = {} if made_of is None else {"of": made_of}
+    for name, key, provenance in (("gptq", "a", {}), ("healed", "h", said)):
+        (run / name / "manifest.json").write_text(json.dumps({"key": key, "files": {}, "provenance": provenance}))
+    found, message = run_paths.checkpoint_in(run)
+    assert found == run / taken
+    assert message is not None
+    assert ("made of an earlier one" in message) == (taken == "gptq")
 
 
 def test_a_run_without_a_report_or_a_recipe_says_so(here: Here, tmp_path: Path) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.e2e import copied, one_thread, recipe, run, times
+from helpers.e2e import copied, killed_run, one_thread, recipe, run, times
 
 from requant.checkpoint.artifact import changed_files, read_manifest
+from requant.checkpoint.run_directory import MARKER, RunDirectory
 from requant.deploy import hub_upload
 from requant.deploy.gguf_verification import verify_gguf
 from requant.errors import InputError
 from requant.formats.registry import open_quantized
 from requant.run import prepare
+from requant.run.observer import Watcher
+from requant.run.stages import STAGES
 
 CT = "compressed-tensors"
 FEW = {"evaluate.variants": ["base", "adapter", "merged", "gptq"]}
@@ -121,11 +125,47 @@ def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_any_work(project: P
 
 
 @pytest.mark.slow
+def test_a_run_killed_before_the_report_writes_the_cards_of_formats(finished: Path, project: Path, ran: Path) -> None:
+    asked = {"output.formats": ["gptq", CT, "gguf"]}
+    out = run(project, ran, asked).path
+    cards = {name: out / name / "README.md" for name in (CT, "gguf")}
+    for card in cards.values():
+        shutil.rmtree(card.parent)
+    assert killed_run(project, ran, "report:0", asked) == -signal.SIGKILL
+    assert run(project, ran, asked).ran == ["report"]
+    assert "pip install compressed-tensors" in cards[CT].read_text()
+    assert "llama-server -m PATH" in cards["gguf"].read_text()
+
+
+def test_every_directory_that_a_run_writes_is_refused_as_a_link(tmp_path: Path) -> None:
+    for name in (stage.artifact for stage in STAGES if stage.artifact is not None):
+        run_of = tmp_path / name
+        run_of.mkdir()
+        (run_of / MARKER).touch()
+        (run_of / name).symlink_to(tmp_path)
+        with pytest.raises(InputError, match="is a link"):
+            RunDirectory(run_of).check()
+
+
+@pytest.mark.slow
+def test_a_run_names_what_an_earlier_recipe_left(project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Watcher, "warn", lambda _, text: said.append(text))
+    asked = {"output.formats": ["gptq", CT]}
+    for changes in (asked, asked, {}):
+        assert not [text for text in said if "earlier recipe" in text]
+        run(project, ran, changes)
+    assert [text for text in said if f"{ran / 'pico' / CT} is of an earlier recipe" in text]
+
+
+@pytest.mark.slow
 def test_a_healed_checkpoint_is_what_is_converted(project: Path, tmp_path: Path) -> None:
     healing = {"heal": {"steps": 2, "batch": 2, "length": 32}, "output.formats": ["gptq", CT]} | FEW
     healing["evaluate.variants"] = [*FEW["evaluate.variants"], "healed"]
     out = run(project, tmp_path, healing)
     assert out.ran.index(CT) == out.ran.index("heal") + 1
+    of = [read_manifest(out.path / name) or {} for name in ("gptq", "healed")]
+    assert of[1]["provenance"]["of"] == of[0]["key"]
     one, other = open_quantized(out.path / "healed"), open_quantized(out.path / CT)
     assert all(torch.equal(one.read(name), other.read(name)) for name in one)
 

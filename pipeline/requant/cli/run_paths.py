@@ -35,13 +35,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def checkpoint_in(path: Path, names: Sequence[str] = CHECKPOINTS) -> tuple[Path, str | None]:
     """(the checkpoint that `path` names, which one of a run it is).
 
-    A run's healed checkpoint comes before its GPTQ one. Raises InputError for a run that holds none yet.
+    A run's healed checkpoint comes before its GPTQ one, unless it was made of another. Raises InputError for a run that
+    holds none yet.
     """
     if (path / "config.json").exists() or not path.is_dir():
         return path, None
     found = [path / name for name in names if (path / name / "config.json").is_file()]
     if found:
         also = f" (also here: {', '.join(p.name for p in found[1:])})" if found[1:] else ""
+        if found[1:] and _of_another(found[0], found[1]):
+            del found[0]
+            also = " (healed/ was made of an earlier one)"
         return found[0], f"{path} is a run: taking its {found[0].name}/{also}"
     if is_run(path):
         raise InputError(f"{path}: {_holds(path)}, no finished checkpoint yet: `requant run {path}` goes on with it")
@@ -53,6 +57,15 @@ def names_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" or (
         path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))
     )
+
+
+def _of_another(healed: Path, gptq: Path) -> bool:
+    """Whether a run's healed checkpoint was made of another GPTQ checkpoint than the run holds now."""
+    from requant.checkpoint.artifact import read_manifest
+
+    one, other = read_manifest(healed), read_manifest(gptq)
+    made_of = (one or {}).get("provenance", {}).get("of")  # earlier versions did not say
+    return other is not None and made_of not in (None, other["key"])
 
 
 def merged_in(path: Path) -> Path:
@@ -74,6 +87,6 @@ def report_in(path: Path) -> Path:
 
 def _holds(path: Path) -> str:
     """What a directory holds, in words."""
-    names = [n for n in ("merged", "gptq", "healed", "report.json") if (path / n).exists()]
+    names = [n for n in ("merged", "gptq", "healed", "compressed-tensors", "report.json") if (path / n).exists()]
     kind = "this run" if is_run(path) else "this directory"
     return f"{kind} holds {', '.join(names)}" if names else f"{kind} holds nothing of a run"

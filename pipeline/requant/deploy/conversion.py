@@ -68,13 +68,15 @@ def convert(
         StageError: what was written does not decode to the same weights.
     """
     with new_directory(out) as partial:
-        return convert_into(partial / "out", source, to, trust_remote_code=trust_remote_code, progress=progress)
+        done = convert_into(partial / "out", source, to, trust_remote_code=trust_remote_code, progress=progress)
+        copy_cards(source, partial / "out", to)
+    return done
 
 
 def convert_into(
     out: Path, source: Path, to: str, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> Conversion:
-    """`convert` into the existing directory `out`, which gets no name of its own."""
+    """`convert` into the existing directory `out`, which gets no name of its own; without the card."""
     headers = checked(source, to, trust_remote_code=trust_remote_code)
     planned = plan_conversion(headers, FORMATS[to], source)
     steps = Steps(2 * len(planned.plan.grids), progress)
@@ -169,7 +171,7 @@ def cannot_be_stored(planned: ConversionPlan, module: str, target: str, why: Pac
 
 
 def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:
-    """Write configs, tokenizer, templates and cards."""
+    """Write configs, tokenizer and templates."""
     damp, meta = (planned.declared.get(key) for key in ("damp_percent", "meta"))  # no engine reads them
     write_small_files(
         source,
@@ -180,7 +182,6 @@ def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:
         damp=damp if isinstance(damp, float) else 0.01,
         meta={**(meta if isinstance(meta, Mapping) else {}), "converter": [f"requant:{__version__}"]},
     )
-    copy_cards(source, out, planned.plan.format.name)
 
 
 def copy_cards(source: Path, out: Path, to: str) -> None:

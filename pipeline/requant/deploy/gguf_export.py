@@ -86,13 +86,15 @@ def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress
     """
     package()
     with new_directory(out) as partial:
-        return export_into(partial / "out", source, trust_remote_code=trust_remote_code, progress=progress)
+        done = export_into(partial / "out", source, trust_remote_code=trust_remote_code, progress=progress)
+        copy_cards(source, partial / "out", FORMAT)
+    return done
 
 
 def export_into(
     out: Path, source: Path, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> GgufExport:
-    """`export` into the existing directory `out`, which gets no name of its own."""
+    """`export` into the existing directory `out`, which gets no name of its own; without the card."""
     plan = plan_export(source, trust_remote_code=trust_remote_code)
     tensors = plan.tensors
     done = GgufExport(
@@ -105,7 +107,6 @@ def export_into(
     with writing(made):
         _write(made, plan, source, step)
     _compare(done, made, tensors, step)
-    copy_cards(source, out, FORMAT)
     return done
 
 

@@ -53,7 +53,7 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
         trust_remote_code=sources.trust_remote_code, doing=context.watcher.doing,
     )  # fmt: skip
     proof.raise_if_wrong()
-    artifact.finish(key, {"stage": "heal", "requant": __version__})
+    artifact.finish(key, {"stage": "heal", "requant": __version__, "of": context.keys.quantize})
     return {**facts, "data": asked.facts["data"], "target": target, "verify": proof.facts()}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from requant import outgoing, recipe
+from requant.checkpoint.artifact import read_manifest
 from requant.checkpoint.atomic_write import DAMAGED, remove, write_text
 from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.deploy.engine_processes import installed
@@ -67,10 +68,22 @@ def run(
             if stage.ahead is not None:
                 beside.enter_context(stage.ahead(context))
         write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
+        _tell_of_leftovers(context)
         Runner(context).run(stages)
         if until == "report":
             _discard_artifacts(context)
     return context.outcome
+
+
+def _tell_of_leftovers(context: RunContext) -> None:
+    """Name the checkpoints of an earlier recipe that this one does not make."""
+    made = {stage.artifact for stage in stages_of(context.prepared)}
+    for name in (stage.artifact for stage in STAGES if stage.artifact not in made):
+        if name is not None and read_manifest(context.directory.path / name) is not None:
+            context.watcher.warn(
+                f"{context.directory.path / name} is of an earlier recipe, this one does not make it: remove it, or "
+                "give the run another name (--set name=...) to keep both"
+            )
 
 
 def _leave_out_places(prepared: Prepared, run: Path) -> None:
