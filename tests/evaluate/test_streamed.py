@@ -205,7 +205,7 @@ def test_windows_of_different_lengths_share_a_batch(
     if changes:
         monkeypatch.setattr(streamed.batches, "padding_changes", lambda *_: True)
     parts.run(windows(), BatchSize(tokens=200, padding=50))
-    together, apart = [(5, 33), (1, 9), (1, 20)], [(2, 33), (3, 20), (1, 9)]  # the last one: alone, as the witness
+    together, apart = [(5, 33), (1, 9), (1, 20)], [(1, 9), (3, 20), (2, 33)]  # of the first, the last: the witness
     expected = [together, apart] if changes else [together]
     assert sizes == expected
     assert bool(parts.notes) == changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,16 @@ def test_rotary_tables_by_length_are_not_mixed(kind: str) -> None:
     assert (4, 14) in shapes
     alone = score(model, text, batch=1, device="cpu")
     np.testing.assert_allclose(together.nll, alone.nll, rtol=1e-5, atol=1e-5)
+
+
+def test_no_window_has_the_rotary_table_of_a_longer_one() -> None:
+    """A table of transformers stays until it has to change: each window's scores are those of a model that is new."""
+
+    def new() -> Any:
+        tables = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        return pico.model("llama", rope_parameters=tables, max_position_embeddings=20)
+
+    text = short_documents()
+    alone = [score(new(), replace(text, windows=(window,)), batch=1, device="cpu").nll for window in text.windows]
+    together = score(new(), text, batch=WIDE, device="cpu").nll
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-5)

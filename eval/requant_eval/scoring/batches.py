@@ -65,7 +65,7 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Plan:
-    """Batches, longest windows first. batches: numbers of the windows of each. lengths: of every window."""
+    """Batches, each with its longest window first. batches: numbers of the windows. lengths: of every window."""
 
     batches: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
@@ -88,17 +88,20 @@ class Plan:
 
 
 def plan(lengths: Sequence[int], size: BatchSize, *, padded_up_to: int | None = None) -> Plan:
-    """The batches of windows of these lengths.
+    """The batches of windows of these lengths, longest first.
 
-    padded_up_to: longer windows share a batch with windows of their own length only; None: there is no such length.
+    padded_up_to: longer windows share a batch with windows of their own length only, and come last, the shortest of
+    them first: transformers keeps a rotary table until a longer window, or one of less than the trained length, needs
+    another. None: there is no such length.
     """
+    limit = max(lengths, default=0) if padded_up_to is None else padded_up_to
     found: list[list[int]] = []
     padding = 0
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for number in sorted(range(len(lengths)), key=lambda i: (lengths[i] > limit, abs(lengths[i] - limit))):
         longest = lengths[found[-1][0]] if found else 0
         padding += longest - lengths[number]
-        allowed = size.padding if padded_up_to is None or longest <= padded_up_to else 0
-        if found and padding <= allowed and size.holds(len(found[-1]) + 1, longest):
+        allowed = size.padding if longest <= limit else 0
+        if lengths[number] <= longest and padding <= allowed and size.holds(len(found[-1]) + 1, longest):
             found[-1].append(number)
         else:
             found.append([number])
