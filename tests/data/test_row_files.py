@@ -206,3 +206,19 @@ def test_a_large_file_of_plain_text_is_unpacked(tmp_path: Path, monkeypatch: pyt
     assert read(tmp_path / "a.jsonl.gz", gzip.compress(data)) == rows
     with pytest.raises(InputError, match=r"unpacks to more than 0 MB"):
         read(tmp_path / "b.jsonl.gz", gzip.compress(json.dumps({"text": "x" * 10**5}).encode()))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.csv.gz"])
+def test_a_file_of_line_ends_is_not_read_for_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(row_files, "MOST_LINES", 10)
+    first = b'{"text": "a"}\n' if "jsonl" in name else b"text\na\n"
+    for count, fits in ((8, True), (20, False)):
+        data = first + b"\n" * count
+        file, data = tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data
+        if fits:
+            assert read(file, data) == [{"text": "a"}]
+        else:
+            with pytest.raises(InputError, match=rf"{name}: more than 10 lines: set data\.documents"):
+                read(file, data)

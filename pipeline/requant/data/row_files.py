@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 from requant.data.text_files import LARGEST, open_data
 from requant.errors import InputError, library_call
@@ -20,6 +20,7 @@ from requant_eval.strict_json import MOST, JsonError, parse, values_in
 
 Row = Mapping[str, Any]
 MOST_ROWS = 3_000_000  # a row takes some hundred bytes, whatever it holds
+MOST_LINES = 30_000_000  # that are looked at, empty ones too: seconds
 PARQUET_ROWS = 128  # read at a time
 ROW_BYTES = 200  # of a row in memory, besides its text
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
@@ -123,7 +124,7 @@ def _csv_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     number = 0
     try:
-        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
+        reader = csv.DictReader(_lines(path, io.TextIOWrapper(file, "utf-8", newline="")), strict=True)
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
         if twice:
             raise InputError(f"{path}: column {twice[0]!r} is named twice in the header")
@@ -173,9 +174,17 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
+def _lines(path: Path, lines: Iterable[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file, as many as can be meant: a file of line ends alone would take minutes."""
+    left = iter(lines)
+    yield from islice(left, MOST_LINES)
+    if next(left, None) is not None:
+        raise InputError(f"{path}: more than {MOST_LINES:,} lines: set data.documents to use the first ones")
+
+
 def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
     left = MOST if path.suffix == ".gz" else None  # the size of others says what they may hold
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path, lines), 1):
         if not line.strip():
             continue
         if left is not None and (left := left - values_in(line)) < 0:
