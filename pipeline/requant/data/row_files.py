@@ -20,7 +20,7 @@ from requant_eval.strict_json import MOST, JsonError, parse, values_in
 
 Row = Mapping[str, Any]
 MOST_ROWS = 3_000_000  # a row takes some hundred bytes, whatever it holds
-MOST_LINES = 30_000_000  # that are looked at, empty ones too: seconds
+MOST_LINES = 15_000_000  # that are looked at, empty ones too: seconds
 PARQUET_ROWS = 128  # read at a time
 ROW_BYTES = 200  # of a row in memory, besides its text
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
