@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers import pico
-from helpers.e2e import edit_json, edit_tensors, make_model, make_tokenizer
+from helpers.e2e import edit_json, edit_tensors, make_model, make_pieces, make_tokenizer
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
@@ -108,6 +108,61 @@ def test_sizes_and_rotation(tmp_path: Path) -> None:
     torch.testing.assert_close(plain / tensors["rope_freqs.weight"], theirs)
 
 
+def test_norms_windows_and_rotations_of_gemma3(tmp_path: Path) -> None:
+    changes = {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "vocab_size": 512, "sliding_window": 8}
+    model = pico.model("gemma3_text", **(SIZES | changes))
+    for name, value in model.named_parameters():
+        value.data += 0.1 * torch.randn_like(value) if name.endswith("norm.weight") else 0
+    pico.save(model, tmp_path / "model", torch.bfloat16)
+    make_pieces(tmp_path / "model")
+    pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32), dtype=torch.bfloat16)
+    export(tmp_path / "gptq", tmp_path / "out")
+    fields, tensors, _ = contents(tmp_path / "out")
+    expected = {
+        "attention.sliding_window": 8, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "attention.key_length": 16,
+        "block_count": 6,
+    }  # fmt: skip
+    assert {key: fields[f"gemma3.{key}"] for key in expected} == expected
+    assert "output.weight" not in tensors
+    reader = open_quantized(tmp_path / "gptq")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 6)
+    assert len(tensors) == len(list(reader))
+    for name in reader:
+        ours = reader.read(name).float() + ("norm" in name)
+        assert torch.equal(tensors[names.get_name(name, try_suffixes=(".weight",))], ours), name
+    assert len({names.get_name(name, try_suffixes=(".weight",)) for name in reader}) == len(tensors)
+
+
+def test_pieces_of_sentencepiece(tmp_path: Path) -> None:
+    """Scores give the order of the merges; what is none of sentencepiece's is refused."""
+    make_pieces(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    found = gguf_tokenizer.read(tmp_path, 513)
+    assert (found.model, found.rule, found.tokens[512]) == ("llama", "default", "[PAD512]")
+    assert found.types[:8] == (3, 3, 3, 3, 3, 3, 4, 6)
+    assert found.types[512] == 5
+    assert found.scores is not None
+    scores = dict(zip(found.tokens, found.scores, strict=True))
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in raw["model"]["merges"]]
+    order = [scores[left + right] for left, right in merges]
+    assert order == sorted(order, reverse=True)
+    assert len(set(order)) > 100
+    assert scores["e"] < min(order)
+
+    def read(**model: Any) -> gguf_tokenizer.Vocabulary:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {"model": raw["model"] | model}))
+        return gguf_tokenizer.read(tmp_path, 512)
+
+    beyond = raw["added_tokens"] + [{**raw["added_tokens"][0], "id": 512, "content": "<image>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {"added_tokens": beyond}))
+    assert "<image>" not in gguf_tokenizer.read(tmp_path, 512).tokens
+    with pytest.raises(InputError, match=r"its merges are not sentencepiece's: \(.*\) is not among them"):
+        read(merges=[list(m) for m in merges[1:]])
+    apart = next(i for i in range(len(merges) - 1) if "".join(merges[i]) == "".join(merges[i + 1]))
+    with pytest.raises(InputError, match=r"its merges are not sentencepiece's: those to .* are in two places"):
+        read(merges=[list(m) for m in [*merges[:apart], *merges[apart + 1 :], merges[apart]]])
+
+
 def test_tokens_and_template(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, "llama", Grid(4, 32), vocab_size=304)
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -182,7 +237,12 @@ def test_a_rule_is_known_by_what_it_is(tmp_path: Path, pattern: str, rule: str |
 @pytest.mark.parametrize(
     ("kind", "grid", "changes", "told"),
     [
-        ("gemma3_text", Grid(4, 32), {}, r"a gemma3_text is not written as GGUF yet: only llama, mistral, qwen2, qwen3"),
+        ("gemma2", Grid(4, 32), {}, r"a gemma2 is not written as GGUF yet: only llama, mistral, qwen2, qwen3, gemma3"),
+        ("gemma3_text", Grid(4, 32), {"query_pre_attn_scalar": 20}, r"query_pre_attn_scalar is 20, GGUF's gemma3 has 16"),
+        ("gemma3_text", Grid(4, 32), {"query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0},
+         r"final_logit_softcapping is 30.0, GGUF's gemma3 has None"),
+        ("gemma3_text", Grid(4, 32), {"query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2},
+         r"layer_types is \['full_attention', 'full_attention'\], GGUF's gemma3 has \['sliding_attention'"),
         ("llama", Grid(8, 32, symmetric=False), {}, r"cannot be stored as gguf: 8 bits with zero points fit no block"),
         ("llama", Grid(4, 32), {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, r"type 'yarn'"),
         ("mistral", Grid(4, 32), {"sliding_window": 16}, r"a sliding window of 16 tokens is not written as GGUF"),

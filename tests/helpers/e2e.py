@@ -88,6 +88,36 @@ def make_tokenizer(out: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(out)
 
 
+def make_pieces(out: Path, count: int = 512) -> None:
+    """A tokenizer of sentencepiece's BPE as Gemma's tokenizer.json has it: pieces, and bytes for what is none."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=count - 263, show_progress=False)
+    trained.train_from_iterator([text.replace(" ", "▁") for text in texts()["train"]], trainer)
+    pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
+    specials = ["<pad>", "</s>", "<s>", "<unk>", "<start>", "<end>", "\n\n"]
+    every = list(dict.fromkeys([*specials, *(f"<0x{i:02X}>" for i in range(256)), *pieces]))
+    vocabulary = {piece: i for i, piece in enumerate(every)}
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in pieces
+        if piece not in specials
+        for i in range(1, len(piece))
+        if piece[:i] in vocabulary and piece[i:] in vocabulary
+    ]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(specials[:6])
+    tokenizer.add_tokens(["\n\n"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
+
+
 def make_model(out: Path, *, hidden: int = 64, layers: int = 2, tied: bool = False, seed: int = 0) -> None:
     """A 16-bit Llama with weights large enough that its predictions differ from token to token."""
     from transformers import LlamaConfig, LlamaForCausalLM

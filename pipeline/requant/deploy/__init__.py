@@ -4,6 +4,7 @@
     conversion, conversion_plan        convert(checkpoint, out, to): the same codes in another layout
     gguf_export                        export(checkpoint, out): the same codes as a GGUF file
     gguf_verification                  verify_gguf(file): a GGUF file read back, against its source
+    gguf_package                       the package gguf
     gguf_families, gguf_tokenizer      which models that is written of; tokens and the rule that cuts text
     verification                       the result: findings, sizes, scores; saved beside a run
     check_headers                      configs and headers against the format and the model

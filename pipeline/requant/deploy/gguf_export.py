@@ -23,6 +23,7 @@ from requant.deploy import gguf_families, gguf_tokenizer
 from requant.deploy.conversion import Progress, Steps, cannot_be_stored, checked, copy_cards, in_order, stored_bytes
 from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
 from requant.deploy.gguf_families import Family
+from requant.deploy.gguf_package import package, stored_bytes_of
 from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import PackError, weights
@@ -146,15 +147,6 @@ def _kind(grid: Grid, columns: int) -> str:
     )
 
 
-def package() -> Any:
-    """The package gguf, or InputError."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("GGUF files need the package gguf: pip install gguf") from error
-    return gguf
-
-
 def _file_kind(tensors: Sequence[GgufTensor]) -> str:
     """The kind of most quantized tensors, which names the file."""
     kinds = Counter(t.kind for t in tensors if t.kind in gguf_blocks.BYTES)
@@ -229,8 +221,12 @@ def _plain(planned: ConversionPlan, config: Any, family: Family, parameter: str,
     shape = checkpoint[weight].shape
     order = gguf_families.rows(config, family, module, shape[0]) if leaf in ("weight", "bias") else None
 
+    less_one = family.norms_less_one and module.endswith("norm")
+
     def values() -> Tensor:
         found = checkpoint.read(weight)
+        if less_one:
+            found = found.float() + 1  # as transformers adds it
         return found if order is None else found[order]
 
     kind, dtype = ("F32", torch.float32) if len(shape) == 1 else _exact_dtype(values())
@@ -288,11 +284,16 @@ def _metadata(writer: Any, config: Any, family: Family, source: Path, file_type:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(factor)
     vocabulary = gguf_tokenizer.read(source, config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.rule)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types(list(vocabulary.types))
-    gguf.SpecialVocab(source, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(source, load_merges=vocabulary.scores is None, n_vocab=config.vocab_size)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(False)
+        special.add_special_token.setdefault("bos", False)
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _compare(done: GgufExport, file: Path, tensors: Sequence[GgufTensor], step: Steps) -> None:
@@ -307,8 +308,3 @@ def _compare(done: GgufExport, file: Path, tensors: Sequence[GgufTensor], step: 
         done.largest_rounding = max(done.largest_rounding, largest)
         done.kinds[tensor.kind] += 1
         step(f"comparing {tensor.name}")
-
-
-def stored_bytes_of(tensor: Any) -> Tensor:
-    """The bytes of a tensor that the package gguf read, uint8."""
-    return torch.from_numpy(np.array(tensor.data)).contiguous().view(torch.uint8)

@@ -22,11 +22,15 @@ class Family:
 
     architecture: llama.cpp's name of it. interleaved: whether its rotary embedding turns neighbouring rows of queries
     and keys, where transformers turns rows of the two halves of a head. vocabulary: whether llama.cpp wants its size.
+    norms_less_one: whether the file of transformers holds weights of norms less one. period: of blocks, the last of
+    which sees everything where the others see a window; 0: all see everything.
     """
 
     architecture: str
     interleaved: bool = False
     vocabulary: bool = False
+    norms_less_one: bool = False
+    period: int = 0
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -34,6 +38,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(architecture="llama", interleaved=True, vocabulary=True),
     "qwen2": Family(architecture="qwen2"),
     "qwen3": Family(architecture="qwen3"),
+    "gemma3_text": Family(architecture="gemma3", norms_less_one=True, period=6),
 }
 _ROTATIONS = ("default", "linear", "llama3")
 
@@ -53,12 +58,35 @@ def family_of(config: Any, where: str) -> Family:
             f"{where}: rotary embeddings of type {str(rotation)[:80]!r} are not written as GGUF: only "
             f"{', '.join(_ROTATIONS)}"
         )
+    if FAMILIES[kind].period:
+        _refuse_other_windows(config, FAMILIES[kind].period, where)
+        return FAMILIES[kind]
     window = getattr(config, "sliding_window", None)
     if isinstance(window, int) and window < config.max_position_embeddings:
         raise InputError(
             f"{where}: a sliding window of {window} tokens is not written as GGUF: its {kind} has none there"
         )
     return FAMILIES[kind]
+
+
+def _refuse_other_windows(config: Any, period: int, where: str) -> None:
+    """Raise InputError for a Gemma 3 whose settings are not those that llama.cpp takes without asking the file."""
+    head = config.head_dim
+    expected = {
+        "query_pre_attn_scalar": head,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["full_attention" if (i + 1) % period == 0 else "sliding_attention"
+                        for i in range(config.num_hidden_layers)],
+    }  # fmt: skip
+    found = {key: getattr(config, key, None) for key in expected}
+    local = config.rope_parameters["sliding_attention"].get("rope_type", "default")
+    if getattr(config, "use_bidirectional_attention", False) or local != "default":
+        raise InputError(f"{where}: attention both ways, or {str(local)[:80]!r} in windows, is not written as GGUF")
+    for key, value in expected.items():
+        if found[key] != value:
+            raise InputError(f"{where}: {key} is {str(found[key])[:80]}, GGUF's gemma3 has {str(value)[:80]}")
 
 
 def metadata(config: Any, family: Family) -> dict[str, int | float]:
@@ -78,6 +106,11 @@ def metadata(config: Any, family: Family) -> dict[str, int | float]:
         "rope.freq_base": float(rotation["rope_theta"]),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
     }
+    if family.period:
+        found |= {
+            "attention.sliding_window": config.sliding_window,
+            "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+        }
     if family.vocabulary:
         found |= {"vocab_size": config.vocab_size, "rope.dimension_count": head}
     return found
@@ -119,4 +152,6 @@ def rows(config: Any, family: Family, module: str, count: int) -> Tensor | None:
 
 
 def _rotation(config: Any) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
+    """The rotary embedding's settings; where blocks have two, that of those which see everything."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return dict(found.get("full_attention", found))

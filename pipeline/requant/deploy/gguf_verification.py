@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.deploy.gguf_export import GgufPlan, package, plan_export, stored_bytes_of
+from requant.deploy.gguf_export import GgufPlan, plan_export
+from requant.deploy.gguf_package import package, stored_bytes_of
 from requant.deploy.stage import changed
 from requant.deploy.verification import Verification
 from requant.errors import InputError
