@@ -61,10 +61,10 @@ def test_a_whole_run_is_measured_by_stage_and_variant(tmp_path: Path) -> None:
     (run,) = json.loads((tmp_path / "out.json").read_text())["runs"].values()
     stages, parts = run["stages"], run["evaluate"]
     assert {"start and check", "merge", "probe", "quantize", "evaluate", "report"} <= stages.keys()
-    assert sum(row["seconds"] for row in stages.values()) == pytest.approx(run["seconds"], abs=1)
+    assert 0 < sum(row["seconds"] for row in stages.values()) <= run["seconds"] + 0.1
     variants = ("base", "adapter", "merged", "rtn", "gptq")
     assert parts.keys() == {f"{v}{at}" for v in variants for at in (", loading", " on short", " on long")}
-    assert sum(row["seconds"] for row in parts.values()) == pytest.approx(stages["evaluate"]["seconds"], abs=1)
+    assert 0 < sum(row["seconds"] for row in parts.values()) <= stages["evaluate"]["seconds"] + 0.1
     assert run["numbers"].keys() == {f"{v} on {s}" for v in variants for s in ("short", "long")}
 
 

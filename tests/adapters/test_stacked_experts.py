@@ -110,6 +110,7 @@ def test_check_says_so(project: Path, tmp_path: Path, kind: str) -> None:
     changes = {
         "base.model": str(base), "base.original": None, "adapter": str(tmp_path / "adapter"),
         "base.nf4": {"quant_type": "nf4", "double_quant": False}, "evaluate.variants": ["adapter", "merged", "gptq"],
+        "quantize.experts": "quantize",
     }  # fmt: skip
     prepared = prepare.prepare(recipe(project, tmp_path / "runs", changes))
     left = [w for w in prepared.warnings if "fused expert weights stay in 16 bit" in w]

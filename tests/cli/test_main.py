@@ -294,7 +294,11 @@ def test_exit_code_1_when_the_data_is_bad(here: Here, project: Path, tmp_path: P
     assert here("check", str(mine / "recipe.yaml")) == 2, "the rows that it samples show it"
     assert "NaN or infinity in the adapter or base weights: train or download them again" in here.err
     assert here("run", str(mine / "recipe.yaml")) == 1
-    assert re.search(r"^error: .*NaN or infinity in the adapter or base weights$", here.err, re.MULTILINE)
+    assert re.search(
+        r"^error: .*: NaN or infinity in the adapter or base weights: (\d+) of \1 values \(.*, or the adapter's file\)$",
+        here.err,
+        re.MULTILINE,
+    )
     assert "merged" not in visible(tmp_path / "runs" / "pico")
 
 

@@ -20,7 +20,10 @@ from requant.run.stages import STAGES, Stage, stages_of
 
 
 def test_a_stage_needs_only_stages_before_it() -> None:
-    context = cast(RunContext, SimpleNamespace(scores=SimpleNamespace(missing=lambda: {"rtn": []})))
+    context = cast(
+        RunContext,
+        SimpleNamespace(prepared=SimpleNamespace(heal=None), scores=SimpleNamespace(missing=lambda: {"rtn": []})),
+    )
     names = [stage.name for stage in STAGES]
     assert len(set(names)) == len(names)
     needs = {stage.name: stage.needs(context) for stage in STAGES}
@@ -29,16 +32,19 @@ def test_a_stage_needs_only_stages_before_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heal", "suggest", "names"),
+    ("heal", "suggest", "formats", "names"),
     [
-        (None, False, "merge quantize evaluate report"),
-        (object(), False, "merge quantize heal evaluate report"),
-        (None, True, "merge quantize evaluate suggest report"),
-        (object(), True, "merge quantize heal evaluate suggest report"),
+        (None, False, "gptq", "merge quantize evaluate report"),
+        (object(), False, "gptq", "merge quantize heal evaluate report"),
+        (None, True, "gptq", "merge quantize evaluate suggest report"),
+        (object(), True, "gptq", "merge quantize heal evaluate suggest report"),
+        (object(), False, "gptq compressed-tensors", "merge quantize heal compressed-tensors evaluate report"),
+        (None, False, "gptq gguf", "merge quantize gguf evaluate report"),
     ],
 )
-def test_stages_of_a_run(heal: object, suggest: bool, names: str) -> None:
-    prepared: Any = SimpleNamespace(heal=heal)
+def test_stages_of_a_run(heal: object, suggest: bool, formats: str, names: str) -> None:
+    asked = SimpleNamespace(output=SimpleNamespace(formats=tuple(formats.split())))
+    prepared: Any = SimpleNamespace(heal=heal, recipe=asked)
     assert [stage.name for stage in stages_of(prepared, suggest=suggest)] == names.split()
 
 

@@ -178,7 +178,8 @@ def _round(plan: MergePlan, op: Op, value: Tensor, dtype: torch.dtype, result: M
         assert op.source is not None
         bad, held = int((~torch.isfinite(value)).sum()), op.replacement or plan.base.checkpoint[op.source.name]
         raise StageError(
-            f"{op.name}: NaN or infinity in the {whose} weights: {bad} of {value.numel()} values ({held.file})"
+            f"{op.name}: NaN or infinity in the {whose} weights: {bad} of {value.numel()} values ({held.file}"
+            + (", or the adapter's file)" if op.folds else ")")
         )
     result.max_abs = max(result.max_abs, largest)
     return rounded
