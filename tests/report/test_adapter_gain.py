@@ -97,3 +97,16 @@ def test_without_the_base_the_probe_tells(tuned: tuple[float, float], alarm: boo
     made = report(0.5, PPL, base=False, facts=FACTS | {"adapter": {"name": "a", "probe": probe}})
     found = "(train.jsonl: 3.2 nats a token without it, 3.4 with it)" in made["verdict"]["line"]
     assert found == alarm
+
+
+@pytest.mark.parametrize(("shift", "spread", "doubted"), [(0.05, 0.5, True), (0.0, 0.0, True), (0.5, 0.0, False)])
+def test_nobody_is_told_to_deploy_a_gain_of_nothing_without_a_word(shift: float, spread: float, doubted: bool) -> None:
+    """The gate on ppl_increase passes all the same: requantizing costs little of what is there."""
+    made = report(shift, PPL, spread=spread)
+    assert made["verdict"]["status"] == "pass"
+    text = made["recommendation"]["text"]
+    assert text.startswith("Deploy the requantized model")
+    said = (
+        " First ask whether it is the right adapter and base: on in-domain the adapter gained nothing that can be told"
+    )
+    assert (said in text) is doubted

@@ -9,6 +9,7 @@ from requant_eval.metrics.engine_step import speeds
 from requant_eval.metrics.facts import Facts, base_and_adapter, is_16_bit_base, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
+from requant_eval.report.adapter_gain import in_words, learned
 from requant_eval.report.headline import final_variant
 from requant_eval.report.number_format import format_bytes
 from requant_eval.report.records import Choice, Numbers, Option, Recommendation, Status
@@ -37,7 +38,7 @@ def recommend(report: Numbers, gates: Sequence[Gate]) -> Recommendation:
     many = _adapters_from(options, report)
     return {
         "choice": choice,
-        "text": _text(known_facts(report["facts"]), options, choice, many, own_gates=bool(gates)),
+        "text": _text(known_facts(report["facts"]), options, choice, many, own_gates=bool(gates)) + _doubt(report),
         "rule": RULE,
         "options": options,
         "adapters_from": many,
@@ -138,6 +139,18 @@ def _text(facts: Facts, options: Sequence[Option], choice: Choice | None, many: 
     if many is not None and choice != "separate":
         text += f" Where {many} or more adapters of one base are served, one base with all of them takes less memory."
     return text
+
+
+def _doubt(report: Numbers) -> str:
+    """A sentence where the adapter did not surely gain on a text of its own: gates on its loss do not ask for that."""
+    for s in report["sets"]:
+        step = learned(s)
+        if s["in_domain"] and step is not None and not (step["delta"]["high"] or 0.0) < 0:
+            return (
+                f" First ask whether it is the right adapter and base: on {s['name']} the adapter gained nothing that can "
+                f"be told from zero ({in_words(step)})."
+            )
+    return ""
 
 
 OPTIONS: dict[Choice, str] = {

@@ -170,7 +170,7 @@ _ON_THE_FLY = """\
   # QLoRA settings: compare them with the BitsAndBytesConfig of your training script. If the base was a
   # pre-quantized 4-bit checkpoint, write that as model and nf4: auto. If it was trained in 16 bit, without
   # a BitsAndBytesConfig (plain LoRA), write nf4: none in place of the section.
-  nf4:
+  nf4:                      # FIXME: as your BitsAndBytesConfig says; none (nf4: none) if training used none
     quant_type: nf4         # nf4 | fp4; bnb_4bit_quant_type (transformers' own default is fp4)
     double_quant: true      # bool; bnb_4bit_use_double_quant (transformers' own default is false)
     blocksize: 64           # 32 ... 4096, default 64; bitsandbytes' default too
