@@ -333,6 +333,9 @@ def test_gate_answers_from_the_file_alone(here: Here, finished: Path, tmp_path: 
     assert here.out.startswith("FAIL: ")
     assert '<failure type="fail"' in (tmp_path / "gates.xml").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(report | {"warnings": ["only 5 documents"]}))
+    assert here("gate", "report.json", "--gate", GATES[0]) == 0
+    assert here.out.splitlines()[-1] == "warning: only 5 documents"
     edges = report["sets"][0]["edges"]
     value = next(e for e in edges if (e["from"], e["to"]) == ("adapter", "gptq"))["loss_percent"]["value"]
     assert here("gate", "report.json", "--gate", f"ppl_increase in-domain {value:.6f}%") == 4

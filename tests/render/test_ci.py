@@ -64,3 +64,6 @@ def test_the_summary_opens_with_the_verdict() -> None:
     assert report["recommendation"]["text"] in lines
     assert "### Gates" in lines
     assert "### Gates" not in ci.summary(built(gates=())).splitlines()
+    report["warnings"] = ["only 5 documents", "a *b*"]
+    warned = ci.summary(report).splitlines()
+    assert warned[4:6] == ["- only 5 documents", r"- a \*b\*"], "in CI they would not be seen elsewhere"

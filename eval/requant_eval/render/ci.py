@@ -36,10 +36,11 @@ def junit(report: Report) -> str:
 
 
 def summary(report: Report) -> str:
-    """Verdict, headline, gates and the ways to deploy in Markdown, for `GITHUB_STEP_SUMMARY`."""
+    """Verdict, headline, warnings, gates and the ways to deploy in Markdown, for `GITHUB_STEP_SUMMARY`."""
     report = readable(report)
     gates = gates_table(report)
     parts = [f"## {markdown(report['verdict']['line'])}", markdown_block(report["headline"])]
+    parts += ["\n".join(f"- {markdown(warning)}" for warning in report["warnings"])] if report["warnings"] else []
     parts += [gates.markdown()] if gates.rows else []
     text = markdown_block(report["recommendation"]["text"])
     return "\n\n".join([*parts, text, options_table(report).markdown()]) + "\n"

@@ -52,6 +52,8 @@ def gate(
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
+    for warning in concluded["warnings"]:
+        say(f"warning: {warning}")
     finish(concluded, junit)
 
 
