@@ -147,8 +147,8 @@ def _doubt(report: Numbers) -> str:
         step = learned(s)
         if s["in_domain"] and step is not None and not (step["delta"]["high"] or 0.0) < 0:
             return (
-                f" First ask whether it is the right adapter and base: on {s['name']} the adapter gained nothing that can "
-                f"be told from zero ({in_words(step)})."
+                f" First ask whether it is the right adapter and base: on {s['name']} the adapter gained nothing that "
+                f"can be told from zero ({in_words(step)})."
             )
     return ""
 
