@@ -128,7 +128,7 @@ class HealFacts(TypedDict, total=False):
 
 
 class FormatFacts(TypedDict, total=False):
-    """The deployed checkpoint in one format (`run.report_facts.FormatFacts`). bytes: of its weights' files.
+    """The deployed checkpoint in one format (`run.format_facts.FormatFacts`). bytes: of its weights' files.
 
     read_by: engines, by the engine table. made_from: the directory whose weights it has, None: it was solved.
     largest_rounding: of a weight, in steps of its scale. loaded_in: engines that loaded it.
