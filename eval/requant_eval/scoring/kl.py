@@ -8,20 +8,19 @@ from torch import Tensor
 FAR = 80.0  # nats; e^80 is still far from fp32's end
 
 
-def kl_divergence(log_r: Tensor, log_p: Tensor, *, waits: bool = True) -> Tensor:
+def kl_divergence(log_r: Tensor, log_p: Tensor) -> Tensor:
     """KL(R || P), nats, of each row of fp32 log-probabilities [n, vocab]: float64 [n].
-
-    waits: asks first whether any difference is far, which saves work and waits for the device. The numbers are the
-    same.
 
     Summed in fp64 as r * (e^d - 1 - d) with d = ln p - ln r: the same number, since r and p both sum to 1, but every
     term is positive and of second order, so fp32 rounding of the logits gives 1e-13 instead of 1e-7. A logit may be
     -inf: a token of probability 0 under R adds nothing to the KL, one that only P excludes makes it infinite.
     """
-    if waits:
-        near, furthest = near_kl_divergence(log_r, log_p)
-        if bool((furthest <= FAR).all()):
-            return near
+    near, furthest = near_kl_divergence(log_r, log_p)
+    return near if bool((furthest <= FAR).all()) else far_kl_divergence(log_r, log_p)
+
+
+def far_kl_divergence(log_r: Tensor, log_p: Tensor) -> Tensor:
+    """`kl_divergence`, right for every d, with more work than where none is above FAR; waits for no device."""
     # Far above, e^d may overflow where r underflows: r * e^d is p. Where r is 0, ln r may be -inf and d no number.
     d = log_p.sub(log_r)
     r = log_r.exp()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from requant.runtime.device import profile_of
-from requant_eval.scoring.kl import kl_divergence
+from requant_eval.scoring.kl import far_kl_divergence, kl_divergence
 from requant_eval.scoring.lm_head import Head
 
 
@@ -74,7 +74,7 @@ class _Divergence(torch.autograd.Function):
             student_logits = logits(head, hidden[chunk].to(dtype))
             log_p = logits(teacher_head, teacher[chunk].to(dtype)).log_softmax(-1)
             log_q = student_logits.log_softmax(-1)
-            total += kl_divergence(log_p, log_q, waits=False).sum()
+            total += far_kl_divergence(log_p, log_q).sum()
             if gradient is not None:
                 difference = log_q.exp_().sub_(log_p.exp_())
                 gradient[chunk] = _through_head(head, student_logits, difference, dtype).to(hidden.dtype)
