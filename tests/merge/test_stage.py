@@ -507,6 +507,7 @@ def test_too_few_packed_bytes_fail(tmp_path: Path) -> None:
         ("quant_map", lambda t: t[None], "torch.float32 [1, 16]", "float32 [16]"),
         ("nested_absmax", lambda t: t[:0], "torch.float32 [0]", "float32 [1]"),
         ("nested_absmax", lambda t: t.int(), "torch.int32 [1]", "float32 [1]"),
+        ("nested_absmax", lambda t: t.to(torch.float8_e4m3fn), "torch.float8_e4m3fn [1]", "float32 [1]"),
         ("nested_quant_map", lambda t: t[None], "torch.float32 [1, 256]", "float32 [256]"),
     ],
 )
@@ -520,6 +521,16 @@ def test_parts_that_contradict_the_quant_state_fail(
     message = no_plan(base, adapter)
     assert f"model.safetensors: {NAME}.{part} is {found}, but {NAME}" in message
     assert f"needs {wanted}: " in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quant_state_of_another_dtype_fails(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The bytes are the same text: a dtype that numpy lacks was a TypeError."""
+    base, adapter = four_bit(tmp_path)
+    state = f"{NAME}.quant_state.bitsandbytes__nf4"
+    pico.edit_tensors(base / "model.safetensors", change={state: lambda text: text.view(dtype)})
+    assert f"model.safetensors: {state} is {dtype}, but a quant_state is text in uint8" in no_plan(base, adapter)
 
 
 @pytest.mark.filterwarnings("ignore")

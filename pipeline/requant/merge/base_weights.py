@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from requant.checkpoint.reader import Checkpoint, read_tensor
+from requant.checkpoint.reader import Checkpoint, TensorInfo, read_tensor
 from requant.errors import InputError, StageError
 from requant.merge import simulated_weight
 from requant.merge.base_checkpoint import DecodedCheckpoint
@@ -198,10 +198,7 @@ class BaseWeights:
             if self.simulate and dtype.is_floating_point:
                 dtype = DTYPES[self._loaded_in(name)]
             return BaseWeight(name=name, kind="stored", shape=info.shape, dtype=dtype)
-        try:
-            state = nf4.parse_state(bytes(read_tensor(self.checkpoint[state_name]).numpy()))
-        except nf4.Nf4Error as error:
-            raise InputError(f"{self.checkpoint[state_name].file}: {state_name}: {error}") from error
+        state = _read_state(self.checkpoint[state_name])
         self._check_parts(name, state)
         shape = state.shape[::-1] if conv1d else state.shape
         return BaseWeight(
@@ -250,7 +247,7 @@ class BaseWeights:
             )
         for suffix, shape in parts.items():
             part, code = self.checkpoint[name + suffix], nested and suffix == ".absmax"
-            if part.shape != shape or not (part.dtype == torch.uint8 if code else part.dtype.is_floating_point):
+            if part.shape != shape or not (part.dtype == torch.uint8 if code else part.dtype in DTYPES.values()):
                 raise InputError(
                     f"{part.file}: {part.name} is {part.dtype} {list(part.shape)}, but {name} with the shape "
                     f"{list(state.shape)} in blocks of {state.blocksize}, as its quant_state says, needs "
@@ -311,3 +308,16 @@ class BaseWeights:
             nf4.round_trip, quant_type=s.quant_type, blocksize=s.blocksize, double_quant=s.double_quant
         )
         return simulated_weight.rounded(weight.name, loaded, round_trip, parts=weight.parts, whole=weight.whole)
+
+
+def _read_state(stored: TensorInfo) -> nf4.QuantState:
+    """The quant_state that a tensor holds as the bytes of a JSON text."""
+    if stored.dtype != torch.uint8:
+        raise InputError(
+            f"{stored.file}: {stored.name} is {stored.dtype}, but a quant_state is text in uint8: the checkpoint is "
+            "damaged: download it again"
+        )
+    try:
+        return nf4.parse_state(bytes(read_tensor(stored).numpy()))
+    except nf4.Nf4Error as error:
+        raise InputError(f"{stored.file}: {stored.name}: {error}") from error
