@@ -15,6 +15,7 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_list
 from requant.quantize import calibration_plan, memory
 from requant.quantize.calibration_plan import CalibrationPlan, batch_size, plan_calibration
 from requant.quantize.plan import Settings
@@ -106,10 +107,19 @@ def test_one_batch_in_all_is_not_held_out(walk: Walk) -> None:
 
 
 def test_the_batch_size_follows_the_length(walk: Walk) -> None:
-    assert batch_size(CPU, 512) == 4
-    assert batch_size(torch.device("cuda"), 512) == 16
-    assert batch_size(CPU, 10**5) == 1
+    assert batch_size(CPU, tokens(64, 512)) == 4
+    assert batch_size(torch.device("cuda"), tokens(64, 512)) == 16
+    assert batch_size(CPU, tokens(64, 10**5)) == 1
+    assert batch_size(CPU, tokens(64, 512), walk.blocks) == 4
     assert plan_calibration(walk, tokens(8, 512), AUTO, SINGLE_PROCESS).batches == (4, 4)
+
+
+def test_batches_of_experts_are_larger(walk: Walk) -> None:
+    """Four times the tokens, also where few blocks have experts; no fewer than eight batches."""
+    experts = [*walk.blocks, *block_list(skeleton.build(pico.config("qwen3_moe"), split=True))[1]]
+    assert batch_size(CPU, tokens(128, 512), experts) == 16
+    assert batch_size(CPU, tokens(64, 512), experts) == 8, "16 would be four batches"
+    assert batch_size(CPU, tokens(16, 512), experts) == 4, "as without experts"
 
 
 def test_ranks_share_what_one_rank_would_do(walk: Walk) -> None:

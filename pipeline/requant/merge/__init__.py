@@ -1,6 +1,7 @@
 """Merge: fold the adapter into the base, in fp32, with one rounding.
 
     base_weights           the base's weights, decoded: bitsandbytes 4-bit, 16-bit, or 16-bit rounded to NF4
+    packed_parts           quant_state, scales and tables of a 4-bit weight
     simulated_weight       a 16-bit weight as 4-bit training held it
     base_checkpoint        the base's files as a 16-bit checkpoint: FORMATS, those that are decoded when read
     mxfp4_base, fp8_base   one file a format: which tensors are a weight, and how it is read

@@ -14,16 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from requant.checkpoint.reader import Checkpoint, TensorInfo, read_tensor
+from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
-from requant.merge import simulated_weight
+from requant.merge import packed_parts, simulated_weight
 from requant.merge.base_checkpoint import DecodedCheckpoint
+from requant.merge.packed_parts import AUXILIARY, STATE
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
 
-STATE = ".quant_state.bitsandbytes__"
 CPU = torch.device("cpu")
-AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +197,8 @@ class BaseWeights:
             if self.simulate and dtype.is_floating_point:
                 dtype = DTYPES[self._loaded_in(name)]
             return BaseWeight(name=name, kind="stored", shape=info.shape, dtype=dtype)
-        state = _read_state(self.checkpoint[state_name])
-        self._check_parts(name, state)
+        state = packed_parts.read_state(self.checkpoint[state_name])
+        packed_parts.check(self.checkpoint, name, state)
         shape = state.shape[::-1] if conv1d else state.shape
         return BaseWeight(
             name=name,
@@ -232,34 +231,6 @@ class BaseWeights:
                     f"{', '.join(DTYPES)}"
                 )
         return tuple(dict.fromkeys((DTYPES[decoded], DTYPES[compute])))
-
-    def _check_parts(self, name: str, state: nf4.QuantState) -> None:
-        """The headers of a packed weight's parts must agree with its quant_state."""
-        nested = state.nested_offset is not None
-        parts = {".absmax": (state.blocks,), ".quant_map": (16,)}
-        if nested:
-            second = -(-state.blocks // state.nested_blocksize)
-            parts |= {".nested_absmax": (second,), ".nested_quant_map": (nf4.NESTED_TABLE,)}
-        lost = sorted(s for s in parts if name + s not in self.checkpoint)
-        if lost:
-            raise InputError(
-                f"{self.checkpoint.path}: {name} is 4-bit but {name}{lost[0]} is missing: the checkpoint is incomplete"
-            )
-        for suffix, shape in parts.items():
-            part, code = self.checkpoint[name + suffix], nested and suffix == ".absmax"
-            if part.shape != shape or not (part.dtype == torch.uint8 if code else part.dtype in DTYPES.values()):
-                raise InputError(
-                    f"{part.file}: {part.name} is {part.dtype} {list(part.shape)}, but {name} with the shape "
-                    f"{list(state.shape)} in blocks of {state.blocksize}, as its quant_state says, needs "
-                    f"{'uint8' if code else 'float32'} {list(shape)}: the checkpoint is damaged: download it again"
-                )
-        packed, half = self.checkpoint[name], -(-state.numel // 2)
-        item = packed.dtype.itemsize
-        if packed.nbytes != -(-half // item) * item:
-            raise InputError(
-                f"{packed.file}: {name}: quant_state says shape {state.shape} in blocks of {state.blocksize}; found "
-                f"{packed.nbytes} packed bytes, expected {half}"
-            )
 
     def absmax(self, weight: BaseWeight, device: torch.device = CPU) -> Tensor:
         """First-level scales of a packed weight, fp32 [blocks]."""
@@ -308,16 +279,3 @@ class BaseWeights:
             nf4.round_trip, quant_type=s.quant_type, blocksize=s.blocksize, double_quant=s.double_quant
         )
         return simulated_weight.rounded(weight.name, loaded, round_trip, parts=weight.parts, whole=weight.whole)
-
-
-def _read_state(stored: TensorInfo) -> nf4.QuantState:
-    """The quant_state that a tensor holds as the bytes of a JSON text."""
-    if stored.dtype != torch.uint8:
-        raise InputError(
-            f"{stored.file}: {stored.name} is {stored.dtype}, but a quant_state is text in uint8: the checkpoint is "
-            "damaged: download it again"
-        )
-    try:
-        return nf4.parse_state(bytes(read_tensor(stored).numpy()))
-    except nf4.Nf4Error as error:
-        raise InputError(f"{stored.file}: {stored.name}: {error}") from error

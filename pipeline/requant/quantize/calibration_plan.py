@@ -5,18 +5,22 @@ Computed once before the walk. A walk that runs out of memory goes on with `Cali
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from requant.modeling.block_walk import Walk, larger_half
+from requant.modeling.blocks import kinds
+from requant.modeling.moe import split_experts
 from requant.quantize import memory
 from requant.quantize.plan import Settings
 from requant.runtime.device import profile_of, reserve_memory
 from requant.runtime.ranks import Ranks
 
 HELD_OUT_SHARE = 8  # one in so many batches judges the column order, the others make the candidates
+EXPERTS_BATCH = 4  # times the tokens in a batch where they are routed to experts, of which each gets few
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +73,7 @@ def plan_calibration(
 
     batch: windows in a batch, by default `batch_size`. No memory is reserved.
     """
-    size = batch or batch_size(walk.device, windows.shape[1])
+    size = batch or batch_size(walk.device, windows, walk.blocks)
     share = ranks.share(len(windows))
     every = memory.unquantized_every(walk, windows) if settings.correct else 0
     own, twice = windows[share].numel(), 1 / every if every else 0.0
@@ -88,9 +92,16 @@ def plan_calibration(
     )
 
 
-def batch_size(device: torch.device, length: int) -> int:
-    """Calibration windows of so many tokens in a batch, where the recipe does not say."""
-    return max(1, profile_of(device).batch_tokens // length)
+def batch_size(device: torch.device, windows: Tensor, blocks: Iterable[nn.Module] = ()) -> int:
+    """Calibration windows in a batch, where the recipe does not say: as many as fill the device.
+
+    windows: int64 [n, length], of all ranks. blocks: of the model. With experts a batch is larger by EXPERTS_BATCH,
+    as long as HELD_OUT_SHARE batches remain: every expert is called for every batch, on the rows routed to it.
+    """
+    size = max(1, profile_of(device).batch_tokens // windows.shape[1])
+    if any(True for block in kinds(blocks) for _ in split_experts(block)):
+        return max(size, min(EXPERTS_BATCH * size, len(windows) // HELD_OUT_SHARE))
+    return size
 
 
 def _first_held_out(batches: int, numbers: list[int]) -> int | None:

@@ -70,7 +70,7 @@ def quantize(
 ) -> tuple[Plan, list[ModuleResult]]:
     """As `quantize.quantize`, with grid, overrides and damp of `settings`; raises StageError."""
     check(settings)
-    batch = batch or batch_size(device, windows.shape[1])
+    batch = batch or batch_size(device, windows)
     checkpoint = Checkpoint(source)
     model = skeleton.open_model(source, trust_remote_code=trust_remote_code)
     layout = plan(checkpoint, model, settings, dtype, where=source)

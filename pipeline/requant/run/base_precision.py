@@ -8,7 +8,8 @@ from typing import Any
 
 from requant.errors import InputError, RecipeError
 from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
-from requant.merge.base_weights import STATE, Nf4Settings
+from requant.merge.base_weights import Nf4Settings
+from requant.merge.packed_parts import STATE
 from requant.merge.plan import MergePlan
 from requant.modeling import skeleton
 from requant.recipe import Recipe

@@ -24,6 +24,7 @@ from requant.evaluate.stage import should_stream
 from requant.evaluate.variants import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
+from requant.modeling.blocks import block_list
 from requant.numerics import nf4
 from requant.quantize.calibration_plan import batch_size
 from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merging
@@ -76,7 +77,7 @@ def forecast(
 
 def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
     device, windows, size = rehearsal.device, p.texts.calibration, scored.size
-    batch = batch_size(device, windows.shape[1])
+    batch = batch_size(device, windows, block_list(rehearsal.model)[1])
     pieces = p.quantize.plan.pieces
     stored = skeleton.tensor_names(rehearsal.model, [*p.merge.plan.base.weights, *pieces])
     added = deltas(p.merge.plan, pieces)
