@@ -380,3 +380,12 @@ def test_a_config_of_the_base_that_cannot_be_read(here: Path, content: str, says
     said = refusal(adapter(base_model_name_or_path="base"))
     assert said.startswith(says)
     assert said.endswith("download the file again")
+
+
+def test_the_line_for_editors_is_written_where_the_schema_is(here: Path) -> None:
+    name = adapter(base_model_name_or_path="gpt2")
+    assert "yaml-language-server" not in starter(name)
+    (here / "requant.schema.json").write_text("{}")
+    assert starter(name).startswith("# yaml-language-server: $schema=requant.schema.json\n")
+    (here / "deeper").mkdir()
+    assert "yaml-language-server" not in starter(name, directory="deeper")

@@ -14,6 +14,8 @@
     error_messages       validation errors as file:line: key: what to do
     source_directories   what a directory is that was given as an adapter or a model
     adapter_record       what an adapter's files say of its base
+    section_examples     examples of every section, for editors and docs/recipe.md
+    reference            docs/recipe.md, written from the schema
     template             a commented recipe for an adapter (`requant init`)
 
 Imports neither torch nor transformers. May import: errors; requant_eval.gate.

@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from requant.recipe import section_examples
 from requant.recipe.source_directories import near_miss
 from requant.recipe.yaml_document import KeyPath, show_value
 
@@ -117,8 +118,10 @@ class Section(BaseModel):
 class Source(Section):
     """A model or an adapter: a local directory or a Hugging Face hub id. A plain string is the path."""
 
+    model_config = section_examples.SOURCE
+
     path: Text = Field(
-        description="Directory (relative to the recipe, if it exists there or begins with . / ~) or hub id."
+        description="Hub id, or directory: relative to the recipe, if it exists there or begins with . / ~"
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit; default: the main branch.")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from requant.recipe import section_examples
 from requant.recipe.fields import AsTuple, Section, Text, fail
 from requant.recipe.text_sections import Evaluate
 from requant.recipe.yaml_document import KeyPath
@@ -18,14 +19,16 @@ Limit = Annotated[float, Field(allow_inf_nan=False)] | Text
 class Gate(Section):
     """One condition for shipping, held against the 95 % interval."""
 
-    metric: gate.MetricName = Field(description="What is limited.")
-    set: Text = Field(description="Name of an evaluation set.")
+    model_config = section_examples.GATE
+
+    metric: gate.MetricName = Field(description="What is limited; each is explained in docs/gates.md.")
+    set: Text = Field(description="Name of an evaluation set: evaluate.sets.N.name.")
     max: Limit | None = Field(
-        default=None, description="Largest good value, such as 5% (kl: nats, perplexity: as it is)."
+        default=None, description="Largest good value: a share such as 5%, for kl nats, for perplexity a number."
     )
     min: Limit | None = Field(default=None, description="Smallest good value, for retention and agreement.")
     relative_to: Literal["rtn"] | None = Field(
-        default=None, description="The limit is a share of what rounding to nearest costs."
+        default=None, description="rtn: the limit is a share of what rounding to nearest costs."
     )
 
     def parsed(self) -> gate.Gate:

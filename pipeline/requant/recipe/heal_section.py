@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from requant.recipe import section_examples
 from requant.recipe.fields import AsTuple, Section, fail, unique
 from requant.recipe.text_sections import Data, Format, MixEntry
 
@@ -26,8 +27,10 @@ def too_long(steps: int, batch: int, length: int) -> str | None:
 class Heal(Section):
     """How to heal. Without data and mix the text is the calibration's."""
 
+    model_config = section_examples.HEAL
+
     steps: Annotated[int, Field(gt=0, le=100_000)] = Field(default=300, description="Steps of the optimizer.")
-    batch: Annotated[int, Field(gt=0, le=4096)] = Field(default=16, description="Windows a step.")
+    batch: Annotated[int, Field(gt=0, le=4096)] = Field(default=16, description="Windows for each step.")
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=512, description="Tokens a window.")
     lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.005, description="Learning rate: how far a scale may move in a step, relative to its size."
@@ -43,12 +46,12 @@ class Heal(Section):
         default="merged", description="Whose predictions are imitated: the merged model's, or those of base + adapter."
     )
     mode: Literal["auto", "whole", "blocks"] = Field(
-        default="auto", description="auto: end to end where it fits in memory, else block by block."
+        default="auto", description="whole: end to end. blocks: block by block. auto: whole where it fits in memory."
     )
     data: Data | None = Field(default=None, description="Other text than the calibration's; or use mix.")
-    format: Format = Field(default="auto", description="Format of data.")
+    format: Format = Field(default="auto", description="What a row of data is, as in calibration.mix.")
     mix: Annotated[tuple[MixEntry, ...], AsTuple, Field(min_length=1)] | None = Field(
-        default=None, description="Several other sources."
+        default=None, description="Several other sources than the calibration's."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Seed of the order of the text.")
 

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from requant.recipe import section_examples
 from requant.recipe.fields import (
     SIZE,
     AnySource,
@@ -66,10 +67,12 @@ def _fused_parts(overrides: Mapping[str, Override]) -> list[tuple[KeyPath, str]]
 class AdapterSource(Source):
     """The directory or hub id of a PEFT adapter. A plain string is the path."""
 
+    model_config = section_examples.ADAPTER_SOURCE
+
     expert_order: Literal["auto", "peft", "unsloth"] = Field(
         default="auto",
-        description="Order of experts in lora_B of target_parameters; auto: as recorded, or measured where unsloth "
-        "recorded none.",
+        description="Order of a mixture's experts in lora_B of target_parameters. auto: as the adapter records it; "
+        "measured where unsloth recorded none.",
     )
 
 
@@ -78,6 +81,8 @@ AnyAdapter = Annotated[AdapterSource, or_path(AdapterSource)]
 
 class WeightedAdapter(AdapterSource):
     """One of several adapters whose deltas are added up."""
+
+    model_config = section_examples.WEIGHTED_ADAPTER
 
     weight: Annotated[float, Field(ge=-1e4, le=1e4)] = Field(
         default=1.0, description="What this adapter's delta is multiplied by; may be negative."
@@ -94,15 +99,18 @@ class WeightedAdapter(AdapterSource):
 class Nf4(Section):
     """How a 16-bit base was quantized on the fly for training; adapter_config.json doesn't record it."""
 
+    model_config = section_examples.NF4
+
     quant_type: Literal["nf4", "fp4"] = Field(
         description="bnb_4bit_quant_type. No default: transformers' own is fp4, and hardly anyone means that."
     )
     double_quant: bool = Field(description="bnb_4bit_use_double_quant of the training run.")
     blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], Whole] = Field(
-        default=64, description="Weights per absmax."
+        default=64, description="Weights that share one absmax; bitsandbytes' own is 64."
     )
     load_dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        default="bfloat16", description="dtype the weights were cast to before they were quantized."
+        default="bfloat16",
+        description="The dtype given to from_pretrained: weights were cast to it before they were quantized.",
     )
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None = Field(
         default=None, description="bnb_4bit_compute_dtype of the training run, by default load_dtype."
@@ -122,14 +130,18 @@ class Nf4(Section):
 class Base(Section):
     """The model that the adapter was trained on."""
 
+    model_config = section_examples.BASE
+
     model: Text = Field(description="Directory or hub id: a bitsandbytes 4-bit checkpoint, or a 16-bit model and nf4.")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit of model.")
     nf4: Literal["auto", "none"] | Nf4 = Field(
         default="auto",
-        description="auto: read from the 4-bit checkpoint. For a 16-bit model: a section, how training quantized it, "
-        "or none, training did not (plain LoRA).",
+        description="auto: model is a 4-bit checkpoint and its files say all. A section: model is 16-bit and training "
+        "quantized it so. none: training did not quantize it (plain LoRA), or model is stored in MXFP4 or FP8.",
     )
-    original: AnySource | None = Field(default=None, description="The 16-bit model behind a 4-bit checkpoint.")
+    original: AnySource | None = Field(
+        default=None, description="The 16-bit model that a 4-bit checkpoint was made from."
+    )
 
     @property
     def source(self) -> Source:
@@ -152,14 +164,19 @@ class Base(Section):
 class Merge(Section):
     """How the adapter is folded into the base."""
 
+    model_config = section_examples.MERGE
+
     onto: Literal["dequantized", "original"] = Field(
-        default="dequantized", description="dequantized: what training saw."
+        default="dequantized",
+        description="dequantized: the 4-bit values that training saw. original: the 16-bit base behind them.",
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         default="auto",
         description="Stored dtype; auto: the base's own 16-bit type, or bfloat16 where float16 is too small.",
     )
-    max_shard: Annotated[str, Field(pattern=SIZE)] = Field(default="5GB", description="Largest safetensors file.")
+    max_shard: Annotated[str, Field(pattern=SIZE)] = Field(
+        default="5GB", description="Largest safetensors file that is written."
+    )
 
     @property
     def max_shard_bytes(self) -> int:
@@ -170,11 +187,15 @@ class Merge(Section):
 class Override(Section):
     """Settings of the modules that match one pattern; what is not set is as in `quantize`."""
 
-    bits: Bits | None = Field(default=None, description="Bits a weight.")
+    model_config = section_examples.OVERRIDE
+
+    bits: Bits | None = Field(default=None, description="Bits a weight; default: quantize.bits.")
     group_size: GroupSize | None = Field(
-        default=None, description="Input columns that share a scale; -1: the whole row."
+        default=None, description="Inputs that share a scale, -1: the whole row; default: quantize.group_size."
     )
-    symmetric: bool | None = Field(default=None, description="Whether the zero point is fixed at the middle.")
+    symmetric: bool | None = Field(
+        default=None, description="Zero point fixed at the middle; default: quantize.symmetric."
+    )
     skip: bool = Field(default=False, description="Leave these modules in 16 bit.")
 
     @model_validator(mode="after")
@@ -199,20 +220,28 @@ class OverrideFields(TypedDict, total=False):
 class Quantize(Section):
     """The GPTQ settings."""
 
-    bits: Bits = Field(default=4, description="Bits a weight; vLLM and SGLang load 4 and 8.")
-    group_size: GroupSize = Field(default=128, description="Input columns that share a scale; -1: the whole row.")
+    model_config = section_examples.QUANTIZE
+
+    bits: Bits = Field(default=4, description="Bits a weight. vLLM and SGLang load 4 and 8 as GPTQ.")
+    group_size: GroupSize = Field(default=128, description="Inputs that share a scale; -1: the whole row.")
     symmetric: bool = Field(
-        default=True, description="Zero point fixed at the middle; false is refused by vLLM and SGLang."
+        default=True, description="Zero point fixed at the middle. false: vLLM and SGLang refuse it as GPTQ."
     )
     signed_scales: bool = Field(
-        default=False, description="Let scales be negative: a little better; vLLM's and SGLang's GPU kernels unproven."
+        default=False,
+        description="Let scales be negative: a little better, but not proven in the servers' GPU kernels.",
     )
-    engine: Literal["requant", "gptqmodel"] = Field(default="requant", description="Whose solver: ours or gptqmodel's.")
-    scale_search: Literal["hessian", "minmax"] = Field(default="hessian", description="How scales are found.")
+    engine: Literal["requant", "gptqmodel"] = Field(
+        default="requant", description="Whose solver quantizes: requant's, or the library gptqmodel."
+    )
+    scale_search: Literal["hessian", "minmax"] = Field(
+        default="hessian",
+        description="hessian: scales of least error on the calibration text. minmax: from the range of weights.",
+    )
     order: Literal["auto", "natural", "activation", "group"] = Field(
         default="auto",
-        description="Order in which columns are solved, invisible in the file; auto: by activation, "
-        "or without sweeps the better for each module.",
+        description="Order in which columns are solved; the file does not show it. auto: by activation; with sweeps: 0 "
+        "the better of two for each module.",
     )
     sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
         default=2, description="Passes of coordinate descent over the codes after the column loop; 0: plain GPTQ."
@@ -222,18 +251,21 @@ class Quantize(Section):
     )
     damp: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         default="auto",
-        description="Share of the mean diagonal added to the Hessian; auto: 0.05, or 0.02 from 64 tokens an input.",
+        description="Share of its mean diagonal added to a Hessian; raise it if a factorization fails. auto: 0.05, "
+        "or 0.02 from 64 tokens an input.",
     )
     dtype: Literal["auto", "float16", "bfloat16"] = Field(
         default="auto",
-        description="dtype the server will run in: of config.json and of the tensors left unquantized.",
+        description="dtype that the server will run in: that of config.json and of tensors left in 16 bit. auto: the "
+        "base's own 16-bit type.",
     )
     experts: Literal["auto", "quantize", "skip"] = Field(
         default="auto",
-        description="A mixture's experts; skip: in 16 bit; auto: so where no server reads them quantized (gpt-oss).",
+        description="A mixture's experts. skip: leave them in 16 bit. auto: so where no server reads them quantized "
+        "(gpt-oss).",
     )
     overrides: dict[str, Override] = Field(
-        default={}, description="Full module name pattern (fnmatch) -> what differs; the last match wins."
+        default={}, description="Pattern of full module names (fnmatch) -> what differs there. The last match wins."
     )
 
     @field_validator("signed_scales")
@@ -258,14 +290,17 @@ class Quantize(Section):
 class Output(Section):
     """Where results go and which checkpoints stay."""
 
-    dir: Text = Field(default="runs", description="Directory of run directories, relative to the current directory.")
+    model_config = section_examples.OUTPUT
+
+    dir: Text = Field(default="runs", description="Directory of run directories; relative to where requant is started.")
     keep: Annotated[tuple[Literal["merged", "gptq"], ...], AsTuple] = Field(
-        default=("merged", "gptq"), description="Checkpoints kept after the run."
+        default=("merged", "gptq"),
+        description="Checkpoints that stay after the run; [gptq] saves the space of the 16-bit model.",
     )
 
     formats: Annotated[tuple[Literal["gptq", "compressed-tensors", "gguf"], ...], AsTuple] = Field(
         default=("gptq",),
-        description="Formats of the checkpoint that is deployed: the others hold the same codes in a directory each.",
+        description="Formats of the checkpoint that is deployed; those beside gptq hold the same codes.",
     )
 
     @field_validator("keep")

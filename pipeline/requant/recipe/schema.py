@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from requant.errors import RecipeError
-from requant.recipe import yaml_document, yaml_nodes
+from requant.recipe import section_examples, yaml_document, yaml_nodes
 from requant.recipe.error_messages import add_validation_errors
 from requant.recipe.fields import DATE, DEVICE, AsTuple, Section, Server, Slug, Whole, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
@@ -44,41 +45,46 @@ Overrides = Sequence[str] | Mapping[str, Any]
 class Recipe(Section):
     """One fine-tune on its way to a GPTQ checkpoint and its report."""
 
+    model_config = section_examples.RECIPE
+
     version: Annotated[Literal[1], Whole] = Field(default=1, description="Version of this schema.")
-    name: Slug = Field(description="Name of the run and of its directory.")
+    name: Slug = Field(description="Name of the run: results go to output.dir/name.")
     base: Base = Field(description="The model that the adapter was trained on.")
     adapters: Annotated[tuple[WeightedAdapter, ...], AsTuple] = Field(
-        default=(), description="Instead of adapter: several LoRA adapters, whose deltas are added up."
+        default=(),
+        description="Instead of adapter: several LoRA adapters. Their deltas, each times its weight, are added up.",
     )
     adapter: AnyAdapter | None = Field(
         default=None, validate_default=True, description="The PEFT adapter: directory or hub id."
     )
     merge: Merge = Field(default=Merge(), description="How the adapter is folded in.")
     quantize: Quantize = Field(default=Quantize(), description="The GPTQ settings.")
-    calibration: Calibration = Field(description="The text on which the quantizer looks.")
+    calibration: Calibration = Field(description="The text on which the quantizer looks: which errors matter.")
     chat_date: Annotated[str, Field(pattern=DATE)] = Field(
         default="2024-07-26",
-        description="The day that a chat template writes as today's, so that a text never changes.",
+        description="The day that a chat template writes as today's; fixed, so that a text never changes.",
     )
     heal: Literal["auto", "off"] | Heal = Field(
-        default="auto", description="Distil the scales after quantizing; auto: on a GPU, with the defaults."
+        default="auto",
+        description="Distil scales and codes after quantizing. auto: on a GPU, with the defaults. A section: on any "
+        "device.",
     )
     evaluate: Evaluate = Field(description="The text on which the result is judged.")
     gates: Gates = Field(
-        default=(), description="How much loss is acceptable: run's exit code says whether it is kept."
+        default=(), description="How much loss is acceptable. The exit code of run says whether it is kept."
     )
     canaries: AnyCanaries | None = Field(
-        default=None, description="Questions that the fine-tune answers, asked of base, adapter, merged and gptq."
+        default=None, description="Questions that the fine-tune answers; every scored variant is asked."
     )
     output: Output = Field(default=Output(), description="Where results go.")
     deploy: Annotated[tuple[Server, ...], AsTuple] = Field(
         default=(),
-        description="Engines that must load the checkpoint: what one cannot load is an error, not a warning.",
+        description="Engines that must load the checkpoint: what one cannot load is an error. Installed ones are asked.",
     )
     device: Annotated[str, Field(pattern=DEVICE)] = Field(
-        default="auto", description="auto: the first GPU, else the CPU."
+        default="auto", description="auto: the first GPU, or the CPU where there is none."
     )
-    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model repository.")
+    trust_remote_code: bool = Field(default=False, description="Whether Python code of the model's repository may run.")
     _directory: Path = PrivateAttr(default=Path())
     _places: yaml_document.Places = PrivateAttr(default_factory=yaml_document.Places)
 
@@ -247,9 +253,16 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), 
     return recipe
 
 
+class _InOrder(GenerateJsonSchema):
+    """Keys of the schema, its examples among them, in the order in which the sections have them."""
+
+    def sort(self, value: JsonSchemaValue, parent_key: str | None = None) -> JsonSchemaValue:
+        return value
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, for editors."""
-    schema = Recipe.model_json_schema(mode="validation")
+    schema = Recipe.model_json_schema(mode="validation", schema_generator=_InOrder)
     schema["oneOf"] = [{"required": [key]} for key in ("adapter", "adapters")]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "requant recipe"}
 

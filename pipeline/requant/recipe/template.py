@@ -23,6 +23,9 @@ DECODED = ("mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors")
 _FOUR_BIT = "bitsandbytes"
 _FOUR_BIT_SUFFIX = re.compile(r"-(unsloth-)?bnb-4bit$", re.IGNORECASE)
 GROUPS = (128, 64, 32)
+SCHEMA_FILE = "requant.schema.json"
+EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
+"""What tells editors of a schema beside the recipe; without that file they report an error, so it is left out."""
 Widths = Callable[[Path], Collection[int]]
 """Directory with config.json -> the inputs of the linears to quantize; none if they cannot be known."""
 
@@ -48,8 +51,10 @@ def starter(adapter: str | Path, *, directory: str | Path = ".", widths: Widths 
     section = _base_section(base, directory)
     if adapter_record.lacks_tokenizer(adapter, base):
         section += "  # FIXME: no tokenizer files beside this model or the adapter: copy those of training into one\n"
+    editor = EDITOR_LINE if (directory / SCHEMA_FILE).is_file() else ""
     size, why = _group_size(widths(base.directory) if base.directory else ())
     return _TEMPLATE.format(
+        editor=editor,
         summary=_summary(config),
         name=f"{_slug(adapter)}-w4{f'g{size}' if size > 0 else ''}",
         base=section,
@@ -190,7 +195,7 @@ _PRE_QUANTIZED = """\
 """
 
 _TEMPLATE = """\
-# `requant check recipe.yaml` says in seconds what is wrong. Paths are relative to this file.
+{editor}# `requant check recipe.yaml` says in seconds what is wrong. Paths are relative to this file.
 # The adapter: {summary}
 version: 1
 name: {name}     # names the run directory

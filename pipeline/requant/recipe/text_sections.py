@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from requant.recipe import section_examples
 from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, or_path, unique
 from requant.recipe.yaml_document import KeyPath
 
@@ -21,18 +22,23 @@ Format = Literal["auto", "text", "chat", "completion"]
 class Data(Section):
     """Where text comes from: exactly one of path, dataset and builtin."""
 
+    model_config = section_examples.DATA
+
     path: Text | None = Field(
-        default=None, description="Local txt, jsonl, json, csv or parquet file, or gzipped (.gz)."
+        default=None,
+        description="File, relative to the recipe: txt, jsonl, json, csv or parquet; all but parquet also as .gz.",
     )
-    dataset: Text | None = Field(default=None, description="Hub id of a dataset.")
-    builtin: Literal["python-reference"] | None = Field(default=None, description="A text that comes with requant.")
+    dataset: Text | None = Field(default=None, description="Hub id of a dataset, such as Salesforce/wikitext.")
+    builtin: Literal["python-reference"] | None = Field(
+        default=None, description="A text that comes with Python: its reference."
+    )
     config: Text | None = Field(default=None, description="Configuration of the dataset.")
     split: Text = Field(default="train", description="Split of the dataset.")
     revision: Text | None = Field(default=None, description="Hub branch, tag or commit of the dataset.")
-    column: Text | None = Field(default=None, description="Text column; default: found by name.")
+    column: Text | None = Field(default=None, description="The column with the text; default: found by its name.")
     documents: Positive | None = Field(default=None, description="Use only the first so many documents.")
     ignore: Annotated[tuple[Text, ...], AsTuple] = Field(
-        default=(), description="Columns with text that may be left out; any other such column is an error."
+        default=(), description="Columns with text that may be left out. Any other text that is not used is an error."
     )
 
     def resolve(self, directory: Path) -> Path | None:
@@ -61,25 +67,34 @@ class Data(Section):
 
 
 class MixEntry(Section):
-    """One ingredient of the calibration text."""
+    """One source of a mix."""
+
+    model_config = section_examples.MIX_ENTRY
 
     data: Data = Field(description="Where the text comes from.")
     format: Format = Field(
-        default="auto", description="auto: told from the columns; chat goes through the tokenizer's template."
+        default="auto",
+        description="What a row is; auto: told by its columns. chat goes through the tokenizer's chat template.",
     )
-    share: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(default=1.0, description="Weight among the entries.")
+    share: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        default=1.0, description="Windows from this source, relative to the others."
+    )
 
 
 class Calibration(Section):
     """The text on which the Hessians are taken: `data` (with `format`), or a `mix` of several."""
 
+    model_config = section_examples.CALIBRATION
+
     data: Data | None = Field(default=None, description="A single source; or use mix.")
-    format: Format = Field(default="auto", description="Format of data.")
+    format: Format = Field(default="auto", description="What a row of data is, as in mix.")
     mix: Annotated[tuple[MixEntry, ...], AsTuple, Field(min_length=1)] | None = Field(
         default=None,
-        description="Several sources: half own data and half general text keeps general quality.",
+        description="Several sources. Half own text and half general text keeps both qualities.",
     )
-    samples: Annotated[int, Field(gt=0, le=65536)] = Field(default=128, description="Windows in all.")
+    samples: Annotated[int, Field(gt=0, le=65536)] = Field(
+        default=128, description="Windows in all: samples x length tokens of text are needed."
+    )
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=2048, description="Tokens a window.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Seed of the choice of windows.")
 
@@ -102,6 +117,8 @@ class Calibration(Section):
 
 class Canaries(Section):
     """Questions whose answers the fine-tune knows: rows of prompt and answer. A plain string is the path."""
+
+    model_config = section_examples.CANARIES
 
     path: Text = Field(description="Local jsonl, json, csv or parquet file with the columns prompt and answer.")
     format: Literal["auto", "text", "chat"] = Field(
@@ -126,15 +143,17 @@ AnyCanaries = Annotated[Canaries, or_path(Canaries)]
 class EvalSet(Section):
     """One text on which every variant is scored."""
 
-    name: Slug = Field(description="Name in the report.")
-    data: Data = Field(description="Where the text comes from; never what was calibrated on.")
-    format: Format = Field(default="auto", description="As in calibration.")
+    model_config = section_examples.EVAL_SET
+
+    name: Slug = Field(description="Its name in the report and in gates.")
+    data: Data = Field(description="Where the text comes from: text that was neither trained nor calibrated on.")
+    format: Format = Field(default="auto", description="What a row is, as in calibration.mix.")
     score: Literal["all", "completion"] = Field(
-        default="all", description="completion: prompts are context, not scored."
+        default="all", description="all: every token counts. completion: answers count, prompts are only context."
     )
-    tokens: Positive | None = Field(default=None, description="Stop after so many scored tokens.")
+    tokens: Positive | None = Field(default=None, description="Stop after so many scored tokens; default: all.")
     document_tokens: Annotated[int, Field(ge=2, le=10**9)] | None = Field(
-        default=None, description="Cut each document to this."
+        default=None, description="Cut each document to so many tokens; default: not at all."
     )
 
     @field_validator("score")
@@ -148,27 +167,32 @@ class EvalSet(Section):
 class Evaluate(Section):
     """What is scored, and how."""
 
+    model_config = section_examples.EVALUATE
+
     protocol: Literal["documents", "gptq-2048", "llamacpp-512"] = Field(
         default="documents",
-        description="documents: each text on its own. The others reproduce published perplexities.",
+        description="documents: each text on its own. The others join the texts, as published perplexities are made.",
     )
     window: Annotated[int, Field(ge=16, le=2**20)] = Field(
-        default=2048, description="Tokens a window of protocol documents."
+        default=2048, description="Tokens a window; a longer document is scored in several. Only of protocol documents."
     )
-    sets: Annotated[tuple[EvalSet, ...], AsTuple, Field(min_length=1)] = Field(description="The texts.")
+    sets: Annotated[tuple[EvalSet, ...], AsTuple, Field(min_length=1)] = Field(
+        description="The texts. The first is the in-domain one."
+    )
     variants: Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default=("base", "adapter", "merged", "rtn", "gptq"),
-        description="The models; adapter is the reference. With gptq comes healed where healing is done.",
+        description="The scored models. adapter is the reference, rtn (rounding to nearest) the control. healed "
+        "comes with gptq where healing is done.",
     )
-    kl: bool = Field(default=True, description="Also measure the KL divergence from the reference.")
+    kl: bool = Field(default=True, description="Also measure the KL divergence from base + adapter.")
     batch: Literal["auto"] | Positive = Field(default="auto", description="Windows at a time; changes no result.")
     stream: Literal["auto", "always", "never"] = Field(
-        default="auto", description="Score block by block: auto does so for variants that do not fit on the device."
+        default="auto", description="Score block by block; auto: the variants that do not fit on the device."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="dtype of the forward pass."
+        default="auto", description="dtype of the forward pass; auto: float32 on a CPU, else the model's 16 bits."
     )
-    in_domain: str | None = Field(default=None, description="Set on which retention is computed; default: the first.")
+    in_domain: str | None = Field(default=None, description="Set on which retention is measured; default: the first.")
 
     @field_validator("sets")
     @classmethod
