@@ -79,7 +79,7 @@ class Recipe(Section):
     output: Output = Field(default=Output(), description="Where results go.")
     deploy: Annotated[tuple[Server, ...], AsTuple] = Field(
         default=(),
-        description="Engines that must load the checkpoint: what one cannot load is an error. Installed ones are asked.",
+        description="Engines that must load the checkpoint, else the run ends with an error. Installed ones are asked.",
     )
     device: Annotated[str, Field(pattern=DEVICE)] = Field(
         default="auto", description="auto: the first GPU, or the CPU where there is none."
