@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/requant-heal"))
     parser.add_argument("--bits", default="4")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--heal-peer", action="store_true", help="heal gptqmodel's checkpoint too")
     parser.add_argument("--only", default="", help="names of rows, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
     parser.add_argument(
