@@ -12,9 +12,11 @@ from helpers import e2e
 from helpers.command_line import Here, answers
 from helpers.e2e import edit_json, one_thread
 
+from requant.checkpoint.run_directory import ARTIFACTS
 from requant.cli import convert_command
 from requant.deploy.verification import RESULTS
 from requant.formats.registry import FORMATS
+from requant.recipe import json_schema
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
     assert here("convert", str(finished), "--to", "compressed-tensors", "-o", "ct") == 2
     assert here.err.splitlines()[-1] == "error: ct: exists: nothing is overwritten; choose another --out"
     assert here("convert", str(finished), "--to", "exl3", "-o", "new") == 2
-    assert here.err == "--to exl3: expected one of compressed-tensors, gguf, gptq\n"
+    assert here.err == "--to exl3: expected one of auto-round, compressed-tensors, gguf, gptq\n"
     assert here("convert", str(finished), "--to", "gguf", "-o", "for-llama") == 0
     assert here.out.splitlines()[0] == "converted  14 linears, each decodes to exactly what its source does"
     assert sorted(p.name for p in (tmp_path / "for-llama").iterdir()) == ["README.md", "model-Q4_0.gguf"]
@@ -137,4 +139,8 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_knows_every_format() -> None:
-    assert sorted(convert_command.TARGETS) == sorted([*FORMATS, "gguf"])
+    every = {*FORMATS, "gguf"}
+    assert set(convert_command.TARGETS) == every
+    assert set(ARTIFACTS) - {"merged", "healed"} == every
+    asked = json_schema()["$defs"]["Output"]["properties"]["formats"]["items"]["enum"]
+    assert set(asked) == every

@@ -65,10 +65,11 @@ GRIDS = [
 ]
 
 
+@pytest.mark.parametrize("to", [CT, "auto-round"])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.bits}g{g.group_size}{'' if g.symmetric else 'a'}")
-def test_every_setting_there_and_back(source: Path, tmp_path: Path, grid: Grid) -> None:
+def test_every_setting_there_and_back(source: Path, tmp_path: Path, grid: Grid, to: str) -> None:
     pico.packed(source, tmp_path / "gptq", grid)
-    done = convert(tmp_path / "gptq", tmp_path / "ct", CT)
+    done = convert(tmp_path / "gptq", tmp_path / "ct", to)
     assert (done.linears, done.dropped) == (14, {})
     assert_same(tmp_path / "gptq", tmp_path / "ct")
     assert not (tmp_path / "ct" / "quantize_config.json").exists()
@@ -235,7 +236,7 @@ def test_wrong_inputs(gptq: Path, source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gptq: is a gptq checkpoint already: name another format"):
         convert(gptq, tmp_path / "ct", "gptq")
     with pytest.raises(
-        InputError, match=r"cannot be converted:\n.*quant_method is None, expected 'gptq' or 'compressed"
+        InputError, match=r"cannot be converted:\n.*quant_method is None, expected one of gptq, compressed"
     ):
         convert(source, tmp_path / "ct", CT)
     edit_json(gptq / "config.json", quantization_config={"quant_method": "gptq", "bits": 5})

@@ -382,3 +382,16 @@ def test_what_engines_refuse_of_compressed_tensors() -> None:
     with_zeros = replace(mixed, grid=Grid(4, 64, symmetric=False))
     assert "takes the first settings for every module" in str(verdict("transformers", "llama", with_zeros, **LLAMA))
     assert verdict("gptqmodel", "llama", mixed, **LLAMA).problems == ("it reads gptq, not compressed-tensors",)
+
+
+def test_what_engines_load_of_auto_round() -> None:
+    grids = (("*.down_proj", {"bits": 2, "symmetric": False}),)
+    for bits, kernel in ((4, "Marlin"), (3, "Humming (where installed)")):
+        got = verdict("vllm", "llama", Settings(grid=Grid(bits, 64), format="auto-round"), **LLAMA)
+        assert next(iter(got.kernels["NVIDIA GPU"])) == kernel
+        assert ("CPU" in got.kernels) == (bits == 4)
+    with_zeros = Settings(grid=Grid(4, 64), overrides=grids, format="auto-round")
+    for name in ("vllm", "sglang"):
+        assert not verdict(name, "llama", with_zeros, **LLAMA).loads
+    assert verdict("transformers", "llama", with_zeros, **LLAMA).loads
+    assert verdict("sglang", "llama", Settings(grid=Grid(8, 64), format="auto-round"), **LLAMA).loads

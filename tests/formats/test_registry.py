@@ -105,7 +105,7 @@ def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, m
     config = json.loads(file.read_text())
     config["quantization_config"]["quant_method"] = "sparse"
     file.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="quant_method is 'sparse', expected 'gptq'"):
+    with pytest.raises(InputError, match="quant_method is 'sparse', expected one of gptq"):
         open_quantized(tmp_path / "out")
     opened: list[Path] = []
 
@@ -119,5 +119,5 @@ def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, m
     assert opened == [tmp_path / "out"]
     config["quantization_config"]["quant_method"] = "awq"
     file.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="quant_method is 'awq', expected 'gptq' or 'compressed-tensors' or 'sparse'"):
+    with pytest.raises(InputError, match=r"quant_method is 'awq', expected one of gptq, .*, sparse"):
         open_quantized(tmp_path / "out")

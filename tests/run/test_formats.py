@@ -29,17 +29,19 @@ FEW = {"evaluate.variants": ["base", "adapter", "merged", "gptq"]}
 def test_a_run_writes_its_codes_in_every_format(finished: Path, project: Path, ran: Path) -> None:
     """Of a run that is finished in GPTQ, only the new format and the report are made."""
     before = times(ran / "pico" / "gptq")
-    asked = {"output.formats": ["gptq", CT]}
+    asked = {"output.formats": ["gptq", CT, "auto-round"]}
     out = run(project, ran, asked)
-    assert out.ran == [CT, "report"]
+    assert out.ran == [CT, "auto-round", "report"]
     made = out.path / CT
     assert {n: t for n, t in times(out.path / "gptq").items() if n != "README.md"} == {
         n: t for n, t in before.items() if n != "README.md"
     }
     one, other = open_quantized(out.path / "gptq"), open_quantized(made)
     assert one.quantized == other.quantized
+    third = open_quantized(out.path / "auto-round")
     for name in one:
         assert torch.equal(one.read(name), other.read(name))
+        assert torch.equal(one.read(name), third.read(name))
     manifest = read_manifest(made)
     assert manifest is not None
     assert manifest["provenance"]["from"] == "gptq"

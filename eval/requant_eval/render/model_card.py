@@ -56,7 +56,7 @@ SAME_CODES = (
     "The files are in the format {0}. Their codes, scales and zero points are those of the GPTQ checkpoint that was "
     "scored; the conversion was read back and compared with it: {1}."
 )
-PACKAGES = {"gptq": "gptqmodel optimum", "compressed-tensors": "compressed-tensors"}
+PACKAGES = {"gptq": "gptqmodel optimum", "compressed-tensors": "compressed-tensors", "auto-round": "auto-round"}
 """Format of a checkpoint -> what transformers needs to load it."""
 
 

@@ -87,6 +87,8 @@ def report_in(path: Path) -> Path:
 
 def _holds(path: Path) -> str:
     """What a directory holds, in words."""
-    names = [n for n in ("merged", "gptq", "healed", "compressed-tensors", "report.json") if (path / n).exists()]
+    from requant.checkpoint.run_directory import ARTIFACTS
+
+    names = [n for n in (*ARTIFACTS, "report.json") if (path / n).exists()]
     kind = "this run" if is_run(path) else "this directory"
     return f"{kind} holds {', '.join(names)}" if names else f"{kind} holds nothing of a run"

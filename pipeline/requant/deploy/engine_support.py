@@ -213,6 +213,7 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         ],
         "latent attention": [n for n in modules if n.endswith(_LATENT)],
         "kv_b_proj": [n for n in modules if n.endswith(_LATENT[-1])],
+        "towers": list(plan.towers),
     }
     return {trait: examples[0] for trait, examples in found.items() if examples}
 

@@ -30,6 +30,7 @@ Trait = Literal[
     "experts in 16 bit of other sizes",
     "latent attention",
     "kv_b_proj",
+    "towers",
 ]
 GROUPS = (-1, 32, 64, 128)
 
@@ -127,6 +128,11 @@ _VLLM_PACKED = {
     "other NVIDIA GPU": _VLLM_PACKED_GPU,
     "CPU": (Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, symmetric=False, experts=False, signed=True),),
 }
+_HUMMING = Kernel(name="Humming (where installed)", bits=(2, 3))
+_VLLM_AUTO_ROUND = {
+    "NVIDIA GPU": (Kernel(name="Marlin", experts=False), _MOE_MARLIN, Kernel(name="MoeWNA16", experts=True), _HUMMING),
+    "CPU": (Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),),
+}
 _SGLANG_MARLIN = Kernel(name="Marlin", inputs=128, outputs=64, experts=False)
 TARGETS: Mapping[Name, Target] = {
     t.name: t
@@ -149,6 +155,11 @@ TARGETS: Mapping[Name, Target] = {
                     source="vLLM 0.32.0, read 2026-11-29: quantization/compressed_tensors, "
                     "kernels/linear/mixed_precision, fused_moe/oracle/int_wna16.py",
                     hardware=_VLLM_PACKED,
+                    refuses=_ALIKE,
+                ),
+                "auto-round": Loader(
+                    source="vLLM 0.32.0, read 2026-11-29: quantization/inc (config_parser.py, inc_wna16_scheme.py)",
+                    hardware=_VLLM_AUTO_ROUND,
                     refuses=_ALIKE,
                 ),
             },
@@ -187,6 +198,22 @@ TARGETS: Mapping[Name, Target] = {
                         "kv_b_proj": 'it wants {} in 16 bit (quantize.overrides: {{"*.kv_b_proj": {{skip: true}}}})',
                     },
                 ),
+                "auto-round": Loader(
+                    source="SGLang 0.5.23, read 2026-11-29: layers/quantization/auto_round.py",
+                    hardware={
+                        "NVIDIA GPU from Ampere on": (
+                            _SGLANG_MARLIN,
+                            replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True),
+                        ),
+                        "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
+                    },
+                    refuses={
+                        **_ALIKE,
+                        "experts in 16 bit": f"it has no way to run {{}} in 16 bit{_CONVERT}",
+                        "latent attention": "that it reads {} was not proven: leave such modules in 16 bit",
+                        "towers": "beside {} it calls the blocks otherwise, and takes them for 16 bit",
+                    },
+                ),
             },
             classes=SGLANG,
         ),
@@ -215,6 +242,15 @@ TARGETS: Mapping[Name, Target] = {
                         "conv1d": "it cannot make Conv1D layers ({}) quantized ones",
                         "linear-like": "it passes over {}, so that their weights would be random",
                         "asymmetric overrides": "with zero points ({}) it takes the first settings for every module",
+                    },
+                ),
+                "auto-round": Loader(
+                    source="transformers 5.23 with auto-round 0.16.1 (inference/convert_model.py)",
+                    hardware={"any device": _TORCH},
+                    refuses={
+                        "conv1d": "that it reads Conv1D layers ({}) was not proven",
+                        "linear-like": "it passes over {}, so that their weights would be random",
+                        "experts": "that it splits experts ({}) as we do was not proven",
                     },
                 ),
             },

@@ -2,8 +2,8 @@
 
     python engine_transformers.py < request.json       (started by `engine_processes`)
 
-It needs transformers, and gptqmodel with optimum, or compressed-tensors. It imports nothing of ours and is a process of
-its own: gptqmodel patches what it imports and compiles kernels.
+It needs transformers, and gptqmodel with optimum, compressed-tensors or auto-round. It imports nothing of ours and is a
+process of its own: gptqmodel patches what it imports and compiles kernels.
 """
 
 from __future__ import annotations
@@ -121,7 +121,11 @@ def main() -> None:
     answer["generated"] = made[0, ids.shape[1] :].tolist()
     if request.get("speed"):
         answer["speed"] = speed(model, request)
-    readers = {"gptq": ("gptqmodel", "optimum"), "compressed-tensors": ("compressed-tensors",)}
+    readers = {
+        "gptq": ("gptqmodel", "optimum"),
+        "compressed-tensors": ("compressed-tensors",),
+        "auto-round": ("auto-round",),
+    }
     method = quantization_of(request["path"]).get("quant_method", "")
     answer["versions"] = {n: version(n) for n in ("transformers", "torch", *readers.get(method, ()))}
     print("RESULT " + json.dumps(answer))

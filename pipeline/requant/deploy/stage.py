@@ -23,6 +23,7 @@ from requant.deploy.own_scores import NEW_TOKENS, PROMPT, score_checkpoint
 from requant.deploy.scored_sample import Sample
 from requant.deploy.verification import EngineResult, Verification
 from requant.errors import InputError
+from requant.formats.auto_round import METHOD as AUTO_ROUND
 from requant.formats.quantized_format import Finding
 from requant.modeling.stacked_experts import stored_pieces
 from requant.quantize.module_results import ModuleRow
@@ -147,8 +148,8 @@ def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorChec
 
 
 def _engine_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> str:
-    """The serving dtype; fp32 for transformers on a CPU, where it is exact and no slower."""
-    if engine == "transformers" and device.type == "cpu":
+    """The serving dtype; fp32 for transformers on a CPU, where it is exact and no slower, unless AutoRound has none."""
+    if engine == "transformers" and device.type == "cpu" and checkpoint.quantization.get("quant_method") != AUTO_ROUND:
         return "float32"
     declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return declared if declared in ("float16", "bfloat16") else "bfloat16"

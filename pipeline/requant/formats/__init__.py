@@ -7,6 +7,8 @@
     gptq_checks        config, headers and values of a GPTQ checkpoint, for `verify`
     compressed_tensors, compressed_tensors_reader, compressed_tensors_checks
                        the same of compressed-tensors' packed integers
+    auto_round, auto_round_reader, auto_round_checks
+                       GPTQ's packing under AutoRound's config
     gguf_blocks        blocks of 32 weights as GGUF stores them (its file is written by deploy)
     bit_stream         codes in 32-bit words, as both hold them
     stored_reader      what the readers share

@@ -103,7 +103,7 @@ def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
     quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
-    outside: Sequence[str] = (),
+    outside: Sequence[str] = (), blocks: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config`; arguments as of `gptq.quantization_config`.
 

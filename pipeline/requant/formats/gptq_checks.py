@@ -24,7 +24,7 @@ class GptqChecks:
 
     def config(self, declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         """Faults of a `quantization_config`, and whether the tensors can be checked in spite of each."""
-        for key, (expected, fits) in _SETTINGS.items():
+        for key, (expected, fits) in SETTINGS.items():
             if not fits(declared.get(key)):
                 yield f"{key} is {shown(declared.get(key))}, expected {expected}", False
         yield from _rules(declared)
@@ -71,7 +71,7 @@ class GptqChecks:
         return "qzeros", f"zero points of the other format version than checkpoint_format {version!r}"
 
 
-_SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": ("one of 2, 3, 4, 8", lambda v: type(v) is int and v in BITS),
     "group_size": ("-1 or a positive number", lambda v: type(v) is int and (v == -1 or 1 <= v < 2**31)),
     "sym": ("true or false", lambda v: isinstance(v, bool)),
@@ -92,7 +92,7 @@ def _rules(declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         elif not isinstance(own, dict):
             yield f"dynamic of {shown(pattern)} is {shown(own)}, expected settings", False
         else:
-            for key, (expected, fits) in _SETTINGS.items():
+            for key, (expected, fits) in SETTINGS.items():
                 if key in own and not fits(own[key]):
                     yield f"dynamic of {shown(pattern)}: {key} is {shown(own[key])}, expected {expected}", False
     inside = declared.get("modules_in_block_to_quantize")

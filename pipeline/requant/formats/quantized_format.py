@@ -143,7 +143,8 @@ class QuantizedFormat:
     `quantization_config`. config_file: where the config is written a second time; None: nowhere. recognise: whether a
     `quantization_config` is of this layout. rules: `quantization_config` -> which linears it declares as quantized.
     reader: reads a written checkpoint. checks: what `verify` asks. pack_stream: `pack` of codes that are a stream of
-    bits along the inputs already, int32 [in*bits/32, out]; None: this layout holds no such stream.
+    bits along the inputs already, int32 [in*bits/32, out]; None: this layout holds no such stream. with_zeros: how a
+    checkpoint is written in which a linear has zero points; None: alike.
     """
 
     name: str
@@ -160,3 +161,8 @@ class QuantizedFormat:
     reader: Callable[[Checkpoint], Reader]
     checks: Checks
     pack_stream: Pack | None = None
+    with_zeros: QuantizedFormat | None = None
+
+    def of(self, *, symmetric: bool) -> QuantizedFormat:
+        """The layout of a checkpoint whose linears are all symmetric, or not."""
+        return self if symmetric else self.with_zeros or self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,15 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
-from requant.formats import compressed_tensors, compressed_tensors_checks, gptq, gptq_checks
+from requant.formats import (
+    auto_round,
+    auto_round_checks,
+    compressed_tensors,
+    compressed_tensors_checks,
+    gptq,
+    gptq_checks,
+)
+from requant.formats.auto_round_reader import AutoRoundReader
 from requant.formats.compressed_tensors_reader import CompressedTensorsReader
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.quantized_format import QuantizedFormat, Reader
@@ -47,7 +57,33 @@ COMPRESSED_TENSORS = QuantizedFormat(
     reader=CompressedTensorsReader,
     checks=compressed_tensors_checks.CompressedTensorsChecks(),
 )
-FORMATS: dict[str, QuantizedFormat] = {layout.name: layout for layout in (GPTQ, COMPRESSED_TENSORS)}
+_AUTO_ROUND = QuantizedFormat(
+    name="auto-round",
+    suffixes=auto_round.SUFFIXES,
+    codes=auto_round.CODES,
+    shapes=auto_round.shapes,
+    pack=auto_round.pack,
+    pack_stream=auto_round.pack_stream,
+    unpack=auto_round.unpack,
+    dequantize=auto_round.dequantize,
+    config=auto_round.quantization_config,
+    config_file=None,
+    recognise=auto_round.recognise,
+    rules=auto_round.AutoRoundRules,
+    reader=AutoRoundReader,
+    checks=auto_round_checks.AutoRoundChecks(),
+)
+AUTO_ROUND = replace(
+    _AUTO_ROUND,
+    with_zeros=replace(
+        _AUTO_ROUND,
+        pack=auto_round.pack_with_zeros,
+        pack_stream=auto_round.pack_stream_with_zeros,
+        unpack=partial(auto_round.unpack, minus_one=False),
+        dequantize=partial(auto_round.dequantize, minus_one=False),
+    ),
+)
+FORMATS: dict[str, QuantizedFormat] = {layout.name: layout for layout in (GPTQ, COMPRESSED_TENSORS, AUTO_ROUND)}
 
 
 def recognised(config: Mapping[str, Any]) -> QuantizedFormat | None:
@@ -57,7 +93,7 @@ def recognised(config: Mapping[str, Any]) -> QuantizedFormat | None:
 
 def not_recognised(config: Mapping[str, Any]) -> str:
     """What a `quantization_config` of no known layout says, and what was expected."""
-    return f"quant_method is {config.get('quant_method')!r}, expected {' or '.join(map(repr, FORMATS))}"
+    return f"quant_method is {config.get('quant_method')!r}, expected one of {', '.join(FORMATS)}"
 
 
 def open_quantized(path: Path) -> Reader:

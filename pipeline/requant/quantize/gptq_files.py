@@ -55,6 +55,7 @@ def write_small_files(
         carried=layout.carried,
         towers=layout.towers,
         outside=layout.outside,
+        blocks=layout.prefix,
         meta=meta,
     )
     config = model_files.edit_config(

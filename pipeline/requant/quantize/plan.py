@@ -121,7 +121,7 @@ def plan(
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
     fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
     return Plan(
-        format=written,
+        format=written.of(symmetric=all(grid.symmetric for grid in grids.values())),
         slots=tuple(slots),
         block_slots=_block_slots(slots, _stored_prefix(names, prefix), len(blocks)),
         grids=grids,

@@ -275,7 +275,7 @@ gates:                      # default none; `requant run` ends with exit code 3 
 output:
   dir: runs                 # directory, default runs; relative to where requant is started
   keep: [merged, gptq]      # default both; [gptq] saves the disk space of the 16-bit model
-  # formats: [gptq, compressed-tensors, gguf]   # default [gptq]; the same codes for other servers, a directory each
+  # formats: [gptq, compressed-tensors]   # default [gptq]; also auto-round, gguf: the same codes, a directory each
 
 device: auto                # auto | cpu | cuda | cuda:N, default auto
 trust_remote_code: false    # bool, default false; runs Python from the model repository
