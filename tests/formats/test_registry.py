@@ -117,7 +117,7 @@ def test_a_checkpoint_is_read_by_the_format_that_recognises_it(tmp_path: Path, m
     monkeypatch.setitem(FORMATS, "sparse", sparse)
     open_quantized(tmp_path / "out")
     assert opened == [tmp_path / "out"]
-    config["quantization_config"]["quant_method"] = "awq"
+    config["quantization_config"]["quant_method"] = "exl3"
     file.write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"quant_method is 'awq', expected one of gptq, .*, sparse"):
+    with pytest.raises(InputError, match=r"quant_method is 'exl3', expected one of gptq, .*, sparse"):
         open_quantized(tmp_path / "out")

@@ -17,7 +17,7 @@ from torch import nn
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import INDEX, Checkpoint, read_json, read_weight_map
 from requant.errors import InputError
-from requant.formats.quantized_format import Finding, PackError, Packing, QuantizedFormat, Rules
+from requant.formats.quantized_format import Finding, PackError, Packing, Rules, StoredFormat
 from requant.formats.registry import not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list
@@ -42,7 +42,7 @@ class HeaderCheck:
     checkpoint: Checkpoint
     model: nn.Module
     declared: Mapping[str, Any]
-    layout: QuantizedFormat | None
+    layout: StoredFormat | None
     usable: bool = False
     packed: dict[str, Packing] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -61,7 +61,7 @@ class HeaderCheck:
         return [f"{stem}.{suffix}" for stem, own in self.packed.items() for suffix in stored_shapes(self.layout, own)]
 
 
-def stored_shapes(layout: QuantizedFormat, packing: Packing) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored_shapes(layout: StoredFormat, packing: Packing) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
     """Suffix -> shape and dtype of one linear's tensors. Raises PackError when the config cannot be meant."""
     return layout.shapes(packing.rows, packing.columns, packing.bits, packing.group_size, symmetric=packing.symmetric)
 
@@ -99,7 +99,7 @@ def check_weights(path: Path, *, trust_remote_code: bool = False) -> HeaderCheck
     return headers
 
 
-def _config_is_usable(headers: HeaderCheck, layout: QuantizedFormat) -> bool:
+def _config_is_usable(headers: HeaderCheck, layout: StoredFormat) -> bool:
     """Whether the tensors can be checked by the quantization config; reports what is wrong in it."""
     where, usable = headers.checkpoint.quantization_place, True
     for reason, readable in layout.checks.config(headers.declared):
@@ -111,7 +111,7 @@ def _config_is_usable(headers: HeaderCheck, layout: QuantizedFormat) -> bool:
     return usable
 
 
-def _tensors(headers: HeaderCheck, layout: QuantizedFormat, rules: Rules) -> None:
+def _tensors(headers: HeaderCheck, layout: StoredFormat, rules: Rules) -> None:
     """Check every tensor of the checkpoint against the model its config describes.
 
     Compared are names, dtypes and shapes.
@@ -167,7 +167,7 @@ def _unplaced(headers: HeaderCheck, shapes: Mapping[str, tuple[int, ...]], used:
     headers.expected_bytes += sum(headers.checkpoint[n].nbytes for n in (*found.state, *found.carried))
 
 
-def _packed(headers: HeaderCheck, layout: QuantizedFormat, stem: str, packing: Packing) -> set[str]:
+def _packed(headers: HeaderCheck, layout: StoredFormat, stem: str, packing: Packing) -> set[str]:
     """Check one quantized linear's tensors; returns the names that belong to it."""
     names = {suffix: f"{stem}.{suffix}" for suffix in layout.suffixes}
     try:

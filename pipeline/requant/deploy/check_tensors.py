@@ -18,7 +18,7 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy.check_headers import HeaderCheck
 from requant.errors import InputError
-from requant.formats.quantized_format import Finding, QuantizedFormat
+from requant.formats.quantized_format import Finding, StoredFormat
 from requant.numerics.solution import checksum
 from requant.quantize.module_results import ModuleRow
 
@@ -81,7 +81,7 @@ def check(
 def _quantized(
     result: TensorCheck,
     headers: HeaderCheck,
-    layout: QuantizedFormat,
+    layout: StoredFormat,
     source: Checkpoint | None,
     device: torch.device,
     solved: Mapping[str, ModuleRow],
@@ -115,7 +115,7 @@ def _compare_decoded(
     stem: str,
     decoded: tuple[Tensor, Tensor, Tensor, Tensor],
     headers: HeaderCheck,
-    layout: QuantizedFormat,
+    layout: StoredFormat,
     source: Checkpoint | None,
     distance: float | None,
 ) -> None:

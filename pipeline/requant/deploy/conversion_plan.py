@@ -15,7 +15,7 @@ from requant.checkpoint import model_files
 from requant.checkpoint.writer import Slot
 from requant.deploy.check_headers import UNQUANTIZED, HeaderCheck
 from requant.errors import InputError
-from requant.formats.quantized_format import Packing, QuantizedFormat, Reader
+from requant.formats.quantized_format import Packing, QuantizedFormat, Reader, StoredFormat
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Layout, Plan, Settings, plan
@@ -45,7 +45,7 @@ class ConversionPlan:
 
     model: nn.Module
     reader: Reader
-    source: QuantizedFormat
+    source: StoredFormat
     declared: Mapping[str, Any]
     packings: Mapping[str, Packing]
     plan: Plan

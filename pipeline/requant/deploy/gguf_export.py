@@ -27,6 +27,7 @@ from requant.deploy.gguf_package import package, stored_bytes_of
 from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import PackError, weights
+from requant.formats.registry import GPTQ
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
@@ -114,8 +115,7 @@ def export_into(
 def plan_export(source: Path, *, trust_remote_code: bool = False) -> GgufPlan:
     """The tensors of the file that is written of a checkpoint. Raises InputError as `export`."""
     headers = checked(source, FORMAT, trust_remote_code=trust_remote_code)
-    assert headers.layout is not None
-    conversion = plan_conversion(headers, headers.layout, source)
+    conversion = plan_conversion(headers, GPTQ, source)  # whose tensors are not written
     config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
     family = gguf_families.family_of(config, str(source))
     tensors = tuple(_tensors(conversion, config, family, source))

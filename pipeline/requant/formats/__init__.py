@@ -9,6 +9,8 @@
                        the same of compressed-tensors' packed integers
     auto_round, auto_round_reader, auto_round_checks
                        GPTQ's packing under AutoRound's config
+    awq, awq_reader, awq_checks
+                       AWQ as AutoAWQ packs it, read only
     gguf_blocks        blocks of 32 weights as GGUF stores them (its file is written by deploy)
     bit_stream         codes in 32-bit words, as both hold them
     stored_reader      what the readers share

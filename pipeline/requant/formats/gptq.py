@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from requant.checkpoint.reader import QUANTIZE_CONFIG
 from requant.formats.bit_stream import WORD, check_whole, exact_scales, fitting_groups, pack_rows, unpack_rows
-from requant.formats.quantized_format import Packing, weights
+from requant.formats.quantized_format import PackError, Packing, weights
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
@@ -69,6 +69,8 @@ def pack_stream(stream: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symme
     """`pack` of codes that are a stream of bits along the inputs already: int32 [in*bits/32, out]."""
     columns, groups = WORD * stream.shape[0] // bits, scale.shape[1]
     half = exact_scales(columns, scale, zero)
+    if bool((zero == 0).any()):
+        raise PackError("a zero point is 0, and they are stored minus one: compressed-tensors has it")
     check_whole("zero points, stored minus one,", zero, 1, 2**bits - 1)
     g_idx = torch.arange(columns, dtype=torch.int32, device=stream.device) // (columns // groups)
     return {

@@ -134,32 +134,41 @@ class Checks(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizedFormat:
-    """The functions of one layout.
+class StoredFormat:
+    """What is needed to read one layout.
 
     name: as commands call it. suffixes: names of the tensors that replace `weight`, some of them only where it is
-    asymmetric. codes: the one that holds the codes. unpack: (tensors, bits) -> codes, scale, zero, group of each input.
-    dequantize: (tensors, bits) -> fp32 [out, in]. config: arguments of `gptq.quantization_config` ->
-    `quantization_config`. config_file: where the config is written a second time; None: nowhere. recognise: whether a
-    `quantization_config` is of this layout. rules: `quantization_config` -> which linears it declares as quantized.
-    reader: reads a written checkpoint. checks: what `verify` asks. pack_stream: `pack` of codes that are a stream of
-    bits along the inputs already, int32 [in*bits/32, out]; None: this layout holds no such stream. with_zeros: how a
-    checkpoint is written in which a linear has zero points; None: alike.
+    asymmetric. codes: the one that holds the codes. recognise: whether a `quantization_config` is of this layout.
+    rules: `quantization_config` -> which linears it declares as quantized. reader: reads a written checkpoint.
+    checks: what `verify` asks.
     """
 
     name: str
     suffixes: tuple[str, ...]
     codes: str
     shapes: Shapes
+    recognise: Callable[[Mapping[str, Any]], bool]
+    rules: Callable[[Mapping[str, Any]], Rules]
+    reader: Callable[[Checkpoint], Reader]
+    checks: Checks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedFormat(StoredFormat):
+    """The functions of one layout that is written too.
+
+    unpack: (tensors, bits) -> codes, scale, zero, group of each input. dequantize: (tensors, bits) -> fp32 [out, in].
+    config: arguments of `gptq.quantization_config` -> `quantization_config`. config_file: where the config is written a
+    second time; None: nowhere. pack_stream: `pack` of codes that are a stream of bits along the inputs already, int32
+    [in*bits/32, out]; None: this layout holds no such stream. with_zeros: how a checkpoint is written in which a linear
+    has zero points; None: alike.
+    """
+
     pack: Pack
     unpack: Callable[[Mapping[str, Tensor], int], tuple[Tensor, Tensor, Tensor, Tensor]]
     dequantize: Callable[[Mapping[str, Tensor], int], Tensor]
     config: Callable[..., dict[str, Any]]
     config_file: str | None
-    recognise: Callable[[Mapping[str, Any]], bool]
-    rules: Callable[[Mapping[str, Any]], Rules]
-    reader: Callable[[Checkpoint], Reader]
-    checks: Checks
     pack_stream: Pack | None = None
     with_zeros: QuantizedFormat | None = None
 

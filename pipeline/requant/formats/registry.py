@@ -1,4 +1,4 @@
-"""FORMATS: every quantized layout by its name. A new one is a file and an entry here."""
+"""FORMATS: every quantized layout that is written, by its name: a file and an entry here."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from requant.errors import InputError
 from requant.formats import (
     auto_round,
     auto_round_checks,
+    awq,
+    awq_checks,
     compressed_tensors,
     compressed_tensors_checks,
     gptq,
     gptq_checks,
 )
 from requant.formats.auto_round_reader import AutoRoundReader
+from requant.formats.awq_reader import AwqReader
 from requant.formats.compressed_tensors_reader import CompressedTensorsReader
 from requant.formats.gptq_reader import GptqReader
-from requant.formats.quantized_format import QuantizedFormat, Reader
+from requant.formats.quantized_format import QuantizedFormat, Reader, StoredFormat
 
 GPTQ = QuantizedFormat(
     name="gptq",
@@ -83,23 +86,35 @@ AUTO_ROUND = replace(
         dequantize=partial(auto_round.dequantize, minus_one=False),
     ),
 )
+AWQ = StoredFormat(
+    name="awq",
+    suffixes=awq.SUFFIXES,
+    codes=awq.CODES,
+    shapes=awq.shapes,
+    recognise=awq.recognise,
+    rules=awq.AwqRules,
+    reader=AwqReader,
+    checks=awq_checks.AwqChecks(),
+)
 FORMATS: dict[str, QuantizedFormat] = {layout.name: layout for layout in (GPTQ, COMPRESSED_TENSORS, AUTO_ROUND)}
+READ_ONLY: dict[str, StoredFormat] = {AWQ.name: AWQ}
 
 
-def recognised(config: Mapping[str, Any]) -> QuantizedFormat | None:
-    """The layout that a `quantization_config` describes; None when it is none of `FORMATS`."""
-    return next((layout for layout in FORMATS.values() if layout.recognise(config)), None)
+def recognised(config: Mapping[str, Any]) -> StoredFormat | None:
+    """The layout that a `quantization_config` describes; None when it is none that is read."""
+    every: list[StoredFormat] = [*FORMATS.values(), *READ_ONLY.values()]
+    return next((layout for layout in every if layout.recognise(config)), None)
 
 
 def not_recognised(config: Mapping[str, Any]) -> str:
     """What a `quantization_config` of no known layout says, and what was expected."""
-    return f"quant_method is {config.get('quant_method')!r}, expected one of {', '.join(FORMATS)}"
+    return f"quant_method is {config.get('quant_method')!r}, expected one of {', '.join([*FORMATS, *READ_ONLY])}"
 
 
 def open_quantized(path: Path) -> Reader:
     """The reader of a written checkpoint, by the format that its config.json describes.
 
-    Raises InputError when that is none of `FORMATS`, or has settings that cannot be meant.
+    Raises InputError when that is none that is read, or has settings that cannot be meant.
     """
     checkpoint = Checkpoint(path)
     config = checkpoint.quantization
@@ -119,7 +134,7 @@ def load_quantized(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, reader.read(name)
 
 
-def unquantized_names(stored: Iterable[str], layout: QuantizedFormat) -> list[str]:
+def unquantized_names(stored: Iterable[str], layout: StoredFormat) -> list[str]:
     """Tensor names of a quantized checkpoint with `weight` in place of the codes."""
     codes = f".{layout.codes}"
     return [f"{n.removesuffix(codes)}.weight" if n.endswith(codes) else n for n in stored]
