@@ -29,6 +29,8 @@ _KEPT = 40  # characters of a file's name in its temporary name
 _COPIED = 2**24  # bytes at a time
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot sync a directory
 
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
 
 @contextmanager
 def whole_file(file: Path, size: int | None = None) -> Iterator[BinaryIO]:
@@ -76,6 +78,23 @@ def copy(content: BinaryIO, file: Path) -> None:
     """Copy what an open file holds."""
     with whole_file(file, os.fstat(content.fileno()).st_size) as handle:
         shutil.copyfileobj(content, handle, _COPIED)
+
+
+def link(source: Path, file: Path) -> bool:
+    """Give a regular file a second name; False where its file system has none, or the two are on different ones.
+
+    FileExistsError where anything has the name.
+    """
+    if not stat.S_ISREG(source.lstat().st_mode):
+        return False
+    try:
+        os.link(source, file, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    sync_directory(file.parent)
+    return True
 
 
 def append(file: Path, text: str) -> None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from requant.recipe import Recipe, load
     from requant.run import Outcome, run
+    from requant.run.sweep import sweep
 
 __version__ = "0.1.0"
-__all__ = ["Outcome", "Recipe", "__version__", "load", "run"]
+__all__ = ["Outcome", "Recipe", "__version__", "load", "run", "sweep"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from requant.run import Outcome
 
         return {"Outcome": Outcome, "run": sys.modules[f"{__name__}.run"]}[name]
+    if name == "sweep":
+        from requant.run.sweep import sweep
+
+        return sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

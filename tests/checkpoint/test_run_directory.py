@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -395,3 +397,86 @@ def test_a_memory_of_digests_that_was_changed_is_none(run: RunDirectory) -> None
     known.write_text(known.read_text().replace("a" * 64, "b" * 64))
     assert run._digests() == {}
     assert not known.exists()
+
+
+# --- taken over from another run ---
+
+
+def finished_artifact(path: Path) -> RunDirectory:
+    """A run directory with an artifact `merged` of key "k": weights and a config."""
+    with RunDirectory(path).open() as run:
+        out = run.artifact("merged").begin("k")
+        (out / "model.safetensors").write_bytes(b"weights")
+        (out / "additional_chat_templates").mkdir()
+        (out / "additional_chat_templates" / "tools.jinja").write_text("{}")
+        run.artifact("merged").finish("k", {})
+    return run
+
+
+def test_an_artifact_is_taken_over_where_its_key_is_the_same(tmp_path: Path) -> None:
+    other = finished_artifact(tmp_path / "a")
+    with RunDirectory(tmp_path / "b", [tmp_path / "none", other.path]).open() as run:
+        assert not run.take_artifact("merged", "another")
+        assert not run.take_artifact("gptq", "k")
+        assert run.take_artifact("merged", "k")
+        assert not run.take_artifact("merged", "k"), "what is there stays"
+        artifact = run.artifact("merged")
+        assert artifact.whole("k")
+        names = {f.relative_to(artifact.path).as_posix() for f in artifact.path.rglob("*") if f.is_file()}
+        assert names == {"model.safetensors", "additional_chat_templates/tools.jinja", "manifest.json"}
+        theirs = other.path / "merged"
+        assert (artifact.path / "model.safetensors").samefile(theirs / "model.safetensors")
+        for name in names - {"model.safetensors"}:
+            assert not (artifact.path / name).samefile(theirs / name), "people edit these"
+        assert not list(run.path.glob(".merged.*"))
+        artifact.remove()
+    assert other.artifact("merged").whole("k"), "the other run's stays"
+
+
+def test_an_artifact_is_copied_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = finished_artifact(tmp_path / "a")
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    with RunDirectory(tmp_path / "b", [other.path]).open() as run:
+        assert run.take_artifact("merged", "k")
+        assert run.artifact("merged").whole("k")
+        taken = run.path / "merged" / "model.safetensors"
+        assert taken.read_bytes() == b"weights"
+        assert not taken.samefile(other.path / "merged" / "model.safetensors")
+
+
+def test_an_artifact_with_a_missing_file_is_not_taken_over(tmp_path: Path) -> None:
+    other = finished_artifact(tmp_path / "a")
+    (other.path / "merged" / "model.safetensors").unlink()
+    with RunDirectory(tmp_path / "b", [other.path]).open() as run:
+        assert not run.take_artifact("merged", "k")
+
+
+def test_an_artifact_that_was_changed_is_taken_over_for_none(tmp_path: Path) -> None:
+    other = finished_artifact(tmp_path / "a")
+    (other.path / "merged" / "model.safetensors").write_bytes(b"Weights")
+    with RunDirectory(tmp_path / "b", [other.path]).open() as run:
+        assert run.take_artifact("merged", "k")
+        assert not run.artifact("merged").whole("k"), "so the stage runs"
+
+
+def test_results_and_cached_files_are_taken_over(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a").open() as other:
+        other.remember("probe", "k", {"said": "yes"})
+        (other.cache / "scores").write_text("1")
+        (other.cache / "link").symlink_to("scores")
+    with RunDirectory(tmp_path / "b", [other.path]).open() as run:
+        assert run.result("probe", "another") is None
+        assert run.result("probe", "k") == {"said": "yes"}
+        assert run.take_cached("scores")
+        assert not run.take_cached("scores"), "it is there"
+        assert not run.take_cached("other")
+        assert run.take_cached("link")
+        assert not (run.cache / "link").is_symlink()
+    shutil.rmtree(other.path)
+    alone = RunDirectory(tmp_path / "b")
+    assert alone.result("probe", "k") == {"said": "yes"}
+    assert (alone.cache / "scores").read_text() == "1"

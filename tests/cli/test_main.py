@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     text, _, loaded = done.stdout.partition("LOADED")
     assert not HEAVY & set(loaded.split())
     assert "typer" in loaded.split(), "the list of modules is real"
-    for command in ("init", "check", "run", "merge", "quantize", "evaluate", "report", "schema"):
+    for command in ("init", "check", "run", "sweep", "merge", "quantize", "evaluate", "report", "schema"):
         assert re.search(rf"^ +{command} ", text, re.MULTILINE), command
 
 
@@ -58,7 +58,10 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         ("run", "0 1 2 3 4 129 130 143"),
         ("report", "0 1 2 3 4 129 130 143"),
         ("gate", "0 1 2 3 4"),
-        *((name, "0 1 2 129 130 143") for name in ("check", "merge", "quantize", "heal", "evaluate", "verify", "push")),
+        *(
+            (name, "0 1 2 129 130 143")
+            for name in ("check", "sweep", "merge", "quantize", "heal", "evaluate", "verify", "push")
+        ),
     ],
 )
 def test_help_names_the_exit_codes(here: Here, command: str, codes: str) -> None:

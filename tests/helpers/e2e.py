@@ -21,7 +21,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -260,13 +260,13 @@ def visible(directory: Path) -> set[str]:
 
 
 class _Killer:
-    """A silent Watcher that ends the process without cleaning up, at step `at` of `stage`.
+    """A silent Watcher that ends the process without cleaning up, at step `at` of `stage`, the `count`-th time.
 
     0: as the stage begins.
     """
 
-    def __init__(self, stage: str, at: int) -> None:
-        self.wanted, self.at, self.now = stage, at, ""
+    def __init__(self, stage: str, at: int, count: int = 1) -> None:
+        self.wanted, self.at, self.count, self.now = stage, at, count, ""
 
     def stage(self, name: str, *, done: bool) -> None:
         self.now = name
@@ -276,8 +276,12 @@ class _Killer:
         """Of no interest here."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        if (self.now, done) == (self.wanted, self.at):
+        self.count -= (self.now, done) == (self.wanted, self.at)
+        if not self.count:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def warn(self, text: str) -> None:
+        """Of no interest here."""
 
 
 def run_and_die(project: Path, out: Path, changes: dict[str, Any], when: str) -> None:
@@ -296,6 +300,22 @@ def run_and_die(project: Path, out: Path, changes: dict[str, Any], when: str) ->
     else:
         watcher = _Killer(stage, int(step))
     run(project, out, changes, watcher=watcher)
+
+
+def sweep_and_die(file: Path, settings: dict[str, list[Any]], when: str, count: int) -> None:
+    """Sweep in this process until "stage:step" comes for the `count`-th time."""
+    from requant.quantize import background_writer
+    from requant.run.sweep import sweep
+
+    background_writer.BEHIND = 0
+    stage, step = when.split(":")
+    with one_thread():
+        sweep(file, settings, watcher=cast(Any, _Killer(stage, int(step), count)))
+
+
+def killed_sweep(file: Path, settings: dict[str, list[Any]], when: str, count: int) -> int:
+    """`sweep_and_die` in a process of its own; its exit code."""
+    return _exit_code(sweep_and_die, (file, settings, when, count), when)
 
 
 def _die_at_rename(out: Path, n: int) -> None:
@@ -332,13 +352,17 @@ def run(project: Path, out: Path, changes: Mapping[str, Any] | None = None, **op
 
 def killed_run(project: Path, out: Path, when: str, changes: dict[str, Any] | None = None) -> int:
     """`run_and_die` in a process of its own; its exit code, -SIGKILL if it died as asked."""
-    process = forks().Process(target=run_and_die, args=(project, out, changes or {}, when))
+    return _exit_code(run_and_die, (project, out, changes or {}, when), when)
+
+
+def _exit_code(target: Callable[..., None], arguments: tuple[Any, ...], when: str) -> int:
+    process = forks().Process(target=target, args=arguments)
     process.start()
     process.join(120)
     if process.exitcode is None:
         process.kill()
         raise AssertionError(f"the run did not reach {when} in two minutes")
-    return process.exitcode
+    return int(process.exitcode)
 
 
 @functools.cache

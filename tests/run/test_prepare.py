@@ -17,7 +17,7 @@ from requant.data import documents, packing, tokenizer
 from requant.errors import InputError
 from requant.merge import base_weights
 from requant.merge import stage as merge_stage
-from requant.run import prepare
+from requant.run import disk_space, prepare
 from requant.run.prepared import Prepared
 
 
@@ -42,11 +42,11 @@ def test_no_weight_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_disk_needed_is_what_the_run_still_writes(project: Path, finished: Path, tmp_path: Path) -> None:
-    need, free = prepare.check_disk(prepared(project), tmp_path / "new")
+    need, free = disk_space.check_disk(prepared(project), tmp_path / "new")
     written = sum(info.nbytes for name in ("merged", "gptq") for info in Checkpoint(finished / name).values())
     assert need == written
     assert free > need
-    assert prepare.check_disk(prepared(project), finished)[0] == 0, "a finished run needs no more"
+    assert disk_space.check_disk(prepared(project), finished)[0] == 0, "a finished run needs no more"
 
 
 def test_the_plan_is_what_the_run_writes(project: Path, finished: Path) -> None:

@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from requant.checkpoint.atomic_write import DAMAGED, make_directory, remove, write_text, writing
+from requant.checkpoint.atomic_write import (
+    DAMAGED,
+    copy_file,
+    link_file,
+    make_directory,
+    remove,
+    write_text,
+    writing,
+)
 from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.model_files import files_of
 from requant.checkpoint.reader import read_json
@@ -24,6 +32,7 @@ from requant_eval import whole_files
 
 MANIFEST = "manifest.json"
 UNDO = "take the file from where it is whole, or remove manifest.json if the change is yours"
+WEIGHTS = (".safetensors", ".gguf")  # files too large to be copied
 LATE = frozenset({"README.md", MANIFEST})  # written after the artifact is whole
 DigestsOf = Callable[[Sequence[Path]], list[str]]
 
@@ -87,6 +96,10 @@ class Artifact:
             remove(partial / journal)
             with writing(partial):
                 whole_files.sync_directory(partial)
+        self._put_in_place(partial)
+
+    def _put_in_place(self, partial: Path) -> None:
+        """Give a finished directory the artifact's name, in place of an older one of ours."""
         old = self.parent / f".{self.name}.old"
         with writing(self.path):
             if self.path.exists():
@@ -94,6 +107,26 @@ class Artifact:
                 whole_files.move(self.path, old)
             whole_files.move(partial, self.path)
             whole_files.remove(old)
+
+    def take(self, other: Path, key: str) -> bool:
+        """Take the artifact of `key` over from another run's directory; False where that one holds none.
+
+        Only where nothing has its name here. Weights become second names of the other's files, other files copies.
+        Whether it is `whole` is asked of it here as of any other.
+        """
+        source = other / self.name
+        manifest = read_manifest(source)
+        if manifest is None or manifest["key"] != key or os.path.lexists(self.path):
+            return False
+        if not manifest["files"].keys() <= {f.relative_to(source).as_posix() for f in files_of(source)}:
+            return False
+        partial = self.parent / f".{self.name}.partial-taken"  # no name that `begin` resumes from
+        remove(partial)
+        for name in manifest["files"]:
+            (link_file if name.endswith(WEIGHTS) else copy_file)(source / name, partial / name)
+        copy_file(source / MANIFEST, partial / MANIFEST)
+        self._put_in_place(partial)
+        return True
 
     def remove(self) -> None:
         """Delete the artifact if it is ours."""

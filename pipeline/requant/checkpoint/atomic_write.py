@@ -20,8 +20,8 @@ from requant_eval.regular_files import open_regular, require_regular
 from requant_eval.whole_files import TEMPORARY
 
 __all__ = [
-    "DAMAGED", "TEMPORARY", "append_text", "atomic_write", "copy_file", "make_directory", "read_state", "reading",
-    "remove", "require_new", "write_new", "write_text", "writing",
+    "DAMAGED", "TEMPORARY", "append_text", "atomic_write", "copy_file", "link_file", "make_directory", "read_state",
+    "reading", "remove", "require_new", "write_new", "write_text", "writing",
 ]  # fmt: skip
 T = TypeVar("T")
 DAMAGED = logging.getLogger("requant.damaged")
@@ -83,6 +83,17 @@ def copy_file(source: Path, file: Path) -> None:
     with reading(source) as content, writing(file):
         whole_files.make_directory(file.parent)
         whole_files.copy(content, file)
+
+
+def link_file(source: Path, file: Path) -> None:
+    """Give a file of another run a name here, or copy it where that cannot be; directories are made.
+
+    Files of ours are replaced, never changed: what the other run does later leaves this one's as it is.
+    """
+    with writing(file):
+        whole_files.make_directory(file.parent)
+        if not whole_files.link(source, file):
+            copy_file(source, file)
 
 
 def make_directory(path: Path) -> Path:

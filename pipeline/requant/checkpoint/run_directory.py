@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.checkpoint.artifact import Artifact
-from requant.checkpoint.atomic_write import DAMAGED, make_directory, read_state, write_text, writing
+from requant.checkpoint.atomic_write import DAMAGED, link_file, make_directory, read_state, write_text, writing
 from requant.checkpoint.digests import DIGESTS, hub_blob
 from requant.checkpoint.model_files import files_of
 from requant.checkpoint.reader import read_json
@@ -59,11 +59,12 @@ class RunDirectory:
     """`runs/NAME`; created on the first `open`.
 
     Raises InputError when it is a directory that requant did not make, or when one of the directories that a run
-    writes into is a link (the run directory itself may be one).
+    writes into is a link (the run directory itself may be one). beside: directories of other runs, whose results
+    under the same keys, and files of the same names, are taken over (`requant sweep`).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, beside: Sequence[Path] = ()) -> None:
+        self.path, self.beside = path, tuple(beside)
 
     def check(self) -> None:
         """Raise InputError when the directory exists and is not ours."""
@@ -128,19 +129,33 @@ class RunDirectory:
         return Artifact(self.path, name, self.digests)
 
     def result(self, stage: str, key: str) -> dict[str, Any] | None:
-        """What `remember` kept for this stage, if its key is still the same."""
-        entry = self._results().get(stage)
-        return entry["result"] if entry and entry["key"] == key else None
+        """What `remember` kept for this stage, if its key is still the same, here or in a directory beside."""
+        for path in (self.path, *self.beside):
+            entry = _entries(path).get(stage)
+            if entry and entry["key"] == key:
+                if path != self.path:
+                    self.remember(stage, key, entry["result"])
+                return entry["result"]  # type: ignore[no-any-return]
+        return None
+
+    def take_artifact(self, name: str, key: str) -> bool:
+        """Take an artifact over from the first directory beside that holds it; whether one did."""
+        return any(self.artifact(name).take(path, key) for path in self.beside)
+
+    def take_cached(self, name: str) -> bool:
+        """Take a file of the cache over from the first directory beside that holds it; whether one did."""
+        found = next((path / CACHE / name for path in self.beside if (path / CACHE / name).is_file()), None)
+        if found is None or os.path.lexists(self.cache / name):
+            return False
+        link_file(found, self.cache / name)
+        return True
 
     def remember(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Keep a stage's result, without secrets and places of this machine (`outgoing.shared`)."""
-        results = {n: sealed(r) for n, r in self._results().items()} | {
+        results = {n: sealed(r) for n, r in _entries(self.path).items()} | {
             stage: sealed({"key": key, "result": everywhere(result, shared)})
         }
         write_text(self.path / STAGES, json.dumps(results, indent=1) + "\n")
-
-    def _results(self) -> dict[str, Any]:
-        return read_state(self.path / STAGES, _results) or {}
 
     def digests(self, files: Sequence[Path]) -> list[str]:
         """The sha256 of each file, remembered while the file stays what it was (`checkpoint.digests`).
@@ -166,6 +181,11 @@ class RunDirectory:
         return key_of(
             [(f.relative_to(directory).as_posix(), d) for f, d in zip(files, self.digests(files), strict=True)]
         )
+
+
+def _entries(run: Path) -> dict[str, Any]:
+    """The stored results of a run."""
+    return read_state(run / STAGES, _results) or {}
 
 
 def _results(file: Path) -> dict[str, Any]:

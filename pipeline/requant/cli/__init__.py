@@ -3,6 +3,7 @@
     main              the commands of a recipe   <- start here
     init_command      init: a starter recipe, printed or in a new file
     check_command     check
+    sweep_command     sweep: a run for each combination of values, then their comparison
     text_view         documents as the model will see them, what is scored marked
     report_commands   gate, compare: commands that need finished reports only
     deploy_commands   verify, push

@@ -27,12 +27,12 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     with ConsoleWatcher() as watcher:
         watcher.stage("check", done=False)
         with quiet():
-            from requant.run import prepare
+            from requant.run import disk_space, prepare
             from requant.run.check import delta_prediction
             from requant.runtime.device import pick_device
 
             prepared = prepare.prepare(recipe, watcher.doing)
-            need, free = prepare.check_disk(prepared, where)
+            need, free = disk_space.check_disk(prepared, where)
             device = pick_device(recipe.device)
             watcher.doing("what rounding keeps of the adapter, on a few blocks")
             predicted = delta_prediction.predict(prepared.merge.plan, prepared.quantize.plan, device)

@@ -15,7 +15,16 @@ import typer
 from typer.core import TyperGroup
 
 from requant import __version__
-from requant.cli import convert_command, deploy_commands, exit_codes, init_command, outputs, report_commands, run_paths
+from requant.cli import (
+    convert_command,
+    deploy_commands,
+    exit_codes,
+    init_command,
+    outputs,
+    report_commands,
+    run_paths,
+    sweep_command,
+)
 from requant.cli.report_commands import Junit
 from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError, bounded
@@ -132,7 +141,6 @@ def schema(
 
     if report:
         return report_commands.schema_of_reports()
-
     from requant.recipe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
@@ -163,6 +171,9 @@ def run(recipe: RecipePath, overrides: Overrides = [], junit: Junit = None) -> N
     Resumes where an earlier run stopped.
     """
     _run(recipe, overrides, "report", junit)
+
+
+app.command(epilog=exit_codes.epilog(exit_codes.WORK, {0: "every run is done", 1: "a run failed"}))(sweep_command.sweep)
 
 
 @app.command(epilog=exit_codes.epilog(exit_codes.WORK))

@@ -66,6 +66,12 @@ class Scores:
         return {v: self.cache / f"canaries-{v}-{key_of(self.keys[v], *parts)[:16]}.json" for v in names}
 
     @property
+    def files(self) -> list[Path]:
+        """All of these files: scores, hidden states of the reference, answers."""
+        scores = [self.file(v, s) for v in self.keys for s in self.sets]
+        return [*scores, *(self.reference(s) for s in self.sets if self.kl), *self.answer_files.values()]
+
+    @property
     def key(self) -> str:
         """Digest of the names of all scores and answers."""
         answers = [file.name for file in self.answer_files.values()]

@@ -1,6 +1,7 @@
 """Recipe: what the user asked for, as strict sections with readable errors.
 
     schema               the whole recipe: load, parse, JSON Schema   <- start here
+    combinations         the recipes of a sweep, one for each choice of values
     copies               the recipe as YAML again, for a run and for a report
     fields               field types and checks that sections share
     model_sections       base, adapter, merge, quantize, output
@@ -10,7 +11,7 @@
     named_files          text files that do not exist, with line, key and nearest name
     yaml_document        YAML with line numbers, duplicate keys refused
     yaml_nodes           YAML text within limits
-    override_values      values of overrides that a Python caller gives
+    override_values      overrides: keys and values of --set, plain data of a Python caller
     error_messages       validation errors as file:line: key: what to do
     source_directories   what a directory is that was given as an adapter or a model
     adapter_record       what an adapter's files say of its base

@@ -14,7 +14,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from requant import outgoing
 from requant.errors import RecipeError
-from requant.recipe.override_values import plain_data
+from requant.recipe.override_values import is_key, plain_data, split_setting, steps_of
 from requant.recipe.yaml_nodes import compose
 
 KeyPath = tuple[str | int, ...]
@@ -29,8 +29,6 @@ _DIGITS = 40  # of a whole number; what is longer stays text, which no key with 
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_STEP = r'(?:"[^"]+"|[^".=\s]+)'
-_SET = re.compile(rf"({_STEP}(?:\.{_STEP})*)=(.*)", re.DOTALL)
 
 
 class Document:
@@ -73,29 +71,24 @@ class Document:
 
     def override(self, setting: str) -> None:
         """Apply one `--set key.path=value`: YAML; a key that contains a dot is in double quotes."""
-        match = _SET.fullmatch(setting)
-        if match is None:
-            self._problems.append((_LAST, f"--set {setting}: expected key.path=value, such as --set quantize.bits=3"))
-            return
-        label = f"--set {match[1]}"
         try:
-            value = _value(match[2], label)
+            key, text = split_setting(setting)
+            value = value_of(text, f"--set {key}")
         except RecipeError as error:
             self._problems += [(_LAST, problem) for problem in error.problems]
             return
-        self._assign_at(match[1], value, label)
+        self._assign_at(key, value, f"--set {key}")
 
     def override_with(self, key: str, value: Any) -> None:
         """Apply one override of a Python caller: the key as `--set` spells it, and plain data."""
-        if not re.fullmatch(rf"{_STEP}(?:\.{_STEP})*", key):
+        if not is_key(key):
             self._problems.append((_LAST, f"overrides: {key!r}: expected a key such as quantize.bits"))
             return
         self._assign_at(key, plain_data(value), f"overrides: {key}")
 
     def _assign_at(self, key: str, value: Any, label: str) -> None:
         """Set `value` at a key path in text; a step that contains a dot is in double quotes."""
-        steps = re.findall(r'"([^"]+)"|([^".]+)', key)
-        message = self._assign([quoted or plain for quoted, plain in steps], value, label)
+        message = self._assign(steps_of(key), value, label)
         if message:
             self._problems.append((_LAST, f"{label}: {message}"))
 
@@ -223,8 +216,8 @@ def read(text: str, source: str) -> Document:
     return document
 
 
-def _value(text: str, label: str) -> Any:
-    """The YAML value of a `--set`."""
+def value_of(text: str, label: str) -> Any:
+    """The YAML value of a `--set`; raises RecipeError for what is no YAML."""
     try:
         node = compose(text, label)
     except RecipeError as error:

@@ -3,9 +3,12 @@
 Only this package, and cli for printing, reads a Recipe.
 
     runner              run(recipe): skip what is finished, run the rest   <- start here
+    sweep               a run for each combination of values, what they have in common made once
+    shared_inputs       parts of recipes that several have in common
     stages              the list of stages, one record each
     context             what the stages of one run share
     prepare             recipe -> plans, texts and settings of all stages, from headers
+    disk_space          what a run still writes, against what is free
     fetch               the local directory of a base or an adapter
     dtypes              the serving dtype, and float16 refused where a model does not run in it
     positions           windows longer than the positions that a model has

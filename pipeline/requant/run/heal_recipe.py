@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from requant.data.documents import TokenDocument
+from requant.data.documents import TokenDocument, tokenize
 from requant.data.healing_text import HealingText
 from requant.heal.plan import HealPlan, ModelSize, choose_plan
 from requant.heal.settings import HealSettings
@@ -56,6 +56,7 @@ def plan_healing(
     seen: list[Sequence[TokenDocument]],
     size: ModelSize,
     notes: list[str] | None = None,
+    read: recipe_texts.Tokenize = tokenize,
 ) -> Healing | None:
     """The healing that a recipe asks for, None for none.
 
@@ -66,6 +67,6 @@ def plan_healing(
         section = Heal() if pick_device(recipe.device).type == "cuda" else "off"
     if not isinstance(section, Heal):
         return None
-    documents, text, facts = recipe_texts.healing(recipe, section, tokenizer, seen, notes)
+    documents, text, facts = recipe_texts.healing(recipe, section, tokenizer, seen, notes, read)
     seen += documents
     return Healing(section=section, size=size, text=text, facts=facts, deploy=tuple(recipe.deploy))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,46 +41,49 @@ from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
-from requant.run.output_formats import weight_files
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
+from requant.run.shared_inputs import SharedInputs
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
 
 log = logging.getLogger(__name__)
+MODEL_KEYS = ("base", "adapter", "adapters", "merge", "trust_remote_code")  # of what is read of the models
+TEXT_KEYS = (*MODEL_KEYS, "chat_date", "calibration", "heal", "evaluate", "canaries", "device")
 SHOWN = 20  # documents of each source that are kept for `check --show-text`
 
 
-def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Prepared:
+def prepare(
+    recipe: Recipe, doing: Callable[[str], None] = lambda _: None, shared: SharedInputs | None = None
+) -> Prepared:
     """Resolve and cross-check everything that a recipe names, from headers and texts only.
 
-    doing: receives what is done now, in words.
+    doing: receives what is done now, in words. shared: of several recipes, which have parts in common.
     """
+    shared = shared or SharedInputs()
     named_files.check(recipe)
     doing(f"headers of {recipe.base.source.path} and the adapter; ids of a hub are downloaded")
-    sources, loaded = _sources(recipe)
-    merge_inputs, model = _merge_inputs(recipe, sources, loaded)
+    models = shared.once("models", recipe, MODEL_KEYS, lambda: _models(recipe), "original" in recipe.evaluate.variants)
+    sources, loaded, merge_inputs, model, single = models
     plan = merge_inputs.plan
-    if isinstance(plan.base.checkpoint, DecodedCheckpoint):
-        plan.base.checkpoint.check_scales()
     dtypes.refuse_float16(recipe, plan)
-    single = _single_experts(recipe, plan, model)
     quantize_inputs = _quantize_inputs(recipe, plan, single)
     if gguf_export.FORMAT in recipe.output.formats:
         output_formats.refuse_gguf(sources, plan, quantize_inputs.plan, model)
     unloadable = base_precision.unloadable(plan, model, sources.simulate)
-    warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
-    warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
-    for adapter in loaded:
-        warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
-    warnings += [
-        *config_agreement.lacking_buffers(plan.base, model),
-        *_refusing_engines(recipe, quantize_inputs.engines),
-    ]
+    warnings = _warnings(recipe, loaded, merge_inputs, model, quantize_inputs)
     warnings += [*quantize_inputs.notes, *([unloadable] if unloadable else [])]
-    tokenizer = recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter)
+    tokenizer = shared.once(
+        "tokenizer", recipe, (*MODEL_KEYS, "chat_date"),
+        lambda: recipe_texts.load_tokenizer(recipe, plan.base.checkpoint.path, sources.adapter),
+    )  # fmt: skip
     merge_inputs = replace(merge_inputs, stops=_stop_tokens(sources.adapter, plan, tokenizer))
-    texts, healing = _texts(recipe, tokenizer, ModelSize.of(single, quantize_inputs.plan.grids), warnings, doing)
+    size = ModelSize.of(single, quantize_inputs.plan.grids)
+    texts, healing, told = shared.once(
+        "texts", recipe, TEXT_KEYS, lambda: _texts(recipe, tokenizer, size, shared, doing)
+    )
+    healing = replace(healing, size=size, deploy=tuple(recipe.deploy)) if healing else None
+    warnings += told
     if plan.embedding_rows is not None:
         unknown_ids.refuse_unknown_ids(
             unknown_ids.ids_of(texts, healing), plan.embedding_rows, tokenizer, unknown_ids.OF_TRAINING
@@ -98,6 +100,33 @@ def prepare(recipe: Recipe, doing: Callable[[str], None] = lambda _: None) -> Pr
         unloadable=unloadable,
         warnings=tuple(warnings),
     )
+
+
+def _models(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter], MergeInputs, Any, Any]:
+    """Directories, the adapters' tensors by header, merge plans, the skeleton, and it with single experts."""
+    sources, loaded = _sources(recipe)
+    merge_inputs, model = _merge_inputs(recipe, sources, loaded)
+    plan = merge_inputs.plan
+    if isinstance(plan.base.checkpoint, DecodedCheckpoint):
+        plan.base.checkpoint.check_scales()
+    return sources, loaded, merge_inputs, model, _single_experts(recipe, plan, model)
+
+
+def _warnings(
+    recipe: Recipe,
+    loaded: Sequence[peft_directory.Adapter],
+    merge_inputs: MergeInputs,
+    model: Any,
+    quantize_inputs: QuantizeInputs,
+) -> list[str]:
+    """What a user should know of base, adapters and servers. Raises InputError where a server of `deploy` refuses."""
+    plan = merge_inputs.plan
+    warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
+    warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
+    for adapter in loaded:
+        warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
+    warnings += config_agreement.lacking_buffers(plan.base, model)
+    return warnings + _refusing_engines(recipe, quantize_inputs.engines)
 
 
 def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
@@ -179,19 +208,19 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
 
 
 def _texts(
-    recipe: Recipe, tokenizer: Any, size: ModelSize, warnings: list[str], doing: Callable[[str], None]
-) -> tuple[Texts, Healing | None]:
-    """Calibration, healing and evaluation texts; adds warnings about them."""
+    recipe: Recipe, tokenizer: Any, size: ModelSize, shared: SharedInputs, doing: Callable[[str], None]
+) -> tuple[Texts, Healing | None, list[str]]:
+    """Calibration, healing and evaluation texts, and warnings about them."""
     notes: list[str] = []
     doing("tokens of the calibration text")
-    seen, windows, facts = recipe_texts.calibration(recipe, tokenizer, notes)
+    seen, windows, facts = recipe_texts.calibration(recipe, tokenizer, notes, shared.tokenize)
     of_calibration = dict(zip(facts["data"], (documents[:SHOWN] for documents in seen), strict=False))
-    healing = plan_healing(recipe, tokenizer, seen, size, notes)
+    healing = plan_healing(recipe, tokenizer, seen, size, notes, shared.tokenize)
     sets = []
     for item in recipe.evaluate.sets:
         doing(f"tokens of the evaluation set {item.name}")
-        sets.append(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen, notes))
-    warnings += dict.fromkeys(notes)
+        sets.append(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen, notes, shared.tokenize))
+    warnings = list(dict.fromkeys(notes))
     doing("overlap of calibration and evaluation text")
     facts["overlap"] = _overlaps(windows, healing, tuple(sets), warnings)
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
@@ -204,7 +233,7 @@ def _texts(
         first_documents=of_calibration,
         decode=tokenizer.decode,
     )
-    return texts, healing
+    return texts, healing, warnings
 
 
 def _overlaps(
@@ -284,26 +313,3 @@ def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ..
     if asked:
         raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
     return [] if recipe.deploy else [f"{name} {verdict}" for name, verdict in refusals.items()]
-
-
-def check_disk(prepared: Prepared, where: Path) -> tuple[int, int]:
-    """(bytes still to be written, bytes free) for the run directory `where`.
-
-    Raises InputError when they do not fit.
-    """
-    dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
-    need = sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) + sum(s.nbytes for s in prepared.quantize.plan.slots)
-    others = [name for name in prepared.recipe.output.formats if name != "gptq"]
-    need += sum(s.nbytes for s in prepared.quantize.plan.slots) * (len(others) + bool(prepared.heal))
-    names = ("merged", "gptq", "healed", *others)
-    written = {f for name in names for d in where.glob(f"*{name}*") for f in weight_files(d)}
-    need = max(0, need - sum(f.stat().st_size for f in written))  # of this run, or replaced by it
-    from requant_eval.report.number_format import format_bytes
-
-    existing = next(p for p in (where, *where.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if need > free:
-        raise InputError(
-            f"{existing}: {format_bytes(free)} free, the run writes {format_bytes(need)}: free space or set output.dir"
-        )
-    return need, free

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
 
 IDENTICAL, OVERLAPS = 0.5, 0.01
+Tokenize = Callable[..., list[TokenDocument]]
 
 
 class CalibrationFacts(TypedDict):
@@ -71,15 +72,15 @@ def source_of(item: Data, directory: Path) -> TextSource:
 
 
 def calibration(
-    recipe: Recipe, tokenizer: Any, notes: list[str] | None = None
+    recipe: Recipe, tokenizer: Any, notes: list[str] | None = None, read: Tokenize = tokenize
 ) -> tuple[list[Sequence[TokenDocument]], Tensor, CalibrationFacts]:
     """(documents of each source, windows int64 [samples, length], facts for the report).
 
-    notes: what was left out or changed is added.
+    notes: what was left out or changed is added. read: `tokenize`, or what remembers what that gave.
     """
     c = recipe.calibration
     sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
-    entries = [(str(s), tokenize(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in sources]
+    entries = [(str(s), read(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in sources]
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     windows = packing.calibration_windows(
         entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
@@ -102,6 +103,7 @@ def healing(
     tokenizer: Any,
     calibrated: Sequence[Sequence[TokenDocument]],
     notes: list[str] | None = None,
+    read: Tokenize = tokenize,
 ) -> tuple[list[Sequence[TokenDocument]], HealingText, HealingFacts]:
     """(documents of its own sources, packed windows, facts for the report).
 
@@ -109,7 +111,7 @@ def healing(
     """
     own = [(source_of(e.data, recipe.directory), e) for e in section.entries]
     if own:
-        entries = [(str(s), tokenize(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in own]
+        entries = [(str(s), read(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in own]
     else:
         named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
         entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
@@ -132,6 +134,7 @@ def evaluation_set(
     tokenizer: Any,
     calibrated: Sequence[Sequence[TokenDocument]] = (),
     notes: list[str] | None = None,
+    read: Tokenize = tokenize,
 ) -> EvalSet:
     """One evaluation set, cut into windows by the recipe's protocol.
 
@@ -151,7 +154,7 @@ def evaluation_set(
         documents = [ev.Document(tuple(ids if bos is None or ids[:1] == [bos] else [bos, *ids]))]
     else:
         completion = item.score == "completion"
-        rows = tokenize(source, tokenizer, item.format, completions=completion, notes=notes)
+        rows = read(source, tokenizer, item.format, completions=completion, notes=notes)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
         documents = [_document(row, item.document_tokens, completion=completion) for row in rows]
         if notes is not None:

@@ -6,7 +6,7 @@ Each result is stored under its stage's key, so a killed run resumes at the stag
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from requant.errors import InputError
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
-from requant.run import expert_order, prepare
+from requant.run import disk_space, expert_order, prepare
 from requant.run.context import RunContext
 from requant.run.convert_stage import CONVERTED
 from requant.run.observer import Outcome, Watcher
@@ -31,7 +31,7 @@ from requant.runtime import measurements
 from requant.runtime.device import pick_device
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
-__all__ = ["Outcome", "Runner", "Until", "Watcher", "run"]
+__all__ = ["Outcome", "Runner", "Until", "Watcher", "run", "run_prepared"]
 
 log = logging.getLogger(__name__)
 Until = Literal["merge", "quantize", "heal", "evaluate", "report"]
@@ -52,27 +52,63 @@ def run(
     ranks: the other processes of this run, which execute what this one calls.
     """
     wanted = recipe.load(wanted) if isinstance(wanted, str | Path) else wanted
-    directory = RunDirectory(Path(wanted.output.dir) / wanted.name)
+    directory = directory_of(wanted)
     directory.check()
     watcher = watcher or Watcher()
     prepared = prepare.prepare(wanted, watcher.doing)
-    check_ranks(len(prepared.texts.calibration), pick_device(wanted.device), ranks)
-    prepare.check_disk(prepared, directory.path)
-    stages = _stages_until(until, prepared, suggest=suggest)
+    disk_space.check_disk(prepared, directory.path)
+    return run_prepared(prepared, until=until, watcher=watcher, suggest=suggest, ranks=ranks)
+
+
+def directory_of(wanted: recipe.Recipe, beside: Sequence[Path] = ()) -> RunDirectory:
+    """The run directory of a recipe. beside: as in `RunDirectory`."""
+    return RunDirectory(Path(wanted.output.dir) / wanted.name, beside)
+
+
+def run_prepared(
+    prepared: Prepared,
+    *,
+    until: Until = "report",
+    watcher: Watcher,
+    suggest: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
+    beside: Sequence[Path] | None = None,
+) -> Outcome:
+    """Run what was prepared of a recipe.
+
+    beside: directories of other runs, from which what is there under the same keys is taken over; then artifacts that
+    the recipe does not keep are left to them, for `discard_artifacts`.
+    """
+    wanted, directory = prepared.recipe, directory_of(prepared.recipe, beside or ())
+    directory.check()
+    stages = runnable_stages(prepared, until, ranks, suggest=suggest)
     _leave_out_places(prepared, directory.path)
-    with directory.open(), _shown(watcher), LogFile(directory.path / "log.txt"), ExitStack() as beside:
+    with directory.open(), _shown(watcher), LogFile(directory.path / "log.txt"), ExitStack() as beside_stages:
         watcher.doing("digests of the files of base and adapter")
         prepared = expert_order.decided(prepared, directory, watcher)
         context = RunContext.of(prepared, directory, watcher, ranks)
+        _take_over(context, stages)
         for stage in stages:
             if stage.ahead is not None:
-                beside.enter_context(stage.ahead(context))
+                beside_stages.enter_context(stage.ahead(context))
         write_text(directory.path / "recipe.yaml", recipe.dump(wanted, directory.path))
         _tell_of_leftovers(context)
         Runner(context).run(stages)
-        if until == "report":
-            _discard_artifacts(context)
+        if until == "report" and beside is None:
+            _discard(directory, wanted)
     return context.outcome
+
+
+def _take_over(context: RunContext, stages: Sequence[Stage]) -> None:
+    """Take scores and artifacts over from the directories beside; results are when they are asked for."""
+    directory = context.directory
+    if not directory.beside:
+        return
+    context.watcher.doing("what other runs of the sweep hold under the same keys")
+    files = sum(directory.take_cached(file.name) for file in context.scores.files)
+    made = [stage for stage in stages if stage.artifact is not None]
+    taken = [stage.name for stage in made if directory.take_artifact(str(stage.artifact), stage.key(context))]
+    log.info("taken over from other runs of the sweep: %s", ", ".join([f"{files} files of scores", *taken]))
 
 
 def _tell_of_leftovers(context: RunContext) -> None:
@@ -108,11 +144,12 @@ def _shown(watcher: Watcher) -> Iterator[None]:
         DAMAGED.removeHandler(handler)
 
 
-def _stages_until(until: Until, prepared: Prepared, *, suggest: bool) -> tuple[Stage, ...]:
+def runnable_stages(prepared: Prepared, until: Until, ranks: Ranks, *, suggest: bool = False) -> tuple[Stage, ...]:
     """The stages to run, up to and including `until`.
 
-    Raises InputError for a stage that this recipe does not have or cannot evaluate.
+    Raises InputError for a stage that this recipe does not have or cannot evaluate, and for more ranks than windows.
     """
+    check_ranks(len(prepared.texts.calibration), pick_device(prepared.recipe.device), ranks)
     stages = stages_of(prepared, suggest=suggest)
     names = [stage.name for stage in stages]
     if until not in names:
@@ -190,8 +227,13 @@ class Runner:
             remove(context.directory.scratch(stage.name, key))
 
 
-def _discard_artifacts(context: RunContext) -> None:
-    """Remove the artifacts that the recipe does not keep."""
+def discard_artifacts(wanted: recipe.Recipe) -> None:
+    """Remove the artifacts that a recipe does not keep, of its finished run."""
+    with directory_of(wanted).open() as directory:
+        _discard(directory, wanted)
+
+
+def _discard(directory: RunDirectory, wanted: recipe.Recipe) -> None:
     for stage in STAGES:
-        if stage.artifact is not None and stage.is_discarded(context):
-            context.directory.artifact(stage.artifact).remove()
+        if stage.artifact is not None and stage.is_discarded(wanted):
+            directory.artifact(stage.artifact).remove()

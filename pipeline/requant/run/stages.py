@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from requant.recipe import Recipe
 from requant.run.context import RunContext
 from requant.run.convert_stage import CONVERTED, converted_key, run_convert, source_stages
 from requant.run.evaluate_stage import evaluate_needs, is_evaluated, run_evaluate
@@ -60,13 +61,13 @@ class Stage:
             return self.finished(context, key)
         if context.directory.result(self.name, key) is None:
             return False
-        if self.artifact is None or (self.is_discarded(context) and not needed):
+        if self.artifact is None or (self.is_discarded(context.recipe) and not needed):
             return True
         return context.directory.artifact(self.artifact).whole(key)
 
-    def is_discarded(self, context: RunContext) -> bool:
+    def is_discarded(self, recipe: Recipe) -> bool:
         """Whether the recipe drops the artifact after the run."""
-        return self.discardable and self.artifact not in context.recipe.output.keep
+        return self.discardable and self.artifact not in recipe.output.keep
 
 
 STAGES: tuple[Stage, ...] = (
