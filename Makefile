@@ -71,7 +71,7 @@ campaign: .venv/.ready
 
 # What a change breaks first, while one works on it.
 quick: .venv/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm and not llamacpp and not autoround"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm and not llamacpp and not autoround and not mlx"
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -122,7 +122,7 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
     assert here("convert", str(finished), "--to", "compressed-tensors", "-o", "ct") == 2
     assert here.err.splitlines()[-1] == "error: ct: exists: nothing is overwritten; choose another --out"
     assert here("convert", str(finished), "--to", "exl3", "-o", "new") == 2
-    assert here.err == "--to exl3: expected one of auto-round, compressed-tensors, gguf, gptq\n"
+    assert here.err == "--to exl3: expected one of auto-round, compressed-tensors, gguf, gptq, mlx\n"
     assert here("convert", str(finished), "--to", "gguf", "-o", "for-llama") == 0
     assert here.out.splitlines()[0] == "converted  14 linears, each decodes to exactly what its source does"
     assert sorted(p.name for p in (tmp_path / "for-llama").iterdir()) == ["README.md", "model-Q4_0.gguf"]

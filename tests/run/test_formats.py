@@ -29,19 +29,19 @@ FEW = {"evaluate.variants": ["base", "adapter", "merged", "gptq"]}
 def test_a_run_writes_its_codes_in_every_format(finished: Path, project: Path, ran: Path) -> None:
     """Of a run that is finished in GPTQ, only the new format and the report are made."""
     before = times(ran / "pico" / "gptq")
-    asked = {"output.formats": ["gptq", CT, "auto-round"]}
+    asked = {"output.formats": ["gptq", CT, "auto-round", "mlx"]}
     out = run(project, ran, asked)
-    assert out.ran == [CT, "auto-round", "report"]
+    assert out.ran == [CT, "auto-round", "mlx", "report"]
     made = out.path / CT
     assert {n: t for n, t in times(out.path / "gptq").items() if n != "README.md"} == {
         n: t for n, t in before.items() if n != "README.md"
     }
     one, other = open_quantized(out.path / "gptq"), open_quantized(made)
     assert one.quantized == other.quantized
-    third = open_quantized(out.path / "auto-round")
+    others = [open_quantized(out.path / name) for name in (CT, "auto-round", "mlx")]
     for name in one:
-        assert torch.equal(one.read(name), other.read(name))
-        assert torch.equal(one.read(name), third.read(name))
+        assert all(torch.equal(one.read(name), same.read(name)) for same in others)
+    assert "mlx_lm.generate --model PATH" in (out.path / "mlx" / "README.md").read_text()
     manifest = read_manifest(made)
     assert manifest is not None
     assert manifest["provenance"]["from"] == "gptq"
@@ -111,6 +111,15 @@ def test_what_gguf_cannot_hold_is_refused_before_any_work(
 ) -> None:
     asked = {**changes, "output.formats": ["gptq", "gguf"]}
     with one_thread(), pytest.raises(InputError, match=rf"^output\.formats: gguf: .*{told}"):
+        prepare.prepare(recipe(project, tmp_path, asked))
+
+
+def test_groups_that_mlx_does_not_have_are_refused_before_any_work(project: Path, tmp_path: Path) -> None:
+    asked = {"quantize.group_size": -1, "output.formats": ["gptq", "mlx"]}
+    told = (
+        r"^output\.formats: mlx: model.layers.0.self_attn.q_proj: MLX has groups of 32, 64, 128 inputs, not of a whole"
+    )
+    with one_thread(), pytest.raises(InputError, match=told):
         prepare.prepare(recipe(project, tmp_path, asked))
 
 

@@ -52,6 +52,13 @@ llama.cpp:
     llama-server -m PATH
 
 `PATH` is the .gguf file in this directory."""
+MLX = "mlx"
+SERVE_MLX = """\
+MLX (`pip install mlx-lm`):
+
+    mlx_lm.generate --model PATH --prompt TEXT
+
+`PATH` is this directory or its id on a hub."""
 SAME_CODES = (
     "The files are in the format {0}. Their codes, scales and zero points are those of the GPTQ checkpoint that was "
     "scored; the conversion was read back and compared with it: {1}."
@@ -87,7 +94,7 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
         ),
         "## Serve",
         *([_same_codes(facts, layout)] if layout != "gptq" else []),
-        SERVE_GGUF if layout == GGUF else SERVE.replace("PACKAGES", PACKAGES[layout]),
+        _serve(layout),
         "## Provenance",
         markdown_block(
             f"{_merged_from(facts)}, then {_verb(report)}; scored by requant on the tokens named by the fingerprints "
@@ -105,6 +112,12 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
         if t.rows:
             parts.append(t.markdown())
     return "\n\n".join(parts) + "\n"
+
+
+def _serve(layout: str) -> str:
+    """How to serve a checkpoint of this format."""
+    own = {GGUF: SERVE_GGUF, MLX: SERVE_MLX}
+    return own[layout] if layout in own else SERVE.replace("PACKAGES", PACKAGES[layout])
 
 
 def _same_codes(facts: Facts, layout: str) -> str:

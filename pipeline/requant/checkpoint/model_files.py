@@ -74,7 +74,7 @@ def without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of config.json without `quantization_config`, also in text_config."""
-    copy = {key: value for key, value in config.items() if key != "quantization_config"}
+    copy = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
     if isinstance(text := copy.get("text_config"), dict):
         copy["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
     return copy

@@ -24,7 +24,8 @@ _LARGEST = 2**64  # sizes and places fit 64 bits
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U32": torch.uint32, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 _ENTRY = frozenset({"dtype", "shape", "data_offsets"})

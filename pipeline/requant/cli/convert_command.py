@@ -17,12 +17,8 @@ if TYPE_CHECKING:
     from requant.deploy.conversion import Conversion
     from requant.deploy.gguf_export import GgufExport
 
-TARGETS = (
-    "auto-round",
-    "compressed-tensors",
-    "gguf",
-    "gptq",
-)  # `formats.registry.FORMATS`, which would load torch, and GGUF
+TARGETS = ("auto-round", "compressed-tensors", "gguf", "gptq", "mlx")
+"""`formats.registry.FORMATS`, which would load torch, and GGUF."""
 
 
 def convert(

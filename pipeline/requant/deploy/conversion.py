@@ -1,7 +1,8 @@
 """Conversion of a quantized checkpoint into another layout.
 
-Codes, scales and zero points stay the same. Nothing is rounded: what cannot be said in the other layout is refused. One
-linear is in memory at a time. What was written is read back and compared with its source before it gets its name.
+Codes, scales and zero points stay the same; what cannot be said in the other layout is refused. Nothing is rounded but
+MLX's biases of asymmetric linears, and by how much is told. One linear is in memory at a time. What was written is read
+back and compared with its source before it gets its name.
 """
 
 from __future__ import annotations
@@ -82,10 +83,13 @@ def convert_into(
     steps = Steps(2 * len(planned.plan.grids), progress)
     _write(planned, out, steps)
     _write_files(planned, source, out)
-    _compare(planned, out, steps, trust_remote_code=trust_remote_code)
+    rounding = _compare(planned, out, steps, trust_remote_code=trust_remote_code)
     after = sum(slot.nbytes for slot in planned.plan.slots)
     return Conversion(
-        linears=len(planned.plan.grids), dropped=dict(planned.dropped), nbytes=(stored_bytes(headers), after)
+        linears=len(planned.plan.grids),
+        dropped=dict(planned.dropped),
+        nbytes=(stored_bytes(headers), after),
+        largest_rounding=rounding,
     )
 
 
@@ -203,8 +207,11 @@ def with_note(card: str, note: str) -> str:
     return f"{card[:end]}{note}\n\n{card[end:]}"
 
 
-def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_code: bool) -> None:
-    """Raise StageError unless what was written has right headers and decodes to exactly what its source does."""
+def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_code: bool) -> float:
+    """The largest change of a zero point, and so of a weight in steps of its scale; 0 but for formats that round it.
+
+    Raises StageError unless what was written has right headers and decodes to what its source does.
+    """
     headers = check_headers.check_weights(out, trust_remote_code=trust_remote_code)
     for finding in headers.findings:
         raise StageError(f"what was converted is wrong: {finding}")
@@ -212,23 +219,33 @@ def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_c
     reader = planned.plan.format.reader(checkpoint)
     if reader.quantized != frozenset(planned.plan.weights.values()):
         raise StageError("what was converted does not hold the linears of its source")
+    largest, allowed = 0.0, planned.plan.format.zero_rounding
     for module, weight in planned.plan.weights.items():
-        if not _same(reader, planned.reader, weight):
+        rounding = _rounding(reader, planned.reader, weight, allowed)
+        if rounding is None:
             raise StageError(f"{module}: what was converted does not decode to its source")
+        largest = max(largest, rounding)
         steps(f"comparing {module}")
     for name in planned.kept:
         old, new = planned.reader.checkpoint.read(name), checkpoint.read(name)
         if old.dtype != new.dtype or not torch.equal(_bytes(old), _bytes(new)):
             raise StageError(f"{name}: what was converted is no copy of its source")
+    return largest
 
 
-def _same(one: Reader, other: Reader, weight: str) -> bool:
-    """Whether a weight has the same codes, scales, zero points and groups in both."""
+def _rounding(one: Reader, other: Reader, weight: str, allowed: float) -> float | None:
+    """The largest difference of a weight's zero points in both; None: they, or anything else, are not the same.
+
+    allowed: how much of a zero point its difference may be.
+    """
     if isinstance(one, StoredReader) and isinstance(other, StoredReader):
         parts = zip(one.stream(one.tensors(weight)), other.stream(other.tensors(weight)), strict=True)
     else:
         parts = zip(one.unpack(weight), other.unpack(weight), strict=True)
-    return all(torch.equal(a, b) for a, b in parts)
+    codes, scales, (zero, expected), groups = parts
+    difference = (zero - expected).abs()
+    same = all(torch.equal(a, b) for a, b in (codes, scales, groups)) and bool((difference <= allowed * expected).all())
+    return float(difference.max()) if same else None
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from requant.deploy.engine_classes import SGLANG, VLLM, Registry
+from requant.formats.mlx import GROUPS as MLX_GROUPS
 from requant.numerics.grid import Grid
 
-Name = Literal["vllm", "sglang", "transformers", "gptqmodel"]
+Name = Literal["vllm", "sglang", "transformers", "gptqmodel", "mlx"]
 # Properties of a plan that some engine cannot load.
 Trait = Literal[
     "conv1d",
@@ -265,6 +266,22 @@ TARGETS: Mapping[Name, Target] = {
                     refuses={
                         "renamed": "it looks for {}, which the original checkpoint, and so ours, calls otherwise",
                         "fused gate_up": "it splits {} before it looks for its weights; transformers loads them",
+                    },
+                ),
+            },
+        ),
+        Target(
+            name="mlx",
+            fuses=False,
+            formats={
+                "mlx": Loader(
+                    source="mlx-lm 0.32.2 with mlx 0.32.4 (utils.py), run on a CPU",
+                    hardware={"Apple GPU or CPU": (replace(_TORCH[0], name="quantized_matmul", groups=MLX_GROUPS),)},
+                    refuses={
+                        "conv1d": "that it reads Conv1D layers ({}) was not proven",
+                        "linear-like": "that it reads {} was not proven",
+                        "experts": "that it stacks experts ({}) as it does its own was not proven",
+                        "towers": "mlx-lm reads text alone, not {}",
                     },
                 ),
             },

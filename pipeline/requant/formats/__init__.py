@@ -11,6 +11,8 @@
                        GPTQ's packing under AutoRound's config
     awq, awq_reader, awq_checks
                        AWQ as AutoAWQ packs it, read only
+    mlx, mlx_reader, mlx_checks
+                       MLX's affine quantization
     gguf_blocks        blocks of 32 weights as GGUF stores them (its file is written by deploy)
     bit_stream         codes in 32-bit words, as both hold them
     stored_reader      what the readers share

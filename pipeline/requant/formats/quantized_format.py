@@ -161,7 +161,8 @@ class QuantizedFormat(StoredFormat):
     config: arguments of `gptq.quantization_config` -> `quantization_config`. config_file: where the config is written a
     second time; None: nowhere. pack_stream: `pack` of codes that are a stream of bits along the inputs already, int32
     [in*bits/32, out]; None: this layout holds no such stream. with_zeros: how a checkpoint is written in which a linear
-    has zero points; None: alike.
+    has zero points; None: alike. config_keys: of config.json, under which the config is written. zero_rounding: the
+    largest relative change of a zero point by how it is stored.
     """
 
     pack: Pack
@@ -171,6 +172,8 @@ class QuantizedFormat(StoredFormat):
     config_file: str | None
     pack_stream: Pack | None = None
     with_zeros: QuantizedFormat | None = None
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    zero_rounding: float = 0.0
 
     def of(self, *, symmetric: bool) -> QuantizedFormat:
         """The layout of a checkpoint whose linears are all symmetric, or not."""

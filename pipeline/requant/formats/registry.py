@@ -21,11 +21,14 @@ from requant.formats import (
     compressed_tensors_checks,
     gptq,
     gptq_checks,
+    mlx,
+    mlx_checks,
 )
 from requant.formats.auto_round_reader import AutoRoundReader
 from requant.formats.awq_reader import AwqReader
 from requant.formats.compressed_tensors_reader import CompressedTensorsReader
 from requant.formats.gptq_reader import GptqReader
+from requant.formats.mlx_reader import MlxReader
 from requant.formats.quantized_format import QuantizedFormat, Reader, StoredFormat
 
 GPTQ = QuantizedFormat(
@@ -86,6 +89,24 @@ AUTO_ROUND = replace(
         dequantize=partial(auto_round.dequantize, minus_one=False),
     ),
 )
+MLX = QuantizedFormat(
+    name="mlx",
+    suffixes=mlx.SUFFIXES,
+    codes=mlx.CODES,
+    shapes=mlx.shapes,
+    pack=mlx.pack,
+    pack_stream=mlx.pack_stream,
+    unpack=mlx.unpack,
+    dequantize=mlx.dequantize,
+    config=mlx.quantization_config,
+    config_file=None,
+    config_keys=mlx.CONFIG_KEYS,
+    zero_rounding=mlx.ROUNDING,
+    recognise=mlx.recognise,
+    rules=mlx.MlxRules,
+    reader=MlxReader,
+    checks=mlx_checks.MlxChecks(),
+)
 AWQ = StoredFormat(
     name="awq",
     suffixes=awq.SUFFIXES,
@@ -96,7 +117,7 @@ AWQ = StoredFormat(
     reader=AwqReader,
     checks=awq_checks.AwqChecks(),
 )
-FORMATS: dict[str, QuantizedFormat] = {layout.name: layout for layout in (GPTQ, COMPRESSED_TENSORS, AUTO_ROUND)}
+FORMATS: dict[str, QuantizedFormat] = {layout.name: layout for layout in (GPTQ, COMPRESSED_TENSORS, AUTO_ROUND, MLX)}
 READ_ONLY: dict[str, StoredFormat] = {AWQ.name: AWQ}
 
 

@@ -61,7 +61,7 @@ def write_small_files(
     config = model_files.edit_config(
         read_json(source / "config.json", constants=True), dtype=str(dtype).removeprefix("torch.")
     )
-    model_files.write_json(out / "config.json", config | {"quantization_config": quantization})
+    model_files.write_json(out / "config.json", config | dict.fromkeys(layout.format.config_keys, quantization))
     if layout.format.config_file is not None:
         model_files.write_json(out / layout.format.config_file, quantization)
     model_files.copy_small_files(source, out)

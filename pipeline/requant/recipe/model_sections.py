@@ -298,7 +298,7 @@ class Output(Section):
         description="Checkpoints that stay after the run; [gptq] saves the space of the 16-bit model.",
     )
 
-    formats: Annotated[tuple[Literal["gptq", "compressed-tensors", "auto-round", "gguf"], ...], AsTuple] = Field(
+    formats: Annotated[tuple[Literal["gptq", "compressed-tensors", "auto-round", "mlx", "gguf"], ...], AsTuple] = Field(
         default=("gptq",),
         description="Formats of the checkpoint that is deployed; those beside gptq hold the same codes.",
     )

@@ -34,7 +34,7 @@ Only this package, and cli for printing, reads a Recipe.
     heal_checkpoint     healing of any GPTQ checkpoint, without a recipe
     report_facts        what the report says besides scores
     format_facts        of the formats that the checkpoint was written in
-    output_formats      which engines read which format, and what GGUF cannot hold
+    output_formats      which engines read which format, and what each cannot hold
     module_swap         what a module costs: measured by swapping it
     suggest             candidates for more bits, and the recipe patch
     observer            what a run reports while it runs, and what it leaves

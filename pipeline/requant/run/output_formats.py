@@ -1,4 +1,4 @@
-"""`output.formats`: which engines read which of them, and what GGUF cannot hold."""
+"""`output.formats`: which engines read which of them, and what each cannot hold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from requant.checkpoint import model_files
 from requant.deploy import engine_support, engine_targets, gguf_export
 from requant.errors import InputError
+from requant.formats.quantized_format import PackError
 from requant.formats.registry import FORMATS
 from requant.merge.plan import MergePlan
 from requant.quantize.plan import Plan
@@ -20,13 +21,23 @@ WEIGHTS = ("*.safetensors", "*.gguf")
 def engines(
     formats: Sequence[str], layout: Plan, model: Any
 ) -> tuple[tuple[engine_support.Verdict, ...], dict[str, tuple[str, ...]]]:
-    """(each engine's verdict on the first format that it loads, format -> the engines that load it); GPTQ first."""
-    targets = engine_targets.TARGETS.values()
+    """(verdicts of engines that know a format, on the first that each loads, format -> engines); GPTQ first."""
+    targets = [t for t in engine_targets.TARGETS.values() if any(name in t.formats for name in formats)]
     packed = sorted((name for name in formats if name in FORMATS), key=lambda name: name != "gptq")
     readers = {name: engine_support.readers(layout, model, targets, name) for name in packed}
     if gguf_export.FORMAT in formats:
         readers[gguf_export.FORMAT] = (gguf_export.ENGINE,)
     return tuple(engine_support.best(layout, model, target, packed) for target in targets), readers
+
+
+def refuse_unpackable(formats: Sequence[str], layout: Plan) -> None:
+    """Raise InputError for a linear whose width or groups one of the formats does not have."""
+    for name in formats:
+        for module, grid in layout.grids.items() if name in FORMATS else ():
+            try:
+                FORMATS[name].shapes(*layout.shapes[module], grid.bits, grid.group_size, symmetric=grid.symmetric)
+            except PackError as error:
+                raise InputError(f"output.formats: {name}: {module}: {error}") from error
 
 
 def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -> None:

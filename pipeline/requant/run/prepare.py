@@ -68,6 +68,7 @@ def prepare(
     plan = merge_inputs.plan
     dtypes.refuse_float16(recipe, plan)
     quantize_inputs = _quantize_inputs(recipe, plan, single)
+    output_formats.refuse_unpackable(recipe.output.formats, quantize_inputs.plan)
     if gguf_export.FORMAT in recipe.output.formats:
         output_formats.refuse_gguf(sources, plan, quantize_inputs.plan, model)
     unloadable = base_precision.unloadable(plan, model, sources.simulate)
