@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", required=True)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16, help="windows of calibration, 512 tokens each")
+    parser.add_argument("--tokens", type=int, default=8000, help="of each of the two evaluation sets")
     parser.add_argument("--work", type=Path, default=DEMO / "work")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -80,8 +81,8 @@ def inputs(args: argparse.Namespace) -> Path:
     texts = work / "texts"
     mix = [{"data": {"path": str(texts / f"{name}.jsonl")}} for name in ("train", "general-calibration")]
     sets = [
-        {"name": "in-domain", "data": {"path": str(texts / "heldout.jsonl")}, "document_tokens": 512},
-        {"name": "general", "data": {"path": str(texts / "general.jsonl")}, "tokens": 8000, "document_tokens": 512},
+        {"name": name, "data": {"path": str(texts / f"{file}.jsonl")}, "tokens": args.tokens, "document_tokens": 128}
+        for name, file in (("in-domain", "heldout"), ("general", "general"))
     ]
     document = {
         "name": "cut",
@@ -138,6 +139,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": f"SmolLM2-135M-Instruct, NF4, first {args.layers} of 30 blocks, with the demo's adapter",
         "calibration": f"{args.samples} x 512 tokens",
+        "evaluation": f"2 sets of {args.tokens} tokens",
         "date": time.strftime("%Y-%m-%d"),
         "device": f"CPU, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__,

@@ -15,7 +15,7 @@ from requant.checkpoint import reader
 from requant.checkpoint.reader import Checkpoint, TensorInfo
 from requant.data import documents, packing, tokenizer
 from requant.errors import InputError
-from requant.merge import base_weights
+from requant.merge import packed_parts
 from requant.merge import stage as merge_stage
 from requant.run import disk_space, prepare
 from requant.run.prepared import Prepared
@@ -34,7 +34,7 @@ def test_no_weight_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(info.name)
         return read(info)
 
-    for module in (peft_directory, reader, base_weights, merge_stage):
+    for module in (peft_directory, reader, packed_parts, merge_stage):
         monkeypatch.setattr(module, "read_tensor", watched)
     prepared(project)
     assert len(seen) == 14

@@ -125,6 +125,18 @@ def test_each_is_the_run_of_its_recipe(
     assert verify(mine / "gptq", source=mine / "merged").ok
 
 
+def test_a_later_run_or_sweep_finds_the_tokens(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept(project, tmp_path, BITS)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text is tokenized again")
+
+    monkeypatch.setattr(shared_inputs, "tokenize", never)
+    again = swept(project, tmp_path, BITS)
+    assert [*map(ran, again)] == [[], []]
+    assert run(tmp_path / "project", tmp_path / "runs", {"name": "pico-bits4", **VARIANTS}).ran == []
+
+
 def test_weights_are_on_the_disk_once(done: tuple[Path, Recorder, dict[str, int]]) -> None:
     files = list(done[0].glob("*/merged/model.safetensors"))
     assert len(files) == 4

@@ -29,9 +29,10 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
         with quiet():
             from requant.run import disk_space, prepare
             from requant.run.check import delta_prediction
+            from requant.run.shared_inputs import SharedInputs
             from requant.runtime.device import pick_device
 
-            prepared = prepare.prepare(recipe, watcher.doing)
+            prepared = prepare.prepare(recipe, watcher.doing, SharedInputs.of_run(where))
             need, free = disk_space.check_disk(prepared, where)
             device = pick_device(recipe.device)
             watcher.doing("what rounding keeps of the adapter, on a few blocks")

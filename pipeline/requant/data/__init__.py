@@ -4,6 +4,7 @@
     row_files         rows of txt, jsonl, json, csv, parquet files and hub datasets
     text_files        bytes of a data file within limits
     long_texts        token ids of a long text, part by part
+    stored_tokens     token documents on the disk, known by the digest of all that they depend on
     columns           which columns hold the text; no other text is left out
     conversation      a row's messages and tools as chat templates take them
     chat_template     messages -> text by the tokenizer's template, and where the answers are

@@ -11,7 +11,8 @@ from typing import Any
 
 from requant.checkpoint.atomic_write import reading, writing
 from requant.checkpoint.model_files import tokenizer_files
-from requant.checkpoint.reader import read_json
+from requant.checkpoint.reader import file_digest, read_json
+from requant.checkpoint.run_directory import key_of
 from requant.data import chat_template
 from requant.errors import InputError, library_call
 
@@ -29,38 +30,42 @@ def load(
     """The tokenizer of a model directory, with an adapter's files where it brings its own.
 
     `chat_date` is the date that its chat templates write. `needs_bos`: whether BOS is put before every text although
-    the tokenizer does not. Raises InputError when there are no tokenizer files, or transformers cannot load them.
+    the tokenizer does not. `made_from`: digest of all that it is made from. Raises InputError when there are no
+    tokenizer files, or transformers cannot load them.
     """
     files = tokenizer_files(base, adapter)
     if not files:
         beside = ", and none beside the adapter" if adapter else ""
         raise InputError(f"{base}: no tokenizer files{beside}")
     where = next((files[n] for n in ("chat_template.jinja", "tokenizer_config.json") if n in files), base)
-    tokenizer = _load(base, files, trust_remote_code=trust_remote_code)
+    tokenizer, digests = _load(base, files, trust_remote_code=trust_remote_code)
     tokenizer = chat_template.freeze_date(tokenizer, date, where=where)
     tokenizer.chat_date = date
     model_type = str(read_json(base / "config.json").get("model_type", ""))
     tokenizer.needs_bos = tokenizer.bos_token_id is not None and model_type.startswith(NEEDS_BOS)
+    tokenizer.made_from = key_of(digests, date.isoformat(), trust_remote_code)
     return tokenizer
 
 
-def _load(base: Path, files: Mapping[str, Path], *, trust_remote_code: bool) -> Any:
-    """The tokenizer made of exactly `files`; the model's own code too where it is trusted."""
+def _load(base: Path, files: Mapping[str, Path], *, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
+    """(tokenizer made of exactly `files`, their digests); the model's own code too where it is trusted."""
     from transformers import AutoTokenizer
 
     code = {f.name: f for f in base.glob("*.py")} if trust_remote_code else {}
+    digests: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, file in {"config.json": base / "config.json", **code, **files}.items():
             copy = Path(folder) / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             with reading(file) as content, writing(copy), copy.open("wb") as made:  # names the copy, not its source
                 shutil.copyfileobj(content, made)
+            digests[name] = file_digest(copy)
         where = next((files[n] for n in ("tokenizer.json", "tokenizer.model") if n in files), base)
         try:
             with library_call(f"{where}: transformers cannot load the tokenizer ({', '.join(files)})"):
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
                 tokenizer("a")  # wrong types of its settings show here
-                return tokenizer
+                return tokenizer, digests
         except InputError as error:  # the library names its temporary copy
             raise InputError(str(error).replace(folder, str(base))) from error
 

@@ -26,6 +26,7 @@ from requant.run.context import RunContext
 from requant.run.convert_stage import CONVERTED
 from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
+from requant.run.shared_inputs import SharedInputs
 from requant.run.stages import STAGES, Stage, stage_named, stages_of
 from requant.runtime import measurements
 from requant.runtime.device import pick_device
@@ -55,9 +56,10 @@ def run(
     directory = directory_of(wanted)
     directory.check()
     watcher = watcher or Watcher()
-    prepared = prepare.prepare(wanted, watcher.doing)
+    inputs = SharedInputs.of_run(directory.path)
+    prepared = prepare.prepare(wanted, watcher.doing, inputs)
     disk_space.check_disk(prepared, directory.path)
-    return run_prepared(prepared, until=until, watcher=watcher, suggest=suggest, ranks=ranks)
+    return run_prepared(prepared, until=until, watcher=watcher, suggest=suggest, ranks=ranks, inputs=inputs)
 
 
 def directory_of(wanted: recipe.Recipe, beside: Sequence[Path] = ()) -> RunDirectory:
@@ -73,9 +75,11 @@ def run_prepared(
     suggest: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     beside: Sequence[Path] | None = None,
+    inputs: SharedInputs | None = None,
 ) -> Outcome:
     """Run what was prepared of a recipe.
 
+    inputs: what it was prepared with; token documents that it has made are kept on the disk.
     beside: directories of other runs, from which what is there under the same keys is taken over; then artifacts that
     the recipe does not keep are left to them, for `discard_artifacts`.
     """
@@ -84,6 +88,8 @@ def run_prepared(
     stages = runnable_stages(prepared, until, ranks, suggest=suggest)
     _leave_out_places(prepared, directory.path)
     with directory.open(), _shown(watcher), LogFile(directory.path / "log.txt"), ExitStack() as beside_stages:
+        if inputs is not None:
+            inputs.save(directory)
         watcher.doing("digests of the files of base and adapter")
         prepared = expert_order.decided(prepared, directory, watcher)
         context = RunContext.of(prepared, directory, watcher, ranks)

@@ -55,13 +55,13 @@ class Sweep:
 
     def __init__(self, chosen: tuple[Combination, ...], watcher: Watcher, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.combinations, self.ranks = chosen, ranks
-        shared = SharedInputs()
+        self.inputs = SharedInputs.of_run(chosen[0].path)
         refused: dict[str, list[str]] = {}
         self._prepared: dict[Path, Prepared] = {}
         for one in chosen:
             try:
                 directory_of(one.recipe).check()
-                self._prepared[one.path] = prepare.prepare(one.recipe, _telling(watcher, one), shared)
+                self._prepared[one.path] = prepare.prepare(one.recipe, _telling(watcher, one), self.inputs)
                 runnable_stages(self._prepared[one.path], "report", ranks)
             except RequantError as error:
                 refused.setdefault(str(error), []).append(str(one))
@@ -70,13 +70,16 @@ class Sweep:
                 why if len(ones) == len(chosen) else f"{' and '.join(ones)}: {why}" for why, ones in refused.items()
             ]
             raise InputError("\n".join([*said, "nothing was run: every combination has to hold"]))
+        self.inputs.release()
         disk_space.check_disk_of_all(self._prepared)
 
     def run(self, one: Combination, watcher: Watcher) -> SweepResult:
         """Run one combination, or what is left of it. An error is in the result; Ctrl-C is raised."""
         beside = [path for path in self._prepared if path != one.path]
         try:
-            outcome = run_prepared(self._prepared[one.path], watcher=watcher, ranks=self.ranks, beside=beside)
+            outcome = run_prepared(
+                self._prepared[one.path], watcher=watcher, ranks=self.ranks, beside=beside, inputs=self.inputs
+            )
         except Exception as error:
             if (arrived := signals.arrived()) is not None:  # a library has made an error of it
                 raise arrived from error
