@@ -25,6 +25,7 @@ from requant.numerics.grid import Grid
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
+QUERIES = "model.layers.0.self_attn.q_proj.weight_shape"
 
 
 def solved(bits: int, group_size: int, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -197,6 +198,7 @@ def test_activations_are_not_read(written: Path) -> None:
     ("name", "value", "told"),
     [
         (f"{DOWN}.weight_shape", torch.tensor([64, 64]), "weight_shape [64, 64]: the compressed-tensors checkpoint is"),
+        (QUERIES, torch.tensor([64, 128]), f"{QUERIES}: holds [64, 128], but the model's weight is [64, 64]"),
         (f"{DOWN}.weight_scale", torch.zeros(64, 1, dtype=torch.float16), "64 of 64 scales are zero, the first of"),
         (f"{DOWN}.weight_zero_point", None, f"{DOWN}.weight_zero_point: missing: expected int32 [16, 1]"),
         (f"{UP}.weight_packed", torch.zeros(128, 8, dtype=torch.int32), f"{UP}.weight_packed: extra"),

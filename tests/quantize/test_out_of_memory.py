@@ -18,7 +18,7 @@ from helpers.e2e import one_thread
 from helpers.quantizing import GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
 
-from requant.checkpoint.writer import Journal
+from requant.checkpoint.journal import Journal
 from requant.errors import StageError
 from requant.formats.registry import FORMATS
 from requant.modeling.block_walk import Walk

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from helpers.quantizing import CPU, GRID, model_dir, run
 from helpers.stagewise import assert_compared, led, recorded
 from torch import Tensor
 
+from requant.checkpoint.journal import Journal
 from requant.checkpoint.reader import Checkpoint, file_digest
-from requant.checkpoint.writer import CheckpointWriter, Journal, Slot
+from requant.checkpoint.run_directory import sealed
+from requant.checkpoint.writer import CheckpointWriter, Slot
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
@@ -271,28 +274,77 @@ def test_a_blocks_place_in_the_journal_needs_no_tensor_of_the_next(
 CHANGED = json.dumps({"sha256": hashlib.sha256(b"[]").hexdigest(), "blocks": '[[{"loss": 2}]]'})
 
 
-@pytest.mark.parametrize("content", ["", "[", "{}", "[[1]]", "[3]", "[" * 10**5, CHANGED])
+def blocks_of(*blocks: Any) -> str:
+    return json.dumps(sealed({"blocks": list(blocks)}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[", "{}", "[[1]]", "[3]", "[" * 10**5, CHANGED),
+        *(blocks_of([]), blocks_of({"results": []}), blocks_of({"results": [1], "checksum": ""}), blocks_of(1)),
+    ],
+)
 def test_a_damaged_journal_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / JOURNAL).write_text(content)
     assert Journal(tmp_path / JOURNAL).blocks == []
     assert not (tmp_path / JOURNAL).exists()
 
 
-def test_blocks_whose_shard_is_gone_are_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard that is laid out anew holds zeros."""
+def solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> list[int]:
+    """Blocks that are solved after a kill behind the second one and damage to what it left; the file is the same."""
     monkeypatch.setattr(quantize_module, "BEHIND", 0)
-    source = model_dir(tmp_path, num_hidden_layers=2)
+    source = model_dir(tmp_path, num_hidden_layers=3)
 
     def kill(done: int, _total: int, _note: str) -> None:
-        raise Killed
+        if done == 2:
+            raise Killed
 
     run(source, tmp_path / "whole")
     with pytest.raises(Killed):
         run(source, tmp_path / "cut", progress=kill)
-    (tmp_path / "cut" / "model.safetensors").unlink()
+    damage(tmp_path / "cut" / "model.safetensors")
+    solved, block = list[int](), block_quantizer.Quantizer.block
+
+    def counted(self: Any, index: int, items: Any) -> None:
+        solved.append(index)
+        block(self, index, items)
+
+    monkeypatch.setattr(block_quantizer.Quantizer, "block", counted)
     run(source, tmp_path / "cut")
     one, two = (file_digest(tmp_path / n / "model.safetensors") for n in ("whole", "cut"))
     assert one == two
+    return solved
+
+
+def test_blocks_whose_shard_is_gone_are_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that is laid out anew holds zeros."""
+    assert solved_again(tmp_path, monkeypatch, Path.unlink) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "solved"),
+    [
+        ("model.layers.1.self_attn.q_proj.qweight", [1, 2]),
+        ("model.layers.1.mlp.down_proj.g_idx", [1, 2]),
+        ("model.layers.0.input_layernorm.weight", [0, 1, 2]),
+        ("model.layers.2.mlp.down_proj.scales", [2]),
+    ],
+)
+def test_blocks_whose_bytes_have_changed_are_solved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, solved: list[int]
+) -> None:
+    """A flipped bit of an index was an IndexError, one of a code another checkpoint without a word."""
+
+    def flip(file: Path) -> None:
+        info = Checkpoint(file.parent)[tensor]
+        with file.open("r+b") as handle:
+            handle.seek(info.offset + info.nbytes - 1)
+            byte = handle.read(1)[0]
+            handle.seek(-1, 1)
+            handle.write(bytes([byte ^ 0x80]))
+
+    assert solved_again(tmp_path, monkeypatch, flip) == solved
 
 
 def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> None:
@@ -300,7 +352,7 @@ def test_a_journal_notes_no_block_after_one_that_is_missing(tmp_path: Path) -> N
         CheckpointWriter(tmp_path, []) as writer,
         pytest.raises(StageError, match="block 1 cannot follow 0 blocks"),
     ):
-        Journal(tmp_path / JOURNAL).commit(1, writer, [], [])
+        Journal(tmp_path / JOURNAL).commit(1, writer, [], [], [])
 
 
 def test_a_rank_that_is_not_finite_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

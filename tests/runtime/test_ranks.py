@@ -15,7 +15,7 @@ from helpers.ranks import two_ranks
 from helpers.stagewise import assert_compared, assert_same_files, led, recorded
 from torch import Tensor
 
-from requant.checkpoint.writer import Journal
+from requant.checkpoint.journal import Journal
 from requant.errors import InputError
 from requant.numerics.cholesky import shared_cholesky
 from requant.numerics.delta_retention import Delta

@@ -3,6 +3,7 @@
     reader               a directory of safetensors: headers first, tensors when asked for   <- start here
     pieces               pieces of stacked tensors, each read under a name of its own
     safetensors_header   the table of one file, as strict as the format's library
+    journal              results of the blocks that a killed run has whole on disk
     writer               sharded safetensors, written in order and resumable
     open_files           files filled in place, of which few are open at a time
     atomic_write         files that are whole or absent

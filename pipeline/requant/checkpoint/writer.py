@@ -11,7 +11,6 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -21,13 +20,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from requant.checkpoint.atomic_write import DAMAGED, atomic_write, read_state, write_text, writing
+from requant.checkpoint.atomic_write import atomic_write, write_text, writing
 from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.open_files import OpenFiles
 from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
-from requant.checkpoint.run_directory import sealed, unsealed
-from requant.errors import StageError
-from requant_eval import strict_json, whole_files
+from requant_eval import whole_files
 from requant_eval.regular_files import require_regular
 
 AT_ONCE = 2**30  # bytes of one write: some systems refuse 2 GB
@@ -148,6 +145,14 @@ class CheckpointWriter:
             )
         )
 
+    def checksum(self, names: Iterable[str]) -> str:
+        """The sha256 of what these slots hold, read back one by one."""
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(name.encode())
+            digest.update(_raw(self.read(name)))
+        return digest.hexdigest()
+
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
         self._files.sync(_sync)
@@ -174,44 +179,6 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.abandon()
-
-
-class Journal:
-    """Results of the blocks that are whole on disk: what an interrupted run need not do again."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.blocks: list[list[dict[str, Any]]] = read_state(file, _blocks) or []
-
-    def forget(self) -> None:
-        """Nothing is whole: what the blocks were written to is gone."""
-        DAMAGED.warning("%s: tells of blocks whose files are not there: they are solved again", self.file)
-        self.blocks = []
-
-    def commit(
-        self, index: int, writer: CheckpointWriter, writing: Sequence[Future[None]], results: list[dict[str, Any]]
-    ) -> None:
-        """Add the results of one more block, once all of its tensors are on the disk.
-
-        Raises StageError when one before it has not.
-        """
-        if index != len(self.blocks):
-            raise StageError(f"{self.file}: block {index} cannot follow {len(self.blocks)} blocks: run again")
-        for future in writing:
-            future.result()
-        writer.sync()
-        self.blocks.append(results)
-        write_text(self.file, json.dumps(sealed({"blocks": self.blocks})))
-
-
-def _blocks(file: Path) -> list[list[dict[str, Any]]]:
-    """The journal's blocks; ValueError where it holds something else."""
-    blocks: Any = unsealed(strict_json.load(file, constants=True)).get("blocks")
-    if not isinstance(blocks, list) or not all(isinstance(b, list) for b in blocks):
-        raise ValueError("it holds no list of blocks")
-    if not all(isinstance(row, dict) for block in blocks for row in block):
-        raise ValueError("a block holds no results")
-    return blocks
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -39,7 +39,10 @@ class CompressedTensorsChecks:
         return header_fault(info, shape, dtype, packing, scales=suffix == "weight_scale", meaning="")
 
     def values(self, stem: str, tensors: Mapping[str, Tensor], packing: Packing, reader: Reader) -> Iterator[Finding]:
-        """What is wrong with one linear's scales; the reader refuses a stored shape that is not the weight's."""
+        """What is wrong with one linear's scales, and with the stored shape, of which the bits follow."""
+        stored, expected = tensors["weight_shape"].tolist(), [packing.rows, packing.columns]
+        if stored != expected:
+            yield Finding(f"{stem}.weight_shape", f"holds {stored}, but the model's weight is {expected}")
         yield from bad_scales(f"{stem}.weight_scale", tensors["weight_scale"], outputs_first=True)
 
     def files(self, path: Path, declared: Mapping[str, Any]) -> Iterator[Finding]:

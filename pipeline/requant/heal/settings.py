@@ -20,7 +20,7 @@ class HealSettings:
     tune: what is trained.
     """
 
-    steps: int = 300
+    steps: int = 600
     batch: int = 16
     length: int = 512
     lr: float = 5e-3

@@ -116,7 +116,7 @@ class SplitExperts(nn.Module):
         rows: tuple[Tensor, ...] = torch.split(order, counts)[: self.count]
         if self.leader:
             (leader,) = self.leader
-            return tuple(_leader_first(own, leading) for own, leading in zip(rows, leader.rows, strict=True))
+            return tuple(_leader_first(own, leading, tokens) for own, leading in zip(rows, leader.rows, strict=True))
         if self.floor:
             least = min(tokens, -(-int(self.floor * tokens * k) // self.count))
             filled = tuple(_fill(own, least, tokens) for own in rows)
@@ -159,9 +159,11 @@ def share_added(block: nn.Module, linear: str) -> float:
     return 0.0
 
 
-def _leader_first(own: Tensor, leading: Tensor) -> Tensor:
+def _leader_first(own: Tensor, leading: Tensor, tokens: int) -> Tensor:
     """The rows of the leader, then those that only `own` has."""
-    return torch.cat((leading, own[~torch.isin(own, leading)]))
+    rest = torch.ones(tokens, dtype=torch.bool, device=own.device)
+    rest[leading] = False
+    return torch.cat((leading, own[rest[own]]))
 
 
 def _fill(own: Tensor, least: int, tokens: int) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from requant.checkpoint.journal import Journal
 from requant.checkpoint.reader import Checkpoint
-from requant.checkpoint.writer import CheckpointWriter, Journal
+from requant.checkpoint.writer import CheckpointWriter
 from requant.formats.quantized_format import QuantizedFormat
 from requant.numerics.solution import Solution
 from requant.quantize.module_results import ModuleRow
@@ -98,8 +99,7 @@ class BackgroundWriter(BlockWriter):
         self.plan, self.source = plan, source
         self.journal = Journal(path / JOURNAL)
         self.writer = CheckpointWriter(path, plan.slots, max_bytes=max_bytes, resume=bool(self.journal.blocks))
-        if self.journal.blocks and not self.writer.kept:
-            self.journal.forget()
+        self.journal.keep_whole(self.writer, plan.block_slots)
         self.slots = {s.name: s for s in plan.slots}
         self.disk, self.side_stream, self.staging = ThreadPoolExecutor(1), SideStream(), PinnedBuffer()
         self.syncing, self.outside_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -138,7 +138,8 @@ class BackgroundWriter(BlockWriter):
 
     def commit(self, index: int, results: Sequence[ModuleRow]) -> None:
         writing = self.ended.pop(0)
-        whole = self.syncing.submit(self.journal.commit, index, self.writer, writing, [dict(r) for r in results])
+        rows, slots = [dict(r) for r in results], self.plan.block_slots[index]
+        whole = self.syncing.submit(self.journal.commit, index, self.writer, writing, rows, slots)
         self.committed.append(whole)
         self.written += writing
 

@@ -10,7 +10,7 @@ from requant.recipe import section_examples
 from requant.recipe.fields import AsTuple, Section, fail, unique
 from requant.recipe.text_sections import Data, Format, MixEntry
 
-MOST_TOKENS = 2**26  # that healing trains on: 27 times the default; they are packed in memory
+MOST_TOKENS = 2**26  # that healing trains on: 14 times the default; they are packed in memory
 
 
 def too_long(steps: int, batch: int, length: int) -> str | None:
@@ -29,7 +29,7 @@ class Heal(Section):
 
     model_config = section_examples.HEAL
 
-    steps: Annotated[int, Field(gt=0, le=100_000)] = Field(default=300, description="Steps of the optimizer.")
+    steps: Annotated[int, Field(gt=0, le=100_000)] = Field(default=600, description="Steps of the optimizer.")
     batch: Annotated[int, Field(gt=0, le=4096)] = Field(default=16, description="Windows for each step.")
     length: Annotated[int, Field(ge=8, le=131072)] = Field(default=512, description="Tokens a window.")
     lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
