@@ -379,6 +379,18 @@ def test_excluded_tokens_do_not_make_kl_nan() -> None:
     assert found[7].item() == math.inf
 
 
+def test_a_token_that_one_model_excludes_and_the_other_as_good_as() -> None:
+    """Under R its probability underflows, so it adds nothing: 0 times infinity made the KL no number."""
+    from requant_eval.scoring.kl import kl_divergence, near_kl_divergence
+
+    r, p = (torch.randn(2, 50, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    without = kl_divergence(r[:, 1:].log_softmax(-1), p[:, 1:].log_softmax(-1))
+    r[:, 0], p[:, 0] = -150.0, -math.inf
+    log_r, log_p = r.log_softmax(-1), p.log_softmax(-1)
+    assert near_kl_divergence(log_r, log_p)[1].tolist() == [math.inf, math.inf], "asks for the other formula"
+    assert kl_divergence(log_r, log_p).tolist() == pytest.approx(without.tolist(), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_infinite_kl_is_refused_by_name(eval_set: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models exclude a token: scored. One alone does: an error that says so, no NaN in a report."""

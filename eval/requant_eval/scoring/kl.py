@@ -30,7 +30,11 @@ def far_kl_divergence(log_r: Tensor, log_p: Tensor) -> Tensor:
 
 
 def near_kl_divergence(log_r: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """`kl_divergence`, right where no d is above FAR, and the largest d [n] of each row; waits for no device."""
+    """`kl_divergence`, right where no d is above FAR, and the largest d [n] of each row; waits for no device.
+
+    The largest d is infinite, or no number, where the sum is no number: P excludes what underflows under R.
+    """
     d = log_p.sub(log_r)
     furthest = d.amax(-1)
-    return d.expm1().sub_(d).mul_(log_r.exp()).sum(-1, dtype=torch.float64), furthest
+    total = d.expm1().sub_(d).mul_(log_r.exp()).sum(-1, dtype=torch.float64)
+    return total, furthest.masked_fill_(total.isnan(), torch.inf)
