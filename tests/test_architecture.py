@@ -257,7 +257,8 @@ def test_every_file_says_what_it_is(file: str) -> None:
     assert len(first) <= 90, f"{len(first)} characters"
 
 
-OF_OTHER_PROCESSES = {"requant.deploy.engine_vllm", "requant.deploy.engine_transformers"}  # they import nothing of ours
+# They import nothing of ours.
+OF_OTHER_PROCESSES = {f"requant.deploy.engine_{name}" for name in ("vllm", "transformers", "llamacpp")}
 READERS = {"json.load", "json.loads", "json.JSONDecoder"}
 
 

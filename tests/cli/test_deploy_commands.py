@@ -131,7 +131,15 @@ def test_convert(here: Here, finished: Path, tmp_path: Path) -> None:
     assert here("verify", "for-llama/model-Q4_0.gguf") == 0
     assert "structure  21 tensors, 14 packed linears, 4.50 bits a weight" in here.out
     assert here("verify", "for-llama", "--with", "vllm") == 2
-    assert here.err.splitlines()[-1] == "--with vllm: does not read GGUF files"
+    assert here.err.splitlines()[-1] == "--with vllm: does not read GGUF files; llamacpp does"
+    assert here("verify", "for-llama", "--with", "llamacpp") == 2
+    assert here.err.splitlines()[-1].startswith("--with llamacpp: its scores are compared with those of the checkpoint")
+    assert here("verify", str(finished), "--with", "llamacpp") == 2
+    assert here.err.splitlines()[-1].startswith(
+        "--with llamacpp: reads GGUF files: `requant convert CHECKPOINT --to gguf` makes one"
+    )
+    assert here("convert", "for-llama", "--to", "gptq", "-o", "new") == 2
+    assert here.err.splitlines()[-1].startswith("error: for-llama: GGUF is written and not read back: convert the chec")
     assert here("verify", "none.gguf") == 2
     assert here.err.splitlines()[-1] == "error: none.gguf: no such file"
     assert here("convert", "nothing", "--to", "gptq", "-o", "new") == 2

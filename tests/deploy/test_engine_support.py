@@ -263,6 +263,8 @@ def test_negative_scales_only_where_a_kernel_was_seen_to_read_them() -> None:
         ("vllm", "CPUWNA16"),
         ("transformers", "decoded when loaded"),
         ("mlx", "quantized_matmul"),
+        ("llama.cpp", "Q4_0"),
+        ("llama.cpp", "Q4_1"),
     }
     unproven = [k for _, k in offered if k.why_not(plain) is None and not k.signed]
     assert unproven

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from helpers import pico
-from helpers.e2e import edit_tensors, make_model
+from helpers.e2e import edit_tensors, make_model, one_thread
 
+from requant.deploy import engine_processes
 from requant.deploy.gguf_export import export
 from requant.deploy.gguf_verification import gguf_file, verify_gguf
+from requant.deploy.own_scores import score_rows
 from requant.errors import InputError
+from requant.evaluate import variants
 from requant.numerics.grid import Grid
 
 
@@ -41,6 +45,33 @@ def test_a_whole_file_is_its_source(made: Path, tmp_path: Path) -> None:
     alone = verify_gguf(made)
     assert (alone.ok, alone.largest_rounding) == (True, None)
     assert alone.skipped == ["comparison with its source: --against CHECKPOINT names the quantized one"]
+
+
+def test_an_engines_scores_are_compared_with_those_of_the_source(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for llama.cpp answers with our own scores, moved; the real one is in test_llama_cpp.py."""
+    moved, asked = [0.02, 0.2], list[Path]()
+
+    def ask(engine: str, path: Path, rows: Any, *, dtype: str, **_: Any) -> engine_processes.Answer:
+        model = variants.quantized(tmp_path / "gptq", device=torch.device("cpu"), dtype=torch.float32)
+        nll, _ = score_rows(model, rows, torch.device("cpu"))
+        asked.append(path)
+        scores = tuple(tuple(x + moved[0] for x in row) for row in nll)
+        return engine_processes.Answer(engine=engine, dtype=dtype, kernels=("llama.cpp",), nll=scores, generated=(1,))
+
+    monkeypatch.setattr(engine_processes, "require", lambda _: "python")
+    monkeypatch.setattr(engine_processes, "ask", ask)
+    with one_thread():
+        done = verify_gguf(made, source=tmp_path / "gptq", load_in=["llamacpp"])
+        assert done.ok
+        assert (done.engines[0]["ok"], done.engines[0]["dtype"], asked) == (True, "int8", [made])
+        assert done.perplexity is not None
+        moved.pop(0)
+        (finding,) = verify_gguf(made, source=tmp_path / "gptq", load_in=["llamacpp"]).findings
+    assert str(finding) == (
+        "llamacpp: reads other weights (llama.cpp): its mean -ln p is +0.2 from ours, 0.1 is its rounding"
+    )
 
 
 def test_minima_of_q4_1_are_rounded_and_nothing_else(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 """Our GGUF files in a real llama.cpp: `pip install xllamacpp`, then `pytest -m llamacpp`.
 
-REQUANT_LLAMA_CPP_PYTHON names an interpreter that has the package, where this one has not.
+REQUANT_LLAMACPP_PYTHON names an interpreter that has the package, where this one has not.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ import transformers
 from helpers import pico
 from helpers.e2e import make_pieces, make_tokenizer, one_thread
 
+from requant.deploy import engine_processes
 from requant.deploy.gguf_export import export
+from requant.deploy.gguf_verification import verify_gguf
+from requant.deploy.scored_sample import Sample
 from requant.evaluate import variants
 from requant.numerics.grid import Grid
 
-PYTHON = os.environ.get("REQUANT_LLAMA_CPP_PYTHON") or (
-    sys.executable if importlib.util.find_spec("xllamacpp") else None
-)
+PYTHON = engine_processes.interpreter("llamacpp")
 pytestmark = [
     pytest.mark.llamacpp,
     pytest.mark.skipif(PYTHON is None, reason="no llama.cpp here: pip install xllamacpp"),
@@ -113,3 +112,23 @@ def test_llama_cpp_reads_our_numbers(tmp_path: Path, kind: str, grid: Grid) -> N
     differences = [ours[i, int(t)] - p for i, row in enumerate(answer["following"]) for t, p in row.items()]
     spread = float(ours.std())
     assert float(torch.tensor(differences).abs().mean()) < 0.05 * spread
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, signed=True), Grid(4, 64, symmetric=False), Grid(8, 64, signed=True)])
+def test_verify_with_llama_cpp(tmp_path: Path, grid: Grid) -> None:
+    """Its scores of every token, the end and halves of characters among them, are ours within its rounding."""
+    pico.save(pico.model("llama", **SIZES), tmp_path / "m", torch.bfloat16)
+    make_tokenizer(tmp_path / "m")
+    pico.packed(tmp_path / "m", tmp_path / "gptq", grid, dtype=torch.bfloat16)
+    done = export(tmp_path / "gptq", tmp_path / "out")
+    rows = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    rows[0][5] = 1  # the end of a text
+    Sample(tuple(map(tuple, rows)), (0, 1)).save(tmp_path)
+    with one_thread():
+        proof = verify_gguf(tmp_path / "out" / done.file, source=tmp_path / "gptq", load_in=["llamacpp"])
+    assert [str(finding) for finding in proof.findings] == []
+    (engine,) = proof.engines
+    assert engine["versions"]["xllamacpp"]
+    assert engine["difference"] is not None
+    assert abs(engine["difference"]) < 0.01
+    assert (engine["n_documents"], engine["n_tokens"]) == (2, 62)

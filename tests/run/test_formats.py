@@ -6,7 +6,9 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import cast
 
+import gguf
 import pytest
 import torch
 from helpers.e2e import copied, killed_run, one_thread, recipe, run, times
@@ -15,6 +17,7 @@ from requant.checkpoint.artifact import changed_files, read_manifest
 from requant.checkpoint.run_directory import MARKER, RunDirectory
 from requant.deploy import hub_upload
 from requant.deploy.gguf_verification import verify_gguf
+from requant.deploy.verification import EngineResult, save_verification
 from requant.errors import InputError
 from requant.formats.registry import open_quantized
 from requant.run import prepare
@@ -81,6 +84,7 @@ def test_a_run_writes_a_gguf_file(finished: Path, project: Path, ran: Path, tmp_
     (file,) = (out.path / "gguf").glob("*.gguf")
     done = verify_gguf(file, source=out.path / "gptq")
     assert (done.findings, done.largest_rounding) == ([], 0)
+    assert gguf.GGUFReader(file).fields["general.name"].contents() == "pico", "the run's name, not gptq"
     manifest = read_manifest(out.path / "gguf")
     assert manifest is not None
     assert (manifest["provenance"]["from"], list(manifest["files"])) == ("gptq", [file.name])
@@ -96,6 +100,11 @@ def test_a_run_writes_a_gguf_file(finished: Path, project: Path, ran: Path, tmp_
     upload = hub_upload.plan_upload(out.path / "gguf", "ann/model")
     assert ({name for name, _ in upload.files}, upload.format) == ({file.name, "README.md"}, "gguf")
     assert run(project, ran, asked).ran == []
+    done.engines.append(cast(EngineResult, {"engine": "llamacpp", "ok": True}))  # as verify --with llamacpp keeps it
+    assert save_verification(done) == out.path / "verify-gguf.json"
+    assert run(project, ran, asked).ran == ["report"]
+    facts = json.loads((out.path / "report.json").read_text())["facts"]
+    assert facts["formats"]["gguf"]["loaded_in"] == ["llamacpp"]
     file.write_bytes(file.read_bytes()[:-1])
     assert run(project, ran, asked).ran == ["gguf", "report"]
 

@@ -14,10 +14,12 @@ from requant.adapters import peft_directory
 from requant.checkpoint import reader
 from requant.checkpoint.reader import Checkpoint, TensorInfo
 from requant.data import documents, packing, tokenizer
+from requant.deploy import conversion, gguf_export
 from requant.errors import InputError
+from requant.formats.registry import FORMATS
 from requant.merge import packed_parts
 from requant.merge import stage as merge_stage
-from requant.run import disk_space, prepare
+from requant.run import disk_space, output_formats, prepare
 from requant.run.prepared import Prepared
 
 
@@ -47,6 +49,19 @@ def test_the_disk_needed_is_what_the_run_still_writes(project: Path, finished: P
     assert need == written
     assert free > need
     assert disk_space.check_disk(prepared(project), finished)[0] == 0, "a finished run needs no more"
+
+
+def test_the_disk_needed_by_each_format_is_what_a_conversion_writes(
+    project: Path, finished: Path, tmp_path: Path
+) -> None:
+    """To the byte, but GGUF's header and the padding between its tensors."""
+    layout = prepared(project).quantize.plan
+    for name in set(FORMATS) - {"gptq"}:
+        conversion.convert(finished / "gptq", tmp_path / name, name)
+        written = sum(info.nbytes for info in Checkpoint(tmp_path / name).values())
+        assert output_formats.stored_bytes(layout, name) == written, name
+    done = gguf_export.export(finished / "gptq", tmp_path / "gguf")
+    assert output_formats.stored_bytes(layout, "gguf") == done.nbytes[1]
 
 
 def test_the_plan_is_what_the_run_writes(project: Path, finished: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from requant.cli import run_paths
 from requant.cli.wrapping import say
-from requant.errors import RecipeError
+from requant.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
     from requant.deploy.conversion import Conversion
@@ -36,6 +36,8 @@ def convert(
     """
     if to not in TARGETS:
         raise RecipeError(f"--to {to}: expected one of {', '.join(TARGETS)}")
+    if run_paths.names_gguf(checkpoint):
+        raise InputError(f"{checkpoint}: GGUF is written and not read back: convert the checkpoint that it was made of")
     from requant.cli.console import ConsoleWatcher
     from requant.cli.foreign_output import quiet
 

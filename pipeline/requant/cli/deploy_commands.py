@@ -27,7 +27,7 @@ def verify(
     ],
     with_: Annotated[
         list[str],
-        typer.Option("--with", metavar="ENGINE", help="Load it there too: transformers, vllm (repeat for both)."),
+        typer.Option("--with", metavar="ENGINE", help="Load it there too: transformers, vllm, llamacpp; repeatable."),
     ] = [],  # noqa: B006
     against: Annotated[
         Path | None,
@@ -56,7 +56,7 @@ def verify(
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
         raise RecipeError(f"--device {device}: expected cpu, cuda or cuda:N")
     if run_paths.names_gguf(checkpoint):
-        done = _verified_gguf(checkpoint, against, with_, trust_remote_code=trust_remote_code)
+        done = _verified_gguf(checkpoint, against, names, text=sample, trust_remote_code=trust_remote_code)
     else:
         done = _verified(
             _checkpoint(checkpoint), source=run_paths.merged_in(against) if against else None, load_in=names,
@@ -74,6 +74,8 @@ def verify(
 
 def _verified(checkpoint: Path, *, device: str, load_in: list[Engine], **options: Any) -> Verification:
     """The verification of a checkpoint; of engines, kept in its run: all other checks are in the run's own result."""
+    if "llamacpp" in load_in:
+        raise RecipeError("--with llamacpp: reads GGUF files: `requant convert CHECKPOINT --to gguf` makes one")
     from requant.cli.console import ConsoleWatcher
     from requant.cli.foreign_output import quiet
 
@@ -92,10 +94,18 @@ def _verified(checkpoint: Path, *, device: str, load_in: list[Engine], **options
     return done
 
 
-def _verified_gguf(path: Path, against: Path | None, engines: list[str], *, trust_remote_code: bool) -> Verification:
+def _verified_gguf(
+    path: Path, against: Path | None, engines: list[Engine], *, text: str | None, trust_remote_code: bool
+) -> Verification:
     """The verification of a GGUF file. against: the quantized checkpoint that it was made of, or its run."""
-    if engines:
-        raise RecipeError(f"--with {engines[0]}: does not read GGUF files")
+    others = [name for name in engines if name != "llamacpp"]
+    if others:
+        raise RecipeError(f"--with {others[0]}: does not read GGUF files; llamacpp does")
+    if engines and against is None:
+        raise RecipeError(
+            "--with llamacpp: its scores are compared with those of the checkpoint that the file was made of: "
+            "name it (--against)"
+        )
     from requant.cli.console import ConsoleWatcher
     from requant.cli.foreign_output import quiet
 
@@ -104,10 +114,15 @@ def _verified_gguf(path: Path, against: Path | None, engines: list[str], *, trus
         watcher.stage("verify", done=False)
         with quiet():
             from requant.deploy.gguf_verification import gguf_file, verify_gguf
+            from requant.deploy.verification import save_verification
 
-            return verify_gguf(
-                gguf_file(path) or path, source=source, trust_remote_code=trust_remote_code, doing=watcher.doing
-            )
+            done = verify_gguf(
+                gguf_file(path) or path, source=source, load_in=engines, text=text,
+                trust_remote_code=trust_remote_code, doing=watcher.doing,
+            )  # fmt: skip
+            if engines:
+                save_verification(done)
+    return done
 
 
 def _checkpoint(path: Path) -> Path:

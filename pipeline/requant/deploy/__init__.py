@@ -4,7 +4,7 @@
     conversion, conversion_plan        convert(checkpoint, out, to): the same codes in another layout
     gguf_export                        export(checkpoint, out): the same codes as a GGUF file
     gguf_verification                  verify_gguf(file): a GGUF file read back, against its source
-    gguf_package                       the package gguf
+    gguf_package, gguf_metadata        the package gguf; name, sizes, tokenizer and template in the file
     gguf_families, gguf_tokenizer      which models that is written of; tokens and the rule that cuts text
     verification                       the result: findings, sizes, scores; saved beside a run
     check_headers                      configs and headers against the format and the model
@@ -15,7 +15,8 @@
     engine_support                     which engines load which settings, and why not
     tensor_parallel                    how servers split a linear over GPUs
     engine_processes                   start a real engine and compare its scores
-    engine_vllm, engine_transformers   the programs that run inside them
+    engine_vllm, engine_transformers, engine_llamacpp
+                                       the programs that run inside them
     scored_sample                      the text that engines are compared on
     hub_upload                         upload to the hub
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from requant.deploy import tensor_parallel
 from requant.deploy.engine_targets import Kernel, Matrix, Target, Trait
+from requant.deploy.gguf_families import family_of
+from requant.errors import InputError
 from requant.formats.registry import FORMATS
 from requant.modeling import linears
 from requant.modeling.families import BY_INPUTS, EXPERT, expert_groups, fused_groups
@@ -66,11 +68,13 @@ class Verdict:
         return [f"tensor parallel {able}" + (f", not {first[0]} ({first[1]})" if first else "")]
 
 
-def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
-    """Whether and with which kernels `target` loads the checkpoint of `plan`."""
-    loader = target.formats.get(plan.format.name)
+def judge(plan: Plan, model: nn.Module, target: Target, name: str | None = None) -> Verdict:
+    """Whether and with which kernels `target` loads the checkpoint of `plan`. name: of a format; None: the plan's."""
+    name = name or plan.format.name
+    plan = replace(plan, format=FORMATS.get(name, plan.format))
+    loader = target.formats.get(name)
     if loader is None:
-        return _reads_no_such_format(plan, target)
+        return _reads_no_such_format(name, target)
     found = traits(plan, model)
     problems, remarks = _by_class(plan, model, target)
     problems += [text.format(found[t]) for t, text in loader.refuses.items() if t in found]
@@ -91,7 +95,7 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
     )
     return Verdict(
         target=target,
-        format=plan.format.name,
+        format=name,
         source=loader.source,
         problems=tuple(problems),
         kernels=kernels,
@@ -103,19 +107,18 @@ def judge(plan: Plan, model: nn.Module, target: Target) -> Verdict:
 
 def best(plan: Plan, model: nn.Module, target: Target, formats: Sequence[str]) -> Verdict:
     """The verdict on the first of `formats` that `target` loads; where it loads none, on the first."""
-    verdicts = [judge(replace(plan, format=FORMATS[name]), model, target) for name in formats]
+    verdicts = [judge(plan, model, target, name) for name in formats]
     return next((verdict for verdict in verdicts if verdict.loads), verdicts[0])
 
 
 def readers(plan: Plan, model: nn.Module, targets: Iterable[Target], name: str) -> tuple[str, ...]:
     """The engines among `targets` that load the checkpoint of `plan` in the format `name`."""
-    layout = replace(plan, format=FORMATS[name])
-    return tuple(target.name for target in targets if judge(layout, model, target).loads)
+    return tuple(target.name for target in targets if judge(plan, model, target, name).loads)
 
 
-def _reads_no_such_format(plan: Plan, target: Target) -> Verdict:
-    """The verdict of an engine that does not know the plan's format."""
-    name, known = plan.format.name, " and ".join(target.formats)
+def _reads_no_such_format(name: str, target: Target) -> Verdict:
+    """The verdict of an engine that does not know a format."""
+    known = " and ".join(target.formats)
     source = next(iter(target.formats.values())).source
     problem = f"it reads {known}, not {name}"
     return Verdict(target=target, format=name, source=source, problems=(problem,), kernels={}, lacking={})
@@ -214,8 +217,18 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         "latent attention": [n for n in modules if n.endswith(_LATENT)],
         "kv_b_proj": [n for n in modules if n.endswith(_LATENT[-1])],
         "towers": list(plan.towers),
+        "not in GGUF": _not_in_gguf(model),
     }
     return {trait: examples[0] for trait, examples in found.items() if examples}
+
+
+def _not_in_gguf(model: Any) -> list[str]:
+    """Why a model is not written as GGUF."""
+    try:
+        family_of(model.config, "")
+    except InputError as error:
+        return [str(error).removeprefix(": ")]
+    return []
 
 
 def experts_left(plan: Plan) -> list[str]:

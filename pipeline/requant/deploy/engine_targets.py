@@ -13,26 +13,13 @@ from requant.deploy.engine_classes import SGLANG, VLLM, Registry
 from requant.formats.mlx import GROUPS as MLX_GROUPS
 from requant.numerics.grid import Grid
 
-Name = Literal["vllm", "sglang", "transformers", "gptqmodel", "mlx"]
+Name = Literal["vllm", "sglang", "transformers", "gptqmodel", "mlx", "llama.cpp"]
 # Properties of a plan that some engine cannot load.
 Trait = Literal[
-    "conv1d",
-    "linear-like",
-    "experts",
-    "renamed",
-    "fused gate_up",
-    "overrides",
-    "asymmetric overrides",
-    "skipped in some blocks",
-    "unlike fused parts",
-    "unlike experts",
-    "blocks elsewhere",
-    "experts in 16 bit",
-    "experts in 16 bit of other sizes",
-    "latent attention",
-    "kv_b_proj",
-    "towers",
-]
+    "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "asymmetric overrides",
+    "skipped in some blocks", "unlike fused parts", "unlike experts", "blocks elsewhere", "experts in 16 bit",
+    "experts in 16 bit of other sizes", "latent attention", "kv_b_proj", "towers", "not in GGUF",
+]  # fmt: skip
 GROUPS = (-1, 32, 64, 128)
 
 
@@ -135,6 +122,13 @@ _VLLM_AUTO_ROUND = {
     "CPU": (Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),),
 }
 _SGLANG_MARLIN = Kernel(name="Marlin", inputs=128, outputs=64, experts=False)
+_BLOCK = Kernel(name="Q4_0", bits=(2, 3, 4), groups=(-1, *range(32, 2**12 + 1, 32)), inputs=32, signed=True)
+_BLOCKS = (
+    _BLOCK,
+    replace(_BLOCK, bits=(2, 3), symmetric=False),
+    replace(_BLOCK, name="Q4_1", bits=(4,), symmetric=False),
+    replace(_BLOCK, name="Q8_0", bits=(8,)),
+)
 TARGETS: Mapping[Name, Target] = {
     t.name: t
     for t in (
@@ -283,6 +277,17 @@ TARGETS: Mapping[Name, Target] = {
                         "experts": "that it stacks experts ({}) as it does its own was not proven",
                         "towers": "mlx-lm reads text alone, not {}",
                     },
+                ),
+            },
+        ),
+        Target(
+            name="llama.cpp",
+            fuses=False,
+            formats={
+                "gguf": Loader(
+                    source="llama.cpp in xllamacpp 2026.10.11549, run on a CPU; ggml-common.h",
+                    hardware={"any device": _BLOCKS},
+                    refuses={"not in GGUF": "{}", "towers": "{} is not in the file"},
                 ),
             },
         ),

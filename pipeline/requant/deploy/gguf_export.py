@@ -23,6 +23,7 @@ from requant.deploy import gguf_families, gguf_tokenizer
 from requant.deploy.conversion import Progress, Steps, cannot_be_stored, checked, copy_cards, in_order, stored_bytes
 from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
 from requant.deploy.gguf_families import Family
+from requant.deploy.gguf_metadata import write_metadata
 from requant.deploy.gguf_package import package, stored_bytes_of
 from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
@@ -32,7 +33,7 @@ from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 
-FORMAT, ENGINE = "gguf", "llama.cpp"
+FORMAT = "gguf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,14 @@ def refuse_early(plan: Plan, config: Any, tokenizer: Path, rows: int | None) -> 
         except PackError as error:
             raise InputError(f"{module} cannot be stored as {FORMAT}: {error}") from error
     gguf_tokenizer.read(tokenizer, rows or config.vocab_size)
+
+
+def packed_bytes(plan: Plan) -> int:
+    """Bytes of the linears of a planned checkpoint as blocks."""
+    return sum(
+        math.prod(plan.shapes[module]) // gguf_blocks.BLOCK * gguf_blocks.BYTES[_kind(grid, plan.shapes[module][1])]
+        for module, grid in plan.grids.items()
+    )
 
 
 def _kind(grid: Grid, columns: int) -> str:
@@ -256,7 +265,7 @@ def _write(file: Path, plan: GgufPlan, source: Path, step: Steps) -> None:
     gguf = package()
     writer = gguf.GGUFWriter(file, family.architecture)
     try:
-        _metadata(writer, config, family, source, getattr(gguf.LlamaFileType, f"MOSTLY_{_file_kind(tensors)}"))
+        write_metadata(writer, config, family, source, getattr(gguf.LlamaFileType, f"MOSTLY_{_file_kind(tensors)}"))
         for tensor in tensors:
             number = gguf.GGMLQuantizationType[tensor.kind]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=number)
@@ -268,32 +277,6 @@ def _write(file: Path, plan: GgufPlan, source: Path, step: Steps) -> None:
             step(f"writing {tensor.name}")
     finally:
         writer.close()
-
-
-def _metadata(writer: Any, config: Any, family: Family, source: Path, file_type: int) -> None:
-    """Everything but tensors: sizes, the tokenizer, the chat template."""
-    gguf = package()
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(source.resolve().name)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in gguf_families.metadata(config, family).items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(f"{family.architecture}.{key}", value)
-    if (factor := gguf_families.scaling(config)) is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(factor)
-    vocabulary = gguf_tokenizer.read(source, config.vocab_size)
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.rule)
-    writer.add_token_list(list(vocabulary.tokens))
-    writer.add_token_types(list(vocabulary.types))
-    special = gguf.SpecialVocab(source, load_merges=vocabulary.scores is None, n_vocab=config.vocab_size)
-    if vocabulary.scores is not None:
-        writer.add_token_scores(list(vocabulary.scores))
-        writer.add_add_space_prefix(False)
-        special.add_special_token.setdefault("bos", False)
-    special.add_to_gguf(writer, quiet=True)
 
 
 def _compare(done: GgufExport, file: Path, tensors: Sequence[GgufTensor], step: Steps) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from requant.deploy import check_headers, engine_processes
+from requant.deploy.engine_processes import Engine
 from requant.deploy.gguf_export import GgufPlan, plan_export
 from requant.deploy.gguf_package import package, stored_bytes_of
-from requant.deploy.stage import changed
+from requant.deploy.own_scores import score_checkpoint
+from requant.deploy.scored_sample import Sample
+from requant.deploy.stage import ask_engine, changed
 from requant.deploy.verification import Verification
 from requant.errors import InputError
 from requant.formats import gguf_blocks
@@ -39,16 +43,22 @@ def verify_gguf(
     file: Path,
     *,
     source: Path | None = None,
+    load_in: Sequence[Engine] = (),
+    text: str | None = None,
     trust_remote_code: bool = False,
     doing: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Read every tensor of a GGUF file, decode those of the kinds that requant writes, and compare them.
 
-    source: the quantized checkpoint that it was made of. Raises InputError when the file is not there, the package gguf
-    is missing, or `source` could not be written as GGUF. What is wrong with the file is a finding.
+    source: the quantized checkpoint that it was made of. load_in: engines that must load the file and give the scores
+    of `source` as we decode it. text: what is scored; default: the run's own documents, else a paragraph.
+    Raises InputError when the file is not there, the package gguf or an engine is missing, or `source` could not be
+    written as GGUF. What is wrong with the file is a finding.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
+    for engine in load_in:
+        engine_processes.require(engine)
     reader_of, done = package().GGUFReader, Verification(path=file)
     plan = None if source is None else plan_export(source, trust_remote_code=trust_remote_code)
     try:
@@ -67,7 +77,33 @@ def verify_gguf(
         doing(f"{len(stored)} tensors, each against its source")
         _compare(done, stored, plan)
     done.findings += changed(file.parent)
+    if source is not None and load_in and done.ok:
+        _load(done, source, load_in, text=text, trust_remote_code=trust_remote_code, doing=doing)
     return done
+
+
+def _load(
+    done: Verification,
+    source: Path,
+    engines: Sequence[Engine],
+    *,
+    text: str | None,
+    trust_remote_code: bool,
+    doing: Callable[[str], None],
+) -> None:
+    """Score a sample with the source's weights as we decode them, and compare each engine's scores of the file."""
+    device = torch.device("cpu")
+    headers = check_headers.check_weights(source, trust_remote_code=trust_remote_code)
+    doing("perplexity and a few tokens, our decoding of its source")
+    sample = Sample.load(source) if text is None else None
+    scored = score_checkpoint(
+        done, headers, sample=sample, text=text, device=device, trust_remote_code=trust_remote_code
+    )
+    if scored is None:
+        return
+    for engine in engines:
+        doing(f"loading it in {engine}, which scores the same tokens")
+        ask_engine(done, engine, *scored, dtype="int8", device=device, trust_remote_code=trust_remote_code)
 
 
 def _values(done: Verification, stored: dict[str, Any]) -> None:

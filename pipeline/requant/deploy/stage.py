@@ -83,7 +83,7 @@ def verify(
         for engine in engines:
             doing(f"loading it in {engine}, which scores the same tokens")
             dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
-            _ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return done
 
 
@@ -166,7 +166,7 @@ def _with_cpu_fallback(device: torch.device, work: Callable[[torch.device], T]) 
     return work(torch.device("cpu"))
 
 
-def _ask_engine(
+def ask_engine(
     done: Verification,
     engine: Engine,
     sample: Sample,

@@ -136,10 +136,11 @@ class VerificationFacts(TypedDict):
 def save_verification(done: Verification) -> Path | None:
     """Save the result beside a run's checkpoint, for its report.
 
-    None when `path` is no artifact of a run.
+    None when `path`, or the directory of a file, is no artifact of a run.
     """
-    run, manifest = done.path.absolute().parent, read_manifest(done.path)
-    file = run / f"verify-{done.path.absolute().name}.json"
+    artifact = (done.path if done.path.is_dir() else done.path.parent).absolute()
+    run, manifest = artifact.parent, read_manifest(artifact)
+    file = run / f"verify-{artifact.name}.json"
     if not (run / MARKER).exists() or manifest is None or file.name not in RESULTS.values():
         return None
     write_json(file, sealed({"key": manifest["key"], **done.facts()}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from requant.errors import InputError
 from requant.merge import stored_dtype
-from requant.run.output_formats import weight_files
+from requant.run.output_formats import stored_bytes, weight_files
 from requant.run.prepared import Prepared
 
 
@@ -33,8 +33,8 @@ def _still_to_write(prepared: Prepared, where: Path, *, merged: bool) -> int:
     """Bytes of the checkpoints that are not on the disk yet. merged: whether it writes the merged one."""
     dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
     others = [name for name in prepared.recipe.output.formats if name != "gptq"]
-    quantized = sum(s.nbytes for s in prepared.quantize.plan.slots)
-    need = quantized * (1 + len(others) + bool(prepared.heal))
+    formats = ["gptq", *(["gptq"] if prepared.heal else []), *others]
+    need = sum(stored_bytes(prepared.quantize.plan, name) for name in formats)
     need += sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) if merged else 0
     names = (*(["merged"] if merged else []), "gptq", "healed", *others)
     written = {f for name in names for d in where.glob(f"*{name}*") for f in weight_files(d)}

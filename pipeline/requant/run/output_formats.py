@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,25 @@ def engines(
 ) -> tuple[tuple[engine_support.Verdict, ...], dict[str, tuple[str, ...]]]:
     """(verdicts of engines that know a format, on the first that each loads, format -> engines); GPTQ first."""
     targets = [t for t in engine_targets.TARGETS.values() if any(name in t.formats for name in formats)]
-    packed = sorted((name for name in formats if name in FORMATS), key=lambda name: name != "gptq")
-    readers = {name: engine_support.readers(layout, model, targets, name) for name in packed}
-    if gguf_export.FORMAT in formats:
-        readers[gguf_export.FORMAT] = (gguf_export.ENGINE,)
-    return tuple(engine_support.best(layout, model, target, packed) for target in targets), readers
+    ordered = sorted(formats, key=lambda name: name != "gptq")
+    readers = {name: engine_support.readers(layout, model, targets, name) for name in ordered}
+    return tuple(engine_support.best(layout, model, target, ordered) for target in targets), readers
+
+
+def stored_bytes(layout: Plan, name: str) -> int:
+    """Bytes of all tensors of a planned checkpoint in one format."""
+    if name == layout.format.name:
+        return sum(slot.nbytes for slot in layout.slots)
+    inside = {f"{w.removesuffix('weight')}{s}" for w in layout.weights.values() for s in layout.format.suffixes}
+    kept = [slot for slot in layout.slots if slot.name not in inside]
+    if name == gguf_export.FORMAT:  # whose vectors are float32
+        return sum(slot.nbytes * (2 if len(slot.shape) == 1 else 1) for slot in kept) + gguf_export.packed_bytes(layout)
+    of = FORMATS[name].of(symmetric=all(grid.symmetric for grid in layout.grids.values()))
+    packed = (
+        of.shapes(*layout.shapes[module], grid.bits, grid.group_size, symmetric=grid.symmetric).values()
+        for module, grid in layout.grids.items()
+    )
+    return sum(slot.nbytes for slot in kept) + sum(math.prod(s) * t.itemsize for tensors in packed for s, t in tensors)
 
 
 def refuse_unpackable(formats: Sequence[str], layout: Plan) -> None:
