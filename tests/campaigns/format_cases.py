@@ -1,4 +1,4 @@
-"""Mutated formats: checkpoints of compressed-tensors, conversions, bases in FP8."""
+"""Mutated formats: checkpoints in other formats than GPTQ, conversions, bases in FP8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from campaigns.mutations import to_json
 from campaigns.tensor_mutations import changed_tensors, changed_values
 from campaigns.workshop import Workshop
 
-FORMAT = "compressed-tensors"
 _WEIGHTS: list[Any] = [
     None, 3, [], {}, {"num_bits": 4}, {"num_bits": "4", "type": "int", "symmetric": True, "strategy": "group"},
     {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 10**12},
@@ -32,6 +31,20 @@ PACKED: dict[str, list[Any]] = {  # keys of quantization_config
     ],
     "kv_cache_scheme": [3, {}, "x"], "quantization_status": ["frozen", 3, None], "meta": [3, []],
 }  # fmt: skip
+ROUNDED: dict[str, list[Any]] = {
+    "quant_method": [None, [], "gptq", "awq"], "bits": [None, 5, "4", 10**400], "group_size": [0, -2, 10**12, "x"],
+    "sym": [None, 3, "x", False], "data_type": ["fp", 3, None], "act_bits": [8, "x", -1, 10**400], "desc_act": [True],
+    "packing_format": [None, 3, "auto_round", "auto_round:gptq", "auto_round:auto_awq", "x" * 10**4],
+    "block_name_to_quantize": [None, 3, "x", "model", [["model.layers.0"], 3], "model.layers,lm_head"],
+    "extra_config": [None, 3, [], {"": {}}, {"a": 3}, {"(a+)+$": {"bits": 16}}, {"[": {}}, {".*": {"bits": 8}},
+                     {"model.layers.0.mlp.up_proj": {"bits": 16, "sym": "x"}}, {".*mlp.*": {"group_size": 64}}],
+}  # fmt: skip
+AFFINE: dict[str, list[Any]] = {
+    "quant_method": ["gptq", None, 3], "bits": [None, 5, "4", True, 2, 10**400], "group_size": [64, 0, -1, "x", 10**12],
+    "mode": [None, 3, "mxfp4", []], "sym": [True], "lm_head": [False, True, 3, {"bits": 4}],
+    "model.layers.0.mlp.up_proj": [False, True, 3, [], {"bits": 8}, {"group_size": 10**12}, {"mode": "x"}],
+}  # fmt: skip
+FORMATS = {"compressed-tensors": PACKED, "auto-round": ROUNDED, "mlx": AFFINE}  # keys of each's quantization_config
 ENCODED: dict[str, list[Any]] = {
     "quant_method": [None, [], "fbgemm_fp8", "compressed-tensors", "mxfp4", "bitsandbytes", 3],
     "weight_block_size": [None, [], [0, 0], [32], [64, 32], [10**400, 1], "x", [1.5, 2], [-32, 32], [True, 32], {}],
@@ -40,11 +53,11 @@ ENCODED: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-def _converted(shop: Workshop) -> Path:
-    """The finished run's checkpoint in compressed-tensors; made once."""
-    folder = shop.folder / "converted"
+def _converted(shop: Workshop, to: str) -> Path:
+    """The finished run's checkpoint in another format; made once."""
+    folder = shop.folder / f"converted-{to}"
     if not folder.exists():
-        end = shop.requant.run(["convert", shop.finished / "gptq", "--to", FORMAT, "--out", folder])
+        end = shop.requant.run(["convert", shop.finished / "gptq", "--to", to, "--out", folder])
         if end.code != 0:
             raise RuntimeError(end.text[-1000:])
     return folder
@@ -68,7 +81,8 @@ def _changed(bench: Bench, source: Path, table: dict[str, list[Any]], name: str)
         return folder, perhaps_strange(bench, folder / WEIGHTS, label)
     config = json.loads((source / "config.json").read_text())
     inner, label = stated(config["quantization_config"], table, bench.rng)
-    text = to_json(config | {"quantization_config": "HERE"}).replace(b'"HERE"', inner)
+    keys = {key for key in ("quantization", "quantization_config") if key in config}
+    text = to_json(config | dict.fromkeys(keys, "HERE")).replace(b'"HERE"', inner)
     if bench.rng.random() < 0.15:
         nested = config | {"text_config": {"quantization_config": "HERE"}}
         del nested["quantization_config"]
@@ -79,21 +93,22 @@ def _changed(bench: Bench, source: Path, table: dict[str, list[Any]], name: str)
 
 def convert(bench: Bench) -> Case:
     """`requant convert` of a changed checkpoint, there or back."""
-    out, back = bench.folder / "out", bench.rng.random() < 0.5
+    out, back, to = bench.folder / "out", bench.rng.random() < 0.5, bench.rng.choice(list(FORMATS))
     if back:
-        folder, label = _changed(bench, _converted(bench.shop), PACKED, "packed")
+        folder, label = _changed(bench, _converted(bench.shop, to), FORMATS[to], "packed")
     else:
         folder, label = foreign_checkpoint(bench)
     return Case(
-        argv=["convert", folder, "--to", "gptq" if back else FORMAT, "--out", out], label=label,
+        argv=["convert", folder, "--to", "gptq" if back else to, "--out", out], label=label,
         judge=lambda: judges.library_refusal(folder)
         or judges.library_refusal(out) or judges.outside(bench.shop, "load_configs", out),
     )  # fmt: skip
 
 
 def verify_converted(bench: Bench) -> Case:
-    """`requant verify` of a changed checkpoint in compressed-tensors."""
-    folder, label = _changed(bench, _converted(bench.shop), PACKED, "packed")
+    """`requant verify` of a changed checkpoint in another format."""
+    to = bench.rng.choice(list(FORMATS))
+    folder, label = _changed(bench, _converted(bench.shop, to), FORMATS[to], "packed")
     return Case(
         argv=["verify", folder], label=label,
         judge=lambda: judges.library_refusal(folder) or judges.outside(bench.shop, "load_configs", folder),
