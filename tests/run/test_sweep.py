@@ -165,6 +165,18 @@ def test_scores_of_the_base_are_shared_where_the_merge_is_not(project: Path, tmp
     assert len(files) == 2
 
 
+def test_the_quantized_weights_are_shared_where_only_healing_differs(project: Path, tmp_path: Path) -> None:
+    watcher = Recorder()
+    healing = [{"steps": steps, "batch": 2, "length": 64} for steps in (2, 3)]
+    first, second = swept(project, tmp_path, {"heal": healing}, watcher=watcher)
+    assert ran(first) == ["merge", "quantize", "heal", "evaluate", "report"]
+    assert ran(second) == ["heal", "evaluate", "report"]
+    assert watcher.notes[-2:] == ["loading healed", "loading healed"], "scores of gptq are taken over"
+    one, other = (result.combination.path for result in (first, second))
+    assert (one / "gptq" / "model.safetensors").samefile(other / "gptq" / "model.safetensors")
+    assert digests(one / "healed", "*.safetensors") != digests(other / "healed", "*.safetensors")
+
+
 def test_what_is_not_kept_is_removed_at_the_end(project: Path, tmp_path: Path) -> None:
     watcher = Recorder()
     changes = {"output.keep": ["gptq"]}

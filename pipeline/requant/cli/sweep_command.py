@@ -28,7 +28,9 @@ def sweep(
     ],
     settings: Annotated[
         list[str],
-        typer.Option("--set", metavar="KEY=VALUE,VALUE", help="Values to combine, e.g. quantize.bits=3,4; again."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE,VALUE", help="Values to combine, e.g. quantize.bits=3,4; may be given again."
+        ),
     ],
 ) -> None:
     """Run every combination of some values, then compare the runs.
