@@ -1,6 +1,7 @@
 # make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
 # make test   the tests          make quick   those that take a moment: under 90 seconds in all
 # make campaign   200 kills, 10,000 mutated inputs and the rest of tests/campaigns (SEED=7): an hour or two
+# make docs   the pages of docs/ as a site in site/, in an environment of its own; links are checked
 # make check   format, lint, types          make setup   only the installation
 # make test-vllm   our checkpoints in a real vLLM (make setup-vllm installs it in an environment of its own)
 PYTHON ?= python3.11
@@ -14,7 +15,9 @@ export GPTQMODEL_DISABLE_PACK_EXT ?= 1
 
 SEED ?= 0
 
-.PHONY: setup setup-vllm demo test campaign quick test-vllm check clean browser
+DOCS := $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+
+.PHONY: setup setup-vllm docs demo test campaign quick test-vllm check clean browser
 
 setup: .venv/.ready
 
@@ -52,6 +55,15 @@ setup-vllm: .venv-vllm/.ready
 test-vllm: .venv/.ready .venv-vllm/.ready
 	$(BIN)/python -m pytest -m vllm -rs
 
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "site/index.html"
+
+.venv-docs/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check $(foreach package,$(DOCS),'$(package)')
+	touch $@
+
 # A Chromium for the tests that open report.html: taken from the system's packages where we may; without one they skip.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -79,4 +91,4 @@ check: .venv/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm $(DEMO)/work
+	rm -rf .venv .venv-vllm .venv-docs site $(DEMO)/work

@@ -28,7 +28,7 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
         watcher.stage("check", done=False)
         with quiet():
             from requant.run import disk_space, prepare
-            from requant.run.check import delta_prediction
+            from requant.run.check import delta_prediction, held_out
             from requant.run.shared_inputs import SharedInputs
             from requant.runtime.device import pick_device
 
@@ -43,7 +43,8 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     if predicted:
         _line("grid", predicted.sentence())
     four_bit = prepared.merge.plan.base.four_bit
-    for warning in [*prepared.warnings, *(predicted.warnings(four_bit=four_bit) if predicted else [])]:
+    few = held_out.few_documents(recipe, prepared.texts.sets)
+    for warning in [*prepared.warnings, *few, *(predicted.warnings(four_bit=four_bit) if predicted else [])]:
         _line("warning", warning)
     if show_text:
         text_view.print_texts(prepared, show_text)

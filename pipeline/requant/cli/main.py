@@ -20,6 +20,7 @@ from requant.cli import (
     deploy_commands,
     exit_codes,
     init_command,
+    last_lines,
     outputs,
     report_commands,
     run_paths,
@@ -312,6 +313,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         if suggest:
             console.print(terminal.suggestion(outcome.report))
             print(visible(outcome.report["facts"]["suggestion"]["patch"]), end="")
+        last_lines.show(outcome.path, outcome.report, path)
     if not outcome.ran:
         say(f"nothing to do: everything in {outcome.path} is up to date")
     else:

@@ -4,6 +4,7 @@
     forecast_merge     the same of the merge
     rehearsal          one block of random weights run, quantized, scored and timed
     input_widths       widths of the linears, which a group size must divide
+    held_out           whether evaluation sets have enough documents
     sample_texts       the first documents of every text as the model will see them
     delta_prediction   how much of the adapter's delta the grid will keep
 

@@ -1,0 +1,37 @@
+"""The last lines of a finished run: where report and checkpoint are, and the next command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.cli import run_paths
+from requant.cli.wrapping import say
+
+if TYPE_CHECKING:
+    from requant_eval.report.records import Report
+
+INDENT = 12  # of the text beside the names
+
+
+def show(run: Path, report: Report, recipe: Path) -> None:
+    """Print them. run: the run's directory. recipe: as the command named it."""
+    checkpoint, _ = run_paths.checkpoint_in(run)
+    lines = {
+        "report": str(run / "report.html"),
+        "checkpoint": str(checkpoint),
+        "next": following(report, recipe, checkpoint),
+    }
+    for name, text in lines.items():
+        say(f"{name:<{INDENT}}{text}", indent=INDENT)
+
+
+def following(report: Report, recipe: Path, checkpoint: Path) -> str:
+    """What to do next, by the verdict."""
+    status, more = report["verdict"]["status"], report["verdict"]["more_documents"]
+    if status == "fail":
+        return f"`requant report {recipe} --suggest` measures which modules are worth more bits"
+    if status == "inconclusive":
+        count = f"about {more} more held-out documents" if more else "more held-out documents"
+        return f"give the evaluation sets {count} and start the same command again: nothing else is done twice"
+    return f"`vllm serve {checkpoint}`; `requant verify {checkpoint} --with vllm` proves it in the server first"

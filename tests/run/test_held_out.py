@@ -1,0 +1,39 @@
+"""`requant.run.check.held_out`: sets with few documents are named with line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.command_line import Here
+from helpers.e2e import copied, write_recipe
+
+from requant.recipe import load
+from requant.run.check.held_out import few_documents
+from requant_eval.scoring.windows import Document, EvalSet, make_set
+
+
+def of(count: int) -> EvalSet:
+    return make_set("any", [Document((1, 2, 3, 4)) for _ in range(count)], window=16, bos_id=None)
+
+
+def test_few_documents_are_named_with_line_and_key(project: Path, tmp_path: Path) -> None:
+    file = write_recipe(copied(project, tmp_path / "p"))
+    (found,) = few_documents(load(file), [of(20), of(19)])
+    line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "general.jsonl" in text)
+    assert found.startswith(f"{file}:{line}: evaluate.sets.1.data: 19 documents, and each is one observation: below 20")
+    assert few_documents(load(file), [of(20), of(21)]) == []
+
+
+@pytest.mark.slow
+def test_check_warns(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = copied(project, tmp_path / "p")
+    write_recipe(mine)
+    monkeypatch.chdir(mine)
+    here = Here(monkeypatch, capsys)
+    assert here("check", "recipe.yaml", "--set", "evaluate.sets.0.data.documents=12") == 0, here.err
+    (warning,) = [line for line in here.out.splitlines() if "is one observation" in line]
+    assert warning.startswith("warning   recipe.yaml:")
+    assert "evaluate.sets.0.data: 12 documents" in warning
