@@ -4,7 +4,6 @@ No weights and no GPU are needed: the model is built on the meta device, and the
 (`quantize.memory`, `heal.plan`, `evaluate.memory`) are asked what they would do with so much free memory.
 
     python bench/hardware.py [--models NAME ...] [--out FILE]
-    python bench/hardware.py --cpu NAME        tries one block here, for the time on this processor
     python bench/hardware.py --tables FILE     the tables of recipes/README.md and docs/hardware.md from a result
 
 Computed, not measured: what an allocator rounds up and what libraries take is not in it.
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -172,18 +170,6 @@ class Model:
             for name, nbytes in takes.items()
         )
 
-    def quantizing_here(self) -> dict[str, float]:
-        """Seconds that quantizing takes on this CPU, from one block of each kind tried with few tokens."""
-        from requant.run.check.rehearsal import Rehearsal
-
-        rehearsal = Rehearsal(self.model, torch.device("cpu"))
-        windows = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
-        parts = rehearsal.quantizing(self.plan, self.settings, windows, 1, lambda _: None)
-        batches, twice = len(parts.calibration.batches), len(parts.calibration.unquantized)
-        rest = parts.more * (batches - max(1, twice)) + parts.unquantized * max(0, twice - 1)
-        total = parts.one.seconds + rest.seconds
-        return {"seconds": round(total), "hours": round(total / 3600, 1), "solving_seconds": round(parts.one.seconds)}
-
 
 def sizes_table(models: dict[str, Any]) -> list[str]:
     """Rows of recipes/README.md: disk, and memory while quantizing."""
@@ -221,7 +207,6 @@ def _gb(nbytes: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--cpu", choices=MODELS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tables", type=Path)
     args = parser.parse_args()
@@ -233,13 +218,8 @@ def main() -> None:
         "versions": {p: version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()},
         "calibration": f"{SAMPLES} x {LENGTH}", "format": "4 bits, groups of 128 (gpt-oss: 64)", "models": {},
     }  # fmt: skip
-    for name in [] if args.cpu else args.models:
+    for name in args.models:
         result["models"][name] = asdict(Model(name).needs())
-    if args.cpu:
-        result["cpu"] = {
-            "model": args.cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "quantize": Model(args.cpu).quantizing_here(),
-        }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

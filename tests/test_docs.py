@@ -92,7 +92,7 @@ def parse(arguments: list[str], *, whole: bool) -> None:
                 return
             name, command, rest = COMMANDS.resolve_command(context, known)
             command.make_context(name, list(rest), parent=context)
-    except errors.MissingParameter:
+    except (errors.MissingParameter, errors.BadOptionUsage):
         if whole:
             raise
     except typer.Exit:  # of --help and its kind

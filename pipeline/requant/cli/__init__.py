@@ -9,7 +9,7 @@
     deploy_commands   verify, push
     convert_command   convert
     run_paths         a run's directory in place of a recipe, a report or a checkpoint
-    last_lines        where a finished run's report and checkpoint are, and the next command
+    last_lines        a finished run's report, where it and the checkpoint are, the next command
     exit_codes        what each exit code means, for the help texts
     outputs           files that a command line asks for, the standard streams
     console           progress on a terminal, plain lines elsewhere

@@ -1,12 +1,14 @@
-"""The last lines of a finished run: where report and checkpoint are, and the next command."""
+"""What a finished run prints: its report, where report and checkpoint are, the next command."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.cli import run_paths
 from requant.cli.wrapping import say
+from requant_eval.escaping import visible
 
 if TYPE_CHECKING:
     from requant_eval.report.records import Report
@@ -14,8 +16,17 @@ if TYPE_CHECKING:
 INDENT = 12  # of the text beside the names
 
 
-def show(run: Path, report: Report, recipe: Path) -> None:
-    """Print them. run: the run's directory. recipe: as the command named it."""
+def show(run: Path, report: Report, recipe: Path, *, suggest: bool = False) -> None:
+    """Print all of it. run: the run's directory. recipe: as the command named it. suggest: the suggested patch too."""
+    from rich.console import Console
+
+    from requant_eval.render import terminal
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(terminal.table(report))
+    if suggest:
+        console.print(terminal.suggestion(report))
+        print(visible(report["facts"]["suggestion"]["patch"]), end="")
     checkpoint, _ = run_paths.checkpoint_in(run)
     lines = {
         "report": str(run / "report.html"),

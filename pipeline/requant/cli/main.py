@@ -31,7 +31,6 @@ from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError, bounded
 from requant.outgoing import masked_stream
 from requant.runtime import signals
-from requant_eval.escaping import visible
 
 
 class Commands(TyperGroup):
@@ -304,16 +303,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         launch.current_ranks().claim_end()
         raise exit_codes.interrupted(error, signals.RESUMES) from None
     if outcome.report is not None:
-        from rich.console import Console
-
-        from requant_eval.render import terminal
-
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(terminal.table(outcome.report))
-        if suggest:
-            console.print(terminal.suggestion(outcome.report))
-            print(visible(outcome.report["facts"]["suggestion"]["patch"]), end="")
-        last_lines.show(outcome.path, outcome.report, path)
+        last_lines.show(outcome.path, outcome.report, path, suggest=suggest)
     if not outcome.ran:
         say(f"nothing to do: everything in {outcome.path} is up to date")
     else:
