@@ -1,4 +1,4 @@
-"""What a run takes at the sizes of published models, by requant's own plans: disk, memory of each stage.
+"""What a run takes at published models' sizes, by requant's own plans: disk and memory.
 
 No weights and no GPU are needed: the model is built on the meta device, and the functions that decide in a run
 (`quantize.memory`, `heal.plan`, `evaluate.memory`) are asked what they would do with so much free memory.

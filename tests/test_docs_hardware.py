@@ -1,4 +1,4 @@
-"""The computed tables of recipes/README.md and docs/hardware.md are those of the result file."""
+"""The computed tables of recipes/README.md and docs/hardware.md are the result file's."""
 
 from __future__ import annotations
 

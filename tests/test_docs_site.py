@@ -1,4 +1,4 @@
-"""The site that `make docs` builds: every page is in its navigation, links lead to pages of the site."""
+"""The site of `make docs`: its navigation has every page, links lead to pages of it."""
 
 from __future__ import annotations
 
@@ -75,3 +75,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "GPTQ" in (tmp_path / "site" / "repository" / "readme" / "index.html").read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

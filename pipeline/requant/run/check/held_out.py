@@ -1,4 +1,4 @@
-"""Whether evaluation sets have enough documents for their intervals, before anything is scored."""
+"""Whether evaluation sets have enough documents for their intervals, before any is scored."""
 
 from __future__ import annotations
 
