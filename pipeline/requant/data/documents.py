@@ -227,6 +227,11 @@ def _encode(tokenizer: Any, text: str, spans: Spans, bos: int | None) -> tuple[T
             raise RowError(
                 f"holds half of a character at {error.start}: {text[error.start - 20 : error.start]!r}"
             ) from error
+    if (word := long_texts.longest_word(text)) > long_texts.LONGEST_WORD:
+        raise RowError(
+            f"holds {word:,} characters without a blank or line end, at most {long_texts.LONGEST_WORD:,} are read: "
+            "break them up, or leave the row out"
+        )
     if not getattr(tokenizer, "is_fast", True):
         return _encode_whole(tokenizer, text, spans, bos), []
     found, places = long_texts.encode(tokenizer, text)
