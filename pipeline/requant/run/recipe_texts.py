@@ -189,8 +189,8 @@ def _copies(name: str, documents: Sequence[tuple[int, ...]]) -> list[str]:
     if not copies:
         return []
     return [
-        f"evaluate.sets: {copies} of the {len(texts)} documents of set '{name}' are copies of others, the same or "
-        "nearly: intervals count them as further documents and are too narrow; leave copies out"
+        f"evaluate.sets: of the {len(texts)} documents of set '{name}' {copies} repeat others, the same or nearly: "
+        "intervals count each as a further document and are too narrow; leave copies out"
     ]
 
 
