@@ -116,6 +116,7 @@ def test_all_problems_at_once_in_file_order() -> None:
         ("heal: {steps: 0}", "11: heal.steps: 0 is not a number above 0"),
         ("heal: {lr: 2}", "11: heal.lr: 2 is not a number of at most 1.0"),
         ("heal: {tune: []}", "11: heal.tune: an empty list is not a list of at least one item"),
+        ("output: {formats: 'gptq,gguf'}", "11: output.formats: 'gptq,gguf' is not a list: write [gptq,gguf]"),
         ("heal: {tune: [code]}", "11: heal.tune.0: 'code' is not one of scales, codes, norms: did you mean codes?"),
         (
             "heal: {tune: [codes], mode: blocks}",

@@ -113,6 +113,12 @@ def test_near_misses(tmp_path: Path, spelled: str, says: str) -> None:
     assert says.format(tmp_path) in near_miss(spelled, tmp_path / spelled)
 
 
+def test_adapters_and_models_are_named_first(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"a{n}/notes" for n in range(6)), "model/config.json", "tuned/adapter_config.json")
+    says = ": the directories there are tuned, model, a0, a1, a2 and 3 others"
+    assert near_miss("./nope", tmp_path / "nope") == says
+
+
 def test_the_recipe_says_what_a_path_of_windows_is(tmp_path: Path) -> None:
     text = "name: x\nbase: {model: 'C:\\models\\base'}\nadapter: ./a\n"
     with pytest.raises(RecipeError) as caught:

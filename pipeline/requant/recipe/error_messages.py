@@ -84,7 +84,9 @@ def add_validation_errors(document: Document, root: type[BaseModel], errors: Seq
 
 
 def _meant(value: Any, expected: str) -> str:
-    """The one of several values that a misspelt one is close to, as a question; else empty."""
+    """What a wrong value was probably meant to be, as far as that can be told: one of several, or a list."""
+    if expected == _PHRASES["tuple_type"] and isinstance(value, str) and "," in value:
+        return f": write [{value}]" if len(value) < 80 else ": write it in brackets"
     if not isinstance(value, str) or not value.isalpha() or not expected.startswith("one of "):
         return ""
     known = expected.removeprefix("one of ").partition(" or ")[0].split(", ")

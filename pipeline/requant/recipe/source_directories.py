@@ -16,6 +16,7 @@ from requant_eval import strict_json
 
 ADAPTER = "adapter_config.json"
 MODEL = "config.json"
+_SHOWN = 5  # directories in a message
 _CHECKPOINT = re.compile(r"(?:checkpoint|global_step|step|epoch|iter)[-_]?(\d+)", re.IGNORECASE)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\|[^/]*\\[^/]*$")
 _TOOLS = {
@@ -119,8 +120,14 @@ def near_miss(spelled: str, path: Path) -> str:
         return f": did you mean {'./' if local and missing == path else ''}{shown}?"
     if missing != path:
         return f": {missing} does not exist"
-    shown = ", ".join(sorted(names.values())[:5])
-    return f": the directories there are {shown}" if shown else ""
+    every = sorted(names.values(), key=lambda name: (_kind(missing.parent / name), name))
+    more = f" and {len(every) - _SHOWN} others" if len(every) > _SHOWN else ""
+    return f": the directories there are {', '.join(every[:_SHOWN])}{more}" if every else ""
+
+
+def _kind(path: Path) -> int:
+    """What to name first: adapters, models, other directories."""
+    return next((i for i, file in enumerate((ADAPTER, MODEL)) if (path / file).is_file()), 2)
 
 
 def _folders(path: Path) -> list[Path]:
