@@ -164,3 +164,27 @@ def test_tensors_of_no_weight_are_named_by_the_reader(written: Path) -> None:
     edit_tensors(file, lambda t: t | {f"{DOWN}.qzeros": torch.zeros(1, 20, dtype=torch.int32)})
     with pytest.raises(InputError, match=r"down_proj are not of one weight: .* the AutoRound checkpoint is damaged"):
         open_quantized(written).unpack(f"{DOWN}.weight")
+
+
+def test_a_module_in_16_bit_as_autoround_writes_it(written: Path) -> None:
+    """Routers, say: bits 16 and data_type float."""
+    own = {"bits": 16, "data_type": "float", "act_bits": 16, "act_data_type": "float"}
+    config = declared(written)
+    edit_json(
+        written / "config.json", quantization_config=config | {"extra_config": config["extra_config"] | {UP: own}}
+    )
+    assert findings(written) == []
+
+
+def test_a_rule_of_a_wrappers_block_is_of_no_tower_and_of_nothing_carried() -> None:
+    name = "layers.0.mlp.up_proj"
+    config = layout.quantization_config(
+        bits=4, group_size=32, symmetric=True, damp=0.01, overrides={name: {"bits": 8}}, quantized=(), meta={},
+        carried=["mtp"], towers=["model.vision_tower"], blocks="model.language_model.layers",
+    )  # fmt: skip
+    rules = layout.AutoRoundRules(config)
+    found = {root: rules.of(f"{root}.{name}", name, nn.Linear(64, 32)) for root in (
+        "model.language_model", "model.vision_tower.encoder", "mtp")}  # fmt: skip
+    assert {root: own and own.bits for root, own in found.items()} == {
+        "model.language_model": 8, "model.vision_tower.encoder": None, "mtp": None
+    }  # fmt: skip

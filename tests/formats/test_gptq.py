@@ -178,6 +178,19 @@ def test_config_names_only_exact_modules() -> None:
     assert (plain["bits"], plain["group_size"], plain["sym"]) == (8, -1, False)
 
 
+def test_a_rule_of_a_wrappers_block_is_of_no_tower_and_of_nothing_carried() -> None:
+    """`dynamic` is read in its order, and such a rule matches the end of a name."""
+    name = "layers.0.mlp.up_proj"
+    config = gptq_format.quantization_config(
+        bits=4, group_size=32, symmetric=True, damp=0.01, meta={}, quantized=[], overrides={name: {"bits": 8}},
+        carried=["mtp"], towers=["model.vision_tower"],
+    )  # fmt: skip
+    rules = gptq_format.GptqRules(config)
+    roots = ("model.language_model", "model.vision_tower.encoder", "mtp")
+    found = [rules.of(f"{root}.{name}", name, torch.nn.Linear(64, 32)) for root in roots]
+    assert [own and own.bits for own in found] == [8, None, None]
+
+
 @pytest.fixture(scope="module")
 def torch_linear() -> Any:
     return pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear

@@ -116,20 +116,23 @@ def quantization_config(
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config`; arguments as of `gptq.quantization_config`.
 
-    Nothing outside of the list of blocks is quantized, so that towers and linears beside the blocks need no rule. A
-    module's settings are all written: vLLM takes one without `bits` for a module in 16 bit. Names of a wrapper's
-    modules are patterns, as engines put its parts under names of their own.
+    Nothing outside of the list of blocks is quantized unless a rule names it, so that linears beside the blocks need
+    none. A module's settings are all written: vLLM takes one without `bits` for a module in 16 bit. Names of a
+    wrapper's modules are patterns, as engines put its parts under names of their own; a tower has names that end alike,
+    so that its own pattern stands before them.
     """
     usual: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": symmetric}
     start = r"^(.*\.)?" if towers else None
-    extra = {
+    beside = [f"{start}{re.escape(tower.rpartition('.')[2])}" for tower in towers if any(overrides.values())]
+    extra = {f"{root}(\\..*)?$": {"bits": IN_16_BIT} for root in [*beside, *(f"^{re.escape(c)}" for c in carried)]}
+    own_rules = {
         name if start is None else f"{start}{re.escape(name)}$": {"bits": IN_16_BIT}
         if own is None
         else {**usual, **own}
         for name, own in overrides.items()
     }
-    asymmetric = not symmetric or any(own.get("sym") is False for own in extra.values())
-    extra |= {f"^{re.escape(root)}(\\..*)?$": {"bits": IN_16_BIT} for root in carried}
+    asymmetric = not symmetric or any(own.get("sym") is False for own in own_rules.values())
+    extra |= own_rules
     return {
         "quant_method": METHOD, "packing_format": AS_THEY_ARE if asymmetric else MINUS_ONE, "data_type": "int",
         **usual, **({"block_name_to_quantize": blocks} if blocks else {}),

@@ -103,9 +103,11 @@ def _extra(extra: Any) -> Iterator[str]:
             yield f"extra_config has {shown(name)}, {why}"
         elif not isinstance(own, dict):
             yield f"extra_config of {shown(name)} is {shown(own)}, expected settings"
+        elif type(own.get("bits")) is int and own["bits"] >= IN_16_BIT:
+            continue  # what else is said of such a module, data_type float say, is of its 16 bit
         elif own.get("data_type", "int") != "int":
             yield f"extra_config of {shown(name)}: data_type is {shown(own['data_type'])}, expected 'int'"
-        elif type(own.get("bits")) is not int or own["bits"] < IN_16_BIT:
+        else:
             for key, (expected, fits) in _SETTINGS.items():
                 if key in own and not fits(own[key]):
                     yield f"extra_config of {shown(name)}: {key} is {shown(own[key])}, expected {expected}"

@@ -127,10 +127,10 @@ def quantization_config(
     }  # fmt: skip
     start = r"(.*\.)?" if towers else ""
     rules: dict[str, dict[str, Any]] = {f"-:^(.*\\.)?{_inside(tower.rpartition('.')[2])}": {} for tower in towers}
+    rules |= {f"-:^{_inside(root)}": {} for root in carried}
     rules |= {
         f"{'-:' if own is None else '+:'}^{start}{_escaped(name)}$": dict(own or {}) for name, own in overrides.items()
     }
-    rules |= {f"-:^{_inside(root)}": {} for root in carried}
     if rules:
         config["dynamic"] = rules
     if quantized:
