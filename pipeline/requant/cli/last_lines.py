@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 INDENT = 12  # of the text beside the names
 
 
-def show(run: Path, report: Report, recipe: Path, *, suggest: bool = False) -> None:
-    """Print all of it. run: the run's directory. recipe: as the command named it. suggest: the suggested patch too."""
+def show(run: Path, report: Report, *, suggest: bool = False) -> None:
+    """Print all of it. run: the run's directory. suggest: the suggested patch too."""
     from rich.console import Console
 
     from requant_eval.render import terminal
@@ -31,18 +31,26 @@ def show(run: Path, report: Report, recipe: Path, *, suggest: bool = False) -> N
     lines = {
         "report": str(run / "report.html"),
         "checkpoint": str(checkpoint),
-        "next": following(report, recipe, checkpoint),
+        "next": following(report, run),
     }
     for name, text in lines.items():
         say(f"{name:<{INDENT}}{text}", indent=INDENT)
 
 
-def following(report: Report, recipe: Path, checkpoint: Path) -> str:
-    """What to do next, by the verdict."""
+def following(report: Report, run: Path) -> str:
+    """What to do next, by the verdict.
+
+    The run's own recipe is named, not the command's: it has the settings of `--set`.
+    """
     status, more = report["verdict"]["status"], report["verdict"]["more_documents"]
     if status == "fail":
-        return f"`requant report {recipe} --suggest` measures which modules are worth more bits"
+        return f"`requant report {run / 'recipe.yaml'} --suggest` measures which modules are worth more bits"
     if status == "inconclusive":
         count = f"about {more} more held-out documents" if more else "more held-out documents"
         return f"give the evaluation sets {count} and start the same command again: nothing else is done twice"
-    return f"`vllm serve {checkpoint}`; `requant verify {checkpoint} --with vllm` proves it in the server first"
+    formats = report["facts"].get("formats", {}).values()
+    served = next((run / one["directory"] for one in formats if "vllm" in one["read_by"]), None)
+    if served is not None:
+        return f"`vllm serve {served}`; `requant verify {served} --with vllm` proves it in the server first"
+    others = list(dict.fromkeys(name for one in formats for name in one["read_by"]))
+    return f"load it in {' or '.join(others) or 'no engine that is known'}: vLLM reads none of its formats"

@@ -303,7 +303,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         launch.current_ranks().claim_end()
         raise exit_codes.interrupted(error, signals.RESUMES) from None
     if outcome.report is not None:
-        last_lines.show(outcome.path, outcome.report, path, suggest=suggest)
+        last_lines.show(outcome.path, outcome.report, suggest=suggest)
     if not outcome.ran:
         say(f"nothing to do: everything in {outcome.path} is up to date")
     else:
