@@ -219,6 +219,33 @@ def test_one_that_fails_does_not_end_the_others(project: Path, tmp_path: Path) -
     assert watcher.notes == ["loading gptq"]
 
 
+def test_a_run_that_another_process_works_in_at_the_end_is_left_as_it_is(project: Path, tmp_path: Path) -> None:
+    """Another process takes the first run while the second is made: both results are told, and why merged/ stays."""
+    taken = tmp_path / "runs" / "pico-bits3" / ".requant.json"
+
+    class Taking(Recorder):
+        handle: Any = None
+        warnings: tuple[str, ...] = ()
+
+        def stage(self, name: str, *, done: bool) -> None:
+            super().stage(name, done=done)
+            if self.worked.count("quantize") == 2 and self.handle is None:
+                self.handle = taken.open()
+                fcntl.flock(self.handle, fcntl.LOCK_EX)
+
+        def warn(self, text: str) -> None:
+            self.warnings += (text,)
+
+    watcher = Taking()
+    first, second = swept(project, tmp_path, BITS, watcher=watcher, **{"output.keep": ["gptq"]})
+    watcher.handle.close()
+    assert ran(first) == ["merge", "quantize", "evaluate", "report"]
+    assert ran(second) == ["quantize", "evaluate", "report"]
+    (told,) = (text for text in watcher.warnings if "output.keep" in text)
+    assert "pico-bits3: another requant is running here" in told
+    assert [run.parent.name for run in (tmp_path / "runs").glob("*/merged")] == ["pico-bits3"]
+
+
 def test_a_combination_that_check_refuses_ends_it_before_any_work(project: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         swept(project, tmp_path, {"quantize.group_size": [32, 128], **BITS})

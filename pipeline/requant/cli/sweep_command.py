@@ -49,7 +49,8 @@ def sweep(
 
                 prepared = Sweep(chosen, watcher, launch.current_ranks())
         results = [_run(prepared, number) for number in range(len(chosen))]
-        prepared.finish(results)
+        for problem in prepared.finish(results):
+            say(f"warning: {problem}", file=sys.stderr)
     except KeyboardInterrupt as error:
         launch.current_ranks().claim_end()
         raise exit_codes.interrupted(error, signals.RESUMES) from None

@@ -43,7 +43,8 @@ def sweep(
     watcher = watcher or Watcher()
     prepared = Sweep(combinations(partial(recipe.load, wanted), settings), watcher, ranks)
     results = [prepared.run(one, watcher) for one in prepared.combinations]
-    prepared.finish(results)
+    for problem in prepared.finish(results):
+        watcher.warn(problem)
     return results
 
 
@@ -86,11 +87,19 @@ class Sweep:
             return SweepResult(combination=one, error=error)
         return SweepResult(combination=one, outcome=outcome)
 
-    def finish(self, results: list[SweepResult]) -> None:
-        """Remove what the recipes do not keep, of every run that reached its report; others go on with it."""
+    def finish(self, results: list[SweepResult]) -> list[str]:
+        """Remove what the recipes do not keep, of every run that reached its report; others go on with it.
+
+        Returns why it is still there, of runs that another process works in by now.
+        """
+        problems = []
         for result in results:
             if result.outcome is not None:
-                discard_artifacts(result.combination.recipe)
+                try:
+                    discard_artifacts(result.combination.recipe)
+                except InputError as error:
+                    problems.append(f"what output.keep does not name is still there: {error}")
+        return problems
 
 
 def _telling(watcher: Watcher, one: Combination) -> Callable[[str], None]:
