@@ -38,8 +38,8 @@ def lines(rows: list[Any]) -> str:
         ("a.json", json.dumps(ROWS)),
         ("lines.json", lines(ROWS)),
         ("named.json", json.dumps({"train": ROWS})),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode(), mtime=0)),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("bom.jsonl", "\ufeff" + lines(ROWS)),
     ],
 )
@@ -115,7 +115,7 @@ def test_typed_columns_do_not_add_keys(tmp_path: Path) -> None:
         ("lines.json", '{"a": 1}\n{"a" 2}\n', r"lines\.json:2: not valid JSON"),
         ("a.json", "[1]", r"a\.json: expected objects with columns, found int"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 1000)[:-10], r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 1000, mtime=0)[:-10], r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read"),
         ("a.csv", 'text\n"x', r"a\.csv: not valid csv"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: 'a' is there twice"),
@@ -124,7 +124,11 @@ def test_typed_columns_do_not_add_keys(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl:1: not UTF-8 text"),
         ("a.csv", b"text\nx\n\xff", r"a\.csv: cannot be read: not UTF-8 text"),
         ("a.txt", b"\xff", r"a\.txt: cannot be read: not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(b" " * (LARGEST_PACKED + 1)), r"a\.jsonl\.gz: unpacks to more than 100 MB"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b" " * (LARGEST_PACKED + 1), mtime=0),
+            r"a\.jsonl\.gz: unpacks to more than 100 MB",
+        ),
         ("a.jsonl", "", "holds no rows"),
     ],
 )
