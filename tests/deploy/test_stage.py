@@ -171,9 +171,9 @@ def no_tokenizer(path: Path) -> None:
     (path / "tokenizer.json").unlink()
 
 
-def longer_tokenizer(path: Path) -> None:
+def longer_tokenizer(path: Path, token: str = "<tool>") -> None:
     raw = json.loads((path / "tokenizer.json").read_text())
-    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<tool>"})
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": token})
     (path / "tokenizer.json").write_text(json.dumps(raw))
 
 
@@ -213,6 +213,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "stray file": (stray, "consolidated.safetensors", "not named by"),
     "no tokenizer": (no_tokenizer, "tokenizer", "none of tokenizer.json"),
     "eos": (eos_without_a_row, "tokenizer.json", "eos_token '<tool>' has id 300, the embedding has 300 rows"),
+    "a token without a row": (
+        lambda p: longer_tokenizer(p, "lighthouse"), "tokenizer.json",
+        r"the sample holds token 300 \('lighthouse'\), but the model has 300 embeddings: the tokenizer is another",
+    ),
     "bitsandbytes": (
         lambda p: config(p, bnb_4bit_quant_type="nf4"), "config.json: quantization_config", "bnb_4bit_quant_type is a leftover"
     ),

@@ -18,6 +18,7 @@ from requant.errors import library_call
 from requant.evaluate import variants
 from requant.formats.quantized_format import Finding
 from requant.modeling import skeleton
+from requant.modeling.embedding_rows import refuse_unknown_ids
 from requant.runtime.device import free_bytes, free_memory
 
 PROMPT, NEW_TOKENS = 8, 8
@@ -37,6 +38,7 @@ def count_words(text):
     return words
 """
 """What engines score when no other text is given: prose and a little code, written for this."""
+OF_ANOTHER_MODEL = "the tokenizer is another model's: copy the model's own tokenizer files"
 
 
 def score_checkpoint(
@@ -70,6 +72,8 @@ def score_checkpoint(
     if sample is None:
         sample = Sample((tuple(ids[: min(longest, LONGEST)]),), (0,))
     rows = [row[:longest] for row in sample.rows]
+    known, texts = _embeddings(headers.model), [torch.tensor(row) for row in rows if row]
+    refuse_unknown_ids({f"{path / 'tokenizer.json'}: the sample": texts}, known, tokenizer, OF_ANOTHER_MODEL)
     model = variants.quantized(path, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code)
     nll, finite = score_rows(model, rows, device)
     done.sample_tokens, done.sample_set, done.sample_digest = sum(map(len, nll)), sample.set, sample.digest
@@ -87,6 +91,11 @@ def score_checkpoint(
     del model
     free_memory(device)
     return (replace(sample, rows=tuple(rows)), nll) if finite else None
+
+
+def _embeddings(model: Any) -> int:
+    """How many tokens a model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _free(device: torch.device) -> float:

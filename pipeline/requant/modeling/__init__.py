@@ -4,6 +4,7 @@
     model_classes        the class of transformers that a checkpoint belongs to
     blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split
+    embedding_rows       refuses texts with tokens that the model has no embedding for
     cut_linears          Linears that a checkpoint holds as one matrix, and the class as several
     joined_parts         convolutions that a checkpoint holds in parts
     config_limits        sizes in config.json that the weights do not explain

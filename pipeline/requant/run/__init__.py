@@ -13,7 +13,7 @@ Only this package, and cli for printing, reads a Recipe.
     dtypes              the serving dtype, and float16 refused where a model does not run in it
     positions           windows longer than the positions that a model has
     prepared            the record that prepare returns: sources, merge, quantize, texts
-    unknown_ids         refuses texts with tokens that the model has no embedding for
+    unknown_ids         the token ids of all texts; what is wrong where a model has no embedding for one
     served_experts      which experts are quantized: those that some server reads so
     stage_keys          what each stage depends on, as digests
     stage_results       shapes of stored results and events

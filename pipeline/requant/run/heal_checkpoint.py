@@ -24,9 +24,9 @@ from requant.heal.plan import ModelSize, choose_plan
 from requant.heal.settings import HealSettings
 from requant.heal.stage import HealResult, check_same
 from requant.modeling import skeleton
+from requant.modeling.embedding_rows import refuse_unknown_ids
 from requant.numerics.grid import Grid
 from requant.recipe.heal_section import too_long
-from requant.run.unknown_ids import refuse_unknown_ids
 
 
 class HealCheckpointResult(HealResult):

@@ -31,6 +31,7 @@ from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
 from requant.merge.stop_tokens import StopTokens, stop_tokens
 from requant.modeling import linears, skeleton
+from requant.modeling.embedding_rows import refuse_unknown_ids
 from requant.numerics.grid import Grid
 from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
@@ -86,9 +87,7 @@ def prepare(
     healing = replace(healing, size=size, deploy=tuple(recipe.deploy)) if healing else None
     warnings += told
     if plan.embedding_rows is not None:
-        unknown_ids.refuse_unknown_ids(
-            unknown_ids.ids_of(texts, healing), plan.embedding_rows, tokenizer, unknown_ids.OF_TRAINING
-        )
+        refuse_unknown_ids(unknown_ids.ids_of(texts, healing), plan.embedding_rows, tokenizer, unknown_ids.OF_TRAINING)
     texts = positions.fitted(model, texts, healing, warnings)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
