@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "group size": (lambda p: config(p, group_size=64), f"{Q}.qzeros", r"expected \[1, 8\].*groups of 32"),
     "bits": (lambda p: config(p, bits=8), f"{Q}.qweight", r"for 8 bits.*the tensor is 4-bit"),
     "odd bits": (lambda p: config(p, bits=5), "config.json: quantization_config", "bits is 5, expected one of"),
-    "method": (lambda p: config(p, quant_method="awq"), "config.json: quantization_config", "quant_method is 'awq'"),
+    "method": (lambda p: config(p, quant_method="hqq"), "config.json: quantization_config", "quant_method is 'hqq'"),
     "v2 zeros": (v2_zeros, f"{Q}.qzeros", r"stored the v2 .* says 'gptq': every weight is off by one step"),
     "v2 config": (lambda p: config(p, checkpoint_format="gptq_v2"), f"{Q}.qzeros", r"the v1 .* says 'gptq_v2'"),
     "one zero point": (tensor(f"{Q}.qzeros", put((0, 0), 0x77777776)), f"{Q}.qzeros", r"stores zero point 6, .* 7"),
