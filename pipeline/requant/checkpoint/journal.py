@@ -47,7 +47,9 @@ class Journal:
                 whole = index
                 break
         if whole < len(self._blocks):
-            found = f"block {whole} of {len(self._blocks)} is not as it was written" if writer.kept else "no files"
+            found = "its blocks' files are not there"
+            if writer.kept:
+                found = f"block {whole} of {len(self._blocks)} is not as it was written"
             DAMAGED.warning("%s: %s: solved again from there", self.file, found)
             self._blocks = self._blocks[:whole]
 

@@ -122,6 +122,10 @@ _VLLM_AUTO_ROUND = {
     "CPU": (Kernel(name="CPUWNA16", bits=(4,), inputs=32, outputs=32, experts=False, signed=True),),
 }
 _SGLANG_MARLIN = Kernel(name="Marlin", inputs=128, outputs=64, experts=False)
+_SGLANG_GPTQ = {  # AutoRound's tensors run on the same kernels
+    "NVIDIA GPU from Ampere on": (_SGLANG_MARLIN, replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True)),
+    "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
+}
 _BLOCK = Kernel(name="Q4_0", bits=(2, 3, 4), groups=(-1, *range(32, 2**12 + 1, 32)), inputs=32, signed=True)
 _BLOCKS = (
     _BLOCK,
@@ -166,13 +170,7 @@ TARGETS: Mapping[Name, Target] = {
             formats={
                 "gptq": Loader(
                     source="SGLang 0.5.23, read 2026-11-29: layers/quantization/gptq (schemes), marlin_utils.py",
-                    hardware={
-                        "NVIDIA GPU from Ampere on": (
-                            _SGLANG_MARLIN,
-                            replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True),
-                        ),
-                        "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
-                    },
+                    hardware=_SGLANG_GPTQ,
                     refuses={
                         **_ALIKE,
                         "experts in 16 bit": f"it takes {{}} for quantized, whatever the rules say{_CONVERT}",
@@ -195,13 +193,7 @@ TARGETS: Mapping[Name, Target] = {
                 ),
                 "auto-round": Loader(
                     source="SGLang 0.5.23, read 2026-11-29: layers/quantization/auto_round.py",
-                    hardware={
-                        "NVIDIA GPU from Ampere on": (
-                            _SGLANG_MARLIN,
-                            replace(_SGLANG_MARLIN, name="Marlin MoE", experts=True),
-                        ),
-                        "CPU with AMX": (Kernel(name="AMX", bits=(4,), outputs=32, experts=None),),
-                    },
+                    hardware=_SGLANG_GPTQ,
                     refuses={
                         **_ALIKE,
                         "experts in 16 bit": f"it has no way to run {{}} in 16 bit{_CONVERT}",
