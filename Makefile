@@ -59,9 +59,9 @@ docs: .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "site/index.html"
 
-.venv-docs/.ready: pyproject.toml
+.venv-docs/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check $(foreach package,$(DOCS),'$(package)')
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(foreach package,$(DOCS),'$(package)')
 	touch $@
 
 # A Chromium for the tests that open report.html: taken from the system's packages where we may; without one they skip.
@@ -73,8 +73,8 @@ browser:
 	fi; \
 	command -v chromium >/dev/null || echo "no Chromium: tests that open report.html in a browser will be skipped"
 
-# One process a core: a test file runs in one of them, with one thread.
-test: .venv/.ready browser
+# One process a core: a test file runs in one of them, with one thread. The site is built by a test.
+test: .venv/.ready .venv-docs/.ready browser
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The whole of what `make test` runs a sample of. What fails is kept, and printed with the command that repeats it.

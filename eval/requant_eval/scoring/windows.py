@@ -93,7 +93,7 @@ def make_set(
     tokens: int | None = None,
     tail: int = 64,
 ) -> EvalSet:
-    """Cuts `documents` into windows by one of the protocols above.
+    """Cuts `documents` into windows by a protocol: `documents`, `gptq-2048` or `llamacpp-512`.
 
     Windows and documents with nothing to score are left out. bos_id: None = the tokenizer adds no BOS.
     tokens: stop after the window that reaches that many scored tokens. tail: shorter tails of a document are
