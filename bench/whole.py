@@ -1,14 +1,16 @@
 """Bench of a whole `requant run`, from a cold process to the report, by stage.
 
-    python bench/whole.py RECIPE [--set heal=off] [--code . ../before] [--check] [--again] [--out FILE]
+    python bench/whole.py RECIPE [--set heal=off] [--code . ../before] [--ranks 1 2] [--check] [--again] [--out FILE]
     python bench/whole.py --inputs smollm2 FOLDER [--documents 200 ...] -- [--set heal=off ...]
     python bench/whole.py --inputs random FOLDER --layers 8 -- [...]
 
 --inputs: make them with bench/whole_inputs.py first (kept in FOLDER between calls); its options follow, then `--`.
 --code: checkouts to run, one after another, on the same recipe; ratios to the last one are printed.
+--ranks: numbers of GPUs (of processes, without GPUs) that torchrun starts; ratios to the last one, as above.
 --check: also `requant check`, before. --again: also the finished run once more, which has nothing to do.
 Stages are read from the run's own events.jsonl and log.txt. `cpu`: cores that the process kept busy, from /proc;
-`gpu`: share of the time in which the GPU ran a kernel, from nvidia-smi, a sample every tenth of a second.
+`gpu`: share of the time in which the first GPU ran a kernel, from nvidia-smi, a sample every tenth of a second.
+With several ranks `cpu` is left out: the process that is sampled is torchrun's.
 """
 
 from __future__ import annotations
@@ -92,12 +94,19 @@ def sampled(pid: int) -> Iterator[Samples]:
             thread.join()
 
 
-def command(code: Path, words: list[str], log: Path) -> tuple[float, float, Samples]:
-    """(start, end, samples) of one `requant` command of a checkout, in a cold process."""
-    known = os.environ | {"PYTHONPATH": os.pathsep.join(str(code.resolve() / p) for p in ("pipeline", "eval"))}
+def environment(code: Path) -> dict[str, str]:
+    """The environment in which a checkout's own packages are imported."""
+    own = [str(code.resolve() / part) for part in ("pipeline", "eval")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*own, os.environ.get("PYTHONPATH")]))}
+
+
+def command(code: Path, words: list[str], log: Path, ranks: int = 1) -> tuple[float, float, Samples]:
+    """(start, end, samples) of one `requant` command of a checkout, in a cold process; of ranks by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     started = time.time()
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "requant", *words], env=known, stdout=out, stderr=out)
+        start = [sys.executable, *torchrun, "-m", "requant", *words]
+        process = subprocess.Popen(start, env=environment(code), stdout=out, stderr=out)
         with sampled(process.pid) as samples:
             code_of_exit = process.wait()
             ended = time.time()
@@ -139,14 +148,16 @@ def variants(run: Path, evaluate: Span) -> list[Span]:
     return [(name, when, end) for (name, when), end in zip(marks, ends, strict=True)]
 
 
-def measured(code: Path, recipe: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One whole run of a checkout in an empty directory."""
+def measured(code: Path, ranks: int, recipe: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One whole run of a checkout, on this many ranks, in an empty directory."""
     words = [word for value in [*args.set, f"output.dir={folder}"] for word in ("--set", value)]
     result: dict[str, Any] = {}
     if args.check:
         begun, over, _ = command(code, ["check", str(recipe), *words], folder / "check.txt")
         result["check"] = over - begun
-    started, ended, samples = command(code, ["run", str(recipe), *words], folder / "printed.txt")
+    started, ended, samples = command(code, ["run", str(recipe), *words], folder / "printed.txt", ranks)
+    if ranks > 1:
+        samples.cpu.clear()  # torchrun's, which only waits
     (run,) = (path.parent for path in folder.glob("*/events.jsonl"))
     spans = stages(run, started, ended)
     inside = [s for span in spans if span[0] == "evaluate" for s in variants(run, span)]
@@ -198,6 +209,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of requant run")
     parser.add_argument("--code", type=Path, nargs="+", default=[ROOT], help="checkouts of requant")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="GPUs of each run")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -206,9 +218,10 @@ def main() -> None:
     if argv[:1] == ["--inputs"]:
         end = argv.index("--") if "--" in argv else len(argv)
         recipe, made, argv = Path(argv[2]) / "recipe.yaml", argv[1:end], argv[end + 1 :]
-        known = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("pipeline", "eval"))}
         if not recipe.exists():  # in a process of its own: no memory of the GPU stays taken
-            subprocess.run([sys.executable, ROOT / "bench" / "whole_inputs.py", *made], check=True, env=known)
+            subprocess.run(
+                [sys.executable, ROOT / "bench" / "whole_inputs.py", *made], check=True, env=environment(ROOT)
+            )
     args = parser.parse_args(argv)
     recipe = recipe or args.recipe or parser.error("a recipe, or --inputs")
     result: dict[str, Any] = {
@@ -218,10 +231,10 @@ def main() -> None:
         "runs": {},
     }
     runs = result["runs"]
-    for number, code in enumerate(args.code):
+    for number, (code, ranks) in enumerate((code, ranks) for code in args.code for ranks in args.ranks):
         with tempfile.TemporaryDirectory() as folder:
-            name = f"{number}: {code.resolve().name}"
-            runs[name] = measured(code, recipe, args, Path(folder))
+            name = f"{number}: {code.resolve().name}" + (f", {ranks} ranks" if len(args.ranks) > 1 else "")
+            runs[name] = measured(code, ranks, recipe, args, Path(folder))
             print(f"== {name}", flush=True)
             show(runs[name], None)
     if len(runs) > 1:
@@ -255,8 +268,9 @@ def machine() -> dict[str, Any]:
         "import json; from requant.runtime import measurements as m; from requant.runtime.device import pick_device;"
         "d = str(pick_device('auto')); print(json.dumps({'machine': m.hardware(d), 'versions': m.versions()}))"
     )
-    known = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("pipeline", "eval"))}
-    done = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True, env=known)
+    done = subprocess.run(
+        [sys.executable, "-c", ask], check=True, capture_output=True, text=True, env=environment(ROOT)
+    )
     return {"platform": platform.machine(), **json.loads(done.stdout.splitlines()[-1])}
 
 

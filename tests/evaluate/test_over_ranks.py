@@ -5,7 +5,7 @@ Here the ranks run one after another in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.e2e import one_thread, recipe, write_rows
+from helpers.ranks import Turns
 
 from requant.data import canaries
 from requant.evaluate import over_ranks, variants
@@ -24,27 +25,6 @@ from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.windows import Window
 
 NAMES = ("adapter", "merged", "gptq")
-
-
-class Turns(Ranks):
-    """`count` ranks in one process, run one after another, the last one first.
-
-    The functions they call must not wait for each other.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.gathered: list[Any] = []
-
-    def call(self, function: Callable[..., Any], *args: Any, first_rank_only: Mapping[str, Any], **kwargs: Any) -> Any:
-        for rank in reversed(range(self.count)):
-            self.rank = rank
-            result = function(*args, **kwargs, **(first_rank_only if self.first else {}), ranks=self)
-        return result
-
-    def all_gather_objects(self, value: Any) -> list[Any]:
-        self.gathered.insert(0, value)
-        return self.gathered
 
 
 @pytest.fixture(scope="module")

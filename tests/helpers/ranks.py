@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.e2e import forks
 from requant.runtime import launch
-from requant.runtime.ranks import DistributedRanks
+from requant.runtime.ranks import DistributedRanks, Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,27 @@ def second(port: int) -> None:
     os.environ.update(environment(1, port))
     torch.set_num_threads(1)
     launch.run_on_all_ranks(lambda: None)
+
+
+class Turns(Ranks):
+    """`count` ranks in one process, run one after another, the last one first.
+
+    The functions they call must not wait for each other.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.gathered: list[Any] = []
+
+    def call(self, function: Callable[..., Any], *args: Any, first_rank_only: Mapping[str, Any], **kwargs: Any) -> Any:
+        for rank in reversed(range(self.count)):
+            self.rank = rank
+            result = function(*args, **kwargs, **(first_rank_only if self.first else {}), ranks=self)
+        return result
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        self.gathered.insert(0, value)
+        return self.gathered
 
 
 @contextmanager

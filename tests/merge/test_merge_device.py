@@ -51,7 +51,7 @@ def test_reading_ahead_gives_the_same_tensors_in_full_precision(tmp_path: Path) 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        for (op, value, changes), expected in zip(computed_ahead(plan, CPU), plan.ops, strict=True):
+        for (op, value, changes), expected in zip(computed_ahead(plan, plan.ops, CPU), plan.ops, strict=True):
             assert torch.get_float32_matmul_precision() == "highest"
             expected_value, changed = compute(plan, expected)
             assert op is expected

@@ -15,12 +15,14 @@ import transformers
 from helpers import oracle, pico
 from helpers.e2e import edit_json
 from helpers.merging import FP32, NAME, Q, ledger
+from helpers.ranks import Turns
 from safetensors.torch import load_file
 
 from requant import merge
 from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
+from requant.merge import stage
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stored_dtype import choose_dtype, largest_magnitude
@@ -372,6 +374,38 @@ def test_result_does_not_depend_on_shards(tmp_path: Path) -> None:
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     assert set(one) == set(many)
     assert all(torch.equal(one.read(n), many.read(n)) for n in one)
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_ranks_write_what_one_process_writes(tmp_path: Path, count: int) -> None:
+    """Also more ranks than tensors, and shards that two ranks fill."""
+    plan = plan_of(*small(tmp_path))
+    alone = merge.merge(plan, tmp_path / "alone", dtype="bfloat16", max_shard=40_000)
+    shared = merge.merge(plan, tmp_path / "shared", dtype="bfloat16", max_shard=40_000, ranks=Turns(count))
+    files = {f.name: f.read_bytes() for f in (tmp_path / "alone").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    assert {f.name: f.read_bytes() for f in (tmp_path / "shared").iterdir()} == files
+    assert shared == alone
+
+
+def test_every_tensor_has_one_rank(tmp_path: Path) -> None:
+    """Shares are neighbours, and none has much more than its part of the bytes."""
+    plan = plan_of(*small(tmp_path))
+    size = {slot.name: slot.nbytes for slot in plan.slots(plan.stored)}
+    ranks, shares = Turns(3), []
+    for ranks.rank in range(3):
+        shares.append(stage.own_ops(plan, ranks))
+    assert sum(shares, ()) == plan.ops
+    total = sum(size.values())
+    assert max(sum(size[op.name] for op in share) for share in shares) < total / 3 + max(size.values())
+
+
+def test_a_rank_that_adds_nothing_does_not_hide_an_untrained_adapter(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path)
+    weights = adapter / peft_directory.WEIGHTS
+    pico.edit_tensors(weights, change={n: torch.zeros_like for n in load_file(weights) if "lora_B" in n})
+    with pytest.raises(StageError, match="every LoRA delta is exactly zero"):
+        merge.merge(plan_of(base, adapter), tmp_path / "out", dtype="float32", ranks=Turns(2))
 
 
 def test_progress_counts_every_tensor(tmp_path: Path) -> None:

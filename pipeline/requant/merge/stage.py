@@ -6,14 +6,17 @@ D is the decoded base. Training multiplied by D in its compute dtype, so D is ro
 finer (`BaseWeight.folded_as_trained`).
 
 The plan is made and checked from headers. Then one tensor at a time is in memory and is written to its final place.
+Several ranks write a share of the tensors each, into the same files.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +35,7 @@ from requant.merge.stop_tokens import StopTokens
 from requant.merge.stored_dtype import choose_dtype, largest_magnitude
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -56,6 +60,15 @@ class MergeResult:
     carried: dict[str, int] = field(default_factory=dict)
     stop_tokens: str | None = None
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Share:
+    """What one rank wrote: names of tensors, modules with a zero delta, largest magnitude."""
+
+    written: list[str]
+    untrained: list[str] = field(default_factory=list)
+    max_abs: float = 0.0
 
 
 def read_base(plan: MergePlan, source: BaseWeight, device: torch.device = CPU) -> Tensor:
@@ -88,24 +101,24 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
     return value, True
 
 
-def _computed(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+def _computed(plan: MergePlan, ops: Sequence[Op], device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
     """Every output tensor before rounding."""
     if device.type == "cpu":
-        return ((op, *compute(plan, op)) for op in plan.ops)
-    return computed_ahead(plan, device)
+        return ((op, *compute(plan, op)) for op in ops)
+    return computed_ahead(plan, ops, device)
 
 
-def computed_ahead(plan: MergePlan, device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
-    """Every output tensor before rounding, computed on a GPU one tensor ahead.
+def computed_ahead(plan: MergePlan, ops: Sequence[Op], device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
+    """Output tensors before rounding, computed on a GPU one tensor ahead.
 
     The next tensor is read and computed while the last is rounded and written.
     """
     with ThreadPoolExecutor(1) as reader, matmul_precision.full_precision():
-        coming = reader.submit(compute, plan, plan.ops[0], device)
-        for op, following in zip(plan.ops, [*plan.ops[1:], None], strict=True):
-            computed = coming.result()
+        coming = [reader.submit(compute, plan, op, device) for op in ops[:1]]
+        for op, following in zip(ops, [*ops[1:], None], strict=True):
+            computed = coming.pop().result()
             if following is not None:
-                coming = reader.submit(compute, plan, following, device)
+                coming.append(reader.submit(compute, plan, following, device))
             yield op, *computed
 
 
@@ -118,10 +131,12 @@ def merge(
     device: torch.device = CPU,
     stops: StopTokens | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> MergeResult:
     """Write the merged checkpoint into the directory `out`, computing on `device`.
 
-    stops: tokens that end a turn of the fine-tune and that the base's configs lack.
+    stops: tokens that end a turn of the fine-tune and that the base's configs lack. ranks: processes that share the
+    tensors, called by the first one; on equal devices the bytes do not depend on their number.
     Raises StageError naming the tensor for NaN/inf in the base or adapter, overflow of `dtype`, or a full disk.
     """
     refusals.open_expert_orders(plan.adapters)
@@ -139,29 +154,89 @@ def merge(
         stop_tokens=str(stops) if stops else None,
         warnings=list(plan.warnings),
     )
-    total = len(plan.ops)
-    with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer, ThreadPoolExecutor(1) as disk:
-        writing: Future[None] | None = None
-        for done, (op, value, changes) in enumerate(_computed(plan, device)):
-            if not changes:
-                result.untrained += [fold.module for fold in op.folds]
-            rounded = _round(plan, op, value, target_dtype(op, target), result)
-            if writing is not None:
-                writing.result()  # one tensor is written while the next is computed, never more
-            writing = disk.submit(writer.write, op.name, rounded)
-            if progress:
-                progress(done + 1, total)
-        if writing is not None:
-            writing.result()
+    with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer:
+        parts = ranks.call(
+            write_share,
+            plan,
+            out,
+            max_shard=max_shard,
+            device=device,
+            first_rank_only={"writer": writer, "progress": progress},
+        )
+        for part in parts:
+            writer.mark_written(part.written)
         writer.close()
         result.bytes = writer.total_size
+    result.untrained = [module for part in parts for module in part.untrained]
+    result.max_abs = max(part.max_abs for part in parts)
     if len(result.untrained) == sum(len(op.folds) for op in plan.ops) and not any(a.replaced for a in plan.adapters):
         raise StageError(f"{plan.adapter.path}: every LoRA delta is exactly zero: this adapter was never trained")
     _write_small_files(plan, out, chosen, stops)
     return result
 
 
-def _round(plan: MergePlan, op: Op, value: Tensor, dtype: torch.dtype, result: MergeResult) -> Tensor:
+def write_share(
+    plan: MergePlan,
+    out: Path,
+    *,
+    max_shard: int,
+    device: torch.device,
+    ranks: Ranks = SINGLE_PROCESS,
+    writer: CheckpointWriter | None = None,
+    progress: Progress | None = None,
+) -> list[Share]:
+    """Write this rank's tensors into shards that the first rank has laid out; what each rank wrote.
+
+    plan: with `stored`, the dtype of the file. writer, progress: on the first rank only.
+    """
+    ops = own_ops(plan, ranks)
+    share, device = Share([op.name for op in ops]), ranks.device_of(device)
+    with ExitStack() as until:
+        if writer is None:
+            writer = until.enter_context(
+                CheckpointWriter(out, plan.slots(plan.stored), max_bytes=max_shard, resume=True)
+            )
+        _write_each(plan, ops, device, writer, share, progress)
+        if not ranks.first:
+            writer.sync()
+    return ranks.all_gather_objects(share)
+
+
+def own_ops(plan: MergePlan, ranks: Ranks) -> tuple[Op, ...]:
+    """This rank's tensors: neighbours, with an equal part of the bytes, so that ranks write different shards."""
+    sizes = [slot.nbytes for slot in plan.slots(plan.stored)]
+    total, ends = max(1, sum(sizes)), accumulate(sizes)
+    owners = [
+        min(ranks.count - 1, (end - size // 2) * ranks.count // total) for size, end in zip(sizes, ends, strict=True)
+    ]
+    return tuple(op for op, owner in zip(plan.ops, owners, strict=True) if owner == ranks.rank)
+
+
+def _write_each(
+    plan: MergePlan,
+    ops: Sequence[Op],
+    device: torch.device,
+    writer: CheckpointWriter,
+    share: Share,
+    progress: Progress | None,
+) -> None:
+    """Compute, round and write tensors; one is written while the next is computed, never more."""
+    with ThreadPoolExecutor(1) as disk:
+        writing: Future[None] | None = None
+        for done, (op, value, changes) in enumerate(_computed(plan, ops, device), 1):
+            if not changes:
+                share.untrained += [fold.module for fold in op.folds]
+            rounded = _round(plan, op, value, target_dtype(op, plan.stored), share)
+            if writing is not None:
+                writing.result()
+            writing = disk.submit(writer.write, op.name, rounded)
+            if progress:
+                progress(done * len(plan.ops) // len(ops), len(plan.ops))
+        if writing is not None:
+            writing.result()
+
+
+def _round(plan: MergePlan, op: Op, value: Tensor, dtype: torch.dtype, share: Share) -> Tensor:
     """The one rounding; raises StageError unless every value is finite afterwards."""
     rounded = value.to(dtype)
     if not dtype.is_floating_point or (op.role == "state" and op.replacement is None):
@@ -181,7 +256,7 @@ def _round(plan: MergePlan, op: Op, value: Tensor, dtype: torch.dtype, result: M
             f"{op.name}: NaN or infinity in the {whose} weights: {bad} of {value.numel()} values ({held.file}"
             + (", or the adapter's file)" if op.folds else ")")
         )
-    result.max_abs = max(result.max_abs, largest)
+    share.max_abs = max(share.max_abs, largest)
     return rounded
 
 

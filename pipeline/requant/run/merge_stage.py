@@ -17,6 +17,7 @@ from requant.merge import selftest
 from requant.merge.stage import MergeResult
 from requant.run.context import RunContext
 from requant.run.stage_results import MergeStageResult
+from requant.runtime.launch import current_ranks
 
 log = logging.getLogger(__name__)
 TRIED = 32  # tokens of the forward in float16: the largest activations are those of the first ones
@@ -34,6 +35,7 @@ def run_merge(context: RunContext, key: str) -> MergeStageResult:
         device=context.device,
         stops=context.prepared.merge.stops,
         progress=context.watcher.progress,
+        ranks=current_ranks(),
     )
     proof = selftest.self_test(plan, out)
     _prove_float16(context, merged, out)
