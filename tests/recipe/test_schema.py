@@ -101,7 +101,7 @@ def test_all_problems_at_once_in_file_order() -> None:
 @pytest.mark.parametrize(
     ("extra", "line"),
     [
-        ("version: 2", "11: version: 2 is not 1"),
+        ("version: 2", "11: version: 2 is of a newer requant, this one reads 1: upgrade requant"),
         ("version: true", "11: version: true is not a whole number"),
         ("quantize: {bits: 4.0}", "11: quantize.bits: 4.0 is not a whole number"),
         ('quantize: {bits: "4"}', "11: quantize.bits: '4' is not one of 2, 3, 4, 8"),

@@ -241,6 +241,7 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), 
         for setting in [overrides] if isinstance(overrides, str) else overrides:
             document.override(setting)
     document.interpolate()
+    _refuse_newer(document)
     directory = Path(directory).absolute()
     try:
         recipe = Recipe.model_validate(document.data, context=directory)
@@ -251,6 +252,15 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), 
     recipe._directory = directory
     recipe._places = yaml_document.Places(document)
     return recipe
+
+
+def _refuse_newer(document: yaml_document.Document) -> None:
+    """Only the version is told of a recipe of a newer one: its other keys need not be known here."""
+    known = Recipe.model_fields["version"].default
+    version = document.data.get("version")
+    if type(version) is int and version > known:
+        document.report(("version",), f"{version} is of a newer requant, this one reads {known}: upgrade requant")
+        raise RecipeError(document.problems)
 
 
 class _InOrder(GenerateJsonSchema):
