@@ -17,7 +17,7 @@ SEED ?= 0
 
 DOCS := $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 
-.PHONY: setup setup-vllm docs demo test campaign quick test-vllm check clean browser
+.PHONY: setup setup-vllm docs demo test test-dockerfile campaign quick test-vllm check clean browser
 
 setup: .venv/.ready
 
@@ -55,6 +55,10 @@ setup-vllm: .venv-vllm/.ready
 test-vllm: .venv/.ready .venv-vllm/.ready
 	$(BIN)/python -m pytest -m vllm -rs
 
+# The Dockerfile's build stage, command by command, in an empty directory: where there is no daemon to build it.
+test-dockerfile: .venv/.ready
+	$(BIN)/python -m pytest -m dockerfile -rs
+
 docs: .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "site/index.html"
@@ -83,7 +87,7 @@ campaign: .venv/.ready
 
 # What a change breaks first, while one works on it.
 quick: .venv/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm and not llamacpp and not autoround and not mlx"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm and not llamacpp and not autoround and not mlx and not dockerfile"
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

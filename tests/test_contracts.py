@@ -1,4 +1,4 @@
-"""Recipe, report.json and Python API keep what the last release promised, or have another version."""
+"""Recipe, report.json and Python API keep what the last release promised."""
 
 from __future__ import annotations
 

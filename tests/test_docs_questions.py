@@ -1,4 +1,4 @@
-"""Ten questions of newcomers: each has a line in the README that leads to the section with the answer, in two links at most."""
+"""Ten questions of newcomers: answered at most two links from the README."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.reports import built
+from trove_classifiers import classifiers  # comes with hatchling
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("hatchling")
@@ -69,6 +70,7 @@ def test_the_metadata_is_complete(built_files: tuple[Path, Path]) -> None:
         entry = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert (data["Name"], data["License-Expression"], data["Requires-Python"]) == ("requant", "Apache-2.0", ">=3.11")
     assert "Typing :: Typed" in data.get_all("Classifier", [])
+    assert set(data.get_all("Classifier", [])) <= classifiers
     assert {"gptqmodel", "gguf", "dev", "demo", "docs"} <= set(data.get_all("Provides-Extra", []))
     assert "requant = requant.__main__:main" in entry
     assert data["Description-Content-Type"] == "text/markdown"

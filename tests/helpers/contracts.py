@@ -1,6 +1,6 @@
 """What a release promises: keys of recipe and report.json, signatures of the Python API.
 
-`python -m helpers.contracts`, started in tests/, writes tests/contracts/ anew. That is done for a release (docs/versions.md).
+`python -m helpers.contracts`, started in tests/, writes tests/contracts/ anew: for a release (docs/versions.md).
 """
 
 from __future__ import annotations
