@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from requant.checkpoint import model_files
+from requant.errors import InputError
 
 
 def test_config_loses_the_quantization_and_keeps_the_rest() -> None:
@@ -186,3 +187,17 @@ def test_how_a_forward_returns_its_results_is_not_copied() -> None:
     assert model_files.edit_config(config, dtype="float16") == {
         "model_type": "llama", "hidden_size": 8, "dtype": "float16",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda p: p.symlink_to("nowhere")])
+def test_a_tokenizer_that_is_no_file_is_not_left_out_silently(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer.json: a .*, expected a file: download it again, or remove it"):
+        model_files.tokenizer_files(tmp_path, None)
+
+
+def test_a_folder_that_matches_a_pattern_only_is_none_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model.old").mkdir()
+    (tmp_path / "vocab.json").write_text("{}")
+    assert list(model_files.tokenizer_files(tmp_path, None)) == ["vocab.json"]

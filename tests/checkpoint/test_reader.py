@@ -334,7 +334,6 @@ def test_a_pipe_among_a_models_files_is_refused(tmp_path: Path, name: str) -> No
     """Whatever library opens it would wait for its writer without an end."""
     write(tmp_path, tensors())
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
     assert Checkpoint(tmp_path)
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match=f"{name}: a device or a pipe, expected files"):
@@ -348,6 +347,22 @@ def test_a_directory_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(InputError, match=r": cannot be read \(Permission denied\)"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "notes.txt"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_to_nowhere_among_a_models_files_is_refused(tmp_path: Path, name: str, target: str) -> None:
+    """What it stood for would be missing in what is written, and nobody would be told."""
+    write(tmp_path, tensors())
+    (tmp_path / name).symlink_to(name if target == "itself" else target)
+    with pytest.raises(InputError, match=f"{name}: a link that leads nowhere: download the file again, or remove"):
+        Checkpoint(tmp_path)
+
+
+def test_an_editors_lock_is_no_file_of_the_model(tmp_path: Path) -> None:
+    write(tmp_path, tensors())
+    (tmp_path / ".#config.json").symlink_to("someone@somewhere.1")
+    assert set(Checkpoint(tmp_path)) == set(tensors())
 
 
 def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

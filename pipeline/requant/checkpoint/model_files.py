@@ -6,6 +6,7 @@ transformers re-serializes both with changes that break servers; its classes are
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,9 +126,20 @@ def tokenizer_files(base: Path, adapter: Path | None) -> dict[str, Path]:
 
 
 def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """Name relative to the directory -> file, of the files that match, in the order of the patterns."""
-    files = (f for pattern in patterns for f in sorted(directory.glob(pattern)) if f.is_file())
-    return {f.relative_to(directory).as_posix(): f for f in files}
+    """Name relative to the directory -> file, of the files that match, in the order of the patterns.
+
+    Raises InputError where a file's own name, not a pattern, is that of a directory or of a link to nowhere.
+    """
+    found = {}
+    for pattern in patterns:
+        exact = [directory / pattern] if os.path.lexists(directory / pattern) else []
+        for file in sorted(directory.glob(pattern)) if "*" in pattern else exact:
+            if file.is_file():
+                found[file.relative_to(directory).as_posix()] = file
+            elif "*" not in pattern:
+                other = "a directory" if file.is_dir() else "a link that leads nowhere"
+                raise InputError(f"{file}: {other}, expected a file: download it again, or remove it")
+    return found
 
 
 def _brings_template(files: Mapping[str, Path]) -> bool:

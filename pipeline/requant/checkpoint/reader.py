@@ -43,7 +43,7 @@ __all__ = [
     "read_part",
     "read_tensor",
     "read_weight_map",
-    "refuse_pipes",
+    "refuse_unreadable",
     "stored_names",
 ]  # fmt: skip
 
@@ -88,7 +88,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.path = path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such model directory")
-        refuse_pipes(path)
+        refuse_unreadable(path)
         self._infos = _tables(path)
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -138,14 +138,20 @@ def entries_of(directory: Path) -> list[Path]:
     return sorted([*directory.iterdir(), *inside])
 
 
-def refuse_pipes(directory: Path) -> None:
-    """Raise InputError for a pipe or a device among the files of a model: a library that opens it would wait."""
+def refuse_unreadable(directory: Path) -> None:
+    """Raise InputError for an entry of a model directory that can be no file: a pipe, a device, a link to nowhere.
+
+    A library that opens a pipe would wait; what a link to nowhere stood for would be missing without a word. Hidden
+    entries are nobody's files: editors keep locks as such links.
+    """
     try:
-        other = next((e for e in entries_of(directory) if e.exists() and not e.is_file() and not e.is_dir()), None)
+        for entry in entries_of(directory):
+            if entry.is_symlink() and not entry.exists() and not entry.name.startswith("."):
+                raise InputError(f"{entry}: a link that leads nowhere: download the file again, or remove the link")
+            if entry.exists() and not entry.is_file() and not entry.is_dir():
+                raise InputError(f"{entry}: a device or a pipe, expected files: remove it, or download the file again")
     except OSError as error:
         raise InputError(f"{error.filename or directory}: cannot be read ({error.strerror or error})") from error
-    if other is not None:
-        raise InputError(f"{other}: a device or a pipe, expected files: remove it, or download the file again")
 
 
 def stored_names(path: Path) -> tuple[str, ...]:

@@ -155,14 +155,8 @@ def merge(
         warnings=list(plan.warnings),
     )
     with CheckpointWriter(out, plan.slots(target), max_bytes=max_shard) as writer:
-        parts = ranks.call(
-            write_share,
-            plan,
-            out,
-            max_shard=max_shard,
-            device=device,
-            first_rank_only={"writer": writer, "progress": progress},
-        )
+        own = {"writer": writer, "progress": progress}
+        parts = ranks.call(write_share, plan, out, max_shard=max_shard, device=device, first_rank_only=own)
         for part in parts:
             writer.mark_written(part.written)
         writer.close()

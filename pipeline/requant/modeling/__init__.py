@@ -1,6 +1,7 @@
 """Modeling: a causal LM's structure on meta tensors, and running it block by block.
 
     skeleton             the modules transformers would build, without weights   <- start here
+    without_weights      model classes instantiated without the memory of their parameters
     model_classes        the class of transformers that a checkpoint belongs to
     blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split

@@ -21,6 +21,7 @@ from requant.errors import library_call
 from requant.modeling import config_limits, cut_linears, joined_parts, linears, moe
 from requant.modeling.families import EXPERT
 from requant.modeling.model_classes import model_class
+from requant.modeling.without_weights import without_weights
 
 log = logging.getLogger(__name__)
 _ADVICE = "take the config.json that belongs to the weights, or download the model again"
@@ -80,13 +81,10 @@ def build(
     Experts become Linears where checkpoints of the family hold them one by one, or this one does. stored: names of its
     tensors, asked for only where that decides. split: whether all do, also those that are read in pieces of one tensor.
     """
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
     file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
     with library_call(f"{file}: transformers cannot build a {str(config.model_type)[:80]} of it", _ADVICE):
         made = model_class(config, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False), no_init_weights():  # drawing numbers for nothing takes its time
+        with without_weights():
             model = _from_config(made, config, trust_remote_code=trust_remote_code)
         model.tie_weights()  # building on meta parts them
         _rules(model)
