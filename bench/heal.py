@@ -1,4 +1,4 @@
-"""What healing gives back on the demo's fine-tune, and which settings help.
+"""What healing gives back on a fine-tune, and which settings help.
 
     python bench/heal.py compare  --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--bits 4,3] [--peer]
                           [--codes] [--code-lr 0.001] [--steps 300]
@@ -6,7 +6,8 @@
 
 compare: NF4 base + adapter -> merged -> GPTQ (ours, and with --peer gptqmodel's) -> healed; all scored in fp32 on both
 held-out sets. ablate: one checkpoint, many settings, nothing loaded twice. FILE is rewritten after every row, and every
-phase says its seconds. BASE, ADAPTER and TEXTS as the demo's prepare.py makes them. Meant for a GPU; runs anywhere.
+phase says its seconds. BASE, ADAPTER and TEXTS as a recipe's prepare.py makes them: recipes/smollm2-pydocs,
+recipes/gemma3-word-problems. Meant for a GPU; runs anywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Setup of bench/heal.py: the demo's merged model, texts, checkpoints, a scoring model."""
+"""Setup of bench/heal.py: a fine-tune's merged model, texts, checkpoints, a scoring model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
 from requant import merge, quantize
 from requant.adapters import peft_directory
+from requant.checkpoint.reader import read_json
 from requant.data import healing_text, packing
 from requant.data.documents import TextSource, TokenDocument, tokenize
 from requant.data.healing_text import HealingText
+from requant.data.tokenizer import adds_bos
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
 from requant.heal import student, teacher
 from requant.heal.settings import HealSettings
 from requant.heal.trainer import rate_groups
+from requant.merge.stored_dtype import overflows_in_float16
 from requant.numerics.grid import Grid
 from requant.quantize import plan as layout
 from requant.run import prepare
@@ -97,6 +100,7 @@ class Bench:
         self.merged = self.work / "merged"
         self.merged.mkdir(parents=True)
         self.tokenizer = AutoTokenizer.from_pretrained(str(args.base))
+        self.bos = self.tokenizer.bos_token_id if adds_bos(self.tokenizer) else None
         with phase("merge", self.seconds):
             plan, _ = prepare.plan_merge(args.base, peft_directory.load(args.adapter), None, trust_remote_code=False)
             merge.merge(plan, self.merged, dtype="auto")
@@ -112,7 +116,8 @@ class Bench:
 
     def _set(self, name: str, file: str) -> ev.EvalSet:
         rows = tokenize(TextSource(path=self.args.texts / file), self.tokenizer)
-        return ev.make_set(name, [ev.Document(d.ids) for d in rows], window=512, bos_id=None, tokens=self.args.tokens)
+        documents = [ev.Document(d.ids) for d in rows]
+        return ev.make_set(name, documents, window=512, bos_id=self.bos, tokens=self.args.tokens)
 
     def scored(self) -> dict[str, float]:
         """Mean NLL of what `judge` holds now, by set."""
@@ -169,7 +174,7 @@ class Bench:
         shares = (self.args.share, 1 - self.args.share)
         entries = [(name, self.documents[name], share) for name, share in zip(ENTRIES, shares, strict=True)]
         return packing.calibration_windows(
-            entries, samples=self.args.samples, length=self.args.length, seed=0, bos=None,
+            entries, samples=self.args.samples, length=self.args.length, seed=0, bos=self.bos,
             eos=self.tokenizer.eos_token_id,
         )  # fmt: skip
 
@@ -206,7 +211,7 @@ class Bench:
         entries = [(n, self.documents[n], share) for n, share in zip(names, shares, strict=True) if share]
         return healing_text.pack(
             entries, train=settings.steps * settings.batch, held_out=2 * settings.batch, length=settings.length,
-            seed=settings.seed, bos=None, eos=self.tokenizer.eos_token_id,
+            seed=settings.seed, bos=self.bos, eos=self.tokenizer.eos_token_id,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -215,7 +220,7 @@ class Bench:
         model = self.model("merged")
         torch.manual_seed(0)
         count = self.args.written if DEVICE.type == "cuda" else 4
-        streams = [torch.tensor([t for d in self.documents[n] for t in d.ids]) for n in ENTRIES]
+        streams = [torch.tensor([t for d in self.documents[n] for t in d.marked(self.bos, None)]) for n in ENTRIES]
         starts = [torch.randint(len(s) - given, (count // 2,)) for s in streams]
         begun = torch.cat([s[a[:, None] + torch.arange(given)] for s, a in zip(streams, starts, strict=True)]).to(
             DEVICE
@@ -227,8 +232,10 @@ class Bench:
         return [TokenDocument(tuple(row), (True,) * len(row), 0) for row in out.tolist()]
 
     def model(self, name: str) -> Any:
-        """A teacher: in the merged file's 16 bit on a GPU, fp32 on a CPU."""
-        dtype = torch.float16 if DEVICE.type == "cuda" and name == "merged" else teacher.product_dtype(DEVICE)
+        """A teacher: on a GPU the merged one in float16 where it runs in it, else in bfloat16; fp32 on a CPU."""
+        runs = overflows_in_float16(read_json(self.base / "config.json")) is None
+        half = DEVICE.type == "cuda" and name == "merged" and runs
+        dtype = torch.float16 if half else teacher.product_dtype(DEVICE)
         return variants.load(name, self.sources, device=DEVICE, dtype=dtype)
 
 

@@ -1,6 +1,6 @@
-"""The demo's texts with WikiText-2 as the general text: more of it than a package ships.
+"""A recipe's texts with WikiText-2 as the general text: more of it than a package ships.
 
-    python bench/wikitext.py --texts recipes/smollm2-pydocs/work/texts --wikitext DIR --out FOLDER
+    python bench/wikitext.py --texts recipes/RECIPE/work/texts --wikitext DIR --out FOLDER
 
 DIR holds wikitext2-valid.txt (becomes the calibration text) and wikitext2-test.txt (held out). One article, one document.
 """

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from requant.recipe import load
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-DEMO = "smollm2-pydocs"  # a test of its own: tests/run/test_demo_inputs.py
+REAL = {"smollm2-pydocs", "gemma3-word-problems"}  # real fine-tunes, with tests of their own in tests/run
 KINDS = {
     "gemma-2-9b": "gemma2",
     "gemma-3-12b": "gemma3",
@@ -45,7 +45,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 def test_every_recipe_has_its_family() -> None:
-    assert KINDS.keys() == {file.parent.name for file in FOLDER.glob("*/recipe.yaml")} - {DEMO}
+    assert KINDS.keys() == {file.parent.name for file in FOLDER.glob("*/recipe.yaml")} - REAL
 
 
 def small(name: str, out: Path) -> Path:
