@@ -1,5 +1,5 @@
 # make demo   merge, requantize and measure a real fine-tune on this machine's CPU (installs everything it needs)
-# make demo-gemma3   the same with Gemma 3 270M and chats (240 MB to download)
+# make demo-gemma3   the same with Gemma 3 270M and chats (240 MB to download), once its train.py has made the adapter
 # make test   the tests          make quick   those that take a moment: under 90 seconds in all
 # make campaign   200 kills, 10,000 mutated inputs and the rest of tests/campaigns (SEED=7): an hour or two
 # make docs   the pages of docs/ as a site in site/, in an environment of its own; links are checked
