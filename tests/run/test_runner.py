@@ -84,6 +84,7 @@ def test_a_run_directory_holds_what_the_manual_says(finished: Path, project: Pat
     expected = [(kind, stage) for stage in STAGES for kind in ("start", "done")]
     assert [(e["event"], e["stage"]) for e in events] == expected
     assert all(f"{stage}: done" in (finished / "log.txt").read_text() for stage in STAGES)
+    assert "a few rows, recomputed in fp64" in (finished / "log.txt").read_text()
 
 
 def test_the_merged_model_is_the_adapter(finished: Path) -> None:

@@ -37,9 +37,11 @@ def run_merge(context: RunContext, key: str) -> MergeStageResult:
         progress=context.watcher.progress,
         ranks=current_ranks(),
     )
+    context.watcher.doing("a few rows, recomputed in fp64")
     proof = selftest.self_test(plan, out)
     _prove_float16(context, merged, out)
     orders = expert_order.sentences(plan.adapters)
+    context.watcher.doing("waiting for the disk, and digests of the files")
     artifact.finish(key, {"stage": "merge", "requant": __version__} | ({"experts": orders} if orders else {}))
     return cast(MergeStageResult, asdict(merged) | {"selftest": asdict(proof)})
 

@@ -24,7 +24,7 @@ from requant.recipe.fields import absolute
 from requant.run import disk_space, expert_order, prepare
 from requant.run.context import RunContext
 from requant.run.convert_stage import CONVERTED
-from requant.run.observer import Outcome, Watcher
+from requant.run.observer import LoggedWatcher, Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.shared_inputs import SharedInputs
 from requant.run.stages import STAGES, Stage, stage_named, stages_of
@@ -84,6 +84,7 @@ def run_prepared(
     the recipe does not keep are left to them, for `discard_artifacts`.
     """
     wanted, directory = prepared.recipe, directory_of(prepared.recipe, beside or ())
+    watcher = LoggedWatcher(watcher)
     directory.check()
     stages = runnable_stages(prepared, until, ranks, suggest=suggest)
     _leave_out_places(prepared, directory.path)
