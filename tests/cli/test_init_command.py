@@ -11,7 +11,7 @@ from helpers.command_line import Here
 from helpers.e2e import copied
 
 from requant import recipe as recipes
-from requant.run.check.input_widths import input_widths
+from requant.run.check.input_widths import input_widths, known_positions
 
 
 @pytest.fixture
@@ -69,3 +69,26 @@ def test_widths_are_those_of_the_model_class(tmp_path: Path, config: dict[str, o
     small = {"num_hidden_layers": 2, "n_layer": 2, "vocab_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(config | small))
     assert input_widths(tmp_path) == widths
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 256}, 256),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1024),
+        ({"model_type": "mamba"}, None),
+        ({"model_type": "no-such-model", "n_positions": 1024}, None),
+    ],
+)
+def test_positions_are_those_of_the_config(tmp_path: Path, config: dict[str, object], positions: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert known_positions(tmp_path) == positions
+
+
+def test_windows_of_a_new_recipe_fit_the_positions_of_the_base(here: Here, project: Path, tmp_path: Path) -> None:
+    mine = copied(project, tmp_path / "p")
+    here.monkeypatch.chdir(mine)
+    assert here("init", "./adapter", "-o", "mine.yaml") == 0
+    recipe = recipes.load("mine.yaml")
+    assert (recipe.calibration.length, recipe.evaluate.window) == (256, 256)
+    assert (mine / "mine.yaml").read_text().count("default 2048; the base has 256 positions") == 2

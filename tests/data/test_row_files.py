@@ -6,12 +6,18 @@ import gzip
 import hashlib
 import json
 import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from requant.data import row_files, text_files
 from requant.data.row_files import TextSource, read_rows
@@ -226,3 +232,76 @@ def test_a_file_of_line_ends_is_not_read_for_minutes(
         else:
             with pytest.raises(InputError, match=rf"{name}: more than 10 lines: set data\.documents"):
                 read(file, data)
+
+
+# --- the hub ---
+
+
+class Silent(BaseHTTPRequestHandler):
+    """A hub that answers every question with "not found"."""
+
+    def do_HEAD(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def asked_offline(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Stands in for the library: whether it was told that there is no network, for each call."""
+    told: list[bool] = []
+
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        told.append(datasets.config.HF_HUB_OFFLINE)
+        raise ValueError("what the library says")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+    return told
+
+
+def refused(dataset: str) -> str:
+    with pytest.raises(InputError) as error:
+        read_rows(TextSource(dataset=dataset, config="c", split="s"))
+    huggingface_hub.close_session()
+    return str(error.value)
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once(asked_offline: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        assert refused("owner/name") == (
+            "dataset owner/name:c:s: cannot be loaded: not in the cache of this machine, and the hub does not answer "
+            "(ConnectError). A local file is given as data: {path: ...}"
+        )
+    assert asked_offline == [True]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_offline_mode_is_named(asked_offline: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "and the hub is not asked, since HF_HUB_OFFLINE is set" in refused("owner/name")
+    assert asked_offline == [True]
+
+
+def test_of_a_hub_that_answers_the_library_says_what_is_wrong(
+    asked_offline: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        said = refused("owner/name")
+        server.shutdown()
+        thread.join()
+    assert "cannot be loaded: what the library says." in said
+    assert asked_offline == [False]
+
+
+def test_a_dataset_that_nobody_has_is_refused_by_the_library_without_a_network() -> None:
+    """The tests' own environment: HF_HUB_OFFLINE is set."""
+    assert "not in the cache of this machine" in refused("requant/no-such-dataset")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +260,30 @@ def test_parquet_json_and_txt(tmp_path: Path) -> None:
 )
 def test_unreadable_texts(project: Path, tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=rf"^\S+: calibration\.data\.path: .*{says}"):
         prepared(project, {"calibration.data.path": str(tmp_path / name)})
+
+
+def test_what_is_wrong_with_a_text_names_line_and_key(project: Path, tmp_path: Path) -> None:
+    """Of each section that names texts; a hub dataset that cannot be had is one of them."""
+    (tmp_path / "bad.jsonl").write_text("[]\n")
+    mix = [{"data": {"path": "./train.jsonl"}}, {"data": {"dataset": "requant/no-such-dataset"}}]
+    bad = {"path": str(tmp_path / "bad.jsonl")}
+    for changes, key, says in (
+        (
+            {"calibration": {"mix": mix, "samples": 8, "length": 64}},
+            "calibration.mix.1.data.dataset",
+            "dataset requant/",
+        ),
+        ({"evaluate.sets.1.data": bad}, "evaluate.sets.1.data.path", "bad.jsonl: holds no rows"),
+        ({"heal": {"steps": 2, "batch": 2, "length": 64, "data": bad}}, "heal.data.path", "bad.jsonl: holds no rows"),
+    ):
+        with pytest.raises(InputError) as error:
+            prepared(project, changes)
+        file, _, rest = str(error.value).partition(": ")
+        assert re.fullmatch(r"recipe\.yaml:\d+", file.rpartition("/")[2])
+        assert rest.startswith(f"{key}: ")
+        assert says in rest
 
 
 def with_longer_tokenizer(project: Path, out: Path) -> Path:

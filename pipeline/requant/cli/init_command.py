@@ -24,10 +24,10 @@ def init(
     from requant.recipe.template import starter
 
     if output is None:
-        print(visible(starter(adapter, widths=_input_widths)), end="")
+        print(visible(starter(adapter, widths=_input_widths, positions=_positions)), end="")
         return
     require_new(output)
-    write_new(output, starter(adapter, directory=output.parent, widths=_input_widths))
+    write_new(output, starter(adapter, directory=output.parent, widths=_input_widths, positions=_positions))
     say(f"{output} written: edit the lines marked FIXME, then `requant check {output}`")
 
 
@@ -39,3 +39,13 @@ def _input_widths(directory: Path) -> Collection[int]:
         from requant.run.check.input_widths import input_widths
 
         return input_widths(directory)
+
+
+def _positions(directory: Path) -> int | None:
+    """As `run.check.input_widths.known_positions`; imported as there."""
+    from requant.cli.foreign_output import quiet
+
+    with quiet():
+        from requant.run.check.input_widths import known_positions
+
+        return known_positions(directory)

@@ -23,6 +23,7 @@ MOST_ROWS = 3_000_000  # a row takes some hundred bytes, whatever it holds
 MOST_LINES = 15_000_000  # that are looked at, empty ones too: seconds
 PARQUET_ROWS = 128  # read at a time
 ROW_BYTES = 200  # of a row in memory, besides its text
+HUB_SECONDS = 5  # in which a hub has to answer at all
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -206,16 +207,40 @@ def _objects(where: str, rows: list[Any]) -> list[Row]:
 
 
 def _hub_rows(source: TextSource) -> list[Row]:
-    from datasets import load_dataset
+    """Rows of a hub dataset: from the cache alone where the hub does not answer, which is asked once and shortly."""
+    import datasets
 
+    silent = _why_no_hub()
+    before = datasets.config.HF_HUB_OFFLINE
     try:
-        table = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+        datasets.config.HF_HUB_OFFLINE = (
+            before or silent is not None
+        )  # else the library tries again for most of a minute
+        table = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises what it likes; the cause says more
         reason = " ".join(masked(str(error.__cause__ or error)).split())[:300]
+        if silent is not None:
+            reason = f"not in the cache of this machine, and {silent}"
         raise InputError(
             f"dataset {source}: cannot be loaded: {reason}. A local file is given as data: {{path: ...}}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
     return [_dense(row) for row in table]
+
+
+def _why_no_hub() -> str | None:
+    """Why the hub cannot be asked; None: it answers, whatever it says."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except OfflineModeIsEnabled:
+        return "the hub is not asked, since HF_HUB_OFFLINE is set"
+    except (HTTPError, OSError) as error:
+        return f"the hub does not answer ({type(error).__name__})"
+    return None
 
 
 def _dense(row: Row) -> Row:

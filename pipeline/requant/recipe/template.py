@@ -26,21 +26,31 @@ GROUPS = (128, 64, 32)
 SCHEMA_FILE = "requant.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
 """What tells editors of a schema beside the recipe; without that file they report an error, so it is left out."""
+LENGTH = 2048  # tokens of a window, by default
 Widths = Callable[[Path], Collection[int]]
 """Directory with config.json -> the inputs of the linears to quantize; none if they cannot be known."""
+Positions = Callable[[Path], int | None]
+"""Directory with config.json -> how many positions the model has; None if it has no limit or none is known."""
 
 
 def _unknown(directory: Path) -> Collection[int]:
     return ()
 
 
-def starter(adapter: str | Path, *, directory: str | Path = ".", widths: Widths = _unknown) -> str:
+def _no_limit(directory: Path) -> int | None:
+    return None
+
+
+def starter(
+    adapter: str | Path, *, directory: str | Path = ".", widths: Widths = _unknown, positions: Positions = _no_limit
+) -> str:
     """A commented YAML recipe for a PEFT adapter.
 
     Args:
         adapter: directory (as seen from the current directory) or hub id.
         directory: where the recipe will be saved; local paths in it are written as seen from there.
         widths: finds the inputs that `group_size` must divide.
+        positions: finds how many positions the base has, beyond which no window goes.
 
     Raises:
         InputError: no readable adapter_config.json, no base model in it, or a base to refuse.
@@ -53,8 +63,12 @@ def starter(adapter: str | Path, *, directory: str | Path = ".", widths: Widths 
         section += "  # FIXME: no tokenizer files beside this model or the adapter: copy those of training into one\n"
     editor = EDITOR_LINE if (directory / SCHEMA_FILE).is_file() else ""
     size, why = _group_size(widths(base.directory) if base.directory else ())
+    most = positions(base.directory) if base.directory else None
+    short = most is not None and 2 <= most < LENGTH
     return _TEMPLATE.format(
         editor=editor,
+        length=f"{most if short else LENGTH:<4}",
+        positions=f"; the base has {most:,} positions" if short else "",
         summary=_summary(config),
         name=f"{_slug(adapter)}-w4{f'g{size}' if size > 0 else ''}",
         base=section,
@@ -237,12 +251,12 @@ calibration:                # half what the model will do, half general text: ke
       format: text
       share: 1.0
   samples: 128              # count, default 128; more is a little better and slower
-  length: 2048              # tokens, default 2048
+  length: {length}              # tokens, default 2048{positions}
   seed: 0                   # count, default 0
 
 evaluate:
   protocol: documents       # documents | gptq-2048 | llamacpp-512, default documents; the others match papers
-  window: 2048              # tokens, default 2048
+  window: {length}              # tokens, default 2048{positions}
   sets:                     # the first one is where retention of the fine-tune is computed (in_domain)
     - name: in-domain
       data:

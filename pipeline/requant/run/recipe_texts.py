@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -18,7 +19,8 @@ from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
 from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal
-from requant.recipe.text_sections import Data
+from requant.recipe.text_sections import Calibration, Data
+from requant.recipe.yaml_document import KeyPath
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -79,8 +81,7 @@ def calibration(
     notes: what was left out or changed is added. read: `tokenize`, or what remembers what that gave.
     """
     c = recipe.calibration
-    sources = [(source_of(e.data, recipe.directory), e) for e in c.entries]
-    entries = [(str(s), read(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in sources]
+    entries = _mixed(recipe, ("calibration",), c, tokenizer, notes, read)
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     windows = packing.calibration_windows(
         entries, samples=c.samples, length=c.length, seed=c.seed, bos=bos, eos=tokenizer.eos_token_id
@@ -97,6 +98,29 @@ def calibration(
     return [documents for _, documents, _ in entries], windows, facts
 
 
+def _mixed(
+    recipe: Recipe, key: KeyPath, section: Calibration | Heal, tokenizer: Any, notes: list[str] | None, read: Tokenize
+) -> list[tuple[str, list[TokenDocument], float]]:
+    """(name, documents, share) of each text of a section."""
+    entries = []
+    for i, e in enumerate(section.entries):
+        source = source_of(e.data, recipe.directory)
+        with _placed(recipe, (*key, *(("mix", i) if section.mix else ()), "data"), e.data):
+            documents = read(source, tokenizer, e.format, completions=False, notes=notes)
+        entries.append((str(source), documents, e.share))
+    return entries
+
+
+@contextmanager
+def _placed(recipe: Recipe, key: KeyPath, data: Data) -> Iterator[None]:
+    """What is wrong with a text begins with file, line and key of the recipe that names it."""
+    try:
+        yield
+    except InputError as error:
+        named = next(name for name in ("path", "dataset", "builtin") if getattr(data, name) is not None)
+        raise InputError(f"{recipe.place(*key, named)}: {error}") from error
+
+
 def healing(
     recipe: Recipe,
     section: Heal,
@@ -109,9 +133,9 @@ def healing(
 
     calibrated: the documents of the calibration sources, which are the text when the section names none.
     """
-    own = [(source_of(e.data, recipe.directory), e) for e in section.entries]
+    own = bool(section.entries)
     if own:
-        entries = [(str(s), read(s, tokenizer, e.format, completions=False, notes=notes), e.share) for s, e in own]
+        entries = _mixed(recipe, ("heal",), section, tokenizer, notes, read)
     else:
         named = [str(source_of(e.data, recipe.directory)) for e in recipe.calibration.entries]
         entries = list(zip(named, map(list, calibrated), (e.share for e in recipe.calibration.entries), strict=True))
@@ -146,15 +170,19 @@ def evaluation_set(
     from requant_eval.scoring import windows as ev
 
     e = recipe.evaluate
-    item = next(s for s in e.sets if s.name == name)
+    index, item = next((i, s) for i, s in enumerate(e.sets) if s.name == name)
     source = source_of(item.data, recipe.directory)
+    placed = _placed(recipe, ("evaluate", "sets", index, "data"), item.data)
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     if e.protocol != "documents":
-        ids = tokenizer("\n\n".join(read_texts(source)), verbose=False)["input_ids"]
+        with placed:
+            texts = read_texts(source)
+        ids = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
         documents = [ev.Document(tuple(ids if bos is None or ids[:1] == [bos] else [bos, *ids]))]
     else:
         completion = item.score == "completion"
-        rows = read(source, tokenizer, item.format, completions=completion, notes=notes)
+        with placed:
+            rows = read(source, tokenizer, item.format, completions=completion, notes=notes)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
         documents = [_document(row, item.document_tokens, completion=completion) for row in rows]
         if notes is not None:

@@ -3,7 +3,7 @@
     forecast           seconds and memory of every stage   <- start here
     forecast_merge     the same of the merge
     rehearsal          one block of random weights run, quantized, scored and timed
-    input_widths       widths of the linears, which a group size must divide
+    input_widths       widths, which a group size must divide, and positions, which windows must fit
     held_out           whether evaluation sets have enough documents
     sample_texts       the first documents of every text as the model will see them
     delta_prediction   how much of the adapter's delta the grid will keep

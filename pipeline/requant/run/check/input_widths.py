@@ -1,4 +1,4 @@
-"""Widths of a model's linears, from its config.json: what a group size must divide."""
+"""Of a config.json: widths, which a group must divide, and positions, which windows fit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from requant.modeling.blocks import block_linears, block_list
 from requant.quantize.plan import quantizable
 
 log = logging.getLogger(__name__)
+UNREADABLE = (InputError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+"""What a config raises that transformers does not know or cannot use."""
 
 
 def input_widths(directory: Path) -> set[int]:
@@ -18,7 +20,16 @@ def input_widths(directory: Path) -> set[int]:
     try:
         model = skeleton.open_model(directory)
         linears = quantizable(block_linears(block_list(model)[1]))
-    except (InputError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError) as error:
+    except UNREADABLE as error:
         log.debug("widths are not known: %s", error)
         return set()
     return {m.in_features for m in linears.values()}
+
+
+def known_positions(directory: Path) -> int | None:
+    """Number of positions that the config declares; None if it declares none or cannot be read."""
+    try:
+        return skeleton.positions(skeleton.load_config(directory))
+    except UNREADABLE as error:
+        log.debug("positions are not known: %s", error)
+        return None
