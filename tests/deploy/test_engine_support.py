@@ -343,6 +343,11 @@ def test_classes_that_an_engine_refuses() -> None:
     refused = replace(target.classes, refuses={"LlamaForCausalLM": "not at all"})
     got = engine_support.judge(*planned("llama", **LLAMA), replace(target, classes=refused))
     assert got.problems == ("LlamaForCausalLM: not at all",)
+    refused = replace(target.classes, refuses_gptq={"LlamaForCausalLM": "not so"})
+    got = engine_support.judge(*planned("llama", **LLAMA), replace(target, classes=refused))
+    assert got.problems == ("LlamaForCausalLM: not so: serve it in compressed-tensors (output.formats)",)
+    other = planned("llama", Settings(grid=Grid(4, 32), format="compressed-tensors"), **LLAMA)
+    assert engine_support.judge(*other, replace(target, classes=refused)).problems == ()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -90,11 +90,13 @@ No layout of Mixtral is read by both sides. vLLM 0.32 finds `model.layers.0.bloc
 (`up_proj`: w3, `down_proj`: w2) and on `mlp.gate`, and with these names loads our tensors and gives our logits
 (`tests/merge/test_roundtrip.py`). Ours are the original checkpoint's, for servers.
 
-Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL MoE, Granite MoE, Gemma 4) are merged,
+Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL MoE, Granite MoE, Gemma 4, Llama 4) are merged,
 adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
 reads (`...mlp.experts.0.gate_proj.qweight`; below what was loaded). Where no server reads them so but one reads them in
-16 bit, they stay in 16 bit (`quantize.experts`; gpt-oss, which vLLM then reads in compressed-tensors). Those of Llama 4,
-DBRX and JetMoE, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule tells engines.
+16 bit, they stay in 16 bit (`quantize.experts`; gpt-oss, which vLLM then reads in compressed-tensors). Those of DBRX and
+JetMoE, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule tells engines. So do experts
+that only images reach (ERNIE 4.5 VL: text and images have experts of their own, in one list in the file), since text says
+nothing about their inputs. Experts without weights (LongCat Flash) return their input, as in its class.
 
 In 16 bit at every size, since engines build them so: routers, indexers, gates of one output a head (`in_proj_b`,
 `in_proj_a`, `shared_expert_gate`). And matrices whose sizes are no multiple of 32, like the input projection of some
@@ -115,8 +117,9 @@ them with the source (18 families: `tests/merge/test_extra_heads.py`).
 Encoders and decoders whose blocks all attend to an encoder (BERT, BART, Whisper) are refused by `check`. A matrix that
 a file holds as one and transformers' class as several (qkv of the towers of Kimi K2.5, Nemotron H Omni, Qianfan), with rows
 in another order or not, is read, merged into and written as the file has it (`tests/merge/test_cut_linears.py`); so are
-convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3). Other tensors that transformers
-makes of several while it loads are refused.
+convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3), and routers held transposed, with
+one bias for two of them (ERNIE 4.5 VL: `tests/modeling/test_stored_parameters.py`). Other tensors that transformers makes
+of several while it loads are refused.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
 merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our

@@ -136,6 +136,7 @@ def _registry(registry: Registry, classes: list[str]) -> str:
     others = [c for c in classes if c not in registry.own and c not in registry.generic]
     refused = [f"{c} ({why})" for c, why in registry.refuses.items() if c in classes]
     refused += [f"{c} with quantized experts ({why})" for c, why in registry.refuses_experts.items() if c in classes]
+    refused += [f"{c} in GPTQ ({why})" for c, why in registry.refuses_gptq.items() if c in classes]
     lines = [
         f"**{registry.name}** has {len(own)} of them" + (f"; it refuses {'; '.join(refused)}" if refused else "") + "."
     ]

@@ -108,6 +108,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "cosmos3_edge": {"text_config.rope_parameters": _MROPE},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]}},
+    "longcat_flash": {"zero_expert_num": 2, "num_attention_heads": 4, "expert_ffn_hidden_size": 64},
     "glm5_next": {"text_config.index_topk": 16},
     "recurrent_gemma": {"use_cache": False, "num_hidden_layers": 3},
     "step3p7": {"text_config.sliding_window": 16},
@@ -117,7 +118,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "mllama": {"text_config.num_hidden_layers": 3, "text_config.cross_attention_layers": [1]},
 }  # fmt: skip
-_CHANGES["gemma3n"] = {f"text_config.{k}": v for k, v in _CHANGES["gemma3n_text"].items()}
+_CHANGES["gemma3n"] = {f"text_config.{k}": v for k, v in _CHANGES["gemma3n_text"].items()} | {
+    "vision_config.model_args": {"channel_multiplier": 0.05, "num_features": 64},  # of timm's MobileNet V5
+}
 
 
 def kinds() -> dict[str, str]:

@@ -19,6 +19,7 @@ class Registry:
     own: the engine has a model file for it. generic: it runs it by transformers' code, and says so. asks: methods of a
     class of transformers, one of which must answer yes for the engine to run a class it does not know. refuses: own
     class -> what goes wrong with any GPTQ checkpoint of it. refuses_experts: the same with quantized experts only.
+    refuses_gptq: the same in GPTQ only, not in other formats.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Registry:
     asks: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     refuses_experts: Mapping[str, str] = field(default_factory=dict)
+    refuses_gptq: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, architecture: str, model_class: type) -> Has:
         """How the engine runs what config.json calls `architecture`, of the class `model_class`."""
@@ -121,6 +123,9 @@ VLLM = Registry(
     },
     refuses_experts={
         "GptOssForCausalLM": "it passes over single experts, whose weights would be random",
+    },
+    refuses_gptq={
+        "LongcatFlashForCausalLM": "it takes the matrix of q_a_proj and kv_a_proj_with_mqa for one in 16 bit",
     },
 )
 

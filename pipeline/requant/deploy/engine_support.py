@@ -140,6 +140,8 @@ def _by_class(plan: Plan, model: nn.Module, target: Target) -> tuple[list[str], 
             remarks.append(f"{name} by transformers' code, as {classes.name} has no such class")
         if name in classes.refuses:
             problems.append(f"{name}: {classes.refuses[name]}")
+        elif name in classes.refuses_gptq and plan.format.name == "gptq":
+            problems.append(f"{name}: {classes.refuses_gptq[name]}: serve it in compressed-tensors (output.formats)")
         elif name in classes.refuses_experts and any(EXPERT.fullmatch(n) for n in plan.grids):
             problems.append(f"{name}: {classes.refuses_experts[name]}: leave them in 16 bit (quantize.experts)")
     if experts_left(plan):

@@ -280,7 +280,8 @@ def _tuned(
     stored_as = {id(zeros[old]): name for old, name in stored_as.items()}
     tuned = peft_runtime.attach(model, sources.plan or sources.adapter, structure=True).eval()
     names = {n: stored_as[id(p)] for n, p in tuned.named_parameters(remove_duplicate=False) if id(p) in stored_as}
-    skeleton.place(tuned, {n: tuned.get_parameter(n).detach().to("meta") for n in names}, transpose=False)
+    parameters = dict(tuned.named_parameters(remove_duplicate=False))
+    skeleton.place(tuned, {n: parameters[n].detach().to("meta") for n in names}, transpose=False)
     return tuned, names
 
 

@@ -162,7 +162,8 @@ class QuantizedFormat(StoredFormat):
     second time; None: nowhere. pack_stream: `pack` of codes that are a stream of bits along the inputs already, int32
     [in*bits/32, out]; None: this layout holds no such stream. with_zeros: how a checkpoint is written in which a linear
     has zero points; None: alike. config_keys: of config.json, under which the config is written. zero_rounding: the
-    largest relative change of a zero point by how it is stored.
+    largest relative change of a zero point by how it is stored. by_class: engines take every module of the class Linear
+    for quantized that no rule names, whatever the file holds.
     """
 
     pack: Pack
@@ -174,6 +175,7 @@ class QuantizedFormat(StoredFormat):
     with_zeros: QuantizedFormat | None = None
     config_keys: tuple[str, ...] = ("quantization_config",)
     zero_rounding: float = 0.0
+    by_class: bool = False
 
     def of(self, *, symmetric: bool) -> QuantizedFormat:
         """The layout of a checkpoint whose linears are all symmetric, or not."""

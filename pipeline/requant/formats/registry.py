@@ -62,6 +62,7 @@ COMPRESSED_TENSORS = QuantizedFormat(
     rules=compressed_tensors.CompressedTensorsRules,
     reader=CompressedTensorsReader,
     checks=compressed_tensors_checks.CompressedTensorsChecks(),
+    by_class=True,
 )
 _AUTO_ROUND = QuantizedFormat(
     name="auto-round",
@@ -78,6 +79,7 @@ _AUTO_ROUND = QuantizedFormat(
     rules=auto_round.AutoRoundRules,
     reader=AutoRoundReader,
     checks=auto_round_checks.AutoRoundChecks(),
+    by_class=True,
 )
 AUTO_ROUND = replace(
     _AUTO_ROUND,

@@ -23,7 +23,7 @@ from requant.adapters.trained_tokens import TrainedTokens
 from requant.errors import InputError
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
-from requant.modeling import linears, skeleton
+from requant.modeling import conversions, linears, skeleton
 from requant.modeling.blocks import block_list, towers
 from requant.modeling.moe import split_experts
 
@@ -211,7 +211,7 @@ def _located(plan: MergePlan, model: Any, known: Set[str], known_stems: Mapping[
     if module not in known:
         module = locate(module, known, known_stems)
     if module not in known:
-        module = locate(skeleton.renamed(model, f"{module}.weight").removesuffix(".weight"), known, known_stems)
+        module = locate(conversions.renamed(model, f"{module}.weight").removesuffix(".weight"), known, known_stems)
     return module
 
 

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from requant.merge.base_weights import BaseWeights
-from requant.modeling import cut_linears, joined_parts, skeleton
+from requant.modeling import conversions, cut_linears, joined_parts, skeleton, stored_parameters
 from requant.modeling.cut_linears import Cut
 from requant.modeling.stacked_experts import StackedParameter, stacked
 from requant.modeling.unplaced import Unplaced
@@ -50,14 +50,14 @@ class ModelLayout:
         placed = {part.name for parameter in fused.values() for part in parameter.parts}
         return cls(
             names=names,
-            conv1d=frozenset(skeleton.conv1d_modules(model)),
+            conv1d=frozenset(skeleton.conv1d_modules(model) | stored_parameters.transposed(model)),
             tied=skeleton.tied_pair(model),
             embedding=f"{embedding}.weight",
             cuts=cut_linears.cuts(model),
             joins=joined_parts.joined_linears(model),
             fused=fused,
-            current_name=lambda name: skeleton.renamed(model, name),
-            converted=lambda name: skeleton.converted(model, name),
+            current_name=lambda name: conversions.renamed(model, name),
+            converted=lambda name: conversions.converted(model, name),
             unplaced=Unplaced.of(model, shapes, placed),
             model_class=type(model).__name__,
         )

@@ -6,7 +6,9 @@
     blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split
     embedding_rows       refuses texts with tokens that the model has no embedding for
+    conversions          transformers' renamings and conversions of a checkpoint's tensors
     cut_linears          Linears that a checkpoint holds as one matrix, and the class as several
+    stored_parameters    parameters of routers that a checkpoint holds transposed or several in one
     joined_parts         convolutions that a checkpoint holds in parts
     config_limits        sizes in config.json that the weights do not explain
     families             what structure does not tell of a model family: one entry each

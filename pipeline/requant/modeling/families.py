@@ -36,15 +36,17 @@ class Family:
     """One build of transformer blocks. Names are the last part of a module's name.
 
     model_types: of transformers, without claim to be complete. linear_classes: subclasses of nn.Linear whose forward is
-    the same product. fused: an engine's matrix -> the linears it is made of. For several GPUs, where an engine cuts
-    matrices: by_inputs: cut by their inputs, for they lead back into the residual stream; fused_heads: q, k and v in
-    one, cut by attention heads; key_heads: cut by key heads, repeated where there are fewer than GPUs; uncut: whole on
-    every GPU. called: a module around linears -> what engines call it when they look up its settings, where that is not
-    its name in the checkpoint.
+    the same product. expert_classes: fused experts, not marked as such by transformers, whose tensors are gate_up_proj
+    and down_proj and whose product is down(act(gate) * up). fused: an engine's matrix -> the linears it is made of. For
+    several GPUs, where an engine cuts matrices: by_inputs: cut by their inputs, for they lead back into the residual
+    stream; fused_heads: q, k and v in one, cut by attention heads; key_heads: cut by key heads, repeated where they are
+    fewer than GPUs; uncut: whole on every GPU. called: modules around linears -> what engines call them when they look
+    up their settings, where that is not their name in the checkpoint.
     """
 
     model_types: tuple[str, ...]
     linear_classes: frozenset[str] = frozenset()
+    expert_classes: frozenset[str] = frozenset()
     fused: Mapping[str, Fused] | None = None
     by_inputs: frozenset[str] = frozenset()
     fused_heads: frozenset[str] = frozenset()
@@ -128,6 +130,32 @@ FAMILIES = (
         key_heads=frozenset({"k_proj", "v_proj"}),
         called={"mamba": "mixer"},
     ),
+    Family(  # experts of text and of images; in checkpoints one list, in engines two modules
+        model_types=("ernie4_5_vl_moe",),
+        fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+        called={
+            "text_moe.experts": "text_experts",
+            "vision_moe.experts": "vision_experts",
+            "text_moe.gate": "text_experts_gate",
+            "vision_moe.gate": "vision_experts_gate",
+        },
+    ),
+    Family(
+        model_types=("llama4", "llama4_text"),
+        expert_classes=frozenset({"Llama4TextExperts"}),
+        fused={"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
+    Family(  # latent attention twice in each block; experts without weights
+        model_types=("longcat_flash",),
+        expert_classes=frozenset({"LongcatFlashExperts"}),
+        fused={"gate_up_proj": _GATE_UP, "fused_qkv_a_proj": _LATENT},
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        uncut=frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    ),
     Family(
         model_types=("granitemoe",),
         fused={"qkv_proj": _QKV},
@@ -174,14 +202,18 @@ FAMILIES = (
 
 IN_16_BIT = re.compile(
     r"(.*\.)?(in_proj_(a|b|ba)|linear_attn\.a_proj|b_proj|shared_expert_gate|gate\.wg"
-    r"|indexer\.(\w+\.)*(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+)"
+    r"|indexer\.(\w+\.)*(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+|vision_moe\..+)"
 )
-"""Linears that stay in 16 bit: routers, gates of one output a head, what engines build without quantized weights."""
+"""Linears that stay in 16 bit: routers, gates of one output a head, what engines build without quantized weights.
+
+And experts of images alone: text, on which a model is calibrated, never reaches them.
+"""
 
 NEEDS_BFLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "glm4"})
 """Model types whose activations exceed float16's range: in float16 they give NaN, and vLLM refuses it."""
 
 LINEAR_CLASSES = frozenset[str]().union(*(f.linear_classes for f in FAMILIES))
+EXPERT_CLASSES = frozenset[str]().union(*(f.expert_classes for f in FAMILIES))
 FUSED: dict[str, Fused] = {name: fused for f in FAMILIES for name, fused in (f.fused or {}).items()}
 BY_INPUTS = frozenset[str]().union(*(f.by_inputs for f in FAMILIES))
 FUSED_HEADS = frozenset[str]().union(*(f.fused_heads for f in FAMILIES))
@@ -199,9 +231,10 @@ def fused_groups(names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]
 
 def called(linear: str) -> str | None:
     """The name by which engines look up a linear's settings, where that is not its own; None: it is."""
-    steps = linear.split(".")
-    other = ".".join([*(CALLED.get(step, step) for step in steps[:-1]), steps[-1]])
-    return None if other == linear else other
+    other = f".{linear}."
+    for module, name in CALLED.items():
+        other = other.replace(f".{module}.", f".{name}.")
+    return None if other == f".{linear}." else other[1:-1]
 
 
 def fused_patterns(names: Collection[str]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from requant.modeling.families import LINEAR_CLASSES
-from requant.modeling.moe import SplitExperts
+from requant.modeling import moe
+from requant.modeling.families import EXPERT_CLASSES, LINEAR_CLASSES
 
 
 class TransposedLinear(nn.Linear):
@@ -37,13 +37,14 @@ def expose(model: nn.Module, single: Callable[[str], bool]) -> None:
             inputs, outputs = module.weight.shape
             _replace(model, name, TransposedLinear(inputs, outputs, bias=module.bias is not None, device="meta"))
         elif _splittable(module) and single(name):
-            _replace(model, name, SplitExperts(module))
+            _replace(model, name, moe.split(module))
             module._parameters.clear()  # the module lives on for its way to combine gate and up
 
 
 def _splittable(module: Any) -> bool:
-    """Fused experts of transformers 5 (integrations/moe.py), but for those with a norm of their own."""
-    return fused_experts(module) and not getattr(module, "has_post_expert_norm", False)  # 5.17 has none
+    """Fused experts of transformers 5 (integrations/moe.py), and of classes that hold them in the same two tensors."""
+    own = type(module).__name__ in EXPERT_CLASSES and module.gate_up_proj is not None
+    return fused_experts(module) or own
 
 
 def fused_experts(module: nn.Module) -> bool:

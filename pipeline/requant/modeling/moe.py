@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,7 +28,11 @@ class StackedLayout:
 
     @classmethod
     def of(cls, fused: Any) -> StackedLayout:
-        """The layout of transformers' module of fused experts."""
+        """The layout of transformers' module of fused experts; of one that does not say, by its shapes."""
+        if not hasattr(fused, "is_concatenated"):
+            first, last = fused.gate_up_proj.shape[1:], fused.down_proj.shape[1:]
+            transposed = (first[1], first[0]) == (2 * last[0], last[1])
+            return cls(gated=True, interleaved=False, transposed=transposed)
         gated = bool(fused.has_gate)
         return cls(gated=gated, interleaved=gated and not fused.is_concatenated, transposed=bool(fused.is_transposed))
 
@@ -54,9 +60,10 @@ class Expert(nn.Module):
             rows, columns = getattr(fused, leaf).shape[1:]
             outputs, inputs = (columns, rows) if layout.transposed else (rows, columns)
             for role in roles:
-                linear = nn.Linear(inputs, outputs // len(roles), bias=fused.has_bias, device="meta")
+                bias = getattr(fused, "has_bias", False)
+                linear = nn.Linear(inputs, outputs // len(roles), bias=bias, device="meta")
                 self.add_module(role, linear)
-        self._combine = fused._apply_gate if layout.gated else fused.act_fn
+        self._combine = getattr(fused, "_apply_gate", partial(_gated, fused.act_fn)) if layout.gated else fused.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
         linears: Any = self._modules
@@ -64,6 +71,12 @@ class Expert(nn.Module):
         whole = torch.stack(parts, dim=-1).flatten(-2) if self.interleaved else torch.cat(parts, dim=-1)
         result: Tensor = linears["down_proj"](self._combine(whole))
         return result
+
+
+def _gated(act: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:
+    """What the classes do that have no method for it."""
+    gate, up = whole.chunk(2, dim=-1)
+    return act(gate) * up
 
 
 class SplitExperts(nn.Module):
@@ -76,12 +89,16 @@ class SplitExperts(nn.Module):
     leader: (at most one) experts that run before these on the same tokens with other hidden states. The leader's rows
     come first in each input here, so that the two inputs can be compared row by row. Neither `floor` nor `leader`
     changes what the forward returns.
+    identities: experts behind the others that return their input; they have no weights. post_expert_norm: of the class,
+    where it has one, on each expert's output.
     """
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
         self.layout = StackedLayout.of(fused)
         self.count = int(fused.down_proj.shape[0])
+        self.identities = int(getattr(fused, next(iter(self.layout.roles))).shape[0]) - self.count
+        self.post_expert_norm = fused.post_expert_norm if getattr(fused, "has_post_expert_norm", False) else None
         for index in range(self.count):
             self.add_module(str(index), Expert(fused, self.layout))
         self.floor = 0.0
@@ -90,18 +107,23 @@ class SplitExperts(nn.Module):
         self.routed, self.added = [0] * self.count, [0] * self.count
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, width], top_k_* [tokens, k]; index `count` means no expert."""
+        """hidden_states [tokens, width], top_k_* [tokens, k]; the index behind all experts means none."""
         rows = self._rows(top_k_index, hidden_states.shape[0])
-        weights = top_k_weights.new_zeros(hidden_states.shape[0], self.count + 1).scatter_(
+        weights = top_k_weights.new_zeros(hidden_states.shape[0], self.count + self.identities + 1).scatter_(
             1, top_k_index, top_k_weights
         )
         out = torch.zeros_like(hidden_states)
         for index, own in enumerate(rows):
-            expert: nn.Module = self._modules[str(index)]  # type: ignore[assignment]
             share = weights[own, index, None]
-            result = (expert(hidden_states[own]) * share).masked_fill_(share == 0, 0)
+            result = (self._expert(index, hidden_states[own]) * share).masked_fill_(share == 0, 0)
             out.index_add_(0, own, result.to(out.dtype))
+        if self.identities:
+            out += (hidden_states * weights[:, self.count : -1].sum(dim=1, keepdim=True)).to(out.dtype)
         return out
+
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        out: Tensor = self._modules[str(index)](x)  # type: ignore[misc]
+        return out if self.post_expert_norm is None else self.post_expert_norm(out)
 
     def share_added(self, index: int) -> float:
         """Added rows of one expert as a share of all rows that it has seen while calibrating."""
@@ -111,7 +133,7 @@ class SplitExperts(nn.Module):
         """The token rows of each expert's input."""
         k = top_k_index.shape[1]
         flat = top_k_index.reshape(-1)
-        counts = torch.bincount(flat, minlength=self.count + 1).tolist()
+        counts = torch.bincount(flat, minlength=self.count + self.identities + 1).tolist()
         order = torch.argsort(flat, stable=True) // k
         rows: tuple[Tensor, ...] = torch.split(order, counts)[: self.count]
         if self.leader:
@@ -126,6 +148,30 @@ class SplitExperts(nn.Module):
             rows = filled
         self.rows = rows
         return rows
+
+
+class WeightedInputExperts(SplitExperts):
+    """Experts whose inputs come weighted already, all tokens to each of them, as zeros where it is not chosen."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states [experts * tokens, width]; outputs in the same places."""
+        inputs = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        chosen = (inputs != 0).any(dim=-1).T
+        most = max(1, int(chosen.sum(dim=1).max()))
+        index = chosen.int().topk(most, dim=1).indices
+        index[~chosen.gather(1, index)] = self.count
+        tokens, out = inputs.sum(dim=0), torch.zeros_like(inputs)
+        for number, own in enumerate(self._rows(index, inputs.shape[1])):
+            routed = chosen[own, number, None]  # others are here to calibrate on, weighted as where they go
+            x = torch.where(routed, inputs[number, own], tokens[own])
+            out[number, own] = self._expert(number, x).masked_fill(~routed, 0).to(out.dtype)
+        return out.view(hidden_states.shape)
+
+
+def split(fused: Any) -> SplitExperts:
+    """The experts of a layer, fused in one module of transformers, as Linears."""
+    weighted = not hasattr(fused, "is_concatenated") and len(signature(fused.forward).parameters) == 1
+    return (WeightedInputExperts if weighted else SplitExperts)(fused)
 
 
 def calibrate_experts(block: nn.Module, reference_block: nn.Module | None, floor: float = FLOOR) -> None:

@@ -7,7 +7,6 @@ a parameter is called in the checkpoint. Every matrix is a Linear here (`linears
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 
 from requant.checkpoint.reader import Weights, quantization_in, read_json, stored_names
 from requant.errors import library_call
-from requant.modeling import config_limits, cut_linears, joined_parts, linears, moe
+from requant.modeling import config_limits, conversions, cut_linears, joined_parts, linears, moe, stored_parameters
 from requant.modeling.families import EXPERT
 from requant.modeling.model_classes import model_class
 from requant.modeling.without_weights import without_weights
@@ -87,20 +86,23 @@ def build(
         with without_weights():
             model = _from_config(made, config, trust_remote_code=trust_remote_code)
         model.tie_weights()  # building on meta parts them
-        _rules(model)
+        conversions.of(model)
 
     @cache
     def single() -> set[str]:
         """Names of the modules whose experts the checkpoint holds one by one, as stored and as the model calls them."""
         found = {match[1] for name in stored() if (match := EXPERT.fullmatch(name))}
-        return found | {renamed(model, f"{name}.0").removesuffix(".0") for name in found}
+        return found | {conversions.renamed(model, f"{name}.0").removesuffix(".0") for name in found}
 
-    linears.expose(
-        model, lambda name: split or single_by_rule(model, name) or any(n in single() for n in spellings(model, name))
-    )
-    joined_parts.expose(model, _rules(model)[2])
-    if cuts := cut_linears.rules(_rules(model)[2]):
-        cut_linears.expose(model, cuts, [_renamed(model, name) for name in sorted(stored())])
+    def is_single(name: str) -> bool:
+        return split or conversions.single(model, name) or any(n in single() for n in spellings(model, name))
+
+    linears.expose(model, is_single)
+    every = conversions.of(model).converters
+    joined_parts.expose(model, every)
+    stored_parameters.expose(model, every)
+    if cuts := cut_linears.rules(every):
+        cut_linears.expose(model, cuts, [conversions.of(model).current(name) for name in sorted(stored())])
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -191,7 +193,7 @@ def found_names(model: nn.Module, names: Iterable[str], stored: Iterable[str]) -
     A stored name that no renaming was meant for, but one matches, counts as it is: so transformers does.
     """
     every = sorted(stored)  # renamings that go together are decided by the first of their names
-    have = {name: name for name in every} | {renamed(model, name): name for name in every}
+    have = {name: name for name in every} | {conversions.renamed(model, name): name for name in every}
     found = {}
     for name in names:
         spelled = next((n for n in spellings(model, name) if n in have), None)
@@ -204,61 +206,6 @@ def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
     """A name as it is, without the base model's prefix, and with it: a checkpoint may use any of them."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     return name, name.removeprefix(prefix), prefix + name
-
-
-def renamed(model: nn.Module, name: str) -> str:
-    """A checkpoint's tensor name as the model of today calls it."""
-    name = _renamed(model, name)
-    for pattern, role in _rules(model)[1]:
-        name = pattern.sub(role, name)
-    return cut_linears.renamed(name, cut_linears.rules(_rules(model)[2]))
-
-
-def _renamed(model: nn.Module, name: str) -> str:
-    """The name after transformers' renamings, before its conversions."""
-    for rule in _rules(model)[0]:
-        name = rule.rename_source_key(name)[0]
-    return name
-
-
-def converted(model: nn.Module, name: str) -> str | None:
-    """What transformers does with a stored tensor besides renaming it, such as "Chunk"; None: nothing."""
-    for rule in _rules(model)[2]:
-        if rule.rename_source_key(name)[1] is not None:
-            return ", ".join(type(operation).__name__ for operation in rule.operations)
-    return None
-
-
-def _rules(model: nn.Module) -> tuple[list[Any], list[tuple[re.Pattern[str], str]], list[Any]]:
-    """transformers' renamings for this model, (pattern, replacement) of expert weights, and all its conversions.
-
-    Which of an expert's weights is the gate is read off the conversion that fuses them: [gate, up] in this order.
-    """
-    found: Any = getattr(model, "_requant_rules", None)
-    if found is None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
-
-        every = get_model_conversion_mapping(model, add_legacy=False)
-        converters = [rule for rule in every if isinstance(rule, WeightConverter)]
-        experts = []
-        for rule in converters:
-            if type(rule.operations[0]) is not MergeModulelist:
-                continue
-            stem, _, leaf = rule.target_patterns[0].rpartition(".")
-            fused = [type(op) for op in rule.operations] == [MergeModulelist, Concatenate]
-            roles = moe.ROLES[:2] if fused and leaf == "gate_up_proj" else (leaf,)
-            for source, role in zip(rule.source_patterns, roles, strict=True):
-                pattern = re.escape(source.replace("\\", "")).replace(r"\*", r"(\d+)")
-                experts.append((re.compile(pattern), rf"{stem}.\1.{role}.weight"))
-        found = ([rule for rule in every if isinstance(rule, WeightRenaming)], experts, converters)
-        model._requant_rules = found
-    return found  # type: ignore[no-any-return]
-
-
-def single_by_rule(model: nn.Module, name: str) -> bool:
-    """Whether the family's checkpoints hold the experts of this module one by one, by transformers' conversions."""
-    return name.endswith(tuple(role.partition(r".\1.")[0] for _, role in _rules(model)[1]))
 
 
 def load_buffers(model: nn.Module, weights: Weights) -> None:

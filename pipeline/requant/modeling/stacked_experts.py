@@ -6,6 +6,7 @@ transformers 5 holds the experts of a layer in parameters [experts, rows, column
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from torch import nn
 
 from requant.checkpoint.pieces import Piece, PiecewiseCheckpoint
 from requant.checkpoint.reader import Checkpoint
-from requant.modeling import moe, skeleton
+from requant.modeling import conversions, moe, skeleton
 
 
 def stacked(
@@ -46,19 +47,26 @@ def _split(
     for leaf, roles in experts.layout.roles.items():
         linear: nn.Linear = experts.get_submodule(f"0.{roles[0]}")  # type: ignore[assignment]
         height, columns = linear.weight.shape
-        shape = (experts.count, height * len(roles), columns)
+        count = experts.count + (experts.identities if leaf != "down_proj" else 0)
+        shape = (count, height * len(roles), columns)
         whole = next((n for n in (f"{module}.{leaf}", f"{module}.{leaf}".partition(".")[2]) if n in shapes), None)
+        stored = {role: names.get(f"{module}.0.{role}.weight", "") for role in roles}
         places = [
-            (f"{module}.{expert}.{role}.weight", expert, i * height)
-            for expert in range(experts.count)
+            (names.get(f"{module}.{expert}.{role}.weight") or _other(stored[role], expert), expert, i * height)
+            for expert in range(count)
             for i, role in enumerate(roles)
         ]
         if whole is not None and shapes[whole] == shape:
             found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, parts=(Part(whole),))
-        elif all(n in names and shapes[names[n]] == (height, columns) for n, _, _ in places):
-            parts = tuple(Part(names[n], expert, first, first + height) for n, expert, first in places)
+        elif all(shapes.get(n) == (height, columns) for n, _, _ in places):
+            parts = tuple(Part(n, expert, first, first + height) for n, expert, first in places)
             found[f"{module}.{leaf}"] = StackedParameter(shape=shape, transposed=False, parts=parts)
     return found
+
+
+def _other(first: str, expert: int) -> str:
+    """The stored name of another expert's weight, by that of the first: experts without use have no module."""
+    return re.sub(r"\.experts\.0\.", f".experts.{expert}.", first)
 
 
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -91,7 +99,7 @@ def stored_pieces(model: nn.Module, stored: Collection[str]) -> dict[str, Piece]
     model: from `skeleton.build` with `split`. stored: names of the checkpoint. Families whose checkpoints hold experts
     one by one have no pieces. Named as servers name single experts: `<container>.experts.<index>.<role>.weight`.
     """
-    every = [(name, m) for name, m in moe.split_experts(model) if not skeleton.single_by_rule(model, name)]
+    every = [(name, m) for name, m in moe.split_experts(model) if not conversions.single(model, name)]
     stacked = [f"{name}.{leaf}{suffix}" for name, m in every for leaf in m.layout.roles for suffix in ("", "_bias")]
     tensors = skeleton.found_names(model, stacked, stored) if stacked else {}
     found: dict[str, Piece] = {}

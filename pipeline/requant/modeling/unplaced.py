@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from requant.modeling import skeleton
+from requant.modeling import conversions, skeleton
 from requant.modeling.blocks import block_list
+from requant.modeling.moe import split_experts
 
 Kind = Literal["state", "recomputed", "carried", "unknown"]
 Shape = tuple[int, ...]
@@ -108,15 +109,20 @@ class _Kinds:
         self.prefixes = {prefix, *_spellings(prefix, names)}
         self.ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         self.kept, self.computed = buffer_names(model)
+        self.identities = tuple(  # experts that return their input: transformers saves weights of them all the same
+            f"{name}.{m.count + i}." for name, m in split_experts(model) for i in range(m.identities)
+        )
 
     def of(self, name: str, shape: Shape) -> Kind:
-        spelled = skeleton.spellings(self.model, skeleton.renamed(self.model, name))
+        spelled = skeleton.spellings(self.model, conversions.renamed(self.model, name))
         if any(n in self.kept for n in spelled):
             return "state"
         if any(n in self.computed for n in spelled):
             return "recomputed"
         if any(pattern.fullmatch(name) and fits(shape) for pattern, fits in _RECOMPUTED):
             return "recomputed"
+        if any(n.startswith(self.identities) for n in spelled):
+            return "carried"
         if self._past_the_last(name) or any(_PREDICTION_HEAD.fullmatch(part) for part in name.split(".")):
             return "carried"
         return "carried" if any(pattern.search(name) for pattern in self.ignored) else "unknown"

@@ -41,6 +41,8 @@ def write_small_files(
     every = [*layout.grids, *layout.left, *layout.renamed.values()]
     # Engines hold experts in one module of its own class, and treat it as quantized unless a rule names it.
     overrides |= _fused(overrides) | _containers(overrides, every) | dict.fromkeys(layout.fused)
+    if layout.format.by_class:
+        overrides |= dict.fromkeys(layout.routers)
     overrides |= {other: own for name, own in overrides.items() if (other := called(name))}
     if layout.towers:
         outer = layout.prefix.rpartition(".")[0] + "."

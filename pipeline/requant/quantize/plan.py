@@ -16,10 +16,10 @@ from requant.checkpoint.writer import Slot
 from requant.errors import InputError, StageError
 from requant.formats.quantized_format import PackError, QuantizedFormat
 from requant.formats.registry import FORMATS
+from requant.modeling import linears as linear_classes
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, towers, waits_for_an_encoder, why_not_text
 from requant.modeling.families import EXPERT, in_16_bit
-from requant.modeling.linears import left_fused
 from requant.modeling.stacked_experts import stored_pieces
 from requant.modeling.unplaced import Unplaced, roots
 from requant.numerics.dtypes import SIXTEEN_BIT
@@ -69,6 +69,9 @@ class Plan:
     ] = ()  # modules beside the text decoder that hold linears, by the class's and the file's names
     pieces: Mapping[str, Piece] = field(default_factory=dict)  # of stacked tensors that the 16-bit checkpoint holds
     carried: tuple[str, ...] = ()  # modules that the model class leaves out and servers may run, in 16 bit
+    routers: tuple[
+        str, ...
+    ] = ()  # matrices of blocks that are no Linears here, by both names: engines may build them so
     outside: tuple[str, ...] = ()  # linears beside the blocks and towers, such as the head, in 16 bit
 
     @property
@@ -119,7 +122,7 @@ def plan(
     unplaced = Unplaced.of(model, {name: info.shape for name, info in tensors.items()})
     slots = _slots(_kept(tensors, unplaced, dtype), pieces, replaced)
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
-    fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in left_fused(model)))
+    fused = tuple(dict.fromkeys(n.rpartition(".")[0] for n in linear_classes.left_fused(model)))
     return Plan(
         format=written.of(symmetric=all(grid.symmetric for grid in grids.values())),
         slots=tuple(slots),
@@ -136,6 +139,7 @@ def plan(
         towers=_towers(model, names, tensors),
         pieces=pieces,
         outside=_outside(model, prefix),
+        routers=_routers(model, prefix, names),
     )
 
 
@@ -170,6 +174,18 @@ def _outside(model: nn.Module, prefix: str) -> tuple[str, ...]:
     """Names of the linears that are neither in the blocks nor in a tower."""
     inside = tuple(f"{root}." for root in (prefix, *towers(model)))
     return tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not f"{n}.".startswith(inside))
+
+
+def _routers(model: nn.Module, prefix: str, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Modules of the blocks with a matrix of their own that are no Linears, by the class's and the file's names."""
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2 or linear_classes.is_linear(module) or isinstance(module, nn.Embedding):
+            continue
+        if name.startswith(f"{prefix}."):
+            found |= dict.fromkeys((name, names.get(f"{name}.weight", name + ".weight").rpartition(".")[0]))
+    return tuple(found)
 
 
 def quantizable(linears: Mapping[str, Any]) -> dict[str, Any]:
