@@ -1,6 +1,7 @@
 """Bench of a whole `requant run`, from a cold process to the report, by stage.
 
-    python bench/whole.py RECIPE [--set heal=off] [--code . ../before] [--ranks 1 2] [--check] [--again] [--out FILE]
+    python bench/whole.py RECIPE [--set heal=off] [--code . ../before] [--ranks 1 2] [--check] [--again] [--keep FOLDER]
+        [--out FILE]
     python bench/whole.py --inputs smollm2 FOLDER [--documents 200 ...] -- [--set heal=off ...]
     python bench/whole.py --inputs random FOLDER --layers 8 -- [...]
 
@@ -162,6 +163,9 @@ def measured(code: Path, ranks: int, recipe: Path, args: argparse.Namespace, fol
     spans = stages(run, started, ended)
     inside = [s for span in spans if span[0] == "evaluate" for s in variants(run, span)]
     result |= {"seconds": ended - started, "stages": table(spans, samples), "evaluate": table(inside, samples)}
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / "log.txt", args.keep / f"{code.resolve().name}-{ranks}.txt")
     result["numbers"] = numbers(json.loads((run / "report.json").read_text()))
     if args.again:
         begun, over, _ = command(code, ["run", str(recipe), *words], folder / "again.txt")
@@ -212,6 +216,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="GPUs of each run")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the log of each run, with what each stage did")
     parser.add_argument("--out", type=Path)
     argv = sys.argv[1:]
     recipe = None

@@ -18,7 +18,7 @@ from helpers import pico
 from safetensors.torch import save_file
 
 from requant.checkpoint import device_loader, reader
-from requant.checkpoint.device_loader import DeviceLoader
+from requant.checkpoint.device_loader import DeviceLoader, load_onto, load_tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
 from requant.modeling import skeleton
@@ -46,6 +46,33 @@ def stored(tmp_path: Path) -> Checkpoint:
     }  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
     return Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_tensors_are_loaded_onto_a_device_as_they_are_read(
+    stored: Checkpoint, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    for name in stored:
+        expected = stored.read(name).to(dtype=dtype)
+        for loaded in (load_onto(stored, name, device, dtype), load_tensor(stored[name], device, dtype)):
+            assert (loaded.dtype, loaded.device.type) == (expected.dtype, device.type)
+            assert torch.equal(loaded.cpu(), expected), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_no_run_of_bytes_is_read_as_its_checkpoint_reads_it(stored: Checkpoint, device: torch.device) -> None:
+    """A decoded or selected tensor: its header says less than how it is read."""
+
+    class Doubled(Checkpoint):
+        def contiguous(self, name: str) -> bool:
+            return False
+
+        def read(self, name: str) -> torch.Tensor:
+            return super().read(name) * 2
+
+    doubled = Doubled(stored.path)
+    assert torch.equal(load_onto(doubled, "odd", device).cpu(), stored.read("odd") * 2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -176,17 +203,10 @@ def test_a_system_that_reads_less_than_asked_is_asked_again(
         assert torch.equal(DeviceLoader(CPU).load(stored[name], whole[name].dtype), whole[name])
 
 
-def test_only_a_gpu_has_tensors_brought(tmp_path: Path) -> None:
+def test_only_a_gpu_needs_a_loader(stored: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU tensors are read to their final place."""
-    checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float32))
-    walk = Walk(checkpoint, skeleton.open_model(checkpoint.path), device=CPU, dtype=torch.float32)
-    assert walk._device_loader is None
-    walk._device_loader = DeviceLoader(CPU)
-    brought = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
-    walk._device_loader = None
-    read = walk._read(walk.blocks[0], f"{walk.prefix}.0.")
-    assert brought.keys() == read.keys()
-    assert all(torch.equal(brought[name], read[name]) for name in read)
+    monkeypatch.setattr(device_loader, "_loader_of", None)
+    assert torch.equal(load_onto(stored, "many", CPU), stored.read("many"))
 
 
 def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
@@ -208,7 +228,6 @@ def test_what_is_made_while_it_is_read_is_not_brought(tmp_path: Path) -> None:
     checkpoint = Checkpoint(pico.save(pico.model(), tmp_path / "model", torch.float16))
     model = skeleton.open_model(checkpoint.path)
     walk = Walk(Doubled(checkpoint), model, device=CPU, dtype=torch.float32)
-    walk._device_loader = DeviceLoader(CPU)
     prefix = f"{walk.prefix}.0."
     for name, tensor in walk._read(walk.blocks[0], prefix).items():
         assert torch.equal(tensor, 2 * checkpoint.read(walk.names[prefix + name]).float())

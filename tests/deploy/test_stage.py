@@ -507,17 +507,17 @@ def test_tensors_are_compared_part_by_part() -> None:
     exact = float((now.double() - was.double()).norm() / was.double().norm())
     for size in (1000, 300, 7):
         parts = [torch.split(t, size) for t in (now, was)]
-        assert check_tensors._relative_distance(*parts, torch.device("cpu")) == pytest.approx(exact, rel=1e-5)
+        assert check_tensors._relative_distance(*parts) == pytest.approx(exact, rel=1e-5)
     zeros = [torch.zeros(4)]
-    assert check_tensors._relative_distance(zeros, zeros, torch.device("cpu")) == 0
-    assert check_tensors._relative_distance([torch.ones(4)], zeros, torch.device("cpu")) > check_tensors.OTHER_WEIGHTS
+    assert check_tensors._relative_distance(zeros, zeros) == 0
+    assert check_tensors._relative_distance([torch.ones(4)], zeros) > check_tensors.OTHER_WEIGHTS
 
 
 @pytest.mark.parametrize("at", [0, 4, 9])
 def test_every_part_of_a_tensor_is_looked_at(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_tensors, "PART", 3)
     tensor = torch.ones(2, 5)
-    assert not list(check_tensors._unquantized("norm", tensor, None, torch.device("cpu")))
+    assert not list(check_tensors._unquantized("norm", tensor, None))
     tensor.view(-1)[at] = torch.inf
-    (finding,) = check_tensors._unquantized("norm", tensor, None, torch.device("cpu"))
+    (finding,) = check_tensors._unquantized("norm", tensor, None)
     assert finding.reason == "1 of 10 values are not finite"

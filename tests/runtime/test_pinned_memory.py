@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from requant.runtime import pinned_memory
-from requant.runtime.pinned_memory import PinnedBuffer, copy_to_host_async
+from requant.runtime.pinned_memory import PinnedBuffer, copy_to_host_async, parts_on_host
 
 GPU = pytest.mark.gpu
 TWO = pytest.mark.gpu(count=2)
@@ -90,3 +90,22 @@ print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
 def test_a_threads_stream_begins_no_other_gpu() -> None:
     done = subprocess.run([sys.executable, "-c", OTHER], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["3.0", "False", "True"]
+
+
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("part", [7, 64, 4096])
+def test_the_parts_of_a_tensor_are_its_bytes(device: torch.device, part: int) -> None:
+    """Transposed, in 16 bit, empty, and longer than two parts, which share two buffers."""
+    tensors = [torch.arange(700).reshape(20, 35).T, torch.randn(33).bfloat16(), torch.empty(0, 3), torch.tensor(True)]
+    for tensor in tensors:
+        parts = [bytes(p.numpy()) for p in parts_on_host(tensor.to(device), part)]
+        assert b"".join(parts) == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_a_tensor_of_the_cpu_is_one_part_without_a_copy() -> None:
+    tensor = torch.arange(100)
+    (part,) = parts_on_host(tensor, 8)
+    assert part.data_ptr() == tensor.data_ptr()

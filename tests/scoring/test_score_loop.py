@@ -150,6 +150,32 @@ def test_kl_and_agreement_are_the_slow_loops(kind: str, eval_set: EvalSet, tmp_p
     assert 0 < got.agree.mean() < 1 or got.kl.mean() > 0.1
 
 
+def test_an_opened_reference_gives_what_its_file_gives(eval_set: EvalSet, tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    score(pico(seed=0), eval_set, batch=3, device="cpu", write_reference=path)
+    opened = Reference(path, digest=eval_set.digest, device=torch.device("cpu"))
+    got, expected = (score(pico(seed=1), eval_set, batch=2, device="cpu", reference=r) for r in (opened, path))
+    assert expected.kl is not None
+    assert np.array_equal(got.kl, expected.kl)
+    other = Reference.__new__(Reference)
+    other.path, other.digest = path, "of another set"
+    again = score(pico(seed=1), eval_set, batch=2, device="cpu", reference=other)
+    assert np.array_equal(again.kl, expected.kl), (
+        "opened for another set: the file is opened again, and refused if wrong"
+    )
+
+
+def test_references_of_one_model_share_its_head(eval_set: EvalSet, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "other", "capped")]
+    for path, model in zip(paths, (pico(), pico(), pico(seed=1), pico("gemma2")), strict=True):
+        score(model, eval_set, batch=3, device="cpu", write_reference=path)
+    opened: list[Reference] = []
+    for path in paths:
+        opened.append(Reference(path, digest=eval_set.digest, device=torch.device("cpu"), beside=opened))
+    assert opened[1].head is opened[0].head
+    assert len({id(one.head) for one in opened}) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_against_itself_through_the_disk_is_zero(dtype: torch.dtype, eval_set: EvalSet, tmp_path: Path) -> None:
     model = pico("gemma2").to(dtype)

@@ -43,6 +43,13 @@ class Head:
     def vocab(self) -> int:
         return self.weight.shape[0]
 
+    def equals(self, other: Head) -> bool:
+        """Whether another head computes the same logits, bit for bit: it has the same values."""
+        if (self.scale, self.softcap) != (other.scale, other.softcap) or (self.bias is None) != (other.bias is None):
+            return False
+        pairs = [(self.weight, other.weight), *([] if self.bias is None else [(self.bias, other.bias)])]
+        return all(b is not None and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, hidden] in any float dtype -> fp32 [n, vocab].
 

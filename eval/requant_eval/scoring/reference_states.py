@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,8 +33,10 @@ _READ = 1024  # rows at a time
 class Reference:
     """A reference file: `hidden(start, stop)` reads rows, `head` is the reference's LM head."""
 
-    def __init__(self, path: Path, *, digest: str, device: torch.device) -> None:
+    def __init__(self, path: Path, *, digest: str, device: torch.device, beside: Iterable[Reference] = ()) -> None:
         """Opens `path` for an evaluation set with `digest`; the head is loaded onto `device`.
+
+        beside: references of other sets; an equal head of one of them is shared.
 
         Raises:
             EvaluationError: not a reference file, or one of another evaluation set.
@@ -45,7 +47,8 @@ class Reference:
         bias = file.get_tensor("bias") if "bias" in names else None
         softcap = float(meta["softcap"]) if "softcap" in meta else None
         head = Head(file.get_tensor("weight"), bias, float(meta["scale"]), softcap)
-        self.head = head.to(device)
+        self.path, self.digest, loaded = path, digest, head.to(device)
+        self.head: Head = next((other.head for other in beside if other.head.equals(loaded)), loaded)
         self._rows: Any = file.get_slice("hidden")
         self.device = device
 
@@ -91,7 +94,9 @@ class ReferenceWriter:
         if head.softcap is not None:
             metadata["softcap"] = repr(head.softcap)
         width = like.shape[-1]
-        small = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+        small = {"weight": head.weight.detach().cpu()}
+        if head.bias is not None:
+            small["bias"] = head.bias.detach().cpu()
         shapes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in small.items()}
         shapes["hidden"] = (like.dtype, [rows, width])
         self._sum = _sum_of_header(metadata, {name: shape for name, (_, shape) in shapes.items()})

@@ -47,7 +47,7 @@ def score(
     *,
     batch: BatchSize | int,
     device: torch.device | str,
-    reference: str | Path | None = None,
+    reference: str | Path | Reference | None = None,
     write_reference: str | Path | None = None,
     chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -56,7 +56,7 @@ def score(
     """Scores of a model on every scored token of `eval_set`.
 
     model: a transformers or PEFT causal LM; it is put in eval mode. batch: windows per forward pass. device: of the
-    token ids. reference: the file of an earlier call; fills `kl` and `agree`. write_reference: write this model's
+    token ids. reference: the file of an earlier call, or it opened; fills `kl` and `agree`. write_reference: write this model's
     hidden states there as a reference. chunk_tokens: positions whose logits exist at a time. on_progress: (windows
     done, windows). on_note: what a reader of the scores should know, in words.
 
@@ -266,13 +266,17 @@ def _scored_rows(hidden: Tensor, windows: Sequence[Window]) -> tuple[Tensor, Ten
     return hidden.flatten(0, 1)[at.to(hidden.device)], targets.to(hidden.device)
 
 
-def _open(path: str | Path | None, eval_set: EvalSet, head: Head) -> Reference | None:
-    if path is None:
+def _open(given: str | Path | Reference | None, eval_set: EvalSet, head: Head) -> Reference | None:
+    if given is None:
         return None
-    reference = Reference(Path(path), digest=eval_set.digest, device=head.weight.device)
+    if isinstance(given, Reference) and given.digest == eval_set.digest:
+        reference = given
+    else:
+        path = given.path if isinstance(given, Reference) else Path(given)
+        reference = Reference(path, digest=eval_set.digest, device=head.weight.device)
     if reference.head.vocab != head.vocab:
         raise EvaluationError(
-            f"{path}: the reference has {reference.head.vocab} vocabulary entries, this model {head.vocab}: "
+            f"{reference.path}: the reference has {reference.head.vocab} vocabulary entries, this model {head.vocab}: "
             "KL is not defined; merge the adapter's added tokens, or score without a reference"
         )
     return reference

@@ -24,6 +24,7 @@ from requant.checkpoint.atomic_write import atomic_write, write_text, writing
 from requant.checkpoint.digests import DIGESTS
 from requant.checkpoint.open_files import OpenFiles
 from requant.checkpoint.reader import DTYPE_NAMES, INDEX, SINGLE, TensorInfo, read_tensor
+from requant.runtime.pinned_memory import parts_on_host
 from requant_eval import whole_files
 from requant_eval.regular_files import require_regular
 
@@ -122,7 +123,9 @@ class CheckpointWriter:
         if tensor.dtype != slot.dtype or tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{name}: planned {slot.dtype} {slot.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         with writing(self.path / file, slot.nbytes), self._files.writing(self.path / file) as handle:
-            _write_at(handle, offset, _raw(tensor))
+            for part in parts_on_host(tensor):
+                _write_at(handle, offset, part.numpy().data)
+                offset += len(part)
         self._filled(file, {name})
 
     def mark_written(self, names: Iterable[str]) -> None:

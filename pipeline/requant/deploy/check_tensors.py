@@ -15,6 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy.check_headers import HeaderCheck
 from requant.errors import InputError
@@ -73,7 +74,7 @@ def check(
         if name in copies and source is not None:
             result.findings += _copy(name, headers.checkpoint.read(name), source)
         elif name not in packed and info.dtype.is_floating_point:
-            result.findings += _unquantized(name, headers.checkpoint.read(name), source, device)
+            result.findings += _unquantized(name, load_onto(headers.checkpoint, name, device), source)
     result.findings += _zero_point_version(result, headers, source)
     return result
 
@@ -133,7 +134,7 @@ def _compare_decoded(
         result.shifts[stem] = float(steps.mean())
         return
     scales = scale[:, g_idx]
-    weight = source.read(name).to(steps.device).float()
+    weight = load_onto(source, name, steps.device).float()
     weight = weight.T if stem in headers.transposed else weight
     if weight.shape != steps.shape:
         result.findings.append(Finding(name, f"shape {list(steps.shape)}, the source's is {list(weight.shape)}"))
@@ -162,13 +163,14 @@ def _other_weights(values: Tensor, weight: Tensor, error: float, distance: float
     return f"decodes to other weights than the source's: {error:.0%} off, and {share:.0%} of the source's is in them"
 
 
-def _unquantized(name: str, tensor: Tensor, source: Checkpoint | None, device: torch.device) -> Iterator[Finding]:
+def _unquantized(name: str, tensor: Tensor, source: Checkpoint | None) -> Iterator[Finding]:
     parts = torch.split(tensor.reshape(-1), PART)
-    bad = sum(int((~torch.isfinite(part.to(device))).sum()) for part in parts)
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
     if bad:
         yield Finding(name, f"{bad} of {tensor.numel()} values are not finite")
     elif source is not None and name in source and source[name].shape == tuple(tensor.shape):
-        error = _relative_distance(parts, torch.split(source.read(name).reshape(-1), PART), device)
+        before = load_onto(source, name, tensor.device)
+        error = _relative_distance(parts, torch.split(before.reshape(-1), PART))
         if error > OTHER_WEIGHTS:
             yield Finding(name, f"is not the source's: {error:.0%} off")
 
@@ -187,12 +189,12 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _relative_distance(parts: Sequence[Tensor], before: Sequence[Tensor], device: torch.device) -> float:
+def _relative_distance(parts: Sequence[Tensor], before: Sequence[Tensor]) -> float:
     """Relative distance of a tensor from what it was, both in parts."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=parts[0].device)
     for new, old in zip(parts, before, strict=True):
-        was = old.to(device).float()
-        sums += torch.stack([(new.to(device).float() - was).square().sum(), was.square().sum()])
+        was = old.float()
+        sums += torch.stack([(new.float() - was).square().sum(), was.square().sum()])
     difference, whole = sums.tolist()
     return math.sqrt(difference / max(whole, 1e-60))
 

@@ -26,6 +26,7 @@ from requant_eval.scoring.batches import BatchSize, Plan, plan
 from requant_eval.scoring.score_loop import logit_bytes
 
 if TYPE_CHECKING:
+    from requant_eval.scoring.reference_states import Reference
     from requant_eval.scoring.windows import EvalSet
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class _Evaluation:
     """The state of one call of `evaluate`. total, done: steps, which are windows and canaries.
 
     keeping: the variant base follows the adapter's, whose model it is with its adapters off. kept: that model.
+    references: set -> hidden states and head of the reference, which all other variants are compared with.
     """
 
     scores: Scores
@@ -114,6 +116,7 @@ class _Evaluation:
     done: int = 0
     keeping: bool = False
     kept: Any = None
+    references: dict[str, Reference] = field(default_factory=dict)
     streamed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -207,6 +210,7 @@ class _Evaluation:
     def _score(self, name: str, model: Any, s: EvalSet, runtime: str) -> None:
         """Score one set; out of memory halves the batch."""
         while not self._fits_in_memory(name, model, s, runtime):
+            self.references.clear()
             free_memory(self.scores.device)
             before = _plan(s, self.batch).largest
             if before == 1:
@@ -219,12 +223,28 @@ class _Evaluation:
     def _fits_in_memory(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
         try:
             _score_set(
-                self.scores, name, model, s, self.batch, runtime,
+                self.scores, name, model, s, self.batch, runtime, self._reference(name, s),
                 partial(self._on_progress, name, self.done), lambda note: self._note(f"{name} on {s.name}: {note}"),
             )  # fmt: skip
         except torch.OutOfMemoryError:
             return False  # the failed forward's memory is released with its frames
         return True
+
+    def _reference(self, name: str, s: EvalSet) -> Reference | None:
+        """What a variant is compared with on a set, opened once; None: it is the reference, or nothing is compared."""
+        from requant_eval.scoring.reference_states import Reference
+
+        if name == REFERENCE or not self.scores.kl:
+            return None
+        if s.name not in self.references:
+            opened = Reference(
+                self.scores.reference(s),
+                digest=s.digest,
+                device=self.scores.device,
+                beside=self.references.values(),
+            )
+            self.references[s.name] = opened
+        return self.references[s.name]
 
     def _on_progress(self, name: str, before: int, at: int, what: str) -> None:
         if self.progress:
@@ -266,7 +286,7 @@ def _plan(s: EvalSet, size: BatchSize) -> Plan:
 
 
 def _score_set(
-    scores: Scores, name: str, model: Any, s: EvalSet, batch: BatchSize, runtime: str,
+    scores: Scores, name: str, model: Any, s: EvalSet, batch: BatchSize, runtime: str, reference: Reference | None,
     on_progress: OnProgress, on_note: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Write the scores of one variant on one set; of the reference also the hidden states."""
@@ -282,7 +302,7 @@ def _score_set(
         device=scores.device,
         on_progress=lambda at, _: on_progress(at, s.name),
         on_note=on_note,
-        reference=None if is_reference else states,
+        reference=reference,
         write_reference=states if is_reference else None,
     )
     result.runtime = runtime

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint
 from requant.formats.registry import open_quantized
 from requant.merge.base_weights import BaseWeights, Nf4Settings
@@ -83,7 +84,7 @@ class Rounded:
         return name in self.checkpoint
 
     def read(self, name: str) -> Tensor:
-        value = self.checkpoint.read(name).to(self.device)
+        value = load_onto(self.checkpoint, name, self.device)
         if name not in self.grids:
             return value
         transposed = name in self.transposed

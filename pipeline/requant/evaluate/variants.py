@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import StageError, library_call
 from requant.evaluate import peft_runtime, variant_weights
@@ -145,7 +146,7 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
     if pending:
         raise StageError(f"{stored.path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
     for name, parameters in owners.items():
-        tensor = stored.read(name).to(device, dtype)
+        tensor = load_onto(stored, name, device, dtype)
         skeleton.place(model, dict.fromkeys(parameters, tensor))
     model.tie_weights()
     skeleton.buffers_to(model, device, stored)

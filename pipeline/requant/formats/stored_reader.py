@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.formats.bit_stream import WORD, unpack_rows
@@ -73,7 +74,7 @@ class StoredReader(ABC):
         Raises InputError when one is missing.
         """
         stem = weight.removesuffix("weight")
-        return {s: self.checkpoint.read(f"{stem}{s}").to(device) for s in self.stored(weight)}
+        return {s: load_onto(self.checkpoint, f"{stem}{s}", device) for s in self.stored(weight)}
 
     def unpack(self, weight: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`decode` of a quantized weight."""

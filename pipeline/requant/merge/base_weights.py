@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError, StageError
 from requant.merge import packed_parts, simulated_weight
@@ -235,11 +236,11 @@ class BaseWeights:
     def absmax(self, weight: BaseWeight, device: torch.device = CPU) -> Tensor:
         """First-level scales of a packed weight, fp32 [blocks]."""
         assert weight.state is not None
-        stored = self.checkpoint.read(weight.name + ".absmax").to(device)
+        stored = load_onto(self.checkpoint, weight.name + ".absmax", device)
         if stored.dtype != torch.uint8:
             return stored.float()
         parts = (weight.name + s for s in (".nested_quant_map", ".nested_absmax"))
-        table, scales = (self.checkpoint.read(part).to(device) for part in parts)
+        table, scales = (load_onto(self.checkpoint, part, device) for part in parts)
         try:
             return nf4.unnest(stored, table, scales, weight.state)
         except nf4.Nf4Error as error:
@@ -253,7 +254,7 @@ class BaseWeights:
         """
         weight = self.weights[name]
         if not weight.four_bit:
-            return self.checkpoint.read(name).to(device).to(weight.dtype)
+            return load_onto(self.checkpoint, name, device, weight.dtype)
         try:
             value = self._decode(weight, device) if weight.kind == "packed" else self._simulate(weight, device)
         except nf4.Nf4Error as error:
@@ -264,7 +265,7 @@ class BaseWeights:
     def _decode(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert weight.state is not None
         nf4.check_table(self.checkpoint.read(weight.name + ".quant_map"), weight.state.quant_type)
-        return nf4.decode(self.checkpoint.read(weight.name).to(device), self.absmax(weight, device), weight.state)
+        return nf4.decode(load_onto(self.checkpoint, weight.name, device), self.absmax(weight, device), weight.state)
 
     def _simulate(self, weight: BaseWeight, device: torch.device) -> Tensor:
         assert self.simulate is not None
@@ -272,7 +273,7 @@ class BaseWeights:
         s = self.simulate
 
         def loaded(name: str) -> Tensor:
-            stored = self.checkpoint.read(name).to(device).to(DTYPES[self._loaded_in(name)])
+            stored = load_onto(self.checkpoint, name, device, DTYPES[self._loaded_in(name)])
             return stored.T.contiguous() if weight.transposed else stored
 
         round_trip = partial(

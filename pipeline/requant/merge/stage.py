@@ -25,7 +25,7 @@ from torch import Tensor
 
 from requant.checkpoint import model_files
 from requant.checkpoint.atomic_write import make_directory
-from requant.checkpoint.reader import read_tensor
+from requant.checkpoint.device_loader import load_tensor
 from requant.checkpoint.writer import CheckpointWriter
 from requant.errors import StageError
 from requant.merge import refusals
@@ -88,7 +88,7 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
         return plan.base.checkpoint.read(op.source.name), True
     if not all(fold.on_any_device for fold in (*op.folds, *op.bias_folds)):
         device = CPU
-    value = (read_tensor(op.replacement) if op.replacement else read_base(plan, op.source, device)).to(device)
+    value = load_tensor(op.replacement, device) if op.replacement else read_base(plan, op.source, device)
     if op.folds:
         value = value.float()
         oriented = value.T.contiguous() if op.conv1d else value

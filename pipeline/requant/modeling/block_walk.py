@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.checkpoint.device_loader import DeviceLoader
-from requant.checkpoint.reader import Checkpoint, Weights
+from requant.checkpoint.device_loader import load_onto
+from requant.checkpoint.reader import Weights
 from requant.errors import InputError, StageError
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_list, waits_for_an_encoder
@@ -69,7 +69,6 @@ class Walk:
         self.prefix, self.blocks = block_list(model)
         self._reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._device_loader = DeviceLoader(device) if device.type == "cuda" else None
         self.states = HiddenStateStore(device)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.explicit = names is not None
@@ -143,9 +142,7 @@ class Walk:
 
     def _stored(self, name: str) -> Tensor:
         """A stored tensor on the device, in the dtype that blocks have."""
-        if self._device_loader and isinstance(self.checkpoint, Checkpoint) and self.checkpoint.contiguous(name):
-            return self._device_loader.load(self.checkpoint[name], self.dtype)
-        return self.checkpoint.read(name).to(self.device, self.dtype)
+        return load_onto(self.checkpoint, name, self.device, self.dtype)
 
     def embed(self, windows: Tensor, batch: int) -> list[BlockInput]:
         """Run what precedes the blocks; windows int64 [n, length] -> one BlockInput a batch."""

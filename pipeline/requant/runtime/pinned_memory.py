@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PART = 2**25  # bytes of a part
+_THREADS = threading.local()  # buffers of each thread
 LARGEST = 2**29  # bytes; torch keeps page-locked memory until the process ends, also replaced buffers
 
 
@@ -38,6 +41,38 @@ class PinnedBuffer:
         if not tensor.is_cuda:
             return tensor
         return self.of_size(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
+
+
+def parts_on_host(tensor: Tensor, nbytes: int = PART) -> Iterator[Tensor]:
+    """The bytes of a tensor, row-major, as successive uint8 parts on the host.
+
+    Of a GPU tensor a part is copied while the one before is used; it is valid until the next is asked for. A CPU
+    tensor is one part, its own memory.
+    """
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        yield flat
+        return
+    coming: list[tuple[Tensor, Any]] = []
+    for number, part in enumerate(torch.split(flat, nbytes)):
+        coming.append((_copied(part, number % 2, nbytes), torch.cuda.current_stream(flat.device).record_event()))
+        if len(coming) > 1:
+            yield _arrived(*coming.pop(0))
+    for one in coming:
+        yield _arrived(*one)
+
+
+def _copied(part: Tensor, number: int, nbytes: int) -> Tensor:
+    """A part in one of this thread's two page-locked buffers; the copy is under way."""
+    buffers: dict[tuple[int, int], Tensor] = _THREADS.__dict__.setdefault("buffers", {})
+    if (number, nbytes) not in buffers:
+        buffers[number, nbytes] = allocate_pinned(nbytes)
+    return buffers[number, nbytes][: len(part)].copy_(part, non_blocking=True)
+
+
+def _arrived(copy: Tensor, event: Any) -> Tensor:
+    event.synchronize()
+    return copy
 
 
 @contextmanager
