@@ -43,10 +43,11 @@ ALLOWED: dict[str, set[str]] = {
         "requant.numerics", "requant.runtime", "requant.checkpoint", "requant.formats", "requant.modeling",
         "requant.quantize", "requant.evaluate", "requant_eval.scoring", "requant_eval.metrics",
     },
+    "requant.tracking": set(),
     "requant.run": {
         "requant.numerics", "requant.runtime", "requant.recipe", "requant.checkpoint", "requant.formats", "requant.data",
         "requant.modeling", "requant.adapters", "requant.merge", "requant.quantize", "requant.heal", "requant.evaluate",
-        "requant.deploy", "requant_eval.scoring", "requant_eval.metrics", "requant_eval.report",
+        "requant.deploy", "requant.tracking", "requant_eval.scoring", "requant_eval.metrics", "requant_eval.report",
         "requant_eval.render",
     },
     "requant.cli": {
@@ -259,6 +260,7 @@ def test_every_file_says_what_it_is(file: str) -> None:
 
 # They import nothing of ours.
 OF_OTHER_PROCESSES = {f"requant.deploy.engine_{name}" for name in ("vllm", "transformers", "llamacpp")}
+OF_OTHER_PROCESSES |= {"requant.tracking.clients"}
 READERS = {"json.load", "json.loads", "json.JSONDecoder"}
 
 

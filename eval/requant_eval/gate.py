@@ -23,7 +23,7 @@ class Metric:
 
     words: its name in the report.
     of, key: where the set's section has it: a key of the variant's row, of the step from the reference to the variant,
-    or of the set itself, by variant.
+    or of the set itself, by variant; of a task, in its section.
     part: the key of the estimate inside that value, where it is not the estimate itself.
     scale: the report's number times `scale` is in `unit` ("%", "nats" or none).
     signed: shown with its sign.
@@ -37,7 +37,7 @@ class Metric:
     """
 
     words: str
-    of: Literal["variant", "step", "set"]
+    of: Literal["variant", "step", "set", "task"]
     key: str
     part: str | None = None
     scale: float = 1.0
@@ -112,6 +112,14 @@ METRICS: dict[str, Metric] = {
         needs_kl=True,
         own_table=True,
     ),
+    "task": Metric(
+        words="points below the reference on a task",
+        of="task",
+        key="drop",
+        unit="points",
+        side="max",
+        own_table=True,
+    ),
 }
 
 if TYPE_CHECKING:
@@ -120,9 +128,11 @@ else:
     MetricName = Literal[tuple(METRICS)]  # for schemas
 
 _PERCENT = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?) ?%")
+_POINTS = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)(?: ?points?)?")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_FORMS = {"%": (_PERCENT, "a percentage: write 5%"), "points": (_POINTS, "a number of points: write 2 points")}
 LARGEST = 1e9  # limit of a gate; nothing that is measured comes near
-_HOW = '"METRIC SET LIMIT" such as "ppl_increase in-domain 5%", or "... 50% of rtn"'
+_HOW = '"METRIC SET LIMIT" such as "ppl_increase in-domain 5%", "... 50% of rtn", or "task gsm8k 2points"'
 
 
 class GateError(ValueError):
@@ -135,7 +145,7 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit on one metric of one set.
+    """A limit on one metric of one set; `set` is the name of a task where the metric is of tasks.
 
     limit: in the metric's unit, or in percent of the control's where `relative_to` is set.
     """
@@ -159,6 +169,8 @@ class Gate:
         """ "ppl_increase on in-domain at most 5 %"."""
         bound = f"{self.limit:g} {self.unit}".rstrip()
         whose = f" of {self.relative_to}'s" if self.relative_to else ""
+        if METRICS[self.metric].of == "task":
+            return f"drop on task {self.set} at most {bound}"
         return f"{self.metric} on {self.set} at {'most' if self.side == 'max' else 'least'} {bound}{whose}"
 
     def rule(self) -> dict[str, Any]:
@@ -187,8 +199,8 @@ def make(
     if relative_to is not None and not declared.relative:
         those = ", ".join(name for name, q in METRICS.items() if q.relative)
         raise GateError("relative_to", f"only {those} can be a share of the control's, not {metric}")
-    percent = declared.unit == "%" or relative_to is not None
-    limit = _limit(declared.side, given[declared.side], percent=percent)
+    unit = "%" if relative_to is not None else declared.unit
+    limit = _limit(declared.side, given[declared.side], unit)
     return Gate(metric, on, limit, relative_to)  # type: ignore[arg-type]  # looked up above
 
 
@@ -198,7 +210,7 @@ def parse(text: str) -> Gate:
     Raises:
         GateError: not METRIC SET LIMIT, or not a valid gate.
     """
-    words = text.replace(" %", "%").split()
+    words = re.sub(r" (%|points?\b)", r"\1", text).split()
     relative_to = words[4] if len(words) == 5 and words[3] == "of" else None
     if len(words) != 3 and relative_to is None:
         raise GateError("", f"{text!r} is not a gate: write {_HOW}")
@@ -216,13 +228,13 @@ def from_rule(rule: Mapping[str, Any]) -> Gate:
     return Gate(rule["metric"], rule["set"], float(rule["limit"]), rule["relative_to"])
 
 
-def _limit(side: Side, value: float | str | None, *, percent: bool) -> float:
+def _limit(side: Side, value: float | str | None, unit: str) -> float:
     if value is None:
         raise GateError(side, "required key is missing")
     text = str(value).strip()
-    match = (_PERCENT if percent else _NUMBER).fullmatch(text)
+    pattern, wanted = _FORMS.get(unit, (_NUMBER, "a number"))
+    match = pattern.fullmatch(text)
     if match is None:
-        wanted = "a percentage: write 5%" if percent else "a number"
         raise GateError(side, f"{text if len(text) <= 60 else text[:60] + '...'} is not {wanted}")
     limit = float(match[match.re.groups])
     if abs(limit) > LARGEST:

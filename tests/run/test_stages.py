@@ -22,7 +22,9 @@ from requant.run.stages import STAGES, Stage, stages_of
 def test_a_stage_needs_only_stages_before_it() -> None:
     context = cast(
         RunContext,
-        SimpleNamespace(prepared=SimpleNamespace(heal=None), scores=SimpleNamespace(missing=lambda: {"rtn": []})),
+        SimpleNamespace(
+            prepared=SimpleNamespace(heal=None, tasks=None), scores=SimpleNamespace(missing=lambda: {"rtn": []})
+        ),
     )
     names = [stage.name for stage in STAGES]
     assert len(set(names)) == len(names)
@@ -43,9 +45,16 @@ def test_a_stage_needs_only_stages_before_it() -> None:
     ],
 )
 def test_stages_of_a_run(heal: object, suggest: bool, formats: str, names: str) -> None:
-    asked = SimpleNamespace(output=SimpleNamespace(formats=tuple(formats.split())))
-    prepared: Any = SimpleNamespace(heal=heal, recipe=asked)
+    asked = SimpleNamespace(output=SimpleNamespace(formats=tuple(formats.split()), track=()))
+    prepared: Any = SimpleNamespace(heal=heal, recipe=asked, tasks=None)
     assert [stage.name for stage in stages_of(prepared, suggest=suggest)] == names.split()
+
+
+def test_tasks_come_before_the_report_and_trackers_after_it() -> None:
+    asked = SimpleNamespace(output=SimpleNamespace(formats=("gptq",), track=("wandb",)))
+    prepared: Any = SimpleNamespace(heal=None, recipe=asked, tasks=object())
+    names = [stage.name for stage in stages_of(prepared)]
+    assert names == ["merge", "quantize", "evaluate", "tasks", "report", "track"]
 
 
 class World:

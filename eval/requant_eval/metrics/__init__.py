@@ -5,6 +5,9 @@
     statistics       document-clustered means, paired differences, intervals
     loss_by_change   loss of tokens by how much they changed
     engine_step      what an engine scores against our own forward
+    task_metrics     one task's section: scores, paired differences, McNemar's test
+    task_records     its parts, as the report's schema has them
+    proportions      intervals of accuracies and of their differences
     facts            what the report reads of a run's facts
     lookup           a metric's estimate in a set's section
     records          the parts of a set's section, as the report's schema has them

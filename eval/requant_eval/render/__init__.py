@@ -5,6 +5,7 @@
     model_card                                                  README.md of a checkpoint
     tables                                                      what a table is, and those of the whole report
     set_tables                                                  tables of one evaluation set
+    task_tables                                                 scores of lm-evaluation-harness's tasks
     adapter_tables, heal_tables, engine_table, compare_tables, format_table   tables of one subject each
     input_tables                                                base, adapters, their match, the loss on their own text
     charts, module_maps                                         figures

@@ -58,6 +58,25 @@ def pairs_table(comparison: Comparison) -> Table:
     return Table(title="Who is better", columns=columns, rows=rows, note=note, text=3)
 
 
+def tasks_table(comparison: Comparison) -> Table:
+    """Who is better on which task, paired by document."""
+    rows = tuple(
+        (
+            task["name"],
+            f"{pair['b']} against {pair['a']}",
+            pair["better"] or UNDECIDED,
+            format_estimate(pair["difference"], factor=task["scale"], signed=True),
+            ", ".join(format_estimate(task["scores"][run], factor=task["scale"]) for run in (pair["b"], pair["a"])),
+            "" if pair["p"] is None else f"{pair['p']:.2g}",
+        )
+        for task in comparison.get("tasks", [])
+        for pair in task["pairs"]
+    )
+    columns = ("task", "pair", "better", "points", "scores", "p")
+    note = "Paired by document; brackets are 95 % intervals. p: McNemar's exact test."
+    return Table(title="Tasks", columns=columns, rows=rows, note=note, text=3, words=("scores",))
+
+
 def line(comparison: Comparison) -> str:
     """The comparison in one line."""
     said = []
@@ -75,6 +94,7 @@ def document(comparison: Comparison) -> Document:
     sections = (
         Section("Warnings", (Bullets(tuple(comparison["warnings"])),) if comparison["warnings"] else ()),
         Section("Who is better", (pairs_table(comparison),)),
+        Section("Tasks", (tasks,) if (tasks := tasks_table(comparison)).rows else ()),
         Section("Runs", (runs_table(comparison),)),
         Section("Not in all runs, left out", left),
     )
@@ -91,7 +111,7 @@ def terminal(comparison: Comparison) -> Group:
     comparison = cast("Comparison", everywhere(comparison))
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in comparison["warnings"]]
     left = [Text(f"Not in all runs, left out: {', '.join(comparison['left_out'])}.")] if comparison["left_out"] else []
-    tables = shown(pairs_table(comparison), runs_table(comparison))
+    tables = shown(pairs_table(comparison), tasks_table(comparison), runs_table(comparison))
     return Group(Text(line(comparison), style="bold"), *warnings, *tables, *left)
 
 

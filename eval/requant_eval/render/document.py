@@ -21,16 +21,19 @@ from requant_eval.render.heal_tables import heal_tables
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import set_tables
 from requant_eval.render.tables import Table, cost_tables, facts_table, gates_table, modules_table, options_table
+from requant_eval.render.task_tables import task_tables
 from requant_eval.report.records import GateResult, Report
 
 LONGEST = 300  # rows of a folded table
 LIMITS = (
     "Losses hold for these texts, this tokenizer and this window length; another domain may lose more.",
-    "Scoring is teacher-forced: every token is predicted from the true text. Errors that pile up while generating, "
-    "and task accuracy, are not measured: run a task benchmark on the checkpoint.",
+    "Scoring is teacher-forced: every token is predicted from the true text. Errors that pile up while generating "
+    "show only in tasks that generate and in canaries.",
     "The weights were scored with this machine's kernels; a serving engine's kernels round differently.",
     "KL does not add up along the steps; ln perplexity does.",
 )
+
+NO_TASKS = "Task accuracy was not measured: `evaluate.tasks` runs tasks of lm-evaluation-harness."
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ def _sections(report: Report) -> Iterator[Section]:
     yield Section("Gates", (gates,) if gates.rows else ())
     yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
-        yield _set(s, [g for g in report["gates"] if g["set"] == s["name"]])
+        yield _set(s, [g for g in report["gates"] if g["set"] == s["name"] and g["metric"] != "task"])
+    yield Section("Tasks", tuple(task_tables(report)))
     yield Section("Healing", tuple(_healing(report)))
     yield Section("Canaries", tuple(_canaries(facts)))
     yield Section("Adapter retention", tuple(_retention(facts)))
@@ -186,7 +190,8 @@ def _sections(report: Report) -> Iterator[Section]:
     )
     yield Section("Merge, quantization, calibration", tuple(t for t in described if t.rows))
     yield Section("Reproduce", tuple(_reproduce(report)))
-    yield Section("What this cannot tell you", (Bullets(LIMITS),))
+    without = () if report.get("tasks") else (NO_TASKS,)
+    yield Section("What this cannot tell you", (Bullets((*LIMITS, *without)),))
 
 
 def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:

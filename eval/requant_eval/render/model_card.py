@@ -11,12 +11,14 @@ from requant_eval.metrics.engine_step import proofs
 from requant_eval.metrics.facts import Facts, is_16_bit_base, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet, scaled
+from requant_eval.metrics.task_metrics import without_variant
 from requant_eval.render.document import readable
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.format_table import formats_table
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
+from requant_eval.render.task_tables import task_tables
 from requant_eval.report.adapter_gain import BEWARE
 from requant_eval.report.headline import final_variant, headline, method, reference_name
 from requant_eval.report.number_format import format_value
@@ -92,6 +94,7 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
             for t in (variants_table(s), waterfall_table(s), retention_table(s))
             if t.rows
         ),
+        *(t.markdown() for t in task_tables(report)[:1]),
         "## Serve",
         *([_same_codes(facts, layout)] if layout != "gptq" else []),
         _serve(layout),
@@ -141,6 +144,8 @@ def _without(report: Report, variant: str) -> Report:
         for s in report["sets"]
     ]
     kept: Report = {**report, "sets": sets, "gates": []}  # the gates judged what ships
+    if "tasks" in report:
+        kept["tasks"] = [without_variant(task, variant) for task in report["tasks"]]
     return {**kept, "headline": headline(kept)}
 
 
@@ -182,7 +187,22 @@ def _results(report: Report) -> list[dict[str, Any]]:
                     "metrics": metrics,
                 }
             )
-    return found
+    return [*found, *_task_results(report, final)]
+
+
+def _task_results(report: Report, final: str | None) -> Iterator[dict[str, Any]]:
+    """model-index entries of the tasks that the variant which ships was run on."""
+    for task in report.get("tasks") or []:
+        score = next((v["score"] for v in task["variants"] if v["name"] == final), None)
+        if score is not None and score["value"] is not None:
+            shown = scaled(score, task["scale"])
+            name = f"{task['metric']}, {task['few_shot']}-shot{_interval(shown)}"
+            value = float(format_value(shown["value"], shown["se"]))
+            yield {
+                "task": {"type": "text-generation", "name": "Text Generation"},
+                "dataset": {"type": task["task"], "name": task["name"]},
+                "metrics": [{"type": task["metric"].partition(",")[0], "name": name, "value": value}],
+            }
 
 
 def _metrics(report: Report, s: EvaluationSet, final: str | None) -> Iterator[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from requant_eval.render import adapter_tables
 from requant_eval.render.document import readable
 from requant_eval.render.set_tables import divergence_table, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import Table, gates_table, options_table
+from requant_eval.render.task_tables import SHORT, task_tables
 from requant_eval.report.adapter_gain import BEWARE
 from requant_eval.report.records import Report
 
@@ -33,6 +34,7 @@ def table(report: Report) -> Group:
             divergence_table(s).select("variant", "mean KL", "p99", "same top-1"),
             retention_table(s),
         )
+    parts += shown(*(t.select(*SHORT) for t in task_tables(report)[:1]))
     if canaries := known_facts(report["facts"]).get("canaries"):
         parts += [Text(), Text(f"canaries: {adapter_tables.canaries_line(canaries)}")]
     return Group(*parts)

@@ -19,6 +19,7 @@ from requant_eval.metrics.facts import Facts, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.assemble import plain
+from requant_eval.report.compare_tasks import ComparedTask, compared
 from requant_eval.report.headline import final_variant
 from requant_eval.report.records import Report
 from requant_eval.report.verdict import judge, saved_gates, verdict
@@ -85,10 +86,11 @@ class ComparedSet(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The comparison as JSON types. left_out: sets that not all runs have."""
+    """The comparison as JSON types. left_out: sets and tasks that not all runs have."""
 
     runs: list[ComparedRun]
     sets: list[ComparedSet]
+    tasks: list[ComparedTask]
     left_out: list[str]
     warnings: list[str]
 
@@ -140,10 +142,12 @@ def compare(entrants: Sequence[Entrant]) -> Comparison:
     for name in shared:
         _same_tokens(entrants, name)
     rows = [_run(entrant, shared) for entrant in entrants]
+    tasks, other_tasks = compared({e.name: (e.report.get("tasks") or [], e.variant) for e in entrants})
     result: Comparison = {
         "runs": [{**row, "dominated_by": _dominated_by(row, rows, shared)} for row in rows],
         "sets": [_set(entrants, name) for name in shared],
-        "left_out": [name for name in every if name not in shared],
+        "tasks": tasks,
+        "left_out": [*(name for name in every if name not in shared), *other_tasks],
         "warnings": _warnings(entrants, shared),
     }
     found: Comparison = plain(result)

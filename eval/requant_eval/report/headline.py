@@ -30,7 +30,7 @@ def headline(report: Numbers) -> str:
     final = final_variant(report)
     if final is None:
         return "No merged or quantized variant was scored: there is no loss to report."
-    clauses = [_retention(report, final), _losses(report, final), _size(report, final)]
+    clauses = [_retention(report, final), _losses(report, final), _tasks(report, final), _size(report, final)]
     said = [clause for clause in clauses if clause]
     if not said:
         return f"{method(report, final)} was scored alone: there is no loss to report."
@@ -82,6 +82,19 @@ def _losses(report: Numbers, final: str) -> str:
                 parts.append(f"{s['name']}{word} {loss}")
                 against = reference_name(report, s["reference"])
     return f"{', '.join(parts)} against {against}" if parts else ""
+
+
+def _tasks(report: Numbers, final: str) -> str:
+    """Score and difference of each task, as far as it was compared."""
+    parts = []
+    for task in report.get("tasks") or []:
+        step = next((t for t in task["steps"] if t["to"] == final), None)
+        score = next((v["score"] for v in task["variants"] if v["name"] == final), None)
+        if step is not None and score is not None:
+            change = format_estimate(step["difference"], factor=task["scale"], signed=True)
+            value = format_estimate(score, factor=task["scale"], interval=False)
+            parts.append(f"{task['name']} {value} ({change} points)")
+    return f"task{'s' if len(parts) > 1 else ''} {', '.join(parts)}" if parts else ""
 
 
 def _size(report: Numbers, final: str) -> str:

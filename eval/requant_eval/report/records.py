@@ -6,12 +6,13 @@ Unknown keys are allowed: `facts` is free. Numbers are null where nothing is kno
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from requant_eval.gate import Control, Side
 from requant_eval.metrics.records import Estimate, EvaluationSet
+from requant_eval.metrics.task_records import TaskSection
 
 Status = Literal["pass", "fail", "inconclusive"]
 Choice = Literal["requantized", "merged", "separate"]
@@ -75,6 +76,7 @@ class Report(TypedDict):
     gates: list[GateResult]
     recommendation: Recommendation
     sets: list[EvaluationSet]
+    tasks: NotRequired[list[TaskSection]]
     facts: dict[str, Any]
     warnings: list[str]
 
@@ -83,4 +85,5 @@ class Numbers(TypedDict):
     """The part of a report that its conclusions (headline, verdict, recommendation) are computed from."""
 
     sets: list[EvaluationSet]
+    tasks: NotRequired[list[TaskSection]]
     facts: dict[str, Any]

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from requant_eval import strict_json
 from requant_eval.errors import EvaluationError
 from requant_eval.metrics import records as set_records
+from requant_eval.metrics import task_records
 from requant_eval.metrics.facts import Facts
 from requant_eval.report import records as report_records
 from requant_eval.report.assemble import SCHEMA_VERSION, conclude
@@ -41,6 +42,9 @@ RECORDS: tuple[Any, ...] = (
     set_records.Tails,
     set_records.Documents,
     set_records.EvaluationSet,
+    task_records.TaskVariant,
+    task_records.TaskStep,
+    task_records.TaskSection,
 )
 for _record in RECORDS:
     with_config(OPEN)(_record)
@@ -117,6 +121,12 @@ def _unknown_variants(report: Report) -> Iterator[str]:
         for place, name in named:
             if name not in known:
                 yield f"sets.{number}.{place}: {name!r:.60} is no variant of the set"
+    for number, task in enumerate(report.get("tasks") or []):
+        run = {v["name"] for v in task["variants"]}
+        places = [(f"steps.{i}.{end}", e[end]) for i, e in enumerate(task["steps"]) for end in ENDS]
+        for place, name in [*places, *((f"documents.{name}", name) for name in task["documents"])]:
+            if name not in run:
+                yield f"tasks.{number}.{place}: {name!r:.60} is no variant of the task"
 
 
 def wrong_fact(path: str | Path) -> str | None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import METRICS, Gate, GateError, from_rule
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics import task_metrics
 from requant_eval.metrics.lookup import find_estimate, step_from_reference
 from requant_eval.metrics.records import PARTS, Edge, Estimate, EvaluationSet, scaled
 from requant_eval.report.adapter_gain import BEWARE, WRONG_BASE, beware, gained_nothing, in_words, learned
@@ -90,6 +91,8 @@ def _margin(gate: GateResult) -> float:
 
 
 def _judge(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
+    if METRICS[gate.metric].of == "task":
+        return _judge_task(report, gate, variant)
     s = next((s for s in report["sets"] if s["name"] == gate.set), None)
     if s is None:
         known = ", ".join(str(s["name"]) for s in report["sets"])
@@ -98,6 +101,27 @@ def _judge(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
     status, more = ("inconclusive", None) if estimate is None else _status(gate, estimate, s["n_documents"])
     if estimate is None and gate.metric == "retention" and (step := _unsure_gain(s, variant)) is not None:
         status, more, missing = _without_gain(step, s)
+    return _result(gate, variant, estimate, status, more, missing)
+
+
+def _judge_task(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
+    """A gate on how far a task's score may fall."""
+    tasks = report.get("tasks") or []
+    found = next((t for t in tasks if t["name"] == gate.set), None)
+    if found is None:
+        known = ", ".join(t["name"] for t in tasks) or "none"
+        raise EvaluationError(f"gate '{gate.text}': the report has no task {gate.set!r}, only {known}")
+    estimate = task_metrics.drop(found, variant)
+    if estimate is not None:
+        return _result(gate, variant, estimate, *_status(gate, estimate, found["n_documents"]), "")
+    why = found["missing"].get(str(variant)) or ("it was not run" if found["reference"] else "nothing to compare with")
+    return _result(gate, variant, None, "inconclusive", None, f"{variant or 'no quantized variant'}: {why}")
+
+
+def _result(
+    gate: Gate, variant: str | None, estimate: Estimate | None, status: Status, more: int | None, missing: str
+) -> GateResult:
+    """A gate's entry in the report. missing: why there is no estimate."""
     result: GateResult = {
         "metric": gate.metric,
         "set": gate.set,
@@ -164,6 +188,7 @@ def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estima
     if gate.relative_to is not None:
         return _relative(s, gate.metric, variant, gate.relative_to)
     metric = METRICS[gate.metric]
+    assert metric.of != "task", "judged by itself"
     found = find_estimate(s, variant, of=metric.of, key=metric.key, part=metric.part)
     if found is None:
         return None, _why_missing(s, gate.metric, variant)

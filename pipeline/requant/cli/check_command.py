@@ -97,6 +97,8 @@ def _print_contents(prepared: Prepared) -> None:
     for s in prepared.texts.sets:
         shared = f"{c['overlap'][s.name]:.2%} of its 13-grams in the calibration text"
         _line("evaluate", f"{s.name}: {s.n_documents} documents, {s.n_scored} tokens, {shared}")
+    for task in prepared.tasks.items if prepared.tasks else ():
+        _line("task", f"{task}, of {', '.join(prepared.task_variants)}")
     for verdict in prepared.quantize.engines:
         _line("serve", f"{verdict.target.name} {verdict}")
     if prepared.texts.canaries:

@@ -9,6 +9,12 @@
     over_ranks        evaluation with the windows shared by several ranks
     peft_runtime      the adapter applied by PEFT, as in training
     finite_forward    where a checkpoint first gives NaN in the dtype that it ships in
+    task_stage        tasks of lm-evaluation-harness on every variant: run_tasks(scores, sources, ...)
+    tasks             the tasks of a run: built, checked against template and window
+    task_definitions  tasks found by name or built from a file, in the library
+    task_files        task files (YAML) read without running code
+    task_values       metrics of a task, and the value of each document
+    task_model        a variant as a model of the library
     adapter_probe     whether the adapter lowers the loss on calibration text
     expert_order_probe   in which of two orders the experts of an adapter lower it
 

@@ -4,9 +4,11 @@
     combinations         the recipes of a sweep, one for each choice of values
     copies               the recipe as YAML again, for a run and for a report
     fields               field types and checks that sections share
-    model_sections       base, adapter, merge, quantize, output
+    model_sections       base, adapter, merge, quantize
+    output_section       output
     text_sections        calibration, evaluation sets and other text
     heal_section         heal
+    task_section         evaluate.tasks
     gates_section        gates
     named_files          text files that do not exist, with line, key and nearest name
     yaml_document        YAML with line numbers, duplicate keys refused

@@ -18,6 +18,7 @@ from requant.recipe.yaml_document import KeyPath
 from requant_eval import escaping
 
 _ENV_DEFAULT = re.compile(r"(\$\{env:\w+):-[^}]*[/~][^}]*\}")
+_OF_FILES = {"dataset", "few_shot"}  # keys of sections whose path is a file, never a hub id
 _LAST_PART = re.compile(r"(?:\$\{[^}]*\}|[^/])*$")
 
 
@@ -56,7 +57,7 @@ def _with_paths(value: Any, change: Any) -> Any:
     rewritten = {key: _with_paths(item, change) for key, item in value.items()}
     for key in {"path", "model"} & rewritten.keys():
         if isinstance(rewritten[key], str):
-            rewritten[key] = change(rewritten[key], "dataset" in rewritten)
+            rewritten[key] = change(rewritten[key], bool(_OF_FILES & rewritten.keys()))
     return rewritten
 
 

@@ -1,4 +1,4 @@
-"""Recipe sections about models: base, adapter, merge, quantize, output.
+"""Recipe sections about models: base, adapter, merge, quantize.
 
 A check of two keys is a validator of the later one, so that it runs whatever else is wrong in the section.
 """
@@ -31,7 +31,6 @@ from requant.recipe.fields import (
     fail,
     or_path,
     size_in_bytes,
-    unique,
 )
 from requant.recipe.yaml_document import KeyPath
 
@@ -285,36 +284,3 @@ class Quantize(Section):
         if problems:
             fail(*problems)
         return overrides
-
-
-class Output(Section):
-    """Where results go and which checkpoints stay."""
-
-    model_config = section_examples.OUTPUT
-
-    dir: Text = Field(default="runs", description="Directory of run directories; relative to where requant is started.")
-    keep: Annotated[tuple[Literal["merged", "gptq"], ...], AsTuple] = Field(
-        default=("merged", "gptq"),
-        description="Checkpoints that stay after the run; [gptq] saves the space of the 16-bit model.",
-    )
-
-    formats: Annotated[tuple[Literal["gptq", "compressed-tensors", "auto-round", "mlx", "gguf"], ...], AsTuple] = Field(
-        default=("gptq",),
-        description="Formats of the checkpoint that is deployed; those beside gptq hold the same codes.",
-    )
-
-    @field_validator("keep")
-    @classmethod
-    def _product(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
-        unique(keep)
-        if "gptq" not in keep:
-            fail(((), "gptq is missing: it is what the run is for"))
-        return keep
-
-    @field_validator("formats")
-    @classmethod
-    def _first_format(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
-        unique(formats)
-        if "gptq" not in formats:
-            fail(((), "gptq is missing: it is what the run scores, and what the others are made of"))
-        return formats

@@ -42,6 +42,9 @@ def named(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for i, item in enumerate(recipe.evaluate.sets):
         if item.data.path is not None:
             yield ("evaluate", "sets", i, "data", "path"), item.data.path
+    for i, task in enumerate(recipe.evaluate.tasks):
+        if task.path is not None:
+            yield ("evaluate", "tasks", i, "path"), task.path
     if recipe.canaries is not None:
         yield ("canaries", "path"), recipe.canaries.path
 

@@ -25,10 +25,10 @@ from requant.recipe.model_sections import (
     AnyAdapter,
     Base,
     Merge,
-    Output,
     Quantize,
     WeightedAdapter,
 )
+from requant.recipe.output_section import Output
 from requant.recipe.text_sections import (
     AnyCanaries,
     Calibration,

@@ -64,7 +64,7 @@ QUANTIZE = _shown(
     },
 )
 
-OUTPUT = _shown({"dir": "runs", "keep": ["gptq"], "formats": ["gptq", "compressed-tensors"]})
+OUTPUT = _shown({"dir": "runs", "keep": ["gptq"], "formats": ["gptq", "compressed-tensors"], "track": ["tensorboard"]})
 
 DATA = _shown(
     {"path": "./train.jsonl", "column": "body", "documents": 2000, "ignore": ["notes"]},
@@ -110,8 +110,15 @@ EVALUATE = _shown(
         "batch": 4,
         "stream": "auto",
         "dtype": "auto",
+        "tasks": ["gsm8k", {"path": "./tasks/words.yaml", "limit": 200}],
+        "task_variants": ["adapter", "merged", "gptq"],
         "in_domain": "in-domain",
     }
+)
+
+TASK = _shown(
+    {"name": "gsm8k", "limit": 500, "few_shot": 5, "chat": True, "metric": "exact_match,flexible-extract"},
+    {"path": "./tasks/words.yaml", "name": "words"},
 )
 
 HEAL = _shown(
@@ -124,6 +131,7 @@ GATE = _shown(
     {"metric": "ppl_increase", "set": "in-domain", "max": "5%"},
     {"metric": "retention", "set": "in-domain", "min": "90%"},
     {"metric": "ppl_increase", "set": "general", "max": "50%", "relative_to": "rtn"},
+    {"metric": "task", "task": "gsm8k", "max_drop": "2 points"},
 )
 
 _SMALLEST: dict[str, Any] = {

@@ -275,6 +275,8 @@ evaluate:
   batch: auto               # auto | count, default auto; changes no result
   stream: auto              # auto | always | never, default auto: block by block what does not fit on the device
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
+  # tasks: [gsm8k, ./tasks/mine.yaml]   # default none; tasks of lm-evaluation-harness, by name or from a file
+  # task_variants: auto     # auto | names, default auto; adapter, merged and what ships
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
 # heal: auto                # auto | off | {{steps: 300, ...}}: distil scales and codes after quantizing; auto: on a GPU
@@ -285,10 +287,12 @@ gates:                      # default none; `requant run` ends with exit code 3 
   - {{metric: ppl_increase, set: in-domain, max: 5%}}   # also perplexity, kl, right_to_wrong, retention, agreement
   - {{metric: ppl_increase, set: general, max: 10%}}
   # - {{metric: ppl_increase, set: in-domain, max: 50%, relative_to: rtn}}   # half of what rounding to nearest costs
+  # - {{metric: task, task: gsm8k, max_drop: 2 points}}   # of evaluate.tasks: points below the reference, at most
 
 output:
   dir: runs                 # directory, default runs; relative to where requant is started
   keep: [merged, gptq]      # default both; [gptq] saves the disk space of the 16-bit model
+  # track: [wandb]          # default none; wandb, mlflow, trackio, tensorboard: get the report's numbers and page
   # formats: [gptq, compressed-tensors]   # default [gptq]; also auto-round, gguf: the same codes, a directory each
 
 device: auto                # auto | cpu | cuda | cuda:N, default auto

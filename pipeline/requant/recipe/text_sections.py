@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from requant.recipe import section_examples
 from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, or_path, unique
+from requant.recipe.task_section import AnyTask, Task
 from requant.recipe.yaml_document import KeyPath
 
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -192,6 +193,13 @@ class Evaluate(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of the forward pass; auto: float32 on a CPU, else the model's 16 bits."
     )
+    tasks: Annotated[tuple[AnyTask, ...], AsTuple] = Field(
+        default=(),
+        description="Tasks of lm-evaluation-harness (pip install lm-eval) that variants are run on as whole models.",
+    )
+    task_variants: Literal["auto"] | Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
+        default="auto", description="The variants that are run on tasks; auto: adapter, merged and what ships."
+    )
     in_domain: str | None = Field(default=None, description="Set on which retention is measured; default: the first.")
 
     @field_validator("sets")
@@ -225,6 +233,39 @@ class Evaluate(Section):
         if "adapter" not in variants:
             fail(((), "adapter is missing: it is the reference that all others are compared with"))
         return variants
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique_tasks(cls, tasks: tuple[Task, ...], info: ValidationInfo) -> tuple[Task, ...]:
+        titles, sets = [task.title for task in tasks], [item.name for item in info.data.get("sets", ())]
+        problems: list[tuple[KeyPath, str]] = [
+            ((i,), f"{title!r} is already the name of tasks.{titles.index(title)}: give one of them another name")
+            for i, title in enumerate(titles)
+            if titles.index(title) < i
+        ]
+        problems += [
+            ((i,), f"{title!r} is already the name of sets.{sets.index(title)}: a gate names one of the two")
+            for i, title in enumerate(titles)
+            if title in sets
+        ]
+        if problems:
+            fail(*problems)
+        return tasks
+
+    @field_validator("task_variants")
+    @classmethod
+    def _scored(cls, names: str | tuple[Variant, ...], info: ValidationInfo) -> str | tuple[Variant, ...]:
+        if not isinstance(names, str):
+            unique(names)
+            scored = info.data.get("variants", names)
+            lost: list[tuple[KeyPath, str]] = [
+                ((i,), f"{name} is not scored: add it to evaluate.variants")
+                for i, name in enumerate(names)
+                if name not in scored and name != "healed"
+            ]
+            if lost:
+                fail(*lost)
+        return names
 
     @field_validator("in_domain")
     @classmethod

@@ -24,7 +24,10 @@ Only this package, and cli for printing, reads a Recipe.
     heal_stage          the healed checkpoint
     convert_stage       the same in other formats
     evaluate_stage      scores
+    task_recipe         tasks of lm-evaluation-harness as a recipe asks for them
+    tasks_stage         their results on adapter, merged model and what ships
     suggest_stage       which modules are worth more bits
+    track_stage         the report sent to experiment trackers
     report_stage        report.json, its renderings, model cards
     base_precision      what training quantized the base to: base.nf4 against its files
     calibration_size    whether the calibration text is large enough for the widths

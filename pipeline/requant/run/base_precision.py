@@ -95,13 +95,19 @@ def nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
 
 
 def hints(recipe: Recipe, trained_on: Sequence[str | None]) -> list[str]:
-    """What is odd about `base.nf4: none`: `merge.onto: original`, an adapter whose base was in 4 bits by its name.
+    """What the recipe leaves unused, and what is odd about `base.nf4: none`.
 
-    trained_on: the base that each adapter records.
+    Which is `merge.onto: original`, and an adapter whose base was in 4 bits by its name. trained_on: the base that each
+    adapter records.
     """
+    found: list[str] = []
+    if recipe.base.original and recipe.merge.onto == "dequantized" and "original" not in recipe.evaluate.variants:
+        found.append(
+            "base.original is set and not measured: the variant original says which base is the better one "
+            "to merge onto"
+        )
     if recipe.base.nf4 != "none":
-        return []
-    found = []
+        return found
     if recipe.merge.onto == "original":
         found.append(
             "merge.onto: original is the same as dequantized here: with base.nf4: none there is only the 16-bit base, "

@@ -23,6 +23,7 @@ from requant.data.documents import adds_bos
 from requant.deploy import engine_support, gguf_export
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
+from requant.evaluate.tasks import Tasks
 from requant.heal.plan import ModelSize
 from requant.merge import adapter_completeness, adapter_match, config_agreement, stored_dtype
 from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
@@ -44,6 +45,8 @@ from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
 from requant.run.shared_inputs import SharedInputs
+from requant.run.task_recipe import load_tasks
+from requant.tracking import trackers
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -63,6 +66,7 @@ def prepare(
     """
     shared = shared or SharedInputs()
     named_files.check(recipe)
+    trackers.require(recipe.output.track, recipe.place("output", "track"))
     doing(f"headers of {recipe.base.source.path} and the adapter; ids of a hub are downloaded")
     models = shared.once("models", recipe, MODEL_KEYS, lambda: _models(recipe), "original" in recipe.evaluate.variants)
     sources, loaded, merge_inputs, model, single = models
@@ -84,6 +88,7 @@ def prepare(
     texts, healing, told = shared.once(
         "texts", recipe, TEXT_KEYS, lambda: _texts(recipe, tokenizer, size, shared, doing)
     )
+    tasks = _tasks(recipe, shared, tokenizer, model, merge_inputs, doing)
     healing = replace(healing, size=size, deploy=tuple(recipe.deploy)) if healing else None
     warnings += told
     if plan.embedding_rows is not None:
@@ -99,7 +104,16 @@ def prepare(
         heal=healing,
         unloadable=unloadable,
         warnings=tuple(warnings),
+        tasks=tasks,
     )
+
+
+def _tasks(
+    recipe: Recipe, shared: SharedInputs, tokenizer: Any, model: Any, of: MergeInputs, doing: Callable[[str], None]
+) -> Tasks | None:
+    """The tasks that the recipe asks for, built and checked."""
+    keys = (*MODEL_KEYS, "chat_date", "evaluate")
+    return shared.once("tasks", recipe, keys, lambda: load_tasks(recipe, tokenizer, model, of.plan, of.stops, doing))
 
 
 def _models(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter], MergeInputs, Any, Any]:
@@ -121,7 +135,7 @@ def _warnings(
 ) -> list[str]:
     """What a user should know of base, adapters and servers. Raises InputError where a server of `deploy` refuses."""
     plan = merge_inputs.plan
-    warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings), *_hints(recipe)]
+    warnings = [*plan.warnings, *(w for m in merge_inputs.matches for w in m.warnings)]
     warnings += hints(recipe, [adapter.base_name for adapter in plan.adapters])
     for adapter in loaded:
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
@@ -252,16 +266,6 @@ def _overlaps(
 def _canaries(recipe: Recipe, tokenizer: Any) -> Canaries | None:
     asked = recipe.canaries
     return canaries.load(asked.resolve(recipe.directory), tokenizer, asked.format) if asked else None
-
-
-def _hints(recipe: Recipe) -> list[str]:
-    """What the recipe leaves unused."""
-    if recipe.base.original and recipe.merge.onto == "dequantized" and "original" not in recipe.evaluate.variants:
-        return [
-            "base.original is set and not measured: the variant original says which base is the better one "
-            "to merge onto"
-        ]
-    return []
 
 
 def plan_merge(

@@ -13,6 +13,7 @@ from torch import Tensor
 from requant.data.canaries import Canaries
 from requant.data.documents import TokenDocument
 from requant.deploy import engine_support
+from requant.evaluate.tasks import Tasks
 from requant.merge import adapter_match
 from requant.merge.base_checkpoint import DecodedCheckpoint
 from requant.merge.base_weights import Nf4Settings
@@ -110,6 +111,17 @@ class Prepared:
     heal: Healing | None
     unloadable: str | None
     warnings: tuple[str, ...]
+    tasks: Tasks | None = None
+
+    @property
+    def task_variants(self) -> tuple[str, ...]:
+        """The variants to run tasks on, of those that are scored.
+
+        healed is in place of gptq, or beside it where gptq was asked for.
+        """
+        asked = self.recipe.evaluate.task_variants
+        wanted = ("adapter", "merged", "healed" if self.heal else "gptq") if asked == "auto" else (*asked, "healed")
+        return tuple(name for name in wanted if name in self.variants)
 
     @property
     def variants(self) -> tuple[str, ...]:

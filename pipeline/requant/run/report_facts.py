@@ -275,6 +275,8 @@ def _warnings(stages: StageResults, modules: Sequence[ModuleRow]) -> list[str]:
     merged = stages["merge"]
     found = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
     found += [*stages.get("quantize", {}).get("notes", []), *stages.get("evaluate", {}).get("notes", [])]
+    tasks = stages.get("tasks", {})
+    found += [*tasks.get("notes", []), *(f"tasks: {name} {why}" for name, why in tasks.get("missing", {}).items())]
     return [*found, *_untrained(merged), *_fallbacks(modules), *_rarely_routed(modules)]
 
 

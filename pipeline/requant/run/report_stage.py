@@ -11,7 +11,7 @@ from requant.checkpoint.atomic_write import read_state, write_text
 from requant.checkpoint.run_directory import key_of
 from requant.deploy.verification import VerificationFacts, saved_verifications
 from requant.outgoing import everywhere, shared
-from requant.run import report_facts
+from requant.run import report_facts, tasks_stage
 from requant.run.context import RunContext
 from requant.run.convert_stage import converted_key
 from requant.run.stage_results import StageResults, SuggestStageResult
@@ -34,7 +34,8 @@ def report_key(context: RunContext) -> str:
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     others = _converted(context)
-    return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others)
+    tasks = [tasks_stage.tasks_key(context)] if p.tasks else []
+    return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others, *tasks)
 
 
 def is_reported(context: RunContext, key: str) -> bool:
@@ -72,7 +73,10 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     facts["canaries"] = context.scores.answers()
     facts["suggestion"] = cast("SuggestStageResult | None", context.directory.result("suggest", context.keys.suggest))
     gates = [replace(gate, set=shared(gate.set)) for gate in (g.parsed() for g in context.recipe.gates)]
-    report = build(sets=sets, facts=everywhere(facts, shared), in_domain=shared(_in_domain(context)), gates=gates)
+    report = build(
+        sets=sets, facts=everywhere(facts, shared), in_domain=shared(_in_domain(context)), gates=gates,
+        tasks=[replace(task, name=shared(task.name)) for task in tasks_stage.results(context)],
+    )  # fmt: skip
     context.directory.remember("report", INCOMPLETE, {})
     write_text(path / "report.json", dumps(report))
     write_text(path / "report.md", markdown.render(report))
@@ -125,6 +129,7 @@ def _stage_results(context: RunContext) -> StageResults:
     """Stage -> its stored result; a later `requant verify` replaces the verification inside."""
     keys = {"merge": context.keys.merge, "quantize": context.keys.quantize, "evaluate": context.scores.key}
     keys |= {"heal": context.keys.heal} if context.prepared.heal else {}
+    keys |= {"tasks": tasks_stage.tasks_key(context)} if context.prepared.tasks else {}
     keys |= {name: converted_key(context, name=name) for name in _converted(context)}
     results: dict[str, Any] = {name: context.directory.result(name, key) or {} for name, key in keys.items()}
     results["probe"] = context.probe or {}

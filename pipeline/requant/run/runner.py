@@ -28,6 +28,7 @@ from requant.run.observer import LoggedWatcher, Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.shared_inputs import SharedInputs
 from requant.run.stages import STAGES, Stage, stage_named, stages_of
+from requant.run.tasks_stage import scores_of
 from requant.runtime import measurements
 from requant.runtime.device import pick_device
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
@@ -112,7 +113,8 @@ def _take_over(context: RunContext, stages: Sequence[Stage]) -> None:
     if not directory.beside:
         return
     context.watcher.doing("what other runs of the sweep hold under the same keys")
-    files = sum(directory.take_cached(file.name) for file in context.scores.files)
+    cached = [*context.scores.files, *(scores_of(context).files if context.prepared.tasks else [])]
+    files = sum(directory.take_cached(file.name) for file in cached)
     made = [stage for stage in stages if stage.artifact is not None]
     taken = [stage.name for stage in made if directory.take_artifact(str(stage.artifact), stage.key(context))]
     log.info("taken over from other runs of the sweep: %s", ", ".join([f"{files} files of scores", *taken]))
@@ -162,7 +164,7 @@ def runnable_stages(prepared: Prepared, until: Until, ranks: Ranks, *, suggest: 
     if until not in names:
         heal = prepared.recipe.heal
         raise InputError(f"heal is {heal!r}, and auto heals on a GPU only: give it settings, such as heal.steps")
-    chosen = stages[: names.index(until) + 1]
+    chosen = stages if until == "report" else stages[: names.index(until) + 1]
     if prepared.unmeasurable and "evaluate" in names[: len(chosen)]:
         raise InputError(f"{prepared.sources.base}: {prepared.unmeasurable}, or stop after requant quantize")
     return chosen

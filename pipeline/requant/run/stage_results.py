@@ -68,6 +68,14 @@ class EvaluateStageResult(Measured, total=False):
     notes: list[str]
 
 
+class TasksStageResult(Measured, total=False):
+    """Variants that the last run asked tasks of, those that could not be (and why), and notes."""
+
+    variants: list[str]
+    missing: dict[str, str]
+    notes: list[str]
+
+
 class ProbeResult(TypedDict, total=False):
     """The adapter's loss on its own text: one row a source, a sentence, warnings."""
 
@@ -169,6 +177,7 @@ class StageResults(TypedDict, total=False):
     merge: MergeStageResult
     quantize: QuantizeStageResult
     evaluate: EvaluateStageResult
+    tasks: TasksStageResult
     heal: HealStageResult
     probe: ProbeResult
     resonance: PredictionResult

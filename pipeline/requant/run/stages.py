@@ -1,6 +1,6 @@
 """The stages of a run, one record each: a new stage is a new entry of `STAGES`.
 
-    merge -> quantize -> (heal) -> (other formats) -> evaluate -> (suggest) -> report
+    merge -> quantize -> (heal) -> (other formats) -> evaluate -> (tasks) -> (suggest) -> report -> (track)
 
 A stage has a key, the digest of all that its result depends on. A stage whose key is unchanged is not run again.
 """
@@ -23,6 +23,8 @@ from requant.run.prepared import Prepared
 from requant.run.quantize_stage import before_quantize, compile_ahead, run_quantize
 from requant.run.report_stage import is_reported, load_report, report_key, run_report
 from requant.run.suggest_stage import run_suggest
+from requant.run.tasks_stage import are_finished, run_tasks_stage, tasks_key, tasks_need
+from requant.run.track_stage import is_tracked, run_track, track_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Stage:
     function: does the work for a key; its result is stored. needs: names of stages whose artifact must be on disk.
     artifact: the checkpoint directory that it writes. discardable: the recipe may drop the artifact after the run.
     scratch: it resumes from files that are removed once its result is stored.
-    only_with: what must be asked for (healing, suggestions, a format), else the stage is not part of the run.
+    only_with: what must be asked for (healing, tasks, suggestions, a format), else the stage is not part of the run.
     finished: replaces the usual test, which is a stored result and a whole artifact.
     ahead: work that runs beside the stages before it. before: runs each time, also when the stage is finished.
     when_finished: runs in place of the stage when nothing is left to do.
@@ -115,6 +117,14 @@ STAGES: tuple[Stage, ...] = (
         finished=is_evaluated,
     ),
     Stage(
+        name="tasks",
+        key=tasks_key,
+        function=run_tasks_stage,
+        needs=tasks_need,
+        only_with="tasks",
+        finished=are_finished,
+    ),
+    Stage(
         name="suggest",
         key=lambda context: context.keys.suggest,
         function=run_suggest,
@@ -128,12 +138,21 @@ STAGES: tuple[Stage, ...] = (
         finished=is_reported,
         when_finished=load_report,
     ),
+    Stage(
+        name="track",
+        key=track_key,
+        function=run_track,
+        only_with="trackers",
+        finished=is_tracked,
+    ),
 )
 
 
 def stages_of(prepared: Prepared, *, suggest: bool = False) -> tuple[Stage, ...]:
     """The stages of one recipe's run, in order."""
     included: set[str | None] = {None, *prepared.recipe.output.formats}
+    included |= {"tasks"} if prepared.tasks else set()
+    included |= {"trackers"} if prepared.recipe.output.track else set()
     included |= ({"healing"} if prepared.heal else set()) | ({"suggestions"} if suggest else set())
     return tuple(stage for stage in STAGES if stage.only_with in included)
 

@@ -1,0 +1,92 @@
+"""What a task gives for each document: which metrics can be paired, and their values.
+
+A metric can be paired where a document has a value of its own and the score is their mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from requant.checkpoint.run_directory import key_of
+from requant.errors import InputError, StageError, library_call
+from requant.evaluate.task_definitions import TaskRequest
+
+SEED = 1234  # of the examples that are shown, the library's own
+
+
+def metrics_of(task: Any) -> list[str]:
+    """The metrics whose value is a mean over documents, "acc" or "exact_match,strict-match", in the task's order."""
+    from lm_eval.api.metrics import mean
+
+    filters = [str(item["name"]) for item in task.get_config("filter_list") or ()] or ["none"]
+    means = [n for n, how in task.aggregation().items() if how is mean or getattr(how, "__name__", "") == "mean"]
+    return [metric_key(name, kind) for name in means for kind in filters]
+
+
+def metric_key(metric: str, kind: str) -> str:
+    """A metric's name in the report. kind: the filter that its answers went through."""
+    return metric if kind == "none" else f"{metric},{kind}"
+
+
+def main_metric(request: TaskRequest, tasks: Sequence[Any]) -> tuple[str, bool]:
+    """(the metric that is compared, whether more of it is better), which every task of a group has."""
+    known = [name for name in metrics_of(tasks[0]) if all(name in metrics_of(t) for t in tasks)]
+    where = f"{request.place}: task {request.title}"
+    if not known:
+        computed = ", ".join(tasks[0].aggregation()) or "none"
+        raise InputError(
+            f"{where}: no document has a value of its own: its metrics ({computed}) are computed over all documents at "
+            "once, or differ within the group, and cannot be paired"
+        )
+    wanted = request.metric
+    chosen = next((n for n in known if wanted in (None, n, n.partition(",")[0])), None)
+    if chosen is None:
+        raise InputError(f"{where}: has no metric {wanted!r:.60}: {', '.join(known)}")
+    return chosen, bool(tasks[0].higher_is_better().get(chosen.partition(",")[0], True))
+
+
+def digest_of(task: Any) -> str:
+    """Digest of all that a task asks and how it judges the answers, of its built requests."""
+    asked = [[i.request_type, i.doc_id, i.idx, json.dumps([i.args, i.doc], default=str)] for i in task.instances]
+    config = {k: v for k, v in task.dump_config().items() if k not in ("metadata", "dataset_kwargs", "task", "tag")}
+    return key_of(asked, json.loads(json.dumps(config, default=_stable)), task.VERSION)
+
+
+def _stable(value: Any) -> str:
+    """A value of a configuration by its name: addresses change."""
+    return getattr(value, "__name__", None) or type(value).__name__
+
+
+def evaluated(task: Any, model: Any, *, limit: int | None, chat: bool, what: str) -> tuple[dict[str, list[float]], int]:
+    """(metric -> the value of each document, documents) of one task on one model of the library."""
+    from lm_eval.evaluator import evaluate
+
+    task.set_fewshot_seed(SEED)
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+        found = evaluate(
+            lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0,
+            apply_chat_template=chat, fewshot_as_multiturn=chat, log_samples=True,
+        )  # fmt: skip
+    samples: Sequence[Mapping[str, Any]] = found["samples"][task.task_name]
+    return _values(samples, metrics_of(task)), len({sample["doc_id"] for sample in samples})
+
+
+def _values(samples: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, list[float]]:
+    """Metric -> value of each document, in the documents' order."""
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    found: dict[str, list[float]] = {metric: [] for metric in metrics}
+    for sample in ordered:
+        for name in sample["metrics"]:
+            key = metric_key(name, str(sample["filter"]))
+            if key in found:
+                found[key].append(float(sample[name]))
+    documents = len({sample["doc_id"] for sample in samples})
+    wrong = next((metric for metric, values in found.items() if not all(map(math.isfinite, values))), None)
+    if wrong is not None:
+        raise StageError(f"a task gave {wrong} that is no number: the checkpoint is damaged or overflows")
+    return {metric: values for metric, values in found.items() if len(values) == documents}

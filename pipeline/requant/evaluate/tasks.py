@@ -1,0 +1,178 @@
+"""The tasks of a run, built and checked against chat template and window, with digests.
+
+What would fail in the long work fails here: an unknown name, data that is not there, a chat template that cannot open
+an answer, a question that is longer than the model's window.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from requant.checkpoint.reader import file_digest
+from requant.checkpoint.run_directory import key_of
+from requant.data.template_losses import TemplateFailure
+from requant.errors import InputError
+from requant.evaluate import task_definitions, task_model, task_values
+from requant.evaluate.task_definitions import TaskRequest
+from requant.runtime.guarded_process import LimitError, call_guarded
+
+DEFAULT_NEW_TOKENS = 256  # of an answer, where a task does not say: the library's own
+_QUESTION = [{"role": "user", "content": "How many?"}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTask:
+    """One task or group of the recipe. parts: the library's tasks.
+
+    digests: of each part, of all that it asks. code: of Python files beside a trusted task. longest: tokens of the
+    longest request with its answer.
+    """
+
+    request: TaskRequest
+    parts: tuple[Any, ...]
+    digests: tuple[str, ...]
+    metric: str
+    higher_is_better: bool
+    documents: int
+    requests: int
+    longest: int
+    code: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Of everything that is asked and how it is judged."""
+        return key_of(self.digests, *self.code)
+
+    def __str__(self) -> str:
+        shots = self.parts[0].get_config("num_fewshot") or 0
+        of = f", {len(self.parts)} tasks" if len(self.parts) > 1 else ""
+        return (
+            f"{self.request.title}{of}: {self.documents} documents, {shots}-shot, {self.metric}, "
+            f"at most {self.longest} tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """All tasks of a recipe. window: tokens that the model takes. stops: token ids that end an answer."""
+
+    items: tuple[LoadedTask, ...]
+    tokenizer: Any
+    window: int
+    stops: tuple[int, ...]
+
+
+def load(
+    requests: Sequence[TaskRequest],
+    tokenizer: Any,
+    *,
+    window: int,
+    stops: Sequence[int],
+    trust_remote_code: bool,
+    doing: Callable[[str], None] = lambda _: None,
+) -> Tasks:
+    """Build and check the tasks. Raises InputError naming the task's place in the recipe."""
+    task_definitions.require_library(requests[0].place)
+    tokenizer = copy.deepcopy(tokenizer)  # the library gives it a padding token
+    items = []
+    for request in requests:
+        doing(f"requests of the task {request.title}")
+        if request.chat:
+            _require_turn(request, tokenizer)
+        parts = task_definitions.build(request, trust_remote_code=trust_remote_code)
+        metric, better = task_values.main_metric(request, parts)
+        code = _code(request) if trust_remote_code else ()
+        for part in parts:
+            _build_requests(request, part, tokenizer)
+        items.append(
+            LoadedTask(
+                request=request, parts=tuple(parts), digests=tuple(map(task_values.digest_of, parts)), code=code,
+                metric=metric, higher_is_better=better,
+                documents=sum(len({i.doc_id for i in p.instances}) for p in parts),
+                requests=sum(len(p.instances) for p in parts),
+                longest=max(_longest(request, part, tokenizer, window) for part in parts),
+            )
+        )  # fmt: skip
+    return Tasks(items=tuple(items), tokenizer=tokenizer, window=window, stops=tuple(stops))
+
+
+def _code(request: TaskRequest) -> tuple[str, ...]:
+    """Digests of the Python files beside a trusted task."""
+    files = sorted(request.path.parent.glob("*.py")) if request.path else []
+    return tuple(file_digest(file) for file in files)
+
+
+def _build_requests(request: TaskRequest, task: Any, tokenizer: Any) -> None:
+    """All requests of one task, as they will be asked."""
+    task.set_fewshot_seed(task_values.SEED)
+    where = f"{request.place}: task {request.title}"
+    try:
+        task.build_all_requests(
+            limit=request.limit,
+            apply_chat_template=request.chat,
+            fewshot_as_multiturn=request.chat,
+            chat_template=partial(_ask, tokenizer) if request.chat else None,
+        )
+    except TemplateFailure as error:
+        raise InputError(f"{where}: the chat template refuses its messages ({error}): set chat: false") from error
+    except InputError:
+        raise
+    except Exception as error:  # of the library, on a document that its template cannot be filled with
+        raise InputError(f"{where}: {task_definitions.why(error)}") from error
+
+
+def _ask(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    return task_model.rendered(tokenizer, messages, ask=add_generation_prompt)
+
+
+def _require_turn(request: TaskRequest, tokenizer: Any) -> None:
+    """Raise InputError where the chat template is missing, fails, or does not begin an answer."""
+    where = f"{request.place}: task {request.title}: chat: true"
+    if not tokenizer.chat_template:
+        raise InputError(f"{where}, and the tokenizer has no chat template: set chat: false")
+    try:
+        opened, closed = (call_guarded(partial(_turn, tokenizer, ask)) for ask in (True, False))
+    except (LimitError, TemplateFailure) as error:
+        raise InputError(f"{where}, and the chat template fails ({error}): set chat: false") from error
+    if opened == closed:
+        raise InputError(
+            f"{where}, and the chat template cannot open an answer (add_generation_prompt changes nothing): give the "
+            "tokenizer the template of inference, or set chat: false"
+        )
+
+
+def _turn(tokenizer: Any, ask: bool) -> str:
+    from requant.data import template_call
+
+    return template_call.apply(tokenizer, _QUESTION, None, ask=ask)
+
+
+def _longest(request: TaskRequest, task: Any, tokenizer: Any, window: int) -> int:
+    """Tokens of a task's longest request with its answer; InputError for one that does not fit in the window."""
+    longest = 0
+    for instance in sorted(task.instances, key=lambda i: -len("".join(map(str, i.args)))):
+        generates = instance.request_type == "generate_until"
+        answer = _new_tokens(instance.args[1]) if generates else 0
+        text = instance.args[0] if generates else "".join(instance.args[:2])
+        if len(text.encode()) + answer <= longest:  # no token is shorter than a byte
+            continue
+        length = task_model.tokens(tokenizer, text) + answer
+        if length > window:
+            cure = "fewer examples (few_shot), or fewer new tokens (generation_kwargs.max_gen_toks)"
+            raise InputError(
+                f"{request.place}: task {request.title}: document {instance.doc_id} takes {length} tokens"
+                + (f", {answer} of them for the answer," if generates else "")
+                + f" and the model has {window}: {cure if generates else 'fewer examples (few_shot)'}"
+            )
+        longest = max(longest, length)
+    return longest
+
+
+def _new_tokens(settings: dict[str, Any]) -> int:
+    """How many tokens a task lets a model answer with."""
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    return next((int(settings[name]) for name in names if settings.get(name) is not None), DEFAULT_NEW_TOKENS)

@@ -1,0 +1,94 @@
+"""Stage tasks of a run: lm-evaluation-harness on adapter, merged model and what ships."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from requant.evaluate import task_definitions
+from requant.evaluate.task_stage import TaskScores, TasksResult, run_tasks
+from requant.run.context import RunContext
+from requant.run.evaluate_stage import OF_MERGED
+
+if TYPE_CHECKING:
+    from requant_eval.metrics.task_metrics import TaskResult
+
+
+def scores_of(context: RunContext) -> TaskScores:
+    """The results of this run's tasks."""
+    prepared = context.prepared
+    assert prepared.tasks is not None, "the stage is part of a run only with tasks"
+    return TaskScores(
+        cache=context.directory.cache,
+        tasks=prepared.tasks,
+        keys={name: context.keys.variants[name] for name in prepared.task_variants},
+        device=context.device,
+        dtype=context.scores.dtype,
+    )
+
+
+def tasks_key(context: RunContext) -> str:
+    """Digest of all that the results depend on."""
+    return scores_of(context).key
+
+
+def are_finished(context: RunContext, key: str) -> bool:
+    """Whether every variant has its results, but for those that do not fit on this device."""
+    stored = context.directory.result("tasks", key)
+    scores = scores_of(context)
+    return stored is not None and not any(scores.missing(v) for v in scores.keys if v not in stored["missing"])
+
+
+def tasks_need(context: RunContext) -> tuple[str, ...]:
+    """The merged checkpoint, where a variant that is made from it has no results yet."""
+    if context.prepared.tasks is None:
+        return ()
+    scores = scores_of(context)
+    return ("merge",) if any(scores.missing(v) for v in OF_MERGED & scores.keys.keys()) else ()
+
+
+def run_tasks_stage(context: RunContext, key: str) -> TasksResult:
+    """Run what has no results yet, on the first rank."""
+    return run_tasks(
+        scores_of(context), context.variant_sources, batch=context.batch, progress=context.watcher.progress
+    )
+
+
+def results(context: RunContext) -> list[TaskResult]:
+    """Every task with the values of its documents, for the report."""
+    from requant_eval.metrics.task_metrics import TaskResult
+
+    if context.prepared.tasks is None:
+        return []
+    scores = scores_of(context)
+    stored = context.directory.result("tasks", scores.key) or {}
+    found = []
+    for task in scores.tasks.items:
+        values: dict[str, dict[str, list[float]]] = {}
+        seconds: dict[str, float] = {}
+        for variant in scores.keys:
+            parts = [scores.read(variant, task, part) for part in range(len(task.parts))]
+            if all(parts):
+                whole = [part for part in parts if part is not None]
+                metrics = [m for m in whole[0]["values"] if all(m in part["values"] for part in whole)]
+                values[variant] = {m: [v for part in whole for v in part["values"][m]] for m in metrics}
+                seconds[variant] = sum(part["seconds"] for part in whole)
+        first = task.parts[0]
+        found.append(
+            TaskResult(
+                name=task.request.title,
+                task=str(first.task_name if task.request.path or len(task.parts) == 1 else task.request.name),
+                digest=task.digest,
+                version=f"{first.VERSION} (lm-eval {task_definitions.library_version()})",
+                kind=str(first.OUTPUT_TYPE),
+                few_shot=int(first.get_config("num_fewshot") or 0),
+                limit=task.request.limit,
+                chat=task.request.chat,
+                metric=task.metric,
+                higher_is_better=task.higher_is_better,
+                values=values,
+                seconds=seconds,
+                n_documents=task.documents,
+                missing=stored.get("missing", {}),
+            )
+        )
+    return found

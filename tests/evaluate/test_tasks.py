@@ -1,0 +1,228 @@
+"""Tasks: files read as data, what is refused early, scores by variant, resuming."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tasks as local
+from transformers import AutoTokenizer
+
+from requant.data import tokenizer as tokenizers
+from requant.errors import InputError
+from requant.evaluate import task_files
+from requant.evaluate.task_definitions import TaskRequest, require_library
+from requant.evaluate.variants import VariantSources
+
+GOOD: dict[str, Any] = {
+    "task": "words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "words.jsonl"}},
+    "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "label",
+    "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}  # fmt: skip
+ROW = {"q": "one and one", "choices": [" is two", " is six"], "label": 0}
+
+
+def written(folder: Path, text: str | None = None, **changes: Any) -> Path:
+    """A task file; of JSON, which is YAML."""
+    file = folder / "words.yaml"
+    kept = {key: value for key, value in (GOOD | changes).items() if value is not None}
+    file.write_text(json.dumps(kept) if text is None else text)
+    if not (folder / "words.jsonl").exists():
+        (folder / "words.jsonl").write_text("".join(json.dumps(ROW | {"label": i % 2}) + "\n" for i in range(12)))
+    return file
+
+
+def request(path: Path | None = None, **more: Any) -> TaskRequest:
+    given: dict[str, Any] = {
+        "title": "words", "name": None if path else "words", "path": path, "limit": None, "few_shot": None,
+        "chat": False, "metric": None, "place": "recipe.yaml:7: evaluate.tasks.0",
+    }  # fmt: skip
+    return TaskRequest(**given | more)
+
+
+def test_paths_of_data_are_as_seen_from_the_file(tmp_path: Path) -> None:
+    assert task_files.read(written(tmp_path))["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "words.jsonl")}
+
+
+def test_a_file_is_laid_over_what_it_includes(tmp_path: Path) -> None:
+    written(tmp_path).rename(tmp_path / "base.yaml")
+    made = task_files.read(written(tmp_path, "include: base.yaml\ntask: other\n"))
+    assert (made["task"], made["doc_to_text"]) == ("other", "{{q}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("process_docs: !function utils.run\n", {}, "words.yaml:1: !function utils.run: runs Python code"),
+        ("a: !!python/object/apply:os.system [true]\n", {}, "is no YAML that is read here"),
+        ("include: words.yaml\n", {}, "includes itself"),
+        ("include: other.yaml\n", {}, "other.yaml: cannot be read (No such file"),
+        ("- a\n", {}, "expected the keys of a task, got list"),
+        ("a: [\n", {}, "is no YAML that is read here"),
+        ("group: all\ntask: [a, b]\n", {}, "is a group of tasks"),
+        (None, {"output_type": None}, "output_type missing"),
+        (None, {"test_split": None}, "test_split or validation_split is missing"),
+        (None, {"dataset_path": "pandas"}, "dataset_path: 'pandas', expected one of json"),
+        (None, {"use_prompt": "own.yaml:all"}, "use_prompt: loads another file"),
+        (None, {"dataset_kwargs": None}, "data_files names no file of data"),
+        (None, {"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, "none.jsonl: no such file"),
+    ],
+)
+def test_a_file_that_is_no_task_is_named(
+    tmp_path: Path, text: str | None, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        task_files.read(written(tmp_path, text, **changes))
+    assert message in str(refused.value)
+
+
+def test_without_the_library_the_command_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requant.evaluate.task_definitions.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"evaluate\.tasks\.0: needs lm-evaluation-harness: pip install"):
+        require_library(request().place)
+
+
+# --- with the library ---
+
+
+def loaded(*asked: TaskRequest, tokenizer: Any, window: int = 256, trust: bool = False) -> Any:
+    from requant.evaluate import tasks
+
+    return tasks.load(asked, tokenizer, window=window, stops=(1,), trust_remote_code=trust)
+
+
+@pytest.fixture
+def tokenizer(source: Path) -> Any:
+    return tokenizers.load(source, None)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_a_misspelt_name_is_told_with_the_nearest(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"'gsm8kk' is no task of lm-evaluation-harness: did you mean .*gsm8k"):
+        loaded(request(name="gsm8kk"), tokenizer=tokenizer)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_data_that_is_not_here_is_told_as_that(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(InputError, match=r"task words: its data is not on this machine and cannot be downloaded"):
+        loaded(request(name="gsm8k"), tokenizer=tokenizer)
+
+
+@local.needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "asked", "message"),
+    [
+        ({}, {"chat": True}, "the tokenizer has no chat template"),
+        ({}, {"metric": "acc_norm"}, "has no metric 'acc_norm': acc"),
+        ({"metric_list": [{"metric": "mauve"}]}, {}, "its metric mauve is Python code of a hub"),
+        ({"metric_list": [{"metric": "mcc", "higher_is_better": True}]}, {}, "no document has a value of its own"),
+        ({"unsafe_code": True}, {}, "runs code that the model writes"),
+        ({"repeats": 3}, {}, "asks each question 3 times"),
+        ({"doc_to_text": "{{nothing}}"}, {}, "'nothing' is undefined"),
+        ({"doc_to_text": "{{q.__class__.__mro__}}"}, {}, "SecurityError"),
+        ({"output_type": "guess"}, {}, "Got invalid output_type"),
+        ({"doc_to_text": "{{q * 200}}"}, {}, "document 0 takes"),
+    ],
+)
+def test_what_would_fail_later_is_refused_before(
+    tmp_path: Path, tokenizer: Any, changes: dict[str, Any], asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        loaded(request(written(tmp_path, **changes), **asked), tokenizer=tokenizer)
+    assert message in str(refused.value)
+    assert "recipe.yaml:7: evaluate.tasks.0" in str(refused.value)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_an_answer_longer_than_the_window_is_told(tmp_path: Path, tokenizer: Any) -> None:
+    changes = {
+        "output_type": "generate_until", "doc_to_choice": None, "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 300},
+    }  # fmt: skip
+    with pytest.raises(InputError, match="300 of them for the answer, and the model has 256: fewer examples"):
+        loaded(request(written(tmp_path, **changes)), tokenizer=tokenizer)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_a_template_that_opens_no_answer_is_told(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="the chat template cannot open an answer"):
+        loaded(request(written(tmp_path), chat=True), tokenizer=tokenizer)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_code_beside_a_file_runs_where_it_is_trusted_alone(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "own.py").write_text("def text(row):\n    return 'So ' + row['q']\n")
+    file = written(tmp_path)
+    file.write_text(file.read_text().replace('"{{q}}"', "!function own.text"))
+    with pytest.raises(InputError, match=r"!function own\.text: runs Python code"):
+        loaded(request(file), tokenizer=tokenizer)
+    made = loaded(request(file), tokenizer=tokenizer, trust=True)
+    assert made.items[0].parts[0].instances[0].args[0] == "So one and one"
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_the_digest_is_of_what_is_asked(tmp_path: Path, tokenizer: Any) -> None:
+    def digest(**asked: Any) -> str:
+        return str(loaded(request(written(tmp_path), **asked), tokenizer=tokenizer).items[0].digest)
+
+    assert digest() == digest()
+    assert len({digest(), digest(limit=3), digest(few_shot=1)}) == 3
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_scores_are_the_model_s_own_and_kept(source: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """Each choice's log-likelihood by hand; then nothing is asked again, and a lost file alone is."""
+    from requant.evaluate import task_stage, variants
+
+    made = loaded(request(written(tmp_path)), request(written(tmp_path), title="few", few_shot=1), tokenizer=tokenizer)
+    cpu = torch.device("cpu")
+    (tmp_path / "cache").mkdir()
+    scores = task_stage.TaskScores(
+        cache=tmp_path / "cache", tasks=made, keys={"merged": "k"}, device=cpu, dtype=torch.float32
+    )
+    sources = VariantSources.of_checkpoint(source)
+    seen: list[int] = []
+    result = task_stage.run_tasks(scores, sources, batch=2, progress=lambda done, of, note: seen.append(done))
+    assert result == {"variants": ["merged"], "missing": {}, "notes": []}
+    assert seen[-1] == 48, "two tasks of 12 rows with two choices"
+    model, plain = (
+        variants.load("merged", sources, device=cpu, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(source),
+    )
+    likelihoods = []
+    for choice in ROW["choices"]:
+        context = plain(ROW["q"])["input_ids"]
+        ids = plain(f"{ROW['q']} {choice}")["input_ids"]
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        likelihoods.append(sum(float(log_p[i - 1, ids[i]]) for i in range(len(context), len(ids))))
+    best = int(likelihoods[1] > likelihoods[0])
+    part = scores.read("merged", made.items[0], 0)
+    assert part is not None
+    assert part["values"]["acc"] == [float(i % 2 == best) for i in range(12)]
+    before = scores.file("merged", made.items[0], 0).stat().st_mtime_ns
+    scores.file("merged", made.items[1], 0).write_text("{}")
+    assert [task.request.title for task, _ in scores.missing("merged")] == ["few"]
+    task_stage.run_tasks(scores, sources, batch=2)
+    assert scores.file("merged", made.items[0], 0).stat().st_mtime_ns == before
+    assert scores.missing("merged") == []
+    assert replace(scores, keys={"merged": "other"}).missing("merged"), "another model has no results"
