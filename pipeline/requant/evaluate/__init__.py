@@ -11,7 +11,7 @@
     finite_forward    where a checkpoint first gives NaN in the dtype that it ships in
     task_stage        tasks of lm-evaluation-harness on every variant: run_tasks(scores, sources, ...)
     tasks             the tasks of a run: built, checked against template and window
-    task_definitions  tasks found by name or built from a file, in the library
+    task_definitions   tasks found by name or built from a file, in the library
     task_files        task files (YAML) read without running code
     task_values       metrics of a task, and the value of each document
     task_model        a variant as a model of the library
