@@ -54,7 +54,7 @@ def digest_of(task: Any) -> str:
     """Digest of all that a task asks and how it judges the answers, of its built requests."""
     asked = [[i.request_type, i.doc_id, i.idx, json.dumps([i.args, i.doc], default=str)] for i in task.instances]
     config = {k: v for k, v in task.dump_config().items() if k not in ("metadata", "dataset_kwargs", "task", "tag")}
-    return key_of(asked, json.dumps(config, default=_stable, sort_keys=True), task.VERSION)
+    return key_of(asked, json.dumps(config, default=_stable), task.VERSION)
 
 
 def _stable(value: Any) -> str:
