@@ -42,7 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="directory of train.jsonl, heldout.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="adapter directory to write; must not exist")
     parser.add_argument("--base-name", default="./base-nf4", help="base_model_name_or_path to record")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=int, default=32)

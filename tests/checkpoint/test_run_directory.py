@@ -15,7 +15,7 @@ import pytest
 
 from requant.checkpoint import digests as digest_module
 from requant.checkpoint import run_directory
-from requant.checkpoint.artifact import MANIFEST, Artifact, changed_files
+from requant.checkpoint.artifact import MANIFEST, Artifact, changed_files, read_manifest
 from requant.checkpoint.atomic_write import DAMAGED
 from requant.checkpoint.reader import file_digest
 from requant.checkpoint.run_directory import MARKER, LogFile, RunDirectory, key_of, sealed, unsealed
@@ -480,3 +480,13 @@ def test_results_and_cached_files_are_taken_over(tmp_path: Path) -> None:
     alone = RunDirectory(tmp_path / "b")
     assert alone.result("probe", "k") == {"said": "yes"}
     assert (alone.cache / "scores").read_text() == "1"
+
+
+@pytest.mark.parametrize("field", ["key", "files", "sha256", "provenance"])
+@pytest.mark.parametrize("value", [3, ["a"], None])
+def test_a_manifest_of_another_shape_is_none_of_ours(tmp_path: Path, field: str, value: object) -> None:
+    whole = {"key": "k", "files": {"a": 1}, "sha256": {"a": "0"}, "provenance": {"stage": "merge"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(whole))
+    assert read_manifest(tmp_path) == whole
+    (tmp_path / "manifest.json").write_text(json.dumps(whole | {field: value}))
+    assert read_manifest(tmp_path) is None

@@ -1,4 +1,4 @@
-"""The recipe gemma3-word-problems: right answers, sides that share nothing, a GGUF file read whole, a training step."""
+"""The recipe gemma3-word-problems: right answers, separate sides, its GGUF, a step."""
 
 from __future__ import annotations
 

@@ -185,8 +185,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = read_json(file) if file.is_file() else {}
     except InputError:
         return None
-    sizes, digests = manifest.get("files"), manifest.get("sha256", {})
-    known = isinstance(sizes, dict) and isinstance(digests, dict) and "key" in manifest
+    objects = (manifest.get("files"), manifest.get("sha256", {}), manifest.get("provenance", {}))
+    known = all(isinstance(value, dict) for value in objects) and isinstance(manifest.get("key"), str)
     return manifest if known else None
 
 
