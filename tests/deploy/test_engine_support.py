@@ -14,7 +14,7 @@ from helpers.e2e import recipe
 from helpers.families import FAMILIES, Family
 
 from requant.checkpoint.writer import Slot
-from requant.deploy import engine_support, engine_targets
+from requant.deploy import engine_support, engine_targets, plan_traits
 from requant.errors import InputError
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
@@ -231,7 +231,7 @@ def test_where_optimum_looks_for_blocks() -> None:
     pytest.importorskip("optimum")
     from optimum.gptq.constants import BLOCK_PATTERNS
 
-    assert set(engine_support._BLOCKS) <= set(BLOCK_PATTERNS)
+    assert set(plan_traits._BLOCKS) <= set(BLOCK_PATTERNS)
     assert "does not look for blocks in transformer.blocks" in str(verdict("transformers", "mpt", **MPT))
 
 

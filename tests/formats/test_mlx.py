@@ -15,10 +15,12 @@ from torch import nn
 from requant.checkpoint.reader import read_json
 from requant.deploy import verify
 from requant.deploy.conversion import convert
+from requant.deploy.gguf_export import export
 from requant.errors import InputError
 from requant.formats import mlx as layout
 from requant.formats.quantized_format import PackError
 from requant.formats.registry import MLX, open_quantized
+from requant.modeling.token_ends import EndBits
 from requant.numerics.grid import Grid
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -166,3 +168,39 @@ def test_recognised_by_what_it_says_and_what_it_does_not() -> None:
     assert MLX.recognise({"group_size": 64, "bits": 4})
     assert not MLX.recognise({"group_size": 128, "bits": 4, "sym": True, "desc_act": False})
     assert not MLX.recognise({"quant_method": "gptq", "bits": 4, "group_size": 32})
+
+
+def test_what_is_symmetric_in_fact_is_made_symmetric(tmp_path: Path) -> None:
+    """No config of MLX says so: Q4_0 blocks in GGUF, which Q4_1 would round, and GPTQ that servers load."""
+    make_model(tmp_path / "model", hidden=64)
+    pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32, signed=True))
+    convert(tmp_path / "gptq", tmp_path / "mlx", "mlx")
+    done = export(tmp_path / "mlx", tmp_path / "gguf")
+    assert done.largest_rounding == 0
+    assert done.kinds["Q4_0"] == 14
+    assert "Q4_1" not in done.kinds
+    convert(tmp_path / "mlx", tmp_path / "back", "gptq")
+    assert read_json(tmp_path / "back" / "config.json")["quantization_config"]["sym"] is True
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("gptq", "back"))
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() | after.keys())
+
+
+def test_files_as_mlx_lm_writes_them_are_read(tmp_path: Path) -> None:
+    """With quantized ends of which the config says nothing, and biases of no whole zero point."""
+    make_model(tmp_path / "model", hidden=64)
+    pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32))
+    out = tmp_path / "out"
+    convert(tmp_path / "gptq", out, "mlx", ends=EndBits(embeddings=4, head=4))
+
+    def drift(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("biases"):
+                tensors[name] = (tensors[name].float() * 1.03).half()
+
+    edit_tensors(out / "model.safetensors", drift)
+    usual = {key: value for key, value in declared(out).items() if key in ("bits", "group_size", "mode")}
+    edit_json(out / "config.json", **dict.fromkeys(layout.CONFIG_KEYS, usual))
+    assert findings(out) == []
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= open_quantized(out).quantized
+    with pytest.raises(InputError, match=r"cannot be stored as compressed-tensors: zero points are not whole numbers"):
+        convert(out, tmp_path / "ct", "compressed-tensors")

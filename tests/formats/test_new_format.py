@@ -16,7 +16,7 @@ from requant.checkpoint.reader import Checkpoint, TensorInfo, read_json
 from requant.deploy import verify
 from requant.deploy.verification import Verification
 from requant.evaluate import variants
-from requant.formats.quantized_format import Finding, Packing, QuantizedFormat, Reader
+from requant.formats.quantized_format import Finding, Packing, QuantizedFormat, Reader, SixteenBitEnds
 from requant.formats.registry import FORMATS, load_quantized, open_quantized
 from requant.quantize.plan import Settings
 
@@ -54,7 +54,7 @@ def config(*, bits: int, group_size: int, symmetric: bool, **_: Any) -> dict[str
     return {"quant_method": "plain", "bits": bits, "group_size": group_size, "sym": symmetric}
 
 
-class PlainRules:
+class PlainRules(SixteenBitEnds):
     def __init__(self, declared: Mapping[str, Any]) -> None:
         self.declared = declared
 
@@ -80,6 +80,9 @@ class PlainReader:
 
     def __contains__(self, name: object) -> bool:
         return name in self.quantized or name in self.checkpoint
+
+    def is_symmetric(self, weight: str, *, declared: bool) -> bool:
+        return declared
 
     def tensors(self, weight: str, device: torch.device = torch.device("cpu")) -> dict[str, Tensor]:  # noqa: B008
         return {s: self.checkpoint.read(weight.removesuffix("weight") + s).to(device) for s in SUFFIXES}

@@ -116,6 +116,6 @@ def test_healed_has_steps_and_speeds_of_its_own_and_no_place_in_the_card_of_gptq
     text = markdown.render(report)
     assert "### gptq in each engine" in text
     assert "### healed in each engine" in text
-    card = model_card.model_card(report, without="healed")
+    card = model_card.model_card(report, without=("healed",))
     assert "### gptq in each engine" in card
     assert "healed" not in card

@@ -9,7 +9,7 @@ from helpers.families import BY_KIND
 from transformers import CONFIG_MAPPING
 
 from requant.modeling import families
-from requant.recipe import model_sections
+from requant.recipe import quantize_section
 
 
 def test_every_model_type_is_one_of_transformers_and_in_one_entry() -> None:
@@ -24,7 +24,7 @@ def test_every_proven_family_has_an_entry() -> None:
 
 def test_the_recipe_knows_the_same_fused_linears() -> None:
     anywhere = [fused for fused in families.FUSED.values() if "." not in fused.pattern]
-    assert {fused.parts: fused.pattern for fused in anywhere} == model_sections._FUSED
+    assert {fused.parts: fused.pattern for fused in anywhere} == quantize_section._FUSED
 
 
 def test_one_engine_name_has_one_meaning() -> None:

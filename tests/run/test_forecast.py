@@ -20,7 +20,7 @@ from requant.evaluate import stage as evaluate_stage
 from requant.modeling import fused_ops, skeleton
 from requant.quantize import block_quantizer
 from requant.quantize.calibration_plan import CalibrationPlan
-from requant.run import evaluation_inputs, prepare
+from requant.run import evaluation_inputs, output_formats, prepare
 from requant.run.check import forecast, forecast_merge
 from requant.run.check.forecast_merge import PROBED, Made, Need
 from requant.run.check.rehearsal import Cost, Quantized, RandomWeights, Rehearsal, Scored, cost_of
@@ -244,3 +244,19 @@ def test_a_line_of_it() -> None:
     assert str(Need("quantize", 400.0, 10**9, 6 * 10**9)) == (
         "quantize about 6.7 min, 1.0 GB of memory, 6.0 GB of the GPU"
     )
+
+
+@pytest.mark.slow
+def test_each_format_is_forecast(project: Path, tmp_path: Path) -> None:
+    """With the bytes that it writes; embeddings and head that are quantized make fewer."""
+    asked = {"output.formats": ["gptq", "compressed-tensors", "gguf"]}
+    plain = of(prepare.prepare(recipe(project, tmp_path, asked)))
+    assert list(plain) == ["merge", "quantize", "compressed-tensors", "gguf", "evaluate"]
+    p = prepare.prepare(recipe(project, tmp_path, asked | {"quantize.embeddings": 8, "quantize.head": 8}))
+    ended = of(p)
+    for name in ("compressed-tensors", "gguf"):
+        written = output_formats.stored_bytes(p.quantize.ends.added_to(p.quantize.plan, name), name)
+        assert ended[name].written == written < plain[name].written
+        assert ended[name].seconds > 0
+        assert ", writes 0.00 GB" in str(ended[name])
+    assert plain["merge"].written == 0

@@ -131,7 +131,8 @@ class FormatFacts(TypedDict, total=False):
     """The deployed checkpoint in one format (`run.format_facts.FormatFacts`). bytes: of its weights' files.
 
     read_by: engines, by the engine table. made_from: the directory whose weights it has, None: it was solved.
-    largest_rounding: of a weight, in steps of its scale. loaded_in: engines that loaded it.
+    largest_rounding: of a weight, in steps of its scale. ends: bits of quantized embeddings and head, by module.
+    loaded_in: engines that loaded it.
     """
 
     directory: str
@@ -140,6 +141,7 @@ class FormatFacts(TypedDict, total=False):
     read_by: Sequence[str]
     made_from: str | None
     largest_rounding: float
+    ends: Mapping[str, int]
     loaded_in: Sequence[str]
 
 

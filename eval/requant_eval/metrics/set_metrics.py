@@ -26,8 +26,11 @@ EDGES: tuple[tuple[str, str, records.Kind], ...] = (
     ("adapter", "merged", "merge"),
     ("merged", "gptq", "quantize"),
     ("gptq", "healed", "heal"),
+    ("gptq", "ends", "ends"),
+    ("healed", "ends", "ends"),
     ("adapter", "gptq", "total"),
     ("adapter", "healed", "total"),
+    ("adapter", "ends", "total"),
     ("merged", "rtn", "control"),
     ("adapter", "rtn", "control"),
     ("adapter", "original", "fork"),
@@ -112,6 +115,8 @@ def _variant(name: str, result: SetResult, sums: st.Sums) -> records.VariantResu
 
 def _edges(names: list[str], reference: str | None) -> list[tuple[str, str, records.Kind]]:
     edges = [edge for edge in EDGES if edge[0] in names and edge[1] in names]
+    if "healed" in names:  # whose embeddings and head are rounded then
+        edges = [edge for edge in edges if edge[:2] != ("gptq", "ends")]
     if reference is not None:
         reached = {end for start, end, _ in edges if start == reference} | {reference, "base"}
         edges += [(reference, name, "total") for name in names if name not in reached]

@@ -36,6 +36,7 @@ def _verified(found: FormatFacts) -> str:
     """What it was compared with, how exact that was, and what engines loaded it."""
     made_from, rounding = found.get("made_from"), found.get("largest_rounding") or 0.0
     exact = "exactly" if not rounding else f"{rounding:.2g} steps off at most"
+    ends = [f"{name} rounded to {bits} bits" for name, bits in (found.get("ends") or {}).items()]
     parts = [f"every weight against {made_from}/: {exact}" if made_from else "every tensor read back and decoded"]
     loaded = found.get("loaded_in") or ()
-    return "; ".join([*parts, *([f"loaded in {', '.join(loaded)}"] if loaded else [])])
+    return "; ".join([*parts, *ends, *([f"loaded in {', '.join(loaded)}"] if loaded else [])])

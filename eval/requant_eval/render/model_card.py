@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from requant_eval.escaping import markdown, markdown_block, yaml
@@ -69,13 +69,13 @@ PACKAGES = {"gptq": "gptqmodel optimum", "compressed-tensors": "compressed-tenso
 """Format of a checkpoint -> what transformers needs to load it."""
 
 
-def model_card(report: Report, without: str | None = None, *, layout: str = "gptq") -> str:
+def model_card(report: Report, without: Collection[str] = (), *, layout: str = "gptq") -> str:
     """The card as Markdown: front matter, headline, quality, how to serve, provenance.
 
-    without: a variant to leave out, because the checkpoint neither is it nor was made of it. layout: its format; one
+    without: variants to leave out, because the checkpoint neither is one nor was made of it. layout: its format; one
     that is not GPTQ holds the same codes.
     """
-    report = readable(report if without is None else _without(report, without))
+    report = readable(_without(report, without) if without else report)
     facts = known_facts(report["facts"])
     name = str(report["name"] or "gptq-checkpoint")
     parts = [
@@ -106,7 +106,7 @@ def model_card(report: Report, without: str | None = None, *, layout: str = "gpt
     ]
     settings = (facts.get("quantize") or {}).get("settings")
     for t in (
-        *(checks_table(name, proof) for name, proof in proofs(facts) if name != without),
+        *(checks_table(name, proof) for name, proof in proofs(facts) if name not in without),
         formats_table(facts),
         inputs_table(facts, created=True),
         facts_table("Quantization", settings),
@@ -125,27 +125,29 @@ def _serve(layout: str) -> str:
 
 def _same_codes(facts: Facts, layout: str) -> str:
     """How the files of a format agree with those that were scored."""
-    rounding = ((facts.get("formats") or {}).get(layout) or {}).get("largest_rounding")
-    return SAME_CODES.format(
-        layout, f"weights are at most {rounding:.2g} steps of their scales off" if rounding else "all weights are equal"
-    )
+    found = (facts.get("formats") or {}).get(layout) or {}
+    rounding, ends = found.get("largest_rounding"), found.get("ends") or {}
+    how = f"weights are at most {rounding:.2g} steps of their scales off" if rounding else "all weights are equal"
+    told = [f"{name} is rounded to {bits} bits, each value to its nearest" for name, bits in ends.items()]
+    return SAME_CODES.format(layout, "; but ".join([how, *([" and ".join(told)] if told else [])]))
 
 
-def _without(report: Report, variant: str) -> Report:
-    """The report without `variant`."""
+def _without(report: Report, without: Collection[str]) -> Report:
+    """The report without some variants."""
     sets: list[EvaluationSet] = [
         {
             **s,
-            "variants": [v for v in s["variants"] if v["name"] != variant],
-            "edges": [e for e in s["edges"] if variant not in (e["from"], e["to"])],
-            "kernels": [e for e in s.get("kernels") or [] if e["from"] != variant],
-            "retention": {name: value for name, value in s["retention"].items() if name != variant},
+            "variants": [v for v in s["variants"] if v["name"] not in without],
+            "edges": [e for e in s["edges"] if not {e["from"], e["to"]} & set(without)],
+            "kernels": [e for e in s.get("kernels") or [] if e["from"] not in without],
+            "retention": {name: value for name, value in s["retention"].items() if name not in without},
         }
         for s in report["sets"]
     ]
     kept: Report = {**report, "sets": sets, "gates": []}  # the gates judged what ships
     if "tasks" in report:
-        kept["tasks"] = [without_variant(task, variant) for task in report["tasks"]]
+        for variant in without:
+            kept["tasks"] = [without_variant(task, variant) for task in kept["tasks"]]
     return {**kept, "headline": headline(kept)}
 
 

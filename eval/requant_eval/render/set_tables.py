@@ -13,6 +13,7 @@ KINDS = {
     "merge": "merge + cast",
     "quantize": "quantization",
     "heal": "healing",
+    "ends": "rounding of embeddings and head",
     "total": "whole way",
     "control": "control",
     "fork": "merged onto the original base",

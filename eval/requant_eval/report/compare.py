@@ -31,6 +31,7 @@ STAGES_OF = {
     "rtn": ("merge",),
     "gptq": ("merge", "quantize"),
     "healed": ("merge", "quantize", "heal"),
+    "ends": ("merge", "quantize"),
 }
 IDENTITY: tuple[Literal["digest"], Literal["fingerprint"]] = ("digest", "fingerprint")
 
@@ -197,7 +198,9 @@ def _run(entrant: Entrant, shared: Sequence[str]) -> ComparedRun:
     facts = known_facts(entrant.report["facts"])
     cost = facts.get("cost") or {}
     times = cost.get("seconds") or {}
-    seconds = [times.get(stage) for stage in STAGES_OF.get(entrant.variant, ())]
+    stages = STAGES_OF.get(entrant.variant, ())
+    stages += ("heal",) if entrant.variant == "ends" and facts.get("heal") else ()
+    seconds = [times.get(stage) for stage in stages]
     return {
         "name": entrant.name,
         "variant": entrant.variant,
@@ -221,7 +224,7 @@ def _bytes(sizes: Mapping[str, int | None], variant: str) -> int | None:
     if variant == "adapter":
         base, adapter = sizes.get("base"), sizes.get("adapter")
         return None if base is None or adapter is None else int(base + adapter)
-    size = sizes.get(variant) or (sizes.get("gptq") if variant in ("healed", "rtn") else None)
+    size = sizes.get(variant) or (sizes.get("gptq") if variant in ("healed", "rtn", "ends") else None)
     return None if size is None else int(size)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from requant_eval.metrics.facts import base_and_adapter, is_16_bit_base, known_facts
 from requant_eval.metrics.records import scaled
 from requant_eval.report.adapter_gain import gained_nothing, in_words, learned
@@ -9,12 +12,13 @@ from requant_eval.report.number_format import format_bytes, format_estimate, for
 from requant_eval.report.records import Numbers
 
 # What ships, best first.
-FINAL = ("healed", "gptq", "rtn", "merged")
+FINAL = ("ends", "healed", "gptq", "rtn", "merged")
+QUANTIZED = ("ends", "healed", "gptq")
 REFERENCE_NAMES = {"adapter": "base+adapter", "merged": "the merged model"}
 
 
 def final_variant(report: Numbers) -> str | None:
-    """The variant that ships: the first of healed, gptq, rtn, merged that was scored."""
+    """The variant that ships: the first of `FINAL` that was scored."""
     names = {v["name"] for s in report["sets"] for v in s["variants"]}
     return next((name for name in FINAL if name in names), None)
 
@@ -48,7 +52,14 @@ def method(report: Numbers, variant: str) -> str:
         words.append(f"{settings['bits']}-bit")
     if group := settings.get("group_size"):
         words.append("per row" if group == -1 else f"g{group}")
-    return " ".join(words) + (" + heal" if variant == "healed" else "")
+    healed = variant == "healed" or (variant == "ends" and known_facts(report["facts"]).get("heal"))
+    return " ".join(words) + (" + heal" if healed else "") + (_ends(settings) if variant == "ends" else "")
+
+
+def _ends(settings: Mapping[str, Any]) -> str:
+    """ " with 8-bit embeddings and head", as the quantizer's settings say."""
+    asked = [f"{settings[end]}-bit {end}" for end in ("embeddings", "head") if settings.get(end)]
+    return f" with {' and '.join(asked)}" if asked else ""
 
 
 def _retention(report: Numbers, final: str) -> str:
@@ -99,7 +110,7 @@ def _tasks(report: Numbers, final: str) -> str:
 
 def _size(report: Numbers, final: str) -> str:
     sizes = (known_facts(report["facts"]).get("cost") or {}).get("bytes") or {}
-    size = sizes.get(final) or (sizes.get("gptq") if final == "healed" else None)
+    size = sizes.get(final) or (sizes.get("gptq") if final in QUANTIZED else None)
     if not size or final in ("merged", "rtn"):
         return ""
     text = f"checkpoint {format_bytes(size)}"

@@ -10,7 +10,7 @@ from requant_eval.metrics.facts import Facts, base_and_adapter, is_16_bit_base, 
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.adapter_gain import in_words, learned
-from requant_eval.report.headline import final_variant
+from requant_eval.report.headline import QUANTIZED, final_variant
 from requant_eval.report.number_format import format_bytes
 from requant_eval.report.records import Choice, Numbers, Option, Recommendation, Status
 from requant_eval.report.verdict import judge, verdict
@@ -68,7 +68,7 @@ def _option(report: Numbers, name: Choice, gates: Sequence[Gate]) -> Option:
 
 def _requantized(report: Numbers) -> str | None:
     final = final_variant(report)
-    return final if final in ("gptq", "healed") else None
+    return final if final in QUANTIZED else None
 
 
 def _status(report: Numbers, gates: Sequence[Gate], variant: str) -> Status | None:
@@ -97,7 +97,7 @@ def _bytes(facts: Facts, name: str, variant: str | None) -> int | None:
     if name == "separate":
         base, adapter = sizes.get("base"), sizes.get("adapter")
         return None if base is None or adapter is None else int(base + adapter)
-    size = sizes.get(variant or "") or (sizes.get("gptq") if variant == "healed" else None)
+    size = sizes.get(variant or "") or (sizes.get("gptq") if variant in QUANTIZED else None)
     return None if size is None else int(size)
 
 

@@ -19,7 +19,7 @@ RULE = (
     "Right: the greedy continuation begins with the answer (white space and what follows it aside, case counts) "
     "and does not go on inside a word."
 )
-ORDER = ("base", "adapter", "merged", "original", "gptq", "healed")
+ORDER = ("base", "adapter", "merged", "original", "gptq", "healed", "ends")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from requant.runtime.guarded_process import LimitError, call_guarded
 if TYPE_CHECKING:
     from requant_eval.scoring.canaries import Canary
 
-ASKED = ("base", "adapter", "merged", "gptq", "healed")
+ASKED = ("base", "adapter", "merged", "gptq", "healed", "ends")
 EXTRA_TOKENS = 8  # generated beyond the length of the answer: other spellings of it may be longer
 Format = Literal["auto", "text", "chat"]
 _KEYS = {"prompt", "answer"}

@@ -2,6 +2,7 @@
 
     stage                              verify(checkpoint, ...): all checks of a written checkpoint   <- start here
     conversion, conversion_plan        convert(checkpoint, out, to): the same codes in another layout
+    end_codes                          codes of token embeddings and head for a format
     gguf_export                        export(checkpoint, out): the same codes as a GGUF file
     gguf_verification                  verify_gguf(file): a GGUF file read back, against its source
     gguf_package, gguf_metadata        the package gguf; name, sizes, tokenizer and template in the file
@@ -13,6 +14,7 @@
     engine_targets                     the table of engines: kernels and what they refuse
     engine_classes                     the table of engines' model classes
     engine_support                     which engines load which settings, and why not
+    plan_traits                        properties of a plan that some engine cannot load
     tensor_parallel                    how servers split a linear over GPUs
     engine_processes                   start a real engine and compare its scores
     engine_vllm, engine_transformers, engine_llamacpp

@@ -21,6 +21,7 @@ from requant.formats.quantized_format import Finding, PackError, Packing, Rules,
 from requant.formats.registry import not_recognised, recognised, unquantized_names
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list
+from requant.modeling.token_ends import TokenEnds
 from requant.modeling.unplaced import Unplaced
 
 UNQUANTIZED = (torch.float16, torch.bfloat16, torch.float32)
@@ -127,12 +128,15 @@ def _tensors(headers: HeaderCheck, layout: StoredFormat, rules: Rules) -> None:
     headers.transposed = {names[w].removesuffix(".weight") for w in transposed if w in names}
     used: set[str] = set()
     tied = skeleton.tied_pair(headers.model)
+    ends = {f"{module}.weight": module for module in TokenEnds.of(headers.model).matrices}
     for parameter, value in headers.model.named_parameters(remove_duplicate=False):
         stored = names.get(parameter)
         packing = None
         if parameter in linears:
             inner, linear = linears[parameter]
             packing = rules.of(parameter.removesuffix(".weight"), inner, linear)
+        elif parameter in ends:
+            packing = _of_end(headers, layout, rules, ends[parameter], stored)
         if packing is not None:
             stem = (stored or parameter).removesuffix(".weight")
             used |= _packed(headers, layout, stem, packing)
@@ -151,6 +155,15 @@ def _tensors(headers: HeaderCheck, layout: StoredFormat, rules: Rules) -> None:
         headers.report(
             end, "stored although tie_word_embeddings is true: servers ignore it or load it over the embedding"
         )
+
+
+def _of_end(
+    headers: HeaderCheck, layout: StoredFormat, rules: Rules, module: str, stored: str | None
+) -> Packing | None:
+    """Packing of the token embeddings or the head as the config says, None: in 16 bit."""
+    stem = (stored or f"{module}.weight").removesuffix("weight")
+    packed = any(f"{stem}{suffix}" in headers.checkpoint for suffix in layout.suffixes if suffix != "weight")
+    return rules.end(module, headers.model.get_submodule(module), stored=packed)
 
 
 def _unplaced(headers: HeaderCheck, shapes: Mapping[str, tuple[int, ...]], used: set[str]) -> None:

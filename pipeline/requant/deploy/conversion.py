@@ -1,15 +1,15 @@
 """Conversion of a quantized checkpoint into another layout.
 
 Codes, scales and zero points stay the same; what cannot be said in the other layout is refused. Nothing is rounded but
-MLX's biases of asymmetric linears, and by how much is told. One linear is in memory at a time. What was written is read
-back and compared with its source before it gets its name.
+MLX's biases of asymmetric linears, and by how much is told, and token embeddings and head where that is asked for. One
+linear is in memory at a time. What was written is read back and compared with its source before it gets its name.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,13 +23,15 @@ from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
 from requant.deploy import check_headers
 from requant.deploy.check_headers import HeaderCheck
-from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
+from requant.deploy.conversion_plan import AS_THEY_ARE, ConversionPlan, plan_conversion
+from requant.deploy.end_codes import is_nearest, rounded_end
 from requant.deploy.own_scores import tokenized
 from requant.errors import InputError, StageError
 from requant.formats.quantized_format import PackError, QuantizedFormat, Reader
 from requant.formats.registry import FORMATS
 from requant.formats.stored_reader import StoredReader
 from requant.modeling import skeleton
+from requant.modeling.token_ends import EndBits
 from requant.quantize.gptq_files import write_small_files
 from requant_eval.regular_files import read_bytes
 
@@ -49,44 +51,52 @@ class Conversion:
     """What was converted.
 
     dropped: stored tensors that say nothing, and why. nbytes: of all tensors, before and after. largest_rounding: of a
-    weight, in steps of its scale.
+    weight, in steps of its scale. ends: quantized embeddings and head -> bits.
     """
 
     linears: int
     dropped: dict[str, str]
     nbytes: tuple[int, int]
     largest_rounding: float = 0.0
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def convert(
-    source: Path, out: Path, to: str, *, trust_remote_code: bool = False, progress: Progress | None = None
-) -> Conversion:
+    source: Path, out: Path, to: str, *, ends: EndBits = AS_THEY_ARE, trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:  # fmt: skip
     """Write the quantized checkpoint in `source` as a new directory `out` in the layout `to`, one of `FORMATS`.
+
+    ends: bits to which token embeddings and head, in 16 bit there, are rounded to nearest.
 
     Raises:
         InputError: `out` is there, `source` is wrong or in this layout already, or cannot be said in it.
         StageError: what was written does not decode to the same weights.
     """
     with new_directory(out) as partial:
-        done = convert_into(partial / "out", source, to, trust_remote_code=trust_remote_code, progress=progress)
+        done = convert_into(
+            partial / "out", source, to, ends=ends, trust_remote_code=trust_remote_code, progress=progress
+        )
         copy_cards(source, partial / "out", to)
     return done
 
 
 def convert_into(
-    out: Path, source: Path, to: str, *, trust_remote_code: bool = False, progress: Progress | None = None
-) -> Conversion:
+    out: Path, source: Path, to: str, *, ends: EndBits = AS_THEY_ARE, trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:  # fmt: skip
     """`convert` into the existing directory `out`, which gets no name of its own; without the card."""
     headers = checked(source, to, trust_remote_code=trust_remote_code)
-    planned = plan_conversion(headers, FORMATS[to], source)
-    steps = Steps(2 * len(planned.plan.grids), progress)
+    planned = plan_conversion(headers, FORMATS[to], source, ends)
+    steps = Steps(2 * len(planned.written), progress)
     _write(planned, out, steps)
     _write_files(planned, source, out)
     rounding = _compare(planned, out, steps, trust_remote_code=trust_remote_code)
     after = sum(slot.nbytes for slot in planned.plan.slots)
     return Conversion(
         linears=len(planned.plan.grids),
+        ends={name: grid.bits for name, grid in planned.plan.ends.items()},
         dropped=dict(planned.dropped),
         nbytes=(stored_bytes(headers), after),
         largest_rounding=rounding,
@@ -127,18 +137,20 @@ def _write(planned: ConversionPlan, out: Path, steps: Steps) -> None:
     """Write every tensor of the plan, one linear in memory at a time."""
     reader, target = planned.reader, planned.plan.format
     with CheckpointWriter(out, planned.plan.slots) as writer:
-        for module, weight in planned.plan.weights.items():
+        for module, weight in planned.written.items():
             for suffix, tensor in _repacked(planned, module, weight, target).items():
                 writer.write(f"{weight.removesuffix('weight')}{suffix}", tensor)
             steps(f"writing {module}")
-        for name in planned.kept:
+        for name in planned.copied:
             writer.write(name, reader.checkpoint.read(name))
         writer.close()
 
 
 def _repacked(planned: ConversionPlan, module: str, weight: str, target: QuantizedFormat) -> dict[str, Tensor]:
     """One linear's tensors in the target layout; InputError where they cannot say the same."""
-    grid = planned.plan.grids[module]
+    grid = planned.grid_of(module)
+    if weight not in planned.reader.quantized:
+        return target.pack(*rounded_end(planned, module), grid.bits, symmetric=grid.symmetric)
     decode, pack = planned.reader.decode, target.pack
     if isinstance(planned.reader, StoredReader) and target.pack_stream is not None:  # then no code is unpacked
         decode, pack = planned.reader.stream, target.pack_stream
@@ -217,16 +229,20 @@ def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_c
         raise StageError(f"what was converted is wrong: {finding}")
     checkpoint = Checkpoint(out)
     reader = planned.plan.format.reader(checkpoint)
-    if reader.quantized != frozenset(planned.plan.weights.values()):
+    if reader.quantized != frozenset(planned.written.values()):
         raise StageError("what was converted does not hold the linears of its source")
     largest, allowed = 0.0, planned.plan.format.zero_rounding
-    for module, weight in planned.plan.weights.items():
-        rounding = _rounding(reader, planned.reader, weight, allowed)
+    for module, weight in planned.written.items():
+        if weight not in planned.reader.quantized:
+            values, decoded = planned.reader.checkpoint.read(weight), reader.unpack(weight)[:3]
+            rounding = 0.0 if is_nearest(values, *decoded, planned.grid_of(module)) else None
+        else:
+            rounding = _rounding(reader, planned.reader, weight, allowed)
         if rounding is None:
             raise StageError(f"{module}: what was converted does not decode to its source")
         largest = max(largest, rounding)
         steps(f"comparing {module}")
-    for name in planned.kept:
+    for name in planned.copied:
         old, new = planned.reader.checkpoint.read(name), checkpoint.read(name)
         if old.dtype != new.dtype or not torch.equal(_bytes(old), _bytes(new)):
             raise StageError(f"{name}: what was converted is no copy of its source")

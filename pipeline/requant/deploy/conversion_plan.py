@@ -17,9 +17,11 @@ from requant.deploy.check_headers import UNQUANTIZED, HeaderCheck
 from requant.errors import InputError
 from requant.formats.quantized_format import Packing, QuantizedFormat, Reader, StoredFormat
 from requant.modeling import skeleton
+from requant.modeling.token_ends import EndBits, TokenEnds
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Layout, Plan, Settings, plan
 
+AS_THEY_ARE = EndBits()
 _SHOWN = 5  # findings in a message
 
 
@@ -40,7 +42,7 @@ class ConversionPlan:
 
     model: skeleton on the meta device. reader, source, declared: of the checkpoint that is read. packings: module ->
     how it is packed there. plan, settings, dtype: of the one that is written. kept: names of the tensors that are
-    copied. dropped: name -> why.
+    not quantized there. dropped: name -> why.
     """
 
     model: nn.Module
@@ -54,9 +56,35 @@ class ConversionPlan:
     kept: tuple[str, ...]
     dropped: Mapping[str, str]
 
+    @property
+    def written(self) -> dict[str, str]:
+        """Module -> name of its weight, of everything that is quantized in what is written."""
+        return {**self.plan.weights, **self.plan.end_weights}
 
-def plan_conversion(headers: HeaderCheck, target: QuantizedFormat, where: Path) -> ConversionPlan:
-    """Plan the conversion of a checkpoint whose config was read. Raises InputError where it is wrong."""
+    @property
+    def copied(self) -> list[str]:
+        """The tensors of `kept` that are not quantized on the way."""
+        quantized = set(self.plan.end_weights.values())
+        return [name for name in self.kept if name not in quantized]
+
+    @property
+    def rounded(self) -> dict[str, Grid]:
+        """The grids of token embeddings and head that are in 16 bit in the source."""
+        stored = self.reader.quantized
+        return {m: grid for m, grid in self.plan.ends.items() if self.plan.end_weights[m] not in stored}
+
+    def grid_of(self, module: str) -> Grid:
+        """The grid of a quantized module."""
+        return self.plan.grids.get(module) or self.plan.ends[module]
+
+
+def plan_conversion(
+    headers: HeaderCheck, target: QuantizedFormat, where: Path, asked: EndBits = AS_THEY_ARE
+) -> ConversionPlan:
+    """Plan the conversion of a checkpoint whose config was read. Raises InputError where it is wrong.
+
+    asked: bits of token embeddings and head that are in 16 bit.
+    """
     assert headers.layout is not None
     reader, checkpoint = headers.layout.reader(headers.checkpoint), headers.checkpoint
     dropped = _without_meaning(headers)
@@ -70,16 +98,14 @@ def plan_conversion(headers: HeaderCheck, target: QuantizedFormat, where: Path) 
         shape = (packing.rows, packing.columns)
         tensors[f"{stem}.weight"] = Slot(f"{stem}.weight", dtype, shape[::-1] if stem in headers.transposed else shape)
     tensors = {name: tensors[name] for name in reader if name in tensors}
-    packings = _packings(headers, tensors)
-    grids = {m: Grid(p.bits, p.group_size, symmetric=p.symmetric) for m, p in packings.items()}
-    if not grids:
-        raise InputError(f"{where}: holds no quantized linear: nothing to convert")
-    (usual, _), *_ = Counter(grids.values()).most_common(1)
-    settings = StoredSettings(grid=usual, grids=grids, format=target.name)
+    packings = _packings(headers, reader, tensors)
+    settings = _settings(headers, packings, target, where, asked)
+    grids = settings.grids
     planned = plan(tensors, headers.model, settings, dtype, where=where)
     if left := sorted(grids.keys() - planned.grids.keys()):
         raise InputError(f"{where}: {left[0]} is quantized, and what engines read holds it in 16 bit")
-    slots = tuple(replace(s, dtype=checkpoint[s.name].dtype) if s.name in kept else s for s in planned.slots)
+    copied = set(kept) - set(planned.end_weights.values())
+    slots = tuple(replace(s, dtype=checkpoint[s.name].dtype) if s.name in copied else s for s in planned.slots)
     return ConversionPlan(
         model=headers.model,
         reader=reader,
@@ -94,13 +120,31 @@ def plan_conversion(headers: HeaderCheck, target: QuantizedFormat, where: Path) 
     )
 
 
-def _packings(headers: HeaderCheck, tensors: Mapping[str, Layout]) -> dict[str, Packing]:
-    """Module of the model -> its packing, of every quantized linear."""
+def _settings(
+    headers: HeaderCheck, packings: Mapping[str, Packing], target: QuantizedFormat, where: Path, asked: EndBits
+) -> StoredSettings:
+    """The grids of what is quantized, or will be. Raises InputError for what `target` does not hold."""
+    every = {m: Grid(p.bits, p.group_size, symmetric=p.symmetric) for m, p in packings.items()}
+    ends = TokenEnds.of(headers.model)
+    grids = {m: grid for m, grid in every.items() if m not in ends.matrices}
+    if not grids:
+        raise InputError(f"{where}: holds no quantized linear: nothing to convert")
+    (usual, _), *_ = Counter(grids.values()).most_common(1)
+    stored, wanted = {m: every[m] for m in ends.matrices if m in every}, ends.grids(asked, usual.group_size)
+    if twice := [m for m in wanted if m in stored and stored[m].bits != wanted[m].bits]:
+        raise InputError(f"{where}: {twice[0]} has {stored[twice[0]].bits} bits already: it is not quantized again")
+    if (stored or wanted) and (why := target.why_no_ends(tied=ends.tied)):
+        raise InputError(f"{where}: {target.name} {why}")
+    return StoredSettings(grid=usual, grids=grids, format=target.name, ends=wanted | stored)
+
+
+def _packings(headers: HeaderCheck, reader: Reader, tensors: Mapping[str, Layout]) -> dict[str, Packing]:
+    """Module of the model -> its packing, of everything that is quantized; symmetric where its zero points are."""
     names = skeleton.tensor_names(headers.model, tensors)
     return {
-        parameter.removesuffix(".weight"): headers.packed[stored.removesuffix(".weight")]
+        parameter.removesuffix(".weight"): replace(own, symmetric=reader.is_symmetric(stored, declared=own.symmetric))
         for parameter, stored in names.items()
-        if stored.removesuffix(".weight") in headers.packed
+        if (own := headers.packed.get(stored.removesuffix(".weight"))) is not None
     }
 
 

@@ -20,6 +20,7 @@ class Registry:
     class of transformers, one of which must answer yes for the engine to run a class it does not know. refuses: own
     class -> what goes wrong with any GPTQ checkpoint of it. refuses_experts: the same with quantized experts only.
     refuses_gptq: the same in GPTQ only, not in other formats.
+    embeds: classes that hand the quantization config on to their token embeddings.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Registry:
     refuses: Mapping[str, str] = field(default_factory=dict)
     refuses_experts: Mapping[str, str] = field(default_factory=dict)
     refuses_gptq: Mapping[str, str] = field(default_factory=dict)
+    embeds: frozenset[str] = frozenset()
 
     def has(self, architecture: str, model_class: type) -> Has:
         """How the engine runs what config.json calls `architecture`, of the class `model_class`."""
@@ -127,6 +129,16 @@ VLLM = Registry(
     refuses_gptq={
         "LongcatFlashForCausalLM": "it takes the matrix of q_a_proj and kv_a_proj_with_mqa for one in 16 bit",
     },
+    embeds=_names("""
+    ApertusForCausalLM AXK1ForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM DeciLMForCausalLM
+    DeepseekForCausalLM DeepseekV2ForCausalLM DeepseekV3ForCausalLM Ernie4_5_MoeForCausalLM Exaone4ForCausalLM
+    ExaoneForCausalLM ExaoneMoeForCausalLM ExaoneMoEForCausalLM Gemma3ForCausalLM Gemma3nForCausalLM Gemma4ForCausalLM
+    Glm4MoeLiteForCausalLM GPT2LMHeadModel GraniteForCausalLM GraniteMoeSharedForCausalLM HrmTextForCausalLM
+    HyperCLOVAXForCausalLM InternLM3ForCausalLM LagunaForCausalLM LlamaForCausalLM MiMoForCausalLM
+    MiMoV2FlashForCausalLM MiniMaxM2ForCausalLM MistralForCausalLM NemotronHForCausalLM OlmoeForCausalLM
+    Phi3ForCausalLM Phi3VForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM
+    SarvamMLAForCausalLM SarvamMoEForCausalLM StableLmForCausalLM
+    """),  # of vLLM 0.32.0: their model file, or that of the class they are, gives the embedding a quant_config
 )
 
 SGLANG = Registry(

@@ -7,25 +7,18 @@ of a list that fits the matrix is used.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from requant.deploy import tensor_parallel
-from requant.deploy.engine_targets import Kernel, Matrix, Target, Trait
-from requant.deploy.gguf_families import family_of
-from requant.errors import InputError
+from requant.deploy.engine_targets import Kernel, Matrix, Target
+from requant.deploy.plan_traits import experts, experts_left, groups, traits
 from requant.formats.registry import FORMATS
-from requant.modeling import linears
-from requant.modeling.families import BY_INPUTS, EXPERT, expert_groups, fused_groups
-from requant.numerics.grid import Grid
+from requant.modeling.families import BY_INPUTS, EXPERT
 from requant.quantize.plan import Plan
-
-_LATENT = (".q_a_proj", ".kv_a_proj_with_mqa", ".kv_b_proj")
-# optimum 2.3 gptq/constants.py BLOCK_PATTERNS, of causal language models.
-_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +98,9 @@ def judge(plan: Plan, model: nn.Module, target: Target, name: str | None = None)
     )
 
 
-def best(plan: Plan, model: nn.Module, target: Target, formats: Sequence[str]) -> Verdict:
-    """The verdict on the first of `formats` that `target` loads; where it loads none, on the first."""
-    verdicts = [judge(plan, model, target, name) for name in formats]
+def best(plans: Mapping[str, Plan], model: nn.Module, target: Target) -> Verdict:
+    """The verdict on the first format of `plans` that `target` loads; where it loads none, on the first."""
+    verdicts = [judge(plan, model, target, name) for name, plan in plans.items()]
     return next((verdict for verdict in verdicts if verdict.loads), verdicts[0])
 
 
@@ -144,6 +137,8 @@ def _by_class(plan: Plan, model: nn.Module, target: Target) -> tuple[list[str], 
             problems.append(f"{name}: {classes.refuses_gptq[name]}: serve it in compressed-tensors (output.formats)")
         elif name in classes.refuses_experts and any(EXPERT.fullmatch(n) for n in plan.grids):
             problems.append(f"{name}: {classes.refuses_experts[name]}: leave them in 16 bit (quantize.experts)")
+        if held := [n for n in plan.ends if n not in plan.outside and name not in classes.embeds]:
+            problems.append(f"its {name} takes {held[0]} for a 16-bit one: leave quantize.embeddings out")
     if experts_left(plan):
         remarks.append("experts in 16 bit")
     return problems, remarks
@@ -189,105 +184,6 @@ def _choose(offered: tuple[Kernel, ...], matrices: list[Matrix]) -> tuple[Mappin
     return dict(chosen), None
 
 
-def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
-    """Trait that the plan has -> an example of it."""
-    modules = {name: model.get_submodule(name) for name in plan.grids}
-    by_grid: dict[tuple[int, int, bool], list[str]] = {}
-    for name, grid in plan.grids.items():
-        by_grid.setdefault((grid.bits, grid.group_size, grid.symmetric), []).append(name)
-    rarest = min(by_grid.values(), key=len)
-    found: dict[Trait, list[str]] = {
-        "conv1d": [n for n, m in modules.items() if type(m) is linears.TransposedLinear],
-        "linear-like": [
-            type(m).__name__ for m in modules.values() if type(m) not in (nn.Linear, linears.TransposedLinear)
-        ],
-        "experts": [n for n in modules if EXPERT.fullmatch(n)],
-        "renamed": _renamed(plan, model),
-        "fused gate_up": [n for n in modules if n.endswith(".gate_up_proj")],
-        "overrides": rarest if len(by_grid) > 1 else [],
-        "asymmetric overrides": rarest if len(by_grid) > 1 and not all(symmetric for *_, symmetric in by_grid) else [],
-        "skipped in some blocks": plan.partly_left,
-        "unlike fused parts": [
-            f"the parts of {fused}" for fused, _, same in _groups(plan) if not same and ".experts." not in fused
-        ],
-        "unlike experts": [n for n, same in _experts(plan).items() if not same],
-        "blocks elsewhere": [] if plan.prefix in _BLOCKS else [plan.prefix],
-        "experts in 16 bit": experts_left(plan),
-        "experts in 16 bit of other sizes": [
-            f"{n} {list(shape)}" for n, shape in _left_shapes(plan, model) if not _marlin_fits(plan, shape)
-        ],
-        "latent attention": [n for n in modules if n.endswith(_LATENT)],
-        "kv_b_proj": [n for n in modules if n.endswith(_LATENT[-1])],
-        "towers": list(plan.towers),
-        "not in GGUF": _not_in_gguf(model),
-    }
-    return {trait: examples[0] for trait, examples in found.items() if examples}
-
-
-def _not_in_gguf(model: Any) -> list[str]:
-    """Why a model is not written as GGUF."""
-    try:
-        family_of(model.config, "")
-    except InputError as error:
-        return [str(error).removeprefix(": ")]
-    return []
-
-
-def experts_left(plan: Plan) -> list[str]:
-    """The experts that stay in 16 bit, all of a layer's: containers, or modules that are not split."""
-    quantized = expert_groups(plan.grids)
-    return [*plan.fused, *(name for name in expert_groups(plan.left) if name not in quantized)]
-
-
-def _left_shapes(plan: Plan, model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(container, [expert width, model width]) of experts in 16 bit whose matrices are known."""
-    for container, names in expert_groups(plan.left).items():
-        first = next((n for n in names if n.rpartition(".")[2] not in BY_INPUTS), names[0])
-        module: Any = model.get_submodule(first)
-        if container in experts_left(plan):
-            yield container, (module.out_features, module.in_features)
-
-
-def _marlin_fits(plan: Plan, shape: tuple[int, int]) -> bool:
-    """vLLM's `check_moe_marlin_supports_config`, asked before its rules are."""
-    group = next(iter(Counter(g.group_size for g in plan.grids.values()).most_common(1)), (-1, 0))[0]
-    return shape[1] % 128 == 0 and (group < 0 or shape[0] % group == 0)
-
-
-def _renamed(plan: Plan, model: nn.Module) -> list[str]:
-    """Tensors whose name in the checkpoint is not the model's.
-
-    A missing or additional prefix of the base model does not count.
-    """
-    stored = {slot.name for slot in plan.slots}
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    names = [n for n, _ in model.named_parameters()]
-    ours = [
-        f"{m}.{plan.format.codes}" if n == f"{m}.weight" and m in plan.grids else n
-        for n in names
-        for m in [n.rpartition(".")[0]]
-    ]
-    return [n for n in ours if n not in stored and n.removeprefix(prefix) not in stored]
-
-
-def _groups(plan: Plan) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """(fused name, parts, whether all parts are quantized alike) of what engines fuse."""
-    every = _grids(plan)
-    for fused, parts in fused_groups(every):
-        yield fused, parts, len({every[p] for p in parts}) == 1
-
-
-def _experts(plan: Plan) -> dict[str, bool]:
-    """Container of experts -> whether all of its matrices are quantized alike."""
-    every = _grids(plan)
-    return {name: len({every[n] for n in inside}) == 1 for name, inside in expert_groups(every).items()}
-
-
-def _grids(plan: Plan) -> dict[str, Grid | None]:
-    """Every linear of the blocks -> its grid, None where it is left in 16 bit."""
-    return {**plan.grids, **dict.fromkeys(plan.left)}
-
-
 def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> Iterator[Matrix]:
     """Every quantized matrix, fused as servers fuse it, or one GPU's shard of it.
 
@@ -302,13 +198,13 @@ def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> 
 
     taken: set[str] = set()
     if fused:
-        for container in _experts(plan):
+        for container in experts(plan):
             inside = [n for n in plan.grids if n.startswith(container + ".")]
             taken |= set(inside)
             if inside:
                 first = next((n for n in inside if n.rpartition(".")[2] not in BY_INPUTS), inside[0])
                 yield Matrix(container, *size(first), plan.grids[first])
-        for name, parts, same in _groups(plan):
+        for name, parts, same in groups(plan):
             if len(parts) > 1 and same and parts[0] in plan.grids and not taken & set(parts):
                 taken |= set(parts)
                 rows = sum(size(p)[0] for p in parts)
@@ -316,3 +212,5 @@ def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> 
     for name, grid in plan.grids.items():
         if name not in taken:
             yield Matrix(name, *size(name), grid)
+    for name in set(plan.ends) & set(plan.outside):
+        yield Matrix(name, *plan.shapes[name], plan.ends[name])

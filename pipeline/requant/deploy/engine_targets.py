@@ -19,6 +19,7 @@ Trait = Literal[
     "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "asymmetric overrides",
     "skipped in some blocks", "unlike fused parts", "unlike experts", "blocks elsewhere", "experts in 16 bit",
     "experts in 16 bit of other sizes", "latent attention", "kv_b_proj", "towers", "not in GGUF",
+    "quantized embeddings", "quantized head",
 ]  # fmt: skip
 GROUPS = (-1, 32, 64, 128)
 
@@ -229,6 +230,7 @@ TARGETS: Mapping[Name, Target] = {
                         "conv1d": "it cannot make Conv1D layers ({}) quantized ones",
                         "linear-like": "it passes over {}, so that their weights would be random",
                         "asymmetric overrides": "with zero points ({}) it takes the first settings for every module",
+                        "quantized embeddings": "it stops at {}, of which it looks for a 16-bit weight",
                     },
                 ),
                 "auto-round": Loader(

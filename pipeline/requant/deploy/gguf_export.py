@@ -1,6 +1,7 @@
 """A quantized checkpoint as one GGUF file for llama.cpp, its codes as they are.
 
-Linears become blocks of `formats.gguf_blocks`. What is not quantized keeps its values too: float16 where that is exact,
+Linears become blocks of `formats.gguf_blocks`, token embeddings and head where that is asked for. What is not quantized
+keeps its values too: float16 where that is exact,
 else bfloat16, vectors float32. The file is written tensor by tensor, read back and compared before it gets its name.
 """
 
@@ -8,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,22 @@ from requant.checkpoint.artifact import new_directory
 from requant.checkpoint.atomic_write import writing
 from requant.deploy import gguf_families, gguf_tokenizer
 from requant.deploy.conversion import Progress, Steps, cannot_be_stored, checked, copy_cards, in_order, stored_bytes
-from requant.deploy.conversion_plan import ConversionPlan, plan_conversion
+from requant.deploy.conversion_plan import AS_THEY_ARE, ConversionPlan, plan_conversion
+from requant.deploy.end_codes import is_nearest, rounded_end
 from requant.deploy.gguf_families import Family
 from requant.deploy.gguf_metadata import write_metadata
 from requant.deploy.gguf_package import package, stored_bytes_of
 from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import PackError, weights
-from requant.formats.registry import GPTQ
+from requant.formats.registry import COMPRESSED_TENSORS
 from requant.modeling import skeleton
+from requant.modeling.token_ends import EndBits
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
 
 FORMAT = "gguf"
+STAND_IN = replace(COMPRESSED_TENSORS, tied_ends=True)  # in the plan of a conversion, whose tensors are not written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class GgufExport:
     nbytes: tuple[int, int]
     kinds: Counter[str] = field(default_factory=Counter)
     largest_rounding: float = 0.0
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,13 @@ class GgufPlan:
 
 
 @torch.no_grad()
-def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> GgufExport:
+def export(
+    source: Path, out: Path, *, ends: EndBits = AS_THEY_ARE, trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> GgufExport:  # fmt: skip
     """Write the quantized checkpoint in `source` as a GGUF file into the new directory `out`, with its card.
+
+    ends: bits to which token embeddings and head are rounded to nearest.
 
     Raises:
         InputError: `out` is there, the package gguf is missing, or the model, its tokenizer or a width is not written.
@@ -89,20 +99,22 @@ def export(source: Path, out: Path, *, trust_remote_code: bool = False, progress
     """
     package()
     with new_directory(out) as partial:
-        done = export_into(partial / "out", source, trust_remote_code=trust_remote_code, progress=progress)
+        done = export_into(partial / "out", source, ends=ends, trust_remote_code=trust_remote_code, progress=progress)
         copy_cards(source, partial / "out", FORMAT)
     return done
 
 
 def export_into(
-    out: Path, source: Path, *, trust_remote_code: bool = False, progress: Progress | None = None
-) -> GgufExport:
+    out: Path, source: Path, *, ends: EndBits = AS_THEY_ARE, trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> GgufExport:  # fmt: skip
     """`export` into the existing directory `out`, which gets no name of its own; without the card."""
-    plan = plan_export(source, trust_remote_code=trust_remote_code)
+    plan = plan_export(source, ends, trust_remote_code=trust_remote_code)
     tensors = plan.tensors
     done = GgufExport(
         file=f"model-{_file_kind(tensors)}.gguf",
         linears=len(plan.conversion.plan.grids),
+        ends={name: grid.bits for name, grid in plan.conversion.plan.ends.items()},
         dropped=dict(plan.conversion.dropped),
         nbytes=(plan.nbytes, sum(tensor.nbytes for tensor in tensors)),
     )
@@ -113,10 +125,10 @@ def export_into(
     return done
 
 
-def plan_export(source: Path, *, trust_remote_code: bool = False) -> GgufPlan:
+def plan_export(source: Path, ends: EndBits = AS_THEY_ARE, *, trust_remote_code: bool = False) -> GgufPlan:
     """The tensors of the file that is written of a checkpoint. Raises InputError as `export`."""
     headers = checked(source, FORMAT, trust_remote_code=trust_remote_code)
-    conversion = plan_conversion(headers, GPTQ, source)  # whose tensors are not written
+    conversion = plan_conversion(headers, STAND_IN, source, ends)
     config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
     family = gguf_families.family_of(config, str(source))
     tensors = tuple(_tensors(conversion, config, family, source))
@@ -142,10 +154,10 @@ def refuse_early(plan: Plan, config: Any, tokenizer: Path, rows: int | None) -> 
 
 
 def packed_bytes(plan: Plan) -> int:
-    """Bytes of the linears of a planned checkpoint as blocks."""
+    """Bytes of what is quantized in a planned checkpoint, as blocks."""
     return sum(
         math.prod(plan.shapes[module]) // gguf_blocks.BLOCK * gguf_blocks.BYTES[_kind(grid, plan.shapes[module][1])]
-        for module, grid in plan.grids.items()
+        for module, grid in {**plan.grids, **plan.ends}.items()
     )
 
 
@@ -166,7 +178,7 @@ def _tensors(planned: ConversionPlan, config: Any, family: Family, source: Path)
     """The tensors of the file, quantized ones by the names of their modules."""
     gguf = package()
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.architecture.upper()), config.num_hidden_layers)
-    stored = skeleton.tensor_names(planned.model, [*planned.plan.weights.values(), *planned.kept])
+    stored = skeleton.tensor_names(planned.model, [*dict.fromkeys([*planned.written.values(), *planned.kept])])
     tied = skeleton.tied_pair(planned.model)
     written = set[str]()
     for parameter, weight in stored.items():
@@ -177,7 +189,7 @@ def _tensors(planned: ConversionPlan, config: Any, family: Family, source: Path)
             raise InputError(f"{source}: {weight} has no name in GGUF's {family.architecture}")
         written.add(weight)
         module = parameter.removesuffix(".weight")
-        if module in planned.plan.grids:
+        if module in planned.written:
             yield _packed(planned, config, family, module, weight, name)
         else:
             yield _plain(planned, config, family, parameter, weight, name)
@@ -196,16 +208,20 @@ def _tensors(planned: ConversionPlan, config: Any, family: Family, source: Path)
 
 
 def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, weight: str, name: str) -> GgufTensor:
-    """A quantized linear as blocks; raises InputError where none hold it."""
-    grid, (rows, columns) = planned.plan.grids[module], planned.plan.shapes[module]
+    """A quantized linear, or embeddings, as blocks; raises InputError where none hold it."""
+    grid, (rows, columns) = planned.grid_of(module), planned.plan.shapes[module]
     try:
         kind = _kind(grid, columns)
     except PackError as error:
         raise cannot_be_stored(planned, module, FORMAT, error) from error
     order = gguf_families.rows(config, family, module, rows)
+    stored = weight in planned.reader.quantized
 
     def read() -> Tensor:
-        codes, scale, zero = in_order(planned, module, weight, FORMAT, planned.reader.decode)
+        if stored:
+            codes, scale, zero = in_order(planned, module, weight, FORMAT, planned.reader.decode)
+        else:
+            codes, scale, zero = rounded_end(planned, module)
         if order is not None:
             codes, scale, zero = codes[order], scale[order], zero[order]
         try:
@@ -214,6 +230,8 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
             raise cannot_be_stored(planned, module, FORMAT, error) from error
 
     def rounding(found: Tensor) -> float:
+        if not stored:
+            return _of_nearest(planned, weight, grid, kind, found)
         codes, scale, zero, group = planned.reader.unpack(weight)
         every = torch.arange(rows) if order is None else order
         difference = gguf_blocks.unpack(kind, found) - weights(codes, scale, zero, group)[every]
@@ -221,6 +239,13 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
 
     nbytes = columns // gguf_blocks.BLOCK * gguf_blocks.BYTES[kind]
     return GgufTensor(name=name, kind=kind, shape=(rows, nbytes), read=read, rounding=rounding)
+
+
+def _of_nearest(planned: ConversionPlan, weight: str, grid: Grid, kind: str, found: Tensor) -> float:
+    """0 where blocks hold the nearest codes to a matrix in 16 bit, by their scales; else infinity."""
+    codes, scale = gguf_blocks.codes(kind, found)
+    zero = torch.full_like(scale, grid.levels // 2)
+    return 0.0 if is_nearest(planned.reader.checkpoint.read(weight), codes, scale, zero, grid) else math.inf
 
 
 def _plain(planned: ConversionPlan, config: Any, family: Family, parameter: str, weight: str, name: str) -> GgufTensor:

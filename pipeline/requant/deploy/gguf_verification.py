@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from requant.deploy.verification import Verification
 from requant.errors import InputError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import Finding
+from requant.modeling.token_ends import EndBits
+from requant.numerics.grid import Grid
 
+_END_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DAMAGED = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RuntimeError)
 
@@ -59,8 +62,7 @@ def verify_gguf(
         raise InputError(f"{file}: no such file")
     for engine in load_in:
         engine_processes.require(engine)
-    reader_of, done = package().GGUFReader, Verification(path=file)
-    plan = None if source is None else plan_export(source, trust_remote_code=trust_remote_code)
+    reader_of, done, plan = package().GGUFReader, Verification(path=file), None
     try:
         reader = reader_of(file)
         stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -71,39 +73,52 @@ def verify_gguf(
     doing(f"values of {len(stored)} tensors")
     _values(done, stored)
     done.findings += _metadata(reader, stored)
-    if plan is None:
+    if source is None:
         done.skipped.append("comparison with its source: --against CHECKPOINT names the quantized one")
     else:
+        plan = plan_export(source, _ends(stored), trust_remote_code=trust_remote_code)
         doing(f"{len(stored)} tensors, each against its source")
         _compare(done, stored, plan)
     done.findings += changed(file.parent)
-    if source is not None and load_in and done.ok:
-        _load(done, source, load_in, text=text, trust_remote_code=trust_remote_code, doing=doing)
+    if plan is not None and source is not None and load_in and done.ok:
+        ends = plan.conversion.rounded
+        _load(done, source, ends, load_in, text=text, trust_remote_code=trust_remote_code, doing=doing)
     return done
 
 
 def _load(
     done: Verification,
     source: Path,
+    ends: Mapping[str, Grid],
     engines: Sequence[Engine],
     *,
     text: str | None,
     trust_remote_code: bool,
     doing: Callable[[str], None],
 ) -> None:
-    """Score a sample with the source's weights as we decode them, and compare each engine's scores of the file."""
+    """Score a sample with the source's weights as we decode them, and compare each engine's scores of the file.
+
+    ends: token embeddings and head that the source holds in 16 bit and the file does not.
+    """
     device = torch.device("cpu")
     headers = check_headers.check_weights(source, trust_remote_code=trust_remote_code)
     doing("perplexity and a few tokens, our decoding of its source")
     sample = Sample.load(source) if text is None else None
     scored = score_checkpoint(
-        done, headers, sample=sample, text=text, device=device, trust_remote_code=trust_remote_code
+        done, headers, sample=sample, text=text, device=device, trust_remote_code=trust_remote_code, ends=ends
     )
     if scored is None:
         return
     for engine in engines:
         doing(f"loading it in {engine}, which scores the same tokens")
         ask_engine(done, engine, *scored, dtype="int8", device=device, trust_remote_code=trust_remote_code)
+
+
+def _ends(stored: Mapping[str, Any]) -> EndBits:
+    """Bits of the token embeddings and the head of a file."""
+    kinds = {name: tensor.tensor_type.name for name, tensor in stored.items()}
+    embeddings, head = (_END_BITS.get(kinds.get(name, "")) for name in ("token_embd.weight", "output.weight"))
+    return EndBits(embeddings=embeddings, head=head)
 
 
 def _values(done: Verification, stored: dict[str, Any]) -> None:

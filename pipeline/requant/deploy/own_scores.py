@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from requant.evaluate import variants
 from requant.formats.quantized_format import Finding
 from requant.modeling import skeleton
 from requant.modeling.embedding_rows import refuse_unknown_ids
+from requant.numerics.grid import Grid
 from requant.runtime.device import free_bytes, free_memory
 
 PROMPT, NEW_TOKENS = 8, 8
@@ -49,18 +51,18 @@ def score_checkpoint(
     text: str | None,
     device: torch.device,
     trust_remote_code: bool,
+    ends: Mapping[str, Grid] = MappingProxyType({}),
 ) -> tuple[Sample, list[list[float]]] | None:
     """Score a sample and generate, filling in `done`; (the sample, -ln p of its tokens).
 
-    sample: a run's own documents, else `text`, else `SAMPLE`. None when there is not enough memory, or when logits are
-    not finite.
+    ends: token embeddings and head that are rounded first. sample: a run's own documents, else `text`, else `SAMPLE`.
+    None when there is not enough memory, or when logits are not finite.
     """
     path = headers.checkpoint.path
     need = 4 * sum(p.numel() for p in headers.model.parameters())
     memory = _free(device)
     if need > memory and device.type == "cuda":
-        device = torch.device("cpu")
-        memory = _free(device)
+        memory = _free(device := torch.device("cpu"))
     if need > memory:
         done.skipped.append(
             f"generation and engines: fp32 weights are {need / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
@@ -74,7 +76,7 @@ def score_checkpoint(
     rows = [row[:longest] for row in sample.rows]
     known, texts = _embeddings(headers.model), [torch.tensor(row) for row in rows if row]
     refuse_unknown_ids({f"{path / 'tokenizer.json'}: the sample": texts}, known, tokenizer, OF_ANOTHER_MODEL)
-    model = variants.quantized(path, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = variants.quantized(path, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code, ends=ends)
     nll, finite = score_rows(model, rows, device)
     done.sample_tokens, done.sample_set, done.sample_digest = sum(map(len, nll)), sample.set, sample.digest
     if finite:

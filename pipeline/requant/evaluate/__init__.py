@@ -2,7 +2,7 @@
 
     stage             evaluate(scores, sources, ...)   <- start here
     scores            the files of scores and canary answers
-    variants          base, adapter, merged, rtn, gptq, healed, original as models
+    variants          base, adapter, merged, rtn, gptq, healed, ends, original as models
     variant_weights   the weights of a variant, computed when they are read
     streamed          a variant run block by block, for models that do not fit on the device
     memory            the memory that a variant takes when it is scored whole

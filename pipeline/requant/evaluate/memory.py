@@ -43,6 +43,7 @@ class VariantSize:
         """
         quantized = name in ("base", "adapter")
         paths = {"base": sources.base, "adapter": sources.base, "gptq": sources.gptq, "healed": sources.healed}
+        paths["ends"] = sources.deployed
         trust = sources.trust_remote_code
         path = paths.get(name) or sources.merged
         model = skeleton.open_model(path, trust_remote_code=trust)

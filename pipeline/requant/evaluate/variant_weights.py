@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.checkpoint.device_loader import load_onto
-from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.reader import Checkpoint, Weights
 from requant.formats.registry import open_quantized
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
@@ -21,7 +21,7 @@ from requant.merge.stage import compute
 from requant.modeling import cut_linears, joined_parts, skeleton
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
-from requant.numerics.grid import Grid, find_scales, nearest
+from requant.numerics.grid import Grid, find_scales, nearest, nearest_rows
 
 
 class Decoded:
@@ -114,6 +114,26 @@ class Packed:
         return value.T if name in self.reader.quantized and name in self.transposed else value
 
 
+class RoundedEnds:
+    """Weights whose token embeddings and head are rounded to nearest, as formats hold them quantized.
+
+    grids: stored name -> grid. They are rounded on the host, where formats are written, so that codes are the same.
+    """
+
+    def __init__(self, stored: Weights, grids: Mapping[str, Grid]) -> None:
+        self.stored, self.grids, self.path = stored, grids, stored.path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def read(self, name: str) -> Tensor:
+        value = self.stored.read(name)
+        return nearest_rows(value.cpu(), self.grids[name]) if name in self.grids else value
+
+
 def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | None) -> BaseWeights:
     """The weights of a base checkpoint, with `model` as their skeleton.
 
@@ -154,6 +174,12 @@ def packed(path: Path, model: nn.Module, device: torch.device) -> Packed:
     """A GPTQ checkpoint of the skeleton `model`."""
     names = skeleton.tensor_names(model, Packed(path, frozenset(), device))
     return Packed(path, _stored(skeleton.conv1d_modules(model), names), device)
+
+
+def with_rounded_ends(stored: Weights, model: nn.Module, ends: Mapping[str, Grid]) -> RoundedEnds:
+    """`stored` with its ends rounded. ends: by module of the skeleton `model`."""
+    names = skeleton.tensor_names(model, stored)
+    return RoundedEnds(stored, {names[f"{module}.weight"]: grid for module, grid in ends.items()})
 
 
 def _stored(modules: set[str], names: Mapping[str, str]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Variants as models: base, adapter, merged, original, rtn, gptq and healed.
+"""Variants as models: base, adapter, merged, original, rtn, gptq, healed and ends.
 
 `base` and `adapter` run in bitsandbytes and PEFT, on the 4-bit weights in the dtype in which training multiplied by
 them; the others are plain models of the given dtype. Every variant computes in that dtype. A base that training did not
@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from requant.numerics.grid import Grid
 from requant.runtime.device import free_memory
 
 log = logging.getLogger(__name__)
-PLAIN = ("merged", "original", "rtn", "gptq", "healed")
+PLAIN = ("merged", "original", "rtn", "gptq", "healed", "ends")
 RUNTIMES = {"base": "bitsandbytes", "adapter": "bitsandbytes and PEFT, unmerged"} | dict.fromkeys(PLAIN, "torch")
 RUNTIMES_16_BIT = RUNTIMES | {"base": "torch", "adapter": "torch and PEFT, unmerged"}
 
@@ -43,6 +44,7 @@ class VariantSources:
     """The directories and plans that variants are made from.
 
     simulate: how a 16-bit base was quantized in training. grids: of every quantized module, for the variant rtn.
+    ends: of token embeddings and head in the variant ends, which is the deployed checkpoint with these rounded.
     """
 
     base: Path
@@ -52,6 +54,8 @@ class VariantSources:
     healed: Path | None = None
     simulate: Nf4Settings | None = None
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    ends: Mapping[str, Grid] = field(default_factory=dict)
+    deployed: Path | None = None
     original: MergePlan | None = None  # the merge onto the 16-bit base; None: no variant original
     plan: MergePlan | None = None  # its adapters make the variant adapter; None: the directory `adapter`
     live: bool = True  # whether transformers 5 can load the base as training did
@@ -81,7 +85,8 @@ def load(name: str, sources: VariantSources, *, device: torch.device, dtype: tor
 
 def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any, Weights]:
     """(skeleton, weights) of a variant that is a plain model, all but base and adapter."""
-    path = {"gptq": sources.gptq, "healed": sources.healed}.get(name, sources.merged)
+    packed = {"gptq": sources.gptq, "healed": sources.healed, "ends": sources.deployed}
+    path = packed.get(name, sources.merged)
     if path is None or name not in PLAIN or (name == "original" and sources.original is None):
         raise ValueError(f"no variant {name!r}")
     trust = sources.trust_remote_code
@@ -91,7 +96,10 @@ def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any
     model = skeleton.open_model(path, trust_remote_code=trust)
     if name == "original" and sources.original is not None:
         return model, variant_weights.Merged(sources.original, device)
-    return model, Checkpoint(path) if name == "merged" else variant_weights.packed(path, model, device)
+    if name == "merged":
+        return model, Checkpoint(path)
+    weights = variant_weights.packed(path, model, device)
+    return model, variant_weights.with_rounded_ends(weights, model, sources.ends) if name == "ends" else weights
 
 
 def teacher(name: str, sources: VariantSources, *, device: torch.device, stored: torch.dtype | None) -> Any:
@@ -106,10 +114,14 @@ def teacher(name: str, sources: VariantSources, *, device: torch.device, stored:
     return load(name, sources, device=device, dtype=torch.bfloat16)
 
 
-def quantized(path: str | Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The model of the GPTQ checkpoint `path`."""
+def quantized(
+    path: str | Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False,
+    ends: Mapping[str, Grid] = MappingProxyType({}),
+) -> Any:  # fmt: skip
+    """The model of the quantized checkpoint `path`. ends: of token embeddings and head that are rounded."""
     sources = VariantSources.of_checkpoint(Path(path), trust_remote_code=trust_remote_code)
-    return load("gptq", sources, device=device, dtype=dtype)
+    sources = replace(sources, ends=ends, deployed=sources.gptq)
+    return load("ends" if ends else "gptq", sources, device=device, dtype=dtype)
 
 
 def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from requant.formats import gptq
 from requant.formats.bit_stream import WORD, check_whole, exact_scales, pack_rows, unpack_rows
-from requant.formats.quantized_format import Packing, weights
+from requant.formats.quantized_format import Packing, SixteenBitEnds, weights
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 CODES = "qweight"
@@ -112,7 +113,8 @@ def dequantize(tensors: Mapping[str, Tensor], bits: int, *, minus_one: bool = Tr
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
     quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
-    outside: Sequence[str] = (), blocks: str = "",
+    outside: Sequence[str] = (), blocks: str = "", ends: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    tables: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config`; arguments as of `gptq.quantization_config`.
 
@@ -140,7 +142,7 @@ def quantization_config(
     }  # fmt: skip
 
 
-class AutoRoundRules:
+class AutoRoundRules(SixteenBitEnds):
     """Which linears a quantization config declares as quantized, and how.
 
     Read from `block_name_to_quantize` and `extra_config`.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.formats.bit_stream import WORD, fitting_groups
-from requant.formats.quantized_format import PackError, Packing
+from requant.formats.quantized_format import PackError, Packing, SixteenBitEnds
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 CODES = "qweight"
@@ -72,7 +72,7 @@ def _unpack_columns(words: Tensor) -> Tensor:
     return codes.flatten(1)
 
 
-class AwqRules:
+class AwqRules(SixteenBitEnds):
     """Which linears a quantization config declares as quantized: all but those of `modules_to_not_convert`.
 
     Such an entry is a module, by the whole or by some parts of its name. vLLM takes any part of a name for it too, by

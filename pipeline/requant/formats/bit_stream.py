@@ -70,10 +70,11 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     return out.reshape(-1, m)
 
 
-def fitting_groups(rows: int, columns: int, group_size: int) -> int:
+def fitting_groups(rows: int | None, columns: int, group_size: int) -> int:
     """Inputs of a group of a weight [rows (out), columns (in)], all of them for a group_size of -1.
 
-    Raises PackError when groups or words of 32 bits do not divide its sizes.
+    rows: None where nothing is packed along them. Raises PackError when groups or words of 32 bits do not divide its
+    sizes.
     """
     group = columns if group_size == -1 else group_size
     if columns % group:
@@ -81,10 +82,10 @@ def fitting_groups(rows: int, columns: int, group_size: int) -> int:
         raise PackError(
             f"group_size {group_size} does not divide its {columns} inputs; use {' or '.join(map(str, [*fits, -1]))}"
         )
-    if columns % WORD or rows % WORD:
-        raise PackError(
-            f"its shape [{rows}, {columns}] is not a multiple of {WORD} both ways; skip it with an override"
-        )
+    if columns % WORD or (rows or 0) % WORD:
+        both = f"shape [{rows}, {columns}] is not a multiple of {WORD} both ways"
+        sizes = both if rows else f"{columns} inputs are no multiple of {WORD}"
+        raise PackError(f"its {sizes}; skip it with an override")
     return group
 
 

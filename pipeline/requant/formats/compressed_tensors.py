@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from requant.formats.quantized_format import Packing, weights
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 CODES = "weight_packed"
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
-EVERY_LINEAR = "Linear"  # as a target: every module of this class
+EVERY_LINEAR, EVERY_EMBEDDING = "Linear", "Embedding"  # as targets: every module of this class
 REGEX = "re:"
 
 
@@ -35,7 +36,7 @@ def shapes(
 
     Zero points are there only if it is asymmetric. Raises PackError when it cannot be packed.
     """
-    groups = columns // fitting_groups(rows, columns, group_size)
+    groups = columns // fitting_groups(None if symmetric else rows, columns, group_size)
     return {
         "weight_packed": ((rows, columns * bits // WORD), torch.int32),
         "weight_scale": ((rows, groups), torch.float16),
@@ -103,13 +104,15 @@ def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
     quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
-    outside: Sequence[str] = (), blocks: str = "",
+    outside: Sequence[str] = (), blocks: str = "", ends: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    tables: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config`; arguments as of `gptq.quantization_config`.
 
     Modules with settings of their own are the targets of a config group of their own, by name; all others are of the
     class Linear. What is in 16 bit is in `ignore`, all linears beside the blocks too, as transformers would else take
-    them for quantized. Other keys (`damp`, `meta`) have no place in it: engines refuse what they do not know.
+    them for quantized. Quantized token embeddings are a group by their class, since vLLM's models often do not give
+    them a name. Other keys (`damp`, `meta`) have no place in it: engines refuse what they do not know.
     """
     start = r"(.*\.)?" if towers else ""
     settings: dict[tuple[int, int, bool], list[str]] = {(bits, group_size, symmetric): [EVERY_LINEAR]}
@@ -121,10 +124,16 @@ def quantization_config(
             values = (own.get("bits", bits), own.get("group_size", group_size), own.get("sym", symmetric))
             settings.setdefault(values, []).append(f"{REGEX}^{start}{re.escape(name)}$")
     ignore += [f"{REGEX}^{_inside(root)}" for root in carried]
+    tables = [name for name in tables if any(rule["embeddings"] for rule in ends.values())]
+    for name, rule in ends.items():
+        target = EVERY_EMBEDDING if rule["embeddings"] else f"{REGEX}^{start}{re.escape(name)}$"
+        settings.setdefault((rule["bits"], rule["group_size"], rule["sym"]), []).append(target)
+    outside = [name for name in outside if name not in ends]
     groups = {f"group_{i}": _group(targets, *own) for i, (own, targets) in enumerate(settings.items())}
     return {
         "quant_method": METHOD, "format": LAYOUT, "quantization_status": "compressed", "config_groups": groups,
-        "ignore": [*dict.fromkeys([*outside, *ignore])], "kv_cache_scheme": None, "global_compression_ratio": None,
+        "ignore": [*dict.fromkeys([*outside, *tables, *ignore])],
+        "kv_cache_scheme": None, "global_compression_ratio": None,
     }  # fmt: skip
 
 
@@ -160,17 +169,27 @@ class CompressedTensorsRules:
 
         None: left in 16 bit.
         """
-        if _names(module, self.ignore) or EVERY_LINEAR in self.ignore:
+        return self._packing(module, EVERY_LINEAR, linear.out_features, linear.in_features)
+
+    def end(self, module: str, layer: nn.Module, *, stored: bool) -> Packing | None:
+        """Packing of the token embeddings or the head; None: in 16 bit."""
+        rows, columns = layer.weight.shape  # type: ignore[misc]
+        kind = EVERY_EMBEDDING if isinstance(layer, nn.Embedding) else EVERY_LINEAR
+        return self._packing(module, kind, rows, columns)
+
+    def _packing(self, module: str, kind: str, rows: int, columns: int) -> Packing | None:
+        """Packing of a module of the class `kind`, None: left in 16 bit."""
+        if _names(module, self.ignore) or kind in self.ignore:
             return None
         named = (group for group in self.groups if _names(module, group["targets"]))
-        every = (group for group in self.groups if EVERY_LINEAR in group["targets"])
+        every = (group for group in self.groups if kind in group["targets"])
         own = next(named, None) or next(every, None)
         if own is None:
             return None
         weight = own["weights"]
         return Packing(
             bits=weight["num_bits"], group_size=weight.get("group_size") or -1, symmetric=weight["symmetric"],
-            desc_act=False, rows=linear.out_features, columns=linear.in_features,
+            desc_act=False, rows=rows, columns=columns,
         )  # fmt: skip
 
 

@@ -61,6 +61,14 @@ def pack(kind: str, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return torch.cat([_bytes(scales), body], dim=2).flatten(1)
 
 
+def codes(kind: str, stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [out, in], and scale fp32 [out, blocks], of symmetric blocks uint8 [out, bytes of a row]."""
+    blocks = stored.reshape(stored.shape[0], -1, BYTES[kind])
+    scale, body = _halves(blocks[..., :2]).squeeze(2), blocks[..., 2:]
+    signed = body.contiguous().view(torch.int8).short() + 128 if kind == "Q8_0" else _codes(body)
+    return signed.to(torch.uint8).flatten(1), scale
+
+
 def unpack(kind: str, stored: Tensor) -> Tensor:
     """The weights fp32 [out, in] of blocks uint8 [out, bytes of a row]."""
     blocks = stored.reshape(stored.shape[0], -1, BYTES[kind])

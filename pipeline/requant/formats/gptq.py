@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from requant.checkpoint.reader import QUANTIZE_CONFIG
 from requant.formats.bit_stream import WORD, check_whole, exact_scales, fitting_groups, pack_rows, unpack_rows
-from requant.formats.quantized_format import PackError, Packing, weights
+from requant.formats.quantized_format import PackError, Packing, SixteenBitEnds, weights
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
@@ -108,14 +109,16 @@ def dequantize(tensors: Mapping[str, Tensor], bits: int, *, v2: bool = False) ->
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
     quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
-    outside: Sequence[str] = (), blocks: str = "",
+    outside: Sequence[str] = (), blocks: str = "", ends: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    tables: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config` and `quantize_config.json`.
 
     overrides: full module name -> its own settings, or None when it is left in 16 bit. quantized: names of quantized
     linears, or the ends of such names. carried: modules of which everything is in 16 bit, also what engines fuse
     there. towers: such modules of a wrapper, for images or sound. outside: linears beside the blocks, in 16 bit, which
-    no rule of GPTQ reaches. blocks: name of the list of blocks. Engines put the parts of a wrapper under names of
+    no rule of GPTQ reaches. blocks: name of the list of blocks. ends: token embeddings and head -> their own settings,
+    where they are quantized. tables: other embeddings, in 16 bit. Engines put the parts of a wrapper under names of
     their own: rules then match a module's name from the list of blocks on, and a tower by its own name.
     `dynamic` (gptqmodel, vLLM, SGLang) is written when a module has settings of its own or is left out,
     `modules_in_block_to_quantize` (transformers with optimum, vLLM) unless `quantized` is empty.
@@ -147,7 +150,7 @@ def _inside(module: str) -> str:
     return _escaped(module) + r"(\.|$)"
 
 
-class GptqRules:
+class GptqRules(SixteenBitEnds):
     """Which linears a quantization config declares as quantized, and how.
 
     Read from `dynamic` and `modules_in_block_to_quantize`.

@@ -11,6 +11,7 @@ Source: mlx 0.32.4 (mx.quantize, mx.dequantize), mlx-lm 0.32.2 (utils.py, load_m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def shapes(
     if group_size not in GROUPS:
         sizes = "a whole row" if group_size == -1 else group_size
         raise PackError(f"MLX has groups of {', '.join(map(str, GROUPS))} inputs, not of {sizes}")
-    size = fitting_groups(rows, columns, group_size)
+    size = fitting_groups(None, columns, group_size)
     return {
         "weight": ((rows, columns * bits // WORD), torch.uint32),
         "scales": ((rows, columns // size), torch.float16),
@@ -95,7 +96,8 @@ def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
 def quantization_config(
     *, bits: int, group_size: int, symmetric: bool, damp: float, overrides: Mapping[str, Mapping[str, Any] | None],
     quantized: Sequence[str], meta: Mapping[str, Any], carried: Sequence[str] = (), towers: Sequence[str] = (),
-    outside: Sequence[str] = (), blocks: str = "",
+    outside: Sequence[str] = (), blocks: str = "", ends: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    tables: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization` and `quantization_config`; arguments as of `gptq.quantization_config`.
 
@@ -105,7 +107,8 @@ def quantization_config(
     own = {
         name: False if rule is None else {k: rule.get(k, usual[k]) for k in usual} for name, rule in overrides.items()
     }
-    return usual | own | dict.fromkeys([*outside, *carried, *towers], False)
+    own |= {name: {k: rule.get(k, usual[k]) for k in usual} for name, rule in ends.items()}
+    return usual | own | dict.fromkeys([*(n for n in outside if n not in ends), *carried, *towers], False)
 
 
 def settings_of(declared: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
@@ -134,4 +137,15 @@ class MlxRules:
         return Packing(
             bits=values["bits"], group_size=values["group_size"], symmetric=False, desc_act=False,
             rows=linear.out_features, columns=linear.in_features,
+        )  # fmt: skip
+
+    def end(self, module: str, layer: nn.Module, *, stored: bool) -> Packing | None:
+        """Packing of the token embeddings or the head, which are quantized where their scales are stored."""
+        values = settings_of(self.declared, module) if stored else None
+        if values is None:
+            return None
+        rows, columns = layer.weight.shape  # type: ignore[misc]
+        return Packing(
+            bits=values["bits"], group_size=values["group_size"], symmetric=False, desc_act=False, rows=rows,
+            columns=columns,
         )  # fmt: skip

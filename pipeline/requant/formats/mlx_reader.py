@@ -49,6 +49,13 @@ class MlxReader(StoredReader):
         """`decode` with the codes as a stream of bits along the inputs: int32 [in*bits/32, out]."""
         return unpack_stream(tensors, int(tensors[BITS]))
 
+    def is_symmetric(self, weight: str, *, declared: bool) -> bool:
+        """Whether every bias is minus the middle code times its scale, which no config of MLX says."""
+        found, stem = self.stored(weight), weight.removesuffix("weight")
+        middle = 2 ** (self.bits_and_group_size(weight)[0] - 1)
+        scales, biases = (self.checkpoint.read(f"{stem}{suffix}").float() for suffix in found if suffix != "weight")
+        return torch.equal(biases, -middle * scales)
+
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, as the config says."""
         own = settings_of(self.declared, weight.removesuffix(".weight")) or self.declared

@@ -74,6 +74,18 @@ class Rules(Protocol):
         """Packing of one linear by its full name and its name inside the block; None: left in 16 bit."""
         ...
 
+    def end(self, module: str, layer: nn.Module, *, stored: bool) -> Packing | None:
+        """Packing of the token embeddings or the head; None: in 16 bit. stored: whether packed tensors are there."""
+        ...
+
+
+class SixteenBitEnds:
+    """The part of the rules of a layout that holds no quantized embeddings and no quantized head."""
+
+    def end(self, module: str, layer: nn.Module, *, stored: bool) -> Packing | None:
+        """None: in 16 bit."""
+        return None
+
 
 class Reader(Protocol):
     """A written checkpoint by the names of a 16-bit one; created with its `Checkpoint`.
@@ -106,6 +118,10 @@ class Reader(Protocol):
 
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, from headers."""
+        ...
+
+    def is_symmetric(self, weight: str, *, declared: bool) -> bool:
+        """Whether all zero points of a quantized weight are the middle one. declared: what the config says."""
         ...
 
 
@@ -163,7 +179,8 @@ class QuantizedFormat(StoredFormat):
     [in*bits/32, out]; None: this layout holds no such stream. with_zeros: how a checkpoint is written in which a linear
     has zero points; None: alike. config_keys: of config.json, under which the config is written. zero_rounding: the
     largest relative change of a zero point by how it is stored. by_class: engines take every module of the class Linear
-    for quantized that no rule names, whatever the file holds.
+    for quantized that no rule names, whatever the file holds. ends: whether it holds token embeddings and head
+    quantized. tied_ends: whether also where both are one matrix.
     """
 
     pack: Pack
@@ -176,7 +193,20 @@ class QuantizedFormat(StoredFormat):
     config_keys: tuple[str, ...] = ("quantization_config",)
     zero_rounding: float = 0.0
     by_class: bool = False
+    ends: bool = False
+    tied_ends: bool = False
 
     def of(self, *, symmetric: bool) -> QuantizedFormat:
         """The layout of a checkpoint whose linears are all symmetric, or not."""
         return self if symmetric else self.with_zeros or self
+
+    def why_no_ends(self, *, tied: bool) -> str | None:
+        """Why it does not hold token embeddings and head quantized, None: it does. tied: they are one matrix."""
+        if not self.ends:
+            return "holds embeddings and head in 16 bit alone: compressed-tensors, mlx and gguf have them quantized"
+        if tied and not self.tied_ends:
+            return (
+                "has quantized embeddings and a quantized head only where they are two matrices, and here they are "
+                "one: mlx and gguf have those too"
+            )
+        return None

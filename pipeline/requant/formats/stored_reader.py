@@ -68,6 +68,10 @@ class StoredReader(ABC):
     def bits_and_group_size(self, weight: str) -> tuple[int, int]:
         """Bits and group size of a quantized weight, without its codes."""
 
+    def is_symmetric(self, weight: str, *, declared: bool) -> bool:
+        """Whether all zero points of a quantized weight are the middle one. declared: what the config says."""
+        return declared
+
     def tensors(self, weight: str, device: torch.device = CPU) -> dict[str, Tensor]:
         """The tensors of a quantized weight by their suffixes.
 

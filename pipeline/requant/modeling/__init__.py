@@ -5,6 +5,7 @@
     model_classes        the class of transformers that a checkpoint belongs to
     blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split
+    token_ends           token embeddings and head, and the bits that are asked of them
     embedding_rows       refuses texts with tokens that the model has no embedding for
     conversions          transformers' renamings and conversions of a checkpoint's tensors
     cut_linears          Linears that a checkpoint holds as one matrix, and the class as several

@@ -149,6 +149,26 @@ def _try(
     return torch.where(better, loss, best), torch.where(better, candidate, shrink)
 
 
+def rounded_rows(weight: Tensor, grid: Grid, elements: int = 2**24) -> tuple[Tensor, Scales]:
+    """A weight of any float dtype [rows, n], rounded to nearest with no calibration: codes uint8, and its scales.
+
+    elements: of the fp32 copy that is made at a time.
+    """
+    importance = torch.ones(weight.shape[1], device=weight.device)
+    codes, found = list[Tensor](), list[Scales]()
+    for part in torch.split(weight, max(1, elements // weight.shape[1])):
+        whole = part.float().contiguous()
+        found.append(find_scales(whole, importance, grid))
+        codes.append(round_to_grid(whole, found[-1], grid))
+    return torch.cat(codes), Scales(torch.cat([s.scale for s in found]), torch.cat([s.zero for s in found]))
+
+
+def nearest_rows(weight: Tensor, grid: Grid, elements: int = 2**24) -> Tensor:
+    """What the codes of `rounded_rows` say, fp32 [rows, n]."""
+    parts = torch.split(weight, max(1, elements // weight.shape[1]))
+    return torch.cat([dequantize_codes(*rounded_rows(part, grid, elements)) for part in parts])
+
+
 def round_to_grid(weight: Tensor, scales: Scales, grid: Grid) -> Tensor:
     """Round to nearest: fp32 [rows, n] -> codes uint8 [rows, n]."""
     width = weight.shape[1] // scales.scale.shape[1]

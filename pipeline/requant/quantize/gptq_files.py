@@ -11,6 +11,7 @@ import torch
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import read_json
 from requant.modeling.families import FUSED, called, expert_groups, fused_groups
+from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan, Settings, _inner
 
 
@@ -20,6 +21,12 @@ class ModuleRule(TypedDict):
     bits: int
     group_size: int
     sym: bool
+
+
+class EndRule(ModuleRule):
+    """Settings of the token embeddings, or of the head."""
+
+    embeddings: bool
 
 
 def write_small_files(
@@ -44,9 +51,12 @@ def write_small_files(
     if layout.format.by_class:
         overrides |= dict.fromkeys(layout.routers)
     overrides |= {other: own for name, own in overrides.items() if (other := called(name))}
+    ends = {name: _end_rule(grid, embeddings=name not in layout.outside) for name, grid in layout.ends.items()}
+    ends |= {layout.end_weights[name].removesuffix(".weight"): rule for name, rule in ends.items()}
     if layout.towers:
         outer = layout.prefix.rpartition(".")[0] + "."
         overrides = {name.removeprefix(outer): own for name, own in overrides.items()}
+        ends = {name.removeprefix(outer): rule for name, rule in ends.items()}
     quantization = layout.format.config(
         bits=settings.grid.bits,
         group_size=settings.grid.group_size,
@@ -58,6 +68,8 @@ def write_small_files(
         towers=layout.towers,
         outside=layout.outside,
         blocks=layout.prefix,
+        ends=ends,
+        tables=layout.tables,
         meta=meta,
     )
     config = model_files.edit_config(
@@ -67,6 +79,10 @@ def write_small_files(
     if layout.format.config_file is not None:
         model_files.write_json(out / layout.format.config_file, quantization)
     model_files.copy_small_files(source, out)
+
+
+def _end_rule(grid: Grid, *, embeddings: bool) -> EndRule:
+    return {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric, "embeddings": embeddings}
 
 
 def _listed(layout: Plan) -> list[str]:

@@ -21,6 +21,7 @@ from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, towers, waits_for_an_encoder, why_not_text
 from requant.modeling.families import EXPERT, in_16_bit
 from requant.modeling.stacked_experts import stored_pieces
+from requant.modeling.token_ends import other_tables
 from requant.modeling.unplaced import Unplaced, roots
 from requant.numerics.dtypes import SIXTEEN_BIT
 from requant.numerics.grid import Grid
@@ -39,6 +40,7 @@ class Settings:
     damp: float | None = None  # None: 0.02 when there are 64 tokens for each input feature, else 0.05
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
     format: str = "gptq"
+    ends: Mapping[str, Grid] = field(default_factory=dict)  # of token embeddings and head; others are in 16 bit
 
     def grid_of(self, module: str) -> Grid | None:
         """The grid of one module by its full name, None: 16 bit. The last matching override wins."""
@@ -72,7 +74,10 @@ class Plan:
     routers: tuple[
         str, ...
     ] = ()  # matrices of blocks that are no Linears here, by both names: engines may build them so
-    outside: tuple[str, ...] = ()  # linears beside the blocks and towers, such as the head, in 16 bit
+    outside: tuple[str, ...] = ()  # linears beside the blocks and towers, such as the head
+    ends: Mapping[str, Grid] = field(default_factory=dict)  # quantized token embeddings and head
+    end_weights: Mapping[str, str] = field(default_factory=dict)  # as weights, of `ends`
+    tables: tuple[str, ...] = ()  # other embeddings, in 16 bit
 
     @property
     def partly_left(self) -> list[str]:
@@ -98,27 +103,12 @@ def plan(
     pieces = stored_pieces(model, tensors)
     names = skeleton.tensor_names(model, [*tensors, *pieces])
     linears = _linears(model, where)
-    written, grids = FORMATS[settings.format], dict[str, Grid]()
-    problems: list[str] = []
-    replaced: dict[str, list[Slot]] = {}
+    written = FORMATS[settings.format]
     skipped = tuple(f"{prefix}.{i}." for i, block in enumerate(blocks) if waits_for_an_encoder(block))
-    for name, module in quantizable(linears).items():
-        grid = settings.grid_of(name)
-        if grid is None or name.startswith(skipped):
-            continue
-        try:
-            layout = _shapes(written, module, grid)
-        except PackError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        grids[name] = grid
-        weight = names.get(f"{name}.weight")
-        if weight is None:
-            problems.append(f"{name}: its weight is not in the checkpoint under a name that transformers knows")
-            continue
-        replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
-    if problems:
-        raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+    asked = {n: settings.grid_of(n) for n in quantizable(linears) if not n.startswith(skipped)}
+    grids = {n: grid for n, grid in asked.items() if grid is not None}
+    ends = {n: (grid, model.get_submodule(n)) for n, grid in settings.ends.items()}
+    replaced = _replaced({n: (grid, linears[n]) for n, grid in grids.items()} | ends, names, written, where)
     unplaced = Unplaced.of(model, {name: info.shape for name, info in tensors.items()})
     slots = _slots(_kept(tensors, unplaced, dtype), pieces, replaced)
     renamed = {n: names[f"{n}.weight"].removesuffix(".weight") for n in linears}
@@ -128,9 +118,9 @@ def plan(
         slots=tuple(slots),
         block_slots=_block_slots(slots, _stored_prefix(names, prefix), len(blocks)),
         grids=grids,
-        shapes={n: (linears[n].out_features, linears[n].in_features) for n in grids},
+        shapes={n: _sizes(linears[n]) for n in grids} | {n: _sizes(module) for n, (_, module) in ends.items()},
         left=tuple(n for n in linears if n not in grids),
-        bits_per_weight=_bits_per_weight([linears[n] for n in grids], replaced.values()),
+        bits_per_weight=_bits_per_weight([linears[n] for n in grids], [replaced[names[f"{n}.weight"]] for n in grids]),
         prefix=prefix,
         renamed={n: stored for n, stored in renamed.items() if not n.endswith(stored)},
         weights={n: names[f"{n}.weight"] for n in grids},
@@ -140,7 +130,34 @@ def plan(
         pieces=pieces,
         outside=_outside(model, prefix),
         routers=_routers(model, prefix, names),
+        ends=dict(settings.ends),
+        end_weights={n: names[f"{n}.weight"] for n in ends},
+        tables=other_tables(model, settings.ends),
     )
+
+
+def _replaced(
+    modules: Mapping[str, tuple[Grid, Any]], names: Mapping[str, str], written: QuantizedFormat, where: Path
+) -> dict[str, list[Slot]]:
+    """Stored name of a weight -> the tensors in its place. modules: name -> its grid and itself.
+
+    Raises InputError listing modules that cannot be packed.
+    """
+    replaced, problems = dict[str, list[Slot]](), list[str]()
+    for name, (grid, module) in modules.items():
+        try:
+            layout = _shapes(written, module, grid)
+        except PackError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        weight = names.get(f"{name}.weight")
+        if weight is None:
+            problems.append(f"{name}: its weight is not in the checkpoint under a name that transformers knows")
+            continue
+        replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
+    if problems:
+        raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+    return replaced
 
 
 def _towers(model: nn.Module, names: Mapping[str, str], tensors: Iterable[str]) -> tuple[str, ...]:
@@ -166,8 +183,15 @@ def _linears(model: nn.Module, where: Path) -> dict[str, Any]:
 
 
 def _shapes(written: QuantizedFormat, module: Any, grid: Grid) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a linear; raises PackError."""
-    return written.shapes(module.out_features, module.in_features, grid.bits, grid.group_size, symmetric=grid.symmetric)
+    """Shape and dtype of each tensor of a linear, or of embeddings; raises PackError."""
+    return written.shapes(*_sizes(module), grid.bits, grid.group_size, symmetric=grid.symmetric)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear, or rows and width of embeddings."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return module.out_features, module.in_features
 
 
 def _outside(model: nn.Module, prefix: str) -> tuple[str, ...]:

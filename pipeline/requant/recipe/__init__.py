@@ -4,7 +4,8 @@
     combinations         the recipes of a sweep, one for each choice of values
     copies               the recipe as YAML again, for a run and for a report
     fields               field types and checks that sections share
-    model_sections       base, adapter, merge, quantize
+    model_sections       base, adapter, merge
+    quantize_section     quantize
     output_section       output
     text_sections        calibration, evaluation sets and other text
     heal_section         heal

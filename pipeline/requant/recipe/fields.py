@@ -103,6 +103,7 @@ def _whole(value: object) -> object:
 
 Whole = BeforeValidator(_whole)
 Bits = Annotated[Literal[2, 3, 4, 8], Whole]
+EndBits = Annotated[Literal[4, 8], Whole]
 GroupSize = Annotated[Literal[32, 64, 128, -1], Whole]
 
 

@@ -25,10 +25,10 @@ from requant.recipe.model_sections import (
     AnyAdapter,
     Base,
     Merge,
-    Quantize,
     WeightedAdapter,
 )
 from requant.recipe.output_section import Output
+from requant.recipe.quantize_section import Quantize
 from requant.recipe.text_sections import (
     AnyCanaries,
     Calibration,
@@ -144,6 +144,7 @@ class Recipe(Section):
             problems.append((("variants", evaluate.variants.index("original")), _SAME_AS_MERGED))
         if "healed" in evaluate.variants and info.data.get("heal") == "off":
             problems.append((("variants", evaluate.variants.index("healed")), "healed is not made with heal: off"))
+        problems += _without_ends(evaluate, info)
         directory = info.context if isinstance(info.context, Path) else Path()
         seen = {
             entry.data.identity(directory): f"{section}.mix.{i}.data" if source.mix else f"{section}.data"
@@ -177,6 +178,15 @@ _SAME_AS_MERGED = "original is merged once more: with base.nf4: none both are on
 def _lacks_original(info: ValidationInfo) -> bool:
     base = info.data.get("base")
     return isinstance(base, Base) and base.sixteen_bit is None
+
+
+def _without_ends(evaluate: Evaluate, info: ValidationInfo) -> list[tuple[KeyPath, str]]:
+    """A problem where the variant ends is asked for, and nothing that it would be."""
+    quantize = info.data.get("quantize")
+    if "ends" not in evaluate.variants or not isinstance(quantize, Quantize) or quantize.embeddings or quantize.head:
+        return []
+    where = ("variants", evaluate.variants.index("ends"))
+    return [(where, "ends is made with quantize.embeddings or quantize.head: set one of them")]
 
 
 def _is_plain(info: ValidationInfo) -> bool:

@@ -61,6 +61,8 @@ QUANTIZE = _shown(
         "damp": 0.05,
         "dtype": "bfloat16",
         "experts": "auto",
+        "embeddings": 8,
+        "head": 8,
     },
 )
 

@@ -16,7 +16,7 @@ from requant.recipe.yaml_document import KeyPath
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
 _WITH_COLUMNS = tuple(name for name in _FILES if not name.startswith(".txt"))
 
-Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq", "healed"]
+Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq", "healed", "ends"]
 Format = Literal["auto", "text", "chat", "completion"]
 
 
@@ -183,7 +183,7 @@ class Evaluate(Section):
     variants: Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default=("base", "adapter", "merged", "rtn", "gptq"),
         description="The scored models. adapter is the reference, rtn (rounding to nearest) the control. healed "
-        "comes with gptq where healing is done.",
+        "comes with gptq where healing is done, ends where embeddings or head are quantized.",
     )
     kl: bool = Field(default=True, description="Also measure the KL divergence from base + adapter.")
     batch: Literal["auto"] | Positive = Field(default="auto", description="Windows at a time; changes no result.")

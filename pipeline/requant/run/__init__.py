@@ -22,6 +22,7 @@ Only this package, and cli for printing, reads a Recipe.
     probe               does the adapter lower the loss on its own text
     expert_order        in which order an adapter holds its experts, measured where no file says it
     heal_stage          the healed checkpoint
+    end_formats         quantized token embeddings and head, and the formats that hold them
     convert_stage       the same in other formats
     evaluate_stage      scores
     task_recipe         tasks of lm-evaluation-harness as a recipe asks for them

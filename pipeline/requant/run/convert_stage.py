@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from requant import __version__, deploy
 from requant.checkpoint.run_directory import key_of
 from requant.deploy import gguf_export
@@ -21,7 +23,9 @@ def source_stages(context: RunContext) -> tuple[str, ...]:
 
 def converted_key(context: RunContext, *, name: str) -> str:
     """Digest of what is converted, and into which format."""
-    return key_of(context.keys.heal if context.prepared.heal else context.keys.quantize, "convert", name)
+    p = context.prepared
+    source, ends = context.keys.heal if p.heal else context.keys.quantize, p.quantize.ends.of(name)
+    return key_of(source, "convert", name, *([asdict(ends)] if ends else []))
 
 
 def run_convert(context: RunContext, key: str, *, name: str) -> ConvertedFacts:
@@ -31,14 +35,16 @@ def run_convert(context: RunContext, key: str, *, name: str) -> ConvertedFacts:
     """
     p, trust = context.prepared, context.recipe.trust_remote_code
     source = context.directory.path / ("healed" if p.heal else "gptq")
-    artifact = context.directory.artifact(name)
+    artifact, ends = context.directory.artifact(name), p.quantize.ends.of(name)
     out = artifact.begin(key)
     done: Conversion | gguf_export.GgufExport
     if name == gguf_export.FORMAT:
-        done = gguf_export.export_into(out, source, trust_remote_code=trust, progress=context.watcher.progress)
+        done = gguf_export.export_into(
+            out, source, ends=ends, trust_remote_code=trust, progress=context.watcher.progress
+        )
         proof = verify_gguf(out / done.file, doing=context.watcher.doing)
     else:
-        done = convert_into(out, source, name, trust_remote_code=trust, progress=context.watcher.progress)
+        done = convert_into(out, source, name, ends=ends, trust_remote_code=trust, progress=context.watcher.progress)
         proof = deploy.verify(
             out, deploy=p.quantize.served_as(name, context.recipe.deploy), own_device=context.device,
             trust_remote_code=trust, doing=context.watcher.doing,
@@ -49,5 +55,6 @@ def run_convert(context: RunContext, key: str, *, name: str) -> ConvertedFacts:
         "made_from": source.name,
         "bytes": done.nbytes[1],
         "largest_rounding": done.largest_rounding,
+        "ends": dict(done.ends),
         "verify": proof.facts(),
     }

@@ -34,7 +34,8 @@ def _still_to_write(prepared: Prepared, where: Path, *, merged: bool) -> int:
     dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
     others = [name for name in prepared.recipe.output.formats if name != "gptq"]
     formats = ["gptq", *(["gptq"] if prepared.heal else []), *others]
-    need = sum(stored_bytes(prepared.quantize.plan, name) for name in formats)
+    quantized = prepared.quantize
+    need = sum(stored_bytes(quantized.ends.added_to(quantized.plan, name), name) for name in formats)
     need += sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) if merged else 0
     names = (*(["merged"] if merged else []), "gptq", "healed", *others)
     written = {f for name in names for d in where.glob(f"*{name}*") for f in weight_files(d)}

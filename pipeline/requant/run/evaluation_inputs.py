@@ -22,6 +22,8 @@ def variant_sources(p: Prepared, run: Path) -> VariantSources:
         gptq=run / "gptq",
         simulate=p.sources.simulate,
         grids=p.quantize.plan.grids,
+        ends=p.quantize.ends.grids,
+        deployed=run / ("healed" if p.heal else "gptq"),
         original=p.merge.onto_original,
         trust_remote_code=p.recipe.trust_remote_code,
         plan=p.merge.plan,

@@ -16,7 +16,8 @@ class FormatFacts(TypedDict):
 
     directory: in the run's. bytes: of its weights' files. bits_per_weight: of quantized linears, scales included.
     read_by: engines that load it by the engine table. made_from: the directory that it was compared with, None: the
-    merged model. largest_rounding: of a weight, in steps of its scale. loaded_in: engines that loaded it here.
+    merged model. largest_rounding: of a weight, in steps of its scale. ends: bits of quantized embeddings and head, by
+    module. loaded_in: engines that loaded it here.
     """
 
     directory: str
@@ -25,6 +26,7 @@ class FormatFacts(TypedDict):
     read_by: Sequence[str]
     made_from: str | None
     largest_rounding: float
+    ends: Mapping[str, int]
     loaded_in: Sequence[str]
 
 
@@ -43,6 +45,7 @@ def format_facts(prepared: Prepared, stages: StageResults, run: Path) -> dict[st
             "read_by": readers,
             "made_from": result and result["made_from"],
             "largest_rounding": result.get("largest_rounding", 0.0) if result else 0.0,
+            "ends": result.get("ends", {}) if result else {},
             "loaded_in": [engine["engine"] for engine in proof["engines"] if engine.get("ok")] if proof else [],
         }
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 def engines(
-    formats: Sequence[str], layout: Plan, model: Any
+    plans: Mapping[str, Plan], model: Any
 ) -> tuple[tuple[engine_support.Verdict, ...], dict[str, tuple[str, ...]]]:
-    """(verdicts of engines that know a format, on the first that each loads, format -> engines); GPTQ first."""
-    targets = [t for t in engine_targets.TARGETS.values() if any(name in t.formats for name in formats)]
-    ordered = sorted(formats, key=lambda name: name != "gptq")
-    readers = {name: engine_support.readers(layout, model, targets, name) for name in ordered}
-    return tuple(engine_support.best(layout, model, target, ordered) for target in targets), readers
+    """(verdicts of engines that know a format, on the first that each loads, format -> engines); GPTQ first.
+
+    plans: by format, which holds embeddings and head quantized or does not.
+    """
+    targets = [t for t in engine_targets.TARGETS.values() if any(name in t.formats for name in plans)]
+    ordered = {name: plans[name] for name in sorted(plans, key=lambda name: name != "gptq")}
+    readers = {name: engine_support.readers(plan, model, targets, name) for name, plan in ordered.items()}
+    return tuple(engine_support.best(ordered, model, target) for target in targets), readers
 
 
 def stored_bytes(layout: Plan, name: str) -> int:
@@ -34,13 +37,14 @@ def stored_bytes(layout: Plan, name: str) -> int:
     if name == layout.format.name:
         return sum(slot.nbytes for slot in layout.slots)
     inside = {f"{w.removesuffix('weight')}{s}" for w in layout.weights.values() for s in layout.format.suffixes}
+    inside |= {layout.end_weights[module] for module in layout.ends}
     kept = [slot for slot in layout.slots if slot.name not in inside]
     if name == gguf_export.FORMAT:  # whose vectors are float32
         return sum(slot.nbytes * (2 if len(slot.shape) == 1 else 1) for slot in kept) + gguf_export.packed_bytes(layout)
     of = FORMATS[name].of(symmetric=all(grid.symmetric for grid in layout.grids.values()))
     packed = (
         of.shapes(*layout.shapes[module], grid.bits, grid.group_size, symmetric=grid.symmetric).values()
-        for module, grid in layout.grids.items()
+        for module, grid in {**layout.grids, **layout.ends}.items()
     )
     return sum(slot.nbytes for slot in kept) + sum(math.prod(s) * t.itemsize for tensors in packed for s, t in tensors)
 

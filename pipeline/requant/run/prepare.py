@@ -41,6 +41,7 @@ from requant.recipe import Recipe, named_files
 from requant.run import base_precision, dtypes, output_formats, positions, recipe_texts, served_experts, unknown_ids
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
+from requant.run.end_formats import planned_ends
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
@@ -96,16 +97,9 @@ def prepare(
     texts = positions.fitted(model, texts, healing, warnings)
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
-        recipe=recipe,
-        sources=sources,
-        merge=merge_inputs,
-        quantize=quantize_inputs,
-        texts=texts,
-        heal=healing,
-        unloadable=unloadable,
-        warnings=tuple(warnings),
-        tasks=tasks,
-    )
+        recipe=recipe, sources=sources, merge=merge_inputs, quantize=quantize_inputs, texts=texts, heal=healing,
+        unloadable=unloadable, warnings=tuple(warnings), tasks=tasks,
+    )  # fmt: skip
 
 
 def _tasks(
@@ -215,9 +209,11 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
-    engines, readers = output_formats.engines(recipe.output.formats, layout, model)
+    ends = planned_ends(recipe, model, layout)
+    engines, readers = output_formats.engines(ends.plans(layout, recipe.output.formats), model)
+    told = (*notes, *ends.notes)
     return QuantizeInputs(
-        plan=layout, settings=settings, dtype=dtype, engines=engines, notes=tuple(notes), readers=readers
+        plan=layout, settings=settings, dtype=dtype, engines=engines, notes=told, readers=readers, ends=ends
     )
 
 

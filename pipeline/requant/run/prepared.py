@@ -22,7 +22,8 @@ from requant.merge.stop_tokens import StopTokens
 from requant.merge.stored_dtype import planned_dtype
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
-from requant.recipe.model_sections import OverrideFields
+from requant.recipe.quantize_section import OverrideFields
+from requant.run.end_formats import PlannedEnds
 from requant.run.heal_recipe import Healing
 from requant.run.recipe_texts import CalibrationFacts
 
@@ -62,7 +63,8 @@ class QuantizeInputs:
     """What quantize needs.
 
     dtype: of serving and of unquantized tensors. engines: which of them load the result. notes: what of the experts
-    stays in 16 bit, and why. readers: format that is written -> the engines that load it.
+    stays in 16 bit, and why. readers: format that is written -> the engines that load it. ends: quantized token
+    embeddings and head.
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class QuantizeInputs:
     engines: tuple[engine_support.Verdict, ...]
     notes: tuple[str, ...] = ()
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ends: PlannedEnds = field(default_factory=PlannedEnds)
 
     def served_as(self, layout: str, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the engines `names` that load the result in this format, and in none before it."""
@@ -125,10 +128,13 @@ class Prepared:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The variants to score: those asked for, and healed beside gptq in a run with healing."""
-        asked: list[str] = [v for v in self.recipe.evaluate.variants if v != "healed"]
-        if self.heal and ("gptq" in asked or "healed" in self.recipe.evaluate.variants):
+        """The variants to score: those asked for; beside gptq healed and ends, in a run that makes them."""
+        named = self.recipe.evaluate.variants
+        asked: list[str] = [v for v in named if v not in ("healed", "ends")]
+        if self.heal and ("gptq" in asked or "healed" in named):
             asked.append("healed")
+        if self.quantize.ends.grids and ("gptq" in asked or "ends" in named):
+            asked.append("ends")
         return tuple(asked)
 
     @property

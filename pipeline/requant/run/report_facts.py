@@ -210,8 +210,11 @@ def _bytes(prepared: Prepared, run: Path, merged: MergeStageResult) -> dict[str,
         "merged": weight_bytes(run / "merged") or merged.get("bytes"),
         "gptq": weight_bytes(run / "gptq"),
     }
-    others = {name: weight_bytes(run / name) for name in prepared.recipe.output.formats if name != "gptq"}
-    return sizes | ({"healed": weight_bytes(run / "healed")} if prepared.heal else {}) | others
+    sizes |= {"healed": weight_bytes(run / "healed")} if prepared.heal else {}
+    sizes |= {name: weight_bytes(run / name) for name in prepared.recipe.output.formats if name != "gptq"}
+    return sizes | {
+        variant: sizes[name] for name, variant in zip(prepared.quantize.ends.formats, ("ends",), strict=False)
+    }
 
 
 def _healing(prepared: Prepared, healed: HealStageResult | None) -> HealFacts | None:

@@ -97,7 +97,9 @@ def _readable(file: Path) -> Report:
 
 def _stored_dtypes(facts: report_facts.RunFacts) -> dict[str, str]:
     """Of each variant that is a checkpoint: the dtype it ships in, where the evaluation computed in another."""
-    shipped = {"merged": facts["merge"].get("dtype")} | dict.fromkeys(("gptq", "healed"), facts["quantize"]["dtype"])
+    shipped = {"merged": facts["merge"].get("dtype")} | dict.fromkeys(
+        ("gptq", "healed", "ends"), facts["quantize"]["dtype"]
+    )
     computed = facts["evaluation"]["dtype"]
     return {variant: f", ships in {dtype}" for variant, dtype in shipped.items() if dtype and dtype != computed}
 
@@ -107,10 +109,12 @@ def _in_domain(context: RunContext) -> str:
     return context.recipe.evaluate.in_domain or context.prepared.texts.sets[0].name
 
 
-def _cards(context: RunContext) -> dict[str, str | None]:
-    """Artifact that gets a model card -> the variant that the card leaves out."""
-    cards: dict[str, str | None] = {"gptq": "healed", "healed": None} if context.prepared.heal else {"gptq": None}
-    return cards | dict.fromkeys(_converted(context))
+def _cards(context: RunContext) -> dict[str, tuple[str, ...]]:
+    """Artifact that gets a model card -> the variants that the card leaves out."""
+    p = context.prepared
+    ends: tuple[str, ...] = ("ends",) if p.quantize.ends.grids else ()
+    cards: dict[str, tuple[str, ...]] = {"gptq": ("healed", *ends), "healed": ends} if p.heal else {"gptq": ends}
+    return cards | {name: () if name in p.quantize.ends.formats else ends for name in _converted(context)}
 
 
 def _converted(context: RunContext) -> list[str]:

@@ -57,8 +57,14 @@ class Keys:
             "rtn": key_of(merged, "rtn", grids),
             "gptq": quantized,
             "healed": healed,
+            "ends": _with_ends(healed if p.heal else quantized, p),
         }
         return cls(merged, quantized, healed, {v: every[v] for v in p.variants})
+
+
+def _with_ends(key: str, p: Prepared) -> str:
+    """The key of the deployed checkpoint, and of how its token embeddings and head are rounded."""
+    return key_of(key, "ends", {name: asdict(grid) for name, grid in p.quantize.ends.grids.items()})
 
 
 def _with_expert_orders(adapter: str, plan: MergePlan) -> str:

@@ -161,13 +161,14 @@ class SuggestStageResult(Measured):
 class ConvertedFacts(TypedDict):
     """The checkpoint in another format.
 
-    made_from: the artifact. bytes: of its tensors. largest_rounding: of a weight, in steps of its scale. verify: of
-    this one.
+    made_from: the artifact. bytes: of its tensors. largest_rounding: of a weight, in steps of its scale. ends: bits of
+    quantized embeddings and head, by module. verify: of this one.
     """
 
     made_from: str
     bytes: int
     largest_rounding: float
+    ends: dict[str, int]
     verify: VerificationFacts
 
 

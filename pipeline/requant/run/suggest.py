@@ -20,7 +20,7 @@ from requant.modeling.families import fused_patterns
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleRow
 from requant.quantize.plan import Plan
-from requant.recipe.model_sections import OverrideFields
+from requant.recipe.quantize_section import OverrideFields
 from requant.run import module_swap
 from requant.run.stage_results import Distance, SuggestedUnit, SuggestStageResult
 from requant_eval import escaping

@@ -27,6 +27,7 @@ from requant.modeling import skeleton
 from requant.modeling.blocks import block_list
 from requant.numerics import nf4
 from requant.quantize.calibration_plan import batch_size
+from requant.run.check.forecast_formats import Rates, converting
 from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merging
 from requant.run.check.rehearsal import Rehearsal, cost_of
 from requant.run.prepared import Prepared
@@ -49,7 +50,7 @@ SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens
 def forecast(
     p: Prepared, sources: VariantSources, device: torch.device, dtype: torch.dtype, batch: BatchSize
 ) -> list[Need]:
-    """Merge, quantize (by our own engine) and evaluate, nothing being finished.
+    """Merge, quantize (by our own engine), the other formats, and evaluate, nothing being finished.
 
     dtype, batch: of the evaluation.
     Only the merge where the blocks take too long to rehearse on this processor.
@@ -62,7 +63,8 @@ def forecast(
     model: Any = skeleton.open_model(p.sources.base, trust_remote_code=trust, split=True)
     rehearsal, build = Rehearsal(model, device), time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
-        needs = [merging(p, device, started, Disk.probed(Path(folder), device))]
+        disk = Disk.probed(Path(folder), device)
+        needs = [merging(p, device, started, disk)]
         if rehearsal.effort / rate > LONGEST_REHEARSAL:
             return needs
         started += 0 if {"peft", "bitsandbytes"} <= sys.modules.keys() else LIBRARIES
@@ -72,6 +74,7 @@ def forecast(
         started = max(started, measurements.reset_peak())
     if p.recipe.quantize.engine == "requant":
         needs.append(_quantizing(p, rehearsal, scored, started))
+    needs += converting(p, scored.rates(disk), started)
     return [*needs, scored.need(started)]
 
 
@@ -87,11 +90,7 @@ def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: in
     again: float = 2 * (size.total - size.outside)
     if device.type == "cuda":  # blocks are read during the work: only verification and embeddings remain
         again = 3 * size.outside + 2 * p.quantize.settings.grid.bits / 16 * (size.total - size.outside)
-    checked = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
-    free_memory(device)
-    device_bytes, host_bytes = (
-        checked if checked < USABLE * free_bytes(d) else 0 for d in (device, torch.device("cpu"))
-    )
+    host_bytes, device_bytes = scored.checked()
     seconds = parts.one.seconds + rest.seconds + scored.reading * again
     seconds += scored.check(on_device=device_bytes > 0)
     seconds += 4 * scored.build + profile_of(device).start_seconds
@@ -138,6 +137,22 @@ class _Scoring:
         self.reading, self.decoding = self.on_host = _rates(folder, self.device, dtype)
         if self.device.type == "cuda":
             self.on_host = _rates(folder, torch.device("cpu"), torch.float32)
+
+    def checked(self) -> tuple[int, int]:
+        """Peak bytes, of host and device, to verify a written checkpoint; 0 where it does not fit."""
+        size = self.size
+        peak = 4 * (size.total + size.vocabulary * (size.width + 4 * TEXT))  # its model, what it reads, its logits
+        free_memory(self.device)
+        host, device = (peak if peak < USABLE * free_bytes(d) else 0 for d in (torch.device("cpu"), self.device))
+        return host, device
+
+    def rates(self, disk: Disk) -> Rates:
+        """What the format stages take beside their codes."""
+        host, device = self.checked()
+        check = self.check(on_device=device > 0)
+        on_gpu = self.device.type == "cuda"
+        checked = (0 if on_gpu and device else host, device if on_gpu else 0)
+        return Rates(disk=disk, read=self.on_host[0] / 2, build=self.build, check=check, checked=checked)
 
     def check(self, *, on_device: bool) -> float:
         """Seconds to verify a written checkpoint: a text in fp32, every weight decoded.

@@ -26,18 +26,20 @@ PROBED = 64 * 2**20  # bytes written to know the disk
 class Need:
     """Forecast of one stage: seconds, peak bytes of the host.
 
-    device: peak bytes of the GPU, 0 without one.
+    device: peak bytes of the GPU, 0 without one. written: bytes on the disk of a format, 0: of another stage.
     """
 
     stage: str
     seconds: float
     host: int
     device: int = 0
+    written: int = 0
 
     def __str__(self) -> str:
         time = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.1f} min"
         gpu = f", {self.device / 1e9:.1f} GB of the GPU" if self.device else ""
-        return f"{self.stage} about {time}, {self.host / 1e9:.1f} GB of memory{gpu}"
+        disk = f", writes {self.written / 1e9:.2f} GB" if self.written else ""
+        return f"{self.stage} about {time}, {self.host / 1e9:.1f} GB of memory{gpu}{disk}"
 
 
 @dataclass(frozen=True, slots=True)
