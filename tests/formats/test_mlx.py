@@ -202,5 +202,5 @@ def test_files_as_mlx_lm_writes_them_are_read(tmp_path: Path) -> None:
     edit_json(out / "config.json", **dict.fromkeys(layout.CONFIG_KEYS, usual))
     assert findings(out) == []
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= open_quantized(out).quantized
-    with pytest.raises(InputError, match=r"cannot be stored as compressed-tensors: zero points are not whole numbers"):
+    with pytest.raises(InputError, match=r"model.embed_tokens: its shape .* is not a multiple of 32 both ways"):
         convert(out, tmp_path / "ct", "compressed-tensors")
