@@ -60,6 +60,24 @@ def test_tensors_are_loaded_onto_a_device_as_they_are_read(
             assert torch.equal(loaded.cpu(), expected), name
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda:0", 0), ("cuda:1", 1), ("cuda", 1)])
+def test_a_tensor_goes_to_the_device_that_is_named(
+    stored: Checkpoint, device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to the first one while another is the current one."""
+
+    class Loader:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def load(self, info: reader.TensorInfo, dtype: torch.dtype) -> torch.device:
+            return self.device
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(device_loader, "_loader_of", Loader)
+    assert load_onto(stored, "odd", torch.device(device)) == torch.device("cuda", index)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_no_run_of_bytes_is_read_as_its_checkpoint_reads_it(stored: Checkpoint, device: torch.device) -> None:
     """A decoded or selected tensor: its header says less than how it is read."""

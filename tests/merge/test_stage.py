@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,15 @@ def test_ranks_write_what_one_process_writes(tmp_path: Path, count: int) -> None
     assert len([name for name in files if name.endswith(".safetensors")]) > 1
     assert {f.name: f.read_bytes() for f in (tmp_path / "shared").iterdir()} == files
     assert shared == alone
+
+
+def test_a_rank_that_does_not_see_the_first_ones_files_says_so(tmp_path: Path) -> None:
+    """Another disk under the same path, or a limit on open files: its tensors would be lost."""
+    plan, ranks = replace(plan_of(*small(tmp_path)), stored=torch.bfloat16), Turns(2)
+    (tmp_path / "out").mkdir()
+    ranks.rank = 1
+    with pytest.raises(StageError, match="rank 1 cannot open the files of the first rank"):
+        stage.write_share(plan, tmp_path / "out", max_shard=40_000, device=torch.device("cpu"), ranks=ranks)
 
 
 def test_every_tensor_has_one_rank(tmp_path: Path) -> None:

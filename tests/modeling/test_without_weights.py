@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from requant.modeling import skeleton
+from requant.modeling import without_weights as module
 from requant.modeling.without_weights import LARGE, without_weights
 
 MADE = {
@@ -47,3 +50,14 @@ def test_nothing_changes_outside() -> None:
     with without_weights():
         pass
     assert torch.zeros(LARGE + 1, dtype=torch.bool).device.type == "cpu"
+
+
+def test_a_large_buffer_has_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """StarCoder computes its mask of 8192 x 8192 positions with torch.ones."""
+    from transformers import GPTBigCodeConfig
+
+    monkeypatch.setattr(module, "LARGE", 1000)
+    config = GPTBigCodeConfig(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=64)
+    model = skeleton.build(config)
+    assert torch.equal(model.transformer.bias, torch.ones(64, 64).tril().bool())
+    assert {p.device.type for p in model.parameters()} == {"meta"}

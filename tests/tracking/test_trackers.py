@@ -7,14 +7,15 @@ import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers.reports import built
 
 from requant.errors import InputError
+from requant.recipe.text_sections import Variant
 from requant.tracking import trackers
-from requant.tracking.payload import payload
+from requant.tracking.payload import STAGES, payload
 
 
 def needs(name: str) -> Any:
@@ -42,6 +43,10 @@ def test_numbers_have_the_name_of_set_variant_and_metric() -> None:
     assert found["settings"]["bits"] == "4"
     assert found["settings"]["verdict"] == report["verdict"]["status"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_every_variant_has_a_place_on_the_axis() -> None:
+    assert set(STAGES) == set(get_args(Variant))
 
 
 def test_curves_and_tasks_are_sent() -> None:

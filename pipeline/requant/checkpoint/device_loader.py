@@ -35,7 +35,8 @@ def load_tensor(info: TensorInfo, device: torch.device, dtype: torch.dtype | Non
     """A tensor of a file on a device, in `dtype` or its own; raises StageError as `read_tensor`."""
     if device.type != "cuda":
         return read_tensor(info).to(device, dtype)
-    return _loader_of(torch.device("cuda", device.index or torch.cuda.current_device())).load(info, dtype or info.dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _loader_of(torch.device("cuda", index)).load(info, dtype or info.dtype)
 
 
 @cache

@@ -190,6 +190,8 @@ def write_share(
             writer = until.enter_context(
                 CheckpointWriter(out, plan.slots(plan.stored), max_bytes=max_shard, resume=True)
             )
+            if not writer.kept:  # its tensors would be in other files than the first rank's
+                raise StageError(f"{out}: rank {ranks.rank} cannot open the files of the first rank: use one disk")
         _write_each(plan, ops, device, writer, share, progress)
         if not ranks.first:
             writer.sync()

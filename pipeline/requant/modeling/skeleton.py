@@ -83,8 +83,7 @@ def build(
     file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
     with library_call(f"{file}: transformers cannot build a {str(config.model_type)[:80]} of it", _ADVICE):
         made = model_class(config, trust_remote_code=trust_remote_code)
-        with without_weights():
-            model = _from_config(made, config, trust_remote_code=trust_remote_code)
+        model = _from_config(made, config, trust_remote_code=trust_remote_code)
         model.tie_weights()  # building on meta parts them
         conversions.of(model)
 
@@ -108,10 +107,19 @@ def build(
 
 
 def _from_config(made: Any, config: Any, *, trust_remote_code: bool) -> Any:
-    """The model of a class, or of an Auto class where code of the checkpoint's own is run."""
-    if hasattr(made, "from_config"):
-        return made.from_config(config, trust_remote_code=trust_remote_code)
-    return made._from_config(config)
+    """The model of a class, or of an Auto class where code of the checkpoint's own is run, without weights."""
+
+    def instance() -> Any:
+        if hasattr(made, "from_config"):
+            return made.from_config(config, trust_remote_code=trust_remote_code)
+        return made._from_config(config)
+
+    with without_weights():
+        model = instance()
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return model
+    with without_weights(large_on_meta=False):
+        return instance()
 
 
 def quantizable(model: nn.Module, skip: Iterable[str], *, version: int = 5) -> set[str]:

@@ -1,19 +1,20 @@
 """Model classes instantiated without the memory and the time of their parameters.
 
 accelerate moves a parameter to the meta device once it is made. Until then it is on the CPU, and what `torch.zeros`
-makes is written to memory: the experts of one layer of Llama 4 are 5 GB. So tensors that large are made on meta.
+makes is written to memory: the experts of one layer of Llama 4 are 5 GB. So tensors that large are made on meta, unless
+a model computes a buffer with them, as StarCoder its mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-LARGE = 2**25  # elements: no model computes a buffer so large
+LARGE = 2**25  # elements
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn))
 
 
@@ -37,10 +38,17 @@ class LargeOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
-    """A block in which model classes hold their parameters on the meta device, and their buffers on the CPU."""
+def without_weights(*, large_on_meta: bool = True) -> Iterator[None]:
+    """A block in which model classes hold their parameters on the meta device, and their buffers on the CPU.
+
+    large_on_meta: large tensors are made there, also those of buffers.
+    """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False), no_init_weights(), LargeOnMeta():
+    with (
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+        LargeOnMeta() if large_on_meta else nullcontext(),
+    ):
         yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-STAGES = ("base", "adapter", "merged", "original", "rtn", "gptq", "healed")
+STAGES = ("base", "adapter", "merged", "original", "rtn", "gptq", "healed", "ends")
 """The order of the variants on the axis of a tracker's charts."""
 _OF_STEP = ("loss_percent", "agreement", "right_to_wrong")
 _SETTINGS = ("bits", "group_size", "symmetric", "engine", "order", "sweeps", "correct")
