@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.e2e import make_model, recipe, run
 
 from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.writer import Slot
 from requant.deploy import engine_support, engine_targets
 from requant.errors import InputError, RecipeError
 from requant.formats.registry import open_quantized
 from requant.modeling import skeleton
 from requant.modeling.token_ends import EndBits, TokenEnds, other_tables
+from requant.numerics.grid import Grid
 from requant.run import output_formats, prepare
+from requant.run.end_formats import PlannedEnds, planned_ends
 from requant.run.prepared import Prepared
 
 CT = "compressed-tensors"
@@ -44,6 +49,37 @@ def test_bits_that_no_format_holds_are_refused_before_any_work(
 def test_a_variant_that_is_not_made_is_refused(project: Path) -> None:
     with pytest.raises(RecipeError, match=r"ends is made with quantize\.embeddings or quantize\.head"):
         recipe(project, Path("runs"), {"evaluate.variants": ["adapter", "merged", "gptq", "ends"]})
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("auto", ("adapter", "merged", "ends")), (["adapter", "gptq", "ends"], ("adapter", "gptq", "ends"))],
+)
+def test_tasks_are_run_on_what_ships(tmp_path: Path, asked: Any, expected: tuple[str, ...]) -> None:
+    """Their gates judge the variant ends."""
+    changes = BOTH | {"output.formats": ["gptq", CT], "evaluate.task_variants": asked}
+    of: Any = SimpleNamespace(
+        recipe=recipe(tmp_path, Path("runs"), changes), heal=None,
+        quantize=SimpleNamespace(ends=PlannedEnds(grids={EMBED: Grid(8, 32)})),
+        variants=("base", "adapter", "merged", "rtn", "gptq", "ends"),
+    )  # fmt: skip
+    task_variants: Any = Prepared.task_variants
+    assert task_variants.fget(of) == expected
+    with pytest.raises(RecipeError, match=r"task_variants\.1: ends is made with quantize\.embeddings"):
+        recipe(tmp_path, Path("runs"), {"evaluate.task_variants": ["adapter", "ends"]})
+
+
+def test_ends_that_the_merge_unties_are_two_matrices(tmp_path: Path) -> None:
+    """The base's class ties them; an adapter with a head of its own makes two."""
+    make_model(tmp_path / "tied", tied=True)
+    model: Any = skeleton.open_model(tmp_path / "tied")
+    stored = [Slot(f"{name}.weight", torch.bfloat16, (300, 64)) for name in (EMBED, HEAD)]
+    layout: Any = SimpleNamespace(slots=stored)
+    made = recipe(tmp_path, Path("runs"), {"quantize.head": 8, "output.formats": ["gptq", CT, "mlx"]})
+    assert planned_ends(made, model, layout).weights == {EMBED: f"{EMBED}.weight"}
+    two = planned_ends(made, model, layout, untied=True)
+    assert two.weights == {HEAD: f"{HEAD}.weight"}
+    assert two.formats == (CT, "mlx")
 
 
 def test_formats_that_keep_16_bit_are_told(project: Path) -> None:

@@ -84,7 +84,7 @@ def undecidable(gates: Sequence[Gate], evaluate: Evaluate) -> list[tuple[KeyPath
             found.append(
                 ((i, "set"), f"{item.metric} is measured on the in-domain set, {in_domain!r}: evaluate.in_domain")
             )
-        if not {"gptq", "healed"} & {str(name) for name in evaluate.variants}:
+        if not {"gptq", "healed", "ends"} & {str(name) for name in evaluate.variants}:
             found.append(((i,), "gptq is what ships and is judged: add it to evaluate.variants"))
         if item.relative_to is not None and item.relative_to not in evaluate.variants:
             found.append(((i, "relative_to"), f"{item.relative_to} is not scored: add it to evaluate.variants"))
@@ -105,6 +105,6 @@ def _of_task(number: int, item: Gate, evaluate: Evaluate) -> list[tuple[KeyPath,
     run = evaluate.variants if evaluate.task_variants == "auto" else evaluate.task_variants
     if not {"adapter", "merged"} & {str(name) for name in run}:
         return [((number, "metric"), "task compares with adapter or merged: add one to evaluate.task_variants")]
-    if not {"gptq", "healed"} & {str(name) for name in run}:
+    if not {"gptq", "healed", "ends"} & {str(name) for name in run}:
         return [((number, "metric"), "gptq is what ships and is judged: add it to evaluate.task_variants")]
     return []

@@ -183,10 +183,12 @@ def _lacks_original(info: ValidationInfo) -> bool:
 def _without_ends(evaluate: Evaluate, info: ValidationInfo) -> list[tuple[KeyPath, str]]:
     """A problem where the variant ends is asked for, and nothing that it would be."""
     quantize = info.data.get("quantize")
-    if "ends" not in evaluate.variants or not isinstance(quantize, Quantize) or quantize.embeddings or quantize.head:
+    if not isinstance(quantize, Quantize) or quantize.embeddings or quantize.head:
         return []
-    where = ("variants", evaluate.variants.index("ends"))
-    return [(where, "ends is made with quantize.embeddings or quantize.head: set one of them")]
+    keys: dict[str, tuple[str, ...]] = {"variants": evaluate.variants}
+    keys |= {"task_variants": evaluate.task_variants} if evaluate.task_variants != "auto" else {}
+    message = "ends is made with quantize.embeddings or quantize.head: set one of them"
+    return [((key, names.index("ends")), message) for key, names in keys.items() if "ends" in names]
 
 
 def _is_plain(info: ValidationInfo) -> bool:

@@ -261,7 +261,7 @@ class Evaluate(Section):
             lost: list[tuple[KeyPath, str]] = [
                 ((i,), f"{name} is not scored: add it to evaluate.variants")
                 for i, name in enumerate(names)
-                if name not in scored and name != "healed"
+                if name not in scored and name not in ("healed", "ends")
             ]
             if lost:
                 fail(*lost)

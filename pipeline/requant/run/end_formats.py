@@ -52,8 +52,10 @@ class PlannedEnds:
         return [f"output.formats: {name} {why}" for name, why in self.kept.items() if name != "gptq"]
 
 
-def planned_ends(recipe: Recipe, model: Any, layout: Plan) -> PlannedEnds:
-    """The ends that a recipe wants quantized. layout: of the linears.
+def planned_ends(recipe: Recipe, model: Any, layout: Plan, *, untied: bool = False) -> PlannedEnds:
+    """The ends that a recipe wants quantized.
+
+    model: of the base. layout: of the linears. untied: whether the merge makes two matrices of one.
 
     Raises InputError where no format of the recipe holds them.
     """
@@ -63,6 +65,7 @@ def planned_ends(recipe: Recipe, model: Any, layout: Plan) -> PlannedEnds:
         return PlannedEnds()
     key = "embeddings" if asked.embeddings else "head"
     where, ends = recipe.place("quantize", key), TokenEnds.of(model)
+    ends = replace(ends, tied=ends.tied and not untied)
     try:
         grids = ends.grids(asked, q.group_size)
         why: dict[str, str | None] = {n: _why_not(n, ends, grids, model) for n in recipe.output.formats}

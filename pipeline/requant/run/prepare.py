@@ -209,7 +209,7 @@ def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInp
     if recipe.quantize.engine == "gptqmodel":
         gptqmodel_engine.check(settings)
     layout = plan_quantize(plan, model, settings, dtype)
-    ends = planned_ends(recipe, model, layout)
+    ends = planned_ends(recipe, model, layout, untied=plan.untied)
     engines, readers = output_formats.engines(ends.plans(layout, recipe.output.formats), model)
     told = (*notes, *ends.notes)
     return QuantizeInputs(

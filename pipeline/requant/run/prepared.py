@@ -120,11 +120,12 @@ class Prepared:
     def task_variants(self) -> tuple[str, ...]:
         """The variants to run tasks on, of those that are scored.
 
-        healed is in place of gptq, or beside it where gptq was asked for.
+        What ships, ends or healed, is in place of gptq, or beside it where gptq was asked for.
         """
         asked = self.recipe.evaluate.task_variants
-        wanted = ("adapter", "merged", "healed" if self.heal else "gptq") if asked == "auto" else (*asked, "healed")
-        return tuple(name for name in wanted if name in self.variants)
+        ships = "ends" if self.quantize.ends.grids else "healed" if self.heal else "gptq"
+        wanted = ("adapter", "merged", ships) if asked == "auto" else (*asked, "healed", "ends")
+        return tuple(name for name in dict.fromkeys(wanted) if name in self.variants)
 
     @property
     def variants(self) -> tuple[str, ...]:
