@@ -210,7 +210,7 @@ def parse(text: str) -> Gate:
     Raises:
         GateError: not METRIC SET LIMIT, or not a valid gate.
     """
-    words = re.sub(r" (%|points?\b)", r"\1", text).split()
+    words = re.sub(r"(?<=[0-9]) (%|points?\b)", r"\1", text).split()
     relative_to = words[4] if len(words) == 5 and words[3] == "of" else None
     if len(words) != 3 and relative_to is None:
         raise GateError("", f"{text!r} is not a gate: write {_HOW}")

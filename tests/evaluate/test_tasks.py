@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from requant.data import tokenizer as tokenizers
 from requant.errors import InputError
-from requant.evaluate import task_files
+from requant.evaluate import generation_settings, task_files
 from requant.evaluate.task_definitions import TaskRequest, require_library
 from requant.evaluate.variants import VariantSources
 
@@ -23,6 +23,7 @@ GOOD: dict[str, Any] = {
     "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "label",
     "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }  # fmt: skip
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
 ROW = {"q": "one and one", "choices": [" is two", " is six"], "label": 0}
 
 
@@ -60,6 +61,9 @@ def test_a_file_is_laid_over_what_it_includes(tmp_path: Path) -> None:
         ("process_docs: !function utils.run\n", {}, "words.yaml:1: !function utils.run: runs Python code"),
         ("a: !!python/object/apply:os.system [true]\n", {}, "is no YAML that is read here"),
         ("include: words.yaml\n", {}, "includes itself"),
+        ("include: 5\n", {}, "include: 5, expected the name of a file"),
+        ("a: &a {b: *a}\n", {}, "its aliases (*name) stand for more than"),
+        (BOMB, {}, "its aliases (*name) stand for more than"),
         ("include: other.yaml\n", {}, "other.yaml: cannot be read (No such file"),
         ("- a\n", {}, "expected the keys of a task, got list"),
         ("a: [\n", {}, "is no YAML that is read here"),
@@ -86,7 +90,77 @@ def test_without_the_library_the_command_to_install_it_is_named(monkeypatch: pyt
         require_library(request().place)
 
 
+@pytest.mark.parametrize("found", ["0.4.11", "0.5.0", "1.0"])
+def test_a_version_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr("requant.evaluate.task_definitions.find_spec", lambda name: name)
+    monkeypatch.setattr("requant.evaluate.task_definitions.library_version", lambda: found)
+    with pytest.raises(InputError, match=rf"lm-evaluation-harness {found} is installed, which is not run here: pip"):
+        require_library(request().place)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"custom_generate": "owner/name", "trust_remote_code": True}, "'custom_generate' is not run here"),
+        ({"assistant_model": "owner/name"}, "'assistant_model' is not run here"),
+        ({"do_sample": True}, "answers are sampled"),
+        ({"temperature": 0.7}, "answers are sampled"),
+        ({"num_beams": 4}, "answers are sampled or searched with beams"),
+        ({"max_gen_toks": "many"}, "max_gen_toks: 'many', expected a number of tokens"),
+        ({"until": [5]}, "until: [5], expected texts"),
+    ],
+)
+def test_only_greedy_answers_are_run(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        generation_settings.check({"until": ["\n"]} | settings, "recipe.yaml:7: task words")
+    assert message in str(refused.value)
+    assert "recipe.yaml:7: task words: generation_kwargs" in str(refused.value)
+
+
+def test_settings_that_mean_nothing_without_sampling_are_left_alone() -> None:
+    generation_settings.check({"until": "\n", "do_sample": False, "temperature": 0.7, "top_p": 0.9}, "here")
+    generation_settings.check({"temperature": 0.0, "max_gen_toks": 8, "num_beams": 1}, "here")
+
+
 # --- with the library ---
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_a_task_that_loads_code_to_answer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    changes = {
+        "output_type": "generate_until", "doc_to_choice": None, "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["\n"], "custom_generate": "owner/name", "trust_remote_code": True},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"evaluate\.tasks\.0: task words: generation_kwargs: 'custom_generate'"):
+        loaded(request(written(tmp_path, **changes)), tokenizer=tokenizer, trust=True)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_a_metric_that_does_not_say_which_way_is_better_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "own.py").write_text("def judge(row, answers):\n    return {'points': 1.0}\n")
+    file = written(tmp_path, metric_list=[{"metric": "points", "aggregation": "mean"}])
+    file.write_text(file.read_text()[:-1] + ', "process_results": !function own.judge}')
+    with pytest.raises(InputError, match="does not say whether more points is better: give its metric higher_is"):
+        loaded(request(file), tokenizer=tokenizer, trust=True)
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_the_code_of_an_included_file_is_in_the_digest(tmp_path: Path, tokenizer: Any) -> None:
+    common = tmp_path / "common"
+    common.mkdir()
+    file = written(common, process_results="JUDGE")
+    file.write_text(file.read_text().replace('"JUDGE"', "!function own.judge"))
+    (tmp_path / "mine.yaml").write_text("include: common/words.yaml\n")
+    (tmp_path / "common" / "words.jsonl").rename(tmp_path / "words.jsonl")
+    digests = []
+    for right in ("1.0", "0.0"):
+        (common / "own.py").write_text(f"def judge(row, answers):\n    return {{'acc': {right}}}\n")
+        made = loaded(request(tmp_path / "mine.yaml"), tokenizer=tokenizer, trust=True)
+        digests.append(made.items[0].digest)
+    assert digests[0] != digests[1]
 
 
 def loaded(*asked: TaskRequest, tokenizer: Any, window: int = 256, trust: bool = False) -> Any:

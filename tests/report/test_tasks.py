@@ -149,3 +149,15 @@ def test_runs_are_compared_on_tasks_that_were_asked_alike() -> None:
     left = compare([Entrant.of("one", one), Entrant.of("other", other)])
     assert left["tasks"] == []
     assert "asked in different ways" in left["left_out"][0]
+
+
+def test_a_set_may_be_called_points() -> None:
+    assert parse("ppl_increase points 5 %").text == "ppl_increase on points at most 5 %"
+    assert parse("task words 2 points").text == "drop on task words at most 2 points"
+
+
+def test_a_report_with_other_numbers_of_documents_is_refused() -> None:
+    found = report()
+    found["tasks"][0]["documents"]["gptq"].pop()
+    with pytest.raises(EvaluationError, match=r"tasks\.0\.documents\.gptq: 99 values of 100 documents"):
+        check(found)

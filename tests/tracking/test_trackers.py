@@ -14,7 +14,7 @@ from helpers.reports import built
 
 from requant.errors import InputError
 from requant.recipe.text_sections import Variant
-from requant.tracking import trackers
+from requant.tracking import clients, trackers
 from requant.tracking.payload import STAGES, payload
 
 
@@ -64,6 +64,14 @@ def test_curves_and_tasks_are_sent() -> None:
     assert found["curves"] == {"heal/kl": [[0.0, 0.5], [10.0, 0.25]]}
     assert found["numbers"]["words/gptq/score"] == 0.5
     assert found["stages"][-1][1]["stages/words/score"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [("in-domain/gptq/kl", "in-domain/gptq/kl"), ("mine (v2), a/kl", "mine _v2__ a/kl"), ("../a//b", "_../a/_/b")],
+)
+def test_names_are_as_mlflow_takes_them(name: str, taken: str) -> None:
+    assert clients.mlflow_name(name) == taken
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,9 @@ def _unknown_variants(report: Report) -> Iterator[str]:
         for place, name in [*places, *((f"documents.{name}", name) for name in task["documents"])]:
             if name not in run:
                 yield f"tasks.{number}.{place}: {name!r:.60} is no variant of the task"
+        for name, values in task["documents"].items():
+            if len(values) != task["n_documents"]:
+                yield f"tasks.{number}.documents.{name}: {len(values)} values of {task['n_documents']} documents"
 
 
 def wrong_fact(path: str | Path) -> str | None:

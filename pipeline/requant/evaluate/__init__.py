@@ -13,6 +13,7 @@
     tasks             the tasks of a run: built, checked against template and window
     task_definitions   tasks found by name or built from a file, in the library
     task_files        task files (YAML) read without running code
+    generation_settings   how a task lets a model answer: greedy, with an end
     task_values       metrics of a task, and the value of each document
     task_model        a variant as a model of the library
     adapter_probe     whether the adapter lowers the loss on calibration text

@@ -21,6 +21,7 @@ from requant.evaluate import task_files
 from requant_eval.regular_files import read_bytes
 
 INSTALL = "pip install 'lm-eval>=0.4.12,<0.5'"
+OLDEST, TOO_NEW = (0, 4, 12), (0, 5)
 _NAME = re.compile(rb"^(task|group|tag):[ \t]*[\"']?([^\s\"'#\[{]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
 _TAGS = re.compile(rb"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
@@ -40,9 +41,13 @@ class TaskRequest:
 
 
 def require_library(place: str) -> None:
-    """Raise InputError where lm-evaluation-harness is not installed."""
+    """Raise InputError where lm-evaluation-harness is not installed, or a version that is not known here."""
     if find_spec("lm_eval") is None:
         raise InputError(f"{place}: needs lm-evaluation-harness: {INSTALL}")
+    found = library_version()
+    numbers = tuple(map(int, re.findall(r"[0-9]+", found)[:3]))
+    if not OLDEST <= numbers < TOO_NEW:
+        raise InputError(f"{place}: lm-evaluation-harness {found} is installed, which is not run here: {INSTALL}")
 
 
 def build(request: TaskRequest, *, trust_remote_code: bool) -> list[Any]:

@@ -47,13 +47,25 @@ def _merged(file: Path, function: Function | None, above: tuple[Path, ...]) -> d
     if file in above or len(above) > DEEPEST:
         raise InputError(f"{file}: includes itself by way of {', '.join(f.name for f in above)}")
     config = _parsed(file, function)
-    included = config.pop("include", [])
     whole: dict[str, Any] = {}
-    for name in [included] if isinstance(included, str) else included:
-        if not isinstance(name, str):
-            raise InputError(f"{file}: include: {name!r:.80}, expected the name of a file")
-        whole |= _merged((file.parent / name).resolve(), function, (*above, file))
-    return whole | config
+    for other in _included(file, config):
+        whole |= _merged(other, function, (*above, file))
+    return whole | {key: value for key, value in config.items() if key != "include"}
+
+
+def with_included(file: Path) -> list[Path]:
+    """A file that `read` takes, and all that it includes."""
+    config = _parsed(file, lambda *_: None)
+    return [file, *(found for other in _included(file, config) for found in with_included(other))]
+
+
+def _included(file: Path, config: Mapping[str, Any]) -> list[Path]:
+    """The files that a file names under `include`."""
+    given = config.get("include", [])
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{file}: include: {given!r:.80}, expected the name of a file, or a list of them")
+    return [(file.parent / name).resolve() for name in names]
 
 
 def _parsed(file: Path, function: Function | None) -> dict[str, Any]:
@@ -84,7 +96,22 @@ def _parsed(file: Path, function: Function | None) -> dict[str, Any]:
         raise InputError(f"{file}: is no YAML that is read here: {masked(one_line(error))}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise InputError(f"{file}: expected the keys of a task, got {type(config).__name__}")
+    if _is_larger(config, 2 * LARGEST):
+        raise InputError(f"{file}: its aliases (*name) stand for more than {2 * LARGEST} bytes: write fewer")
     return config
+
+
+def _is_larger(value: Any, most: int) -> bool:
+    """Whether a value has more characters and parts than `most`, each counted as often as an alias names it."""
+    left = [value]
+    while left and most >= 0:
+        found = left.pop()
+        most -= 1 + (len(found) if isinstance(found, str) else 0)
+        if isinstance(found, Mapping):
+            left += [*found.keys(), *found.values()]
+        elif isinstance(found, list):
+            left += found
+    return most < 0
 
 
 def _with_data(file: Path, config: dict[str, Any]) -> dict[str, Any]:

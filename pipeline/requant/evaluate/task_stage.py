@@ -177,6 +177,8 @@ class _Work:
             free_memory(self.scores.device)
             model.batch_size_per_gpu //= 2
             self.notes.append(f"{name} on {task.request.title}: out of memory, {model.batch_size_per_gpu} at a time")
+        if task.metric not in values:
+            raise StageError(f"{what}: it gave no {task.metric} for some documents: compare another metric")
         if task_values.digest_of(own) != task.digests[part]:
             raise StageError(f"{what}: it asked other questions than before: its data or its order is not fixed")
         return {"values": values, "documents": documents, "seconds": time.perf_counter() - begun}

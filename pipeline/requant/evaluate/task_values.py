@@ -47,7 +47,10 @@ def main_metric(request: TaskRequest, tasks: Sequence[Any]) -> tuple[str, bool]:
     chosen = next((n for n in known if wanted in (None, n, n.partition(",")[0])), None)
     if chosen is None:
         raise InputError(f"{where}: has no metric {wanted!r:.60}: {', '.join(known)}")
-    return chosen, bool(tasks[0].higher_is_better().get(chosen.partition(",")[0], True))
+    sides = {task.higher_is_better().get(chosen.partition(",")[0]) for task in tasks}
+    if len(sides) > 1 or None in sides:
+        raise InputError(f"{where}: does not say whether more {chosen} is better: give its metric higher_is_better")
+    return chosen, bool(sides.pop())
 
 
 def digest_of(task: Any) -> str:

@@ -16,11 +16,10 @@ from requant.checkpoint.reader import file_digest
 from requant.checkpoint.run_directory import key_of
 from requant.data.template_losses import TemplateFailure
 from requant.errors import InputError
-from requant.evaluate import task_definitions, task_model, task_values
+from requant.evaluate import generation_settings, task_definitions, task_files, task_model, task_values
 from requant.evaluate.task_definitions import TaskRequest
 from requant.runtime.guarded_process import LimitError, call_guarded
 
-DEFAULT_NEW_TOKENS = 256  # of an answer, where a task does not say: the library's own
 _QUESTION = [{"role": "user", "content": "How many?"}]
 
 
@@ -101,9 +100,10 @@ def load(
 
 
 def _code(request: TaskRequest) -> tuple[str, ...]:
-    """Digests of the Python files beside a trusted task."""
-    files = sorted(request.path.parent.glob("*.py")) if request.path else []
-    return tuple(file_digest(file) for file in files)
+    """Digests of the Python files beside a trusted task and beside what it includes."""
+    own = task_files.with_included(request.path.resolve()) if request.path else []
+    folders = dict.fromkeys(file.parent for file in own)
+    return tuple(file_digest(file) for folder in folders for file in sorted(folder.glob("*.py")))
 
 
 def _build_requests(request: TaskRequest, task: Any, tokenizer: Any) -> None:
@@ -123,6 +123,9 @@ def _build_requests(request: TaskRequest, task: Any, tokenizer: Any) -> None:
         raise
     except Exception as error:  # of the library, on a document that its template cannot be filled with
         raise InputError(f"{where}: {task_definitions.why(error)}") from error
+    for instance in task.instances:
+        if instance.request_type == "generate_until":
+            generation_settings.check(instance.args[1], where)
 
 
 def _ask(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -156,7 +159,7 @@ def _longest(request: TaskRequest, task: Any, tokenizer: Any, window: int) -> in
     longest = 0
     for instance in sorted(task.instances, key=lambda i: -len("".join(map(str, i.args)))):
         generates = instance.request_type == "generate_until"
-        answer = _new_tokens(instance.args[1]) if generates else 0
+        answer = generation_settings.new_tokens(instance.args[1]) if generates else 0
         text = instance.args[0] if generates else "".join(instance.args[:2])
         if len(text.encode()) + answer <= longest:  # no token is shorter than a byte
             continue
@@ -170,9 +173,3 @@ def _longest(request: TaskRequest, task: Any, tokenizer: Any, window: int) -> in
             )
         longest = max(longest, length)
     return longest
-
-
-def _new_tokens(settings: dict[str, Any]) -> int:
-    """How many tokens a task lets a model answer with."""
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    return next((int(settings[name]) for name in names if settings.get(name) is not None), DEFAULT_NEW_TOKENS)

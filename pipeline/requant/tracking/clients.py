@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,12 +63,19 @@ def to_mlflow(request: dict[str, Any]) -> None:
     metrics = [Metric(name, value, now, 0) for name, value in request["numbers"].items()]
     metrics += [Metric(n, v, now, step) for step, numbers in request["stages"] for n, v in numbers.items()]
     metrics += [Metric(n, v, now, int(step)) for n, points in request["curves"].items() for step, v in points]
-    params = [Param(name, value[:500]) for name, value in request["settings"].items()]
+    metrics = [Metric(mlflow_name(m.key), m.value, m.timestamp, m.step) for m in metrics]
+    params = [Param(mlflow_name(name), value[:500]) for name, value in request["settings"].items()]
     for begin in range(0, max(len(metrics), len(params)), 100):  # as many as one call takes
         client.log_batch(run.info.run_id, metrics[begin : begin + 100], params[begin : begin + 100])
     for file in request["files"]:
         client.log_artifact(run.info.run_id, file)
     client.set_terminated(run.info.run_id)
+
+
+def mlflow_name(name: str) -> str:
+    """A name as mlflow takes it: letters, digits and a few signs, of parts that are no `..` and not empty."""
+    parts = (re.sub(r"[^\w. :-]", "_", part) for part in name.split("/"))
+    return "/".join(part if part.strip(".") else f"_{part}" for part in parts)
 
 
 def to_trackio(request: dict[str, Any]) -> None:
