@@ -82,7 +82,7 @@ def test_every_word_of_the_document_is_on_the_page() -> None:
                     cells = [*block.columns, *(cell for row in block.rows for cell in row), block.title, block.note]
                     assert [cell for cell in cells if " ".join(cell.split()) not in text] == []
                 case Bullets(items):
-                    assert all(item in text for item in items)
+                    assert [item for item in items if " ".join(item.replace("`", "").split()) not in text] == []
                 case Code() | Paragraph():
                     assert " ".join(block.text.split()) in text
                 case Figure():

@@ -134,7 +134,7 @@ def test_the_model_card_has_the_task_in_its_index() -> None:
     assert "type: gsm8k" in card
     assert "acc, 2-shot, 95 % interval" in card
     assert "words: gptq" in card
-    assert "words: gptq" not in model_card.model_card(report(), without="gptq")
+    assert "words: gptq" not in model_card.model_card(report(), without=("gptq",))
 
 
 def test_runs_are_compared_on_tasks_that_were_asked_alike() -> None:

@@ -12,14 +12,13 @@ import torch
 from helpers.e2e import copied, edit_json, edit_tensors, recipe, texts, write_rows
 
 from requant.adapters import peft_directory
-from requant.checkpoint import reader
+from requant.checkpoint import device_loader, reader
 from requant.checkpoint.reader import Checkpoint, TensorInfo
 from requant.data import documents, packing, tokenizer
 from requant.deploy import conversion, gguf_export
 from requant.errors import InputError
 from requant.formats.registry import FORMATS
 from requant.merge import packed_parts
-from requant.merge import stage as merge_stage
 from requant.run import disk_space, output_formats, prepare
 from requant.run.prepared import Prepared
 
@@ -37,7 +36,7 @@ def test_no_weight_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(info.name)
         return read(info)
 
-    for module in (peft_directory, reader, packed_parts, merge_stage):
+    for module in (peft_directory, reader, packed_parts, device_loader):
         monkeypatch.setattr(module, "read_tensor", watched)
     prepared(project)
     assert len(seen) == 14

@@ -56,9 +56,9 @@ def score(
     """Scores of a model on every scored token of `eval_set`.
 
     model: a transformers or PEFT causal LM; it is put in eval mode. batch: windows per forward pass. device: of the
-    token ids. reference: the file of an earlier call, or it opened; fills `kl` and `agree`. write_reference: write this model's
-    hidden states there as a reference. chunk_tokens: positions whose logits exist at a time. on_progress: (windows
-    done, windows). on_note: what a reader of the scores should know, in words.
+    token ids. reference: the file of an earlier call, or it opened; fills `kl` and `agree`. write_reference: write this
+    model's hidden states there as a reference. chunk_tokens: positions whose logits exist at a time. on_progress:
+    (windows done, windows). on_note: what a reader of the scores should know, in words.
 
     Raises:
         EvaluationError: NaN/inf in logits, infinite KL, a head that can't be read, a reference of another set or

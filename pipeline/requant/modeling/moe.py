@@ -63,7 +63,7 @@ class Expert(nn.Module):
                 bias = getattr(fused, "has_bias", False)
                 linear = nn.Linear(inputs, outputs // len(roles), bias=bias, device="meta")
                 self.add_module(role, linear)
-        self._combine = getattr(fused, "_apply_gate", partial(_gated, fused.act_fn)) if layout.gated else fused.act_fn
+        self._combine = _combination(fused, layout)
 
     def forward(self, x: Tensor) -> Tensor:
         linears: Any = self._modules
@@ -71,6 +71,15 @@ class Expert(nn.Module):
         whole = torch.stack(parts, dim=-1).flatten(-2) if self.interleaved else torch.cat(parts, dim=-1)
         result: Tensor = linears["down_proj"](self._combine(whole))
         return result
+
+
+def _combination(fused: Any, layout: StackedLayout) -> Callable[[Tensor], Tensor]:
+    """What a family makes of one expert's first product; a class with a method of its own may have no `act_fn`."""
+    combine = getattr(fused, "_apply_gate", None) if layout.gated else None
+    if combine is None:
+        combine = partial(_gated, fused.act_fn) if layout.gated else fused.act_fn
+    found: Callable[[Tensor], Tensor] = combine
+    return found
 
 
 def _gated(act: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:

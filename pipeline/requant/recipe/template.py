@@ -234,6 +234,7 @@ quantize:
   sweeps: 2                 # passes of coordinate descent over the codes, default 2; 0 is plain GPTQ
   damp: auto                # auto | 0 < number < 1, default auto; raise it if a factorization fails
   dtype: auto               # auto | float16 | bfloat16, default auto; what the server will run in
+  # embeddings: 8           # 8 | 4, in formats that hold them; head likewise
   experts: auto             # auto | quantize | skip, default auto; skip is 16 bit, auto asks which servers there are
   overrides: {{}}             # pattern -> settings, such as "*.down_proj": {{bits: 8}}; default none
   engine: requant           # requant (ours, the default) | gptqmodel, for what ours does not do
