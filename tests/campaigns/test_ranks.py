@@ -16,7 +16,7 @@ from campaigns.verdicts import TRACEBACK, End, Tally
 from campaigns.workshop import Workshop
 
 ENDS_WITHIN = 60.0  # seconds on a busy machine
-SUMS = 1e-5  # two ranks add up in another order than one; the files' bytes are the same
+SUMS = 1e-5  # two ranks add up in another order than one
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import pico, tiny
 from helpers.e2e import LENGTH, LINEARS, VOCABULARY, one_thread, recipe
 from safetensors.torch import load_file
 from torch import Tensor
@@ -276,3 +277,24 @@ def test_memory_that_runs_out_while_loading_is_told_as_such(sources: variants.Va
     variants.load("merged", sources, device=gpu, dtype=torch.bfloat16)
     assert "device_map" not in loading.asked[2]
     assert loading.moved[-1] == gpu
+
+
+def test_a_rotary_function_that_another_package_registered_is_not_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gptqmodel registers one for all models, without the order that ERNIE 4.5 VL gives its frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    made, few = tiny.model("ernie4_5_vl_moe"), torch.arange(3, 23)[None]
+    expected, path = pico.logits(made, few), pico.save(made, tmp_path / "base", torch.float32)
+
+    def plain(config: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, float]:
+        size = config.hidden_size // config.num_attention_heads
+        return 10000.0 ** (-torch.arange(0, size, 2) / size), 1.0
+
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "default", plain)
+    sources = variants.VariantSources.of_checkpoint(path)
+    for name in ("merged", "rtn"):
+        loaded = variants.load(name, sources, device=torch.device("cpu"), dtype=torch.float32)
+        assert pico.relative(pico.logits(loaded, few), expected) < 1e-5, name
+    assert ROPE_INIT_FUNCTIONS["default"] is plain, "another package's own work is left to it"

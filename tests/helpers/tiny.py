@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from requant.modeling import rotary_functions
+
 VOCABULARY = 256
 WIDTH = 64
 LARGEST = 30_000_000  # parameters: more are no tiny model, some size is not cut
@@ -153,7 +155,8 @@ def model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
     if size > LARGEST:
         raise ValueError(f"{kind} has {size} parameters: not tiny")
     torch.manual_seed(seed)
-    made = made_by(settings).float().eval()
+    with rotary_functions.of_model_classes():
+        made = made_by(settings).float().eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim == 1:

@@ -26,7 +26,7 @@ from requant.evaluate import peft_runtime, variant_weights
 from requant.merge.base_checkpoint import LIVE, DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings, finer
 from requant.merge.plan import MergePlan
-from requant.modeling import skeleton, stacked_experts
+from requant.modeling import rotary_functions, skeleton, stacked_experts
 from requant.modeling.model_classes import model_class
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
@@ -135,7 +135,7 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
     what = f"{sources.merged}: transformers cannot load it"
     if device.type != "cpu":  # without a copy on the host
         try:
-            with library_call(what, kind=StageError, passing=(RuntimeError,)):
+            with library_call(what, kind=StageError, passing=(RuntimeError,)), rotary_functions.of_model_classes():
                 return load(device_map={"": device}).eval()
         except torch.OutOfMemoryError:
             raise
@@ -144,7 +144,7 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
         ) as error:  # transformers hides errors of stacking experts: load on the host, which shows them
             log.debug("loading straight to %s: %s", device, error)
         free_memory(device)
-    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)), rotary_functions.of_model_classes():
         return load().to(device).eval()
 
 
@@ -197,7 +197,7 @@ def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dt
     else:
         options["dtype"] = dtype
     what = f"{sources.base}: transformers cannot load it as training did"
-    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)), rotary_functions.of_model_classes():
         made = model_class(config, trust_remote_code=sources.trust_remote_code)
         model = made.from_pretrained(
             None if ours else str(sources.base),

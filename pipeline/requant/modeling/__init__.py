@@ -3,6 +3,7 @@
     skeleton             the modules transformers would build, without weights   <- start here
     without_weights      model classes instantiated without the memory of their parameters
     model_classes        the class of transformers that a checkpoint belongs to
+    rotary_functions     rotary tables of a model class, whatever other packages registered
     blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split
     token_ends           token embeddings and head, and the bits that are asked of them
