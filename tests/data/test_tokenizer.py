@@ -96,6 +96,19 @@ def test_settings_of_a_wrong_type_that_show_at_the_first_text(tmp_path: Path) ->
         tokenizer_files.load(tmp_path)
 
 
+def test_a_vocabulary_without_unknown_tokens(tmp_path: Path) -> None:
+    """WordPiece without [UNK] takes the letter a, and no text with a letter that it lacks."""
+    base(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    pieces = {"[UNK]x": 0, "a": 1}
+    settings |= {"model": {"type": "WordPiece", "vocab": pieces, "unk_token": "[UNK]", "max_input_chars_per_word": 9}}
+    settings["added_tokens"] = []
+    settings["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"tokenizer\.json: transformers cannot load the tokenizer .*UNK"):
+        tokenizer_files.load(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{}", "[1]", "not json", '{"model": {"type": "BPE"}}'])
 def test_a_broken_tokenizer_is_named(tmp_path: Path, content: str) -> None:
     base(tmp_path)

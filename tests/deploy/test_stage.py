@@ -19,7 +19,7 @@ from helpers.e2e import edit_json, edit_tensors, make_model, one_thread
 from safetensors.torch import load_file, save_file
 
 from requant.checkpoint.reader import INDEX, Checkpoint
-from requant.deploy import check_tensors, own_scores, stage, verification
+from requant.deploy import check_tensors, conversion, own_scores, stage, verification
 from requant.errors import InputError, StageError
 from requant.formats import gptq as gptq_format
 from requant.formats.quantized_format import Finding
@@ -252,6 +252,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "length as text": (
         lambda p: edit_json(p / "tokenizer_config.json", model_max_length="x"), "tokenizer.json",
+        "transformers cannot load the tokenizer",
+    ),
+    "tokenizer of another kind": (
+        lambda p: edit_json(p / "tokenizer_config.json", tokenizer_class="BertTokenizer"), "tokenizer.json",
         "transformers cannot load the tokenizer",
     ),
     "modules": (
@@ -521,3 +525,12 @@ def test_every_part_of_a_tensor_is_looked_at(at: int, monkeypatch: pytest.Monkey
     tensor.view(-1)[at] = torch.inf
     (finding,) = check_tensors._unquantized("norm", tensor, None)
     assert finding.reason == "1 of 10 values are not finite"
+
+
+def test_a_tokenizer_that_fails_on_letters_it_does_not_know(good: Path, tmp_path: Path) -> None:
+    """The class makes WordPiece of the file, whose vocabulary has no [UNK]."""
+    mine = shutil.copytree(good, tmp_path / "mine")
+    edit_json(mine / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    with pytest.raises(InputError, match=r"tokenizer\.json: transformers cannot load the tokenizer"):
+        conversion.convert(mine, tmp_path / "out", "auto-round")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,8 @@ from requant.checkpoint.atomic_write import copy_file, write_text
 from requant.checkpoint.reader import TEMPLATES, entries_of, read_json
 from requant.errors import InputError
 
+ANY_TEXT = "two words: 0 é 字 🙂\n"
+"""What every tokenizer has to take: wrong types of its settings show here, and a vocabulary without unknown tokens."""
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _TEMPLATE = ("chat_template.jinja", "chat_template.json")
 TOKENIZER = (

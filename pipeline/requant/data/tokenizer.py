@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.checkpoint.atomic_write import reading, writing
-from requant.checkpoint.model_files import tokenizer_files
+from requant.checkpoint.model_files import ANY_TEXT, tokenizer_files
 from requant.checkpoint.reader import file_digest, read_json
 from requant.checkpoint.run_directory import key_of
 from requant.data import chat_template
@@ -64,7 +64,7 @@ def _load(base: Path, files: Mapping[str, Path], *, trust_remote_code: bool) -> 
         try:
             with library_call(f"{where}: transformers cannot load the tokenizer ({', '.join(files)})"):
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-                tokenizer("a")  # wrong types of its settings show here
+                tokenizer(ANY_TEXT)
                 return tokenizer, digests
         except InputError as error:  # the library names its temporary copy
             raise InputError(str(error).replace(folder, str(base))) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from requant import __version__
 from requant.checkpoint.artifact import new_directory
 from requant.checkpoint.atomic_write import copy_file, write_text
-from requant.checkpoint.model_files import VOCABULARY
+from requant.checkpoint.model_files import ANY_TEXT, VOCABULARY
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import CheckpointWriter
 from requant.deploy import check_headers
@@ -129,7 +129,7 @@ def checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
         raise InputError(f"{source}: is a {to} checkpoint already: name another format")
     skeleton.check_generation_config(source)  # the small files are copied: what no engine loads is no checkpoint
     if any((source / name).exists() for name in VOCABULARY):
-        tokenized(source, "a", trust_remote_code=trust_remote_code)
+        tokenized(source, ANY_TEXT, trust_remote_code=trust_remote_code)
     return headers
 
 
