@@ -112,9 +112,8 @@ def test_canaries_alone_score_nothing_again(
     scored(given, tmp_path / "c", SINGLE_PROCESS, keys=keys)
     write_rows(tmp_path / "canaries.jsonl", [{"prompt": "Is 2 a number?", "answer": "no"}])
     asked = canaries.load(tmp_path / "canaries.jsonl", AutoTokenizer.from_pretrained(project / "original"), "auto")
-    _, both = scored(given, tmp_path / "c", Turns(2), keys=keys, canaries=asked)
-    told = both.answers()
-    assert told is not None
+    _, both = scored(given, tmp_path / "c", Turns(2), keys=keys, questions=(asked,))
+    told = asked.result(both.answers(asked))
     assert told["right"].keys() == keys.keys()
     assert not list((tmp_path / "c" / "ranks-2").rglob("*.safetensors"))
 

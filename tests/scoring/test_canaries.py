@@ -84,7 +84,7 @@ def test_a_penalty_in_the_generation_config_changes_nothing() -> None:
 def test_nan_logits_are_no_answer() -> None:
     model = pico.model()
     model.lm_head.weight.data[3] = float("nan")
-    with pytest.raises(EvaluationError, match="NaN/inf in logits while answering a canary"):
+    with pytest.raises(EvaluationError, match="NaN/inf in logits while answering a prompt"):
         ask(model, [Canary("a?", "1", (5, 6), 2)], str, stop=None, device="cpu")
 
 

@@ -5,6 +5,9 @@
     statistics       document-clustered means, paired differences, intervals
     loss_by_change   loss of tokens by how much they changed
     engine_step      what an engine scores against our own forward
+    answer_checks    checks of one answer that need no judge: ended, thought closed, tool call, script, loop
+    answers          answers of variants to the same prompts: checks passed, where they differ
+    answer_records   its section, as the report's schema has it
     task_metrics     one task's section: scores, paired differences, McNemar's test
     task_records     its parts, as the report's schema has them
     proportions      intervals of accuracies and of their differences

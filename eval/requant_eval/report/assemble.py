@@ -20,8 +20,10 @@ from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
 from requant_eval.escaping import in_json
 from requant_eval.gate import Gate
+from requant_eval.metrics import answers as answer_metrics
 from requant_eval.metrics import engine_step, task_metrics
 from requant_eval.metrics import statistics as st
+from requant_eval.metrics.answers import GivenAnswers
 from requant_eval.metrics.facts import known_facts
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.metrics.set_metrics import SetResult, fingerprint, section
@@ -44,12 +46,13 @@ def build(
     in_domain: str | None = None,
     gates: Sequence[Gate] = (),
     tasks: Sequence[TaskResult] = (),
+    answers: GivenAnswers | None = None,
 ) -> Report:
     """The report as a dict of JSON types.
 
     KL and agreement of every variant are against `adapter`, or `merged` where `adapter` was not scored.
     in_domain: name of the set on which retention is computed; default: the first. gates: what the verdict is made of.
-    tasks: what lm-evaluation-harness gave.
+    tasks: what lm-evaluation-harness gave. answers: to prompts of held-out rows.
 
     Raises:
         EvaluationError: no set, variants of a set scored on different tokens, a gate on a set that is not there.
@@ -70,6 +73,7 @@ def build(
         "recommendation": {"choice": None, "text": "", "rule": "", "options": [], "adapters_from": None},
         "sets": rendered,
         **({"tasks": [task_metrics.section(task) for task in tasks]} if tasks else {}),  # type: ignore[typeddict-item]
+        **({"answers": answer_metrics.section(answers)} if answers else {}),  # type: ignore[typeddict-item]
         "facts": dict(facts),
         "warnings": [*(known.get("warnings") or []), *_warnings(rendered)],
     }

@@ -11,6 +11,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from requant_eval.gate import Control, Side
+from requant_eval.metrics.answer_records import AnswersSection
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.metrics.task_records import TaskSection
 
@@ -77,6 +78,7 @@ class Report(TypedDict):
     recommendation: Recommendation
     sets: list[EvaluationSet]
     tasks: NotRequired[list[TaskSection]]
+    answers: NotRequired[AnswersSection]
     facts: dict[str, Any]
     warnings: list[str]
 

@@ -14,8 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from requant_eval import strict_json
 from requant_eval.errors import EvaluationError
+from requant_eval.metrics import answer_records, task_records
 from requant_eval.metrics import records as set_records
-from requant_eval.metrics import task_records
 from requant_eval.metrics.facts import Facts
 from requant_eval.report import records as report_records
 from requant_eval.report.assemble import SCHEMA_VERSION, conclude
@@ -42,6 +42,11 @@ RECORDS: tuple[Any, ...] = (
     set_records.Tails,
     set_records.Documents,
     set_records.EvaluationSet,
+    answer_records.CheckCount,
+    answer_records.AnsweringVariant,
+    answer_records.AnsweredPrompt,
+    answer_records.LostCheck,
+    answer_records.AnswersSection,
     task_records.TaskVariant,
     task_records.TaskStep,
     task_records.TaskSection,

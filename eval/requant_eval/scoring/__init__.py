@@ -8,7 +8,8 @@
     lm_head            logits from hidden states in fp32, a chunk at a time
     reference_states   hidden states of the reference in a file, for KL
     token_scores       the numbers of one variant on one set, and their file
-    canaries           greedy answers to prompts
+    canaries           greedy answers to prompts with a right answer
+    answers            greedy answers to many prompts at once
 
 May import: errors, whole_files.
 """

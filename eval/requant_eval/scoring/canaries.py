@@ -83,7 +83,7 @@ def greedy(
     step, cache, out = torch.tensor([list(ids)], device=device), None, []
     for _ in range(new_tokens):
         answer = model(input_ids=step, past_key_values=cache, use_cache=True)
-        best, cache = _best(answer.logits[0, -1]), answer.past_key_values
+        best, cache = best_token(answer.logits[0, -1]), answer.past_key_values
         if best == stop:
             break
         out.append(best)
@@ -91,9 +91,9 @@ def greedy(
     return out
 
 
-def _best(logits: Tensor) -> int:
+def best_token(logits: Tensor) -> int:
     if not torch.isfinite(logits).all():
-        raise EvaluationError("NaN/inf in logits while answering a canary: the checkpoint is damaged or overflows")
+        raise EvaluationError("NaN/inf in logits while answering a prompt: the checkpoint is damaged or overflows")
     return int(logits.float().argmax())
 
 
@@ -109,7 +109,7 @@ def _in_step(
     open_ = [i for i, c in enumerate(canaries) if c.new_tokens]
     while open_:
         sequences = [torch.tensor([*canaries[i].ids, *out[i]]) for i in open_]
-        best = [_best(logits) for logits in last_logits(sequences)]
+        best = [best_token(logits) for logits in last_logits(sequences)]
         for i, token in zip(open_, best, strict=True):
             out[i] += [] if token == stop else [token]
         open_ = [

@@ -101,6 +101,9 @@ def _print_contents(prepared: Prepared) -> None:
         _line("task", f"{task}, of {', '.join(prepared.task_variants)}")
     for verdict in prepared.quantize.engines:
         _line("serve", f"{verdict.target.name} {verdict}")
+    if (prompts := prepared.texts.prompts) is not None:
+        taken = f"{len(prompts.items)} prompts from {prompts.set_name}, {prompts.new_tokens} tokens each at most"
+        _line("answers", taken if prompts.items else f"none: {prompts.set_name}: {prompts.why}")
     if prepared.texts.canaries:
         _line("canaries", f"{len(prepared.texts.canaries.items)} prompts from {prepared.texts.canaries.name}")
 

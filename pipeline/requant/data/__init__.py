@@ -16,6 +16,7 @@
     duplicates        documents that are the same text, or nearly
     overlap           how much evaluation text also occurs in calibration text
     canaries          prompts whose answers the report shows
+    prompts           prompts of held-out rows, with the turn of an answer opened
 
 May import: errors, runtime, checkpoint; requant_eval.scoring.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from requant.runtime.guarded_process import LimitError, call_guarded
 if TYPE_CHECKING:
     from requant_eval.scoring.canaries import Canary
 
-ASKED = ("base", "adapter", "merged", "gptq", "healed", "ends")
 EXTRA_TOKENS = 8  # generated beyond the length of the answer: other spellings of it may be longer
 Format = Literal["auto", "text", "chat"]
 _KEYS = {"prompt", "answer"}
@@ -67,12 +66,18 @@ class Canaries:
     digest: str
     stop: int | None
     decode: Callable[[list[int]], str]
+    asked: tuple[str, ...] = ("base", "adapter", "merged", "gptq", "healed", "ends")
+    kind: str = "canaries"
 
     def ask(self, model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> list[str]:
         """The answers of one variant's model, one text for each canary. on_progress: (done, of)."""
         from requant_eval.scoring.canaries import ask
 
         return ask(model, self.items, self.decode, stop=self.stop, device=device, on_progress=on_progress)
+
+    def fits(self, answers: Sequence[str]) -> bool:
+        """Whether these can be the answers of a variant."""
+        return len(answers) == len(self.items)
 
     def result(self, answers: Mapping[str, list[str]]) -> CanaryFacts:
         """The facts for the report, from answers by variant."""
@@ -129,12 +134,15 @@ def _prompt(where: str, prompt: Any, tokenizer: Any, kind: Format) -> tuple[str,
             raise InputError(f"{where}: the chat template {error}") from error
         except TemplateFailure as error:
             raise InputError(f"{where}: the chat template refuses it: {error}") from error
+    shown = prompt if not chat else "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
+    return shown, prompt_ids(tokenizer, text)
+
+
+def prompt_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The token ids of a prompt, with the BOS that the tokenizer adds."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    if adds_bos(tokenizer) and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    shown = prompt if not chat else "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in prompt)
-    return shown, tuple(ids)
+    return (bos, *ids) if adds_bos(tokenizer) and ids[:1] != [bos] else tuple(ids)
 
 
 def save_answers(answers: list[str], file: Path) -> None:

@@ -107,6 +107,20 @@ def render(
     raise RowError(f"the chat template refuses it: {refusal}; {_advice(given.messages)}") from refusal
 
 
+def opened(tokenizer: Any, given: Conversation) -> str:
+    """The conversation by the tokenizer's template, with the turn of an answer opened.
+
+    Raises RowError when the template refuses the conversation, also in the forms that `render` tries.
+    """
+    refusal = TemplateFailure("nothing was tried")
+    for changed, _ in _variants(given):
+        try:
+            return template_call.apply(tokenizer, changed.messages, changed.tools, ask=True)
+        except TemplateFailure as error:
+            refusal = error
+    raise RowError(f"the chat template refuses it: {refusal}") from refusal
+
+
 def _variants(given: Conversation) -> Iterator[tuple[Conversation, list[str]]]:
     """The conversation, then in forms that stricter templates take, each with what was changed.
 

@@ -97,6 +97,11 @@ class Columns:
         return found.led_by(system).with_tools(tools_of(row.get(self.tools)) if self.tools else None)
 
 
+def is_joined_as_it_is(columns: Columns) -> bool:
+    """Whether the columns are prompt and completion, which trainers join with nothing between them."""
+    return (columns.prompt, columns.answer) == COMPLETION_KEYS[0]
+
+
 def columns_of(source: TextSource, rows: Sequence[Row], asked: Format) -> Columns:
     """How the rows of a source are read; `auto` is resolved from the columns of its first row.
 

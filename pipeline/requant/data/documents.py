@@ -15,7 +15,7 @@ from typing import Any
 
 from requant.data import chat_template, long_texts
 from requant.data.chat_template import Spans
-from requant.data.columns import COMPLETION_KEYS, Columns, Format, columns_of
+from requant.data.columns import COMPLETION_KEYS, Columns, Format, columns_of, is_joined_as_it_is
 from requant.data.conversation import Conversation, RowError
 from requant.data.row_files import Row, TextSource, read_rows
 from requant.data.tokenizer import adds_bos
@@ -129,7 +129,7 @@ class _Reader:
         if given is None:
             return None
         if self.columns.kind == "completion" and not self.tokenizer.chat_template:
-            return _joined(given, as_they_are=(self.columns.prompt, self.columns.answer) == COMPLETION_KEYS[0])
+            return joined(given, as_they_are=is_joined_as_it_is(self.columns))
         text, rendered, notes = chat_template.render(self.tokenizer, given, self.lost)
         if not self.completions:
             return text, [(0, len(text))], notes
@@ -155,7 +155,7 @@ class _Reader:
         return [*counted, *tokenizer_notes(self.tokenizer, chat=chat)]
 
 
-def _joined(given: Conversation, *, as_they_are: bool) -> tuple[str, Spans, list[str]]:
+def joined(given: Conversation, *, as_they_are: bool) -> tuple[str, Spans, list[str]]:
     """Prompt and answer as one text, for a tokenizer without a template.
 
     as_they_are: of columns that trainers join without anything between them. Others are two texts: where neither brings

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from requant.checkpoint.atomic_write import make_directory, remove, write_text
-from requant.data.canaries import Canaries
 from requant.evaluate import stage as evaluation
-from requant.evaluate.scores import REFERENCE, Scores
+from requant.evaluate.scores import REFERENCE, Questions, Scores
 from requant.evaluate.stage import EvaluationResult, Progress, Stream
 from requant.evaluate.variants import VariantSources
 from requant.runtime.ranks import Ranks
@@ -52,18 +51,19 @@ def evaluate(
     unfinished = _without_finished(scores, todo)
     result: EvaluationResult = ranks.call(
         score_share,
-        replace(unfinished, canaries=None),
+        replace(unfinished, questions=()),
         sources,
         batch=batch,
         stream=stream,
-        first_rank_only={"canaries": scores.canaries, "progress": progress},
+        first_rank_only={"questions": scores.questions, "progress": progress},
     )
     parts = [share_of(unfinished, rank, ranks.count) for rank in range(ranks.count)]
     for variant, s in ((v, s) for v in todo for s in unfinished.sets if not scores.file(v, s).exists()):
         pieces = [p.read(variant, share) for p in parts for share in p.sets if share.name == s.name]
         join(pieces, s).save(scores.file(variant, s))
-    for variant, file in scores.unanswered().items():
-        write_text(file, read_bytes(parts[0].answer_files[variant]).decode())
+    for variant, many in scores.unanswered().items():
+        for asked, file in many:
+            write_text(file, read_bytes(parts[0].answer_files(asked)[variant]).decode())
     return result
 
 
@@ -74,14 +74,14 @@ def score_share(
     batch: BatchSize | int,
     stream: Stream,
     ranks: Ranks,
-    canaries: Canaries | None = None,
+    questions: tuple[Questions, ...] = (),
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Score this rank's share; the result of all ranks, once all have finished.
 
-    canaries: on the first rank only, since a tokenizer is not sent to other processes.
+    questions: on the first rank only, since a tokenizer is not sent to other processes.
     """
-    on_device = replace(unfinished, device=ranks.device_of(unfinished.device), canaries=canaries)
+    on_device = replace(unfinished, device=ranks.device_of(unfinished.device), questions=questions)
     share = share_of(on_device, ranks.rank, ranks.count)
     make_directory(share.cache.parent)
     make_directory(share.cache)
@@ -105,11 +105,11 @@ def _without_finished(scores: Scores, todo: Mapping[str, Sequence[EvalSet]]) -> 
 def share_of(scores: Scores, rank: int, count: int) -> Scores:
     """The scores of one rank's windows, in a cache directory for this rank.
 
-    The first rank also has the canaries.
+    The first rank also has the questions.
     """
     sets = tuple(share for s in scores.sets for share in _share_of_set(s, rank, count))
-    canaries = scores.canaries if rank == 0 else None
-    return replace(scores, cache=_shares_directory(scores.cache, count) / str(rank), sets=sets, canaries=canaries)
+    questions = scores.questions if rank == 0 else ()
+    return replace(scores, cache=_shares_directory(scores.cache, count) / str(rank), sets=sets, questions=questions)
 
 
 def _shares_directory(cache: Path, count: int) -> Path:

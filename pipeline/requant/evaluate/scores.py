@@ -1,4 +1,4 @@
-"""Score files: the cached scores of a run's variants on its sets, and their canary answers."""
+"""Score files: the cached scores of a run's variants on its sets, and their answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.run_directory import key_of
 from requant.data import canaries
-from requant.data.canaries import Canaries, CanaryFacts
+from requant.data.canaries import Canaries
+from requant.data.prompts import Prompts
 from requant.errors import StageError
 from requant.outgoing import masked
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from requant_eval.scoring.token_scores import TokenScores
     from requant_eval.scoring.windows import EvalSet
 
+Questions = Canaries | Prompts
 REFERENCE = "adapter"  # the variant that KL compares the others with
 
 
@@ -30,7 +32,7 @@ class Scores:
     """The scores of one run's variants on its sets, in files of `cache`.
 
     A file's name depends on everything that the scores in it depend on. keys: variant name -> digest of its sources.
-    kl: also compare with the reference, whose final hidden states are cached.
+    kl: also compare with the reference, whose final hidden states are cached. questions: what variants answer.
     """
 
     cache: Path
@@ -39,7 +41,7 @@ class Scores:
     device: torch.device
     dtype: torch.dtype
     kl: bool
-    canaries: Canaries | None = None
+    questions: tuple[Questions, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("cache",):  # callers may give text
@@ -56,25 +58,26 @@ class Scores:
         key = key_of(self.keys[REFERENCE], s.digest, str(self.dtype), self.device.type)
         return self.cache / f"reference-{_in_file_names(s.name)}-{key[:16]}.safetensors"
 
+    def answer_files(self, asked: Questions) -> dict[str, Path]:
+        """The file of each variant's answers."""
+        parts = (asked.digest, str(self.dtype), self.device.type)
+        names = [v for v in asked.asked if v in self.keys]
+        return {v: self.cache / f"{asked.kind}-{v}-{key_of(self.keys[v], *parts)[:16]}.json" for v in names}
+
     @property
-    def answer_files(self) -> dict[str, Path]:
-        """The file of each variant's answers to the canaries; {} without canaries."""
-        if self.canaries is None:
-            return {}
-        parts = (self.canaries.digest, str(self.dtype), self.device.type)
-        names = [v for v in canaries.ASKED if v in self.keys]
-        return {v: self.cache / f"canaries-{v}-{key_of(self.keys[v], *parts)[:16]}.json" for v in names}
+    def _answer_files(self) -> list[Path]:
+        return [file for asked in self.questions for file in self.answer_files(asked).values()]
 
     @property
     def files(self) -> list[Path]:
         """All of these files: scores, hidden states of the reference, answers."""
         scores = [self.file(v, s) for v in self.keys for s in self.sets]
-        return [*scores, *(self.reference(s) for s in self.sets if self.kl), *self.answer_files.values()]
+        return [*scores, *(self.reference(s) for s in self.sets if self.kl), *self._answer_files]
 
     @property
     def key(self) -> str:
         """Digest of the names of all scores and answers."""
-        answers = [file.name for file in self.answer_files.values()]
+        answers = [file.name for file in self._answer_files]
         return key_of([self.file(v, s).name for v in self.keys for s in self.sets], *([answers] if answers else []))
 
     def missing(self) -> dict[str, list[EvalSet]]:
@@ -92,27 +95,18 @@ class Scores:
             todo[REFERENCE] = [s for s in self.sets if s in todo[REFERENCE] or s in lost]
         return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
 
-    def unanswered(self) -> dict[str, Path]:
-        """The variants without saved answers, and the files for them."""
-        return {v: f for v, f in self.answer_files.items() if self._given(f) is None}
-
-    def answers(self) -> CanaryFacts | None:
-        """The answers of all variants, for the report; None without canaries."""
-        if self.canaries is None:
-            return None
-        return self.canaries.result({v: self._answers(file) for v, file in self.answer_files.items()})
-
-    def _answers(self, file: Path) -> list[str]:
-        """The answers in one file, one to each canary; raises StageError for a damaged file, which is removed."""
-        found = self._given(file)
-        if found is None:
-            raise StageError(f"{file}: no answers: the same command asks again")
+    def unanswered(self) -> dict[str, list[tuple[Questions, Path]]]:
+        """The variants without saved answers, and to what, with the files for them."""
+        found: dict[str, list[tuple[Questions, Path]]] = {}
+        for asked in self.questions:
+            for variant, file in self.answer_files(asked).items():
+                if _given(asked, file) is None:
+                    found.setdefault(variant, []).append((asked, file))
         return found
 
-    def _given(self, file: Path) -> list[str] | None:
-        """The saved answers of one variant; None where there are none, or none that can be read."""
-        assert self.canaries is not None
-        return read_state(file, partial(_answers_of, len(self.canaries.items)))
+    def answers(self, asked: Questions) -> dict[str, list[str]]:
+        """The answers of each variant; raises StageError where a file is missing or damaged."""
+        return {v: _answers(asked, file) for v, file in self.answer_files(asked).items()}
 
     def load(self) -> dict[str, dict[str, TokenScores]]:
         """All scores, {set: {variant: scores}}; raises StageError where some are missing."""
@@ -145,9 +139,22 @@ def _scores_of(s: EvalSet, file: Path) -> TokenScores:
     return scores
 
 
-def _answers_of(count: int, file: Path) -> list[str]:
-    """The answers to `count` canaries in one file."""
+def _answers(asked: Questions, file: Path) -> list[str]:
+    """The answers in one file; raises StageError for a damaged file, which is removed."""
+    found = _given(asked, file)
+    if found is None:
+        raise StageError(f"{file}: no answers: the same command asks again")
+    return found
+
+
+def _given(asked: Questions, file: Path) -> list[str] | None:
+    """The saved answers of one variant; None where there are none, or none that can be read."""
+    return read_state(file, partial(_answers_of, asked))
+
+
+def _answers_of(asked: Questions, file: Path) -> list[str]:
+    """The answers in one file, as many as there are questions."""
     found = canaries.load_answers(file)
-    if len(found) != count:
-        raise ValueError(f"{len(found)} answers to {count} canaries")
+    if not asked.fits(found):
+        raise ValueError(f"{len(found)} answers to {len(asked.items)} questions")
     return found

@@ -1,4 +1,4 @@
-"""Stage evaluate: score every variant on every set; generate its answers to the canaries.
+"""Stage evaluate: score every variant on every set; generate its answers.
 
 One variant is in memory at a time, whole or block by block. Finished scores and answers are cached and reused.
 """
@@ -20,7 +20,7 @@ from requant.data import canaries
 from requant.errors import StageError
 from requant.evaluate import peft_runtime, streamed, variants
 from requant.evaluate.memory import VariantSize
-from requant.evaluate.scores import REFERENCE, Scores
+from requant.evaluate.scores import REFERENCE, Questions, Scores
 from requant.runtime.device import USABLE, free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize, Plan, plan
 from requant_eval.scoring.score_loop import logit_bytes
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # (done, of, note)
 OnProgress = Callable[[int, str], None]  # (done of the current part, what)
+Answers = Sequence[tuple[Questions, Path]]  # what is to be answered, and the file for it
 Stream = Literal["auto", "always", "never"]
 
 
@@ -54,7 +55,7 @@ def evaluate(
     stream: Stream = "auto",
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Score every variant and generate its canary answers, as far as they are missing.
+    """Score every variant and generate its answers, as far as they are missing.
 
     stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory
     halves the batch; with one window at a time, a resident variant is streamed, unless `stream` is never.
@@ -66,12 +67,12 @@ def evaluate(
     todo, unanswered = scores.missing(), scores.unanswered()
     streaming = {name: work.should_stream(name, sets) for name, sets in todo.items()}
     work.total = sum(
-        work.steps(sets, canaries=name in unanswered, streaming=streaming[name]) for name, sets in todo.items()
+        work.steps(sets, unanswered.get(name, ()), streaming=streaming[name]) for name, sets in todo.items()
     )
     base_follows = list(todo)[:2] == [REFERENCE, "base"] and not (streaming[REFERENCE] or streaming["base"])
     for name in todo:
         work.keeping = base_follows and name == REFERENCE
-        work.variant(name, todo[name], unanswered.get(name), streaming=streaming[name])
+        work.variant(name, todo[name], unanswered.get(name, ()), streaming=streaming[name])
     return {"variants": list(todo), "streamed": work.streamed, "notes": work.notes}
 
 
@@ -101,7 +102,7 @@ def load_reference(
 
 @dataclass(kw_only=True)
 class _Evaluation:
-    """The state of one call of `evaluate`. total, done: steps, which are windows and canaries.
+    """The state of one call of `evaluate`. total, done: steps, which are windows and answers.
 
     keeping: the variant base follows the adapter's, whose model it is with its adapters off. kept: that model.
     references: set -> hidden states and head of the reference, which all other variants are compared with.
@@ -120,9 +121,9 @@ class _Evaluation:
     streamed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def steps(self, sets: Sequence[EvalSet], *, canaries: bool, streaming: bool) -> int:
+    def steps(self, sets: Sequence[EvalSet], answers: Answers, *, streaming: bool) -> int:
         """Steps of one variant; streamed, each window counts twice."""
-        questions = len(self.scores.canaries.items) if self.scores.canaries and canaries else 0
+        questions = sum(len(asked.items) for asked, _ in answers)
         return questions + sum(len(s.windows) for s in sets) * (2 if streaming else 1)
 
     def should_stream(self, name: str, sets: Sequence[EvalSet]) -> bool:
@@ -138,7 +139,7 @@ class _Evaluation:
             tokens=tokens,
         )
 
-    def variant(self, name: str, sets: Sequence[EvalSet], answers: Path | None, *, streaming: bool) -> None:
+    def variant(self, name: str, sets: Sequence[EvalSet], answers: Answers, *, streaming: bool) -> None:
         """Score one variant on its sets and save its answers; out of memory, stream it."""
         if self._completed(name, sets, answers, streaming=streaming):
             return
@@ -150,11 +151,11 @@ class _Evaluation:
             )
         self._note(f"{name}: out of memory with one window at a time, went on block by block")
         left = [s for s in sets if not self.scores.file(name, s).exists()]
-        self.total += self.steps(left, canaries=False, streaming=False)
+        self.total += self.steps(left, (), streaming=False)
         if not self._completed(name, left, answers, streaming=True):
             raise StageError(f"variant {name}: out of memory on {self.scores.device}, also block by block")
 
-    def _completed(self, name: str, sets: Sequence[EvalSet], answers: Path | None, *, streaming: bool) -> bool:
+    def _completed(self, name: str, sets: Sequence[EvalSet], answers: Answers, *, streaming: bool) -> bool:
         """Score one variant whole or streamed; False when memory ran out."""
         from requant_eval.errors import EvaluationError
 
@@ -164,9 +165,9 @@ class _Evaluation:
             with model.disable_adapter() if model is kept else nullcontext():
                 for s in sets:
                     self._score(name, model, s, runtime)
-                if answers is not None:
-                    _answer_canaries(self.scores, model, answers, partial(self._on_progress, name, self.done))
-                    self.done += self.steps((), canaries=True, streaming=False)
+                for asked, file in answers:
+                    _answer(self.scores, model, asked, file, partial(self._on_progress, name, self.done))
+                    self.done += len(asked.items)
             self.notes += [f"{name}: {note}" for note in getattr(model, "notes", [])]
         except EvaluationError as error:
             raise StageError(f"variant {name}: {error}") from error
@@ -309,8 +310,7 @@ def _score_set(
     result.save(scores.file(name, s))
 
 
-def _answer_canaries(scores: Scores, model: Any, file: Path, on_progress: OnProgress) -> None:
-    """Write one variant's answers to all canaries."""
-    assert scores.canaries is not None
-    answers = scores.canaries.ask(model, scores.device, lambda at, _: on_progress(at, "canaries"))
+def _answer(scores: Scores, model: Any, asked: Questions, file: Path, on_progress: OnProgress) -> None:
+    """Write one variant's answers."""
+    answers = asked.ask(model, scores.device, lambda at, _: on_progress(at, asked.kind))
     canaries.save_answers(answers, file)

@@ -9,6 +9,7 @@
     output_section       output
     text_sections        calibration, evaluation sets and other text
     heal_section         heal
+    answers_section      evaluate.answers
     task_section         evaluate.tasks
     gates_section        gates
     named_files          text files that do not exist, with line, key and nearest name

@@ -114,9 +114,12 @@ EVALUATE = _shown(
         "dtype": "auto",
         "tasks": ["gsm8k", {"path": "./tasks/words.yaml", "limit": 200}],
         "task_variants": ["adapter", "merged", "gptq"],
+        "answers": {"prompts": 20, "new_tokens": 256},
         "in_domain": "in-domain",
     }
 )
+
+ANSWERS = _shown({"prompts": 20, "new_tokens": 256}, {"prompts": 0})
 
 TASK = _shown(
     {"name": "gsm8k", "limit": 500, "few_shot": 5, "chat": True, "metric": "exact_match,flexible-extract"},

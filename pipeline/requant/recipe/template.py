@@ -278,6 +278,7 @@ evaluate:
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
   # tasks: [gsm8k, ./tasks/mine.yaml]   # default none; tasks of lm-evaluation-harness, by name or from a file
   # task_variants: auto     # auto | names, default auto; adapter, merged and what ships
+  # answers: {{prompts: 20, new_tokens: auto}}   # prompts of the in-domain set's rows, answered side by side; 0: none
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
 # heal: auto                # auto | off | {{steps: 300, ...}}: distil scales and codes after quantizing; auto: on a GPU

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from requant.recipe import section_examples
+from requant.recipe.answers_section import Answers
 from requant.recipe.fields import AsTuple, Positive, Section, Slug, Text, absolute, fail, or_path, unique
 from requant.recipe.task_section import AnyTask, Task
 from requant.recipe.yaml_document import KeyPath
@@ -199,6 +200,9 @@ class Evaluate(Section):
     )
     task_variants: Literal["auto"] | Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default="auto", description="The variants that are run on tasks; auto: adapter, merged and what ships."
+    )
+    answers: Answers = Field(
+        default=Answers(), description="Prompts of the in-domain set that variants answer, shown side by side."
     )
     in_domain: str | None = Field(default=None, description="Set on which retention is measured; default: the first.")
 

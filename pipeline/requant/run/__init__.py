@@ -25,6 +25,7 @@ Only this package, and cli for printing, reads a Recipe.
     end_formats         quantized token embeddings and head, and the formats that hold them
     convert_stage       the same in other formats
     evaluate_stage      scores
+    answer_prompts      prompts of held-out rows that variants answer
     task_recipe         tasks of lm-evaluation-harness as a recipe asks for them
     tasks_stage         their results on adapter, merged model and what ships
     suggest_stage       which modules are worth more bits

@@ -62,7 +62,7 @@ class RunContext:
             device=device,
             dtype=evaluation_inputs.dtype(prepared, device),
             kl=prepared.recipe.evaluate.kl,
-            canaries=prepared.texts.canaries,
+            questions=prepared.questions,
         )
         return cls(
             prepared=prepared,

@@ -38,7 +38,16 @@ from requant.quantize import gptqmodel_engine
 from requant.quantize import plan as quantize_plan
 from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
-from requant.run import base_precision, dtypes, output_formats, positions, recipe_texts, served_experts, unknown_ids
+from requant.run import (
+    answer_prompts,
+    base_precision,
+    dtypes,
+    output_formats,
+    positions,
+    recipe_texts,
+    served_experts,
+    unknown_ids,
+)
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.end_formats import planned_ends
@@ -88,6 +97,12 @@ def prepare(
     size = ModelSize.of(single, quantize_inputs.plan.grids)
     texts, healing, told = shared.once(
         "texts", recipe, TEXT_KEYS, lambda: _texts(recipe, tokenizer, size, shared, doing)
+    )
+    texts = replace(
+        texts,
+        prompts=shared.once(
+            "answers", recipe, TEXT_KEYS, lambda: answer_prompts.load(recipe, tokenizer, model, merge_inputs)
+        ),
     )
     tasks = _tasks(recipe, shared, tokenizer, model, merge_inputs, doing)
     healing = replace(healing, size=size, deploy=tuple(recipe.deploy)) if healing else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from requant.data.canaries import Canaries
 from requant.data.documents import TokenDocument
+from requant.data.prompts import Prompts
 from requant.deploy import engine_support
 from requant.evaluate.tasks import Tasks
 from requant.merge import adapter_match
@@ -86,7 +87,7 @@ class Texts:
     """Tokenized texts.
 
     calibration: int64 [samples, length]. probes: calibration source -> a few token rows. first_documents: of each
-    calibration source. decode: token ids -> text.
+    calibration source. decode: token ids -> text. prompts: of held-out rows, for answers side by side.
     """
 
     calibration: Tensor
@@ -94,6 +95,7 @@ class Texts:
     sets: tuple[EvalSet, ...]
     probes: Mapping[str, tuple[Tensor, ...]]
     canaries: Canaries | None
+    prompts: Prompts | None = None
     first_documents: Mapping[str, Sequence[TokenDocument]]
     decode: Callable[[list[int]], str]
 
@@ -126,6 +128,14 @@ class Prepared:
         ships = "ends" if self.quantize.ends.grids else "healed" if self.heal else "gptq"
         wanted = ("adapter", "merged", ships) if asked == "auto" else (*asked, "healed", "ends")
         return tuple(name for name in dict.fromkeys(wanted) if name in self.variants)
+
+    @property
+    def questions(self) -> tuple[Canaries | Prompts, ...]:
+        """What variants answer: canaries and prompts; the latter are asked of adapter, merged model and what ships."""
+        texts, ships = self.texts, "ends" if self.quantize.ends.grids else "healed" if self.heal else "gptq"
+        canaries = (texts.canaries,) if texts.canaries else ()
+        prompts = texts.prompts if texts.prompts and texts.prompts.items else None
+        return (*canaries, *((replace(prompts, asked=("adapter", "merged", ships)),) if prompts else ()))
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -105,14 +105,14 @@ def _mixed(
     entries = []
     for i, e in enumerate(section.entries):
         source = source_of(e.data, recipe.directory)
-        with _placed(recipe, (*key, *(("mix", i) if section.mix else ()), "data"), e.data):
+        with placed(recipe, (*key, *(("mix", i) if section.mix else ()), "data"), e.data):
             documents = read(source, tokenizer, e.format, completions=False, notes=notes)
         entries.append((str(source), documents, e.share))
     return entries
 
 
 @contextmanager
-def _placed(recipe: Recipe, key: KeyPath, data: Data) -> Iterator[None]:
+def placed(recipe: Recipe, key: KeyPath, data: Data) -> Iterator[None]:
     """What is wrong with a text begins with file, line and key of the recipe that names it."""
     try:
         yield
@@ -172,16 +172,16 @@ def evaluation_set(
     e = recipe.evaluate
     index, item = next((i, s) for i, s in enumerate(e.sets) if s.name == name)
     source = source_of(item.data, recipe.directory)
-    placed = _placed(recipe, ("evaluate", "sets", index, "data"), item.data)
+    where = placed(recipe, ("evaluate", "sets", index, "data"), item.data)
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     if e.protocol != "documents":
-        with placed:
+        with where:
             texts = read_texts(source)
         ids = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
         documents = [ev.Document(tuple(ids if bos is None or ids[:1] == [bos] else [bos, *ids]))]
     else:
         completion = item.score == "completion"
-        with placed:
+        with where:
             rows = read(source, tokenizer, item.format, completions=completion, notes=notes)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
         documents = [_document(row, item.document_tokens, completion=completion) for row in rows]

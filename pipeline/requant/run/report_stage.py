@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 from requant import __version__
 from requant.checkpoint.atomic_write import read_state, write_text
 from requant.checkpoint.run_directory import key_of
+from requant.data.canaries import CanaryFacts
+from requant.data.prompts import Prompts
 from requant.deploy.verification import VerificationFacts, saved_verifications
 from requant.outgoing import everywhere, shared
-from requant.run import report_facts, tasks_stage
+from requant.run import answer_prompts, report_facts, tasks_stage
 from requant.run.context import RunContext
 from requant.run.convert_stage import converted_key
 from requant.run.stage_results import StageResults, SuggestStageResult
 
 if TYPE_CHECKING:
+    from requant_eval.metrics.answers import GivenAnswers
     from requant_eval.report.records import Report
 
 FILES = ("report.json", "report.md", "report.html")
@@ -32,7 +35,8 @@ def report_key(context: RunContext) -> str:
     suggested = context.directory.result("suggest", keys.suggest)
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
-    asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
+    why = (p.texts.prompts.set_name, p.texts.prompts.why) if p.texts.prompts else None
+    asked = (_in_domain(context), gates, answers, why, bool(suggested), SCHEMA_VERSION, __version__)
     others = _converted(context)
     tasks = [tasks_stage.tasks_key(context)] if p.tasks else []
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others, *tasks)
@@ -70,12 +74,13 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
         variant: f"{s.runtime}, computed in {facts['evaluation']['dtype']}{stored.get(variant, '')}"
         for variant, s in scores[first].items()
     }
-    facts["canaries"] = context.scores.answers()
+    facts["canaries"] = _canaries(context)
     facts["suggestion"] = cast("SuggestStageResult | None", context.directory.result("suggest", context.keys.suggest))
     gates = [replace(gate, set=shared(gate.set)) for gate in (g.parsed() for g in context.recipe.gates)]
     report = build(
         sets=sets, facts=everywhere(facts, shared), in_domain=shared(_in_domain(context)), gates=gates,
         tasks=[replace(task, name=shared(task.name)) for task in tasks_stage.results(context)],
+        answers=_answers(context),
     )  # fmt: skip
     context.directory.remember("report", INCOMPLETE, {})
     write_text(path / "report.json", dumps(report))
@@ -86,6 +91,21 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
         write_text(path / artifact / "README.md", card)
     context.outcome.report = report
     return {}
+
+
+def _canaries(context: RunContext) -> CanaryFacts | None:
+    """The canaries and the answers of all variants; None without canaries."""
+    asked = context.prepared.texts.canaries
+    return asked.result(context.scores.answers(asked)) if asked else None
+
+
+def _answers(context: RunContext) -> GivenAnswers | None:
+    """The answers to held-out prompts, or why there are none; None where the recipe asks for none."""
+    asked = next((q for q in context.scores.questions if isinstance(q, Prompts)), None)
+    if asked is not None:
+        return answer_prompts.given(asked, context.scores.answers(asked))
+    without = context.prepared.texts.prompts
+    return answer_prompts.given(without, {}) if without else None
 
 
 def _readable(file: Path) -> Report:

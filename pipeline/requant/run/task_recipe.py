@@ -45,13 +45,13 @@ def load_tasks(
         asked,
         tokenizer,
         window=skeleton.positions(model.config) or WINDOW,
-        stops=_stops(plan, stops, tokenizer),
+        stops=stop_ids(plan, stops, tokenizer),
         trust_remote_code=recipe.trust_remote_code,
         doing=doing,
     )
 
 
-def _stops(plan: MergePlan, stops: StopTokens | None, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(plan: MergePlan, stops: StopTokens | None, tokenizer: Any) -> tuple[int, ...]:
     """The token ids that servers stop at, as the merged checkpoint says."""
     if stops is not None:
         return stops.generation

@@ -22,5 +22,6 @@ def ids_of(texts: Texts, healing: Healing | None) -> dict[str, Iterable[Tensor]]
         "the calibration text": [texts.calibration],
         "the healing text": [healing.text.windows] if healing else [],
         **{f"evaluation set {s.name}": [w.ids for w in s.windows] for s in texts.sets},
+        "a held-out prompt": [torch.tensor(p.ids) for p in texts.prompts.items] if texts.prompts else [],
         "a canary": [torch.tensor(c.ids) for c in texts.canaries.items] if texts.canaries else [],
     }

@@ -1,0 +1,254 @@
+"""Checks of an answer that need no judge: pure functions on its text, without a model.
+
+    ended             the answer ends in one of the model's stop tokens, within the tokens that it may have
+    thought_closed    a thought that was opened, by the prompt or the answer, is closed
+    tool_call         every call is JSON, names a tool that there is, and its arguments fit that tool's schema
+    same_script       the answer's letters are of the prompt's writing system
+    no_loop           the answer does not end in a loop
+
+Each is True or False, or None where it does not apply to an answer. `CHECKS` has their words.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from requant_eval.strict_json import JsonError, parse
+
+CHECKS = {
+    "ended": "ends by itself",
+    "thought_closed": "closes its thought",
+    "tool_call": "its tool calls are valid",
+    "same_script": "is written in the prompt's script",
+    "no_loop": "does not repeat itself at the end",
+}
+"""Check -> its words, after "the answer"."""
+RULES = {
+    "ended": "a stop token of the checkpoint comes within the tokens that an answer may have",
+    "thought_closed": "an opened <think>, or the like, is closed; judged where the prompt or the answer opens one",
+    "tool_call": "calls are JSON, name a tool of the row, and required keys, types and enums of its schema are kept; "
+    "judged where the row has tools and its own answer, or this one, makes a call",
+    "same_script": "most letters are of a script (Latin, Cyrillic, Han, ...) of the prompt or of the row's own answer; "
+    "two languages of one script look the same to it",
+    "no_loop": "the answer does not end in 1 to 40 words four times in a row, 12 words at least",
+}
+"""Check -> what exactly passes."""
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("[THINK]", "[/THINK]"),
+)
+FEWEST_LETTERS = 8  # of an answer whose script is judged
+SHARE = 0.2  # of a text's letters, from which a script is one of the text's
+LONGEST_LOOP, FEWEST_TIMES, FEWEST_UNITS = 40, 4, 12
+_UNIT = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|([^\w\s])\1*")
+_IN_TAGS = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\S*?)?\[ARGS\]")
+_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
+}  # fmt: skip
+_NO_SCRIPT = {"MODIFIER", "MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO", "SCRIPT", "DOUBLE-STRUCK", "BLACK-LETTER"}
+_SCRIPTS = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
+
+
+def ended(text: str, stops: Sequence[str]) -> bool:
+    """Whether the text ends in a stop token. stops: their texts."""
+    return any(stop and text.endswith(stop) for stop in stops)
+
+
+def without_stop(text: str, stops: Sequence[str]) -> str:
+    """The text without the stop token at its end."""
+    longest = max((stop for stop in stops if stop and text.endswith(stop)), key=len, default="")
+    return text.removesuffix(longest)
+
+
+def thought_closed(text: str, prompt: str) -> bool | None:
+    """Whether each thought is closed before the text ends; None where none was opened.
+
+    prompt: its end may open one, as templates of reasoning models do.
+    """
+    found = []
+    for begin, end in THOUGHTS:
+        inside = prompt.rstrip().endswith(begin)
+        if not inside and begin not in text:
+            continue
+        for mark in re.findall(f"{re.escape(begin)}|{re.escape(end)}", text):
+            inside = mark == begin
+        found.append(not inside)
+    return all(found) if found else None
+
+
+def tool_call(text: str, tools: Sequence[Any], *, expected: bool) -> bool | None:
+    """Whether the text's calls are valid; None where there are no tools, or no call is made and none expected.
+
+    tools: of the row, as OpenAI writes them (name and parameters, a JSON Schema). expected: whether the row's own
+    answer makes a call. Read are Hermes' <tool_call> tags, Mistral's [TOOL_CALLS], and an answer that is JSON alone.
+    """
+    if not tools:
+        return None
+    calls = list(_calls(text))
+    if not calls:
+        return False if expected else None
+    known = {name: schema for tool in tools if (named := _named(tool)) for name, schema in [named]}
+    return all(_is_valid(call, known) for call in calls)
+
+
+def reads_calls(text: str) -> bool:
+    """Whether the text makes a call in a notation that `tool_call` reads."""
+    return any(_name_and_arguments(call) is not None for call in _calls(text))
+
+
+def scripts(text: str) -> Counter[str]:
+    """Letters by writing system: Latin, Cyrillic, Han, Hangul, Kana, Arabic, Devanagari and what else Unicode names.
+
+    Where a tenth of Han and Kana together is Kana, Han counts as Kana: Japanese is written in both.
+    """
+    found: Counter[str] = Counter()
+    for letter, times in Counter(text).items():
+        if unicodedata.category(letter)[0] == "L" and (name := _script(letter)):
+            found[name] += times
+    if found["Kana"] and 10 * found["Kana"] >= found["Han"] + found["Kana"]:
+        found["Kana"] += found.pop("Han", 0)
+    return +found
+
+
+def same_script(text: str, prompt: str, own: str = "") -> bool | None:
+    """Whether most of the text's letters are of a script of the prompt, or of the row's own answer (translations).
+
+    A script is one of a text's from a fifth of its letters. None for fewer than 8 letters, or a prompt without any.
+    """
+    written = scripts(text)
+    allowed = {name for of in (scripts(prompt), scripts(own)) for name, n in of.items() if n >= SHARE * of.total()}
+    if written.total() < FEWEST_LETTERS or not allowed:
+        return None
+    return written.most_common(1)[0][0] in allowed
+
+
+def no_loop(text: str) -> bool:
+    """Whether the text does not end in a loop: 1 to 40 units four times in a row, 12 units in all at least.
+
+    A unit is a word, a run of one punctuation mark, or a character of a script without blanks. The last time may be
+    cut off.
+    """
+    units = [found[0] for found in _UNIT.finditer(text)]
+    return not any(_loops(units, length) for length in range(1, LONGEST_LOOP + 1))
+
+
+def _loops(units: Sequence[str], length: int) -> bool:
+    least, covered = max(FEWEST_TIMES * length, FEWEST_UNITS), length
+    while covered < len(units) and units[-1 - covered + length] == units[-1 - covered]:
+        covered += 1
+        if covered >= least:
+            return True
+    return False
+
+
+def _script(letter: str) -> str | None:
+    """The writing system of a letter by its name in Unicode; None of letters that are symbols."""
+    words = unicodedata.name(letter, "").split()
+    if words and words[0] in ("FULLWIDTH", "HALFWIDTH"):
+        words = words[1:]
+    if not words or words[0] in _NO_SCRIPT:
+        return None
+    return _SCRIPTS.get(words[0], words[0].capitalize())
+
+
+def _calls(text: str) -> Iterator[Any]:
+    """Each call that the text makes, parsed; None for one that is not JSON."""
+    for begin, end in THOUGHTS:  # what is only thought of is not called
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", "", text, flags=re.DOTALL)
+    if tagged := _IN_TAGS.findall(text):
+        yield from (_json(part) for part in tagged)
+        return
+    if "[TOOL_CALLS]" in text:
+        for part in text.split("[TOOL_CALLS]")[1:]:
+            if named := _NAMED.match(part):
+                yield {"name": named[1], "arguments": _json(part[named.end() :])}
+            else:
+                yield from _listed(_json(part))
+        return
+    alone = text.strip().removeprefix("<|python_tag|>").strip()
+    alone = fenced[1] if (fenced := _FENCE.match(alone)) else alone
+    if alone.startswith(("{", "[")):
+        yield from (call for call in _listed(_json(alone)) if isinstance(call, dict) and "name" in call)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and value else [value]
+
+
+def _json(text: str) -> Any:
+    try:
+        return parse(text.strip())
+    except JsonError:
+        return None
+
+
+def _named(tool: Any) -> tuple[str, Mapping[str, Any]] | None:
+    """(name, JSON Schema of the arguments) of a tool."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    schema = function.get("parameters")
+    return function["name"], schema if isinstance(schema, Mapping) else {}
+
+
+def _name_and_arguments(call: Any) -> tuple[str, Mapping[str, Any]] | None:
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", call.get("parameters", {}))
+    arguments = _json(arguments) if isinstance(arguments, str) else arguments
+    return (call["name"], arguments) if isinstance(arguments, Mapping) else None
+
+
+def _is_valid(call: Any, known: Mapping[str, Mapping[str, Any]]) -> bool:
+    found = _name_and_arguments(call)
+    if found is None or found[0] not in known:
+        return False
+    return fits({"type": "object", **known[found[0]]}, found[1])
+
+
+def fits(schema: Any, value: Any) -> bool:
+    """Whether a value keeps `type`, `enum`, `required`, `properties`, `additionalProperties: false` and `items`.
+
+    Other keywords of JSON Schema are not looked at.
+    """
+    if not isinstance(schema, Mapping):
+        return True
+    types = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type", "any")]
+    if types and not any(_is_a(value, name) for name in types):
+        return False
+    if isinstance(schema.get("enum"), list) and value not in schema["enum"]:
+        return False
+    if isinstance(value, list):
+        return all(fits(schema.get("items"), item) for item in value)
+    if not isinstance(value, Mapping):
+        return True
+    named = schema.get("properties")
+    properties = named if isinstance(named, Mapping) else {}
+    required = schema["required"] if isinstance(schema.get("required"), list) else []
+    if any(key not in value for key in required):
+        return False
+    if schema.get("additionalProperties") is False and any(key not in properties for key in value):
+        return False
+    return all(fits(properties.get(key), item) for key, item in value.items())
+
+
+def _is_a(value: Any, name: Any) -> bool:
+    if not isinstance(name, str) or name not in _TYPES:
+        return True
+    if isinstance(value, bool):
+        return name == "boolean"
+    if name == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, _TYPES[name])

@@ -1,0 +1,206 @@
+"""Prompts of held-out rows: a conversation up to its last answer, whose turn is opened.
+
+Rows of plain text have no prompts. A few rows are taken, spread over all of them, always the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from requant.data import chat_template, long_texts, template_call
+from requant.data.canaries import prompt_ids
+from requant.data.columns import Columns, Format, columns_of, is_joined_as_it_is
+from requant.data.conversation import Conversation, Message, RowError
+from requant.data.documents import joined
+from requant.data.row_files import Row, TextSource, read_rows
+from requant.data.template_losses import CLOSE, OPEN, TemplateFailure
+from requant.runtime.guarded_process import LimitError, call_guarded, guarded
+
+TRIED = 8  # rows of a part, of which the first that can be asked is
+_MARK = OPEN + CLOSE
+_THOUGHT = re.compile(r"[<\[][/|]?[\w:]*(?:think|thought|reasoning)[\w:]*\|?[>\]]", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt of a held-out row.
+
+    row: its number, from 1. shown: its last message. text: what the model reads. own: the row's own answer.
+    tools: of the row, as OpenAI writes them; () also where calls are in a notation that is not read. calls: whether
+    the row's own answer makes a call.
+    """
+
+    row: int
+    shown: str
+    text: str
+    ids: tuple[int, ...]
+    own: str
+    tools: tuple[Any, ...] = ()
+    calls: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts of one evaluation set, and how they are answered.
+
+    why: why there are none, in words, or "". stops: ids that end an answer, and their texts. asked: variants.
+    """
+
+    set_name: str
+    items: tuple[Prompt, ...] = ()
+    why: str = ""
+    new_tokens: int
+    stops: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    decode: Callable[[list[int]], str]
+    asked: tuple[str, ...] = ()
+    kind: str = "answers"
+
+    @property
+    def digest(self) -> str:
+        """Of everything that an answer depends on except the model."""
+        asked = [[item.ids for item in self.items], self.new_tokens, self.stops]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def ask(self, model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> list[str]:
+        """The answers of one variant's model, stop tokens at their ends.
+
+        [] of a model that runs block by block: each token would take a pass through all of its weights.
+        """
+        from requant_eval.scoring.answers import answer
+
+        if hasattr(model, "last_logits"):
+            return []
+        prompts = [item.ids for item in self.items]
+        given = answer(model, prompts, self.new_tokens, stops=self.stops, device=device, on_progress=on_progress)
+        return [self.decode(ids) for ids in given]
+
+    def fits(self, answers: Sequence[str]) -> bool:
+        """Whether these can be the answers of a variant."""
+        return len(answers) in (0, len(self.items))
+
+
+def held_out(
+    source: TextSource,
+    tokenizer: Any,
+    asked: Format,
+    *,
+    count: int,
+    longest: int,
+    reads_calls: Callable[[str], bool],
+) -> tuple[list[Prompt], str]:
+    """(at most `count` prompts, why there are none or "").
+
+    longest: tokens of a prompt, at most. reads_calls: whether a text makes tool calls in a notation that is checked.
+    """
+    rows = read_rows(source)
+    columns = columns_of(source, rows, asked)
+    if columns.kind == "text":
+        return [], "its rows are plain text, and have no prompt"
+    if tokenizer.chat_template and (wrong := unopened(tokenizer)):
+        return [], wrong
+    parts = list(_parts(rows, count))
+    numbers = [i for part in parts for i in part]
+    render = partial(_rendered, columns, tokenizer, reads_calls)
+    rendered = dict(zip(numbers, _guarded(render, [rows[i] for i in numbers]), strict=False))
+    prompts: list[Prompt] = []
+    too_long = 0
+    for part in parts:
+        for number in part:
+            found = rendered.get(number)
+            made = _prompt(number + 1, found, tokenizer) if found is not None else None
+            too_long += made is not None and len(made.ids) > longest
+            if made and len(made.ids) <= longest and all(made.ids != other.ids for other in prompts):
+                prompts.append(made)
+                break
+    if prompts:
+        return prompts, ""
+    return [], f"no prompt is shorter than {longest} tokens" if too_long else "no row has a prompt before an answer"
+
+
+def unopened(tokenizer: Any) -> str:
+    """How a chat template fails to open the turn of an answer; "" where it does.
+
+    The template's words before an answer, besides tags of a thought, must stand there when an answer is asked for.
+    """
+    user: Message = {"role": "user", "content": "?"}
+    try:
+        opened = call_guarded(partial(template_call.apply, tokenizer, [user], None, ask=True))
+        answer: Message = {"role": "assistant", "content": _MARK}
+        before, mark, _ = call_guarded(partial(template_call.apply, tokenizer, [user, answer], None)).partition(_MARK)
+    except (TemplateFailure, LimitError) as error:
+        return f"the chat template does not open the turn of an answer: {error}"
+    missing = _THOUGHT.sub("", before.removeprefix(opened)).strip() if before.startswith(opened) else ""
+    if not mark or not missing:
+        return ""
+    return (
+        f"the chat template does not open the turn of an answer: it leaves out {missing!r:.60} where one is asked for"
+    )
+
+
+def _parts(rows: Sequence[Row], count: int) -> Iterator[range]:
+    """The first rows of each of `count` equal parts of all rows."""
+    for part in range(min(count, len(rows))):
+        start, stop = (len(rows) * at // min(count, len(rows)) for at in (part, part + 1))
+        yield range(start, min(stop, start + TRIED))
+
+
+def _guarded(render: Callable[[Row], Any], rows: Sequence[Row]) -> Iterator[Any]:
+    """`render` of each row within limits, up to the first row on which a template exceeds them."""
+    try:
+        yield from guarded(render, rows)
+    except LimitError:
+        return
+
+
+def _rendered(
+    columns: Columns, tokenizer: Any, reads_calls: Callable[[str], bool], row: Row
+) -> Mapping[str, Any] | None:
+    """The fields of a row's prompt, but for its tokens; None for a row that cannot be asked."""
+    try:
+        given = columns.conversation_in(row)
+        last = _last_answer(given.messages) if given is not None else 0
+        if given is None or last < 1:
+            return None
+        before, answer = given.messages[:last], given.messages[last]
+        shown = {"shown": str(before[-1]["content"]), "own": str(answer["content"])}
+        if not tokenizer.chat_template:
+            text, spans, _ = joined(given, as_they_are=is_joined_as_it_is(columns))
+            return {"text": text[: spans[0][0]], **shown}
+        asked = Conversation(messages=before, tools=given.tools, learned=given.learned[:last])
+        text = chat_template.opened(tokenizer, asked)
+        calls = bool(answer.get("tool_calls"))
+        whole = Conversation(messages=given.messages[: last + 1], tools=given.tools, learned=given.learned[: last + 1])
+        read = not calls or reads_calls(_after(text, chat_template.render(tokenizer, whole)[0]))
+        return {"text": text, **shown, "tools": tuple(given.tools or ()) if read else (), "calls": calls}
+    except RowError:
+        return None
+
+
+def _last_answer(messages: Sequence[Message]) -> int:
+    """The index of the assistant's last message; 0 where there is none."""
+    return max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+
+
+def _after(prompt: str, whole: str) -> str:
+    """The part of a text in which it differs from the prompt that it begins with."""
+    same = (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+    return whole[next(same, min(len(prompt), len(whole))) :]
+
+
+def _prompt(row: int, found: Mapping[str, Any], tokenizer: Any) -> Prompt | None:
+    """The prompt with its tokens; None where it has none, or more than are tokenized."""
+    if not found["text"].strip() or long_texts.longest_word(found["text"]) > long_texts.LONGEST_WORD:
+        return None
+    try:
+        return Prompt(row=row, ids=prompt_ids(tokenizer, found["text"]), **found)
+    except UnicodeEncodeError:
+        return None

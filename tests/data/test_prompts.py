@@ -1,0 +1,118 @@
+"""Prompts of held-out rows: up to the last answer, its turn opened, spread, the same each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import chat
+from helpers.e2e import write_rows
+
+from requant.data import prompts
+from requant.data.documents import TextSource
+from requant_eval.metrics.answer_checks import reads_calls
+
+TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TAGGED = (  # calls as Qwen writes them
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}</end>'
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+BARE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
+NONE_NEEDED = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}<assistant>{% endif %}{% endfor %}"
+
+
+def held_out(tmp: Path, rows: list[Any], template: str | None = chat.ECHO, **more: Any) -> tuple[list[Any], str]:
+    write_rows(tmp / "rows.jsonl", rows)
+    settings: dict[str, Any] = {"count": 20, "longest": 200, "reads_calls": reads_calls} | more
+    return prompts.held_out(TextSource(path=tmp / "rows.jsonl"), chat.tokenizer(template), "auto", **settings)
+
+
+def turns(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def test_a_chat_is_asked_up_to_its_last_answer(tmp_path: Path) -> None:
+    (found,), why = held_out(tmp_path, [turns("a?", "b", "c?", "d")])
+    assert (found.text, found.shown, found.own, found.row) == (
+        "<user>a?</end><assistant>b</end><user>c?</end><assistant>", "c?", "d", 1,
+    )  # fmt: skip
+    assert why == ""
+    assert chat.tokenizer().decode(found.ids) == found.text
+
+
+def test_what_follows_the_last_answer_is_not_asked(tmp_path: Path) -> None:
+    (found,), _ = held_out(tmp_path, [turns("a?", "b", "thanks")])
+    assert found.text == "<user>a?</end><assistant>"
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Two and two? ", "completion": "four"}])
+def test_a_completion_is_asked_by_its_prompt(tmp_path: Path, row: dict[str, str]) -> None:
+    assert held_out(tmp_path, [row], None)[0][0].text == "Two and two? "
+    assert held_out(tmp_path, [row])[0][0].text == "<user>Two and two? </end><assistant>"
+    (asked,), _ = held_out(tmp_path, [{"question": "Two and two?", "answer": "four"}], None)
+    assert asked.text == "Two and two?\n", "the line end that the documents have"
+
+
+def test_plain_text_has_no_prompt(tmp_path: Path) -> None:
+    assert held_out(tmp_path, [{"text": "Once upon a time"}]) == ([], "its rows are plain text, and have no prompt")
+
+
+def test_prompts_are_spread_and_the_same_each_time(tmp_path: Path) -> None:
+    rows = [turns(f"question {n}?", "yes") for n in range(100)]
+    found, _ = held_out(tmp_path, rows, count=4)
+    assert [p.row for p in found] == [1, 26, 51, 76]
+    assert held_out(tmp_path, rows, count=4)[0] == found
+    assert [p.row for p in held_out(tmp_path, rows[:3], count=4)[0]] == [1, 2, 3]
+
+
+def test_rows_that_cannot_be_asked_give_way_to_the_next(tmp_path: Path) -> None:
+    rows = [turns("x" * 300, "y"), turns("same?", "y"), turns("same?", "y"), turns("other?", "y")]
+    assert [(p.row, p.shown) for p in held_out(tmp_path, rows, count=2)[0]] == [(2, "same?"), (4, "other?")]
+
+
+def test_why_there_are_none_is_said(tmp_path: Path) -> None:
+    assert held_out(tmp_path, [turns("x" * 300, "y")]) == ([], "no prompt is shorter than 200 tokens")
+    only = {"messages": [{"role": "assistant", "content": "y"}]}
+    assert held_out(tmp_path, [only])[1] == "no row has a prompt before an answer"
+
+
+def test_a_template_that_opens_no_turn_is_found(tmp_path: Path) -> None:
+    found, why = held_out(tmp_path, [turns("a?", "b")], BARE)
+    assert not found
+    assert why == (
+        "the chat template does not open the turn of an answer: it leaves out '<assistant>' where one is asked for"
+    )
+    refusing = "{% if add_generation_prompt %}{{ raise_exception('never') }}{% endif %}" + BARE
+    assert "never" in held_out(tmp_path, [turns("a?", "b")], refusing)[1]
+
+
+@pytest.mark.parametrize("template", [chat.ECHO, chat.THINKING, chat.OPENED, chat.STRICT, chat.PARTS, NONE_NEEDED])
+def test_templates_that_open_a_turn_do(template: str) -> None:
+    empty_thought = template.replace("(){%", "<think>\n\n</think>{%")
+    assert prompts.unopened(chat.tokenizer(empty_thought)) == ""
+
+
+@pytest.mark.parametrize(("template", "read"), [(TAGGED, True), (chat.TOOLS, False)])
+def test_tools_are_kept_where_calls_can_be_read(tmp_path: Path, template: str, read: bool) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (found,), _ = held_out(tmp_path, [{"messages": messages, "tools": [TOOL]}], template)
+    assert found.calls
+    assert [t["function"] for t in found.tools] == ([TOOL] if read else [])
+
+
+def test_the_digest_is_of_what_is_asked(tmp_path: Path) -> None:
+    items, _ = held_out(tmp_path, [turns("a?", "b")])
+    made = prompts.Prompts(set_name="s", items=tuple(items), new_tokens=8, stops=(1,), decode=str)
+    others = [
+        prompts.Prompts(set_name="s", items=tuple(items), new_tokens=9, stops=(1,), decode=str),
+        prompts.Prompts(set_name="s", items=tuple(items), new_tokens=8, stops=(1, 5), decode=str),
+        prompts.Prompts(set_name="s", items=(), new_tokens=8, stops=(1,), decode=str),
+    ]
+    assert len({made.digest, *(other.digest for other in others)}) == 4
+    assert made.fits(["x"])
+    assert made.fits([]), "a variant that runs block by block is not asked"
+    assert not made.fits(["x", "y"])

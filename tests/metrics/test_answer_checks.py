@@ -1,0 +1,177 @@
+"""Checks of answers without a judge: texts that pass, fail, or are not judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from requant_eval.metrics import answer_checks as checks
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer"},
+                "unit": {"enum": ["C", "F"]},
+                "at": {"type": "array", "items": {"type": "number"}},
+            },
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        ("Four.<|im_end|>", True),
+        ("Four.</s>", True),
+        ("<|im_end|>", True),
+        ("Four.", False),
+        ("<|im_end|> and on", False),
+        ("", False),
+    ],
+)
+def test_an_answer_ends_in_a_stop_token(text: str, passes: bool) -> None:
+    assert checks.ended(text, ("<|im_end|>", "</s>", "")) is passes
+
+
+def test_the_stop_token_is_taken_off_once() -> None:
+    assert checks.without_stop("Four.</s></s>", ("</s>", "s>")) == "Four.</s>"
+    assert checks.without_stop("Four.", ("</s>", "")) == "Four."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "passes"),
+    [
+        ("user: 2+2?", "Four.", None),
+        ("user: 2+2?", "<think>add</think>Four.", True),
+        ("user: 2+2?", "<think>add and add and", False),
+        ("user: 2+2?", "<think>a</think>x<think>b", False),
+        ("assistant:<think>\n", "add</think>Four.", True),
+        ("assistant:<think>\n", "add and add", False),
+        ("user: what does <think> mean?\nassistant:", "A tag.", None),
+        ("user: 2+2?", "[THINK]add[/THINK]4", True),
+        ("user: 2+2?", "[THINK]add", False),
+    ],
+)
+def test_an_opened_thought_is_closed(prompt: str, text: str, passes: bool | None) -> None:
+    assert checks.thought_closed(text, prompt) is passes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "passes"),
+    [
+        ('<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn", "days": 2}}\n</tool_call>', True, True),
+        ('Let me look. <tool_call>{"name": "weather", "arguments": {"city": "Bonn"}}', True, True),
+        ('{"name": "weather", "parameters": {"city": "Bonn", "unit": "C", "at": [1, 2.5]}}', True, True),
+        ('<|python_tag|>{"name": "weather", "parameters": {"city": "Bonn"}}', True, True),
+        ('```json\n[{"name": "weather", "arguments": {"city": "Bonn"}}]\n```', True, True),
+        ('[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Bonn"}}]', True, True),
+        ('[TOOL_CALLS]weather[ARGS]{"city": "Bonn"}', True, True),
+        ('<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Bonn\\"}"}</tool_call>', True, True),
+        ("It is warm.", False, None),
+        ("It is warm.", True, False),
+        ('<think><tool_call>{"name": 1}</tool_call></think>Warm.', False, None),
+        ('<tool_call>{"name": "weather", "arguments": {"city": "Bonn"</tool_call>', True, False),
+        ('<tool_call>{"name": "whether", "arguments": {"city": "Bonn"}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"days": 2}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"city": 5}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"city": "Bonn", "days": true}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"city": "Bonn", "days": 1.5}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"city": "Bonn", "unit": "K"}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"city": "Bonn", "at": ["1"]}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": {"city": "Bonn", "when": 1}}</tool_call>', True, False),
+        ('<tool_call>{"name": "weather", "arguments": ["Bonn"]}</tool_call>', True, False),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city": "Bonn"}}</tool_call><tool_call>no</tool_call>',
+            True,
+            False,
+        ),
+    ],
+)
+def test_a_tool_call_is_json_of_the_tools_schema(text: str, expected: bool, passes: bool | None) -> None:
+    assert checks.tool_call(text, [WEATHER], expected=expected) is passes
+    assert checks.tool_call(text, [], expected=expected) is None, "without tools there is nothing to judge by"
+
+
+@pytest.mark.parametrize("tools", [["weather"], [{"function": {"name": 3}}], [{"name": "weather", "parameters": []}]])
+def test_tools_of_another_shape_raise_nothing(tools: list[Any]) -> None:
+    assert checks.tool_call('{"name": "weather", "arguments": {}}', tools, expected=True) in (True, False)
+
+
+def test_a_notation_that_is_not_read_is_known() -> None:
+    assert checks.reads_calls('<tool_call>{"name": "weather", "arguments": {}}</tool_call>')
+    assert not checks.reads_calls("<function=weather><parameter=city>Bonn</parameter></function>")
+    assert not checks.reads_calls("<tool_call><function=weather></function></tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Grüße, año", "Latin"),
+        ("Привет", "Cyrillic"),
+        ("你好世界", "Han"),
+        ("日本語で書いた", "Kana"),
+        ("カタカナ", "Kana"),
+        ("안녕하세요", "Hangul"),
+        ("مرحبا", "Arabic"),
+        ("नमस्ते", "Devanagari"),
+        ("Γειά", "Greek"),
+        ("שלום", "Hebrew"),
+        ("สวัสดี", "Thai"),
+        ("ＡＢＣ", "Latin"),
+    ],
+)
+def test_letters_belong_to_scripts(text: str, script: str) -> None:
+    assert set(checks.scripts(text)) == {script}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own", "text", "passes"),
+    [
+        ("How do I boil an egg?", "", "Put it into water.", True),
+        ("How do I boil an egg?", "", "放入水中煮十分钟左右即可", False),
+        ("Как сварить яйцо в воде?", "", "Put it into water.", False),
+        ("Translate: how do I boil an egg?", "Как сварить яйцо?", "Как сварить куриное яйцо?", True),
+        ("卵のゆで方は？", "", "水に入れて十分間茹でてください。", True),
+        ("Explain print() 用中文解释这个函数吧", "", "这个函数把文本写到标准输出", True),
+        ("How many?", "", "42", None),
+        ("2 + 2 =", "", "The answer is four.", None),
+    ],
+)
+def test_the_script_is_the_prompts(prompt: str, own: str, text: str, passes: bool | None) -> None:
+    assert checks.same_script(text, prompt, own) is passes
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        ("", True),
+        ("The cat sat on the mat. The dog sat on the rug.", True),
+        ("no " * 11, True),
+        ("no " * 12, False),
+        ("I am a model. " * 3, True),
+        ("I am a model. " * 4, False),
+        ("Well: " + "I am a model. " * 3 + "I am a", True),
+        ("Well: " + "I am a model. " * 4 + "I am", False),
+        ("I am a model. " * 4 + "The end of it.", True),
+        ("好的" * 6, False),
+        ("Title\n" + "-" * 80, True),
+        ("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4, False),
+        (" ".join(str(n) for n in range(41)) * 4, True),
+    ],
+)
+def test_a_loop_at_the_end_is_seen(text: str, passes: bool) -> None:
+    assert checks.no_loop(text) is passes
+
+
+def test_each_check_has_words_and_a_rule() -> None:
+    assert checks.CHECKS.keys() == checks.RULES.keys()
+    assert all(callable(getattr(checks, name)) for name in checks.CHECKS)

@@ -1,0 +1,91 @@
+"""Answers of a run: asked of adapter, merged model and what ships, kept, checked, refused early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.e2e import recipe, run, texts, write_rows
+
+from requant.errors import InputError
+from requant.run import prepare
+from requant_eval.report.schema import load
+
+
+def asking(folder: Path, **answers: Any) -> dict[str, Any]:
+    """Changes of the recipe: an in-domain set of prompts and completions."""
+    words = [text.split() for text in texts()["heldout"]]
+    rows = [{"prompt": " ".join(w[:5]) + " ", "completion": " ".join(w[5:40])} for w in words]
+    write_rows(folder / "pairs.jsonl", rows)
+    changes: dict[str, Any] = {"evaluate.sets.0.data.path": str(folder / "pairs.jsonl")}
+    return changes | ({"evaluate.answers": answers} if answers else {})
+
+
+@pytest.mark.slow
+def test_a_run_asks_held_out_rows_and_keeps_the_answers(project: Path, tmp_path: Path) -> None:
+    changes = asking(tmp_path, prompts=6, new_tokens=8)
+    first = run(project, tmp_path / "runs", changes)
+    report = load(first.path)
+    found = report["answers"]
+    assert (found["set"], found["why"], found["new_tokens"]) == ("in-domain", "", 8)
+    assert (found["reference"], found["shipped"]) == ("adapter", "gptq")
+    assert [v["name"] for v in found["variants"]] == ["adapter", "merged", "gptq"]
+    assert [item["row"] for item in found["items"]] == [1, 5, 9, 13, 17, 21]
+    assert all(v["answered"] == 6 for v in found["variants"])
+    merged = next(v for v in found["variants"] if v["name"] == "merged")
+    assert merged["differ"]["adapter"] == 0, "merging changes no answer in fp32"
+    assert all(set(item["given"]) == {"adapter", "merged", "gptq"} for item in found["items"])
+    ended = {v["name"]: v["checks"]["ended"] for v in found["variants"]}
+    cut = sum("ended" in item["failed"]["gptq"] for item in found["items"])
+    assert ended["gptq"] == {"passed": 6 - cut, "of": 6}
+    assert run(project, tmp_path / "runs", changes).ran == []
+    other = run(project, tmp_path / "runs", asking(tmp_path, prompts=2, new_tokens=8))
+    assert other.ran == ["evaluate", "report"], "other prompts are asked, nothing is scored again"
+    assert len(load(other.path)["answers"]["items"]) == 2
+
+
+@pytest.mark.slow
+def test_a_model_that_runs_block_by_block_is_not_asked(project: Path, tmp_path: Path) -> None:
+    changes = asking(tmp_path, prompts=2, new_tokens=4) | {"evaluate.stream": "always"}
+    done = run(project, tmp_path / "runs", changes)
+    found = load(done.path)["answers"]
+    assert {v["name"]: v["answered"] for v in found["variants"]} == {"adapter": 0, "merged": 0, "gptq": 0}
+    assert (found["reference"], found["items"]) == (None, [])
+    assert run(project, tmp_path / "runs", changes).ran == []
+
+
+@pytest.mark.slow
+def test_plain_text_is_told_to_have_no_prompts(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert report["answers"]["why"] == "its rows are plain text, and have no prompt"
+
+
+def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> None:
+    prepared = prepare.prepare(recipe(project, tmp_path, asking(tmp_path)))
+    prompts = prepared.texts.prompts
+    assert prompts is not None
+    assert len(prompts.items) == 20
+    assert prompts.new_tokens == 32, "half the window of 64: less than the 64 of a CPU"
+    assert prompts.stop_texts == ("</s>",)
+    assert all(len(p.ids) + prompts.new_tokens <= 64 for p in prompts.items)
+    assert [q.kind for q in prepared.questions] == ["answers"]
+    none = prepare.prepare(recipe(project, tmp_path, asking(tmp_path, prompts=0)))
+    assert none.texts.prompts is None
+    assert none.questions == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate.answers": {"prompts": 3}}, "set in-domain: its rows are plain text, and have no prompt"),
+        ({"evaluate.answers": {"new_tokens": 64}}, "evaluate.answers.new_tokens: 64 tokens of an answer leave no room"),
+    ],
+)
+def test_what_was_asked_for_and_cannot_be_is_refused(
+    project: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        prepare.prepare(recipe(project, tmp_path, changes))
+    assert message in str(caught.value)
