@@ -11,6 +11,7 @@ from requant.errors import InputError
 from requant.modeling import skeleton
 from requant.outgoing import shared
 from requant.recipe import Recipe
+from requant.recipe.answers_section import Answers
 from requant.run.prepared import MergeInputs
 from requant.run.recipe_texts import placed, source_of
 from requant.run.task_recipe import stop_ids
@@ -24,7 +25,7 @@ NEW_TOKENS, ON_CPU = 256, 64  # of an answer, where the recipe does not say
 def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts | None:
     """The prompts, or why there are none; None where the recipe asks for none.
 
-    Raises InputError where the recipe names `evaluate.answers` and the set or the template has none.
+    Raises InputError where the recipe asks otherwise than by default, and the set or the template has none.
     """
     asked, e = recipe.evaluate.answers, recipe.evaluate
     if not asked.prompts:
@@ -42,7 +43,7 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
                 source_of(item.data, recipe.directory), tokenizer, item.format, count=asked.prompts,
                 longest=window - tokens, reads_calls=answer_checks.reads_calls,
             )  # fmt: skip
-    if not items and "answers" in e.model_fields_set:
+    if not items and asked != Answers():
         raise InputError(
             f"{recipe.place('evaluate', 'answers')}: set {item.name}: {why}: name a set that has prompts in "
             "evaluate.in_domain, or set prompts: 0"

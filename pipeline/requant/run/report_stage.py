@@ -35,8 +35,7 @@ def report_key(context: RunContext) -> str:
     suggested = context.directory.result("suggest", keys.suggest)
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
-    why = (p.texts.prompts.set_name, p.texts.prompts.why) if p.texts.prompts else None
-    asked = (_in_domain(context), gates, answers, why, bool(suggested), SCHEMA_VERSION, __version__)
+    asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     others = _converted(context)
     tasks = [tasks_stage.tasks_key(context)] if p.tasks else []
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others, *tasks)
