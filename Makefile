@@ -88,8 +88,15 @@ browser:
 	fi; \
 	command -v chromium >/dev/null || echo "no Chromium: tests that open report.html in a browser will be skipped"
 
+# The accessibility checks of axe-core for the test of report.html; without npm or the registry that test skips.
+.axe/.ready:
+	@mkdir -p .axe; if command -v npm >/dev/null; then \
+	  timeout 120 npm install --silent --no-audit --no-fund --ignore-scripts --prefix .axe axe-core@4.14.1 >/dev/null 2>&1 \
+	  && touch $@; \
+	fi; test -e $@ || echo "no axe-core: the accessibility of report.html will not be checked"
+
 # One process a core: a test file runs in one of them, with one thread. The site is built by a test.
-test: .venv/.ready .venv-docs/.ready browser
+test: .venv/.ready .venv-docs/.ready browser .axe/.ready
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The whole of what `make test` runs a sample of. What fails is kept, and printed with the command that repeats it.

@@ -21,9 +21,9 @@ Control = Literal["rtn"]
 class Metric:
     """One number of a variant on a set: its place in the report, how it is shown and gated.
 
-    words: its name in the report.
+    words: its name in the report. short: its name in a gate; default: words.
     of, key: where the set's section has it: a key of the variant's row, of the step from the reference to the variant,
-    or of the set itself, by variant; of a task, in its section.
+    or of the set itself, by variant; of a task, in its section; of answers, counted in theirs.
     part: the key of the estimate inside that value, where it is not the estimate itself.
     scale: the report's number times `scale` is in `unit` ("%", "nats" or none).
     signed: shown with its sign.
@@ -37,7 +37,8 @@ class Metric:
     """
 
     words: str
-    of: Literal["variant", "step", "set", "task"]
+    short: str = ""
+    of: Literal["variant", "step", "set", "task", "answers"]
     key: str
     part: str | None = None
     scale: float = 1.0
@@ -60,6 +61,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "ppl_increase": Metric(
         words="perplexity against the reference",
+        short="perplexity increase",
         of="step",
         key="loss_percent",
         unit="%",
@@ -72,6 +74,7 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric(words="perplexity", of="variant", key="ppl", side="max", own_table=True),
     "kl": Metric(
         words="mean KL divergence from the reference",
+        short="KL divergence",
         of="step",
         key="kl",
         part="mean",
@@ -83,6 +86,7 @@ METRICS: dict[str, Metric] = {
     ),
     "right_to_wrong": Metric(
         words="tokens whose top-1 prediction became wrong",
+        short="tokens that became wrong",
         of="step",
         key="right_to_wrong",
         scale=100,
@@ -93,6 +97,7 @@ METRICS: dict[str, Metric] = {
     ),
     "retention": Metric(
         words="of what the adapter learned, kept",
+        short="retention",
         of="set",
         key="retention",
         scale=100,
@@ -104,12 +109,22 @@ METRICS: dict[str, Metric] = {
     ),
     "agreement": Metric(
         words="tokens with the reference's top-1 prediction",
+        short="agreement",
         of="step",
         key="agreement",
         scale=100,
         unit="%",
         side="min",
         needs_kl=True,
+        own_table=True,
+    ),
+    "lost_answers": Metric(
+        words="answers that fail a check which the reference's do not",
+        short="answers lost",
+        of="answers",
+        key="lost",
+        side="max",
+        in_domain=True,
         own_table=True,
     ),
     "task": Metric(
@@ -133,6 +148,12 @@ _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _FORMS = {"%": (_PERCENT, "a percentage: write 5%"), "points": (_POINTS, "a number of points: write 2 points")}
 LARGEST = 1e9  # limit of a gate; nothing that is measured comes near
 _HOW = '"METRIC SET LIMIT" such as "ppl_increase in-domain 5%", "... 50% of rtn", or "task gsm8k 2points"'
+
+
+def gate_words(metric: str) -> str:
+    """A metric's name in a gate, for people; the name itself of a metric that is not known."""
+    declared = METRICS.get(metric)
+    return (declared.short or declared.words) if declared else metric
 
 
 class GateError(ValueError):
@@ -166,12 +187,12 @@ class Gate:
 
     @property
     def text(self) -> str:
-        """ "ppl_increase on in-domain at most 5 %"."""
+        """ "perplexity increase on in-domain at most 5 %"."""
         bound = f"{self.limit:g} {self.unit}".rstrip()
         whose = f" of {self.relative_to}'s" if self.relative_to else ""
         if METRICS[self.metric].of == "task":
             return f"drop on task {self.set} at most {bound}"
-        return f"{self.metric} on {self.set} at {'most' if self.side == 'max' else 'least'} {bound}{whose}"
+        return f"{gate_words(self.metric)} on {self.set} at {'most' if self.side == 'max' else 'least'} {bound}{whose}"
 
     def rule(self) -> dict[str, Any]:
         """The gate as `report.json` has it."""

@@ -1,4 +1,4 @@
-"""Prompts of held-out rows: up to the last answer, its turn opened, spread, the same each time."""
+"""Prompts of held-out rows: up to the last answer, spread, the same each time."""
 
 from __future__ import annotations
 

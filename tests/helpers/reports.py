@@ -10,6 +10,7 @@ import numpy as np
 
 from requant_eval.gate import parse
 from requant_eval.metrics import set_metrics
+from requant_eval.metrics.answers import AskedPrompt, GivenAnswers, section
 from requant_eval.report.assemble import build
 from requant_eval.scoring.token_scores import TokenScores
 
@@ -102,15 +103,29 @@ def full(layers: int = 30) -> dict[str, Any]:
     return built(FACTS | {"quantize": FACTS["quantize"] | {"modules": modules(layers)}})
 
 
-def hostile() -> dict[str, Any]:
-    """A report in which everything that a user or a file can name is hostile."""
+def answered(prompts: int = 20) -> dict[str, Any]:
+    """`full`, with answers: the quantized model says another word to every fourth prompt, and to one goes on forever."""
+    asked = [
+        AskedPrompt(row=3 * n + 1, shown=f"What is {n} and {n}?\nBe short.", text="?", own="It is it.")
+        for n in range(prompts)
+    ]
+    right = [f"Two times {n}\nis {2 * n}, which is not odd.</s>" for n in range(prompts)]
+    quantized = [text.replace("Two", "seven") if n % 4 == 1 else text for n, text in enumerate(right)]
+    quantized[-1] = "It is " + "and so on " * 20
+    given = {"adapter": right, "merged": right, "gptq": quantized}
+    made = GivenAnswers(set_name="in-domain", new_tokens=64, stops=("</s>",), prompts=asked, given=given)
+    return {**full(), "answers": section(made)}
+
+
+def hostile(named: str = HOSTILE) -> dict[str, Any]:
+    """A report in which everything that a user or a file can name is hostile, or another text."""
 
     def spoil(value: Any, key: str = "") -> Any:
         if key == "options" and isinstance(value, dict):  # named by us
-            return value | {"loss": {name + HOSTILE: loss for name, loss in value["loss"].items()}}
+            return value | {"loss": {name + named: loss for name, loss in value["loss"].items()}}
         if isinstance(value, dict):
             return {
-                (k + HOSTILE if key in ("bytes", "versions", "retention") else k): spoil(v, k) for k, v in value.items()
+                (k + named if key in ("bytes", "versions", "retention") else k): spoil(v, k) for k, v in value.items()
             }
         if isinstance(value, list):
             return [spoil(v, key) for v in value]
@@ -128,7 +143,10 @@ def hostile() -> dict[str, Any]:
             "created",
             "headline",
         )
-        return value + HOSTILE if isinstance(value, str) and key in names else value
+        return value + named if isinstance(value, str) and key in names else value
 
     spoilt: dict[str, Any] = spoil(json.loads(json.dumps(full(2))))
-    return spoilt
+    asked = [AskedPrompt(row=1, shown=named, text=named, own="")]
+    given = {"adapter": [f"{named} a"], "gptq": [f"{named} {named}\x1b[31m"]}
+    answers = GivenAnswers(set_name=named, new_tokens=8, prompts=asked, given=given)
+    return spoilt | {"answers": section(answers)}

@@ -646,8 +646,8 @@ def test_gates_are_read_and_kept() -> None:
         GATE + "  - {metric: kl, set: in-domain, max: 0.1}\n  - {metric: retention, set: in-domain, min: 90 %}\n"
     )
     assert [gate.parsed().text for gate in r.gates] == [
-        "ppl_increase on in-domain at most 5 %",
-        "kl on in-domain at most 0.1 nats",
+        "perplexity increase on in-domain at most 5 %",
+        "KL divergence on in-domain at most 0.1 nats",
         "retention on in-domain at least 90 %",
     ]
     assert parse(dump(r), directory=HERE) == r

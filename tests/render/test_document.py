@@ -23,7 +23,7 @@ def test_the_order_is_answer_quality_causes_costs_origin_limits() -> None:
     titles = [section.title for section in document(built()).sections]
     assert titles == [
         "Warnings", "Gates", "Recommendation", "general", "in-domain", "Modules", "Cost",
-        "Merge, quantization, calibration", "Reproduce", "What this cannot tell you",
+        "Merge, quantization, calibration", "Reproduce", "What this cannot tell you", "Glossary",
     ]  # fmt: skip
 
 

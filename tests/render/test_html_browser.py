@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 from helpers import browser
 from helpers.browser import Page
-from helpers.reports import full, hostile
+from helpers.reports import answered, full, hostile
 
 from requant_eval.render import html
 
+ROOT = Path(__file__).parents[2]
+AXE = Path(os.environ.get("REQUANT_AXE", ROOT / ".axe/node_modules/axe-core/axe.min.js"))
 pytestmark = pytest.mark.skipif(browser.executable() is None, reason=browser.MISSING)
 
 
@@ -27,6 +30,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(html.render(full()), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def with_answers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("answers") / "report.html"
+    path.write_text(html.render(answered()), encoding="utf-8")
     return path.as_uri()
 
 
@@ -220,3 +230,39 @@ def test_without_scripts_everything_can_be_read(page: Page, url: str) -> None:
         assert not any(n["role"]["value"] == "button" for n in nodes)
     finally:
         page._send("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here (make .axe/.ready): accessibility was not checked")
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_is_accessible(page: Page, with_answers: str, width: int, dark: bool) -> None:
+    """The rules of axe-core, with everything unfolded."""
+    page.open(with_answers, width=width, dark=dark)
+    page.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    page.run(AXE.read_text(encoding="utf-8") + "; 0")
+    ran = page.run("axe.run(document).then(r => [r.passes.length, r.violations.map(v => [v.id, v.nodes[0].html])])")
+    assert ran[0] > 20
+    assert ran[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_first_screen_reads_from_verdict_to_what_to_do(page: Page, with_answers: str, width: int) -> None:
+    page.open(with_answers, width=width)
+    places = page.run(
+        "['.verdict', '.first .lead', '.card', '.sizes', 'h1', 'nav']"
+        ".map(s => document.querySelector(s).getBoundingClientRect().top)"
+    )
+    assert places == sorted(places)
+    assert page.run("document.querySelectorAll('.first .card').length") == 3
+    assert page.run("document.querySelector('details.answers').open") is False
+    assert page.run("document.documentElement.scrollWidth") <= width
+    beside = page.run(
+        "[...document.querySelector('.side').children].map(e => Math.round(e.getBoundingClientRect().left))"
+    )
+    assert (len(set(beside)) == 3) == (width > 700), "three columns, or one on a phone"
+    marked = page.run("document.querySelector('.first mark').textContent")
+    assert marked == "seven"
+    assert page.run("document.querySelector('abbr').title.length") > 10
+    assert page.console == []

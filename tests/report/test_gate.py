@@ -30,7 +30,7 @@ def make(metric: str, **keys: str | float | None) -> gate.Gate:
 def test_a_gate_on_the_command_line(text: str, expected: gate.Gate, said: str) -> None:
     got = gate.parse(text)
     assert got == expected
-    assert got.text == f"{expected.metric} on {expected.set} {said}"
+    assert got.text == f"{gate.gate_words(expected.metric)} on {expected.set} {said}"
     assert gate.from_rule(got.rule()) == got, "as the report keeps it"
 
 

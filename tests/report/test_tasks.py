@@ -152,7 +152,7 @@ def test_runs_are_compared_on_tasks_that_were_asked_alike() -> None:
 
 
 def test_a_set_may_be_called_points() -> None:
-    assert parse("ppl_increase points 5 %").text == "ppl_increase on points at most 5 %"
+    assert parse("ppl_increase points 5 %").text == "perplexity increase on points at most 5 %"
     assert parse("task words 2 points").text == "drop on task words at most 2 points"
 
 

@@ -174,10 +174,10 @@ def test_one_failure_fails_and_one_doubt_leaves_in_doubt() -> None:
         found = built(gates=tuple(gates))
         assert found["verdict"]["status"] == status
         assert found["verdict"]["line"].startswith(f"{status.upper()}: GPTQ 4-bit g64 ")
-    assert "breaks 1 of 3 gates: ppl_increase on in-domain at most 1 %, measured +" in found["verdict"]["line"]
+    assert "breaks 1 of 3 gates: perplexity increase on in-domain at most 1 %, measured +" in found["verdict"]["line"]
     line = built(gates=("ppl_increase in-domain 50%", "ppl_increase in-domain 6%"))["verdict"]["line"]
     assert line.startswith(
-        "PASS: GPTQ 4-bit g64 keeps 2 of 2 gates; nearest to its limit: ppl_increase on in-domain at most 6 %"
+        "PASS: GPTQ 4-bit g64 keeps 2 of 2 gates; nearest to its limit: perplexity increase on in-domain at most 6 %"
     )
     none = verdict(report, [])
     assert (none["status"], none["line"][:11]) == ("none", "No verdict:")
@@ -194,8 +194,8 @@ def test_the_healed_checkpoint_is_judged_when_there_is_one() -> None:
 def test_a_report_carries_its_gates() -> None:
     report = built()
     assert [g.text for g in saved_gates(report)] == [
-        "ppl_increase on in-domain at most 8 %",
-        "ppl_increase on general at most 50 % of rtn's",
+        "perplexity increase on in-domain at most 8 %",
+        "perplexity increase on general at most 50 % of rtn's",
         "retention on in-domain at least 80 %",
     ]
     assert conclude(report, saved_gates(report)) == report

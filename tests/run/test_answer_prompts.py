@@ -1,4 +1,4 @@
-"""Answers of a run: asked of adapter, merged model and what ships, kept, checked, refused early."""
+"""Answers of a run: asked of adapter, merged model and what ships, kept, refused early."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from helpers.e2e import recipe, run, texts, write_rows
 
 from requant.errors import InputError
 from requant.run import prepare
+from requant_eval.render import html
 from requant_eval.report.schema import load
 
 
@@ -40,6 +41,11 @@ def test_a_run_asks_held_out_rows_and_keeps_the_answers(project: Path, tmp_path:
     ended = {v["name"]: v["checks"]["ended"] for v in found["variants"]}
     cut = sum("ended" in item["failed"]["gptq"] for item in found["items"])
     assert ended["gptq"] == {"passed": 6 - cut, "of": 6}
+    page = (Path(first.path) / "report.html").read_bytes()
+    assert len(page) < html.LIMIT == 300_000
+    assert page.count(b'class="card"') == 6
+    text = (Path(first.path) / "report.md").read_text()
+    assert "### The first answers side by side" in text
     assert run(project, tmp_path / "runs", changes).ran == []
     other = run(project, tmp_path / "runs", asking(tmp_path, prompts=2, new_tokens=8))
     assert other.ran == ["evaluate", "report"], "other prompts are asked, nothing is scored again"
@@ -80,6 +86,10 @@ def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"evaluate.answers": {"prompts": 3}}, "set in-domain: its rows are plain text, and have no prompt"),
+        (
+            {"gates": [{"metric": "lost_answers", "set": "in-domain", "max": 1}]},
+            "evaluate.answers: set in-domain: its rows are plain text",
+        ),
         ({"evaluate.answers": {"new_tokens": 64}}, "evaluate.answers.new_tokens: 64 tokens of an answer leave no room"),
     ],
 )

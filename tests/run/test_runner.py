@@ -288,7 +288,11 @@ def test_other_gates_redo_only_the_report(project: Path, ran: Path) -> None:
     assert outcome.ran == ["report"]
     assert outcome.report == read(out / "report.json")
     assert (outcome.report["verdict"]["status"], outcome.report["gates"][0]["limit"]) == ("fail", -90)
-    assert (out / "report.md").read_text().startswith("FAIL: GPTQ 4-bit g32 breaks its gate: ppl_increase on in-domain")
+    assert (
+        (out / "report.md")
+        .read_text()
+        .startswith("FAIL: GPTQ 4-bit g32 breaks its gate: perplexity increase on in-domain")
+    )
     assert before.items() <= times(out).items(), "no checkpoint and no score was touched"
     assert run(project, ran, strict).ran == []
     assert run(project, ran).ran == ["report"]

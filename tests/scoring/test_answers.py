@@ -1,4 +1,4 @@
-"""Greedy answers in one batch are those of each prompt alone, on models that take padding and that do not."""
+"""Greedy answers in one batch are those of each prompt alone; models that read padding."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class AnsweredPrompt(TypedDict):
 
 
 class LostCheck(TypedDict):
-    """A check that the reference's answer to a row passes and the shipped one's fails."""
+    """A check that the shipped answer to a row fails and the reference's does not."""
 
     row: int
     check: str

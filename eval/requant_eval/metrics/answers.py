@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from requant_eval.metrics import answer_checks
-from requant_eval.metrics.answer_records import AnsweredPrompt, AnsweringVariant, AnswersSection, CheckCount
+from requant_eval.metrics.answer_records import AnsweredPrompt, AnsweringVariant, AnswersSection, CheckCount, LostCheck
 
 REFERENCES = ("adapter", "merged")  # the first that answered is what others are compared with
 
@@ -55,12 +55,6 @@ def section(answers: GivenAnswers) -> AnswersSection:
     }
     said = {name: [answer_checks.without_stop(text, answers.stops) for text in given[name]] for name in answered}
     items = [_item(p, i, said, verdicts, reference) for i, p in enumerate(answers.prompts)]
-    lost = [
-        {"row": item["row"], "check": check}
-        for item, before in zip(items, verdicts.get(reference or "", ()), strict=False)
-        for check in item["failed"].get(shipped or "", ())
-        if before[check] and shipped != reference
-    ]
     return {
         "set": answers.set_name,
         "why": answers.why,
@@ -68,10 +62,29 @@ def section(answers: GivenAnswers) -> AnswersSection:
         "reference": reference,
         "shipped": shipped,
         "variants": [_variant(name, said, verdicts) for name in given],
-        "lost": lost,  # type: ignore[typeddict-item]
+        "lost": lost_checks(items, reference, shipped),
         "items": items if answered else [],
         "rules": dict(answer_checks.RULES),
     }
+
+
+def lost_checks(items: Sequence[AnsweredPrompt], reference: str | None, variant: str | None) -> list[LostCheck]:
+    """The checks that a variant's answers fail and the reference's do not."""
+    if reference is None or variant is None:
+        return []
+    return [
+        {"row": item["row"], "check": check}
+        for item in items
+        for check in item["failed"].get(variant, ())
+        if check not in item["failed"].get(reference, ())
+    ]
+
+
+def lost_rows(section: AnswersSection, variant: str | None) -> set[int] | None:
+    """The rows whose answer by a variant fails a check that the reference's does not; None where one was not asked."""
+    if section["reference"] is None or not any(v["name"] == variant and v["answered"] for v in section["variants"]):
+        return None
+    return {lost["row"] for lost in lost_checks(section["items"], section["reference"], variant)}
 
 
 def checked(prompt: AskedPrompt, text: str, stops: Sequence[str]) -> dict[str, bool | None]:

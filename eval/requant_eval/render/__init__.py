@@ -3,6 +3,7 @@
     document                                                    the report as sections and blocks   <- start here
     markdown, html, terminal, ci                                the formats
     model_card                                                  README.md of a checkpoint
+    first_screen, answer_cards, glossary                        plain sentences, answers side by side, words explained
     tables                                                      what a table is, and those of the whole report
     set_tables                                                  tables of one evaluation set
     task_tables                                                 scores of lm-evaluation-harness's tasks

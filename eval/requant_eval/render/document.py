@@ -15,8 +15,11 @@ from requant_eval.metrics.engine_step import proofs
 from requant_eval.metrics.facts import Facts, HealFacts, is_16_bit_base, known_facts
 from requant_eval.metrics.records import EvaluationSet
 from requant_eval.render import adapter_tables
-from requant_eval.render.engine_table import checks_table
+from requant_eval.render.answer_cards import FIRST, Cards, answers_said, cards, checks_table
+from requant_eval.render.engine_table import checks_table as engine_checks
+from requant_eval.render.first_screen import FirstScreen, first_screen
 from requant_eval.render.format_table import formats_table
+from requant_eval.render.glossary import glossary_table
 from requant_eval.render.heal_tables import heal_tables
 from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import set_tables
@@ -28,7 +31,7 @@ LONGEST = 300  # rows of a folded table
 LIMITS = (
     "Losses hold for these texts, this tokenizer and this window length; another domain may lose more.",
     "Scoring is teacher-forced: every token is predicted from the true text. Errors that pile up while generating "
-    "show only in tasks that generate and in canaries.",
+    "show only in answers, canaries and tasks that generate.",
     "The weights were scored with this machine's kernels; a serving engine's kernels round differently.",
     "KL does not add up along the steps; ln perplexity does.",
 )
@@ -100,7 +103,7 @@ class Folded:
     table: Table
 
 
-Block = Table | Paragraph | Bullets | Code | Figure | Folded
+Block = Table | Paragraph | Bullets | Code | Figure | Folded | Cards
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Document:
     """A page in any format.
 
     headline: the result in one sentence. verdict: the gates in one line, printed first. about: what was measured when.
+    first: what a page begins with after the verdict; None: with the headline.
     """
 
     headline: str
@@ -123,18 +127,23 @@ class Document:
     about: str
     sections: tuple[Section, ...]
     verdict: str = ""
+    first: FirstScreen | None = None
 
 
 def document(report: Report) -> Document:
     """The whole report; sections without content are left out, and names cannot hold what a terminal obeys."""
+    answers = report.get("answers")  # with their line breaks, made harmless by `cards`
     report = readable(report)
     created = report["created"]
+    if answers:
+        report = {**report, "answers": answers}
     return Document(
         headline=report["headline"],
         title=str(report["name"] or "Quality report"),
         about=f"Measured {created}. {_about(report)}" if created else "",
         sections=tuple(_under_heading(s) for s in _sections(report) if s.blocks),
         verdict=report["verdict"]["line"],
+        first=first_screen(report),
     )
 
 
@@ -175,10 +184,11 @@ def _sections(report: Report) -> Iterator[Section]:
         yield _set(s, [g for g in report["gates"] if g["set"] == s["name"] and g["metric"] != "task"])
     yield Section("Tasks", tuple(task_tables(report)))
     yield Section("Healing", tuple(_healing(report)))
+    yield Section("Answers", tuple(_answers(report)))
     yield Section("Canaries", tuple(_canaries(facts)))
     yield Section("Adapter retention", tuple(_retention(facts)))
     yield Section("Modules", tuple(_modules(facts)))
-    read_back = (checks_table(name, proof) for name, proof in proofs(facts))
+    read_back = (engine_checks(name, proof) for name, proof in proofs(facts))
     yield Section("Read back", tuple(t for t in read_back if t.rows))
     formats = formats_table(facts)
     yield Section("Formats", (formats,) if formats.rows else ())
@@ -192,6 +202,7 @@ def _sections(report: Report) -> Iterator[Section]:
     yield Section("Reproduce", tuple(_reproduce(report)))
     without = () if report.get("tasks") else (NO_TASKS,)
     yield Section("What this cannot tell you", (Bullets((*LIMITS, *without)),))
+    yield Section("Glossary", (glossary_table(),))
 
 
 def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:
@@ -223,6 +234,19 @@ def _modules(facts: Facts) -> Iterator[Block]:
         longer = modules_table(facts, most=LONGEST)
         if len(longer.rows) > len(worst.rows):
             yield Folded(longer)
+
+
+def _answers(report: Report) -> Iterator[Block]:
+    """Which checks each variant's answers pass, and the answers that the first screen has no room for."""
+    section = report.get("answers")
+    if section is None:
+        return
+    yield Bullets(tuple(map(escaping.one_line, answers_said(section))))
+    checks = checks_table(section)
+    if checks.rows:
+        yield checks
+    if len(section["items"]) > FIRST:
+        yield Cards(cards(section)[FIRST:], f"The other {len(section['items']) - FIRST} answers side by side")
 
 
 def _canaries(facts: Facts) -> Iterator[Block]:

@@ -15,14 +15,20 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from requant_eval.render.answer_cards import Cards
 from requant_eval.render.charts import charts
 from requant_eval.render.document import Document, Figure, Folded, document
+from requant_eval.render.glossary import explained
 from requant_eval.report.number_format import read_number
 from requant_eval.report.records import Report
 
 LIMIT = 300_000
 LONGEST_NAME = 24  # characters that are never broken
-LEFT_OUT = (("The longest tables were", (Folded,)), ("The longest tables and all figures were", (Folded, Figure)))
+LEFT_OUT = (
+    ("The longest tables were", (Folded,)),
+    ("The longest tables and all but the first answers were", (Folded, Cards)),
+    ("The longest tables, all but the first answers and all figures were", (Folded, Cards, Figure)),
+)
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMG]?B|s|min|h)(?!\w))")
 JOINT = re.compile(r"(?<=\w)[./_](?=[A-Za-z])")
 NAME = re.compile(r"`([^`]+)`")
@@ -83,6 +89,7 @@ def _environment() -> Environment:
         "breaks": _breaks,
         "order": _order,
         "tie": _tie,
+        "explained": explained,
         "status": _status,
     }
     environment.globals |= {"charts": charts}
@@ -127,8 +134,8 @@ def _order(text: str) -> str:
 
 
 def _tie(text: str) -> Markup:
-    """A sentence as HTML: no line break between a number and its unit, `names` as code."""
-    return Markup(NAME.sub(r"<code>\1</code>", str(escape(UNIT.sub("\u00a0", text)))))
+    """A sentence as HTML: no line break between a number and its unit, `names` as code, words explained on hover."""
+    return Markup(NAME.sub(r"<code>\1</code>", str(explained(UNIT.sub("\u00a0", text)))))
 
 
 def _status(verdict: str) -> str:

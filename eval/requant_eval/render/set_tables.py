@@ -125,7 +125,12 @@ def more_metrics_table(s: EvaluationSet) -> Table:
     metrics = [m for m in METRICS.values() if not m.own_table]
     rows = []
     for v in s["variants"]:
-        found = [find_estimate(s, v["name"], of=m.of, key=m.key, part=m.part) for m in metrics if m.of != "task"]
+        found = [
+            find_estimate(s, v["name"], of=m.of, key=m.key, part=m.part)
+            for m in metrics
+            if m.of != "task"
+            if m.of != "answers"
+        ]
         if any(found):
             rows.append((v["name"], *(_metric_cell(estimate, m) for estimate, m in zip(found, metrics, strict=True))))
     columns = ("variant", *(m.words for m in metrics))

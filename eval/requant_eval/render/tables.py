@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from requant_eval.escaping import markdown, markdown_block
+from requant_eval.gate import gate_words
 from requant_eval.metrics.facts import Facts, base_and_adapter, known_facts
 from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
@@ -68,7 +69,7 @@ def gates_table(report: Report) -> Table:
         bound = f"{'<=' if g['side'] == 'max' else '>='} {g['limit']:g}{unit}{whose}"
         value = format_estimate(g["estimate"], unit=unit) if g["estimate"] else _unmeasured(g)
         more = f", about {g['more_documents']} more documents" if g["more_documents"] else ""
-        rows.append((g["metric"], value, bound, g["status"].upper() + more, g["set"], str(g["variant"])))
+        rows.append((gate_words(g["metric"]), value, bound, g["status"].upper() + more, g["set"], str(g["variant"])))
     note = "A gate passes when its whole 95 % interval keeps the limit, fails when the whole interval breaks it."
     return Table(
         title="Gates",

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from requant_eval.metrics.facts import known_facts
 from requant_eval.render import adapter_tables
+from requant_eval.render.answer_cards import answers_said
 from requant_eval.render.document import readable
 from requant_eval.render.set_tables import divergence_table, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import Table, gates_table, options_table
@@ -35,6 +36,8 @@ def table(report: Report) -> Group:
             retention_table(s),
         )
     parts += shown(*(t.select(*SHORT) for t in task_tables(report)[:1]))
+    if (answers := report.get("answers")) and answers["items"]:
+        parts += [Text(), Text(f"answers: {' '.join(answers_said(answers))}")]
     if canaries := known_facts(report["facts"]).get("canaries"):
         parts += [Text(), Text(f"canaries: {adapter_tables.canaries_line(canaries)}")]
     return Group(*parts)

@@ -88,4 +88,5 @@ class Numbers(TypedDict):
 
     sets: list[EvaluationSet]
     tasks: NotRequired[list[TaskSection]]
+    answers: NotRequired[AnswersSection]
     facts: dict[str, Any]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from requant_eval.errors import EvaluationError
 from requant_eval.gate import METRICS, Gate, GateError, from_rule
+from requant_eval.metrics import answers, task_metrics
 from requant_eval.metrics import statistics as st
-from requant_eval.metrics import task_metrics
 from requant_eval.metrics.lookup import find_estimate, step_from_reference
 from requant_eval.metrics.records import PARTS, Edge, Estimate, EvaluationSet, scaled
 from requant_eval.report.adapter_gain import BEWARE, WRONG_BASE, beware, gained_nothing, in_words, learned
@@ -93,6 +93,8 @@ def _margin(gate: GateResult) -> float:
 def _judge(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
     if METRICS[gate.metric].of == "task":
         return _judge_task(report, gate, variant)
+    if METRICS[gate.metric].of == "answers":
+        return _judge_answers(report, gate, variant)
     s = next((s for s in report["sets"] if s["name"] == gate.set), None)
     if s is None:
         known = ", ".join(str(s["name"]) for s in report["sets"])
@@ -116,6 +118,20 @@ def _judge_task(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
         return _result(gate, variant, estimate, *_status(gate, estimate, found["n_documents"]), "")
     why = found["missing"].get(str(variant)) or ("it was not run" if found["reference"] else "nothing to compare with")
     return _result(gate, variant, None, "inconclusive", None, f"{variant or 'no quantized variant'}: {why}")
+
+
+def _judge_answers(report: Numbers, gate: Gate, variant: str | None) -> GateResult:
+    """A gate on how many answers may be lost: counted on these prompts, without an interval."""
+    section = report.get("answers")
+    if section is None or section["set"] != gate.set:
+        raise EvaluationError(f"gate '{gate.text}': the report has no answers on {gate.set!r}")
+    lost = answers.lost_rows(section, variant)
+    if lost is None:
+        why = section["why"] or "it was not asked, or there is nothing to compare with"
+        return _result(gate, variant, None, "inconclusive", None, f"{variant or 'no quantized variant'}: {why}")
+    count = float(len(lost))
+    estimate: Estimate = {"value": count, "se": 0.0, "low": count, "high": count}
+    return _result(gate, variant, estimate, "pass" if count <= gate.limit else "fail", None, "")
 
 
 def _result(
@@ -189,6 +205,7 @@ def _estimate(s: EvaluationSet, gate: Gate, variant: str | None) -> tuple[Estima
         return _relative(s, gate.metric, variant, gate.relative_to)
     metric = METRICS[gate.metric]
     assert metric.of != "task", "judged by itself"
+    assert metric.of != "answers", "judged by itself"
     found = find_estimate(s, variant, of=metric.of, key=metric.key, part=metric.part)
     if found is None:
         return None, _why_missing(s, gate.metric, variant)

@@ -46,6 +46,11 @@ class Gate(Section):
         return gate.METRICS[self.metric].of == "task"
 
     @property
+    def on_answers(self) -> bool:
+        """Whether it limits how many answers may be lost."""
+        return gate.METRICS[self.metric].of == "answers"
+
+    @property
     def on(self) -> str:
         """The name of its set or task."""
         return str(self.task if self.on_task else self.set)
@@ -84,6 +89,8 @@ def undecidable(gates: Sequence[Gate], evaluate: Evaluate) -> list[tuple[KeyPath
             found.append(
                 ((i, "set"), f"{item.metric} is measured on the in-domain set, {in_domain!r}: evaluate.in_domain")
             )
+        if item.on_answers and not evaluate.answers.prompts:
+            found.append(((i, "metric"), f"{item.metric} needs prompts: set evaluate.answers.prompts"))
         if not {"gptq", "healed", "ends"} & {str(name) for name in evaluate.variants}:
             found.append(((i,), "gptq is what ships and is judged: add it to evaluate.variants"))
         if item.relative_to is not None and item.relative_to not in evaluate.variants:

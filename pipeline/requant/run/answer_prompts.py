@@ -25,7 +25,7 @@ NEW_TOKENS, ON_CPU = 256, 64  # of an answer, where the recipe does not say
 def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts | None:
     """The prompts, or why there are none; None where the recipe asks for none.
 
-    Raises InputError where the recipe asks otherwise than by default, and the set or the template has none.
+    Raises InputError where the recipe asks otherwise than by default, or has a gate on answers, and there are none.
     """
     asked, e = recipe.evaluate.answers, recipe.evaluate
     if not asked.prompts:
@@ -43,7 +43,7 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
                 source_of(item.data, recipe.directory), tokenizer, item.format, count=asked.prompts,
                 longest=window - tokens, reads_calls=answer_checks.reads_calls,
             )  # fmt: skip
-    if not items and asked != Answers():
+    if not items and (asked != Answers() or any(gate.on_answers for gate in recipe.gates)):
         raise InputError(
             f"{recipe.place('evaluate', 'answers')}: set {item.name}: {why}: name a set that has prompts in "
             "evaluate.in_domain, or set prompts: 0"

@@ -72,3 +72,15 @@ def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -
 def weight_files(directory: Path) -> list[Path]:
     """The files of a directory that hold weights, in any format; none where it is no directory."""
     return [f for pattern in WEIGHTS for f in directory.glob(pattern)] if directory.is_dir() else []
+
+
+def refusing_engines(deploy: Sequence[str], verdicts: Sequence[engine_support.Verdict]) -> list[str]:
+    """Warnings about engines that will not load the checkpoint. deploy: those that have to.
+
+    Raises InputError when one of them is in `deploy`.
+    """
+    refusals = {v.target.name: v for v in verdicts if not v.loads}
+    asked = [f"deploy: {name} {refusals[name]} ({refusals[name].source})" for name in deploy if name in refusals]
+    if asked:
+        raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
+    return [] if deploy else [f"{name} {verdict}" for name, verdict in refusals.items()]

@@ -20,7 +20,7 @@ from requant.checkpoint import model_files
 from requant.data import canaries
 from requant.data.canaries import Canaries
 from requant.data.documents import adds_bos
-from requant.deploy import engine_support, gguf_export
+from requant.deploy import gguf_export
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.evaluate.tasks import Tasks
@@ -149,7 +149,7 @@ def _warnings(
     for adapter in loaded:
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += config_agreement.lacking_buffers(plan.base, model)
-    return warnings + _refusing_engines(recipe, quantize_inputs.engines)
+    return warnings + output_formats.refusing_engines(recipe.deploy, quantize_inputs.engines)
 
 
 def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
@@ -316,15 +316,3 @@ def plan_quantize(plan: MergePlan, model: Any, settings: Settings, dtype: torch.
     """The quantized layout of a checkpoint that is not written yet."""
     slots = {s.name: s for s in plan.slots(torch.float16)}
     return quantize_plan.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)
-
-
-def _refusing_engines(recipe: Recipe, verdicts: tuple[engine_support.Verdict, ...]) -> list[str]:
-    """Warnings about engines that will not load the checkpoint.
-
-    Raises InputError when one of them is in `deploy`.
-    """
-    refusals = {v.target.name: v for v in verdicts if not v.loads}
-    asked = [f"deploy: {name} {refusals[name]} ({refusals[name].source})" for name in recipe.deploy if name in refusals]
-    if asked:
-        raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
-    return [] if recipe.deploy else [f"{name} {verdict}" for name, verdict in refusals.items()]

@@ -104,7 +104,7 @@ const reach = () => {
     box.toggleAttribute("tabindex", wide);
     if (wide) {
       box.tabIndex = 0;
-      box.setAttribute("role", "region");
+      box.setAttribute("role", "group");
       box.setAttribute("aria-label", (box.querySelector("caption") ?? box.closest("section").querySelector("h2")).textContent);
     } else {
       for (const name of ["role", "aria-label"]) box.removeAttribute(name);
