@@ -45,14 +45,14 @@ def ours(args: argparse.Namespace) -> None:
     import torch
 
     from requant import quantize
-    from requant.run import prepare
+    from requant.run import quantize_inputs
 
     wanted, calibration, _ = windows(args.recipe, args.set)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     args.work.mkdir(parents=True)
     quantize.quantize(
-        args.merged, args.work, calibration, prepare.quantize_settings(wanted), dtype=torch.bfloat16, device=device,
+        args.merged, args.work, calibration, quantize_inputs.quantize_settings(wanted), dtype=torch.bfloat16, device=device,
         batch=max(1, 2048 // calibration.shape[1]),
     )  # fmt: skip
     finish(started, device)

@@ -13,7 +13,7 @@ from helpers import pico, tiny
 
 from requant.adapters import peft_directory
 from requant.evaluate import expert_order_probe
-from requant.evaluate.expert_order_probe import Device
+from requant.evaluate.planned_merge import Device
 from requant.evaluate.variants import VariantSources
 from requant.run import prepare
 

@@ -15,7 +15,7 @@ from requant.adapters import peft_directory
 from requant.numerics import nf4
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Settings
-from requant.run import prepare
+from requant.run import prepare, quantize_inputs
 from requant.run.check import delta_prediction
 from requant.run.check.delta_prediction import Prediction, Sample, retention
 
@@ -98,7 +98,7 @@ def planned(tmp: Path, **options: Any) -> tuple[Any, Any]:
     base = pico.save(pico.model(), tmp / "base", torch.float32)
     pico.train(pico.reload(base), tmp / "adapter", **options)
     plan, model = prepare.plan_merge(base, peft_directory.load(tmp / "adapter"), None, trust_remote_code=False)
-    return plan, prepare.plan_quantize(plan, model, Settings(grid=Grid(4, 32)), torch.bfloat16)
+    return plan, quantize_inputs.plan_quantize(plan, model, Settings(grid=Grid(4, 32)), torch.bfloat16)
 
 
 def test_the_sample_is_every_adapted_module_of_three_blocks(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from requant.merge.base_weights import Nf4Settings
 from requant.merge.selftest import SelfTest, SelfTestFacts
 from requant.merge.stage import MergeResult
 from requant.quantize.module_results import ModuleResult, ModuleRow
+from requant.run.base_facts import Nf4Facts
 from requant.run.check.delta_prediction import Prediction
-from requant.run.report_facts import Nf4Facts
 from requant.run.stage_results import EstimateFacts, MergeFacts, PredictionFacts, SuggestedUnit
 from requant.run.suggest import Candidate
 from requant_eval.metrics.statistics import Estimate

@@ -27,7 +27,7 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     with ConsoleWatcher() as watcher:
         watcher.stage("check", done=False)
         with quiet():
-            from requant.run import disk_space, prepare
+            from requant.run import disk_space, merge_onto, prepare
             from requant.run.check import delta_prediction, held_out
             from requant.run.shared_inputs import SharedInputs
             from requant.runtime.device import pick_device
@@ -38,6 +38,9 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
             watcher.doing("what rounding keeps of the adapter, on a few blocks")
             predicted = delta_prediction.predict(prepared.merge.plan, prepared.quantize.plan, device)
     _print_contents(prepared)
+    if prepared.merge.other is not None:
+        scored = merge_onto.tokens_to_score(prepared)
+        _line("merge", f"onto: auto: run first scores both merges on {scored} tokens of the evaluation sets")
     _line("disk", f"writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     _line("heal", _healing(prepared))
     if predicted:

@@ -17,6 +17,8 @@
     task_values       metrics of a task, and the value of each document
     task_model        a variant as a model of the library
     adapter_probe     whether the adapter lowers the loss on calibration text
+    merge_onto_probe   held-out loss of merges onto two bases
+    planned_merge      a merge that is not written, as a model
     expert_order_probe   in which of two orders the experts of an adapter lower it
 
 May import: errors, runtime, numerics, checkpoint, formats, data, modeling, adapters, merge; requant_eval.scoring.

@@ -13,21 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from requant.adapters.expert_order import WORDS
 from requant.adapters.stacked_lora import Order
 from requant.evaluate import adapter_probe
 from requant.evaluate.adapter_probe import LOW_EFFICIENCY, Probe
+from requant.evaluate.planned_merge import Device
+from requant.evaluate.planned_merge import walk_of as merged_walk
 from requant.evaluate.streamed import StreamedModel, walk_of
-from requant.evaluate.variant_weights import Merged
 from requant.evaluate.variants import VariantSources
 from requant.merge.plan import MergePlan
-from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
 from requant.runtime.device import free_memory
-from requant_eval.scoring.batches import BatchSize
 
 FEWEST_ROWS, SURE = 3, 3.0  # rows of one text; standard errors between the two losses
 
@@ -46,15 +44,6 @@ class OrderFacts(TypedDict):
     efficiency: dict[Order, float]
     difference: float
     se: float
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where and in what precision the models are run, and how much at a time."""
-
-    device: torch.device
-    dtype: torch.dtype
-    batch: BatchSize
 
 
 def measure(
@@ -76,7 +65,7 @@ def measure(
     probes: dict[Order, dict[str, Probe]] = {}
     for order, plan in plans.items():
         doing(f"loss with the experts in {WORDS[order]}")
-        merged = _run(_merged_walk(plan, sources, where), rows, where)
+        merged = _run(merged_walk(plan, where, trust_remote_code=sources.trust_remote_code), rows, where)
         probes[order] = {p.source: p for p in adapter_probe.measure(_Both(merged, base), rows, where.device)}
         del merged
         free_memory(where.device)
@@ -136,20 +125,6 @@ def _run(walk: Walk, rows: Mapping[str, Sequence[Tensor]], where: Device) -> Str
     model = StreamedModel(walk)
     model.run([row for many in rows.values() for row in many], where.batch)
     return model
-
-
-def _merged_walk(plan: MergePlan, sources: VariantSources, where: Device) -> Walk:
-    """The walk over the merged model, whose weights are computed when they are read."""
-    trust = sources.trust_remote_code
-    config: Any = skeleton.load_config(plan.base.checkpoint.path, trust_remote_code=trust)
-    text = config.get_text_config()
-    if plan.vocab_size is not None:
-        text.vocab_size = plan.vocab_size
-    if plan.untied:
-        config.tie_word_embeddings = text.tie_word_embeddings = False
-    weights = Merged(plan, where.device)
-    model = skeleton.build(config, trust_remote_code=trust, stored=lambda: weights)
-    return Walk(weights, model, device=where.device, dtype=where.dtype)
 
 
 @dataclass

@@ -219,7 +219,7 @@ base:                       # the model that the adapter was trained on
 # adapter: {{path: ./a, expert_order: auto}}   # auto | unsloth | peft: of lora_B on stacked experts
 
 merge:
-  onto: dequantized         # dequantized | original, default dequantized; what training saw: exact
+  onto: dequantized         # dequantized | original | auto (measured), default dequantized; what training saw: exact
   dtype: auto               # auto | float16 | bfloat16 | float32, default auto; the base's own
   max_shard: 5GB            # size, default 5GB; largest file of the merged checkpoint
 

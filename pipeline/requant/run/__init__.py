@@ -13,6 +13,7 @@ Only this package, and cli for printing, reads a Recipe.
     dtypes              the serving dtype, and float16 refused where a model does not run in it
     positions           windows longer than the positions that a model has
     prepared            the record that prepare returns: sources, merge, quantize, texts
+    quantize_inputs     settings and layout of quantize, and the engines that load it
     unknown_ids         the token ids of all texts; what is wrong where a model has no embedding for one
     served_experts      which experts are quantized: those that some server reads so
     stage_keys          what each stage depends on, as digests
@@ -20,6 +21,8 @@ Only this package, and cli for printing, reads a Recipe.
     merge_stage         the merged checkpoint
     quantize_stage      the GPTQ checkpoint, and what comes before it
     probe               does the adapter lower the loss on its own text
+    merge_onto          onto which base the adapter is merged, measured for merge.onto: auto
+    onto_choice         the rule of it: from both losses to the base that is taken
     expert_order        in which order an adapter holds its experts, measured where no file says it
     heal_stage          the healed checkpoint
     end_formats         quantized token embeddings and head, and the formats that hold them
@@ -38,6 +41,7 @@ Only this package, and cli for printing, reads a Recipe.
     heal_recipe         healing as a recipe asks for it
     heal_checkpoint     healing of any GPTQ checkpoint, without a recipe
     report_facts        what the report says besides scores
+    base_facts          of the base: its name, how training held it, its size
     format_facts        of the formats that the checkpoint was written in
     output_formats      which engines read which format, and what each cannot hold
     module_swap         what a module costs: measured by swapping it

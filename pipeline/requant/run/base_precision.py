@@ -106,6 +106,11 @@ def hints(recipe: Recipe, trained_on: Sequence[str | None]) -> list[str]:
             "base.original is set and not measured: the variant original says which base is the better one "
             "to merge onto"
         )
+    if recipe.merge.onto == "auto" and recipe.base.sixteen_bit is None:
+        found.append(
+            "merge.onto: auto has one base to choose from, the 4-bit one: base.original, the 16-bit model behind it, "
+            "lets it measure both"
+        )
     if recipe.base.nf4 != "none":
         return found
     if recipe.merge.onto == "original":

@@ -5,7 +5,6 @@ Done before the stages, since what they do depends on it; the result is stored a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from requant.data.packing import digest
 from requant.errors import InputError
 from requant.evaluate import expert_order_probe
 from requant.evaluate.adapter_probe import MAX_LENGTH, MAX_ROWS, MIN_LENGTH
-from requant.evaluate.expert_order_probe import Device, OrderFacts
+from requant.evaluate.expert_order_probe import OrderFacts
+from requant.evaluate.planned_merge import Device
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.run import evaluation_inputs
@@ -31,7 +31,6 @@ from requant.run.prepare import plan_merge
 from requant.run.prepared import Prepared
 from requant.runtime.device import pick_device
 
-log = logging.getLogger(__name__)
 LAYOUT = 1  # raised when what is measured changes
 ORDERS: tuple[Order, ...] = ("peft", "unsloth")
 
@@ -59,18 +58,17 @@ def decided(prepared: Prepared, directory: RunDirectory, watcher: Watcher) -> Pr
             result = _measured(prepared, adapter, directory, watcher)
             adapter = _with_order(adapter, result)
             found.append(result)
-            log.info("%s", expert_order.said(adapter))
             watcher.doing(str(expert_order.said(adapter)))
         adapters.append(adapter)
-    again, onto_original = (
+    again, onto_original, other = (
         _planned_again(p, adapters, trust_remote_code=prepared.recipe.trust_remote_code) if p else None
-        for p in (plan, prepared.merge.onto_original)
+        for p in (plan, prepared.merge.onto_original, prepared.merge.other)
     )
     assert again is not None
     told = [w for w in prepared.warnings if w not in plan.warnings]
     return replace(
         prepared,
-        merge=replace(prepared.merge, plan=again, onto_original=onto_original),
+        merge=replace(prepared.merge, plan=again, onto_original=onto_original, other=other),
         warnings=(*again.warnings, *told),
     )
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,8 @@ from requant.merge.base_weights import Nf4Settings
 from requant.merge.model_layout import ModelLayout
 from requant.merge.plan import MergePlan
 from requant.merge.stop_tokens import StopTokens, stop_tokens
-from requant.modeling import linears, skeleton
+from requant.modeling import skeleton
 from requant.modeling.embedding_rows import refuse_unknown_ids
-from requant.numerics.grid import Grid
-from requant.quantize import gptqmodel_engine
-from requant.quantize import plan as quantize_plan
-from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe, named_files
 from requant.run import (
     answer_prompts,
@@ -45,15 +41,14 @@ from requant.run import (
     output_formats,
     positions,
     recipe_texts,
-    served_experts,
     unknown_ids,
 )
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
-from requant.run.end_formats import planned_ends
 from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
+from requant.run.quantize_inputs import quantize_inputs_of, single_experts
 from requant.run.shared_inputs import SharedInputs
 from requant.run.task_recipe import load_tasks
 from requant.tracking import trackers
@@ -82,7 +77,7 @@ def prepare(
     sources, loaded, merge_inputs, model, single = models
     plan = merge_inputs.plan
     dtypes.refuse_float16(recipe, plan)
-    quantize_inputs = _quantize_inputs(recipe, plan, single)
+    quantize_inputs = quantize_inputs_of(recipe, plan, single)
     output_formats.refuse_unpackable(recipe.output.formats, quantize_inputs.plan)
     if gguf_export.FORMAT in recipe.output.formats:
         output_formats.refuse_gguf(sources, plan, quantize_inputs.plan, model)
@@ -132,7 +127,7 @@ def _models(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter], Merg
     plan = merge_inputs.plan
     if isinstance(plan.base.checkpoint, DecodedCheckpoint):
         plan.base.checkpoint.check_scales()
-    return sources, loaded, merge_inputs, model, _single_experts(recipe, plan, model)
+    return sources, loaded, merge_inputs, model, single_experts(recipe, plan, model)
 
 
 def _warnings(
@@ -182,11 +177,13 @@ def _merge_inputs(
         plan, model = plan_merge(sources.base, loaded, sources.simulate, trust_remote_code=trust)
     plan = replace(plan, stored=stored_dtype.expected_dtype(plan.base.checkpoint, recipe.merge.dtype))
     scored = original is not None and "original" in recipe.evaluate.variants
-    onto_original = _onto_original(recipe, original, loaded)[0] if scored and original else None
+    open_choice = recipe.merge.onto == "auto" and recipe.base.nf4 != "none"
+    planned = _onto_original(recipe, original, loaded)[0] if original and (scored or open_choice) else None
     adapter_completeness.check_vocabulary(loaded, plan, model)
     bases = [(s.path, s.revision) for s in (recipe.base.source, recipe.base.original) if s]
     matches = tuple(adapter_match.match(adapter, plan, bases) for adapter in loaded)
-    return MergeInputs(plan=plan, onto_original=onto_original, matches=matches), model
+    onto_original, other = planned if scored else None, planned if open_choice else None
+    return MergeInputs(plan=plan, onto_original=onto_original, matches=matches, other=other), model
 
 
 def _onto_original(recipe: Recipe, original: Path, loaded: Sequence[peft_directory.Adapter]) -> tuple[MergePlan, Any]:
@@ -207,29 +204,6 @@ def _stop_tokens(adapter: Path, plan: MergePlan, tokenizer: Any) -> StopTokens |
         return None
     base = plan.base.checkpoint
     return stop_tokens(tokenizer, base.path, base.config)
-
-
-def _single_experts(recipe: Recipe, plan: MergePlan, model: Any) -> Any:
-    """The skeleton with experts as Linears also where the base holds those of a layer in one tensor."""
-    trust, path = recipe.trust_remote_code, plan.base.checkpoint.path
-    return skeleton.open_model(path, trust_remote_code=trust, split=True) if linears.left_fused(model) else model
-
-
-def _quantize_inputs(recipe: Recipe, plan: MergePlan, model: Any) -> QuantizeInputs:
-    """The quantized layout, and which engines load it."""
-    dtype = dtypes.serving_dtype(recipe, plan)
-    settings, notes = served_experts.settled(
-        recipe, quantize_settings(recipe), model, lambda s: plan_quantize(plan, model, s, dtype)
-    )
-    if recipe.quantize.engine == "gptqmodel":
-        gptqmodel_engine.check(settings)
-    layout = plan_quantize(plan, model, settings, dtype)
-    ends = planned_ends(recipe, model, layout, untied=plan.untied)
-    engines, readers = output_formats.engines(ends.plans(layout, recipe.output.formats), model)
-    told = (*notes, *ends.notes)
-    return QuantizeInputs(
-        plan=layout, settings=settings, dtype=dtype, engines=engines, notes=told, readers=readers, ends=ends
-    )
 
 
 def _texts(
@@ -299,20 +273,3 @@ def plan_merge(
     planned = merge.plan(stored, loaded, layout)
     config_agreement.check(stored, model, layout)
     return planned, model
-
-
-def quantize_settings(recipe: Recipe) -> Settings:
-    q = recipe.quantize
-    overrides: list[tuple[str, Mapping[str, Any] | None]] = []
-    for pattern, own in q.overrides.items():
-        changed = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(own, k)) is not None}
-        overrides.append((pattern, None if own.skip else changed))
-    grid = Grid(q.bits, q.group_size, symmetric=q.symmetric, signed=q.signed_scales, search=q.scale_search)
-    damp = None if q.damp == "auto" else float(q.damp)
-    return Settings(grid=grid, order=q.order, sweeps=q.sweeps, correct=q.correct, damp=damp, overrides=tuple(overrides))
-
-
-def plan_quantize(plan: MergePlan, model: Any, settings: Settings, dtype: torch.dtype) -> Plan:
-    """The quantized layout of a checkpoint that is not written yet."""
-    slots = {s.name: s for s in plan.slots(torch.float16)}
-    return quantize_plan.plan(slots, model, settings, dtype, where=plan.base.checkpoint.path)

@@ -27,6 +27,7 @@ from requant.recipe.quantize_section import OverrideFields
 from requant.run.end_formats import PlannedEnds
 from requant.run.heal_recipe import Healing
 from requant.run.recipe_texts import CalibrationFacts
+from requant.run.stage_results import OntoDecision
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -50,13 +51,15 @@ class MergeInputs:
     """What merge needs.
 
     onto_original: the plan of the variant `original`. matches: one for each adapter. stops: tokens that end a turn of
-    the fine-tune and that the base's configs lack.
+    the fine-tune and that the base's configs lack. other: the merge onto the 16-bit base, where `merge.onto: auto` has
+    yet to choose between it and `plan`.
     """
 
     plan: MergePlan
     onto_original: MergePlan | None
     matches: tuple[adapter_match.Match, ...]
     stops: StopTokens | None = None
+    other: MergePlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ class Prepared:
     """Plans, settings and texts of one recipe.
 
     heal: None when it was not asked for, or `auto` left it out.
+    choice: how `merge.onto: auto` was decided.
     unloadable: why transformers 5 cannot load the base as training did; None when it can.
     """
 
@@ -117,6 +121,7 @@ class Prepared:
     unloadable: str | None
     warnings: tuple[str, ...]
     tasks: Tasks | None = None
+    choice: OntoDecision | None = None
 
     @property
     def task_variants(self) -> tuple[str, ...]:

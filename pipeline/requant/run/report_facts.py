@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from requant import recipe
 from requant.data.canaries import CanaryFacts
 from requant.deploy.verification import VerificationFacts
-from requant.evaluate import variant_weights
 from requant.evaluate.adapter_probe import ProbeFacts
 from requant.merge import adapter_match
 from requant.merge.adapter_match import SignFacts
-from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
-from requant.modeling import skeleton
-from requant.numerics.nf4 import QuantType
 from requant.quantize.module_results import ModuleRow
-from requant.recipe import fields
+from requant.run.base_facts import BaseFacts, base_bytes, base_facts, public_name
 from requant.run.check import delta_prediction
 from requant.run.format_facts import FormatFacts, format_facts, weight_bytes
 from requant.run.prepared import Prepared
@@ -38,25 +33,6 @@ from requant.run.stage_results import (
 from requant.runtime import measurements
 
 MEASURED = tuple(Measured.__annotations__)
-
-
-class Nf4Facts(TypedDict):
-    """`Nf4Settings` as stored."""
-
-    quant_type: QuantType
-    double_quant: bool
-    blocksize: int
-    load_dtype: Literal["float16", "bfloat16", "float32"]
-    compute_dtype: Literal["float16", "bfloat16", "float32"] | None
-    skip: Sequence[str]
-    version: Literal[4, 5]
-
-
-class BaseFacts(TypedDict):
-    """The base model. nf4: how a 16-bit base was quantized for training; none: it was not."""
-
-    name: str
-    nf4: Nf4Facts | Literal["pre-quantized", "none"]
 
 
 class MatchFacts(TypedDict):
@@ -156,7 +132,7 @@ class RunFacts(TypedDict):
 
 def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: str, dtype: str) -> RunFacts:
     """The facts of one run. stages: stored results. run: its directory, for sizes."""
-    r, nf4 = prepared.recipe, prepared.sources.simulate
+    r = prepared.recipe
     merged, quantized = stages["merge"], stages["quantize"]
     modules = quantized.get("modules", [])
     costs = cast(Mapping[str, Measured], stages)
@@ -164,10 +140,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
         "name": r.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": recipe.public(r),
-        "base": {
-            "name": public_name(r.base.source, r.directory),
-            "nf4": cast(Nf4Facts, asdict(nf4)) if nf4 else "none" if r.base.nf4 == "none" else "pre-quantized",
-        },
+        "base": base_facts(prepared),
         "adapter": {
             **_adapters(r),
             "match": [_match(m) for m in prepared.merge.matches],
@@ -205,7 +178,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
 def _bytes(prepared: Prepared, run: Path, merged: MergeStageResult) -> dict[str, int | None]:
     """Weights of every artifact; None where it is not known."""
     sizes = {
-        "base": _base_bytes(prepared),
+        "base": base_bytes(prepared),
         "adapter": weight_bytes(prepared.sources.adapter),
         "merged": weight_bytes(run / "merged") or merged.get("bytes"),
         "gptq": weight_bytes(run / "gptq"),
@@ -225,11 +198,6 @@ def _healing(prepared: Prepared, healed: HealStageResult | None) -> HealFacts | 
     return cast(HealFacts, facts | {"overlap": prepared.heal.facts.get("overlap", {})})
 
 
-def public_name(source: fields.Source, directory: Path) -> str:
-    """A hub id as it is, of a local path the last part only."""
-    return Path(source.resolve(directory)).name if source.is_local(directory) else source.path
-
-
 def _adapters(r: recipe.Recipe) -> AdapterNames:
     """The name of the adapter, or of all with their weights."""
     adapters = [(public_name(source, r.directory), weight) for source, weight in r.weighted_adapters]
@@ -245,32 +213,6 @@ def _match(m: adapter_match.Match) -> MatchFacts:
     """The adapter-base match: signs that agree, of how many, and each of them."""
     agree, of = m.score
     return {"agree": agree, "of": of, "signs": cast(list[SignFacts], [asdict(s) for s in m.signs])}
-
-
-def _base_bytes(p: Prepared) -> int:
-    """Bytes of the base as it is served with the adapter: as training held it.
-
-    Of a checkpoint in few bits its files; of a 16-bit one what quantizing it on the fly leaves, or 16 bit a weight
-    where training did not quantize it.
-    """
-    base, nf4 = p.merge.plan.base, p.sources.simulate
-    if isinstance(base.checkpoint, DecodedCheckpoint):
-        return weight_bytes(p.sources.base)
-    if p.recipe.base.nf4 == "none":
-        return sum(math.prod(w.shape) * min(w.dtype.itemsize, 2) for w in base.weights.values())
-    if nf4 is None:
-        return weight_bytes(p.sources.base)
-    if base.simulate is None:  # merged onto the 16-bit original: the plan knows nothing of the 4-bit base
-        model = skeleton.open_model(p.sources.base, trust_remote_code=p.recipe.trust_remote_code)
-        base = variant_weights.open_base(open_base_checkpoint(p.sources.base), model, nf4)
-    total = 0
-    for weight in base.weights.values():
-        count = math.prod(weight.shape)
-        blocks = math.ceil(count / nf4.blocksize)
-        absmax = blocks + 4 * math.ceil(blocks / 256) if nf4.double_quant else 4 * blocks
-        packed = math.ceil(count / 2) + absmax
-        total += packed if weight.kind == "simulated" else count * weight.dtype.itemsize
-    return total
 
 
 def _warnings(stages: StageResults, modules: Sequence[ModuleRow]) -> list[str]:

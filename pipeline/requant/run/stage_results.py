@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from requant.deploy.verification import VerificationFacts
 from requant.evaluate.adapter_probe import ProbeFacts
+from requant.evaluate.merge_onto_probe import Onto
 from requant.heal.stage import HealResult
 from requant.merge.plan import Ledger
 from requant.merge.selftest import SelfTestFacts
@@ -28,6 +29,32 @@ class EstimateFacts(TypedDict):
     se: float
     low: float
     high: float
+
+
+class OntoFacts(TypedDict):
+    """Losses of both merges on a part of one evaluation set, in nats a token.
+
+    difference: the original's minus the other's, paired by document. se, interval: its standard error and (low, high)
+    at 95 %; None with one document.
+    """
+
+    set: str
+    documents: int
+    tokens: int
+    losses: dict[Onto, float]
+    difference: float
+    se: float | None
+    interval: tuple[float, float] | None
+
+
+class OntoDecision(TypedDict):
+    """The base that is taken, and why. difference, interval: the mean over the sets; None where no set tells."""
+
+    onto: Onto
+    why: str
+    difference: float | None
+    interval: tuple[float, float] | None
+    sets: list[OntoFacts]
 
 
 class MergeFacts(TypedDict, total=False):
