@@ -20,6 +20,10 @@ TAGGED = (  # calls as Qwen writes them
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 BARE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
+CHANNELS = (  # the answer's channel is the model's to write: as gpt-oss's
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}[final]{% endif %}{{ m.content }}</end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 NONE_NEEDED = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}<assistant>{% endif %}{% endfor %}"
 
 
@@ -57,7 +61,7 @@ def test_a_completion_is_asked_by_its_prompt(tmp_path: Path, row: dict[str, str]
 
 
 def test_plain_text_has_no_prompt(tmp_path: Path) -> None:
-    assert held_out(tmp_path, [{"text": "Once upon a time"}]) == ([], "its rows are plain text, and have no prompt")
+    assert held_out(tmp_path, [{"text": "Once upon a time"}]) == ([], "the rows are plain text and have no prompt")
 
 
 def test_prompts_are_spread_and_the_same_each_time(tmp_path: Path) -> None:
@@ -89,7 +93,9 @@ def test_a_template_that_opens_no_turn_is_found(tmp_path: Path) -> None:
     assert "never" in held_out(tmp_path, [turns("a?", "b")], refusing)[1]
 
 
-@pytest.mark.parametrize("template", [chat.ECHO, chat.THINKING, chat.OPENED, chat.STRICT, chat.PARTS, NONE_NEEDED])
+@pytest.mark.parametrize(
+    "template", [chat.ECHO, chat.THINKING, chat.OPENED, chat.STRICT, chat.PARTS, CHANNELS, chat.ENDED, NONE_NEEDED]
+)
 def test_templates_that_open_a_turn_do(template: str) -> None:
     empty_thought = template.replace("(){%", "<think>\n\n</think>{%")
     assert prompts.unopened(chat.tokenizer(empty_thought)) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import browser
 from helpers.browser import Page
-from helpers.reports import answered, full, hostile
+from helpers.reports import answered, built, full, hostile
 
 from requant_eval.render import html
 
@@ -230,6 +231,21 @@ def test_without_scripts_everything_can_be_read(page: Page, url: str) -> None:
         assert not any(n["role"]["value"] == "button" for n in nodes)
     finally:
         page._send("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", [(), ("ppl_increase in-domain 50%",)])
+def test_nothing_on_the_first_screen_overlaps(page: Page, tmp_path: Path, gates: tuple[str, ...]) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(html.render(built(gates=gates)), encoding="utf-8")
+    for width in (390, 1280):
+        page.open(path.as_uri(), width=width)
+        boxes = page.run(
+            "[...document.querySelectorAll('header > p, header > h1, .first > p, .first > dl')]"
+            ".map(e => e.getBoundingClientRect()).map(b => [b.top, b.bottom])"
+        )
+        assert len(boxes) >= 6
+        assert all(above[1] <= below[0] + 1 for above, below in itertools.pairwise(boxes))
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_a_model_that_runs_block_by_block_is_not_asked(project: Path, tmp_path: 
 @pytest.mark.slow
 def test_plain_text_is_told_to_have_no_prompts(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    assert report["answers"]["why"] == "its rows are plain text, and have no prompt"
+    assert report["answers"]["why"] == "the rows are plain text and have no prompt"
 
 
 def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> None:
@@ -85,10 +85,10 @@ def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluate.answers": {"prompts": 3}}, "set in-domain: its rows are plain text, and have no prompt"),
+        ({"evaluate.answers": {"prompts": 3}}, "set in-domain: the rows are plain text and have no prompt"),
         (
             {"gates": [{"metric": "lost_answers", "set": "in-domain", "max": 1}]},
-            "evaluate.answers: set in-domain: its rows are plain text",
+            "evaluate.answers: set in-domain: the rows are plain text",
         ),
         ({"evaluate.answers": {"new_tokens": 64}}, "evaluate.answers.new_tokens: 64 tokens of an answer leave no room"),
     ],

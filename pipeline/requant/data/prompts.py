@@ -104,7 +104,7 @@ def held_out(
     rows = read_rows(source)
     columns = columns_of(source, rows, asked)
     if columns.kind == "text":
-        return [], "its rows are plain text, and have no prompt"
+        return [], "the rows are plain text and have no prompt"
     if tokenizer.chat_template and (wrong := unopened(tokenizer)):
         return [], wrong
     parts = list(_parts(rows, count))
@@ -129,17 +129,20 @@ def held_out(
 def unopened(tokenizer: Any) -> str:
     """How a chat template fails to open the turn of an answer; "" where it does.
 
-    The template's words before an answer, besides tags of a thought, must stand there when an answer is asked for.
+    It does not where asking for an answer adds nothing, and answers have words of the template before them, besides
+    tags of a thought. (Words after those that asking adds, such as a channel's name, are the model's own to write.)
     """
     user: Message = {"role": "user", "content": "?"}
+    answer: Message = {"role": "assistant", "content": _MARK}
+    call = partial(template_call.apply, tokenizer)
     try:
-        opened = call_guarded(partial(template_call.apply, tokenizer, [user], None, ask=True))
-        answer: Message = {"role": "assistant", "content": _MARK}
-        before, mark, _ = call_guarded(partial(template_call.apply, tokenizer, [user, answer], None)).partition(_MARK)
+        opened = call_guarded(partial(call, [user], None, ask=True))
+        left = call_guarded(partial(call, [user], None))
+        before, mark, _ = call_guarded(partial(call, [user, answer], None)).partition(_MARK)
     except (TemplateFailure, LimitError) as error:
         return f"the chat template does not open the turn of an answer: {error}"
     missing = _THOUGHT.sub("", before.removeprefix(opened)).strip() if before.startswith(opened) else ""
-    if not mark or not missing:
+    if not (mark and missing and left.startswith(opened)):
         return ""
     return (
         f"the chat template does not open the turn of an answer: it leaves out {missing!r:.60} where one is asked for"
