@@ -156,6 +156,12 @@ def gate_words(metric: str) -> str:
     return (declared.short or declared.words) if declared else metric
 
 
+def is_counted(metric: str) -> bool:
+    """Whether a metric is counted, and so has no interval."""
+    declared = METRICS.get(metric)
+    return declared is not None and declared.of == "answers"
+
+
 class GateError(ValueError):
     """A gate that is not valid; `key` names the wrong part."""
 

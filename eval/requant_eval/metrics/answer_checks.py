@@ -34,7 +34,7 @@ RULES = {
     "judged where the row has tools and its own answer, or this one, makes a call",
     "same_script": "most letters are of a script (Latin, Cyrillic, Han, ...) of the prompt or of the row's own answer; "
     "two languages of one script look the same to it",
-    "no_loop": "the answer does not end in 1 to 40 words four times in a row, 12 words at least",
+    "no_loop": "the answer does not end in 1 to 40 words four times in a row, 12 words at least, or in 40 blanks",
 }
 """Check -> what exactly passes."""
 THOUGHTS = (
@@ -49,6 +49,7 @@ THOUGHTS = (
 FEWEST_LETTERS = 8  # of an answer whose script is judged
 SHARE = 0.2  # of a text's letters, from which a script is one of the text's
 LONGEST_LOOP, FEWEST_TIMES, FEWEST_UNITS = 40, 4, 12
+MOST_BLANKS = 40  # at the end of an answer, from which they are a loop
 _UNIT = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|([^\w\s])\1*")
 _IN_TAGS = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\S*?)?\[ARGS\]")
@@ -138,8 +139,10 @@ def no_loop(text: str) -> bool:
     """Whether the text does not end in a loop: 1 to 40 units four times in a row, 12 units in all at least.
 
     A unit is a word, a run of one punctuation mark, or a character of a script without blanks. The last time may be
-    cut off.
+    cut off. 40 blanks or line ends are a loop too.
     """
+    if len(text) - len(text.rstrip()) >= MOST_BLANKS:
+        return False
     units = [found[0] for found in _UNIT.finditer(text)]
     return not any(_loops(units, length) for length in range(1, LONGEST_LOOP + 1))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from requant_eval.escaping import markdown, markdown_block
-from requant_eval.gate import gate_words
+from requant_eval.gate import gate_words, is_counted
 from requant_eval.metrics.facts import Facts, base_and_adapter, known_facts
 from requant_eval.metrics.records import Estimate
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
@@ -67,7 +67,8 @@ def gates_table(report: Report) -> Table:
         unit = f" {g['unit']}" if g["unit"] else ""
         whose = f" of {g['relative_to']}'s" if g["relative_to"] else ""
         bound = f"{'<=' if g['side'] == 'max' else '>='} {g['limit']:g}{unit}{whose}"
-        value = format_estimate(g["estimate"], unit=unit) if g["estimate"] else _unmeasured(g)
+        between = not is_counted(g["metric"])
+        value = format_estimate(g["estimate"], unit=unit, interval=between) if g["estimate"] else _unmeasured(g)
         more = f", about {g['more_documents']} more documents" if g["more_documents"] else ""
         rows.append((gate_words(g["metric"]), value, bound, g["status"].upper() + more, g["set"], str(g["variant"])))
     note = "A gate passes when its whole 95 % interval keeps the limit, fails when the whole interval breaks it."

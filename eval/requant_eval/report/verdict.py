@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from requant_eval.errors import EvaluationError
-from requant_eval.gate import METRICS, Gate, GateError, from_rule
+from requant_eval.gate import METRICS, Gate, GateError, from_rule, is_counted
 from requant_eval.metrics import answers, task_metrics
 from requant_eval.metrics import statistics as st
 from requant_eval.metrics.lookup import find_estimate, step_from_reference
@@ -254,7 +254,8 @@ def _text(gate: Gate, result: GateResult, missing: str) -> str:
         return f"{gate.text}: {missing}"
     unit = f" {gate.unit}" if gate.unit else ""
     signed = METRICS[gate.metric].signed and gate.relative_to is None
-    text = f"{gate.text}, measured {format_estimate(result['estimate'], signed=signed, unit=unit)}"
+    found = format_estimate(result["estimate"], signed=signed, unit=unit, interval=not is_counted(gate.metric))
+    text = f"{gate.text}, measured {found}"
     if result["status"] != "inconclusive":
         return text
     if result["estimate"]["low"] is None:
