@@ -126,6 +126,17 @@ def test_answers_of_strangers_are_shown_and_not_obeyed() -> None:
     assert "<script>" not in outside, "only in fences, where it is text"
 
 
+def test_names_of_strangers_obey_no_terminal() -> None:
+    bell = "\x1b[31m\x07"
+    prompts = [AskedPrompt(row=1, shown=bell, text="a", own="")]
+    given = {"adapter": ["x"], f"gptq{bell}": [f"y{bell}"]}
+    found = section(GivenAnswers(set_name=f"s{bell}", new_tokens=8, why=bell, prompts=prompts, given=given))
+    found["rules"] = {name: rule + bell for name, rule in found["rules"].items()}
+    for made in (found, found | {"items": []}):
+        report: Any = full() | {"answers": made}
+        assert not {"\x1b", "\x07"} & set(html.render(report) + markdown.render(report))
+
+
 def test_many_answers_leave_the_page_before_it_is_too_long() -> None:
     report = answered(200)
     for item in report["answers"]["items"]:

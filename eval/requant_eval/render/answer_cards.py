@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from requant_eval.escaping import visible
+from requant_eval.escaping import one_line, visible
 from requant_eval.metrics import answer_checks
 from requant_eval.metrics.answer_records import AnsweredPrompt, AnswersSection, CheckCount
 from requant_eval.render.tables import Table
@@ -87,7 +87,7 @@ def _said(name: str, item: AnsweredPrompt, section: AnswersSection, longest: int
         notes.insert(0, "says nothing")
     is_same = at is None and section["reference"] not in (None, name)
     return Said(
-        name=name, who=WHO.get(name, name), before=before, word=word, after=after, note="; ".join(notes),
+        name=one_line(name), who=WHO.get(name, one_line(name)), before=before, word=word, after=after, note="; ".join(notes),
         is_same=is_same,
     )  # fmt: skip
 

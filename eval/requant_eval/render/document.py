@@ -132,11 +132,11 @@ class Document:
 
 def document(report: Report) -> Document:
     """The whole report; sections without content are left out, and names cannot hold what a terminal obeys."""
-    answers = report.get("answers")  # with their line breaks, made harmless by `cards`
+    given = report["answers"]["items"] if "answers" in report else []
     report = readable(report)
     created = report["created"]
-    if answers:
-        report = {**report, "answers": answers}
+    if given:  # with their line breaks, made harmless by `cards`
+        report = {**report, "answers": {**report["answers"], "items": given}}
     return Document(
         headline=report["headline"],
         title=str(report["name"] or "Quality report"),
