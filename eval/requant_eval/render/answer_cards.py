@@ -87,8 +87,8 @@ def _said(name: str, item: AnsweredPrompt, section: AnswersSection, longest: int
         notes.insert(0, "says nothing")
     is_same = at is None and section["reference"] not in (None, name)
     return Said(
-        name=one_line(name), who=WHO.get(name, one_line(name)), before=before, word=word, after=after, note="; ".join(notes),
-        is_same=is_same,
+        name=one_line(name), who=WHO.get(name, one_line(name)), before=before, word=word, after=after,
+        note="; ".join(notes), is_same=is_same,
     )  # fmt: skip
 
 
