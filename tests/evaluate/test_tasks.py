@@ -16,7 +16,7 @@ from requant.data import tokenizer as tokenizers
 from requant.errors import InputError
 from requant.evaluate import generation_settings, task_files
 from requant.evaluate.task_definitions import TaskRequest, require_library
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 
 GOOD: dict[str, Any] = {
     "task": "words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "words.jsonl"}},

@@ -12,7 +12,7 @@ import pytest
 from heal.test_stage import CPU, SETTINGS, WHOLE, Killed, quantized, sample
 from helpers.ranks import two_ranks
 
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.heal import stage
 from requant.heal.job import HealJob
 from requant.run import heal_stage

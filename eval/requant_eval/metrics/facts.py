@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Required, cast
 
 from typing_extensions import ReadOnly, TypedDict
 
@@ -145,6 +145,20 @@ class FormatFacts(TypedDict, total=False):
     loaded_in: Sequence[str]
 
 
+class RoadFacts(TypedDict, total=False):
+    """Another way to ship. by: who computed it. bytes, unquantized: of its tensors on disk, and of those in 16 bit.
+
+    missing: why it was not measured.
+    """
+
+    name: Required[str]
+    by: Required[str]
+    settings: str
+    bytes: int | None
+    unquantized: int | None
+    missing: str | None
+
+
 class CostFacts(TypedDict, total=False):
     """bytes: of every artifact. The rest by stage: seconds, peak bytes of memory and GPU memory."""
 
@@ -233,6 +247,7 @@ class Facts(TypedDict, total=False):
     heal: HealFacts | None
     formats: Mapping[str, FormatFacts]
     cost: CostFacts
+    roads: Sequence[RoadFacts]
     evaluation: EvaluationFacts
     versions: Mapping[str, str]
     hardware: Mapping[str, str]

@@ -10,7 +10,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-Kind = Literal["learned", "merge", "quantize", "heal", "ends", "total", "control", "fork"]
+Kind = Literal["learned", "merge", "quantize", "heal", "ends", "total", "control", "fork", "road"]
 Part = Literal["value", "low", "high"]
 Field = Literal["value", "se", "low", "high"]
 PARTS: tuple[Part, ...] = ("value", "low", "high")

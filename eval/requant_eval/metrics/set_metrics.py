@@ -34,6 +34,16 @@ EDGES: tuple[tuple[str, str, records.Kind], ...] = (
     ("merged", "rtn", "control"),
     ("adapter", "rtn", "control"),
     ("adapter", "original", "fork"),
+    *(
+        (start, end, "road")
+        for start, end in (
+            ("adapter", "nf4-merge"),
+            ("merged", "nf4-again"),
+            ("adapter", "nf4-again"),
+            ("merged", "gptqmodel"),
+            ("adapter", "gptqmodel"),
+        )
+    ),
 )
 
 

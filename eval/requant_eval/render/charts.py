@@ -14,8 +14,9 @@ from requant_eval.metrics.facts import HealFacts
 from requant_eval.metrics.records import Edge, Estimate, EvaluationSet, KernelStep, Tails
 from requant_eval.render import svg
 from requant_eval.render.chart import Chart, Row
-from requant_eval.render.document import Figure, HealingFigure, ModulesFigure, SetFigure, SetWithGates
+from requant_eval.render.document import Figure, HealingFigure, ModulesFigure, RoadsFigure, SetFigure, SetWithGates
 from requant_eval.render.module_maps import module_maps
+from requant_eval.render.road_chart import loss_by_bytes
 from requant_eval.render.set_tables import served, what
 from requant_eval.render.svg import Scale
 from requant_eval.report.number_format import format_estimate, format_value
@@ -34,7 +35,8 @@ FLIPS: tuple[tuple[Flip, int, str, str], ...] = (
     ("right_to_wrong", -1, "worse", "right -> wrong"),
     ("wrong_to_right", 1, "better", "wrong -> right"),
 )
-CONTROLS = ("control", "fork")
+CONTROLS = ("control", "fork", "road")
+BESIDE = ("rtn", "nf4-merge", "nf4-again", "gptqmodel")  # variants that nobody here ships
 TALL = 120  # pixels of a curve
 
 
@@ -72,6 +74,8 @@ def charts(figure: Figure) -> list[Chart]:
             found = tails(s)
         case HealingFigure(data=facts):
             found = [healing(facts)]
+        case RoadsFigure(data=roads, home=home):
+            found = [loss_by_bytes(roads, home)]
         case ModulesFigure(data=facts):
             found = module_maps(facts)
     return [chart for chart in found if chart.rows]
@@ -142,7 +146,7 @@ def losses(s: SetWithGates) -> Chart:
     Controls outside of the scale are drawn at its edge.
     """
     edges = [(e, p) for e in s["edges"] if e["from"] == s["reference"] and (p := point(e["loss_percent"]))]
-    near = [p for e, p in edges if e["kind"] != "control"]
+    near = [p for e, p in edges if e["kind"] not in ("control", "road")]
     if not near:
         return Chart(caption="", rows=())
     limits = [g["limit"] for g in s["gates"] if g["metric"] == "ppl_increase" and g["relative_to"] is None]
@@ -229,7 +233,7 @@ def tails(s: EvaluationSet) -> list[Chart]:
         return []
     names = [name for name in found["variants"] if name not in ("merged", "original")]
     against = f"nats a token against {s['reference']}"
-    return [_tails(found, name, against) for name in names if name != "rtn" or len(names) == 1]
+    return [_tails(found, name, against) for name in names if name not in BESIDE or len(names) == 1]
 
 
 def _tails(found: Tails, name: str, unit: str) -> Chart:

@@ -6,7 +6,7 @@ report to draw it from. Formats without pictures leave figures out, so each numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -14,7 +14,7 @@ from requant_eval import escaping
 from requant_eval.metrics.engine_step import proofs
 from requant_eval.metrics.facts import Facts, HealFacts, is_16_bit_base, known_facts
 from requant_eval.metrics.records import EvaluationSet
-from requant_eval.render import adapter_tables
+from requant_eval.render import adapter_tables, road_tables
 from requant_eval.render.answer_cards import FIRST, Cards, answers_said, cards, checks_table
 from requant_eval.render.engine_table import checks_table as engine_checks
 from requant_eval.render.first_screen import FirstScreen, first_screen
@@ -25,7 +25,7 @@ from requant_eval.render.input_tables import inputs_table
 from requant_eval.render.set_tables import set_tables
 from requant_eval.render.tables import Table, cost_tables, facts_table, gates_table, modules_table, options_table
 from requant_eval.render.task_tables import task_tables
-from requant_eval.report.records import GateResult, Report
+from requant_eval.report.records import GateResult, Report, Road
 
 LONGEST = 300  # rows of a folded table
 LIMITS = (
@@ -72,7 +72,7 @@ class SetWithGates(EvaluationSet):
 class Figure:
     """A figure of numbers that a table beside it gives as well; its `data` is what it is drawn from."""
 
-    kind: Literal["steps", "kl", "flips", "tails", "modules", "healing"]
+    kind: Literal["steps", "kl", "flips", "tails", "modules", "healing", "roads"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,14 @@ class HealingFigure(Figure):
     """The figure of the healing."""
 
     data: HealFacts
+
+
+@dataclass(frozen=True)
+class RoadsFigure(Figure):
+    """The figure of the roads. home: the set whose losses are drawn."""
+
+    data: Sequence[Road]
+    home: str
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,7 @@ def _sections(report: Report) -> Iterator[Section]:
     yield Section("Recommendation", (Paragraph(way["text"]), options_table(report), Paragraph(way["rule"])))
     for s in report["sets"]:
         yield _set(s, [g for g in report["gates"] if g["set"] == s["name"] and g["metric"] != "task"])
+    yield Section("Roads", tuple(_roads(report)))
     yield Section("Tasks", tuple(task_tables(report)))
     yield Section("Healing", tuple(_healing(report)))
     yield Section("Answers", tuple(_answers(report)))
@@ -216,6 +225,17 @@ def _set(s: EvaluationSet, gates: list[GateResult]) -> Section:
             blocks.append(figures[table.key])
         blocks.append(table)
     return Section(f"{s['name']}{mark}", tuple(blocks))
+
+
+def _roads(report: Report) -> Iterator[Block]:
+    roads = report.get("roads")
+    if not roads:
+        return
+    if said := road_tables.conclusion(report):
+        yield Paragraph(said)
+    yield RoadsFigure("roads", roads, road_tables.home_set(report))
+    yield road_tables.roads_table(report)
+    yield Bullets(tuple(road_tables.road_lines(report)))
 
 
 def _healing(report: Report) -> Iterator[Block]:

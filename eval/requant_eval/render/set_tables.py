@@ -17,6 +17,7 @@ KINDS = {
     "total": "whole way",
     "control": "control",
     "fork": "merged onto the original base",
+    "road": "another road",
     "kernel": "served",
 }
 

@@ -6,6 +6,7 @@
     verdict         gates against the numbers
     recommend       which of three ways to deploy
     headline        the one sentence
+    roads           what ships beside what people would otherwise ship
     adapter_gain    what the adapter gained over its base, where that is nothing
     compare         two runs, paired by document
     compare_tasks   the same of the tasks of lm-evaluation-harness

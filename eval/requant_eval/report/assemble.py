@@ -31,6 +31,7 @@ from requant_eval.metrics.task_metrics import TaskResult
 from requant_eval.report.headline import headline
 from requant_eval.report.recommend import recommend
 from requant_eval.report.records import Report
+from requant_eval.report.roads import roads
 from requant_eval.report.verdict import judge, verdict
 
 __all__ = ["SCHEMA_VERSION", "SetResult", "build", "conclude", "dumps", "fingerprint", "plain", "save", "save_text"]
@@ -74,6 +75,7 @@ def build(
         "sets": rendered,
         **({"tasks": [task_metrics.section(task) for task in tasks]} if tasks else {}),  # type: ignore[typeddict-item]
         **({"answers": answer_metrics.section(answers)} if answers else {}),  # type: ignore[typeddict-item]
+        **({"roads": found} if (found := roads(known, rendered)) else {}),  # type: ignore[typeddict-item]
         "facts": dict(facts),
         "warnings": [*(known.get("warnings") or []), *_warnings(rendered)],
     }

@@ -32,6 +32,8 @@ STAGES_OF = {
     "gptq": ("merge", "quantize"),
     "healed": ("merge", "quantize", "heal"),
     "ends": ("merge", "quantize"),
+    "nf4-again": ("merge",),
+    "gptqmodel": ("merge", "gptqmodel"),
 }
 IDENTITY: tuple[Literal["digest"], Literal["fingerprint"]] = ("digest", "fingerprint")
 

@@ -66,6 +66,26 @@ class Recommendation(TypedDict):
     adapters_from: int | None
 
 
+class Road(TypedDict):
+    """One way to ship the fine-tune, this run's own among them. variant: as it was scored, null: it was not (missing
+    says why). ships: it is what this run deploys. by: who computed it. bytes: of the tensors on disk; unquantized: of
+    these in 16 bit. By set, against the reference: loss: percent more perplexity; kl: nats a token; times: loss in ln
+    perplexity as a multiple of the loss of what ships.
+    """
+
+    name: str
+    variant: str | None
+    ships: bool
+    by: str
+    settings: str
+    bytes: int | None
+    unquantized: int | None
+    missing: str | None
+    loss: dict[str, Estimate | None]
+    kl: dict[str, Estimate | None]
+    times: dict[str, Estimate | None]
+
+
 class Report(TypedDict):
     """A requant quality report."""
 
@@ -79,6 +99,7 @@ class Report(TypedDict):
     sets: list[EvaluationSet]
     tasks: NotRequired[list[TaskSection]]
     answers: NotRequired[AnswersSection]
+    roads: NotRequired[list[Road]]
     facts: dict[str, Any]
     warnings: list[str]
 

@@ -31,6 +31,7 @@ RECORDS: tuple[Any, ...] = (
     report_records.Verdict,
     report_records.Option,
     report_records.Recommendation,
+    report_records.Road,
     report_records.Report,
     set_records.Estimate,
     set_records.VariantResult,
@@ -126,6 +127,10 @@ def _unknown_variants(report: Report) -> Iterator[str]:
         for place, name in named:
             if name not in known:
                 yield f"sets.{number}.{place}: {name!r:.60} is no variant of the set"
+    scored = {v["name"] for v in report["sets"][0]["variants"]} if report["sets"] else set()
+    for number, road in enumerate(report.get("roads") or []):
+        if road["variant"] is not None and road["variant"] not in scored:
+            yield f"roads.{number}.variant: {road['variant']!r:.60} is no variant of the first set"
     for number, task in enumerate(report.get("tasks") or []):
         run = {v["name"] for v in task["variants"]}
         places = [(f"steps.{i}.{end}", e[end]) for i, e in enumerate(task["steps"]) for end in ENDS]

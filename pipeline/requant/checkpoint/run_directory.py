@@ -33,7 +33,7 @@ CACHE = ".cache"
 STAGES, KNOWN = ".stages.json", ".digests.json"
 SEAL = "sha256"  # key of a state's digest
 OWN_FILES = (MARKER, "log.txt", "events.jsonl")  # that grow or are locked: they are not replaced as others are
-ARTIFACTS = ("merged", "gptq", "healed", "compressed-tensors", "auto-round", "mlx", "gguf")
+ARTIFACTS = ("merged", "gptq", "healed", "gptqmodel", "compressed-tensors", "auto-round", "mlx", "gguf")
 
 
 def key_of(*parts: Any) -> str:

@@ -41,6 +41,7 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     if prepared.merge.other is not None:
         scored = merge_onto.tokens_to_score(prepared)
         _line("merge", f"onto: auto: run first scores both merges on {scored} tokens of the evaluation sets")
+    _print_roads(prepared, where)
     _line("disk", f"writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     _line("heal", _healing(prepared))
     if predicted:
@@ -109,6 +110,14 @@ def _print_contents(prepared: Prepared) -> None:
         _line("answers", taken if prompts.items else f"none: {prompts.set_name}: {prompts.why}")
     if prepared.texts.canaries:
         _line("canaries", f"{len(prepared.texts.canaries.items)} prompts from {prepared.texts.canaries.name}")
+
+
+def _print_roads(prepared: Prepared, where: Path) -> None:
+    """Other ways to ship that are measured, and those that cannot be."""
+    from requant.run import evaluation_inputs, road_recipe
+
+    for said in road_recipe.sentences(prepared.recipe, evaluation_inputs.variant_sources(prepared, where)):
+        _line("road", said)
 
 
 def _healing(prepared: Prepared) -> str:

@@ -3,6 +3,9 @@
     stage             evaluate(scores, sources, ...)   <- start here
     scores            the files of scores and canary answers
     variants          base, adapter, merged, rtn, gptq, healed, ends, original as models
+    variant_sources   where they are made from: directories and plans
+    trained_base      base and adapter as training held them, by bitsandbytes and PEFT
+    roads             what people ship otherwise, by the libraries that they use for it
     variant_weights   the weights of a variant, computed when they are read
     streamed          a variant run block by block, for models that do not fit on the device
     memory            the memory that a variant takes when it is scored whole

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from requant.evaluate import variant_weights
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, kinds
@@ -43,7 +43,7 @@ class VariantSize:
         """
         quantized = name in ("base", "adapter")
         paths = {"base": sources.base, "adapter": sources.base, "gptq": sources.gptq, "healed": sources.healed}
-        paths["ends"] = sources.deployed
+        paths |= {"ends": sources.deployed, "gptqmodel": sources.gptqmodel}
         trust = sources.trust_remote_code
         path = paths.get(name) or sources.merged
         model = skeleton.open_model(path, trust_remote_code=trust)

@@ -54,16 +54,18 @@ def evaluate(
     batch: BatchSize | int,
     stream: Stream = "auto",
     progress: Progress | None = None,
+    load: variants.Load | None = None,
 ) -> EvaluationResult:
     """Score every variant and generate its answers, as far as they are missing.
 
-    stream: score block by block always, never, or (auto) where a variant does not fit on the device. Out of memory
-    halves the batch; with one window at a time, a resident variant is streamed, unless `stream` is never.
+    load: makes a whole model. stream: score block by block always, never, or (auto) where a variant does not fit on the
+    device. Out of memory halves the batch; with one window at a time, a resident variant is streamed unless `never`.
 
     Raises StageError for NaN or infinity in logits.
     """
     free_memory(scores.device)  # of earlier stages: what is free decides what is streamed
     work = _Evaluation(scores=scores, sources=sources, batch=BatchSize.of(batch), stream=stream, progress=progress)
+    work.load = load
     todo, unanswered = scores.missing(), scores.unanswered()
     streaming = {name: work.should_stream(name, sets) for name, sets in todo.items()}
     work.total = sum(
@@ -113,6 +115,7 @@ class _Evaluation:
     batch: BatchSize
     stream: Stream
     progress: Progress | None
+    load: variants.Load | None = None
     total: int = 0
     done: int = 0
     keeping: bool = False
@@ -191,7 +194,8 @@ class _Evaluation:
             self.progress(self.done, self.total, f"loading {name}")
         if not streaming:
             whole = variants.RUNTIMES_16_BIT if self.sources.sixteen_bit else variants.RUNTIMES
-            model = variants.load(name, self.sources, device=device, dtype=dtype) if kept is None else kept
+            load = self.load or variants.load
+            model = kept or load(name, self.sources, device=device, dtype=dtype)
             return model, whole[name]
         self.streamed.append(name)
         model = streamed.StreamedModel(streamed.walk_of(name, self.sources, device=device, dtype=dtype))

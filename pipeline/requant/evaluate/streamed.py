@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from requant.errors import StageError
 from requant.evaluate import peft_runtime, variant_weights
-from requant.evaluate.variants import PLAIN, VariantSources, plain
+from requant.evaluate.variant_sources import VariantSources
+from requant.evaluate.variants import PLAIN, plain
 from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.modeling import skeleton
 from requant.modeling.block_walk import BlockInput, Walk, larger_half
@@ -36,6 +37,7 @@ RUNTIMES_16_BIT = RUNTIMES | {
     "base": "torch, block by block",
     "adapter": "torch and PEFT, unmerged, block by block",
 }
+NOT_STREAMED = ("nf4-merge", "nf4-again")
 MEMORY_SHARE = 0.25  # of free device memory for hidden states; larger ones are kept on the host
 
 
@@ -228,10 +230,12 @@ class _BatchesInFlight:
 
 
 def can_stream(name: str, sources: VariantSources) -> bool:
-    """Whether a variant can be streamed; an adapter with LoRA on stacked experts cannot.
+    """Whether a variant can be streamed; roads in bitsandbytes' 4 bits and LoRA on stacked experts cannot.
 
     A streamed model has its experts as separate modules, and PEFT does not find stacked ones there.
     """
+    if name in NOT_STREAMED:
+        return False
     return name != "adapter" or sources.plan is None or not any(a.expert_pairs for a in sources.plan.adapters)
 
 

@@ -100,13 +100,14 @@ def run_tasks(
     *,
     batch: BatchSize | int,
     progress: Progress | None = None,
+    load: variants.Load | None = None,
 ) -> TasksResult:
     """Run every task on every variant, as far as results are missing.
 
     A variant that does not fit on the device as a whole is left out and named. Out of memory halves the batch.
     """
     todo = {name: left for name in scores.keys if (left := scores.missing(name))}
-    work = _Work(scores=scores, sources=sources, batch=BatchSize.of(batch), progress=progress)
+    work = _Work(scores=scores, sources=sources, batch=BatchSize.of(batch), progress=progress, load=load)
     work.total = sum(len(task.parts[part].instances) for left in todo.values() for task, part in left)
     for name, left in todo.items():
         free_memory(scores.device)
@@ -138,6 +139,7 @@ class _Work:
     sources: variants.VariantSources
     batch: BatchSize
     progress: Progress | None
+    load: variants.Load | None = None
     total: int = 0
     done: int = 0
     missing: dict[str, str] = field(default_factory=dict)
@@ -147,7 +149,7 @@ class _Work:
         """Run what is left of one variant."""
         self._say(f"loading {name}")
         scores, tasks = self.scores, self.scores.tasks
-        model = variants.load(name, self.sources, device=scores.device, dtype=scores.dtype)
+        model = (self.load or variants.load)(name, self.sources, device=scores.device, dtype=scores.dtype)
         for task, part in left:
             log.info("tasks: %s on %s, %s", name, task.request.title, task.parts[part].task_name)
             answered = partial(self._answered, f"{name} on {task.request.title}")

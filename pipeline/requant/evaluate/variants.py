@@ -8,75 +8,58 @@ quantize is a plain model too, and its `adapter` is it with PEFT.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint, Weights
 from requant.errors import StageError, library_call
-from requant.evaluate import peft_runtime, variant_weights
-from requant.merge.base_checkpoint import LIVE, DecodedCheckpoint, open_base_checkpoint
-from requant.merge.base_weights import Nf4Settings, finer
-from requant.merge.plan import MergePlan
+from requant.evaluate import variant_weights
+from requant.evaluate.trained_base import trained_base
+from requant.evaluate.variant_sources import VariantSources
 from requant.modeling import rotary_functions, skeleton, stacked_experts
 from requant.modeling.model_classes import model_class
-from requant.numerics import nf4
-from requant.numerics.dtypes import DTYPES
 from requant.numerics.grid import Grid
 from requant.runtime.device import free_memory
 
+__all__ = [
+    "PLAIN",
+    "RUNTIMES",
+    "RUNTIMES_16_BIT",
+    "Load",
+    "VariantSources",
+    "fill",
+    "load",
+    "plain",
+    "quantized",
+    "teacher",
+]
+
 log = logging.getLogger(__name__)
-PLAIN = ("merged", "original", "rtn", "gptq", "healed", "ends")
+PLAIN = ("merged", "original", "rtn", "gptq", "healed", "ends", "gptqmodel")
 RUNTIMES = {"base": "bitsandbytes", "adapter": "bitsandbytes and PEFT, unmerged"} | dict.fromkeys(PLAIN, "torch")
+RUNTIMES |= {"nf4-merge": "bitsandbytes, merged by PEFT", "nf4-again": "bitsandbytes"}
 RUNTIMES_16_BIT = RUNTIMES | {"base": "torch", "adapter": "torch and PEFT, unmerged"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class VariantSources:
-    """The directories and plans that variants are made from.
+class Load(Protocol):
+    """Makes the model of a variant."""
 
-    simulate: how a 16-bit base was quantized in training. grids: of every quantized module, for the variant rtn.
-    ends: of token embeddings and head in the variant ends, which is the deployed checkpoint with these rounded.
-    """
-
-    base: Path
-    adapter: Path
-    merged: Path
-    gptq: Path
-    healed: Path | None = None
-    simulate: Nf4Settings | None = None
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-    ends: Mapping[str, Grid] = field(default_factory=dict)
-    deployed: Path | None = None
-    original: MergePlan | None = None  # the merge onto the 16-bit base; None: no variant original
-    plan: MergePlan | None = None  # its adapters make the variant adapter; None: the directory `adapter`
-    live: bool = True  # whether transformers 5 can load the base as training did
-    sixteen_bit: bool = False  # whether training held the base in 16 bit
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("base", "adapter", "merged", "gptq"):  # callers may give text
-            object.__setattr__(self, name, Path(getattr(self, name)))
-
-    @classmethod
-    def of_checkpoint(cls, path: Path, *, gptq: Path | None = None, trust_remote_code: bool = False) -> VariantSources:
-        """Every variant from the checkpoint `path`; `gptq`, if given, is the one from there."""
-        return cls(base=path, adapter=path, merged=path, gptq=gptq or path, trust_remote_code=trust_remote_code)
+    def __call__(self, name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Any:
+        """The model on `device`, computing in `dtype`, in eval mode."""
 
 
 @torch.no_grad()
 def load(name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The model of one variant on `device`, computing in `dtype`, in eval mode."""
     if name in ("base", "adapter"):
-        return _trained_base(sources, device, dtype, with_adapter=name == "adapter")
+        return trained_base(sources, device, dtype, with_adapter=name == "adapter")
     if name == "merged":
         return _pretrained(sources, device, dtype)
     model, stored = plain(name, sources, device)
@@ -86,6 +69,7 @@ def load(name: str, sources: VariantSources, *, device: torch.device, dtype: tor
 def plain(name: str, sources: VariantSources, device: torch.device) -> tuple[Any, Weights]:
     """(skeleton, weights) of a variant that is a plain model, all but base and adapter."""
     packed = {"gptq": sources.gptq, "healed": sources.healed, "ends": sources.deployed}
+    packed |= {"gptqmodel": sources.gptqmodel}
     path = packed.get(name, sources.merged)
     if path is None or name not in PLAIN or (name == "original" and sources.original is None):
         raise ValueError(f"no variant {name!r}")
@@ -163,156 +147,3 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
     model.tie_weights()
     skeleton.buffers_to(model, device, stored)
     return model
-
-
-def _trained_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
-    """The base as training loaded it: in 4 bits through bitsandbytes, or in 16 bit.
-
-    What is encoded on disk is decoded by transformers where it can, or else by us.
-    with_adapter: with the adapter on top through PEFT, unmerged.
-    """
-    from transformers import BitsAndBytesConfig
-
-    packed = sources.simulate is None and not sources.sixteen_bit
-    base = open_base_checkpoint(sources.base)
-    encoded = base if isinstance(base, DecodedCheckpoint) else None
-    ours = encoded is not None and encoded.method not in LIVE
-    quantized = packed or (encoded is not None and not ours)  # else a quantization_config stops transformers
-    config = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code, quantized=quantized)
-    options: dict[str, Any] = {"config": config}
-    if encoded is not None and ours:
-        options["state_dict"] = {n: encoded.read(n).to(dtype) if n in encoded.encoded else base.read(n) for n in base}
-    elif encoded is not None:
-        config.quantization_config = {**Checkpoint(sources.base).quantization, "dequantize": True}
-    if sources.simulate is not None:
-        s = sources.simulate
-        options["dtype"] = DTYPES[s.load_dtype]
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=s.quant_type,
-            bnb_4bit_use_double_quant=s.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[s.compute_dtype or s.load_dtype],
-            llm_int8_skip_modules=_skipped(sources.base, s, trust_remote_code=sources.trust_remote_code),
-        )
-    else:
-        options["dtype"] = dtype
-    what = f"{sources.base}: transformers cannot load it as training did"
-    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)), rotary_functions.of_model_classes():
-        made = model_class(config, trust_remote_code=sources.trust_remote_code)
-        model = made.from_pretrained(
-            None if ours else str(sources.base),
-            device_map={"": device},
-            trust_remote_code=sources.trust_remote_code,
-            **options,
-        )
-    _unwrap_16_bit(model)
-    _compute_in(model, dtype, sources.simulate.blocksize if sources.simulate else None)
-    return (peft_runtime.attach(model, sources.plan or sources.adapter) if with_adapter else model).eval()
-
-
-def _skipped(base: Path, simulate: Nf4Settings, *, trust_remote_code: bool) -> list[str] | None:
-    """`llm_int8_skip_modules` for transformers 5 that quantizes what training quantized.
-
-    The training's version of transformers may have quantized other modules by itself.
-    """
-    if simulate.version == 5:
-        return list(simulate.skip) or None
-    model = skeleton.open_model(base, trust_remote_code=trust_remote_code)
-    trained, possible = (skeleton.quantizable(model, skip, version=v) for v, skip in ((4, simulate.skip), (5, ("^$",))))
-    if not trained <= possible:
-        raise StageError(
-            f"{sorted(trained - possible)[0]}: transformers 4 quantized it, transformers 5 cannot: base and adapter "
-            "cannot be measured here. The merge is not affected"
-        )
-    return [f"{re.escape(name)}$" for name in sorted(possible - trained)]
-
-
-def _unwrap_16_bit(model: nn.Module) -> None:
-    """Make Linears of 4-bit layers whose weights are not packed.
-
-    Towers of a base that transformers 4 saved are such: transformers 5 finds no module by the names in its
-    `llm_int8_skip_modules`, which lack the outer `model`, and neither runs nor adapts them.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            plain.weight, plain.bias = module.weight, module.bias
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, plain)
-
-
-def _compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> None:
-    """Let 4-bit layers compute in `dtype` with the weights that training saw; check bitsandbytes' decoder.
-
-    The decoder is checked where it may be wrong: bitsandbytes 0.50 decodes wrongly on CPUs with AVX-512 when a row is
-    not a whole number of blocks.
-    """
-    import bitsandbytes.functional as bnb
-    from bitsandbytes.nn import Linear4bit
-
-    checked: set[tuple[int, ...]] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, Linear4bit):
-            if any(p.dtype.is_floating_point for p in module._parameters.values() if p is not None):
-                _cast_own(module, dtype)
-            continue
-        state = module.weight.quant_state
-        if blocksize not in (None, state.blocksize):
-            raise StageError(
-                f"{name}: bitsandbytes quantizes in blocks of {state.blocksize}, base.nf4.blocksize is {blocksize}: "
-                "base and adapter cannot be measured as trained; quantize the base once with that block size and use it"
-            )
-        coarser = [t for t in (state.dtype, module.compute_dtype) if t is not None and finer(dtype, t)]
-        module.forward = partial(_linear_as_trained, module, tuple(coarser))
-        shape = tuple(state.shape)
-        if module.weight.device.type == "cpu" and shape[-1] % state.blocksize and shape not in checked:
-            checked.add(shape)
-            _check_decoder(name, module.weight, state, bnb)
-
-
-def _linear_as_trained(module: Any, casts: tuple[torch.dtype, ...], x: Tensor) -> Tensor:
-    """A `Linear4bit`'s forward in the dtype of x, its weight decoded by bitsandbytes and cast as in training.
-
-    casts: dtypes coarser than x's, one after the other. bitsandbytes computes in the dtype of the weight alone.
-    """
-    import bitsandbytes.functional as bnb
-
-    state = module.weight.quant_state
-    before, state.dtype = state.dtype, casts[0] if casts else x.dtype
-    try:
-        weight = bnb.dequantize_4bit(module.weight.data, state)
-    finally:
-        state.dtype = before
-    for dtype in casts[1:]:
-        weight = weight.to(dtype)
-    return nn.functional.linear(x, weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
-
-
-def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.dtype.is_floating_point:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _check_decoder(name: str, weight: Any, state: Any, bnb: Any) -> None:
-    """Raise StageError when bitsandbytes decodes this layer differently from our decoder.
-
-    Both decode the same stored bytes.
-    """
-    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    expected = nf4.decode(
-        weight.data,
-        absmax.float(),
-        nf4.QuantState(
-            quant_type=state.quant_type, blocksize=state.blocksize, shape=tuple(state.shape), dtype="float32"
-        ),
-    )
-    decoded = bnb.dequantize_4bit(weight.data, state).float()
-    error = float((expected - decoded).norm() / expected.norm())
-    if error > 0.01:
-        raise StageError(
-            f"{name}: bitsandbytes decodes {tuple(state.shape)} wrongly on this CPU (off by {error:.0%}), so base and "
-            "adapter cannot be measured here: use a GPU. The merge does not use it and is not affected"
-        )

@@ -7,6 +7,7 @@ its errors measured like ours, so that report and verify do not know the differe
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from requant.checkpoint.atomic_write import remove
-from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.atomic_write import make_directory, remove, write_text
+from requant.checkpoint.reader import Checkpoint, read_json
 from requant.checkpoint.writer import CheckpointWriter
-from requant.errors import InputError, StageError
+from requant.errors import InputError, StageError, one_line
 from requant.formats import gptq as gptq_format
 from requant.formats.quantized_format import PackError
 from requant.modeling import skeleton
@@ -46,8 +47,7 @@ DAMP = 0.05
 
 def check(settings: Settings) -> None:
     """Raise InputError when the library is not installed or cannot do what is asked."""
-    if importlib.util.find_spec("gptqmodel") is None:
-        raise InputError("quantize.engine is gptqmodel, which is not installed: pip install gptqmodel optimum")
+    check_installed("quantize.engine")
     if settings.grid.signed:
         raise InputError("quantize.engine: gptqmodel has no signed scales: set quantize.signed_scales to false")
 
@@ -77,6 +77,7 @@ def quantize(
     computed = compute_dtype(device, dtype)
     theirs = out / ".gptqmodel"
     remove(theirs)  # of a link, the link
+    make_directory(theirs)
     _run(source, theirs, windows, settings, layout, computed, device, batch, trust_remote_code=trust_remote_code)
     walk = Walk(checkpoint, model, device=device, dtype=computed)
     with CheckpointWriter(out, layout.slots, max_bytes=max_shard) as writer:
@@ -88,6 +89,42 @@ def quantize(
     results = judge.measure(windows, batch, progress)
     write_small_files(source, out, layout, settings, dtype=dtype, damp=damp, meta=meta or {})
     return layout, results
+
+
+def check_installed(key: str) -> None:
+    """Raise InputError when the library is not installed. key: of the recipe, which asks for it."""
+    if importlib.util.find_spec("gptqmodel") is None:
+        raise InputError(f"{key} is gptqmodel, which is not installed: pip install gptqmodel optimum")
+
+
+@torch.no_grad()
+def quantize_by_defaults(
+    source: Path,
+    out: Path,
+    windows: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> None:
+    """The library's own checkpoint of `source` in `out`: its defaults for all but bits and group size.
+
+    windows: int64 [samples, length], the calibration text. Paths of this machine are taken out of its config files.
+    Raises StageError when the library fails.
+    """
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size}
+    if group_size == -1:
+        options["act_group_aware"] = False  # its default order needs groups
+    computed, batch = compute_dtype(device, dtype), batch_size(device, windows)
+    _run_library(source, out, windows, options, computed, device, batch, trust_remote_code=trust_remote_code)
+    for name in ("config.json", "quantize_config.json"):
+        if (out / name).is_file():
+            found = read_json(out / name)
+            for section in (found, found.get("quantization_config") or {}):
+                (section.get("meta") or {}).pop("offload_to_disk_path", None)
+            write_text(out / name, json.dumps(found, indent=2) + "\n")
 
 
 def _run(
@@ -102,36 +139,45 @@ def _run(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Let the library quantize `source` and save to `out`."""
-    with _silent():
+    """Let the library quantize `source` as the recipe says, and save to `out`."""
+    grid = settings.grid
+    options: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+    options |= {"desc_act": False} | ({} if settings.damp is None else {"damp_percent": settings.damp})
+    if any(g.group_size == -1 for g in layout.grids.values()):
+        options["act_group_aware"] = False  # its default order needs groups
+    rules = _dynamic(layout, settings)
+    if rules:
+        options["dynamic"] = rules
+    try:
+        _run_library(source, out, windows, options, dtype, device, batch, trust_remote_code=trust_remote_code)
+    except StageError as error:
+        raise StageError(f"{error}; quantize.engine: requant does not use it") from error
+
+
+def _run_library(
+    source: Path,
+    out: Path,
+    windows: Tensor,
+    options: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Let the library quantize `source` and save to `out`. options: of its QuantizeConfig."""
+    with _silent(), _working_in(out / ".work") as folder:
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        grid = settings.grid
-        options: dict[str, Any] = {} if settings.damp is None else {"damp_percent": settings.damp}
-        if any(g.group_size == -1 for g in layout.grids.values()):
-            options["act_group_aware"] = False  # its default order needs groups
-        rules = _dynamic(layout, settings)
-        if rules:
-            options["dynamic"] = rules
-        config = QuantizeConfig(
-            bits=grid.bits,
-            group_size=grid.group_size,
-            sym=grid.symmetric,
-            desc_act=False,
-            device=device.type,
-            **options,
-        )
         rows = [{"input_ids": w[None], "attention_mask": torch.ones_like(w[None])} for w in windows]
         try:
             with torch.enable_grad():
+                config = QuantizeConfig(device=device.type, offload_to_disk_path=str(folder), **options)
                 made = GPTQModel.load(str(source), config, dtype=dtype, trust_remote_code=trust_remote_code)
                 made.quantize(rows, batch_size=batch)
                 made.save(str(out))
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, OSError) as error:
-            raise StageError(
-                f"gptqmodel could not quantize {source.name}: {type(error).__name__}: {error}; quantize.engine: requant"
-                " does not use it"
-            ) from error
+            raise StageError(f"gptqmodel could not quantize {source.name}: {one_line(error)}") from error
 
 
 def _dynamic(layout: Plan, settings: Settings) -> dict[str, Any]:
@@ -155,6 +201,21 @@ def _silent() -> Iterator[None]:
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         yield
     sys.stdout.flush()
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[Path]:
+    """A directory for what the library writes while it works; its logs would go to where requant was started."""
+    from gptqmodel.looper import loop_processor
+
+    make_directory(folder)
+    before = getattr(loop_processor, "_PROJECT_LOG_DIR", None)
+    loop_processor._PROJECT_LOG_DIR = folder
+    try:
+        yield folder
+    finally:
+        loop_processor._PROJECT_LOG_DIR = before
+        remove(folder)
 
 
 def _rewrite(

@@ -16,9 +16,10 @@ class Output(Section):
     model_config = section_examples.OUTPUT
 
     dir: Text = Field(default="runs", description="Directory of run directories; relative to where requant is started.")
-    keep: Annotated[tuple[Literal["merged", "gptq"], ...], AsTuple] = Field(
+    keep: Annotated[tuple[Literal["merged", "gptq", "gptqmodel"], ...], AsTuple] = Field(
         default=("merged", "gptq"),
-        description="Checkpoints that stay after the run; [gptq] saves the space of the 16-bit model.",
+        description="Checkpoints that stay after the run; [gptq] saves the space of the 16-bit model. "
+        "gptqmodel: of the road of this name.",
     )
 
     formats: Annotated[tuple[Literal["gptq", "compressed-tensors", "auto-round", "mlx", "gguf"], ...], AsTuple] = Field(

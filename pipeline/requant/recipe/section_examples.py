@@ -115,6 +115,7 @@ EVALUATE = _shown(
         "tasks": ["gsm8k", {"path": "./tasks/words.yaml", "limit": 200}],
         "task_variants": ["adapter", "merged", "gptq"],
         "answers": {"prompts": 20, "new_tokens": 256},
+        "roads": ["rtn", "nf4-merge", "nf4-again"],
         "in_domain": "in-domain",
     }
 )

@@ -277,6 +277,7 @@ evaluate:
   stream: auto              # auto | always | never, default auto: block by block what does not fit on the device
   dtype: auto               # auto | float32 | bfloat16 | float16, default auto
   # tasks: [gsm8k, ./tasks/mine.yaml]   # default none; tasks of lm-evaluation-harness, by name or from a file
+  # roads: [rtn, nf4-merge, nf4-again, gptqmodel]   # default none; other ways to ship, scored beside yours
   # task_variants: auto     # auto | names, default auto; adapter, merged and what ships
   # answers: {{prompts: 20, new_tokens: auto}}   # prompts of the in-domain set's rows, answered side by side; 0: none
 

@@ -17,6 +17,7 @@ from requant.recipe.yaml_document import KeyPath
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
 _WITH_COLUMNS = tuple(name for name in _FILES if not name.startswith(".txt"))
 
+Road = Literal["rtn", "nf4-merge", "nf4-again", "gptqmodel"]
 Variant = Literal["base", "adapter", "merged", "original", "rtn", "gptq", "healed", "ends"]
 Format = Literal["auto", "text", "chat", "completion"]
 
@@ -204,6 +205,12 @@ class Evaluate(Section):
     answers: Answers = Field(
         default=Answers(), description="Prompts of the in-domain set that variants answer, shown side by side."
     )
+    roads: Annotated[tuple[Road, ...], AsTuple] = Field(
+        default=(),
+        description="Other ways to ship the fine-tune, scored beside ours. rtn: rounding to nearest. nf4-merge: PEFT "
+        "merges into bitsandbytes' 4 bits. nf4-again: the merged model loaded in these. gptqmodel: GPTQ by its "
+        "defaults.",
+    )
     in_domain: str | None = Field(default=None, description="Set on which retention is measured; default: the first.")
 
     @field_validator("sets")
@@ -237,6 +244,12 @@ class Evaluate(Section):
         if "adapter" not in variants:
             fail(((), "adapter is missing: it is the reference that all others are compared with"))
         return variants
+
+    @field_validator("roads")
+    @classmethod
+    def _each_once(cls, roads: tuple[Road, ...]) -> tuple[Road, ...]:
+        unique(roads)
+        return roads
 
     @field_validator("tasks")
     @classmethod

@@ -29,6 +29,8 @@ Only this package, and cli for printing, reads a Recipe.
     convert_stage       the same in other formats
     evaluate_stage      scores
     answer_prompts      prompts of held-out rows that variants answer
+    road_recipe         other ways to ship as a recipe asks for them
+    roads_stage         these made by the libraries that people use for them, and scored
     task_recipe         tasks of lm-evaluation-harness as a recipe asks for them
     tasks_stage         their results on adapter, merged model and what ships
     suggest_stage       which modules are worth more bits

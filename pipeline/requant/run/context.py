@@ -12,7 +12,7 @@ import torch
 from requant.checkpoint.atomic_write import append_text
 from requant.checkpoint.run_directory import RunDirectory
 from requant.evaluate.scores import Scores
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.recipe import Recipe
 from requant.run import evaluation_inputs
 from requant.run.check.delta_prediction import stored_prediction

@@ -34,6 +34,7 @@ def _still_to_write(prepared: Prepared, where: Path, *, merged: bool) -> int:
     dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
     others = [name for name in prepared.recipe.output.formats if name != "gptq"]
     formats = ["gptq", *(["gptq"] if prepared.heal else []), *others]
+    formats += ["gptq"] if "gptqmodel" in prepared.recipe.evaluate.roads else []
     quantized = prepared.quantize
     need = sum(stored_bytes(quantized.ends.added_to(quantized.plan, name), name) for name in formats)
     need += sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) if merged else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.numerics.dtypes import DTYPES
 from requant.run.prepared import Prepared
 from requant.runtime.device import compute_dtype, profile_of
@@ -29,6 +29,7 @@ def variant_sources(p: Prepared, run: Path) -> VariantSources:
         plan=p.merge.plan,
         healed=run / "healed",
         live=p.unloadable is None,
+        gptqmodel=run / "gptqmodel",
         sixteen_bit=p.recipe.base.nf4 == "none",
     )
 

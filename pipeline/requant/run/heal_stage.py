@@ -11,7 +11,7 @@ import torch
 from requant import __version__, deploy, heal
 from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import variants
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.heal.job import HealJob
 from requant.numerics.dtypes import DTYPES
 from requant.run.context import RunContext

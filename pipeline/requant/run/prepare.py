@@ -49,6 +49,7 @@ from requant.run.fetch import fetch
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
 from requant.run.quantize_inputs import quantize_inputs_of, single_experts
+from requant.run.road_recipe import refuse_roads
 from requant.run.shared_inputs import SharedInputs
 from requant.run.task_recipe import load_tasks
 from requant.tracking import trackers
@@ -71,6 +72,7 @@ def prepare(
     """
     shared = shared or SharedInputs()
     named_files.check(recipe)
+    refuse_roads(recipe)
     trackers.require(recipe.output.track, recipe.place("output", "track"))
     doing(f"headers of {recipe.base.source.path} and the adapter; ids of a hub are downloaded")
     models = shared.once("models", recipe, MODEL_KEYS, lambda: _models(recipe), "original" in recipe.evaluate.variants)

@@ -144,9 +144,11 @@ class Prepared:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The variants to score: those asked for; beside gptq healed and ends, in a run that makes them."""
+        """The variants to score: those asked for, rtn as a road; with gptq healed and ends in a run that makes them."""
         named = self.recipe.evaluate.variants
         asked: list[str] = [v for v in named if v not in ("healed", "ends")]
+        if "rtn" in self.recipe.evaluate.roads and "rtn" not in asked:
+            asked.append("rtn")
         if self.heal and ("gptq" in asked or "healed" in named):
             asked.append("healed")
         if self.quantize.ends.grids and ("gptq" in asked or "ends" in named):

@@ -27,6 +27,7 @@ from requant.run.stage_results import (
     MergeFacts,
     MergeStageResult,
     PredictionFacts,
+    RoadOfReport,
     StageResults,
     SuggestStageResult,
 )
@@ -126,6 +127,7 @@ class RunFacts(TypedDict):
     versions: dict[str, str]
     hardware: measurements.Hardware
     warnings: list[str]
+    roads: NotRequired[list[RoadOfReport]]
     canaries: NotRequired[CanaryFacts | None]
     suggestion: NotRequired[SuggestStageResult | None]
 
@@ -220,6 +222,7 @@ def _warnings(stages: StageResults, modules: Sequence[ModuleRow]) -> list[str]:
     merged = stages["merge"]
     found = [*stages.get("probe", {}).get("warnings", []), *merged.get("warnings", [])]
     found += [*stages.get("quantize", {}).get("notes", []), *stages.get("evaluate", {}).get("notes", [])]
+    found += stages.get("roads", {}).get("notes", [])
     tasks = stages.get("tasks", {})
     found += [*tasks.get("notes", []), *(f"tasks: {name} {why}" for name, why in tasks.get("missing", {}).items())]
     return [*found, *_untrained(merged), *_fallbacks(modules), *_rarely_routed(modules)]

@@ -12,8 +12,9 @@ from requant.checkpoint.run_directory import key_of
 from requant.data.canaries import CanaryFacts
 from requant.data.prompts import Prompts
 from requant.deploy.verification import VerificationFacts, saved_verifications
+from requant.evaluate.scores import Questions
 from requant.outgoing import everywhere, shared
-from requant.run import answer_prompts, report_facts, tasks_stage
+from requant.run import answer_prompts, report_facts, roads_stage, tasks_stage
 from requant.run.context import RunContext
 from requant.run.convert_stage import converted_key
 from requant.run.stage_results import StageResults, SuggestStageResult
@@ -38,6 +39,7 @@ def report_key(context: RunContext) -> str:
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
     others = _converted(context)
     tasks = [tasks_stage.tasks_key(context)] if p.tasks else []
+    tasks += [*context.recipe.evaluate.roads, roads_stage.roads_key(context)] if context.recipe.evaluate.roads else []
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others, *tasks)
 
 
@@ -63,6 +65,8 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     from requant_eval.report.assemble import build, dumps
 
     scores, path = context.scores.load(), context.directory.path
+    for name, of_roads in roads_stage.scores(context).items():
+        scores[name] |= of_roads
     sets = [replace(SetResult.of(s, scores[s.name]), name=shared(s.name)) for s in context.prepared.texts.sets]
     facts = report_facts.run_facts(
         context.prepared, _stage_results(context), path, device=str(context.device), dtype=str(context.scores.dtype)[6:]
@@ -73,6 +77,8 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
         variant: f"{s.runtime}, computed in {facts['evaluation']['dtype']}{stored.get(variant, '')}"
         for variant, s in scores[first].items()
     }
+    if context.recipe.evaluate.roads:
+        facts["roads"] = roads_stage.facts(context)
     facts["canaries"] = _canaries(context)
     facts["suggestion"] = cast("SuggestStageResult | None", context.directory.result("suggest", context.keys.suggest))
     gates = [replace(gate, set=shared(gate.set)) for gate in (g.parsed() for g in context.recipe.gates)]
@@ -95,16 +101,21 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
 def _canaries(context: RunContext) -> CanaryFacts | None:
     """The canaries and the answers of all variants; None without canaries."""
     asked = context.prepared.texts.canaries
-    return asked.result(context.scores.answers(asked)) if asked else None
+    return asked.result(_given(context, asked)) if asked else None
 
 
 def _answers(context: RunContext) -> GivenAnswers | None:
     """The answers to held-out prompts, or why there are none; None where the recipe asks for none."""
     asked = next((q for q in context.scores.questions if isinstance(q, Prompts)), None)
     if asked is not None:
-        return answer_prompts.given(asked, context.scores.answers(asked))
+        return answer_prompts.given(asked, _given(context, asked))
     without = context.prepared.texts.prompts
     return answer_prompts.given(without, {}) if without else None
+
+
+def _given(context: RunContext, asked: Questions) -> dict[str, list[str]]:
+    """The answers of all variants and roads."""
+    return context.scores.answers(asked) | roads_stage.answers(context, asked.kind)
 
 
 def _readable(file: Path) -> Report:
@@ -152,6 +163,8 @@ def _stage_results(context: RunContext) -> StageResults:
     """Stage -> its stored result; a later `requant verify` replaces the verification inside."""
     keys = {"merge": context.keys.merge, "quantize": context.keys.quantize, "evaluate": context.scores.key}
     keys |= {"heal": context.keys.heal} if context.prepared.heal else {}
+    keys |= {"roads": roads_stage.roads_key(context)} if context.recipe.evaluate.roads else {}
+    keys |= {"gptqmodel": roads_stage.gptqmodel_key(context)} if "gptqmodel" in context.recipe.evaluate.roads else {}
     keys |= {"tasks": tasks_stage.tasks_key(context)} if context.prepared.tasks else {}
     keys |= {name: converted_key(context, name=name) for name in _converted(context)}
     results: dict[str, Any] = {name: context.directory.result(name, key) or {} for name, key in keys.items()}

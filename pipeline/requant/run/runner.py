@@ -21,7 +21,7 @@ from requant.errors import InputError
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
-from requant.run import disk_space, expert_order, merge_onto, prepare
+from requant.run import disk_space, expert_order, merge_onto, prepare, roads_stage
 from requant.run.context import RunContext
 from requant.run.convert_stage import CONVERTED
 from requant.run.observer import LoggedWatcher, Outcome, Watcher
@@ -114,7 +114,8 @@ def _take_over(context: RunContext, stages: Sequence[Stage]) -> None:
     if not directory.beside:
         return
     context.watcher.doing("what other runs of the sweep hold under the same keys")
-    cached = [*context.scores.files, *(scores_of(context).files if context.prepared.tasks else [])]
+    cached = [*context.scores.files, *roads_stage.files(context)]
+    cached += scores_of(context).files if context.prepared.tasks else []
     files = sum(directory.take_cached(file.name) for file in cached)
     made = [stage for stage in stages if stage.artifact is not None]
     taken = [stage.name for stage in made if directory.take_artifact(str(stage.artifact), stage.key(context))]

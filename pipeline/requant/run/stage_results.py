@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Required, TypedDict
 
 from requant.deploy.verification import VerificationFacts
 from requant.evaluate.adapter_probe import ProbeFacts
 from requant.evaluate.merge_onto_probe import Onto
+from requant.evaluate.roads import RoadFacts
 from requant.heal.stage import HealResult
 from requant.merge.plan import Ledger
 from requant.merge.selftest import SelfTestFacts
@@ -101,6 +102,33 @@ class TasksStageResult(Measured, total=False):
     variants: list[str]
     missing: dict[str, str]
     notes: list[str]
+
+
+class GptqmodelResult(Measured, total=False):
+    """The checkpoint by gptqmodel's defaults. failed: why there is none."""
+
+    made: Required[RoadFacts | None]
+    failed: str
+
+
+class RoadsResult(Measured, total=False):
+    """Roads that were scored, by name. missing: why another was not. notes: e.g. smaller batches."""
+
+    roads: Required[dict[str, RoadFacts]]
+    missing: Required[dict[str, str]]
+    streamed: Required[list[str]]
+    notes: Required[list[str]]
+
+
+class RoadOfReport(TypedDict):
+    """Another way to ship, for the report. bytes, unquantized: None where it was not measured; missing says why."""
+
+    name: str
+    by: str
+    settings: str
+    bytes: int | None
+    unquantized: int | None
+    missing: str | None
 
 
 class ProbeResult(TypedDict, total=False):
@@ -207,6 +235,8 @@ class StageResults(TypedDict, total=False):
     evaluate: EvaluateStageResult
     tasks: TasksStageResult
     heal: HealStageResult
+    roads: RoadsResult
+    gptqmodel: GptqmodelResult
     probe: ProbeResult
     resonance: PredictionResult
 

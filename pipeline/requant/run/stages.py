@@ -1,6 +1,6 @@
 """The stages of a run, one record each: a new stage is a new entry of `STAGES`.
 
-    merge -> quantize -> (heal) -> (other formats) -> evaluate -> (tasks) -> (suggest) -> report -> (track)
+    merge -> quantize -> (heal) -> (other formats) -> evaluate -> (roads) -> (tasks) -> (suggest) -> report -> (track)
 
 A stage has a key, the digest of all that its result depends on. A stage whose key is unchanged is not run again.
 """
@@ -22,6 +22,8 @@ from requant.run.merge_stage import run_merge
 from requant.run.prepared import Prepared
 from requant.run.quantize_stage import before_quantize, compile_ahead, run_quantize
 from requant.run.report_stage import is_reported, load_report, report_key, run_report
+from requant.run.road_recipe import scored_roads
+from requant.run.roads_stage import are_scored, gptqmodel_key, roads_key, roads_need, run_gptqmodel, run_roads
 from requant.run.suggest_stage import run_suggest
 from requant.run.tasks_stage import are_finished, run_tasks_stage, tasks_key, tasks_need
 from requant.run.track_stage import is_tracked, run_track, track_key
@@ -35,7 +37,7 @@ class Stage:
     function: does the work for a key; its result is stored. needs: names of stages whose artifact must be on disk.
     artifact: the checkpoint directory that it writes. discardable: the recipe may drop the artifact after the run.
     scratch: it resumes from files that are removed once its result is stored.
-    only_with: what must be asked for (healing, tasks, suggestions, a format), else the stage is not part of the run.
+    only_with: what must be asked for (healing, roads, tasks, suggestions, a format), else the run has no such stage.
     finished: replaces the usual test, which is a stored result and a whole artifact.
     ahead: work that runs beside the stages before it. before: runs each time, also when the stage is finished.
     when_finished: runs in place of the stage when nothing is left to do.
@@ -61,9 +63,10 @@ class Stage:
         """
         if self.finished is not None:
             return self.finished(context, key)
-        if context.directory.result(self.name, key) is None:
+        stored = context.directory.result(self.name, key)
+        if stored is None:
             return False
-        if self.artifact is None or (self.is_discarded(context.recipe) and not needed):
+        if self.artifact is None or stored.get("failed") or (self.is_discarded(context.recipe) and not needed):
             return True
         return context.directory.artifact(self.artifact).whole(key)
 
@@ -117,6 +120,23 @@ STAGES: tuple[Stage, ...] = (
         finished=is_evaluated,
     ),
     Stage(
+        name="gptqmodel",
+        key=gptqmodel_key,
+        function=run_gptqmodel,
+        needs=lambda _: ("merge",),
+        artifact="gptqmodel",
+        discardable=True,
+        only_with="road gptqmodel",
+    ),
+    Stage(
+        name="roads",
+        key=roads_key,
+        function=run_roads,
+        needs=roads_need,
+        only_with="roads",
+        finished=are_scored,
+    ),
+    Stage(
         name="tasks",
         key=tasks_key,
         function=run_tasks_stage,
@@ -151,6 +171,8 @@ STAGES: tuple[Stage, ...] = (
 def stages_of(prepared: Prepared, *, suggest: bool = False) -> tuple[Stage, ...]:
     """The stages of one recipe's run, in order."""
     included: set[str | None] = {None, *prepared.recipe.output.formats}
+    roads = scored_roads(prepared.recipe)
+    included |= ({"roads"} if roads else set()) | ({"road gptqmodel"} if "gptqmodel" in roads else set())
     included |= {"tasks"} if prepared.tasks else set()
     included |= {"trackers"} if prepared.recipe.output.track else set()
     included |= ({"healing"} if prepared.heal else set()) | ({"suggestions"} if suggest else set())

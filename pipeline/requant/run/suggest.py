@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.modeling.families import fused_patterns
 from requant.numerics.grid import Grid
 from requant.quantize.module_results import ModuleRow

@@ -1,11 +1,16 @@
-"""Stage tasks of a run: lm-evaluation-harness on adapter, merged model and what ships."""
+"""Stage tasks of a run: lm-evaluation-harness on adapter, merged, what ships and roads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from requant.errors import InputError, StageError
 from requant.evaluate import task_definitions
+from requant.evaluate.roads import ROADS, RoadLoader
 from requant.evaluate.task_stage import TaskScores, TasksResult, run_tasks
+from requant.run import roads_stage
 from requant.run.context import RunContext
 from requant.run.evaluate_stage import OF_MERGED
 
@@ -15,12 +20,14 @@ if TYPE_CHECKING:
 
 def scores_of(context: RunContext) -> TaskScores:
     """The results of this run's tasks."""
-    prepared = context.prepared
+    prepared, roads = context.prepared, {}
+    if context.recipe.evaluate.task_variants == "auto":
+        roads = roads_stage.measured(context)
     assert prepared.tasks is not None, "the stage is part of a run only with tasks"
     return TaskScores(
         cache=context.directory.cache,
         tasks=prepared.tasks,
-        keys={name: context.keys.variants[name] for name in prepared.task_variants},
+        keys={name: context.keys.variants[name] for name in prepared.task_variants} | roads,
         device=context.device,
         dtype=context.scores.dtype,
     )
@@ -39,18 +46,35 @@ def are_finished(context: RunContext, key: str) -> bool:
 
 
 def tasks_need(context: RunContext) -> tuple[str, ...]:
-    """The merged checkpoint, where a variant that is made from it has no results yet."""
+    """The checkpoints that variants and roads without results are made from."""
     if context.prepared.tasks is None:
         return ()
     scores = scores_of(context)
-    return ("merge",) if any(scores.missing(v) for v in OF_MERGED & scores.keys.keys()) else ()
+    left = {name for name in scores.keys if scores.missing(name)}
+    return tuple(dict.fromkeys([*(["merge"] if left & OF_MERGED else []), *roads_stage.needed(context, left)]))
 
 
 def run_tasks_stage(context: RunContext, key: str) -> TasksResult:
     """Run what has no results yet, on the first rank."""
-    return run_tasks(
-        scores_of(context), context.variant_sources, batch=context.batch, progress=context.watcher.progress
-    )
+    scores, load = scores_of(context), roads_stage.loader(context)
+    own = [name for name in scores.keys if name not in ROADS]
+    result = _run(context, scores, own, load)
+    for name in (name for name in scores.keys if name in ROADS):
+        try:
+            found = _run(context, scores, [name], load)
+        except (StageError, InputError) as error:  # what its library cannot do is no error of the run
+            found = {"variants": [], "missing": {name: f"could not be run: {error}"}, "notes": []}
+            context.watcher.warn(f"tasks: {name} {found['missing'][name]}")
+        result["variants"] += found["variants"]
+        result["missing"] |= found["missing"]
+        result["notes"] += found["notes"]
+    return result
+
+
+def _run(context: RunContext, scores: TaskScores, names: Sequence[str], load: RoadLoader) -> TasksResult:
+    """Run what some of the variants have no results of."""
+    some = replace(scores, keys={name: scores.keys[name] for name in names})
+    return run_tasks(some, context.variant_sources, batch=context.batch, progress=context.watcher.progress, load=load)
 
 
 def results(context: RunContext) -> list[TaskResult]:

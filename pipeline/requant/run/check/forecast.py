@@ -21,7 +21,7 @@ import torch
 from requant.evaluate.memory import BYTES_PER_NF4_WEIGHT, VariantSize
 from requant.evaluate.scores import REFERENCE
 from requant.evaluate.stage import should_stream
-from requant.evaluate.variants import VariantSources
+from requant.evaluate.variant_sources import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_list
