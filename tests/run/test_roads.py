@@ -65,6 +65,28 @@ def test_roads_are_scored_once_beside_a_finished_run(project: Path, ran: Path) -
 
 
 @pytest.mark.slow
+def test_roads_answer_canaries_and_prompts(project: Path, ran: Path, tmp_path: Path) -> None:
+    """What ships stays what ships."""
+    e2e.write_rows(tmp_path / "canaries.jsonl", [{"prompt": "the", "answer": "cat"}, {"prompt": "a", "answer": "dog"}])
+    words = [text.split() for text in e2e.texts()["heldout"]]
+    rows = [{"prompt": " ".join(w[:5]) + " ", "completion": " ".join(w[5:40])} for w in words]
+    e2e.write_rows(tmp_path / "pairs.jsonl", rows)
+    changes = NF4 | {
+        "canaries": str(tmp_path / "canaries.jsonl"),
+        "evaluate.sets.0.data.path": str(tmp_path / "pairs.jsonl"),
+        "evaluate.answers": {"prompts": 2, "new_tokens": 4},
+    }
+    outcome = e2e.run(project, ran, changes)
+    assert outcome.ran == ["evaluate", "roads", "report"]
+    report = report_of(outcome.path)
+    assert {"gptq", "nf4-merge", "nf4-again"} <= report["facts"]["canaries"]["right"].keys()
+    assert report["answers"]["shipped"] == "gptq"
+    answered = {v["name"]: v["answered"] for v in report["answers"]["variants"]}
+    assert answered == dict.fromkeys(("adapter", "merged", "gptq", "nf4-merge", "nf4-again"), 2)
+    assert e2e.run(project, ran, changes).ran == []
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_roads_that_are_left(
     project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

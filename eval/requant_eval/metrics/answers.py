@@ -8,6 +8,7 @@ from typing import Any
 
 from requant_eval.metrics import answer_checks
 from requant_eval.metrics.answer_records import AnsweredPrompt, AnsweringVariant, AnswersSection, CheckCount, LostCheck
+from requant_eval.metrics.lookup import ROADS
 
 REFERENCES = ("adapter", "merged")  # the first that answered is what others are compared with
 
@@ -48,7 +49,7 @@ def section(answers: GivenAnswers) -> AnswersSection:
     given = {name: list(texts) for name, texts in answers.given.items()}
     answered = [name for name, texts in given.items() if texts]
     reference = next((name for name in REFERENCES if name in answered), None)
-    shipped = next((name for name in reversed(given) if name not in REFERENCES), None)
+    shipped = next((name for name in reversed(given) if name not in (*REFERENCES, *ROADS)), None)
     verdicts = {
         name: [checked(p, text, answers.stops) for p, text in zip(answers.prompts, given[name], strict=True)]
         for name in answered

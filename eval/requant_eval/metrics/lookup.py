@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from requant_eval.metrics.records import Edge, Estimate, EvaluationSet, VariantResult
 
+ROADS = ("nf4-merge", "nf4-again", "gptqmodel")  # variants that others would ship: no run deploys them
 Of = Literal["variant", "step", "set"]
 
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from markupsafe import Markup
 
 from requant_eval.metrics.facts import HealFacts
+from requant_eval.metrics.lookup import ROADS
 from requant_eval.metrics.records import Edge, Estimate, EvaluationSet, KernelStep, Tails
 from requant_eval.render import svg
 from requant_eval.render.chart import Chart, Row
@@ -36,7 +37,7 @@ FLIPS: tuple[tuple[Flip, int, str, str], ...] = (
     ("wrong_to_right", 1, "better", "wrong -> right"),
 )
 CONTROLS = ("control", "fork", "road")
-BESIDE = ("rtn", "nf4-merge", "nf4-again", "gptqmodel")  # variants that nobody here ships
+BESIDE = ("rtn", *ROADS)  # variants that no run deploys
 TALL = 120  # pixels of a curve
 
 
