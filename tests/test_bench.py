@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import e2e
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 NAMES = {"gaps": "NAMES", "phases": "PHASES", "spans": "NAMES"}
@@ -75,3 +77,21 @@ def test_chats_of_the_bench_are_whole_and_of_different_lengths(monkeypatch: pyte
     assert 15 < len(chats) < 25
     assert len(set(lengths)) > 10
     assert all([turn["role"] for turn in chat["messages"]] == ["user", "assistant"] for chat in chats)
+
+
+@pytest.mark.slow
+def test_the_bench_of_roads_writes_what_the_report_says(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = e2e.write_recipe(Path(shutil.copytree(project, tmp_path / "project"))), tmp_path / "roads.json"
+    asked = ["--roads", "rtn,nf4-again", "--set", f"output.dir={tmp_path / 'runs'}"]
+    monkeypatch.setattr("sys.argv", ["roads.py", str(file), "--out", str(out), *asked])
+    monkeypatch.syspath_prepend(BENCH)
+    with e2e.one_thread():
+        import_module("roads").main()
+    found = json.loads(out.read_text())
+    report = json.loads((tmp_path / "runs" / "pico" / "report.json").read_text())
+    assert [one["name"] for one in found["roads"]] == ["merged", "gptq", "rtn", "nf4-again"]
+    assert found["roads"] == report["roads"]
+    assert str(tmp_path) not in out.read_text()
+    assert "nf4-again: in-domain" in capsys.readouterr().out

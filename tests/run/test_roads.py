@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import e2e
 from helpers import tasks as local
 
@@ -138,6 +139,24 @@ def test_what_a_library_cannot_do_is_a_line_of_the_report(
     assert not (outcome.path / "gptqmodel").exists()
     assert e2e.run(project, ran, ALL).ran == []
     assert len(calls) == 1
+
+
+@pytest.mark.slow
+def test_a_lack_of_memory_is_tried_again_in_the_next_run(
+    project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(roads, "_merged_in_4_bit", full)
+        first = e2e.run(project, ran, NF4)
+    missing = {one["name"]: one["missing"] for one in report_of(first.path)["roads"]}
+    assert "out of memory" in missing["nf4-merge"]
+    assert missing["nf4-again"] is None
+    assert e2e.run(project, ran, NF4).ran == ["roads", "report"]
+    assert [one["missing"] for one in report_of(first.path)["roads"]] == [None] * 5
+    assert e2e.run(project, ran, NF4).ran == []
 
 
 @needs_gptqmodel

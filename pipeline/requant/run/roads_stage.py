@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 GPTQMODEL = "gptqmodel"
+MEMORY = "out of memory"  # in messages: it may be there in the next run
 
 
 def gptqmodel_key(context: RunContext) -> str:
@@ -54,7 +55,7 @@ def run_gptqmodel(context: RunContext, key: str) -> GptqmodelResult:
         )  # fmt: skip
     except StageError as error:
         log.warning("road gptqmodel: %s", error)
-        return {"made": None, "failed": str(error)}
+        return {"made": None, "failed": str(error), "again": MEMORY in str(error)}
     finally:
         free_memory(context.device)
     artifact.finish(key, {"stage": GPTQMODEL, "requant": __version__})
@@ -115,7 +116,7 @@ def measured(context: RunContext) -> dict[str, str]:
 def are_scored(context: RunContext, key: str) -> bool:
     """Whether every road has its scores, but for those that cannot be measured."""
     found = stored(context)
-    if found is None:
+    if found is None or found["again"]:
         return False
     done = measured(context)
     return road_keys(context).keys() == done.keys() | found["missing"].keys() and not (
@@ -144,7 +145,7 @@ def _failure(context: RunContext) -> str | None:
 
 def run_roads(context: RunContext, key: str) -> RoadsResult:
     """Score what has no scores yet, one road after the other."""
-    result: RoadsResult = {"roads": {}, "missing": {}, "streamed": [], "notes": []}
+    result: RoadsResult = {"roads": {}, "missing": {}, "again": [], "streamed": [], "notes": []}
     for name, own in road_keys(context).items():
         why = roads.unmeasurable(name, context.variant_sources)
         why = why or (_failure(context) if name == GPTQMODEL else None)
@@ -153,7 +154,8 @@ def run_roads(context: RunContext, key: str) -> RoadsResult:
         except (StageError, InputError) as error:
             facts, why = None, str(error)
         if facts is None:
-            result["missing"][name] = why or "its library told nothing of it"
+            result["missing"][name] = why = why or "its library told nothing of it"
+            result["again"] += [name] if MEMORY in why else []
             context.watcher.warn(f"road {name}: not measured: {result['missing'][name]}")
         else:
             result["roads"][name] = facts
@@ -193,7 +195,7 @@ def answers(context: RunContext, kind: str) -> dict[str, list[str]]:
 
 def facts(context: RunContext) -> list[RoadOfReport]:
     """What is known of this run's quantized checkpoints and of each road, in the recipe's order, for the report."""
-    found = stored(context) or RoadsResult(roads={}, missing={}, streamed=[], notes=[])
+    found = stored(context) or RoadsResult(roads={}, missing={}, again=[], streamed=[], notes=[])
     grid, path = context.prepared.quantize.settings.grid, context.directory.path
     shape, ours = f"{grid.bits} bits, groups of {grid.group_size}", f"requant {__version__}"
     own = {name: _tensor_bytes(path / name) for name in ("gptq", *(["healed"] if context.prepared.heal else []))}

@@ -105,17 +105,22 @@ class TasksStageResult(Measured, total=False):
 
 
 class GptqmodelResult(Measured, total=False):
-    """The checkpoint by gptqmodel's defaults. failed: why there is none."""
+    """The checkpoint by gptqmodel's defaults. failed: why there is none. again: the next run tries again."""
 
     made: Required[RoadFacts | None]
     failed: str
+    again: bool
 
 
 class RoadsResult(Measured, total=False):
-    """Roads that were scored, by name. missing: why another was not. notes: e.g. smaller batches."""
+    """Roads that were scored, by name. missing: why another was not. again: of these, those to try in the next run.
+
+    notes: e.g. smaller batches.
+    """
 
     roads: Required[dict[str, RoadFacts]]
     missing: Required[dict[str, str]]
+    again: Required[list[str]]
     streamed: Required[list[str]]
     notes: Required[list[str]]
 

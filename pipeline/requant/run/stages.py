@@ -66,7 +66,9 @@ class Stage:
         stored = context.directory.result(self.name, key)
         if stored is None:
             return False
-        if self.artifact is None or stored.get("failed") or (self.is_discarded(context.recipe) and not needed):
+        if stored.get("failed"):
+            return not stored.get("again")
+        if self.artifact is None or (self.is_discarded(context.recipe) and not needed):
             return True
         return context.directory.artifact(self.artifact).whole(key)
 
