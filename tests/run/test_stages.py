@@ -23,7 +23,9 @@ def test_a_stage_needs_only_stages_before_it() -> None:
     context = cast(
         RunContext,
         SimpleNamespace(
-            prepared=SimpleNamespace(heal=None, tasks=None), scores=SimpleNamespace(missing=lambda: {"rtn": []})
+            prepared=SimpleNamespace(heal=None, tasks=None),
+            recipe=_asked(),
+            scores=SimpleNamespace(missing=lambda: {"rtn": []}),
         ),
     )
     names = [stage.name for stage in STAGES]
@@ -45,16 +47,31 @@ def test_a_stage_needs_only_stages_before_it() -> None:
     ],
 )
 def test_stages_of_a_run(heal: object, suggest: bool, formats: str, names: str) -> None:
-    asked = SimpleNamespace(output=SimpleNamespace(formats=tuple(formats.split()), track=()))
+    asked = _asked(formats=tuple(formats.split()))
     prepared: Any = SimpleNamespace(heal=heal, recipe=asked, tasks=None)
     assert [stage.name for stage in stages_of(prepared, suggest=suggest)] == names.split()
 
 
 def test_tasks_come_before_the_report_and_trackers_after_it() -> None:
-    asked = SimpleNamespace(output=SimpleNamespace(formats=("gptq",), track=("wandb",)))
-    prepared: Any = SimpleNamespace(heal=None, recipe=asked, tasks=object())
+    prepared: Any = SimpleNamespace(heal=None, recipe=_asked(track=("wandb",)), tasks=object())
     names = [stage.name for stage in stages_of(prepared)]
     assert names == ["merge", "quantize", "evaluate", "tasks", "report", "track"]
+
+
+@pytest.mark.parametrize(
+    ("roads", "stages"),
+    [(("rtn",), []), (("rtn", "nf4-merge"), ["roads"]), (("gptqmodel", "nf4-again"), ["gptqmodel", "roads"])],
+)
+def test_roads_are_scored_after_the_variants_and_before_tasks(roads: tuple[str, ...], stages: list[str]) -> None:
+    prepared: Any = SimpleNamespace(heal=None, recipe=_asked(roads=roads), tasks=object())
+    names = [stage.name for stage in stages_of(prepared)]
+    assert names == ["merge", "quantize", "evaluate", *stages, "tasks", "report"]
+
+
+def _asked(
+    *, formats: tuple[str, ...] = ("gptq",), track: tuple[str, ...] = (), roads: tuple[str, ...] = ()
+) -> SimpleNamespace:
+    return SimpleNamespace(output=SimpleNamespace(formats=formats, track=track), evaluate=SimpleNamespace(roads=roads))
 
 
 class World:

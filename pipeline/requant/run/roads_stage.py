@@ -126,6 +126,8 @@ def are_scored(context: RunContext, key: str) -> bool:
 
 def roads_need(context: RunContext) -> tuple[str, ...]:
     """The checkpoints that roads without scores are made from."""
+    if not scored_roads(context.recipe):
+        return ()
     return needed(context, scores_of(context, road_keys(context)).missing().keys())
 
 
