@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from requant.evaluate import roads
 from requant.quantize import gptqmodel_engine
 from requant.run import prepare
 from requant.run.observer import Watcher
+from requant_eval.render.first_screen import first_screen
+from requant_eval.report.records import Report
 
 NF4: dict[str, Any] = {"evaluate.roads": ["rtn", "nf4-merge", "nf4-again"]}
 ALL: dict[str, Any] = {"evaluate.roads": [*NF4["evaluate.roads"], "gptqmodel"]}
@@ -84,6 +86,8 @@ def test_roads_answer_canaries_and_prompts(project: Path, ran: Path, tmp_path: P
     assert report["answers"]["shipped"] == "gptq"
     answered = {v["name"]: v["answered"] for v in report["answers"]["variants"]}
     assert answered == dict.fromkeys(("adapter", "merged", "gptq", "nf4-merge", "nf4-again"), 2)
+    first = first_screen(cast(Report, report)).answers.cards
+    assert [[said.name for said in card.answers] for card in first] == [["adapter", "merged", "gptq"]] * 2
     assert e2e.run(project, ran, changes).ran == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from requant_eval.escaping import one_line, visible
@@ -20,6 +20,9 @@ WHO = {
     "gptq": "Quantized",
     "healed": "Quantized, healed",
     "ends": "Quantized, with its ends",
+    "nf4-merge": "Merged into 4 bits by PEFT",
+    "nf4-again": "Merged, in bitsandbytes' 4 bits",
+    "gptqmodel": "Quantized by gptqmodel",
 }
 """Variant -> how a card names it; the variant's name stands beside."""
 FAILED = {
@@ -65,13 +68,13 @@ class Cards:
     title: str = ""
 
 
-def cards(section: AnswersSection, *, longest: int = LONGEST) -> tuple[Card, ...]:
-    """The cards of all prompts. longest: characters of a text, at most."""
-    return tuple(_card(item, section, longest) for item in section["items"])
+def cards(section: AnswersSection, *, longest: int = LONGEST, without: Sequence[str] = ()) -> tuple[Card, ...]:
+    """The cards of all prompts. longest: characters of a text, at most. without: variants that are left out."""
+    return tuple(_card(item, section, longest, without) for item in section["items"])
 
 
-def _card(item: AnsweredPrompt, section: AnswersSection, longest: int) -> Card:
-    said = tuple(_said(name, item, section, longest) for name in item["given"])
+def _card(item: AnsweredPrompt, section: AnswersSection, longest: int, without: Sequence[str]) -> Card:
+    said = tuple(_said(name, item, section, longest) for name in item["given"] if name not in without)
     prompt = visible(item["prompt"]).strip()
     shown = prompt if len(prompt) <= longest else "… " + prompt[-longest:]
     return Card(row=item["row"], prompt=shown, answers=said)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from requant_eval.metrics.facts import known_facts
-from requant_eval.metrics.lookup import step_from_reference
+from requant_eval.metrics.lookup import ROADS, step_from_reference
 from requant_eval.metrics.records import Edge, Estimate, EvaluationSet
 from requant_eval.render.answer_cards import FIRST, SHORT, Cards, cards
 from requant_eval.report.headline import final_variant
@@ -42,7 +42,7 @@ def first_screen(report: Report) -> FirstScreen:
     section = report.get("answers")
     return FirstScreen(
         plain=tuple(_plain(report)),
-        answers=Cards(cards(section, longest=SHORT)[:FIRST] if section else ()),
+        answers=Cards(cards(section, longest=SHORT, without=ROADS)[:FIRST] if section else ()),
         sizes=tuple(_sizes(report)),
         then=(NEXT[report["verdict"]["status"]], report["recommendation"]["text"]),
     )
