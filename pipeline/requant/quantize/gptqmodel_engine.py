@@ -111,14 +111,14 @@ def quantize_by_defaults(
 ) -> None:
     """The library's own checkpoint of `source` in `out`: its defaults for all but bits and group size.
 
-    windows: int64 [samples, length], the calibration text. Paths of this machine are taken out of its config files.
+    windows: int64 [samples, length], the calibration text. dtype: in which it loads and saves what it leaves. Paths of this machine are taken out of its config files.
     Raises StageError when the library fails.
     """
     options: dict[str, Any] = {"bits": bits, "group_size": group_size}
     if group_size == -1:
         options["act_group_aware"] = False  # its default order needs groups
-    computed, batch = compute_dtype(device, dtype), batch_size(device, windows)
-    _run_library(source, out, windows, options, computed, device, batch, trust_remote_code=trust_remote_code)
+    batch = batch_size(device, windows)
+    _run_library(source, out, windows, options, dtype, device, batch, trust_remote_code=trust_remote_code)
     for name in ("config.json", "quantize_config.json"):
         if (out / name).is_file():
             found = read_json(out / name)
