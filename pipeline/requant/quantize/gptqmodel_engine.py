@@ -111,8 +111,8 @@ def quantize_by_defaults(
 ) -> None:
     """The library's own checkpoint of `source` in `out`: its defaults for all but bits and group size.
 
-    windows: int64 [samples, length], the calibration text. dtype: in which it loads and saves what it leaves. Paths of this machine are taken out of its config files.
-    Raises StageError when the library fails.
+    windows: int64 [samples, length], the calibration text. dtype: in which it loads, and saves what it leaves. Paths of
+    this machine are taken out of its config files. Raises StageError when the library fails.
     """
     options: dict[str, Any] = {"bits": bits, "group_size": group_size}
     if group_size == -1:
