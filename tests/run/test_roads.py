@@ -68,6 +68,16 @@ def test_roads_are_scored_once_beside_a_finished_run(project: Path, ran: Path) -
 
 
 @pytest.mark.slow
+def test_the_reference_runs_again_where_several_ranks_hold_its_states_in_shares(project: Path, ran: Path) -> None:
+    """Roads run on the first rank alone: a library's error on another one would end the run."""
+    for file in (ran / "pico" / ".cache").glob("reference-*"):
+        file.unlink()
+    outcome = e2e.run(project, ran, NF4)
+    assert outcome.ran == ["roads", "report"]
+    assert all(one["kl"]["general"] for one in report_of(outcome.path)["roads"])
+
+
+@pytest.mark.slow
 def test_roads_answer_canaries_and_prompts(project: Path, ran: Path, tmp_path: Path) -> None:
     """What ships stays what ships."""
     e2e.write_rows(tmp_path / "canaries.jsonl", [{"prompt": "the", "answer": "cat"}, {"prompt": "a", "answer": "dog"}])

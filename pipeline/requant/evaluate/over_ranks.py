@@ -19,7 +19,6 @@ from requant.evaluate import stage as evaluation
 from requant.evaluate.scores import REFERENCE, Questions, Scores
 from requant.evaluate.stage import EvaluationResult, Progress, Stream
 from requant.evaluate.variant_sources import VariantSources
-from requant.evaluate.variants import Load
 from requant.runtime.ranks import Ranks
 from requant_eval.regular_files import read_bytes
 
@@ -37,15 +36,14 @@ def evaluate(
     batch: BatchSize | int,
     stream: Stream = "auto",
     progress: Progress | None = None,
-    load: Load | None = None,
 ) -> EvaluationResult:
     """`evaluate.evaluate` on all ranks, called by the first one.
 
     Each rank needs as much memory as a single process. Finished shares of a killed run are reused with the same number
-    of ranks. load: as there; it is sent to the other ranks.
+    of ranks.
     """
     if ranks.count == 1:
-        return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress, load=load)
+        return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress)
     todo = scores.missing()
     for other in scores.cache.glob("ranks-*"):
         if other != _shares_directory(scores.cache, ranks.count):
@@ -57,7 +55,6 @@ def evaluate(
         sources,
         batch=batch,
         stream=stream,
-        load=load,
         first_rank_only={"questions": scores.questions, "progress": progress},
     )
     parts = [share_of(unfinished, rank, ranks.count) for rank in range(ranks.count)]
@@ -77,7 +74,6 @@ def score_share(
     batch: BatchSize | int,
     stream: Stream,
     ranks: Ranks,
-    load: Load | None = None,
     questions: tuple[Questions, ...] = (),
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -89,7 +85,7 @@ def score_share(
     share = share_of(on_device, ranks.rank, ranks.count)
     make_directory(share.cache.parent)
     make_directory(share.cache)
-    result = evaluation.evaluate(share, sources, batch=batch, stream=stream, progress=progress, load=load)
+    result = evaluation.evaluate(share, sources, batch=batch, stream=stream, progress=progress)
     every = ranks.all_gather_objects(result)
     streamed = dict.fromkeys(name for one in every for name in one["streamed"])
     notes = [f"rank {rank}: {note}" for rank, one in enumerate(every) for note in one["notes"]]

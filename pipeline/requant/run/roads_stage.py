@@ -16,7 +16,7 @@ from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
 from requant.errors import InputError, StageError
-from requant.evaluate import over_ranks, roads
+from requant.evaluate import evaluate, roads
 from requant.evaluate.roads import RoadFacts, RoadLoader
 from requant.evaluate.scores import REFERENCE, Scores
 from requant.formats.gptq import SUFFIXES
@@ -146,7 +146,7 @@ def _failure(context: RunContext) -> str | None:
 
 
 def run_roads(context: RunContext, key: str) -> RoadsResult:
-    """Score what has no scores yet, one road after the other."""
+    """Score what has no scores yet, one road after the other, on the first rank: an error on another ends the run."""
     result: RoadsResult = {"roads": {}, "missing": {}, "again": [], "streamed": [], "notes": []}
     for name, own in road_keys(context).items():
         why = roads.unmeasurable(name, context.variant_sources)
@@ -168,8 +168,8 @@ def run_roads(context: RunContext, key: str) -> RoadsResult:
 def _road(context: RunContext, name: str, key: str, result: RoadsResult) -> RoadFacts | None:
     """Score one road; what its library made."""
     load = loader(context)
-    done = over_ranks.evaluate(
-        scores_of(context, {name: key}), context.variant_sources, ranks=context.ranks, batch=context.batch,
+    done = evaluate(
+        scores_of(context, {name: key}), context.variant_sources, batch=context.batch,
         stream=context.recipe.evaluate.stream, progress=context.watcher.progress, load=load,
     )  # fmt: skip
     result["streamed"] += done["streamed"]
