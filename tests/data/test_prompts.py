@@ -64,6 +64,21 @@ def test_plain_text_has_no_prompt(tmp_path: Path) -> None:
     assert held_out(tmp_path, [{"text": "Once upon a time"}]) == ([], "the rows are plain text and have no prompt")
 
 
+def test_plain_text_is_continued_where_its_beginning_is_asked(tmp_path: Path) -> None:
+    """Of the rows that go on after it, one of each part; no text twice."""
+    texts = ["Once upon a time there was", "Once", "Two times two is four, and", "Two times two is four, but not"]
+    found, why = held_out(tmp_path, [{"text": text} for text in texts], count=2, begin=9)
+    assert (why, [p.row for p in found]) == ("", [1, 3])
+    for prompt in found:
+        text, ids = texts[prompt.row - 1], chat.tokenizer()(texts[prompt.row - 1])["input_ids"]
+        assert prompt.plain
+        assert list(prompt.ids) == ids[:9], "tokens of the whole text, not of its cut letters"
+        assert prompt.text == prompt.shown
+        assert prompt.shown + prompt.own == text
+    none = held_out(tmp_path, [{"text": text} for text in texts], begin=90)
+    assert none == ([], "no row has more than 90 tokens")
+
+
 def test_prompts_are_spread_and_the_same_each_time(tmp_path: Path) -> None:
     rows = [turns(f"question {n}?", "yes") for n in range(100)]
     found, _ = held_out(tmp_path, rows, count=4)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import pico
 from helpers.e2e import recipe, run, texts, write_rows
 
 from requant.errors import InputError
@@ -68,6 +70,27 @@ def test_plain_text_is_told_to_have_no_prompts(finished: Path) -> None:
     assert report["answers"]["why"] == "the rows are plain text and have no prompt"
 
 
+@pytest.mark.slow
+def test_plain_text_is_continued_by_each_variant(project: Path, tmp_path: Path) -> None:
+    """Greedy, from the tokens of its beginning; that a text does not end is no failure."""
+    changes = {
+        "evaluate.answers": {"prompts": 4, "begin": 12, "new_tokens": 8},
+        "evaluate.variants": ["adapter", "merged", "gptq"],
+    }
+    report: Any = run(project, tmp_path, changes).report
+    answers = report["answers"]
+    assert [len(item["given"]) for item in answers["items"]] == [3] * 4
+    assert all("ended" not in v["checks"] and "no_loop" in v["checks"] for v in answers["variants"])
+    prepared = prepare.prepare(recipe(project, tmp_path, changes))
+    assert prepared.texts.prompts is not None
+    asked = prepared.texts.prompts.items[0]
+    model = pico.reload(tmp_path / "pico" / "merged")
+    with torch.no_grad():
+        made = model.generate(torch.tensor([asked.ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    own = prepared.texts.prompts.decode(made[0, 12:].tolist())
+    assert answers["items"][0]["given"]["merged"] == own.removesuffix("</s>")
+
+
 def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> None:
     prepared = prepare.prepare(recipe(project, tmp_path, asking(tmp_path)))
     prompts = prepared.texts.prompts
@@ -89,6 +112,10 @@ def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> N
         (
             {"gates": [{"metric": "lost_answers", "set": "in-domain", "max": 1}]},
             "evaluate.answers: set in-domain: the rows are plain text",
+        ),
+        (
+            {"evaluate.answers": {"begin": 50, "new_tokens": 20}},
+            "evaluate.answers.begin: a prompt of 50 tokens leaves no room for an answer: it may have 44",
         ),
         ({"evaluate.answers": {"new_tokens": 64}}, "evaluate.answers.new_tokens: 64 tokens of an answer leave no room"),
     ],

@@ -19,6 +19,7 @@ class AskedPrompt:
 
     row: in the set's file, from 1. shown: its last message. text: what the model read. own: the row's own answer.
     tools: of the row, as OpenAI writes them. calls: whether the row's own answer makes a call.
+    plain: the beginning of a plain text, whose answer need not end.
     """
 
     row: int
@@ -27,6 +28,7 @@ class AskedPrompt:
     own: str
     tools: Sequence[Any] = ()
     calls: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def checked(prompt: AskedPrompt, text: str, stops: Sequence[str]) -> dict[str, b
     """Check -> whether an answer passes it; None where it does not apply."""
     said = answer_checks.without_stop(text, stops)
     return {
-        "ended": answer_checks.ended(text, stops),
+        "ended": None if prompt.plain else answer_checks.ended(text, stops),
         "thought_closed": answer_checks.thought_closed(said, prompt.text),
         "tool_call": answer_checks.tool_call(said, prompt.tools, expected=prompt.calls),
         "same_script": answer_checks.same_script(said, prompt.shown, prompt.own),

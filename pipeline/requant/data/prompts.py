@@ -1,6 +1,7 @@
 """Prompts of held-out rows: a conversation up to its last answer, whose turn is opened.
 
-Rows of plain text have no prompts. A few rows are taken, spread over all of them, always the same.
+Rows of plain text have prompts where their first tokens are taken for some. A few rows are taken, spread over all of
+them, always the same.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from requant.data.template_losses import CLOSE, OPEN, TemplateFailure
 from requant.runtime.guarded_process import LimitError, call_guarded, guarded
 
 TRIED = 8  # rows of a part, of which the first that can be asked is
+LONGEST_TOKEN = 32  # characters of a text for each token of its beginning
 _MARK = OPEN + CLOSE
 _THOUGHT = re.compile(r"[<\[][/|]?[\w:]*(?:think|thought|reasoning)[\w:]*\|?[>\]]", re.IGNORECASE)
 
@@ -35,7 +37,7 @@ class Prompt:
 
     row: its number, from 1. shown: its last message. text: what the model reads. own: the row's own answer.
     tools: of the row, as OpenAI writes them; () also where calls are in a notation that is not read. calls: whether
-    the row's own answer makes a call.
+    the row's own answer makes a call. plain: the beginning of a plain text.
     """
 
     row: int
@@ -45,6 +47,7 @@ class Prompt:
     own: str
     tools: tuple[Any, ...] = ()
     calls: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +99,19 @@ def held_out(
     count: int,
     longest: int,
     reads_calls: Callable[[str], bool],
+    begin: int | None = None,
 ) -> tuple[list[Prompt], str]:
     """(at most `count` prompts, why there are none or "").
 
     longest: tokens of a prompt, at most. reads_calls: whether a text makes tool calls in a notation that is checked.
+    begin: tokens of a plain text that are its prompt; None: it has none.
     """
     rows = read_rows(source)
     columns = columns_of(source, rows, asked)
     if columns.kind == "text":
-        return [], "the rows are plain text and have no prompt"
+        if begin is None:
+            return [], "the rows are plain text and have no prompt"
+        return _beginnings(columns, tokenizer, rows, count, begin)
     if tokenizer.chat_template and (wrong := unopened(tokenizer)):
         return [], wrong
     parts = list(_parts(rows, count))
@@ -124,6 +131,34 @@ def held_out(
     if prompts:
         return prompts, ""
     return [], f"no prompt is shorter than {longest} tokens" if too_long else "no row has a prompt before an answer"
+
+
+def _beginnings(
+    columns: Columns, tokenizer: Any, rows: Sequence[Row], count: int, begin: int
+) -> tuple[list[Prompt], str]:
+    """The first `begin` tokens of a few plain texts that go on after them."""
+    found: list[Prompt] = []
+    for part in _parts(rows, count):
+        for number in part:
+            made = _beginning(number + 1, columns, tokenizer, rows[number], begin)
+            if made is not None and all(made.ids != other.ids for other in found):
+                found.append(made)
+                break
+    return found, "" if found else f"no row has more than {begin} tokens"
+
+
+def _beginning(row: int, columns: Columns, tokenizer: Any, given: Row, begin: int) -> Prompt | None:
+    try:
+        text = (columns.text_in(given) or "")[: begin * LONGEST_TOKEN]
+        if not text.strip() or long_texts.longest_word(text) > long_texts.LONGEST_WORD:
+            return None
+        ids = prompt_ids(tokenizer, text)
+    except (RowError, UnicodeEncodeError):
+        return None
+    if len(ids) <= begin:
+        return None
+    shown, own = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:begin], ids[begin:]))
+    return Prompt(row=row, shown=str(shown), text=str(shown), ids=tuple(ids[:begin]), own=str(own), plain=True)
 
 
 def unopened(tokenizer: Any) -> str:

@@ -18,7 +18,12 @@ class Answers(Section):
     prompts: Annotated[int, Field(ge=0, le=200)] = Field(
         default=20,
         description="Prompts, spread over the set's rows of chat or of prompt and completion; 0: none. Plain text has "
-        "none.",
+        "none without begin.",
+    )
+    begin: Annotated[int, Field(ge=4, le=8192)] | None = Field(
+        default=None,
+        description="Plain text: a row's first so many tokens are a prompt, and what follows its own answer. Whether "
+        "an answer ends is then not judged.",
     )
     new_tokens: Literal["auto"] | Annotated[int, Field(gt=0, le=8192)] = Field(
         default="auto",

@@ -120,7 +120,7 @@ EVALUATE = _shown(
     }
 )
 
-ANSWERS = _shown({"prompts": 20, "new_tokens": 256}, {"prompts": 0})
+ANSWERS = _shown({"prompts": 20, "new_tokens": 256}, {"prompts": 6, "begin": 32}, {"prompts": 0})
 
 TASK = _shown(
     {"name": "gsm8k", "limit": 500, "few_shot": 5, "chat": True, "metric": "exact_match,flexible-extract"},

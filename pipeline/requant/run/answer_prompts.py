@@ -41,7 +41,7 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
         with placed(recipe, ("evaluate", "sets", index, "data"), item.data):
             items, why = prompts.held_out(
                 source_of(item.data, recipe.directory), tokenizer, item.format, count=asked.prompts,
-                longest=window - tokens, reads_calls=answer_checks.reads_calls,
+                longest=window - tokens, reads_calls=answer_checks.reads_calls, begin=_begin(recipe, window - tokens),
             )  # fmt: skip
     if not items and (asked != Answers() or any(gate.on_answers for gate in recipe.gates)):
         raise InputError(
@@ -68,6 +68,17 @@ def _new_tokens(recipe: Recipe, window: int) -> int:
     return asked
 
 
+def _begin(recipe: Recipe, longest: int) -> int | None:
+    """The tokens of a plain text that are its prompt. Raises InputError where these leave no room for an answer."""
+    begin = recipe.evaluate.answers.begin
+    if begin is not None and begin > longest:
+        raise InputError(
+            f"{recipe.place('evaluate', 'answers', 'begin')}: a prompt of {begin} tokens leaves no room for an answer: "
+            f"it may have {longest}, which is evaluate.window less evaluate.answers.new_tokens"
+        )
+    return begin
+
+
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -80,7 +91,8 @@ def given(asked: Prompts, answers: Mapping[str, Sequence[str]]) -> GivenAnswers:
     return GivenAnswers(
         set_name=shared(asked.set_name), new_tokens=asked.new_tokens, stops=asked.stop_texts, why=asked.why,
         prompts=[
-            AskedPrompt(row=p.row, shown=shared(p.shown), text=p.text, own=p.own, tools=p.tools, calls=p.calls)
+            AskedPrompt(row=p.row, shown=shared(p.shown), text=p.text, own=p.own, tools=p.tools, calls=p.calls,
+                plain=p.plain)
             for p in asked.items
         ],
         given={name: [shared(text) for text in texts] for name, texts in answers.items()},
