@@ -59,7 +59,7 @@ def test_llama_4s_experts_calibrate_on_their_tokens_as_weighted(tmp_path: Path) 
     assert pico.relative(out, made.get_submodule(name)(hidden.view(-1, 64))) < FP32
     assert torch.equal(seen[0], hidden[1, 3:])
     calibrate_experts(ours, None, floor=2.0)  # each gets twice what it would get if all were chosen alike
-    assert torch.equal(experts(hidden.view(-1, 64)), out)
+    assert pico.relative(experts(hidden.view(-1, 64)), out) < FP32
     least = -(-2 * 5 // experts.count)
     assert len(seen[1]) == least
     assert torch.equal(seen[1][:2], hidden[1, 3:])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from requant import recipe as recipes
 from requant.errors import InputError, RecipeError
 from requant.merge.base_weights import Nf4Settings
-from requant.run import prepare, report_facts
+from requant.run import base_facts, prepare, report_facts
 from requant.run.base_precision import nf4_settings
 from requant.run.prepared import Prepared
 
@@ -191,4 +191,4 @@ def test_a_lost_delta_is_called_resonance_only_on_a_4_bit_grid(project: Path) ->
 def test_the_bytes_of_a_4_bit_base_do_not_depend_on_what_is_merged_onto(project: Path) -> None:
     section = {"base": {"model": "./original", "nf4": {"quant_type": "nf4", "double_quant": True}}, **_variants()}
     onto = prepared(project, section | {"merge.onto": "original"})
-    assert report_facts._base_bytes(onto) == report_facts._base_bytes(prepared(project, section))
+    assert base_facts.base_bytes(onto) == base_facts.base_bytes(prepared(project, section))
