@@ -178,3 +178,51 @@ def test_a_loop_at_the_end_is_seen(text: str, passes: bool) -> None:
 def test_each_check_has_words_and_a_rule() -> None:
     assert checks.CHECKS.keys() == checks.RULES.keys()
     assert all(callable(getattr(checks, name)) for name in checks.CHECKS)
+
+
+OK = [{"name": "f", "parameters": {"required": ["a"], "properties": {"a": {"type": "string"}}}}]
+CALL = '<tool_call>{"name": "f", "arguments": {"a": "x"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "expected", "passes"),
+    [
+        ('maybe <tool_call>{"name": "f"}</tool_call> no.</think>' + CALL, "<assistant><think>\n", True, True),
+        ("it never ends " + CALL, "<assistant><think>\n", True, False),
+        ("<tool_call><function=f><parameter=a>x</parameter></function></tool_call>", "", False, None),
+        ("<tool_call>f of x</tool_call>", "", True, False),
+        ('{"name": "Bob", "age": 3}', "", False, None),
+        ('{"name": "f"}', "", False, False),
+        ('```json\n{"name": "f", "arguments": {"a": "x"}}\n```', "", True, True),
+    ],
+)
+def test_what_is_thought_or_in_another_notation_is_no_call(
+    text: str, prompt: str, expected: bool, passes: bool | None
+) -> None:
+    assert checks.tool_call(checks.after_thought(text, prompt), OK, expected=expected) is passes
+
+
+def test_schemas_with_odd_entries_are_read_as_far_as_they_go() -> None:
+    assert checks.fits({"required": [["a"], "b"]}, {"b": 1})
+    assert not checks.fits({"required": [["a"], "b"]}, {"a": 1})
+    assert not checks.fits({"enum": [1]}, True)
+    assert checks.fits({"enum": [1]}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        ("I am very sorry about that. " * 10 + "I am very sor", False),
+        ("I am very sorry about that. " * 2 + "I am very sor", True),
+        ("| a | b | c | d | e | f |\n|---|---|---|---|---|---|", True),
+        ('"+" | "-" | ' * 9, False),
+    ],
+)
+def test_a_loop_may_be_cut_and_a_tables_rule_is_none(text: str, passes: bool) -> None:
+    assert checks.no_loop(text) is passes
+
+
+@pytest.mark.parametrize("text", ["```json" + "\n" * 200_000 + "x", "<think>" * 100_000, "<think></think>" * 50_000])
+def test_long_answers_are_read_in_one_pass(text: str) -> None:
+    """Each took minutes while expressions began again at every mark."""
+    assert checks.tool_call(text, OK, expected=False) is None

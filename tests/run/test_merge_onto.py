@@ -10,7 +10,8 @@ import pytest
 from helpers import e2e
 
 from requant.evaluate import merge_onto_probe
-from requant.run import onto_choice, prepare, runner
+from requant.run import merge_onto, onto_choice, prepare, runner
+from requant.run.shared_inputs import SharedInputs
 from requant.run.stage_results import OntoDecision
 from requant_eval.render import html, markdown
 
@@ -90,6 +91,26 @@ def test_what_is_wrong_with_the_original_is_told_by_check(project: Path, tmp_pat
     e2e.edit_tensors(mine / "original" / "model.safetensors", lambda t: {k: v for k, v in t.items() if "up" not in k})
     with pytest.raises(runner.InputError, match=r"base\.original: .*original"):
         prepare.prepare(e2e.recipe(mine, tmp_path, AUTO))
+
+
+def test_check_refuses_what_only_the_original_is_refused_for(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = e2e.recipe(project, tmp_path, AUTO)
+    inputs = SharedInputs()
+    prepared, told = prepare.prepare(wanted, shared=inputs), prepare.prepare
+
+    def refusing(recipe: Any, *args: Any, **options: Any) -> Any:
+        if recipe.merge.onto == "original":
+            raise runner.InputError("the original is too wide")
+        return told(recipe, *args, **options)
+
+    monkeypatch.setattr(prepare, "prepare", refusing)
+    with pytest.raises(runner.InputError, match="too wide"):
+        merge_onto.refuse_early(prepared, inputs)
+    merge_onto.refuse_early(
+        dataclasses.replace(prepared, merge=dataclasses.replace(prepared.merge, other=None)), inputs
+    )
 
 
 def test_a_decision_of_other_text_is_made_anew(project: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pico
+from helpers import pico, tiny
 
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring import answers
@@ -93,3 +93,31 @@ def test_nan_is_no_answer() -> None:
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(EvaluationError, match="NaN/inf in logits"):
         answers.answer(model, PROMPTS, 2, stops=(), device="cpu")
+
+
+def test_many_prompts_are_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as their padded tokens, with those of the answers, may be."""
+    model = pico.model()
+    expected = alone(model, 6)
+    monkeypatch.setitem(answers.BATCH_TOKENS, "cpu", 2 * (10 + 6))
+    rows, told = counted(model, monkeypatch), list[tuple[int, int]]()
+    found = answers.answer(
+        model, PROMPTS, 6, stops=(), device="cpu", on_progress=lambda done, of: told.append((done, of))
+    )
+    assert found == expected
+    assert max(rows) == 3
+    assert told == sorted(told)
+    assert told[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "rwkv"])
+def test_a_model_without_keys_and_values_is_asked_too(kind: str) -> None:
+    """Its output has another state, or none."""
+    model = tiny.model(kind)
+    found = answers.answer(model, PROMPTS[:2], 4, stops=(), device="cpu")
+    for prompt, said in zip(PROMPTS, found, strict=False):
+        ids = list(prompt)
+        for token in said:
+            with torch.no_grad():
+                assert int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)

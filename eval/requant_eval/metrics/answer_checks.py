@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from requant_eval.strict_json import JsonError, parse
@@ -49,11 +49,13 @@ THOUGHTS = (
 FEWEST_LETTERS = 8  # of an answer whose script is judged
 SHARE = 0.2  # of a text's letters, from which a script is one of the text's
 LONGEST_LOOP, FEWEST_TIMES, FEWEST_UNITS = 40, 4, 12
+UNREAD = object()
+"""A call in a notation that is not read."""
 MOST_BLANKS = 40  # at the end of an answer, from which they are a loop
+_RULE = set("|-:=+")  # of a table's rules, which repeat themselves
 _UNIT = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|([^\w\s])\1*")
 _IN_TAGS = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\S*?)?\[ARGS\]")
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
     "null": type(None),
@@ -93,15 +95,24 @@ def tool_call(text: str, tools: Sequence[Any], *, expected: bool) -> bool | None
     """Whether the text's calls are valid; None where there are no tools, or no call is made and none expected.
 
     tools: of the row, as OpenAI writes them (name and parameters, a JSON Schema). expected: whether the row's own
-    answer makes a call. Read are Hermes' <tool_call> tags, Mistral's [TOOL_CALLS], and an answer that is JSON alone.
+    answer makes a call. Read are Hermes' <tool_call> tags, Mistral's [TOOL_CALLS], and an answer that is JSON alone;
+    what stands in tags and does not begin as JSON is another notation, and not judged where no call is expected.
     """
     if not tools:
         return None
-    calls = list(_calls(text))
-    if not calls:
-        return False if expected else None
     known = {name: schema for tool in tools if (named := _named(tool)) for name, schema in [named]}
+    calls = list(_calls(text, known.keys()))
+    if not calls or UNREAD in calls:
+        return False if expected else None
     return all(_is_valid(call, known) for call in calls)
+
+
+def after_thought(text: str, prompt: str) -> str:
+    """The text without a thought that the prompt has opened; "" where it never ends."""
+    for begin, end in THOUGHTS:
+        if prompt.rstrip().endswith(begin):
+            return text.partition(end)[2]
+    return text
 
 
 def reads_calls(text: str) -> bool:
@@ -144,7 +155,8 @@ def no_loop(text: str) -> bool:
     if len(text) - len(text.rstrip()) >= MOST_BLANKS:
         return False
     units = [found[0] for found in _UNIT.finditer(text)]
-    return not any(_loops(units, length) for length in range(1, LONGEST_LOOP + 1))
+    ends = (units, units[:-1])  # its last word may be cut off, too
+    return not any(_loops(end, length) for end in ends for length in range(1, LONGEST_LOOP + 1))
 
 
 def _loops(units: Sequence[str], length: int) -> bool:
@@ -152,7 +164,7 @@ def _loops(units: Sequence[str], length: int) -> bool:
     while covered < len(units) and units[-1 - covered + length] == units[-1 - covered]:
         covered += 1
         if covered >= least:
-            return True
+            return not all(set(unit) <= _RULE for unit in units[-length:])
     return False
 
 
@@ -166,12 +178,12 @@ def _script(letter: str) -> str | None:
     return _SCRIPTS.get(words[0], words[0].capitalize())
 
 
-def _calls(text: str) -> Iterator[Any]:
-    """Each call that the text makes, parsed; None for one that is not JSON."""
+def _calls(text: str, known: Collection[str] = ()) -> Iterator[Any]:
+    """Each call that the text makes, parsed; None for one that is not JSON, UNREAD for one that does not try to be."""
     for begin, end in THOUGHTS:  # what is only thought of is not called
-        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", "", text, flags=re.DOTALL)
+        text = _without(text, begin, end)
     if tagged := _IN_TAGS.findall(text):
-        yield from (_json(part) for part in tagged)
+        yield from (_json(part) if part.lstrip().startswith(("{", "[")) else UNREAD for part in tagged)
         return
     if "[TOOL_CALLS]" in text:
         for part in text.split("[TOOL_CALLS]")[1:]:
@@ -181,9 +193,20 @@ def _calls(text: str) -> Iterator[Any]:
                 yield from _listed(_json(part))
         return
     alone = text.strip().removeprefix("<|python_tag|>").strip()
-    alone = fenced[1] if (fenced := _FENCE.match(alone)) else alone
+    head, _, rest = alone.partition("\n")
+    alone = rest[:-3].strip() if head.strip() in ("```", "```json") and rest.endswith("```") else alone
     if alone.startswith(("{", "[")):
-        yield from (call for call in _listed(_json(alone)) if isinstance(call, dict) and "name" in call)
+        found = (call for call in _listed(_json(alone)) if isinstance(call, dict) and "name" in call)
+        yield from (call for call in found if call["name"] in known or "arguments" in call or "parameters" in call)
+
+
+def _without(text: str, begin: str, end: str) -> str:
+    """The text without what stands between two marks, and without them."""
+    kept, at = [], 0
+    while (start := text.find(begin, at)) >= 0 and (stop := text.find(end, start + len(begin))) >= 0:
+        kept.append(text[at:start])
+        at = stop + len(end)
+    return "".join([*kept, text[at:]])
 
 
 def _listed(value: Any) -> list[Any]:
@@ -231,7 +254,9 @@ def fits(schema: Any, value: Any) -> bool:
     types = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type", "any")]
     if types and not any(_is_a(value, name) for name in types):
         return False
-    if isinstance(schema.get("enum"), list) and value not in schema["enum"]:
+    if isinstance(schema.get("enum"), list) and not any(
+        value == one and _kind(value) == _kind(one) for one in schema["enum"]
+    ):
         return False
     if isinstance(value, list):
         return all(fits(schema.get("items"), item) for item in value)
@@ -240,11 +265,16 @@ def fits(schema: Any, value: Any) -> bool:
     named = schema.get("properties")
     properties = named if isinstance(named, Mapping) else {}
     required = schema["required"] if isinstance(schema.get("required"), list) else []
-    if any(key not in value for key in required):
+    if any(key not in value for key in required if isinstance(key, str)):
         return False
     if schema.get("additionalProperties") is False and any(key not in properties for key in value):
         return False
     return all(fits(properties.get(key), item) for key, item in value.items())
+
+
+def _kind(value: Any) -> type:
+    """The type, but for numbers: 1 is 1.0, and not true."""
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
 
 
 def _is_a(value: Any, name: Any) -> bool:

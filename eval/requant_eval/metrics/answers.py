@@ -96,7 +96,9 @@ def checked(prompt: AskedPrompt, text: str, stops: Sequence[str]) -> dict[str, b
     return {
         "ended": None if prompt.plain else answer_checks.ended(text, stops),
         "thought_closed": answer_checks.thought_closed(said, prompt.text),
-        "tool_call": answer_checks.tool_call(said, prompt.tools, expected=prompt.calls),
+        "tool_call": answer_checks.tool_call(
+            answer_checks.after_thought(said, prompt.text), prompt.tools, expected=prompt.calls
+        ),
         "same_script": answer_checks.same_script(said, prompt.shown, prompt.own),
         "no_loop": answer_checks.no_loop(said),
     }

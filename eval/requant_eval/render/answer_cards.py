@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from requant_eval.escaping import one_line, visible
 from requant_eval.metrics import answer_checks
 from requant_eval.metrics.answer_records import AnsweredPrompt, AnswersSection, CheckCount
+from requant_eval.metrics.answers import first_difference
 from requant_eval.render.tables import Table
 
 FIRST = 3  # cards on the first screen
@@ -82,6 +83,8 @@ def _card(item: AnsweredPrompt, section: AnswersSection, longest: int, without: 
 
 def _said(name: str, item: AnsweredPrompt, section: AnswersSection, longest: int) -> Said:
     text, at = visible(item["given"][name]).strip(), item["differs"].get(name)
+    if at is not None and section["reference"] in item["given"]:  # counted in the words that are shown
+        at = first_difference(text, visible(item["given"][section["reference"]]).strip())
     before, word, after = _parts(text, at, longest)
     notes = [FAILED[check].format(section["new_tokens"]) for check in item["failed"].get(name, ()) if check in FAILED]
     if at is not None and not word:

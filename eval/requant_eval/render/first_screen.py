@@ -9,7 +9,7 @@ from requant_eval.metrics.facts import known_facts
 from requant_eval.metrics.lookup import ROADS, step_from_reference
 from requant_eval.metrics.records import Edge, Estimate, EvaluationSet
 from requant_eval.render.answer_cards import FIRST, SHORT, Cards, cards
-from requant_eval.report.headline import final_variant
+from requant_eval.report.headline import QUANTIZED, final_variant
 from requant_eval.report.number_format import format_bytes
 from requant_eval.report.records import Report
 
@@ -51,9 +51,8 @@ def first_screen(report: Report) -> FirstScreen:
 def _plain(report: Report) -> Iterator[str]:
     """How often the next word changes, how many answers differ, what is kept of the fine-tune."""
     final, home = final_variant(report), next((s for s in report["sets"] if s["in_domain"]), report["sets"][0])
-    if final is None:
-        return
-    step = step_from_reference(home, final)
+    measured = final if final in QUANTIZED else None  # what ships; else the page's size would be another's
+    step = step_from_reference(home, measured) if measured else None
     if step and (changed := _changed(step)):
         yield changed
     section = report.get("answers")
@@ -62,14 +61,14 @@ def _plain(report: Report) -> Iterator[str]:
         if shipped and shipped["answered"]:
             n, of = shipped["differ"].get(section["reference"], 0), len(section["items"])
             lost = len({lost["row"] for lost in section["lost"]})
+            whose = "the fine-tune's" if section["reference"] == "adapter" else "the merged model's"
             fails = f"{lost} fail{'s' if lost == 1 else ''} a check" if lost else "none fails a check"
             yield (
-                f"{n} of {of} answers to your own prompts have other words than the fine-tune's; {fails} that the "
-                "fine-tune's does not."
+                f"{n} of {of} answers to your own prompts have other words than {whose}; {fails} that {whose} does not."
             )
     elif section and section["why"]:
         yield f"No answers were compared: {section['why']}."
-    if kept := _kept(home, final):
+    if measured and (kept := _kept(home, measured)):
         yield kept
 
 
@@ -96,7 +95,9 @@ def _kept(home: EvaluationSet, final: str) -> str:
         return "How much of the fine-tune is kept cannot be said: on this text it is not surely better than the base."
     if kept["value"] is None:
         return ""
-    return f"Of what the fine-tune learned, {100 * kept['value']:.0f} % is kept."
+    if kept["value"] <= 0:
+        return "Nothing of what the fine-tune learned is kept: on this text it is no better than the base."
+    return f"Of what the fine-tune learned, {min(100 * kept['value'], 100):.0f} % is kept."
 
 
 def _sizes(report: Report) -> Iterator[tuple[str, str]]:
@@ -106,11 +107,11 @@ def _sizes(report: Report) -> Iterator[tuple[str, str]]:
     sizes = (known_facts(report["facts"]).get("cost") or {}).get("bytes") or {}
     merged = sizes.get("merged")
     if own and own["bytes"]:
-        smaller = (
-            f", {merged / own['bytes']:.1f} times smaller than the merged model's {format_bytes(merged)}"
-            if merged
-            else ""
-        )
+        smaller = ""
+        if merged and merged >= 1.05 * own["bytes"]:
+            smaller = f", {merged / own['bytes']:.1f} times smaller than the merged model's {format_bytes(merged)}"
+        elif merged:
+            smaller = f"; the merged model has {format_bytes(merged)}"
         yield "Size", f"{format_bytes(own['bytes'])}{smaller}"
     speed = own["tokens_per_second"] if own else None
     said = ", ".join(f"{rate:.4g} tokens a second in {engine}" for engine, rate in (speed or {}).items())

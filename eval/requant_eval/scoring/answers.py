@@ -1,4 +1,4 @@
-"""Greedy answers to prompts of different lengths in one batch, for checks and side by side.
+"""Greedy answers to prompts of different lengths in batches, for checks and side by side.
 
 The prompts of a batch are padded on the left, with positions that begin at each prompt's first token. A model that
 reads padding otherwise is found by the shortest prompt, asked alone too; its prompts are then answered one by one.
@@ -7,7 +7,7 @@ reads padding otherwise is found by the shortest prompt, asked alone too; its pr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from requant_eval.scoring.canaries import best_token
 
 log = logging.getLogger(__name__)
+BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of prompts and answers, padded: what a cache holds at a time
 AGREE = 0.1  # of the logits' spread: so much padding may change them, as sums in another order do in 16 bits
 
 
@@ -33,15 +34,38 @@ def answer(
     on_progress: (done, of), in prompts. Raises EvaluationError for NaN or infinity in logits.
     """
     model.eval()
-    told = on_progress or (lambda done, of: None)
-    found = _together(model, prompts, new_tokens, stops, device, told) if len(prompts) > 1 else None
-    if found is not None:
-        return found
-    answers = []
-    for number, prompt in enumerate(prompts, 1):
-        answers.append(_alone(model, prompt, new_tokens, stops, device))
-        told(number, len(prompts))
+    told, answers = on_progress or (lambda done, of: None), list[list[int]]()
+    apart = False
+    for some in _batches(prompts, new_tokens, BATCH_TOKENS[torch.device(device).type]):
+        before = len(answers)
+        found = None
+
+        def progress(done: int, _: int, before: int = before) -> None:
+            told(before + done, len(prompts))
+
+        if len(some) > 1 and not apart:
+            found = _together(model, some, new_tokens, stops, device, progress)
+            apart = found is None
+        if found is None:
+            found = []
+            for prompt in some:
+                found.append(_alone(model, prompt, new_tokens, stops, device))
+                progress(len(found), 0)
+        answers += found
     return answers
+
+
+def _batches(prompts: Sequence[Sequence[int]], new_tokens: int, most: int) -> Iterator[Sequence[Sequence[int]]]:
+    """Neighbouring prompts whose padded tokens, with those of their answers, are at most `most`; one at least."""
+    some: list[Sequence[int]] = []
+    for prompt in prompts:
+        longest = max(map(len, [*some, prompt])) + new_tokens
+        if some and longest * (len(some) + 1) > most:
+            yield some
+            some = []
+        some.append(prompt)
+    if some:
+        yield some
 
 
 def _together(
@@ -55,7 +79,7 @@ def _together(
     """All answers from one batch; None where the model does not take one."""
     try:
         return _batched(model, prompts, new_tokens, stops, device, told)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:  # also out of memory
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # also out of memory
         log.info("answers one by one: %s: %s", type(error).__name__, error)
         return None
 
@@ -74,7 +98,8 @@ def _batched(
     made = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     logits, cache = made.logits[:, -1], made.past_key_values
     shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]))
-    alone = model(input_ids=torch.tensor([list(prompts[shortest])], device=device), use_cache=True).logits[0, -1]
+    first = torch.tensor([list(prompts[shortest])], device=device)
+    alone = model(input_ids=first, use_cache=True, logits_to_keep=1).logits[0, -1]
     if not bool((logits[shortest].float() - alone.float()).std() < AGREE * alone.float().std()):
         return None
     out: list[list[int]] = [[] for _ in prompts]
@@ -115,12 +140,22 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device | str) -> tup
 def _alone(
     model: Any, prompt: Sequence[int], new_tokens: int, stops: Collection[int], device: torch.device | str
 ) -> list[int]:
+    """The answer to one prompt; all of it is read again for each token of a model that returns no key-value cache."""
     step, cache, out = torch.tensor([list(prompt)], device=device), None, list[int]()
     for _ in range(new_tokens):
-        made = model(input_ids=step, past_key_values=cache, use_cache=True)
-        best, cache = best_token(made.logits[0, -1]), made.past_key_values
+        made = _last(model, step, cache)
+        best, cache = best_token(made.logits[0, -1]), getattr(made, "past_key_values", None)
         out.append(best)
         if best in stops:
             break
-        step = torch.tensor([[best]], device=device)
+        step = torch.tensor([[best] if cache is not None else [*prompt, *out]], device=device)
     return out
+
+
+def _last(model: Any, step: Tensor, cache: Any) -> Any:
+    """The output with the logits of the last position, of all positions where the model cannot leave others out."""
+    options = {} if cache is None else {"past_key_values": cache}
+    try:
+        return model(input_ids=step, use_cache=True, logits_to_keep=1, **options)
+    except TypeError:
+        return model(input_ids=step, use_cache=True, **options)

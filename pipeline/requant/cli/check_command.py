@@ -32,7 +32,9 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
             from requant.run.shared_inputs import SharedInputs
             from requant.runtime.device import pick_device
 
-            prepared = prepare.prepare(recipe, watcher.doing, SharedInputs.of_run(where))
+            inputs = SharedInputs.of_run(where)
+            prepared = prepare.prepare(recipe, watcher.doing, inputs)
+            merge_onto.refuse_early(prepared, inputs)
             need, free = disk_space.check_disk(prepared, where)
             device = pick_device(recipe.device)
             watcher.doing("what rounding keeps of the adapter, on a few blocks")

@@ -55,6 +55,7 @@ class Prompts:
     """Prompts of one evaluation set, and how they are answered.
 
     why: why there are none, in words, or "". stops: ids that end an answer, and their texts. asked: variants.
+    stream: `evaluate.stream`, which decides whether a variant is asked.
     """
 
     set_name: str
@@ -66,12 +67,27 @@ class Prompts:
     decode: Callable[[list[int]], str]
     asked: tuple[str, ...] = ()
     kind: str = "answers"
+    stream: str = "auto"
 
     @property
     def digest(self) -> str:
         """Of everything that an answer depends on except the model."""
-        asked = [[item.ids for item in self.items], self.new_tokens, self.stops]
+        asked = [
+            [item.ids for item in self.items],
+            self.new_tokens,
+            self.stops,
+            *([self.stream] * (self.stream != "auto")),
+        ]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    @property
+    def told(self) -> list[Any]:
+        """What else the report says of them and judges answers by."""
+        return [
+            self.set_name,
+            self.why,
+            *((p.row, p.shown, p.text, p.own, p.tools, p.calls, p.plain) for p in self.items),
+        ]
 
     def ask(self, model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> list[str]:
         """The answers of one variant's model, stop tokens at their ends.

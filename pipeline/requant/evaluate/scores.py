@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,9 +21,13 @@ from requant.errors import StageError
 from requant.outgoing import masked
 
 if TYPE_CHECKING:
+    from requant_eval.scoring.batches import BatchSize
+    from requant_eval.scoring.reference_states import Reference
     from requant_eval.scoring.token_scores import TokenScores
     from requant_eval.scoring.windows import EvalSet
 
+log = logging.getLogger(__name__)
+OnProgress = Callable[[int, str], None]  # (done of the current part, what)
 Questions = Canaries | Prompts
 REFERENCE = "adapter"  # the variant that KL compares the others with
 
@@ -122,6 +127,30 @@ class Scores:
     def _saved(self, variant: str, s: EvalSet) -> TokenScores | None:
         """The saved scores of one variant; None where there are none, or none that can be read and are of this set."""
         return read_state(self.file(variant, s), partial(_scores_of, s))
+
+
+def score_set(
+    scores: Scores, name: str, model: Any, s: EvalSet, batch: BatchSize, runtime: str, reference: Reference | None,
+    on_progress: OnProgress, on_note: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the scores of one variant on one set; of the reference also the hidden states."""
+    from requant_eval.scoring.score_loop import score
+
+    log.info("scoring %s on %s", name, s.name)
+    states = scores.reference(s) if scores.kl else None
+    is_reference = name == REFERENCE
+    result = score(
+        model,
+        s,
+        batch=batch,
+        device=scores.device,
+        on_progress=lambda at, _: on_progress(at, s.name),
+        on_note=on_note,
+        reference=reference,
+        write_reference=states if is_reference else None,
+    )
+    result.runtime = runtime
+    result.save(scores.file(name, s))
 
 
 def _in_file_names(name: str) -> str:

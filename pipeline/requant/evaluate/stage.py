@@ -20,7 +20,7 @@ from requant.data import canaries
 from requant.errors import StageError
 from requant.evaluate import peft_runtime, streamed, variants
 from requant.evaluate.memory import VariantSize
-from requant.evaluate.scores import REFERENCE, Questions, Scores
+from requant.evaluate.scores import REFERENCE, Questions, Scores, score_set
 from requant.runtime.device import USABLE, free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize, Plan, plan
 from requant_eval.scoring.score_loop import logit_bytes
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]  # (done, of, note)
-OnProgress = Callable[[int, str], None]  # (done of the current part, what)
 Answers = Sequence[tuple[Questions, Path]]  # what is to be answered, and the file for it
 Stream = Literal["auto", "always", "never"]
 
@@ -169,7 +168,7 @@ class _Evaluation:
                 for s in sets:
                     self._score(name, model, s, runtime)
                 for asked, file in answers:
-                    _answer(self.scores, model, asked, file, partial(self._on_progress, name, self.done))
+                    self._answer(name, model, asked, file)
                     self.done += len(asked.items)
             self.notes += [f"{name}: {note}" for note in getattr(model, "notes", [])]
         except EvaluationError as error:
@@ -225,9 +224,22 @@ class _Evaluation:
             self._note(f"{name} on {s.name}: out of memory with {before} windows at a time, went on with {after}")
         self.done += len(s.windows)
 
+    def _answer(self, name: str, model: Any, asked: Questions, file: Path) -> None:
+        """Write the answers of a variant; a lack of memory leaves prompts of held-out rows unasked, not the run."""
+        try:
+            answers = asked.ask(
+                model, self.scores.device, lambda at, _: self._on_progress(name, self.done, at, asked.kind)
+            )
+        except torch.OutOfMemoryError:
+            if asked.kind != "answers":
+                raise
+            self._note(f"{name}: out of memory while it answered prompts one by one: not asked")
+            answers = []
+        canaries.save_answers(answers, file)
+
     def _fits_in_memory(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
         try:
-            _score_set(
+            score_set(
                 self.scores, name, model, s, self.batch, runtime, self._reference(name, s),
                 partial(self._on_progress, name, self.done), lambda note: self._note(f"{name} on {s.name}: {note}"),
             )  # fmt: skip
@@ -288,33 +300,3 @@ def should_stream(
 def _plan(s: EvalSet, size: BatchSize) -> Plan:
     """The batches of a set, whose sizes decide what fits in memory."""
     return plan([len(w.ids) for w in s.windows], size)
-
-
-def _score_set(
-    scores: Scores, name: str, model: Any, s: EvalSet, batch: BatchSize, runtime: str, reference: Reference | None,
-    on_progress: OnProgress, on_note: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Write the scores of one variant on one set; of the reference also the hidden states."""
-    from requant_eval.scoring.score_loop import score
-
-    log.info("scoring %s on %s", name, s.name)
-    states = scores.reference(s) if scores.kl else None
-    is_reference = name == REFERENCE
-    result = score(
-        model,
-        s,
-        batch=batch,
-        device=scores.device,
-        on_progress=lambda at, _: on_progress(at, s.name),
-        on_note=on_note,
-        reference=reference,
-        write_reference=states if is_reference else None,
-    )
-    result.runtime = runtime
-    result.save(scores.file(name, s))
-
-
-def _answer(scores: Scores, model: Any, asked: Questions, file: Path, on_progress: OnProgress) -> None:
-    """Write one variant's answers."""
-    answers = asked.ask(model, scores.device, lambda at, _: on_progress(at, asked.kind))
-    canaries.save_answers(answers, file)

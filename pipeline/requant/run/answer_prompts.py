@@ -49,7 +49,7 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
             "evaluate.in_domain, or set prompts: 0"
         )
     return Prompts(
-        set_name=item.name, items=tuple(items), why=why, new_tokens=tokens, stops=ids,
+        set_name=item.name, items=tuple(items), why=why, stream=e.stream, new_tokens=tokens, stops=ids,
         stop_texts=tuple(tokenizer.decode([i], skip_special_tokens=False) for i in ids),
         decode=_decoder(tokenizer),
     )  # fmt: skip

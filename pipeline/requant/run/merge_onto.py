@@ -51,6 +51,12 @@ def decided(
     return replace(again, choice=choice)
 
 
+def refuse_early(prepared: Prepared, inputs: SharedInputs) -> None:
+    """Raise InputError where the merge onto the original, which a run may take, would be refused."""
+    if prepared.merge.other is not None:
+        prepare.prepare(_with(prepared.recipe, "original"), shared=inputs)
+
+
 def tokens_to_score(prepared: Prepared) -> int:
     """The tokens of the evaluation sets that both merges will be scored on."""
     return sum(part.n_scored for part in _parts(prepared, pick_device(prepared.recipe.device)))

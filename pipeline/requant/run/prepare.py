@@ -20,6 +20,7 @@ from requant.checkpoint import model_files
 from requant.data import canaries
 from requant.data.canaries import Canaries
 from requant.data.documents import adds_bos
+from requant.data.prompts import Prompts
 from requant.deploy import gguf_export
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
@@ -98,7 +99,10 @@ def prepare(
     texts = replace(
         texts,
         prompts=shared.once(
-            "answers", recipe, TEXT_KEYS, lambda: answer_prompts.load(recipe, tokenizer, model, merge_inputs)
+            "answers",
+            recipe,
+            (*TEXT_KEYS, "gates"),
+            lambda: answer_prompts.load(recipe, tokenizer, model, merge_inputs),
         ),
     )
     tasks = _tasks(recipe, shared, tokenizer, model, merge_inputs, doing)
@@ -112,6 +116,12 @@ def prepare(
         recipe=recipe, sources=sources, merge=merge_inputs, quantize=quantize_inputs, texts=texts, heal=healing,
         unloadable=unloadable, warnings=tuple(warnings), tasks=tasks,
     )  # fmt: skip
+
+
+def _prompts(recipe: Recipe, shared: SharedInputs, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts | None:
+    """The prompts that variants answer; gates decide whether it is an error that there are none."""
+    keys = (*TEXT_KEYS, "gates")
+    return shared.once("answers", recipe, keys, lambda: answer_prompts.load(recipe, tokenizer, model, of))
 
 
 def _tasks(
