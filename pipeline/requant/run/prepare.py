@@ -96,15 +96,7 @@ def prepare(
     texts, healing, told = shared.once(
         "texts", recipe, TEXT_KEYS, lambda: _texts(recipe, tokenizer, size, shared, doing)
     )
-    texts = replace(
-        texts,
-        prompts=shared.once(
-            "answers",
-            recipe,
-            (*TEXT_KEYS, "gates"),
-            lambda: answer_prompts.load(recipe, tokenizer, model, merge_inputs),
-        ),
-    )
+    texts = replace(texts, prompts=_prompts(recipe, shared, tokenizer, model, merge_inputs))
     tasks = _tasks(recipe, shared, tokenizer, model, merge_inputs, doing)
     healing = replace(healing, size=size, deploy=tuple(recipe.deploy)) if healing else None
     warnings += told
