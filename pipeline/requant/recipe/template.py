@@ -279,7 +279,7 @@ evaluate:
   # tasks: [gsm8k, ./tasks/mine.yaml]   # default none; tasks of lm-evaluation-harness, by name or from a file
   # roads: [rtn, nf4-merge, nf4-again, gptqmodel]   # default none; other ways to ship, scored beside yours
   # task_variants: auto     # auto | names, default auto; adapter, merged and what ships
-  # answers: {{prompts: 20, new_tokens: auto}}   # prompts of in-domain rows, answered side by side; plain text: begin: 32
+  # answers: {{prompts: 20, new_tokens: auto}}   # of in-domain rows, side by side; plain text: begin: 32
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers
 # heal: auto                # auto | off | {{steps: 300, ...}}: distil scales and codes after quantizing; auto: on a GPU

@@ -37,7 +37,7 @@ def report_key(context: RunContext) -> str:
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
-    others = [*_converted(context), *([p.texts.prompts.told] if p.texts.prompts else [])]
+    others = [*_converted(context), *([p.texts.prompts.told] if p.texts.prompts and p.texts.prompts.items else [])]
     tasks = [tasks_stage.tasks_key(context)] if p.tasks else []
     tasks += [*context.recipe.evaluate.roads, roads_stage.roads_key(context)] if context.recipe.evaluate.roads else []
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others, *tasks)
