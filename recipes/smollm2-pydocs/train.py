@@ -1,4 +1,4 @@
-"""A QLoRA fine-tune of the NF4 base on Python's help topics: plain torch loop, peft and bitsandbytes.
+"""A QLoRA fine-tune of the NF4 base on Python's help topics, in a plain torch loop.
 
     python3 train.py --base work/base-nf4 --data work/texts --out work/adapter
 
