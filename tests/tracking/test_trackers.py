@@ -37,13 +37,15 @@ def test_numbers_have_the_name_of_set_variant_and_metric() -> None:
     found = payload(report)
     ppl = next(v["ppl"] for v in report["sets"][0]["variants"] if v["name"] == "gptq")
     assert found["numbers"]["general/gptq/perplexity"] == ppl["value"]
-    assert found["numbers"]["general/gptq/perplexity/low"] == ppl["low"]
+    assert found["numbers"]["general/gptq/perplexity_low"] == ppl["low"]
     assert found["numbers"]["bytes/gptq"] == 100_000_000
     assert found["numbers"]["in-domain/gptq/retention"] < 1
     assert [step for step, _ in found["stages"]] == [0, 1, 2, 4, 5]
     assert found["settings"]["bits"] == "4"
     assert found["settings"]["verdict"] == report["verdict"]["status"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+    names = [*found["numbers"], *found["curves"], *(name for _, numbers in found["stages"] for name in numbers)]
+    assert not [(a, b) for a in names for b in names if b.startswith(f"{a}/")], "a file and a folder in mlflow's store"
 
 
 def test_every_variant_has_a_place_on_the_axis() -> None:
@@ -73,6 +75,11 @@ def test_curves_and_tasks_are_sent() -> None:
 )
 def test_names_are_as_mlflow_takes_them(name: str, taken: str) -> None:
     assert clients.mlflow_name(name) == taken
+
+
+def test_artifacts_have_names_as_wandb_takes_them() -> None:
+    assert clients.wandb_name("my run|é-w4.g64-report") == "my_run__-w4.g64-report"
+    assert clients.wandb_name("x" * 200 + "-report") == "x" * 121 + "-report"
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +144,7 @@ def test_mlflow_gets_a_run_in_a_local_folder(
     if (tmp_path / "mlflow.db").exists():
         rows = sqlite3.connect(tmp_path / "mlflow.db").execute("select key from metrics").fetchall()
         assert ("bytes/gptq",) in rows
+        assert list((tmp_path / "mlruns").rglob("report.html"))
         held = b"".join(f.read_bytes() for f in [tmp_path / "mlflow.db"])
     else:
         kept = [f for f in (tmp_path / "mlruns").rglob("*") if f.is_file()]
@@ -151,8 +159,9 @@ def test_mlflow_gets_a_run_in_a_local_folder(
 def test_wandb_keeps_an_offline_run(tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert trackers.send("wandb", built(), files, tmp_path) is None
-    kept = next((tmp_path / "wandb").glob("offline-run-*")).glob("*.wandb")
-    held = b"".join(f.read_bytes() for f in kept)
+    folder = next((tmp_path / "wandb").glob("offline-run-*"))
+    assert not list((folder / "files").rglob("*.*")), "no list of packages, no code"
+    held = b"".join(f.read_bytes() for f in folder.glob("*.wandb"))
     assert b"general/gptq/perplexity" in held
     assert b"report.html" in held
     assert b"clients.py" not in held, "the script is not named"

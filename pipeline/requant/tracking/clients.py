@@ -22,6 +22,7 @@ def to_wandb(request: dict[str, Any]) -> None:
 
     quiet = {"disable_git": True, "disable_code": True, "disable_job_creation": True, "console": "off", "silent": True}
     hidden = {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True}
+    hidden["x_save_requirements"] = False
     known = wandb.Settings.model_fields if hasattr(wandb.Settings, "model_fields") else {}
     settings = wandb.Settings(**quiet, **{key: value for key, value in hidden.items() if key in known})
     run = wandb.init(
@@ -38,11 +39,16 @@ def to_wandb(request: dict[str, Any]) -> None:
         for step, value in points:
             run.log({f"{name}/step": step, name: value})
     run.summary.update(request["numbers"])
-    artifact = wandb.Artifact(f"{request['name']}-report", type="report")
+    artifact = wandb.Artifact(wandb_name(f"{request['name']}-report"), type="report")
     for file in request["files"]:
         artifact.add_file(file, name=Path(file).name)
     run.log_artifact(artifact)
     run.finish()
+
+
+def wandb_name(name: str) -> str:
+    """An artifact's name as wandb takes it: at most 128 letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-128:]
 
 
 def to_mlflow(request: dict[str, Any]) -> None:

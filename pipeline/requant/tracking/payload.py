@@ -54,8 +54,11 @@ def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _value(name: str, estimate: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
-    """The value of an estimate and the ends of its interval, as far as they are known."""
-    for part, suffix in (("value", ""), ("low", "/low"), ("high", "/high")):
+    """The value of an estimate and the ends of its interval, as far as they are known.
+
+    No name is another's with a slash behind: mlflow keeps them as files in folders.
+    """
+    for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
         number = (estimate or {}).get(part)
         if isinstance(number, int | float):
             yield name + suffix, float(number)
