@@ -1,13 +1,14 @@
 """What healing gives back on a fine-tune, and which settings help.
 
-    python bench/heal.py compare  --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--bits 4,3] [--peer]
-                          [--codes] [--code-lr 0.001] [--steps 300]
-    python bench/heal.py ablate   --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--only NAME;NAME] [--budget SECONDS]
+    python bench/heal.py compare --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--bits 4,3] [--peer]
+                         [--autoround 200,1000] [--codes] [--code-lr 0.001] [--steps 300]
+    python bench/heal.py ablate --base BASE --adapter ADAPTER --texts TEXTS --out FILE [--only NAME;NAME]
+                         [--budget SECONDS]
 
-compare: NF4 base + adapter -> merged -> GPTQ (ours, and with --peer gptqmodel's) -> healed; all scored in fp32 on both
-held-out sets. ablate: one checkpoint, many settings, nothing loaded twice. FILE is rewritten after every row, and every
-phase says its seconds. BASE, ADAPTER and TEXTS as a recipe's prepare.py makes them: recipes/smollm2-pydocs,
-recipes/gemma3-word-problems. Meant for a GPU; runs anywhere.
+compare: NF4 base + adapter -> merged -> GPTQ (ours, and with --peer gptqmodel's, with --autoround AutoRound's)
+-> healed; all scored in fp32 on both held-out sets. ablate: one checkpoint, many settings, nothing loaded twice. FILE
+is rewritten after every row, and every phase says its seconds. BASE, ADAPTER and TEXTS as a recipe's prepare.py makes
+them: recipes/smollm2-pydocs, recipes/gemma3-word-problems. Meant for a GPU; runs anywhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +176,10 @@ def compare(args: argparse.Namespace) -> None:
     text = bench.windows(settings, WRITTEN if args.third_written else HALF)
     taught = teacher.ResidentTeacher(bench.model("merged"), text.windows, DEVICE)
     for bits in [int(b) for b in args.bits.split(",")]:
-        makers = [("ours", bench.quantized), *([("gptqmodel", bench.peer)] if args.peer else [])]
+        makers: list[tuple[str, Callable[[int], Path]]] = [("ours", bench.quantized)]
+        makers += [("gptqmodel", bench.peer)] if args.peer else []
+        for count in [int(n) for n in args.autoround.split(",") if n]:
+            makers.append((f"AutoRound, {count} iterations,", partial(bench.peer, iterations=count)))
         for maker, make in makers:
             with phase(f"{maker} {bits} bits: quantize", bench.seconds):
                 path = make(bits)
@@ -255,14 +260,32 @@ def heal_blocks(
 
 
 def peer_role(args: argparse.Namespace) -> None:
+    """Write the checkpoint of gptqmodel, or of AutoRound where iterations are given, at its defaults for the rest."""
+    rows = torch.tensor(json.loads(args.rows.read_text()))
+    if args.iterations:
+        autoround(args, rows)
+        return
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=int(args.bits), group_size=64, sym=True, desc_act=False, device=DEVICE.type)
     model = GPTQModel.load(str(args.merged), config)
-    rows = [torch.tensor([r]) for r in json.loads(args.rows.read_text())]
-    batch = max(1, (16384 if DEVICE.type == "cuda" else 2048) // rows[0].shape[1])
-    model.quantize([{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows], batch_size=batch)
+    batch = max(1, (16384 if DEVICE.type == "cuda" else 2048) // rows.shape[1])
+    examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]
+    model.quantize(examples, batch_size=batch)
     model.save(str(args.out))
+
+
+def autoround(args: argparse.Namespace, rows: torch.Tensor) -> None:
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(str(args.merged), dtype="auto")
+    rounder = AutoRound(
+        model, tokenizer=AutoTokenizer.from_pretrained(str(args.merged)), bits=int(args.bits), group_size=64, sym=True,
+        dataset=list(rows.split(8)), iters=args.iterations, nsamples=len(rows), seqlen=rows.shape[1],
+        device_map=DEVICE.type,
+    )  # fmt: skip
+    rounder.quantize_and_save(str(args.out), format="auto_gptq")
 
 
 def main() -> None:
@@ -273,6 +296,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/requant-heal"))
     parser.add_argument("--bits", default="4")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--autoround", default="", help="iterations of AutoRound, split by commas: a peer each")
     parser.add_argument("--heal-peer", action="store_true", help="heal gptqmodel's checkpoint too")
     parser.add_argument("--only", default="", help="names of rows, split by ;")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
@@ -293,6 +317,7 @@ def main() -> None:
         "micro": None,
         "tokens": None,
         "written": 1024,
+        "iterations": 0,
     }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -178,30 +178,20 @@ class Bench:
             eos=self.tokenizer.eos_token_id,
         )  # fmt: skip
 
-    def peer(self, bits: int) -> Path:
-        """gptqmodel's GPTQ of the same model and calibration windows, in a process of its own.
+    def peer(self, bits: int, iterations: int = 0) -> Path:
+        """A peer's checkpoint of the same model and calibration windows, made in a process of its own.
 
-        Its defaults for the rest.
+        iterations: of AutoRound (200 in its default recipe, 1000 in its best); 0: gptqmodel's GPTQ at its defaults.
         """
-        out, rows = self.work / f"gptqmodel-{bits}", self.work / "rows.json"
+        out, rows = self.work / f"peer-{bits}-{iterations}", self.work / "rows.json"
         rows.write_text(json.dumps(self.calibration().tolist()))
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("heal.py")),
-            "peer",
-            "--merged",
-            str(self.merged),
-            "--rows",
-            str(rows),
-            "--bits",
-            str(bits),
-            "--out",
-            str(out),
-        ]
+        given = {"merged": self.merged, "rows": rows, "bits": bits, "iterations": iterations, "out": out}
+        options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        command = [sys.executable, str(Path(__file__).with_name("heal.py")), "peer", *options]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"gptqmodel failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-        return out
+            raise SystemExit(f"peer failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        return next(file.parent for file in sorted(out.rglob("config.json")))
 
     def windows(self, settings: HealSettings, shares: tuple[float, float, float] = HALF) -> HealingText:
         if shares[2] and OWN not in self.documents:
