@@ -142,14 +142,14 @@ def block_by_block(bench: Bench, config: Any) -> None:
             )  # fmt: skip
 
 
-def random_model(config: Any, *, quantized: bool) -> Any:
-    """A model on the device: random 16-bit weights, or random 4-bit codes in groups of 128."""
+def random_model(config: Any, *, quantized: bool, group: int = 128) -> Any:
+    """A model on the device: random 16-bit weights, or random 4-bit codes in groups."""
     model: Any = skeleton.build(config)
     dtype = teacher.product_dtype(DEVICE)
     prefix, items = block_list(model)
     for index, block in enumerate(items if quantized else []):
         for name, linear in block_linears(block).items():
-            new = random_linear(linear.out_features, linear.in_features, dtype)
+            new = random_linear(linear.out_features, linear.in_features, dtype, group)
             model.set_submodule(f"{prefix}.{index}.{name}", new)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -157,11 +157,12 @@ def random_model(config: Any, *, quantized: bool) -> Any:
             if parameter.ndim > 1:
                 value = torch.randn(parameter.shape, device=DEVICE, dtype=dtype) * 0.02
             skeleton.place(model, {name: value})
+    model.tie_weights()
     return model.to(DEVICE)
 
 
-def random_linear(rows: int, columns: int, dtype: torch.dtype) -> student.ScaledLinear:
-    group = min(128, columns // 2)
+def random_linear(rows: int, columns: int, dtype: torch.dtype, group: int = 128) -> student.ScaledLinear:
+    group = min(group, columns // 2)
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=DEVICE)
     scale = torch.full((rows, columns // group), 2.0**-8, device=DEVICE)
     zero = torch.full(scale.shape, 8, dtype=torch.uint8, device=DEVICE)

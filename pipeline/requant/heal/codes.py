@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from requant.errors import InputError
+from requant.numerics import code_kernels, triton_kernels
 
 
 @dataclass(kw_only=True)
@@ -46,8 +47,8 @@ class Codes:
         codes = codes if sorted_already else codes[:, order]
         return cls(
             packed=_in_halves(codes, bits).contiguous(),
-            scale=scale,
-            zero=zero.to(torch.uint8),
+            scale=scale.contiguous(),
+            zero=zero.to(torch.uint8).contiguous(),
             columns=columns,
             bits=bits,
             order=None if sorted_already else order,
@@ -57,6 +58,17 @@ class Codes:
         """Other codes in place of these: whole numbers [out, in] in the order of `packed`, of any dtype."""
         self.packed.copy_(_in_halves(codes.to(torch.uint8), self.bits))
 
+    def round_from(self, latent: Tensor, margin: float) -> None:
+        """Use the nearest codes of a latent, fp32 [out, in].
+
+        In place, it is kept at most `margin` outside the range of the codes.
+        """
+        low, high = -margin, 2**self.bits - 1 + margin
+        if triton_kernels.usable(latent):
+            code_kernels.round_latent(latent, self.packed, low, high)
+        else:
+            self.put(latent.clamp_(low, high).round())
+
     def integers(self) -> Tensor:
         """The codes in the order of the file, uint8 [out, in]."""
         codes = self.packed
@@ -65,6 +77,15 @@ class Codes:
         if self.order is None:
             return codes.clone()
         return torch.empty_like(codes).index_copy_(1, self.order, codes)
+
+    def weight(self, scales: Tensor) -> Tensor:
+        """scale * (code - zero) for scales [out, groups]: [out, in] in their dtype.
+
+        Its columns are in the order of `packed`.
+        """
+        if triton_kernels.usable(self.packed):
+            return code_kernels.rebuild(self.packed, scales, self.zero, self.columns)
+        return self.centred(scales.dtype).mul_(scales[..., None]).view(len(scales), -1)
 
     def centred(self, dtype: torch.dtype) -> Tensor:
         """code - zero, [out, groups, group_size]; exact in every float dtype."""
@@ -96,28 +117,60 @@ class DequantizedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, offset: Tensor, latent: Tensor | None, codes: Codes, current_scales: Tensor
     ) -> Tensor:
-        weight = codes.centred(current_scales.dtype).mul_(current_scales[..., None]).view(len(current_scales), -1)
         rounded = x.to(current_scales.dtype)
         ctx.codes, ctx.current_scales, ctx.dtype = codes, current_scales, x.dtype
+        ctx.trained = offset, latent
         ctx.save_for_backward(rounded)
-        return rounded @ weight.T
+        return rounded @ codes.weight(current_scales).T
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         output_gradient = outer[0].to(x.dtype)
-        centred = ctx.codes.centred(x.dtype)
-        rows, groups, _ = centred.shape
-        offset_gradient = latent_gradient = None
+        flat = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            flat = (output_gradient.reshape(-1, rows).T @ x.reshape(-1, x.shape[-1])).view(rows, groups, -1)
+            flat = output_gradient.reshape(-1, output_gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        through = _added if triton_kernels.usable(x) else _returned
+        weight, offset_gradient, latent_gradient = through(ctx, flat)
+        input_gradient = (output_gradient @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return input_gradient, offset_gradient, latent_gradient, None, None
+
+
+def _returned(ctx: Any, flat: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The weight, and the gradients of offset and latent.
+
+    flat: the gradient of the weight [out, in], overwritten.
+    """
+    centred = ctx.codes.centred(ctx.current_scales.dtype)
+    rows, groups, _ = centred.shape
+    offset_gradient = latent_gradient = None
+    if flat is not None:
+        flat = flat.view(rows, groups, -1)
         if ctx.needs_input_grad[2]:
             latent_gradient = (flat.float() * ctx.current_scales[..., None].float()).view(rows, -1)
         if ctx.needs_input_grad[1]:  # dL/dW contracted with the codes of each group, times the unit of an offset
             offset_gradient = flat.mul_(centred).sum(-1, dtype=torch.float32)
             offset_gradient.mul_(ctx.codes.scale)
-        input_gradient = None
-        if ctx.needs_input_grad[0]:
-            weight = centred.mul_(ctx.current_scales[..., None]).view(rows, -1)
-            input_gradient = (output_gradient @ weight).to(ctx.dtype)
-        return input_gradient, offset_gradient, latent_gradient, None, None
+    return centred.mul_(ctx.current_scales[..., None]).view(rows, -1), offset_gradient, latent_gradient
+
+
+def _added(ctx: Any, flat: Tensor | None) -> tuple[Tensor, None, None]:
+    """As `_returned` in one kernel, which adds to the gradients that the leaves have."""
+    codes: Codes = ctx.codes
+    if flat is None:
+        return codes.weight(ctx.current_scales), None, None
+    offset, latent = (
+        _gradient_of(value) if needed else None
+        for value, needed in zip(ctx.trained, ctx.needs_input_grad[1:3], strict=True)
+    )
+    code_kernels.add_gradients(
+        flat, codes.packed, ctx.current_scales, codes.zero, latent=latent, offset=offset, unit=codes.scale
+    )
+    return flat, None, None
+
+
+def _gradient_of(value: Tensor) -> Tensor:
+    """The gradient that a leaf has, zeros where it has none yet."""
+    if value.grad is None:
+        value.grad = torch.zeros_like(value)
+    return value.grad

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from requant.numerics import kl_kernels, triton_kernels
 from requant.runtime.device import profile_of
 from requant_eval.scoring.kl import far_kl_divergence, kl_divergence
 from requant_eval.scoring.lm_head import Head
@@ -44,16 +45,24 @@ def logits(head: Head, hidden: Tensor) -> Tensor:
     return out
 
 
-def _through_head(head: Head, out: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient with respect to hidden states, fp32 [n, hidden].
+def _by_logits(head: Head, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
+    """KL(teacher || student), float64 scalar, of logits fp32 [n, vocab].
 
-    gradient: with respect to the logits `out`. Both may be overwritten.
+    Both may be overwritten.
+    gradient: [n, vocab], overwritten by the gradient with respect to the product of hidden states and head.
     """
-    if head.softcap is not None:
-        gradient.mul_(out.div_(head.softcap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
-    if head.scale != 1.0:
-        gradient *= head.scale
-    return product(gradient.to(dtype), head.weight.to(dtype))
+    if triton_kernels.usable(student):
+        return kl_kernels.divergence(student, teacher, gradient, scale=head.scale, softcap=head.softcap).sum()
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    total = far_kl_divergence(log_p, log_q).sum()
+    if gradient is not None:
+        difference = log_q.exp_().sub_(log_p.exp_())
+        if head.softcap is not None:
+            difference.mul_(student.div_(head.softcap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
+        if head.scale != 1.0:
+            difference *= head.scale
+        gradient.copy_(difference)
+    return total
 
 
 class _Divergence(torch.autograd.Function):
@@ -72,12 +81,11 @@ class _Divergence(torch.autograd.Function):
         for at in range(0, len(hidden), step):
             chunk = slice(at, at + step)
             student_logits = logits(head, hidden[chunk].to(dtype))
-            log_p = logits(teacher_head, teacher[chunk].to(dtype)).log_softmax(-1)
-            log_q = student_logits.log_softmax(-1)
-            total += far_kl_divergence(log_p, log_q).sum()
-            if gradient is not None:
-                difference = log_q.exp_().sub_(log_p.exp_())
-                gradient[chunk] = _through_head(head, student_logits, difference, dtype).to(hidden.dtype)
+            teacher_logits = logits(teacher_head, teacher[chunk].to(dtype))
+            change = None if gradient is None else torch.empty_like(student_logits, dtype=dtype)
+            total += _by_logits(head, student_logits, teacher_logits, change)
+            if gradient is not None and change is not None:
+                gradient[chunk] = product(change, head.weight.to(dtype)).to(hidden.dtype)
         ctx.save_for_backward(*(() if gradient is None else (gradient,)))
         return total
 

@@ -63,8 +63,7 @@ class TrainableCodes:
     @torch.no_grad()
     def refresh(self) -> None:
         """Keep the latent in the range of the codes, and round it."""
-        self.offset.clamp_(-EDGE, 2**self.codes.bits - 1 + EDGE)
-        self.codes.put(self.offset.round())
+        self.codes.round_from(self.offset, EDGE)
 
     def snapshot(self) -> Tensor:
         """A copy of the packed codes."""

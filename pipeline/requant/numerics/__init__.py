@@ -8,6 +8,8 @@
     hessian            sums of x x^T over calibration tokens, and the drift of inputs
     cholesky           triangular solves and a Cholesky factorization shared by several ranks
     triton_kernels     the inner loops as Triton kernels, and when they may run
+    code_kernels       packed codes to weights and gradients to codes as Triton kernels
+    kl_kernels         a KL divergence of logits and its gradient as a Triton kernel
     blocks             a dimension as slices of one size
     dtypes             dtypes of unquantized weights by name
     matmul_precision   fp32 products in full precision or TF32, for a block of code
