@@ -25,6 +25,7 @@ import torch
 
 GPUS = (24, 48, 80)  # GB, of which a driver and its context leave this share free
 FREE = 0.97
+HOST = 128 * 10**9  # bytes of host memory that are free while healing
 SAMPLES, LENGTH = 128, 2048  # the defaults of `calibration`
 LORA_RANK = 16
 _QWEN3_8B: dict[str, Any] = {
@@ -137,20 +138,24 @@ class Model:
     def _healing(self, free: int) -> str:
         from requant.data.healing_text import HealingText
         from requant.errors import InputError
+        from requant.heal import model_size
         from requant.heal import plan as heal
         from requant.heal.settings import HealSettings
 
         settings = HealSettings()
         windows = torch.zeros(SAMPLES * LENGTH // settings.length, settings.length, dtype=torch.int64)
-        size = heal.ModelSize.of(self.model, self.plan.grids)
+        size = model_size.ModelSize.of(self.model, self.plan.grids)
         text = HealingText(windows, choosing=32, judging=32)
         try:
-            found = heal.choose_plan(size, settings, text, device=torch.device("cuda"), free=free, rate=1e15)
+            found = heal.choose_plan(
+                size, settings, text, device=torch.device("cuda"), free=free, free_host=HOST, rate=1e15
+            )
         except InputError:
             return "does not fit"
         what = "scales and codes" if found.codes else "scales"
         how = {"whole": "end to end", "blocks": "block by block"}[found.mode]
-        return f"{what}, {how}, {found.bytes / 1e9:.0f} GB"
+        then = ", then scales end to end" if found.then else ""
+        return f"{what}, {how}{then}, {found.peak / 1e9:.0f} GB"
 
     def _scoring(self, free: int) -> str:
         from requant.evaluate.memory import VariantSize

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "bench" / "results" / "2026-11-29-hardware.json"
+RESULT = ROOT / "bench" / "results" / "2026-11-30-hardware.json"
 
 
 def bench() -> Any:

@@ -215,10 +215,9 @@ def test_killed_it_goes_on_to_the_same_bytes(pair: tuple[Path, Path], tmp_path: 
     same_but_for(pair[1], tmp_path / "b", "scales")
 
 
-def test_a_file_of_gptqmodels_kind(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """desc_act: columns of a group lie apart; zero points and scales as another tool chose them."""
+def of_gptqmodels_kind(pair: tuple[Path, Path], other: Path) -> Path:
+    """The checkpoint with columns of a group apart (desc_act), and zero points and scales as another tool chooses."""
     merged, source = pair
-    other = tmp_path / "other"
     shutil.copytree(source, other)
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"] |= {"desc_act": True, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
@@ -234,6 +233,11 @@ def test_a_file_of_gptqmodels_kind(pair: tuple[Path, Path], tmp_path: Path) -> N
         packed = gptq_format.pack(codes, scale, torch.full_like(scale, 4), 3) | {"g_idx": g_idx}
         change |= {stem + suffix: (lambda _, value=value: value) for suffix, value in packed.items()}
     pico.edit_tensors(other / "model.safetensors", change=change)
+    return other
+
+
+def test_a_file_of_gptqmodels_kind(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    merged, other = pair[0], of_gptqmodels_kind(pair, tmp_path / "other")
     told = run((merged, other), tmp_path / "out", CODES)
     assert told["healed"]
     same_but_for(other, tmp_path / "out", "qweight", "scales")
@@ -335,7 +339,7 @@ def test_training_stops_when_held_out_text_turns() -> None:
 def test_codes_that_do_not_fit_stay_and_the_plan_says_so(pair: tuple[Path, Path]) -> None:
     from heal.test_stage import size_8b
 
-    asked: dict[str, Any] = {"device": torch.device("cuda"), "rate": 5e14}
+    asked: dict[str, Any] = {"device": torch.device("cuda"), "rate": 5e14, "mode": "whole"}
     settings = replace(CODES, batch=16, length=512)
     text = healing_text.HealingText(torch.zeros(2432, 512, dtype=torch.int64), 32)
     large, small = (choose_plan(size_8b(), settings, text, free=gb * 10**9, **asked) for gb in (200, 80))
@@ -343,9 +347,7 @@ def test_codes_that_do_not_fit_stay_and_the_plan_says_so(pair: tuple[Path, Path]
     assert large.bytes > 16 * size_8b().quantized
     assert not small.codes
     assert "; codes stay: with them 1" in str(small)
-    blocks = choose_plan(size_8b(), settings, text, mode="blocks", free=200 * 10**9, **asked)
-    assert "; codes stay: they are trained end to end only" in str(blocks)
-    with pytest.raises(InputError, match=r"healing needs at least .* tune scales instead of codes, or set heal: off"):
+    with pytest.raises(InputError, match=r"healing needs at least .* \(whole\), .* heal\.mode: auto, or set heal: off"):
         choose_plan(size_8b(), replace(settings, tune=("codes",)), text, free=80 * 10**9, **asked)
 
 

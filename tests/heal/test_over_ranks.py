@@ -20,6 +20,7 @@ from requant.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Ranks
 
 ALL = replace(SETTINGS, tune=("scales", "codes", "norms"), code_lr=0.01)
 STORED = replace(WHOLE, teacher_resident=False)
+BLOCKS_FIRST = replace(STORED, mode="blocks", then=replace(STORED, codes=False))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def same(two: dict[str, Any], one: dict[str, Any]) -> None:
         {"plan": STORED},
         {"settings": replace(ALL, batch=5), "plan": replace(WHOLE, micro_batch=2)},
         {"settings": replace(ALL, batch=1, steps=6), "plan": replace(WHOLE, micro_batch=1)},
+        {"settings": replace(ALL, steps=6), "plan": BLOCKS_FIRST},
     ],
-    ids=["resident", "stored", "uneven", "fewer windows than ranks"],
+    ids=["resident", "stored", "uneven", "fewer windows than ranks", "after blocks on the first rank"],
 )
 def test_two_ranks_heal_as_one_does(
     pair: tuple[Path, Path], tmp_path: Path, two: DistributedRanks, changes: dict[str, Any]

@@ -195,6 +195,9 @@ def test_check_says_how_healing_fits(project: Path, tmp_path: Path) -> None:
     assert "heal      off: auto heals on a GPU only" in off.stdout, off.stderr
     on = cli("check", write_recipe(other, HEAL), cwd=tmp_path)
     assert "heal      20 steps of 4 x 32 tokens, end to end, teacher beside it, about " in on.stdout, on.stderr
+    both = cli("check", write_recipe(other, HEAL | {"heal": HEAL["heal"] | {"mode": "blocks+whole"}}), cwd=tmp_path)
+    assert "tokens, block by block on 80 windows, about " in both.stdout, both.stderr
+    assert " min; then without codes end to end, teacher beside it, about " in both.stdout
 
 
 def test_what_stands_alone_leaves_nothing_behind_when_refused(healed: Path, project: Path, tmp_path: Path) -> None:

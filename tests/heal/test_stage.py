@@ -23,10 +23,11 @@ from requant.data.healing_text import HealingText
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import gptq as gptq_format
-from requant.heal import blockwise, curve, end_to_end, kl_loss, student, teacher, trainer
+from requant.heal import block_streams, blockwise, curve, end_to_end, kl_loss, student, teacher, trainer
 from requant.heal import stage as heal
 from requant.heal.job import HealJob
-from requant.heal.plan import HealPlan, ModelSize, choose_plan
+from requant.heal.model_size import ModelSize
+from requant.heal.plan import HealPlan, choose_plan
 from requant.heal.settings import HealSettings
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid, deployable
@@ -375,13 +376,13 @@ def test_a_step_that_the_judging_windows_refuse_is_not_taken(
         judged = iter(windows_of(value) for value in (0.1, 0.1 + 1e-3))
         monkeypatch.setattr(trainer.Trainer, "_judged", lambda *_: next(judged))
     else:
-        compare = blockwise._compare_with_teacher
+        compare = block_streams.Streams.compare_with_teacher
 
         def worse(*given: Any) -> tuple[curve.Windows, curve.Windows]:
             start, end = compare(*given)
             return start, replace(end, kl=torch.cat((end.kl[:8], start.kl[8:] + 1e-3)))
 
-        monkeypatch.setattr(blockwise, "_compare_with_teacher", worse)
+        monkeypatch.setattr(block_streams.Streams, "compare_with_teacher", worse)
     told = run(pair, tmp_path / "out", plan=plan)
     assert not told["healed"]
     assert told["chosen_step"] == better["chosen_step"] > 0 == told["best_step"]
@@ -631,9 +632,9 @@ def test_teacher_and_student_find_their_heads_in_mixed_precision(
     """As on a GPU: bfloat16 products, fp32 residual stream; the loss stays near that of fp32."""
     text = sample()
     unquantized = _start(pair, text)
-    for module in (teacher, end_to_end, blockwise, heal):
+    for module in (teacher, end_to_end, block_streams, blockwise, heal):
         monkeypatch.setattr(module, "product_dtype", lambda _: torch.bfloat16)
-    for module in (teacher, end_to_end, blockwise):
+    for module in (teacher, end_to_end, block_streams):
         monkeypatch.setattr(module, "precision", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert _start(pair, text) == pytest.approx(unquantized, rel=0.02)
 

@@ -119,14 +119,14 @@ def test_all_problems_at_once_in_file_order() -> None:
         ("output: {formats: 'gptq,gguf'}", "11: output.formats: 'gptq,gguf' is not a list: write [gptq,gguf]"),
         ("heal: {tune: [code]}", "11: heal.tune.0: 'code' is not one of scales, codes, norms: did you mean codes?"),
         (
-            "heal: {tune: [codes], mode: blocks}",
-            "11: heal.mode: codes are trained end to end only: use auto or whole, or leave codes out of tune",
+            "heal: {tune: [codes], mode: blocks+whole}",
+            "11: heal.mode: the second pass trains all but the codes: use blocks, or add scales to tune",
         ),
         ("heal: {tune: [scales], code_lr: 0.01}", "11: heal.code_lr: belongs to codes: add them to tune, or remove it"),
         ("heal: {tune: [scales, scales]}", "11: heal.tune.1: scales is already in the list"),
         ("heal: {format: chat}", "11: heal.format: belongs to data: write it in the entries of mix, or remove it"),
         (
-            "heal: {mode: blocks, target: adapter}",
+            "heal: {mode: blocks+whole, target: adapter}",
             "11: heal.target: adapter needs mode whole: block by block a student follows the merged model's blocks",
         ),
         ("merge: {dtype: fp16}", "11: merge.dtype: 'fp16' is not one of auto, float16, bfloat16, float32"),

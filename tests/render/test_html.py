@@ -398,3 +398,22 @@ def test_the_report_has_the_curve_of_every_source_and_what_codes_changed() -> No
     assert "became worse" in tables["Held-out text of wiki"].note
     assert tables["Changed codes"].note == "1.23% of 1,000 codes changed."
     assert tables["Changed codes"].rows == (("1", "12"), ("2", "1"))
+
+
+def test_the_report_has_each_block_and_each_pass() -> None:
+    blocks = [
+        {"block": n, "start": 0.08, "best": 0.05, "best_step": 20, "held": [], "changed": share}
+        for n, share in enumerate((0.0123, None))
+    ]
+    one = {"mode": "blocks", "tuned": ["scales", "codes"], "healed": True, "kl_start": 0.08, "kl_best": 0.03}
+    two = {"mode": "whole", "tuned": ["scales"], "healed": False, "kl_start": 0.03, "kl_best": 0.03}
+    told = {"held": [[0, 0.08], [20, 0.03]], "best_step": 20, "chosen_step": 25, "judged": [0.08, 0.03]}
+    found = built(FACTS | {"heal": told | {"blocks": blocks, "passes": [one, two], "judge_windows": 16}})
+    tables = {t.title: t for t in heal_tables(found)}
+    assert tables["Blocks"].rows == (("0", "0.08", "0.05", "20", "1.23%"), ("1", "0.08", "0.05", "20", ""))
+    assert tables["Passes of the healing"].rows == (
+        ("scales, codes, block by block", "0.08", "0.03", "kept"),
+        ("scales, end to end", "0.03", "0.03", "gained nothing, not kept"),
+    )
+    assert "stays as it was" not in markdown.render(found), "the first pass was kept"
+    assert "Passes of the healing" in html.render(found)

@@ -111,6 +111,26 @@ class ChangedCodes(TypedDict):
     by: Mapping[str, int]
 
 
+class HealedBlock(TypedDict):
+    """One block of a healing block by block. start, best: relative error before and after. changed: share of codes."""
+
+    block: int
+    start: float
+    best: float
+    best_step: int
+    changed: float | None
+
+
+class HealPass(TypedDict):
+    """One of two passes. healed: whether it was kept. KL of what it began with and of what it left."""
+
+    mode: str
+    tuned: Sequence[str]
+    healed: bool
+    kl_start: float
+    kl_best: float
+
+
 class HealFacts(TypedDict, total=False):
     """Healing. held: (steps, KL in nats a token on the windows that choose a step).
 
@@ -124,6 +144,8 @@ class HealFacts(TypedDict, total=False):
     judge_windows: int
     sources: Sequence[HealSource]
     changed_codes: ChangedCodes | None
+    blocks: Sequence[HealedBlock]
+    passes: Sequence[HealPass]
     verify: ProofFacts | None
 
 

@@ -24,7 +24,18 @@ def heal_tables(report: Report) -> list[Table]:
         if e["kind"] == "heal"
     ]
     curve = tuple((str(step), format_value(value)) for step, value in facts.get("held") or [])
-    skip = ("train", "held", "judged", "moved_most", "blocks", "overlap", "verify", "sources", "changed_codes")
+    skip = (
+        "train",
+        "held",
+        "judged",
+        "moved_most",
+        "blocks",
+        "overlap",
+        "verify",
+        "sources",
+        "changed_codes",
+        "passes",
+    )
     tables = [
         Table(title="Is any text worse off?", columns=("set", "ln perplexity by healing", "loss"), rows=tuple(guard)),
         Table(
@@ -36,6 +47,8 @@ def heal_tables(report: Report) -> list[Table]:
         ),
         *(_source_table(source) for source in facts.get("sources") or []),
         _codes_table(facts),
+        _passes_table(facts),
+        _blocks_table(facts),
         facts_table("Settings and movement of the scales", facts, skip=skip),
     ]
     return [table for table in tables if table.rows]
@@ -58,6 +71,39 @@ def _codes_table(facts: HealFacts) -> Table:
     return Table(title="Changed codes", columns=("distance", "codes"), rows=rows, note=note)
 
 
+def _passes_table(facts: HealFacts) -> Table:
+    """What each of two passes did; empty after one."""
+    how = {"blocks": "block by block", "whole": "end to end"}
+    rows = tuple(
+        (
+            f"{', '.join(p['tuned'])}, {how.get(p['mode'], p['mode'])}",
+            format_value(p["kl_start"]),
+            format_value(p["kl_best"]),
+            "kept" if p["healed"] else "gained nothing, not kept",
+        )
+        for p in facts.get("passes") or []
+    )
+    columns = ("pass", "KL before, nats/token", "after", "result")
+    return Table(title="Passes of the healing", columns=columns, rows=rows, note="Each is judged on its own.")
+
+
+def _blocks_table(facts: HealFacts) -> Table:
+    """Error of every block before and after its healing; empty end to end."""
+    rows = tuple(
+        (
+            str(b["block"]),
+            format_value(b["start"]),
+            format_value(b["best"]),
+            str(b["best_step"]),
+            "" if b.get("changed") is None else f"{b['changed']:.2%}",
+        )
+        for b in facts.get("blocks") or []
+    )
+    note = "Relative error of the block's output on held-out windows, given the output of the healed blocks before it."
+    columns = ("block", "error before", "after", "at step", "changed codes")
+    return Table(title="Blocks", columns=columns, rows=rows, note=note)
+
+
 def _chosen(facts: HealFacts) -> str:
     """Which step was chosen, and what windows that were not looked at before say of it."""
     step = facts.get("chosen_step", facts.get("best_step"))
@@ -67,4 +113,6 @@ def _chosen(facts: HealFacts) -> str:
         return f"{text} They were looked at {len(facts.get('held') or [])} times: the least value is a little too good."
     start, chosen = (format_value(value) for value in judged)
     kept = "" if facts.get("best_step") == step else ", so the checkpoint stays as it was"
+    if facts.get("passes"):  # each is judged on its own: their table says what was kept
+        kept = ""
     return f"{text} {facts.get('judge_windows')} other windows judge it: {start} -> {chosen}{kept}."

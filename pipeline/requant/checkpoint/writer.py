@@ -208,6 +208,13 @@ def load_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
+def load_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor that `save_tensors` wrote; its bytes are not proved."""
+    require_regular(file)
+    with safe_open(file, framework="pt") as stored:
+        return stored.get_tensor(name)  # type: ignore[no-any-return]
+
+
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     names = sorted(tensors)
     shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]

@@ -3,7 +3,8 @@
     stage            heal(job, out): train, choose the best step, write   <- start here
     job              HealJob: the checkpoint, its teacher, the text, the settings and the plan
     settings         HealSettings: steps, batch, learning rates, when to validate
-    plan             HealPlan: mode, memory and time from the structure of a model
+    plan             HealPlan: mode, memory and time
+    model_size       ModelSize: what memory and time depend on, from the structure of a model
     student          the GPTQ checkpoint as a trainable model
     codes            codes of one linear in memory, its product, gradients through the rounding
     latents          the trainable codes: latents that are rounded
@@ -17,6 +18,7 @@
     changes          how far scales moved, how many codes changed
     trainer          optimizer steps, the best step, states to resume from
     blockwise        one block at a time, for models that do not fit whole
+    block_streams    hidden states between blocks: the merged model's, the healed and the unhealed student's
 
 May import: errors, runtime, numerics, checkpoint, formats, data, modeling; requant_eval.scoring.
 """

@@ -54,8 +54,14 @@ class Codes:
             order=None if sorted_already else order,
         )
 
-    def put(self, codes: Tensor) -> None:
-        """Other codes in place of these: whole numbers [out, in] in the order of `packed`, of any dtype."""
+    def put(self, codes: Tensor, *, as_stored: bool = False) -> None:
+        """Other codes in place of these: whole numbers [out, in] of any dtype, in the order of `packed`.
+
+        as_stored: in the order of the file, on any device.
+        """
+        if as_stored:
+            codes = codes.to(self.packed.device)
+            codes = codes if self.order is None else codes[:, self.order]
         self.packed.copy_(_in_halves(codes.to(torch.uint8), self.bits))
 
     def round_from(self, latent: Tensor, margin: float) -> None:
@@ -71,12 +77,7 @@ class Codes:
 
     def integers(self) -> Tensor:
         """The codes in the order of the file, uint8 [out, in]."""
-        codes = self.packed
-        if codes.shape[1] != self.columns:
-            codes = torch.cat((codes & 15, codes >> 4), dim=1)
-        if self.order is None:
-            return codes.clone()
-        return torch.empty_like(codes).index_copy_(1, self.order, codes)
+        return integers(self.packed, self.columns, self.order)
 
     def weight(self, scales: Tensor) -> Tensor:
         """scale * (code - zero) for scales [out, groups]: [out, in] in their dtype.
@@ -98,6 +99,16 @@ class Codes:
             out[:, :half] = low
             out[:, half:] = torch.bitwise_right_shift(self.packed, 4, out=low)
         return out.view(rows, self.scale.shape[1], -1).sub_(self.zero[..., None])
+
+
+def integers(packed: Tensor, columns: int, order: Tensor | None) -> Tensor:
+    """Codes in the order of the file, uint8 [out, in], from those in memory. packed, columns, order: as of `Codes`."""
+    codes = packed
+    if codes.shape[1] != columns:
+        codes = torch.cat((codes & 15, codes >> 4), dim=1)
+    if order is None:
+        return codes.clone()
+    return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
 def _in_halves(codes: Tensor, bits: int) -> Tensor:

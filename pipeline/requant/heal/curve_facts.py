@@ -63,6 +63,52 @@ def curve_facts(text: HealingText, curve: LossCurve) -> CurveFacts:
     }
 
 
+class PassFacts(TypedDict):
+    """One of several passes. KL of its start and of what it left, in nats a token."""
+
+    mode: str
+    tuned: list[str]
+    healed: bool
+    best_step: int
+    kl_start: float
+    kl_best: float
+
+
+def joined(first: CurveFacts, second: CurveFacts, steps: int) -> CurveFacts:
+    """The facts of two passes as of one healing; the second one's steps count from `steps` on, the first's number.
+
+    Looks are those of the first pass's start and of the second pass.
+    """
+    healed, chosen = second["healed"], second["chosen_step"]
+    judged = None
+    if first["judged"] and second["judged"]:
+        judged = [first["judged"][0], second["judged"][1]]
+    return {
+        "healed": first["healed"] or healed,
+        "best_step": steps + second["best_step"] if healed else first["best_step"],
+        "chosen_step": steps + chosen if chosen else first["chosen_step"],
+        "judged": judged,
+        "kl_start": first["kl_start"],
+        "kl_best": second["kl_best"] if healed else first["kl_best"],
+        "held": _looks(first["held"], second["held"], steps),
+        "sources": [_joined_source(a, b, steps) for a, b in zip(first["sources"], second["sources"], strict=True)],
+        "train": second["train"],
+        "stopped": second["stopped"],
+    }
+
+
+def _joined_source(first: SourceFacts, second: SourceFacts, steps: int) -> SourceFacts:
+    judged = None
+    if first["judged"] and second["judged"]:
+        judged = [first["judged"][0], second["judged"][1]]
+    held = _looks(first["held"], second["held"], steps)
+    return {**second, "held": held, "judged": judged, "worse": first["worse"] or second["worse"]}
+
+
+def _looks(first: list[list[float]], second: list[list[float]], steps: int) -> list[list[float]]:
+    return [first[0], *([steps + look[0], *look[1:]] for look in second)]
+
+
 def _source_facts(text: HealingText, curve: LossCurve) -> list[SourceFacts]:
     """What held-out windows of each source say."""
     names = text.names or ("text",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +45,15 @@ class HealJob:
     def tune(self) -> tuple[Tune, ...]:
         """What is trained: what was asked for, without codes where the plan leaves them as they are."""
         return tuple(t for t in self.settings.tune if t != "codes" or self.plan.codes)
+
+    @property
+    def state_key(self) -> str:
+        """`key` with what the plan adds to it."""
+        return f"{self.key} {'+'.join(self.tune)}"
+
+    @property
+    def second(self) -> HealJob | None:
+        """The job of the plan's second pass."""
+        if self.plan.then is None:
+            return None
+        return replace(self, plan=self.plan.then, key=f"{self.state_key} {self.plan.windows} then")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from requant.heal.codes import Codes
+from requant.heal.codes import Codes, integers
 from requant.modeling import skeleton, stacked_experts
 
 EDGE = 0.49  # of a cell, from its middle: a latent there has one rounding on every device
@@ -24,10 +24,14 @@ class OriginalWeights:
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         model, self.tensors = stacked_experts.open_split(path, trust_remote_code=trust_remote_code)
         self.names = skeleton.tensor_names(model, self.tensors)
+        self.transposed = {f"{name}.weight" for name in skeleton.conv1d_modules(model)}
 
     def read(self, parameter: str) -> Tensor | None:
         """A weight [out, in]; None where the model has none of that name."""
-        return self.tensors.read(self.names[parameter]) if parameter in self.names else None
+        if parameter not in self.names:
+            return None
+        weight = self.tensors.read(self.names[parameter])
+        return weight.T if parameter in self.transposed else weight
 
 
 def latent_of(codes: Codes, weight: Tensor | None) -> Tensor:
@@ -72,6 +76,11 @@ class TrainableCodes:
     def start(self) -> Tensor:
         """The file's own packed codes."""
         return self.first
+
+    def changed(self) -> int:
+        """How many codes are others than the file's."""
+        columns = self.codes.columns
+        return int((integers(self.codes.packed, columns, None) != integers(self.first, columns, None)).sum())
 
     def adopt(self, snapshot: Tensor) -> None:
         """Use these packed codes; the latent stays where it is."""

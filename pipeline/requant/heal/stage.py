@@ -27,10 +27,11 @@ from requant.formats.bit_stream import pack_rows
 from requant.formats.gptq_reader import GptqReader
 from requant.formats.registry import open_quantized
 from requant.heal import blockwise, student
+from requant.heal.blockwise import HealedValues
 from requant.heal.captured_steps import CapturedSteps
 from requant.heal.changes import CodeChanges, ScaleChanges, code_changes, scale_changes
 from requant.heal.curve import LossCurve
-from requant.heal.curve_facts import CurveFacts, curve_facts
+from requant.heal.curve_facts import CurveFacts, PassFacts, curve_facts, joined
 from requant.heal.end_to_end import EndToEndLoss, recompute_in_backward
 from requant.heal.job import HealJob, Progress
 from requant.heal.settings import HealSettingsFacts
@@ -48,9 +49,10 @@ ALIKE = 0.5  # least cosine between a quantized weight and the teacher's
 
 
 class BlockFacts(TypedDict, total=False):
-    """Each block's errors, of a healing block by block."""
+    """Of a healing block by block. blocks: the errors of each. passes: of two, what each did."""
 
     blocks: list[blockwise.BlockErrors]
+    passes: list[PassFacts]
 
 
 class HealResult(BlockFacts, ScaleChanges, CurveFacts):
@@ -90,38 +92,73 @@ def heal(
     out = Path(out)
     check_same(job.source, job.teacher, trust_remote_code=job.trust_remote_code)
     make_directory(job.work)
-    blocks: BlockFacts = {}
-    if job.plan.mode == "whole":
-        values, curve = ranks.call(heal_whole, job, first_rank_only={"progress": progress})
-    else:
-        values, curve, blocks["blocks"] = blockwise.heal_blocks(job, progress)
-    healed = curve.gained
+    values, blocks, facts = _passes(job, progress, ranks)
+    healed = facts["healed"]
     if not healed:
         log.warning("healing gained nothing on held-out text: the checkpoint stays as it was")
     changes: ScaleChanges = scale_changes(job.source, values) if healed else {}
-    write(job.source, out, values if healed else {}, dict(meta or {}))
+    write(job.source, out, values, dict(meta or {}))
     return {
         **blocks,
         **changes,
         "changed_codes": code_changes(job.source, values) if healed else None,
-        **curve_facts(job.text, curve),
-        "mode": job.plan.mode,
+        **facts,
+        "mode": job.plan.name,
         "tuned": list(job.tune),
-        "teacher_resident": job.plan.teacher_resident,
-        "windows": job.text.train,
+        "teacher_resident": (job.plan.then or job.plan).teacher_resident,
+        "windows": job.plan.windows or job.text.train,
         "held_windows": job.text.choosing,
         "judge_windows": job.text.judging,
         "length": job.text.length,
-        "tokens": job.settings.steps * job.settings.batch * job.text.length,
+        "tokens": (2 if job.plan.then else 1) * job.settings.steps * job.settings.batch * job.text.length,
         "digest": job.text.digest,
         "settings": cast(HealSettingsFacts, asdict(job.settings)),
     }
 
 
+def _passes(job: HealJob, progress: Progress | None, ranks: Ranks) -> tuple[HealedValues, BlockFacts, CurveFacts]:
+    """The values of every pass that gained, each judged on its own; none is worse than what it began with."""
+    values, blocks = HealedValues(), BlockFacts()
+    if job.plan.mode == "whole":
+        found, curve = ranks.call(heal_whole, job, first_rank_only={"progress": progress})
+        values.replace(found if curve.gained else {})
+    else:
+        in_files, curve, blocks["blocks"] = blockwise.heal_blocks(job, progress)
+        values = in_files if curve.gained else values
+        free_memory(job.device)
+    facts = curve_facts(job.text, curve)
+    second = job.second
+    if second:
+        found, curve = ranks.call(heal_whole, second, start=values, first_rank_only={"progress": progress})
+        values.replace(found if curve.gained else {})
+        later = curve_facts(job.text, curve)
+        blocks["passes"] = [_pass_facts(job, facts), _pass_facts(second, later)]
+        facts = joined(facts, later, job.settings.steps)
+    return values, blocks, facts
+
+
+def _pass_facts(job: HealJob, facts: CurveFacts) -> PassFacts:
+    return {
+        "mode": job.plan.mode,
+        "tuned": list(job.tune),
+        "healed": facts["healed"],
+        "best_step": facts["best_step"],
+        "kl_start": facts["kl_start"],
+        "kl_best": facts["kl_best"],
+    }
+
+
 def heal_whole(
-    job: HealJob, *, progress: Progress | None = None, ranks: Ranks = SINGLE_PROCESS
+    job: HealJob,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[dict[str, Tensor], LossCurve]:
-    """Heal end to end, on every rank; returns the best values by stored name, the same on all of them."""
+    """Heal end to end, on every rank; returns the best values by stored name, the same on all of them.
+
+    start: as of `student.load`.
+    """
     job = replace(job, device=ranks.device_of(job.device))
     teacher = _teacher(job, progress, ranks)
     trained = student.load(
@@ -130,6 +167,7 @@ def heal_whole(
         dtype=product_dtype(job.device),
         tune=job.tune,
         original=job.teacher,
+        start=start,
         trust_remote_code=job.trust_remote_code,
     )
     if job.plan.recompute:
@@ -148,7 +186,7 @@ def heal_whole(
         captured=CapturedSteps(loss) if job.plan.captured else None,
         ranks=ranks,
     )
-    curve = trainer.run(job.work / STATE, f"{job.key} {'+'.join(job.tune)}", progress)
+    curve = trainer.run(job.work / STATE, job.state_key, progress)
     return trained.values(), curve
 
 
@@ -202,6 +240,7 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
         codes = student.read_linear(quantized, names[0][name].removesuffix(".weight"))
         rebuilt = (codes.centred(torch.float32) * codes.scale[..., None]).flatten(1)
         weight = original.read(names[1][name]).float()
+        weight = weight.T if name.removesuffix(".weight") in skeleton.conv1d_modules(models[1]) else weight
         weight = weight if codes.order is None else weight[:, codes.order]
         likeness = float(torch.nn.functional.cosine_similarity(rebuilt.flatten(), weight.flatten(), dim=0))
         if likeness < ALIKE:

@@ -137,13 +137,21 @@ def trainable_vectors(
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     dtype: torch.dtype,
+    original: OriginalWeights | None = None,
 ) -> list[Trainable]:
-    """The scales and norms named by `tune` as trainable vectors, with units of change; codes: `train_codes`.
+    """What `tune` names as trainable values, with units of change: scales and norms as vectors, codes by layer.
 
     The unit of a group scale is the scale itself, that of a norm's weight the root mean square of the norm's weights.
+    original: says where in its cell the latent of a code begins; None: in the middle.
     """
-    scales = [trainable_scales(layers, dtype)] if "scales" in tune and layers else []
-    return [*scales, *(_norms(model, prefix, checkpoint, names) if "norms" in tune else [])]
+    found: list[Trainable] = [trainable_scales(layers, dtype)] if "scales" in tune and layers else []
+    found += _norms(model, prefix, checkpoint, names) if "norms" in tune else []
+    if "codes" in tune:
+        stems = {stored.removesuffix(".weight"): name for name, stored in names.items()}
+        found += [
+            train_codes(stem, layer, original.read(stems[stem]) if original else None) for stem, layer in layers.items()
+        ]
+    return found
 
 
 def trainable_scales(layers: Mapping[str, ScaledLinear], dtype: torch.dtype) -> TrainableVector:
@@ -200,11 +208,13 @@ def load(
     dtype: torch.dtype,
     tune: Collection[Tune],
     original: Path | None = None,
+    start: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
 ) -> Student:
     """The whole model of a GPTQ checkpoint as a student.
 
     original: the 16-bit model, whose weights say where in its cell the latent of a code begins; None: in the middle.
+    start: values, as of `Student.values`, in place of some of the checkpoint's.
     """
     reader = open_quantized(path)
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
@@ -215,15 +225,27 @@ def load(
     model.tie_weights()
     skeleton.buffers_to(model, device, reader.checkpoint)
     widen(model)
-    vectors = trainable_vectors(model, "", layers, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype)
-    codes: list[Trainable] = []
-    if "codes" in tune:
-        weights = OriginalWeights(original, trust_remote_code=trust_remote_code) if original else None
-        stems = {stored.removesuffix(".weight"): name for name, stored in names.items()}
-        codes = [
-            train_codes(stem, layer, weights.read(stems[stem]) if weights else None) for stem, layer in layers.items()
-        ]
-    return Student(model, [*vectors, *codes])
+    _begin_with(start or {}, model, layers, names)
+    weights = OriginalWeights(original, trust_remote_code=trust_remote_code) if original and "codes" in tune else None
+    vectors = trainable_vectors(
+        model, "", layers, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype, original=weights
+    )
+    return Student(model, vectors)
+
+
+def _begin_with(
+    values: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, ScaledLinear], names: Mapping[str, str]
+) -> None:
+    """Give a model values in place of those of its checkpoint, before they are trainable."""
+    for stem, layer in layers.items():
+        if f"{stem}.qweight" in values:
+            layer.codes.put(values[f"{stem}.qweight"], as_stored=True)
+        if f"{stem}.scales" in values:
+            layer.codes.scale = values[f"{stem}.scales"].to(layer.codes.scale.device)
+            layer.current_scales = layer.codes.scale.to(layer.current_scales.dtype)
+    for name, parameter in model.named_parameters():
+        if names.get(name) in values:
+            parameter.data.copy_(values[names[name]])
 
 
 def widen(model: Any) -> None:

@@ -40,13 +40,15 @@ class Heal(Section):
     )
     tune: Annotated[tuple[Literal["scales", "codes", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
         default=("scales", "codes"),
-        description="What moves. Codes take 16 bytes of memory a weight; where that is not there they stay.",
+        description="What moves. Codes take 16 bytes of memory a weight: end to end of the model, else of one block.",
     )
     target: Literal["merged", "adapter"] = Field(
         default="merged", description="Whose predictions are imitated: the merged model's, or those of base + adapter."
     )
-    mode: Literal["auto", "whole", "blocks"] = Field(
-        default="auto", description="whole: end to end. blocks: block by block. auto: whole where it fits in memory."
+    mode: Literal["auto", "whole", "blocks", "blocks+whole"] = Field(
+        default="auto",
+        description="whole: end to end. blocks: block by block. blocks+whole: block by block, then all but the codes end "
+        "to end. auto: the first of whole, blocks+whole and blocks that fits in memory with codes.",
     )
     data: Data | None = Field(default=None, description="Other text than the calibration's; or use mix.")
     format: Format = Field(default="auto", description="What a row of data is, as in calibration.mix.")
@@ -77,10 +79,10 @@ class Heal(Section):
             fail((("mix",), "expected data or mix, got both"))
         if self.data is None and self.format != "auto":
             fail((("format",), "belongs to data: write it in the entries of mix, or remove it"))
-        if self.mode == "blocks" and "codes" in self.tune and "tune" in self.model_fields_set:
-            fail((("mode",), "codes are trained end to end only: use auto or whole, or leave codes out of tune"))
+        if self.mode == "blocks+whole" and self.tune == ("codes",):
+            fail((("mode",), "the second pass trains all but the codes: use blocks, or add scales to tune"))
         if "code_lr" in self.model_fields_set and "codes" not in self.tune:
             fail((("code_lr",), "belongs to codes: add them to tune, or remove it"))
-        if self.mode == "blocks" and self.target == "adapter":
+        if self.mode.startswith("blocks") and self.target == "adapter":
             fail((("target",), "adapter needs mode whole: block by block a student follows the merged model's blocks"))
         return self

@@ -20,7 +20,8 @@ from requant.errors import InputError
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
 from requant.heal.job import HealJob, Progress
-from requant.heal.plan import ModelSize, choose_plan
+from requant.heal.model_size import ModelSize
+from requant.heal.plan import choose_plan
 from requant.heal.settings import HealSettings
 from requant.heal.stage import HealResult, check_same
 from requant.modeling import skeleton

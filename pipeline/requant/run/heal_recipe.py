@@ -10,7 +10,8 @@ import torch
 
 from requant.data.documents import TokenDocument, tokenize
 from requant.data.healing_text import HealingText
-from requant.heal.plan import HealPlan, ModelSize, choose_plan
+from requant.heal.model_size import ModelSize
+from requant.heal.plan import HealPlan, choose_plan
 from requant.heal.settings import HealSettings
 from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal

@@ -25,7 +25,7 @@ from requant.deploy import gguf_export
 from requant.errors import InputError
 from requant.evaluate import adapter_probe, variant_weights
 from requant.evaluate.tasks import Tasks
-from requant.heal.plan import ModelSize
+from requant.heal.model_size import ModelSize
 from requant.merge import adapter_completeness, adapter_match, config_agreement, stored_dtype
 from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings
