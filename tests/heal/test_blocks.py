@@ -1,4 +1,4 @@
-"""Codes block by block: what they give, one block in memory, resuming, a second pass, families, the plan."""
+"""Codes block by block: gain, one block in memory, resuming, a second pass, the plan."""
 
 from __future__ import annotations
 

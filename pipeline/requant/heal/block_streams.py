@@ -1,4 +1,4 @@
-"""Hidden states of all windows between two blocks: the merged model's, the healed and the unhealed student's."""
+"""Hidden states between blocks: the merged model's, the healed and the unhealed student's."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Healing block by block, for models that do not fit whole: each towards the merged block.
 
-The scales, codes or norms of one block are trained at once, as in EfficientQAT (https://arxiv.org/abs/2407.11062, Block-AP):
-its input is the output of the healed blocks before it, its target the output of the merged model's block. Of a finished
-block only its output stays on the device; its values are in a file.
+The scales, codes or norms of one block are trained at once, as in EfficientQAT (https://arxiv.org/abs/2407.11062,
+Block-AP): its input is the output of the healed blocks before it, its target the output of the merged model's block.
+Of a finished block only its output stays on the device; its values are in a file.
 """
 
 from __future__ import annotations

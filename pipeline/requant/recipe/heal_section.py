@@ -40,15 +40,15 @@ class Heal(Section):
     )
     tune: Annotated[tuple[Literal["scales", "codes", "norms"], ...], AsTuple, Field(min_length=1)] = Field(
         default=("scales", "codes"),
-        description="What moves. Codes take 16 bytes of memory a weight: end to end of the model, else of one block.",
+        description="What moves. Codes take 16 bytes of memory a weight: of the model end to end, else of one block.",
     )
     target: Literal["merged", "adapter"] = Field(
         default="merged", description="Whose predictions are imitated: the merged model's, or those of base + adapter."
     )
     mode: Literal["auto", "whole", "blocks", "blocks+whole"] = Field(
         default="auto",
-        description="whole: end to end. blocks: block by block. blocks+whole: block by block, then all but the codes end "
-        "to end. auto: the first of whole, blocks+whole and blocks that fits in memory with codes.",
+        description="whole: end to end. blocks: block by block. blocks+whole: block by block, then all but the codes "
+        "end to end. auto: the first of whole, blocks+whole and blocks that fits in memory with codes.",
     )
     data: Data | None = Field(default=None, description="Other text than the calibration's; or use mix.")
     format: Format = Field(default="auto", description="What a row of data is, as in calibration.mix.")
