@@ -73,9 +73,9 @@ class HealedValues(Mapping[str, Tensor]):
                 order = None if vector.codes.order is None else vector.codes.order.cpu()
                 self._found[vector.name] = partial(_stored_codes, file, number, vector.codes.columns, order)
             else:
-                self.replace({name: value.cpu() for name, value in vector.values().items()})
+                self.put({name: value.cpu() for name, value in vector.values().items()})
 
-    def replace(self, values: Mapping[str, Tensor]) -> None:
+    def put(self, values: Mapping[str, Tensor]) -> None:
         """Add these, in place of those of the same names."""
         self._found |= values
 

@@ -121,7 +121,7 @@ def _passes(job: HealJob, progress: Progress | None, ranks: Ranks) -> tuple[Heal
     values, blocks = HealedValues(), BlockFacts()
     if job.plan.mode == "whole":
         found, curve = ranks.call(heal_whole, job, first_rank_only={"progress": progress})
-        values.replace(found if curve.gained else {})
+        values.put(found if curve.gained else {})
     else:
         in_files, curve, blocks["blocks"] = blockwise.heal_blocks(job, progress)
         values = in_files if curve.gained else values
@@ -130,7 +130,7 @@ def _passes(job: HealJob, progress: Progress | None, ranks: Ranks) -> tuple[Heal
     second = job.second
     if second:
         found, curve = ranks.call(heal_whole, second, start=values, first_rank_only={"progress": progress})
-        values.replace(found if curve.gained else {})
+        values.put(found if curve.gained else {})
         later = curve_facts(job.text, curve)
         blocks["passes"] = [_pass_facts(job, facts), _pass_facts(second, later)]
         facts = joined(facts, later, job.settings.steps)
