@@ -115,7 +115,7 @@ class Bench:
         return {
             "way": name, "kl_start": told["kl_start"], "kl_best": told["kl_best"], "best_step": told["best_step"],
             "judged": told["judged"], "changed": codes and codes["share"], "seconds": seconds, "peak_gb": peak(),
-            "blocks": told.get("blocks"), "passes": told.get("passes"),
+            "sources": told["sources"], "blocks": told.get("blocks"), "passes": told.get("passes"),
         }  # fmt: skip
 
 

@@ -141,8 +141,8 @@ def _whole(settings: HealSettings, *, codes: bool) -> Iterator[HealPlan]:
 
 
 def _blocks(settings: HealSettings, *, codes: bool) -> Iterator[HealPlan]:
-    for on_host in (False, True):
-        for micro in _micro_batches(settings):
+    for micro in _micro_batches(settings):
+        for on_host in (False, True):  # costs less than half the batch: that rebuilds the weights twice as often
             yield HealPlan(
                 mode="blocks", teacher_resident=False, recompute=False, micro_batch=micro, codes=codes, on_host=on_host
             )
