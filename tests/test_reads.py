@@ -26,7 +26,7 @@ EXCEPTIONS = {  # file -> what it may call, and why
     "engine_transformers.py": {"open"},  # in an engine's process, which has nothing of ours, after the headers' proof
     "safetensors_header.py": {"safe_open"},  # after its header was read
     "writer.py": {"safe_open"},  # after `require_regular`, as the next two
-    "reference_states.py": {"safe_open"},
+    "summed_file.py": {"safe_open"},
     "token_scores.py": {"safe_open"},
     "text_files.py": {"GzipFile"},  # of an open file, as the next
     "other_files.py": {"is_zipfile", "ZipFile", "open"},

@@ -102,6 +102,28 @@ def test_what_fits_stays_whole_and_what_does_not_is_streamed(
 
 
 @pytest.mark.slow
+def test_the_references_head_is_kept_once_and_where_it_is_damaged_its_states_are_lost(
+    given: tuple[variants.VariantSources, Scores], scores: Scores
+) -> None:
+    two = replace(scores, keys={n: n for n in ("adapter", "merged")})
+    evaluate.evaluate(two, given[0], batch=8)
+    assert len(two.sets) == 2
+    assert two.missing() == {}
+    head, score_file = two.reference_head, two.file("merged", two.sets[0])
+    assert set(two.cache.glob("reference-*")) == {head, *(two.reference(s) for s in two.sets)}
+    assert set(two.files) == set(two.cache.iterdir())
+    whole, before = head.read_bytes(), two.read("merged", two.sets[0])
+    assert not any(b'"weight"' in two.reference(s).read_bytes()[:2000] for s in two.sets)
+    head.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    score_file.unlink()
+    assert two.missing() == {"adapter": list(two.sets), "merged": [two.sets[0]]}
+    assert not head.exists()
+    evaluate.evaluate(two, given[0], batch=8)
+    assert head.read_bytes() == whole
+    assert np.array_equal(two.read("merged", two.sets[0]).kl, before.kl)
+
+
+@pytest.mark.slow
 def test_base_is_the_adapters_model_with_its_adapters_off(
     given: tuple[variants.VariantSources, Scores],
     scores: Scores,

@@ -7,6 +7,8 @@
     kl                 KL divergence of next-token distributions, which healing uses too
     lm_head            logits from hidden states in fp32, a chunk at a time
     reference_states   hidden states of the reference in a file, for KL
+    reference_head     its LM head in a file that all sets share
+    summed_file        safetensors files with a checksum, written row by row
     token_scores       the numbers of one variant on one set, and their file
     canaries           greedy answers to prompts with a right answer
     answers            greedy answers to many prompts at once

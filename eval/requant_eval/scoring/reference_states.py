@@ -1,33 +1,26 @@
-"""The reference's final hidden states at the scored positions and its head, in one file.
+"""The reference's final hidden states at the scored positions in a file, and its head.
 
-32 to 85 times smaller than its logits. A safetensors file, written and read row by row, never whole in memory. Its
-metadata has the digest of the evaluation set, and a checksum of all of the file, which `prove` computes again.
+32 to 85 times smaller than its logits. The head is in the same file, or in one of its own that all sets of a model
+share (`reference_head`). A safetensors file, written and read row by row, never whole in memory. Its metadata has the
+digest of the evaluation set, and a checksum of all of the file, which `prove` computes again.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from requant_eval import whole_files
 from requant_eval.errors import EvaluationError
-from requant_eval.regular_files import require_regular
+from requant_eval.scoring import reference_head, summed_file
 from requant_eval.scoring.lm_head import Head
+from requant_eval.scoring.summed_file import SummedFile
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 FORMAT = "requant-reference-2"
-_NONE_YET = "-" * 16  # in the checksum's place until the file is whole
-_READ = 1024  # rows at a time
 
 
 class Reference:
@@ -39,18 +32,25 @@ class Reference:
         beside: references of other sets; an equal head of one of them is shared.
 
         Raises:
-            EvaluationError: not a reference file, or one of another evaluation set.
+            EvaluationError: not a reference file, one of another evaluation set, or one whose head is not there.
         """
-        file = _open(path)
+        file = summed_file.open_file(path)
         meta = _metadata(path, file, digest)
-        names = set(file.keys())
-        bias = file.get_tensor("bias") if "bias" in names else None
-        softcap = float(meta["softcap"]) if "softcap" in meta else None
-        head = Head(file.get_tensor("weight"), bias, float(meta["scale"]), softcap)
-        self.path, self.digest, loaded = path, digest, head.to(device)
-        self.head: Head = next((other.head for other in beside if other.head.equals(loaded)), loaded)
+        self.path, self.digest, self.device = path, digest, device
+        self.head_file = _head_file(path, meta)
+        self.head: Head = self._head(file, meta, beside)
         self._rows: Any = file.get_slice("hidden")
-        self.device = device
+
+    def _head(self, file: Any, meta: dict[str, str], beside: Iterable[Reference]) -> Head:
+        """The head on the device; that of another reference where it is the same."""
+        others = list(beside)
+        if self.head_file is not None:
+            for other in others:
+                if other.head_file == self.head_file:
+                    return other.head
+            file, meta = reference_head.opened(*self.head_file)
+        loaded = reference_head.head_in(file, meta).to(self.device)
+        return next((other.head for other in others if other.head.equals(loaded)), loaded)
 
     def hidden(self, start: int, stop: int) -> Tensor:
         """Hidden states of scored tokens start..stop-1, in window order: [stop - start, hidden]."""
@@ -61,24 +61,17 @@ class Reference:
 def prove(path: Path, *, digest: str) -> int:
     """Reads a reference file for an evaluation set with `digest` whole: its bytes are those that were written.
 
-    Returns the number of its rows. Raises:
+    A head in a file of its own is there; its bytes are read by `reference_head.prove`. Returns the number of rows.
+
+    Raises:
         EvaluationError: not a reference file, one of another evaluation set, or a damaged one.
     """
-    file = _open(path)
+    file = summed_file.open_file(path)
     meta = _metadata(path, file, digest)
-    found, changed = meta.pop("checksum", None), f"{path}: damaged (its bytes have changed): score the reference again"
-    try:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        total = _sum_of_header(meta, {name: part.get_shape() for name, part in slices.items()})
-        for name, part in slices.items():
-            for at in range(0, part.get_shape()[0], _READ):
-                total += _sum_of_rows(name, at, part[at : at + _READ])
-        rows = int(slices["hidden"].get_shape()[0])
-    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
-        raise EvaluationError(changed) from error
-    if found != _hex(total):
-        raise EvaluationError(changed)
-    return rows
+    shapes = summed_file.prove_sum(path, file, meta)
+    if (head := _head_file(path, meta)) is not None:
+        reference_head.opened(*head)
+    return shapes["hidden"][0]
 
 
 class ReferenceWriter:
@@ -87,34 +80,25 @@ class ReferenceWriter:
     The file gets its name when it is closed without an error.
     """
 
-    def __init__(self, path: Path, *, rows: int, like: Tensor, head: Head, digest: str) -> None:
-        """rows: scored tokens. like: a hidden state tensor [..., hidden] that sets width and dtype."""
-        whole_files.make_directory(path.parent)
-        metadata = {"format": FORMAT, "digest": digest, "scale": repr(head.scale)}
-        if head.softcap is not None:
-            metadata["softcap"] = repr(head.softcap)
-        width = like.shape[-1]
-        small = {"weight": head.weight.detach().cpu()}
-        if head.bias is not None:
-            small["bias"] = head.bias.detach().cpu()
-        shapes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in small.items()}
-        shapes["hidden"] = (like.dtype, [rows, width])
-        self._sum = _sum_of_header(metadata, {name: shape for name, (_, shape) in shapes.items()})
-        self._sum += sum(_sum_of_rows(name, 0, tensor) for name, tensor in small.items())
-        header, offsets, total = _header(shapes, {**metadata, "checksum": _NONE_YET})
-        self._checksum_at = header.index(_NONE_YET.encode())
-        self._start, self._row_bytes = len(header) + offsets["hidden"], width * like.dtype.itemsize
-        self._begin = [(0, memoryview(header)), *((len(header) + offsets[n], _bytes(t)) for n, t in small.items())]
-        self._size = len(header) + total
-        # Plain writes, not a memory map: a full disk is then an OSError here, not a SIGBUS.
-        self._whole = whole_files.whole_file(path, self._size)
+    def __init__(
+        self, path: Path, *, rows: int, like: Tensor, head: Head, digest: str, head_file: Path | None = None
+    ) -> None:
+        """rows: scored tokens. like: a hidden state tensor [..., hidden] that sets width and dtype.
+
+        head_file: in the directory of `path`, of all sets of this model; None: the head is written into `path`.
+        """
+        meta, tensors = {"format": FORMAT, "digest": digest}, {}
+        checksum = None if head_file is None else reference_head.keep(head_file, head)
+        if head_file is None or checksum is None:
+            meta |= reference_head.numbers_of(head)
+            tensors = reference_head.tensors_of(head)
+        else:
+            meta |= {"head": head_file.name, "head_checksum": checksum}
+        self._file = SummedFile(path, meta, tensors, {"hidden": (like.dtype, [rows, like.shape[-1]])})
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Rows start.. of the file: hidden states [..., hidden]."""
-        rows = hidden.detach().cpu().flatten(0, -2)
-        self._sum += _sum_of_rows("hidden", start, rows)
-        self._file.seek(self._start + start * self._row_bytes)
-        self._file.write(_bytes(rows))
+        self._file.write("hidden", start, hidden.detach().cpu().flatten(0, -2))
 
     def write_all(self, spans: Sequence[slice], hidden: Tensor) -> None:
         """Rows [n, hidden] of several spans of the file, one after another; one copy to the host."""
@@ -124,40 +108,18 @@ class ReferenceWriter:
             at += span.stop - span.start
 
     def __enter__(self) -> ReferenceWriter:
-        self._file = self._whole.__enter__()
-        try:
-            self._file.truncate(self._size)
-            for offset, data in self._begin:
-                self._file.seek(offset)
-                self._file.write(data)
-            self._begin = []
-        except BaseException as error:
-            self._whole.__exit__(type(error), error, error.__traceback__)
-            raise
+        self._file.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._file.seek(self._checksum_at)
-            self._file.write(_hex(self._sum).encode())
-        self._whole.__exit__(kind, error, trace)
-
-
-def _open(path: Path) -> Any:
-    try:
-        require_regular(path)
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise EvaluationError(f"{path}: no readable reference ({error}): score the reference first") from error
+        self._file.__exit__(kind, error, trace)
 
 
 def _metadata(path: Path, file: Any, digest: str) -> dict[str, str]:
     """The metadata of an open file; raises EvaluationError unless it is a reference for a set with `digest`."""
-    meta: dict[str, str] = file.metadata() or {}
-    if meta.get("format") != FORMAT:
-        raise EvaluationError(f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}: write it anew")
+    meta = summed_file.metadata(path, file, FORMAT)
     if (written_for := meta.get("digest", "none")) != digest:
         raise EvaluationError(
             f"{path}: written for evaluation set {written_for[:12]}, this one is {digest[:12]}: "
@@ -166,44 +128,8 @@ def _metadata(path: Path, file: Any, digest: str) -> dict[str, str]:
     return meta
 
 
-def _sum_of_header(metadata: dict[str, str], shapes: dict[str, list[int]]) -> int:
-    """CRC-32 of what a header says, its checksum aside."""
-    return zlib.crc32(json.dumps([metadata, shapes], sort_keys=True).encode())
-
-
-def _sum_of_rows(name: str, start: int, rows: Tensor) -> int:
-    """Sum of the rows' CRC-32, each begun with the tensor's name and the row's number: they come in any order."""
-    data, first = _bytes(rows), zlib.crc32(name.encode()) + start
-    size = data.nbytes // max(len(rows), 1)
-    return sum(zlib.crc32(data[i * size : (i + 1) * size], (first + i) % 2**32) for i in range(len(rows)))
-
-
-def _hex(total: int) -> str:
-    return f"{total % 2**64:016x}"
-
-
-def _header(
-    shapes: dict[str, tuple[torch.dtype, list[int]]], metadata: dict[str, str]
-) -> tuple[bytes, dict[str, int], int]:
-    """The safetensors header, each tensor's offset and the size of the data.
-
-    Source of the format: README of huggingface/safetensors.
-    """
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    offsets: dict[str, int] = {}
-    end = 0
-    # Widest first: every tensor starts on a multiple of its item size.
-    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item[1][0].itemsize):
-        offsets[name] = end
-        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, offsets, end
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major; numpy has no bfloat16."""
-    flat: npt.NDArray[np.uint8] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return flat.data
+def _head_file(path: Path, meta: dict[str, str]) -> tuple[Path, str] | None:
+    """(file of the head, its checksum), beside the reference; None where the head is in the reference."""
+    if "head" not in meta:
+        return None
+    return path.parent / Path(meta["head"]).name, meta.get("head_checksum", "")

@@ -63,6 +63,12 @@ class Scores:
         key = key_of(self.keys[REFERENCE], s.digest, str(self.dtype), self.device.type)
         return self.cache / f"reference-{_in_file_names(s.name)}-{key[:16]}.safetensors"
 
+    @property
+    def reference_head(self) -> Path:
+        """The file of the reference's head, which all sets share."""
+        key = key_of(self.keys[REFERENCE], str(self.dtype), self.device.type)
+        return self.cache / f"reference-head-{key[:16]}.safetensors"
+
     def answer_files(self, asked: Questions) -> dict[str, Path]:
         """The file of each variant's answers."""
         parts = (asked.digest, str(self.dtype), self.device.type)
@@ -77,7 +83,8 @@ class Scores:
     def files(self) -> list[Path]:
         """All of these files: scores, hidden states of the reference, answers."""
         scores = [self.file(v, s) for v in self.keys for s in self.sets]
-        return [*scores, *(self.reference(s) for s in self.sets if self.kl), *self._answer_files]
+        states = [self.reference_head, *(self.reference(s) for s in self.sets)] if self.kl else []
+        return [*scores, *states, *self._answer_files]
 
     @property
     def key(self) -> str:
@@ -94,8 +101,10 @@ class Scores:
         names = sorted(self.keys, key=lambda n: n != REFERENCE)
         todo = {v: [s for s in self.sets if self._saved(v, s) is None] for v in names}
         if self.kl and any(todo.values()):
+            from requant_eval.scoring import reference_head
             from requant_eval.scoring.reference_states import prove
 
+            read_state(self.reference_head, reference_head.prove)  # where it is damaged, all states are lost
             lost = [s for s in self.sets if read_state(self.reference(s), partial(prove, digest=s.digest)) is None]
             todo[REFERENCE] = [s for s in self.sets if s in todo[REFERENCE] or s in lost]
         return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
@@ -148,6 +157,7 @@ def score_set(
         on_note=on_note,
         reference=reference,
         write_reference=states if is_reference else None,
+        reference_head=scores.reference_head if states and is_reference else None,
     )
     result.runtime = runtime
     result.save(scores.file(name, s))

@@ -186,9 +186,8 @@ class _Scoring:
         kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
         in_batch = sum(int(w.scored.sum()) for w in self.sample.windows[: self.rows])
         again, first = self.parts.head[kind].seconds, self.parts.first[kind].seconds
-        heads = again * sum(s.n_scored for s in self.p.texts.sets) / in_batch + max(0.0, first - again) * len(
-            self.p.texts.sets
-        )
+        heads = again * sum(s.n_scored for s in self.p.texts.sets) / in_batch
+        heads += max(0.0, first - again)  # the reference's head is written once, and read once for all sets
         made = {"merged": 1, "original": 4, "rtn": 4, "gptq": 4, "healed": 4}.get(name, 1)
         load = 2 * self.build + (self.reading + (made - 1) * self.decoding) * size.total
         if not size.packed and not size.adapter:
