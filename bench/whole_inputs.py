@@ -7,7 +7,7 @@ smollm2: the demo's base, adapter and texts; without --work's files its prepare.
 random: an NF4 base of random weights (bitsandbytes, nested scales), a random LoRA on every linear, random tokens: the
 work does not depend on them.
 sizes: --documents 200 short ones of about --short 150 tokens, as chats (random: as text); --long 16 of --window tokens
-(smollm2: the held-out texts in windows of that length); --samples windows of calibration of --length tokens.
+(smollm2: the held-out texts in windows of that length); --samples windows of calibration of --length tokens (smollm2: 68 of 1024, as many as the demo's texts hold).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ DEMO = ROOT / "recipes" / "smollm2-pydocs"
 CHARACTERS = 3.6  # a token, of the demo's texts
 TEMPLATE_TOKENS = 30  # of a chat's template
 SEED = 11
+SHARES = {"train": 0.8, "general-calibration": 0.2}  # of 68 x 1024 tokens: as much as the demo's texts hold
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         one.add_argument("--short", type=int, default=150)
         one.add_argument("--long", type=int, default=16)
         one.add_argument("--window", type=int, default=1024 if kind == "smollm2" else 2048)
-        one.add_argument("--samples", type=int, default=128)
+        one.add_argument("--samples", type=int, default=68 if kind == "smollm2" else 128)
         one.add_argument("--length", type=int, default=1024 if kind == "smollm2" else 2048)
         if kind == "smollm2":
             one.add_argument("--work", type=Path, default=DEMO / "work")
@@ -59,9 +60,7 @@ def smollm2(args: argparse.Namespace) -> None:
     chats = list(_chats([*texts["heldout"], *texts["general"]], wanted))[: args.documents]
     _write(args.folder / "short.jsonl", chats)
     _write(args.folder / "long.jsonl", ({"text": text} for text in texts["heldout"][: args.long]))
-    mix = [
-        {"data": {"path": str(work / "texts" / f"{n}.jsonl")}, "share": 0.5} for n in ("train", "general-calibration")
-    ]
+    mix = [{"data": {"path": str(work / "texts" / f"{n}.jsonl")}, "share": share} for n, share in SHARES.items()]
     _recipe(args, base=work / "base-nf4", adapter=DEMO / "adapter", group=64, calibration={"mix": mix})
 
 
