@@ -7,7 +7,8 @@ smollm2: the demo's base, adapter and texts; without --work's files its prepare.
 random: an NF4 base of random weights (bitsandbytes, nested scales), a random LoRA on every linear, random tokens: the
 work does not depend on them.
 sizes: --documents 200 short ones of about --short 150 tokens, as chats (random: as text); --long 16 of --window tokens
-(smollm2: the held-out texts in windows of that length); --samples windows of calibration of --length tokens (smollm2: 68 of 1024, as many as the demo's texts hold).
+(smollm2: the held-out texts in windows of that length); --samples windows of calibration of --length tokens
+(smollm2: 68 of 1024, as many as the demo's texts hold).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import pico
 from helpers.e2e import edit_json, edit_tensors, make_model, one_thread
+from helpers.ranks import Turns
 from safetensors.torch import load_file, save_file
 
 from requant.checkpoint.reader import INDEX, Checkpoint
@@ -26,6 +27,7 @@ from requant.formats.quantized_format import Finding
 from requant.formats.registry import open_quantized
 from requant.numerics.grid import Grid
 from requant.numerics.solution import checksum
+from requant.runtime.ranks import SINGLE_PROCESS
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -52,6 +54,22 @@ def test_a_good_checkpoint_passes(good: Path, source: Path) -> None:
     assert len(done.generated) == own_scores.NEW_TOKENS
     assert done.sample_tokens > 100
     done.raise_if_wrong()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 5])
+def test_ranks_share_the_linears(good: Path, source: Path, tmp_path: Path, count: int) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(good, broken)
+    tensor(f"{Q}.qweight", lambda t: t.flip(0))(broken)
+    tensor(f"{DOWN}.qweight", lambda t: t.flip(0))(broken)
+    tensor("model.norm.weight", lambda t: t * float("nan"))(broken)
+    for path in (good, broken):
+        one, many = check(path, source=source), check(path, source=source, ranks=Turns(count))
+        assert sorted(map(str, many.findings)) == sorted(map(str, one.findings))
+        assert (many.linears, many.tensors, many.negative_scales) == (one.linears, one.tensors, one.negative_scales)
+        assert (many.relative_error, many.bits_per_weight) == (one.relative_error, one.bits_per_weight)
+        assert len(one.findings) == (0 if path is good else 3)
 
 
 @pytest.mark.slow
@@ -417,9 +435,13 @@ def test_asymmetric_zero_points_of_the_other_version(
     """
     pico.packed(source, tmp_path / "out", Grid(bits, 32, symmetric=False))
     config(tmp_path / "out", checkpoint_format="gptq_v2")
-    done = check(tmp_path / "out", source=source if with_source else None)
+    done, shared = (
+        check(tmp_path / "out", source=source if with_source else None, ranks=ranks)
+        for ranks in (SINGLE_PROCESS, Turns(3))
+    )
     wrong = [f for f in done.findings if f.where == f"{Q}.qzeros"]
     assert wrong, done.message()
+    assert sorted(map(str, shared.findings)) == sorted(map(str, done.findings))
     assert "zero points of the other format version than checkpoint_format 'gptq_v2'" in wrong[0].reason
 
 

@@ -8,7 +8,7 @@ or where a few loud inputs rule the Hessian, a right solution can be farther fro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -19,7 +19,7 @@ from requant.checkpoint.device_loader import load_onto
 from requant.checkpoint.reader import Checkpoint
 from requant.deploy.check_headers import HeaderCheck
 from requant.errors import InputError
-from requant.formats.quantized_format import Finding, StoredFormat
+from requant.formats.quantized_format import Finding, Packing, StoredFormat
 from requant.numerics.solution import checksum
 from requant.quantize.module_results import ModuleRow
 
@@ -65,17 +65,45 @@ def check(
     solved: stem -> result of the linear's solution, which the file must decode to. Search all other tensors for NaN
     and infinity.
     """
+    return joined([check_share(headers, source, device, solved=solved)], headers, source)
+
+
+def joined(shares: Iterable[TensorCheck], headers: HeaderCheck, source: Checkpoint | None) -> TensorCheck:
+    """The check of a checkpoint from those of its shares; what only all linears together show is added."""
+    whole = TensorCheck()
+    for share in shares:
+        whole.linears += share.linears
+        whole.weights += share.weights
+        whole.negative_scales += share.negative_scales
+        if share.relative_error is not None:
+            whole.relative_error = max(whole.relative_error or 0.0, share.relative_error)
+        whole.shifts |= share.shifts
+        whole.findings += share.findings
+    whole.findings += _zero_point_version(whole, headers, source)
+    return whole
+
+
+def check_share(
+    headers: HeaderCheck,
+    source: Checkpoint | None = None,
+    device: torch.device | None = None,
+    *,
+    solved: Mapping[str, ModuleRow] | None = None,
+    rank: int = 0,
+    count: int = 1,
+) -> TensorCheck:
+    """`check` of every count-th linear and tensor, beginning with number `rank`."""
     result, device = TensorCheck(), device or torch.device("cpu")
     if headers.layout is not None:
-        _quantized(result, headers, headers.layout, source, device, solved or {})
+        own = dict(list(headers.packed.items())[rank::count])
+        _quantized(result, headers, headers.layout, own, source, device, solved or {})
     packed = set(headers.packed_names)
     copies = {*headers.unplaced.state, *headers.unplaced.carried}
-    for name, info in headers.checkpoint.items():
+    for name, info in list(headers.checkpoint.items())[rank::count]:
         if name in copies and source is not None:
             result.findings += _copy(name, headers.checkpoint.read(name), source)
         elif name not in packed and info.dtype.is_floating_point:
             result.findings += _unquantized(name, load_onto(headers.checkpoint, name, device), source)
-    result.findings += _zero_point_version(result, headers, source)
     return result
 
 
@@ -83,13 +111,14 @@ def _quantized(
     result: TensorCheck,
     headers: HeaderCheck,
     layout: StoredFormat,
+    packed: Mapping[str, Packing],
     source: Checkpoint | None,
     device: torch.device,
     solved: Mapping[str, ModuleRow],
 ) -> None:
-    """Check and decode every linear of `headers.packed`."""
+    """Check and decode the linears `packed`: stem -> how it is stored."""
     reader = layout.reader(headers.checkpoint)
-    for stem, packing in headers.packed.items():
+    for stem, packing in packed.items():
         try:
             tensors = reader.tensors(f"{stem}.weight", device)
         except InputError as error:  # what is stored beside the codes contradicts their headers

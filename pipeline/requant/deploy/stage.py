@@ -28,6 +28,7 @@ from requant.formats.quantized_format import Finding
 from requant.modeling.stacked_experts import stored_pieces
 from requant.quantize.module_results import ModuleRow
 from requant.runtime.device import free_memory
+from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.metrics import engine_step
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ def verify(
     device: torch.device | None = None,
     own_device: torch.device | None = None,
     trust_remote_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
     doing: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Check the checkpoint in `path`; a file that cannot be read is a finding too.
@@ -57,6 +59,7 @@ def verify(
     deploy: engines that must, if they are installed. doing: receives what is done now, in words.
     engine_dtype: of the engines; default: fp32 for transformers on a CPU, else the checkpoint's.
     device: where engines run, default the CPU. own_device: where we decode and score, default `device`.
+    ranks: share the linears and tensors; called by the first one.
     """
     if not (path := Path(path)).is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
@@ -70,7 +73,12 @@ def verify(
     except InputError as error:
         done.findings += [_unreadable(path, error), *changed(path)]
         return done
-    _check_values(done, headers, original, own_device or device, solved, doing)
+    doing(f"values of {len(headers.packed)} linears" + (", each against its source" if original else ""))
+    shares = ranks.call(
+        check_share, path, source, own_device or device, solved, trust_remote_code=trust_remote_code,
+        first_rank_only={"headers": headers},
+    )  # fmt: skip
+    _record_checks(done, headers, check_tensors.joined(shares, headers, original), compared=original is not None)
     done.findings += changed(path)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
@@ -116,19 +124,29 @@ def _in_16_bit(source: str | Path | None) -> Checkpoint | None:
     return checkpoint
 
 
-def _check_values(
-    done: Verification,
-    headers: HeaderCheck,
-    source: Checkpoint | None,
+@torch.no_grad()
+def check_share(
+    path: Path,
+    source: str | Path | None,
     device: torch.device,
     solved: Mapping[str, ModuleRow] | None,
-    doing: Callable[[str], None],
-) -> None:
-    """Decode every linear, compare it with its solution and its source's, and record what was found."""
-    doing(f"values of {len(headers.packed)} linears" + (", each against its source" if source else ""))
-    original = None if source is None else PiecewiseCheckpoint(source, stored_pieces(headers.model, source))
-    tensors = _with_cpu_fallback(device, lambda d: check_tensors.check(headers, original, d, solved=solved))
-    _record_checks(done, headers, tensors, compared=original is not None)
+    *,
+    trust_remote_code: bool,
+    headers: HeaderCheck | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> list[TensorCheck]:
+    """Decode this rank's share of the linears, compare it with solutions and source; the shares of all ranks.
+
+    headers: on the first rank, which has checked them.
+    """
+    checked = headers or check_headers.check(path, trust_remote_code=trust_remote_code)
+    original = _in_16_bit(source)
+    pieces = None if original is None else PiecewiseCheckpoint(original, stored_pieces(checked.model, original))
+    own = _with_cpu_fallback(
+        ranks.device_of(device),
+        lambda d: check_tensors.check_share(checked, pieces, d, solved=solved, rank=ranks.rank, count=ranks.count),
+    )
+    return ranks.all_gather_objects(own)
 
 
 def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorCheck, *, compared: bool) -> None:

@@ -47,7 +47,7 @@ def run_convert(context: RunContext, key: str, *, name: str) -> ConvertedFacts:
         done = convert_into(out, source, name, ends=ends, trust_remote_code=trust, progress=context.watcher.progress)
         proof = deploy.verify(
             out, deploy=p.quantize.served_as(name, context.recipe.deploy), own_device=context.device,
-            trust_remote_code=trust, doing=context.watcher.doing,
+            trust_remote_code=trust, ranks=context.ranks, doing=context.watcher.doing,
         )  # fmt: skip
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "convert", "requant": __version__, "from": source.name})

@@ -50,7 +50,7 @@ def run_heal(context: RunContext, key: str) -> HealedFacts:
     )
     proof = deploy.verify(
         out, source=sources.merged, deploy=context.prepared.quantize.served_as("gptq", asked.deploy), own_device=device,
-        trust_remote_code=sources.trust_remote_code, doing=context.watcher.doing,
+        trust_remote_code=sources.trust_remote_code, ranks=context.ranks, doing=context.watcher.doing,
     )  # fmt: skip
     proof.raise_if_wrong()
     artifact.finish(key, {"stage": "heal", "requant": __version__, "of": context.keys.quantize})

@@ -94,7 +94,7 @@ def run_quantize(context: RunContext, key: str) -> QuantizeStageResult:
     rows = {plan.weights[m.name].removesuffix(".weight"): m.row() for m in modules}
     proof = deploy.verify(
         out, source=merged, solved=rows, deploy=p.quantize.served_as("gptq", recipe.deploy), own_device=context.device,
-        trust_remote_code=recipe.trust_remote_code, doing=context.watcher.doing,
+        trust_remote_code=recipe.trust_remote_code, ranks=context.ranks, doing=context.watcher.doing,
     )  # fmt: skip
     if not proof.ok:
         remove(out / JOURNAL)  # of a file that is wrong: it is solved again
