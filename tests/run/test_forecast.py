@@ -158,7 +158,7 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     sets, scored_tokens = prepared.texts.sets, sum(s.n_scored for s in prepared.texts.sets)
     tokens = sum(len(w.ids) for s in sets for w in s.windows)
     batch = sum(int(w.scored.sum()) for w in forecast._alike(sets).windows[:4])
-    heads = {0: scored_tokens / batch + 0.5 * len(sets), 1: 3 * scored_tokens / batch + len(sets)}
+    heads = {0: scored_tokens / batch + 0.5, 1: 3 * scored_tokens / batch + 1.0}
     adapter = 3 * sum(math.prod(t.shape) for t in prepared.merge.plan.adapter.tensors.values()) / (LAYERS * BLOCK)
     expected = sum(heads[name != "adapter"] for name in prepared.variants)
     expected += tokens / 100 * (len(prepared.variants) + adapter)

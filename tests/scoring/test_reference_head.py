@@ -1,4 +1,4 @@
-"""The reference's head in a file of its own: written once, shared, damaged, of another model."""
+"""The reference's head in a file of its own: written once, shared, damaged, another one."""
 
 from __future__ import annotations
 

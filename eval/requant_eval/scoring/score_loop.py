@@ -49,7 +49,7 @@ def score(
     device: torch.device | str,
     reference: str | Path | Reference | None = None,
     write_reference: str | Path | None = None,
-    reference_head: str | Path | None = None,
+    reference_head: Path | None = None,
     chunk_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -58,9 +58,9 @@ def score(
 
     model: a transformers or PEFT causal LM; it is put in eval mode. batch: windows per forward pass. device: of the
     token ids. reference: the file of an earlier call, or it opened; fills `kl` and `agree`. write_reference: write this
-    model's hidden states there as a reference; reference_head: its head there, beside it, unless it is there already;
-    None: into the reference. chunk_tokens: positions whose logits exist at a time. on_progress:
-    (windows done, windows). on_note: what a reader of the scores should know, in words.
+    model's hidden states there as a reference; reference_head: and its head there, unless it is there already; None:
+    into the reference. chunk_tokens: positions whose logits exist at a time. on_progress: (windows done, windows).
+    on_note: what a reader of the scores should know, in words.
 
     Raises:
         EvaluationError: NaN/inf in logits, infinite KL, a head that can't be read, a reference of another set or
@@ -74,15 +74,12 @@ def score(
     with torch.inference_mode(), ExitStack() as stack:
         head = prove_head(model, tap, _proof(model, windows[0]).to(device))
         scorer = _TokenScorer.of(head, _open(reference, eval_set, head), torch.device(device), chunk_tokens)
+        written = partial(ReferenceWriter, rows=columns.n, digest=eval_set.digest, head_file=reference_head)
         sink: ReferenceWriter | None = None
         forward = _Forward(model, tap, windows, torch.device(device), on_note)
         for numbers, hidden in forward.batches(BatchSize.of(batch)):
             if write_reference is not None and sink is None:
-                writer = ReferenceWriter(
-                    Path(write_reference), rows=columns.n, like=hidden, head=head, digest=eval_set.digest,
-                    head_file=None if reference_head is None else Path(reference_head),
-                )  # fmt: skip
-                sink = stack.enter_context(writer)
+                sink = stack.enter_context(written(Path(write_reference), like=hidden, head=head))
             rows, targets = _scored_rows(hidden, [windows[i] for i in numbers])
             spans = [slice(columns.starts[i], columns.starts[i + 1]) for i in numbers]
             if sink is not None:

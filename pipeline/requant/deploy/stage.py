@@ -57,15 +57,12 @@ def verify(
     text: what is scored; default: for engines the run's own documents, if the checkpoint is of a run, else a paragraph.
     load_in: engines that must load it and give our perplexity; InputError when one is not installed.
     deploy: engines that must, if they are installed. doing: receives what is done now, in words.
-    engine_dtype: of the engines; default: fp32 for transformers on a CPU, else the checkpoint's.
+    engine_dtype: of the engines; default: fp32 for transformers on a CPU, else the checkpoint's. ranks: share values.
     device: where engines run, default the CPU. own_device: where we decode and score, default `device`.
-    ranks: share the linears and tensors; called by the first one.
     """
     if not (path := Path(path)).is_dir():
         raise InputError(f"{path}: no such checkpoint directory")
-    for engine in load_in:
-        engine_processes.require(engine)
-    engines = list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
+    engines = _engines(load_in, deploy)
     done, device, original = Verification(path=path), device or torch.device("cpu"), _in_16_bit(source)
     doing("content of the files, names, shapes and configs")
     try:
@@ -74,12 +71,8 @@ def verify(
         done.findings += [_unreadable(path, error), *changed(path)]
         return done
     doing(f"values of {len(headers.packed)} linears" + (", each against its source" if original else ""))
-    shares = ranks.call(
-        check_share, path, source, own_device or device, solved, trust_remote_code=trust_remote_code,
-        first_rank_only={"headers": headers},
-    )  # fmt: skip
-    _record_checks(done, headers, check_tensors.joined(shares, headers, original), compared=original is not None)
-    done.findings += changed(path)
+    values = partial(check_share, path, source, own_device or device, solved, trust_remote_code=trust_remote_code)
+    _record_checks(done, headers, ranks.call(values, first_rank_only={"headers": headers}), original)
     if done.findings:
         done.skipped.append("generation and engines: not tried on a checkpoint that is wrong")
         return done
@@ -93,6 +86,13 @@ def verify(
             dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
             ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return done
+
+
+def _engines(load_in: Sequence[Engine], deploy: Container[str]) -> list[Engine]:
+    """The engines that are asked; InputError where one that must load it is not installed."""
+    for engine in load_in:
+        engine_processes.require(engine)
+    return list(dict.fromkeys([*load_in, *engine_processes.installed(deploy)]))
 
 
 def _scored(done: Verification, device: torch.device, score: Callable[[torch.device], T]) -> T | None:
@@ -149,15 +149,18 @@ def check_share(
     return ranks.all_gather_objects(own)
 
 
-def _record_checks(done: Verification, headers: HeaderCheck, tensors: TensorCheck, *, compared: bool) -> None:
-    """Copy findings and sizes of headers and tensors into `done`. compared: with a source."""
-    done.findings = [*headers.findings, *tensors.findings]
+def _record_checks(
+    done: Verification, headers: HeaderCheck, shares: Sequence[TensorCheck], source: Checkpoint | None
+) -> None:
+    """Copy findings and sizes of files, headers and tensors into `done`. source: what these were compared with."""
+    tensors = check_tensors.joined(shares, headers, source)
+    done.findings = [*headers.findings, *tensors.findings, *changed(done.path)]
     checkpoint = headers.checkpoint
     done.tensors, done.linears = len(checkpoint), tensors.linears
     done.negative_scales, done.relative_error = tensors.negative_scales, tensors.relative_error
     done.expected_bytes = headers.expected_bytes
     done.carried = headers.unplaced.counts
-    if done.carried and not compared:
+    if done.carried and source is None:
         held = headers.unplaced.carried_line
         done.skipped.append(f"comparison of tensors that only servers run: accepted by their names, no source: {held}")
     done.disk_bytes = sum(f.stat().st_size for f in {info.file for info in checkpoint.values()})
