@@ -60,7 +60,7 @@ setup-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-vllm.txt
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
-	cp tests/deploy/vllm_site.py .venv-vllm/lib/python3*/site-packages/sitecustomize.py
+	cp tests/deploy/vllm_site.py "$$(echo .venv-vllm/lib/python3*/site-packages)/sitecustomize.py"
 	touch $@
 
 # The checkpoint of `make demo` is served too, when it is there.

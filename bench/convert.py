@@ -1,9 +1,11 @@
 """Bench of `requant convert`: seconds and memory on a Llama-8B-shaped checkpoint.
 
     python bench/convert.py [--layers 4] [--bits 4 3] [--to compressed-tensors] [--out FILE]
+    python bench/convert.py --quantize [--layers 4] [--samples 16] [--out FILE]
 
 Codes are random. All sizes but the number of layers are those of Llama 3.1 8B; the conversion is a process of its own,
-so that its peak of memory is its own too.
+so that its peak of memory is its own too. With --quantize a random Llama a quarter as wide is quantized first, by GPTQ on
+the CPU, and then written in each format by this process: seconds, and their share of the quantizing.
 """
 
 from __future__ import annotations
@@ -13,23 +15,33 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
+from requant import quantize
 from requant.checkpoint.writer import CheckpointWriter, Slot
+from requant.deploy.conversion import convert
 from requant.deploy.conversion_plan import StoredSettings
+from requant.deploy.gguf_export import export
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
 from requant.quantize import gptq_files
-from requant.quantize.plan import plan
+from requant.quantize.plan import Settings, plan
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "tie_word_embeddings": False,
 }  # fmt: skip
+NARROW = {
+    "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "vocab_size": 32064, "tie_word_embeddings": False,
+}  # fmt: skip
+FORMATS = ("compressed-tensors", "auto-round", "mlx", "gguf")
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path
@@ -78,15 +90,51 @@ def _values(slot: Slot, words: torch.Tensor) -> torch.Tensor:
     return torch.full(slot.shape, 0.01, dtype=slot.dtype)
 
 
+def tokenizer(out: Path) -> None:
+    """A byte-level tokenizer without merges, which GGUF wants to know."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!").save_pretrained(out)
+
+
+def against_quantize(layers: int, samples: int) -> list[dict[str, Any]]:
+    """A row a format: seconds of writing, seconds of quantizing in the same run, and their ratio."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(num_hidden_layers=layers, eos_token_id=0, bos_token_id=0, **NARROW)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, source = Path(folder) / "model", Path(folder) / "gptq"
+        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(model)
+        tokenizer(model)
+        source.mkdir()
+        windows = torch.randint(0, NARROW["vocab_size"], (samples, 512))
+        started = time.perf_counter()
+        settings = Settings(grid=Grid(4, 64))
+        quantize.quantize(model, source, windows, settings, dtype=torch.bfloat16, device=torch.device("cpu"), batch=8)
+        whole = time.perf_counter() - started
+        for to in FORMATS:
+            started, out = time.perf_counter(), Path(folder) / to
+            done = export(source, out) if to == "gguf" else convert(source, out, to)
+            seconds = time.perf_counter() - started
+            told = {"seconds": round(seconds, 2), "quantize": round(whole, 2), "share": round(seconds / whole, 4)}
+            rows.append({"to": to, "layers": layers, "samples": samples, "bytes": done.nbytes[1], **told})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--to", default="compressed-tensors")
+    parser.add_argument("--quantize", action="store_true")
+    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    rows = []
-    for bits in asked.bits:
+    rows = against_quantize(asked.layers, asked.samples) if asked.quantize else []
+    for bits in () if asked.quantize else asked.bits:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "gptq", Path(folder) / "out"
             write(source, asked.layers, bits)

@@ -259,7 +259,7 @@ def test_every_file_says_what_it_is(file: str) -> None:
 
 
 # They import nothing of ours.
-OF_OTHER_PROCESSES = {f"requant.deploy.engine_{name}" for name in ("vllm", "transformers", "llamacpp")}
+OF_OTHER_PROCESSES = {f"requant.deploy.engine_{name}" for name in ("vllm", "transformers", "llamacpp", "mlx")}
 OF_OTHER_PROCESSES |= {"requant.tracking.clients"}
 READERS = {"json.load", "json.loads", "json.JSONDecoder"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from requant import deploy
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.deploy import conversion
 from requant.deploy.conversion import convert
+from requant.deploy.gguf_export import export
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import bit_stream
@@ -321,3 +323,42 @@ def test_a_checkpoint_without_a_tokenizer_is_converted(gptq: Path, tmp_path: Pat
         file.unlink()
     convert(gptq, tmp_path / "ct", CT)
     assert_same(gptq, tmp_path / "ct")
+
+
+def test_a_tied_head_that_is_stored_again_is_left_out_where_it_is_the_same(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", hidden=64, tied=True)
+    pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32))
+    weights = tmp_path / "gptq" / "model.safetensors"
+    edit_tensors(weights, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    done = convert(tmp_path / "gptq", tmp_path / "ct", CT)
+    assert done.dropped == {"lm_head.weight": "the embedding's values again, which loaders tie"}
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "ct")
+    edit_tensors(weights, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] * 2})
+    with pytest.raises(InputError, match=r"lm_head\.weight: stored although tie_word_embeddings is true"):
+        convert(tmp_path / "gptq", tmp_path / "other", CT)
+
+
+def test_quantized_linears_past_the_last_layer_are_not_lost(gptq: Path, tmp_path: Path) -> None:
+    edit_json(gptq / "config.json", num_hidden_layers=1)
+    with pytest.raises(
+        InputError, match=r"model\.layers\.1\.\S+ is quantized, and LlamaForCausalLM has no place for it"
+    ):
+        convert(gptq, tmp_path / "ct", CT)
+
+
+def test_a_linear_in_both_ways_is_refused(gptq: Path, tmp_path: Path) -> None:
+    edit_tensors(gptq / "model.safetensors", lambda t: t | {f"{UP}.weight": torch.ones(128, 64).half()})
+    with pytest.raises(InputError, match=f"{UP}.weight: in 16 bit beside its packed tensors"):
+        convert(gptq, tmp_path / "ct", CT)
+
+
+@pytest.mark.parametrize("to", [CT, "gguf"])
+def test_values_that_are_not_finite_are_not_copied(gptq: Path, tmp_path: Path, to: str) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][1, 1] = float("inf")
+
+    edit_tensors(gptq / "model.safetensors", spoil)
+    write = partial(convert, to=to) if to == CT else export
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight has values that are not finite"):
+        write(gptq, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from helpers import pico
-from helpers.e2e import edit_tensors, make_model
+from helpers.e2e import edit_json, edit_tensors, make_model, make_tokenizer
+from safetensors.torch import load_file
 from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint
@@ -127,7 +130,7 @@ def test_tied_ends_stay_one_matrix_where_the_format_has_it(tied: Path, tmp_path:
     ("to", "ends", "message"),
     [
         (CT, EndBits(embeddings=8), "only where they are two matrices.*mlx and gguf"),
-        ("auto-round", EndBits(head=8), "in 16 bit alone: compressed-tensors, mlx and gguf"),
+        ("auto-round", EndBits(head=8), "a quantized head alone, of two matrices: compressed-tensors, mlx and gguf"),
         ("mlx", EndBits(embeddings=8, head=4), "one matrix: it cannot have 8 and 4 bits"),
     ],
 )
@@ -145,10 +148,63 @@ def test_ends_go_on_into_other_formats_as_they_are(gptq: Path, tmp_path: Path) -
         assert torch.equal(one.read(f"{module}.weight"), other.read(f"{module}.weight"))
     assert export(tmp_path / "ct", tmp_path / "gguf").kinds["Q8_0"] == 1, "the embeddings"
     assert verify_gguf(next((tmp_path / "gguf").glob("*.gguf")), source=tmp_path / "ct").ok
-    with pytest.raises(InputError, match="gptq holds embeddings and head in 16 bit alone"):
+    with pytest.raises(InputError, match="gptq has a quantized head alone"):
         convert(tmp_path / "ct", tmp_path / "gptq", "gptq")
     with pytest.raises(InputError, match=f"{EMBED} has 8 bits already"):
         convert(tmp_path / "ct", tmp_path / "again", "mlx", ends=EndBits(embeddings=4))
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPTQ checkpoint whose head has a multiple of 32 rows, as those of real vocabularies have."""
+    out = tmp_path_factory.mktemp("even")
+    pico.save(pico.model(vocab_size=320, bos_token_id=0, eos_token_id=1), out / "model", torch.float16)
+    make_tokenizer(out / "model")
+    pico.packed(out / "model", out / "gptq", Grid(4, 32))
+    return out / "gptq"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("to", ["gptq", "auto-round"])
+def test_a_head_alone_is_quantized_where_engines_read_it(even: Path, tmp_path: Path, to: str, bits: int) -> None:
+    """Said by `lm_head` or by settings of its own, read back, and taken into every other format."""
+    done = convert(even, tmp_path / "one", to, ends=EndBits(head=bits))
+    assert done.ends == {HEAD: bits}
+    config = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    own = {"bits": bits, "group_size": 32, "sym": True}
+    if to == "gptq":
+        assert config["lm_head"] is True
+        assert config.get("dynamic") == (None if bits == 4 else {f"+:^{HEAD}$": own})
+    else:
+        assert config["extra_config"] == {HEAD: own}
+    assert verify(tmp_path / "one").ok
+    for other in {CT, "mlx", "gptq", "auto-round"} - {to}:
+        convert(tmp_path / "one", tmp_path / other, other)
+        reader = open_quantized(tmp_path / other)
+        assert f"{HEAD}.weight" in reader.quantized
+        assert torch.equal(reader.read(f"{HEAD}.weight"), expected(even, HEAD, bits))
+        assert f"{EMBED}.weight" not in reader.quantized
+    assert export(tmp_path / "one", tmp_path / "gguf").kinds["Q8_0"] == (bits == 8)
+    with pytest.raises(InputError, match=f"{to} has a quantized head alone"):
+        convert(even, tmp_path / "both", to, ends=EndBits(embeddings=8, head=bits))
+
+
+def test_gptqmodel_reads_a_quantized_head(even: Path, tmp_path: Path) -> None:
+    convert(even, tmp_path / "head", "gptq", ends=EndBits(head=8))
+    command = [sys.executable, "-m", "helpers.load_gptqmodel", str(tmp_path / "head"), str(tmp_path / "seen")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = load_file(tmp_path / "seen")
+    ours = open_quantized(tmp_path / "head").read(f"{HEAD}.weight")
+    assert torch.allclose(seen[HEAD].float(), ours, rtol=2**-10, atol=0)  # its weights are rounded to float16
+
+
+def test_a_head_that_the_config_calls_quantized_is_quantized(even: Path, tmp_path: Path) -> None:
+    shutil.copytree(even, tmp_path / "said")
+    declared = json.loads((tmp_path / "said" / "quantize_config.json").read_text()) | {"lm_head": True}
+    edit_json(tmp_path / "said" / "config.json", quantization_config=declared)
+    (finding,) = verify(tmp_path / "said").findings
+    assert (finding.where, finding.reason) == (f"{HEAD}.weight", "in 16 bit, the config says that this linear is 4-bit")
 
 
 def test_codes_that_are_not_the_nearest_are_not_kept(

@@ -18,9 +18,11 @@ from helpers import pico
 from helpers.e2e import make_model, one_thread
 from safetensors.torch import load_file
 
+from requant.deploy import verify
 from requant.deploy.conversion import convert
 from requant.evaluate import variants
 from requant.formats.registry import open_quantized
+from requant.modeling.token_ends import EndBits
 from requant.numerics.grid import Grid
 
 PYTHON = os.environ.get("REQUANT_MLX_PYTHON") or (sys.executable if importlib.util.find_spec("mlx_lm") else None)
@@ -80,3 +82,20 @@ def test_mlx_reads_each_module_with_our_settings_and_our_weights(tmp_path: Path,
     with one_thread(), torch.no_grad():
         ours = model(input_ids=torch.tensor(ROWS)).logits
     assert torch.allclose(logits, ours, atol=1e-3 * float(ours.std()))
+
+
+@pytest.mark.parametrize(("tied", "ends"), [(False, EndBits()), (True, EndBits(embeddings=8))], ids=["linears", "ends"])
+def test_verify_with_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, ends: EndBits) -> None:
+    """mlx-lm's scores of every token are ours, with embeddings and head in one matrix of 8 bits too."""
+    monkeypatch.setenv("REQUANT_MLX_PYTHON", str(PYTHON))
+    make_model(tmp_path / "model", hidden=64, tied=tied)
+    pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32, signed=True))
+    convert(tmp_path / "gptq", tmp_path / "out", "mlx", ends=ends)
+    with one_thread():
+        proof = verify(tmp_path / "out", load_in=["mlx"])
+    assert [str(finding) for finding in proof.findings] == []
+    (engine,) = proof.engines
+    assert engine["kernels"] == (["QuantizedEmbedding", "QuantizedLinear"] if ends else ["QuantizedLinear"])
+    assert engine["dtype"] == "float32"
+    assert engine["ok"]
+    assert set(engine["versions"]) == {"mlx", "mlx-lm"}

@@ -36,7 +36,10 @@ def prepared(project: Path, changes: dict[str, Any]) -> Prepared:
     ("changes", "told"),
     [
         ({"quantize.embeddings": 8}, r"no format of output\.formats holds it quantized: gptq holds embeddings"),
-        ({"quantize.head": 4, "output.formats": ["gptq", "auto-round"]}, r"auto-round holds embeddings and head in 16"),
+        (
+            {"quantize.head": 4, "output.formats": ["gptq", "auto-round"]},
+            r"auto-round holds embeddings and head in 16 bit",
+        ),
     ],
 )
 def test_bits_that_no_format_holds_are_refused_before_any_work(

@@ -197,6 +197,8 @@ def _packed(headers: HeaderCheck, layout: StoredFormat, stem: str, packing: Pack
         reason = layout.checks.header(suffix, headers.checkpoint.get(names[suffix]), packing)
         if reason is not None:
             headers.report(names[suffix], reason)
+    if "weight" not in names and f"{stem}.weight" in headers.checkpoint:
+        headers.report(f"{stem}.weight", "in 16 bit beside its packed tensors: loaders differ in which they take")
     if len(headers.findings) == before:
         headers.packed[stem] = packing
     return {names[suffix] for suffix in shapes}

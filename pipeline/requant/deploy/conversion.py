@@ -87,7 +87,7 @@ def convert_into(
     progress: Progress | None = None,
 ) -> Conversion:  # fmt: skip
     """`convert` into the existing directory `out`, which gets no name of its own; without the card."""
-    headers = checked(source, to, trust_remote_code=trust_remote_code)
+    headers = checked(source, to, ends=ends, trust_remote_code=trust_remote_code)
     planned = plan_conversion(headers, FORMATS[to], source, ends)
     steps = Steps(2 * len(planned.written), progress)
     _write(planned, out, steps)
@@ -120,12 +120,15 @@ class Steps:
             self.progress(self.done, self.total, note)
 
 
-def checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
-    """The headers of a checkpoint that may be converted; InputError where its config is not to be read."""
+def checked(source: Path, to: str, *, ends: EndBits, trust_remote_code: bool) -> HeaderCheck:
+    """The headers of a checkpoint that may be converted; InputError where its config is not to be read.
+
+    ends: what is to be rounded: with it a checkpoint may keep its format.
+    """
     headers = check_headers.check_weights(source, trust_remote_code=trust_remote_code)
     if headers.layout is None or not headers.usable:
         raise InputError("\n".join([f"{source}: cannot be converted:", *map(str, headers.findings[:_SHOWN])]))
-    if headers.layout.name == to:
+    if headers.layout.name == to and not ends:
         raise InputError(f"{source}: is a {to} checkpoint already: name another format")
     skeleton.check_generation_config(source)  # the small files are copied: what no engine loads is no checkpoint
     if any((source / name).exists() for name in VOCABULARY):
@@ -135,14 +138,14 @@ def checked(source: Path, to: str, *, trust_remote_code: bool) -> HeaderCheck:
 
 def _write(planned: ConversionPlan, out: Path, steps: Steps) -> None:
     """Write every tensor of the plan, one linear in memory at a time."""
-    reader, target = planned.reader, planned.plan.format
+    target = planned.plan.format
     with CheckpointWriter(out, planned.plan.slots) as writer:
         for module, weight in planned.written.items():
             for suffix, tensor in _repacked(planned, module, weight, target).items():
                 writer.write(f"{weight.removesuffix('weight')}{suffix}", tensor)
             steps(f"writing {module}")
         for name in planned.copied:
-            writer.write(name, reader.checkpoint.read(name))
+            writer.write(name, planned.unquantized(name))
         writer.close()
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from requant.checkpoint import model_files
 from requant.checkpoint.writer import Slot
 from requant.deploy.check_headers import UNQUANTIZED, HeaderCheck
+from requant.deploy.check_tensors import PART
 from requant.errors import InputError
 from requant.formats.quantized_format import Packing, QuantizedFormat, Reader, StoredFormat
 from requant.modeling import skeleton
@@ -73,6 +74,15 @@ class ConversionPlan:
         stored = self.reader.quantized
         return {m: grid for m, grid in self.plan.ends.items() if self.plan.end_weights[m] not in stored}
 
+    def unquantized(self, name: str) -> Tensor:
+        """A tensor of the source that is not quantized; InputError where a value of it is not finite."""
+        checkpoint = self.reader.checkpoint
+        found = checkpoint.read(name)
+        parts = torch.split(found.reshape(-1), PART) if found.dtype in UNQUANTIZED else ()
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise InputError(f"{checkpoint.path}: {name} has values that are not finite: write the checkpoint again")
+        return found
+
     def grid_of(self, module: str) -> Grid:
         """The grid of a quantized module."""
         return self.plan.grids.get(module) or self.plan.ends[module]
@@ -91,6 +101,9 @@ def plan_conversion(
     wrong = [f"  {finding}" for finding in headers.findings if finding.where not in dropped]
     if wrong:
         raise InputError("\n".join([f"{where}: {len(wrong)} things are wrong with it:", *wrong[:_SHOWN]]))
+    if beyond := sorted(n for n in reader.quantized if n.removesuffix(".weight") not in headers.packed):
+        name = type(headers.model).__name__
+        raise InputError(f"{where}: {beyond[0]} is quantized, and {name} has no place for it: it cannot be converted")
     kept = tuple(n for n in reader if n not in reader.quantized and n not in dropped)
     dtype = _dtype(headers)
     tensors: dict[str, Layout] = {n: checkpoint[n] for n in kept}
@@ -133,9 +146,10 @@ def _settings(
     stored, wanted = {m: every[m] for m in ends.matrices if m in every}, ends.grids(asked, usual.group_size)
     if twice := [m for m in wanted if m in stored and stored[m].bits != wanted[m].bits]:
         raise InputError(f"{where}: {twice[0]} has {stored[twice[0]].bits} bits already: it is not quantized again")
-    if (stored or wanted) and (why := target.why_no_ends(tied=ends.tied)):
+    quantized = wanted | stored
+    if quantized and (why := target.why_no_ends(tied=ends.tied, embeddings=ends.embeddings in quantized)):
         raise InputError(f"{where}: {target.name} {why}")
-    return StoredSettings(grid=usual, grids=grids, format=target.name, ends=wanted | stored)
+    return StoredSettings(grid=usual, grids=grids, format=target.name, ends=quantized)
 
 
 def _packings(headers: HeaderCheck, reader: Reader, tensors: Mapping[str, Layout]) -> dict[str, Packing]:
@@ -154,11 +168,22 @@ def _without_meaning(headers: HeaderCheck) -> dict[str, str]:
     AutoGPTQ wrote both beside the weights of models that have no such tensors.
     """
     dropped = dict.fromkeys(headers.unplaced.recomputed, "every loader computes it")
+    dropped |= dict.fromkeys(_stored_twice(headers), "the embedding's values again, which loaders tie")
     for name in headers.unplaced.unknown:
         stem, _, leaf = name.rpartition(".")
         if leaf == "bias" and stem in headers.packed and not bool(headers.checkpoint.read(name).any()):
             dropped[name] = "a bias of zeros, of a linear that has none"
     return dropped
+
+
+def _stored_twice(headers: HeaderCheck) -> list[str]:
+    """The weight of a tied head, where it is stored too and equal to the embedding."""
+    names, tied = skeleton.tensor_names(headers.model, headers.checkpoint), skeleton.tied_pair(headers.model)
+    embedding, head = (names.get(parameter) for parameter in tied or ("", ""))
+    if None in (embedding, head) or embedding == head or not {embedding, head} <= headers.checkpoint.keys():
+        return []
+    one, other = (headers.checkpoint.read(str(name)) for name in (embedding, head))
+    return [str(head)] if one.dtype == other.dtype and torch.equal(one, other) else []
 
 
 def _dtype(headers: HeaderCheck) -> torch.dtype:

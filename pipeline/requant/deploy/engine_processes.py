@@ -20,16 +20,20 @@ from typing import Any, Literal
 from requant.errors import InputError
 from requant_eval.strict_json import JsonError, parse
 
-Engine = Literal["transformers", "vllm", "llamacpp"]
-ENGINES: tuple[Engine, ...] = ("transformers", "vllm", "llamacpp")
-OF_GGUF: Engine = "llamacpp"  # reads GGUF files, which the others do not
+Engine = Literal["transformers", "vllm", "llamacpp", "mlx"]
+ENGINES: tuple[Engine, ...] = ("transformers", "vllm", "llamacpp", "mlx")
 PYTHON = "REQUANT_{}_PYTHON"  # environment: the interpreter that has the engine
 TIMEOUT = 1800
 RANK = re.compile(r"^\s*\[rank\d+\]:")  # before every line of a worker's traceback
 # Largest difference of mean -ln p from ours, computed in fp32: the engine's rounding, no more.
 # llama.cpp multiplies blocks with activations that it rounds to 8 bits.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2, "int8": 1e-1}
-_NEEDS = {"transformers": ("transformers", "gptqmodel", "optimum"), "vllm": ("vllm",), "llamacpp": ("xllamacpp",)}
+_NEEDS = {
+    "transformers": ("transformers", "gptqmodel", "optimum"),
+    "vllm": ("vllm",),
+    "llamacpp": ("xllamacpp",),
+    "mlx": ("mlx_lm",),
+}
 _SETTINGS = {
     "transformers": {"GPTQMODEL_DISABLE_PACK_EXT": "1", "GPTQMODEL_CPU_WORKERS": "2"},
     "vllm": {
@@ -39,6 +43,7 @@ _SETTINGS = {
         "VLLM_LOGGING_LEVEL": "ERROR",
     },
     "llamacpp": {},
+    "mlx": {},
 }
 
 
@@ -114,6 +119,7 @@ def require(engine: Engine) -> str:
             "transformers": "pip install gptqmodel optimum",
             "vllm": "make setup-vllm, or pip install vllm elsewhere",
             "llamacpp": "pip install xllamacpp",
+            "mlx": "pip install mlx-lm (on Linux 'mlx[cpu]' too)",
         }
         raise InputError(
             f"{engine} is not installed here: {how[engine]}, and set {PYTHON.format(engine.upper())} to its Python"

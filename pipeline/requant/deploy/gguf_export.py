@@ -127,7 +127,7 @@ def export_into(
 
 def plan_export(source: Path, ends: EndBits = AS_THEY_ARE, *, trust_remote_code: bool = False) -> GgufPlan:
     """The tensors of the file that is written of a checkpoint. Raises InputError as `export`."""
-    headers = checked(source, FORMAT, trust_remote_code=trust_remote_code)
+    headers = checked(source, FORMAT, ends=ends, trust_remote_code=trust_remote_code)
     conversion = plan_conversion(headers, STAND_IN, source, ends)
     config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
     family = gguf_families.family_of(config, str(source))
@@ -258,7 +258,7 @@ def _plain(planned: ConversionPlan, config: Any, family: Family, parameter: str,
     less_one = family.norms_less_one and module.endswith("norm")
 
     def values() -> Tensor:
-        found = checkpoint.read(weight)
+        found = planned.unquantized(weight)
         if less_one:
             found = found.float() + 1  # as transformers adds it
         return found if order is None else found[order]

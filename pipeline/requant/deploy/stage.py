@@ -169,8 +169,9 @@ def _record_checks(
 
 
 def _engine_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> str:
-    """The serving dtype; fp32 for transformers on a CPU, where it is exact and no slower, unless AutoRound has none."""
-    if engine == "transformers" and device.type == "cpu" and checkpoint.quantization.get("quant_method") != AUTO_ROUND:
+    """The serving dtype; fp32 for MLX, and transformers on a CPU, where it is exact, unless AutoRound has none."""
+    on_cpu = engine == "transformers" and device.type == "cpu"
+    if engine == "mlx" or (on_cpu and checkpoint.quantization.get("quant_method") != AUTO_ROUND):
         return "float32"
     declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return declared if declared in ("float16", "bfloat16") else "bfloat16"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from requant.formats import gptq
 from requant.formats.bit_stream import WORD, check_whole, exact_scales, pack_rows, unpack_rows
-from requant.formats.quantized_format import Packing, SixteenBitEnds, weights
+from requant.formats.quantized_format import Packing, weights
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 CODES = "qweight"
@@ -118,20 +118,21 @@ def quantization_config(
 ) -> dict[str, Any]:  # fmt: skip
     """The dict for `config.json: quantization_config`; arguments as of `gptq.quantization_config`.
 
-    Nothing outside of the list of blocks is quantized unless a rule names it, so that linears beside the blocks need
-    none. A module's settings are all written: vLLM takes one without `bits` for a module in 16 bit. Names of a
-    wrapper's modules are patterns, as engines put its parts under names of their own; a tower has names that end alike,
-    so that its own pattern stands before them.
+    Nothing outside of the list of blocks is quantized unless a rule names it, as a quantized head, so that linears
+    beside the blocks need none. A module's settings are all written: vLLM takes one without `bits` for a module in 16
+    bit. Names of a wrapper's modules are patterns, as engines put its parts under names of their own; a tower has names
+    that end alike, so that its own pattern stands before them.
     """
     usual: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": symmetric}
     start = r"^(.*\.)?" if towers else None
+    heads = {name: {key: rule[key] for key in usual} for name, rule in ends.items()}
     beside = [f"{start}{re.escape(tower.rpartition('.')[2])}" for tower in towers if any(overrides.values())]
     extra = {f"{root}(\\..*)?$": {"bits": IN_16_BIT} for root in [*beside, *(f"^{re.escape(c)}" for c in carried)]}
     own_rules = {
         name if start is None else f"{start}{re.escape(name)}$": {"bits": IN_16_BIT}
         if own is None
         else {**usual, **own}
-        for name, own in overrides.items()
+        for name, own in {**overrides, **heads}.items()
     }
     asymmetric = not symmetric or any(own.get("sym") is False for own in own_rules.values())
     extra |= own_rules
@@ -142,7 +143,7 @@ def quantization_config(
     }  # fmt: skip
 
 
-class AutoRoundRules(SixteenBitEnds):
+class AutoRoundRules:
     """Which linears a quantization config declares as quantized, and how.
 
     Read from `block_name_to_quantize` and `extra_config`.
@@ -158,17 +159,34 @@ class AutoRoundRules(SixteenBitEnds):
 
         None: left in 16 bit.
         """
+        own = self._own(module)
+        if own is None and self.blocks is not None and not module.startswith(self.blocks):
+            return None
+        return self._packing(own or {}, linear.out_features, linear.in_features)
+
+    def end(self, module: str, layer: nn.Module, *, stored: bool) -> Packing | None:
+        """Packing of the head, where settings of its own say that it is quantized; embeddings never are."""
+        own = self._own(module)
+        if own is None or isinstance(layer, nn.Embedding):
+            return None
+        rows, columns = layer.weight.shape  # type: ignore[misc]
+        return self._packing(own, rows, columns)
+
+    def _own(self, module: str) -> Mapping[str, Any] | None:
+        """The settings of a module alone: those of its name, else of the first pattern."""
         own = self.extra.get(module)
         if own is None:
             own = next((self.extra[key] for key in self.extra if is_pattern(key) and re.search(key, module)), None)
-        if own is None and self.blocks is not None and not module.startswith(self.blocks):
-            return None
-        values = {**self.declared, **(own or {})}
+        return own
+
+    def _packing(self, own: Mapping[str, Any], rows: int, columns: int) -> Packing | None:
+        """Packing by settings of its own and those of all; None: left in 16 bit."""
+        values = {**self.declared, **own}
         if values["bits"] >= IN_16_BIT:
             return None
         return Packing(
-            bits=values["bits"], group_size=values["group_size"], symmetric=values["sym"], desc_act=False,
-            rows=linear.out_features, columns=linear.in_features,
+            bits=values["bits"], group_size=values["group_size"], symmetric=values["sym"], desc_act=False, rows=rows,
+            columns=columns,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from requant.checkpoint.reader import QUANTIZE_CONFIG
 from requant.formats.bit_stream import WORD, check_whole, exact_scales, fitting_groups, pack_rows, unpack_rows
-from requant.formats.quantized_format import PackError, Packing, SixteenBitEnds, weights
+from requant.formats.quantized_format import PackError, Packing, weights
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
@@ -121,11 +121,13 @@ def quantization_config(
     where they are quantized. tables: other embeddings, in 16 bit. Engines put the parts of a wrapper under names of
     their own: rules then match a module's name from the list of blocks on, and a tower by its own name.
     `dynamic` (gptqmodel, vLLM, SGLang) is written when a module has settings of its own or is left out,
-    `modules_in_block_to_quantize` (transformers with optimum, vLLM) unless `quantized` is empty.
+    `modules_in_block_to_quantize` (transformers with optimum, vLLM) unless `quantized` is empty. A quantized head is
+    said by `lm_head`, and named in both, as vLLM wants it.
     """
+    heads = {name: {k: rule[k] for k in ("bits", "group_size", "sym")} for name, rule in ends.items()}
     config: dict[str, Any] = {
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": symmetric,
-        "lm_head": False, "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32",
+        "lm_head": bool(heads), "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32",
         "true_sequential": True, "damp_percent": damp, "static_groups": False, "meta": dict(meta),
     }  # fmt: skip
     start = r"(.*\.)?" if towers else ""
@@ -134,10 +136,12 @@ def quantization_config(
     rules |= {
         f"{'-:' if own is None else '+:'}^{start}{_escaped(name)}$": dict(own or {}) for name, own in overrides.items()
     }
+    usual = {"bits": bits, "group_size": group_size, "sym": symmetric}
+    rules |= {f"+:^{start}{_escaped(name)}$": own for name, own in heads.items() if own != usual}
     if rules:
         config["dynamic"] = rules
     if quantized:
-        config["modules_in_block_to_quantize"] = [list(quantized)]
+        config["modules_in_block_to_quantize"] = [[*quantized, *heads]]
     return config
 
 
@@ -150,10 +154,10 @@ def _inside(module: str) -> str:
     return _escaped(module) + r"(\.|$)"
 
 
-class GptqRules(SixteenBitEnds):
+class GptqRules:
     """Which linears a quantization config declares as quantized, and how.
 
-    Read from `dynamic` and `modules_in_block_to_quantize`.
+    Read from `dynamic`, `modules_in_block_to_quantize` and, of the head, `lm_head`.
     """
 
     def __init__(self, declared: Mapping[str, Any]) -> None:
@@ -167,6 +171,19 @@ class GptqRules(SixteenBitEnds):
 
         None: left in 16 bit.
         """
+        if self.inside is not None and not any(f".{inner}".endswith(f".{name}") for name in self.inside):
+            return None
+        return self._packing(module, linear.out_features, linear.in_features)
+
+    def end(self, module: str, layer: nn.Module, *, stored: bool) -> Packing | None:
+        """Packing of the head, where `lm_head` says that it is quantized; embeddings never are."""
+        if isinstance(layer, nn.Embedding) or self.declared.get("lm_head") is not True:
+            return None
+        rows, columns = layer.weight.shape  # type: ignore[misc]
+        return self._packing(module, rows, columns)
+
+    def _packing(self, module: str, rows: int, columns: int) -> Packing | None:
+        """Packing by the first rule of `dynamic` that matches, else by the settings of all; None: left in 16 bit."""
         own: Mapping[str, Any] = {}
         for pattern, change in self.dynamic.items():
             if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
@@ -174,10 +191,8 @@ class GptqRules(SixteenBitEnds):
                     return None
                 own = change
                 break
-        if self.inside is not None and not any(f".{inner}".endswith(f".{name}") for name in self.inside):
-            return None
         values = dict(self.declared) | dict(own)
         return Packing(
             bits=values["bits"], group_size=values["group_size"], symmetric=values["sym"], desc_act=values["desc_act"],
-            rows=linear.out_features, columns=linear.in_features,
+            rows=rows, columns=columns,
         )  # fmt: skip

@@ -180,7 +180,8 @@ class QuantizedFormat(StoredFormat):
     has zero points; None: alike. config_keys: of config.json, under which the config is written. zero_rounding: the
     largest relative change of a zero point by how it is stored. by_class: engines take every module of the class Linear
     for quantized that no rule names, whatever the file holds. ends: whether it holds token embeddings and head
-    quantized. tied_ends: whether also where both are one matrix.
+    quantized. head: whether it holds a quantized head beside embeddings in 16 bit. tied_ends: whether it holds both
+    also where they are one matrix.
     """
 
     pack: Pack
@@ -194,16 +195,22 @@ class QuantizedFormat(StoredFormat):
     zero_rounding: float = 0.0
     by_class: bool = False
     ends: bool = False
+    head: bool = False
     tied_ends: bool = False
 
     def of(self, *, symmetric: bool) -> QuantizedFormat:
         """The layout of a checkpoint whose linears are all symmetric, or not."""
         return self if symmetric else self.with_zeros or self
 
-    def why_no_ends(self, *, tied: bool) -> str | None:
-        """Why it does not hold token embeddings and head quantized, None: it does. tied: they are one matrix."""
-        if not self.ends:
+    def why_no_ends(self, *, tied: bool, embeddings: bool = True) -> str | None:
+        """Why it does not hold token embeddings and head quantized, None: it does.
+
+        tied: they are one matrix. embeddings: whether they are to be quantized, and not the head alone.
+        """
+        if not self.ends and not self.head:
             return "holds embeddings and head in 16 bit alone: compressed-tensors, mlx and gguf have them quantized"
+        if not self.ends and (embeddings or tied):
+            return "has a quantized head alone, of two matrices: compressed-tensors, mlx and gguf have embeddings quantized"
         if tied and not self.tied_ends:
             return (
                 "has quantized embeddings and a quantized head only where they are two matrices, and here they are "

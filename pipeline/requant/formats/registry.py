@@ -46,6 +46,7 @@ GPTQ = QuantizedFormat(
     rules=gptq.GptqRules,
     reader=GptqReader,
     checks=gptq_checks.GptqChecks(),
+    head=True,
 )
 COMPRESSED_TENSORS = QuantizedFormat(
     name="compressed-tensors",
@@ -81,6 +82,7 @@ _AUTO_ROUND = QuantizedFormat(
     reader=AutoRoundReader,
     checks=auto_round_checks.AutoRoundChecks(),
     by_class=True,
+    head=True,
 )
 AUTO_ROUND = replace(
     _AUTO_ROUND,

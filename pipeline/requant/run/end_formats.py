@@ -90,6 +90,8 @@ def planned_ends(recipe: Recipe, model: Any, layout: Plan, *, untied: bool = Fal
 def _why_not(name: str, ends: TokenEnds, grids: Mapping[str, Grid], model: Any) -> str | None:
     """Why a format keeps the ends in 16 bit, None: it does not. Raises PackError for sizes that it cannot pack."""
     layout = STAND_IN if name == GGUF else FORMATS[name]
+    if not layout.ends:
+        return f"holds embeddings and head in 16 bit in a run: `requant convert --to {name} --head` rounds a head"
     why = layout.why_no_ends(tied=ends.tied)
     for module, grid in grids.items() if why is None else ():
         rows, columns = model.get_submodule(module).weight.shape
