@@ -1,4 +1,4 @@
-"""Who reads our compressed-tensors checkpoints rightly: transformers, and Humming's kernels on a GPU.
+"""Who reads compressed-tensors checkpoints rightly: transformers, Humming's kernels.
 
     python bench/packed_kernels.py [--device cuda] [--format NAME ...] [--reader NAME ...] [--out FILE]
 

@@ -130,7 +130,7 @@ def test_tied_ends_stay_one_matrix_where_the_format_has_it(tied: Path, tmp_path:
     ("to", "ends", "message"),
     [
         (CT, EndBits(embeddings=8), "only where they are two matrices.*mlx and gguf"),
-        ("auto-round", EndBits(head=8), "a quantized head alone, of two matrices: compressed-tensors, mlx and gguf"),
+        ("auto-round", EndBits(head=8), "a quantized head alone, of two matrices: compressed-tensors, mlx, gguf"),
         ("mlx", EndBits(embeddings=8, head=4), "one matrix: it cannot have 8 and 4 bits"),
     ],
 )
@@ -189,6 +189,7 @@ def test_a_head_alone_is_quantized_where_engines_read_it(even: Path, tmp_path: P
         convert(even, tmp_path / "both", to, ends=EndBits(embeddings=8, head=bits))
 
 
+@pytest.mark.slow
 def test_gptqmodel_reads_a_quantized_head(even: Path, tmp_path: Path) -> None:
     convert(even, tmp_path / "head", "gptq", ends=EndBits(head=8))
     command = [sys.executable, "-m", "helpers.load_gptqmodel", str(tmp_path / "head"), str(tmp_path / "seen")]

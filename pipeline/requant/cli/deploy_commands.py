@@ -27,9 +27,7 @@ def verify(
     ],
     with_: Annotated[
         list[str],
-        typer.Option(
-            "--with", metavar="ENGINE", help="Load it there too: transformers, vllm, llamacpp, mlx; repeatable."
-        ),
+        typer.Option("--with", metavar="ENGINE", help="Load it there: transformers, vllm, llamacpp, mlx; repeatable."),
     ] = [],  # noqa: B006
     against: Annotated[
         Path | None,

@@ -51,7 +51,7 @@ class Conversion:
     """What was converted.
 
     dropped: stored tensors that say nothing, and why. nbytes: of all tensors, before and after. largest_rounding: of a
-    weight, in steps of its scale. ends: quantized embeddings and head -> bits.
+    weight, in steps of its scale. ends: embeddings and head that were rounded -> bits.
     """
 
     linears: int
@@ -96,7 +96,7 @@ def convert_into(
     after = sum(slot.nbytes for slot in planned.plan.slots)
     return Conversion(
         linears=len(planned.plan.grids),
-        ends={name: grid.bits for name, grid in planned.plan.ends.items()},
+        ends={name: grid.bits for name, grid in planned.rounded.items()},
         dropped=dict(planned.dropped),
         nbytes=(stored_bytes(headers), after),
         largest_rounding=rounding,

@@ -1,4 +1,4 @@
-"""Engine script: load a checkpoint of MLX's affine quantization with mlx-lm, score, generate.
+"""Engine script: load a checkpoint in MLX's format with mlx-lm, score, generate.
 
     python engine_mlx.py < request.json       (started by `engine_processes` in the interpreter that has mlx-lm)
 

@@ -26,7 +26,7 @@ from requant.deploy.conversion_plan import AS_THEY_ARE, ConversionPlan, plan_con
 from requant.deploy.end_codes import is_nearest, rounded_end
 from requant.deploy.gguf_families import Family
 from requant.deploy.gguf_metadata import write_metadata
-from requant.deploy.gguf_package import package, stored_bytes_of
+from requant.deploy.gguf_package import open_file, package, stored_bytes_of
 from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import PackError, weights
@@ -114,7 +114,7 @@ def export_into(
     done = GgufExport(
         file=f"model-{_file_kind(tensors)}.gguf",
         linears=len(plan.conversion.plan.grids),
-        ends={name: grid.bits for name, grid in plan.conversion.plan.ends.items()},
+        ends={name: grid.bits for name, grid in plan.conversion.rounded.items()},
         dropped=dict(plan.conversion.dropped),
         nbytes=(plan.nbytes, sum(tensor.nbytes for tensor in tensors)),
     )
@@ -306,7 +306,7 @@ def _write(file: Path, plan: GgufPlan, source: Path, step: Steps) -> None:
 
 def _compare(done: GgufExport, file: Path, tensors: Sequence[GgufTensor], step: Steps) -> None:
     """Raise StageError unless every tensor of the file decodes to its source; count kinds and what is rounded."""
-    stored = {t.name: t for t in package().GGUFReader(file).tensors}
+    stored = {t.name: t for t in open_file(file).tensors}
     if stored.keys() != {t.name for t in tensors}:
         raise StageError(f"{file.name}: does not hold the tensors that were written")
     for tensor in tensors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from requant.deploy import check_headers, engine_processes
 from requant.deploy.engine_processes import Engine
 from requant.deploy.gguf_export import GgufPlan, plan_export
-from requant.deploy.gguf_package import package, stored_bytes_of
+from requant.deploy.gguf_package import open_file, package, stored_bytes_of
 from requant.deploy.own_scores import score_checkpoint
 from requant.deploy.scored_sample import Sample
 from requant.deploy.stage import ask_engine, changed
@@ -62,9 +62,10 @@ def verify_gguf(
         raise InputError(f"{file}: no such file")
     for engine in load_in:
         engine_processes.require(engine)
-    reader_of, done, plan = package().GGUFReader, Verification(path=file), None
+    package()
+    done, plan = Verification(path=file), None
     try:
-        reader = reader_of(file)
+        reader = open_file(file)
         stored = {tensor.name: tensor for tensor in reader.tensors}
     except _DAMAGED as error:
         done.findings.append(Finding(file.name, f"is no whole GGUF file ({str(error)[:200]}): write it again"))

@@ -210,7 +210,9 @@ class QuantizedFormat(StoredFormat):
         if not self.ends and not self.head:
             return "holds embeddings and head in 16 bit alone: compressed-tensors, mlx and gguf have them quantized"
         if not self.ends and (embeddings or tied):
-            return "has a quantized head alone, of two matrices: compressed-tensors, mlx and gguf have embeddings quantized"
+            return (
+                "has a quantized head alone, of two matrices: compressed-tensors, mlx, gguf have embeddings quantized"
+            )
         if tied and not self.tied_ends:
             return (
                 "has quantized embeddings and a quantized head only where they are two matrices, and here they are "
