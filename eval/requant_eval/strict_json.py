@@ -57,6 +57,22 @@ def read_bytes(file: Path, largest: int = LARGEST) -> bytes:
         raise JsonError(str(error.strerror)) from error
 
 
+def separated(text: str, separator: str) -> list[str]:
+    """The JSON values of a text, as texts, where it has a sign between each two; else the whole text, as one."""
+    found, at = list[str](), 0
+    while at < len(text):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return [text]
+        found.append(text[at:end])
+        rest = text[end:].lstrip()
+        if rest and not rest.startswith(separator):
+            return [text]
+        at = len(text) - len(rest[len(separator) :].lstrip())
+    return found
+
+
 def parse(text: bytes | str, *, constants: bool = False, bom: bool = False) -> Any:
     """The value of a JSON text.
 

@@ -5,6 +5,7 @@
     +-- InputError    a model, adapter or dataset cannot be used as given, seen from headers: exit code 2
     +-- StageError    only the data itself showed it (NaN, overflow, full disk): exit code 1
         +-- NotFiniteError   what a linear receives holds NaN or infinity: all ranks see that alike
+        +-- MemoryLackError  a device has too little memory: another time it may have enough
 
 Every message says what was found, what was expected and what to do; secrets in it are masked (`outgoing`), and what it
 repeats of strangers' names is cut (`bounded`).
@@ -55,6 +56,21 @@ class StageError(RequantError):
 
 class NotFiniteError(StageError):
     """A Hessian holds NaN or infinity; ranks that share it all raise this."""
+
+
+class MemoryLackError(StageError):
+    """A device has too little memory for what was asked; in the next run it may have enough."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception of a library, or one that it was raised from, says that memory ran out."""
+    while True:
+        if isinstance(error, MemoryError | MemoryLackError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            return True
+        before = error.__cause__ or error.__context__
+        if before is None:
+            return False
+        error = before
 
 
 @contextmanager

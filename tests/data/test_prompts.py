@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import chat
 from helpers.e2e import write_rows
 
 from requant.data import prompts
 from requant.data.documents import TextSource
+from requant.runtime import guarded_process
 from requant_eval.metrics.answer_checks import reads_calls
 
 TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
@@ -134,6 +136,36 @@ def test_the_digest_is_of_what_is_asked(tmp_path: Path) -> None:
         prompts.Prompts(set_name="s", items=(), new_tokens=8, stops=(1,), decode=str),
     ]
     assert len({made.digest, *(other.digest for other in others)}) == 4
-    assert made.fits(["x"])
+    assert made.fits([["x", True]])
     assert made.fits([]), "a variant that runs block by block is not asked"
-    assert not made.fits(["x", "y"])
+    assert not made.fits([["x", True], ["y", True]])
+    assert not made.fits(["x"]), "of a version that kept texts alone"
+
+
+def test_an_answer_has_ended_by_its_last_token_and_not_by_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model may spell a stop token with others, and a stop token may have no text."""
+    texts = {1: "", 2: "</s>", 3: "four"}
+    items = tuple(prompts.Prompt(row=n, shown="?", text="?", ids=(3,), own="") for n in range(3))
+    made = prompts.Prompts(
+        set_name="s", items=items, new_tokens=2, stops=(1,), decode=lambda ids: "".join(texts[i] for i in ids)
+    )
+    monkeypatch.setattr("requant_eval.scoring.answers.answer", lambda *_, **__: [[3, 1], [3, 2], [1]])
+    said = made.ask(None, torch.device("cpu"), lambda done, of: None)
+    assert said == [("four", True), ("four</s>", False), ("", True)]
+
+
+def test_a_beginning_is_refused_where_rows_have_prompts_of_their_own(tmp_path: Path) -> None:
+    assert held_out(tmp_path, [turns("a?", "b")], begin=9) == (
+        [], "its rows are no plain text, and evaluate.answers.begin is for plain text alone (leave it out)",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_row_that_a_template_has_no_end_on_gives_way_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded_process, "SECONDS", 0.2)
+    endless = "{% set n = namespace(s=0) %}{% for x in range(10**6) %}{% for y in range(10**6) %}{% set n.s = x %}"
+    bomb = "{% if messages[0].content == 'bomb' %}" + endless + "{% endfor %}{% endfor %}{% endif %}"
+    rows = [turns("bomb", "b"), turns("c?", "d"), turns("bomb", "f"), turns("g?", "h")]
+    assert [p.shown for p in held_out(tmp_path, rows, bomb + chat.ECHO)[0]] == ["c?", "g?"]

@@ -129,7 +129,7 @@ def test_every_parameter_of_vllm_is_filled(family: Served, tmp_path: Path) -> No
     out.mkdir()
     with one_thread():
         quantize(source, out, sweep.ids(), Settings(grid=Grid(4, 32)), dtype=torch.bfloat16, device=CPU, batch=2)
-    environment = engine_processes._environment("vllm", str(PYTHON), None)
+    environment = engine_processes.environment("vllm", str(PYTHON), None)
     done = subprocess.run(
         [str(PYTHON), "-c", FILL, str(out)], capture_output=True, text=True, check=False, env=environment
     )

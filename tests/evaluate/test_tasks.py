@@ -276,7 +276,7 @@ def test_scores_are_the_model_s_own_and_kept(source: Path, tmp_path: Path, token
     sources = VariantSources.of_checkpoint(source)
     seen: list[int] = []
     result = task_stage.run_tasks(scores, sources, batch=2, progress=lambda done, of, note: seen.append(done))
-    assert result == {"variants": ["merged"], "missing": {}, "notes": []}
+    assert result == {"variants": ["merged"], "missing": {}, "notes": [], "again_from": {}}
     assert seen[-1] == 48, "two tasks of 12 rows with two choices"
     model, plain = (
         variants.load("merged", sources, device=cpu, dtype=torch.float32),
@@ -300,3 +300,63 @@ def test_scores_are_the_model_s_own_and_kept(source: Path, tmp_path: Path, token
     assert scores.file("merged", made.items[0], 0).stat().st_mtime_ns == before
     assert scores.missing("merged") == []
     assert replace(scores, keys={"merged": "other"}).missing("merged"), "another model has no results"
+
+
+class OwnModel:
+    """A server that computes with our own model, one request after the other."""
+
+    described = "our own model"
+
+    def __init__(self, path: Path) -> None:
+        from requant.evaluate import variants
+
+        sources = VariantSources.of_checkpoint(path)
+        self.model = variants.load("merged", sources, device=torch.device("cpu"), dtype=torch.float32)
+
+    def scores(self, rows: Any) -> list[tuple[float, bool]]:
+        found = []
+        for ids, first in rows:
+            with torch.no_grad():
+                log_p = self.model(torch.tensor([ids])).logits[0, first - 1 : -1].log_softmax(-1)
+            own = torch.tensor(ids[first:])
+            chosen = log_p.gather(-1, own[:, None]).sum()
+            found.append((float(chosen), bool((log_p.argmax(-1) == own).all())))
+        return found
+
+    def continuations(self, prompts: Any, *, new_tokens: int, until: Any, stops: Any) -> list[list[int]]:
+        from requant_eval.scoring.answers import answer
+
+        return answer(self.model, prompts, new_tokens, stops=stops, device="cpu")
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_a_server_answers_what_our_own_model_is_asked(source: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """The same prompts, tokens and cuts: through a server with the same model every document has the same value."""
+    from contextlib import nullcontext
+
+    from requant.evaluate import task_stage
+
+    generating = {
+        "task": "written", "output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{choices[label]}}",
+        "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["e", "\n"], "max_gen_toks": 6},
+    }  # fmt: skip
+    (tmp_path / "w").mkdir()
+    asked = [request(written(tmp_path), few_shot=1), request(written(tmp_path / "w", **generating), title="written")]
+    made = loaded(*asked, tokenizer=tokenizer)
+    values = []
+    for served in ({}, {"merged": source}):
+        scores = task_stage.TaskScores(
+            cache=tmp_path, tasks=made, keys={"merged": "k"}, device=torch.device("cpu"), dtype=torch.float32,
+            served=served,
+        )  # fmt: skip
+        assert len(scores.missing("merged")) == 2, "kept apart"
+        result = task_stage.run_tasks(
+            scores, VariantSources.of_checkpoint(source), batch=2, serve=lambda path: nullcontext(OwnModel(path))
+        )
+        assert result["notes"] == []
+        assert {scores.read("merged", task, 0).get("by") for task in made.items} == {  # type: ignore[union-attr]
+            "our own model" if served else None
+        }
+        values.append([scores.read("merged", task, 0)["values"] for task in made.items])  # type: ignore[index]
+    assert values[0] == values[1]

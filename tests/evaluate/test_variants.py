@@ -250,7 +250,7 @@ class Loading:
 @pytest.fixture
 def loading(monkeypatch: pytest.MonkeyPatch) -> Loading:
     loader = Loading()
-    monkeypatch.setattr("requant.evaluate.variants.model_class", lambda *_, **__: loader)
+    monkeypatch.setattr("requant.modeling.model_classes.model_class", lambda *_, **__: loader)
     return loader
 
 

@@ -25,8 +25,8 @@ from requant.merge import selftest
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
 from requant.merge.stage import MergeResult
-from requant.modeling import rotary_functions, skeleton
-from requant.modeling.model_classes import model_class
+from requant.modeling import skeleton
+from requant.modeling.model_classes import pretrained
 from requant.numerics.grid import Grid, find_scales, round_to_grid
 from requant.quantize import gptq_files
 from requant.quantize import plan as layout
@@ -180,9 +180,8 @@ def save_tokenizer(path: Path) -> None:
 
 def reload(path: Path) -> Any:
     """transformers' model of a directory in fp32; warnings about weights are errors."""
-    made = model_class(transformers.AutoConfig.from_pretrained(path))
-    with rotary_functions.of_model_classes():  # gptqmodel, which PEFT imports, registers one for all
-        loaded, info = made.from_pretrained(str(path), dtype=torch.float32, output_loading_info=True)
+    config = transformers.AutoConfig.from_pretrained(path)
+    loaded, info = pretrained(config, path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
     assert not info["mismatched_keys"], info["mismatched_keys"]
@@ -197,16 +196,13 @@ def save_4bit(source: Path, out: Path, **options: Any) -> Path:
 
 def quantize(source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
-    made = model_class(transformers.AutoConfig.from_pretrained(source))
-    with rotary_functions.of_model_classes():
-        return made.from_pretrained(str(source), quantization_config=config, dtype=dtype, device_map={"": "cpu"})
+    of = transformers.AutoConfig.from_pretrained(source)
+    return pretrained(of, source, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
 
 
 def reload_4bit(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The model of a base that bitsandbytes saved, as training loads it."""
-    made = model_class(transformers.AutoConfig.from_pretrained(path))
-    with rotary_functions.of_model_classes():
-        return made.from_pretrained(str(path), dtype=dtype, device_map={"": "cpu"})
+    return pretrained(transformers.AutoConfig.from_pretrained(path), path, dtype=dtype, device_map={"": "cpu"})
 
 
 def live_4bit(made: Any) -> Any:

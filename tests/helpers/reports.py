@@ -109,11 +109,14 @@ def answered(prompts: int = 20) -> dict[str, Any]:
         AskedPrompt(row=3 * n + 1, shown=f"What is {n} and {n}?\nBe short.", text="?", own="It is it.")
         for n in range(prompts)
     ]
-    right = [f"Two times {n}\nis {2 * n}, which is not odd.</s>" for n in range(prompts)]
+    right = [f"Two times {n}\nis {2 * n}, which is not odd." for n in range(prompts)]
     quantized = [text.replace("Two", "seven") if n % 4 == 1 else text for n, text in enumerate(right)]
     quantized[-1] = "It is " + "and so on " * 20
-    given = {"adapter": right, "merged": right, "gptq": quantized}
-    made = GivenAnswers(set_name="in-domain", new_tokens=64, stops=("</s>",), prompts=asked, given=given)
+    given = {
+        name: [(text, not text.endswith("and so on ")) for text in texts]
+        for name, texts in {"adapter": right, "merged": right, "gptq": quantized}.items()
+    }
+    made = GivenAnswers(set_name="in-domain", new_tokens=64, prompts=asked, given=given)
     return {**full(), "answers": section(made)}
 
 
@@ -147,6 +150,6 @@ def hostile(named: str = HOSTILE) -> dict[str, Any]:
 
     spoilt: dict[str, Any] = spoil(json.loads(json.dumps(full(2))))
     asked = [AskedPrompt(row=1, shown=named, text=named, own="")]
-    given = {"adapter": [f"{named} a"], "gptq": [f"{named} {named}\x1b[31m"]}
+    given = {"adapter": [(f"{named} a", False)], "gptq": [(f"{named} {named}\x1b[31m", False)]}
     answers = GivenAnswers(set_name=named, new_tokens=8, prompts=asked, given=given)
     return spoilt | {"answers": section(answers)}

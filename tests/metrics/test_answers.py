@@ -7,8 +7,6 @@ import pytest
 from requant_eval.metrics.answers import AskedPrompt, GivenAnswers, first_difference, section
 from requant_eval.report.schema import RECORDS
 
-END = "<end>"
-
 
 def prompts(count: int) -> list[AskedPrompt]:
     return [AskedPrompt(row=n + 1, shown=f"question {n}?", text=f"question {n}?", own="yes") for n in range(count)]
@@ -17,11 +15,11 @@ def prompts(count: int) -> list[AskedPrompt]:
 def test_counts_differences_and_lost_checks() -> None:
     found = section(
         GivenAnswers(
-            set_name="in-domain", new_tokens=64, stops=(END,), prompts=prompts(3),
+            set_name="in-domain", new_tokens=64, prompts=prompts(3),
             given={
-                "adapter": ["The answer is four." + END, "It is warm." + END, "no limit"],
-                "merged": ["The answer is four." + END, "It is cold." + END, "no limit"],
-                "healed": ["The  answer is\nfour." + END, "It is " + "warm " * 20, "no end"],
+                "adapter": [("The answer is four.", True), ("It is warm.", True), ("no limit", False)],
+                "merged": [("The answer is four.", True), ("It is cold.", True), ("no limit", False)],
+                "healed": [("The  answer is\nfour.", True), ("It is " + "warm " * 20, False), ("no end", False)],
             },
         )
     )  # fmt: skip
@@ -42,8 +40,8 @@ def test_counts_differences_and_lost_checks() -> None:
 def test_without_the_adapter_the_merged_model_is_the_reference() -> None:
     found = section(
         GivenAnswers(
-            set_name="s", new_tokens=8, stops=(END,), prompts=prompts(1),
-            given={"adapter": [], "merged": ["a b" + END], "gptq": ["a c" + END]},
+            set_name="s", new_tokens=8, prompts=prompts(1),
+            given={"adapter": [], "merged": [("a b", True)], "gptq": [("a c", True)]},
         )
     )  # fmt: skip
     assert found["reference"] == "merged"

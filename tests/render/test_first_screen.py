@@ -16,10 +16,14 @@ from requant_eval.render.first_screen import first_screen
 from requant_eval.render.glossary import WORDS, explained
 
 
+def said(text: str) -> tuple[str, bool]:
+    return text.removesuffix("</s>"), text.endswith("</s>")
+
+
 def two(adapter: str, gptq: str, **more: Any) -> Any:
     prompts = [AskedPrompt(row=5, shown="Why?", text="Why?", own="")]
-    given = {"adapter": [adapter], "gptq": [gptq]}
-    return section(GivenAnswers(set_name="s", new_tokens=8, stops=("</s>",), prompts=prompts, given=given, **more))
+    given = {"adapter": [said(adapter)], "gptq": [said(gptq)]}
+    return section(GivenAnswers(set_name="s", new_tokens=8, prompts=prompts, given=given, **more))
 
 
 def test_a_person_reads_what_changed_in_plain_words() -> None:
@@ -101,14 +105,16 @@ def test_tables_and_sentences_count_as_the_section() -> None:
     table = checks_table(found)
     assert table.columns == ("check", "adapter", "merged", "gptq")
     assert ("the answer ends by itself", "20 of 20", "20 of 20", "19 of 20") in table.rows
-    said = answers_said(found)
-    assert "gptq: 6 of 20 from adapter's and 6 of 20 from merged's differ." in said
-    assert said[-1].startswith("Not so of gptq where it is of adapter: the answer ends by itself (row 58)")
+    lines = answers_said(found)
+    assert "gptq: 6 of 20 from adapter's and 6 of 20 from merged's differ." in lines
+    assert lines[-1].startswith(
+        "Checks that an answer of gptq fails and adapter's does not: the answer ends by itself (row 58)"
+    )
 
 
 def test_a_variant_that_was_not_asked_is_named() -> None:
     prompts = [AskedPrompt(row=1, shown="a", text="a", own="")]
-    given: dict[str, list[str]] = {"adapter": [], "merged": ["x"], "gptq": ["x"]}
+    given: dict[str, list[tuple[str, bool]]] = {"adapter": [], "merged": [("x", True)], "gptq": [("x", True)]}
     found = section(GivenAnswers(set_name="s", new_tokens=8, prompts=prompts, given=given))
     assert any(line.startswith("adapter was not asked: it ran block by block") for line in answers_said(found))
     assert "1 of 1" not in " ".join(first_screen(full() | {"answers": found}).plain)
@@ -129,7 +135,7 @@ def test_answers_of_strangers_are_shown_and_not_obeyed() -> None:
 def test_names_of_strangers_obey_no_terminal() -> None:
     bell = "\x1b[31m\x07"
     prompts = [AskedPrompt(row=1, shown=bell, text="a", own="")]
-    given = {"adapter": ["x"], f"gptq{bell}": [f"y{bell}"]}
+    given = {"adapter": [("x", False)], f"gptq{bell}": [(f"y{bell}", False)]}
     found = section(GivenAnswers(set_name=f"s{bell}", new_tokens=8, why=bell, prompts=prompts, given=given))
     found["rules"] = {name: rule + bell for name, rule in found["rules"].items()}
     for made in (found, found | {"items": []}):

@@ -12,8 +12,9 @@ from helpers import reports
 from helpers.reports import FACTS, HOSTILE, SHIFT, result
 
 from requant_eval.errors import EvaluationError
-from requant_eval.render import html, markdown
+from requant_eval.render import compare_tables, html, markdown, model_card
 from requant_eval.report.assemble import build, dumps
+from requant_eval.report.compare import Entrant, compare
 from requant_eval.report.schema import json_schema, upgrade
 
 LOSSES = {"healed": 0.025, "nf4-merge": 0.09, "nf4-again": 0.07, "gptqmodel": 0.01}
@@ -120,3 +121,39 @@ def test_a_road_of_a_variant_that_was_not_scored_is_damage(monkeypatch: pytest.M
     made["roads"][-1]["variant"] = "nobody"
     with pytest.raises(EvaluationError, match=r"roads.6.variant: 'nobody' is no variant of the first set"):
         upgrade(made)
+
+
+def test_a_card_names_other_ways_to_ship_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = report(monkeypatch, *map(road, SIZES))
+    card = model_card.model_card(made)
+    assert "| GPTQ, healed, this run (this checkpoint) |" in card
+    assert "| GPTQ of the merged model by gptqmodel's defaults |" in card
+    plain = model_card.model_card(made, without=("healed",))
+    assert "| GPTQ, this run (this checkpoint) |" in plain
+    assert "healed, this run" not in plain, "a card of gptq is of no other checkpoint"
+    assert "Other ways to ship" not in model_card.model_card(report(monkeypatch))  # type: ignore[arg-type]
+
+
+def test_runs_are_compared_with_their_roads(monkeypatch: pytest.MonkeyPatch) -> None:
+    first: Any = report(monkeypatch, *map(road, SIZES))
+    second: Any = report(
+        monkeypatch,
+        road("nf4-again"),
+        road("nf4-merge", missing="no memory"),
+        variants=("adapter", "gptq", "nf4-again"),
+    )
+    entrants = [Entrant.of("a", first), Entrant.of("a:gptq", first, "gptq"), Entrant.of("b", second)]
+    found = compare(entrants)
+    assert [(r["run"], r["name"]) for r in found["roads"]] == [
+        *(("a", name) for name in ("merged", *SIZES)), ("b", "gptq"), ("b", "nf4-again"),
+    ]  # fmt: skip
+    again = found["roads"][-1]
+    assert (again["set"], again["loss"], again["bytes"]) == (
+        "in-domain", rows(second)["nf4-again"]["loss"]["in-domain"], 97 * 10**6,
+    )  # fmt: skip
+    table = compare_tables.roads_table(found)
+    assert ("a", "healed (ships)") in [row[:2] for row in table.rows]
+    assert "## Roads" in markdown.page(compare_tables.document(found))
+    without = compare([Entrant.of("a", report(monkeypatch)), Entrant.of("b", report(monkeypatch))])  # type: ignore[arg-type]
+    assert without["roads"] == []
+    assert compare_tables.roads_table(without).rows == ()

@@ -37,10 +37,11 @@ def task(name: str = "words", **more: Any) -> TaskResult:
     }
     given: dict[str, Any] = {
         "name": name, "task": "gsm8k", "digest": "d" * 64, "version": "1.0", "kind": "multiple_choice", "few_shot": 2,
-        "limit": None, "chat": False, "metric": "acc", "higher_is_better": True, "values": values,
-        "seconds": dict.fromkeys(values, 1.0), "n_documents": DOCUMENTS,
+        "limit": None, "chat": False, "metric": "acc", "higher_is_better": True, "n_documents": DOCUMENTS, "missing": {},
     }  # fmt: skip
-    return TaskResult(**given | more)
+    values = more.pop("values", values)
+    facts: Any = given | more
+    return TaskResult(facts=facts, values=values, seconds=dict.fromkeys(values, 1.0))
 
 
 def report(*tasks: TaskResult, gates: tuple[str, ...] = ()) -> Any:

@@ -65,6 +65,30 @@ def test_a_model_that_runs_block_by_block_is_not_asked(project: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_model_that_did_not_fit_is_asked_once_it_does(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = asking(tmp_path, prompts=2, new_tokens=4)
+    with monkeypatch.context() as patched:
+        for room in ("evaluate.stage", "run.context"):
+            patched.setattr(f"requant.{room}.free_bytes", lambda _: 1000)
+        done = run(project, tmp_path / "runs", changes)
+        assert {v["answered"] for v in load(done.path)["answers"]["variants"]} == {0}
+        assert run(project, tmp_path / "runs", changes).ran == []
+    assert run(project, tmp_path / "runs", changes).ran == ["evaluate", "report"]
+    assert {v["answered"] for v in load(done.path)["answers"]["variants"]} == {2}
+    assert run(project, tmp_path / "runs", changes).ran == []
+
+
+@pytest.mark.slow
+def test_a_recipe_without_prompts_says_nothing_of_them(project: Path, ran: Path) -> None:
+    """In place of why there were none."""
+    done = run(project, ran, {"evaluate.answers": {"prompts": 0}})
+    assert done.ran == ["report"]
+    assert not load(done.path).get("answers")
+
+
+@pytest.mark.slow
 def test_plain_text_is_told_to_have_no_prompts(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     assert report["answers"]["why"] == "the rows are plain text and have no prompt"
@@ -97,7 +121,7 @@ def test_by_default_twenty_prompts_are_asked(project: Path, tmp_path: Path) -> N
     assert prompts is not None
     assert len(prompts.items) == 20
     assert prompts.new_tokens == 32, "half the window of 64: less than the 64 of a CPU"
-    assert prompts.stop_texts == ("</s>",)
+    assert [prompts.decode([i]) for i in prompts.stops] == ["</s>"]
     assert all(len(p.ids) + prompts.new_tokens <= 64 for p in prompts.items)
     assert [q.kind for q in prepared.questions] == ["answers"]
     none = prepare.prepare(recipe(project, tmp_path, asking(tmp_path, prompts=0)))

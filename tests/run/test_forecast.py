@@ -16,12 +16,13 @@ import pytest
 import torch
 from helpers.e2e import one_thread, recipe
 
+from requant.data.prompts import Prompt, Prompts
 from requant.evaluate import stage as evaluate_stage
 from requant.modeling import fused_ops, skeleton
 from requant.quantize import block_quantizer
 from requant.quantize.calibration_plan import CalibrationPlan
 from requant.run import evaluation_inputs, output_formats, prepare
-from requant.run.check import forecast, forecast_merge
+from requant.run.check import forecast, forecast_asking, forecast_merge
 from requant.run.check.forecast_merge import PROBED, Made, Need
 from requant.run.check.rehearsal import Cost, Quantized, RandomWeights, Rehearsal, Scored, cost_of
 from requant.run.prepared import Prepared
@@ -165,6 +166,67 @@ def test_the_sums(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs["evaluate"].seconds == pytest.approx(expected)
     adapter_bytes = 4 * sum(math.prod(t.shape) for t in prepared.merge.plan.adapter.tensors.values())
     assert needs["evaluate"].host == (BLOCK + OUTSIDE + tokens * 64) * 4 + adapter_bytes + 9000
+
+
+class Known:
+    """A scoring whose numbers are known. streamed: variants that run block by block."""
+
+    def __init__(self, *streamed: str) -> None:
+        self.streamed = streamed
+
+    def streams(self, name: str, stream: str | None = None) -> bool:
+        return name in self.streamed
+
+    def size_of(self, name: str) -> Any:
+        packed = 1000 if name == "adapter" else 0
+        return SimpleNamespace(total=5000, packed=packed, block=100, outside=50, width=8)
+
+    def seconds(self, name: str) -> float:
+        return {"adapter": 7.0, "gptq": 11.0}[name]
+
+    def bytes(self, name: str) -> int:
+        return {"adapter": 500, "merged": 900, "gptq": 300}[name]
+
+
+def asking(p: Prepared, *streamed: str, **settings: Any) -> Any:
+    given = {
+        "p": p, "scoring": Known(*streamed), "batch": BatchSize(windows=4), "device": "cpu", "token": 0.5, "step": 1.0,
+        "scored": 0.25, "weight": 0.001, "decoded": 0.002, "cached": 10,
+    }  # fmt: skip
+    return forecast_asking.Asking(**given | settings)
+
+
+def test_the_sums_of_answers(prepared: Prepared) -> None:
+    """Prompts are read once; each new token is a pass of the batch, in which 4-bit weights are decoded."""
+    items = tuple(Prompt(row=n, shown="?", text="?", ids=(3,) * (n + 1), own="") for n in range(3))
+    prompts = Prompts(set_name="s", items=items, new_tokens=8, decode=str)
+    p = replace(prepared, texts=replace(prepared.texts, prompts=prompts))
+    assert asking(p).of_prompts("gptq") == 6 * 0.5 + 8 * (1.5 + 3 * 0.25), "three at once take longer than one"
+    assert asking(p, token=0.1).of_prompts("gptq") == pytest.approx(6 * 0.1 + 8 * (1.0 + 0.75)), "not less than one"
+    assert asking(p).of_prompts("adapter") == 6 * 0.5 + 8 * (1.5 + 0.75 + 2.0)
+    assert asking(p).bytes_of_prompts("gptq") == 3 * (3 + 8) * 10
+    assert asking(p, "gptq").of_prompts("gptq") == asking(p, "gptq").bytes_of_prompts("gptq") == 0
+    assert asking(prepared).of_prompts("gptq") == 0, "plain text has no prompts"
+
+
+def test_the_sums_of_tasks_and_roads(prepared: Prepared) -> None:
+    task: Any = SimpleNamespace(tokens=600, written=0, requests=10, longest=40)
+    writes: Any = SimpleNamespace(tokens=100, written=60, requests=6, longest=40)
+    tasks: Any = SimpleNamespace(items=(task, writes))
+    assert asking(prepared).needs(7) == [], "of what is not asked for there is no line"
+    p = replace(prepared, tasks=tasks)
+    of_one = 5.0 + 700 * 0.75 + 2 * 10 * (2.0 + 4 * 0.25)
+    assert asking(p).of_tasks("merged") == pytest.approx(of_one), "four at a time, twice, ten tokens each"
+    (need,) = asking(p).needs(7)
+    assert (need.stage, need.host, need.device) == ("tasks", 7 + 900, 0)
+    assert need.seconds == pytest.approx(3 * of_one + 2 * 10 * 2.0), "adapter, merged, gptq"
+    evaluate = prepared.recipe.evaluate
+    served = evaluate.model_copy(update={"task_backend": "vllm", "roads": ("rtn", "nf4-again", "gptqmodel")})
+    through = replace(p, recipe=p.recipe.model_copy(update={"evaluate": served}))
+    roads, own = asking(through, device="cuda").needs(7)
+    assert (roads.stage, roads.seconds, roads.host, roads.device) == ("roads", 7.0 + 11.0, 7, 500)
+    assert own.seconds == pytest.approx(of_one + 2 * 10 * 2.0), "the adapter alone"
+    assert asking(p, "adapter", "merged", "gptq").needs(7) == [], "what does not fit is not run"
 
 
 def test_the_sums_of_a_merge(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

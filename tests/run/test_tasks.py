@@ -57,6 +57,27 @@ def test_tasks_are_in_the_report_and_only_what_changed_is_asked_again(project: P
     assert len(list((outcome.path / ".cache").glob("task-*"))) == 9, "three variants, one task in two sizes"
 
 
+@local.needs_library
+@pytest.mark.slow
+def test_a_variant_that_did_not_fit_is_run_once_it_does(
+    project: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = local.make(tmp_path / "tasks") / "python_functions.yaml"
+    changes: dict[str, Any] = {"evaluate.tasks": [{"path": str(file), "limit": 4}]}
+    with monkeypatch.context() as patched:
+        for room in ("evaluate.stage", "evaluate.task_stage", "run.context"):
+            patched.setattr(f"requant.{room}.free_bytes", lambda _: 1000)
+        done = e2e.run(project, ran, changes)
+        task = json.loads((done.path / "report.json").read_text())["tasks"][0]
+        assert set(task["missing"]) == {"adapter", "merged", "gptq"}
+        assert e2e.run(project, ran, changes).ran == []
+    assert e2e.run(project, ran, changes).ran == ["tasks", "report"]
+    task = json.loads((done.path / "report.json").read_text())["tasks"][0]
+    assert task["missing"] == {}
+    assert list(task["documents"]) == ["adapter", "merged", "gptq"]
+    assert e2e.run(project, ran, changes).ran == []
+
+
 @pytest.mark.slow
 def test_a_report_is_sent_once_and_a_failure_is_a_warning(
     project: Path, ran: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,12 +1,13 @@
 """Checks of an answer that need no judge: pure functions on its text, without a model.
 
-    ended             the answer ends in one of the model's stop tokens, within the tokens that it may have
+    ended             the last token is one of the model's stop tokens, within those that an answer may have
     thought_closed    a thought that was opened, by the prompt or the answer, is closed
     tool_call         every call is JSON, names a tool that there is, and its arguments fit that tool's schema
     same_script       the answer's letters are of the prompt's writing system
     no_loop           the answer does not end in a loop
 
-Each is True or False, or None where it does not apply to an answer. `CHECKS` has their words.
+Each is True or False, or None where it does not apply to an answer. `CHECKS` has their words. `ended` is decided where
+tokens are known: a text may spell a stop token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from requant_eval.strict_json import JsonError, parse
+from requant_eval.strict_json import JsonError, parse, separated
 
 CHECKS = {
     "ended": "ends by itself",
@@ -28,7 +29,7 @@ CHECKS = {
 }
 """Check -> its words, after "the answer"."""
 RULES = {
-    "ended": "a stop token of the checkpoint comes within the tokens that an answer may have",
+    "ended": "the last token is a stop token of the checkpoint, within the tokens that an answer may have",
     "thought_closed": "an opened <think>, or the like, is closed; judged where the prompt or the answer opens one",
     "tool_call": "calls are JSON, name a tool of the row, and required keys, types and enums of its schema are kept; "
     "judged where the row has tools and its own answer, or this one, makes a call",
@@ -64,17 +65,6 @@ _NO_SCRIPT = {"MODIFIER", "MATHEMATICAL", "FEMININE", "MASCULINE", "MICRO", "SCR
 _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
 
 
-def ended(text: str, stops: Sequence[str]) -> bool:
-    """Whether the text ends in a stop token. stops: their texts."""
-    return any(stop and text.endswith(stop) for stop in stops)
-
-
-def without_stop(text: str, stops: Sequence[str]) -> str:
-    """The text without the stop token at its end."""
-    longest = max((stop for stop in stops if stop and text.endswith(stop)), key=len, default="")
-    return text.removesuffix(longest)
-
-
 def thought_closed(text: str, prompt: str) -> bool | None:
     """Whether each thought is closed before the text ends; None where none was opened.
 
@@ -95,7 +85,8 @@ def tool_call(text: str, tools: Sequence[Any], *, expected: bool) -> bool | None
     """Whether the text's calls are valid; None where there are no tools, or no call is made and none expected.
 
     tools: of the row, as OpenAI writes them (name and parameters, a JSON Schema). expected: whether the row's own
-    answer makes a call. Read are Hermes' <tool_call> tags, Mistral's [TOOL_CALLS], and an answer that is JSON alone;
+    answer makes a call. Read are Hermes' <tool_call> tags, Mistral's [TOOL_CALLS], and an answer that is JSON alone,
+    one value or several with ";" between them;
     what stands in tags and does not begin as JSON is another notation, and not judged where no call is expected.
     """
     if not tools:
@@ -196,7 +187,8 @@ def _calls(text: str, known: Collection[str] = ()) -> Iterator[Any]:
     head, _, rest = alone.partition("\n")
     alone = rest[:-3].strip() if head.strip() in ("```", "```json") and rest.endswith("```") else alone
     if alone.startswith(("{", "[")):
-        found = (call for call in _listed(_json(alone)) if isinstance(call, dict) and "name" in call)
+        parsed = (call for part in separated(alone, ";") for call in _listed(_json(part)))
+        found = (call for call in parsed if isinstance(call, dict) and "name" in call)
         yield from (call for call in found if call["name"] in known or "arguments" in call or "parameters" in call)
 
 

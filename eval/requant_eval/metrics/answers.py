@@ -33,17 +33,16 @@ class AskedPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenAnswers:
-    """What variants answered: one text a prompt, its stop token at its end; [] of a variant that was not asked.
+    """What variants answered to each prompt: (text, whether a stop token ended it); [] of a variant that was not asked.
 
-    why: why there are no prompts, or "". new_tokens: of an answer, at most. stops: texts of the stop tokens.
+    why: why there are no prompts, or "". new_tokens: of an answer, at most.
     """
 
     set_name: str
     new_tokens: int
-    stops: Sequence[str] = ()
     why: str = ""
     prompts: Sequence[AskedPrompt] = ()
-    given: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    given: Mapping[str, Sequence[tuple[str, bool]]] = field(default_factory=dict)
 
 
 def section(answers: GivenAnswers) -> AnswersSection:
@@ -53,10 +52,10 @@ def section(answers: GivenAnswers) -> AnswersSection:
     reference = next((name for name in REFERENCES if name in answered), None)
     shipped = next((name for name in reversed(given) if name not in (*REFERENCES, *ROADS)), None)
     verdicts = {
-        name: [checked(p, text, answers.stops) for p, text in zip(answers.prompts, given[name], strict=True)]
+        name: [checked(p, text, ended=ended) for p, (text, ended) in zip(answers.prompts, given[name], strict=True)]
         for name in answered
     }
-    said = {name: [answer_checks.without_stop(text, answers.stops) for text in given[name]] for name in answered}
+    said = {name: [text for text, _ in given[name]] for name in answered}
     items = [_item(p, i, said, verdicts, reference) for i, p in enumerate(answers.prompts)]
     return {
         "set": answers.set_name,
@@ -90,11 +89,10 @@ def lost_rows(section: AnswersSection, variant: str | None) -> set[int] | None:
     return {lost["row"] for lost in lost_checks(section["items"], section["reference"], variant)}
 
 
-def checked(prompt: AskedPrompt, text: str, stops: Sequence[str]) -> dict[str, bool | None]:
-    """Check -> whether an answer passes it; None where it does not apply."""
-    said = answer_checks.without_stop(text, stops)
+def checked(prompt: AskedPrompt, said: str, *, ended: bool) -> dict[str, bool | None]:
+    """Check -> whether an answer passes it; None where it does not apply. ended: by a stop token."""
     return {
-        "ended": None if prompt.plain else answer_checks.ended(text, stops),
+        "ended": None if prompt.plain else ended,
         "thought_closed": answer_checks.thought_closed(said, prompt.text),
         "tool_call": answer_checks.tool_call(
             answer_checks.after_thought(said, prompt.text), prompt.tools, expected=prompt.calls

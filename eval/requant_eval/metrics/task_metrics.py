@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from requant_eval.metrics import proportions
 from requant_eval.metrics.records import Estimate, scaled
 from requant_eval.metrics.statistics import Floats
-from requant_eval.metrics.task_records import TaskSection, TaskStep, TaskVariant
+from requant_eval.metrics.task_records import TaskFacts, TaskSection, TaskStep, TaskVariant
 
 REFERENCES = ("adapter", "merged")  # what others are compared with, the first that was run
 ZERO: Estimate = {"value": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
@@ -18,56 +18,31 @@ ZERO: Estimate = {"value": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What a task gave. values: variant -> metric -> the value of each document, in one order.
+    """What a task gave. values: variant -> metric -> the value of each document, in one order."""
 
-    task: its name in lm-evaluation-harness. metric: the one that is compared and gated. missing: variant -> why.
-    """
-
-    name: str
-    task: str
-    digest: str
-    version: str
-    kind: str
-    few_shot: int
-    limit: int | None
-    chat: bool
-    metric: str
-    higher_is_better: bool
+    facts: TaskFacts
     values: Mapping[str, Mapping[str, Sequence[float]]]
     seconds: Mapping[str, float]
-    n_documents: int
-    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def section(result: TaskResult) -> TaskSection:
     """The section of one task, of every variant that was run."""
-    own = {name: _array(found[result.metric]) for name, found in result.values.items()}
+    own = {name: _array(found[result.facts["metric"]]) for name, found in result.values.items()}
     reference = next((name for name in REFERENCES if name in own), None)
     shares = all(0 <= v <= 1 for values in own.values() for v in values)
     return {
-        "name": result.name,
-        "task": result.task,
-        "digest": result.digest,
-        "version": result.version,
-        "kind": result.kind,
-        "few_shot": result.few_shot,
-        "limit": result.limit,
-        "chat": result.chat,
-        "metric": result.metric,
-        "higher_is_better": result.higher_is_better,
+        **result.facts,
         "scale": 100.0 if shares else 1.0,
-        "n_documents": result.n_documents,
         "reference": reference,
         "variants": [_variant(name, result) for name in own],
         "steps": [step(reference, name, own) for name in own if reference and name != reference],
-        "missing": dict(result.missing),
         "documents": {name: values.tolist() for name, values in own.items()},
     }
 
 
 def _variant(name: str, result: TaskResult) -> TaskVariant:
     found = {metric: proportions.score(_array(values)).record() for metric, values in result.values[name].items()}
-    score = found.pop(result.metric)
+    score = found.pop(result.facts["metric"])
     return {"name": name, "score": score, "others": found, "seconds": result.seconds[name]}
 
 

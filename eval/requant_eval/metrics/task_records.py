@@ -36,11 +36,10 @@ TaskStep.__doc__ = (
 )
 
 
-class TaskSection(TypedDict):
-    """One task of lm-evaluation-harness. digest: of all requests and of the way they are judged.
+class TaskFacts(TypedDict):
+    """What a task asks, of whom. task: its name in lm-evaluation-harness. metric: what is compared and gated.
 
-    scale: what a score is multiplied by to be shown, 100 of shares. missing: variant -> why it was not run.
-    documents: the score of each document by variant, what `compare` pairs.
+    digest: of all requests and of the way they are judged. missing: variant -> why it was not run.
     """
 
     name: str
@@ -53,10 +52,19 @@ class TaskSection(TypedDict):
     chat: bool
     metric: str
     higher_is_better: bool
-    scale: float
     n_documents: int
+    missing: dict[str, str]
+
+
+class TaskSection(TaskFacts):
+    """One task of lm-evaluation-harness. digest: of all requests and of the way they are judged.
+
+    scale: what a score is multiplied by to be shown, 100 of shares. missing: variant -> why it was not run.
+    documents: the score of each document by variant, what `compare` pairs.
+    """
+
+    scale: float
     reference: str | None
     variants: list[TaskVariant]
     steps: list[TaskStep]
-    missing: dict[str, str]
     documents: dict[str, list[float]]

@@ -143,7 +143,10 @@ def _lost(section: AnswersSection) -> str:
     for lost in section["lost"]:
         rows.setdefault(lost["check"], []).append(str(lost["row"]))
     kinds = [f"{answer_checks.CHECKS.get(check, check)} (row {', '.join(of)})" for check, of in rows.items()]
-    return f"Not so of {section['shipped']} where it is of {section['reference']}: the answer {'; '.join(kinds)}."
+    return (
+        f"Checks that an answer of {section['shipped']} fails and {section['reference']}'s does not: the answer "
+        f"{'; '.join(kinds)}."
+    )
 
 
 def checks_table(section: AnswersSection) -> Table:

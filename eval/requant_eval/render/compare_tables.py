@@ -12,6 +12,7 @@ from requant_eval.render.document import Bullets, Document, Section
 from requant_eval.render.tables import Table
 from requant_eval.render.terminal import shown
 from requant_eval.report.compare import Comparison, Pair
+from requant_eval.report.compare_roads import ComparedRoad
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds
 
 UNDECIDED = "cannot be told apart"
@@ -77,6 +78,35 @@ def tasks_table(comparison: Comparison) -> Table:
     return Table(title="Tasks", columns=columns, rows=rows, note=note, text=3, words=("scores",))
 
 
+def roads_table(comparison: Comparison) -> Table:
+    """Every run's ways to ship: loss on a shared set, multiple of what the run ships, size."""
+    roads = comparison.get("roads", [])
+    rows = tuple(
+        (
+            road["run"],
+            f"{road['name']} (ships)" if road["ships"] else road["name"],
+            "not measured" if road["loss"] is None else format_estimate(road["loss"], signed=True, unit=" %"),
+            _times(road),
+            format_bytes(road["bytes"]) if road["bytes"] is not None else "unknown",
+        )
+        for road in roads
+    )
+    home = roads[0]["set"] if roads else ""
+    columns = ("run", "road", f"perplexity, {home}", "times what ships", "weights")
+    note = (
+        "Other ways to ship the same fine-tune, against each run's own reference; not paired between runs: "
+        "RUN:ROAD compares one with any variant of another run."
+    )
+    return Table(title="Roads", columns=columns, rows=rows, note=note, text=2)
+
+
+def _times(road: ComparedRoad) -> str:
+    """A road's loss as a multiple of what its run ships."""
+    if road["ships"]:
+        return ""
+    return "not defined" if road["times"] is None else format_estimate(road["times"], unit=" x")
+
+
 def line(comparison: Comparison) -> str:
     """The comparison in one line."""
     said = []
@@ -95,6 +125,7 @@ def document(comparison: Comparison) -> Document:
         Section("Warnings", (Bullets(tuple(comparison["warnings"])),) if comparison["warnings"] else ()),
         Section("Who is better", (pairs_table(comparison),)),
         Section("Tasks", (tasks,) if (tasks := tasks_table(comparison)).rows else ()),
+        Section("Roads", (roads,) if (roads := roads_table(comparison)).rows else ()),
         Section("Runs", (runs_table(comparison),)),
         Section("Not in all runs, left out", left),
     )
@@ -111,7 +142,7 @@ def terminal(comparison: Comparison) -> Group:
     comparison = cast("Comparison", everywhere(comparison))
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in comparison["warnings"]]
     left = [Text(f"Not in all runs, left out: {', '.join(comparison['left_out'])}.")] if comparison["left_out"] else []
-    tables = shown(pairs_table(comparison), tasks_table(comparison), runs_table(comparison))
+    tables = shown(pairs_table(comparison), tasks_table(comparison), roads_table(comparison), runs_table(comparison))
     return Group(Text(line(comparison), style="bold"), *warnings, *tables, *left)
 
 

@@ -16,6 +16,7 @@ from requant_eval.render.document import readable
 from requant_eval.render.engine_table import checks_table
 from requant_eval.render.format_table import formats_table
 from requant_eval.render.input_tables import inputs_table
+from requant_eval.render.road_tables import card_table
 from requant_eval.render.set_tables import protocol, retention_table, variants_table, waterfall_table
 from requant_eval.render.tables import facts_table
 from requant_eval.render.task_tables import task_tables
@@ -95,6 +96,7 @@ def model_card(report: Report, without: Collection[str] = (), *, layout: str = "
             if t.rows
         ),
         *(t.markdown() for t in task_tables(report)[:1]),
+        *(t.markdown() for t in (card_table(report, final_variant(report)),) if t.rows),
         "## Serve",
         *([_same_codes(facts, layout)] if layout != "gptq" else []),
         _serve(layout),
@@ -148,6 +150,8 @@ def _without(report: Report, without: Collection[str]) -> Report:
     if "tasks" in report:
         for variant in without:
             kept["tasks"] = [without_variant(task, variant) for task in kept["tasks"]]
+    if "roads" in report:
+        kept["roads"] = [road for road in report["roads"] if road["name"] not in without]
     return {**kept, "headline": headline(kept)}
 
 

@@ -76,6 +76,24 @@ def roads_table(report: Report) -> Table:
     return Table(title="Roads", columns=columns, rows=rows, note=note, key="roads").informative()
 
 
+def card_table(report: Report, final: str | None) -> Table:
+    """One row a road that was measured: loss on the in-domain set and size. final: the variant of the card."""
+    home = home_set(report)
+    rows = tuple(
+        (
+            WORDS.get(road["name"], road["name"]) + (" (this checkpoint)" if road["name"] == final else ""),
+            _loss(road, home),
+            format_bytes(road["bytes"]) if road["bytes"] else "unknown",
+        )
+        for road in report.get("roads") or []
+        if road["variant"]
+    )
+    note = f"Other ways to ship this fine-tune, each against {base_and_adapter(report['facts'])} on the same tokens."
+    return Table(
+        title="Other ways to ship it", columns=("road", f"perplexity, {home}", "weights"), rows=rows, note=note
+    )
+
+
 def road_lines(report: Report) -> list[str]:
     """Of each road: what it is, who computed it with which settings, or why it was not measured."""
     found = []

@@ -10,6 +10,7 @@
     adapter_gain    what the adapter gained over its base, where that is nothing
     compare         two runs, paired by document
     compare_tasks   the same of the tasks of lm-evaluation-harness
+    compare_roads   their roads on a shared set
     number_format   digits that an interval allows
 
 May import: errors, gate, metrics, whole_files.

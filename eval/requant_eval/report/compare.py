@@ -19,6 +19,7 @@ from requant_eval.metrics.facts import Facts, known_facts
 from requant_eval.metrics.lookup import step_from_reference
 from requant_eval.metrics.records import Estimate, EvaluationSet
 from requant_eval.report.assemble import plain
+from requant_eval.report.compare_roads import ComparedRoad, roads_of
 from requant_eval.report.compare_tasks import ComparedTask, compared
 from requant_eval.report.headline import final_variant
 from requant_eval.report.records import Report
@@ -89,11 +90,12 @@ class ComparedSet(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The comparison as JSON types. left_out: sets and tasks that not all runs have."""
+    """The comparison as JSON types. left_out: sets and tasks that not all runs have. roads: of the runs that have some."""
 
     runs: list[ComparedRun]
     sets: list[ComparedSet]
     tasks: list[ComparedTask]
+    roads: list[ComparedRoad]
     left_out: list[str]
     warnings: list[str]
 
@@ -121,6 +123,11 @@ class Entrant:
         return cls(name, report, chosen)
 
     @property
+    def run(self) -> str:
+        """The run's name, without the variant."""
+        return self.name.removesuffix(f":{self.variant}")
+
+    @property
     def sets(self) -> dict[str, EvaluationSet]:
         """The evaluation sets that the variant was scored on, by name."""
         return {s["name"]: s for s in self.report["sets"] if self.variant in s["documents"]}
@@ -145,11 +152,13 @@ def compare(entrants: Sequence[Entrant]) -> Comparison:
     for name in shared:
         _same_tokens(entrants, name)
     rows = [_run(entrant, shared) for entrant in entrants]
+    home = next((name for name in shared if entrants[0].sets[name]["in_domain"]), shared[0])
     tasks, other_tasks = compared({e.name: (e.report.get("tasks") or [], e.variant) for e in entrants})
     result: Comparison = {
         "runs": [{**row, "dominated_by": _dominated_by(row, rows, shared)} for row in rows],
         "sets": [_set(entrants, name) for name in shared],
         "tasks": tasks,
+        "roads": roads_of({e.run: e.report.get("roads") or [] for e in entrants}, home),
         "left_out": [*(name for name in every if name not in shared), *other_tasks],
         "warnings": _warnings(entrants, shared),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ def answer(
     on_progress: (done, of), in prompts. Raises EvaluationError for NaN or infinity in logits.
     """
     model.eval()
+    asker = _Asker(model=model, new_tokens=new_tokens, stops=stops, device=device)
     told, answers = on_progress or (lambda done, of: None), list[list[int]]()
     apart = False
-    for some in _batches(prompts, new_tokens, BATCH_TOKENS[torch.device(device).type]):
+    for some in batches(prompts, new_tokens, BATCH_TOKENS[torch.device(device).type]):
         before = len(answers)
         found = None
 
@@ -44,18 +46,18 @@ def answer(
             told(before + done, len(prompts))
 
         if len(some) > 1 and not apart:
-            found = _together(model, some, new_tokens, stops, device, progress)
+            found = asker.together(some, progress)
             apart = found is None
         if found is None:
             found = []
             for prompt in some:
-                found.append(_alone(model, prompt, new_tokens, stops, device))
+                found.append(asker.alone(prompt))
                 progress(len(found), 0)
         answers += found
     return answers
 
 
-def _batches(prompts: Sequence[Sequence[int]], new_tokens: int, most: int) -> Iterator[Sequence[Sequence[int]]]:
+def batches(prompts: Sequence[Sequence[int]], new_tokens: int, most: int) -> Iterator[Sequence[Sequence[int]]]:
     """Neighbouring prompts whose padded tokens, with those of their answers, are at most `most`; one at least."""
     some: list[Sequence[int]] = []
     for prompt in prompts:
@@ -68,56 +70,66 @@ def _batches(prompts: Sequence[Sequence[int]], new_tokens: int, most: int) -> It
         yield some
 
 
-def _together(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    stops: Collection[int],
-    device: torch.device | str,
-    told: Callable[[int, int], None],
-) -> list[list[int]] | None:
-    """All answers from one batch; None where the model does not take one."""
-    try:
-        return _batched(model, prompts, new_tokens, stops, device, told)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # also out of memory
-        log.info("answers one by one: %s: %s", type(error).__name__, error)
-        return None
+@dataclass(frozen=True, kw_only=True)
+class _Asker:
+    """A model and how long it may answer."""
 
+    model: Any
+    new_tokens: int
+    stops: Collection[int]
+    device: torch.device | str
 
-@torch.inference_mode()
-def _batched(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    stops: Collection[int],
-    device: torch.device | str,
-    told: Callable[[int, int], None],
-) -> list[list[int]] | None:
-    ids, mask = _padded(prompts, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    made = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    logits, cache = made.logits[:, -1], made.past_key_values
-    shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]))
-    first = torch.tensor([list(prompts[shortest])], device=device)
-    alone = model(input_ids=first, use_cache=True, logits_to_keep=1).logits[0, -1]
-    if not bool((logits[shortest].float() - alone.float()).std() < AGREE * alone.float().std()):
-        return None
-    out: list[list[int]] = [[] for _ in prompts]
-    places = positions[:, -1:]
-    for _ in range(new_tokens):
-        left = [i for i, said in enumerate(out) if not (said and said[-1] in stops)]
-        if not left:
-            break
-        best = _best_tokens(logits, left)
-        for i in left:
-            out[i].append(best[i])
-        told(len(prompts) - len(left), len(prompts))
-        step, places = torch.tensor(best, device=device)[:, None], places + 1
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        made = model(input_ids=step, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+    def together(self, prompts: Sequence[Sequence[int]], told: Callable[[int, int], None]) -> list[list[int]] | None:
+        """All answers from one batch; None where the model does not take one."""
+        try:
+            return self._batched(prompts, told)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # also out of memory
+            log.info("answers one by one: %s: %s", type(error).__name__, error)
+            return None
+
+    @torch.inference_mode()
+    def _batched(self, prompts: Sequence[Sequence[int]], told: Callable[[int, int], None]) -> list[list[int]] | None:
+        model, device = self.model, self.device
+        ids, mask = _padded(prompts, device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        made = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         logits, cache = made.logits[:, -1], made.past_key_values
-    told(len(prompts), len(prompts))
-    return out
+        shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]))
+        first = torch.tensor([list(prompts[shortest])], device=device)
+        alone = model(input_ids=first, use_cache=True, logits_to_keep=1).logits[0, -1]
+        if not bool((logits[shortest].float() - alone.float()).std() < AGREE * alone.float().std()):
+            return None
+        out: list[list[int]] = [[] for _ in prompts]
+        places = positions[:, -1:]
+        for _ in range(self.new_tokens):
+            left = [i for i, said in enumerate(out) if not (said and said[-1] in self.stops)]
+            if not left:
+                break
+            best = _best_tokens(logits, left)
+            for i in left:
+                out[i].append(best[i])
+            told(len(prompts) - len(left), len(prompts))
+            step, places = torch.tensor(best, device=device)[:, None], places + 1
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+            made = model(
+                input_ids=step, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+            )
+            logits, cache = made.logits[:, -1], made.past_key_values
+        told(len(prompts), len(prompts))
+        return out
+
+    @torch.inference_mode()
+    def alone(self, prompt: Sequence[int]) -> list[int]:
+        """The answer to one prompt; all is read again for each token of a model that returns no key-value cache."""
+        step, cache, out = torch.tensor([list(prompt)], device=self.device), None, list[int]()
+        for _ in range(self.new_tokens):
+            made = _last(self.model, step, cache)
+            best, cache = best_token(made.logits[0, -1]), getattr(made, "past_key_values", None)
+            out.append(best)
+            if best in self.stops:
+                break
+            step = torch.tensor([[best] if cache is not None else [*prompt, *out]], device=self.device)
+        return out
 
 
 def _best_tokens(logits: Tensor, rows: Sequence[int]) -> list[int]:
@@ -134,22 +146,6 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device | str) -> tup
     ids = [[0] * (longest - len(p)) + list(p) for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-@torch.inference_mode()
-def _alone(
-    model: Any, prompt: Sequence[int], new_tokens: int, stops: Collection[int], device: torch.device | str
-) -> list[int]:
-    """The answer to one prompt; all of it is read again for each token of a model that returns no key-value cache."""
-    step, cache, out = torch.tensor([list(prompt)], device=device), None, list[int]()
-    for _ in range(new_tokens):
-        made = _last(model, step, cache)
-        best, cache = best_token(made.logits[0, -1]), getattr(made, "past_key_values", None)
-        out.append(best)
-        if best in stops:
-            break
-        step = torch.tensor([[best] if cache is not None else [*prompt, *out]], device=device)
-    return out
 
 
 def _last(model: Any, step: Tensor, cache: Any) -> Any:

@@ -87,6 +87,8 @@ def _line(name: str, text: str) -> None:
 
 def _print_contents(prepared: Prepared) -> None:
     """Base, adapter, layout, texts and servers."""
+    from requant.run import task_recipe
+
     ledger, layout, c = prepared.merge.plan.ledger, prepared.quantize.plan, prepared.texts.calibration_facts
     done, size = ledger["adapter"], sum(s.nbytes for s in layout.slots) / 1e6
     plain = f", {prepared.held} (nf4: none)" if prepared.recipe.base.nf4 == "none" else ""
@@ -105,6 +107,8 @@ def _print_contents(prepared: Prepared) -> None:
         _line("evaluate", f"{s.name}: {s.n_documents} documents, {s.n_scored} tokens, {shared}")
     for task in prepared.tasks.items if prepared.tasks else ():
         _line("task", f"{task}, of {', '.join(prepared.task_variants)}")
+    if prepared.tasks and (served := [n for n in prepared.task_variants if n in task_recipe.served(prepared.recipe)]):
+        _line("task", f"vLLM answers for {' and '.join(served)}, in time and memory of its own, which are not forecast")
     for verdict in prepared.quantize.engines:
         _line("serve", f"{verdict.target.name} {verdict}")
     if (prompts := prepared.texts.prompts) is not None:

@@ -75,9 +75,9 @@ class Canaries:
 
         return ask(model, self.items, self.decode, stop=self.stop, device=device, on_progress=on_progress)
 
-    def fits(self, answers: Sequence[str]) -> bool:
-        """Whether these can be the answers of a variant."""
-        return len(answers) == len(self.items)
+    def fits(self, answers: Sequence[Any]) -> bool:
+        """Whether these can be the answers of a variant, as they are read from a file."""
+        return len(answers) == len(self.items) and all(isinstance(text, str) for text in answers)
 
     def result(self, answers: Mapping[str, list[str]]) -> CanaryFacts:
         """The facts for the report, from answers by variant."""
@@ -145,17 +145,22 @@ def prompt_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return (bos, *ids) if adds_bos(tokenizer) and ids[:1] != [bos] else tuple(ids)
 
 
-def save_answers(answers: list[str], file: Path) -> None:
-    """Write one variant's answers to `file`."""
-    write_text(file, json.dumps(sealed({"given": answers}), indent=1, ensure_ascii=False) + "\n")
+def save_answers(answers: Sequence[Any], file: Path, *, again_from: int | None = None) -> None:
+    """Write one variant's answers to `file`.
+
+    again_from: free bytes of the device from which a variant that was not asked is asked; None: it never is.
+    """
+    again = {} if again_from is None else {"again_from": again_from}
+    write_text(file, json.dumps(sealed({"given": answers, **again}), indent=1, ensure_ascii=False) + "\n")
 
 
-def load_answers(file: Path) -> list[str]:
-    """The answers that `save_answers` wrote; raises InputError where the file is damaged."""
+def load_answers(file: Path) -> tuple[list[Any], int | None]:
+    """(answers, again_from) that `save_answers` wrote; raises InputError where the file is damaged."""
     try:
-        answers = unsealed(read_json(file)).get("given")
+        found = unsealed(read_json(file))
     except ValueError as error:
         raise InputError(f"{file}: damaged: {error}") from error
-    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
-        raise InputError(f"{file}: damaged: expected a list of texts under given")
-    return answers
+    answers, again = found.get("given"), found.get("again_from")
+    if not isinstance(answers, list) or not isinstance(again, int | None):
+        raise InputError(f"{file}: damaged: expected a list of answers under given")
+    return answers, again

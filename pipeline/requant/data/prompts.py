@@ -26,9 +26,15 @@ from requant.data.template_losses import CLOSE, OPEN, TemplateFailure
 from requant.runtime.guarded_process import LimitError, call_guarded, guarded
 
 TRIED = 8  # rows of a part, of which the first that can be asked is
+UNENDED = 3  # rows on which a template exceeds its limits, after which no more are tried
+FORM = 2  # of saved answers: their texts, and whether a stop token ended them
 LONGEST_TOKEN = 32  # characters of a text for each token of its beginning
 _MARK = OPEN + CLOSE
 _THOUGHT = re.compile(r"[<\[][/|]?[\w:]*(?:think|thought|reasoning)[\w:]*\|?[>\]]", re.IGNORECASE)
+
+
+Answer = tuple[str, bool]
+"""The text of an answer without its stop token, and whether one ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class Prompt:
 class Prompts:
     """Prompts of one evaluation set, and how they are answered.
 
-    why: why there are none, in words, or "". stops: ids that end an answer, and their texts. asked: variants.
+    why: why there are none, in words, or "". stops: ids that end an answer. asked: variants.
     stream: `evaluate.stream`, which decides whether a variant is asked.
     """
 
@@ -63,7 +69,6 @@ class Prompts:
     why: str = ""
     new_tokens: int
     stops: tuple[int, ...] = ()
-    stop_texts: tuple[str, ...] = ()
     decode: Callable[[list[int]], str]
     asked: tuple[str, ...] = ()
     kind: str = "answers"
@@ -76,6 +81,7 @@ class Prompts:
             [item.ids for item in self.items],
             self.new_tokens,
             self.stops,
+            FORM,
             *([self.stream] * (self.stream != "auto")),
         ]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -89,8 +95,8 @@ class Prompts:
             *((p.row, p.shown, p.text, p.own, p.tools, p.calls, p.plain) for p in self.items),
         ]
 
-    def ask(self, model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> list[str]:
-        """The answers of one variant's model, stop tokens at their ends.
+    def ask(self, model: Any, device: torch.device, on_progress: Callable[[int, int], None]) -> list[Answer]:
+        """The answers of one variant's model.
 
         [] of a model that runs block by block: each token would take a pass through all of its weights.
         """
@@ -100,11 +106,14 @@ class Prompts:
             return []
         prompts = [item.ids for item in self.items]
         given = answer(model, prompts, self.new_tokens, stops=self.stops, device=device, on_progress=on_progress)
-        return [self.decode(ids) for ids in given]
+        ended = [bool(ids) and ids[-1] in self.stops for ids in given]
+        return [(self.decode(ids[:-1] if end else ids), end) for ids, end in zip(given, ended, strict=True)]
 
-    def fits(self, answers: Sequence[str]) -> bool:
-        """Whether these can be the answers of a variant."""
-        return len(answers) in (0, len(self.items))
+    def fits(self, answers: Sequence[Any]) -> bool:
+        """Whether these can be the answers of a variant, as they are read from a file."""
+        return len(answers) in (0, len(self.items)) and all(
+            isinstance(given, list) and [type(part) for part in given] == [str, bool] for given in answers
+        )
 
 
 def held_out(
@@ -128,6 +137,8 @@ def held_out(
         if begin is None:
             return [], "the rows are plain text and have no prompt"
         return _beginnings(columns, tokenizer, rows, count, begin)
+    if begin is not None:
+        return [], "its rows are no plain text, and evaluate.answers.begin is for plain text alone (leave it out)"
     if tokenizer.chat_template and (wrong := unopened(tokenizer)):
         return [], wrong
     parts = list(_parts(rows, count))
@@ -208,11 +219,17 @@ def _parts(rows: Sequence[Row], count: int) -> Iterator[range]:
 
 
 def _guarded(render: Callable[[Row], Any], rows: Sequence[Row]) -> Iterator[Any]:
-    """`render` of each row within limits, up to the first row on which a template exceeds them."""
-    try:
-        yield from guarded(render, rows)
-    except LimitError:
-        return
+    """`render` of each row within limits; None of a row on which a template exceeds them, the last of a few such."""
+    at = 0
+    for _ in range(UNENDED):
+        try:
+            for made in guarded(render, rows[at:]):
+                at += 1
+                yield made
+            return
+        except LimitError:
+            at += 1
+            yield None
 
 
 def _rendered(

@@ -17,6 +17,7 @@
     plan_traits                        properties of a plan that some engine cannot load
     tensor_parallel                    how servers split a linear over GPUs
     engine_processes                   start a real engine and compare its scores
+    task_server                        a checkpoint in vLLM that answers the requests of tasks
     engine_vllm, engine_transformers, engine_llamacpp, engine_mlx
                                        the programs that run inside them
     scored_sample                      the text that engines are compared on

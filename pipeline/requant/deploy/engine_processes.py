@@ -41,6 +41,7 @@ _SETTINGS = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a token more than is scored, whose logits are not asked for
     },
     "llamacpp": {},
     "mlx": {},
@@ -175,7 +176,7 @@ def _answer(asked: Mapping[str, Any], done: subprocess.CompletedProcess[str]) ->
     """The answer in the output of an engine's process. asked: which engine, and how."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        return Answer(**asked, error=_reason(done))
+        return Answer(**asked, error=reason(done))
     try:
         raw = parse(lines[-1].removeprefix("RESULT "), constants=True)
     except JsonError as error:
@@ -203,7 +204,7 @@ def _run(
             text=True,
             timeout=TIMEOUT,
             check=False,
-            env=_environment(engine, command[0], threads),
+            env=environment(engine, command[0], threads),
         )
     except OSError as error:
         raise InputError(
@@ -211,7 +212,7 @@ def _run(
         ) from error
 
 
-def _environment(engine: Engine, python: str, threads: int | None) -> dict[str, str]:
+def environment(engine: Engine, python: str, threads: int | None) -> dict[str, str]:
     """The environment of an engine's process: this one's, offline and without tokens.
 
     Another interpreter also gets no PYTHONPATH and no PYTHONHOME, which belong to this one.
@@ -222,7 +223,7 @@ def _environment(engine: Engine, python: str, threads: int | None) -> dict[str, 
     return _SETTINGS[engine] | kept | limit | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def reason(done: subprocess.CompletedProcess[str]) -> str:
     """The exception that ended an engine: the last line of its output that looks like one."""
     stripped = (RANK.sub("", line).strip() for line in (done.stderr + done.stdout).splitlines())
     lines = [line for line in stripped if line]

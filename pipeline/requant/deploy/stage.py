@@ -83,7 +83,7 @@ def verify(
     if scored is not None:
         for engine in engines:
             doing(f"loading it in {engine}, which scores the same tokens")
-            dtype = engine_dtype or _engine_dtype(engine, headers.checkpoint, device)
+            dtype = engine_dtype or serving_dtype(engine, headers.checkpoint, device)
             ask_engine(done, engine, *scored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return done
 
@@ -168,7 +168,7 @@ def _record_checks(
         done.bits_per_weight = 8 * sum(checkpoint[n].nbytes for n in headers.packed_names) / tensors.weights
 
 
-def _engine_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> str:
+def serving_dtype(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> str:
     """The serving dtype; fp32 for MLX, and transformers on a CPU, where it is exact, unless AutoRound has none."""
     on_cpu = engine == "transformers" and device.type == "cpu"
     if engine == "mlx" or (on_cpu and checkpoint.quantization.get("quant_method") != AUTO_ROUND):

@@ -13,6 +13,7 @@ from requant.evaluate.variant_sources import VariantSources
 from requant.merge.base_checkpoint import open_base_checkpoint
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list, kinds
+from requant.runtime.device import USABLE
 
 BYTES_PER_NF4_WEIGHT = 0.5 + 1 / 64 + 4 / 64 / 256  # with nested scales; with fp32 scales 0.5625
 
@@ -92,6 +93,11 @@ class VariantSize:
         """
         head = self.vocabulary * self.width * item
         return max(tokens * (self.inputs_outputs * 3 // 4 + 4 * self.width) * item, logits) + head
+
+
+def tried_again_from(need: int, free: int) -> int:
+    """Free bytes of a device from which what did not fit is tried again: enough for it, and a tenth more than now."""
+    return int(max(need / USABLE, 1.1 * free))
 
 
 def _parameters(module: nn.Module) -> int:

@@ -27,8 +27,8 @@ from requant.evaluate.variant_sources import VariantSources
 from requant.merge.base_checkpoint import DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.stored_dtype import own_dtype
-from requant.modeling import rotary_functions, skeleton
-from requant.modeling.model_classes import model_class
+from requant.modeling import skeleton
+from requant.modeling.model_classes import pretrained
 from requant.numerics.dtypes import DTYPES
 
 NF4_ROADS = ("nf4-merge", "nf4-again")
@@ -157,10 +157,10 @@ def _merged_again_in_4_bit(sources: VariantSources, settings: Nf4Settings, devic
         llm_int8_skip_modules=skipped(sources.merged, settings, trust_remote_code=trust),
     )
     what = f"{sources.merged}: bitsandbytes cannot load it in 4 bits"
-    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)), rotary_functions.of_model_classes():
-        return model_class(config, trust_remote_code=trust).from_pretrained(
-            str(sources.merged),
-            config=config,
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+        return pretrained(
+            config,
+            sources.merged,
             dtype=dtype,
             quantization_config=asked,
             device_map={"": device},

@@ -38,6 +38,7 @@ class Scores:
 
     A file's name depends on everything that the scores in it depend on. keys: variant name -> digest of its sources.
     kl: also compare with the reference, whose final hidden states are cached. questions: what variants answer.
+    free: bytes of the device; a variant that was not asked for want of memory is asked where they are enough now.
     """
 
     cache: Path
@@ -47,6 +48,7 @@ class Scores:
     dtype: torch.dtype
     kl: bool
     questions: tuple[Questions, ...] = ()
+    free: int = 0
 
     def __post_init__(self) -> None:
         for name in ("cache",):  # callers may give text
@@ -110,15 +112,16 @@ class Scores:
         return {v: sets for v, sets in todo.items() if sets or v in self.unanswered()}
 
     def unanswered(self) -> dict[str, list[tuple[Questions, Path]]]:
-        """The variants without saved answers, and to what, with the files for them."""
+        """The variants that are to be asked, and what, with the files for the answers."""
         found: dict[str, list[tuple[Questions, Path]]] = {}
         for asked in self.questions:
             for variant, file in self.answer_files(asked).items():
-                if _given(asked, file) is None:
+                given = _given(asked, file)
+                if given is None or (given[1] is not None and given[1] <= self.free):
                     found.setdefault(variant, []).append((asked, file))
         return found
 
-    def answers(self, asked: Questions) -> dict[str, list[str]]:
+    def answers(self, asked: Questions) -> dict[str, list[Any]]:
         """The answers of each variant; raises StageError where a file is missing or damaged."""
         return {v: _answers(asked, file) for v, file in self.answer_files(asked).items()}
 
@@ -178,22 +181,22 @@ def _scores_of(s: EvalSet, file: Path) -> TokenScores:
     return scores
 
 
-def _answers(asked: Questions, file: Path) -> list[str]:
+def _answers(asked: Questions, file: Path) -> list[Any]:
     """The answers in one file; raises StageError for a damaged file, which is removed."""
     found = _given(asked, file)
     if found is None:
         raise StageError(f"{file}: no answers: the same command asks again")
-    return found
+    return found[0]
 
 
-def _given(asked: Questions, file: Path) -> list[str] | None:
-    """The saved answers of one variant; None where there are none, or none that can be read."""
+def _given(asked: Questions, file: Path) -> tuple[list[Any], int | None] | None:
+    """(saved answers of one variant, free bytes from which it is asked again); None where none can be read."""
     return read_state(file, partial(_answers_of, asked))
 
 
-def _answers_of(asked: Questions, file: Path) -> list[str]:
-    """The answers in one file, as many as there are questions."""
-    found = canaries.load_answers(file)
+def _answers_of(asked: Questions, file: Path) -> tuple[list[Any], int | None]:
+    """What one file holds, as many answers as there are questions."""
+    found, again_from = canaries.load_answers(file)
     if not asked.fits(found):
         raise ValueError(f"{len(found)} answers to {len(asked.items)} questions")
-    return found
+    return found, again_from

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from requant.data import canaries
-from requant.errors import StageError
+from requant.errors import MemoryLackError, StageError
 from requant.evaluate import peft_runtime, streamed, variants
-from requant.evaluate.memory import VariantSize
+from requant.evaluate.memory import VariantSize, tried_again_from
 from requant.evaluate.scores import REFERENCE, Questions, Scores, score_set
 from requant.runtime.device import USABLE, free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize, Plan, plan
@@ -64,7 +64,7 @@ def evaluate(
     """
     free_memory(scores.device)  # of earlier stages: what is free decides what is streamed
     work = _Evaluation(scores=scores, sources=sources, batch=BatchSize.of(batch), stream=stream, progress=progress)
-    work.load = load
+    work.load, work.free = load, free_bytes(scores.device)
     todo, unanswered = scores.missing(), scores.unanswered()
     streaming = {name: work.should_stream(name, sets) for name, sets in todo.items()}
     work.total = sum(
@@ -103,7 +103,7 @@ def load_reference(
 
 @dataclass(kw_only=True)
 class _Evaluation:
-    """The state of one call of `evaluate`. total, done: steps, which are windows and answers.
+    """The state of one call of `evaluate`. free: bytes at its start. total, done: steps, which are windows and answers.
 
     keeping: the variant base follows the adapter's, whose model it is with its adapters off. kept: that model.
     references: set -> hidden states and head of the reference, which all other variants are compared with.
@@ -115,6 +115,7 @@ class _Evaluation:
     stream: Stream
     progress: Progress | None
     load: variants.Load | None = None
+    free: int = 0
     total: int = 0
     done: int = 0
     keeping: bool = False
@@ -147,7 +148,7 @@ class _Evaluation:
             return
         free_memory(self.scores.device)
         if streaming or self.stream == "never" or not streamed.can_stream(name, self.sources):
-            raise StageError(
+            raise MemoryLackError(
                 f"variant {name}: out of memory on {self.scores.device} with one window at a time: shorten "
                 "evaluate.window" + (", or set evaluate.stream to auto" if self.stream == "never" else "")
             )
@@ -155,7 +156,7 @@ class _Evaluation:
         left = [s for s in sets if not self.scores.file(name, s).exists()]
         self.total += self.steps(left, (), streaming=False)
         if not self._completed(name, left, answers, streaming=True):
-            raise StageError(f"variant {name}: out of memory on {self.scores.device}, also block by block")
+            raise MemoryLackError(f"variant {name}: out of memory on {self.scores.device}, also block by block")
 
     def _completed(self, name: str, sets: Sequence[EvalSet], answers: Answers, *, streaming: bool) -> bool:
         """Score one variant whole or streamed; False when memory ran out."""
@@ -235,7 +236,16 @@ class _Evaluation:
                 raise
             self._note(f"{name}: out of memory while it answered prompts one by one: not asked")
             answers = []
-        canaries.save_answers(answers, file)
+        again_from = self._again_from(name) if asked.items and not answers else None
+        canaries.save_answers(answers, file, again_from=again_from)
+
+    def _again_from(self, name: str) -> int | None:
+        """Free bytes from which a variant that was not asked is asked; None: never."""
+        if self.stream == "always" or (name in ("base", "adapter") and not self.sources.live):
+            return None
+        device, item = self.scores.device, self.scores.dtype.itemsize
+        need = VariantSize.of(name, self.sources).resident(item, 1, logit_bytes(device.type))
+        return tried_again_from(need, max(self.free, self.scores.free))
 
     def _fits_in_memory(self, name: str, model: Any, s: EvalSet, runtime: str) -> bool:
         try:

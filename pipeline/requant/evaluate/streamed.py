@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from requant.errors import StageError
+from requant.errors import MemoryLackError
 from requant.evaluate import peft_runtime, variant_weights
 from requant.evaluate.variant_sources import VariantSources
 from requant.evaluate.variants import PLAIN, plain
@@ -218,7 +218,7 @@ class _BatchesInFlight:
     def _halve_batches(self, where: str) -> None:
         largest = max(len(b) for b in self.batches)
         if largest == 1:
-            raise StageError(
+            raise MemoryLackError(
                 f"{where}: out of memory on {self.walk.device} with one window at a time: shorten evaluate.window"
             )
         self.batches = [part for b in self.batches for part in torch.split(b, larger_half(len(b)))]

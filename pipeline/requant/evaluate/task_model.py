@@ -1,4 +1,4 @@
-"""A variant of ours as a model of lm-evaluation-harness, through its Hugging Face backend.
+"""A variant as a model of lm-evaluation-harness: its Hugging Face backend, or a server.
 
 Generation is greedy with the stop tokens that the checkpoint ships with; penalties and lengths of a generation_config
 are left out, since variants may differ there.
@@ -7,12 +7,31 @@ are left out, since variants may differ there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from requant.data import template_call
 from requant.data.tokenizer import adds_bos
 from requant.errors import StageError
+from requant.evaluate.generation_settings import new_tokens
+
+T = TypeVar("T")
+R = TypeVar("R")
+SERVED_AT_ONCE = 256  # requests that a server gets together
+
+
+class Server(Protocol):
+    """A server that has one variant loaded: `deploy.task_server`. described: which it is, in words."""
+
+    described: str
+
+    def scores(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """(ln p of the tokens from `first` on, whether each was the most likely one) of each (ids, first)."""
+
+    def continuations(
+        self, prompts: Sequence[Sequence[int]], *, new_tokens: int, until: Sequence[str], stops: Sequence[int]
+    ) -> list[list[int]]:
+        """The greedy continuation of each prompt, up to a text of `until` or a token of `stops`, both included."""
 
 
 def wrapped(
@@ -23,10 +42,11 @@ def wrapped(
     batch: int,
     stops: Sequence[int],
     on_request: Callable[[], None] = lambda: None,
+    server: Server | None = None,
 ) -> Any:
     """The library's model of a resident one. window: its positions. batch: requests at a time.
 
-    on_request: called when a request is answered.
+    on_request: called when a request is answered. server: answers in the model's place, which may be without weights.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
@@ -57,9 +77,67 @@ def wrapped(
 
     ends = list(dict.fromkeys(stops)) or [tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
-    made = Variant(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=window)
+    kind = _served(Variant, server, ends, on_request) if server else Variant
+    made = kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=window)
     made.cache_hook = _Counter(on_request)
     return made
+
+
+def _served(variant: Any, server: Server, ends: Sequence[int], told: Callable[[], None]) -> Any:
+    """The library's model whose requests a server answers."""
+
+    class Served(variant):  # type: ignore[misc]
+        """The same requests, of another's making."""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            rows = [([*context, *answer], len(context)) for _, context, answer in requests]
+            return _in_parts(rows, server.scores, told)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return _generated(server, self, [request.args for request in requests], ends, told)
+
+    return Served
+
+
+def _generated(
+    server: Server,
+    model: Any,
+    asked: Sequence[tuple[str, Mapping[str, Any]]],
+    ends: Sequence[int],
+    told: Callable[[], None],
+) -> list[str]:
+    """The answers of a server, cut as the library cuts those of a model of its own."""
+    found: list[str] = [""] * len(asked)
+    settings = [(new_tokens(options), tuple(_until(options))) for _, options in asked]
+    for longest, until in dict.fromkeys(settings):
+        some = [i for i, own in enumerate(settings) if own == (longest, until)]
+        prompts = [model.tok_batch_encode([asked[i][0]])[0][0].tolist() for i in some]
+
+        def ask(part: Sequence[list[int]], longest: int = longest, until: Sequence[str] = until) -> list[list[int]]:
+            return server.continuations(part, new_tokens=longest, until=until, stops=ends)
+
+        for i, ids in zip(some, _in_parts(prompts, ask, told), strict=True):
+            text = model.tok_decode(ids[:-1] if ids and ids[-1] in ends else ids, skip_special_tokens=True)
+            for end in (*until, model.tok_decode(model.eot_token_id, skip_special_tokens=False)):
+                text = text.split(end)[0] if end else text
+            found[i] = text
+    return found
+
+
+def _until(options: Mapping[str, Any]) -> list[str]:
+    """The texts that end an answer."""
+    until = options.get("until") or []
+    return [end for end in (until if isinstance(until, list) else [until]) if end]
+
+
+def _in_parts(asked: Sequence[T], answer: Callable[[Sequence[T]], list[R]], told: Callable[[], None]) -> list[R]:
+    """The answers to all, some at a time."""
+    found: list[R] = []
+    for at in range(0, len(asked), SERVED_AT_ONCE):
+        found += answer(asked[at : at + SERVED_AT_ONCE])
+        for _ in asked[at : at + SERVED_AT_ONCE]:
+            told()
+    return found
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool) -> str:

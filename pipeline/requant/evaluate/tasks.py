@@ -20,6 +20,7 @@ from requant.evaluate import generation_settings, task_definitions, task_files, 
 from requant.evaluate.task_definitions import TaskRequest
 from requant.runtime.guarded_process import LimitError, call_guarded
 
+SAMPLED = 100  # requests whose tokens are counted for what check says of time
 _QUESTION = [{"role": "user", "content": "How many?"}]
 
 
@@ -28,7 +29,8 @@ class LoadedTask:
     """One task or group of the recipe. parts: the library's tasks.
 
     digests: of each part, of all that it asks. code: of Python files beside a trusted task. longest: tokens of the
-    longest request with its answer.
+    longest request with its answer. tokens, written: of all requests, and of the answers that are generated, as long as
+    they may be, about.
     """
 
     request: TaskRequest
@@ -39,6 +41,8 @@ class LoadedTask:
     documents: int
     requests: int
     longest: int
+    tokens: int
+    written: int
     code: tuple[str, ...] = ()
 
     @property
@@ -87,13 +91,14 @@ def load(
         code = _code(request) if trust_remote_code else ()
         for part in parts:
             _build_requests(request, part, tokenizer)
+        tokens, written = _sizes(parts, tokenizer)
         items.append(
             LoadedTask(
                 request=request, parts=tuple(parts), digests=tuple(map(task_values.digest_of, parts)), code=code,
                 metric=metric, higher_is_better=better,
                 documents=sum(len({i.doc_id for i in p.instances}) for p in parts),
                 requests=sum(len(p.instances) for p in parts),
-                longest=max(_longest(request, part, tokenizer, window) for part in parts),
+                longest=max(_longest(request, part, tokenizer, window) for part in parts), tokens=tokens, written=written,
             )
         )  # fmt: skip
     return Tasks(items=tuple(items), tokenizer=tokenizer, window=window, stops=tuple(stops))
@@ -152,6 +157,16 @@ def _turn(tokenizer: Any, ask: bool) -> str:
     from requant.data import template_call
 
     return template_call.apply(tokenizer, _QUESTION, None, ask=ask)
+
+
+def _sizes(parts: Sequence[Any], tokenizer: Any) -> tuple[int, int]:
+    """(tokens of all requests, tokens that are generated at most), about: by the letters of a few requests."""
+    given = [instance for part in parts for instance in part.instances]
+    texts = ["".join(i.args[: 1 if i.request_type == "generate_until" else 2]) for i in given]
+    some = texts[:: -(-len(texts) // SAMPLED)]
+    letters = max(1, sum(map(len, some)))
+    tokens = sum(task_model.tokens(tokenizer, text) for text in some) * sum(map(len, texts)) // letters
+    return tokens, sum(generation_settings.new_tokens(i.args[1]) for i in given if i.request_type == "generate_until")
 
 
 def _longest(request: TaskRequest, task: Any, tokenizer: Any, window: int) -> int:

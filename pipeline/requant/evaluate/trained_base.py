@@ -16,8 +16,8 @@ from requant.evaluate import peft_runtime
 from requant.evaluate.variant_sources import VariantSources
 from requant.merge.base_checkpoint import LIVE, DecodedCheckpoint, open_base_checkpoint
 from requant.merge.base_weights import Nf4Settings, finer
-from requant.modeling import rotary_functions, skeleton
-from requant.modeling.model_classes import model_class
+from requant.modeling import skeleton
+from requant.modeling.model_classes import pretrained
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
 
@@ -46,7 +46,7 @@ def loaded(sources: VariantSources, device: torch.device, dtype: torch.dtype) ->
     ours = encoded is not None and encoded.method not in LIVE
     quantized = packed or (encoded is not None and not ours)  # else a quantization_config stops transformers
     config = skeleton.load_config(sources.base, trust_remote_code=sources.trust_remote_code, quantized=quantized)
-    options: dict[str, Any] = {"config": config}
+    options: dict[str, Any] = {}
     if encoded is not None and ours:
         options["state_dict"] = {n: encoded.read(n).to(dtype) if n in encoded.encoded else base.read(n) for n in base}
     elif encoded is not None:
@@ -64,10 +64,10 @@ def loaded(sources: VariantSources, device: torch.device, dtype: torch.dtype) ->
     else:
         options["dtype"] = dtype
     what = f"{sources.base}: transformers cannot load it as training did"
-    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)), rotary_functions.of_model_classes():
-        made = model_class(config, trust_remote_code=sources.trust_remote_code)
-        model = made.from_pretrained(
-            None if ours else str(sources.base),
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
+        model = pretrained(
+            config,
+            None if ours else sources.base,
             device_map={"": device},
             trust_remote_code=sources.trust_remote_code,
             **options,

@@ -23,8 +23,8 @@ from requant.errors import StageError, library_call
 from requant.evaluate import variant_weights
 from requant.evaluate.trained_base import trained_base
 from requant.evaluate.variant_sources import VariantSources
-from requant.modeling import rotary_functions, skeleton, stacked_experts
-from requant.modeling.model_classes import model_class
+from requant.modeling import skeleton, stacked_experts
+from requant.modeling.model_classes import pretrained
 from requant.numerics.grid import Grid
 from requant.runtime.device import free_memory
 
@@ -110,16 +110,11 @@ def quantized(
 
 def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtype) -> Any:
     config = skeleton.load_config(sources.merged, trust_remote_code=sources.trust_remote_code)
-    load = partial(
-        model_class(config, trust_remote_code=sources.trust_remote_code).from_pretrained,
-        str(sources.merged),
-        dtype=dtype,
-        trust_remote_code=sources.trust_remote_code,
-    )
+    load = partial(pretrained, config, sources.merged, dtype=dtype, trust_remote_code=sources.trust_remote_code)
     what = f"{sources.merged}: transformers cannot load it"
     if device.type != "cpu":  # without a copy on the host
         try:
-            with library_call(what, kind=StageError, passing=(RuntimeError,)), rotary_functions.of_model_classes():
+            with library_call(what, kind=StageError, passing=(RuntimeError,)):
                 return load(device_map={"": device}).eval()
         except torch.OutOfMemoryError:
             raise
@@ -128,7 +123,7 @@ def _pretrained(sources: VariantSources, device: torch.device, dtype: torch.dtyp
         ) as error:  # transformers hides errors of stacking experts: load on the host, which shows them
             log.debug("loading straight to %s: %s", device, error)
         free_memory(device)
-    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)), rotary_functions.of_model_classes():
+    with library_call(what, kind=StageError, passing=(torch.OutOfMemoryError,)):
         return load().to(device).eval()
 
 

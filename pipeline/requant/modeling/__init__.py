@@ -2,7 +2,7 @@
 
     skeleton             the modules transformers would build, without weights   <- start here
     without_weights      model classes instantiated without the memory of their parameters
-    model_classes        the class of transformers that a checkpoint belongs to
+    model_classes        the class of transformers that a checkpoint belongs to, and loading it
     rotary_functions     rotary tables of a model class, whatever other packages registered
     blocks               the transformer blocks and their linears
     linears              every matrix as a Linear: Conv1D transposed, experts split

@@ -1,4 +1,4 @@
-"""The class of transformers that a checkpoint's tensors belong to.
+"""The class of transformers that a checkpoint's tensors belong to, and loading it.
 
 A model type can have several: a causal LM of the text part alone, and a wrapper with towers for images and sound. The
 config's `architectures` names the one that wrote the file.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.errors import InputError
+from requant.modeling import rotary_functions
 
 
 def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
@@ -35,6 +36,18 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
             "neither from text alone nor from images or sound and text"
         )
     return found
+
+
+def pretrained(config: Any, path: Path | None, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The model of a checkpoint as its class loads it, with rotary tables of the class's own.
+
+    config: decides the class, and what it is told of the model. path: None where the options hold the tensors.
+    options: of `from_pretrained`. Raises as `model_class` does, and what transformers raises.
+    """
+    with rotary_functions.of_model_classes():
+        return model_class(config, trust_remote_code=trust_remote_code).from_pretrained(
+            None if path is None else str(path), config=config, trust_remote_code=trust_remote_code, **options
+        )
 
 
 def _registered(model_type: str) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from requant.checkpoint.atomic_write import make_directory, remove, write_text
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.checkpoint.writer import CheckpointWriter
-from requant.errors import InputError, StageError, one_line
+from requant.errors import InputError, MemoryLackError, StageError, lacks_memory, one_line
 from requant.formats import gptq as gptq_format
 from requant.formats.quantized_format import PackError
 from requant.modeling import skeleton
@@ -151,7 +151,7 @@ def _run(
     try:
         _run_library(source, out, windows, options, dtype, device, batch, trust_remote_code=trust_remote_code)
     except StageError as error:
-        raise StageError(f"{error}; quantize.engine: requant does not use it") from error
+        raise type(error)(f"{error}; quantize.engine: requant does not use it") from error
 
 
 def _run_library(
@@ -177,7 +177,8 @@ def _run_library(
                 made.quantize(rows, batch_size=batch)
                 made.save(str(out))
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, OSError) as error:
-            raise StageError(f"gptqmodel could not quantize {source.name}: {one_line(error)}") from error
+            kind = MemoryLackError if lacks_memory(error) else StageError
+            raise kind(f"gptqmodel could not quantize {source.name}: {one_line(error)}") from error
 
 
 def _dynamic(layout: Plan, settings: Settings) -> dict[str, Any]:

@@ -114,6 +114,7 @@ EVALUATE = _shown(
         "dtype": "auto",
         "tasks": ["gsm8k", {"path": "./tasks/words.yaml", "limit": 200}],
         "task_variants": ["adapter", "merged", "gptq"],
+        "task_backend": "transformers",
         "answers": {"prompts": 20, "new_tokens": 256},
         "roads": ["rtn", "nf4-merge", "nf4-again"],
         "in_domain": "in-domain",

@@ -279,6 +279,7 @@ evaluate:
   # tasks: [gsm8k, ./tasks/mine.yaml]   # default none; tasks of lm-evaluation-harness, by name or from a file
   # roads: [rtn, nf4-merge, nf4-again, gptqmodel]   # default none; other ways to ship, scored beside yours
   # task_variants: auto     # auto | names, default auto; adapter, merged and what ships
+  # task_backend: transformers   # transformers | vllm, default transformers; vllm: merged and GPTQ as it runs them
   # answers: {{prompts: 20, new_tokens: auto}}   # of in-domain rows, side by side; plain text: begin: 32
 
 # deploy: [vllm]            # default none; servers that must load the result: vllm, sglang, transformers

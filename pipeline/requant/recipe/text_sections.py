@@ -202,6 +202,11 @@ class Evaluate(Section):
     task_variants: Literal["auto"] | Annotated[tuple[Variant, ...], AsTuple, Field(min_length=1)] = Field(
         default="auto", description="The variants that are run on tasks; auto: adapter, merged and what ships."
     )
+    task_backend: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What answers tasks: transformers, with our own weights, or vLLM on the checkpoints merged, gptq "
+        "and healed; other variants stay with transformers.",
+    )
     answers: Answers = Field(
         default=Answers(), description="Prompts of the in-domain set that variants answer, shown side by side."
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from requant.data import prompts
-from requant.data.prompts import Prompt, Prompts
+from requant.data.prompts import Answer, Prompt, Prompts
 from requant.errors import InputError
 from requant.modeling import skeleton
 from requant.outgoing import shared
@@ -34,7 +34,6 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
     positions = skeleton.positions(model.config)
     window = min(e.window, positions) if positions else e.window
     tokens = _new_tokens(recipe, window)
-    ids = stop_ids(of.plan, of.stops, tokenizer)
     items: list[Prompt] = []
     why = f"protocol {e.protocol} joins the texts"
     if e.protocol == "documents":
@@ -49,9 +48,8 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
             "evaluate.in_domain, or set prompts: 0"
         )
     return Prompts(
-        set_name=item.name, items=tuple(items), why=why, stream=e.stream, new_tokens=tokens, stops=ids,
-        stop_texts=tuple(tokenizer.decode([i], skip_special_tokens=False) for i in ids),
-        decode=_decoder(tokenizer),
+        set_name=item.name, items=tuple(items), why=why, stream=e.stream, new_tokens=tokens,
+        stops=stop_ids(of.plan, of.stops, tokenizer), decode=_decoder(tokenizer),
     )  # fmt: skip
 
 
@@ -86,14 +84,14 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     return decode
 
 
-def given(asked: Prompts, answers: Mapping[str, Sequence[str]]) -> GivenAnswers:
+def given(asked: Prompts, answers: Mapping[str, Sequence[Answer]]) -> GivenAnswers:
     """The answers with their prompts, as the report's section is made of them."""
     return GivenAnswers(
-        set_name=shared(asked.set_name), new_tokens=asked.new_tokens, stops=asked.stop_texts, why=asked.why,
+        set_name=shared(asked.set_name), new_tokens=asked.new_tokens, why=asked.why,
         prompts=[
             AskedPrompt(row=p.row, shown=shared(p.shown), text=p.text, own=p.own, tools=p.tools, calls=p.calls,
                 plain=p.plain)
             for p in asked.items
         ],
-        given={name: [shared(text) for text in texts] for name, texts in answers.items()},
+        given={name: [(shared(text), ended) for text, ended in many] for name, many in answers.items()},
     )  # fmt: skip

@@ -20,7 +20,7 @@ from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.stage_keys import Keys
 from requant.run.stage_results import Event, PredictionResult, ProbeResult
-from requant.runtime.device import pick_device
+from requant.runtime.device import free_bytes, pick_device
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.batches import BatchSize
 
@@ -63,6 +63,7 @@ class RunContext:
             dtype=evaluation_inputs.dtype(prepared, device),
             kl=prepared.recipe.evaluate.kl,
             questions=prepared.questions,
+            free=free_bytes(device),
         )
         return cls(
             prepared=prepared,

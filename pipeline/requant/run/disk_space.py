@@ -34,10 +34,11 @@ def _still_to_write(prepared: Prepared, where: Path, *, merged: bool) -> int:
     dtype = stored_dtype.expected_dtype(prepared.merge.plan.base.checkpoint, prepared.recipe.merge.dtype)
     others = [name for name in prepared.recipe.output.formats if name != "gptq"]
     formats = ["gptq", *(["gptq"] if prepared.heal else []), *others]
-    formats += ["gptq"] if "gptqmodel" in prepared.recipe.evaluate.roads else []
-    quantized = prepared.quantize
+    library = "gptqmodel" in prepared.recipe.evaluate.roads
+    quantized, model = prepared.quantize, sum(s.nbytes for s in prepared.merge.plan.slots(dtype))
     need = sum(stored_bytes(quantized.ends.added_to(quantized.plan, name), name) for name in formats)
-    need += sum(s.nbytes for s in prepared.merge.plan.slots(dtype)) if merged else 0
+    need += stored_bytes(quantized.plan, "gptq") + model if library else 0  # what it works on lies on the disk too
+    need += model if merged else 0
     names = (*(["merged"] if merged else []), "gptq", "healed", *others)
     written = {f for name in names for d in where.glob(f"*{name}*") for f in weight_files(d)}
     return max(0, need - sum(f.stat().st_size for f in written))  # of this run, or replaced by it

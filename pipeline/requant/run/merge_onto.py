@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.evaluate import merge_onto_probe
 from requant.evaluate.merge_onto_probe import WORDS, Onto
@@ -59,11 +57,13 @@ def refuse_early(prepared: Prepared, inputs: SharedInputs) -> None:
 
 def tokens_to_score(prepared: Prepared) -> int:
     """The tokens of the evaluation sets that both merges will be scored on."""
-    return sum(part.n_scored for part in _parts(prepared, pick_device(prepared.recipe.device)))
+    return sum(part.n_scored for part in parts(prepared))
 
 
-def _parts(prepared: Prepared, device: torch.device) -> list[EvalSet]:
-    return [merge_onto_probe.part(s, merge_onto_probe.TOKENS[device.type]) for s in prepared.texts.sets]
+def parts(prepared: Prepared) -> list[EvalSet]:
+    """The part of each evaluation set that both merges are scored on."""
+    tokens = merge_onto_probe.TOKENS[pick_device(prepared.recipe.device).type]
+    return [merge_onto_probe.part(s, tokens) for s in prepared.texts.sets]
 
 
 def _with(recipe: Recipe, onto: Onto) -> Recipe:
@@ -92,8 +92,8 @@ def _measured(prepared: Prepared, directory: RunDirectory, watcher: Watcher) -> 
         return cast(OntoDecision, stored)
     watcher.stage(NAME, done=False)
     plans: dict[Onto, MergePlan] = {"dequantized": plan, "original": other}
-    parts, trust = _parts(prepared, device), prepared.recipe.trust_remote_code
-    scores = merge_onto_probe.measure(plans, parts, where, trust_remote_code=trust, doing=watcher.doing)
-    choice = onto_choice.decide(onto_choice.facts_of(parts, scores))
+    some, trust = parts(prepared), prepared.recipe.trust_remote_code
+    scores = merge_onto_probe.measure(plans, some, where, trust_remote_code=trust, doing=watcher.doing)
+    choice = onto_choice.decide(onto_choice.facts_of(some, scores))
     directory.remember(NAME, key, dict(choice))
     return choice

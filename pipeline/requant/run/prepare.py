@@ -52,7 +52,7 @@ from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources,
 from requant.run.quantize_inputs import quantize_inputs_of, single_experts
 from requant.run.road_recipe import refuse_roads
 from requant.run.shared_inputs import SharedInputs
-from requant.run.task_recipe import load_tasks
+from requant.run.task_recipe import load_tasks, servers
 from requant.tracking import trackers
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _warnings(
     for adapter in loaded:
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += config_agreement.lacking_buffers(plan.base, model)
-    return warnings + output_formats.refusing_engines(recipe.deploy, quantize_inputs.engines)
+    return warnings + output_formats.refusing_engines(servers(recipe), quantize_inputs.engines)
 
 
 def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:

@@ -37,7 +37,8 @@ def report_key(context: RunContext) -> str:
     gates = [gate.parsed().rule() for gate in context.recipe.gates]
     answers = [canary.answer for canary in p.texts.canaries.items] if p.texts.canaries else []
     asked = (_in_domain(context), gates, answers, bool(suggested), SCHEMA_VERSION, __version__)
-    others = [*_converted(context), *([p.texts.prompts.told] if p.texts.prompts and p.texts.prompts.items else [])]
+    told = p.texts.prompts.told if p.texts.prompts and p.texts.prompts.items else None
+    others = [*_converted(context), *([told] if told else []), *([] if p.texts.prompts else ["no prompts asked for"])]
     tasks = [tasks_stage.tasks_key(context)] if p.tasks else []
     tasks += [*context.recipe.evaluate.roads, roads_stage.roads_key(context)] if context.recipe.evaluate.roads else []
     return key_of(keys.merge, keys.quantize, keys.heal, context.scores.key, *asked, _proofs(context), *others, *tasks)
@@ -84,7 +85,7 @@ def run_report(context: RunContext, key: str) -> dict[str, Any]:
     gates = [replace(gate, set=shared(gate.set)) for gate in (g.parsed() for g in context.recipe.gates)]
     report = build(
         sets=sets, facts=everywhere(facts, shared), in_domain=shared(_in_domain(context)), gates=gates,
-        tasks=[replace(task, name=shared(task.name)) for task in tasks_stage.results(context)],
+        tasks=tasks_stage.results(context),
         answers=_answers(context),
     )  # fmt: skip
     context.directory.remember("report", INCOMPLETE, {})
@@ -113,7 +114,7 @@ def _answers(context: RunContext) -> GivenAnswers | None:
     return answer_prompts.given(without, {}) if without else None
 
 
-def _given(context: RunContext, asked: Questions) -> dict[str, list[str]]:
+def _given(context: RunContext, asked: Questions) -> dict[str, list[Any]]:
     """The answers of all variants and roads."""
     return context.scores.answers(asked) | roads_stage.answers(context, asked.kind)
 

@@ -9,13 +9,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from requant import __version__
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import key_of
-from requant.errors import InputError, StageError
+from requant.errors import InputError, MemoryLackError, StageError
 from requant.evaluate import evaluate, roads
 from requant.evaluate.roads import RoadFacts, RoadLoader
 from requant.evaluate.scores import REFERENCE, Scores
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 GPTQMODEL = "gptqmodel"
-MEMORY = "out of memory"  # in messages: it may be there in the next run
 
 
 def gptqmodel_key(context: RunContext) -> str:
@@ -55,7 +54,7 @@ def run_gptqmodel(context: RunContext, key: str) -> GptqmodelResult:
         )  # fmt: skip
     except StageError as error:
         log.warning("road gptqmodel: %s", error)
-        return {"made": None, "failed": str(error), "again": MEMORY in str(error)}
+        return {"made": None, "failed": str(error), "again": isinstance(error, MemoryLackError)}
     finally:
         free_memory(context.device)
     artifact.finish(key, {"stage": GPTQMODEL, "requant": __version__})
@@ -135,29 +134,31 @@ def needed(context: RunContext, names: object) -> tuple[str, ...]:
     """The stages whose checkpoints these roads are made from. names: a collection of roads."""
     wanted = set(names) & road_keys(context).keys()  # type: ignore[call-overload]
     found = ["merge"] if "nf4-again" in wanted else []
-    if GPTQMODEL in wanted and not _failure(context):
+    if GPTQMODEL in wanted and not _failed(context):
         found.append(GPTQMODEL)
     return tuple(found)
 
 
-def _failure(context: RunContext) -> str | None:
-    """Why gptqmodel made no checkpoint."""
-    return (context.directory.result(GPTQMODEL, gptqmodel_key(context)) or {}).get("failed")
+def _failed(context: RunContext) -> GptqmodelResult | None:
+    """The result of a gptqmodel that made no checkpoint."""
+    found = context.directory.result(GPTQMODEL, gptqmodel_key(context))
+    return cast(GptqmodelResult, found) if found and found.get("failed") else None
 
 
 def run_roads(context: RunContext, key: str) -> RoadsResult:
     """Score what has no scores yet, one road after the other, on the first rank: an error on another ends the run."""
     result: RoadsResult = {"roads": {}, "missing": {}, "again": [], "streamed": [], "notes": []}
     for name, own in road_keys(context).items():
-        why = roads.unmeasurable(name, context.variant_sources)
-        why = why or (_failure(context) if name == GPTQMODEL else None)
+        why, again = roads.unmeasurable(name, context.variant_sources), False
+        if name == GPTQMODEL and not why and (failed := _failed(context)):
+            why, again = failed["failed"], failed.get("again", False)
         try:
             facts = None if why else _road(context, name, own, result)
         except (StageError, InputError) as error:
-            facts, why = None, str(error)
+            facts, why, again = None, str(error), isinstance(error, MemoryLackError)
         if facts is None:
             result["missing"][name] = why = why or "its library told nothing of it"
-            result["again"] += [name] if MEMORY in why else []
+            result["again"] += [name] if again else []
             context.watcher.warn(f"road {name}: not measured: {result['missing'][name]}")
         else:
             result["roads"][name] = facts
@@ -189,7 +190,7 @@ def scores(context: RunContext) -> dict[str, dict[str, TokenScores]]:
     return {s.name: {name: saved.read(name, s) for name in done} for s in saved.sets}
 
 
-def answers(context: RunContext, kind: str) -> dict[str, list[str]]:
+def answers(context: RunContext, kind: str) -> dict[str, list[Any]]:
     """Road -> its answers to questions of a kind, for the report."""
     saved = scores_of(context, measured(context))
     return {road: given for one in saved.questions if one.kind == kind for road, given in saved.answers(one).items()}

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from requant.checkpoint import model_files
+from requant.deploy import engine_processes
+from requant.errors import InputError
 from requant.evaluate import tasks
 from requant.evaluate.task_definitions import TaskRequest
 from requant.evaluate.tasks import Tasks
@@ -34,6 +36,17 @@ def requests(recipe: Recipe) -> list[TaskRequest]:
     ]
 
 
+def servers(recipe: Recipe) -> tuple[str, ...]:
+    """The servers that must load the result: of `deploy`, and vLLM where tasks run through it."""
+    through = ("vllm",) if recipe.evaluate.tasks and recipe.evaluate.task_backend == "vllm" else ()
+    return tuple(dict.fromkeys((*recipe.deploy, *through)))
+
+
+def served(recipe: Recipe) -> tuple[str, ...]:
+    """The variants that vLLM answers for: those that are files which it loads."""
+    return ("merged", "gptq", "healed") if recipe.evaluate.task_backend == "vllm" else ()
+
+
 def load_tasks(
     recipe: Recipe, tokenizer: Any, model: Any, plan: MergePlan, stops: StopTokens | None, doing: Callable[[str], None]
 ) -> Tasks | None:
@@ -41,6 +54,11 @@ def load_tasks(
     asked = requests(recipe)
     if not asked:
         return None
+    if recipe.evaluate.task_backend == "vllm":
+        try:
+            engine_processes.require("vllm")
+        except InputError as error:
+            raise InputError(f"{recipe.place('evaluate', 'task_backend')}: {error}") from error
     return tasks.load(
         asked,
         tokenizer,

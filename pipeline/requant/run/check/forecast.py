@@ -20,13 +20,14 @@ import torch
 
 from requant.evaluate.memory import BYTES_PER_NF4_WEIGHT, VariantSize
 from requant.evaluate.scores import REFERENCE
-from requant.evaluate.stage import should_stream
+from requant.evaluate.stage import Stream, should_stream
 from requant.evaluate.variant_sources import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_list
 from requant.numerics import nf4
 from requant.quantize.calibration_plan import batch_size
+from requant.run.check.forecast_asking import Asking
 from requant.run.check.forecast_formats import Rates, converting
 from requant.run.check.forecast_merge import PROBED, Disk, Need, merged_in, merging
 from requant.run.check.rehearsal import Rehearsal, cost_of
@@ -75,7 +76,7 @@ def forecast(
     if p.recipe.quantize.engine == "requant":
         needs.append(_quantizing(p, rehearsal, scored, started))
     needs += converting(p, scored.rates(disk), started)
-    return [*needs, scored.need(started)]
+    return [*needs, scored.need(started), *scored.asking().needs(started)]
 
 
 def _quantizing(p: Prepared, rehearsal: Rehearsal, scored: _Scoring, started: int) -> Need:
@@ -123,6 +124,8 @@ class _Scoring:
         build: float,
     ) -> None:
         self.p, self.sources, self.dtype, self.device = p, sources, dtype, rehearsal.device
+        self.batch = batch
+        self.model: Any = rehearsal.model
         self.plans = [plan([len(w.ids) for w in s.windows], batch) for s in p.texts.sets]
         self.build = build  # seconds to make a model's structure
         self.size = VariantSize.of_model(rehearsal.model)
@@ -169,18 +172,34 @@ class _Scoring:
         """All variants, one after another."""
         free_memory(self.device)
         seconds, worst = 0.0, 0
+        asking, asked = self.asking(), {name for q in self.p.questions if q.kind == "answers" for name in q.asked}
         for name in self.p.variants:
-            size = self._size(name)
-            seconds += self._seconds(name, size)
-            worst = max(worst, self._bytes(name, size))
+            seconds += self.seconds(name) + (asking.of_prompts(name) if name in asked else 0.0)
+            worst = max(worst, self.bytes(name) + (asking.bytes_of_prompts(name) if name in asked else 0))
         if self.device.type == "cpu":
             return Need("evaluate", seconds, started + worst)
-        whole = not self._streams("merged", self.size)
+        whole = not self.streams("merged")
         loaded = 2 * self.size.total if whole else 4 * self.size.block  # by transformers: its file is mapped
         return Need("evaluate", seconds, started + loaded, worst)
 
-    def _seconds(self, name: str, size: VariantSize) -> float:
+    def asking(self) -> Asking:
+        """What answers, tasks and roads take, from what was timed."""
+        config: Any = self.model.config.get_text_config()
+        heads = int(getattr(config, "num_attention_heads", 1))
+        wide = int(getattr(config, "head_dim", None) or self.size.width // heads)
+        keys = int(getattr(config, "num_key_value_heads", None) or heads)
+        batch = self.sample.windows[: self.rows]
+        return Asking(
+            p=self.p, scoring=self, batch=self.batch, device=self.device.type,
+            token=self.parts.forward.seconds / self.parts.tokens, step=self.token,
+            scored=self.parts.head[0].seconds / max(1, sum(int(w.scored.sum()) for w in batch)),
+            weight=self.reading, decoded=self.decoding,
+            cached=2 * self.size.layers * keys * wide * self.dtype.itemsize,
+        )  # fmt: skip
+
+    def seconds(self, name: str) -> float:
         """Loading, blocks, and the head on what is scored."""
+        size = self.size_of(name)
         per_token = self.parts.forward.seconds / self.parts.tokens
         tokens = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows)
         kind = int(name != REFERENCE and self.p.recipe.evaluate.kl)
@@ -193,13 +212,15 @@ class _Scoring:
         if not size.packed and not size.adapter:
             return load + tokens * per_token + heads
         extra = 3 * size.adapter / 4 / max(1, size.total - size.outside)  # two thin products for a wide one, and copies
-        times = 1 if self._streams(name, size) else sum(len(one.batches) for one in self.plans)
+        times = 1 if self.streams(name) else sum(len(one.batches) for one in self.plans)
         return load + tokens * per_token * (1 + extra) + heads + size.packed * self.decoding * times
 
-    def _bytes(self, name: str, size: VariantSize) -> int:
+    def bytes(self, name: str) -> int:
+        """Peak bytes while a variant is scored."""
+        size = self.size_of(name)
         forward = self.parts.forward.bytes * max(one.tokens for one in self.plans) // self.tokens
         item, work = self.dtype.itemsize, max(forward, *(c.bytes for c in self.parts.first))
-        if self._streams(name, size):
+        if self.streams(name):
             ahead = 2 if self.device.type == "cuda" else 1
             states = sum(len(w.ids) for s in self.p.texts.sets for w in s.windows) * size.width * item
             return int((size.block * ahead + size.outside) * item + size.adapter + states + work)
@@ -207,18 +228,19 @@ class _Scoring:
         mapped = 2 * size.total if name == "merged" and self.device.type == "cpu" else 0  # its file, while it is cast
         return int(held + (size.largest * (item + 4) if size.packed else 0) + mapped)
 
-    def _streams(self, name: str, size: VariantSize) -> bool:
+    def streams(self, name: str, stream: Stream | None = None) -> bool:
+        """Whether a variant is scored block by block. stream: in place of the recipe's."""
         return should_stream(
             name,
             self.sources,
-            lambda: size,
-            stream=self.p.recipe.evaluate.stream,
+            lambda: self.size_of(name),
+            stream=stream or self.p.recipe.evaluate.stream,
             device=self.device,
             dtype=self.dtype,
             tokens=max(one.tokens for one in self.plans),
         )
 
-    def _size(self, name: str) -> VariantSize:
+    def size_of(self, name: str) -> VariantSize:
         """Size of a variant before its files exist."""
         if name not in ("base", "adapter"):
             return self.size

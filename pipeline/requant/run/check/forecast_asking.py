@@ -1,0 +1,128 @@
+"""Forecast of what is asked beside scores: prompts, tasks, roads, `merge.onto: auto`.
+
+An answer takes a pass through all weights for each token; the answers of a batch share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from requant.evaluate.memory import VariantSize
+from requant.evaluate.roads import NF4_ROADS
+from requant.evaluate.stage import Stream
+from requant.run import merge_onto
+from requant.run.check.forecast_merge import Need
+from requant.run.prepared import Prepared
+from requant.run.road_recipe import scored_roads
+from requant.run.task_recipe import served
+from requant_eval.scoring.answers import BATCH_TOKENS, batches
+from requant_eval.scoring.batches import BatchSize
+
+LIKE = dict.fromkeys(NF4_ROADS, "adapter") | {"gptqmodel": "gptq"}
+"""Road -> the variant that takes as much."""
+
+
+class Scoring(Protocol):
+    """What is known of scoring: the evaluation's own forecast."""
+
+    def streams(self, name: str, stream: Stream | None = None) -> bool:
+        """Whether a variant runs block by block. stream: in place of the recipe's."""
+
+    def size_of(self, name: str) -> VariantSize:
+        """The size of a variant."""
+
+    def seconds(self, name: str) -> float:
+        """Seconds to score a variant on all sets."""
+
+    def bytes(self, name: str) -> int:
+        """Peak bytes meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What was timed here, in seconds. token: of a batch. step: one token of one sequence, through all blocks.
+
+    scored: the head, a token. weight: to read one. decoded: to decode one of 4 bits. cached: bytes of a token's keys and
+    values. device: its type.
+    """
+
+    p: Prepared
+    scoring: Scoring
+    batch: BatchSize
+    device: str
+    token: float
+    step: float
+    scored: float
+    weight: float
+    decoded: float
+    cached: int
+
+    def of_prompts(self, name: str) -> float:
+        """Seconds of a variant's answers to prompts of held-out rows, each as long as it may be."""
+        asked = self.p.texts.prompts
+        if asked is None or self.scoring.streams(name):
+            return 0.0
+        prompts = [item.ids for item in asked.items]
+        some = batches(prompts, asked.new_tokens, BATCH_TOKENS[self.device])
+        written = sum(self._written(name, len(one), asked.new_tokens) for one in some)
+        return sum(map(len, prompts)) * self.token + written
+
+    def bytes_of_prompts(self, name: str) -> int:
+        """Bytes of the keys and values of the largest batch of prompts and answers."""
+        asked = self.p.texts.prompts
+        if asked is None or self.scoring.streams(name):
+            return 0
+        some = batches([item.ids for item in asked.items], asked.new_tokens, BATCH_TOKENS[self.device])
+        return max((len(one) * (max(map(len, one)) + asked.new_tokens) for one in some), default=0) * self.cached
+
+    def of_tasks(self, name: str) -> float:
+        """Seconds to load a variant and run its tasks."""
+        seconds = self.scoring.size_of(name).total * self.weight
+        for task in self.p.tasks.items if self.p.tasks else ():
+            seconds += task.tokens * (self.token + self.scored)
+            rows = self.batch.rows(max(task.longest, 1))
+            if task.written:
+                steps = -(-task.requests // rows) * -(-task.written // task.requests)
+                seconds += self._written(name, min(rows, task.requests), steps)
+        return seconds
+
+    def _written(self, name: str, rows: int, new_tokens: int) -> float:
+        """Seconds of a batch's new tokens: base and adapter decode their weights in each pass."""
+        decoded = self.scoring.size_of(name).packed * self.decoded
+        return new_tokens * (max(self.step, rows * self.token) + rows * self.scored + decoded)
+
+    def needs(self, started: int) -> list[Need]:
+        """The probe of the merge, roads and tasks, as far as the recipe asks for them. started: bytes of the process."""
+        return [
+            Need(stage, seconds, started if self.device == "cuda" else started + peak, peak * (self.device == "cuda"))
+            for stage, seconds, peak in (*self._onto(), *self._roads(), *self._tasks())
+        ]
+
+    def _onto(self) -> Iterator[tuple[str, float, int]]:
+        """Both merges, block by block, on a part of the sets."""
+        if self.p.merge.other is None:
+            return
+        parts, size = merge_onto.parts(self.p), self.scoring.size_of("merged")
+        read, scored = sum(len(w.ids) for s in parts for w in s.windows), sum(s.n_scored for s in parts)
+        each = read * self.token + scored * self.scored + size.total * (self.weight + self.decoded)
+        yield (
+            "merge onto",
+            2 * each,
+            4 * (3 * size.block + size.outside + read * size.width),
+        )  # its delta and the sum too
+
+    def _roads(self) -> Iterator[tuple[str, float, int]]:
+        """Each road as the variant that it is like; what gptqmodel does before is its own."""
+        like = [LIKE[name] for name in scored_roads(self.p.recipe)]
+        if like:
+            seconds = sum(self.scoring.seconds(name) + self.of_prompts(name) for name in like)
+            yield "roads", seconds, max(self.scoring.bytes(name) + self.bytes_of_prompts(name) for name in like)
+
+    def _tasks(self) -> Iterator[tuple[str, float, int]]:
+        """The variants that fit as a whole and are not served."""
+        own = [name for name in self.p.task_variants if name not in served(self.p.recipe)]
+        names = [name for name in own if not self.scoring.streams(name, "auto")] if self.p.tasks else []
+        if names:
+            yield "tasks", sum(map(self.of_tasks, names)), max(map(self.scoring.bytes, names))
