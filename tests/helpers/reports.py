@@ -11,11 +11,13 @@ import numpy as np
 from requant_eval.gate import parse
 from requant_eval.metrics import set_metrics
 from requant_eval.metrics.answers import AskedPrompt, GivenAnswers, section
+from requant_eval.metrics.task_metrics import TaskResult
 from requant_eval.report.assemble import build
 from requant_eval.scoring.token_scores import TokenScores
 
 # Nats that each variant adds to what the adapter scores: the base loses 0.5, GPTQ a tenth of that.
 SHIFT = {"base": 0.5, "adapter": 0.0, "merged": 0.001, "rtn": 0.1, "gptq": 0.05}
+OF_ROADS = {"nf4-merge": 0.09, "nf4-again": 0.07, "gptqmodel": 0.045}
 
 FACTS: dict[str, Any] = {
     "name": "pico|w4g64",
@@ -55,7 +57,8 @@ def scores(shift: float, *, documents: int = 30, reference: bool = False, digest
 
 
 def result(name: str, variants: tuple[str, ...] = tuple(SHIFT), *, documents: int = 30) -> set_metrics.SetResult:
-    made = {v: scores(SHIFT[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants}
+    shifts = OF_ROADS | SHIFT
+    made = {v: scores(shifts[v], documents=documents, reference=v not in ("base", "adapter")) for v in variants}
     return set_metrics.SetResult(
         name=name,
         digest="d" * 64,
@@ -118,6 +121,37 @@ def answered(prompts: int = 20) -> dict[str, Any]:
     }
     made = GivenAnswers(set_name="in-domain", new_tokens=64, prompts=asked, given=given)
     return {**full(), "answers": section(made)}
+
+
+def everything(layers: int = 30, prompts: int = 20, letters: int = 900) -> dict[str, Any]:
+    """A report with tasks, roads and answers of all of them; each answer has `letters` letters."""
+    names = (*SHIFT, *OF_ROADS)
+    rows = [
+        {"name": name, "by": f"the library of {name} 1.2.3", "settings": "4 bits", "bytes": 99 * 10**6,
+         "unquantized": 3 * 10**6, "missing": None}
+        for name in ("rtn", *OF_ROADS)
+    ]  # fmt: skip
+    asked = ("adapter", "merged", "gptq", *OF_ROADS)
+    said = {
+        name: [(f"{name} {n} " + "word and so on " * (letters // 15), True) for n in range(prompts)] for name in asked
+    }
+    given = [AskedPrompt(row=n, shown="What is it? " * 20, text="?", own="It.") for n in range(prompts)]
+    rng = np.random.default_rng(0)
+    tasks = []
+    for number in range(4):
+        values = {name: {"acc": list(map(float, rng.random(500) < 0.6))} for name in asked}
+        facts: Any = {
+            "name": f"task {number}", "task": "gsm8k", "digest": f"{number}" * 64, "version": "1.0 (lm-eval 0.4.13)",
+            "kind": "multiple_choice", "few_shot": 2, "limit": None, "chat": False, "metric": "acc",
+            "higher_is_better": True, "n_documents": 500, "missing": {},
+        }  # fmt: skip
+        tasks.append(TaskResult(facts=facts, values=values, seconds=dict.fromkeys(values, 1.0)))
+    facts = FACTS | {"roads": rows, "quantize": FACTS["quantize"] | {"modules": modules(layers)}}
+    return build(
+        sets=[result("general", names), result("in-domain", names)], facts=facts, in_domain="in-domain",
+        gates=[parse(text) for text in GATES], tasks=tasks,
+        answers=GivenAnswers(set_name="in-domain", new_tokens=256, prompts=given, given=said),
+    )  # fmt: skip
 
 
 def hostile(named: str = HOSTILE) -> dict[str, Any]:

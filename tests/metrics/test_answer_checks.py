@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from requant_eval.metrics import answer_checks as checks
+from requant_eval.metrics import languages
 
 WEATHER = {
     "type": "function",
@@ -133,6 +134,56 @@ def test_letters_belong_to_scripts(text: str, script: str) -> None:
 )
 def test_the_script_is_the_prompts(prompt: str, own: str, text: str, passes: bool | None) -> None:
     assert checks.same_script(text, prompt, own) is passes
+
+
+ENGLISH = (
+    "To boil an egg, put it into a pot of cold water and bring the water to a boil. Then let it stand for a while."
+)
+GERMAN = "Um ein Ei zu kochen, legt man es in einen Topf mit Wasser. Danach wird es heiß, und es bleibt für zehn Minuten stehen."
+SQL = "SELECT name FROM users WHERE age IN (1) AND name NOT LIKE 'a' ORDER BY name; SELECT id AS key FROM t"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own", "text", "passes"),
+    [
+        (GERMAN, "", GERMAN, True),
+        (GERMAN, "", ENGLISH, False),
+        (GERMAN, ENGLISH, ENGLISH, True),
+        (GERMAN, "", "It is four.", None),
+        ("Wie koche ich ein Ei?", "", ENGLISH, None),
+        (GERMAN, "", SQL, None),
+        (GERMAN, "", f"```python\n# {ENGLISH}\n```", None),
+    ],
+)
+def test_the_language_is_the_prompts(prompt: str, own: str, text: str, passes: bool | None) -> None:
+    assert checks.same_language(text, prompt, own) is passes
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "Pour cuire un œuf, mettez-le dans une casserole d'eau froide et portez l'eau à ébullition, puis éteignez.",
+            "French",
+        ),
+        (
+            "Para cocer un huevo, ponlo en una olla con agua fría y lleva el agua a ebullición. Luego apaga el fuego.",
+            "Spanish",
+        ),
+        (
+            "Om een ei te koken, doe je het in een pan met koud water en breng je het water aan de kook in tien minuten.",
+            "Dutch",
+        ),
+        ("Чтобы сварить яйцо, положите его в кастрюлю с холодной водой и доведите воду до кипения на огне.", "Russian"),
+        ("Щоб зварити яйце, покладіть його в каструлю з холодною водою і доведіть до кипіння на вогні.", "Ukrainian"),
+        (
+            "Bir yumurtayı haşlamak için onu soğuk su dolu bir tencereye koyun ve on dakika kadar bu suda bekletin.",
+            "Turkish",
+        ),
+    ],
+)
+def test_languages_are_known_by_their_commonest_words(text: str, name: str) -> None:
+    assert languages.language(text) == name
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.reports import FACTS, HOSTILE, built, full, hostile
+from helpers.reports import FACTS, HOSTILE, built, everything, full, hostile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,6 +159,21 @@ def test_small_enough_to_mail(layers: int, sets: int, left_out: str) -> None:
     assert text.count("in-domain: what each step") == 0
     assert all(f">set {n}</h2>" in text for n in range(sets))
     assert text.count("<caption>Perplexity</caption>") == sets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "letters", "left_out", "cards"), [(30, 300, "", 20), (80, 900, "tables", 20), (126, 900, "answers", 3)]
+)
+def test_small_enough_to_mail_with_answers_tasks_and_roads(
+    layers: int, letters: int, left_out: str, cards: int
+) -> None:
+    text = html.render(everything(layers, letters=letters))
+    assert len(text.encode()) < LIMIT
+    said = re.search(r"(\S+) were left out to keep this page under 300 kB", text)
+    assert (said[1] if said else "") == left_out
+    assert text.count('class="card"') == cards
+    assert all(title in text for title in (">Roads</h2>", ">Tasks</h2>", "task 3"))
 
 
 def test_markup_is_accessible() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import browser
 from helpers.browser import Page
-from helpers.reports import answered, built, full, hostile
+from helpers.reports import answered, built, everything, full, hostile
 
 from requant_eval.render import html
 
@@ -38,6 +38,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def with_answers(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("answers") / "report.html"
     path.write_text(html.render(answered()), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def with_everything(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Answers, tasks and roads too."""
+    path = tmp_path_factory.mktemp("everything") / "report.html"
+    path.write_text(html.render(everything(layers=12, prompts=5, letters=300)), encoding="utf-8")
     return path.as_uri()
 
 
@@ -168,9 +176,9 @@ def test_pointing_and_arrow_keys_read_values(page: Page, url: str) -> None:
 
 
 @pytest.mark.slow
-def test_no_page_wider_than_a_phone(page: Page, url: str) -> None:
-    for width in (320, 360, 768):
-        page.open(url, width=width, height=740)
+def test_no_page_wider_than_a_phone(page: Page, url: str, with_everything: str) -> None:
+    for width, at in itertools.product((320, 360, 768), (url, with_everything)):
+        page.open(at, width=width, height=740)
         assert page.run("document.documentElement.scrollWidth") <= width
         small = page.run(
             "[...document.querySelectorAll('td, th, p, figcaption, small, svg text')]"
@@ -252,9 +260,9 @@ def test_nothing_on_the_first_screen_overlaps(page: Page, tmp_path: Path, gates:
 @pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here (make .axe/.ready): accessibility was not checked")
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_is_accessible(page: Page, with_answers: str, width: int, dark: bool) -> None:
+def test_it_is_accessible(page: Page, with_everything: str, width: int, dark: bool) -> None:
     """The rules of axe-core, with everything unfolded."""
-    page.open(with_answers, width=width, dark=dark)
+    page.open(with_everything, width=width, dark=dark)
     page.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     page.run(AXE.read_text(encoding="utf-8") + "; 0")
     ran = page.run("axe.run(document).then(r => [r.passes.length, r.violations.map(v => [v.id, v.nodes[0].html])])")

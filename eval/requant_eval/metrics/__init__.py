@@ -5,7 +5,8 @@
     statistics       document-clustered means, paired differences, intervals
     loss_by_change   loss of tokens by how much they changed
     engine_step      what an engine scores against our own forward
-    answer_checks    checks of one answer that need no judge: ended, thought closed, tool call, script, loop
+    answer_checks    checks of one answer that need no judge: ended, thought closed, tool call, script, language, loop
+    languages        the language of a text by its commonest words
     answers          answers of variants to the same prompts: checks passed, where they differ
     answer_records   its section, as the report's schema has it
     task_metrics     one task's section: scores, paired differences, McNemar's test

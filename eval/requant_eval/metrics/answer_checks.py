@@ -4,6 +4,7 @@
     thought_closed    a thought that was opened, by the prompt or the answer, is closed
     tool_call         every call is JSON, names a tool that there is, and its arguments fit that tool's schema
     same_script       the answer's letters are of the prompt's writing system
+    same_language     the answer's commonest words are of the prompt's language
     no_loop           the answer does not end in a loop
 
 Each is True or False, or None where it does not apply to an answer. `CHECKS` has their words. `ended` is decided where
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from requant_eval.metrics.languages import COMMON, language
 from requant_eval.strict_json import JsonError, parse, separated
 
 CHECKS = {
@@ -25,6 +27,7 @@ CHECKS = {
     "thought_closed": "closes its thought",
     "tool_call": "its tool calls are valid",
     "same_script": "is written in the prompt's script",
+    "same_language": "is written in the prompt's language",
     "no_loop": "does not repeat itself at the end",
 }
 """Check -> its words, after "the answer"."""
@@ -35,6 +38,8 @@ RULES = {
     "judged where the row has tools and its own answer, or this one, makes a call",
     "same_script": "most letters are of a script (Latin, Cyrillic, Han, ...) of the prompt or of the row's own answer; "
     "two languages of one script look the same to it",
+    "same_language": "the commonest words are those of the language of the prompt, or of the row's own answer; judged where "
+    f"the languages of both are sure, of {', '.join(COMMON)}",
     "no_loop": "the answer does not end in 1 to 40 words four times in a row, 12 words at least, or in 40 blanks",
 }
 """Check -> what exactly passes."""
@@ -135,6 +140,15 @@ def same_script(text: str, prompt: str, own: str = "") -> bool | None:
     if written.total() < FEWEST_LETTERS or not allowed:
         return None
     return written.most_common(1)[0][0] in allowed
+
+
+def same_language(text: str, prompt: str, own: str = "") -> bool | None:
+    """Whether the text is in the language of the prompt, or of the row's own answer (translations).
+
+    None where its language is not sure, or theirs.
+    """
+    written, allowed = language(text), {language(prompt), language(own)} - {None}
+    return None if written is None or not allowed else written in allowed
 
 
 def no_loop(text: str) -> bool:

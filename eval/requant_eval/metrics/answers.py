@@ -98,6 +98,7 @@ def checked(prompt: AskedPrompt, said: str, *, ended: bool) -> dict[str, bool | 
             answer_checks.after_thought(said, prompt.text), prompt.tools, expected=prompt.calls
         ),
         "same_script": answer_checks.same_script(said, prompt.shown, prompt.own),
+        "same_language": answer_checks.same_language(said, prompt.shown, prompt.own),
         "no_loop": answer_checks.no_loop(said),
     }
 

@@ -31,6 +31,7 @@ FAILED = {
     "thought_closed": "its thought is not closed",
     "tool_call": "no valid tool call",
     "same_script": "in another script",
+    "same_language": "in another language",
     "no_loop": "repeats itself",
 }
 """Check -> what is said of an answer that fails it."""

@@ -75,12 +75,13 @@ def _settings(tasks: list[TaskSection]) -> Table:
         (
             task["name"],
             task["metric"] + ("" if task["higher_is_better"] else " (lower is better)"),
-            f"{task['task']}, version {task['version']}, {task['kind']}",
             f"{task['few_shot']}-shot{', through the chat template' if task['chat'] else ''}",
             str(task["n_documents"]) + (f" (limit {task['limit']})" if task["limit"] else ""),
             task["digest"][:12],
         )
         for task in tasks
     )
-    columns = ("task", "metric", "of lm-evaluation-harness", "asked", "documents", "digest")
-    return Table(title="How the tasks were asked", columns=columns, rows=rows, text=6)
+    of = (f"{task['name']}: {task['task']}, version {task['version']}, {task['kind']}" for task in tasks)
+    columns = ("task", "metric", "asked", "documents", "digest")
+    note = f"Of lm-evaluation-harness; {'; '.join(of)}."
+    return Table(title="How the tasks were asked", columns=columns, rows=rows, text=5, note=note)

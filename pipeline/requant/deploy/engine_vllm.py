@@ -122,6 +122,7 @@ def main() -> None:
         enforce_eager=True,
         seed=0,
         max_num_seqs=request.get("sequences", 16),
+        **request.get("options", {}),
         enable_prefix_caching=False,
         trust_remote_code=request["trust_remote_code"],
         language_model_only=not has_processor(request["path"]),

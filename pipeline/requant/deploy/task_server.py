@@ -24,6 +24,7 @@ from requant.errors import StageError
 from requant_eval.strict_json import JsonError, parse
 
 SEQUENCES = 64  # at a time
+ON_GPU = {"gpu_memory_utilization": 0.8, "max_num_batched_tokens": 2048}  # room for the logits of all prompt tokens
 
 
 class VllmServer:
@@ -41,7 +42,7 @@ class VllmServer:
         ]  # fmt: skip
         self._settings = {
             "path": str(path.absolute()), "dtype": self.dtype, "longest": longest, "sequences": SEQUENCES,
-            "trust_remote_code": trust_remote_code, "serve": True,
+            "trust_remote_code": trust_remote_code, "serve": True, "options": ON_GPU if device.type == "cuda" else {},
         }  # fmt: skip
         self.described = ""
 
