@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def test_the_disk_needed_is_what_the_run_still_writes(project: Path, finished: P
     assert need == written
     assert free > need
     assert disk_space.check_disk(prepared(project), finished)[0] == 0, "a finished run needs no more"
+
+
+@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
+def test_the_disk_that_gptqmodel_works_on_is_needed_too(project: Path, finished: Path, tmp_path: Path) -> None:
+    """Its checkpoint, and the model that it unloads meanwhile."""
+    plain, _ = disk_space.check_disk(prepared(project), tmp_path / "new")
+    need, _ = disk_space.check_disk(prepared(project, {"evaluate.roads": ["gptqmodel"]}), tmp_path / "new")
+    assert need - plain == plain, "as large as merged and gptq"
 
 
 def test_the_disk_needed_by_each_format_is_what_a_conversion_writes(
