@@ -38,8 +38,8 @@ RULES = {
     "judged where the row has tools and its own answer, or this one, makes a call",
     "same_script": "most letters are of a script (Latin, Cyrillic, Han, ...) of the prompt or of the row's own answer; "
     "two languages of one script look the same to it",
-    "same_language": "the commonest words are those of the language of the prompt, or of the row's own answer; judged where "
-    f"the languages of both are sure, of {', '.join(COMMON)}",
+    "same_language": "the commonest words are those of the language of the prompt, or of the row's own answer; judged "
+    f"where the languages of both are sure, of {', '.join(COMMON)}",
     "no_loop": "the answer does not end in 1 to 40 words four times in a row, 12 words at least, or in 40 blanks",
 }
 """Check -> what exactly passes."""

@@ -1,7 +1,7 @@
-"""The language of a text by its commonest words, of a few languages; None where that is not sure.
+"""The language of a text by its commonest words; None where that is not sure.
 
-Written for answers, which are short and may hold code: fenced code and words in capitals are passed over, and a text with
-few common words, or with those of two languages alike, is not judged.
+Written for answers, which are short and may hold code: fenced code and words in capitals are passed over, and a text
+with few common words, or with those of two languages alike, is not judged.
 """
 
 from __future__ import annotations

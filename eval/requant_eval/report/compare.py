@@ -90,7 +90,7 @@ class ComparedSet(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The comparison as JSON types. left_out: sets and tasks that not all runs have. roads: of the runs that have some."""
+    """The comparison as JSON types. left_out: sets and tasks that not all runs have. roads: of runs that have some."""
 
     runs: list[ComparedRun]
     sets: list[ComparedSet]

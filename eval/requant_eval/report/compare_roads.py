@@ -1,4 +1,4 @@
-"""Roads of compared runs on one shared set: what each ships, and what people would otherwise."""
+"""Roads of compared runs on one shared set: what each ships, and what else it could."""
 
 from __future__ import annotations
 

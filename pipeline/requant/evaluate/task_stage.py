@@ -244,5 +244,7 @@ def _part_of(metric: str, file: Path) -> PartResult:
     values = found.get("values")
     if not isinstance(values, dict) or len(values.get(metric, ())) != found.get("documents"):
         raise ValueError(f"it holds no {metric} of each document")
-    by: dict[str, str] = {"by": str(found["by"])} if "by" in found else {}
-    return {"values": values, "documents": found["documents"], "seconds": found["seconds"], **by}  # type: ignore[typeddict-item]
+    part: PartResult = {"values": values, "documents": found["documents"], "seconds": found["seconds"]}
+    if "by" in found:
+        part["by"] = str(found["by"])
+    return part

@@ -98,7 +98,8 @@ def load(
                 metric=metric, higher_is_better=better,
                 documents=sum(len({i.doc_id for i in p.instances}) for p in parts),
                 requests=sum(len(p.instances) for p in parts),
-                longest=max(_longest(request, part, tokenizer, window) for part in parts), tokens=tokens, written=written,
+                longest=max(_longest(request, part, tokenizer, window) for part in parts),
+                tokens=tokens, written=written,
             )
         )  # fmt: skip
     return Tasks(items=tuple(items), tokenizer=tokenizer, window=window, stops=tuple(stops))

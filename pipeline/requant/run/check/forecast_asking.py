@@ -44,8 +44,8 @@ class Scoring(Protocol):
 class Asking:
     """What was timed here, in seconds. token: of a batch. step: one token of one sequence, through all blocks.
 
-    scored: the head, a token. weight: to read one. decoded: to decode one of 4 bits. cached: bytes of a token's keys and
-    values. device: its type.
+    scored: the head, a token. weight: to read one. decoded: to decode one of 4 bits. cached: bytes of a token's keys
+    and values. device: its type.
     """
 
     p: Prepared
@@ -94,7 +94,7 @@ class Asking:
         return new_tokens * (max(self.step, rows * self.token) + rows * self.scored + decoded)
 
     def needs(self, started: int) -> list[Need]:
-        """The probe of the merge, roads and tasks, as far as the recipe asks for them. started: bytes of the process."""
+        """The probe of the merge, roads and tasks, those that the recipe asks for. started: bytes of the process."""
         return [
             Need(stage, seconds, started if self.device == "cuda" else started + peak, peak * (self.device == "cuda"))
             for stage, seconds, peak in (*self._onto(), *self._roads(), *self._tasks())
