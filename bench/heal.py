@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -122,6 +122,9 @@ ABLATIONS: dict[str, tuple[dict[str, Any], tuple[float, float, float], str]] = {
     "codes, half written": ({"tune": BOTH}, (0.15, 0.35, 0.5), "merged"),
     "codes, signs, a third written": ({"tune": BOTH, "optimizer": "signs"}, WRITTEN, "merged"),
     "codes alone": ({"tune": ("codes",)}, HALF, "merged"),
+    "scales, block by block": ({"mode": "blocks"}, HALF, "merged"),
+    "codes, block by block": ({"mode": "blocks", "tune": BOTH}, HALF, "merged"),
+    "codes, block by block, then scales": ({"mode": "blocks+whole", "tune": BOTH}, HALF, "merged"),
 }
 
 
@@ -134,15 +137,15 @@ def base_settings(args: argparse.Namespace) -> HealSettings:
 
 def heal_whole(
     bench: Bench, path: Path, settings: HealSettings, taught: Any, text: HealingText, micro: int,
-    optimizer: Optimizer | None = None, middle: bool = False,
+    optimizer: Optimizer | None = None, middle: bool = False, start: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:  # fmt: skip
-    """Heal in memory: (row, best values)."""
+    """Heal in memory: (row, best values). start: values in place of the checkpoint's."""
     reset_peak()
     sync()
     started = time.perf_counter()
     pupil = student.load(
         path, device=DEVICE, dtype=teacher.product_dtype(DEVICE), tune=settings.tune,
-        original=None if middle else bench.merged,
+        original=None if middle else bench.merged, start=start,
     )  # fmt: skip
     loading = time.perf_counter() - started
     loss = EndToEndLoss(pupil, taught, text, DEVICE)
@@ -221,17 +224,20 @@ def ablate(args: argparse.Namespace) -> None:
             continue
         text = bench.windows(settings, shares)
         with phase(name, bench.seconds):
-            if mode == "blocks":
+            row, values, rest = {}, {}, settings
+            if mode != "whole":
                 row, values = heal_blocks(bench, path, settings, text, args.micro or args.batch)
-            else:
+                row, rest = {"first": row} | row, replace(settings, tune=("scales",))
+            if mode != "blocks":
                 if target not in taught:
                     taught[target] = teacher.ResidentTeacher(bench.model(target), text.windows, DEVICE)
                 taught[target].windows = text.windows
-                row, values = heal_whole(
-                    bench, path, settings, taught[target], text, args.micro or settings.batch,
-                    OPTIMIZERS.get(optimizer), middle,
+                last, later = heal_whole(
+                    bench, path, rest, taught[target], text, args.micro or settings.batch,
+                    OPTIMIZERS.get(optimizer), middle, values,
                 )  # fmt: skip
-                rate = row["seconds"] / (settings.steps * settings.batch)
+                row, values = row | last, {**values, **later}
+                rate = last["seconds"] / (settings.steps * settings.batch)
             loss = bench.losses(path, values)
         bench.add({"setting": name} | loss | row | {"settings": asdict(settings)})
 
