@@ -1,7 +1,7 @@
 """Bench of scales and codes, end to end and block by block, on the first blocks of a model.
 
     python recipes/smollm2-pydocs/prepare.py --out DEMO
-    python bench/heal_blocks.py --model DEMO/base --texts DEMO --out FILE [--layers 4] [--bits 4,3] [--steps 60]
+    python bench/heal_blocks.py --model DEMO/base-16bit --texts DEMO/texts --out FILE [--layers 4] [--bits 4,3] [--steps 60]
 
 Small enough for a CPU. MODEL is a 16-bit checkpoint. Cut to its first blocks it is no good model, but its weights and hidden
 states are those of a trained one. KL in nats a token on windows that were not looked at before. FILE is rewritten after
