@@ -29,7 +29,7 @@ from requant.deploy.gguf_metadata import write_metadata
 from requant.deploy.gguf_package import open_file, package, stored_bytes_of
 from requant.errors import InputError, StageError
 from requant.formats import gguf_blocks
-from requant.formats.quantized_format import PackError, weights
+from requant.formats.quantized_format import PackError
 from requant.formats.registry import COMPRESSED_TENSORS
 from requant.modeling import skeleton
 from requant.modeling.token_ends import EndBits
@@ -232,10 +232,11 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
     def rounding(found: Tensor) -> float:
         if not stored:
             return _of_nearest(planned, weight, grid, kind, found)
-        codes, scale, zero, group = planned.reader.unpack(weight)
-        every = torch.arange(rows) if order is None else order
-        difference = gguf_blocks.unpack(kind, found) - weights(codes, scale, zero, group)[every]
-        return float((difference / scale[every][:, group]).abs().max())
+        parts = in_order(planned, module, weight, FORMAT, planned.reader.decode)
+        codes, scale, zero = parts if order is None else (part[order] for part in parts)
+        grouped, scales = (len(codes), scale.shape[1], -1), scale.unsqueeze(2)  # without an index a weight
+        expected = (codes.float().reshape(grouped) - zero.unsqueeze(2)) * scales
+        return float(((gguf_blocks.unpack(kind, found).reshape(grouped) - expected) / scales).abs().max())
 
     nbytes = columns // gguf_blocks.BLOCK * gguf_blocks.BYTES[kind]
     return GgufTensor(name=name, kind=kind, shape=(rows, nbytes), read=read, rounding=rounding)
