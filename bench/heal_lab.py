@@ -116,7 +116,7 @@ class Bench:
 
     def _set(self, name: str, file: str) -> ev.EvalSet:
         rows = tokenize(TextSource(path=self.args.texts / file), self.tokenizer)
-        documents = [ev.Document(d.ids) for d in rows]
+        documents = [ev.Document(d.ids, d.scored) for d in rows]  # of chats the answers, of plain text all
         return ev.make_set(name, documents, window=512, bos_id=self.bos, tokens=self.args.tokens)
 
     def scored(self) -> dict[str, float]:
