@@ -204,3 +204,19 @@ def test_files_as_mlx_lm_writes_them_are_read(tmp_path: Path) -> None:
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= open_quantized(out).quantized
     with pytest.raises(InputError, match=r"model.embed_tokens: its shape .* is not a multiple of 32 both ways"):
         convert(out, tmp_path / "ct", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("rope", "told"),
+    [
+        ({"rope_theta": 1e5, "rope_type": "default"}, {"rope_theta": 1e5}),
+        (
+            {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        ({"full_attention": {"rope_theta": 1e6}}, {}),
+        (None, {}),
+    ],
+)
+def test_rotary_settings_have_the_names_that_mlx_looks_for(rope: Any, told: dict[str, Any]) -> None:
+    assert layout.rotary_settings({"rope_parameters": rope}) == told

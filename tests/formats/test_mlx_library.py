@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pico
-from helpers.e2e import make_model, one_thread
+from helpers.e2e import edit_json, make_model, one_thread
 from safetensors.torch import load_file
 
 from requant.deploy import verify
@@ -89,6 +89,11 @@ def test_verify_with_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: 
     """mlx-lm's scores of every token are ours, with embeddings and head in one matrix of 8 bits too."""
     monkeypatch.setenv("REQUANT_MLX_PYTHON", str(PYTHON))
     make_model(tmp_path / "model", hidden=64, tied=tied)
+    rope = {
+        "rope_theta": 300.0,
+        "rope_type": "default",
+    }  # transformers' place for it, which mlx-lm's llama does not know
+    edit_json(tmp_path / "model" / "config.json", rope_parameters=rope)
     pico.packed(tmp_path / "model", tmp_path / "gptq", Grid(4, 32, signed=True))
     convert(tmp_path / "gptq", tmp_path / "out", "mlx", ends=ends)
     with one_thread():

@@ -117,6 +117,20 @@ def settings_of(declared: Mapping[str, Any], module: str) -> Mapping[str, Any] |
     return None if own is False else {**declared, **(own if isinstance(own, Mapping) else {})}
 
 
+def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of config.json under their older names, where most classes of mlx-lm 0.32 look for them.
+
+    They do not know transformers 5's `rope_parameters`, and take a base of 10,000 then. Settings by kind of layer have
+    no older name.
+    """
+    found = config.get("rope_parameters")
+    if not isinstance(found, Mapping) or not isinstance(found.get("rope_theta"), (int, float)):
+        return {}
+    scaling = {key: value for key, value in found.items() if key != "rope_theta"}
+    told = {"rope_theta": found["rope_theta"]}
+    return told if found.get("rope_type", "default") == "default" else {**told, "rope_scaling": scaling}
+
+
 class MlxRules:
     """Which linears a quantization config declares as quantized, and how: by an entry of their name, else by default.
 

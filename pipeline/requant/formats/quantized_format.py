@@ -28,6 +28,10 @@ def weights(codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor) -> Tensor
     return (codes.float() - zero[:, group]) * scale[:, group]
 
 
+def _nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing wrong with a checkpoint. where: a tensor name, or `file: key`."""
@@ -181,7 +185,7 @@ class QuantizedFormat(StoredFormat):
     largest relative change of a zero point by how it is stored. by_class: engines take every module of the class Linear
     for quantized that no rule names, whatever the file holds. ends: whether it holds token embeddings and head
     quantized. head: whether it holds a quantized head beside embeddings in 16 bit. tied_ends: whether it holds both
-    also where they are one matrix.
+    also where they are one matrix. beside: config.json -> what its engine looks for there under names of its own.
     """
 
     pack: Pack
@@ -197,6 +201,7 @@ class QuantizedFormat(StoredFormat):
     ends: bool = False
     head: bool = False
     tied_ends: bool = False
+    beside: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
 
     def of(self, *, symmetric: bool) -> QuantizedFormat:
         """The layout of a checkpoint whose linears are all symmetric, or not."""

@@ -107,6 +107,7 @@ MLX = QuantizedFormat(
     config_file=None,
     config_keys=mlx.CONFIG_KEYS,
     zero_rounding=mlx.ROUNDING,
+    beside=mlx.rotary_settings,
     ends=True,
     tied_ends=True,
     recognise=mlx.recognise,

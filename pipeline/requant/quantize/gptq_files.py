@@ -75,7 +75,8 @@ def write_small_files(
     config = model_files.edit_config(
         read_json(source / "config.json", constants=True), dtype=str(dtype).removeprefix("torch.")
     )
-    model_files.write_json(out / "config.json", config | dict.fromkeys(layout.format.config_keys, quantization))
+    config = layout.format.beside(config) | config | dict.fromkeys(layout.format.config_keys, quantization)
+    model_files.write_json(out / "config.json", config)
     if layout.format.config_file is not None:
         model_files.write_json(out / layout.format.config_file, quantization)
     model_files.copy_small_files(source, out)
