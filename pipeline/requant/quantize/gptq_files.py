@@ -72,9 +72,8 @@ def write_small_files(
         tables=layout.tables,
         meta=meta,
     )
-    config = model_files.edit_config(
-        read_json(source / "config.json", constants=True), dtype=str(dtype).removeprefix("torch.")
-    )
+    raw = read_json(source / "config.json", constants=True)
+    config = model_files.edit_config(raw, dtype=str(dtype).removeprefix("torch."))
     config = layout.format.beside(config) | config | dict.fromkeys(layout.format.config_keys, quantization)
     model_files.write_json(out / "config.json", config)
     if layout.format.config_file is not None:
