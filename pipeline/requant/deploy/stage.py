@@ -239,7 +239,7 @@ def _unscored(answer: engine_processes.Answer) -> EngineResult:
         "versions": dict(answer.versions),
         "load_seconds": answer.load_seconds,
         "error": answer.error,
-        "tolerance": engine_processes.TOLERANCE[answer.dtype],
+        "tolerance": answer.tolerance,
         "perplexity": None,
         "difference": None,
         "same_tokens": None,
