@@ -17,6 +17,7 @@ from heal.test_stage import CPU, Killed, divergence, quantized, size_8b
 from helpers import pico
 
 from requant.data.healing_text import HealingText
+from requant.deploy import conversion
 from requant.errors import InputError
 from requant.formats.registry import open_quantized
 from requant.heal import block_streams, blockwise, latents, student
@@ -24,6 +25,7 @@ from requant.heal import stage as heal
 from requant.heal.model_size import ModelSize
 from requant.heal.plan import BLOCK_TOKENS, HealPlan, choose_plan
 from requant.modeling import skeleton
+from requant.modeling.token_ends import EndBits
 from requant.numerics.grid import Grid
 
 BLOCKS = HealPlan(mode="blocks", teacher_resident=False, recompute=False, micro_batch=16)
@@ -255,6 +257,19 @@ def test_a_file_of_gptqmodels_kind(pair: tuple[Path, Path], tmp_path: Path) -> N
     assert told["healed"]
     same_but_for(other, tmp_path / "out", "qweight", "scales")
     assert told["kl_best"] == pytest.approx(divergence(tmp_path / "out", merged, sample().windows[-16:]), rel=1e-3)
+
+
+def test_a_quantized_head_counts(tmp_path: Path) -> None:
+    """The KL that is told is the file's, of both passes: with its own head, not the 16-bit model's."""
+    merged, source = quantized(tmp_path, grid=Grid(4, 32))
+    conversion.convert(source, tmp_path / "head", "gptq", ends=EndBits(head=4))
+    told = run((merged, tmp_path / "head"), tmp_path / "out", plan=BOTH)
+    windows = sample().windows[-16:]
+    start = divergence(tmp_path / "head", merged, windows)
+    assert start > 1.05 * divergence(source, merged, windows), "the head's rounding shows"
+    first, second = told["passes"]
+    assert told["kl_start"] == first["kl_start"] == pytest.approx(start, rel=5e-3)
+    assert first["kl_best"] == pytest.approx(second["kl_start"], rel=5e-3)
 
 
 # --- the plan ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,17 @@ class Streams:
             return stream[list(numbers)]
         return from_host(stream, numbers, buffer, self.walk.device)
 
-    def compare_with_teacher(self, windows: Tensor, sources: Sequence[int]) -> tuple[Windows, Windows]:
+    def compare_with_teacher(
+        self, windows: Tensor, sources: Sequence[int], head: Tensor | None = None
+    ) -> tuple[Windows, Windows]:
         """The held-out windows with the unhealed and with the healed student, after the last block.
 
         windows: ids int64 [n, length] of all windows, on the device. sources: of the held-out ones.
+        head: weight [vocab, width] of the student's head; None: it is the teacher's.
         """
         after = AfterBlocks(self.walk, windows[:1], self)
+        dtype = product_dtype(self.walk.device)
+        own = after.head if head is None else replace(after.head, weight=head.to(dtype))
         begin, device = len(self.teacher) - self.held_out, self.walk.device
         found = []
         for stream, offset in ((self.unhealed, 0), (self.student, begin)):
@@ -112,7 +118,7 @@ class Streams:
                 states = (self.teacher[begin + i], stream[offset + i])
                 teacher, healed = (after.hidden(s[None].to(device)) for s in states)
                 ids = windows[begin + i][None]
-                each.append(kl_loss.measured(healed, after.head, teacher, after.head, ids, product_dtype(device)))
+                each.append(kl_loss.measured(healed, own, teacher, after.head, ids, dtype))
             kl, loss = (torch.cat(values) for values in zip(*each, strict=True))
             found.append(Windows(kl, loss, sources))
         return found[0], found[1]

@@ -32,6 +32,7 @@ from requant.heal.trainer import Trainer
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
 from requant.modeling.blocks import block_list
+from requant.modeling.token_ends import TokenEnds
 from requant.runtime.device import free_memory
 
 
@@ -109,6 +110,12 @@ class _Student:
         )  # fmt: skip
         return Student(self.items[index], vectors)
 
+    def head(self) -> Tensor | None:
+        """The weight of a quantized head, fp32 [vocab, width] on the device; None where it is not quantized."""
+        name = TokenEnds.of(self.model).head
+        stored = self.names.get(f"{name}.weight")
+        return self.reader.read(stored, self.job.device) if stored in self.reader.quantized else None
+
     def release(self, index: int) -> None:
         """Forget a block."""
         self.items[index] = nn.Identity()
@@ -138,7 +145,7 @@ def heal_blocks(job: HealJob, progress: Progress | None = None) -> tuple[HealedV
         if progress:
             found = f", error {error['start']:.2e} -> {error['best']:.2e}" if error else ""
             progress(index + 1, len(walk), f"blocks{found}")
-    start, end = streams.compare_with_teacher(windows.to(device), text.held_out_sources)
+    start, end = streams.compare_with_teacher(windows.to(device), text.held_out_sources, blocks.head())
     judged = text.choosing
     curve = LossCurve([], [Look(0, start.part(0, judged)), Look(job.settings.steps, end.part(0, judged))])
     if text.judging:
