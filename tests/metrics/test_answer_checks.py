@@ -142,6 +142,8 @@ ENGLISH = (
 GERMAN = "Um ein Ei zu kochen, legt man es in einen Topf mit Wasser. Danach wird es heiß, und es bleibt für zehn Minuten stehen."
 SQL = "SELECT name FROM users WHERE age IN (1) AND name NOT LIKE 'a' ORDER BY name; SELECT id AS key FROM t"
 
+CODE = "import os as o\ndef add(a, b):\n    return a + b\nfor i in range(o.cpu_count()):\n    print(add(a=i, b=i))\n"
+
 
 @pytest.mark.parametrize(
     ("prompt", "own", "text", "passes"),
@@ -152,6 +154,7 @@ SQL = "SELECT name FROM users WHERE age IN (1) AND name NOT LIKE 'a' ORDER BY na
         (GERMAN, "", "It is four.", None),
         ("Wie koche ich ein Ei?", "", ENGLISH, None),
         (GERMAN, "", SQL, None),
+        (GERMAN, "", CODE, None),
         (GERMAN, "", f"```python\n# {ENGLISH}\n```", None),
     ],
 )

@@ -1,7 +1,7 @@
 """The language of a text by its commonest words; None where that is not sure.
 
 Written for answers, which are short and may hold code: fenced code and words in capitals are passed over, and a text
-with few common words, or with those of two languages alike, is not judged.
+with few common words, few different ones, or with those of two languages alike, is not judged.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ COMMON = {
 """Language -> its commonest words."""
 FEWEST = 12  # words of a text that is judged
 SHARE = 0.18  # of a text's words that are common ones of its language, at least
+KINDS = 5  # of a language's common words, at least: names in code repeat one or two that a language has too
 TIMES = 1.4  # as many as of any other language, at least
 _WORDS = {name: frozenset(words.split()) for name, words in COMMON.items()}
 _WORD = re.compile(r"[^\W\d_]+")
@@ -41,4 +42,5 @@ def language(text: str) -> str | None:
         return None
     hits = sorted(((sum(word in own for word in words), name) for name, own in _WORDS.items()), reverse=True)
     (most, name), (second, _) = hits[:2]
-    return name if most >= SHARE * len(words) and most >= TIMES * second else None
+    sure = len(_WORDS[name].intersection(words)) >= KINDS and most >= SHARE * len(words) and most >= TIMES * second
+    return name if sure else None
