@@ -108,3 +108,13 @@ def test_a_program_of_a_shown_block_is_ours_or_known_to_be_of_others() -> None:
             if looks and first not in (*OURS, *ELSEWHERE) and not re.match(PROGRAM, command):
                 unknown.append(f"{named(page)}: {command}")
     assert unknown == []
+
+
+def test_every_line_that_check_prints_is_explained() -> None:
+    printed = set(re.findall(r'_line\("(\w+)"', (ROOT / "pipeline/requant/cli/check_command.py").read_text()))
+    page = (ROOT / "docs/commands.md").read_text().partition("\n## What check prints\n")[2].partition("\n## ")[0]
+    explained = {
+        name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert len(printed) > 15
+    assert explained == printed

@@ -230,6 +230,22 @@ def test_too_little_text_is_refused() -> None:
         packing.calibration_windows([("a", documents(20), 1.0)], samples=3, length=8, seed=0, bos=None, eos=None)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (2100, "(this text allows 2 samples of 2048 tokens or 8 samples of 512 tokens or 16 samples of 256 tokens)"),
+        (700, "(this text allows 2 samples of 512 tokens or 4 samples of 256 tokens)"),
+        (20, "or give more text"),
+    ],
+)
+def test_too_little_text_says_what_it_allows(tokens: int, says: str) -> None:
+    """Half of the windows are its share."""
+    entries = [("a", documents(tokens), 1.0), ("b", documents(500_000), 1.0)]
+    with pytest.raises(InputError) as refused:
+        packing.calibration_windows(entries, samples=128, length=2048, seed=0, bos=None, eos=None)
+    assert str(refused.value).endswith(says)
+
+
 def test_the_seed_decides_and_the_digest_shows_it() -> None:
     """The digest is part of a run's key: it must not move between versions or machines."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -382,10 +383,18 @@ def test_a_config_of_the_base_that_cannot_be_read(here: Path, content: str, says
     assert said.endswith("download the file again")
 
 
+def lines_for_editors(text: str) -> list[str]:
+    """Comments that a YAML language server obeys."""
+    return [line for line in text.splitlines() if re.match(r"^#\s+yaml-language-server\s*:", line)]
+
+
 def test_the_line_for_editors_is_written_where_the_schema_is(here: Path) -> None:
     name = adapter(base_model_name_or_path="gpt2")
-    assert "yaml-language-server" not in starter(name)
+    assert not lines_for_editors(starter(name))
+    assert "requant schema > requant.schema.json" in starter(name), "how to get there"
     (here / "requant.schema.json").write_text("{}")
     assert starter(name).startswith("# yaml-language-server: $schema=requant.schema.json\n")
+    assert len(lines_for_editors(starter(name))) == 1
+    assert "requant schema >" not in starter(name)
     (here / "deeper").mkdir()
-    assert "yaml-language-server" not in starter(name, directory="deeper")
+    assert not lines_for_editors(starter(name, directory="deeper"))

@@ -17,6 +17,8 @@ from torch import Tensor
 from requant.data.documents import TokenDocument
 from requant.errors import InputError
 
+SHORTER = (512, 256)
+"""Tokens of a window that a text too short for its share is said to allow."""
 Entry = tuple[str, Sequence[TokenDocument], float]  # name, documents, share of the windows
 
 
@@ -52,11 +54,22 @@ def calibration_windows(
             raise InputError(
                 f"calibration: {name} has {len(stream)} tokens, {available} windows of {length}, "
                 f"but its share is {count}: lower calibration.samples or length, or give more text"
-                + (f" ({available * samples // count} samples of this length would fit)" if available else "")
+                + _what_fits(stream, length, bos, samples, count)
             )
         chosen += [_window(stream, at, length, bos) for at in draw.sample(starts, count)]
     draw.shuffle(chosen)
     return torch.tensor(chosen, dtype=torch.int64)
+
+
+def _what_fits(stream: Sequence[int], length: int, bos: int | None, samples: int, count: int) -> str:
+    """In brackets, how many samples a text that is too short allows, of its `length` and of shorter ones.
+
+    count: how many of the `samples` are this text's share.
+    """
+    lengths = [length, *(n for n in SHORTER if n < length)]
+    fits = [(len(_starts(stream, n, bos)) * samples // count, n) for n in lengths]
+    words = " or ".join(f"{n} samples of {size} tokens" for n, size in fits if n)
+    return f" (this text allows {words})" if words else ""
 
 
 def cut(stream: Sequence[int], length: int, bos: int | None, most: int | None = None) -> list[list[int]]:

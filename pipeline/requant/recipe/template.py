@@ -26,6 +26,11 @@ GROUPS = (128, 64, 32)
 SCHEMA_FILE = "requant.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
 """What tells editors of a schema beside the recipe; without that file they report an error, so it is left out."""
+EDITOR_HINT = f"""\
+# For completion in an editor: `requant schema > {SCHEMA_FILE}` beside this file, and as its first line
+#     `{EDITOR_LINE.strip()}`
+"""
+"""How to get there, where that file is not."""
 LENGTH = 2048  # tokens of a window, by default
 Widths = Callable[[Path], Collection[int]]
 """Directory with config.json -> the inputs of the linears to quantize; none if they cannot be known."""
@@ -61,12 +66,13 @@ def starter(
     section = _base_section(base, directory)
     if adapter_record.lacks_tokenizer(adapter, base):
         section += "  # FIXME: no tokenizer files beside this model or the adapter: copy those of training into one\n"
-    editor = EDITOR_LINE if (directory / SCHEMA_FILE).is_file() else ""
+    editor, hint = (EDITOR_LINE, "") if (directory / SCHEMA_FILE).is_file() else ("", EDITOR_HINT)
     size, why = _group_size(widths(base.directory) if base.directory else ())
     most = positions(base.directory) if base.directory else None
     short = most is not None and 2 <= most < LENGTH
     return _TEMPLATE.format(
         editor=editor,
+        hint=hint,
         length=f"{most if short else LENGTH:<4}",
         positions=f"; the base has {most:,} positions" if short else "",
         summary=_summary(config),
@@ -209,9 +215,9 @@ _PRE_QUANTIZED = """\
 """
 
 _TEMPLATE = """\
-{editor}# `requant check recipe.yaml` says in seconds what is wrong. Paths are relative to this file.
+{editor}# `requant check recipe.yaml` says what is wrong before anything is computed. Paths are relative to this file.
 # The adapter: {summary}
-version: 1
+{hint}version: 1
 name: {name}     # names the run directory
 base:                       # the model that the adapter was trained on
 {base}adapter: {adapter}
