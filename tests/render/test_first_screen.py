@@ -40,6 +40,16 @@ def test_a_person_reads_what_changed_in_plain_words() -> None:
     assert first.then[0].startswith("Measure on more held-out rows")
 
 
+@pytest.mark.parametrize(
+    ("kept", "shown"), [(0.4, "40"), (0.9849, "98"), (0.9969, "99.7"), (0.99949, "99.9"), (0.9996, "100"), (1.2, "100")]
+)
+def test_all_of_the_fine_tune_is_kept_only_where_it_is(kept: float, shown: str) -> None:
+    report = answered()
+    home = next(s for s in report["sets"] if s["in_domain"])
+    home["retention"]["gptq"]["value"] = kept
+    assert f"Of what the fine-tune learned, {shown} % is kept." in first_screen(report).plain
+
+
 def test_the_share_of_changed_words_is_that_of_the_report() -> None:
     report = answered()
     home = next(s for s in report["sets"] if s["in_domain"])

@@ -22,11 +22,22 @@ from requant_eval.render import ci, markdown, model_card, terminal
 from requant_eval.render.set_tables import divergence_table, variants_table
 from requant_eval.render.tables import modules_table
 from requant_eval.report.assemble import build, dumps, save, save_text
+from requant_eval.report.headline import headline
 from requant_eval.report.number_format import format_bytes, format_estimate, format_seconds, format_value
 
 
 def edge(s: dict[str, Any], start: str, end: str) -> dict[str, Any]:
     return next(e for e in s["edges"] if (e["from"], e["to"]) == (start, end))
+
+
+@pytest.mark.parametrize(("merged", "says"), [(104_000_000, False), (106_000_000, True)])
+def test_the_headline_tells_of_no_saving_that_is_none(merged: int, says: bool) -> None:
+    """A tiny model is mostly embeddings, which keep 16 bit."""
+    report = built()
+    sizes = report["facts"]["cost"]["bytes"]
+    sizes["merged"] = merged
+    assert sizes["gptq"] == 100_000_000
+    assert ("times smaller" in headline(report)) is says
 
 
 def test_headline_answers_in_one_sentence() -> None:

@@ -97,7 +97,8 @@ def _kept(home: EvaluationSet, final: str) -> str:
         return ""
     if kept["value"] <= 0:
         return "Nothing of what the fine-tune learned is kept: on this text it is no better than the base."
-    return f"Of what the fine-tune learned, {min(100 * kept['value'], 100):.0f} % is kept."
+    share = 100 * kept["value"]  # rounded, 99.7 % would be all of it
+    return f"Of what the fine-tune learned, {min(share, 100):.{1 if 99 <= share < 99.95 else 0}f} % is kept."
 
 
 def _sizes(report: Report) -> Iterator[tuple[str, str]]:

@@ -140,7 +140,11 @@ def modules_table(facts: Facts, *, most: int = WORST_MODULES) -> Table:
     rows = tuple((str(m.get("name", "?")), *(_cell(m.get(key)) for key in shown)) for m in worst)
     every = len(rows) == len(modules) > WORST_MODULES
     title = f"All {len(rows)} modules" if every else f"The {len(rows)} worst of {len(modules)} modules"
-    note = "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data."
+    note = (
+        "Relative error: sqrt(tr(E H E') / tr(W H W')) on the calibration data; E: error of W, H: Hessian; "
+        "RTN's: of rounding to nearest; adapter/noise: the signal to noise of the adapter; loss: tr(E H E'); "
+        "damp: the share of H's mean diagonal that was added to it."
+    )
     columns = ("module", *(optional[key] for key in shown))
     return Table(title=title, columns=columns, rows=rows, note=note, key="modules").informative()
 

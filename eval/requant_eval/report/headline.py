@@ -114,6 +114,6 @@ def _size(report: Numbers, final: str) -> str:
     if not size or final in ("merged", "rtn"):
         return ""
     text = f"checkpoint {format_bytes(size)}"
-    if merged := sizes.get("merged"):
+    if (merged := sizes.get("merged")) and merged >= 1.05 * size:
         text += f", {merged / size:.1f} times smaller than the merged one"
     return text
