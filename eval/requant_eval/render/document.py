@@ -204,7 +204,7 @@ def _sections(report: Report) -> Iterator[Section]:
     yield Section("Cost", tuple(cost_tables(facts)))
     described = (
         facts_table("Merge", facts.get("merge")),
-        facts_table("Quantization", facts.get("quantize"), skip=("modules", "resonance")),
+        facts_table("Quantization", facts.get("quantize"), skip=("modules", "resonance", "budget_units")),
         facts_table("Calibration", facts.get("calibration")),
     )
     yield Section("Merge, quantization, calibration", tuple(t for t in described if t.rows))

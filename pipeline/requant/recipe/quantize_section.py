@@ -85,6 +85,11 @@ class Quantize(Section):
     model_config = section_examples.QUANTIZE
 
     bits: Bits = Field(default=4, description="Bits a weight. vLLM and SGLang load 4 and 8 as GPTQ.")
+    budget: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        default=None,
+        description="In place of bits: mean bits of codes a weight of the quantized linears, such as 3.5; scales and "
+        "zero points come on top. Each unit that engines fuse gets the width that measured losses give it.",
+    )
     group_size: GroupSize = Field(default=128, description="Inputs that share a scale; -1: the whole row.")
     symmetric: bool = Field(
         default=True, description="Zero point fixed at the middle. false: vLLM and SGLang refuse it as GPTQ."
@@ -138,6 +143,14 @@ class Quantize(Section):
         default={}, description="Pattern of full module names (fnmatch) -> what differs there. The last match wins."
     )
 
+    @field_validator("budget")
+    @classmethod
+    def _instead_of_bits(cls, budget: float | None, info: ValidationInfo) -> float | None:
+        bits = info.data.get("bits", 4)
+        if budget is not None and bits != 4:
+            fail(((), f"chooses the bits of every linear, and quantize.bits is {bits}: leave one of the two out"))
+        return budget
+
     @field_validator("signed_scales")
     @classmethod
     def _signed_is_symmetric(cls, signed: bool, info: ValidationInfo) -> bool:
@@ -149,6 +162,9 @@ class Quantize(Section):
     @classmethod
     def _servable(cls, overrides: dict[str, Override], info: ValidationInfo) -> dict[str, Override]:
         problems = _fused_parts(overrides)
+        if info.data.get("budget") is not None:
+            clash = "quantize.budget chooses the bits: leave them out here, or the budget"
+            problems += [((key, "bits"), clash) for key, item in overrides.items() if item.bits is not None]
         if info.data.get("signed_scales"):
             clash = "false contradicts quantize.signed_scales: true"
             problems += [((key, "symmetric"), clash) for key, item in overrides.items() if item.symmetric is False]

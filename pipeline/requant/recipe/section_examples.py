@@ -47,6 +47,7 @@ MERGE = _shown({"onto": "dequantized", "dtype": "auto", "max_shard": "2GB"})
 OVERRIDE = _shown({"bits": 8, "group_size": 64, "symmetric": True}, {"skip": True})
 
 QUANTIZE = _shown(
+    {"budget": 3.5, "group_size": 128, "overrides": {"*.layers.0.*": {"skip": True}}},
     {"bits": 4, "group_size": 128, "overrides": {"*.down_proj": {"bits": 8}, "*.layers.0.*": {"skip": True}}},
     {
         "bits": 4,

@@ -231,6 +231,7 @@ merge:
 
 quantize:
   bits: 4                   # 2 | 3 | 4 | 8, default 4; vLLM and SGLang load 4 and 8
+  # budget: 3.5             # in place of bits: their mean over all weights, spent where measured losses are largest
   group_size: {group}          # 32 | 64 | 128 | -1, default 128; {why}
   symmetric: true           # bool, default true; vLLM and SGLang refuse false
   signed_scales: false      # bool, default false; a little better, not proven in vLLM's GPU kernels

@@ -23,6 +23,9 @@ Only this package, and cli for printing, reads a Recipe.
     probe               does the adapter lower the loss on its own text
     merge_onto          onto which base the adapter is merged, measured for merge.onto: auto
     onto_choice         the rule of it: from both losses to the base that is taken
+    bit_budget          the width of every linear, chosen by measured losses for quantize.budget
+    bit_allocation      the rule of it: the widths of least total loss within a budget
+    budget_widths       the widths that formats and servers leave to choose from
     expert_order        in which order an adapter holds its experts, measured where no file says it
     heal_stage          the healed checkpoint
     end_formats         quantized token embeddings and head, and the formats that hold them

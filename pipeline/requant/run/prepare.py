@@ -38,6 +38,7 @@ from requant.recipe import Recipe, named_files
 from requant.run import (
     answer_prompts,
     base_precision,
+    budget_widths,
     dtypes,
     output_formats,
     positions,
@@ -80,10 +81,7 @@ def prepare(
     sources, loaded, merge_inputs, model, single = models
     plan = merge_inputs.plan
     dtypes.refuse_float16(recipe, plan)
-    quantize_inputs = quantize_inputs_of(recipe, plan, single)
-    output_formats.refuse_unpackable(recipe.output.formats, quantize_inputs.plan)
-    if gguf_export.FORMAT in recipe.output.formats:
-        output_formats.refuse_gguf(sources, plan, quantize_inputs.plan, model)
+    quantize_inputs, widths = _quantize_inputs(recipe, sources, plan, model, single)
     unloadable = base_precision.unloadable(plan, model, sources.simulate)
     warnings = _warnings(recipe, loaded, merge_inputs, model, quantize_inputs)
     warnings += [*quantize_inputs.notes, *([unloadable] if unloadable else [])]
@@ -106,8 +104,28 @@ def prepare(
     warnings += too_few_tokens(recipe.calibration, quantize_inputs.plan.shapes)
     return Prepared(
         recipe=recipe, sources=sources, merge=merge_inputs, quantize=quantize_inputs, texts=texts, heal=healing,
-        unloadable=unloadable, warnings=tuple(warnings), tasks=tasks,
+        unloadable=unloadable, warnings=tuple(warnings), tasks=tasks, widths=widths,
     )  # fmt: skip
+
+
+def _quantize_inputs(
+    recipe: Recipe, sources: Sources, plan: MergePlan, model: Any, single: Any
+) -> tuple[QuantizeInputs, tuple[int, ...]]:
+    """(the quantized layout and who loads it, the widths that a budget may give; none without a budget)."""
+
+    def planned(wanted: Recipe) -> QuantizeInputs:
+        inputs = quantize_inputs_of(wanted, plan, single)
+        output_formats.refuse_unpackable(wanted.output.formats, inputs.plan)
+        if gguf_export.FORMAT in wanted.output.formats:
+            output_formats.refuse_gguf(sources, plan, inputs.plan, model)
+        return inputs
+
+    def served(wanted: Recipe) -> QuantizeInputs:
+        inputs = planned(wanted)
+        output_formats.refusing_engines(servers(wanted), inputs.engines)
+        return inputs
+
+    return (planned(recipe), ()) if recipe.quantize.budget is None else budget_widths.planned(recipe, served)
 
 
 def _prompts(recipe: Recipe, shared: SharedInputs, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts | None:

@@ -27,7 +27,7 @@ from requant.recipe.quantize_section import OverrideFields
 from requant.run.end_formats import PlannedEnds
 from requant.run.heal_recipe import Healing
 from requant.run.recipe_texts import CalibrationFacts
-from requant.run.stage_results import OntoDecision
+from requant.run.stage_results import BudgetDecision, OntoDecision
 
 if TYPE_CHECKING:
     from requant_eval.scoring.windows import EvalSet
@@ -108,7 +108,8 @@ class Prepared:
     """Plans, settings and texts of one recipe.
 
     heal: None when it was not asked for, or `auto` left it out.
-    choice: how `merge.onto: auto` was decided.
+    choice: how `merge.onto: auto` was decided. budget: the same of `quantize.budget`. widths: those that it may give,
+    where it is yet to be decided.
     unloadable: why transformers 5 cannot load the base as training did; None when it can.
     """
 
@@ -122,6 +123,8 @@ class Prepared:
     warnings: tuple[str, ...]
     tasks: Tasks | None = None
     choice: OntoDecision | None = None
+    widths: tuple[int, ...] = ()
+    budget: BudgetDecision | None = None
 
     @property
     def task_variants(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from requant.run.format_facts import FormatFacts, format_facts, weight_bytes
 from requant.run.prepared import Prepared
 from requant.run.recipe_texts import CalibrationFacts
 from requant.run.stage_results import (
+    BudgetUnit,
     HealedFacts,
     HealStageResult,
     Measured,
@@ -73,6 +74,15 @@ class EngineFacts(TypedDict):
     source: str
 
 
+class BudgetFacts(TypedDict):
+    """What `quantize.budget` gave: `BudgetDecision` without its units."""
+
+    asked: float
+    mean: float
+    why: str
+    widths: list[int]
+
+
 class QuantizeFacts(TypedDict):
     """The quantization. settings: the recipe's section `quantize`. dtype: of serving."""
 
@@ -83,6 +93,8 @@ class QuantizeFacts(TypedDict):
     resonance: PredictionFacts | None
     left_in_16_bit: list[str]
     engines: dict[str, EngineFacts]
+    budget: NotRequired[BudgetFacts]
+    budget_units: NotRequired[list[BudgetUnit]]
 
 
 class HealFacts(HealedFacts):
@@ -132,6 +144,29 @@ class RunFacts(TypedDict):
     suggestion: NotRequired[SuggestStageResult | None]
 
 
+def _quantize_facts(p: Prepared, stages: StageResults) -> QuantizeFacts:
+    """Settings, what each module lost, and who loads the result; of a budget what it gave."""
+    quantized, choice = stages["quantize"], p.budget
+    found: QuantizeFacts = {
+        "settings": p.recipe.quantize.model_dump(),
+        "dtype": str(p.quantize.dtype).removeprefix("torch."),
+        "bits_per_weight": quantized.get("bits_per_weight"),
+        "modules": quantized.get("modules", []),
+        "resonance": stages["resonance"]["prediction"],
+        "left_in_16_bit": quantized.get("left", []),
+        "engines": {v.target.name: {"loads": v.loads, "says": str(v), "source": v.source} for v in p.quantize.engines},
+    }
+    if choice is not None:
+        found["budget"] = {
+            "asked": choice["asked"],
+            "mean": choice["mean"],
+            "why": choice["why"],
+            "widths": choice["widths"],
+        }
+        found["budget_units"] = choice["units"]
+    return found
+
+
 def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: str, dtype: str) -> RunFacts:
     """The facts of one run. stages: stored results. run: its directory, for sizes."""
     r = prepared.recipe
@@ -149,17 +184,7 @@ def run_facts(prepared: Prepared, stages: StageResults, run: Path, *, device: st
             "probe": stages.get("probe", {}).get("probes", []),
         },
         "merge": cast(MergeFacts, {k: v for k, v in merged.items() if k not in MEASURED}),
-        "quantize": {
-            "settings": r.quantize.model_dump(),
-            "dtype": str(prepared.quantize.dtype).removeprefix("torch."),
-            "bits_per_weight": quantized.get("bits_per_weight"),
-            "modules": modules,
-            "resonance": stages["resonance"]["prediction"],
-            "left_in_16_bit": quantized.get("left", []),
-            "engines": {
-                v.target.name: {"loads": v.loads, "says": str(v), "source": v.source} for v in prepared.quantize.engines
-            },
-        },
+        "quantize": _quantize_facts(prepared, stages),
         "verify": quantized.get("verify"),
         "calibration": prepared.texts.calibration_facts,
         "heal": _healing(prepared, stages.get("heal")),

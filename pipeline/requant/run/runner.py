@@ -21,7 +21,7 @@ from requant.errors import InputError
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
-from requant.run import disk_space, expert_order, merge_onto, prepare, roads_stage
+from requant.run import bit_budget, disk_space, expert_order, merge_onto, prepare, roads_stage
 from requant.run.context import RunContext
 from requant.run.convert_stage import CONVERTED
 from requant.run.observer import LoggedWatcher, Outcome, Watcher
@@ -95,6 +95,7 @@ def run_prepared(
         watcher.doing("digests of the files of base and adapter")
         prepared = expert_order.decided(prepared, directory, watcher)
         prepared = merge_onto.decided(prepared, directory, watcher, inputs)
+        prepared = bit_budget.decided(prepared, directory, watcher, inputs)
         context = RunContext.of(prepared, directory, watcher, ranks)
         _take_over(context, stages)
         for stage in stages:

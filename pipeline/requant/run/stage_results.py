@@ -58,6 +58,25 @@ class OntoDecision(TypedDict):
     sets: list[OntoFacts]
 
 
+class BudgetUnit(TypedDict):
+    """Linears that share a width. weights: how many. losses: nats a token when they alone are rounded, by width."""
+
+    pattern: str
+    bits: int
+    weights: int
+    losses: list[float]
+
+
+class BudgetDecision(TypedDict):
+    """What `quantize.budget` gave. asked, mean: bits of codes a weight. widths: of `BudgetUnit.losses`."""
+
+    asked: float
+    mean: float
+    why: str
+    widths: list[int]
+    units: list[BudgetUnit]
+
+
 class MergeFacts(TypedDict, total=False):
     """`merge.stage.MergeResult` as stored, and the self-test."""
 

@@ -1,4 +1,4 @@
-"""Forecast of what is asked beside scores: prompts, tasks, roads, `merge.onto: auto`.
+"""Forecast of what is asked beside scores: prompts, tasks, roads, `merge.onto: auto`, `quantize.budget`.
 
 An answer takes a pass through all weights for each token; the answers of a batch share it.
 """
@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+from requant.evaluate import width_losses
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.roads import NF4_ROADS
 from requant.evaluate.stage import Stream
-from requant.run import merge_onto
+from requant.run import bit_budget, merge_onto
 from requant.run.check.forecast_merge import Need
 from requant.run.prepared import Prepared
 from requant.run.road_recipe import scored_roads
@@ -20,6 +23,7 @@ from requant.run.task_recipe import served
 from requant_eval.scoring.answers import BATCH_TOKENS, batches
 from requant_eval.scoring.batches import BatchSize
 
+IN_FP32 = {"cpu": 1, "cuda": 8}  # times the seconds of a forward in the dtype of scoring
 LIKE = dict.fromkeys(NF4_ROADS, "adapter") | {"gptqmodel": "gptq"}
 """Road -> the variant that takes as much."""
 
@@ -97,7 +101,7 @@ class Asking:
         """The probe of the merge, roads and tasks, those that the recipe asks for. started: bytes of the process."""
         return [
             Need(stage, seconds, started if self.device == "cuda" else started + peak, peak * (self.device == "cuda"))
-            for stage, seconds, peak in (*self._onto(), *self._roads(), *self._tasks())
+            for stage, seconds, peak in (*self._onto(), *self._budget(), *self._roads(), *self._tasks())
         ]
 
     def _onto(self) -> Iterator[tuple[str, float, int]]:
@@ -112,6 +116,22 @@ class Asking:
             2 * each,
             4 * (3 * size.block + size.outside + read * size.width),
         )  # its delta and the sum too
+
+    def _budget(self) -> Iterator[tuple[str, float, int]]:
+        """Every unit rounded to every width, its block run for each, and its states run on through half the blocks."""
+        if not self.p.widths:
+            return
+        size, device, inside = self.scoring.size_of("merged"), torch.device(self.device), self.p.quantize.plan.shapes
+        units, tokens = (
+            bit_budget.units_of(self.p.quantize.plan),
+            width_losses.sample(self.p.texts.calibration, self.device).numel(),
+        )
+        passes = len(units) * (0.5 + len(self.p.widths) / max(1, size.layers))
+        rounded = len(self.p.widths) * sum(rows * columns for rows, columns in inside.values())
+        seconds = passes * tokens * self.token * IN_FP32[self.device] + len(units) * tokens * self.scored
+        seconds += rounded * width_losses.seconds_a_weight(device) + size.total * (self.weight + self.decoded)
+        states = len(units) * tokens * size.width  # on the host
+        yield "bit budget", seconds, 4 * (3 * size.block + size.outside + (states if self.device == "cpu" else 0))
 
     def _roads(self) -> Iterator[tuple[str, float, int]]:
         """Each road as the variant that it is like; what gptqmodel does before is its own."""

@@ -1,0 +1,65 @@
+"""The widths that `quantize.budget` may give: those that the recipe's formats and servers take, from headers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+from requant.errors import InputError
+from requant.modeling.families import fused_patterns
+from requant.recipe import Recipe
+from requant.recipe.fields import Bits
+from requant.recipe.quantize_section import Override
+from requant.run.prepared import QuantizeInputs
+from requant.run.suggest import pattern
+
+WIDTHS: tuple[int, ...] = get_args(get_args(Bits)[0])
+Planned = Callable[[Recipe], QuantizeInputs]
+
+
+def planned(recipe: Recipe, plan: Planned) -> tuple[QuantizeInputs, tuple[int, ...]]:
+    """(what quantize needs with one width for all that is no narrower than the budget, the widths to choose from).
+
+    The first is what is known before losses are measured, and takes no less room than the choice will.
+    plan: of a recipe without a budget; raises InputError where its formats or servers refuse the width.
+    Raises InputError for a budget that no widths of this recipe give, and for servers that want one width for all.
+    """
+    budget = recipe.quantize.budget
+    assert budget is not None
+    made, refused = dict[int, QuantizeInputs](), list[InputError]()
+    for bits in WIDTHS:
+        try:
+            made[bits] = plan(_at(recipe, bits, {}))
+        except InputError as error:
+            refused.append(error)
+    if not made:
+        raise refused[0]
+    widths, where = tuple(made), recipe.place("quantize", "budget")
+    if not widths[0] <= budget <= widths[-1]:
+        held = " and ".join(map(str, widths))
+        said = f": {str(refused[0]).splitlines()[0]}" if refused else ""
+        raise InputError(
+            f"{where}: {budget:g}: formats and servers of this recipe take linears of {held} bits: expected a mean from "
+            f"{widths[0]} to {widths[-1]}{said}"
+        )
+    if len(widths) > 1:
+        _refuse_mixed(recipe, plan, made[widths[0]], widths)
+    return made[min(bits for bits in widths if bits >= budget)], widths
+
+
+def _refuse_mixed(recipe: Recipe, plan: Planned, least: QuantizeInputs, widths: tuple[int, ...]) -> None:
+    """Raise InputError where a server refuses linears of several widths: every other unit gets the next width."""
+    grids = least.plan.grids
+    fused = fused_patterns(grids)
+    units = list(dict.fromkeys(pattern(name, fused) for name in grids))
+    try:
+        plan(_at(recipe, widths[0], {unit: Override.model_validate({"bits": widths[1]}) for unit in units[1::2]}))
+    except InputError as error:
+        raise InputError(f"{recipe.place('quantize', 'budget')}: linears of several widths: {error}") from error
+
+
+def _at(recipe: Recipe, bits: int, overrides: dict[str, Override]) -> Recipe:
+    """The recipe with one width in place of its budget."""
+    q = recipe.quantize
+    changed = {"bits": bits, "budget": None, "overrides": {**q.overrides, **overrides}}
+    return recipe.model_copy(update={"quantize": q.model_copy(update=changed)})
