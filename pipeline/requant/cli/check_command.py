@@ -27,7 +27,7 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     with ConsoleWatcher() as watcher:
         watcher.stage("check", done=False)
         with quiet():
-            from requant.run import disk_space, merge_onto, prepare
+            from requant.run import bit_budget, disk_space, merge_onto, prepare
             from requant.run.check import delta_prediction, held_out
             from requant.run.shared_inputs import SharedInputs
             from requant.runtime.device import pick_device
@@ -44,7 +44,7 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
         scored = merge_onto.tokens_to_score(prepared)
         _line("merge", f"onto: auto: run first scores both merges on {scored} tokens of the evaluation sets")
     if prepared.widths:
-        _line("budget", _budget(prepared))
+        _line("budget", bit_budget.ahead(prepared))
     _print_roads(prepared, where)
     _line("disk", f"writes {need / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     _line("heal", _healing(prepared))
@@ -61,20 +61,6 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     if len(needs) == 1:
         _line("takes", "quantize, evaluate: not tried, a block of this size takes minutes on this processor")
     print("ok")
-
-
-def _budget(prepared: Prepared) -> str:
-    from requant.evaluate import width_losses
-    from requant.run.bit_budget import units_of
-    from requant.runtime.device import pick_device
-
-    windows = width_losses.sample(prepared.texts.calibration, pick_device(prepared.recipe.device).type)
-    widths = ", ".join(map(str, prepared.widths))
-    return (
-        f"{prepared.recipe.quantize.budget:g} bits of codes a weight: run first measures the loss of "
-        f"{len(units_of(prepared.quantize.plan))} units at {widths} bits on {windows.numel()} calibration tokens; until "
-        "then figures here are those of one width, no narrower"
-    )
 
 
 def _forecast(prepared: Prepared, where: Path) -> list[Need]:

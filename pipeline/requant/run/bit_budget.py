@@ -63,6 +63,17 @@ def decided(
     return replace(again, choice=prepared.choice, budget=choice)
 
 
+def ahead(prepared: Prepared) -> str:
+    """What a run will measure, in a sentence for `check`."""
+    windows = width_losses.sample(prepared.texts.calibration, pick_device(prepared.recipe.device).type)
+    widths = ", ".join(map(str, prepared.widths))
+    return (
+        f"{prepared.recipe.quantize.budget:g} bits of codes a weight: run first measures the loss of "
+        f"{len(units_of(prepared.quantize.plan))} units at {widths} bits on {windows.numel()} calibration tokens; until "
+        "then figures here are those of one width, no narrower"
+    )
+
+
 def units_of(plan: Plan) -> list[Unit]:
     """The quantized linears of a plan by what engines hold as one matrix."""
     fused = fused_patterns(plan.grids)
