@@ -1,4 +1,4 @@
-"""`requant.evaluate.width_losses`: losses of single units, against the model that has them rounded."""
+"""`requant.evaluate.width_losses`: losses are the KL of the model with that unit rounded."""
 
 from __future__ import annotations
 

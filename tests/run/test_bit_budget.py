@@ -1,4 +1,4 @@
-"""`requant.run.bit_budget`: mean bits kept, fused parts tied, the files of the recipe that gives the bits by hand."""
+"""`requant.run.bit_budget`: mean bits kept, fused parts tied, resumed, refused early."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Loss of the merged model when one unit of linears is rounded to each width: what `quantize.budget` spends by.
+"""Loss of the merged model with one unit of linears rounded, for each width.
 
-A unit is what engines hold as one matrix (q, k and v; gate and up; the experts of a layer). Two things are measured on
-a few calibration windows, block by block, of a merge that is not written:
+`quantize.budget` is spent by it. A unit is what engines hold as one matrix (q, k and v; gate and up; the experts of a
+layer). Two things are measured on a few calibration windows, block by block, of a merge that is not written:
 
 1. Each unit is rounded to each width, and its block runs on the merged model's own inputs. The error of the block's
    output is relative to each token's output and squared, so that tokens of huge norm do not hide the others.

@@ -1,4 +1,4 @@
-"""The widths of least total loss within a budget of bits: a multiple-choice knapsack, solved exactly."""
+"""The widths of least total loss within a budget of bits: a multiple-choice knapsack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quantize.budget`: the width of every linear, chosen by measured losses within mean bits a weight.
+"""`quantize.budget`: the width of every linear, by measured losses.
 
 Done before the stages, since quantize and all after it depend on it. What is measured is stored and not measured again;
 the choice is written into the recipe as `quantize.bits` and `quantize.overrides`, so that a run is the run of the
@@ -69,8 +69,8 @@ def ahead(prepared: Prepared) -> str:
     widths = ", ".join(map(str, prepared.widths))
     return (
         f"{prepared.recipe.quantize.budget:g} bits of codes a weight: run first measures the loss of "
-        f"{len(units_of(prepared.quantize.plan))} units at {widths} bits on {windows.numel()} calibration tokens; until "
-        "then figures here are those of one width, no narrower"
+        f"{len(units_of(prepared.quantize.plan))} units at {widths} bits on {windows.numel()} calibration tokens; "
+        "until then figures here are those of one width, no narrower"
     )
 
 

@@ -1,4 +1,4 @@
-"""The widths that `quantize.budget` may give: those that the recipe's formats and servers take, from headers."""
+"""Widths that `quantize.budget` may give: those that formats and servers take."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def planned(recipe: Recipe, plan: Planned) -> tuple[QuantizeInputs, tuple[int, .
         held = " and ".join(map(str, widths))
         said = f": {str(refused[0]).splitlines()[0]}" if refused else ""
         raise InputError(
-            f"{where}: {budget:g}: formats and servers of this recipe take linears of {held} bits: expected a mean from "
-            f"{widths[0]} to {widths[-1]}{said}"
+            f"{where}: {budget:g}: formats and servers of this recipe take linears of {held} bits: expected a mean "
+            f"from {widths[0]} to {widths[-1]}{said}"
         )
     if len(widths) > 1:
         _refuse_mixed(recipe, plan, made[widths[0]], widths)

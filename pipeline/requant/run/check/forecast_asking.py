@@ -1,4 +1,4 @@
-"""Forecast of what is asked beside scores: prompts, tasks, roads, `merge.onto: auto`, `quantize.budget`.
+"""Forecast of prompts, tasks, roads, and of what a recipe leaves to be measured.
 
 An answer takes a pass through all weights for each token; the answers of a batch share it.
 """
