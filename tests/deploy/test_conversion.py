@@ -20,11 +20,13 @@ from requant import deploy
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.deploy import conversion
 from requant.deploy.conversion import convert
+from requant.deploy.conversion_plan import AS_THEY_ARE
 from requant.deploy.gguf_export import export
 from requant.errors import InputError, StageError
 from requant.evaluate import variants
 from requant.formats import bit_stream
-from requant.formats.registry import open_quantized
+from requant.formats.registry import FORMATS, open_quantized
+from requant.modeling.token_ends import EndBits
 from requant.numerics.grid import Grid
 
 CT = "compressed-tensors"
@@ -200,6 +202,39 @@ def shuffled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {f"{Q}.g_idx": (order // 32).int()}
 
 
+def declare_act_order(gptq: Path) -> None:
+    for file in ("config.json", "quantize_config.json"):
+        whole = read_json(gptq / file)
+        declared = whole.get("quantization_config", whole) | {"desc_act": True}
+        edit_json(gptq / file, **({"quantization_config": declared} if file == "config.json" else declared))
+
+
+@pytest.mark.parametrize("to", [*FORMATS, "gguf"])
+def test_act_order_is_refused_by_its_groups_alone(
+    gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """Before any other tensor is read: an 8B checkpoint would be read up to its first linear of that kind."""
+    edit_tensors(gptq / "model.safetensors", shuffled)
+    declare_act_order(gptq)
+    read = list[str]()
+    whole = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (read.append(name), whole(self, name))[1])
+    ends = EndBits(embeddings=8) if to == "gptq" else AS_THEY_ARE  # else it is one already
+    write = export if to == "gguf" else partial(convert, to=to)
+    with pytest.raises(InputError, match=rf"{Q} has its groups in an order of their own .*, which {to} cannot say"):
+        write(gptq, tmp_path / "out", ends=ends)
+    assert read
+    assert all(name.endswith(".g_idx") for name in read)
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+def test_act_order_in_name_alone_is_converted(gptq: Path, tmp_path: Path) -> None:
+    """Inputs in order under desc_act: true, as tools write where sorting changed nothing."""
+    declare_act_order(gptq)
+    convert(gptq, tmp_path / "ct", CT)
+    assert_same(gptq, tmp_path / "ct")
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -223,10 +258,7 @@ def test_what_cannot_be_said_leaves_nothing(
 ) -> None:
     edit_tensors(gptq / "model.safetensors", damage)
     if damage is shuffled:
-        for file in ("config.json", "quantize_config.json"):
-            whole = read_json(gptq / file)
-            declared = whole.get("quantization_config", whole) | {"desc_act": True}
-            edit_json(gptq / file, **({"quantization_config": declared} if file == "config.json" else declared))
+        declare_act_order(gptq)
     with pytest.raises(InputError, match=told):
         convert(gptq, tmp_path / "ct", CT)
     assert [p.name for p in tmp_path.iterdir()] == ["gptq"]

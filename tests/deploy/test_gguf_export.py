@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.deploy import gguf_export, gguf_families, gguf_tokenizer
 from requant.deploy.gguf_export import export
 from requant.errors import InputError, StageError
+from requant.formats import gguf_blocks
 from requant.formats.registry import open_quantized
 from requant.numerics.grid import Grid
 
@@ -257,6 +259,33 @@ def test_what_is_not_written_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gptq", "model"]
 
 
+def test_groups_that_are_no_multiple_of_a_block_are_refused_before_a_tensor_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint(tmp_path, "llama", Grid(4, 16))
+    read = list[str]()
+    monkeypatch.setattr(Checkpoint, "read", lambda _, name: read.append(name))
+    told = (
+        r"q_proj cannot be stored as gguf: groups of 16 inputs are no multiple of a block of 32: choose another format"
+    )
+    with pytest.raises(InputError, match=told):
+        export(path, tmp_path / "out")
+    assert read == []
+
+
+@pytest.mark.parametrize(
+    ("sixteen", "values"), [("F16", [1.5, -2.0]), ("BF16", [1e-30, 1.0]), ("F32", [1 + 2**-20, 1])]
+)
+def test_what_is_not_quantized_has_the_narrowest_exact_type(
+    monkeypatch: pytest.MonkeyPatch, sixteen: str, values: list[float]
+) -> None:
+    """Parts of one value: that the second part is looked at too."""
+    monkeypatch.setattr(gguf_blocks, "PART", 1)
+    dtype = torch.float32 if sixteen == "F32" else torch.bfloat16
+    assert gguf_blocks.plain_kind(torch.tensor(values, dtype=dtype))[0] == sixteen
+    assert gguf_blocks.plain_kind(torch.tensor(values[::-1], dtype=dtype))[0] == sixteen
+
+
 def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, "llama", Grid(4, 32))
     pico.save_tokenizer(path)
@@ -307,3 +336,26 @@ def test_the_original_names_of_old_files(tmp_path: Path) -> None:
     edit_json(path / "config.json", torch_dtype="bfloat16")
     with pytest.raises(InputError, match=r"mtp\.head\.weight is no part of GGUF's llama"):
         export(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.attn_norm.weight"])
+def test_one_bit_of_what_is_not_quantized_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = checkpoint(tmp_path, "llama", Grid(4, 32))
+    whole = gguf_export._plain
+
+    def flipped(*arguments: Any) -> gguf_export.GgufTensor:
+        tensor = whole(*arguments)
+        if tensor.name != name:
+            return tensor
+
+        def read() -> Tensor:
+            data = tensor.read()
+            data.view(-1)[0] ^= 1
+            return data
+
+        return replace(tensor, read=read)
+
+    monkeypatch.setattr(gguf_export, "_plain", flipped)
+    with pytest.raises(StageError, match=rf"{name} does not decode to its source"):
+        export(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

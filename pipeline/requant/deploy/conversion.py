@@ -123,6 +123,7 @@ class Steps:
 def checked(source: Path, to: str, *, ends: EndBits, trust_remote_code: bool) -> HeaderCheck:
     """The headers of a checkpoint that may be converted; InputError where its config is not to be read.
 
+    The groups of an act-order checkpoint are read too: they are small, and may be what `to` cannot say.
     ends: what is to be rounded: with it a checkpoint may keep its format.
     """
     headers = check_headers.check_weights(source, trust_remote_code=trust_remote_code)
@@ -130,10 +131,32 @@ def checked(source: Path, to: str, *, ends: EndBits, trust_remote_code: bool) ->
         raise InputError("\n".join([f"{source}: cannot be converted:", *map(str, headers.findings[:_SHOWN])]))
     if headers.layout.name == to and not ends:
         raise InputError(f"{source}: is a {to} checkpoint already: name another format")
+    for stem, packing in headers.packed.items():
+        if packing.desc_act and f"{stem}.g_idx" in headers.checkpoint:
+            _refuse_own_order(headers.checkpoint, stem, packing.group_size, to)
     skeleton.check_generation_config(source)  # the small files are copied: what no engine loads is no checkpoint
     if any((source / name).exists() for name in VOCABULARY):
         tokenized(source, ANY_TEXT, trust_remote_code=trust_remote_code)
     return headers
+
+
+def _refuse_own_order(checkpoint: Checkpoint, stem: str, size: int, to: str) -> None:
+    """Raise InputError where the inputs of a linear are in groups of `size`, -1: all of them, that lie apart.
+
+    Other faults of its g_idx are left to the check of its values, which says what they are.
+    """
+    group = checkpoint.read(f"{stem}.g_idx").long()
+    expected = torch.arange(len(group)) // (len(group) if size == -1 else size)
+    if torch.equal(group.sort().values, expected) and not torch.equal(group, expected):
+        raise _own_order(checkpoint, stem, to)
+
+
+def _own_order(checkpoint: Checkpoint, stem: str, target: str) -> InputError:
+    """The error of a linear whose groups no layout but GPTQ can say."""
+    return InputError(
+        f"{checkpoint.path}: {stem} has its groups in an order of their own (desc_act), which {target} cannot say: "
+        "quantize again without it"
+    )
 
 
 def _write(planned: ConversionPlan, out: Path, steps: Steps) -> None:
@@ -177,16 +200,16 @@ def in_order(
         raise InputError(f"{reader.checkpoint.path}: {finding}: `requant verify` shows all that is wrong")
     codes, scale, zero, group = decode(tensors)
     if not torch.equal(group, torch.arange(len(group)) // (len(group) // scale.shape[1])):
-        raise InputError(
-            f"{reader.checkpoint.path}: {stem} has its groups in an order of their own (desc_act), which {target} "
-            "cannot say: quantize again without it"
-        )
+        raise _own_order(reader.checkpoint, stem, target)
     return codes, scale, zero
 
 
 def cannot_be_stored(planned: ConversionPlan, module: str, target: str, why: PackError) -> InputError:
     """The error of a linear that a format does not hold."""
-    return InputError(f"{planned.reader.checkpoint.path}: {module} cannot be stored as {target}: {why}")
+    return InputError(
+        f"{planned.reader.checkpoint.path}: {module} cannot be stored as {target}: {why}: choose another format, or "
+        "quantize again"
+    )
 
 
 def _write_files(planned: ConversionPlan, source: Path, out: Path) -> None:

@@ -131,6 +131,8 @@ def plan_export(source: Path, ends: EndBits = AS_THEY_ARE, *, trust_remote_code:
     conversion = plan_conversion(headers, STAND_IN, source, ends)
     config = skeleton.load_config(source, trust_remote_code=trust_remote_code)
     family = gguf_families.family_of(config, str(source))
+    for module in conversion.written:  # before the types of what stays in 16 bit, which take reading it
+        _kind_of(conversion, module)
     tensors = tuple(_tensors(conversion, config, family, source))
     return GgufPlan(conversion=conversion, config=config, family=family, tensors=tensors, nbytes=stored_bytes(headers))
 
@@ -166,6 +168,14 @@ def _kind(grid: Grid, columns: int) -> str:
     return gguf_blocks.kind_of(
         grid.bits, columns if grid.group_size == -1 else grid.group_size, symmetric=grid.symmetric
     )
+
+
+def _kind_of(planned: ConversionPlan, module: str) -> str:
+    """The kind of block of a quantized module; InputError where there is none."""
+    try:
+        return _kind(planned.grid_of(module), planned.plan.shapes[module][1])
+    except PackError as error:
+        raise cannot_be_stored(planned, module, FORMAT, error) from error
 
 
 def _file_kind(tensors: Sequence[GgufTensor]) -> str:
@@ -208,12 +218,9 @@ def _tensors(planned: ConversionPlan, config: Any, family: Family, source: Path)
 
 
 def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, weight: str, name: str) -> GgufTensor:
-    """A quantized linear, or embeddings, as blocks; raises InputError where none hold it."""
+    """A quantized linear, or embeddings, as blocks."""
     grid, (rows, columns) = planned.grid_of(module), planned.plan.shapes[module]
-    try:
-        kind = _kind(grid, columns)
-    except PackError as error:
-        raise cannot_be_stored(planned, module, FORMAT, error) from error
+    kind = _kind_of(planned, module)
     order = gguf_families.rows(config, family, module, rows)
     stored = weight in planned.reader.quantized
 
@@ -264,25 +271,19 @@ def _plain(planned: ConversionPlan, config: Any, family: Family, parameter: str,
             found = found.float() + 1  # as transformers adds it
         return found if order is None else found[order]
 
-    kind, dtype = ("F32", torch.float32) if len(shape) == 1 else _exact_dtype(values())
+    kind, dtype = ("F32", torch.float32) if len(shape) == 1 else gguf_blocks.plain_kind(values())
 
     def read() -> Tensor:
         return values().to(dtype).contiguous().view(torch.uint8)
 
     def rounding(found: Tensor) -> float:
-        return float((found.view(dtype).double() - values().double()).abs().max())
+        own = values()
+        wide = torch.promote_types(dtype, own.dtype)
+        return 0.0 if torch.equal(found.view(dtype).to(wide), own.to(wide)) else math.inf
 
     return GgufTensor(
         name=name, kind=kind, shape=(*shape[:-1], shape[-1] * dtype.itemsize), read=read, rounding=rounding
     )
-
-
-def _exact_dtype(values: Tensor) -> tuple[str, torch.dtype]:
-    """The narrowest type of GGUF that holds values exactly: float16, which every backend multiplies, if it does."""
-    for kind, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
-        if torch.equal(values.to(dtype).to(values.dtype), values):
-            return kind, dtype
-    return "F32", torch.float32
 
 
 def _write(file: Path, plan: GgufPlan, source: Path, step: Steps) -> None:

@@ -19,6 +19,8 @@ from requant.formats.quantized_format import PackError
 
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # of one block
+PLAIN = (("F16", torch.float16), ("BF16", torch.bfloat16))
+PART = 2**20  # values that are tried at once: most matrices that float16 does not hold show it in the first
 LARGEST_ROUNDING = 2.0**-7  # of Q4_1's minimum, in steps of the scale: half an ulp of float16 at 15 steps is 0.0073
 
 
@@ -34,6 +36,15 @@ def kind_of(bits: int, group: int, *, symmetric: bool) -> str:
             raise PackError("8 bits with zero points fit no block: Q8_0 has none")
         return "Q8_0"
     return "Q4_0" if symmetric or bits < 4 else "Q4_1"
+
+
+def plain_kind(values: Tensor) -> tuple[str, torch.dtype]:
+    """The narrowest type of GGUF that holds values exactly: float16, which every backend multiplies, if it does."""
+    parts = torch.split(values.reshape(-1), PART)
+    for kind, dtype in PLAIN:
+        if all(torch.equal(part.to(dtype).to(part.dtype), part) for part in parts):
+            return kind, dtype
+    return "F32", torch.float32
 
 
 def pack(kind: str, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

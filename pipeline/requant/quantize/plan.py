@@ -156,7 +156,8 @@ def _replaced(
             continue
         replaced[weight] = [Slot(f"{weight.removesuffix('weight')}{s}", t, shape) for s, (shape, t) in layout.items()]
     if problems:
-        raise InputError("\n".join([f"{where}: {len(problems)} linears cannot be quantized as asked:", *problems[:5]]))
+        told = f"{where}: {len(problems)} linears cannot be quantized as asked, in {written.name}:"
+        raise InputError("\n".join([told, *problems[:5]]))
     return replaced
 
 

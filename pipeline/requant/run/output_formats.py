@@ -56,7 +56,10 @@ def refuse_unpackable(formats: Sequence[str], layout: Plan) -> None:
             try:
                 FORMATS[name].shapes(*layout.shapes[module], grid.bits, grid.group_size, symmetric=grid.symmetric)
             except PackError as error:
-                raise InputError(f"output.formats: {name}: {module}: {error}") from error
+                raise InputError(
+                    f"output.formats: {name}: {module}: {error}: change quantize.bits, group_size or symmetric, or take "
+                    f"{name} out of output.formats"
+                ) from error
 
 
 def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -> None:
@@ -66,7 +69,9 @@ def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -
     try:
         gguf_export.refuse_early(layout, model.config, tokenizer, merged.embedding_rows)
     except InputError as error:
-        raise InputError(f"output.formats: gguf: {error}") from error
+        raise InputError(
+            f"output.formats: gguf: {error}: change that in the recipe, or take gguf out of output.formats"
+        ) from error
 
 
 def weight_files(directory: Path) -> list[Path]:
