@@ -57,8 +57,8 @@ def refuse_unpackable(formats: Sequence[str], layout: Plan) -> None:
                 FORMATS[name].shapes(*layout.shapes[module], grid.bits, grid.group_size, symmetric=grid.symmetric)
             except PackError as error:
                 raise InputError(
-                    f"output.formats: {name}: {module}: {error}: change quantize.bits, group_size or symmetric, or take "
-                    f"{name} out of output.formats"
+                    f"output.formats: {name}: {module}: {error}: change quantize.bits, group_size or symmetric, or "
+                    f"take {name} out of output.formats"
                 ) from error
 
 
