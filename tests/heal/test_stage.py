@@ -464,6 +464,19 @@ def test_another_models_teacher_is_refused(pair: tuple[Path, Path], tmp_path: Pa
         run((wider, pair[1]), tmp_path / "out2")
 
 
+def test_a_teacher_is_in_16_bit_and_whole(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Else its linears would be random: weights in another form are not read."""
+    with pytest.raises(InputError, match=r"gptq: is quantized itself: give the 16-bit model"):
+        run((pair[1], pair[1]), tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    less = damaged(pair[0], tmp_path / "less", drop=[name])
+    with pytest.raises(InputError, match=rf"less: 1 of the model's tensors are missing, e\.g\. {name}"):
+        run((less, pair[1]), tmp_path / "out2")
+    short = damaged(pair[0], tmp_path / "short", change={name: lambda t: t[:32]})
+    with pytest.raises(InputError, match=rf"not the same model: {name} has .* in the files"):
+        run((short, pair[1]), tmp_path / "out3")
+
+
 def test_a_16_bit_model_is_no_checkpoint_to_heal(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"quant_method is None, expected one of gptq, compressed-tensors"):
         run((pair[0], pair[0]), tmp_path / "out")

@@ -209,10 +209,12 @@ def _teacher(job: HealJob, progress: Progress | None, ranks: Ranks) -> Teacher:
 
 
 def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise InputError when `source` cannot be a quantization of the model in `teacher`.
+    """Raise InputError when `source` cannot be a quantization of the model in `teacher`, which is in 16 bit and whole.
 
     Compares the structure of both, and a few tensors.
     """
+    if Checkpoint(teacher).quantization:
+        raise InputError(f"{teacher}: is quantized itself: give the 16-bit model that was quantized")
     quantized = open_quantized(source)
     if not isinstance(quantized, GptqReader):
         raise InputError(
@@ -229,6 +231,8 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
         if shapes[0].get(name) != shapes[1].get(name):
             raise _not_same(source, teacher, name, f"{[s.get(name) for s in shapes]} by their config.json")
     names = [skeleton.tensor_names(models[0], quantized), skeleton.tensor_names(models[1], original)]
+    if missing := [n for n in shapes[1] if n not in {*names[1], *(skeleton.tied_pair(models[1]) or ())}]:
+        raise InputError(f"{teacher}: {len(missing)} of the model's tensors are missing, e.g. {missing[0]}")
     both = [n for n in shapes[0] if n in names[0] and n in names[1]]
     packed = [n for n in both if names[0][n] in quantized.quantized]
     plain = [n for n in both if names[0][n] not in quantized.quantized]
@@ -241,6 +245,8 @@ def check_same(source: Path, teacher: Path, *, trust_remote_code: bool = False) 
         rebuilt = (codes.centred(torch.float32) * codes.scale[..., None]).flatten(1)
         weight = original.read(names[1][name]).float()
         weight = weight.T if name.removesuffix(".weight") in skeleton.conv1d_modules(models[1]) else weight
+        if weight.shape != rebuilt.shape:
+            raise _not_same(source, teacher, name, f"{[list(rebuilt.shape), list(weight.shape)]} in the files")
         weight = weight if codes.order is None else weight[:, codes.order]
         likeness = float(torch.nn.functional.cosine_similarity(rebuilt.flatten(), weight.flatten(), dim=0))
         if likeness < ALIKE:
