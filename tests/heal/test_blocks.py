@@ -18,7 +18,7 @@ from helpers import pico
 
 from requant.data.healing_text import HealingText
 from requant.deploy import conversion
-from requant.errors import InputError
+from requant.errors import InputError, StageError
 from requant.formats.registry import open_quantized
 from requant.heal import block_streams, blockwise, latents, student
 from requant.heal import stage as heal
@@ -161,6 +161,29 @@ def test_a_block_healed_otherwise_is_healed_again(pair: tuple[Path, Path], tmp_p
     run(pair, tmp_path / "a", settings, plan=replace(BLOCKS, windows=64))
     run(pair, tmp_path / "b", settings, plan=replace(BLOCKS, windows=64))
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.write_bytes(file.read_bytes()[:100]), Path.unlink])
+def test_a_block_whose_file_is_lost_before_the_end_is_named(
+    pair: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harm: Any,
+) -> None:
+    """Between the last block and writing; the same command heals that block again."""
+    settings, heal_blocks = CODES, blockwise.heal_blocks
+
+    def harmed(*given: Any) -> Any:
+        found = heal_blocks(*given)
+        harm(tmp_path / "out-work" / "block-0001")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "heal_blocks", harmed)
+        with pytest.raises(StageError, match=r"block-0001: not readable .*: the same command heals this block again"):
+            run(pair, tmp_path / "out", settings)
+    shutil.rmtree(tmp_path / "out")
+    assert run(pair, tmp_path / "out", settings)["healed"]
 
 
 # --- a second pass ---

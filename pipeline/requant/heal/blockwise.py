@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from requant.checkpoint.atomic_write import read_state
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import load_tensor, load_tensors, save_tensors
+from requant.errors import StageError
 from requant.formats.quantized_format import Reader
 from requant.formats.registry import open_quantized
 from requant.heal import student
@@ -82,8 +84,15 @@ class HealedValues(Mapping[str, Tensor]):
 
 
 def _stored_codes(file: Path, number: int, columns: int, order: Tensor | None) -> Tensor:
-    """The codes of one linear of a finished block, uint8 [out, in] in the order of the checkpoint."""
-    return integers(load_tensor(file, f"value.{number}"), columns, order)
+    """The codes of one linear of a finished block, uint8 [out, in] in the order of the checkpoint.
+
+    Raises StageError where the file was damaged or removed since.
+    """
+    try:
+        stored = load_tensor(file, f"value.{number}")
+    except (SafetensorError, OSError) as error:
+        raise StageError(f"{file}: not readable ({error}): the same command heals this block again") from error
+    return integers(stored, columns, order)
 
 
 class _Student:
