@@ -193,7 +193,7 @@ def test_a_head_alone_is_quantized_where_engines_read_it(even: Path, tmp_path: P
 def test_gptqmodel_reads_a_quantized_head(even: Path, tmp_path: Path) -> None:
     convert(even, tmp_path / "head", "gptq", ends=EndBits(head=8))
     command = [sys.executable, "-m", "helpers.load_gptqmodel", str(tmp_path / "head"), str(tmp_path / "seen")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-2000:]
     seen = load_file(tmp_path / "seen")
     ours = open_quantized(tmp_path / "head").read(f"{HEAD}.weight")
