@@ -85,7 +85,7 @@ def fitting_groups(rows: int | None, columns: int, group_size: int) -> int:
     if columns % WORD or (rows or 0) % WORD:
         both = f"shape [{rows}, {columns}] is not a multiple of {WORD} both ways"
         sizes = both if rows else f"{columns} inputs are no multiple of {WORD}"
-        raise PackError(f"its {sizes}; skip it with an override")
+        raise PackError(f"its {sizes}; leave it in 16 bit (in a recipe: skip it with an override)")
     return group
 
 
