@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -108,20 +109,27 @@ def cells_of(task: dict[str, Any]) -> None:
 
 
 def ask_all(task: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
-    """`cells_of` in a process of its own; a format it died on, and those after it, say so."""
-    command = [sys.executable, __file__, "--device", device, "--task", json.dumps(task)]
+    """`cells_of` in a process of its own."""
     settings = {"GPTQMODEL_DISABLE_PACK_EXT": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--device", device, "--task", json.dumps(task)]
+    return ask_process(command, settings, task["paths"], timeout=TIMEOUT)
+
+
+def ask_process(
+    command: list[str], settings: dict[str, str], names: Iterable[str], *, timeout: float
+) -> dict[str, dict[str, Any]]:
+    """What a process printed as cells, by format; a format it died on, and those after it, say so."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=os.environ | settings
+            command, capture_output=True, text=True, timeout=timeout, check=False, env=os.environ | settings
         )
         out, end = done.stdout, f"the process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
     except subprocess.TimeoutExpired as error:
         out = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-        end = f"no answer in {TIMEOUT} s"
+        end = f"no answer in {timeout} s"
     lines = [json.loads(x.removeprefix("CELL ")) for x in out.splitlines() if x.startswith("CELL ")]
     found = {x.pop("format"): x for x in lines}
-    return {name: found.get(name, {"error": end}) for name in task["paths"]}
+    return {name: found.get(name, {"error": end}) for name in names}
 
 
 def by_vllm(paths: dict[str, str], rows: list[list[int]]) -> dict[str, dict[str, Any]]:

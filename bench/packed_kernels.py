@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -103,20 +102,10 @@ def cells_of(task: dict[str, Any]) -> None:
 
 
 def ask(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`cells_of` in a process of its own; a format it died on, and those after it, say so."""
-    command = [sys.executable, __file__, "--task", json.dumps(task)]
+    """`cells_of` in a process of its own."""
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=os.environ | settings
-        )
-        out, end = done.stdout, f"the process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
-    except subprocess.TimeoutExpired as error:
-        out = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-        end = f"no answer in {TIMEOUT} s"
-    lines = [json.loads(x.removeprefix("CELL ")) for x in out.splitlines() if x.startswith("CELL ")]
-    found = {x.pop("format"): x for x in lines}
-    return {name: found.get(name, {"error": end}) for name in task["paths"]}
+    command = [sys.executable, __file__, "--task", json.dumps(task)]
+    return kernel_table.ask_process(command, settings, task["paths"], timeout=TIMEOUT)
 
 
 def cell(reader: str, raw: dict[str, Any], ours: list[float]) -> dict[str, Any]:

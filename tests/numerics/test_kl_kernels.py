@@ -5,28 +5,18 @@ In Triton's interpreter where there is no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from requant.heal import kl_loss
-from requant.numerics import kl_kernels, triton_kernels
+from requant.numerics import kl_kernels
 from requant_eval.scoring.kl import far_kl_divergence
 from requant_eval.scoring.lm_head import Head
 
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.gpu(interpreted=True)
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Switches `triton_kernels.usable` on and off."""
-    switch = [True]
-    monkeypatch.setattr(triton_kernels, "usable", lambda _: switch[0])
-    return switch
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,6 @@ a thousand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 from helpers.devices import set_profile
 from helpers.gptq_problems import problem
 
-from requant.numerics import gptq, triton_kernels
+from requant.numerics import gptq
 from requant.numerics import grid as grid_module
 from requant.numerics.grid import Grid
 
@@ -25,23 +24,15 @@ pytestmark = pytest.mark.gpu(interpreted=True)
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-@pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Switches `triton_kernels.usable` on and off."""
-    switch = [True]
-    monkeypatch.setattr(triton_kernels, "usable", lambda _: switch[0])
-    return switch
-
-
 GRIDS = [Grid(4, 64), Grid(4, 32, symmetric=False), Grid(3, -1, signed=True), Grid(8, 96), Grid(2, 64, symmetric=False)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_search_finds_the_twins_scales(both: list[bool], grid: Grid) -> None:
+def test_the_search_finds_the_twins_scales(kernels: list[bool], grid: Grid) -> None:
     weight, hessian = (t.to(DEVICE) for t in problem(rows=21, columns=192))
     weight[3, :96] = 0
     fused = grid_module.find_scales(weight, hessian.diagonal(), grid)
-    both[0] = False
+    kernels[0] = False
     plain = grid_module.find_scales(weight, hessian.diagonal(), grid)
     same = (fused.scale == plain.scale) & (fused.zero == plain.zero)
     assert float(same.double().mean()) > 0.98
@@ -57,7 +48,7 @@ def test_the_search_finds_the_twins_scales(both: list[bool], grid: Grid) -> None
 @pytest.mark.parametrize("sweeps", [0, 1])
 @pytest.mark.parametrize("grid", GRIDS[1:3])
 def test_the_loops_choose_the_twins_codes(
-    both: list[bool], grid: Grid, sweeps: int, outer: int, monkeypatch: pytest.MonkeyPatch
+    kernels: list[bool], grid: Grid, sweeps: int, outer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """192 columns: one whole block and a part, or a part only; 3 rows leave idle lanes.
 
@@ -68,10 +59,10 @@ def test_the_loops_choose_the_twins_codes(
     weight, hessian = (t.to(DEVICE) for t in problem(rows=3, columns=192))
     order = gptq.column_order(hessian.diagonal(), "activation", grid.group_size)
     factor = gptq.factorize(hessian, order, 0.02)
-    both[0] = False
+    kernels[0] = False
     plain = gptq.quantize_weight(weight, hessian, factor, grid, sweeps=sweeps)
     scales = plain.scales
-    both[0] = True
+    kernels[0] = True
     codes, error = gptq.solve(weight, factor, scales, grid)
     gptq.refine(codes, error, hessian, 0.02 * float(hessian.diagonal().mean()), scales, grid, sweeps)
     assert float((plain.codes != codes.T).double().mean()) < 0.01
@@ -79,7 +70,7 @@ def test_the_loops_choose_the_twins_codes(
     assert float(gptq.row_errors(error, hessian).sum()) == pytest.approx(plain.loss, rel=2e-2)
 
 
-def test_blocks_parts_and_programs_that_are_not_full(both: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_parts_and_programs_that_are_not_full(kernels: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial programs, blocks and parts of a wider matrix.
 
     37 rows are three programs; 40 columns are two and a half parts; 104 are two blocks and a part.
@@ -87,9 +78,9 @@ def test_blocks_parts_and_programs_that_are_not_full(both: list[bool], monkeypat
     weight, hessian = (t.to(DEVICE) for t in problem(rows=37, columns=200))
     grid = Grid(4, 8)
     factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 8), 0.02)
-    both[0] = False
+    kernels[0] = False
     plain = gptq.quantize_weight(weight, hessian, factor, grid, sweeps=1)
-    both[0] = True
+    kernels[0] = True
     set_profile(monkeypatch, DEVICE.type, gptq_outer=104)
     set_profile(monkeypatch, DEVICE.type, gptq_block=40)
     codes, error = gptq.solve(weight, factor, plain.scales, grid)
@@ -98,12 +89,12 @@ def test_blocks_parts_and_programs_that_are_not_full(both: list[bool], monkeypat
     assert torch.allclose(error.T, weight - grid_module.dequantize_codes(codes.T, plain.scales), atol=1e-5)
 
 
-def test_a_fused_solution_is_whole(both: list[bool]) -> None:
+def test_a_fused_solution_is_whole(kernels: list[bool]) -> None:
     weight, hessian = (t.to(DEVICE) for t in problem(rows=6, columns=128))
     grid = replace(GRIDS[0], group_size=32)
     factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 32), 0.01)
     fused = gptq.quantize_weight(weight, hessian, factor, grid, sweeps=1)
-    both[0] = False
+    kernels[0] = False
     plain = gptq.quantize_weight(weight, hessian, factor, grid, sweeps=1)
     assert (fused.loss, fused.losses().rtn_relative) == pytest.approx(
         (plain.loss, plain.losses().rtn_relative), rel=1e-2

@@ -25,7 +25,7 @@ PAIRS = 1024  # bytes of codes that a program packs
 def rebuild(packed: Tensor, scale: Tensor, zero: Tensor, columns: int) -> Tensor:
     """scale * (code - zero), [out, in] in the dtype of `scale`, one rounding."""
     weight = torch.empty(len(packed), columns, dtype=scale.dtype, device=packed.device)
-    _launch(weight, packed, scale, zero, weight=True)
+    add_gradients(weight, packed, scale, zero)  # without latent and offset nothing is read of it
     return weight
 
 
@@ -45,27 +45,13 @@ def add_gradients(
     group of gradient * (code - zero), times `unit` (fp32 [out, groups]), is added. gradient: in the dtype of `scale`,
     overwritten by scale * (code - zero).
     """
-    _launch(gradient, packed, scale, zero, latent=latent, offset=offset, unit=unit, weight=True)
-
-
-def _launch(
-    values: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    *,
-    latent: Tensor | None = None,
-    offset: Tensor | None = None,
-    unit: Tensor | None = None,
-    weight: bool,
-) -> None:
-    (rows, columns), groups = values.shape, scale.shape[1]
+    (rows, columns), groups = gradient.shape, scale.shape[1]
     width = columns // groups
     block = min(WIDEST, triton.next_power_of_2(width))
     at_once = TILE // block
     _by_group[(triton.cdiv(rows, at_once) * groups,)](
-        values, packed, scale, zero, latent, offset, unit, rows, columns, groups, width,
-        HALVES=packed.shape[1] != columns, LATENT=latent is not None, OFFSET=offset is not None, WEIGHT=weight,
+        gradient, packed, scale, zero, latent, offset, unit, rows, columns, groups, width,
+        HALVES=packed.shape[1] != columns, LATENT=latent is not None, OFFSET=offset is not None,
         ROWS=at_once, WIDTH=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -86,8 +72,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["groups"])
     def _by_group(
         values_ptr, packed_ptr, scale_ptr, zero_ptr, latent_ptr, offset_ptr, unit_ptr, rows, columns, groups, width,
-        HALVES: tl.constexpr, LATENT: tl.constexpr, OFFSET: tl.constexpr, WEIGHT: tl.constexpr,
-        ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        HALVES: tl.constexpr, LATENT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """One group of ROWS rows: nothing is summed across programs."""
         group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
@@ -115,8 +100,7 @@ if triton is not None:
                 tl.store(latent_ptr + at, before + gradient * scale, mask=real)
             if OFFSET:
                 total += tl.sum(gradient * centred, axis=1)
-            if WEIGHT:
-                tl.store(values_ptr + at, (centred * scale).to(values_ptr.dtype.element_ty), mask=real)
+            tl.store(values_ptr + at, (centred * scale).to(values_ptr.dtype.element_ty), mask=real)
         if OFFSET:
             unit = tl.load(unit_ptr + own, mask=there, other=0.0)
             known = tl.load(offset_ptr + own, mask=there, other=0.0)
