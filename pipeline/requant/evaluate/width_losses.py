@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from requant.errors import StageError
 from requant.modeling.block_walk import BlockInput, Walk
 from requant.numerics.grid import Grid, nearest_rows
+from requant_eval.scoring.kl import kl_divergence
 
 TOKENS = {"cpu": 2**9, "cuda": 2**11}  # of all windows
 LENGTH = 128  # of a window, at most
@@ -155,8 +156,7 @@ def _end(walk: Walk, windows: Tensor, merged: Tensor, seen: Sequence[_Seen]) -> 
         for one in seen:
             if one.hidden is not None:
                 found = _log_probabilities(walk, ids, one.hidden[row])
-                terms = torch.where(expected.isneginf(), 0.0, expected.exp() * (expected - found))
-                one.kl += max(0.0, float(terms.sum(dtype=torch.float64))) / tokens
+                one.kl += float(kl_divergence(expected, found).sum()) / tokens
 
 
 def _log_probabilities(walk: Walk, ids: Tensor, states: Tensor) -> Tensor:
