@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,36 @@ def test_output_writes_a_new_file(here: Here, project: Path, tmp_path: Path) -> 
     assert here("init", "./adapter") == 0
     printed = here.out
     assert here("init", "./adapter", "-o", "mine.yaml") == 0
-    assert here.out == "mine.yaml written: edit the lines marked FIXME, then `requant check mine.yaml`\n"
-    assert (mine / "mine.yaml").read_text() == printed
+    assert here.out.startswith("mine.yaml written: edit the lines marked FIXME, then `requant check mine.yaml`\n")
+    assert (mine / "mine.yaml").read_text() == f"# yaml-language-server: $schema=requant.schema.json\n{printed}"
     assert not list(mine.glob(".mine*"))
     assert here("init", "./adapter", "--output", "recipes/other.yaml") == 0
     r = recipes.load("recipes/other.yaml")
     assert r.weighted_adapters[0][0].resolve(r.directory) == str(mine / "adapter")
     assert (r.quantize.group_size, r.name) == (64, "adapter-w4g64")
+
+
+def test_editors_find_the_schema_beside_the_recipe(here: Here, project: Path, tmp_path: Path) -> None:
+    """Nothing but `init -o` is needed; a schema that lies there is the user's."""
+    mine = copied(project, tmp_path / "p", "adapter")
+    here.monkeypatch.chdir(mine)
+    before = set(os.listdir(mine))
+    assert here("init", "./adapter") == 0
+    assert "schema" not in here.out
+    assert set(os.listdir(mine)) == before, "stdout alone"
+    (mine / "recipes").mkdir()
+    assert here("init", "./adapter", "-o", "recipes/one.yaml") == 0
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", (mine / "recipes" / "one.yaml").read_text())
+    assert named
+    schema = mine / "recipes" / named[1]
+    assert json.loads(schema.read_text()) == recipes.json_schema()
+    assert "recipes/requant.schema.json written" in here.out
+    assert here("init", "./adapter", "-o", "recipes/two.yaml") == 0
+    assert here.out.endswith("recipes/requant.schema.json is there already, for editors\n")
+    schema.write_text('{"title": "of an older version"}')
+    assert here("init", "./adapter", "-o", "recipes/three.yaml") == 0
+    assert "requant.schema.json is not this version's, and is left as it is: `requant schema > " in here.out
+    assert schema.read_text() == '{"title": "of an older version"}'
 
 
 def test_an_edited_recipe_is_never_emptied(here: Here, project: Path, tmp_path: Path) -> None:

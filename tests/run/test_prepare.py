@@ -44,6 +44,21 @@ def test_no_weight_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all("quant_state" in name for name in seen)
 
 
+def test_a_download_is_told_of_hub_ids_alone(project: Path, tmp_path: Path) -> None:
+    """Local directories are read, which nobody waits for."""
+    said: list[str] = []
+    prepare.prepare(recipe(project, Path("runs")), said.append)
+    assert said[0].startswith("headers of ")
+    assert not [line for line in said if "hub" in line or "download" in line]
+
+    def stop(line: str) -> None:
+        raise InterruptedError(line)
+
+    asked = recipe(project, Path("runs"), {"base.original": "owner/base", "adapter": "owner/adapter"})
+    with pytest.raises(InterruptedError, match=r"downloads from the hub what is not here of owner/adapter, owner/base$"):
+        prepare.prepare(asked, stop)
+
+
 def test_the_disk_needed_is_what_the_run_still_writes(project: Path, finished: Path, tmp_path: Path) -> None:
     need, free = disk_space.check_disk(prepared(project), tmp_path / "new")
     written = sum(info.nbytes for name in ("merged", "gptq") for info in Checkpoint(finished / name).values())

@@ -27,8 +27,30 @@ def init(
         print(visible(starter(adapter, widths=_input_widths, positions=_positions)), end="")
         return
     require_new(output)
-    write_new(output, starter(adapter, directory=output.parent, widths=_input_widths, positions=_positions))
+    text = starter(
+        adapter, directory=output.parent, widths=_input_widths, positions=_positions, for_editors=True
+    )  # read before anything is written
+    told = _schema_beside(output)
+    write_new(output, text)
     say(f"{output} written: edit the lines marked FIXME, then `requant check {output}`")
+    say(told)
+
+
+def _schema_beside(recipe: Path) -> str:
+    """Write the schema that the recipe's first line names to editors, unless it is there; what was done, in words."""
+    import json
+
+    from requant.checkpoint.atomic_write import write_new
+    from requant.recipe import json_schema
+    from requant.recipe.template import SCHEMA_FILE
+
+    file, text = recipe.parent / SCHEMA_FILE, json.dumps(json_schema(), indent=2) + "\n"
+    if not (file.exists() or file.is_symlink()):
+        write_new(file, text)
+        return f"{file} written: the recipe's first line names it to editors, which complete and explain its keys"
+    if file.is_file() and file.read_bytes() == text.encode():
+        return f"{file} is there already, for editors"
+    return f"{file} is not this version's, and is left as it is: `requant schema > {file}` renews it for editors"
 
 
 def _input_widths(directory: Path) -> Collection[int]:

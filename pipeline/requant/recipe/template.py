@@ -26,11 +26,6 @@ GROUPS = (128, 64, 32)
 SCHEMA_FILE = "requant.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
 """What tells editors of a schema beside the recipe; without that file they report an error, so it is left out."""
-EDITOR_HINT = f"""\
-# For completion in an editor: `requant schema > {SCHEMA_FILE}` beside this file, and as its first line
-#     `{EDITOR_LINE.strip()}`
-"""
-"""How to get there, where that file is not."""
 LENGTH = 2048  # tokens of a window, by default
 Widths = Callable[[Path], Collection[int]]
 """Directory with config.json -> the inputs of the linears to quantize; none if they cannot be known."""
@@ -47,7 +42,12 @@ def _no_limit(directory: Path) -> int | None:
 
 
 def starter(
-    adapter: str | Path, *, directory: str | Path = ".", widths: Widths = _unknown, positions: Positions = _no_limit
+    adapter: str | Path,
+    *,
+    directory: str | Path = ".",
+    widths: Widths = _unknown,
+    positions: Positions = _no_limit,
+    for_editors: bool = False,
 ) -> str:
     """A commented YAML recipe for a PEFT adapter.
 
@@ -56,6 +56,7 @@ def starter(
         directory: where the recipe will be saved; local paths in it are written as seen from there.
         widths: finds the inputs that `group_size` must divide.
         positions: finds how many positions the base has, beyond which no window goes.
+        for_editors: the schema will lie beside the recipe, whose first line names it.
 
     Raises:
         InputError: no readable adapter_config.json, no base model in it, or a base to refuse.
@@ -66,13 +67,11 @@ def starter(
     section = _base_section(base, directory)
     if adapter_record.lacks_tokenizer(adapter, base):
         section += "  # FIXME: no tokenizer files beside this model or the adapter: copy those of training into one\n"
-    editor, hint = (EDITOR_LINE, "") if (directory / SCHEMA_FILE).is_file() else ("", EDITOR_HINT)
     size, why = _group_size(widths(base.directory) if base.directory else ())
     most = positions(base.directory) if base.directory else None
     short = most is not None and 2 <= most < LENGTH
     return _TEMPLATE.format(
-        editor=editor,
-        hint=hint,
+        editor=EDITOR_LINE if for_editors else "",
         length=f"{most if short else LENGTH:<4}",
         positions=f"; the base has {most:,} positions" if short else "",
         summary=_summary(config),
@@ -217,7 +216,7 @@ _PRE_QUANTIZED = """\
 _TEMPLATE = """\
 {editor}# `requant check recipe.yaml` says what is wrong before anything is computed. Paths are relative to this file.
 # The adapter: {summary}
-{hint}version: 1
+version: 1
 name: {name}     # names the run directory
 base:                       # the model that the adapter was trained on
 {base}adapter: {adapter}

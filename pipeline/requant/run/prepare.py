@@ -76,7 +76,7 @@ def prepare(
     named_files.check(recipe)
     refuse_roads(recipe)
     trackers.require(recipe.output.track, recipe.place("output", "track"))
-    doing(f"headers of {recipe.base.source.path} and the adapter; ids of a hub are downloaded")
+    doing(_reading(recipe))
     models = shared.once("models", recipe, MODEL_KEYS, lambda: _models(recipe), "original" in recipe.evaluate.variants)
     sources, loaded, merge_inputs, model, single = models
     plan = merge_inputs.plan
@@ -167,6 +167,16 @@ def _warnings(
         warnings += [*adapter.notes, *adapter_completeness.missing(adapter, plan, model)]
     warnings += config_agreement.lacking_buffers(plan.base, model)
     return warnings + output_formats.refusing_engines(servers(recipe), quantize_inputs.engines)
+
+
+def _reading(recipe: Recipe) -> str:
+    """What is read first, in words; ids of a hub are named as such, which may take a while."""
+    base, directory = recipe.base, recipe.directory
+    sources = [base.source, *(adapter for adapter, _ in recipe.weighted_adapters)]
+    sources += [base.original] if base.original is not None else []
+    hub = ", ".join(dict.fromkeys(source.path for source in sources if not source.is_local(directory)))
+    downloads = f"; downloads from the hub what is not here of {hub}" if hub else ""
+    return f"headers of {base.source.path} and the adapter{downloads}"
 
 
 def _sources(recipe: Recipe) -> tuple[Sources, list[peft_directory.Adapter]]:
