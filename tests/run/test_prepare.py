@@ -55,7 +55,9 @@ def test_a_download_is_told_of_hub_ids_alone(project: Path, tmp_path: Path) -> N
         raise InterruptedError(line)
 
     asked = recipe(project, Path("runs"), {"base.original": "owner/base", "adapter": "owner/adapter"})
-    with pytest.raises(InterruptedError, match=r"downloads from the hub what is not here of owner/adapter, owner/base$"):
+    with pytest.raises(
+        InterruptedError, match=r"downloads from the hub what is not here of owner/adapter, owner/base$"
+    ):
         prepare.prepare(asked, stop)
 
 

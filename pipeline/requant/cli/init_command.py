@@ -43,12 +43,13 @@ def _schema_beside(recipe: Path) -> str:
     from requant.checkpoint.atomic_write import write_new
     from requant.recipe import json_schema
     from requant.recipe.template import SCHEMA_FILE
+    from requant_eval import regular_files
 
     file, text = recipe.parent / SCHEMA_FILE, json.dumps(json_schema(), indent=2) + "\n"
     if not (file.exists() or file.is_symlink()):
         write_new(file, text)
         return f"{file} written: the recipe's first line names it to editors, which complete and explain its keys"
-    if file.is_file() and file.read_bytes() == text.encode():
+    if file.is_file() and regular_files.read_bytes(file) == text.encode():
         return f"{file} is there already, for editors"
     return f"{file} is not this version's, and is left as it is: `requant schema > {file}` renews it for editors"
 

@@ -28,9 +28,9 @@ A default of `-` means none, or of a section the defaults of its keys. `[]` afte
 Relative input paths are relative to the recipe. `${env:NAME}` stands for a variable of the environment,
 `${env:NAME:-x}` for it or x.
 
-In an editor with the YAML language server (VS Code, Neovim and others) keys are completed and explained, and wrong ones marked:
-`requant init ADAPTER -o recipe.yaml` writes `requant.schema.json` beside the recipe, whose first line names it. For a recipe
-that you have, and after an upgrade,
+In an editor with the YAML language server (VS Code, Neovim and others) keys are completed and explained, and wrong
+ones marked: `requant init ADAPTER -o recipe.yaml` writes `requant.schema.json` beside the recipe, whose first line
+names it. For a recipe that you have, and after an upgrade,
 
     requant schema > requant.schema.json
 
