@@ -111,7 +111,9 @@ class Bench:
         with phase("score merged", self.seconds):
             self.sets = [self._set(name, file) for name, file in SETS]
             self.judge = variants.load("merged", self.sources, device=DEVICE, dtype=torch.float32)
-            self.floor = self.scored()
+            self.floor = {
+                s.name: float(self._score(s, write_reference=self._reference(s)).nll.mean()) for s in self.sets
+            }
         self.parameters = dict(self.judge.named_parameters())
 
     def _set(self, name: str, file: str) -> ev.EvalSet:
@@ -119,14 +121,21 @@ class Bench:
         documents = [ev.Document(d.ids, d.scored) for d in rows]  # of chats the answers, of plain text all
         return ev.make_set(name, documents, window=512, bos_id=self.bos, tokens=self.args.tokens)
 
+    def _reference(self, one: ev.EvalSet) -> Path:
+        return self.work / f"reference-{one.name}"
+
+    def _score(self, one: ev.EvalSet, **reference: Path) -> Any:
+        return score(self.judge, one, batch=16 if DEVICE.type == "cuda" else 4, device=DEVICE, **reference)
+
     def scored(self) -> dict[str, float]:
-        """Mean NLL of what `judge` holds now, by set."""
-        batch = 16 if DEVICE.type == "cuda" else 4
-        return {s.name: float(score(self.judge, s, batch=batch, device=DEVICE).nll.mean()) for s in self.sets}
+        """What `judge` as it is now loses against the merged model, by set: mean NLL, and mean KL as "NAME KL"."""
+        found = {s.name: self._score(s, reference=self._reference(s)) for s in self.sets}
+        losses = {name: float(one.nll.mean()) - self.floor[name] for name, one in found.items()}
+        return losses | {f"{name} KL": float(one.kl.mean()) for name, one in found.items()}
 
     @torch.no_grad()
     def losses(self, path: Path, values: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
-        """Log-perplexity that the checkpoint in `path` loses against the merged model.
+        """Log-perplexity that the checkpoint in `path` loses against the merged model, and KL from it.
 
         `values` replace some of its tensors.
         """
@@ -145,7 +154,7 @@ class Bench:
                 value = value if codes.order is None else value[:, torch.argsort(codes.order)]
             if parameter in self.parameters:
                 self.parameters[parameter].copy_(value.to(DEVICE))
-        return {name: nll - self.floor[name] for name, nll in self.scored().items()}
+        return self.scored()
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep and show one row; the file is whole after each."""
