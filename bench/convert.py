@@ -1,17 +1,22 @@
 """Bench of `requant convert`: seconds and memory on a Llama-8B-shaped checkpoint.
 
-    python bench/convert.py [--layers 4] [--bits 4 3] [--to compressed-tensors] [--out FILE]
+    python bench/convert.py [--layers 4] [--bits 4 3] [--to compressed-tensors gguf] [--folder DIR] [--out FILE]
     python bench/convert.py --quantize [--layers 4] [--samples 16] [--out FILE]
 
-Codes are random. All sizes but the number of layers are those of Llama 3.1 8B; the conversion is a process of its own,
-so that its peak of memory is its own too. With --quantize a random Llama a quarter as wide is quantized first, by GPTQ on
-the CPU, and then written in each format by this process: seconds, and their share of the quantizing.
+Codes are random. All sizes but the number of layers (32 are the whole model) are those of Llama 3.1 8B. A checkpoint is
+written once for each of --bits, in --folder: 5.7 GB at 4 bits, and as much again for the format. Each conversion is a
+process of its own, so that its peak of memory is its own too; it takes the threads that it finds, or OMP_NUM_THREADS.
+With --quantize a random Llama a quarter as wide is quantized first, by GPTQ on the CPU, and then written in each format
+by this process: seconds, and their share of the quantizing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,16 +48,25 @@ NARROW = {
 }  # fmt: skip
 FORMATS = ("compressed-tensors", "auto-round", "mlx", "gguf")
 CHILD = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
+started = time.perf_counter()
+import torch
 from requant.deploy.conversion import convert
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
-done = convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"linears": done.linears, "seconds": round(seconds, 1), "mb_before": before // 1024,
-                  "mb_peak": peak // 1024, "bytes": done.nbytes}))
+from requant.deploy.gguf_export import export
+source, out, to = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+marks = {}
+def step(done, total, note):
+    marks.setdefault(note.split()[0], time.perf_counter())  # of the first linear that is written, and compared
+before, start, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), time.process_time()
+done = export(source, out, progress=step) if to == "gguf" else convert(source, out, to, progress=step)
+end = time.perf_counter()
+parts = {"imports": start - started, "plan": marks["writing"] - start, "write": marks["comparing"] - marks["writing"],
+         "compare": end - marks["comparing"]}
+print(json.dumps({"linears": done.linears, "seconds": round(end - start, 1), "cpu": round(time.process_time() - cpu, 1),
+                  "parts": {name: round(part, 1) for name, part in parts.items()}, "mb_before": before // 1024,
+                  "mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "bytes": done.nbytes,
+                  "threads": torch.get_num_threads()}))
 """
 
 
@@ -132,30 +146,48 @@ def against_quantize(layers: int, samples: int) -> list[dict[str, Any]]:
     return rows
 
 
+def of_a_model(layers: int, bits: int, formats: list[str], folder: Path | None) -> list[dict[str, Any]]:
+    """A row a format, of one checkpoint that is written into a directory of its own in `folder`."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        source, target = Path(made) / "gptq", Path(made) / "out"
+        started = time.perf_counter()
+        write(source, layers, bits)
+        tokenizer(source)
+        print(f"{layers} layers of {bits} bits written in {time.perf_counter() - started:.1f} s", flush=True)
+        for to in formats:
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, str(source), str(target), to],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            rows.append({"bits": bits, "layers": layers, "to": to} | json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+            shutil.rmtree(target)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--to", default="compressed-tensors")
+    parser.add_argument("--to", nargs="+", default=["compressed-tensors"], choices=FORMATS)
+    parser.add_argument("--folder", type=Path, help="directory on the disk to measure; default: of temporary files")
     parser.add_argument("--quantize", action="store_true")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     rows = against_quantize(asked.layers, asked.samples) if asked.quantize else []
     for bits in () if asked.quantize else asked.bits:
-        with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "gptq", Path(folder) / "out"
-            write(source, asked.layers, bits)
-            done = subprocess.run(
-                [sys.executable, "-c", CHILD, str(source), str(target), asked.to],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-        row = {"bits": bits, "layers": asked.layers, "to": asked.to} | json.loads(done.stdout.splitlines()[-1])
-        print(row, flush=True)
-        rows.append(row)
+        rows += of_a_model(asked.layers, bits, asked.to, asked.folder)
     if asked.out:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        asked.out.write_text(json.dumps({"device": "2 CPU cores", "versions": versions, "rows": rows}, indent=1) + "\n")
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        asked.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

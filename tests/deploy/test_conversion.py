@@ -272,12 +272,93 @@ def test_wrong_inputs(gptq: Path, source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gptq: is a gptq checkpoint already: name another format"):
         convert(gptq, tmp_path / "ct", "gptq")
     with pytest.raises(
+        InputError, match=r"cannot be converted to 'awq': expected one of gptq, compressed-tensors, .*gguf"
+    ):
+        convert(gptq, tmp_path / "ct", "awq")
+    with pytest.raises(
         InputError, match=r"cannot be converted:\n.*quant_method is None, expected one of gptq, compressed"
     ):
         convert(source, tmp_path / "ct", CT)
     edit_json(gptq / "config.json", quantization_config={"quant_method": "gptq", "bits": 5})
     with pytest.raises(InputError, match=r"cannot be converted:\n.*bits is 5, expected one of 2, 3, 4, 8"):
         convert(gptq, tmp_path / "ct", CT)
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+def cut_short(gptq: Path) -> None:
+    """The first of several shards, as a download that broke off leaves it."""
+    shard = gptq / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-64])
+
+
+def in_groups_of(group: Tensor) -> Callable[[Path], None]:
+    """A checkpoint under act order, one linear of which has these groups."""
+
+    def damage(gptq: Path) -> None:
+        edit_tensors(gptq / "model.safetensors", lambda t: t | {f"{Q}.g_idx": group.int()})
+        declare_act_order(gptq)
+
+    return damage
+
+
+def in_shape(change: Callable[[Tensor], Tensor], suffix: str) -> Callable[[Path], None]:
+    """A checkpoint with one tensor changed."""
+
+    def damage(gptq: Path) -> None:
+        name = f"{UP}.{suffix}"
+        edit_tensors(gptq / "model.safetensors", lambda t: t | {name: change(t[name]).contiguous()})
+
+    return damage
+
+
+@pytest.mark.parametrize("to", [CT, "gguf"])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut_short, r"model\.safetensors: truncated: \d+ bytes, its header describes \d+ .* is cut\): download it again"),
+        (lambda p: (p / "config.json").unlink(), r"config\.json: missing: copy it there, or name the directory"),
+        (lambda p: (p / "model.safetensors").unlink(), r"no safetensors weights found: download the whole repository"),
+        (in_groups_of(torch.arange(64)), rf"{Q}\.g_idx: spans 0 to 63, there are 2 groups"),
+        (in_groups_of(torch.zeros(64, 1)), r"write it again\):\n  .*g_idx: shape \[64, 1\], expected \[64\]"),
+        (in_groups_of(torch.arange(64).flip(0) // 32), rf"{Q} has its groups in an order of their own"),
+        (in_shape(lambda t: t[:-1], "qweight"), r"in 1 places \(`requant verify` .*\):\n.*shape \[7, 128\], expected \[8"),
+        (in_shape(lambda t: t.T, "scales"), r"scales: shape \[128, 2\], expected \[2, 128\]"),
+        (in_shape(lambda t: t * 0, "scales"), r"scales: 256 of 256 scales are zero, the first of group 0, output 0"),
+        (lambda p: edit_json(p / "config.json", num_hidden_layers=3), r"layers\.2\.\S+: missing: expected int32 \[8, 64\]"),
+        (lambda p: edit_json(p / "quantize_config.json", bits=3), r"quantize_config\.json: bits: 3, config\.json says 4"),
+    ],
+    ids=[
+        "cut short", "no config", "no weights", "too many groups", "a table of groups", "backwards", "a row less", "turned",
+        "zero", "a layer more", "two configs",
+    ],
+)  # fmt: skip
+def test_damaged_checkpoints_are_named_before_anything_is_written(
+    gptq: Path, tmp_path: Path, damage: Callable[[Path], None], told: str, to: str
+) -> None:
+    damage(gptq)
+    write = partial(convert, to=to) if to == CT else export
+    with pytest.raises(InputError, match=told):
+        write(gptq, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "overrides", "to", "told"),
+    [
+        (Grid(2, 8), (), "mlx", r"MLX has groups of 32, 64, 128 inputs, not of 8"),
+        (Grid(4, 16), (), "gguf", r"groups of 16 inputs are no multiple of a block of 32: choose another format"),
+        (Grid(4, 32), (("*.down_proj", {"group_size": 16}),), "gguf", r"layers\.0\.mlp\.down_proj cannot be .* of 16"),
+        (Grid(4, 32), (("*.k_proj", {"bits": 8, "symmetric": False}),), "gguf", r"k_proj cannot .* Q8_0 has none"),
+        (Grid(3, -1, symmetric=False), (), "mlx", r"inputs, not of a whole row"),
+    ],
+)
+def test_settings_that_a_format_lacks_are_named(
+    source: Path, tmp_path: Path, grid: Grid, overrides: Any, to: str, told: str
+) -> None:
+    pico.packed(source, tmp_path / "gptq", grid, overrides=overrides)
+    write = partial(convert, to=to) if to == "mlx" else export
+    with pytest.raises(InputError, match=told):
+        write(tmp_path / "gptq", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
 
 

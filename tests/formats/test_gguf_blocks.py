@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -66,3 +68,18 @@ def test_what_fits_no_block_is_refused() -> None:
         gguf_blocks.pack("Q4_0", codes, scale, zero)
     with pytest.raises(PackError, match="not exact in float16"):
         gguf_blocks.pack("Q8_0", codes, scale * 1e6, zero)
+
+
+def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in parts give the same blocks; one wrong weight, and a scale that is no number, are seen in the last one."""
+    codes, scale, zero = torch.randint(0, 16, (7, 64)).to(torch.uint8), torch.full((7, 2), 0.5), torch.full((7, 2), 8.0)
+    monkeypatch.setattr(gguf_blocks, "PART", 3 * 64)
+    assert [(p.start, p.stop) for p in gguf_blocks.parts(7, 64)] == [(0, 3), (3, 6), (6, 9)]
+    stored = gguf_blocks.pack_in_parts("Q4_0", codes, scale, zero)
+    assert torch.equal(stored, gguf_blocks.pack("Q4_0", codes, scale, zero))
+    assert gguf_blocks.steps_off("Q4_0", stored, codes, scale, zero) == 0
+    other = codes.clone()
+    other[-1, -1] ^= 1
+    assert gguf_blocks.steps_off("Q4_0", stored, other, scale, zero) == 1
+    stored[-1, :2] = torch.tensor([torch.nan]).half().view(torch.uint8)
+    assert math.isnan(gguf_blocks.steps_off("Q4_0", stored, codes, scale, zero))

@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __init__(self, path: str | Path) -> None:
         self.path = path = Path(path)
         if not path.is_dir():
-            raise InputError(f"{path}: no such model directory")
+            raise InputError(f"{path}: no such model directory: name one that holds config.json and safetensors")
         refuse_unreadable(path)
         self._infos = _tables(path)
 
@@ -217,7 +217,7 @@ def read_json(file: Path, *, constants: bool = False) -> dict[str, Any]:
     try:
         value = strict_json.load(file, constants=constants)
     except FileNotFoundError:
-        raise InputError(f"{file}: missing") from None
+        raise InputError(f"{file}: missing: copy it there, or name the directory that has it") from None
     except strict_json.JsonError as error:
         raise InputError(f"{file}: {error}") from error
     except OSError as error:
@@ -284,7 +284,7 @@ def _tables(path: Path) -> dict[str, TensorInfo]:
             f"{path}: only GGUF weights ({gguf[0].name}): no adapter was trained on these. "
             "Use the 16-bit or bitsandbytes model that the adapter names as its base"
         )
-    raise InputError(f"{path}: no safetensors weights found")
+    raise InputError(f"{path}: no safetensors weights found: download the whole repository, or name another directory")
 
 
 def _shards(index: Path) -> dict[str, TensorInfo]:

@@ -126,6 +126,8 @@ def checked(source: Path, to: str, *, ends: EndBits, trust_remote_code: bool) ->
     The groups of an act-order checkpoint are read too: they are small, and may be what `to` cannot say.
     ends: what is to be rounded: with it a checkpoint may keep its format.
     """
+    if to not in (known := [*FORMATS, "gguf"]):
+        raise InputError(f"{source}: cannot be converted to {to!r}: expected one of {', '.join(known)}")
     headers = check_headers.check_weights(source, trust_remote_code=trust_remote_code)
     if headers.layout is None or not headers.usable:
         raise InputError("\n".join([f"{source}: cannot be converted:", *map(str, headers.findings[:_SHOWN])]))

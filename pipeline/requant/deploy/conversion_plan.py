@@ -22,6 +22,7 @@ from requant.numerics.grid import Grid
 from requant.quantize.plan import Layout, Plan, Settings, plan
 
 AS_THEY_ARE = EndBits()
+MEND = " (`requant verify` shows all; download it again, or write it again)"
 _SHOWN = 5  # findings in a message
 
 
@@ -99,7 +100,7 @@ def plan_conversion(
     dropped = _without_meaning(headers)
     wrong = [f"  {finding}" for finding in headers.findings if finding.where not in dropped]
     if wrong:
-        raise InputError("\n".join([f"{where}: {len(wrong)} things are wrong with it:", *wrong[:_SHOWN]]))
+        raise InputError("\n".join([f"{where}: wrong in {len(wrong)} places{MEND}:", *wrong[:_SHOWN]]))
     if beyond := sorted(n for n in reader.quantized if n.removesuffix(".weight") not in headers.packed):
         name = type(headers.model).__name__
         raise InputError(f"{where}: {beyond[0]} is quantized, and {name} has no place for it: it cannot be converted")

@@ -232,7 +232,7 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
         if order is not None:
             codes, scale, zero = codes[order], scale[order], zero[order]
         try:
-            return gguf_blocks.pack(kind, codes, scale, zero)
+            return gguf_blocks.pack_in_parts(kind, codes, scale, zero)
         except PackError as error:
             raise cannot_be_stored(planned, module, FORMAT, error) from error
 
@@ -241,9 +241,7 @@ def _packed(planned: ConversionPlan, config: Any, family: Family, module: str, w
             return _of_nearest(planned, weight, grid, kind, found)
         parts = in_order(planned, module, weight, FORMAT, planned.reader.decode)
         codes, scale, zero = parts if order is None else (part[order] for part in parts)
-        grouped, scales = (len(codes), scale.shape[1], -1), scale.unsqueeze(2)  # without an index a weight
-        expected = (codes.float().reshape(grouped) - zero.unsqueeze(2)) * scales
-        return float(((gguf_blocks.unpack(kind, found).reshape(grouped) - expected) / scales).abs().max())
+        return gguf_blocks.steps_off(kind, found, codes, scale, zero)
 
     nbytes = columns // gguf_blocks.BLOCK * gguf_blocks.BYTES[kind]
     return GgufTensor(name=name, kind=kind, shape=(rows, nbytes), read=read, rounding=rounding)
@@ -278,8 +276,9 @@ def _plain(planned: ConversionPlan, config: Any, family: Family, parameter: str,
 
     def rounding(found: Tensor) -> float:
         own = values()
-        wide = torch.promote_types(dtype, own.dtype)
-        return 0.0 if torch.equal(found.view(dtype).to(wide), own.to(wide)) else math.inf
+        wide, written = torch.promote_types(dtype, own.dtype), found.view(dtype)
+        parts = gguf_blocks.parts(len(own), own.numel() // len(own))
+        return 0.0 if all(torch.equal(written[p].to(wide), own[p].to(wide)) for p in parts) else math.inf
 
     return GgufTensor(
         name=name, kind=kind, shape=(*shape[:-1], shape[-1] * dtype.itemsize), read=read, rounding=rounding

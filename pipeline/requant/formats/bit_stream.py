@@ -55,10 +55,12 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`: int32 [k, m] -> uint8 [k*32/bits, m]."""
     m = words.shape[1]
     mask = 2**bits - 1
-    if WORD % bits == 0:
-        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)[None, :, None]
-        codes: Tensor = (words[:, None] >> shifts) & mask
-        return codes.to(torch.uint8).reshape(-1, m)
+    if 8 % bits == 0:
+        octets = words.reshape(-1).view(torch.uint8).reshape(-1, m, 4).transpose(1, 2)  # [k, 4, m]
+        codes = torch.empty(len(words), 4, 8 // bits, m, dtype=torch.uint8, device=words.device)
+        for i in range(8 // bits):
+            codes[:, :, i] = octets >> (bits * i) & mask
+        return codes.reshape(-1, m)
     wide = (words.to(torch.int64) & 0xFFFFFFFF).reshape(-1, bits, m)
     out = torch.empty(wide.shape[0], WORD, m, dtype=torch.uint8, device=words.device)
     for i in range(WORD):

@@ -20,7 +20,7 @@ from requant.formats.quantized_format import PackError
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # of one block
 PLAIN = (("F16", torch.float16), ("BF16", torch.bfloat16))
-PART = 2**20  # values that are tried at once: most matrices that float16 does not hold show it in the first
+PART = 2**20  # values that are computed at once: most matrices that float16 does not hold show it in the first
 LARGEST_ROUNDING = 2.0**-7  # of Q4_1's minimum, in steps of the scale: half an ulp of float16 at 15 steps is 0.0073
 
 
@@ -84,6 +84,28 @@ def unpack(kind: str, stored: Tensor) -> Tensor:
     """The weights fp32 [out, in] of blocks uint8 [out, bytes of a row]."""
     blocks = stored.reshape(stored.shape[0], -1, BYTES[kind])
     return _DECODERS[kind](blocks).flatten(1)
+
+
+def parts(rows: int, columns: int) -> list[slice]:
+    """Rows of a matrix in parts of a million values, so that what is computed of them takes little memory beside it."""
+    size = max(1, PART // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def pack_in_parts(kind: str, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`pack`, some rows at a time."""
+    return torch.cat([pack(kind, codes[p], scale[p], zero[p]) for p in parts(*codes.shape)])
+
+
+def steps_off(kind: str, stored: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> float:
+    """The largest difference of a weight in blocks from what codes say, in steps of its scale; others as of `pack`."""
+    largest = []
+    for p in parts(*codes.shape):
+        scales = scale[p].unsqueeze(2)  # of a group, without an index a weight
+        grouped = (len(scales), scale.shape[1], -1)
+        expected = (codes[p].float().reshape(grouped) - zero[p].unsqueeze(2)) * scales
+        largest.append(((unpack(kind, stored[p]).reshape(grouped) - expected) / scales).abs().max())
+    return float(torch.stack(largest).max())  # NaN where one is
 
 
 def _bytes(halves: Tensor) -> Tensor:
