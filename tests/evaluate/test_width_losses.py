@@ -15,7 +15,7 @@ from requant import merge
 from requant.evaluate import planned_merge, width_losses
 from requant.evaluate.planned_merge import Device
 from requant.numerics.grid import nearest_rows
-from requant.run import bit_budget, prepare
+from requant.run import budget_widths, prepare
 from requant.run.prepared import Prepared
 from requant_eval.scoring.batches import BatchSize
 
@@ -30,13 +30,13 @@ def prepared_of(project: Path, out: Path) -> Prepared:
 def measured(prepared: Prepared, windows: Any, width: int) -> list[dict[int, float]]:
     walk = planned_merge.walk_of(prepared.merge.plan, CPU, trust_remote_code=False, pieces={})
     with one_thread():
-        return width_losses.measure(walk, bit_budget.units_of(prepared.quantize.plan), windows, WIDTHS, width)
+        return width_losses.measure(walk, budget_widths.units_of(prepared.quantize.plan), windows, WIDTHS, width)
 
 
 def test_the_loss_at_the_measured_width_is_the_kl_of_the_rounded_model(project: Path, tmp_path: Path) -> None:
     prepared = prepared_of(project, tmp_path)
     windows = width_losses.sample(prepared.texts.calibration, "cpu")[:3]
-    found, units = measured(prepared, windows, 3), bit_budget.units_of(prepared.quantize.plan)
+    found, units = measured(prepared, windows, 3), budget_widths.units_of(prepared.quantize.plan)
     (tmp_path / "merged").mkdir()
     merge.merge(prepared.merge.plan, tmp_path / "merged", dtype="float32")
     for unit, own in zip(units, found, strict=True):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from requant.errors import StageError
 from requant.modeling.block_walk import BlockInput, Walk
 from requant.numerics.grid import Grid, nearest_rows
+from requant.numerics.token_errors import relative_error
 from requant_eval.scoring.kl import kl_divergence
 
 TOKENS = {"cpu": 2**9, "cuda": 2**11}  # of all windows
@@ -122,7 +123,7 @@ def _block(
                 changed[number, bits] = walk.run(index, item).cpu()
     item.hidden = walk.run(index, item)
     for (number, bits), output in changed.items():
-        seen[number].errors[bits] = _error(output.to(walk.device), item.hidden)
+        seen[number].errors[bits] = float(relative_error(output.to(walk.device).double(), item.hidden.double()).mean())
         if bits == width:
             seen[number].hidden = output
     walk.release(block)
@@ -140,12 +141,6 @@ def _rounded(model: nn.Module, unit: Unit, bits: int) -> Iterator[None]:
     finally:
         for name, parameter in old.items():
             model.get_submodule(name)._parameters["weight"] = parameter
-
-
-def _error(changed: Tensor, output: Tensor) -> float:
-    """Mean over the tokens of |changed - output|^2 / |output|^2."""
-    size = output.double().square().sum(dim=-1).clamp(min=1e-30)
-    return float(((changed - output).double().square().sum(dim=-1) / size).mean())
 
 
 def _end(walk: Walk, windows: Tensor, merged: Tensor, seen: Sequence[_Seen]) -> None:

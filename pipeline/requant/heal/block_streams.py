@@ -13,6 +13,7 @@ from requant.heal.curve import Windows
 from requant.heal.teacher import head_of, precision, product_dtype
 from requant.heal.trainer import Measure
 from requant.modeling.block_walk import BlockArguments, Walk
+from requant.numerics.token_errors import relative_error
 from requant.runtime.pinned_memory import PinnedBuffer
 from requant_eval.scoring.lm_head import HeadTap
 
@@ -91,7 +92,7 @@ class Streams:
             self._chosen(stream, numbers, buffer)
             for stream, buffer in zip((self.student, self.teacher), self._buffers, strict=True)
         )
-        return kl_loss.relative_error(self.forward(block, student, index), teacher)
+        return relative_error(self.forward(block, student, index), teacher)
 
     def _chosen(self, stream: Tensor, numbers: Sequence[int], buffer: PinnedBuffer) -> Tensor:
         """Some windows of a stream, on the device."""

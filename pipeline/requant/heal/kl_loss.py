@@ -1,4 +1,4 @@
-"""Losses of healing: KL(teacher || student) over the vocabulary, relative error of a block.
+"""The loss of healing: KL(teacher || student) over the vocabulary.
 
 The KL divergence and its gradient are computed from final hidden states, a chunk of positions at a time: logits of both
 models exist for one chunk only, and only the gradient with respect to the student's hidden states is kept. The value
@@ -128,15 +128,3 @@ def measured(
         kl.append(total / len(own))
         more.append(worse / max(1, len(next_tokens)))
     return torch.stack(kl).cpu(), torch.stack(more).cpu()
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |output - target|^2 / |target|^2, fp32 [n].
-
-    output, target: hidden states [n, length, width].
-    Every token has the same weight, as in the next block, whose norm divides by the length of the hidden state. In a
-    plain sum of squares the few tokens with outlying activations would outweigh all others.
-    """
-    target = target.float()
-    error = (output.float() - target).square().sum(-1)
-    return (error / target.square().sum(-1).clamp_min(1e-12)).mean(-1)

@@ -6,6 +6,7 @@
     solution           what the solver returns: codes, scales, errors, losses
     grid               integer grids and the search for their scales
     hessian            sums of x x^T over calibration tokens, and the drift of inputs
+    token_errors       the relative error of hidden states, token by token
     cholesky           triangular solves and a Cholesky factorization shared by several ranks
     triton_kernels     the inner loops as Triton kernels, and when they may run
     code_kernels       packed codes to weights and gradients to codes as Triton kernels

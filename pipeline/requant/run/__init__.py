@@ -25,7 +25,7 @@ Only this package, and cli for printing, reads a Recipe.
     onto_choice         the rule of it: from both losses to the base that is taken
     bit_budget          the width of every linear, chosen by measured losses for quantize.budget
     bit_allocation      the rule of it: the widths of least total loss within a budget
-    budget_widths       the widths that formats and servers leave to choose from
+    budget_widths       the units of linears, and the widths that formats and servers leave to choose from
     expert_order        in which order an adapter holds its experts, measured where no file says it
     heal_stage          the healed checkpoint
     end_formats         quantized token embeddings and head, and the formats that hold them

@@ -20,17 +20,16 @@ from requant.data.packing import digest
 from requant.evaluate import planned_merge, width_losses
 from requant.evaluate.planned_merge import Device
 from requant.evaluate.width_losses import Unit
-from requant.modeling.families import fused_patterns
 from requant.quantize.plan import Plan
 from requant.recipe import Recipe
 from requant.recipe.quantize_section import Override, OverrideFields
 from requant.run import evaluation_inputs, expert_order, prepare
 from requant.run.bit_allocation import allocate
+from requant.run.budget_widths import units_of
 from requant.run.observer import Watcher
 from requant.run.prepared import Prepared
 from requant.run.shared_inputs import SharedInputs
 from requant.run.stage_results import BudgetDecision, BudgetUnit
-from requant.run.suggest import pattern
 from requant.runtime.device import free_memory, pick_device
 
 LAYOUT = 1  # raised when what is measured changes
@@ -72,22 +71,6 @@ def ahead(prepared: Prepared) -> str:
         f"{len(units_of(prepared.quantize.plan))} units at {widths} bits on {windows.numel()} calibration tokens; "
         "until then figures here are those of one width, no narrower"
     )
-
-
-def units_of(plan: Plan) -> list[Unit]:
-    """The quantized linears of a plan by what engines hold as one matrix."""
-    fused = fused_patterns(plan.grids)
-    names: dict[str, list[str]] = {}
-    for name in plan.grids:
-        names.setdefault(pattern(name, fused), []).append(name)
-    return [
-        Unit(
-            pattern=covering,
-            grids={name: plan.grids[name] for name in inside},
-            weights=sum(plan.shapes[name][0] * plan.shapes[name][1] for name in inside),
-        )
-        for covering, inside in names.items()
-    ]
 
 
 def _with_choice(recipe: Recipe, plan: Plan, units: Sequence[Unit], bits: Sequence[int]) -> Recipe:

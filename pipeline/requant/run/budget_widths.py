@@ -1,4 +1,4 @@
-"""Widths that `quantize.budget` may give: those that formats and servers take."""
+"""What `quantize.budget` chooses for: units of linears, and the widths that formats and servers take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import get_args
 
 from requant.errors import InputError
+from requant.evaluate.width_losses import Unit
 from requant.modeling.families import fused_patterns
+from requant.quantize.plan import Plan
 from requant.recipe import Recipe
 from requant.recipe.fields import Bits
 from requant.recipe.quantize_section import Override
@@ -47,11 +49,25 @@ def planned(recipe: Recipe, plan: Planned) -> tuple[QuantizeInputs, tuple[int, .
     return made[min(bits for bits in widths if bits >= budget)], widths
 
 
+def units_of(plan: Plan) -> list[Unit]:
+    """The quantized linears of a plan by what engines hold as one matrix."""
+    fused = fused_patterns(plan.grids)
+    names: dict[str, list[str]] = {}
+    for name in plan.grids:
+        names.setdefault(pattern(name, fused), []).append(name)
+    return [
+        Unit(
+            pattern=covering,
+            grids={name: plan.grids[name] for name in inside},
+            weights=sum(plan.shapes[name][0] * plan.shapes[name][1] for name in inside),
+        )
+        for covering, inside in names.items()
+    ]
+
+
 def _refuse_mixed(recipe: Recipe, plan: Planned, least: QuantizeInputs, widths: tuple[int, ...]) -> None:
     """Raise InputError where a server refuses linears of several widths: every other unit gets the next width."""
-    grids = least.plan.grids
-    fused = fused_patterns(grids)
-    units = list(dict.fromkeys(pattern(name, fused) for name in grids))
+    units = [unit.pattern for unit in units_of(least.plan)]
     try:
         plan(_at(recipe, widths[0], {unit: Override.model_validate({"bits": widths[1]}) for unit in units[1::2]}))
     except InputError as error:

@@ -15,7 +15,7 @@ from requant.evaluate import width_losses
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.roads import NF4_ROADS
 from requant.evaluate.stage import Stream
-from requant.run import bit_budget, merge_onto
+from requant.run import budget_widths, merge_onto
 from requant.run.check.forecast_merge import Need
 from requant.run.prepared import Prepared
 from requant.run.road_recipe import scored_roads
@@ -123,7 +123,7 @@ class Asking:
             return
         size, device, inside = self.scoring.size_of("merged"), torch.device(self.device), self.p.quantize.plan.shapes
         units, tokens = (
-            bit_budget.units_of(self.p.quantize.plan),
+            budget_widths.units_of(self.p.quantize.plan),
             width_losses.sample(self.p.texts.calibration, self.device).numel(),
         )
         passes = len(units) * (0.5 + len(self.p.widths) / max(1, size.layers))
