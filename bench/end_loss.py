@@ -10,7 +10,7 @@ makes them; held-out sets, healing text and teacher are those of bench/heal.py. 
 Ways: "plain" counts every token alike. "signs", "sampled" and "text" weight a token by the squared gradient at the
 linear's output, with the three kinds of labels of `requant.quantize.token_weights`, raised to the power that
 follows; "own": each linear has a Hessian of its own, also where linears share their input. "asymmetric": zero points
-that GPTQ searches. "N steps": healed with that many.
+that GPTQ searches. The last ones are healed with other steps or rates than the default.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Way:
     heal: dict[str, Any] = field(default_factory=dict)
 
 
+HALF_RATES = {"lr": 0.5 * HealSettings().lr, "code_lr": 0.5 * HealSettings().code_lr}
 WAYS: dict[str, Way] = {
     "plain": Way(),
     "signs, 1": Way(labels="signs"),
@@ -63,6 +64,8 @@ WAYS: dict[str, Way] = {
     "half the steps": Way(steps=0.5),
     "twice the steps": Way(steps=2),
     "three times the steps": Way(steps=3),
+    "half the rates": Way(heal=HALF_RATES),
+    "half the rates, twice the steps": Way(heal=HALF_RATES, steps=2),
 }
 
 
@@ -114,7 +117,7 @@ class EndLoss:
         full, bench = f"{bits} bits, {name}", self.bench
         with phase(f"{full}: quantize", bench.seconds):
             path = self.quantized(full, bits, way)
-        if self.args.healing != "only" and way.steps == 1:
+        if self.args.healing != "only" and way.steps == 1 and not way.heal:
             bench.add({"row": full} | bench.losses(path))
         if self.args.healing != "no":
             self.healed(full, path, way)

@@ -14,7 +14,6 @@ them: recipes/smollm2-pydocs, recipes/gemma3-word-problems. Meant for a GPU; run
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -265,39 +264,10 @@ def heal_blocks(
     return row | {"blocks": blocks}, values
 
 
-def peer_role(args: argparse.Namespace) -> None:
-    """Write the checkpoint of gptqmodel, or of AutoRound where iterations are given, at its defaults for the rest."""
-    rows = torch.tensor(json.loads(args.rows.read_text()))
-    if args.iterations:
-        autoround(args, rows)
-        return
-    from gptqmodel import GPTQModel, QuantizeConfig
-
-    config = QuantizeConfig(bits=int(args.bits), group_size=64, sym=True, desc_act=False, device=DEVICE.type)
-    model = GPTQModel.load(str(args.merged), config)
-    batch = max(1, (16384 if DEVICE.type == "cuda" else 2048) // rows.shape[1])
-    examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]
-    model.quantize(examples, batch_size=batch)
-    model.save(str(args.out))
-
-
-def autoround(args: argparse.Namespace, rows: torch.Tensor) -> None:
-    from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(str(args.merged), dtype="auto")
-    rounder = AutoRound(
-        model, tokenizer=AutoTokenizer.from_pretrained(str(args.merged)), bits=int(args.bits), group_size=64, sym=True,
-        dataset=list(rows.split(8)), iters=args.iterations, nsamples=len(rows), seqlen=rows.shape[1],
-        device_map=DEVICE.type,
-    )  # fmt: skip
-    rounder.quantize_and_save(str(args.out), format="auto_gptq")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("role", choices=("compare", "ablate", "peer"))
-    for name in ("base", "adapter", "texts", "out", "merged", "rows", "checkpoint"):
+    parser.add_argument("role", choices=("compare", "ablate"))
+    for name in ("base", "adapter", "texts", "out", "checkpoint"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/requant-heal"))
     parser.add_argument("--bits", default="4")
@@ -323,13 +293,12 @@ def main() -> None:
         "micro": None,
         "tokens": None,
         "written": 1024,
-        "iterations": 0,
     }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     started = time.perf_counter()
-    {"compare": compare, "ablate": ablate, "peer": peer_role}[args.role](args)
+    {"compare": compare, "ablate": ablate}[args.role](args)
     print(f"{time.perf_counter() - started:.1f} s in all", flush=True)
 
 

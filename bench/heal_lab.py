@@ -196,7 +196,7 @@ class Bench:
         rows.write_text(json.dumps(self.calibration().tolist()))
         given = {"merged": self.merged, "rows": rows, "bits": bits, "iterations": iterations, "out": out}
         options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, str(Path(__file__).with_name("heal.py")), "peer", *options]
+        command = [sys.executable, str(Path(__file__).with_name("heal_peers.py")), *options]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"peer failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
