@@ -6,7 +6,9 @@ No weights and no GPU are needed: the model is built on the meta device, and the
     python bench/hardware.py [--models NAME ...] [--out FILE]
     python bench/hardware.py --tables FILE     the tables of recipes/README.md and docs/hardware.md from a result
 
-Computed, not measured: what an allocator rounds up and what libraries take is not in it.
+Computed, not measured: what an allocator rounds up and what libraries take is not in it. Times are those of an 8B's
+phases on one H200, each scaled by its operations: a 70B's blocks, of which batches wait in host memory on 80 GB, took
+more.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import math
 import platform
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +49,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 262208},
         "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
                           "num_attention_heads": 16, "image_size": 896, "patch_size": 14}}),
+    "gemma-4-31b": ("gemma4", {
+        "text_config": {"hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60,
+                        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 256, "global_head_dim": 512,
+                        "num_global_key_value_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+                        "sliding_window": 1024, "vocab_size": 262144},
+        "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+                          "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72}}),
     "mistral-small-24b": ("mistral3", {}),  # the defaults of transformers' class, its vision tower too
     "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
     "qwen3-30b-a3b": ("qwen3_moe", {
@@ -56,9 +66,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "text_config": _QWEN3_8B,
         "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096,
                           "num_heads": 16, "deepstack_visual_indexes": [8, 16, 24]}}),
+    "mistral-7b": ("mistral", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32768, "tie_word_embeddings": False}),
+    "qwen2.5-7b": ("qwen2", {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}),
+    "gemma-2-9b": ("gemma2", {
+        "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000}),
 }  # fmt: skip
 IN_16_BIT = {"gpt-oss-20b": "*.experts.*"}  # what `quantize.experts: auto` leaves
 GROUPS = {"gpt-oss-20b": 64}  # elsewhere 128, which does not divide its 2,880 inputs
+RESULTS = Path(__file__).parent / "results"
+PHASES = RESULTS / "2026-11-27-speed-8b-16-128-h200.json"  # half of an 8B on one H200
+LIKE = "llama-3.1-8b"  # the model that was measured
+LAWS = {  # phase -> what its time grows with
+    "hessian": "squares", "drift": "squares", "forward to the stages": "weights", "factor": "cubes",
+    "correction": "products", "scale search": "outputs", "column loop": "products", "sweeps": "products",
+    "losses": "products", "pack": "outputs",
+}  # fmt: skip
+TIMES = {  # bench/NOTES.md; blocks that were measured, times the model's. Elsewhere computed
+    "llama-3.1-8b": "33 s, measured (H100)",
+    "llama-3.3-70b": "8 min, of 4 blocks measured (H100)",
+    "qwen3-30b-a3b": "6 min, of 2 and 4 blocks measured (H200)",
+    "gpt-oss-20b": "not known: one call an expert, which no law here has",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +107,7 @@ class Needs:
     paused_on_gpu: int  # quantizing, with all calibration batches waiting on the GPU
     least_on_gpu: int  # with them in host memory
     states_on_host: int  # what waits there
+    seconds: float  # quantizing on one H200, computed of an 8B's measured phases
     on: dict[str, dict[str, str]]  # GPU -> what is done there; heal and evaluate with 0.85 of what is free at most
 
 
@@ -89,7 +123,7 @@ class Model:
         from requant.quantize import plan as layout
         from requant.run.check.rehearsal import RandomWeights
 
-        kind, changes = MODELS[name]
+        self.name, (kind, changes) = name, MODELS[name]
         self.model: Any = skeleton.build(AutoConfig.for_model(kind, **changes), split=True)
         shapes = RandomWeights(self.model, torch.device("cpu")).shapes
         slots = {n: Slot(n, torch.bfloat16, shape) for n, shape in shapes.items()}
@@ -122,8 +156,36 @@ class Model:
             paused_on_gpu=paused + states,
             least_on_gpu=memory.waiting_bytes(walk, batch, twice),
             states_on_host=states,
+            seconds=round(self.seconds(), 1),
             on={f"{gb} GB": self._on(int(FREE * gb * 1e9), paused, memory.MEMORY_SHARE) for gb in GPUS},
         )
+
+    def seconds(self) -> float:
+        """The measured phases of an 8B, each times the operations here beside those there."""
+        run = json.loads(PHASES.read_text())["runs"]["ours, 16 layers"]
+        done = dict(map(tuple, run["blocks_done_at"]))
+        start = done[2] - 2 * (done[15] - done[3]) / 12
+        here, there = self.operations(), (self if self.name == LIKE else Model(LIKE)).operations()
+        return start + sum(2 * run["phases"][phase] * here[law] / there[law] for phase, law in LAWS.items())
+
+    def operations(self) -> Counter[str]:
+        """What phases grow with, of all blocks: a group of linears with one input has one Hessian."""
+        from requant.modeling.blocks import block_list
+        from requant.modeling.families import BY_INPUTS
+
+        text = self.model.config.get_text_config()
+        routed = getattr(text, "num_experts_per_tok", None) or 1
+        held = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+        total: Counter[str] = Counter()
+        for name, module in block_list(self.model)[1].named_modules():
+            if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+                total["weights"] += int(module.weight.numel() * (routed / held if ".experts." in name else 1))
+        inputs: dict[tuple[str, ...], int] = {}
+        for name, (rows, columns) in self.plan.shapes.items():
+            parent, _, leaf = name.rpartition(".")
+            inputs[(parent, leaf if leaf in BY_INPUTS else "")] = columns
+            total += Counter(products=rows * columns**2, outputs=rows * columns)
+        return total + Counter(squares=sum(n**2 for n in inputs.values()), cubes=sum(n**3 for n in inputs.values()))
 
     def _weights(self) -> set[str]:
         return {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -179,13 +241,13 @@ class Model:
 def sizes_table(models: dict[str, Any]) -> list[str]:
     """Rows of recipes/README.md: disk, and memory while quantizing."""
     rows = [
-        "| recipe | parameters | merged, 16 bit | result, 4 bits | quantizing: GPU at least | with all on the GPU |"
+        "| recipe | parameters | merged, 16 bit | result, 4 bits | quantizing: GPU at least | with all on the GPU | time |"
     ]
-    rows.append("|---|---|---|---|---|---|")
+    rows.append("|---|---|---|---|---|---|---|")
     for name, m in models.items():
         rows.append(
             f"| [{name}]({name}/recipe.yaml) | {m['parameters'] / 1e9:.1f} B | {_gb(m['merged'])} | {_gb(m['gptq'])} | "
-            f"{_gb(m['least_on_gpu'])} | {_gb(m['paused_on_gpu'])} |"
+            f"{_gb(m['least_on_gpu'])} | {_gb(m['paused_on_gpu'])} | {_time(name, m['seconds'])} |"
         )
     return rows
 
@@ -203,6 +265,11 @@ def gpus_table(models: dict[str, Any]) -> list[str]:
             waits = how["quantize"].removeprefix("batches wait ")
             rows.append(f"| {name} | {gpu} | {waits} | {how['heal']} | {whole[0]} | {whole[1]} |")
     return rows
+
+
+def _time(name: str, seconds: float) -> str:
+    shown = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+    return TIMES.get(name, f"{shown}, computed (H200)")
 
 
 def _gb(nbytes: float) -> str:

@@ -1,4 +1,4 @@
-"""Ten questions of newcomers: answered at most two links from the README."""
+"""Ten questions of newcomers: answered at most two links from the README, one from docs/index.md."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from test_docs import ROOT, anchors, links
 
 README = ROOT / "README.md"
+INDEX = ROOT / "docs" / "index.md"
 QUESTIONS = {
     # question: (word of the README's line that a reader looks for, the section, what it must say)
     "which group size": (r"groups", "docs/choosing.md#which-group-size", r"divide the widths"),
@@ -45,6 +46,14 @@ def test_the_readme_leads_to_the_answer(question: str) -> None:
     second = {target(step, link) for step in first if step.endswith(".md") for link in links((ROOT / step).read_text())}
     assert page in first | second
     assert re.search(says, section((ROOT / page).read_text(), anchor))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_index_has_the_answer_itself(question: str) -> None:
+    """One link, to the section: a row of the first table names the question."""
+    rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \|$", INDEX.read_text(), re.MULTILINE)
+    places = [link for asked, answer in rows if question in asked for link in links(answer)]
+    assert QUESTIONS[question][1].removeprefix("docs/") in places
 
 
 def test_a_missing_answer_is_seen() -> None:

@@ -1,7 +1,9 @@
-"""Every recipe of recipes/ passes `check` on a tiny random model of its family."""
+"""Every recipe of recipes/ is checked and run on a tiny random model of its family."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ from helpers.command_line import Here
 from helpers.e2e import make_tokenizer, texts, write_rows
 from ruamel.yaml import YAML
 
+from requant.checkpoint.reader import Checkpoint
 from requant.recipe import load
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -21,6 +24,7 @@ REAL = {"smollm2-pydocs", "gemma3-word-problems"}  # real fine-tunes, with tests
 KINDS = {
     "gemma-2-9b": "gemma2",
     "gemma-3-12b": "gemma3",
+    "gemma-4-31b": "gemma4",
     "gpt-oss-20b": "gpt_oss",
     "llama-3.1-8b": "llama",
     "llama-3.3-70b": "llama",
@@ -34,6 +38,9 @@ KINDS = {
 }
 WORDS = 320  # of the model: more than the tokenizer has, so that no text holds the placeholder of an image
 PLACES = ("image_token_index", "boi_token_index", "eoi_token_index", "image_token_id", "video_token_id")
+SHAPES: dict[str, dict[str, Any]] = {  # of a size within a family
+    "gemma-4-31b": {"text_config.hidden_size_per_layer_input": 0, "text_config.attention_k_eq_v": True}
+}
 PACKED: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
@@ -54,7 +61,7 @@ def small(name: str, out: Path) -> Path:
     default = tiny.config(kind).to_dict()
     places = {place: WORDS - 1 for place in PLACES if place in default}
     words = {"text_config.vocab_size" if "text_config" in default else "vocab_size": WORDS}
-    made = tiny.model(kind, **places, **words)
+    made = tiny.model(kind, **places, **words, **SHAPES.get(name, {}))
     base = pico.save(made, out / "base", torch.bfloat16)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "gpt-oss-20b" else "all-linear"
     pico.train(made, out / "adapter", target_modules=targets)
@@ -93,10 +100,17 @@ def small(name: str, out: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", KINDS)
-def test_a_recipe_passes_check_on_its_family(here: Here, tmp_path: Path, name: str) -> None:
-    assert here("check", str(small(name, tmp_path)), "--set", "device=cpu") == 0, here.err
+def test_a_recipe_passes_check_and_runs_on_its_family(here: Here, tmp_path: Path, name: str) -> None:
+    recipe = str(small(name, tmp_path))
+    assert here("check", recipe, "--set", "device=cpu") == 0, here.err
     assert here.out.rstrip().endswith("ok")
     found = re.search(r"^quantize +(\d+) linears", here.out, re.MULTILINE)
     assert found, here.out
     assert int(found[1]) > 3
     assert re.search(r"^serve +vllm loads", here.out, re.MULTILINE), here.out
+    assert here("run", recipe, "--set", "device=cpu", "--set", "gates=[]") == 0, here.err
+    (report,) = Path("runs").glob("*/report.json")
+    scored = {v["name"]: v["ppl"]["value"] for v in json.loads(report.read_text())["sets"][0]["variants"]}
+    assert {"adapter", "merged", "gptq"} <= scored.keys()
+    assert all(math.isfinite(ppl) for ppl in scored.values())
+    assert sum(n.endswith(".qweight") for n in Checkpoint(report.parent / "gptq")) == int(found[1])

@@ -15,6 +15,8 @@ RECIPES = sorted(FOLDER.glob("*/recipe.yaml"))
 def test_the_models_people_fine_tune_are_there() -> None:
     names = {path.parent.name for path in RECIPES}
     assert {"llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "mistral-7b", "gemma-2-9b"} <= names
+    assert {"qwen3.5-9b", "gemma-3-12b", "gemma-4-31b", "llama-3.3-70b", "mistral-small-24b", "gpt-oss-20b"} <= names
+    assert {"qwen3-30b-a3b", "qwen3-vl-8b"} <= names, "a mixture, and one that sees"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)

@@ -155,11 +155,12 @@ def why_no_experts(model: nn.Module, targets: Iterable[Target]) -> str | None:
 
 def _why_not_parallel(plan: Plan, model: nn.Module, gpus: list[tuple[Kernel, ...]], degree: int) -> str | None:
     """Why `degree` GPUs of none of these kinds can split the matrices; None when some can."""
-    heads = tensor_parallel.Heads.of(model.config)
-    if heads and (why := heads.why_not(degree)):
-        return why
+    for each in tensor_parallel.Heads.all_of(model.config):
+        if why := each.why_not(degree):
+            return why
     for name, grid in plan.grids.items():
         module: Any = model.get_submodule(name)
+        heads = tensor_parallel.Heads.of(model.config, name)
         if why := tensor_parallel.why_not(name, module.out_features, module.in_features, grid, degree, heads):
             return why
     matrices = list(_matrices(plan, model, fused=True, degree=degree))
@@ -189,11 +190,10 @@ def _matrices(plan: Plan, model: nn.Module, *, fused: bool, degree: int = 1) -> 
 
     degree: number of GPUs.
     """
-    heads = tensor_parallel.Heads.of(model.config)
 
     def size(name: str) -> tuple[int, int]:
         module: Any = model.get_submodule(name)
-        whole = (module.out_features, module.in_features)
+        whole, heads = (module.out_features, module.in_features), tensor_parallel.Heads.of(model.config, name)
         return tensor_parallel.shard_shape(name, *whole, degree, heads) or whole
 
     taken: set[str] = set()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from requant.modeling.families import BY_INPUTS, FUSED_HEADS, KEY_HEADS, UNCUT
+from requant.modeling.layer_configs import layer_config, layer_configs
 from requant.numerics.grid import Grid
 
 DEGREES = (2, 4, 8)
@@ -24,9 +25,17 @@ class Heads:
     keys: int
 
     @classmethod
-    def of(cls, config: Any) -> Heads | None:
-        """From a config; None where it names no heads."""
-        text = config.get_text_config()
+    def of(cls, config: Any, module: str = "") -> Heads | None:
+        """From a model's config, of the layer that a module belongs to; None where it names no heads."""
+        return cls._of(layer_config(config, module))
+
+    @classmethod
+    def all_of(cls, config: Any) -> set[Heads]:
+        """Those of every layer."""
+        return {heads for text in layer_configs(config) if (heads := cls._of(text))}
+
+    @classmethod
+    def _of(cls, text: Any) -> Heads | None:
         queries = getattr(text, "num_attention_heads", None)
         multi_query = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
         keys = 1 if multi_query else getattr(text, "num_key_value_heads", None) or queries

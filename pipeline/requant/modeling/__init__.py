@@ -13,6 +13,7 @@
     stored_parameters    parameters of routers that a checkpoint holds transposed or several in one
     joined_parts         convolutions that a checkpoint holds in parts
     config_limits        sizes in config.json that the weights do not explain
+    layer_configs        configs of single layers, where those of a model differ
     families             what structure does not tell of a model family: one entry each
     unplaced             stored tensors that are no parameter: buffers, prediction heads, spare layers
     moe                  mixture-of-experts layers as one Linear a projection and expert

@@ -25,6 +25,7 @@ from requant.evaluate.variant_sources import VariantSources
 from requant.merge.deltas import deltas
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_list
+from requant.modeling.layer_configs import layer_configs
 from requant.numerics import nf4
 from requant.quantize.calibration_plan import batch_size
 from requant.run.check.forecast_asking import Asking
@@ -184,18 +185,23 @@ class _Scoring:
 
     def asking(self) -> Asking:
         """What answers, tasks and roads take, from what was timed."""
-        config: Any = self.model.config.get_text_config()
-        heads = int(getattr(config, "num_attention_heads", 1))
-        wide = int(getattr(config, "head_dim", None) or self.size.width // heads)
-        keys = int(getattr(config, "num_key_value_heads", None) or heads)
+        configs = layer_configs(self.model.config)
+        cached = sum(self._cached(c) for c in configs) // len(configs) * self.size.layers
         batch = self.sample.windows[: self.rows]
         return Asking(
             p=self.p, scoring=self, batch=self.batch, device=self.device.type,
             token=self.parts.forward.seconds / self.parts.tokens, step=self.token,
             scored=self.parts.head[0].seconds / max(1, sum(int(w.scored.sum()) for w in batch)),
             weight=self.reading, decoded=self.decoding,
-            cached=2 * self.size.layers * keys * wide * self.dtype.itemsize,
+            cached=cached,
         )  # fmt: skip
+
+    def _cached(self, config: Any) -> int:
+        """Bytes of a token's keys and values in one layer."""
+        heads = int(getattr(config, "num_attention_heads", 1))
+        wide = int(getattr(config, "head_dim", None) or self.size.width // heads)
+        keys = int(getattr(config, "num_key_value_heads", None) or heads)
+        return 2 * keys * wide * self.dtype.itemsize
 
     def seconds(self, name: str) -> float:
         """Loading, blocks, and the head on what is scored."""
