@@ -1,6 +1,6 @@
 """Commands of pages that are not requant's: what they name exists.
 
-requant's own are read by its parser in test_docs.py, and those of the first steps are run in test_docs_walk.py.
+requant's own are read by its parser in test_docs.py and run in test_docs_walk.py and test_docs_run.py.
 """
 
 from __future__ import annotations

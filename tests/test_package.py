@@ -71,7 +71,7 @@ def test_the_metadata_is_complete(built_files: tuple[Path, Path]) -> None:
     assert (data["Name"], data["License-Expression"], data["Requires-Python"]) == ("requant", "Apache-2.0", ">=3.11")
     assert "Typing :: Typed" in data.get_all("Classifier", [])
     assert set(data.get_all("Classifier", [])) <= classifiers
-    assert {"gptqmodel", "gguf", "dev", "demo", "docs"} <= set(data.get_all("Provides-Extra", []))
+    assert {"gptqmodel", "gguf", "tasks", "track", "dev", "demo", "docs"} <= set(data.get_all("Provides-Extra", []))
     assert "requant = requant.__main__:main" in entry
     assert data["Description-Content-Type"] == "text/markdown"
     with tarfile.open(built_files[1]) as sdist:
