@@ -19,7 +19,7 @@ import pytest
 import test_docs_commands
 import torch
 from helpers.command_line import Here
-from helpers.e2e import copied, one_thread, write_recipe
+from helpers.e2e import copied, one_thread, visible, write_recipe
 from test_docs import HISTORY, PAGES, PROGRAM, named, shown_lines, words
 from transformers import AutoConfig
 
@@ -147,6 +147,18 @@ def test_the_commands_of_a_page_run(here: Here, page: str, home: Path) -> None:
         if line.startswith("init "):  # its FIXME lines are edited in test_docs_walk
             assert "FIXME" in (home / "recipe.yaml").read_text()
             shutil.copy(home / "recipe.yaml.kept", home / "recipe.yaml")
+
+
+@pytest.mark.slow
+def test_the_run_directory_is_as_shown(home: Path) -> None:
+    """docs/commands.md lists what a run leaves, and nothing that none leaves."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "commands.md").read_text()
+    listed = re.search(r"^ {4}runs/NAME/\n((?: {6}.*\n)+)", page, re.MULTILINE)
+    assert listed
+    names = {name.rstrip("/") for line in listed[1].splitlines() for name in line.strip().partition("  ")[0].split()}
+    left = visible(home / "runs" / "NAME") | {".cache"}
+    assert left <= names
+    assert names - left == {"healed", "auto-round"}, "of recipes that ask for them"
 
 
 @pytest.mark.slow
