@@ -1,4 +1,4 @@
-"""Ten questions of newcomers: two links from the README at most, one from docs/index.md."""
+"""Ten questions of newcomers: two links from the README, one from docs/index.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs of single layers, where those of a model differ: Gemma 4's wide heads of full attention.
+"""Configs of single layers, where those differ: Gemma 4 has heads of two widths.
 
 transformers refuses to read such a number from the config of the whole.
 """
