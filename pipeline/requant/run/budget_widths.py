@@ -1,4 +1,4 @@
-"""What `quantize.budget` chooses for: units of linears, and the widths that formats and servers take."""
+"""Units of linears that `quantize.budget` chooses for, and the widths it may give them."""
 
 from __future__ import annotations
 
