@@ -95,3 +95,24 @@ def test_the_bench_of_roads_writes_what_the_report_says(
     assert found["roads"] == report["roads"]
     assert str(tmp_path) not in out.read_text()
     assert "nf4-again: in-domain" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_answers_are_measured_in_each_way(tmp_path: Path) -> None:
+    """Of a recipe without a run, on the CPU: what is captured there runs kernel by kernel, and says the same."""
+    sizes = {"layers": 2, "documents": 8, "short": 24, "long": 4, "window": 48, "samples": 8, "length": 32}
+    made = ["random", str(tmp_path), "--shape=pico", *(f"--{name}={n}" for name, n in sizes.items())]
+    subprocess.run([sys.executable, BENCH / "whole_inputs.py", *made], check=True, capture_output=True, cwd=tmp_path)
+    asked = ["--set", "device=cpu", "--set", "evaluate.answers.begin=8", "--new-tokens", "12"]
+    command = [sys.executable, BENCH / "answers.py", "--model", tmp_path / "recipe.yaml", *asked]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "out.json"], check=False, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gptq: not in" in done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["variants"].keys() == {"adapter", "merged"}
+    for ways in found["variants"].values():
+        assert list(ways) == ["plain", "decoded", "captured"]
+        assert {row["same"] for row in ways.values()} == {found["prompts"]}
+        assert [len(row["captures"]) for row in ways.values()] == [0, 0, 1]

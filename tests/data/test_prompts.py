@@ -154,6 +154,18 @@ def test_an_answer_has_ended_by_its_last_token_and_not_by_its_text(monkeypatch: 
     assert said == [("four", True), ("four</s>", False), ("", True)]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steps_are_captured_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    item = prompts.Prompt(row=1, shown="?", text="?", ids=(3,), own="")
+    made = prompts.Prompts(set_name="s", items=(item,), new_tokens=2, decode=str)
+    monkeypatch.setattr(
+        "requant_eval.scoring.answers.answer", lambda *_, capture, **__: [given.append(capture), [[3]]][1]
+    )
+    made.ask(None, torch.device(device), lambda done, of: None)
+    assert (given[0] is None) == (device == "cpu")
+
+
 def test_a_beginning_is_refused_where_rows_have_prompts_of_their_own(tmp_path: Path) -> None:
     assert held_out(tmp_path, [turns("a?", "b")], begin=9) == (
         [], "its rows are no plain text, and evaluate.answers.begin is for plain text alone (leave it out)",

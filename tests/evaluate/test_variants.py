@@ -18,7 +18,7 @@ from requant import merge
 from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import StageError
-from requant.evaluate import variants
+from requant.evaluate import trained_base, variants
 from requant.merge import stage as merge_stage
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.numerics.grid import Grid
@@ -156,6 +156,58 @@ def test_base_runs_on_the_weights_that_training_saw(sources: variants.VariantSou
         y = base.get_submodule(MODULES[0])(x)
     torch.testing.assert_close(y, x @ exact.bfloat16().float().T, rtol=1e-5, atol=1e-6)
     assert (y - x @ exact.T).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoded_weights_are_kept_for_a_while_and_change_nothing(
+    sources: variants.VariantSources, ids: Tensor, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes.functional as bnb
+
+    model, decode, decoded = load(name, sources, dtype), bnb.dequantize_4bit, list[int]()
+    with trained_base.decoded_once(model, CPU) as kept:
+        assert not kept, "a CPU decodes them each time"
+    monkeypatch.setattr(trained_base, "KEPT_ON", ("cpu",))
+    monkeypatch.setattr(bnb, "dequantize_4bit", lambda *args: [decoded.append(1), decode(*args)][1])
+    expected = pico.logits(model, ids)
+    each, held = len(decoded), 0
+    with trained_base.decoded_once(model, CPU) as kept:
+        assert kept
+        assert torch.equal(pico.logits(model, ids), expected)
+        held = len(decoded)
+        assert torch.equal(pico.logits(model, ids), expected)
+    assert each == len(MODULES)
+    assert (held, len(decoded)) == (2 * each, 2 * each), "once, not in each forward"
+    assert torch.equal(pico.logits(model, ids), expected)
+    assert len(decoded) == 3 * each
+
+
+@pytest.mark.parametrize("lack", ["little is free", "it runs out"])
+def test_weights_that_do_not_fit_are_decoded_each_time(
+    sources: variants.VariantSources, ids: Tensor, lack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("adapter", sources)
+    expected = pico.logits(model, ids)
+    layers = [m.forward for m in model.modules() if isinstance(m.forward, trained_base._AsTrained)]
+    need = sum(4 * layer.weight(torch.float32).numel() for layer in layers)
+    weight = trained_base._AsTrained.weight
+    monkeypatch.setattr(trained_base, "KEPT_ON", ("cpu",))
+    monkeypatch.setattr(
+        trained_base, "free_bytes", lambda device: 2 * need - 1 if lack == "little is free" else 2 * need
+    )
+
+    def runs_out(layer: Any, dtype: torch.dtype) -> Tensor:
+        if layer is layers[-1]:
+            raise torch.OutOfMemoryError
+        return weight(layer, dtype)
+
+    monkeypatch.setattr(trained_base._AsTrained, "weight", runs_out)
+    with trained_base.decoded_once(model, CPU) as kept:
+        assert not kept
+        assert all(layer.kept is None for layer in layers)
+        monkeypatch.setattr(trained_base._AsTrained, "weight", weight)
+        assert torch.equal(pico.logits(model, ids), expected)
 
 
 @pytest.mark.slow

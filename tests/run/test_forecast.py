@@ -18,6 +18,7 @@ from helpers.e2e import one_thread, recipe
 
 from requant.data.prompts import Prompt, Prompts
 from requant.evaluate import stage as evaluate_stage
+from requant.evaluate import trained_base
 from requant.modeling import fused_ops, skeleton
 from requant.quantize import block_quantizer
 from requant.quantize.calibration_plan import CalibrationPlan
@@ -191,20 +192,29 @@ class Known:
 def asking(p: Prepared, *streamed: str, **settings: Any) -> Any:
     given = {
         "p": p, "scoring": Known(*streamed), "batch": BatchSize(windows=4), "device": "cpu", "token": 0.5, "step": 1.0,
-        "scored": 0.25, "weight": 0.001, "decoded": 0.002, "cached": 10,
+        "scored": 0.25, "weight": 0.001, "decoded": 0.002, "cached": 10, "item": 2,
     }  # fmt: skip
     return forecast_asking.Asking(**given | settings)
 
 
-def test_the_sums_of_answers(prepared: Prepared) -> None:
-    """Prompts are read once; each new token is a pass of the batch, in which 4-bit weights are decoded."""
+def test_the_sums_of_answers(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read once; each new token is a pass of the batch, in which 4-bit weights are decoded.
+
+    On a GPU with room for them they are decoded once.
+    """
     items = tuple(Prompt(row=n, shown="?", text="?", ids=(3,) * (n + 1), own="") for n in range(3))
     prompts = Prompts(set_name="s", items=items, new_tokens=8, decode=str)
     p = replace(prepared, texts=replace(prepared.texts, prompts=prompts))
     assert asking(p).of_prompts("gptq") == 6 * 0.5 + 8 * (1.5 + 3 * 0.25), "three at once take longer than one"
     assert asking(p, token=0.1).of_prompts("gptq") == pytest.approx(6 * 0.1 + 8 * (1.0 + 0.75)), "not less than one"
     assert asking(p).of_prompts("adapter") == 6 * 0.5 + 8 * (1.5 + 0.75 + 2.0)
-    assert asking(p).bytes_of_prompts("gptq") == 3 * (3 + 8) * 10
+    assert asking(p).bytes_of_prompts("gptq") == asking(p).bytes_of_prompts("adapter") == 3 * (3 + 8) * 10
+    for free, kept in ((4000, True), (3999, False)):
+        monkeypatch.setattr(trained_base, "free_bytes", lambda device, free=free: free)
+        on_gpu = asking(p, device="cuda")
+        assert on_gpu.of_prompts("adapter") == 6 * 0.5 + 8 * (1.5 + 0.75) + (1 if kept else 8) * 2.0
+        assert on_gpu.bytes_of_prompts("adapter") == 3 * (3 + 8) * 10 + kept * 2 * 1000
+        assert on_gpu.bytes_of_prompts("gptq") == 3 * (3 + 8) * 10
     assert asking(p, "gptq").of_prompts("gptq") == asking(p, "gptq").bytes_of_prompts("gptq") == 0
     assert asking(prepared).of_prompts("gptq") == 0, "plain text has no prompts"
 

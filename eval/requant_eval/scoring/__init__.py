@@ -12,6 +12,7 @@
     token_scores       the numbers of one variant on one set, and their file
     canaries           greedy answers to prompts with a right answer
     answers            greedy answers to many prompts at once
+    fixed_steps        their steps on tensors that keep their place, for a captured graph
 
 May import: errors, whole_files.
 """

@@ -2,6 +2,9 @@
 
 The prompts of a batch are padded on the left, with positions that begin at each prompt's first token. A model that
 reads padding otherwise is found by the shortest prompt, asked alone too; its prompts are then answered one by one.
+
+On a GPU a small model waits for launches more than for what is launched, so a step may be captured (`fixed_steps`).
+What the last step gave the shortest prompt is then compared with one pass over the prompt and its answer.
 """
 
 from __future__ import annotations
@@ -9,16 +12,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from requant_eval.scoring.canaries import best_token
 
+if TYPE_CHECKING:
+    from requant_eval.scoring.fixed_steps import Capture
+
 log = logging.getLogger(__name__)
 BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of prompts and answers, padded: what a cache holds at a time
 AGREE = 0.1  # of the logits' spread: so much padding may change them, as sums in another order do in 16 bits
+LEAST_CAPTURED = 8  # tokens of an answer: a capture takes the time of some steps, and runs as many
+UNFIT = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)  # of a model that is not asked so
 
 
 def answer(
@@ -29,13 +37,16 @@ def answer(
     stops: Collection[int],
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
+    capture: Capture | None = None,
 ) -> list[list[int]]:
     """The argmax continuation of every prompt: at most `new_tokens` ids, the last a stop token where one came.
 
-    on_progress: (done, of), in prompts. Raises EvaluationError for NaN or infinity in logits.
+    on_progress: (done, of), in prompts. capture: makes one launch of a step, for models and lengths that allow it.
+    Raises EvaluationError for NaN or infinity in logits.
     """
     model.eval()
     asker = _Asker(model=model, new_tokens=new_tokens, stops=stops, device=device)
+    asker.capture = capture if new_tokens >= LEAST_CAPTURED else None
     told, answers = on_progress or (lambda done, of: None), list[list[int]]()
     apart = False
     for some in batches(prompts, new_tokens, BATCH_TOKENS[torch.device(device).type]):
@@ -70,20 +81,21 @@ def batches(prompts: Sequence[Sequence[int]], new_tokens: int, most: int) -> Ite
         yield some
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Asker:
-    """A model and how long it may answer."""
+    """A model and how long it may answer. capture: None from the first batch on whose steps are not to be captured."""
 
     model: Any
     new_tokens: int
     stops: Collection[int]
     device: torch.device | str
+    capture: Capture | None = None
 
     def together(self, prompts: Sequence[Sequence[int]], told: Callable[[int, int], None]) -> list[list[int]] | None:
         """All answers from one batch; None where the model does not take one."""
         try:
             return self._batched(prompts, told)
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # also out of memory
+        except UNFIT as error:  # also out of memory
             log.info("answers one by one: %s: %s", type(error).__name__, error)
             return None
 
@@ -95,10 +107,11 @@ class _Asker:
         made = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         logits, cache = made.logits[:, -1], made.past_key_values
         shortest = min(range(len(prompts)), key=lambda i: len(prompts[i]))
-        first = torch.tensor([list(prompts[shortest])], device=device)
-        alone = model(input_ids=first, use_cache=True, logits_to_keep=1).logits[0, -1]
-        if not bool((logits[shortest].float() - alone.float()).std() < AGREE * alone.float().std()):
+        if not self._agrees(logits[shortest], prompts[shortest]):
             return None
+        if self.capture is not None:
+            del cache
+            return self._captured(prompts, shortest, made, mask, told) or self._batched(prompts, told)
         out: list[list[int]] = [[] for _ in prompts]
         places = positions[:, -1:]
         for _ in range(self.new_tokens):
@@ -117,6 +130,39 @@ class _Asker:
             logits, cache = made.logits[:, -1], made.past_key_values
         told(len(prompts), len(prompts))
         return out
+
+    def _agrees(self, logits: Tensor, ids: Sequence[int]) -> bool:
+        """Whether the logits that a batch gave after `ids` are those of `ids` alone, but for rounding."""
+        step = torch.tensor([list(ids)], device=self.device)
+        alone = self.model(input_ids=step, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        return bool((logits.float() - alone).std() < AGREE * alone.std())
+
+    def _captured(
+        self,
+        prompts: Sequence[Sequence[int]],
+        shortest: int,
+        made: Any,
+        seen: Tensor,
+        told: Callable[[int, int], None],
+    ) -> list[list[int]] | None:
+        """The answers by captured steps; None, now and for later batches, where they are not to be had."""
+        from requant_eval.scoring.fixed_steps import FixedSteps, NotFixedError
+
+        try:
+            steps = FixedSteps(self.model, made, seen, self.new_tokens, self.stops)
+            count = steps.run(self.capture, lambda ended: told(ended, len(prompts)))
+            said = steps.said[shortest, : count - 1].tolist()
+            if not self._agrees(steps.logits[shortest], [*prompts[shortest], *said]):
+                raise RuntimeError("its last step does not give what one pass does")
+        except UNFIT as error:
+            self.capture = None
+            level = logging.INFO if isinstance(error, NotFixedError) else logging.WARNING
+            log.log(
+                level, "answers without captured steps: %s: %s", type(error).__name__, str(error).partition("\n")[0]
+            )
+            return None
+        told(len(prompts), len(prompts))
+        return steps.answers(count)
 
     @torch.inference_mode()
     def alone(self, prompt: Sequence[int]) -> list[int]:

@@ -21,6 +21,7 @@ from requant.errors import MemoryLackError, StageError
 from requant.evaluate import peft_runtime, streamed, variants
 from requant.evaluate.memory import VariantSize, tried_again_from
 from requant.evaluate.scores import REFERENCE, Questions, Scores, score_set
+from requant.evaluate.trained_base import decoded_once
 from requant.runtime.device import USABLE, free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize, Plan, plan
 from requant_eval.scoring.score_loop import logit_bytes
@@ -168,9 +169,10 @@ class _Evaluation:
             with model.disable_adapter() if model is kept else nullcontext():
                 for s in sets:
                     self._score(name, model, s, runtime)
-                for asked, file in answers:
-                    self._answer(name, model, asked, file)
-                    self.done += len(asked.items)
+                with decoded_once(model, self.scores.device, wanted=bool(answers)):
+                    for asked, file in answers:
+                        self._answer(name, model, asked, file)
+                        self.done += len(asked.items)
             self.notes += [f"{name}: {note}" for note in getattr(model, "notes", [])]
         except EvaluationError as error:
             raise StageError(f"variant {name}: {error}") from error

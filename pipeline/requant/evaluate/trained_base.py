@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from requant.modeling import skeleton
 from requant.modeling.model_classes import pretrained
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
+from requant.runtime.device import free_bytes
+
+KEPT, KEPT_ON = 0.5, ("cuda",)  # of free memory, for decoded weights beside those in 4 bits; types of devices
 
 
 def trained_base(sources: VariantSources, device: torch.device, dtype: torch.dtype, *, with_adapter: bool) -> Any:
@@ -131,29 +136,79 @@ def compute_in(model: nn.Module, dtype: torch.dtype, blocksize: int | None) -> N
                 "base and adapter cannot be measured as trained; quantize the base once with that block size and use it"
             )
         coarser = [t for t in (state.dtype, module.compute_dtype) if t is not None and finer(dtype, t)]
-        module.forward = partial(_linear_as_trained, module, tuple(coarser))
+        module.forward = _AsTrained(module, tuple(coarser), dtype)
         shape = tuple(state.shape)
         if module.weight.device.type == "cpu" and shape[-1] % state.blocksize and shape not in checked:
             checked.add(shape)
             _check_decoder(name, module.weight, state, bnb)
 
 
-def _linear_as_trained(module: Any, casts: tuple[torch.dtype, ...], x: Tensor) -> Tensor:
+class _AsTrained:
     """A `Linear4bit`'s forward in the dtype of x, its weight decoded by bitsandbytes and cast as in training.
 
-    casts: dtypes coarser than x's, one after the other. bitsandbytes computes in the dtype of the weight alone.
+    casts: dtypes coarser than x's, one after the other. bitsandbytes computes in the dtype of the weight alone. kept:
+    the weight of `dtype` as it is decoded, in memory for a while.
     """
-    import bitsandbytes.functional as bnb
 
-    state = module.weight.quant_state
-    before, state.dtype = state.dtype, casts[0] if casts else x.dtype
+    def __init__(self, module: Any, casts: tuple[torch.dtype, ...], dtype: torch.dtype) -> None:
+        self.module, self.casts, self.dtype = module, casts, dtype
+        self.kept: Tensor | None = None
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight for x of `dtype`."""
+        import bitsandbytes.functional as bnb
+
+        packed = self.module.weight
+        state = packed.quant_state
+        before, state.dtype = state.dtype, self.casts[0] if self.casts else dtype
+        try:
+            weight: Tensor = bnb.dequantize_4bit(packed.data, state)
+        finally:
+            state.dtype = before
+        for cast in self.casts[1:]:
+            weight = weight.to(cast)
+        return weight.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self.kept if self.kept is not None and self.kept.dtype == x.dtype else self.weight(x.dtype)
+        bias = self.module.bias
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@contextmanager
+def decoded_once(model: Any, device: torch.device, *, wanted: bool = True) -> Iterator[bool]:
+    """Context in which 4-bit layers of a GPU keep their decoded weights, where these fit; whether they do.
+
+    The numbers are the same. A forward of few tokens takes less than decoding its weights, and launches fewer kernels.
+    On a CPU it takes longer, and memory is what the whole machine has.
+    """
+    found = [m.forward for m in model.modules()] if isinstance(model, nn.Module) else []
+    layers = [layer for layer in found if isinstance(layer, _AsTrained)]
+    need = sum(math.prod(layer.module.weight.quant_state.shape) * layer.dtype.itemsize for layer in layers)
+    fits = wanted and device.type in KEPT_ON and may_be_kept(need, device) and _all_kept(layers)
     try:
-        weight = bnb.dequantize_4bit(module.weight.data, state)
+        yield fits
     finally:
-        state.dtype = before
-    for dtype in casts[1:]:
-        weight = weight.to(dtype)
-    return nn.functional.linear(x, weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
+        for layer in layers:
+            layer.kept = None
+
+
+@torch.no_grad()
+def _all_kept(layers: Sequence[_AsTrained]) -> bool:
+    """Decode all weights; False, and none is kept, where memory runs out."""
+    try:
+        for layer in layers:
+            layer.kept = layer.weight(layer.dtype)
+    except torch.OutOfMemoryError:
+        for layer in layers:
+            layer.kept = None
+        return False
+    return True
+
+
+def may_be_kept(nbytes: int, device: torch.device) -> bool:
+    """Whether decoded weights of so many bytes leave memory for keys, values and activations."""
+    return nbytes <= KEPT * free_bytes(device)
 
 
 def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ class CudaGraph:
                 function(*self.inputs)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = function(*self.inputs)
+        try:
+            with torch.cuda.graph(self.graph):
+                self.result = function(*self.inputs)
+        except RuntimeError:
+            _renew_random_state(device)
+            raise
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The result for inputs of the captured shapes."""
@@ -41,6 +46,15 @@ class CudaGraph:
             own.copy_(given)
         self.graph.replay()
         return self.result
+
+
+def _renew_random_state(device: torch.device) -> None:
+    """Give the device's generator a state of its own: a capture that failed leaves the old one as in a capture."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError, AttributeError, IndexError):
+        torch.cuda.default_generators[index].graphsafe_set_state(
+            torch.Generator(device).manual_seed(torch.initial_seed())
+        )
 
 
 def captured(function: Callable[..., Any], *inputs: Tensor, device: torch.device) -> Callable[..., Any]:

@@ -193,7 +193,7 @@ class _Scoring:
             token=self.parts.forward.seconds / self.parts.tokens, step=self.token,
             scored=self.parts.head[0].seconds / max(1, sum(int(w.scored.sum()) for w in batch)),
             weight=self.reading, decoded=self.decoding,
-            cached=cached,
+            cached=cached, item=self.dtype.itemsize,
         )  # fmt: skip
 
     def _cached(self, config: Any) -> int:

@@ -15,6 +15,7 @@ from requant.evaluate import width_losses
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.roads import NF4_ROADS
 from requant.evaluate.stage import Stream
+from requant.evaluate.trained_base import may_be_kept
 from requant.run import budget_widths, merge_onto
 from requant.run.check.forecast_merge import Need
 from requant.run.prepared import Prepared
@@ -49,7 +50,7 @@ class Asking:
     """What was timed here, in seconds. token: of a batch. step: one token of one sequence, through all blocks.
 
     scored: the head, a token. weight: to read one. decoded: to decode one of 4 bits. cached: bytes of a token's keys
-    and values. device: its type.
+    and values. item: of a number. device: its type.
     """
 
     p: Prepared
@@ -62,24 +63,33 @@ class Asking:
     weight: float
     decoded: float
     cached: int
+    item: int
 
     def of_prompts(self, name: str) -> float:
         """Seconds of a variant's answers to prompts of held-out rows, each as long as it may be."""
         asked = self.p.texts.prompts
-        if asked is None or self.scoring.streams(name):
+        if asked is None or not asked.items or self.scoring.streams(name):
             return 0.0
         prompts = [item.ids for item in asked.items]
         some = batches(prompts, asked.new_tokens, BATCH_TOKENS[self.device])
-        written = sum(self._written(name, len(one), asked.new_tokens) for one in some)
-        return sum(map(len, prompts)) * self.token + written
+        kept = self._kept(name)
+        once = self.scoring.size_of(name).packed * self.decoded if kept else 0.0
+        written = sum(self._written(name, len(one), asked.new_tokens, kept=bool(kept)) for one in some)
+        return sum(map(len, prompts)) * self.token + once + written
 
     def bytes_of_prompts(self, name: str) -> int:
-        """Bytes of the keys and values of the largest batch of prompts and answers."""
+        """Bytes of the largest batch's keys and values, prompts and answers, and of weights that stay decoded."""
         asked = self.p.texts.prompts
-        if asked is None or self.scoring.streams(name):
+        if asked is None or not asked.items or self.scoring.streams(name):
             return 0
         some = batches([item.ids for item in asked.items], asked.new_tokens, BATCH_TOKENS[self.device])
-        return max((len(one) * (max(map(len, one)) + asked.new_tokens) for one in some), default=0) * self.cached
+        tokens = max((len(one) * (max(map(len, one)) + asked.new_tokens) for one in some), default=0)
+        return tokens * self.cached + self._kept(name)
+
+    def _kept(self, name: str) -> int:
+        """Bytes of the weights that stay decoded while prompts are answered; 0 where each pass decodes them."""
+        need = self.scoring.size_of(name).packed * self.item
+        return need if self.device == "cuda" and may_be_kept(need, torch.device(self.device)) else 0
 
     def of_tasks(self, name: str) -> float:
         """Seconds to load a variant and run its tasks."""
@@ -92,9 +102,9 @@ class Asking:
                 seconds += self._written(name, min(rows, task.requests), steps)
         return seconds
 
-    def _written(self, name: str, rows: int, new_tokens: int) -> float:
-        """Seconds of a batch's new tokens: base and adapter decode their weights in each pass."""
-        decoded = self.scoring.size_of(name).packed * self.decoded
+    def _written(self, name: str, rows: int, new_tokens: int, *, kept: bool = False) -> float:
+        """Seconds of a batch's new tokens: base and adapter decode their weights in each pass, but for kept ones."""
+        decoded = 0.0 if kept else self.scoring.size_of(name).packed * self.decoded
         return new_tokens * (max(self.step, rows * self.token) + rows * self.scored + decoded)
 
     def needs(self, started: int) -> list[Need]:
