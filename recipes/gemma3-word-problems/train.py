@@ -1,11 +1,13 @@
 """A QLoRA fine-tune of the NF4 base on chats of word problems, in a plain torch loop.
 
-    python3 train.py --base work/base-nf4 --data work/texts --out work/adapter
+    python3 train.py --base work/base-nf4 --data work/texts --replay work/texts/replay.jsonl --out work/adapter
 
-The loss is on answers alone, with the end of the turn. Held-out perplexity of answers is printed before, after every
-epoch and at the end, and so is the share of held-out problems that greedy decoding solves; neither selects anything:
-the adapter saved is that after the last step. Writes `adapter_model.safetensors` (bfloat16), `adapter_config.json` and
-`training.json`.
+The loss is on answers alone, with the end of the turn, or with `--loss-on chats` on every token of the chat. With
+`--replay` every step also learns windows of other text, so that the model forgets less of what it knew. Held-out
+perplexity is printed before, after every epoch and at the end: of answers, of whole chats, and of the text of
+`--general`, which says what was forgotten. So is the share of held-out problems that greedy decoding solves, before and
+after. None selects anything: the adapter saved is that after the last step. Writes `adapter_model.safetensors`
+(bfloat16), `adapter_config.json` and `training.json`.
 """
 
 import argparse
@@ -42,8 +44,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="directory of train.jsonl, heldout.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="adapter directory to write; must not exist")
     parser.add_argument("--base-name", default="./base-nf4", help="base_model_name_or_path to record")
+    parser.add_argument("--general", type=Path, help="JSONL of {text} rows of another kind to score before and after")
+    parser.add_argument("--replay", type=Path, help="JSONL of {text} rows of another kind to learn besides")
+    parser.add_argument("--replayed", type=int, default=8, help="windows of 256 tokens of --replay a step")
+    parser.add_argument("--loss-on", choices=("answers", "chats"), default="answers")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
@@ -59,6 +65,17 @@ def options() -> argparse.Namespace:
         help="train on the base's 4-bit values decoded once to float32: the same values, faster on a CPU",
     )  # fmt: skip
     return parser.parse_args()
+
+
+def read_texts(path: Path | None, tokenizer: Any, length: int = 512, windows: int = 64) -> list[Chat]:
+    """The text of all rows as windows of `length` tokens, the first of them not scored."""
+    if path is None:
+        return []
+    rows = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = [i for text in rows for i in tokenizer(text, add_special_tokens=False).input_ids]
+    first = [tokenizer.bos_token_id]
+    starts = range(0, len(ids) - length, length)
+    return [Chat(first + ids[i : i + length], 1, "") for i in starts][:windows]
 
 
 def read_chats(path: Path, tokenizer: Any, count: int | None) -> list[Chat]:
@@ -81,7 +98,7 @@ def read_chats(path: Path, tokenizer: Any, count: int | None) -> list[Chat]:
 
 
 def answer_loss(model: Any, chats: list[Chat], device: str) -> tuple[torch.Tensor, int]:
-    """(sum of the negative log-likelihood of all answer tokens, their number); logits of answers alone are made."""
+    """(sum of the negative log-likelihood of all scored tokens, their number); logits of these alone are made."""
     width = max(len(chat.ids) for chat in chats)
     ids = torch.zeros(len(chats), width, dtype=torch.long)
     mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -98,10 +115,15 @@ def answer_loss(model: Any, chats: list[Chat], device: str) -> tuple[torch.Tenso
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
 
+def every_token(chats: list[Chat]) -> list[Chat]:
+    """The same chats with every token but the first scored."""
+    return [chat._replace(asked=1) for chat in chats]
+
+
 @torch.no_grad()
 def perplexity(model: Any, chats: list[Chat], device: str) -> float:
-    """exp of the mean negative log-likelihood over all answer tokens."""
-    found = [answer_loss(model, chats[i : i + 16], device) for i in range(0, len(chats), 16)]
+    """exp of the mean negative log-likelihood over all scored tokens."""
+    found = [answer_loss(model, chats[i : i + 8], device) for i in range(0, len(chats), 8)]
     return math.exp(sum(loss.item() for loss, _ in found) / sum(count for _, count in found))
 
 
@@ -163,14 +185,32 @@ def batches(chats: list[Chat], args: argparse.Namespace) -> list[tuple[int, list
     return steps
 
 
-def fit(model: Any, train: list[Chat], held_out: list[Chat], args: argparse.Namespace) -> dict[str, Any]:
-    """Run all steps; returns the losses and the held-out perplexity after each epoch."""
+def perplexities(model: Any, held_out: dict[str, list[Chat]], device: str) -> dict[str, float]:
+    return {kind: perplexity(model, chats, device) for kind, chats in held_out.items() if chats}
+
+
+def with_replay(steps: list[tuple[int, list[Chat]]], other: list[Chat], args: argparse.Namespace) -> None:
+    """Add `replayed` windows of other text to each step, every window once before any twice."""
+    draw, left = random.Random(args.seed + 1), []
+    for _, chats in steps:
+        if len(left) < args.replayed:
+            left += draw.sample(other, len(other))
+        chats += [left.pop(0) for _ in range(args.replayed)]
+
+
+def fit(
+    model: Any, train: list[Chat], replay: list[Chat], held_out: dict[str, list[Chat]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Run all steps; returns the losses and the held-out perplexities before and after each epoch."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     steps = batches(train, args)
+    if replay:
+        with_replay(steps, replay, args)
     wanted = steps[: args.max_steps]
-    history: dict[str, Any] = {"steps": 0, "loss": [], "heldout_perplexity": [perplexity(model, held_out, args.device)]}
-    print(f"{len(wanted)} steps; held-out perplexity before {history['heldout_perplexity'][0]:.4f}", flush=True)
+    before = perplexities(model, held_out, args.device)
+    history: dict[str, Any] = {"steps": 0, "loss": [], "heldout_perplexity": [before]}
+    print(f"{len(wanted)} steps; held-out perplexity before {before}", flush=True)
     for step, (epoch, chats) in enumerate(wanted):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(wanted), args)
@@ -183,9 +223,9 @@ def fit(model: Any, train: list[Chat], held_out: list[Chat], args: argparse.Name
         history["loss"].append(round(loss.item(), 5))
         history["steps"] = step + 1
         if step + 1 == len(wanted) or wanted[step + 1][0] != epoch:
-            now = perplexity(model, held_out, args.device)
+            now = perplexities(model, held_out, args.device)
             history["heldout_perplexity"].append(now)
-            print(f"epoch {epoch + 1} step {step + 1} loss {loss.item():.4f} held-out ppl {now:.4f}", flush=True)
+            print(f"epoch {epoch + 1} step {step + 1} loss {loss.item():.4f} held-out perplexity {now}", flush=True)
     return history
 
 
@@ -209,7 +249,9 @@ def save(model: Any, out: Path, base_name: str) -> None:
 
 def record(args: argparse.Namespace, history: dict[str, Any], started: float) -> dict[str, Any]:
     """What `training.json` holds: settings, versions, device, losses."""
-    settings = {key: value for key, value in vars(args).items() if key not in {"base", "data", "out"}}
+    settings = {
+        key: value for key, value in vars(args).items() if key not in {"base", "data", "out", "general", "replay"}
+    }
     on_gpu = args.device.startswith("cuda")
     return {
         "settings": settings,
@@ -228,20 +270,24 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     train = read_chats(args.data / "train.jsonl", tokenizer, args.rows)
-    held_out = read_chats(args.data / "heldout.jsonl", tokenizer, args.held_out)
+    asked = read_chats(args.data / "heldout.jsonl", tokenizer, args.held_out)
+    general, replay = read_texts(args.general, tokenizer), read_texts(args.replay, tokenizer, 256, 1 << 20)
+    held_out = {"answers": asked, "chats": every_token(asked), "general": general}
+    if args.loss_on == "chats":
+        train = every_token(train)
     model = with_adapter(args)
-    answers = sum(len(chat.ids) - chat.asked for chat in train)
-    print(f"{len(train)} chats, {sum(len(chat.ids) for chat in train)} tokens, {answers} of answers", flush=True)
+    scored = sum(len(chat.ids) - chat.asked for chat in train)
+    print(f"{len(train)} chats, {sum(len(chat.ids) for chat in train)} tokens, {scored} learned", flush=True)
     model.print_trainable_parameters()
-    before = solved(model, tokenizer, held_out[: args.solve], args.device)
-    history = fit(model, train, held_out, args)
+    before = solved(model, tokenizer, asked[: args.solve], args.device)
+    history = fit(model, train, replay, held_out, args)
     save(model, args.out, args.base_name)
-    after = solved(model, tokenizer, held_out[: args.solve], args.device)
+    after = solved(model, tokenizer, asked[: args.solve], args.device)
     history |= {"answers_before": before, "answers_after": after}
     written = record(args, history, started)
     (args.out / "training.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     first, last = history["heldout_perplexity"][0], history["heldout_perplexity"][-1]
-    print(f"held-out perplexity {first:.4f} -> {last:.4f}; answers {before} -> {after}; {written['seconds']} s")
+    print(f"held-out perplexity {first} -> {last}; answers {before} -> {after}; {written['seconds']} s")
 
 
 if __name__ == "__main__":

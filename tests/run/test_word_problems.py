@@ -186,12 +186,16 @@ def test_a_step_of_training_gives_an_adapter_that_is_read(recipe: Any, tmp_path:
         rows = recipe("problems").chats(4, side)
         (tmp_path / "texts" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, RECIPE / "train.py", "--base", tmp_path / "nf4", "--data", tmp_path / "texts"]
+    (tmp_path / "general.jsonl").write_text(json.dumps({"text": "a small town by the sea. " * 120}) + "\n")
     command += ["--out", tmp_path / "adapter", "--batch=2", "--epochs=1", "--solve=1", "--device=cpu", "--rank=4"]
+    command += ["--general", tmp_path / "general.jsonl", "--loss-on=chats"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "adapter" / "training.json").read_text())
     assert told["steps"] == 2
-    assert told["heldout_perplexity"][-1] != told["heldout_perplexity"][0]
+    first, last = told["heldout_perplexity"]
+    assert first.keys() == last.keys() == {"answers", "chats", "general"}
+    assert all(first[kind] != last[kind] for kind in first)
     assert told["answers_after"].keys() == {"solved", "ended"}
     adapter = peft_directory.load(tmp_path / "adapter")
     assert len(adapter.folds) == 14  # seven linear layers of two blocks
