@@ -12,8 +12,9 @@ import pytest
 import torch
 from helpers.e2e import ALL, one_thread, recipe
 
+from requant.data.prompts import Prompt, Prompts
 from requant.errors import StageError
-from requant.evaluate import peft_runtime, streamed, variants
+from requant.evaluate import peft_runtime, streamed, trained_base, variants
 from requant.evaluate import stage as evaluate
 from requant.evaluate.memory import VariantSize
 from requant.evaluate.scores import Scores
@@ -121,6 +122,36 @@ def test_the_references_head_is_kept_once_and_where_it_is_damaged_its_states_are
     evaluate.evaluate(two, given[0], batch=8)
     assert head.read_bytes() == whole
     assert np.array_equal(two.read("merged", two.sets[0]).kl, before.kl)
+
+
+def test_answers_read_weights_that_were_decoded_once(
+    given: tuple[variants.VariantSources, Scores], scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    kept: list[tuple[str, bool]] = []
+    weight = trained_base._AsTrained.weight
+    decoded: list[str] = []
+
+    def told(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+        decoded.append("weight")
+        return weight(layer, dtype)
+
+    def ask(asked: Prompts, model: Any, on: torch.device, on_progress: Any) -> list[Any]:
+        layers = [m.forward for m in model.modules() if isinstance(m.forward, trained_base._AsTrained)]
+        kept.append((asked.kind, bool(layers) and all(layer.kept is not None for layer in layers)))
+        decoded.clear()
+        model(input_ids=torch.tensor([[3, 4]]))
+        assert decoded == []
+        return [("x", True)]
+
+    monkeypatch.setattr(trained_base._AsTrained, "weight", told)
+    monkeypatch.setattr(Prompts, "ask", ask)
+    item = Prompt(row=1, shown="?", text="?", ids=(3,), own="")
+    questions = (Prompts(set_name="s", items=(item,), new_tokens=2, decode=str, asked=("adapter",)),)
+    asked = replace(scores, keys={"adapter": "adapter"}, sets=scores.sets[:1], questions=questions)
+    monkeypatch.setattr(trained_base, "KEPT_ON", ("cpu",))
+    evaluate.evaluate(asked, given[0], batch=8)
+    assert kept == [("answers", True)]
 
 
 @pytest.mark.slow

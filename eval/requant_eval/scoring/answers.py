@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from requant_eval.scoring.canaries import best_token
+from requant_eval.errors import EvaluationError
+from requant_eval.scoring.canaries import DAMAGED, best_token
 
 if TYPE_CHECKING:
     from requant_eval.scoring.fixed_steps import Capture
@@ -179,10 +180,16 @@ class _Asker:
 
 
 def _best_tokens(logits: Tensor, rows: Sequence[int]) -> list[int]:
-    """The argmax of each row of logits [batch, vocabulary], 0 of rows that have ended; EvaluationError for NaN."""
+    """The argmax of `rows` of logits [batch, vocabulary], 0 of those that have ended; EvaluationError for NaN.
+
+    The host waits for the device once.
+    """
+    found = torch.stack((logits.float().argmax(-1), torch.isfinite(logits).all(-1).long())).tolist()
     best = [0] * len(logits)
     for i in rows:
-        best[i] = best_token(logits[i])
+        best[i], finite = found[0][i], found[1][i]
+        if not finite:
+            raise EvaluationError(DAMAGED)
     return best
 
 

@@ -19,6 +19,7 @@ RULE = (
     "Right: the greedy continuation begins with the answer (white space and what follows it aside, case counts) "
     "and does not go on inside a word."
 )
+DAMAGED = "NaN/inf in logits while answering a prompt: the checkpoint is damaged or overflows"
 ORDER = ("base", "adapter", "merged", "original", "gptq", "healed", "ends")
 
 
@@ -93,7 +94,7 @@ def greedy(
 
 def best_token(logits: Tensor) -> int:
     if not torch.isfinite(logits).all():
-        raise EvaluationError("NaN/inf in logits while answering a prompt: the checkpoint is damaged or overflows")
+        raise EvaluationError(DAMAGED)
     return int(logits.float().argmax())
 
 

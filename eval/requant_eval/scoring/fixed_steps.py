@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring.batches import padded_up_to
+from requant_eval.scoring.canaries import DAMAGED
 
 LOOKED_AT = 16  # steps between two looks of the host at which answers have ended
 LEAST_TOKENS = 8  # of an answer: a graph is captured in the time of some steps
@@ -76,7 +77,7 @@ class FixedSteps:
             launch()
             chosen += 1
         if bool(self.damaged.any()):
-            raise EvaluationError("NaN/inf in logits while answering a prompt: the checkpoint is damaged or overflows")
+            raise EvaluationError(DAMAGED)
         return chosen
 
     def step(self) -> None:
