@@ -76,9 +76,10 @@ class EndLoss:
         self.args, self.bench = args, Bench(args)
         self.squares: dict[tuple[Any, int], dict[str, torch.Tensor]] = {}
         self.taught: teacher.ResidentTeacher | None = None
-        self.teacher_of: Any = None
+        self.effective: dict[str, float] = {}  # share of the tokens that the last weights leave, by kind of linear
 
     def weights(self, way: Way) -> TokenWeights | None:
+        self.effective = {}
         if way.labels is None:
             return None
         key = way.labels, way.passes
@@ -86,10 +87,11 @@ class EndLoss:
             with phase(f"gradients of {way.labels}, {way.passes} passes", self.bench.seconds):
                 self.squares[key] = self.measured(way)
         by_linear = tempered(self.squares[key], way.power)
-        shares = {}
+        shares: dict[str, list[float]] = {}
         for name, value in by_linear.items():
             shares.setdefault(name.rsplit(".", 1)[1], []).append(effective_share(value))
-        print("  effective tokens: " + ", ".join(f"{k} {statistics.fmean(v):.3f}" for k, v in shares.items()))
+        self.effective = {name: round(statistics.fmean(own), 3) for name, own in shares.items()}
+        print(f"  effective share of the tokens: {self.effective}")
         return TokenWeights(by_linear=by_linear, shared=way.shared)
 
     def measured(self, way: Way) -> dict[str, torch.Tensor]:
@@ -118,7 +120,7 @@ class EndLoss:
         with phase(f"{full}: quantize", bench.seconds):
             path = self.quantized(full, bits, way)
         if self.args.healing != "only" and way.steps == 1 and not way.heal:
-            bench.add({"row": full} | bench.losses(path))
+            bench.add({"row": full} | bench.losses(path) | {"effective": self.effective})
         if self.args.healing != "no":
             self.healed(full, path, way)
 

@@ -242,7 +242,8 @@ def save(out: Path, result: dict[str, Any]) -> None:
     packages = ("torch", "transformers", "peft", "triton", "gptqmodel")
     found = {p: v for p in packages if (v := _version(p))}
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {os.cpu_count()} cores"
-    about = {"date": time.strftime("%Y-%m-%d"), "device": device, "versions": found, "command": " ".join(sys.argv[1:2])}
+    command = " ".join(Path(a).name if a.startswith("/") else a for a in sys.argv)
+    about = {"date": time.strftime("%Y-%m-%d"), "device": device, "versions": found, "command": command}
     out.write_text(json.dumps(about | result, indent=1) + "\n")
 
 

@@ -295,6 +295,16 @@ def test_a_quantized_head_counts(tmp_path: Path) -> None:
     assert first["kl_best"] == pytest.approx(second["kl_start"], rel=5e-3)
 
 
+def test_a_quantized_head_has_no_latents_end_to_end(tmp_path: Path) -> None:
+    """It gets no gradient there: latents and moments of its codes would be the largest of all."""
+    merged, source = quantized(tmp_path, grid=Grid(4, 32))
+    conversion.convert(source, tmp_path / "head", "gptq", ends=EndBits(head=4))
+    found = student.load(tmp_path / "head", device=CPU, dtype=torch.float32, tune=("scales", "codes"), original=merged)
+    without = student.load(source, device=CPU, dtype=torch.float32, tune=("scales", "codes"), original=merged)
+    assert isinstance(found.model.get_output_embeddings(), student.ScaledLinear)
+    assert set(found.values()) == set(without.values())
+
+
 # --- the plan ---
 
 

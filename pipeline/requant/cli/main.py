@@ -196,7 +196,7 @@ def heal(
     teacher: Annotated[Path | None, typer.Option(help="The 16-bit model that it was made from.")] = None,
     data: Annotated[list[Path], typer.Option(help="Text to heal on; may be given again.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="New directory; default: CHECKPOINT-healed.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 300,
+    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 600,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Windows a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, max=131072, help="Tokens a window.")] = 512,
     lr: Annotated[float, typer.Option(min=1e-9, max=1.0, help="Of scales and norms.")] = 0.005,

@@ -211,7 +211,7 @@ def load(
     start: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
 ) -> Student:
-    """The whole model of a GPTQ checkpoint as a student.
+    """The whole model of a GPTQ checkpoint as a student. A quantized head is not trained.
 
     original: the 16-bit model, whose weights say where in its cell the latent of a code begins; None: in the middle.
     start: values, as of `Student.values`, in place of some of the checkpoint's.
@@ -220,7 +220,9 @@ def load(
     model: Any = skeleton.open_model(path, trust_remote_code=trust_remote_code)
     names = skeleton.tensor_names(model, reader)
     layers = fill(model, "", reader, names, device=device, dtype=dtype)
-    if not layers:
+    head = model.get_output_embeddings()  # the loss multiplies by its weights itself: they get no gradient
+    trained = {stem: layer for stem, layer in layers.items() if layer is not head}
+    if not trained:
         raise InputError(f"{path}: no quantized linear found: nothing to heal")
     model.tie_weights()
     skeleton.buffers_to(model, device, reader.checkpoint)
@@ -228,7 +230,7 @@ def load(
     _begin_with(start or {}, model, layers, names)
     weights = OriginalWeights(original, trust_remote_code=trust_remote_code) if original and "codes" in tune else None
     vectors = trainable_vectors(
-        model, "", layers, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype, original=weights
+        model, "", trained, tune, checkpoint=reader.checkpoint, names=names, dtype=dtype, original=weights
     )
     return Student(model, vectors)
 
