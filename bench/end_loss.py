@@ -8,9 +8,9 @@ healed rows, or healed ones only. FILE is written over after every row. BASE, AD
 makes them; held-out sets, healing text and teacher are those of bench/heal.py. Meant for a GPU; runs anywhere.
 
 Ways: "plain" counts every token alike. "signs", "sampled" and "text" weight a token by the squared gradient at the
-linear's output, with the three kinds of labels of `requant.quantize.token_weights`, raised to the power that
-follows; "own": each linear has a Hessian of its own, also where linears share their input. "asymmetric": zero points
-that GPTQ searches. The last ones are healed with other steps or rates than the default.
+linear's output, with the three kinds of labels of `requant.quantize.token_weights`, raised to the power that follows.
+"half even": averaged with 1. "own": each linear has a Hessian of its own, also where linears share their input.
+"asymmetric": zero points that GPTQ searches. The last ones are healed with other steps or rates than the default.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ from requant.quantize.token_weights import TokenWeights, effective_share, square
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to quantize and heal. labels: None: no weights. steps: factor on those asked for."""
+    """One way to quantize and heal. labels: None: no weights. even: share of a weight that is the same for all tokens.
+
+    steps: factor on those asked for.
+    """
 
     labels: Any = None
     power: float = 1.0
+    even: float = 0.0
+    damp: float | None = None
     shared: bool = True
     passes: int = 1
     symmetric: bool = True
@@ -54,6 +59,10 @@ WAYS: dict[str, Way] = {
     "signs, 1": Way(labels="signs"),
     "signs, 0.5": Way(labels="signs", power=0.5),
     "signs, 0.25": Way(labels="signs", power=0.25),
+    "signs, 1, half even": Way(labels="signs", even=0.5),
+    "signs, 0.5, half even": Way(labels="signs", power=0.5, even=0.5),
+    "signs, 0.5, damp 0.1": Way(labels="signs", power=0.5, damp=0.1),
+    "plain, damp 0.1": Way(damp=0.1),
     "signs, 0.5, 4 passes": Way(labels="signs", power=0.5, passes=4),
     "signs, 1, own": Way(labels="signs", shared=False),
     "signs, 0.5, own": Way(labels="signs", power=0.5, shared=False),
@@ -86,7 +95,8 @@ class EndLoss:
         if key not in self.squares:
             with phase(f"gradients of {way.labels}, {way.passes} passes", self.bench.seconds):
                 self.squares[key] = self.measured(way)
-        by_linear = tempered(self.squares[key], way.power)
+        weights = tempered(self.squares[key], way.power)
+        by_linear = {name: value.mul(1 - way.even).add(way.even) for name, value in weights.items()}
         shares: dict[str, list[float]] = {}
         for name, value in by_linear.items():
             shares.setdefault(name.rsplit(".", 1)[1], []).append(effective_share(value))
@@ -108,7 +118,7 @@ class EndLoss:
         out = self.bench.work / name.replace(" ", "-")
         out.mkdir()
         grid = Grid(bits, 64, symmetric=way.symmetric)
-        settings = layout.Settings(grid=grid, order="auto", sweeps=2, correct=0.5)
+        settings = layout.Settings(grid=grid, order="auto", sweeps=2, correct=0.5, damp=way.damp)
         quantize.quantize(
             self.bench.merged, out, self.bench.calibration(), settings, dtype=torch.bfloat16, device=DEVICE,
             token_weights=self.weights(way),
