@@ -20,7 +20,7 @@ import test_docs_commands
 import torch
 from helpers.command_line import Here
 from helpers.e2e import copied, one_thread, visible, write_recipe
-from test_docs import HISTORY, PAGES, PROGRAM, named, shown_lines, words
+from test_docs import HISTORY, INLINE, PAGES, PROGRAM, errors, named, parse, shown_lines, words
 from transformers import AutoConfig
 
 from requant.checkpoint.writer import Slot
@@ -30,7 +30,7 @@ from requant.numerics.grid import Grid
 from requant.quantize import plan as layout
 
 NOT_HERE = {  # what a shown command matches -> why it is not run here, or which test runs it
-    r"requant (check|run) recipes/": "a model of its size; on tiny ones: tests/cli/test_gallery.py",
+    r"requant (check|run|merge) recipes/": "a model of its size; on tiny ones: tests/cli/test_gallery.py",
     r"torchrun .*-m requant run": "GPUs; with two ranks on a CPU: tests/runtime/test_launch.py",
     r"make (demo|setup|setup-vllm|quick)$": "installs from an index, or is these tests; .ci/run",
     r"(\.venv/bin/)?pip install": "an index of packages",
@@ -47,6 +47,16 @@ NOT_HERE = {  # what a shown command matches -> why it is not run here, or which
 }
 ENGINES = {"vllm": "vllm", "llamacpp": "xllamacpp", "mlx": "mlx_lm", "transformers": "gptqmodel"}
 """What `--with` asks -> the package without which that part is left out here."""
+PLACES = {  # a word of a command in a sentence -> what it is here
+    "RECIPE": "recipe.yaml", "RUN": "runs/NAME", "RUN...": "runs/a", "REPORT": "runs/NAME/report.json",
+    "ADAPTER": "./adapter", "CHECKPOINT": "runs/NAME/gptq", "FORMAT": "mlx", "REPO": "OWNER/NAME",
+    "runs/deployed": "runs/a", "runs/new": "runs/b", "KEY=VALUE,VALUE": "quantize.sweeps=0,1",
+}  # fmt: skip
+PARTS = {  # commands in a sentence that leave out what they need, though they parse
+    "heal --checkpoint DIR --teacher DIR --data FILE": "its output; tests/heal/test_recipe_run.py",
+    "heal": "the name of a stage",
+    "push ... --yes": "what never to do; tests/deploy/test_hub_upload.py",
+}
 SMALLER = {"quantize.group_size=64,128": "quantize.group_size=32,64"}
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -99,7 +109,7 @@ def home(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     place = copied(project, tmp_path_factory.mktemp("home") / "p")
     write_recipe(place, {
-        "name": "NAME", "base": {"model": "./base"}, "evaluate.variants": ["base", "adapter", "merged", "rtn", "gptq"],
+        "name": "NAME", "evaluate.variants": ["base", "adapter", "merged", "rtn", "gptq"],
         "merge": {}, "output": {"formats": ["gptq", "compressed-tensors", "mlx", "gguf"]},
         "gates": [{"metric": "ppl_increase", "set": "in-domain", "max": "90%"}],
     })  # fmt: skip
@@ -136,8 +146,7 @@ def tiny(line: str) -> list[str]:
 @pytest.mark.parametrize("page", dict.fromkeys(page for page, _ in SHOWN))
 def test_the_commands_of_a_page_run(here: Here, page: str, home: Path) -> None:
     """In the order of the page; what one writes the next may read."""
-    for file in ("recipe.yaml", "requant.schema.json"):
-        (home / f"{file}.kept").write_bytes((home / file).read_bytes()) if (home / file).exists() else None
+    kept = (home / "recipe.yaml").read_bytes()
     for _, line in (item for item in SHOWN if item[0] == page):
         if line.startswith("init "):
             (home / "recipe.yaml").unlink()
@@ -146,7 +155,39 @@ def test_the_commands_of_a_page_run(here: Here, page: str, home: Path) -> None:
         assert here(*tiny(line)) == 0, f"{page}: requant {line}: {here.err}"
         if line.startswith("init "):  # its FIXME lines are edited in test_docs_walk
             assert "FIXME" in (home / "recipe.yaml").read_text()
-            shutil.copy(home / "recipe.yaml.kept", home / "recipe.yaml")
+            (home / "recipe.yaml").write_bytes(kept)
+
+
+def is_whole(line: str) -> bool:
+    """Whether a command in a sentence can be typed: it has all that it needs, but for names."""
+    if line.startswith(("-", "COMMAND")) or line in PARTS or reason(f"requant {line}"):
+        return False
+    try:
+        parse(words(line), whole=True)
+    except errors.UsageError:
+        return False
+    return True
+
+
+SENTENCES = sorted({line for page, line in INLINE if not page.startswith("bench/") and is_whole(line)},
+                   key=lambda line: ("--set" in line, line))  # fmt: skip
+
+
+def test_commands_in_sentences_are_found() -> None:
+    assert {"verify runs/NAME", "report --suggest RECIPE", "run recipe.yaml --set quantize.bits=8"} <= set(SENTENCES)
+    assert {line for _, line in INLINE} >= PARTS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("line", SENTENCES)
+def test_a_command_in_a_sentence_runs(here: Here, line: str, home: Path) -> None:
+    kept = (home / "recipe.yaml").read_bytes()
+    if "-o recipe.yaml" in line:
+        (home / "recipe.yaml").unlink()
+    shutil.rmtree(home / "OUT", ignore_errors=True)
+    assert here(*(PLACES.get(word, word) for word in tiny(line))) == 0, f"requant {line}: {here.err}"
+    (home / "recipe.yaml").write_bytes(kept)
 
 
 @pytest.mark.slow
