@@ -42,6 +42,16 @@ def test_every_model_has_a_recipe_and_is_computed() -> None:
     assert all((ROOT / "recipes" / name / "recipe.yaml").is_file() for name in MODELS)
 
 
+def test_a_time_is_measured_or_computed_and_says_which() -> None:
+    table = BENCH.sizes_table(MODELS)[2:]
+    times = dict(zip(MODELS, (row.split(" | ")[-1].removesuffix(" |") for row in table), strict=True))
+    assert all(("measured" in time) + ("computed" in time) + ("not known" in time) == 1 for time in times.values())
+    assert {name for name, time in times.items() if "computed" not in time} == BENCH.TIMES.keys()
+    assert MODELS["llama-3.1-8b"]["seconds"] == pytest.approx(33, rel=0.15), "33 s were measured, on an H100"
+    large = MODELS["llama-3.3-70b"]["seconds"] / 60
+    assert f"8 minutes were measured for 70B where {large:.0f} are" in (ROOT / "recipes" / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_one_model_is_computed_as_stored() -> None:
     """By this code and any transformers: its sizes are the published ones."""
@@ -50,3 +60,4 @@ def test_one_model_is_computed_as_stored() -> None:
     assert needs.parameters == stored["parameters"] == 8_030_261_248
     assert (needs.merged, needs.gptq) == (stored["merged"], stored["gptq"])
     assert needs.least_on_gpu < needs.paused_on_gpu
+    assert needs.seconds == pytest.approx(stored["seconds"], rel=0.01)

@@ -199,7 +199,7 @@ def test_the_run_directory_is_as_shown(home: Path) -> None:
     names = {name.rstrip("/") for line in listed[1].splitlines() for name in line.strip().partition("  ")[0].split()}
     left = visible(home / "runs" / "NAME") | {".cache"}
     assert left <= names
-    assert names - left == {"healed", "auto-round"}, "of recipes that ask for them"
+    assert names - left <= {"healed", "auto-round", "verify-gptq.json"}, "where they are asked for"
 
 
 @pytest.mark.slow
