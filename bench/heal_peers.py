@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from heal_lab import DEVICE
 
+from requant.quantize import gptqmodel_engine
+
 
 def gptqmodel(args: argparse.Namespace, rows: torch.Tensor) -> None:
     """Write gptqmodel's checkpoint at its defaults."""
-    from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AutoConfig
 
-    config = QuantizeConfig(bits=int(args.bits), group_size=64, sym=True, desc_act=False, device=DEVICE.type)
-    model = GPTQModel.load(str(args.merged), config)
-    batch = max(1, (16384 if DEVICE.type == "cuda" else 2048) // rows.shape[1])
-    examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]
-    model.quantize(examples, batch_size=batch)
-    model.save(str(args.out))
+    args.out.mkdir(exist_ok=True)
+    stored = AutoConfig.from_pretrained(str(args.merged)).dtype
+    gptqmodel_engine.quantize_by_defaults(
+        args.merged, args.out, rows, bits=int(args.bits), group_size=64, dtype=stored, device=DEVICE
+    )
 
 
 def autoround(args: argparse.Namespace, rows: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import e2e, pico
-from helpers.e2e import make_model, one_thread
+from helpers.e2e import make_model, make_tokenizer, one_thread
 from safetensors.torch import load_file
 
 from requant import deploy
@@ -101,6 +101,22 @@ def test_what_the_library_itself_wrote_is_healed(source: Path, tmp_path: Path) -
     assert all("is a path of the machine that made it" in f for f in found[0]), (
         "what the library left, and nothing else"
     )
+
+
+@pytest.mark.slow
+def test_rotary_settings_for_each_kind_of_layer_are_saved(tmp_path: Path) -> None:
+    """Gemma 3: the library alone raises AttributeError when it saves."""
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "out").mkdir()
+    pico.save(pico.model("gemma3_text"), tmp_path / "gemma")
+    make_tokenizer(tmp_path / "gemma")
+    with one_thread():
+        gptqmodel_engine.quantize_by_defaults(
+            tmp_path / "gemma", tmp_path / "out", windows(), bits=4, group_size=32, dtype=torch.bfloat16, device=CPU
+        )
+    before, after = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("gemma", "out"))
+    assert after["rope_parameters"] == before["rope_parameters"]
+    assert after["rope_parameters"].keys() == {"full_attention", "sliding_attention"}
 
 
 @pytest.mark.slow

@@ -174,11 +174,24 @@ def _run_library(
             with torch.enable_grad():
                 config = QuantizeConfig(device=device.type, offload_to_disk_path=str(folder), **options)
                 made = GPTQModel.load(str(source), config, dtype=dtype, trust_remote_code=trust_remote_code)
+                restore_rotary_settings(made.model.config)
                 made.quantize(rows, batch_size=batch)
                 made.save(str(out))
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, OSError) as error:
             kind = MemoryLackError if lacks_memory(error) else StageError
             raise kind(f"gptqmodel could not quantize {source.name}: {one_line(error)}") from error
+
+
+def restore_rotary_settings(config: Any) -> None:
+    """Take out what the library adds to rotary settings that a model has for each kind of layer, as Gemma 3 does.
+
+    It sets `rope_type` and `rope_theta` beside the kinds; transformers reads them as kinds and refuses to save.
+    """
+    for own in (config, config.get_text_config()):
+        settings = getattr(own, "rope_parameters", None) or {}
+        kinds = {name: value for name, value in settings.items() if isinstance(value, dict) and "rope_type" in value}
+        if kinds:
+            own.rope_parameters = kinds
 
 
 def _dynamic(layout: Plan, settings: Settings) -> dict[str, Any]:
