@@ -94,7 +94,8 @@ Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL 
 adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
 reads (`...mlp.experts.0.gate_proj.qweight`; below what was loaded). Where no server reads them so but one reads them in
 16 bit, they stay in 16 bit (`quantize.experts`; gpt-oss, which vLLM then reads in compressed-tensors). Those of DBRX and
-JetMoE, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule tells engines. So do experts
+JetMoE and Inkling's shared ones, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule tells
+engines. So do experts
 that only images reach (ERNIE 4.5 VL: text and images have experts of their own, in one list in the file), since text says
 nothing about their inputs. Experts without weights (LongCat Flash) return their input, as in its class.
 
@@ -114,7 +115,10 @@ Llama 3.2 Vision, stay in 16 bit.
 Heads for multi-token prediction are copied into every checkpoint, whatever a family calls them, and `verify` compares
 them with the source (18 families: `tests/merge/test_extra_heads.py`).
 
-Encoders and decoders whose blocks all attend to an encoder (BERT, BART, Whisper) are refused by `check`. A matrix that
+Encoders and decoders whose blocks all attend to an encoder (BERT, BART, Whisper) are refused by `check`; so are blocks
+called more than once (HRM), and layers that share one block (Zamba: of the merge an adapter that trained each copy apart, of
+`quantize` the model; `tests/merge/test_shared_weights.py`). The towers of Gemma 3n, FastVLM and Perception LM need the package
+timm, with torchvision: the tests of them skip without. A matrix that
 a file holds as one and transformers' class as several (qkv of the towers of Kimi K2.5, Nemotron H Omni, Qianfan), with rows
 in another order or not, is read, merged into and written as the file has it (`tests/merge/test_cut_linears.py`); so are
 convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3), and routers held transposed, with

@@ -68,6 +68,28 @@ _GEMMA4 = {
     "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "per_layer_config": {2: {"head_dim": 32}}, "hidden_size_per_layer_input": 32,
 }  # fmt: skip
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention"], "num_hidden_layers": 2, "indexer_n_heads": 2,
+    "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "hc_lowrank": 32,
+    "ngram_vocab_size_base": VOCABULARY, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8,
+}  # fmt: skip
+_COMPASS = {
+    "rope_parameters": {k: {"rope_theta": 1e4, "rope_type": "default"} for k in ("full_attention", "sliding_attention")},
+    "layer_types": ["full_attention", "sliding_attention"], "head_dim": 16, "logit_scale": 0.25,
+}  # fmt: skip
+_INKLING = {
+    "sliding_window_size": 16, "d_rel": 4, "rel_extent": 32, "num_hidden_layers": 2, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+}  # fmt: skip
+_DOTS3 = {
+    "num_hidden_layers": 2, "layer_types": ["indexed_attention", "sliding_attention"], "head_dim": 48,
+    "mlp_layer_types": ["dense", "sparse"], "per_layer_config": {},
+}  # fmt: skip
+_ZAMBA = {
+    "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+    "attention_head_dim": 32,
+}  # fmt: skip
 _CHANGES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "granitemoehybrid": _MAMBA | _LAYERS | {"shared_intermediate_size": 128, "position_embedding_type": "rope"},
@@ -117,8 +139,48 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 4}, "vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1],
+        "vq_config.num_res_blocks": 1, "vq_config.attn_resolutions": [],
+    },
     "mllama": {"text_config.num_hidden_layers": 3, "text_config.cross_attention_layers": [1]},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {f"text_config.{k}": v for k, v in _QWEN4.items()},
+    "hunyuan_vl": {
+        "text_config.head_dim": 16,
+        "text_config.rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2] * 4},
+    },
+    "cohere_compass_text": _COMPASS,
+    "cohere_compass": {f"text_config.{k}": v for k, v in _COMPASS.items()},
+    "deepseek_ocr2": {
+        "vision_config.sam_config.global_attn_indexes": [1], "text_config.num_experts_per_tok": 2,
+        "text_config.mlp_layer_types": ["dense", "sparse"], "text_config.head_dim": 16, "text_config.n_group": 1,
+        "text_config.moe_intermediate_size": 64, "text_config.topk_group": 1,
+    },
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2", "spatial_target_layers": [0, 1],
+        "text_config.head_dim": 16,
+    },
+    "inkling_text": _INKLING,
+    "inkling_mm_model": {f"text_config.{k}": v for k, v in _INKLING.items()},
+    "inkling2_text": _INKLING | {"n_layers_per_attn_res_block": 1, "unpadded_vocab_size": VOCABULARY},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8, "head_dim": 16},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {f"text_config.{k}": v for k, v in _DOTS3.items()} | {"audio_config.adapter_input_size": WIDTH},
+    "fast_vlm": {
+        "vision_config.hidden_size": 128,
+        "vision_config.model_args": {"inference_mode": True, "layers": [1] * 5, "embed_dims": [16, 16, 16, 32, 64]},
+    },
+    "xlstm": {"chunk_size": 8, "embedding_dim": WIDTH, "num_blocks": 2, "qk_dim_factor": 1.0, "max_inference_chunksize": 32},
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
+        "vision_config.model_args": {
+            "embed_dim": WIDTH, "depth": 1, "num_heads": 2, "global_pool": "", "img_size": [32, 32],
+            "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [2, 2],
+        },
+    },
+    "zamba": _ZAMBA,
+    "zamba2": _ZAMBA | {"mamba_headdim": 16, "num_query_groups": 4, "hybrid_layer_ids": [1, 3], "adapter_rank": 32},
 }  # fmt: skip
 _CHANGES["gemma3n"] = {f"text_config.{k}": v for k, v in _CHANGES["gemma3n_text"].items()} | {
     "vision_config.model_args": {"channel_multiplier": 0.05, "num_features": 64},  # of timm's MobileNet V5

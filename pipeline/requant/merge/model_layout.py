@@ -21,6 +21,7 @@ class ModelLayout:
 
     names: parameter -> tensor of the checkpoint. conv1d: names of Conv1D modules.
     tied: parameters (input, output embedding) that share one tensor. embedding: parameter of the input embedding.
+    shared: other parameters that are one with an earlier layer's -> that one; the file holds each once.
     cuts: module of the class -> its rows of the one Linear that the file holds for several.
     joins: module of the class -> the parts in which the file holds it, and their rows of it.
     fused: stacked expert parameter -> where it is stored. current_name: an older release's tensor name -> today's.
@@ -32,6 +33,7 @@ class ModelLayout:
     conv1d: frozenset[str]
     tied: tuple[str, str] | None
     embedding: str
+    shared: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     joins: Mapping[str, Mapping[str, range]] = field(default_factory=dict)
     fused: Mapping[str, StackedParameter] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class ModelLayout:
             conv1d=frozenset(skeleton.conv1d_modules(model) | stored_parameters.transposed(model)),
             tied=skeleton.tied_pair(model),
             embedding=f"{embedding}.weight",
+            shared={n: first for n, first in model.all_tied_weights_keys.items() if n not in names},
             cuts=cut_linears.cuts(model),
             joins=joined_parts.joined_linears(model),
             fused=fused,

@@ -55,6 +55,18 @@ def changes_outside_the_model(adapters: Sequence[Adapter], changed: Iterable[str
         )
 
 
+def shared_weights(adapters: Sequence[Adapter], lost: Iterable[str], layout: ModelLayout) -> None:
+    """Raise InputError for an adapter with changes of their own for weights that layers share."""
+    shared = {name: layout.shared[name] for name in lost if name in layout.shared}
+    if shared:
+        name, first = next(iter(shared.items()))
+        raise InputError(
+            f"{paths(adapters)}: changes {len(shared)} weights that layers share, e.g. {name}, which is {first}: the "
+            "file holds one matrix for both, and training gave each a change of its own, which no checkpoint of "
+            f"{layout.model_class} can hold: train with these modules left out of target_modules"
+        )
+
+
 def combinations(adapters: Sequence[Adapter]) -> None:
     """Raise InputError for several adapters whose changes do not add up.
 
