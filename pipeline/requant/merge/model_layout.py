@@ -55,7 +55,9 @@ class ModelLayout:
             conv1d=frozenset(skeleton.conv1d_modules(model) | stored_parameters.transposed(model)),
             tied=skeleton.tied_pair(model),
             embedding=f"{embedding}.weight",
-            shared={n: first for n, first in model.all_tied_weights_keys.items() if n not in names},
+            shared={
+                n: first for n, first in (getattr(model, "all_tied_weights_keys", None) or {}).items() if n not in names
+            },
             cuts=cut_linears.cuts(model),
             joins=joined_parts.joined_linears(model),
             fused=fused,
