@@ -17,11 +17,16 @@ from requant.errors import InputError
 from requant.evaluate import generation_settings, task_files
 from requant.evaluate.task_definitions import TaskRequest, require_library
 from requant.evaluate.variant_sources import VariantSources
+from requant_eval.scoring.batches import BatchSize
 
 GOOD: dict[str, Any] = {
     "task": "words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "words.jsonl"}},
     "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "label",
     "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}  # fmt: skip
+ANSWERED: dict[str, Any] = {
+    "task": "written", "output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{choices[label]}}",
+    "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["e", "\n"], "max_gen_toks": 6},
 }  # fmt: skip
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
 ROW = {"q": "one and one", "choices": [" is two", " is six"], "label": 0}
@@ -337,12 +342,8 @@ def test_a_server_answers_what_our_own_model_is_asked(source: Path, tmp_path: Pa
 
     from requant.evaluate import task_stage
 
-    generating = {
-        "task": "written", "output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{choices[label]}}",
-        "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["e", "\n"], "max_gen_toks": 6},
-    }  # fmt: skip
     (tmp_path / "w").mkdir()
-    asked = [request(written(tmp_path), few_shot=1), request(written(tmp_path / "w", **generating), title="written")]
+    asked = [request(written(tmp_path), few_shot=1), request(written(tmp_path / "w", **ANSWERED), title="written")]
     made = loaded(*asked, tokenizer=tokenizer)
     values = []
     for served in ({}, {"merged": source}):
@@ -360,3 +361,25 @@ def test_a_server_answers_what_our_own_model_is_asked(source: Path, tmp_path: Pa
         }
         values.append([scores.read("merged", task, 0)["values"] for task in made.items])  # type: ignore[index]
     assert values[0] == values[1]
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_answers_share_a_batch_where_the_logits_of_choices_would_not(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary of 262,144: logits of all positions of four choices, but of the last of hundreds of answers."""
+    from requant.evaluate import task_stage
+
+    (tmp_path / "w").mkdir()
+    asked = [request(written(tmp_path)), request(written(tmp_path / "w", **ANSWERED), title="written")]
+    made = loaded(*asked, tokenizer=tokenizer)
+    scores = task_stage.TaskScores(
+        cache=tmp_path, tasks=made, keys={}, device=torch.device("cpu"), dtype=torch.float32
+    )  # fmt: skip
+    choice, answer = made.items
+    room = 8 * len(tokenizer) * choice.longest
+    monkeypatch.setattr(task_stage, "logit_bytes", lambda _: 2 * room)
+    work = task_stage._Work(scores=scores, sources=None, batch=BatchSize(windows=12), progress=None)  # type: ignore[arg-type]
+    assert work._rows(choice, 0) == 2
+    assert work._rows(answer, 0) == 12

@@ -26,6 +26,7 @@ from requant.evaluate import task_definitions, task_model, task_values, variants
 from requant.evaluate.memory import VariantSize, tried_again_from
 from requant.evaluate.stage import should_stream
 from requant.evaluate.tasks import LoadedTask, Tasks
+from requant.evaluate.trained_base import decoded_once
 from requant.modeling import skeleton
 from requant.runtime.device import free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize
@@ -180,7 +181,8 @@ class _Work:
                 self._parts(name, model, left, server)
             return
         model = (self.load or variants.load)(name, self.sources, device=scores.device, dtype=scores.dtype)
-        self._parts(name, model, left, None)
+        with decoded_once(model, scores.device):
+            self._parts(name, model, left, None)
         del model
         free_memory(scores.device)
 
@@ -193,7 +195,7 @@ class _Work:
             log.info("tasks: %s on %s, %s", name, task.request.title, task.parts[part].task_name)
             answered = partial(self._answered, f"{name} on {task.request.title}")
             wrapped = task_model.wrapped(
-                model, tasks.tokenizer, window=tasks.window, batch=self._rows(task), stops=tasks.stops,
+                model, tasks.tokenizer, window=tasks.window, batch=self._rows(task, part), stops=tasks.stops,
                 on_request=answered, server=server,
             )  # fmt: skip
             found = self._run(name, wrapped, task, part)
@@ -223,11 +225,12 @@ class _Work:
             raise StageError(f"{what}: it asked other questions than before: its data or its order is not fixed")
         return {"values": values, "documents": documents, "seconds": time.perf_counter() - begun}
 
-    def _rows(self, task: LoadedTask) -> int:
-        """Requests at a time: as many as scoring has tokens for, and whose logits fit."""
-        vocabulary = len(self.scores.tasks.tokenizer)
-        most = max(1, logit_bytes(self.scores.device.type) // (8 * vocabulary * max(task.longest, 1)))
-        return min(self.batch.rows(max(task.longest, 1)), most)
+    def _rows(self, task: LoadedTask, part: int) -> int:
+        """Requests at a time: as many as scoring has tokens for, and whose logits fit; answers need those of a token."""
+        longest = max(task.longest, 1)
+        positions = 1 if task.parts[part].OUTPUT_TYPE == "generate_until" else longest
+        most = max(1, logit_bytes(self.scores.device.type) // (8 * len(self.scores.tasks.tokenizer) * positions))
+        return min(self.batch.rows(longest), most)
 
     def _answered(self, note: str) -> None:
         self.done += 1
