@@ -189,8 +189,7 @@ def restore_rotary_settings(config: Any) -> None:
     """
     for own in (config, config.get_text_config()):
         settings = getattr(own, "rope_parameters", None) or {}
-        kinds = {name: value for name, value in settings.items() if isinstance(value, dict) and "rope_type" in value}
-        if kinds:
+        if kinds := {name: of for name, of in settings.items() if isinstance(of, dict) and "rope_type" in of}:
             own.rope_parameters = kinds
 
 
