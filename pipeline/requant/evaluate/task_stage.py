@@ -226,7 +226,7 @@ class _Work:
         return {"values": values, "documents": documents, "seconds": time.perf_counter() - begun}
 
     def _rows(self, task: LoadedTask, part: int) -> int:
-        """Requests at a time: as many as scoring has tokens for, and whose logits fit; answers need those of a token."""
+        """Requests at a time: as many as scoring has tokens for and whose logits fit; answers need a token's."""
         longest = max(task.longest, 1)
         positions = 1 if task.parts[part].OUTPUT_TYPE == "generate_until" else longest
         most = max(1, logit_bytes(self.scores.device.type) // (8 * len(self.scores.tasks.tokenizer) * positions))
