@@ -21,7 +21,8 @@
     task_model        a variant as a model of the library
     adapter_probe     whether the adapter lowers the loss on calibration text
     merge_onto_probe   held-out loss of merges onto two bases
-    width_losses       loss of the merged model when one unit of linears is rounded to each width
+    width_losses       loss of the merged model when one unit of linears is quantized to each width
+    unit_solver        the weights of that unit as GPTQ leaves them
     planned_merge      a merge that is not written, as a model
     expert_order_probe   in which of two orders the experts of an adapter lower it
 

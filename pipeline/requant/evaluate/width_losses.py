@@ -1,17 +1,19 @@
-"""Loss of the merged model with one unit of linears rounded, for each width.
+"""Loss of the merged model with one unit of linears quantized, for each width.
 
 `quantize.budget` is spent by it. A unit is what engines hold as one matrix (q, k and v; gate and up; the experts of a
-layer). Two things are measured on a few calibration windows, block by block, of a merge that is not written:
+layer). Three things are measured, block by block, of a merge that is not written:
 
-1. Each unit is rounded to each width, and its block runs on the merged model's own inputs. The error of the block's
-   output is relative to each token's output and squared, so that tokens of huge norm do not hide the others.
-2. At one width the changed output runs on through all later blocks and the head, where KL(merged || changed) is taken.
+1. Each unit is solved by GPTQ for each width, from the inputs that most of the calibration text gives it. Rounding to
+   nearest would not do: how much of its error GPTQ makes up for differs from unit to unit, most where a few inputs are
+   huge.
+2. Its block runs with it on a few other windows, with the merged model's own states. The error of the block's output is
+   relative to each token's output and squared, so that tokens of huge norm do not hide the others.
+3. At one width the changed output runs on through all later blocks and the head, where KL(merged || changed) is taken.
    So depth counts as the model itself counts it.
 
 The loss of a unit at another width is that KL times the ratio of the errors, since a small KL grows with the square of
-what causes it. Weights are rounded to nearest with searched scales, every input alike: GPTQ's error is smaller, in
-about the same proportion everywhere. Units are changed one at a time, and their losses are taken to add up. All is in
-fp32: noise of 16 bit would be as large as the KL of one unit.
+what causes it. Units are changed one at a time, and their losses are taken to add up. What is compared is in fp32:
+noise of 16 bit would be as large as the KL of one unit.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from requant.errors import StageError
+from requant.evaluate.unit_solver import BlockSolver, Solving, solved_unit
 from requant.modeling.block_walk import BlockInput, Walk
-from requant.numerics.grid import Grid, nearest_rows
+from requant.numerics import gptq
+from requant.numerics.grid import Grid
 from requant.numerics.token_errors import relative_error
 from requant_eval.scoring.kl import kl_divergence
 
-TOKENS = {"cpu": 2**9, "cuda": 2**11}  # of all windows
-LENGTH = 128  # of a window, at most
+TOKENS = {"cpu": 2**9, "cuda": 2**11}  # that losses are measured on
+LENGTH = 128  # of a window of these, at most
+LEARNED = {"cpu": 8, "cuda": 32}  # tokens for each input of the widest linear that GPTQ learns from
+BATCH = {"cpu": 2**11, "cuda": 2**13}  # tokens of a batch of these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +64,43 @@ class _Seen:
         return {bits: scale * error for bits, error in self.errors.items()}
 
 
-def sample(calibration: Tensor, device: str) -> Tensor:
-    """Evenly spaced calibration windows int64 [n, length], cut, for a type of device."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Texts:
+    """Token ids int64 [n, length]. learned: what GPTQ learns from. measured: what losses are measured on."""
+
+    learned: Tensor
+    measured: Tensor
+
+
+def texts(calibration: Tensor, device: str, inputs: int) -> Texts:
+    """The calibration windows int64 [n, length] as two texts, for a type of device.
+
+    Measured are evenly spaced windows, cut; learned are others, evenly spaced too, or the same where there are no
+    others. inputs: of the widest linear.
+    """
     length = min(LENGTH, calibration.shape[1])
     count = min(len(calibration), max(1, TOKENS[device] // length))
-    return calibration[torch.arange(count) * len(calibration) // count, :length]
+    chosen = torch.arange(count) * len(calibration) // count
+    others = torch.ones(len(calibration), dtype=torch.bool)
+    others[chosen] = False
+    rest = calibration[others] if others.any() else calibration
+    wanted = min(len(rest), -(-LEARNED[device] * inputs // rest.shape[1]))
+    return Texts(learned=rest[torch.arange(wanted) * len(rest) // wanted], measured=calibration[chosen, :length])
+
+
+def widest(units: Sequence[Unit], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The inputs of the widest linear of all units. shapes: module -> (outputs, inputs)."""
+    return max(shapes[name][1] for unit in units for name in unit.grids)
 
 
 def seconds_a_weight(device: torch.device) -> float:
-    """Seconds to round one weight to nearest with searched scales, timed on a small matrix."""
-    weight = torch.randn(256, 1024, device=device)
+    """Seconds to solve one weight, timed on a small matrix with its factor."""
+    weight, inputs = torch.randn(256, 1024, device=device), torch.randn(2048, 1024, device=device)
+    hessian, grid = inputs.T @ inputs / len(inputs), Grid(4, 64)
     for _ in range(2):  # the first loads kernels
         began = time.perf_counter()
-        nearest_rows(weight, Grid(4, 64)).sum().item()
+        factor = gptq.factorize(hessian, gptq.column_order(hessian.diagonal(), "activation", 64), 0.05)
+        gptq.quantize_weight(weight, hessian, factor, grid).errors.sum().item()
     return (time.perf_counter() - began) / weight.numel()
 
 
@@ -78,22 +108,35 @@ def seconds_a_weight(device: torch.device) -> float:
 def measure(
     walk: Walk,
     units: Sequence[Unit],
-    windows: Tensor,
+    text: Texts,
     widths: Sequence[int],
     width: int,
+    solving: Solving,
     doing: Callable[[str], None] = lambda _: None,
 ) -> list[dict[int, float]]:
     """The loss of each unit by width, in nats a token.
 
-    walk: over the merged model, in fp32. windows: int64 [n, length]. width: at which KL is taken, one of `widths`.
+    walk: over the merged model, in fp32. width: at which KL is taken, one of `widths`.
     Raises StageError for NaN or infinity.
     """
-    seen = [_Seen() for _ in units]
+    seen, windows = [_Seen() for _ in units], text.measured
     walk.fill_rest()
     item = walk.embed(windows, len(windows))[0]
+    learned = walk.embed(text.learned, max(1, BATCH[walk.device.type] // text.learned.shape[1]))
     for index in range(len(walk)):
         doing(f"losses of {', '.join(map(str, widths))} bits, block {index + 1} of {len(walk)}")
-        _block(walk, index, item, units, seen, widths, width)
+        block, start = walk.load(index), f"{walk.prefix}.{index}."
+        _run_on(walk, block, item, index, seen)
+        own = {n: unit for n, unit in enumerate(units) if all(name.startswith(start) for name in unit.grids)}
+        solver = BlockSolver(walk, index, learned, [name for unit in own.values() for name in unit.grids], solving)
+        changed: dict[tuple[int, int], Tensor] = {}
+        for number, unit in own.items():
+            for bits in widths:
+                with _quantized(walk.model, unit, bits, solver):
+                    changed[number, bits] = walk.run(index, item).cpu()
+        item.hidden = walk.run(index, item)
+        _compare(changed, item.hidden, seen, width)
+        walk.release(block)
     _end(walk, windows, item.hidden, seen)
     found = [one.losses(width) for one in seen]
     if not all(torch.tensor(list(own.values())).isfinite().all() for own in found):
@@ -101,41 +144,29 @@ def measure(
     return found
 
 
-def _block(
-    walk: Walk,
-    index: int,
-    item: BlockInput,
-    units: Sequence[Unit],
-    seen: Sequence[_Seen],
-    widths: Sequence[int],
-    width: int,
-) -> None:
-    """One block: earlier units' changes run on, its own units are changed, and last the merged states go on."""
-    block, start = walk.load(index), f"{walk.prefix}.{index}."
+def _run_on(walk: Walk, block: nn.Module, item: BlockInput, index: int, seen: Sequence[_Seen]) -> None:
+    """One block on the states of every earlier unit's change."""
     for earlier in seen:
         if earlier.hidden is not None:
             states = earlier.hidden.to(walk.device)
             earlier.hidden = walk.forward(block, states, item.arguments[index]).cpu()
-    changed: dict[tuple[int, int], Tensor] = {}
-    for number, unit in enumerate(units):
-        for bits in widths if all(name.startswith(start) for name in unit.grids) else ():
-            with _rounded(walk.model, unit, bits):
-                changed[number, bits] = walk.run(index, item).cpu()
-    item.hidden = walk.run(index, item)
+
+
+def _compare(changed: Mapping[tuple[int, int], Tensor], merged: Tensor, seen: Sequence[_Seen], width: int) -> None:
+    """Keep the error of each changed output against the merged one, and the output itself at `width`."""
     for (number, bits), output in changed.items():
-        seen[number].errors[bits] = float(relative_error(output.to(walk.device).double(), item.hidden.double()).mean())
+        seen[number].errors[bits] = float(relative_error(output.to(merged.device).double(), merged.double()).mean())
         if bits == width:
             seen[number].hidden = output
-    walk.release(block)
 
 
 @contextmanager
-def _rounded(model: nn.Module, unit: Unit, bits: int) -> Iterator[None]:
-    """Context in which a unit's weights are rounded to nearest with `bits`."""
+def _quantized(model: nn.Module, unit: Unit, bits: int, solver: BlockSolver) -> Iterator[None]:
+    """Context in which a unit's weights are those of `bits`."""
     old: dict[str, Any] = {name: model.get_submodule(name)._parameters["weight"] for name in unit.grids}
     try:
-        for name, grid in unit.grids.items():
-            value = nearest_rows(old[name], replace(grid, bits=bits))
+        grids = {name: replace(grid, bits=bits) for name, grid in unit.grids.items()}
+        for name, value in solved_unit(model, grids, solver).items():
             model.get_submodule(name)._parameters["weight"] = nn.Parameter(value, requires_grad=False)
         yield
     finally:

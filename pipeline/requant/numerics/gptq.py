@@ -61,6 +61,13 @@ class Factor:
     diagonal: bool = False
 
 
+def damping(asked: float | None, tokens: int, n: int) -> float:
+    """The damping asked for, or 0.02 with at least 64 tokens for each of `n` inputs, else 0.05."""
+    if asked is not None:
+        return asked
+    return 0.02 if tokens >= 64 * n else 0.05
+
+
 def factorize(hessian: Tensor, order: Tensor, damp: float, cholesky: Cholesky = torch.linalg.cholesky_ex) -> Factor:
     """Factor H for rounding its columns in `order` (int64 [n], first to last).
 

@@ -58,7 +58,7 @@ def solve_group(
         like.setdefault(grids[name], []).append(name)
     with matmul_precision.tensor_cores():
         own = {g: ranks.own_rows(torch.cat([linears[n].weight for n in names])).float() for g, names in like.items()}
-        damp = _damp(settings, moments.tokens, len(moments.hessian))
+        damp = gptq.damping(settings.damp, moments.tokens, len(moments.hessian))
         with _named(next(iter(linears))):
             order = _order(settings, list(own.values()), moments, next(iter(like)), damp, ranks)
         correction = Correction(moments.drift, list(own.values()), ranks)
@@ -118,13 +118,6 @@ def _named(linear: str) -> Iterator[None]:
         yield
     except FloatingPointError as error:
         raise NotFiniteError(f"{linear}: its calibration inputs hold NaN or infinity") from error
-
-
-def _damp(settings: Settings, tokens: int, n: int) -> float:
-    """The recipe's damping, or 0.02 with at least 64 tokens for each of `n` inputs, else 0.05."""
-    if settings.damp is not None:
-        return settings.damp
-    return 0.02 if tokens >= 64 * n else 0.05
 
 
 def _order(

@@ -19,7 +19,9 @@ from requant.checkpoint.run_directory import RunDirectory, key_of
 from requant.data.packing import digest
 from requant.evaluate import planned_merge, width_losses
 from requant.evaluate.planned_merge import Device
-from requant.evaluate.width_losses import Unit
+from requant.evaluate.unit_solver import Solving
+from requant.evaluate.width_losses import Texts, Unit
+from requant.numerics.solution import Order
 from requant.quantize.plan import Plan
 from requant.recipe import Recipe
 from requant.recipe.quantize_section import Override, OverrideFields
@@ -32,7 +34,7 @@ from requant.run.shared_inputs import SharedInputs
 from requant.run.stage_results import BudgetDecision, BudgetUnit
 from requant.runtime.device import free_memory, pick_device
 
-LAYOUT = 1  # raised when what is measured changes
+LAYOUT = 2  # raised when what is measured changes
 NAME = "bit budget"
 
 
@@ -64,13 +66,19 @@ def decided(
 
 def ahead(prepared: Prepared) -> str:
     """What a run will measure, in a sentence for `check`."""
-    windows = width_losses.sample(prepared.texts.calibration, pick_device(prepared.recipe.device).type)
-    widths = ", ".join(map(str, prepared.widths))
+    text = texts_of(prepared, pick_device(prepared.recipe.device).type)
+    widths, units = ", ".join(map(str, prepared.widths)), units_of(prepared.quantize.plan)
     return (
         f"{prepared.recipe.quantize.budget:g} bits of codes a weight: run first measures the loss of "
-        f"{len(units_of(prepared.quantize.plan))} units at {widths} bits on {windows.numel()} calibration tokens; "
-        "until then figures here are those of one width, no narrower"
+        f"{len(units)} units at {widths} bits on {text.measured.numel()} calibration tokens, "
+        f"each solved from {text.learned.numel()} others; until then figures here are those of one width, no narrower"
     )
+
+
+def texts_of(prepared: Prepared, device: str) -> Texts:
+    """What losses are measured on and solved from, on a type of device."""
+    plan = prepared.quantize.plan
+    return width_losses.texts(prepared.texts.calibration, device, width_losses.widest(units_of(plan), plan.shapes))
 
 
 def _with_choice(recipe: Recipe, plan: Plan, units: Sequence[Unit], bits: Sequence[int]) -> Recipe:
@@ -122,7 +130,7 @@ def _decision(
     return {
         "asked": budget,
         "mean": mean,
-        "why": f"{mean:.3f} bits of codes a weight ({spread}); losses of units rounded to nearest one at a time add "
+        "why": f"{mean:.3f} bits of codes a weight ({spread}); losses of units quantized one at a time add "
         f"up to {chosen:.4f} nats a token, with one width for all {plain}",
         "widths": widths,
         "units": [_row(*row) for row in zip(units, bits, losses, strict=True)],
@@ -146,14 +154,16 @@ def _measured(
     budget = cast(float, prepared.recipe.quantize.budget)
     width = max(bits for bits in widths if bits <= budget)
     device = pick_device(prepared.recipe.device)
-    windows = width_losses.sample(prepared.texts.calibration, device.type)
+    text, settings = texts_of(prepared, device.type), prepared.quantize.settings
+    order: Order = "activation" if settings.order == "auto" else settings.order
+    solving = Solving(order=order, damp=settings.damp)
     key = key_of(
         LAYOUT,
         NAME,
         directory.fingerprint(plan.base.checkpoint.path),
         asdict(plan.base.simulate) if plan.base.simulate else None,
         [(directory.fingerprint(a.path), a.weight, a.expert_order) for a in plan.adapters],
-        digest(windows),
+        (digest(text.learned), digest(text.measured), asdict(solving)),
         [{name: asdict(replace(grid, bits=0)) for name, grid in unit.grids.items()} for unit in units],
         (widths, width, device.type),
     )
@@ -163,7 +173,7 @@ def _measured(
         where = Device(device, torch.float32, evaluation_inputs.batch(prepared, device))
         trust, pieces = prepared.recipe.trust_remote_code, prepared.quantize.plan.pieces
         walk = planned_merge.walk_of(plan, where, trust_remote_code=trust, pieces=pieces)
-        losses = width_losses.measure(walk, units, windows, widths, width, watcher.doing)
+        losses = width_losses.measure(walk, units, text, widths, width, solving, watcher.doing)
         del walk
         free_memory(device)
         stored = {"losses": [[own[bits] for bits in widths] for own in losses]}

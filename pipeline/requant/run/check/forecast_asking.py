@@ -16,7 +16,8 @@ from requant.evaluate.memory import VariantSize
 from requant.evaluate.roads import NF4_ROADS
 from requant.evaluate.stage import Stream
 from requant.evaluate.trained_base import may_be_kept
-from requant.run import budget_widths, merge_onto
+from requant.evaluate.unit_solver import NEAREST_FROM
+from requant.run import bit_budget, budget_widths, merge_onto
 from requant.run.check.forecast_merge import Need
 from requant.run.prepared import Prepared
 from requant.run.road_recipe import scored_roads
@@ -128,20 +129,21 @@ class Asking:
         )  # its delta and the sum too
 
     def _budget(self) -> Iterator[tuple[str, float, int]]:
-        """Every unit rounded to every width, its block run for each, and its states run on through half the blocks."""
+        """Every unit solved for every width, its block run for each, and its states run on through half the blocks."""
         if not self.p.widths:
             return
         size, device, inside = self.scoring.size_of("merged"), torch.device(self.device), self.p.quantize.plan.shapes
-        units, tokens = (
-            budget_widths.units_of(self.p.quantize.plan),
-            width_losses.sample(self.p.texts.calibration, self.device).numel(),
-        )
+        units, text = budget_widths.units_of(self.p.quantize.plan), bit_budget.texts_of(self.p, self.device)
+        tokens, learned = text.measured.numel(), text.learned.numel()
         passes = len(units) * (0.5 + len(self.p.widths) / max(1, size.layers))
-        rounded = len(self.p.widths) * sum(rows * columns for rows, columns in inside.values())
+        solved = sum(bits < NEAREST_FROM for bits in self.p.widths) * sum(rows * n for rows, n in inside.values())
         seconds = passes * tokens * self.token * IN_FP32[self.device] + len(units) * tokens * self.scored
-        seconds += rounded * width_losses.seconds_a_weight(device) + size.total * (self.weight + self.decoded)
-        states = len(units) * tokens * size.width  # on the host
-        yield "bit budget", seconds, 4 * (3 * size.block + size.outside + (states if self.device == "cpu" else 0))
+        seconds += 2 * learned * self.token  # blocks, and as much again for the Hessians
+        seconds += solved * width_losses.seconds_a_weight(device) + size.total * (self.weight + self.decoded)
+        states = learned * size.width  # and those of every unit's change, on the host
+        states += len(units) * tokens * size.width if self.device == "cpu" else 0
+        hessians = 3 * max(n for _, n in inside.values()) ** 2
+        yield "bit budget", seconds, 4 * (3 * size.block + size.outside + states + hessians)
 
     def _roads(self) -> Iterator[tuple[str, float, int]]:
         """Each road as the variant that it is like; what gptqmodel does before is its own."""
