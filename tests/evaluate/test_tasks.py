@@ -383,3 +383,36 @@ def test_answers_share_a_batch_where_the_logits_of_choices_would_not(
     work = task_stage._Work(scores=scores, sources=None, batch=BatchSize(windows=12), progress=None)  # type: ignore[arg-type]
     assert work._rows(choice, 0) == 2
     assert work._rows(answer, 0) == 12
+
+
+@local.needs_library
+@pytest.mark.slow
+def test_captured_steps_write_what_the_library_does(source: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """On the CPU a step is launched kernel by kernel, and otherwise as on a GPU: the same texts, cut at `until`."""
+    from requant.evaluate import task_model, variants
+
+    questions = [" ".join(["one and two", "three", "a dog", "the end of"][i % 4 :]) for i in range(12)]
+    (tmp_path / "words.jsonl").write_text(
+        "".join(json.dumps(ROW | {"q": f"{q} {i}"}) + "\n" for i, q in enumerate(questions))
+    )
+    long = {"until": ["&", "\n"], "max_gen_toks": 40}
+    made = loaded(request(written(tmp_path, **ANSWERED | {"generation_kwargs": long})), tokenizer=tokenizer)
+    (task,) = made.items
+    model = variants.load(
+        "merged", VariantSources.of_checkpoint(source), device=torch.device("cpu"), dtype=torch.float32
+    )
+    launches: list[int] = []
+
+    def capture(step: Any) -> Any:
+        return lambda: (launches.append(1), step())
+
+    said = [
+        task_model.wrapped(
+            model, made.tokenizer, window=made.window, batch=batch, stops=made.stops, capture=how
+        ).generate_until(task.parts[0].instances)
+        for batch, how in ((1, None), (4, None), (4, capture))
+    ]  # fmt: skip
+    assert said[0] == said[1] == said[2]
+    assert len(set(said[0])) > 4
+    assert not any("&" in text for text in said[0])
+    assert launches

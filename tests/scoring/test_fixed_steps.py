@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from requant.runtime.cuda_graph import CudaGraph
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring import answers, fixed_steps
+from requant_eval.scoring.canaries import LOOKED_AT
 
 PROMPTS = [(5, 6, 7), (40, 41), (9,), (11, 12, 13, 14, 15, 16, 17, 18, 19, 20)]
 TOKENS = 24
@@ -75,9 +76,28 @@ def test_answers_end_at_their_stop_tokens_and_steps_when_all_have_ended() -> Non
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
     most = max(map(len, found))
-    assert most - 1 <= capture.launches < most - 1 + fixed_steps.LOOKED_AT < 59, "not all 59"
+    assert most - 1 <= capture.launches < most - 1 + LOOKED_AT < 59, "not all 59"
     assert told == sorted(told)
     assert told[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("capture", [None, Captures])
+def test_answers_that_are_over_end_at_the_next_look(capture: Any) -> None:
+    """All that is wanted is there after 5 tokens of three answers and after 20 of the fourth."""
+    model = pico.model()
+    whole = answered(model, tokens=60)
+    wanted = [tuple(ids[:count]) for ids, count in zip(whole, (5, 5, 5, 20), strict=True)]
+
+    def over(ids: list[int]) -> bool:
+        return any(tuple(ids[: len(own)]) == own for own in wanted)
+
+    made = capture() if capture else None
+    found = answers.answer(model, PROMPTS, 60, stops=(), device="cpu", capture=made, over=over)
+    assert [ids[: len(own)] for ids, own in zip(found, map(list, wanted), strict=True)] == [list(own) for own in wanted]
+    assert all(ids == own[: len(ids)] for ids, own in zip(found, whole, strict=True))
+    assert max(map(len, found)) <= 2 * LOOKED_AT + 1
+    if made:
+        assert made.launches <= 2 * LOOKED_AT
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from requant_eval.errors import EvaluationError
-from requant_eval.scoring.canaries import DAMAGED, best_token
+from requant_eval.scoring.canaries import DAMAGED, LOOKED_AT, best_token
 
 if TYPE_CHECKING:
-    from requant_eval.scoring.fixed_steps import Capture
+    from requant_eval.scoring.fixed_steps import Capture, Over
 
 log = logging.getLogger(__name__)
 BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of prompts and answers, padded: what a cache holds at a time
@@ -39,14 +39,18 @@ def answer(
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
     capture: Capture | None = None,
+    over: Over | None = None,
+    uncaptured: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The argmax continuation of every prompt: at most `new_tokens` ids, the last a stop token where one came.
 
     on_progress: (done, of), in prompts. capture: makes one launch of a step, for models and lengths that allow it.
+    over: whether the ids of an answer are all that is wanted of it; asked now and then, so some more may follow.
+    uncaptured: called where steps cannot be captured, and would not be another time.
     Raises EvaluationError for NaN or infinity in logits.
     """
     model.eval()
-    asker = _Asker(model=model, new_tokens=new_tokens, stops=stops, device=device)
+    asker = _Asker(model=model, new_tokens=new_tokens, stops=stops, device=device, over=over, uncaptured=uncaptured)
     asker.capture = capture if new_tokens >= LEAST_CAPTURED else None
     told, answers = on_progress or (lambda done, of: None), list[list[int]]()
     apart = False
@@ -91,6 +95,8 @@ class _Asker:
     stops: Collection[int]
     device: torch.device | str
     capture: Capture | None = None
+    over: Over | None = None
+    uncaptured: Callable[[], None] = lambda: None
 
     def together(self, prompts: Sequence[Sequence[int]], told: Callable[[int, int], None]) -> list[list[int]] | None:
         """All answers from one batch; None where the model does not take one."""
@@ -116,7 +122,7 @@ class _Asker:
         out: list[list[int]] = [[] for _ in prompts]
         places = positions[:, -1:]
         for _ in range(self.new_tokens):
-            left = [i for i, said in enumerate(out) if not (said and said[-1] in self.stops)]
+            left = [i for i, said in enumerate(out) if not self._ended(said)]
             if not left:
                 break
             best = _best_tokens(logits, left)
@@ -131,6 +137,12 @@ class _Asker:
             logits, cache = made.logits[:, -1], made.past_key_values
         told(len(prompts), len(prompts))
         return out
+
+    def _ended(self, said: list[int]) -> bool:
+        """Whether an answer ends here: by a stop token, or as `over` says every few tokens."""
+        if not said:
+            return False
+        return said[-1] in self.stops or (self.over is not None and len(said) % LOOKED_AT == 0 and self.over(said))
 
     def _agrees(self, logits: Tensor, ids: Sequence[int]) -> bool:
         """Whether the logits that a batch gave after `ids` are those of `ids` alone, but for rounding."""
@@ -151,12 +163,13 @@ class _Asker:
 
         try:
             steps = FixedSteps(self.model, made, seen, self.new_tokens, self.stops)
-            count = steps.run(self.capture, lambda ended: told(ended, len(prompts)))
+            count = steps.run(self.capture, lambda ended: told(ended, len(prompts)), self.over)
             said = steps.said[shortest, : count - 1].tolist()
             if not self._agrees(steps.logits[shortest], [*prompts[shortest], *said]):
                 raise RuntimeError("its last step does not give what one pass does")
         except UNFIT as error:
             self.capture = None
+            self.uncaptured()
             level = logging.INFO if isinstance(error, NotFixedError) else logging.WARNING
             log.log(
                 level, "answers without captured steps: %s: %s", type(error).__name__, str(error).partition("\n")[0]
@@ -173,7 +186,7 @@ class _Asker:
             made = _last(self.model, step, cache)
             best, cache = best_token(made.logits[0, -1]), getattr(made, "past_key_values", None)
             out.append(best)
-            if best in self.stops:
+            if self._ended(out):
                 break
             step = torch.tensor([[best] if cache is not None else [*prompt, *out]], device=self.device)
         return out

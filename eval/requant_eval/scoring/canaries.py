@@ -19,6 +19,7 @@ RULE = (
     "Right: the greedy continuation begins with the answer (white space and what follows it aside, case counts) "
     "and does not go on inside a word."
 )
+LOOKED_AT = 16  # tokens of an answer between two looks at whether it is over
 DAMAGED = "NaN/inf in logits while answering a prompt: the checkpoint is damaged or overflows"
 ORDER = ("base", "adapter", "merged", "original", "gptq", "healed", "ends")
 

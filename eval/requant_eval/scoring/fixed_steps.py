@@ -15,15 +15,17 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from requant_eval.errors import EvaluationError
 from requant_eval.scoring.batches import padded_up_to
-from requant_eval.scoring.canaries import DAMAGED
+from requant_eval.scoring.canaries import DAMAGED, LOOKED_AT
 
-LOOKED_AT = 16  # steps between two looks of the host at which answers have ended
 LEAST_TOKENS = 8  # of an answer: a graph is captured in the time of some steps
 ALIGNED = 8  # kernels of attention copy a mask of another length
 IMPLEMENTATIONS = ("sdpa", "eager")  # of attention, which take a mask of a value for each query and key
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # whose masks are built here
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """A step as one launch. It may have run some times before this returns; RuntimeError where it cannot be."""
+
+
+Over = Callable[[list[int]], bool]
 
 
 class NotFixedError(ValueError):
@@ -61,15 +63,19 @@ class FixedSteps:
         self.logits = made.logits[:, -1].clone()
         self._choose()
 
-    def run(self, capture: Capture | None, told: Callable[[int], None]) -> int:
+    def run(self, capture: Capture | None, told: Callable[[int], None], over: Over | None = None) -> int:
         """Answer all prompts; returns the number of tokens of `said`. told: of answers that have ended.
 
-        capture: how a step becomes one launch; None: kernel by kernel. Raises EvaluationError for NaN or infinity.
+        capture: how a step becomes one launch; None: kernel by kernel. over: whether an answer has ended but for a stop
+        token; asked every `LOOKED_AT` steps. Raises EvaluationError for NaN or infinity.
         """
         launch = self.step if capture is None else self._captured(capture)
         chosen = 1
         while chosen < self.new_tokens:
             if (chosen - 1) % LOOKED_AT == 0:
+                if over:
+                    found = [over(ids) for ids in self.said[:, :chosen].tolist()]
+                    self.ended.logical_or_(torch.tensor(found, device=self.ended.device))
                 ended = int(self.ended.sum())
                 if ended == len(self.ended):
                     break

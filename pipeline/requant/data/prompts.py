@@ -23,7 +23,7 @@ from requant.data.conversation import Conversation, Message, RowError
 from requant.data.documents import joined
 from requant.data.row_files import Row, TextSource, read_rows
 from requant.data.template_losses import CLOSE, OPEN, TemplateFailure
-from requant.runtime.cuda_graph import CudaGraph
+from requant.runtime.cuda_graph import capture_on
 from requant.runtime.guarded_process import LimitError, call_guarded, guarded
 
 TRIED = 8  # rows of a part, of which the first that can be asked is
@@ -106,10 +106,10 @@ class Prompts:
         if hasattr(model, "last_logits"):
             return []
         prompts = [item.ids for item in self.items]
-        capture = partial(CudaGraph, device=device) if device.type == "cuda" else None
         given = answer(
-            model, prompts, self.new_tokens, stops=self.stops, device=device, on_progress=on_progress, capture=capture
-        )
+            model, prompts, self.new_tokens, stops=self.stops, device=device, on_progress=on_progress,
+            capture=capture_on(device),
+        )  # fmt: skip
         ended = [bool(ids) and ids[-1] in self.stops for ids in given]
         return [(self.decode(ids[:-1] if end else ids), end) for ids, end in zip(given, ended, strict=True)]
 

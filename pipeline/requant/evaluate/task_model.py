@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
 
 from requant.data import template_call
 from requant.data.tokenizer import adds_bos
 from requant.errors import StageError
 from requant.evaluate.generation_settings import new_tokens
+from requant_eval.scoring import answers
+
+if TYPE_CHECKING:
+    from requant_eval.scoring.fixed_steps import Capture
 
 T = TypeVar("T")
 R = TypeVar("R")
+GREEDY = {"attention_mask", "do_sample", "temperature"}  # what the library says of a greedy answer
 SERVED_AT_ONCE = 256  # requests that a server gets together
 
 
@@ -43,10 +52,12 @@ def wrapped(
     stops: Sequence[int],
     on_request: Callable[[], None] = lambda: None,
     server: Server | None = None,
+    capture: Capture | None = None,
 ) -> Any:
     """The library's model of a resident one. window: its positions. batch: requests at a time.
 
     on_request: called when a request is answered. server: answers in the model's place, which may be without weights.
+    capture: makes one launch of a step of an answer, as `requant_eval.scoring.answers` takes it.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
@@ -64,10 +75,10 @@ def wrapped(
             return super().tok_batch_encode(given, *args, **options)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            answers = super().loglikelihood(requests, disable_tqdm=True)
-            if any(math.isnan(value) for value, _ in answers):
+            found = super().loglikelihood(requests, disable_tqdm=True)
+            if any(math.isnan(value) for value, _ in found):
                 raise StageError("NaN in log-likelihoods of a task: the checkpoint is damaged or overflows")
-            return answers
+            return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
@@ -78,9 +89,47 @@ def wrapped(
     ends = list(dict.fromkeys(stops)) or [tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id)
     kind = _served(Variant, server, ends, on_request) if server else Variant
+    kind = _capturing(kind, capture, ends) if capture and not server else kind
     made = kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=window)
     made.cache_hook = _Counter(on_request)
     return made
+
+
+def _capturing(variant: Any, capture: Capture, ends: Sequence[int]) -> Any:
+    """The library's model whose answers are written by captured steps, as long as they can be."""
+
+    class Capturing(variant):  # type: ignore[misc]
+        """The same prompts and tokens, in fewer launches."""
+
+        captures = True
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            if not self.captures or options.keys() - GREEDY:
+                return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
+            return _continued(
+                self.model, context, options["attention_mask"], length=max_length, stops=ends, capture=capture,
+                over=partial(_holds, self.tokenizer, stop), uncaptured=partial(setattr, self, "captures", False),
+            )  # fmt: skip
+
+    return Capturing
+
+
+def _continued(model: Any, context: Tensor, seen: Tensor, *, length: int, stops: Sequence[int], **how: Any) -> Tensor:
+    """`context`, int64 [rows, longest], and the greedy answers to it, up to `length`; the rest is a stop token.
+
+    seen: its attention mask. how: of `answers.answer`.
+    """
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(context, seen, strict=True)]
+    found = answers.answer(model, prompts, length - context.shape[1], stops=stops, device=context.device, **how)
+    longest = max(map(len, found))
+    filled = [ids + [stops[0]] * (longest - len(ids)) for ids in found]
+    return torch.cat([context, torch.tensor(filled, device=context.device)], dim=1)
+
+
+def _holds(tokenizer: Any, texts: Sequence[str], ids: Sequence[int]) -> bool:
+    """Whether an answer holds one of the texts that end it."""
+    said = tokenizer.decode(ids)
+    return any(text in said for text in texts if text)
 
 
 def _served(variant: Any, server: Server, ends: Sequence[int], told: Callable[[], None]) -> Any:

@@ -28,6 +28,7 @@ from requant.evaluate.stage import should_stream
 from requant.evaluate.tasks import LoadedTask, Tasks
 from requant.evaluate.trained_base import decoded_once
 from requant.modeling import skeleton
+from requant.runtime.cuda_graph import capture_on
 from requant.runtime.device import free_bytes, free_memory
 from requant_eval.scoring.batches import BatchSize
 from requant_eval.scoring.score_loop import logit_bytes
@@ -196,7 +197,7 @@ class _Work:
             answered = partial(self._answered, f"{name} on {task.request.title}")
             wrapped = task_model.wrapped(
                 model, tasks.tokenizer, window=tasks.window, batch=self._rows(task, part), stops=tasks.stops,
-                on_request=answered, server=server,
+                on_request=answered, server=server, capture=capture_on(scores.device),
             )  # fmt: skip
             found = self._run(name, wrapped, task, part)
             scores.save(name, task, part, found | {"by": server.described} if server else found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,3 +68,8 @@ def captured(function: Callable[..., Any], *inputs: Tensor, device: torch.device
     except RuntimeError as error:
         log.info("kernels are launched one by one, since they cannot be captured: %s", str(error).partition("\n")[0])
         return function
+
+
+def capture_on(device: torch.device) -> Callable[..., CudaGraph] | None:
+    """How a function becomes one launch on a device; None: not on this type."""
+    return partial(CudaGraph, device=device) if device.type == "cuda" else None
