@@ -161,7 +161,12 @@ def test_gain_is_movement_on_the_adapters_own_text(tmp_path: Path) -> None:
             "the adapter does not lower the loss on calibration text (loss on a: 2.000 without",
         ),
         ([adapter_probe.Probe("a", 2.0, 1.95, 0.5)], "moves predictions far and gains little"),
-        ([adapter_probe.Probe("a", 2.0, 2.0, 0.0)], "is this the base it was trained on"),
+        ([adapter_probe.Probe("a", 2.0, 2.0, 0.0)], "changes next to nothing on calibration text (loss on a"),
+        (
+            [adapter_probe.Probe("a", 3.308, 3.3078, 2e-4), adapter_probe.Probe("b", 2.0, 2.0, 0.0)],
+            "was it trained, on this base and on this kind of text?",
+        ),
+        ([adapter_probe.Probe("a", 3.308, 3.3078, 2e-4), adapter_probe.Probe("b", 2.0, 1.7, 0.3)], None),
     ],
 )
 def test_verdicts(probes: list[adapter_probe.Probe], says: str | None) -> None:

@@ -50,6 +50,20 @@ def test_all_of_the_fine_tune_is_kept_only_where_it_is(kept: float, shown: str) 
     assert f"Of what the fine-tune learned, {shown} % is kept." in first_screen(report).plain
 
 
+def test_the_row_s_own_answer_stands_beside_what_models_say() -> None:
+    """Cut like the others, and harmless; without one, as in older reports, nothing stands there."""
+    prompts = [AskedPrompt(row=5, shown="Why?", text="Why?", own=f"<b>So.</b> {'x' * 2 * LONGEST}")]
+    given = {"adapter": [said("a</s>")], "gptq": [said("b</s>")]}
+    report = answered()
+    report["answers"] = section(GivenAnswers(set_name="in-domain", new_tokens=8, prompts=prompts, given=given))
+    page, text = html.render(report), markdown.render(report)
+    assert "&lt;b&gt;So.&lt;/b&gt; xx" in page
+    assert "Its own answer:" in text
+    assert "x" * (LONGEST + 1) not in page + text
+    report["answers"]["items"][0].pop("own")
+    assert "own answer" not in html.render(report) + markdown.render(report)
+
+
 def test_the_share_of_changed_words_is_that_of_the_report() -> None:
     report = answered()
     home = next(s for s in report["sets"] if s["in_domain"])

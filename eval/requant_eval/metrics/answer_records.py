@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NotRequired
+
 from typing_extensions import TypedDict
 
 
@@ -25,10 +27,12 @@ class AnsweredPrompt(TypedDict):
     """One prompt and its answers by variant. row: in the set's file, from 1.
 
     failed: names of checks that an answer fails. differs: the word, from 0, at which an answer leaves the reference's.
+    own: the row's own answer; absent in older reports.
     """
 
     row: int
     prompt: str
+    own: NotRequired[str]
     given: dict[str, str]
     failed: dict[str, list[str]]
     differs: dict[str, int]

@@ -127,7 +127,8 @@ def _item(
     failed = {
         name: [check for check, passes in many[index].items() if passes is False] for name, many in verdicts.items()
     }
-    return {"row": prompt.row, "prompt": prompt.shown, "given": given, "failed": failed, "differs": differs}
+    asked = {"row": prompt.row, "prompt": prompt.shown, "own": prompt.own}
+    return {**asked, "given": given, "failed": failed, "differs": differs}  # type: ignore[typeddict-item]
 
 
 def _variant(

@@ -55,10 +55,11 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One prompt and its answers, the reference's first."""
+    """One prompt and its answers, the reference's first. own: the row's own answer, "" where it is not known."""
 
     row: int
     prompt: str
+    own: str
     answers: tuple[Said, ...]
 
 
@@ -79,7 +80,8 @@ def _card(item: AnsweredPrompt, section: AnswersSection, longest: int, without: 
     said = tuple(_said(name, item, section, longest) for name in item["given"] if name not in without)
     prompt = visible(item["prompt"]).strip()
     shown = prompt if len(prompt) <= longest else "… " + prompt[-longest:]
-    return Card(row=item["row"], prompt=shown, answers=said)
+    own = _cut(visible(item.get("own", "")).strip(), longest)
+    return Card(row=item["row"], prompt=shown, own=own, answers=said)
 
 
 def _said(name: str, item: AnsweredPrompt, section: AnswersSection, longest: int) -> Said:

@@ -53,6 +53,7 @@ def _first(first: FirstScreen) -> list[str]:
 def _card(card: Card) -> str:
     """One prompt and its answers; the word at which one leaves the reference's is named, since code has no marks."""
     parts = [f"Row {card.row}:", fenced(card.prompt, "text")]
+    parts += ["Its own answer:", fenced(card.own, "text")] if card.own else []
     for said in card.answers:
         where = f", differs at {said.word!r}" if said.word else " (the same words)" if said.is_same else ""
         note = f"; {said.note}" if said.note else ""

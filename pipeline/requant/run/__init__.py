@@ -40,6 +40,7 @@ Only this package, and cli for printing, reads a Recipe.
     track_stage         the report sent to experiment trackers
     report_stage        report.json, its renderings, model cards
     base_precision      what training quantized the base to: base.nf4 against its files
+    fixed_beginning     evaluation sets whose documents begin with the same tokens
     calibration_size    whether the calibration text is large enough for the widths
     recipe_texts        calibration text and evaluation sets
     evaluation_inputs   files of the variants, dtype and batch of the evaluation

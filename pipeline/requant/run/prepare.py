@@ -48,6 +48,7 @@ from requant.run import (
 from requant.run.base_precision import check_base, hints, nf4_settings
 from requant.run.calibration_size import too_few_tokens
 from requant.run.fetch import fetch
+from requant.run.fixed_beginning import fixed_beginnings
 from requant.run.heal_recipe import Healing, plan_healing
 from requant.run.prepared import MergeInputs, Prepared, QuantizeInputs, Sources, Texts
 from requant.run.quantize_inputs import quantize_inputs_of, single_experts
@@ -251,7 +252,7 @@ def _texts(
     for item in recipe.evaluate.sets:
         doing(f"tokens of the evaluation set {item.name}")
         sets.append(recipe_texts.evaluation_set(recipe, item.name, tokenizer, seen, notes, shared.tokenize))
-    warnings = list(dict.fromkeys(notes))
+    warnings = [*dict.fromkeys(notes), *fixed_beginnings(recipe, sets)]
     doing("overlap of calibration and evaluation text")
     facts["overlap"] = _overlaps(windows, healing, tuple(sets), warnings)
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
