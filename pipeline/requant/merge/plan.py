@@ -138,11 +138,12 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
     for adapter in every:
         _collect(changes, adapter, layout, sources)
     refusals.combinations(every)
-    refusals.changes_outside_the_model(every, (*changes.folds, *changes.bias_folds, *changes.replaced), layout)
+    changed = (*changes.folds, *changes.bias_folds, *changes.replaced)
+    refusals.changes_outside_the_model(every, changed, layout)
+    refusals.shared_weights(every, changed, layout)
     conv1d = {layout.tensor(f"{m}.weight") for m in layout.conv1d}
     untied, sources = untie(layout, sources, changes, tie_on_purpose=any(a.ties_weights for a in every))
     lost = [n for n in (*changes.folds, *changes.bias_folds, *changes.replaced) if n not in sources]
-    refusals.shared_weights(every, lost, layout)
     if lost:
         of_adapter, of_base = (", ".join(sorted(names)[:3]) for names in (lost, sources))
         raise InputError(

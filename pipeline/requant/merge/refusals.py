@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from requant.adapters import expert_order
 from requant.adapters.peft_directory import Adapter
@@ -55,14 +55,21 @@ def changes_outside_the_model(adapters: Sequence[Adapter], changed: Iterable[str
         )
 
 
-def shared_weights(adapters: Sequence[Adapter], lost: Iterable[str], layout: ModelLayout) -> None:
-    """Raise InputError for an adapter with changes of their own for weights that layers share."""
-    shared = {name: layout.shared[name] for name in lost if name in layout.shared}
+def shared_weights(adapters: Sequence[Adapter], changed: Collection[str], layout: ModelLayout) -> None:
+    """Raise InputError for an adapter on weights that layers share: it changes each on its own, or one alone.
+
+    changed: names of the base's tensors.
+    """
+    shared = {
+        name: first
+        for name, first in layout.shared.items()
+        if first != layout.embedding and not {name, layout.tensor(first)}.isdisjoint(changed)
+    }
     if shared:
         name, first = next(iter(shared.items()))
         raise InputError(
             f"{paths(adapters)}: changes {len(shared)} weights that layers share, e.g. {name}, which is {first}: the "
-            "file holds one matrix for both, and training gave each a change of its own, which no checkpoint of "
+            "file holds one matrix for both, and training gave each a change of its own or one alone, which no checkpoint of "
             f"{layout.model_class} can hold: train with these modules left out of target_modules"
         )
 
