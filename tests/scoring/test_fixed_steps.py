@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +143,31 @@ def test_a_capture_that_fails_is_told_once(caplog: pytest.LogCaptureFixture, mon
         "answers without captured steps: RuntimeError: operation not permitted when stream is capturing"
     ]
     assert asked == [1], "the second batch does not try again"
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2"])
+def test_what_was_read_is_released_before_it_is_read_again(kind: str) -> None:
+    """Keys and values of the prompts are most of the memory: of llama they have moved, lfm2 keeps other states too."""
+    model, read, held = tiny.model(kind), list[weakref.ref[Any]](), list[int]()
+    forward = model.forward
+
+    def whole(**given: Any) -> Any:
+        if given["input_ids"].shape == (4, 10):
+            gc.collect()
+            layers = [layer for cache in read if (kept := cache()) is not None for layer in kept.layers]
+            held.append(sum(getattr(layer, "keys", None) is not None for layer in layers))
+        made = forward(**given)
+        if given["input_ids"].shape == (4, 10):
+            read.append(weakref.ref(made.past_key_values))
+        return made
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model.forward = whole
+    answered(model, capture=capture)
+    assert held == [0, 0]
 
 
 def test_steps_that_go_astray_are_found(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

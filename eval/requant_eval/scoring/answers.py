@@ -117,8 +117,9 @@ class _Asker:
         if not self._agrees(logits[shortest], prompts[shortest]):
             return None
         if self.capture is not None:
-            del cache
-            return self._captured(prompts, shortest, made, mask, told) or self._batched(prompts, told)
+            found = self._captured(prompts, shortest, made, mask, told)
+            del logits, cache, made  # before the prompts are read again
+            return found or self._batched(prompts, told)
         out: list[list[int]] = [[] for _ in prompts]
         places = positions[:, -1:]
         for _ in range(self.new_tokens):
