@@ -219,7 +219,8 @@ def test_the_sums_of_answers(prepared: Prepared, monkeypatch: pytest.MonkeyPatch
     assert asking(prepared).of_prompts("gptq") == 0, "plain text has no prompts"
 
 
-def test_the_sums_of_tasks_and_roads(prepared: Prepared) -> None:
+def test_the_sums_of_tasks_and_roads(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained_base, "free_bytes", lambda _: 3999)  # 4-bit weights of 2000 bytes stay packed
     task: Any = SimpleNamespace(tokens=600, written=0, requests=10, longest=40)
     writes: Any = SimpleNamespace(tokens=100, written=60, requests=6, longest=40)
     tasks: Any = SimpleNamespace(items=(task, writes))
@@ -236,6 +237,11 @@ def test_the_sums_of_tasks_and_roads(prepared: Prepared) -> None:
     roads, own = asking(through, device="cuda").needs(7)
     assert (roads.stage, roads.seconds, roads.host, roads.device) == ("roads", 7.0 + 11.0, 7, 500)
     assert own.seconds == pytest.approx(of_one + 2 * 10 * 2.0), "the adapter alone"
+    assert own.device == 500
+    monkeypatch.setattr(trained_base, "free_bytes", lambda _: 4000)
+    _, own = asking(through, device="cuda").needs(7)
+    assert own.seconds == pytest.approx(of_one + 2.0), "decoded once"
+    assert own.device == 500 + 1000 * 2
     assert asking(p, "adapter", "merged", "gptq").needs(7) == [], "what does not fit is not run"
 
 

@@ -88,19 +88,20 @@ class Asking:
         return tokens * self.cached + self._kept(name)
 
     def _kept(self, name: str) -> int:
-        """Bytes of the weights that stay decoded while prompts are answered; 0 where each pass decodes them."""
+        """Bytes of the weights that stay decoded for prompts and tasks; 0 where each pass decodes them."""
         need = self.scoring.size_of(name).packed * self.item
         return need if self.device == "cuda" and may_be_kept(need, torch.device(self.device)) else 0
 
     def of_tasks(self, name: str) -> float:
         """Seconds to load a variant and run its tasks."""
-        seconds = self.scoring.size_of(name).total * self.weight
+        size, kept = self.scoring.size_of(name), self._kept(name)
+        seconds = size.total * self.weight + (size.packed * self.decoded if kept else 0.0)
         for task in self.p.tasks.items if self.p.tasks else ():
             seconds += task.tokens * (self.token + self.scored)
             rows = self.batch.rows(max(task.longest, 1))
             if task.written:
                 steps = -(-task.requests // rows) * -(-task.written // task.requests)
-                seconds += self._written(name, min(rows, task.requests), steps)
+                seconds += self._written(name, min(rows, task.requests), steps, kept=bool(kept))
         return seconds
 
     def _written(self, name: str, rows: int, new_tokens: int, *, kept: bool = False) -> float:
@@ -142,7 +143,7 @@ class Asking:
         seconds += solved * width_losses.seconds_a_weight(device) + size.total * (self.weight + self.decoded)
         states = learned * size.width  # and those of every unit's change, on the host
         states += len(units) * tokens * size.width if self.device == "cpu" else 0
-        hessians = 3 * max(n for _, n in inside.values()) ** 2
+        hessians = width_losses.solver_numbers(units, inside)
         yield "bit budget", seconds, 4 * (3 * size.block + size.outside + states + hessians)
 
     def _roads(self) -> Iterator[tuple[str, float, int]]:
@@ -157,4 +158,5 @@ class Asking:
         own = [name for name in self.p.task_variants if name not in served(self.p.recipe)]
         names = [name for name in own if not self.scoring.streams(name, "auto")] if self.p.tasks else []
         if names:
-            yield "tasks", sum(map(self.of_tasks, names)), max(map(self.scoring.bytes, names))
+            peak = max(self.scoring.bytes(name) + self._kept(name) for name in names)
+            yield "tasks", sum(map(self.of_tasks, names)), peak
