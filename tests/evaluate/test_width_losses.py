@@ -12,12 +12,17 @@ from helpers import pico
 from helpers.e2e import one_thread, recipe
 
 from requant import merge
+from requant.checkpoint.reader import Checkpoint
 from requant.evaluate import planned_merge, unit_solver, width_losses
 from requant.evaluate.planned_merge import Device
-from requant.evaluate.unit_solver import Solving
-from requant.evaluate.width_losses import Texts
+from requant.evaluate.unit_solver import BlockSolver, Solving
+from requant.evaluate.width_losses import Texts, Unit
+from requant.modeling import skeleton
+from requant.modeling.block_walk import Walk
+from requant.modeling.blocks import block_linears
+from requant.modeling.moe import FLOOR, split_experts
 from requant.numerics import gptq
-from requant.numerics.grid import nearest_rows
+from requant.numerics.grid import Grid, nearest_rows
 from requant.run import bit_budget, budget_widths, prepare
 from requant.run.prepared import Prepared
 from requant_eval.scoring.batches import BatchSize
@@ -144,3 +149,37 @@ def test_gptq_makes_up_for_what_rounding_loses_most_where_inputs_are_alike(proje
     assert lost["gptq"] < 0.2 * lost["nearest"]
     eight = dataclasses.replace(grid, bits=8)
     assert solver.weight(name, module.weight, eight).equal(nearest_rows(module.weight, eight))
+
+
+def test_experts_learn_from_as_many_rows_as_in_the_run_and_what_all_of_them_hold_is_foreseen(tmp_path: Path) -> None:
+    """No token is routed to the last expert; in the run it gets a quarter of an even share, and so here."""
+    made = pico.model("qwen3_moe", num_experts=5, num_hidden_layers=1)
+    router = made.model.layers[0].mlp.gate.weight.data
+    router[:] = router[0] * torch.tensor([1.0, 2.0, -1.0, -2.0, 0.0])[:, None]
+    checkpoint = Checkpoint(pico.save(made, tmp_path / "model"))
+    walk = Walk(checkpoint, skeleton.open_model(tmp_path / "model", split=True), device=CPU.device, dtype=torch.float32)
+    with torch.no_grad():
+        walk.fill_rest()
+        items = walk.embed(torch.arange(40).reshape(2, 20), 2)
+        block: Any = walk.load(0)
+        shapes = {f"model.layers.0.{name}": tuple(m.weight.shape) for name, m in block_linears(block).items()}
+        shapes = {name: shape for name, shape in shapes.items() if shape[0] > 5}  # the router stays
+        solver = BlockSolver(walk, 0, items, list(shapes), Solving())
+        last = "model.layers.0.mlp.experts.4.down_proj"
+        assert solver._of[last].tokens == -(-int(FLOOR * 40 * 2) // 5) == 4
+        assert walk.run(0, items[0]).isfinite().all()
+        assert sum(expert.floor for _, expert in split_experts(block)) == 0, "scoring runs the routed rows alone"
+        grids = dict.fromkeys(shapes, Grid(3, 32))
+        for name, grid in grids.items():
+            solver.weight(name, block.get_submodule(name.removeprefix("model.layers.0.")).weight, grid)
+    moments = {id(one): one for one in solver._of.values()}.values()
+    held = sum(one.hessian.numel() for one in moments) + sum(one.lower.numel() for one in solver._factors.values())
+    parts = {
+        "[qkv]": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "experts.*": ("gate_proj", "up_proj", "down_proj"),
+    }  # fmt: skip
+    units = [
+        Unit(pattern=key, grids={n: grid for n, grid in grids.items() if n.endswith(of)}, weights=0)
+        for key, of in parts.items()
+    ]
+    assert held == 2 * (64**2 + 64**2 + 5 * (64**2 + 32**2))
+    assert width_losses.solver_numbers(units, shapes) == held + 64**2

@@ -1,7 +1,7 @@
 """The linears of one block as GPTQ would leave them, from the inputs they get in the walk.
 
-What `width_losses` changes a unit to. Nothing is quantized before it, so there is no drift to correct; sweeps over the
-codes, which change little, are left out.
+What `width_losses` changes a unit to. Experts learn from as many rows as in the run. Nothing is quantized before it, so
+there is no drift to correct; sweeps over the codes, which change little, are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from requant.errors import StageError
 from requant.modeling.block_walk import BlockInput, Walk
 from requant.modeling.linear_groups import find_linear_groups
+from requant.modeling.moe import calibrate_experts
 from requant.numerics import gptq, matmul_precision
 from requant.numerics.grid import Grid, nearest_rows
 from requant.numerics.hessian import add_to_hessian, symmetrize
@@ -59,6 +60,7 @@ class BlockSolver:
         self._factors: dict[tuple[int, int], gptq.Factor] = {}
         start, block = f"{walk.prefix}.{index}.", walk.blocks[index]
         handles = []
+        calibrate_experts(block, None)
         if linears:
             groups = find_linear_groups(walk, index, items[0], [name.removeprefix(start) for name in linears])
             for group in groups:
@@ -73,6 +75,7 @@ class BlockSolver:
         finally:
             for handle in handles:
                 handle.remove()
+            calibrate_experts(block, None, floor=0.0)
 
     def weight(self, name: str, weight: Tensor, grid: Grid) -> Tensor:
         """The weight [rows, n] of a linear of the block as it would be served, in fp32.

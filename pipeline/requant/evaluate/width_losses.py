@@ -18,7 +18,9 @@ noise of 16 bit would be as large as the KL of one unit.
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +41,7 @@ TOKENS = {"cpu": 2**9, "cuda": 2**11}  # that losses are measured on
 LENGTH = 128  # of a window of these, at most
 LEARNED = {"cpu": 8, "cuda": 32}  # tokens for each input of the widest linear that GPTQ learns from
 BATCH = {"cpu": 2**11, "cuda": 2**13}  # tokens of a batch of these
+_BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,19 @@ def texts(calibration: Tensor, device: str, inputs: int) -> Texts:
 def widest(units: Sequence[Unit], shapes: Mapping[str, tuple[int, int]]) -> int:
     """The inputs of the widest linear of all units. shapes: module -> (outputs, inputs)."""
     return max(shapes[name][1] for unit in units for name in unit.grids)
+
+
+def solver_numbers(units: Sequence[Unit], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Numbers that are held to solve the block that takes most: each input's Hessian and factor, and one in the making.
+
+    An expert has inputs of its own. shapes: module -> (outputs, inputs).
+    """
+    inputs = {(unit.pattern, name.rpartition(".")[0], shapes[name][1]) for unit in units for name in unit.grids}
+    held = Counter[str]()
+    for _, owner, n in inputs:
+        block = _BLOCK.match(owner)
+        held[block[0] if block else ""] += 2 * n * n
+    return max(held.values()) + widest(units, shapes) ** 2
 
 
 def seconds_a_weight(device: torch.device) -> float:

@@ -34,7 +34,7 @@ from requant.run.shared_inputs import SharedInputs
 from requant.run.stage_results import BudgetDecision, BudgetUnit
 from requant.runtime.device import free_memory, pick_device
 
-LAYOUT = 2  # raised when what is measured changes
+LAYOUT = 3  # raised when what is measured changes
 NAME = "bit budget"
 
 
