@@ -29,10 +29,12 @@ class CudaGraph:
         self.inputs = [value.clone() for value in inputs]
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(*self.inputs)
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    function(*self.inputs)
+        finally:  # what was launched before an error still writes to tensors that are about to be freed
+            current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph):
