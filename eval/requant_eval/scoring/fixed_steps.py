@@ -17,7 +17,6 @@ from requant_eval.errors import EvaluationError
 from requant_eval.scoring.batches import padded_up_to
 from requant_eval.scoring.canaries import DAMAGED, LOOKED_AT
 
-LEAST_TOKENS = 8  # of an answer: a graph is captured in the time of some steps
 ALIGNED = 8  # kernels of attention copy a mask of another length
 IMPLEMENTATIONS = ("sdpa", "eager")  # of attention, which take a mask of a value for each query and key
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # whose masks are built here
