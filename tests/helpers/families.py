@@ -116,7 +116,7 @@ Heads for multi-token prediction are copied into every checkpoint, whatever a fa
 them with the source (18 families: `tests/merge/test_extra_heads.py`).
 
 Encoders and decoders whose blocks all attend to an encoder (BERT, BART, Whisper) are refused by `check`; so are blocks
-called more than once (HRM), and layers that share one block (Zamba: of the merge an adapter that trained each copy apart, of
+called more than once (HRM), and layers that share one block (Zamba: of the merge an adapter on the copies, of
 `quantize` the model; `tests/merge/test_shared_weights.py`). The towers of Gemma 3n, FastVLM and Perception LM need the package
 timm, with torchvision: the tests of them skip without. A matrix that
 a file holds as one and transformers' class as several (qkv of the towers of Kimi K2.5, Nemotron H Omni, Qianfan), with rows

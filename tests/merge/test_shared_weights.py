@@ -1,4 +1,4 @@
-"""Layers that share one block, as in Zamba: an adapter on copies, all or one, fits no checkpoint."""
+"""Layers that share one block, as in Zamba: an adapter on copies fits no checkpoint."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def shared_weights(adapters: Sequence[Adapter], changed: Collection[str], layout
         name, first = next(iter(shared.items()))
         raise InputError(
             f"{paths(adapters)}: changes {len(shared)} weights that layers share, e.g. {name}, which is {first}: the "
-            "file holds one matrix for both, and training gave each a change of its own or one alone, which no checkpoint of "
-            f"{layout.model_class} can hold: train with these modules left out of target_modules"
+            "file holds one matrix for both, and training gave each a change of its own or one alone, which no "
+            f"checkpoint of {layout.model_class} can hold: train with these modules left out of target_modules"
         )
 
 
