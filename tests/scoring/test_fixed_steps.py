@@ -183,7 +183,34 @@ def test_steps_that_go_astray_are_found(caplog: pytest.LogCaptureFixture, monkey
     monkeypatch.setattr(model, "forward", stuck)
     with caplog.at_level(logging.WARNING):
         assert answered(model, capture=Captures()) == expected
-    assert "does not give what one pass does" in said(caplog, logging.WARNING)[0]
+    assert "do not give what one pass does" in said(caplog, logging.WARNING)[0]
+
+
+def test_steps_that_come_right_in_the_end_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    """GPT Neo's own mask counts its window from the end of the room for keys, which only the last steps reach."""
+    model = tiny.model("gpt_neo")
+    expected = answered(model)
+    with caplog.at_level(logging.WARNING):
+        assert answered(model, capture=Captures()) == expected
+    assert "do not give what one pass does" in said(caplog, logging.WARNING)[0]
+
+
+def test_steps_that_go_astray_after_many_tokens_are_found(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest prompt does not get that far with its answer."""
+    model, forward = pico.model("qwen3"), pico.model("qwen3").forward
+    expected = answered(model, tokens=8)
+
+    def stuck(**given: Any) -> Any:
+        if isinstance(getattr(given.get("past_key_values"), "layers", [None])[0], fixed_steps._FixedLayer):
+            given["position_ids"] = given["position_ids"].clamp(max=9)
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", stuck)
+    with caplog.at_level(logging.WARNING):
+        assert answered(model, capture=Captures(), tokens=8) == expected
+    assert "do not give what one pass does" in said(caplog, logging.WARNING)[0]
 
 
 def test_short_answers_are_not_captured() -> None:

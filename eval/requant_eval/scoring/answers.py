@@ -4,7 +4,7 @@ The prompts of a batch are padded on the left, with positions that begin at each
 reads padding otherwise is found by the shortest prompt, asked alone too; its prompts are then answered one by one.
 
 On a GPU a small model waits for launches more than for what is launched, so a step may be captured (`fixed_steps`).
-What the last step gave the shortest prompt is then compared with one pass over the prompt and its answer.
+What its steps gave the shortest prompt and the longest is then compared with one pass over a prompt and its answer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of prompts and answers, padded: what a cache holds at a time
 AGREE = 0.1  # of the logits' spread: so much padding may change them, as sums in another order do in 16 bits
+ASTRAY = 0.4  # of it: how far below its best one pass may put a token that a step chose
+COMPARED = 64  # tokens of an answer, evenly spread over it
 LEAST_CAPTURED = 8  # tokens of an answer: a capture takes the time of some steps, and runs as many
 UNFIT = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)  # of a model that is not asked so
 
@@ -117,7 +119,7 @@ class _Asker:
         if not self._agrees(logits[shortest], prompts[shortest]):
             return None
         if self.capture is not None:
-            found = self._captured(prompts, shortest, made, mask, told)
+            found = self._captured(prompts, made, mask, told)
             del logits, cache, made  # before the prompts are read again
             return found or self._batched(prompts, told)
         out: list[list[int]] = [[] for _ in prompts]
@@ -151,10 +153,26 @@ class _Asker:
         alone = self.model(input_ids=step, use_cache=True, logits_to_keep=1).logits[0, -1].float()
         return bool((logits.float() - alone).std() < AGREE * alone.std())
 
+    def _follows(self, prompt: Sequence[int], said: Tensor, last: Tensor) -> bool:
+        """Whether one pass over a prompt and its answer chooses these tokens too, but for rounding.
+
+        last: the logits that chose the last token. All steps are looked at where there are few, as some go astray that
+        the last one does not show: a mask that counts from the end of the room, say.
+        """
+        ids = torch.tensor([list(prompt)], device=self.device)
+        ids = torch.cat([ids, said[None, :-1]], dim=1)
+        kept = torch.linspace(0, len(said) - 1, min(len(said), COMPARED), device=self.device).round().long()
+        logits = self.model(input_ids=ids, logits_to_keep=kept + len(prompt) - 1, use_cache=True).logits[0]
+        if len(logits) != len(kept):
+            logits = logits[kept + len(prompt) - 1]  # of all positions: the model leaves none out
+        logits = logits.float()
+        chosen, spread = logits.gather(1, said[kept, None])[:, 0], logits.std(-1)
+        near = logits.amax(-1) - chosen <= ASTRAY * spread
+        return bool(near.all() & ((last.float() - logits[-1]).std() < AGREE * spread[-1]))
+
     def _captured(
         self,
         prompts: Sequence[Sequence[int]],
-        shortest: int,
         made: Any,
         seen: Tensor,
         told: Callable[[int, int], None],
@@ -165,9 +183,10 @@ class _Asker:
         try:
             steps = FixedSteps(self.model, made, seen, self.new_tokens, self.stops)
             count = steps.run(self.capture, lambda ended: told(ended, len(prompts)), self.over)
-            said = steps.said[shortest, : count - 1].tolist()
-            if not self._agrees(steps.logits[shortest], [*prompts[shortest], *said]):
-                raise RuntimeError("its last step does not give what one pass does")
+            by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            for i in (by_length[0], by_length[-1]):
+                if not self._follows(prompts[i], steps.said[i, :count], steps.logits[i]):
+                    raise RuntimeError("its steps do not give what one pass does")
         except UNFIT as error:
             self.capture = None
             self.uncaptured()
