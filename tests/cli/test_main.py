@@ -213,7 +213,7 @@ def test_check_warns_of_another_base_name(here: Here, project: Path, tmp_path: P
     mine = copied(project, tmp_path / "p", "adapter")
     edit_json(mine / "adapter" / "adapter_config.json", base_model_name_or_path="meta-llama/Llama-3.1-8B")
     assert here("check", str(mine / "recipe.yaml")) == 0
-    assert "warning   the adapter was trained on Llama-3.1-8B, the recipe's base is base" in here.out
+    assert "warning   the adapter was trained on Llama-3.1-8B, the recipe's base is ./base:" in here.out
     assert here("check", str(project / "recipe.yaml")) == 0
     assert "the adapter was trained on" not in here.out
 

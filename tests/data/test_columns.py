@@ -76,6 +76,40 @@ def test_tools_go_with_messages() -> None:
     )
 
 
+def refused_rows(rows: list[dict[str, Any]], asked: Any = "auto", **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        columns_of(TextSource(path=Path("rows.jsonl"), **options), rows, asked)
+    return str(caught.value)
+
+
+def test_a_format_that_is_not_that_of_the_rows_is_told_with_the_one_that_reads_them() -> None:
+    pairs = refused_rows([{"prompt": "p", "completion": "c"}], "chat")
+    assert "these are rows of prompt and completion (it has prompt, completion), which format: auto reads" in pairs
+    chats = refused_rows([{"messages": [USER, ANSWER]}], "completion")
+    assert "these are rows of messages (it has messages), which format: auto reads" in chats
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore": ("prompt", "completion")}])
+@pytest.mark.parametrize("asked", ["auto", "chat"])
+def test_rows_of_two_forms_are_told_with_their_numbers(asked: str, options: dict[str, Any]) -> None:
+    rows: list[dict[str, Any]] = [{"messages": [USER, ANSWER]}] * 4 + [{"prompt": LONG, "completion": "c"}] * 3
+    message = refused_rows(rows, asked, **options)
+    assert "rows of two forms: messages in 4 rows; prompt and completion from row 5 on, 3 rows" in message
+    assert "two entries of calibration.mix" in message
+
+
+def test_nulls_in_the_column_that_is_used_are_no_other_form() -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [USER, ANSWER], "prompt": None, "completion": None},
+        {"messages": None, "prompt": LONG, "completion": "c"},
+    ]
+    source = TextSource(path=Path("rows.jsonl"), ignore=("prompt", "completion"))
+    assert columns_of(source, rows, "auto").chat == "messages"
+    assert columns_of(TextSource(path=Path("rows.jsonl")), rows, "chat").chat == "messages"
+    assert "prompt and completion from row 2 on, 1 rows" in refused_rows(rows)
+    assert columns_of(TextSource(path=Path("rows.jsonl")), [{"text": "a b"}, {"text": None}], "auto").text == "text"
+
+
 @pytest.mark.parametrize(
     ("row", "name"),
     [

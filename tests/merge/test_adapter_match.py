@@ -49,6 +49,7 @@ def test_names_shapes_and_base_name(project: Path) -> None:
         ("org/model", "./copies/model-nf4", True),
         ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B", False),
         ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", False),
+        ("HuggingFaceTB/SmolLM-135M", "./models/base", False),
     ],
 )
 def test_base_names_are_compared_without_owner_and_4_bit_suffix(
@@ -61,7 +62,8 @@ def test_base_names_are_compared_without_owner_and_4_bit_suffix(
     if not agrees:
         assert found.score == (2, 3)
         (warning,) = found.warnings
-        assert f"trained on {Path(trained).name}, the recipe's base is {Path(given).name}" in warning
+        shown = given if given.startswith("./") else Path(given).name
+        assert f"trained on {Path(trained).name}, the recipe's base is {shown}:" in warning
         assert "different: base name" in str(found)
 
 

@@ -450,7 +450,11 @@ def test_a_half_matched_adapter_fails(tmp_path: Path) -> None:
     assert "2 of 4 adapted tensors do not exist in the base" in message
     assert "model.layers.1.self_attn.q_proj.weight" in message
     assert "model.layers.0" in message
-    assert "Is this the adapter's base?" in message
+    assert message.endswith("Is this the adapter's base?")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/deeper")
+    assert no_plan(shallow, adapter).endswith("Is this the adapter's base? adapter_config.json names org/deeper")
+    wide = pico.save(pico.model(hidden_size=96, num_attention_heads=6), tmp_path / "wide")
+    assert no_plan(wide, adapter).endswith("belongs to another base. adapter_config.json names org/deeper")
 
 
 def test_wrong_shapes_fail(tmp_path: Path) -> None:

@@ -429,7 +429,11 @@ def test_an_alias_inside_its_own_anchor_ends() -> None:
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    with pytest.raises(RecipeError, match=r"r\.yaml: no such file: `requant init ADAPTER -o r\.yaml` writes one$"):
+    writes = f"`requant init ADAPTER -o {path}` writes one"
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: no such file: {writes}") + "$"):
+        load(path)
+    (tmp_path / "r2.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=re.escape(f"did you mean {tmp_path / 'r2.yaml'}? Else {writes}") + "$"):
         load(path)
     with pytest.raises(RecipeError, match=r": cannot be read: a directory, expected a file$"):
         load(tmp_path)

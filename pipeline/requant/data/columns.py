@@ -115,6 +115,7 @@ def columns_of(source: TextSource, rows: Sequence[Row], asked: Format) -> Column
     if wrong:
         raise InputError(f"{source.where}: ignore names {wrong[0]!r}, which is no column; it has {found}")
     columns = _columns(source, rows, asked)
+    _check_one_form(source, rows, columns, chosen=asked != "auto")
     if source.column is not None:
         return columns
     return replace(columns, left_out=_left_out(source, rows, columns, chosen=asked != "auto"))
@@ -141,9 +142,19 @@ def _columns(source: TextSource, rows: Sequence[Row], asked: Format) -> Columns:
     if asked == "chat":
         if chat is None:
             names = " or ".join(CHAT_KEYS[:2])
+            if pair:
+                raise InputError(
+                    f"{source.where}: no chat column ({names}): these are rows of {' and '.join(pair)} "
+                    f"(it has {found}), which format: auto reads, the default: leave format out"
+                )
             raise InputError(f"{source.where}: no chat column ({names}); it has {found}: set data.column")
         return Columns(kind="chat", chat=chat, system=system, tools=tools)
     if pair is None:
+        if chat:
+            raise InputError(
+                f"{source.where}: no prompt and completion columns: these are rows of {chat} (it has {found}), "
+                "which format: auto reads, the default: leave format out"
+            )
         raise InputError(f"{source.where}: no prompt and completion columns; it has {found}")
     return Columns(
         kind="completion",
@@ -154,6 +165,35 @@ def _columns(source: TextSource, rows: Sequence[Row], asked: Format) -> Columns:
         tools=tools,
         history=HISTORY if HISTORY in every else None,
     )
+
+
+def _check_one_form(source: TextSource, rows: Sequence[Row], columns: Columns, *, chosen: bool) -> None:
+    """Raise InputError, with their numbers, for rows that hold their text in other columns than the first row.
+
+    chosen: as of `_left_out`. Columns that may be left out and a null in the column that is used are no other form.
+    """
+    read = tuple(k for k in (columns.text, columns.chat, columns.prompt, columns.answer) if k is not None)
+    others: dict[tuple[str, ...], list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        if any(row.get(k) is not None for k in read) or (chosen and all(k in row for k in read)):
+            continue
+        form = _form(row)
+        if form and not (all(k in row for k in read) and set(form) <= set(source.ignore)):
+            others.setdefault(form, []).append(number)
+    if not others:
+        return
+    first = len(rows) - sum(map(len, others.values()))
+    told = "; ".join(f"{' and '.join(form)} from row {own[0]} on, {len(own)} rows" for form, own in others.items())
+    raise InputError(
+        f"{source.where}: rows of two forms: {' and '.join(read)} in {first} rows; {told}. A file has one form: "
+        "make a file of each, and give both, as two entries of calibration.mix (or two of evaluate.sets)"
+    )
+
+
+def _form(row: Row) -> tuple[str, ...]:
+    """The columns that hold a row's text, looked at alone; none where it has no known ones."""
+    forms = (*((k,) for k in CHAT_KEYS), *COMPLETION_KEYS, *((k,) for k in TEXT_KEYS))
+    return next((form for form in forms if all(row.get(k) is not None for k in form)), ())
 
 
 def _cell(row: Row, column: str | None) -> Any:

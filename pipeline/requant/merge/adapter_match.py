@@ -94,7 +94,7 @@ def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
     if not adapter.base_name:
         return Sign(what="base name", agrees=None, note="the adapter does not record its base")
     trained, given = _plain(adapter.base_name), [_plain(name) for name, _ in bases]
-    note = f"the adapter was trained on {_last(adapter.base_name)}, the recipe's base is {_last(bases[0][0])}"
+    note = f"the adapter was trained on {_last(adapter.base_name)}, the recipe's base is {_as_given(bases[0][0])}"
     return Sign(
         what="base name",
         agrees=trained in given,
@@ -105,6 +105,11 @@ def _name(adapter: Adapter, bases: Sequence[tuple[str, str | None]]) -> Sign:
 def _plain(name: str) -> str:
     """A model's name without its owner, directory and 4-bit suffix."""
     return _FOUR_BIT.sub("", _last(name).lower())
+
+
+def _as_given(name: str) -> str:
+    """A directory as the recipe spells it; of a hub id or a place in its cache the model's name."""
+    return name if name.startswith(("./", "../", "/", "~")) and not _HUB_CACHE.search(name) else _last(name)
 
 
 def _last(name: str) -> str:

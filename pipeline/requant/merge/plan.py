@@ -149,6 +149,7 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
         raise InputError(
             f"{refusals.paths(every)}: {len(lost)} of {len(changes)} adapted tensors do not exist in the base "
             f"{base.checkpoint.path}: e.g. {of_adapter}; the base has e.g. {of_base}. Is this the adapter's base?"
+            + refusals.recorded_bases(every)
         )
     ops = tuple(_op(every, changes, weight, name, conv1d=name in conv1d) for name, weight in sources.items())
     embedding = layout.tensor(layout.embedding)
@@ -242,7 +243,7 @@ def _op(adapters: Sequence[Adapter], changes: Changes, source: BaseWeight, name:
         if new.shape[1:] != shape[1:] or (len(shape) < 2 and new.shape != shape):
             raise InputError(
                 f"{refusals.paths(adapters)}: {name} has shape {new.shape}, the base's is {shape}: "
-                "this adapter belongs to another base"
+                f"this adapter belongs to another base{refusals.recorded_bases(adapters, '.')}"
             )
         shape = new.shape
     oriented = shape[::-1] if conv1d else shape
@@ -251,7 +252,7 @@ def _op(adapters: Sequence[Adapter], changes: Changes, source: BaseWeight, name:
         if len(expected) != len(shape) or any(e not in (-1, n) for e, n in zip(expected, oriented, strict=True)):
             raise InputError(
                 f"{refusals.paths(adapters)}: LoRA of {fold.module} makes a {_shown(expected)} delta, the base's "
-                f"weight is {oriented}: this adapter belongs to another base"
+                f"weight is {oriented}: this adapter belongs to another base{refusals.recorded_bases(adapters, '.')}"
             )
         why = fold.why_it_does_not_fit(oriented)
         if why:

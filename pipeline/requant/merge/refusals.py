@@ -106,6 +106,12 @@ def paths(adapters: Sequence[Adapter]) -> str:
     return ", ".join(str(a.path) for a in adapters)
 
 
+def recorded_bases(adapters: Sequence[Adapter], before: str = "") -> str:
+    """Sentence, for the end of a message, on the base that adapter_config.json records; empty where none does."""
+    names = dict.fromkeys(a.base_name for a in adapters if a.base_name)
+    return f"{before} adapter_config.json names {', '.join(names)}" if names else ""
+
+
 def warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """In what order experts are read; where PEFT itself is wrong, so that comparing with it will show a difference."""
     wrong = [a for a in adapters if a.config.get("use_rslora") and any(_SINGLE_EXPERT.search(m) for m in a.folds)]

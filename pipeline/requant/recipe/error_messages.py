@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -123,3 +125,14 @@ def _expectation(error: Mapping[str, Any]) -> str:
         return PATTERNS[context["pattern"]]
     phrase = _PHRASES.get(error["type"])
     return phrase.format(**context) if phrase else f"accepted: {error['msg']}"
+
+
+def near_recipe(path: Path) -> str:
+    """What to do about a recipe that does not exist: a near name beside it, or `requant init`."""
+    try:
+        there = sorted(name for name in os.listdir(path.parent) if name.endswith((".yaml", ".yml")))
+    except OSError:
+        there = []
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
+    meant = f"did you mean {path.parent / near[0]}? Else " if near else ""
+    return f"{meant}`requant init ADAPTER -o {path}` writes one"

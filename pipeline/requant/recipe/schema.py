@@ -16,7 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from requant.errors import RecipeError
 from requant.recipe import section_examples, yaml_document, yaml_nodes
-from requant.recipe.error_messages import add_validation_errors
+from requant.recipe.error_messages import add_validation_errors, near_recipe
 from requant.recipe.fields import DATE, DEVICE, AsTuple, Section, Server, Slug, Whole, fail
 from requant.recipe.gates_section import Gate, Gates, undecidable
 from requant.recipe.heal_section import Heal
@@ -211,7 +211,7 @@ def load(path: str | Path, overrides: Overrides = ()) -> Recipe:
     except FileNotFoundError as error:
         if path.suffix not in (".yaml", ".yml"):
             raise RecipeError(f"{path}: neither a recipe nor the directory of a run is here") from error
-        raise RecipeError(f"{path}: no such file: `requant init ADAPTER -o {path.name}` writes one") from error
+        raise RecipeError(f"{path}: no such file: {near_recipe(path)}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: a recipe is a YAML file") from error
     except strict_json.JsonError as error:
