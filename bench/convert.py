@@ -5,7 +5,8 @@
 
 Codes are random. All sizes but the number of layers (32 are the whole model) are those of Llama 3.1 8B. A checkpoint is
 written once for each of --bits, in --folder: 5.7 GB at 4 bits, and as much again for the format. Each conversion is a
-process of its own, so that its peak of memory is its own too; it takes the threads that it finds, or OMP_NUM_THREADS.
+process of its own, so that its peak of memory is its own too (`mb_own`: without mapped pages of files, which the system
+takes back when it needs room); it takes the threads that it finds, or OMP_NUM_THREADS.
 With --quantize a random Llama a quarter as wide is quantized first, by GPTQ on the CPU, and then written in each format
 by this process: seconds, and their share of the quantizing.
 """
@@ -48,7 +49,7 @@ NARROW = {
 }  # fmt: skip
 FORMATS = ("compressed-tensors", "auto-round", "mlx", "gguf")
 CHILD = """
-import json, os, resource, sys, time
+import json, os, resource, sys, threading, time
 from pathlib import Path
 started = time.perf_counter()
 import torch
@@ -58,6 +59,13 @@ source, out, to = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 marks = {}
 def step(done, total, note):
     marks.setdefault(note.split()[0], time.perf_counter())  # of the first linear that is written, and compared
+own = [0]
+def watch():
+    while True:
+        status = open("/proc/self/status").read()
+        own[0] = max(own[0], int(status.split("RssAnon:")[1].split()[0]))
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
 before, start, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), time.process_time()
 done = export(source, out, progress=step) if to == "gguf" else convert(source, out, to, progress=step)
 end = time.perf_counter()
@@ -65,8 +73,8 @@ parts = {"imports": start - started, "plan": marks["writing"] - start, "write": 
          "compare": end - marks["comparing"]}
 print(json.dumps({"linears": done.linears, "seconds": round(end - start, 1), "cpu": round(time.process_time() - cpu, 1),
                   "parts": {name: round(part, 1) for name, part in parts.items()}, "mb_before": before // 1024,
-                  "mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "bytes": done.nbytes,
-                  "threads": torch.get_num_threads()}))
+                  "mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "mb_own": own[0] // 1024,
+                  "bytes": done.nbytes, "threads": torch.get_num_threads()}))
 """
 
 

@@ -262,8 +262,7 @@ def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_c
     largest, allowed = 0.0, planned.plan.format.zero_rounding
     for module, weight in planned.written.items():
         if weight not in planned.reader.quantized:
-            values, decoded = planned.reader.checkpoint.read(weight), reader.unpack(weight)[:3]
-            rounding = 0.0 if is_nearest(values, *decoded, planned.grid_of(module)) else None
+            rounding = 0.0 if _is_rounded(planned, reader, module, weight) else None
         else:
             rounding = _rounding(reader, planned.reader, weight, allowed)
         if rounding is None:
@@ -271,10 +270,20 @@ def _compare(planned: ConversionPlan, out: Path, steps: Steps, *, trust_remote_c
         largest = max(largest, rounding)
         steps(f"comparing {module}")
     for name in planned.copied:
-        old, new = planned.reader.checkpoint.read(name), checkpoint.read(name)
-        if old.dtype != new.dtype or not torch.equal(_bytes(old), _bytes(new)):
+        if not _is_copy(planned.reader.checkpoint, checkpoint, name):
             raise StageError(f"{name}: what was converted is no copy of its source")
     return largest
+
+
+def _is_rounded(planned: ConversionPlan, reader: Reader, module: str, weight: str) -> bool:
+    """Whether an end's codes are the nearest to its values."""
+    return is_nearest(planned.reader.checkpoint.read(weight), *reader.unpack(weight)[:3], planned.grid_of(module))
+
+
+def _is_copy(source: Checkpoint, out: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the same in both; neither is in memory afterwards."""
+    old, new = source.read(name), out.read(name)
+    return old.dtype == new.dtype and torch.equal(_bytes(old), _bytes(new))
 
 
 def _rounding(one: Reader, other: Reader, weight: str, allowed: float) -> float | None:
