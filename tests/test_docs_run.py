@@ -57,7 +57,10 @@ PARTS = {  # commands in a sentence that leave out what they need, though they p
     "heal": "the name of a stage",
     "push ... --yes": "what never to do; tests/deploy/test_hub_upload.py",
 }
-SMALLER = {"quantize.group_size=64,128": "quantize.group_size=32,64"}
+SMALLER = {
+    "quantize.group_size=64,128": "quantize.group_size=32,64",
+    "calibration.length=512": "calibration.length=64",
+}
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
