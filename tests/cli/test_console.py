@@ -22,9 +22,30 @@ from requant.errors import InputError
 # --- rows ---
 
 
+def test_what_is_left_is_not_guessed_from_the_first_steps() -> None:
+    """A first block of a minute of loading, then one a second; of 400 windows a twentieth is waited for."""
+    row = StageRow("quantize", started=0.0)
+    row.told(1, 30, "", 60.0)
+    assert row.left(60.0) is None
+    row.told(2, 30, "", 61.0)
+    assert row.left(61.0) is None
+    row.told(3, 30, "", 62.0)
+    assert row.left(62.0) == 27.0
+    many = StageRow("evaluate", started=0.0)
+    many.told(5, 400, "", 30.0)
+    many.told(24, 400, "", 49.0)
+    assert many.left(49.0) is None
+    many.told(25, 400, "", 50.0)
+    assert many.left(50.0) == 375.0
+    many.told(400, 400, "", 425.0)
+    assert many.left(425.0) is None
+
+
 def test_a_row_counts_with_its_unit_and_says_what_is_left() -> None:
-    row = StageRow("quantize", started=100.0, done=8, total=32, note="1.5 s a block")
-    assert row.line(112.0, 120) == "quantize ━━━━──────────── 8/32 blocks  0:12  0:36 left  1.5 s a block"
+    row = StageRow("quantize", started=100.0)
+    row.told(1, 32, "1.5 s a block", 104.0)  # of which 2.5 s were spent once
+    row.told(8, 32, "1.5 s a block", 112.0)
+    assert row.line(114.5, 120) == "quantize ━━━━──────────── 8/32 blocks  0:14  0:36 left  1.5 s a block"
     row.ended = 148.0
     assert "0:48" in row.line(1e6, 120), "its clock has stopped"
     assert "left" not in row.line(1e6, 120)

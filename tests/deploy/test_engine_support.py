@@ -206,7 +206,13 @@ def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
     assert "deploy: vllm does not load this: model.layers.0.self_attn.qkv_proj: no asymmetric weights" in message
     assert "(vLLM 0.33.0" in message
     assert "deploy: transformers" not in message
-    assert message.endswith("change quantize, or take it out of deploy")
+    assert message.endswith("change quantize or output.formats, or take it out of deploy")
+    other = "it loads compressed-tensors: set output.formats: [gptq, compressed-tensors]"
+    assert other in message
+    assert prepared(**asymmetric, deploy=["vllm"], **{"output.formats": ["gptq", "compressed-tensors"]})
+    assert not any(
+        other in w for w in prepared(**asymmetric, **{"output.formats": ["gptq", "compressed-tensors"]}).warnings
+    )
     assert not any("does not load" in w for w in prepared(**asymmetric, deploy=["transformers"]).warnings)
 
 

@@ -27,7 +27,10 @@ UNITS = {"merge": "tensors", "quantize": "blocks", "evaluate": "windows", "sugge
 
 @dataclass
 class StageRow:
-    """One stage on the console. note: what it does now; seconds are of `time.monotonic`."""
+    """One stage on the console. note: what it does now; seconds are of `time.monotonic`.
+
+    first: when the first step was told, and how many there were then.
+    """
 
     name: str
     started: float
@@ -36,16 +39,28 @@ class StageRow:
     done: int = 0
     total: int = 0
     note: str = ""
+    first: tuple[float, int] | None = None
+
+    def told(self, done: int, total: int, note: str, now: float) -> None:
+        """Take what a stage says of its steps."""
+        if done and (self.first is None or total != self.total):
+            self.first = (now, done)
+        self.done, self.total, self.note = done, total, note
 
     def count(self) -> str:
         """Steps with their unit."""
         return f"{self.done}/{self.total} {UNITS.get(self.name, '')}".rstrip() if self.total else ""
 
     def left(self, now: float) -> float | None:
-        """Estimate of the seconds left; None before the first step and after the last."""
-        if not 0 < self.done < self.total:
+        """Estimate of the seconds left; None before some steps after the first, and after the last.
+
+        The first step has what a stage does once: a model is loaded, kernels are compiled.
+        """
+        if self.first is None or not 0 < self.done < self.total:
             return None
-        return (now - self.started) / self.done * (self.total - self.done)
+        since, before = self.first
+        steps = self.done - before
+        return (now - since) / steps * (self.total - self.done) if steps >= max(2, self.total // 20) else None
 
     def bar(self, now: float) -> str:
         """The steps as a bar; a mark that moves where nothing is counted."""
@@ -141,8 +156,8 @@ class ConsoleWatcher(Watcher):
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         row = self.rows[-1]
-        row.done, row.total, row.note = done, total, _shown(note)
         now = time.monotonic()
+        row.told(done, total, _shown(note), now)
         if not self.live and (now - self.printed >= PLAIN_EVERY or done == total):
             self._print(_plain(row, now))
 

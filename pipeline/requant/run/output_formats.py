@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,28 @@ def engines(
 ) -> tuple[tuple[engine_support.Verdict, ...], dict[str, tuple[str, ...]]]:
     """(verdicts of engines that know a format, on the first that each loads, format -> engines); GPTQ first.
 
-    plans: by format, which holds embeddings and head quantized or does not.
+    plans: by format, which holds embeddings and head quantized or does not. An engine that loads none of them, but
+    would another format, says which.
     """
     targets = [t for t in engine_targets.TARGETS.values() if any(name in t.formats for name in plans)]
     ordered = {name: plans[name] for name in sorted(plans, key=lambda name: name != "gptq")}
     readers = {name: engine_support.readers(plan, model, targets, name) for name, plan in ordered.items()}
-    return tuple(engine_support.best(ordered, model, target) for target in targets), readers
+    return tuple(
+        _with_other(engine_support.best(ordered, model, target), ordered, model) for target in targets
+    ), readers
+
+
+def _with_other(verdict: engine_support.Verdict, plans: Mapping[str, Plan], model: Any) -> engine_support.Verdict:
+    """The verdict, with the format that its engine would load where it loads none of `plans`."""
+    plan, target = next(iter(plans.values())), verdict.target
+    if verdict.loads or any("output.formats" in problem for problem in verdict.problems):
+        return verdict
+    others = [name for name in target.formats if name in FORMATS and name not in plans]
+    other = next((name for name in others if engine_support.judge(plan, model, target, name).loads), None)
+    if other is None:
+        return verdict
+    listed = ", ".join([*plans, other])
+    return replace(verdict, problems=(*verdict.problems, f"it loads {other}: set output.formats: [{listed}]"))
 
 
 def stored_bytes(layout: Plan, name: str) -> int:
@@ -87,5 +104,5 @@ def refusing_engines(deploy: Sequence[str], verdicts: Sequence[engine_support.Ve
     refusals = {v.target.name: v for v in verdicts if not v.loads}
     asked = [f"deploy: {name} {refusals[name]} ({refusals[name].source})" for name in deploy if name in refusals]
     if asked:
-        raise InputError("\n".join([*asked, "change quantize, or take it out of deploy"]))
+        raise InputError("\n".join([*asked, "change quantize or output.formats, or take it out of deploy"]))
     return [] if deploy else [f"{name} {verdict}" for name, verdict in refusals.items()]
