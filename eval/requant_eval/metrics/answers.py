@@ -127,8 +127,10 @@ def _item(
     failed = {
         name: [check for check, passes in many[index].items() if passes is False] for name, many in verdicts.items()
     }
-    asked = {"row": prompt.row, "prompt": prompt.shown, "own": prompt.own}
-    return {**asked, "given": given, "failed": failed, "differs": differs}  # type: ignore[typeddict-item]
+    return {
+        "row": prompt.row, "prompt": prompt.shown, "own": prompt.own, "given": given, "failed": failed,
+        "differs": differs,
+    }  # fmt: skip
 
 
 def _variant(

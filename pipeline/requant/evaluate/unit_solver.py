@@ -6,12 +6,12 @@ there is no drift to correct; sweeps over the codes, which change little, are le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from requant.errors import StageError
 from requant.modeling.block_walk import BlockInput, Walk
@@ -41,9 +41,10 @@ class _Moments:
     tokens: int = 0
     whole: bool = False  # both triangles, divided by the tokens
 
-    def add(self, inputs: Tensor) -> None:
-        add_to_hessian(self.hessian, inputs)
-        self.tokens += inputs.shape[:-1].numel()
+    def watch(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Add the input of a linear, before its forward."""
+        add_to_hessian(self.hessian, args[0])
+        self.tokens += args[0].shape[:-1].numel()
 
 
 class BlockSolver:
@@ -67,7 +68,7 @@ class BlockSolver:
                 first: Any = block.get_submodule(group.linears[0])
                 moments = _Moments(torch.zeros(first.in_features, first.in_features, device=walk.device))
                 self._of |= {start + name: moments for name in group.linears}
-                handles.append(first.register_forward_pre_hook(_watch(moments)))
+                handles.append(first.register_forward_pre_hook(moments.watch))
         try:
             with matmul_precision.tensor_cores():
                 for item in items:
@@ -106,12 +107,3 @@ class BlockSolver:
             except FloatingPointError as error:
                 raise StageError(f"quantize.budget: {name}: its calibration inputs hold NaN or infinity") from error
         return self._factors[key]
-
-
-def _watch(moments: _Moments) -> Callable[..., None]:
-    return lambda _, args: moments.add(args[0])
-
-
-def solved_unit(model: Any, grids: Mapping[str, Grid], solver: BlockSolver) -> dict[str, Tensor]:
-    """The weights of a unit's linears, solved for their grids."""
-    return {name: solver.weight(name, model.get_submodule(name).weight, grid) for name, grid in grids.items()}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.errors import StageError
-from requant.evaluate.unit_solver import BlockSolver, Solving, solved_unit
+from requant.evaluate.unit_solver import BlockSolver, Solving
 from requant.modeling.block_walk import BlockInput, Walk
 from requant.numerics import gptq
 from requant.numerics.grid import Grid
@@ -181,8 +181,8 @@ def _quantized(model: nn.Module, unit: Unit, bits: int, solver: BlockSolver) -> 
     """Context in which a unit's weights are those of `bits`."""
     old: dict[str, Any] = {name: model.get_submodule(name)._parameters["weight"] for name in unit.grids}
     try:
-        grids = {name: replace(grid, bits=bits) for name, grid in unit.grids.items()}
-        for name, value in solved_unit(model, grids, solver).items():
+        for name, grid in unit.grids.items():
+            value = solver.weight(name, old[name], replace(grid, bits=bits))
             model.get_submodule(name)._parameters["weight"] = nn.Parameter(value, requires_grad=False)
         yield
     finally:
