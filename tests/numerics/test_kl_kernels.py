@@ -57,7 +57,7 @@ def test_small_divergences_and_their_gradients_are_exact(kernels: list[bool], ch
     log_q, log_p = moved.double().log_softmax(-1), logits.double().log_softmax(-1)
     wanted = log_q.exp() - log_p.exp()
     torch.testing.assert_close(value, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-3, atol=1e-13)
-    assert float((gradient - wanted).norm() / wanted.norm()) < 2e-7 / change + 1e-5
+    assert float((gradient - wanted).norm() / wanted.norm()) < 4e-7 / change + 1e-5
 
 
 def test_what_is_far_or_excluded_is_as_in_the_reference(kernels: list[bool]) -> None:
