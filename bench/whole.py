@@ -9,7 +9,8 @@
 --code: checkouts to run, one after another, on the same recipe; ratios to the last one are printed.
 --ranks: numbers of GPUs (of processes, without GPUs) that torchrun starts; ratios to the last one, as above.
 --check: also `requant check`, before. --again: also the finished run once more, which has nothing to do.
-Stages are read from the run's own events.jsonl and log.txt. `cpu`: cores that the process kept busy, from /proc;
+Stages are read from the run's own events.jsonl and log.txt. `limit`: the least that a stage can take on this machine, by
+bench/limits.py. `cpu`: cores that the process kept busy, from /proc;
 `gpu`: share of the time in which the first GPU ran a kernel, from nvidia-smi, a sample every tenth of a second.
 With several ranks `cpu` is left out: the process that is sampled is torchrun's.
 """
@@ -167,6 +168,9 @@ def measured(code: Path, ranks: int, recipe: Path, args: argparse.Namespace, fol
         args.keep.mkdir(parents=True, exist_ok=True)
         shutil.copy(run / "log.txt", args.keep / f"{code.resolve().name}-{ranks}.txt")
     result["numbers"] = numbers(json.loads((run / "report.json").read_text()))
+    limits = [sys.executable, str(ROOT / "bench" / "limits.py"), str(run), "--out", str(folder / "limits.json")]
+    subprocess.run(limits, check=True, stdout=subprocess.DEVNULL, env=environment(ROOT))  # no memory stays taken
+    result |= json.loads((folder / "limits.json").read_text())
     if args.again:
         begun, over, _ = command(code, ["run", str(recipe), *words], folder / "again.txt")
         result["again"] = over - begun
@@ -195,9 +199,12 @@ def show(result: dict[str, Any], beside: dict[str, Any] | None) -> None:
     def line(name: str, row: dict[str, float], other: dict[str, float] | None) -> None:
         more = "".join(f"  {k} {row[k]:5.2f}" for k in ("cpu", "gpu") if k in row)
         more += f"  {row['gpu memory'] / 1e9:6.1f} GB" if "gpu memory" in row else ""
+        more += f"  limit {row['limit']:6.2f}" if "limit" in row else ""
         more += f"  {other['seconds'] / row['seconds']:5.2f} x" if other and row["seconds"] > 0 else ""
         print(f"{name:32} {row['seconds']:8.2f} s{more}")
 
+    for name, row in result["limits"].items():
+        result["stages"][name]["limit"] = row["seconds"]
     for part in ("stages", "evaluate"):
         print(f"-- {part}")
         for name, row in result[part].items():

@@ -31,7 +31,7 @@ from requant.runtime.ranks import Ranks
 from requant.runtime.signals import RESUMES
 
 PATHS = os.pathsep.join(str(ROOT / d) for d in ("pipeline", "eval", "tests"))
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node"]
 
 
 def work(who: str, *, ranks: Ranks) -> None:
@@ -139,13 +139,14 @@ def test_what_one_rank_alone_finds_wrong_ends_all_while_a_block_is_to_be_handed_
 
 
 @pytest.mark.slow
-def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [2, 4])
+def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path, number: int) -> None:
     write_rows(tmp_path / "canaries.jsonl", [{"prompt": f"Is {n} a number?", "answer": "no"} for n in range(3)])
     changes = {"output.dir": str(tmp_path), "canaries": {"path": str(tmp_path / "canaries.jsonl")}}
     recipe = write_recipe(project, changes, name="ranks.yaml")
     env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", "requant", "run", str(recipe)],
+        [sys.executable, *TORCHRUN, str(number), "-m", "requant", "run", str(recipe)],
         env=env,
         capture_output=True,
         text=True,
@@ -157,9 +158,9 @@ def test_torchrun_runs_a_recipe(project: Path, finished: Path, tmp_path: Path) -
     events = [json.loads(line) for line in (tmp_path / "pico" / "events.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "done"] == ["merge", "quantize", "evaluate", "report"]
     assert_same_layout(finished / "gptq", tmp_path / "pico" / "gptq")
-    one, two = (json.loads((path / "report.json").read_text()) for path in (finished, tmp_path / "pico"))
-    assert two["facts"]["canaries"]["right"].keys() == {"base", "adapter", "merged", "gptq"}
-    for alone, split in zip(one["sets"], two["sets"], strict=True):
+    one, several = (json.loads((path / "report.json").read_text()) for path in (finished, tmp_path / "pico"))
+    assert several["facts"]["canaries"]["right"].keys() == {"base", "adapter", "merged", "gptq"}
+    for alone, split in zip(one["sets"], several["sets"], strict=True):
         assert split["digest"] == alone["digest"]
         assert_same_numbers(split, alone)
 
