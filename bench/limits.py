@@ -29,6 +29,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "pipeline"), str(ROOT / "eval")]
 
+from requant.heal.teacher import product_dtype
 from requant.runtime.device import pick_device
 
 DISK = 2**28  # bytes written for the disk's rate
@@ -165,11 +166,12 @@ def limits(run: Path, rates: Rates) -> dict[str, dict[str, float]]:
     if healed and "settings" in healed:
         seen = healed["settings"]["steps"] * healed["settings"]["batch"] * healed["length"]
         looks = len(healed["sources"][0]["held"]) * healed["held_windows"] * healed["length"]
+        product = rates.half if product_dtype(torch.device(facts["hardware"]["device"])) in HALF else rates.full
         trained = 3 * size.forward(seen) + size.forward(seen)  # student forward, two backward products; teacher
         add(
             "heal",
-            ("operations, steps", trained, rates.half),
-            ("operations, held-out windows", size.forward(looks), rates.half),
+            ("operations, steps", trained, product),
+            ("operations, held-out windows", size.forward(looks), product),
             ("bytes written", stored.get("healed", 0), rates.disk),
         )
     add("evaluate", *scored(run, report, size, rates, scoring))
