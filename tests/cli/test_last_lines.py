@@ -33,6 +33,20 @@ def test_the_next_command(status: str, more: int | None, says: str) -> None:
     assert following(status, more).startswith(says)
 
 
+def test_what_gets_more_documents_is_what_the_open_gates_measured() -> None:
+    """A task's documents are its own: more rows in an evaluation set would decide nothing."""
+    report: Any = built() | {"verdict": {"status": "inconclusive", "line": "", "more_documents": 40}}
+    gate = {"metric": "task", "set": "words", "status": "inconclusive"}
+    decided = {"metric": "kl", "set": "general", "status": "pass"}
+    for gates, what in (
+        ([gate, decided], "the task words"),
+        ([gate, decided | {"status": "inconclusive"}], "the evaluation sets and the task words"),
+        ([decided | {"status": "inconclusive"}], "the evaluation sets"),
+    ):
+        said = last_lines.following(report | {"gates": gates}, Path("runs/a"))
+        assert said.startswith(f"give {what} about 40 more held-out documents")
+
+
 def test_a_server_is_named_for_a_format_that_it_reads() -> None:
     alone = GPTQ | {"read_by": ["sglang", "gptqmodel"]}
     packed = {"directory": "compressed-tensors", "read_by": ["vllm"]}

@@ -206,7 +206,7 @@ def test_deploy_turns_a_warning_into_an_error(project: Path) -> None:
     assert "deploy: vllm does not load this: model.layers.0.self_attn.qkv_proj: no asymmetric weights" in message
     assert "(vLLM 0.33.0" in message
     assert "deploy: transformers" not in message
-    assert message.endswith("change quantize or output.formats, or take it out of deploy")
+    assert message.endswith("change quantize or output.formats, or do not ask for the engine there")
     other = "it loads compressed-tensors: set output.formats: [gptq, compressed-tensors]"
     assert other in message
     assert prepared(**asymmetric, deploy=["vllm"], **{"output.formats": ["gptq", "compressed-tensors"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from requant.errors import InputError
 from requant.evaluate import generation_settings, task_files
 from requant.evaluate.task_definitions import TaskRequest, require_library
 from requant.evaluate.variant_sources import VariantSources
+from requant_eval.scoring import answers
 from requant_eval.scoring.batches import BatchSize
 
 GOOD: dict[str, Any] = {
@@ -227,6 +229,57 @@ def test_what_would_fail_later_is_refused_before(
 
 @local.needs_library
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("label", "refused"),
+    [
+        (1, ""),
+        (" is six", ""),
+        ("six", "'six'"),
+        (2, "2"),
+        (-1, "-1"),
+        ([0, 9], ""),
+        ([9], "[9]"),
+        (None, "None"),
+        ("", "''"),
+    ],
+)
+def test_a_label_that_is_none_of_the_choices_is_told(tmp_path: Path, tokenizer: Any, label: Any, refused: str) -> None:
+    """The library counts every answer to such a document as wrong."""
+    file = written(tmp_path)
+    first = ROW | {"label": [0] if isinstance(label, list) else " is two" if isinstance(label, str) else 0}
+    rows = [first, ROW | {"label": label}]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not refused:
+        assert loaded(request(file), tokenizer=tokenizer).items[0].documents == 2
+        return
+    with pytest.raises(InputError, match=r"1 of 2 documents have a label that is none of their choices") as told:
+        loaded(request(file), tokenizer=tokenizer)
+    assert f"document 1: {refused} of 2 choices" in str(told.value)
+
+
+@local.needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"filter_list": [{"name": "n", "filter": [{"function": "regex", "regex_pattern": "([0-9]+"}]}]},
+            "unterminated",
+        ),
+        ({"filter_list": [{"name": "n", "filter": [{"function": "regex", "regex_pattern": 5}]}]}, "must be string"),
+        ({"doc_to_choice": "{{choices}}", "doc_to_target": "{{q}}"}, "list indices must be integers"),
+    ],
+)
+def test_answers_that_cannot_be_judged_are_told_before_there_are_any(
+    tmp_path: Path, tokenizer: Any, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=r"task words: its answers cannot be judged \(.*correct filter_list") as told:
+        loaded(request(written(tmp_path, **ANSWERED | changes)), tokenizer=tokenizer)
+    assert message in str(told.value)
+
+
+@local.needs_library
+@pytest.mark.slow
 def test_an_answer_longer_than_the_window_is_told(tmp_path: Path, tokenizer: Any) -> None:
     changes = {
         "output_type": "generate_until", "doc_to_choice": None, "metric_list": [{"metric": "exact_match"}],
@@ -406,13 +459,19 @@ def test_captured_steps_write_what_the_library_does(source: Path, tmp_path: Path
     def capture(step: Any) -> Any:
         return lambda: (launches.append(1), step())
 
-    said = [
-        task_model.wrapped(
-            model, made.tokenizer, window=made.window, batch=batch, stops=made.stops, capture=how
-        ).generate_until(task.parts[0].instances)
-        for batch, how in ((1, None), (4, None), (4, capture))
-    ]  # fmt: skip
+    def texts(batch: int, how: Any, stops: tuple[int, ...] = made.stops) -> list[str]:
+        asked = task_model.wrapped(
+            model, made.tokenizer, window=made.window, batch=batch, stops=stops, capture=how
+        )  # fmt: skip
+        return list(asked.generate_until(task.parts[0].instances))
+
+    said = [texts(1, None), texts(4, None), texts(4, capture)]
     assert said[0] == said[1] == said[2]
     assert len(set(said[0])) > 4
     assert not any("&" in text for text in said[0])
+    prompts = [tokenizer(i.args[0])["input_ids"] for i in task.parts[0].instances]
+    written_ids = answers.answer(model, prompts, 12, stops=made.stops, device="cpu")
+    often = Counter(i for ids in written_ids for i in ids).most_common(1)[0][0]
+    words = (tokenizer.convert_tokens_to_ids("!"), often)  # stop tokens that are text: what follows an end is not
+    assert texts(4, None, words) == texts(4, capture, words) != said[0]
     assert launches

@@ -522,6 +522,12 @@ def test_everything_skipped_in_one_block(tmp_path: Path) -> None:
     assert pico.logits(ours(source, tmp_path / "out")).isfinite().all()
 
 
+def test_everything_skipped_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no linear is left to quantize: all 14 .*by quantize\.overrides"):
+        run(model_dir(tmp_path), tmp_path / "out", Settings(grid=GRID, overrides=(("*", None),)))
+    assert not list((tmp_path / "out").iterdir()), "known from headers: nothing was written"
+
+
 def test_a_group_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> None:
     source = model_dir(tmp_path, hidden_size=96, num_attention_heads=6)
     with pytest.raises(InputError) as caught:

@@ -150,3 +150,4 @@ def test_what_was_asked_for_and_cannot_be_is_refused(
     with pytest.raises(InputError) as caught:
         prepare.prepare(recipe(project, tmp_path, changes))
     assert message in str(caught.value)
+    assert "evaluate.sets" not in str(caught.value), "one place in the recipe: that of the key that is wrong"

@@ -119,14 +119,15 @@ def test_what_gguf_cannot_hold_is_refused_before_any_work(
     project: Path, tmp_path: Path, changes: dict[str, object], told: str
 ) -> None:
     asked = {**changes, "output.formats": ["gptq", "gguf"]}
-    with one_thread(), pytest.raises(InputError, match=rf"^output\.formats: gguf: .*{told}"):
+    with one_thread(), pytest.raises(InputError, match=rf"^\S+:\d+: output\.formats: gguf: .*{told}"):
         prepare.prepare(recipe(project, tmp_path, asked))
 
 
 def test_groups_that_mlx_does_not_have_are_refused_before_any_work(project: Path, tmp_path: Path) -> None:
     asked = {"quantize.group_size": -1, "output.formats": ["gptq", "mlx"]}
     told = (
-        r"^output\.formats: mlx: model.layers.0.self_attn.q_proj: MLX has groups of 32, 64, 128 inputs, not of a whole"
+        r"^\S+:\d+: output\.formats: mlx: model.layers.0.self_attn.q_proj: MLX has groups of 32, 64, 128 inputs, not "
+        "of a whole"
     )
     with one_thread(), pytest.raises(InputError, match=told):
         prepare.prepare(recipe(project, tmp_path, asked))
@@ -139,7 +140,7 @@ def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_any_work(project: P
     (other / "base" / "tokenizer.json").write_text(json.dumps(raw))
     with (
         one_thread(),
-        pytest.raises(InputError, match=r"^output\.formats: gguf: .*llama.cpp has no name for how it cuts"),
+        pytest.raises(InputError, match=r"^\S+:\d+: output\.formats: gguf: .*llama.cpp has no name for how it cuts"),
     ):
         prepare.prepare(recipe(other, tmp_path, {"output.formats": ["gptq", "gguf"]}))
 
@@ -194,7 +195,7 @@ def test_a_server_may_load_one_of_the_formats(project: Path, tmp_path: Path) -> 
     """Three bits: vLLM has no GPTQ kernel for them, and one for compressed-tensors."""
     changes = {"quantize.bits": 3, "deploy": ["vllm"]}
     with one_thread():
-        with pytest.raises(InputError, match=r"deploy: vllm does not load this: .*no 3-bit weights"):
+        with pytest.raises(InputError, match=r"^\S+:\d+: deploy: vllm does not load this: .*no 3-bit weights"):
             prepare.prepare(recipe(project, tmp_path, changes))
         prepared = prepare.prepare(recipe(project, tmp_path, {**changes, "output.formats": ["gptq", CT]}))
     verdict = next(v for v in prepared.quantize.engines if v.target.name == "vllm")

@@ -32,6 +32,18 @@ def test_host_memory_without_meminfo_is_assumed(monkeypatch: pytest.MonkeyPatch)
     assert free_bytes(torch.device("cpu")) == 16 * 2**30
 
 
+def test_a_gpu_that_is_asked_for_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures and Triton's kernels go to the current GPU: without it a graph for another one is empty."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    for asked in ("cpu", "cuda", "cuda:0"):  # of several ranks each has made its own the current one
+        pick_device(asked)
+    assert len(current) == 1
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device("cuda") == torch.device("cuda")

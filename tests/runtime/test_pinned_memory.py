@@ -73,11 +73,11 @@ def test_what_is_sent_is_as_it_was_then() -> None:
 
 OTHER = """
 import threading, torch
-from requant.staging import on
+from requant.runtime.pinned_memory import use_stream
 torch.cuda.set_device(1)
 stream = torch.cuda.Stream("cuda:1")
 def work():
-    with on(stream):
+    with use_stream(stream):
         print(torch.ones(3, device="cuda:1").sum().item())
 thread = threading.Thread(target=work)
 thread.start()

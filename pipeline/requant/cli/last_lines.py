@@ -37,6 +37,14 @@ def show(run: Path, report: Report, *, suggest: bool = False) -> None:
         say(f"{name:<{INDENT}}{text}", indent=INDENT)
 
 
+def _undecided(report: Report) -> str:
+    """What the inconclusive gates were measured on."""
+    gates = [gate for gate in report["gates"] if gate["status"] == "inconclusive"]
+    tasks = list(dict.fromkeys(f"the task {gate['set']}" for gate in gates if gate["metric"] == "task"))
+    sets = [] if tasks and all(gate["metric"] == "task" for gate in gates) else ["the evaluation sets"]
+    return " and ".join([*sets, *tasks])
+
+
 def following(report: Report, run: Path) -> str:
     """What to do next, by the verdict.
 
@@ -47,7 +55,7 @@ def following(report: Report, run: Path) -> str:
         return f"`requant report {run / 'recipe.yaml'} --suggest` measures which modules are worth more bits"
     if status == "inconclusive":
         count = f"about {more} more held-out documents" if more else "more held-out documents"
-        return f"give the evaluation sets {count} and start the same command again: nothing else is done twice"
+        return f"give {_undecided(report)} {count} and start the same command again: nothing else is done twice"
     formats = report["facts"].get("formats", {}).values()
     served = next((run / one["directory"] for one in formats if "vllm" in one["read_by"]), None)
     if served is not None:

@@ -107,22 +107,23 @@ def _capturing(variant: Any, capture: Capture, ends: Sequence[int]) -> Any:
             if not self.captures or options.keys() - GREEDY:
                 return super()._model_generate(context=context, max_length=max_length, stop=stop, **options)
             return _continued(
-                self.model, context, options["attention_mask"], length=max_length, stops=ends, capture=capture,
-                over=partial(_holds, self.tokenizer, stop), uncaptured=partial(setattr, self, "captures", False),
+                self.model, context, options["attention_mask"], length=max_length, fill=self.tokenizer.pad_token_id,
+                stops=ends, capture=capture, over=partial(_holds, self.tokenizer, stop),
+                uncaptured=partial(setattr, self, "captures", False),
             )  # fmt: skip
 
     return Capturing
 
 
-def _continued(model: Any, context: Tensor, seen: Tensor, *, length: int, stops: Sequence[int], **how: Any) -> Tensor:
-    """`context`, int64 [rows, longest], and the greedy answers to it, up to `length`; the rest is a stop token.
+def _continued(model: Any, context: Tensor, seen: Tensor, *, length: int, fill: int, **how: Any) -> Tensor:
+    """`context`, int64 [rows, longest], and the greedy answers to it, up to `length`; the rest is `fill`.
 
-    seen: its attention mask. how: of `answers.answer`.
+    seen: its attention mask. fill: a token that is no text when decoded. how: of `answers.answer`.
     """
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(context, seen, strict=True)]
-    found = answers.answer(model, prompts, length - context.shape[1], stops=stops, device=context.device, **how)
+    found = answers.answer(model, prompts, length - context.shape[1], device=context.device, **how)
     longest = max(map(len, found))
-    filled = [ids + [stops[0]] * (longest - len(ids)) for ids in found]
+    filled = [ids + [fill] * (longest - len(ids)) for ids in found]
     return torch.cat([context, torch.tensor(filled, device=context.device)], dim=1)
 
 

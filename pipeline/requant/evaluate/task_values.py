@@ -5,6 +5,7 @@ A metric can be paired where a document has a value of its own and the score is 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from requant.errors import InputError, StageError, library_call
 from requant.evaluate.task_definitions import TaskRequest
 
 SEED = 1234  # of the examples that are shown, the library's own
+REHEARSED = 100  # documents whose right answers are judged before any model's
 
 
 def metrics_of(task: Any) -> list[str]:
@@ -63,6 +65,59 @@ def digest_of(task: Any) -> str:
 def _stable(value: Any) -> str:
     """A value of a configuration by its name: addresses change."""
     return getattr(value, "__name__", None) or type(value).__name__
+
+
+def labels_of_no_choice(task: Any) -> list[tuple[int, Any, int]]:
+    """(document, its label, its number of choices) where the library would count every choice as wrong.
+
+    Of built requests of a task of choices that the library itself judges.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or task.get_config("process_results") is not None:
+        return []
+    found = []
+    for number, row in {i.doc_id: i.doc for i in task.instances}.items():
+        label = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+        choices = task.doc_to_choice(row)
+        if not _is_choice(label, choices, several=bool(task.multiple_target)):
+            found.append((number, label, len(choices)))
+    return found
+
+
+def _is_choice(label: Any, choices: Sequence[str], *, several: bool) -> bool:
+    """Whether the library finds a label among the choices. several: it takes a list of numbers, else one or a text."""
+    numbers = range(len(choices))
+    if isinstance(label, list):
+        return several and all(isinstance(one, int) for one in label) and any(one in numbers for one in label)
+    return not several and label in (choices if isinstance(label, str) else numbers)
+
+
+def rehearse(task: Any) -> None:
+    """Judge the right answers of some documents: the library's filters and metrics fail here as they would later.
+
+    Of built requests. A task that judges by code of its own has its filters run alone, as it may take no right answer.
+    """
+    documents: dict[int, list[Any]] = {}
+    for instance in task.instances:
+        documents.setdefault(instance.doc_id, []).append(copy.copy(instance))
+    some = list(documents.values())[:: -(-len(documents) // REHEARSED)]
+    for instances in some:
+        for instance in instances:
+            instance.resps, instance.filtered_resps = [_right_answer(task, instance)], {}
+    for ensemble in task._filters:
+        ensemble.apply([instance for instances in some for instance in instances])
+    for instances in some if task.get_config("process_results") is None else ():
+        for kind in instances[0].filtered_resps:
+            task.process_results(instances[0].doc, [i.filtered_resps[kind] for i in instances])
+
+
+def _right_answer(task: Any, instance: Any) -> Any:
+    """What a model would return for a request, were it right; of likelihoods any."""
+    if instance.request_type == "loglikelihood_rolling":
+        return -1.0
+    if instance.request_type == "loglikelihood":
+        return -1.0, False
+    target = task.doc_to_target(instance.doc)
+    return str(target[0] if isinstance(target, list) and target else target)
 
 
 def evaluated(task: Any, model: Any, *, limit: int | None, chat: bool, what: str) -> tuple[dict[str, list[float]], int]:

@@ -15,7 +15,7 @@ from typing import Any
 from requant.checkpoint.reader import file_digest
 from requant.checkpoint.run_directory import key_of
 from requant.data.template_losses import TemplateFailure
-from requant.errors import InputError
+from requant.errors import InputError, one_line
 from requant.evaluate import generation_settings, task_definitions, task_files, task_model, task_values
 from requant.evaluate.task_definitions import TaskRequest
 from requant.runtime.guarded_process import LimitError, call_guarded
@@ -132,6 +132,25 @@ def _build_requests(request: TaskRequest, task: Any, tokenizer: Any) -> None:
     for instance in task.instances:
         if instance.request_type == "generate_until":
             generation_settings.check(instance.args[1], where)
+    _require_judgement(task, where)
+
+
+def _require_judgement(task: Any, where: str) -> None:
+    """Raise InputError for documents of which every answer would count as wrong, or none can be judged."""
+    if wrong := task_values.labels_of_no_choice(task):
+        (number, label, count), of = wrong[0], len({i.doc_id for i in task.instances})
+        raise InputError(
+            f"{where}: {len(wrong)} of {of} documents have a label that is none of their choices, so that every answer "
+            f"would be wrong, e.g. document {number}: {label!r:.80} of {count} choices: expected the number of a "
+            "choice from 0 on, or its text, in every document: correct the data or doc_to_target"
+        )
+    try:
+        task_values.rehearse(task)
+    except Exception as error:  # of the library, or of code that is trusted
+        raise InputError(
+            f"{where}: its answers cannot be judged ({one_line(error)}): correct filter_list, metric_list or "
+            "doc_to_target"
+        ) from error
 
 
 def _ask(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

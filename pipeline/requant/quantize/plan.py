@@ -98,7 +98,7 @@ class Layout(Protocol):
 def plan(
     tensors: Mapping[str, Layout], model: nn.Module, settings: Settings, dtype: torch.dtype, *, where: Path
 ) -> Plan:
-    """Plan the quantized checkpoint; raises InputError listing linears that cannot be packed."""
+    """Plan the quantized checkpoint; raises InputError listing linears that cannot be packed, or where none is left."""
     prefix, blocks = block_list(model)
     pieces = stored_pieces(model, tensors)
     names = skeleton.tensor_names(model, [*tensors, *pieces])
@@ -107,6 +107,11 @@ def plan(
     skipped = tuple(f"{prefix}.{i}." for i, block in enumerate(blocks) if waits_for_an_encoder(block))
     asked = {n: settings.grid_of(n) for n in quantizable(linears) if not n.startswith(skipped)}
     grids = {n: grid for n, grid in asked.items() if grid is not None}
+    if not grids:
+        raise InputError(
+            f"{where}: no linear is left to quantize: all {len(linears)} of its blocks stay in 16 bit, by "
+            "quantize.overrides or quantize.experts: let some be quantized"
+        )
     ends = {n: (grid, model.get_submodule(n)) for n, grid in settings.ends.items()}
     replaced = _replaced({n: (grid, linears[n]) for n, grid in grids.items()} | ends, names, written, where)
     unplaced = Unplaced.of(model, {name: info.shape for name, info in tensors.items()})

@@ -37,10 +37,11 @@ def load(recipe: Recipe, tokenizer: Any, model: Any, of: MergeInputs) -> Prompts
     items: list[Prompt] = []
     why = f"protocol {e.protocol} joins the texts"
     if e.protocol == "documents":
+        begin = _begin(recipe, window - tokens)
         with placed(recipe, ("evaluate", "sets", index, "data"), item.data):
             items, why = prompts.held_out(
                 source_of(item.data, recipe.directory), tokenizer, item.format, count=asked.prompts,
-                longest=window - tokens, reads_calls=answer_checks.reads_calls, begin=_begin(recipe, window - tokens),
+                longest=window - tokens, reads_calls=answer_checks.reads_calls, begin=begin,
             )  # fmt: skip
     if not items and (asked != Answers() or any(gate.on_answers for gate in recipe.gates)):
         raise InputError(

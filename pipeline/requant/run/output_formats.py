@@ -15,6 +15,7 @@ from requant.formats.quantized_format import PackError
 from requant.formats.registry import FORMATS
 from requant.merge.plan import MergePlan
 from requant.quantize.plan import Plan
+from requant.recipe import Recipe
 from requant.run.prepared import Sources
 
 WEIGHTS = ("*.safetensors", "*.gguf")
@@ -66,20 +67,20 @@ def stored_bytes(layout: Plan, name: str) -> int:
     return sum(slot.nbytes for slot in kept) + sum(math.prod(s) * t.itemsize for tensors in packed for s, t in tensors)
 
 
-def refuse_unpackable(formats: Sequence[str], layout: Plan) -> None:
+def refuse_unpackable(recipe: Recipe, layout: Plan) -> None:
     """Raise InputError for a linear whose width or groups one of the formats does not have."""
-    for name in formats:
+    for name in recipe.output.formats:
         for module, grid in layout.grids.items() if name in FORMATS else ():
             try:
                 FORMATS[name].shapes(*layout.shapes[module], grid.bits, grid.group_size, symmetric=grid.symmetric)
             except PackError as error:
                 raise InputError(
-                    f"output.formats: {name}: {module}: {error}: change quantize.bits, group_size or symmetric, or "
+                    f"{_place(recipe)}: {name}: {module}: {error}: change quantize.bits, group_size or symmetric, or "
                     f"take {name} out of output.formats"
                 ) from error
 
 
-def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -> None:
+def refuse_gguf(recipe: Recipe, sources: Sources, merged: MergePlan, layout: Plan, model: Any) -> None:
     """Raise InputError for a checkpoint that could not be written as GGUF."""
     files = model_files.tokenizer_files(sources.base, sources.adapter)
     tokenizer = files.get("tokenizer.json", sources.base / "tokenizer.json").parent
@@ -87,8 +88,12 @@ def refuse_gguf(sources: Sources, merged: MergePlan, layout: Plan, model: Any) -
         gguf_export.refuse_early(layout, model.config, tokenizer, merged.embedding_rows)
     except InputError as error:
         raise InputError(
-            f"output.formats: gguf: {error}: change that in the recipe, or take gguf out of output.formats"
+            f"{_place(recipe)}: gguf: {error}: change that in the recipe, or take gguf out of output.formats"
         ) from error
+
+
+def _place(recipe: Recipe) -> str:
+    return recipe.place("output", "formats")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -96,13 +101,14 @@ def weight_files(directory: Path) -> list[Path]:
     return [f for pattern in WEIGHTS for f in directory.glob(pattern)] if directory.is_dir() else []
 
 
-def refusing_engines(deploy: Sequence[str], verdicts: Sequence[engine_support.Verdict]) -> list[str]:
-    """Warnings about engines that will not load the checkpoint. deploy: those that have to.
+def refusing_engines(asked: Mapping[str, str], verdicts: Sequence[engine_support.Verdict]) -> list[str]:
+    """Warnings about engines that will not load the checkpoint. asked: those that have to -> place in the recipe.
 
-    Raises InputError when one of them is in `deploy`.
+    Raises InputError when one of them is in `asked`.
     """
     refusals = {v.target.name: v for v in verdicts if not v.loads}
-    asked = [f"deploy: {name} {refusals[name]} ({refusals[name].source})" for name in deploy if name in refusals]
-    if asked:
-        raise InputError("\n".join([*asked, "change quantize or output.formats, or take it out of deploy"]))
-    return [] if deploy else [f"{name} {verdict}" for name, verdict in refusals.items()]
+    told = [f"{where}: {name} {refusals[name]} ({refusals[name].source})" for name, where in asked.items()
+            if name in refusals]  # fmt: skip
+    if told:
+        raise InputError("\n".join([*told, "change quantize or output.formats, or do not ask for the engine there"]))
+    return [] if asked else [f"{name} {verdict}" for name, verdict in refusals.items()]

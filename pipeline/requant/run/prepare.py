@@ -116,9 +116,9 @@ def _quantize_inputs(
 
     def planned(wanted: Recipe) -> QuantizeInputs:
         inputs = quantize_inputs_of(wanted, plan, single)
-        output_formats.refuse_unpackable(wanted.output.formats, inputs.plan)
+        output_formats.refuse_unpackable(wanted, inputs.plan)
         if gguf_export.FORMAT in wanted.output.formats:
-            output_formats.refuse_gguf(sources, plan, inputs.plan, model)
+            output_formats.refuse_gguf(wanted, sources, plan, inputs.plan, model)
         return inputs
 
     def served(wanted: Recipe) -> QuantizeInputs:

@@ -36,10 +36,14 @@ def requests(recipe: Recipe) -> list[TaskRequest]:
     ]
 
 
-def servers(recipe: Recipe) -> tuple[str, ...]:
-    """The servers that must load the result: of `deploy`, and vLLM where tasks run through it."""
-    through = ("vllm",) if recipe.evaluate.tasks and recipe.evaluate.task_backend == "vllm" else ()
-    return tuple(dict.fromkeys((*recipe.deploy, *through)))
+def servers(recipe: Recipe) -> dict[str, str]:
+    """The servers that must load the result -> the place in the recipe that says so.
+
+    Those of `deploy`, and vLLM where tasks run through it.
+    """
+    through = recipe.evaluate.tasks and recipe.evaluate.task_backend == "vllm"
+    asked = {"vllm": recipe.place("evaluate", "task_backend")} if through else {}
+    return asked | dict.fromkeys(recipe.deploy, recipe.place("deploy"))
 
 
 def served(recipe: Recipe) -> tuple[str, ...]:

@@ -116,7 +116,10 @@ def compute_dtype(device: torch.device, serving: torch.dtype) -> torch.dtype:
 
 
 def pick_device(asked: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU."""
+    """`auto` is the first GPU, else the CPU. Another GPU than the first becomes the current one.
+
+    CUDA graphs and Triton's kernels are launched on the current GPU, wherever their tensors are.
+    """
     if asked == "auto":
         asked = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(asked)
@@ -125,6 +128,8 @@ def pick_device(asked: str) -> torch.device:
         raise InputError(
             f"device {asked}: torch finds {found} GPUs here: use auto or cpu, or install a CUDA build of torch"
         )
+    if device.index:
+        torch.cuda.set_device(device)
     return device
 
 
