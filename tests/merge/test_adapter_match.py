@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from requant.data.documents import TokenDocument
 from requant.evaluate import adapter_probe
 from requant.merge.adapter_match import Match, match
 from requant.run import observer, prepare, runner
+from requant_eval.scoring.batches import BatchSize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -138,6 +140,41 @@ def test_losses_are_those_of_the_model(tmp_path: Path, lora: dict[str, Any]) -> 
     assert found.with_adapter == pytest.approx(float(live(input_ids=ids, labels=ids).loss), rel=1e-5)
     assert found.without == pytest.approx(float(pico.model()(input_ids=ids, labels=ids).loss), rel=1e-5)
     assert found.moved == pytest.approx(float((on.exp() * (on - off)).sum(-1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [BatchSize(windows=8), BatchSize(tokens=64), BatchSize(windows=3, padding=10_000)])
+def test_rows_run_together_have_the_losses_of_rows_alone(tmp_path: Path, size: BatchSize) -> None:
+    """Padded to the longest of a batch, or with rows of their own length."""
+    live = pico.train(pico.model(), tmp_path / "adapter")
+    samples = {"a": [pico.ids(1, n)[0] for n in (16, 9, 16, 12)], "b": [pico.ids(1, 14)[0], pico.ids(1, 10)[0]]}
+    together, alone = (adapter_probe.measure(live, samples, torch.device("cpu"), batch) for batch in (size, 1))
+    forwards = counted(live, lambda: adapter_probe.measure(live, samples, torch.device("cpu"), size))
+    assert forwards < 2 * 6, "fewer than one by one"
+    for one, other in zip(together, alone, strict=True):
+        assert one.source == other.source
+        for name in ("without", "with_adapter", "moved"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4)
+
+
+def test_rows_run_apart_where_padding_changes_the_model(tmp_path: Path) -> None:
+    live = pico.train(pico.model(), tmp_path / "adapter")
+    rows = [pico.ids(1, n)[0] for n in (16, 9, 9)]
+    alone = adapter_probe.measure(live, {"a": rows}, torch.device("cpu"))
+    head, forward = live.get_output_embeddings(), type(live.get_output_embeddings()).forward
+    head.forward = lambda x: forward(head, x) * (1 + x.shape[1] / 8)  # the length that it is given shows in the logits
+    changed = adapter_probe.measure(live, {"a": rows}, torch.device("cpu"))
+    together = adapter_probe.measure(live, {"a": rows}, torch.device("cpu"), BatchSize(windows=8))
+    assert changed[0].with_adapter != pytest.approx(alone[0].with_adapter, rel=1e-2)
+    assert together[0].with_adapter == pytest.approx(changed[0].with_adapter, rel=1e-5)
+
+
+def counted(model: Any, work: Callable[[], object]) -> int:
+    """How many times `work` runs the model's head."""
+    calls: list[None] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(None))
+    work()
+    handle.remove()
+    return len(calls)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from requant.errors import StageError
 from requant.evaluate import adapter_probe
 from requant.evaluate.scores import REFERENCE
 from requant.evaluate.stage import load_reference
+from requant.evaluate.streamed import StreamedModel
 from requant.evaluate.trained_base import decoded_once
 from requant.run.context import RunContext
 from requant.run.stage_keys import LAYOUT
@@ -33,8 +34,9 @@ def probe(context: RunContext) -> ProbeResult:
         model = load_reference(
             scores, context.variant_sources, rows, batch=context.batch, stream=context.recipe.evaluate.stream
         )
+        batch = 1 if isinstance(model, StreamedModel) else context.batch  # streamed, it has run its rows already
         with decoded_once(model, scores.device):  # for few rows, with the adapter and without
-            probes = adapter_probe.measure(model, rows, scores.device)
+            probes = adapter_probe.measure(model, rows, scores.device, batch)
         said, warnings = adapter_probe.verdict(probes)
         result = {
             "probes": cast(list[adapter_probe.ProbeFacts], [asdict(p) for p in probes]),
