@@ -1,15 +1,21 @@
-"""Bench of the start of `requant run`, with and without stored token documents.
+"""Bench of the start of `requant run`, and of the CPU seconds of its parts.
 
     python bench/start.py RECIPE [--times 8] [--repeat 5] [--out FILE]
+    python bench/start.py RECIPE --parts [--code ../before .] [--set KEY=VALUE ...] [--repeat 3] [--out FILE]
 
---times: the recipe's local texts, this many times over. Each measurement is a process of its own: it imports and prepares; cold
-finds no token documents in the run directory, warm those that an earlier start kept. Cold and warm alternate. CPU seconds are the
-process's own, which other load of the machine changes less than the clock.
+The start is measured with and without stored token documents. --times: the recipe's local texts, this many times over. Each
+measurement is a process of its own: it imports and prepares; cold finds no token documents in the run directory, warm those
+that an earlier start kept. Cold and warm alternate. CPU seconds are the process's own, which other load of the machine changes
+less than the clock.
+--parts: CPU seconds of all threads of a whole `requant run`, by what its watcher is told: imports, prepare, each stage; and digests
+of weights and of sections of the report. --code: checkouts, run in turn. "libraries": what importing them alone takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import platform
@@ -23,6 +29,33 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = (
+    "import time, torch, transformers.models.llama.modeling_llama, peft, bitsandbytes; print(time.process_time())"
+)
+RUN = """
+import atexit, sys, time
+from requant.cli import console
+marks = [("import", 0.0)]
+def mark(name):
+    marks.append((name, time.process_time()))
+class Watcher(console.ConsoleWatcher):
+    def stage(self, name, *, done):
+        if name != "prepare":
+            mark(name)
+        super().stage(name, done=done)
+    def doing(self, what):
+        at = {1: "prepare"}.get(len(marks)) or {"digests of the files of base and adapter": "keys"}.get(what)
+        if at or what.startswith("what rounding keeps"):
+            mark(at or "rounding")
+        super().doing(what)
+console.ConsoleWatcher = Watcher
+def told():
+    mark("end")
+    print("PARTS", [(name, end - at) for (name, at), (_, end) in zip(marks, marks[1:])], len(sys.modules))
+atexit.register(told)
+from requant.__main__ import main
+main()
+"""
 PARTS = ("import torch", "import a model class", "import requant", "prepare")
 MEASURED = """
 import json, sys, time
@@ -56,7 +89,12 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--code", type=Path, nargs="+", default=[ROOT], help="checkouts of requant")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of requant run")
     args = parser.parse_args()
+    if args.parts:
+        return whole_runs(args)
     with tempfile.TemporaryDirectory() as folder:
         settings, size = larger_texts(args.recipe, args.times, Path(folder))
         settings += [f"output.dir={folder}/runs"]
@@ -84,6 +122,74 @@ def main() -> None:
     print(json.dumps({key: report[key] for key in ("cpu_seconds_median", "prepare_warm_to_cold")}, indent=1))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def whole_runs(args: argparse.Namespace) -> None:
+    """Run the recipe whole with every checkout in turn; medians of the CPU seconds of each part."""
+    found: dict[str, list[dict[str, float]]] = {code.resolve().name: [] for code in args.code}
+    libraries, made = [], {}
+    for _ in range(args.repeat):
+        libraries.append(float(python(ROOT, LIBRARIES).stdout.splitlines()[-1]))
+        for code in args.code:
+            with tempfile.TemporaryDirectory() as folder:
+                settings = [f"--set={value}" for value in [*args.set, f"output.dir={folder}"]]
+                done = python(code, RUN, "run", str(args.recipe), *settings)
+                if not done.stdout.strip() or done.returncode not in (0, 3, 4):  # 3, 4: its gates
+                    raise SystemExit(f"{code}: requant run ended with {done.returncode}: {done.stderr[-2000:]}")
+                told = done.stdout.splitlines()[-1].removeprefix("PARTS ")
+                parts, modules = ast.literal_eval(f"({told.replace('] ', '], ')})")
+                name = code.resolve().name
+                found[name].append({part: round(seconds, 2) for part, seconds in parts} | {"modules": modules})
+                made.setdefault(name, set()).add(json.dumps(results(next(Path(folder).glob("*/report.json")).parent)))
+                print(name, found[name][-1], flush=True)
+    medians = {
+        name: {p: round(statistics.median(one[p] for one in many), 2) for p in many[0]} for name, many in found.items()
+    }
+    for parts in medians.values():
+        parts["whole"] = round(sum(seconds for part, seconds in parts.items() if part != "modules"), 2)
+    report = {
+        "recipe": args.recipe.name,
+        "settings": args.set,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"CPU, {os.cpu_count()} cores",
+        "versions": versions(),
+        "libraries": round(statistics.median(libraries), 2),
+        "cpu_seconds_median": medians,
+        "measured": found,
+        "results": {name: [json.loads(one) for one in sorted(every)] for name, every in made.items()},
+    }
+    print(json.dumps({key: report[key] for key in ("libraries", "cpu_seconds_median", "results")}, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def results(run: Path) -> dict[str, str]:
+    """Digests of a run's weights and of its report's sections, and what the probe said."""
+
+    def digest(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    found = {str(f.relative_to(run)): digest(f.read_bytes()) for f in sorted(run.glob("[!.]*/*.safetensors"))}
+    report = json.loads((run / "report.json").read_text())
+    found |= {key: digest(json.dumps(timeless(report.get(key))).encode()) for key in ("sets", "answers", "gates")}
+    said = [line for line in (run / "log.txt").read_text().splitlines() if "probe: " in line]
+    return found | {"probe": said[0].partition("probe: ")[2] if said else ""}
+
+
+def timeless(value: Any) -> Any:
+    """A part of a report without its seconds."""
+    if isinstance(value, dict):
+        return {key: timeless(part) for key, part in value.items() if "seconds" not in key}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def python(code: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own that imports the packages of a checkout."""
+    paths = os.pathsep.join(str(code.resolve() / part) for part in ("pipeline", "eval"))
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def larger_texts(recipe: Path, times: int, folder: Path) -> tuple[list[str], int]:

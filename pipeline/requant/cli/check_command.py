@@ -9,6 +9,7 @@ from requant.cli import text_view
 from requant.cli.console import ConsoleWatcher
 from requant.cli.foreign_output import quiet
 from requant.cli.wrapping import say
+from requant.runtime.library_imports import importing, load_model_code
 
 if TYPE_CHECKING:
     from requant.recipe import Recipe
@@ -27,10 +28,12 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     with ConsoleWatcher() as watcher:
         watcher.stage("check", done=False)
         with quiet():
-            from requant.run import bit_budget, disk_space, merge_onto, prepare
-            from requant.run.check import delta_prediction, held_out
-            from requant.run.shared_inputs import SharedInputs
-            from requant.runtime.device import pick_device
+            with importing():
+                load_model_code()
+                from requant.run import bit_budget, disk_space, merge_onto, prepare
+                from requant.run.check import delta_prediction, held_out
+                from requant.run.shared_inputs import SharedInputs
+                from requant.runtime.device import pick_device
 
             inputs = SharedInputs.of_run(where)
             prepared = prepare.prepare(recipe, watcher.doing, inputs)

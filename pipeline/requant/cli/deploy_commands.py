@@ -14,6 +14,7 @@ from requant.cli import run_paths
 from requant.cli.outputs import require_output, write_output
 from requant.cli.wrapping import say
 from requant.errors import InputError, RecipeError
+from requant.runtime.library_imports import importing, load_model_code
 from requant_eval import regular_files
 
 if TYPE_CHECKING:
@@ -82,10 +83,12 @@ def _verified(checkpoint: Path, *, device: str, load_in: list[Engine], **options
     with ConsoleWatcher() as watcher:
         watcher.stage("verify", done=False)
         with quiet():
-            import torch
+            with importing():
+                load_model_code()
+                import torch
 
-            from requant import deploy
-            from requant.deploy.verification import save_verification
+                from requant import deploy
+                from requant.deploy.verification import save_verification
 
             where = torch.device(device)
             done = deploy.verify(checkpoint, device=where, load_in=load_in, doing=watcher.doing, **options)

@@ -20,6 +20,7 @@ from typing import IO, TextIO
 
 from requant.errors import RequantError
 from requant.outgoing import masked, masked_stream, shared
+from requant.runtime.library_imports import importing
 from requant_eval import whole_files
 from requant_eval.escaping import visible
 
@@ -59,7 +60,8 @@ def quiet(log: Path | None = None) -> Iterator[None]:
 
 
 def _silence_loggers() -> None:
-    from transformers.utils import logging as transformers_logging
+    with importing():
+        from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -31,6 +31,7 @@ from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError, bounded
 from requant.outgoing import masked_stream
 from requant.runtime import signals
+from requant.runtime.library_imports import importing, load_model_code
 
 
 class Commands(TyperGroup):
@@ -284,9 +285,10 @@ app.command(epilog=exit_codes.epilog(exit_codes.WORK, {1: "the checkpoint is wro
 def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None, *, suggest: bool = False) -> None:
     outputs.require_output(junit)
     loaded = run_paths.load_recipe(path, overrides)
-    from requant.cli.console import ConsoleWatcher
-    from requant.cli.foreign_output import quiet
-    from requant.runtime import launch
+    with importing():
+        from requant.cli.console import ConsoleWatcher
+        from requant.cli.foreign_output import quiet
+        from requant.runtime import launch
 
     hint = launch.idle_gpus_hint(loaded.device, path)
     if hint:
@@ -295,7 +297,9 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         with ConsoleWatcher() as watcher:
             watcher.stage("prepare", done=False)
             with quiet(Path(loaded.output.dir) / loaded.name / "log.txt"):
-                from requant.run import run as run_recipe
+                with importing():
+                    load_model_code()
+                    from requant.run import run as run_recipe
 
                 ranks = launch.current_ranks()
                 outcome = run_recipe(loaded, until=until, watcher=watcher, suggest=suggest, ranks=ranks)

@@ -17,6 +17,7 @@ from requant.cli.outputs import message
 from requant.cli.wrapping import say
 from requant.errors import RequantError, bounded
 from requant.runtime import signals
+from requant.runtime.library_imports import importing, load_model_code
 
 if TYPE_CHECKING:
     from requant.run.sweep import Sweep, SweepResult
@@ -45,7 +46,9 @@ def sweep(
         with ConsoleWatcher() as watcher:
             watcher.stage("prepare", done=False)
             with quiet():
-                from requant.run.sweep import Sweep
+                with importing():
+                    load_model_code()
+                    from requant.run.sweep import Sweep
 
                 prepared = Sweep(chosen, watcher, launch.current_ranks())
         results = [_run(prepared, number) for number in range(len(chosen))]

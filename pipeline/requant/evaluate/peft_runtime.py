@@ -25,6 +25,7 @@ from requant.checkpoint.reader import read_tensor
 from requant.errors import StageError, library_call
 from requant.merge.adapter_completeness import untargeted, untrained
 from requant.merge.plan import MergePlan
+from requant.runtime.library_imports import load_training_libraries
 
 
 def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> Any:
@@ -35,6 +36,7 @@ def attach(model: Any, plan: MergePlan | Path, *, structure: bool = False) -> An
 
     Raises StageError when PEFT leaves a tensor out.
     """
+    load_training_libraries()
     with without_gptqmodel():
         return _attached(model, plan, structure=structure)
 

@@ -23,6 +23,7 @@ from requant.modeling.model_classes import pretrained
 from requant.numerics import nf4
 from requant.numerics.dtypes import DTYPES
 from requant.runtime.device import free_bytes
+from requant.runtime.library_imports import load_training_libraries
 
 KEPT, KEPT_ON = 0.5, ("cuda",)  # of free memory, for decoded weights beside those in 4 bits; types of devices
 
@@ -45,6 +46,7 @@ def loaded(sources: VariantSources, device: torch.device, dtype: torch.dtype) ->
     """
     from transformers import BitsAndBytesConfig
 
+    load_training_libraries()
     packed = sources.simulate is None and not sources.sixteen_bit
     base = open_base_checkpoint(sources.base)
     encoded = base if isinstance(base, DecodedCheckpoint) else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +17,18 @@ from requant.quantize.background_writer import JOURNAL
 from requant.run.context import RunContext
 from requant.run.probe import probe
 from requant.run.stage_results import QuantizeStageResult
+from requant.runtime.library_imports import training_libraries_ahead
 from requant.runtime.ranks import SINGLE_PROCESS
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def load_ahead(context: RunContext) -> Iterator[None]:
+    """Import what the probe needs, and compile GPU kernels, in threads during the stages before quantize."""
+    finished = context.directory.result("quantize", context.keys.quantize) is not None
+    with nullcontext() if finished else training_libraries_ahead(), compile_ahead(context):
+        yield
 
 
 def compile_ahead(context: RunContext) -> AbstractContextManager[None]:

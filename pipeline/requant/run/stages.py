@@ -20,7 +20,7 @@ from requant.run.evaluate_stage import evaluate_needs, is_evaluated, run_evaluat
 from requant.run.heal_stage import run_heal
 from requant.run.merge_stage import run_merge
 from requant.run.prepared import Prepared
-from requant.run.quantize_stage import before_quantize, compile_ahead, run_quantize
+from requant.run.quantize_stage import before_quantize, load_ahead, run_quantize
 from requant.run.report_stage import is_reported, load_report, report_key, run_report
 from requant.run.road_recipe import scored_roads
 from requant.run.roads_stage import are_scored, gptqmodel_key, roads_key, roads_need, run_gptqmodel, run_roads
@@ -91,7 +91,7 @@ STAGES: tuple[Stage, ...] = (
         function=run_quantize,
         needs=lambda _: ("merge",),
         artifact="gptq",
-        ahead=compile_ahead,
+        ahead=load_ahead,
         before=before_quantize,
     ),
     Stage(

@@ -8,6 +8,7 @@
     cuda_graph        work on fixed shapes as one launch
     pinned_memory     page-locked host memory that is used again, and copies through it
     interpreter       thread switch interval and garbage collector while a GPU works
+    library_imports   large libraries without the parts of others that no run uses
     measurements      seconds, peak memory and hardware of a stage
 
 May import: errors.

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
+from requant.runtime import library_imports
+
 SWITCH = 2e-4  # seconds that a thread keeps the interpreter while another wants it
+_inside = 0  # of how many blocks with a GPU's settings
 
 
 @contextmanager
@@ -24,12 +27,16 @@ def gpu_interpreter_settings(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    interval, frozen_before = sys.getswitchinterval(), gc.get_freeze_count()
+    global _inside
+    interval = sys.getswitchinterval()
+    frozen_before = _inside or (gc.get_freeze_count() and not library_imports.froze())
+    _inside += 1
     try:
         sys.setswitchinterval(SWITCH)
         gc.freeze()
         yield
     finally:
+        _inside -= 1
         sys.setswitchinterval(interval)
         if not frozen_before:  # Python cannot unfreeze some objects and leave others
             gc.unfreeze()
