@@ -2,7 +2,8 @@
 
 Where they are installed, transformers imports scipy for losses of object detection, and torchao for checkpoints that
 requant refuses; bitsandbytes has torch compile four functions, which imports torch's compiler. That is a third of the
-time of all imports, and Python's search for garbage among what they define another tenth.
+time of all imports, and Python's search for garbage among what they define another tenth. transformers also lists its
+classes twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def load_model_code() -> None:
     """
     if MODEL_CODE in sys.modules:
         return
-    with hidden(*UNUSED):
+    with hidden(*UNUSED), _listed_once():
         import transformers.modeling_utils  # noqa: F401
 
 
@@ -101,6 +103,29 @@ def _forget(packages: list[str]) -> None:
         for name in packages:
             if (answer := getattr(answers, f"is_{name}_available", None)) is not None:
                 answer.cache_clear()
+
+
+@contextmanager
+def _listed_once() -> Iterator[None]:
+    """Context in which transformers' package of models takes the list of all classes that transformers itself has made.
+
+    It reads the files of all models for it. Its cache knows the list by the folder, and is asked by the folder's `__init__.py`.
+    """
+    from transformers.utils import import_utils
+
+    original = getattr(import_utils, "create_import_structure_from_path", None)
+
+    def of_folder(path: str | Path) -> Any:
+        return original(Path(path).parent if Path(path).is_file() else Path(path))  # type: ignore[misc]
+
+    if original is None:
+        yield
+        return
+    import_utils.create_import_structure_from_path = of_folder
+    try:
+        yield
+    finally:
+        import_utils.create_import_structure_from_path = original
 
 
 @contextmanager
