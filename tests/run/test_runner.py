@@ -19,7 +19,8 @@ from requant.checkpoint import atomic_write
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.run_directory import RunDirectory, key_of, sealed
 from requant.errors import InputError, RequantError, StageError
-from requant.run import observer, prepare, report_stage, runner
+from requant.evaluate import variants
+from requant.run import observer, prepare, probe, report_stage, runner
 from requant.run.context import RunContext
 
 WEIGHTS = "*.safetensors"
@@ -146,6 +147,29 @@ def test_every_rendering_shows_the_same_perplexity_and_no_local_path(finished: P
         assert shown in text
         assert str(project) not in text
     assert str(project) not in (finished / "report.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_small_model_of_the_probe_is_scored_too(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is loaded once, where it may stay; the numbers are those of a model loaded again."""
+    loaded: list[str] = []
+
+    def load(name: str, *arguments: Any, **options: Any) -> Any:
+        loaded.append(name)
+        return load_variant(name, *arguments, **options)
+
+    load_variant = variants.load
+    monkeypatch.setattr(variants, "load", load)
+    changes = {"evaluate.variants": ["base", "adapter", "merged"]}
+    found, loads = [], list[int]()
+    for share in (probe.KEPT, 0.0):
+        monkeypatch.setattr(probe, "KEPT", share)
+        found.append(run(project, tmp_path / str(share), changes).report)
+        loads.append(loaded.count("adapter") - sum(loads))
+    assert loads == [1, 2]
+    assert [s["documents"] for s in found[0]["sets"]] == [s["documents"] for s in found[1]["sets"]]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from requant.evaluate import stage as evaluation
 from requant.evaluate.scores import REFERENCE, Questions, Scores
 from requant.evaluate.stage import EvaluationResult, Progress, Stream
 from requant.evaluate.variant_sources import VariantSources
+from requant.evaluate.variants import Load
 from requant.runtime.ranks import Ranks
 from requant_eval.regular_files import read_bytes
 
@@ -36,14 +37,15 @@ def evaluate(
     batch: BatchSize | int,
     stream: Stream = "auto",
     progress: Progress | None = None,
+    load: Load | None = None,
 ) -> EvaluationResult:
-    """`evaluate.evaluate` on all ranks, called by the first one.
+    """`evaluate.evaluate` on all ranks, called by the first one. load: as there, of a single rank.
 
     Each rank needs as much memory as a single process. Finished shares of a killed run are reused with the same number
     of ranks.
     """
     if ranks.count == 1:
-        return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress)
+        return evaluation.evaluate(scores, sources, batch=batch, stream=stream, progress=progress, load=load)
     todo = scores.missing()
     for other in scores.cache.glob("ranks-*"):
         if other != _shares_directory(scores.cache, ranks.count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -30,7 +30,8 @@ class RunContext:
     """Inputs and state of one run, handed to every stage.
 
     ranks: the other processes of this run. variant_sources: where each variant is made from. batch: how much
-    evaluation runs at a time. outcome: filled in by the stages. probe: set before quantizing.
+    evaluation runs at a time. outcome: filled in by the stages. probe: set before quantizing. reference: the adapter's
+    model, from the probe until evaluate, where it takes next to no memory.
     """
 
     prepared: Prepared
@@ -44,6 +45,7 @@ class RunContext:
     scores: Scores
     outcome: Outcome
     probe: ProbeResult | None = None
+    reference: Any = None
 
     @classmethod
     def of(

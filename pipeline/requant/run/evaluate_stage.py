@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from requant.evaluate import over_ranks
+from typing import Any
+
+import torch
+
+from requant.evaluate import over_ranks, variants
+from requant.evaluate.scores import REFERENCE
 from requant.evaluate.stage import EvaluationResult
+from requant.evaluate.variant_sources import VariantSources
+from requant.evaluate.variants import Load
 from requant.run.context import RunContext
 
 OF_MERGED = {"merged", "rtn", "original"}  # variants whose weights come from the merged checkpoint
@@ -31,4 +38,17 @@ def run_evaluate(context: RunContext, key: str) -> EvaluationResult:
         batch=context.batch,
         stream=context.recipe.evaluate.stream,
         progress=context.watcher.progress,
+        load=_load(context),
     )
+
+
+def _load(context: RunContext) -> Load:
+    """How models are loaded: the reference's is the probe's, where that was kept."""
+    kept, context.reference = [context.reference] if context.reference is not None else [], None
+
+    def load(name: str, sources: VariantSources, *, device: torch.device, dtype: torch.dtype) -> Any:
+        if name == REFERENCE and kept:
+            return kept.pop()
+        return variants.load(name, sources, device=device, dtype=dtype)
+
+    return load

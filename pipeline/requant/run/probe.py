@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 from requant.checkpoint.run_directory import key_of
 from requant.data.packing import digest
@@ -16,6 +16,9 @@ from requant.evaluate.trained_base import decoded_once
 from requant.run.context import RunContext
 from requant.run.stage_keys import LAYOUT
 from requant.run.stage_results import ProbeResult
+from requant.runtime.device import free_bytes
+
+KEPT = 0.01  # of the device's free memory, for the probe's model while quantize runs
 
 
 def probe(context: RunContext) -> ProbeResult:
@@ -37,6 +40,7 @@ def probe(context: RunContext) -> ProbeResult:
         batch = 1 if isinstance(model, StreamedModel) else context.batch  # streamed, it has run its rows already
         with decoded_once(model, scores.device):  # for few rows, with the adapter and without
             probes = adapter_probe.measure(model, rows, scores.device, batch)
+        context.reference = model if _may_stay(model, context) else None
         said, warnings = adapter_probe.verdict(probes)
         result = {
             "probes": cast(list[adapter_probe.ProbeFacts], [asdict(p) for p in probes]),
@@ -47,3 +51,11 @@ def probe(context: RunContext) -> ProbeResult:
         result = {"probes": [], "said": f"the adapter's loss was not measured: {error}", "warnings": []}
     context.directory.remember("probe", key, dict(result))
     return result
+
+
+def _may_stay(model: Any, context: RunContext) -> bool:
+    """Whether the model stays in memory while quantize runs, so that evaluate need not load it again."""
+    if isinstance(model, StreamedModel) or context.ranks.count > 1:
+        return False
+    nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return bool(nbytes <= KEPT * free_bytes(context.device))

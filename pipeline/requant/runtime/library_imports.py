@@ -109,7 +109,8 @@ def _forget(packages: list[str]) -> None:
 def _listed_once() -> Iterator[None]:
     """Context in which transformers' package of models takes the list of all classes that transformers itself has made.
 
-    It reads the files of all models for it. Its cache knows the list by the folder, and is asked by the folder's `__init__.py`.
+    It reads the files of all models for it. Its cache knows the list by the folder, and is asked by the folder's
+    `__init__.py`.
     """
     from transformers.utils import import_utils
 
