@@ -13,6 +13,7 @@ from helpers import families, pico, tiny
 from helpers.e2e import recipe
 from helpers.families import FAMILIES, Family
 
+from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import Slot
 from requant.deploy import engine_support, engine_targets, plan_traits
 from requant.errors import InputError
@@ -327,6 +328,22 @@ def test_latent_attention_in_sglang() -> None:
     assert [p for p in judged("sglang", every).problems if "as AWQ stores it" in p]
     assert not [p for p in judged("sglang", apart).problems if "AWQ" in p]
     assert not [p for p in judged("vllm", every).problems if "AWQ" in p]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["gptq", "compressed-tensors", "auto-round"])
+def test_what_transformers_would_cut_while_it_loads(tmp_path: Path, layout: str) -> None:
+    """Molmo 2: q, k and v are one matrix in the file and in vLLM; transformers cuts rows, which packed ones have not."""
+    base = pico.save(tiny.model("molmo2"), tmp_path)
+    model: Any = skeleton.open_model(base)
+    slots = {n: Slot(n, torch.bfloat16, i.shape) for n, i in Checkpoint(base).items()}
+    made = plan(slots, model, Settings(grid=Grid(4, 32), format=layout), torch.bfloat16, where=base)
+    got = {
+        name: engine_support.judge(made, model, engine_targets.TARGETS[name], layout)
+        for name in ("vllm", "transformers")
+    }
+    assert any("cuts model.transformer.blocks.0." in problem for problem in got["transformers"].problems)
+    assert got["vllm"].loads
 
 
 def test_the_class_is_the_one_that_config_json_names() -> None:

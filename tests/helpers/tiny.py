@@ -137,7 +137,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"use_cache": False, "num_hidden_layers": 3},
     "step3p7": {"text_config.sliding_window": 16},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
-    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "molmo2": {
+        "adapter_config.vision_feature_layer": [1, 0],
+        "text_config.additional_vocab_size": VOCABULARY,  # transformers cuts what it saves into equal parts
+    },
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "emu3": {
         "vocabulary_map": {"<image>": 4}, "vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1],

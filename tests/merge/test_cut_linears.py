@@ -74,7 +74,7 @@ def test_adapters_on_a_linear_that_the_file_holds_in_parts(tmp_path: Path, optio
     """MiniMax M3 multiplies by gate and up at once, its file holds them apart."""
     made, base = saved("minimax_m3_vl", tmp_path)
     model = variants.fill(skeleton.open_model(base), Checkpoint(base), CPU, torch.float32)
-    joins = joined_parts.joined_linears(model)
+    joins = joined_parts.joined(model)
     assert joins
     for name in joins:
         theirs, ours = made.get_submodule(name), model.get_submodule(name)
@@ -128,7 +128,7 @@ def test_training_rounded_what_the_class_holds_as_one(tmp_path: Path, kind: str)
     for parameter, name in skeleton.tensor_names(model, held.weights).items():
         if held.weights[name].four_bit:
             skeleton.place(model, {parameter: held.read(name)})
-    names = [*cut_linears.cuts(model), *joined_parts.joined_linears(model)]
+    names = [*cut_linears.cuts(model), *joined_parts.joined(model)]
     assert names
     for name in names:
         whole = live.get_submodule(name).weight.detach().to(torch.bfloat16)

@@ -54,7 +54,7 @@ def test_what_engines_were_read_to_do() -> None:
     assert {
         "o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "output_linear", "w2",
     } == families.BY_INPUTS  # fmt: skip
-    assert {"qkv_proj", "query_key_value", "c_attn", "Wqkv"} == families.FUSED_HEADS
+    assert {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "q_proj_joined"} == families.FUSED_HEADS
     assert {"k_proj", "v_proj"} == families.KEY_HEADS
     assert {"gate", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa"} == families.UNCUT
 

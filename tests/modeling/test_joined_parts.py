@@ -12,14 +12,21 @@ from helpers.sweep import ids
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.modeling import skeleton
-from requant.modeling.joined_parts import JoinedConvolution
+from requant.modeling.joined_parts import EmbeddingTables, JoinedConvolution, JoinedEmbedding, joined
+from requant.modeling.token_ends import EndBits, TokenEnds
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize(
     ("kind", "joined"),
-    [("olmo_hybrid", True), ("kimi_linear", True), ("bailing_hybrid", True), ("deepseek_v4", False)],
+    [
+        ("olmo_hybrid", True),
+        ("kimi_linear", True),
+        ("bailing_hybrid", True),
+        ("deepseek_v4", False),
+        ("molmo2", False),  # an embedding in two tables
+    ],
 )
 def test_a_skeleton_filled_from_the_file_is_transformers_model(tmp_path: Path, kind: str, joined: bool) -> None:
     """DeepSeek V4: patterns with backslashes for experts, and one for `norm` that the last norm's name fits too."""
@@ -40,6 +47,37 @@ def test_parts_may_have_other_widths() -> None:
     model = skeleton.build(tiny.config("olmo_hybrid", linear_value_head_dim=32))
     convolution = next(m for m in model.modules() if isinstance(m, JoinedConvolution))
     assert [tuple(part.weight.shape) for part in convolution.parts] == [(64, 1, 4), (64, 1, 4), (128, 1, 4)]
+
+
+def test_an_embedding_has_the_tables_of_the_file() -> None:
+    """Molmo 2: the vocabulary's table, and that of the added tokens; on the hub of other sizes than each other."""
+    model = skeleton.build(tiny.config("molmo2", **{"text_config.additional_vocab_size": 48}))
+    inner = model.get_input_embeddings()
+    assert type(inner) is JoinedEmbedding
+    assert not list(inner.parameters())
+    assert joined(model) == {
+        "model.language_model.embed_tokens": {
+            "model.language_model.wte.embedding": range(256),
+            "model.language_model.wte.new_embedding": range(256, 304),
+        }
+    }
+
+
+def test_an_embedding_in_tables_looks_rows_up_as_the_classs_does() -> None:
+    whole = torch.nn.Embedding(10, 4, padding_idx=2)
+    tables = EmbeddingTables(dict(zip(("a", "b"), whole.weight.detach().split([7, 3]), strict=True)))
+    ids = torch.tensor([[0, 6, 7, 9, 2]])
+    made = JoinedEmbedding(whole, tables)
+    assert torch.equal(made(ids), whole(ids))
+    assert (made.num_embeddings, made.embedding_dim, made.padding_idx) == (10, 4, 2)
+
+
+def test_embeddings_in_tables_are_not_quantized() -> None:
+    ends = TokenEnds.of(skeleton.build(tiny.config("molmo2")))
+    assert ends.tables == 2
+    assert ends.grids(EndBits(head=8), 32).keys() == {"lm_head"}
+    with pytest.raises(InputError, match=r"hold its token embeddings in 2 tables.*leave quantize.embeddings out"):
+        ends.grids(EndBits(embeddings=8), 32)
 
 
 def test_other_conversions_are_refused_by_name(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SAMPLE = (
     "kimi_linear",  # a convolution in parts
     "kimi_k25",  # q, k and v of the tower in one matrix, with rows in another order
     "minimax_m3_vl",  # gate and up in one Linear of the class, apart in the file
+    "molmo2",  # its text's q, k and v in one matrix, gate and up too; an embedding in two tables
     "mllama",  # a block that is skipped on text
     "qwen4_exp",  # delta nets, attention by an index, experts; connections between them that stay in 16 bit
     "granite4_vision",  # a tower whose features go into several layers

@@ -19,7 +19,7 @@ Trait = Literal[
     "conv1d", "linear-like", "experts", "renamed", "fused gate_up", "overrides", "asymmetric overrides",
     "skipped in some blocks", "unlike fused parts", "unlike experts", "blocks elsewhere", "experts in 16 bit",
     "experts in 16 bit of other sizes", "latent attention", "kv_b_proj", "towers", "not in GGUF",
-    "quantized embeddings", "quantized head",
+    "quantized embeddings", "quantized head", "cut while loading",
 ]  # fmt: skip
 GROUPS = (-1, 32, 64, 128)
 
@@ -84,6 +84,7 @@ class Target:
     classes: Registry | None = None
 
 
+_CUT = "it cuts {} into modules of its own while it loads, and cannot cut packed weights"
 _PARTS = "{} differ in their settings, and it fuses them"
 _CONVERT = "; in compressed-tensors it does not (output.formats)"
 _ALIKE: Mapping[Trait, str] = {"unlike fused parts": _PARTS, "unlike experts": _PARTS}
@@ -221,6 +222,7 @@ TARGETS: Mapping[Name, Target] = {
                         "overrides": "it ignores settings of single modules ({})",
                         "skipped in some blocks": "{} stays in 16 bit in some blocks only",
                         "blocks elsewhere": "it does not look for blocks in {}",
+                        "cut while loading": _CUT,
                     },
                 ),
                 "compressed-tensors": Loader(
@@ -231,6 +233,7 @@ TARGETS: Mapping[Name, Target] = {
                         "linear-like": "it passes over {}, so that their weights would be random",
                         "asymmetric overrides": "with zero points ({}) it takes the first settings for every module",
                         "quantized embeddings": "it stops at {}, of which it looks for a 16-bit weight",
+                        "cut while loading": _CUT,
                     },
                 ),
                 "auto-round": Loader(
@@ -240,6 +243,7 @@ TARGETS: Mapping[Name, Target] = {
                         "conv1d": "that it reads Conv1D layers ({}) was not proven",
                         "linear-like": "it passes over {}, so that their weights would be random",
                         "experts": "that it splits experts ({}) as we do was not proven",
+                        "cut while loading": _CUT,
                     },
                 ),
             },

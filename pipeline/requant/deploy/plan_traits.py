@@ -12,6 +12,7 @@ from requant.deploy.engine_targets import Trait
 from requant.deploy.gguf_families import family_of
 from requant.errors import InputError
 from requant.modeling import linears
+from requant.modeling.cut_linears import JOINED
 from requant.modeling.families import BY_INPUTS, EXPERT, expert_groups, fused_groups
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Plan
@@ -53,6 +54,7 @@ def traits(plan: Plan, model: nn.Module) -> dict[Trait, str]:
         "towers": list(plan.towers),
         "not in GGUF": _not_in_gguf(model),
         "quantized embeddings": [n for n in plan.ends if n not in plan.outside],
+        "cut while loading": [plan.renamed.get(n, n) for n in modules if n.endswith(JOINED)],
         "quantized head": [n for n in plan.ends if n in plan.outside],
     }
     return {trait: examples[0] for trait, examples in found.items() if examples}

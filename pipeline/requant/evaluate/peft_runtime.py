@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from requant.checkpoint.reader import read_tensor
 from requant.errors import StageError, library_call
 from requant.merge.adapter_completeness import untargeted, untrained
 from requant.merge.plan import MergePlan
+from requant.modeling.joined_parts import JoinedEmbedding
 from requant.runtime.library_imports import load_training_libraries
 
 
@@ -82,6 +83,7 @@ def _attached(model: Any, plan: MergePlan | Path, *, structure: bool) -> Any:
     if plan.vocab_size is not None and not structure:
         model.resize_token_embeddings(plan.vocab_size, mean_resizing=False)
     wrapped: Any = None
+    tables = [f"{PREFIX}{n}." for n, m in model.named_modules() if isinstance(m, JoinedEmbedding)]
     names = ["default", *(f"adapter{i}" for i in range(1, len(plan.adapters)))]
     for name, one in zip(names, plan.adapters, strict=True):
         with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +96,7 @@ def _attached(model: Any, plan: MergePlan | Path, *, structure: bool) -> Any:
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, path, **options)
                 result = wrapped.load_adapter(path, **options)
-        missing = [*result.missing_keys, *result.unexpected_keys]
+        missing = [key for key in (*result.missing_keys, *result.unexpected_keys) if not _of(key, tables)]
         if missing:
             raise StageError(
                 f"{one.path}: PEFT {peft.__version__} does not load {len(missing)} tensors, e.g. {missing[0]}: the "
@@ -103,6 +105,11 @@ def _attached(model: Any, plan: MergePlan | Path, *, structure: bool) -> Any:
     if len(names) > 1 or plan.adapter.weight != 1:
         _activate(wrapped, names, plan)
     return wrapped
+
+
+def _of(key: str, tables: Iterable[str]) -> bool:
+    """Whether a key is the whole weight of an embedding in tables: the walk reads these from the adapter's file."""
+    return any(key in (f"{table}weight", f"{table}base_layer.weight") for table in tables)
 
 
 def export(adapter: Adapter, plan: MergePlan, folder: Path, *, only_held: bool = False) -> Path:

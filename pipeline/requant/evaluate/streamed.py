@@ -261,7 +261,7 @@ def walk_of(
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     stored_as = {id(p): names[n] for n, p in model.named_parameters(remove_duplicate=False) if n in names}
     resized = {stored_as[id(m.weight)]: rows for m in ends if rows is not None}
-    source = variant_weights.Decoded(base, device, resized)
+    source = variant_weights.Decoded(base, device, resized, variant_weights.replaced_tables(model, names, plan))
     if name == "base":
         return Walk(source, model, device=device, dtype=dtype)
     tuned, own_names = _tuned(model, stored_as, sources, device)

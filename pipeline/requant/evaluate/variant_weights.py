@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from requant.checkpoint.device_loader import load_onto
-from requant.checkpoint.reader import Checkpoint, Weights
+from requant.checkpoint.reader import Checkpoint, TensorInfo, Weights, read_tensor
 from requant.formats.registry import open_quantized
 from requant.merge.base_weights import BaseWeights, Nf4Settings
 from requant.merge.plan import MergePlan
@@ -28,11 +29,17 @@ class Decoded:
     """The decoded base, as training used it.
 
     rows: stored name -> number of rows. A tensor with fewer is padded with zero rows: the adapter has a larger
-    vocabulary.
+    vocabulary. tables: of an embedding in parts, whose values are the adapter's.
     """
 
-    def __init__(self, base: BaseWeights, device: torch.device, rows: Mapping[str, int]) -> None:
-        self.base, self.device, self.rows = base, device, rows
+    def __init__(
+        self,
+        base: BaseWeights,
+        device: torch.device,
+        rows: Mapping[str, int],
+        tables: Mapping[str, TensorInfo] = MappingProxyType({}),
+    ) -> None:
+        self.base, self.device, self.rows, self.tables = base, device, rows, tables
         self.path = base.checkpoint.path
 
     def __iter__(self) -> Iterator[str]:
@@ -42,6 +49,8 @@ class Decoded:
         return name in self.base.weights
 
     def read(self, name: str) -> Tensor:
+        if name in self.tables:
+            return read_tensor(self.tables[name]).to(self.device)
         value = self.base.read(name, self.device, as_trained=True)
         missing = self.rows.get(name, 0) - len(value) if value.ndim else 0
         return value if missing <= 0 else torch.cat((value, value.new_zeros(missing, *value.shape[1:])))
@@ -154,11 +163,20 @@ def open_base(checkpoint: Checkpoint, model: nn.Module, simulate: Nf4Settings | 
     )
 
 
+def replaced_tables(model: nn.Module, names: Mapping[str, str], plan: MergePlan | None) -> dict[str, TensorInfo]:
+    """Stored name -> the adapter's values, of the tables of an embedding that it replaces; the module has none.
+
+    names: parameter of the skeleton `model` -> stored name.
+    """
+    tables = {names[part] for parts in joined_parts.joined(model).values() for part in parts}
+    return {op.name: op.replacement for op in plan.ops if op.replacement and op.name in tables} if plan else {}
+
+
 def _held_as_one(model: nn.Module, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Stored name -> the stored names of all parts of the class's weight that it is a part of."""
     found: dict[str, tuple[str, ...]] = {}
-    for parts in joined_parts.joined_linears(model).values():
-        stored = tuple(names[f"{part}.weight"] for part in parts if f"{part}.weight" in names)
+    for parts in joined_parts.joined(model).values():
+        stored = tuple(names[part] for part in parts if part in names)
         found |= dict.fromkeys(stored, stored)
     return found
 

@@ -23,7 +23,7 @@ class ModelLayout:
     tied: parameters (input, output embedding) that share one tensor. embedding: parameter of the input embedding.
     shared: other parameters that are one with an earlier layer's -> that one; the file holds each once.
     cuts: module of the class -> its rows of the one Linear that the file holds for several.
-    joins: module of the class -> the parts in which the file holds it, and their rows of it.
+    joins: module of the class -> the parameters that the file holds for it, and their rows of it.
     fused: stacked expert parameter -> where it is stored. current_name: an older release's tensor name -> today's.
     converted: what transformers does with a stored tensor of this name besides renaming it, None: nothing.
     unplaced: what the checkpoint holds besides the parameters of `model_class`.
@@ -59,7 +59,7 @@ class ModelLayout:
                 n: first for n, first in (getattr(model, "all_tied_weights_keys", None) or {}).items() if n not in names
             },
             cuts=cut_linears.cuts(model),
-            joins=joined_parts.joined_linears(model),
+            joins=joined_parts.joined(model),
             fused=fused,
             current_name=lambda name: conversions.renamed(model, name),
             converted=lambda name: conversions.converted(model, name),
@@ -70,6 +70,12 @@ class ModelLayout:
     def tensor(self, parameter: str) -> str:
         """The checkpoint's name of a parameter."""
         return self.names.get(parameter, parameter)
+
+    @property
+    def embedding_tensors(self) -> tuple[str, ...]:
+        """The checkpoint's names of the input embedding: one tensor, or its tables."""
+        parts = self.joins.get(self.embedding.removesuffix(".weight"), (self.embedding,))
+        return tuple(map(self.tensor, parts))
 
     def modules(self, stored: Iterable[str]) -> Iterator[str]:
         """Modules of the class, and those of `stored` tensors that are no parameter of it, each under one name."""

@@ -152,15 +152,16 @@ def plan(base: BaseWeights, adapters: Adapter | Sequence[Adapter], layout: Model
             + refusals.recorded_bases(every)
         )
     ops = tuple(_op(every, changes, weight, name, conv1d=name in conv1d) for name, weight in sources.items())
-    embedding = layout.tensor(layout.embedding)
-    rows = next((op.shape[0] for op in ops if op.name == embedding), None)
+    tables = set(layout.embedding_tensors)
+    rows = sum(op.shape[0] for op in ops if op.name in tables) or None
+    rows_before = sum(source.shape[0] for name, source in sources.items() if name in tables)
     return MergePlan(
         base=base,
         adapters=every,
         ops=_with_roles(ops, base, layout),
         untied=untied,
         embedding_rows=rows,
-        vocab_size=rows if rows is not None and rows != sources[embedding].shape[0] else None,
+        vocab_size=rows if rows != rows_before else None,
         renamed_modules=changes.renamed_modules,
         unplaced=layout.unplaced,
         warnings=refusals.warnings(every),
@@ -182,16 +183,29 @@ def _with_roles(ops: Sequence[Op], base: BaseWeights, layout: ModelLayout) -> tu
 
 
 def _stored_folds(module: str, fold: Fold, layout: ModelLayout) -> Iterator[tuple[str, Fold]]:
-    """(module as the file holds it, its fold) of one module of the class: itself, rows of another, or in parts."""
+    """(parameter as the file holds it, its fold) of one module of the class: itself, rows of another, or in parts."""
     if (cut := layout.cuts.get(module)) is not None:
-        yield cut.joined, SomeRows(module=fold.module, fold=fold, rows=cut.rows, total=cut.total)
+        yield f"{cut.joined}.weight", SomeRows(module=fold.module, fold=fold, rows=cut.rows, total=cut.total)
         return
     parts = layout.joins.get(module)
     total = sum(map(len, parts.values())) if parts else 0
     for part, rows in parts.items() if parts else ():
         yield part, PartOfModule(module=fold.module, fold=fold, rows=rows, total=total)
     if not parts:
-        yield module, fold
+        yield f"{module}.weight", fold
+
+
+def _stored_replacements(
+    adapter: Adapter, module: str, leaf: str, info: TensorInfo, layout: ModelLayout
+) -> Iterator[tuple[str, TensorInfo]]:
+    """(parameter as the file holds it, its new values) of one replaced parameter: itself, or its parts."""
+    parts = layout.joins.get(module) if leaf == "weight" else None
+    if not parts:
+        yield f"{module}.{leaf}", info
+        return
+    refusals.resized_in_parts(adapter, module, info, layout)
+    for part, rows in parts.items():
+        yield part, info.rows(rows.start, rows.stop)
 
 
 def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: Mapping[str, BaseWeight]) -> None:
@@ -209,17 +223,18 @@ def _collect(changes: Changes, adapter: Adapter, layout: ModelLayout, sources: M
         return found
 
     for module, fold in adapter.folds.items():
-        for name, own in _stored_folds(in_base(module), fold, layout):
-            changes.folds.setdefault(layout.tensor(f"{name}.weight"), []).append(own)
-            bias = layout.tensor(f"{name}.bias")
+        for parameter, own in _stored_folds(in_base(module), fold, layout):
+            changes.folds.setdefault(layout.tensor(parameter), []).append(own)
+            bias = layout.tensor(f"{parameter.rpartition('.')[0]}.bias")
             if own.bias == "needed" or (own.bias == "if any" and bias in sources):
                 changes.bias_folds.setdefault(bias, []).append(own)
     for spelled, info in adapter.replaced.items():
         module, _, leaf = spelled.rpartition(".")
-        name = layout.tensor(f"{in_base(module)}.{leaf}")
-        if name in changes.replaced:
-            raise InputError(f"{adapter.path}: {name} is replaced twice: which tensor counts?")
-        changes.replaced[name] = info
+        for parameter, values in _stored_replacements(adapter, in_base(module), leaf, info, layout):
+            name = layout.tensor(parameter)
+            if name in changes.replaced:
+                raise InputError(f"{adapter.path}: {name} is replaced twice: which tensor counts?")
+            changes.replaced[name] = values
     for name, stacked in expert_layouts.assign(adapter, layout.fused, in_base):
         changes.folds.setdefault(name, []).append(stacked)
 

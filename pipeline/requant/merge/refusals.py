@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from requant.adapters import expert_order
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.trained_tokens import TrainedTokens
+from requant.checkpoint.reader import TensorInfo
 from requant.errors import InputError
 from requant.merge.base_weights import BaseWeights
 from requant.merge.model_layout import ModelLayout
@@ -52,6 +53,18 @@ def changes_outside_the_model(adapters: Sequence[Adapter], changed: Iterable[str
             f"{paths(adapters)}: changes {len(lost)} tensors of the base that {layout.model_class} with its "
             f"config.json does not train, e.g. {lost[0]}: training had another model: take the config.json "
             "that training used"
+        )
+
+
+def resized_in_parts(adapter: Adapter, module: str, info: TensorInfo, layout: ModelLayout) -> None:
+    """Raise InputError for other rows than the base's in a module that its file holds in parts."""
+    parts = layout.joins[module]
+    rows = sum(map(len, parts.values()))
+    if info.shape[0] != rows:
+        held = ", ".join(f"{layout.tensor(part)} {len(own)}" for part, own in parts.items())
+        raise InputError(
+            f"{adapter.path}: {module} has {info.shape[0]} rows, the base's {rows}, which its file holds as {held}: "
+            "to which of these the new ones belong is not said: train without new tokens"
         )
 
 

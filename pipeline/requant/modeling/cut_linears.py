@@ -105,7 +105,7 @@ def renamed(name: str, rules: Iterable[Any]) -> str:
 def expose(model: nn.Module, rules: Iterable[Any], stored: Iterable[str]) -> None:
     """Join the Linears of a model on the meta device that its checkpoint holds in one, in place.
 
-    stored: names of the checkpoint, other renamings done.
+    stored: names of the weights in the checkpoint, other renamings done.
     """
     names = list(stored)
     prefix = getattr(model, "base_model_prefix", "") + "."

@@ -197,6 +197,11 @@ FAMILIES = (
         by_inputs=frozenset({"dense", "dense_4h_to_h"}),
         fused_heads=frozenset({"query_key_value"}),
     ),
+    Family(  # one matrix in the file, several modules in transformers' class: named after the first of them
+        model_types=("molmo2",),
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        fused_heads=frozenset({"q_proj_joined"}),
+    ),
     Family(model_types=("mpt",), by_inputs=frozenset({"out_proj", "down_proj"}), fused_heads=frozenset({"Wqkv"})),
 )
 

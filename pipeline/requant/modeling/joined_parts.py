@@ -1,7 +1,7 @@
-"""Convolutions and Linears that a checkpoint holds in parts, each a parameter here.
+"""Convolutions, Linears and embeddings that a checkpoint holds in parts, each a parameter.
 
 Gated delta nets convolve queries, keys and values apart in their files, and together in transformers' classes. Some
-classes multiply by gate and up at once.
+classes multiply by gate and up at once. Molmo 2 holds the embeddings of its added tokens in a table of their own.
 """
 
 from __future__ import annotations
@@ -59,19 +59,53 @@ class JoinedLinear(nn.Linear):
         return torch.cat([part(input) for part in self.parts], dim=-1)
 
 
-def joined_linears(model: nn.Module) -> dict[str, dict[str, range]]:
-    """Linear of the class -> its parts and their rows of it."""
-    names = {id(module): name for name, module in model.named_modules()}
+class EmbeddingTables(nn.Module):
+    """The tables [tokens, width] of an embedding, each under its name in the checkpoint."""
+
+    def __init__(self, tables: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for leaf, table in tables.items():
+            self.register_parameter(leaf, nn.Parameter(table, requires_grad=False))
+
+
+class JoinedEmbedding(nn.Embedding):
+    """An embedding of the class whose rows are those of its tables, one after the other; it has no parameters."""
+
+    def __init__(self, whole: nn.Embedding, tables: EmbeddingTables) -> None:
+        nn.Module.__init__(self)
+        self.tables = (tables,)  # in a tuple: no module inside of this one
+        for setting in (*nn.Embedding.__constants__, "freeze"):
+            if hasattr(whole, setting):
+                setattr(self, setting, getattr(whole, setting))
+
+    def __deepcopy__(self, _: dict[int, Any]) -> JoinedEmbedding:
+        """The same tables: PEFT copies an embedding that it trains whole, whose values are in them then."""
+        return JoinedEmbedding(self, *self.tables)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return torch.cat(tuple(self.tables[0].parameters()))
+
+
+def joined(model: nn.Module) -> dict[str, dict[str, range]]:
+    """Linear or embedding of the class -> the parameters that it is made of, and their rows of it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, dict[str, range]] = {}
     for name, module in model.named_modules():
         first = 0
-        for part in module.parts if isinstance(module, JoinedLinear) else ():
-            found.setdefault(name, {})[names[id(part)]] = range(first, first := first + part.out_features)
+        for part in _parts(module):
+            found.setdefault(name, {})[names[id(part)]] = range(first, first := first + part.shape[0])
     return found
 
 
+def _parts(module: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(module, JoinedEmbedding):
+        return tuple(module.tables[0].parameters())
+    return tuple(part.weight for part in module.parts) if isinstance(module, JoinedLinear) else ()
+
+
 def expose(model: nn.Module, rules: Iterable[Any]) -> None:
-    """Cut the convolutions and Linears of a model on the meta device that its checkpoints hold in parts, in place.
+    """Cut what a model on the meta device has as one and its checkpoints hold in parts, in place.
 
     rules: transformers' conversions for the model.
     """
@@ -85,6 +119,20 @@ def expose(model: nn.Module, rules: Iterable[Any]) -> None:
                 _cut(model, module, name, parts)
             elif type(module) is nn.Linear and f".{name}".endswith(f".{target}"):
                 _cut_linear(model, module, name, parts)
+            elif type(module) is nn.Embedding and f".{name}".endswith(f".{target}"):
+                _cut_embedding(model, module, name, parts)
+
+
+def _cut_embedding(model: Any, whole: nn.Embedding, name: str, names: list[str]) -> None:
+    """Replace an embedding by two tables of these names: the config's vocabulary, and the tokens behind it."""
+    rows = model.config.get_text_config().vocab_size
+    owners = {path.rpartition(".")[0] for path in names}
+    tied = (getattr(model, "all_tied_weights_keys", None) or {}).values()
+    if len(names) != 2 or len(owners) != 1 or not 0 < rows < whole.num_embeddings or f"{name}.weight" in tied:
+        return
+    tables = (whole.weight[:rows], whole.weight[rows:])
+    made = EmbeddingTables({path.rpartition(".")[2]: t for path, t in zip(names, tables, strict=True)})
+    _place(model, {owners.pop(): made, name: JoinedEmbedding(whole, made)})
 
 
 def _cut_linear(model: nn.Module, whole: nn.Linear, name: str, names: list[str]) -> None:

@@ -101,7 +101,8 @@ def build(
     joined_parts.expose(model, every)
     stored_parameters.expose(model, every)
     if cuts := cut_linears.rules(every):
-        cut_linears.expose(model, cuts, [conversions.of(model).current(name) for name in sorted(stored())])
+        held = set(stored()) | {f"{name.rpartition('.')[0]}.weight" for name in stored()}  # of quantized ones too
+        cut_linears.expose(model, cuts, [conversions.of(model).current(name) for name in sorted(held)])
     model.eval()
     return model  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from requant.errors import InputError
 from requant.modeling import skeleton
+from requant.modeling.joined_parts import joined
 from requant.numerics.grid import Grid
 
 SEARCHED = 4  # bits up to which scales are searched: at 8 that takes 2 to 7 % off an error of 1 % (bench/ends.py)
@@ -29,11 +30,12 @@ class EndBits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenEnds:
-    """The modules' names. tied: both are one matrix, that of the embeddings."""
+    """The modules' names. tied: both are one matrix, that of the embeddings. tables: in how many files hold these."""
 
     embeddings: str
     head: str | None
     tied: bool
+    tables: int = 1
 
     @classmethod
     def of(cls, model: nn.Module) -> TokenEnds:
@@ -41,7 +43,9 @@ class TokenEnds:
         names = {id(module): name for name, module in model.named_modules()}
         ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
         head = None if ends[1] is None else names[id(ends[1])]
-        return cls(embeddings=names[id(ends[0])], head=head, tied=skeleton.tied_pair(model) is not None)
+        inner = names[id(ends[0])]
+        tables = len(joined(model).get(inner, (inner,)))
+        return cls(embeddings=inner, head=head, tied=skeleton.tied_pair(model) is not None, tables=tables)
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -51,6 +55,11 @@ class TokenEnds:
     def grids(self, asked: EndBits, group_size: int) -> dict[str, Grid]:
         """Module -> its grid, of what is asked for. Raises InputError where it cannot be meant."""
         bits = {self.embeddings: asked.embeddings}
+        if asked.embeddings is not None and self.tables > 1:
+            raise InputError(
+                f"files of this model hold its token embeddings in {self.tables} tables, which no server reads "
+                "quantized: leave quantize.embeddings out"
+            )
         if self.tied:
             if None not in (asked.embeddings, asked.head) and asked.embeddings != asked.head:
                 raise InputError(
