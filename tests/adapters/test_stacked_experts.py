@@ -110,7 +110,7 @@ def test_check_plans_to_quantize_them_one_by_one(project: Path, tmp_path: Path, 
         "quantize.experts": "quantize",
     }  # fmt: skip
     prepared = prepare.prepare(recipe(project, tmp_path / "runs", changes))
-    assert not [w for w in prepared.warnings if "fused expert weights stay in 16 bit" in w]
+    assert not [w for w in prepared.warnings if "stacked expert weights stay in 16 bit" in w]
     single = {n for n in prepared.quantize.plan.grids if ".experts." in n}
     assert len(single) == 2 * KINDS[kind][0]["num_local_experts"] * 3, "two layers: gate, up and down of each expert"
 

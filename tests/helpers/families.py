@@ -8,6 +8,8 @@ What the code must know of a family beyond its structure is in `requant.modeling
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,15 +96,16 @@ Experts that the checkpoint holds in one tensor (gpt-oss, Qwen3.5 MoE, Qwen3-VL 
 adapters on them too, and quantized one by one: each on the tokens routed to it, under the names that vLLM 0.32's loader
 reads (`...mlp.experts.0.gate_proj.qweight`; below what was loaded). Where no server reads them so but one reads them in
 16 bit, they stay in 16 bit (`quantize.experts`; gpt-oss, which vLLM then reads in compressed-tensors). Those of DBRX and
-JetMoE and Inkling's shared ones, whose classes are of their own, stay in 16 bit: `requant check` warns, and a rule tells
-engines. So do experts
+JetMoE and Inkling's shared ones, whose classes are of their own, stay in 16 bit, since nobody reads them quantized:
+`requant check` says who reads what (`UNSPLIT` in `pipeline/requant/deploy/engine_classes.py`). So do experts
 that only images reach (ERNIE 4.5 VL: text and images have experts of their own, in one list in the file), since text says
 nothing about their inputs. Experts without weights (LongCat Flash) return their input, as in its class.
 
 In 16 bit at every size, since engines build them so: routers, indexers, gates of one output a head (`in_proj_b`,
-`in_proj_a`, `shared_expert_gate`). And matrices whose sizes are no multiple of 32, like the input projection of some
-Mamba layers. What engines hold as one matrix is quantized alike or left together: q, k and v; gate and up;
-`in_proj_qkv` and `in_proj_z`; `q_a_proj` and `kv_a_proj_with_mqa`; LFM2's `w1` and `w3` (`tests/quantize/test_stage.py`).
+`in_proj_a`, `shared_expert_gate`), Qwen 4's connections between layers. And matrices whose sizes are no multiple of 32,
+like the input projection of some Mamba layers. What engines hold as one matrix is quantized alike or left together: q, k
+and v; gate and up; `in_proj_qkv` and `in_proj_z`; `q_a_proj` and `kv_a_proj_with_mqa`; LFM2's `w1` and `w3`; in Qwen 4 the
+index beside q, k and v (`tests/quantize/test_stage.py`, `tests/modeling/test_family_entries.py`).
 
 Of a model with towers for images or sound the text decoder is quantized, on text alone; towers and projectors are
 merged, adapters on them too (convolutions as well), and stay in 16 bit, which a rule in the config says by their names.
@@ -141,33 +144,67 @@ decoder (how near its logits come to the merged model's is in the results). What
 
 {lines}
 
-*Refused* says why, before the work or in it; *not tried*: no tiny model of it could be built by settings' names alone, or its
-forward wants more than text.
+*Refused*: before any work, but for those whose reason is what the calibration text reaches.
 """
+
+
+MOST_TUNED = (  # by notebooks, examples and merge fixes of the trainers, 2026
+    "qwen3_5", "qwen3", "llama", "gemma4", "gemma3", "qwen3_5_moe", "gpt_oss", "qwen3_vl", "qwen3_vl_moe", "qwen2", "mistral",
+    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_moe", "phi3", "gemma4_unified", "lfm2", "lfm2_moe", "lfm2_vl", "nemotron_h",
+    "granitemoehybrid", "muse_glimmer", "glm4_moe", "glm4_moe_lite", "falcon_h1", "mllama", "gemma3n", "ernie4_5_moe",
+    "ernie4_5_vl_moe", "gemma2", "cohere2", "smollm3", "olmo3", "llama4",
+)  # fmt: skip
+# What a row's error says, in words. A row has the first whose pattern is found in it.
+REASONS = (
+    (r"it is an encoder", "encoders, which read in both directions; as decoders (`is_decoder: true`) they are quantized: BERT "
+     "and CamemBERT are (`tests/modeling/test_sweep.py`)"),
+    (r"every block attends to", "decoders whose blocks all attend to an encoder's output, which text alone has not"),
+    (r"has no class that generates text", "no next token: a classifier of images, a robot's actions, a canvas at once"),
+    (r"changes \d+ weights that layers share", "layers that share a block: an adapter gave each a change of its own, which no "
+     "file holds: train with these modules left out"),
+    (r"called \d+ of its \d+ blocks", "blocks that run several times in a forward"),
+    (r"never called on the calibration text", "parts that only proteins reach: `quantize.overrides` has to leave them in 16 bit"),
+    (r"moe\.gate_proj\.weight", "gate and up of all experts in two stacks, which transformers joins while it loads"),
+    (r"experts\.w13_weight", "gate and up of experts row by row in turns, which transformers sorts while it loads"),
+    (r"pixel_values|flattened_patches|image_encoder_embeddings|Bbox", "wants an image with every text"),
+    (r"exactly one of input_ids or inputs_embeds", "an encoder and a decoder"),
+    (r"not tiny|'dropout'|NoneType|validat|layer types producing|must match the size|axial_pos|Input language", "no tiny config"),
+)  # fmt: skip
+
+
+def reason(outcome: Outcome) -> str:
+    """Why a model type is refused or was not tried, in words."""
+    return next(words for pattern, words in REASONS if re.search(pattern, outcome.error))
+
+
+def _grouped(outcomes: Iterable[Outcome]) -> str:
+    """Model types by reason, in the order of the reasons."""
+    found: dict[str, list[str]] = {words: [] for _, words in REASONS}
+    for outcome in outcomes:
+        found[reason(outcome)].append(f"`{outcome.kind}`")
+    return "".join(f"\n- {words}: {', '.join(kinds)}" for words, kinds in found.items() if kinds)
 
 
 def _sweep() -> str:
     """The table of the sweep over all model types, from its results."""
     rows = json.loads(RESULTS.read_text())
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Outcome]] = {}
     for row in rows:
-        outcome = Outcome(**row)
-        found.setdefault(outcome.verdict, []).append(_shown(outcome))
+        found.setdefault(Outcome(**row).verdict, []).append(Outcome(**row))
     lines = [
-        f"**{verdict.capitalize()}** ({len(found[verdict])}): {', '.join(found[verdict])}."
-        for verdict in ("exact", "experts in 16 bit", "differs", "refused", "not tried")
+        f"**{verdict.capitalize()}** ({len(found[verdict])}): {', '.join(map(_shown, found[verdict]))}."
+        for verdict in ("exact", "experts in 16 bit", "differs")
         if verdict in found
+    ]
+    lines += [
+        f"**{v.capitalize()}** ({len(found[v])}):\n{_grouped(found[v])}" for v in ("refused", "not tried") if v in found
     ]
     return _SWEEP.format(version="5.23", count=len(rows), file=RESULTS.name, lines="\n\n".join(lines))
 
 
 def _shown(outcome: Outcome) -> str:
-    """A model type, with the linears that stay in 16 bit, or the reason."""
-    if outcome.verdict == "differs":
-        return f"`{outcome.kind}` (a weight by {outcome.merged:.1g})"
-    if outcome.verdict == "refused":
-        return f"`{outcome.kind}` ({outcome.error.split(' @')[0][:90]})"
-    return f"`{outcome.kind}`"
+    """A model type, with the difference where there is one."""
+    return f"`{outcome.kind}`" + (f" (a weight by {outcome.merged:.1g})" if outcome.verdict == "differs" else "")
 
 
 def document() -> str:

@@ -20,11 +20,13 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from helpers import oracle, pico, tiny
 from requant.evaluate import variants
 from requant.merge.base_weights import Nf4Settings
+from requant.modeling.model_classes import model_class
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Settings
 from requant.quantize.stage import quantize
@@ -73,11 +75,15 @@ class Outcome:
         )
 
 
-def sweep(kind: str, folder: Path) -> Outcome:
-    """The outcome of a model type; nothing that a library raises gets out."""
+def sweep(kind: str, folder: Path, **changes: Any) -> Outcome:
+    """The outcome of a model type; nothing that a library raises gets out. changes: of its tiny config."""
     outcome, stage = Outcome(kind=kind), "build"
     try:
-        made = tiny.model(kind)
+        config = AutoConfig.for_model(kind)
+        config.architectures, stage = [tiny.kinds()[kind]], "open"
+        model_class(config)
+        stage = "build"
+        made = tiny.model(kind, **changes)
         outcome.made = type(made).__name__
         pico.logits(made, ids())
         stage = "save"

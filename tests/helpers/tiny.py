@@ -69,8 +69,8 @@ _GEMMA4 = {
     "per_layer_config": {2: {"head_dim": 32}}, "hidden_size_per_layer_input": 32,
 }  # fmt: skip
 _QWEN4 = {
-    "layer_types": ["linear_attention", "indexed_attention"], "num_hidden_layers": 2, "indexer_n_heads": 2,
-    "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "layer_types": ["linear_attention", "indexed_attention"], "num_hidden_layers": 2, "indexer_n_heads": 1,
+    "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 8, "indexer_compress_ratio": 2,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "hc_lowrank": 32,
     "ngram_vocab_size_base": VOCABULARY, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8,
 }  # fmt: skip
@@ -194,6 +194,7 @@ def kinds() -> dict[str, str]:
     """Model type -> class of every causal LM and every text-writing multimodal model, by transformers' own lists."""
     found = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     found |= dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    found["shieldgemma2"] = "ShieldGemma2ForImageClassification"  # the class that its files name: a classifier
     return {k: v if isinstance(v, str) else v[0] for k, v in sorted(found.items())}
 
 

@@ -249,10 +249,10 @@ def test_an_embedding_that_fails_leaves_no_block_behind(tmp_path: Path, monkeypa
     read_ahead(walk, monkeypatch)
     read = walk._read
 
-    def failing(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    def failing(module: nn.Module, prefix: str, *, recurse: bool = True) -> dict[str, Tensor]:
         if "embed" in prefix:
             raise torch.OutOfMemoryError("no room")
-        return read(module, prefix)
+        return read(module, prefix, recurse=recurse)
 
     monkeypatch.setattr(walk, "_read", failing)
     with pytest.raises(torch.OutOfMemoryError):

@@ -48,7 +48,7 @@ def test_what_engines_were_read_to_do() -> None:
     """vLLM 0.32 and SGLang: the names in their models, each once."""
     assert list(families.FUSED) == [
         "qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa", "in_proj_qkvz", "in_proj_ba",
-        "linear_attn.in_proj_qkvg", "w13",
+        "self_attn.qkv_proj", "ple.kv_proj", "linear_attn.in_proj_qkvg", "w13",
     ], "rules are written in this order"  # fmt: skip
     assert {"FalconLinear"} == families.LINEAR_CLASSES
     assert {
@@ -80,6 +80,30 @@ def test_what_stays_takes_along_what_engines_fuse_it_with(
 ) -> None:
     found = families.in_16_bit([f"layers.0.a.{n}" for n in names], [f"layers.0.a.{n}" for n in odd])
     assert found == {f"layers.0.a.{n}" for n in stays}
+
+
+def test_qwen_4_as_engines_build_it() -> None:
+    """vLLM 0.33 and SGLang 0.5.23: connections in 16 bit; in vLLM the index is one matrix with q, k and v.
+
+    gptqmodel 7.7 leaves the index in 16 bit, so that vLLM finds some but not all parts of that matrix quantized.
+    """
+    a = "layers.1."
+    attention = [f"{a}self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "indexer.index_qk_proj", "o_proj")]
+    mixing = [
+        f"{a}{place}_hyper_connection.{n}"
+        for place in ("attn", "mlp")
+        for n in ("input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
+    ]
+    ngrams = [f"{a}ple.key_proj", f"{a}ple.value_proj"]
+    every = [*attention, *mixing, *ngrams]
+    assert families.in_16_bit(every, []) == set(mixing)
+    assert families.in_16_bit(every, attention[3:4]) == {*mixing, *attention[:4]}
+    groups = dict(families.fused_groups(every))
+    assert groups[f"{a}self_attn.qkv_proj"] == tuple(attention[:4])
+    assert groups[f"{a}ple.kv_proj"] == tuple(ngrams)
+    patterns = families.fused_patterns(every)
+    assert {n for n in every if fnmatchcase(n, patterns[attention[0]])} == set(attention[:4])
+    assert {n for n in every if fnmatchcase(n, patterns[ngrams[0]])} == set(ngrams)
 
 
 def test_blocks_without_v_or_k_are_one_matrix_in_engines_too() -> None:

@@ -33,6 +33,32 @@ def test_the_class_that_the_config_names_comes_first() -> None:
     assert model_class(config).__name__.startswith("Mllama")
 
 
-def test_a_model_type_without_text_is_refused_by_its_name() -> None:
-    with pytest.raises(InputError, match="model_type 'vit' has no class that generates text"):
-        skeleton.build(pico.transformers.AutoConfig.for_model("vit"))
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("vit", None),
+        ("pi0", "PI0ForConditionalGeneration"),  # a robot's actions; transformers lists it among those that write
+        ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion"),  # a whole canvas at once
+        ("shieldgemma2", "ShieldGemma2ForImageClassification"),
+    ],
+)
+def test_a_model_type_without_text_is_refused_by_its_name(kind: str, named: str | None) -> None:
+    config = pico.transformers.AutoConfig.for_model(kind)
+    config.architectures = named and [named]
+    with pytest.raises(InputError, match=f"model_type '{kind}' has no class that generates text"):
+        skeleton.build(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "expected"),
+    [
+        ("internlm3", "InternLM3ForCausalLM", "LlamaForCausalLM"),  # as the hub's file names it, of remote code
+        ("iquestcoder", "IQuestCoderForCausalLM", "LlamaForCausalLM"),
+        ("glmga", None, "Glm46VForConditionalGeneration"),
+        ("pp_chart2table", None, "GotOcr2ForConditionalGeneration"),
+    ],
+)
+def test_a_config_of_its_own_for_another_types_class(kind: str, named: str | None, expected: str) -> None:
+    config = pico.transformers.AutoConfig.for_model(kind)
+    config.architectures = named and [named]
+    assert model_class(config).__name__ == expected

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from helpers.sweep import Outcome, sweep
+import transformers
+from helpers import families
+from helpers.sweep import RESULTS, Outcome, sweep
+
+from requant.deploy.engine_classes import SGLANG, VLLM
 
 FP32 = 1e-5
 SAMPLE = (
@@ -48,6 +53,43 @@ def test_a_tower_of_timm_is_carried(tmp_path: Path, kind: str) -> None:
     outcome = sweep(kind, tmp_path)
     assert (outcome.verdict, outcome.error) == ("exact", "")
     assert 0 <= outcome.states < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bert", "camembert"])
+def test_an_encoders_class_that_decodes_is_quantized(tmp_path: Path, kind: str) -> None:
+    """CamemBERT's head comes before its embedding, so that the matrix of both is named after the head."""
+    outcome = sweep(kind, tmp_path, is_decoder=True)
+    assert (outcome.verdict, outcome.error) == ("exact", "")
+    assert 0 <= outcome.states < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["camembert", "xlm-roberta", "bert"])
+def test_encoders_are_refused_as_what_they_are(tmp_path: Path, kind: str) -> None:
+    outcome = sweep(kind, tmp_path)
+    assert outcome.verdict == "refused"
+    assert "it is an encoder, which reads in both directions (config.json: is_decoder is not true)" in outcome.error
+
+
+def test_every_type_that_is_not_exact_has_a_reason_in_words() -> None:
+    """None is refused for want of a tiny config, and what was not tried has no reason of a refusal."""
+    outcomes = [Outcome(**row) for row in json.loads(RESULTS.read_text())]
+    said = {
+        verdict: {families.reason(o) for o in outcomes if o.verdict == verdict} for verdict in ("refused", "not tried")
+    }
+    assert all(said.values())
+    assert not said["refused"] & said["not tried"]
+
+
+@pytest.mark.parametrize("kind", families.MOST_TUNED)
+def test_what_people_tune_most_is_exact_and_served(kind: str) -> None:
+    outcome = next(Outcome(**row) for row in json.loads(RESULTS.read_text()) if row["kind"] == kind)
+    assert outcome.verdict == "exact"
+    made = getattr(transformers, outcome.made)
+    serving = [r for r in (VLLM, SGLANG) if r.has(outcome.made, made) != "none" and outcome.made not in r.refuses]
+    assert serving
 
 
 def test_an_outcome_is_told_in_a_line() -> None:

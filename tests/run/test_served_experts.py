@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import pico, tiny
+from helpers.sweep import RESULTS
 from run.test_encoded_bases import project, recipe
 from torch import nn
 from transformers import PretrainedConfig
 
+from requant.checkpoint.reader import Checkpoint
+from requant.checkpoint.writer import Slot
 from requant.deploy import engine_support
+from requant.deploy.engine_classes import UNSPLIT
+from requant.deploy.engine_targets import TARGETS
+from requant.modeling import linears, skeleton
 from requant.modeling.families import EXPERT
+from requant.numerics.grid import Grid
+from requant.quantize.plan import Settings, plan
 from requant.run import prepare, served_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,9 +100,58 @@ def test_a_run_without_quantized_experts_is_another_run(bases: dict[str, Path], 
 
 
 def test_a_class_that_no_server_has_is_no_reason() -> None:
-    from requant.deploy.engine_targets import TARGETS
-
     class Unheard(nn.Module):
         config = PretrainedConfig()
 
     assert engine_support.why_no_experts(Unheard(), TARGETS.values()) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "says"),
+    [
+        (
+            "dbrx",
+            6,
+            "6 stacked expert weights stay in 16 bit, e.g. transformer.blocks.0.ffn.experts.mlp.w1: SGLang 0.5.23 re",
+        ),
+        ("jetmoe", 8, "mlp.input_linear.weight: vLLM 0.33.0 runs them by transformers' code"),
+        (
+            "inkling_text",
+            6,
+            "mlp.shared_experts.gate_proj: vLLM 0.33.0 builds them in 16 bit, and gptqmodel 7.7 leaves",
+        ),
+    ],
+)
+def test_experts_in_forms_that_nobody_reads_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, count: int, says: str
+) -> None:
+    """The reason is the servers', by the class that holds them; a class without one is told so."""
+    model = skeleton.build(tiny.config(kind), split=True)
+    (sentence,) = served_experts.left_fused(model)
+    assert sentence.startswith(f"{count} stacked expert weights stay in 16 bit, e.g. ")
+    assert says in sentence
+    monkeypatch.setattr(served_experts, "UNSPLIT", {})
+    (sentence,) = served_experts.left_fused(model)
+    assert sentence.endswith("so that no server is known to read them quantized")
+
+
+def test_every_type_of_the_sweep_with_experts_in_16_bit_has_a_reason() -> None:
+    kinds = [row["kind"] for row in json.loads(RESULTS.read_text()) if row["fused"]]
+    assert kinds
+    for kind in kinds:
+        model = skeleton.build(tiny.config(kind), split=True)
+        owners = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in linears.left_fused(model)}
+        assert owners
+        assert owners <= UNSPLIT.keys()
+
+
+@pytest.mark.parametrize(("server", "loads"), [("vllm", False), ("sglang", True)])
+def test_experts_that_a_server_always_builds_in_16_bit(tmp_path: Path, server: Any, loads: bool) -> None:
+    """DBRX: SGLang's layers have no quantized experts, so that the rules do not matter; vLLM's loader stops."""
+    base = pico.save(tiny.model("dbrx", d_model=128), tmp_path)
+    model: Any = skeleton.open_model(base)
+    slots = {n: Slot(n, torch.bfloat16, i.shape) for n, i in Checkpoint(base).items()}
+    made = plan(slots, model, Settings(grid=Grid(4, 32)), torch.bfloat16, where=base)
+    got = engine_support.judge(made, model, TARGETS[server])
+    assert got.loads == loads, got.problems
+    assert "experts in 16 bit" in got.remarks

@@ -20,6 +20,7 @@ class Registry:
     class of transformers, one of which must answer yes for the engine to run a class it does not know. refuses: own
     class -> what goes wrong with any GPTQ checkpoint of it. refuses_experts: the same with quantized experts only.
     refuses_gptq: the same in GPTQ only, not in other formats.
+    experts_in_16_bit: classes whose experts it builds in 16 bit, whatever the config says: it reads those left so.
     embeds: classes that hand the quantization config on to their token embeddings.
     """
 
@@ -31,6 +32,7 @@ class Registry:
     refuses: Mapping[str, str] = field(default_factory=dict)
     refuses_experts: Mapping[str, str] = field(default_factory=dict)
     refuses_gptq: Mapping[str, str] = field(default_factory=dict)
+    experts_in_16_bit: frozenset[str] = frozenset()
     embeds: frozenset[str] = frozenset()
 
     def has(self, architecture: str, model_class: type) -> Has:
@@ -119,6 +121,7 @@ VLLM = Registry(
     """),
     asks=("is_backend_compatible", "_can_set_attn_implementation"),
     refuses={
+        "DbrxForCausalLM": "its loader looks for experts under names that its layers no longer have, in 16 bit too",
         "JambaForCausalLM": "its loader stops at g_idx, which every GPTQ checkpoint has",
         "MambaForCausalLM": "it builds no quantized Mamba mixers",
         "FalconMambaForCausalLM": "it builds no quantized Mamba mixers",
@@ -203,4 +206,18 @@ SGLANG = Registry(
     refuses_experts={
         "GptOssForCausalLM": "it reads the experts of a layer as one tensor only",
     },
+    experts_in_16_bit=_names("DbrxForCausalLM"),
 )
+
+UNSPLIT: Mapping[str, str] = {
+    "DbrxExpertGLU": "SGLang 0.5.23 reads them in 16 bit alone, vLLM 0.33.0 in no form, and gptqmodel 7.7 in a model "
+    "that was converted for code of its own",
+    "JetMoeParallelExperts": "vLLM 0.33.0 runs them by transformers' code, which holds them in 16 bit; SGLang 0.5.23 "
+    "has no such class, gptqmodel 7.7 no definition of it",
+    "InklingSharedExperts": "vLLM 0.33.0 builds them in 16 bit, and gptqmodel 7.7 leaves them so",
+}
+"""Class of transformers that holds experts in a form of its own -> why nobody reads these quantized.
+
+Read 2026-11-30 (vLLM: models/dbrx.py, models/transformers/moe.py, models/inkling; SGLang: models/dbrx.py; gptqmodel:
+models/definitions). What vLLM does with DBRX was seen in 0.32.0, whose file is the same.
+"""

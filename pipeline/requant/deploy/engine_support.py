@@ -69,6 +69,8 @@ def judge(plan: Plan, model: nn.Module, target: Target, name: str | None = None)
     if loader is None:
         return _reads_no_such_format(name, target)
     found = traits(plan, model)
+    if target.classes and _architecture(model) in target.classes.experts_in_16_bit:
+        found.pop("experts in 16 bit", None)
     problems, remarks = _by_class(plan, model, target)
     problems += [text.format(found[t]) for t, text in loader.refuses.items() if t in found]
     matrices = list(_matrices(plan, model, fused=target.fuses))

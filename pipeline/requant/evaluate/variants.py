@@ -133,9 +133,9 @@ def fill(model: Any, stored: Weights, device: torch.device, dtype: torch.dtype) 
     owners: dict[str, list[str]] = {}
     for parameter, name in skeleton.tensor_names(model, stored).items():
         owners.setdefault(name, []).append(parameter)
-    pending = {n for n, _ in model.named_parameters()} - {p for many in owners.values() for p in many}
+    pending = skeleton.unstored(model, {p for many in owners.values() for p in many})
     if pending:
-        raise StageError(f"{stored.path}: {len(pending)} tensors of the model are missing, e.g. {sorted(pending)[0]}")
+        raise StageError(f"{stored.path}: {len(pending)} tensors of the model are missing, e.g. {min(pending)}")
     for name, parameters in owners.items():
         tensor = load_onto(stored, name, device, dtype)
         skeleton.place(model, dict.fromkeys(parameters, tensor))

@@ -23,16 +23,17 @@ def check(base: BaseWeights, model: Any, layout: ModelLayout) -> None:
     """
     weights = base.weights
     stored = skeleton.tensor_names(model, weights)
+    missing = set(skeleton.unstored(model, stored))
     conv1d = {f"{name}.weight" for name in skeleton.conv1d_modules(model)}
     stacks = {n.rpartition(".")[0] for n, stack in layout.fused.items() if stack.parts[0].expert is None}
     problems = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         expected = tuple(parameter.shape)[:: -1 if name in conv1d else 1]
-        if name not in stored and any(name.startswith(f"{module}.") for module in stacks):
+        if name in missing and any(name.startswith(f"{module}.") for module in stacks):
             continue  # of experts that are stored in one tensor
-        if name not in stored:
+        if name in missing:
             problems.append(f"{name} {list(expected)} is missing")
-        elif weights[stored[name]].shape != expected:
+        elif name in stored and weights[stored[name]].shape != expected:
             problems.append(f"{stored[name]} is {list(weights[stored[name]].shape)} instead of {list(expected)}")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

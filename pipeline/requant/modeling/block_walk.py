@@ -73,7 +73,7 @@ class Walk:
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self.explicit = names is not None
         self.names = skeleton.tensor_names(model, checkpoint) if names is None else names
-        lost = [n for n, p in model.named_parameters() if p.is_meta and n not in self.names]
+        lost = [n for n in skeleton.unstored(model, self.names) if model.get_parameter(n).is_meta]
         if lost:
             raise InputError(f"{checkpoint.path}: {len(lost)} of the model's tensors are missing, e.g. {lost[0]}")
         skeleton.buffers_to(model, device, checkpoint)
@@ -126,11 +126,11 @@ class Walk:
                 if parameter is not None and id(parameter) not in self.own:
                     sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """A module's parameters by their names inside it, on the device."""
+    def _read(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> dict[str, Tensor]:
+        """A module's parameters by their names inside it, on the device; recurse: those of modules in it too."""
         return {
             name: self._stored(self._name(prefix + name))
-            for name, parameter in module.named_parameters()
+            for name, parameter in module.named_parameters(recurse=recurse)
             if id(parameter) not in self.own
         }
 
@@ -157,7 +157,7 @@ class Walk:
         outside = [] if self.filled else self._outside()
         try:
             for name, module in outside:
-                skeleton.place(module, self._read(module, name + "."))
+                skeleton.place(module, self._read(module, name + ".", recurse=False))
         except BaseException:
             self._coming.pop(0, None)  # it holds memory, and the error may be a lack of memory
             raise
@@ -199,7 +199,7 @@ class Walk:
     def fill_rest(self) -> None:
         """Give everything outside the blocks its weights, the output embedding too."""
         for name, module in self._outside():
-            skeleton.place(module, self._read(module, name + "."))
+            skeleton.place(module, self._read(module, name + ".", recurse=False))
         if not self.explicit:
             self.model.tie_weights()  # type: ignore[operator]
         self.filled = True
@@ -207,7 +207,7 @@ class Walk:
             if parameter.is_meta and not name.startswith(self.prefix + "."):
                 owner = name.rpartition(".")[0]
                 module = self.model.get_submodule(owner)
-                skeleton.place(module, self._read(module, owner + "."))
+                skeleton.place(module, self._read(module, owner + ".", recurse=False))
 
     def _outside(self) -> list[tuple[str, nn.Module]]:
         """Modules with weights of their own that are neither in a block nor the output embedding."""

@@ -105,6 +105,16 @@ FAMILIES = (
         by_inputs=frozenset({"o_proj", "down_proj", "out_proj"}),
         key_heads=frozenset({"k_proj", "v_proj"}),
     ),
+    Family(  # an index's projection is one matrix with q, k and v; so are key and value of n-grams
+        model_types=("qwen4_exp", "qwen4_exp_text"),
+        fused={
+            "self_attn.qkv_proj": Fused(
+                parts=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.indexer.index_qk_proj"),
+                pattern="self_attn.[qkvi]*_proj",
+            ),
+            "ple.kv_proj": Fused(parts=("ple.key_proj", "ple.value_proj"), pattern="ple.[kv]*_proj"),
+        },
+    ),
     Family(
         model_types=("olmo_hybrid",),
         fused={
@@ -207,7 +217,8 @@ FAMILIES = (
 
 IN_16_BIT = re.compile(
     r"(.*\.)?(in_proj_(a|b|ba)|linear_attn\.a_proj|b_proj|shared_expert_gate|gate\.wg"
-    r"|indexer\.(\w+\.)*(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+|vision_moe\..+)"
+    r"|indexer\.(\w+\.)*(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+|vision_moe\..+"
+    r"|\w*hyper_connection\w*\..+)"
 )
 """Linears that stay in 16 bit: routers, gates of one output a head, what engines build without quantized weights.
 

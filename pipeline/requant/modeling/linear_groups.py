@@ -68,7 +68,7 @@ def find_linear_groups(walk: Walk, index: int, item: BlockInput, linears: Sequen
     if called != set(linears):
         raise StageError(
             f"{walk.prefix}.{index}: {', '.join(sorted(set(linears) - called))} was never called "
-            "on the calibration text"
+            "on the calibration text: leave in 16 bit what text does not reach (quantize.overrides, skip: true)"
         )
     return [LinearGroup(tuple(dict.fromkeys(names))) for names in groups.values()]
 

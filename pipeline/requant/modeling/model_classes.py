@@ -6,7 +6,7 @@ config's `architectures` names the one that wrote the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     classes = list(_registered(config.model_type))
     named = getattr(config, "architectures", None) or ()
     own = [made for made in classes if made.config_class is type(config)]
+    if not own and not _writes_no_text(named):
+        own = classes  # a config of its own for another type's class, as InternLM 3 has for Llama's
     found = next((made for made in classes if made.__name__ in named), None) or next(iter(own), None)
     if found is None:
         raise InputError(
@@ -50,13 +52,27 @@ def pretrained(config: Any, path: Path | None, *, trust_remote_code: bool = Fals
         )
 
 
-def _registered(model_type: str) -> Iterator[Any]:
-    """transformers' classes of a model type that generate text, in the order of preference."""
+def _writes_no_text(named: Iterable[str]) -> bool:
+    """Whether transformers has one of the classes that a config names, and it generates nothing."""
     import transformers
+    from transformers import GenerationMixin
+
+    found = [made for name in named if isinstance(name, str) and (made := getattr(transformers, name, None))]
+    return any(isinstance(made, type) and not issubclass(made, GenerationMixin) for made in found)
+
+
+def _registered(model_type: str) -> Iterator[Any]:
+    """transformers' classes of a model type that generate text, in the order of preference.
+
+    Its lists also hold models of a robot's actions (PI0) and of whole canvases (DiffusionGemma), which do not.
+    """
+    import transformers
+    from transformers import GenerationMixin
     from transformers.models.auto import modeling_auto
 
     for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         names = dict(getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})).get(model_type, ())
         for name in (names,) if isinstance(names, str) else names:
-            if made := getattr(transformers, name, None):
+            made = getattr(transformers, name, None)
+            if made is not None and issubclass(made, GenerationMixin):
                 yield made

@@ -7,7 +7,7 @@ a parameter is called in the checkpoint. Every matrix is a Linear here (`linears
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,12 @@ def tensor_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     They differ by the base model's prefix, or by the renamings that transformers applies when it loads this model.
     """
     return found_names(model, (n for n, _ in model.named_parameters(remove_duplicate=False)), stored)
+
+
+def unstored(model: nn.Module, names: Container[str]) -> list[str]:
+    """Parameters of the model that are under no name of theirs among `names`: tied ones have several."""
+    held = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+    return [name for name, p in model.named_parameters() if id(p) not in held]
 
 
 def found_names(model: nn.Module, names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:

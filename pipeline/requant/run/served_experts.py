@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from requant.deploy import engine_support, engine_targets
+from requant.deploy.engine_classes import UNSPLIT
 from requant.formats.registry import FORMATS
 from requant.modeling import linears
 from requant.modeling.families import EXPERT
@@ -20,6 +21,7 @@ from requant.quantize.plan import Plan, Settings
 from requant.recipe import Recipe
 
 PATTERN = "*.experts.*"
+_UNKNOWN = "how their class stacks them is not known, so that no server is known to read them quantized"
 
 
 def settled(
@@ -29,9 +31,7 @@ def settled(
 
     model: with experts as Linears where they can be split. planned: the layout that settings give.
     """
-    fused = linears.left_fused(model)
-    words = f"{len(fused)} fused expert weights stay in 16 bit, e.g. {{}}: this family's layout is not split"
-    notes = [words.format(fused[0])] if fused else []
+    notes = left_fused(model)
     left = replace(settings, overrides=(*settings.overrides, (PATTERN, None)))
     if recipe.quantize.experts != "auto":
         return (left if recipe.quantize.experts == "skip" else settings), notes
@@ -51,6 +51,17 @@ def settled(
     )
     written = {*recipe.output.formats} & {*read}
     return left, [*notes, said if written else f"{said}; serve it as {read[0]}: add that to output.formats"]
+
+
+def left_fused(model: nn.Module) -> list[str]:
+    """A sentence on experts in forms of their own, one a class that holds some."""
+    held: dict[str, list[str]] = {}
+    for name in linears.left_fused(model):
+        held.setdefault(type(model.get_submodule(name.rpartition(".")[0])).__name__, []).append(name)
+    return [
+        f"{len(names)} stacked expert weights stay in 16 bit, e.g. {names[0]}: {UNSPLIT.get(kind, _UNKNOWN)}"
+        for kind, names in held.items()
+    ]
 
 
 def _is_served(plan: Plan, model: nn.Module, servers: Iterable[engine_targets.Target]) -> bool:
