@@ -16,6 +16,7 @@ from helpers.families import FAMILIES, Family
 from requant.checkpoint.reader import Checkpoint
 from requant.checkpoint.writer import Slot
 from requant.deploy import engine_support, engine_targets, plan_traits
+from requant.deploy.engine_classes import SGLANG, VLLM
 from requant.errors import InputError
 from requant.modeling import skeleton
 from requant.numerics.grid import Grid
@@ -290,6 +291,31 @@ def test_what_an_engine_has_of_a_class() -> None:
         "loads, SmolLM3ForCausalLM by transformers' code, as vLLM 0.33.0 has no such class; "
     )
     assert verdict("transformers", "smollm3", **LLAMA).remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("made", "vllm", "sglang"),
+    [
+        ("Qwen4ExpForConditionalGeneration", "own", "own"),
+        ("Qwen4ExpForCausalLM", "own", "none"),
+        ("Gemma3nForConditionalGeneration", "own", "own"),
+        ("Gemma3nForCausalLM", "own", "own"),
+        ("Granite4VisionForConditionalGeneration", "own", "generic"),
+        ("DeepseekOcr2ForConditionalGeneration", "generic", "generic"),
+        ("HunYuanVLForConditionalGeneration", "generic", "generic"),
+        ("Molmo2ForConditionalGeneration", "own", "generic"),
+    ],
+)
+def test_the_classes_that_became_exact_last(made: str, vllm: str, sglang: str) -> None:
+    """As docs/families.md says of them."""
+    kind = getattr(transformers, made)
+    assert [registry.has(made, kind) for registry in (VLLM, SGLANG)] == [vllm, sglang]
+    assert made not in VLLM.refuses.keys() | SGLANG.refuses.keys()
+
+
+def test_classes_have_the_names_of_remote_code_too() -> None:
+    assert "DeepseekOCR2ForCausalLM" in VLLM.own
+    assert not {n for n in SGLANG.own if "OCR2" in n.upper()}
 
 
 def test_experts_in_16_bit_are_told() -> None:

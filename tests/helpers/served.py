@@ -114,7 +114,14 @@ Read whole by vLLM's own loaders, every parameter filled, where its kernels for 
 with quantized experts; with their towers: `mistral3`, `qwen3_5`.
 
 `requant check` says for each server whether it has the model's class (`pipeline/requant/deploy/engine_classes.py`, read
-2026-11-29). Of the {count} classes above that are exact or have experts in 16 bit:
+{read}). Read again for the types that became exact last: Qwen 4 has classes of its own in vLLM, and with its tower in
+SGLang; both build the connections between layers in 16 bit, and vLLM makes one matrix of q, k, v and the index. Gemma 3n has
+classes of its own in both, altup in 16 bit; Granite 4 Vision in vLLM, and in SGLang transformers' code. DeepSeek OCR 2 is
+known to vLLM by the name of its remote code, `DeepseekOCR2ForCausalLM`; by transformers' name both run transformers' code, as
+they do HunYuan VL. Molmo 2 has a class of its own in vLLM, which reads config.json by the checkpoint's code (`vit_config`,
+with `--trust-remote-code`).
+
+Of the {count} classes above that are exact or have experts in 16 bit:
 
 {registries}
 """
@@ -126,7 +133,8 @@ def section(classes: Iterable[str]) -> str:
     rows = ["| model type | experts |", "|---|---|"]
     rows += [f"| `{s.kind}` | {s.experts or '-'} |" for s in SERVED]
     registries = "\n\n".join(_registry(registry, every) for registry in (VLLM, SGLANG))
-    return _SECTION.format(served="\n".join(rows), count=len(every), registries=registries)
+    (read,) = {r.source[-10:] for r in (VLLM, SGLANG)}  # a date
+    return _SECTION.format(served="\n".join(rows), count=len(every), registries=registries, read=read)
 
 
 def _registry(registry: Registry, classes: list[str]) -> str:

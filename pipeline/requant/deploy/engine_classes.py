@@ -49,7 +49,7 @@ def _names(text: str) -> frozenset[str]:
 
 VLLM = Registry(
     name="vLLM 0.33.0",
-    source="vllm/model_executor/models/registry.py and the model files that it names, read 2026-11-29",
+    source="vllm/model_executor/models/registry.py and the model files that it names, read 2026-11-30",
     own=_names("""
     AfmoeForCausalLM AliceAIForCausalLM Alpamayo2Super ApertusForCausalLM AriaForConditionalGeneration
     AudioFlamingo3ForConditionalGeneration AXK1ForCausalLM BagelForConditionalGeneration BailingMoeForCausalLM
@@ -146,7 +146,7 @@ VLLM = Registry(
 
 SGLANG = Registry(
     name="SGLang 0.5.23",
-    source="sglang/srt/models/*.py (EntryClass), read 2026-11-29",
+    source="sglang/srt/models/*.py (EntryClass), read 2026-11-30",
     own=_names("""
     AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BaichuanForCausalLM BailingMM2NativeForConditionalGeneration
     BailingMMNativeForConditionalGeneration BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2_5ForCausalLM
