@@ -37,6 +37,20 @@ def build(artifact: Artifact, key: str, content: str = "weights") -> Path:
     return artifact.path
 
 
+def test_what_cannot_be_a_run_directory_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("rows")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "file" / "demo", tmp_path / "link" / "deeper" / "demo", tmp_path / "link"):
+        with pytest.raises(InputError, match=r"(file|link) is no directory: choose another output\.dir"):
+            RunDirectory(path).check()
+    RunDirectory(tmp_path / "new" / "deeper" / "demo").check()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=rf"{tmp_path}: cannot be written \(no permission\): choose another output"):
+        RunDirectory(tmp_path / "new" / "demo").check()
+
+
 def test_keys_are_digests_of_values_not_of_order() -> None:
     assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1})
     assert len({key_of(x) for x in ({"a": 1}, {"a": 2}, {"a": "1"}, [1], None)}) == 5

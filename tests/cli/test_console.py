@@ -41,6 +41,17 @@ def test_what_is_left_is_not_guessed_from_the_first_steps() -> None:
     assert many.left(425.0) is None
 
 
+def test_what_is_left_of_other_steps_is_not_guessed_from_those_before() -> None:
+    """400 windows in 40 s, then 10 prompts of a minute each, none of which is done when they are told."""
+    row = StageRow("evaluate", started=0.0)
+    row.told(1, 400, "", 1.0)
+    row.told(400, 400, "", 40.0)
+    row.told(0, 10, "", 40.0)
+    for done in range(1, 4):
+        row.told(done, 10, "", 40.0 + 60 * done)
+    assert row.left(220.0) == 7 * 60.0
+
+
 def test_a_row_counts_with_its_unit_and_says_what_is_left() -> None:
     row = StageRow("quantize", started=100.0)
     row.told(1, 32, "1.5 s a block", 104.0)  # of which 2.5 s were spent once

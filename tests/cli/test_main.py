@@ -219,6 +219,20 @@ def test_check_warns_of_another_base_name(here: Here, project: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_check_refuses_what_run_refuses(here: Here, project: Path, tmp_path: Path) -> None:
+    """An adapter that changes nothing, a directory that cannot be made."""
+    mine = copied(project, tmp_path / "p", "adapter")
+    weights = mine / "adapter" / "adapter_model.safetensors"
+    edit_tensors(weights, lambda t: {n: v * 0 if "lora_B" in n else v for n, v in t.items()})
+    (tmp_path / "taken").write_text("a file")
+    for command in ("check", "run"):
+        assert here(command, str(mine / "recipe.yaml")) == 2
+        assert "every LoRA delta is exactly zero: this adapter was never trained" in here.err
+        assert here(command, str(project / "recipe.yaml"), "--set", f"output.dir={tmp_path / 'taken'}") == 2
+        assert "taken is no directory: choose another output.dir" in here.err
+
+
+@pytest.mark.slow
 def test_set_reaches_the_recipe_and_has_its_checks(here: Here, project: Path) -> None:
     file = str(project / "recipe.yaml")
     assert here("check", file, "--set", "calibration.samples=4", "--set", "calibration.length=32") == 0

@@ -259,6 +259,26 @@ def test_a_label_that_is_none_of_the_choices_is_told(tmp_path: Path, tokenizer: 
 
 @local.needs_library
 @pytest.mark.slow
+def test_some_unlabelled_documents_of_the_librarys_own_tasks_count_as_wrong(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the scores that others publish: SNLI has such."""
+    from requant.evaluate import tasks
+
+    file, judge = written(tmp_path), tasks._require_judgement
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(ROW | {"label": n}) + "\n" for n in (0, -1)))
+    monkeypatch.setattr(tasks, "_require_judgement", lambda *_: None)
+    (part,) = loaded(request(file), tokenizer=tokenizer).items[0].parts
+    judge(request(name="snli"), part, "here")
+    with pytest.raises(InputError, match="here: 1 of 2 documents have a label that is none of their choices"):
+        judge(request(file), part, "here")
+    part._instances = [i for i in part.instances if i.doc_id == 1]
+    with pytest.raises(InputError, match="here: 1 of 1 documents"):
+        judge(request(name="snli"), part, "here")
+
+
+@local.needs_library
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

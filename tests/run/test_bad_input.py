@@ -327,8 +327,9 @@ def test_an_untrained_adapter(project: Path, tmp_path: Path) -> None:
         mine / "adapter" / ADAPTER, lambda t: {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in t.items()}
     )
     error = refusal(mine, tmp_path / "runs")
-    assert error.exit_code == 1
-    assert "never trained" in str(error)
+    assert error.exit_code == 2
+    assert "adapter: every LoRA delta is exactly zero: this adapter was never trained" in str(error)
+    assert not list((tmp_path / "runs").glob("*/merged*")), "nothing is decoded, measured or written before"
 
 
 @pytest.mark.slow

@@ -67,7 +67,12 @@ class RunDirectory:
         self.path, self.beside = path, tuple(beside)
 
     def check(self) -> None:
-        """Raise InputError when the directory exists and is not ours."""
+        """Raise InputError when the directory exists and is not ours, or cannot be made or written."""
+        place = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
+        if not place.is_dir() and not self.path.exists():
+            raise InputError(f"{self.path}: {place} is no directory: choose another output.dir")
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"{place}: cannot be written (no permission): choose another output.dir")
         if self.path.exists() and not (self.path / MARKER).exists():
             if not self.path.is_dir():
                 raise InputError(f"{self.path}: is a file: choose another name or output.dir")

@@ -32,11 +32,15 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
                 load_model_code()
                 from requant.run import bit_budget, disk_space, merge_onto, prepare
                 from requant.run.check import delta_prediction, held_out
+                from requant.run.runner import directory_of, runnable_stages
                 from requant.run.shared_inputs import SharedInputs
+                from requant.runtime import launch
                 from requant.runtime.device import pick_device
 
+            directory_of(recipe).check()
             inputs = SharedInputs.of_run(where)
             prepared = prepare.prepare(recipe, watcher.doing, inputs)
+            runnable_stages(prepared, "report", launch.current_ranks())
             merge_onto.refuse_early(prepared, inputs)
             need, free = disk_space.check_disk(prepared, where)
             device = pick_device(recipe.device)

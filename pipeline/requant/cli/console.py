@@ -43,7 +43,9 @@ class StageRow:
 
     def told(self, done: int, total: int, note: str, now: float) -> None:
         """Take what a stage says of its steps."""
-        if done and (self.first is None or total != self.total):
+        if total != self.total:
+            self.first = None  # other steps, which may begin with none done
+        if done and self.first is None:
             self.first = (now, done)
         self.done, self.total, self.note = done, total, note
 

@@ -23,11 +23,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from requant.adapters.fold import read
 from requant.checkpoint import model_files
 from requant.checkpoint.atomic_write import make_directory
 from requant.checkpoint.device_loader import load_tensor
 from requant.checkpoint.writer import CheckpointWriter
-from requant.errors import StageError
+from requant.errors import InputError, StageError
 from requant.merge import refusals
 from requant.merge.base_weights import CPU, BaseWeight
 from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
@@ -39,6 +40,7 @@ from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
+UNTRAINED = "{}: every LoRA delta is exactly zero: this adapter was never trained"
 
 
 @dataclass(kw_only=True)
@@ -99,6 +101,19 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
         for fold in op.bias_folds:
             value = fold.changed_bias(value.cpu())
     return value, True
+
+
+def refuse_untrained(plan: MergePlan) -> None:
+    """Raise InputError where every change of the adapters is exactly zero.
+
+    No weight of the base is read for an adapter with one module whose tensors all hold something.
+    """
+    changed = [op for op in plan.ops if op.folds]
+    folds = [fold for op in changed for fold in op.folds]
+    if any(a.replaced for a in plan.adapters) or any(all(read(t).any() for t in fold.tensors) for fold in folds):
+        return
+    if changed and not any(compute(plan, op)[1] for op in changed):
+        raise InputError(UNTRAINED.format(refusals.paths(plan.adapters)))
 
 
 def _computed(plan: MergePlan, ops: Sequence[Op], device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:
@@ -164,7 +179,7 @@ def merge(
     result.untrained = [module for part in parts for module in part.untrained]
     result.max_abs = max(part.max_abs for part in parts)
     if len(result.untrained) == sum(len(op.folds) for op in plan.ops) and not any(a.replaced for a in plan.adapters):
-        raise StageError(f"{plan.adapter.path}: every LoRA delta is exactly zero: this adapter was never trained")
+        raise StageError(UNTRAINED.format(refusals.paths(plan.adapters)))
     _write_small_files(plan, out, chosen, stops)
     return result
 
