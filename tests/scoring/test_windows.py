@@ -45,6 +45,20 @@ def test_short_tail_is_dropped_and_counted_but_a_short_document_is_kept() -> Non
     assert got.dropped == 2
 
 
+def test_an_answer_in_a_short_tail_is_scored_with_the_context_before_it() -> None:
+    """A chat one token longer than the window would lose its answer, and the set that row, without a word."""
+    documents = [doc(*range(10, 17), scored="....xxx"), doc(*range(20, 27), scored="x......"), doc(*range(30, 37))]
+    got = make_set("s", documents, window=5, bos_id=None, tail=3)
+    assert cut(got) == [
+        (0, [10, 11, 12, 13, 14], [4]),
+        (0, [12, 13, 14, 15, 16], [3, 4]),
+        (1, [30, 31, 32, 33, 34], [1, 2, 3, 4]),
+    ]
+    assert got.dropped == 4, "of the two whose tails hold no answer"
+    got = make_set("s", [doc(BOS, *range(10, 17), scored="......xx")], window=5, bos_id=BOS, tail=4)
+    assert cut(got) == [(0, [BOS, 13, 14, 15, 16], [3, 4])]
+
+
 def test_full_windows_shorter_than_tail_are_kept() -> None:
     got = make_set("s", [doc(*range(10, 18))], window=4, bos_id=None, tail=64)
     assert len(got.windows) == 2

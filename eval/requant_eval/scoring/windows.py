@@ -3,7 +3,8 @@
 - `documents`: every document is a cluster of consecutive windows without overlap. With a `bos_id`, every
   window starts with it (a BOS that a document already starts with is not doubled). All tokens but the first
   of a window are scored. A tail shorter than `tail` tokens is dropped, but a document's first window is kept
-  whatever its length: short documents count.
+  whatever its length: short documents count. A tail that holds what is scored of a document of which not all is,
+  such as an answer after a long prompt, is scored in a whole window that ends where the document does.
 - `gptq-2048` (GPTQ's `datautils.py`): one joined document, windows of 2048, tail dropped, no BOS of ours,
   every window a cluster. `window` is ignored.
 - `llamacpp-512` (llama.cpp `perplexity`): one joined document, windows of 512, tail dropped, first token of
@@ -189,20 +190,24 @@ def _cut(document: Document, window: int, protocol: Protocol, bos_id: int | None
     if document.scored is not None:
         mask = torch.tensor(document.scored, dtype=torch.bool)
     if protocol == "documents":
-        return _cut_document(ids, mask, window, bos_id, tail)
+        return _cut_document(ids, mask, window, bos_id, tail, in_part=document.scored is not None)
     return _cut_joined(ids, mask, window, protocol, bos_id)
 
 
-def _cut_document(ids: Tensor, mask: Tensor, window: int, bos_id: int | None, tail: int) -> _Cut:
+def _cut_document(ids: Tensor, mask: Tensor, window: int, bos_id: int | None, tail: int, *, in_part: bool) -> _Cut:
+    """in_part: whether tokens may be context alone, so that those in a short tail are what the document is for."""
     cut = _Cut([], 0)
     if bos_id is not None and len(ids) and int(ids[0]) == bos_id:
         ids, mask = ids[1:], mask[1:]
     step = window if bos_id is None else window - 1
     for start, part in _slices(ids, step):
-        if start and len(part) < tail and len(part) < step:
-            cut.dropped += len(part)
-            continue
         scored = mask[start : start + step].clone()
+        if start and len(part) < tail and len(part) < step:
+            if not (in_part and scored.any()):
+                cut.dropped += len(part)
+                continue
+            part, before = ids[-step:].clone(), torch.zeros(step - len(part), dtype=torch.bool)
+            scored = torch.cat([before, scored])
         if bos_id is None:
             scored[0] = False
         else:
