@@ -124,9 +124,10 @@ called more than once (HRM), and layers that share one block (Zamba: of the merg
 timm, with torchvision: the tests of them skip without. A matrix that
 a file holds as one and transformers' class as several (qkv of the towers of Kimi K2.5, Nemotron H Omni, Qianfan), with rows
 in another order or not, is read, merged into and written as the file has it (`tests/merge/test_cut_linears.py`); so are
-convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3), embeddings in two tables (Molmo 2:
-`tests/merge/test_embedding_tables.py`), and routers held transposed, with one bias for two of them (ERNIE 4.5 VL:
-`tests/modeling/test_stored_parameters.py`). Other tensors that transformers makes of several while it loads are refused.
+convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3), embeddings in tables (Molmo 2,
+Qwen 4's n-grams: `tests/merge/test_embedding_tables.py`), and routers held transposed, with one bias for two of them
+(ERNIE 4.5 VL: `tests/modeling/test_stored_parameters.py`). Other tensors that transformers makes of several while it
+loads are refused.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
 merged and quantized; transformers 5 cannot hold that base, so `base` and `adapter` are measured block by block on our

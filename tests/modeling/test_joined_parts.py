@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import pico, tiny
-from helpers.sweep import ids
+from helpers.sweep import ids, sweep
 
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.modeling import skeleton
-from requant.modeling.joined_parts import EmbeddingTables, JoinedConvolution, JoinedEmbedding, joined
+from requant.modeling.joined_parts import EmbeddingTable, JoinedConvolution, JoinedEmbedding, joined
 from requant.modeling.token_ends import EndBits, TokenEnds
 
+N_GRAMS = {"ple_layer_ids": [1], "ple_embed_dim": 32, "eos_token_id": 2, "use_cache": False}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -65,11 +66,28 @@ def test_an_embedding_has_the_tables_of_the_file() -> None:
 
 def test_an_embedding_in_tables_looks_rows_up_as_the_classs_does() -> None:
     whole = torch.nn.Embedding(10, 4, padding_idx=2)
-    tables = EmbeddingTables(dict(zip(("a", "b"), whole.weight.detach().split([7, 3]), strict=True)))
+    tables = [EmbeddingTable(dict(zip(("a", "b"), whole.weight.detach().split([7, 3]), strict=True)))]
     ids = torch.tensor([[0, 6, 7, 9, 2]])
     made = JoinedEmbedding(whole, tables)
     assert torch.equal(made(ids), whole(ids))
     assert (made.num_embeddings, made.embedding_dim, made.padding_idx) == (10, 4, 2)
+
+
+def test_n_grams_have_the_tables_that_the_config_counts() -> None:
+    """Qwen 4: on the hub 512 of them, which hold more than the rest of the model."""
+    model = skeleton.build(tiny.config("qwen4_exp_text", **N_GRAMS))
+    place = "model.layers.0.ple.ple_embedding.ngram_embedding"
+    found = joined(model)[place]
+    assert list(found) == [f"{place}.shard_{i}.weight" for i in range(4)]
+    assert len({len(rows) for rows in found.values()}) == 1
+    assert sum(map(len, found.values())) == model.get_submodule(place).num_embeddings
+
+
+@pytest.mark.slow
+def test_a_model_with_n_grams_is_merged_and_quantized_whole(tmp_path: Path) -> None:
+    outcome = sweep("qwen4_exp_text", tmp_path, **N_GRAMS)
+    assert (outcome.verdict, outcome.error) == ("exact", "")
+    assert 0 <= outcome.states < 0.1
 
 
 def test_embeddings_in_tables_are_not_quantized() -> None:

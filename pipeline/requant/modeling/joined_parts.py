@@ -1,7 +1,8 @@
 """Convolutions, Linears and embeddings that a checkpoint holds in parts, each a parameter.
 
 Gated delta nets convolve queries, keys and values apart in their files, and together in transformers' classes. Some
-classes multiply by gate and up at once. Molmo 2 holds the embeddings of its added tokens in a table of their own.
+classes multiply by gate and up at once. Molmo 2 holds the embeddings of its added tokens in a table of their own,
+Qwen 4 those of n-grams in hundreds.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class JoinedLinear(nn.Linear):
         return torch.cat([part(input) for part in self.parts], dim=-1)
 
 
-class EmbeddingTables(nn.Module):
-    """The tables [tokens, width] of an embedding, each under its name in the checkpoint."""
+class EmbeddingTable(nn.Module):
+    """A table [tokens, width] of an embedding, or several, each under its name in the checkpoint."""
 
     def __init__(self, tables: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -71,20 +72,35 @@ class EmbeddingTables(nn.Module):
 class JoinedEmbedding(nn.Embedding):
     """An embedding of the class whose rows are those of its tables, one after the other; it has no parameters."""
 
-    def __init__(self, whole: nn.Embedding, tables: EmbeddingTables) -> None:
+    def __init__(self, whole: nn.Embedding, tables: Sequence[EmbeddingTable]) -> None:
         nn.Module.__init__(self)
-        self.tables = (tables,)  # in a tuple: no module inside of this one
+        self.tables = tuple(tables)  # modules by the names of the checkpoint
         for setting in (*nn.Embedding.__constants__, "freeze"):
             if hasattr(whole, setting):
                 setattr(self, setting, getattr(whole, setting))
 
     def __deepcopy__(self, _: dict[int, Any]) -> JoinedEmbedding:
         """The same tables: PEFT copies an embedding that it trains whole, whose values are in them then."""
-        return JoinedEmbedding(self, *self.tables)
+        return JoinedEmbedding(self, self.tables)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return tuple(part for table in self.tables for part in table._parameters.values() if part is not None)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return torch.cat(tuple(self.tables[0].parameters()))
+        return torch.cat(self.parts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of each table, without a copy of all: the tables of n-grams are larger than the rest of a model."""
+        first, parts = 0, self.parts
+        out = parts[0].new_zeros(*input.shape, parts[0].shape[1])
+        for part in parts:
+            inside = ((input >= first) & (input < first + len(part))).nonzero(as_tuple=True)
+            if len(inside[0]):
+                out[inside] = part[input[inside] - first]
+            first += len(part)
+        return out
 
 
 def joined(model: nn.Module) -> dict[str, dict[str, range]]:
@@ -100,7 +116,7 @@ def joined(model: nn.Module) -> dict[str, dict[str, range]]:
 
 def _parts(module: nn.Module) -> tuple[Tensor, ...]:
     if isinstance(module, JoinedEmbedding):
-        return tuple(module.tables[0].parameters())
+        return module.parts
     return tuple(part.weight for part in module.parts) if isinstance(module, JoinedLinear) else ()
 
 
@@ -120,19 +136,32 @@ def expose(model: nn.Module, rules: Iterable[Any]) -> None:
             elif type(module) is nn.Linear and f".{name}".endswith(f".{target}"):
                 _cut_linear(model, module, name, parts)
             elif type(module) is nn.Embedding and f".{name}".endswith(f".{target}"):
-                _cut_embedding(model, module, name, parts)
+                _cut_embedding(model, module, name, [name.removesuffix(target) + n for n in _tables(model, rule)])
+
+
+def _tables(model: Any, rule: Any) -> list[str]:
+    """The names of the parameters that a conversion joins; of numbered ones as many as the config says."""
+    patterns = [pattern.replace("\\", "") for pattern in rule.source_patterns]
+    setting = getattr(rule.operations[0], "num_shards_attribute", None)
+    count = getattr(model.config.get_text_config(), setting or "", 0)
+    return [pattern.replace("*", str(i)) for pattern in patterns for i in range(count if "*" in pattern else 1)]
 
 
 def _cut_embedding(model: Any, whole: nn.Embedding, name: str, names: list[str]) -> None:
-    """Replace an embedding by two tables of these names: the config's vocabulary, and the tokens behind it."""
-    rows = model.config.get_text_config().vocab_size
-    owners = {path.rpartition(".")[0] for path in names}
+    """Replace an embedding by tables of these names: equal ones; of tokens the config's vocabulary and the rest."""
+    rows, vocabulary = whole.num_embeddings, model.config.get_text_config().vocab_size
     tied = (getattr(model, "all_tied_weights_keys", None) or {}).values()
-    if len(names) != 2 or len(owners) != 1 or not 0 < rows < whole.num_embeddings or f"{name}.weight" in tied:
+    of_tokens = whole is model.get_input_embeddings()
+    sizes = [vocabulary, rows - vocabulary] if of_tokens else [rows // max(1, len(names))] * len(names)
+    if len(sizes) != len(names) or sum(sizes) != rows or min(sizes) < 1 or f"{name}.weight" in tied:
         return
-    tables = (whole.weight[:rows], whole.weight[rows:])
-    made = EmbeddingTables({path.rpartition(".")[2]: t for path, t in zip(names, tables, strict=True)})
-    _place(model, {owners.pop(): made, name: JoinedEmbedding(whole, made)})
+    first, held = 0, dict[str, dict[str, Tensor]]()
+    for path, size in zip(names, sizes, strict=True):
+        owner, _, leaf = path.rpartition(".")
+        held.setdefault(owner, {})[leaf] = whole.weight[first : first + size]
+        first += size
+    made = {owner: EmbeddingTable(tables) for owner, tables in held.items()}
+    _place(model, {name: JoinedEmbedding(whole, tuple(made.values())), **made})
 
 
 def _cut_linear(model: nn.Module, whole: nn.Linear, name: str, names: list[str]) -> None:
