@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import Here
-from helpers.e2e import copied, write_recipe
+from helpers.e2e import copied, recipe, write_recipe, write_rows
 
 from requant.recipe import load
+from requant.run import prepare
 from requant.run.check.held_out import few_documents
 from requant_eval.scoring.windows import Document, EvalSet, make_set
 
@@ -37,3 +38,14 @@ def test_check_warns(
     (warning,) = [line for line in here.out.splitlines() if "is one observation" in line]
     assert warning.startswith("warning   recipe.yaml:")
     assert "evaluate.sets.0.data: 12 documents" in warning
+
+
+def test_rows_that_are_cut_off_before_their_answer_are_told(project: Path, tmp_path: Path) -> None:
+    mine = copied(project, tmp_path / "p")
+    rows = [{"prompt": f"{i} " * (2 if i < 20 else 30), "completion": f" {i} and {i * i}"} for i in range(24)]
+    write_rows(mine / "pairs.jsonl", rows)
+    for cut, told in ((32, 1), (1000, 0)):
+        item = {"name": "pairs", "data": {"path": "./pairs.jsonl"}, "score": "completion", "document_tokens": cut}
+        warnings = prepare.prepare(recipe(mine, tmp_path, {"evaluate.sets": [item]})).warnings
+        found = [w for w in warnings if "evaluate.sets.0.document_tokens: 4 of 24 documents are cut off before" in w]
+        assert len(found) == told

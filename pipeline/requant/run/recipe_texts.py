@@ -187,6 +187,7 @@ def evaluation_set(
         documents = [_document(row, item.document_tokens, completion=completion) for row in rows]
         if notes is not None:
             notes += _copies(name, [document.ids for document in documents])
+            notes += _without_answer(recipe.place("evaluate", "sets", index, "document_tokens"), documents)
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
@@ -208,6 +209,14 @@ def _document(row: TokenDocument, cut: int | None, *, completion: bool) -> Any:
     from requant_eval.scoring.windows import Document
 
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
+
+
+def _without_answer(place: str, documents: Sequence[Any]) -> list[str]:
+    """A warning about documents that `document_tokens`, at `place`, cuts off before their answers."""
+    lost = sum(document.scored is not None and not any(document.scored) for document in documents)
+    if not lost:
+        return []
+    return [f"{place}: {lost} of {len(documents)} documents are cut off before their answer and left out: raise it"]
 
 
 def _copies(name: str, documents: Sequence[tuple[int, ...]]) -> list[str]:
