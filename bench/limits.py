@@ -139,7 +139,7 @@ def limits(run: Path, rates: Rates) -> dict[str, dict[str, float]]:
     report = json.loads((run / "report.json").read_text())
     facts, size = report["facts"], sizes(run)
     half = getattr(torch, facts["evaluation"]["dtype"]) in HALF
-    scoring = rates.half if half else rates.full
+    scoring = rates.half if half else rates.full  # of Hessians too, whose inputs are in the same dtype
     stored = facts["cost"]["bytes"]
     found: dict[str, dict[str, float]] = {}
 
@@ -158,7 +158,7 @@ def limits(run: Path, rates: Rates) -> dict[str, dict[str, float]]:
     add(
         "quantize",
         ("operations, forward with and without codes", 2 * size.forward(tokens, heads=0), scoring),
-        ("operations, Hessians", tokens * sum(n * n for n in size.hessians), rates.full),
+        ("operations, Hessians", tokens * sum(n * n for n in size.hessians), scoring),
         ("operations, solving", solving, rates.full),
         ("bytes written", stored["gptq"], rates.disk),
     )

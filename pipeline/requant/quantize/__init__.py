@@ -6,7 +6,6 @@
     calibration_plan    which batches wait where, run unquantized too, are held out
     memory              bytes of batches that pause inside a block, and whether they fit
     solve               the linears that share an input: order, correction, rows over ranks
-    token_weights       calibration tokens weighted by the gradient of the end loss
     error_correction    make up for the error of earlier layers (QEP)
     out_of_memory       restart a block with less memory
     module_results      loss and retention of every linear

@@ -25,7 +25,6 @@ from requant.quantize.module_results import BlockResults, ModuleResult
 from requant.quantize.out_of_memory import OutOfMemoryRecovery, follow
 from requant.quantize.plan import Plan, Settings
 from requant.quantize.solve import Solved, solve_group
-from requant.quantize.token_weights import TokenWeights
 from requant.quantize.warmup import WarmUp
 from requant.runtime.device import profile_of
 from requant.runtime.interpreter import freeze_garbage_collector
@@ -47,13 +46,11 @@ class Quantizer:
         deltas: Deltas | None,
         notes: list[str] | None = None,
         warming: WarmUp | None = None,
-        token_weights: TokenWeights | None = None,
     ) -> None:
         """Prepare to quantize the blocks of `walk`.
 
         calibration: the plan of the batches given to `block`. deltas: the adapter's, by stored name.
         notes: gets a line for each change of plan. warming: waited for before the first group is solved.
-        token_weights: of all calibration windows; None: every token counts alike.
         """
         self.walk, self.plan, self.settings, self.output, self.ranks = walk, plan, settings, output, ranks
         self.calibration = calibration
@@ -65,7 +62,7 @@ class Quantizer:
         self.results: list[ModuleResult] = []
         self.recovery = OutOfMemoryRecovery(walk, [] if notes is None else notes)
         self.reference_block: nn.Module | None = None
-        self.warming, self.token_weights = warming, token_weights
+        self.warming = warming
         self.gc_frozen = False  # whether objects that live through all blocks were excluded from garbage collection
 
     def __enter__(self) -> Quantizer:
@@ -126,8 +123,7 @@ class Quantizer:
         block, prefix = self.walk.load(index, read_next=False), f"{self.walk.prefix}.{index}."
         linears = tuple(n for n in block_linears(block) if prefix + n in self.plan.grids)
         if linears and linears not in self.groups:
-            groups = find_linear_groups(self.walk, index, item, linears)
-            self.groups[linears] = self.token_weights.groups(groups) if self.token_weights else groups
+            self.groups[linears] = find_linear_groups(self.walk, index, item, linears)
         return self.groups.get(linears, [])
 
     def _step(
@@ -188,8 +184,6 @@ class Quantizer:
     def _solve_group(self, block: nn.Module, prefix: str, group: LinearGroup, inputs: Inputs) -> None:
         """Accumulate the group's Hessian over all batches, solve its linears, replace their weights."""
         linears: dict[str, Any] = {prefix + name: block.get_submodule(name) for name in group.linears}
-        if self.token_weights:
-            inputs = self.token_weights.weigh(tuple(linears), self.calibration.share, inputs)
         moments = gather(
             inputs,
             next(iter(linears.values())).in_features,

@@ -31,7 +31,6 @@ from requant.quantize.calibration_plan import plan_calibration
 from requant.quantize.gptq_files import write_small_files
 from requant.quantize.module_results import ModuleResult
 from requant.quantize.plan import Plan, Settings, plan
-from requant.quantize.token_weights import TokenWeights
 from requant.quantize.warmup import WarmUp, narrowest
 from requant.runtime.device import compute_dtype, profile_of
 from requant.runtime.interpreter import gpu_interpreter_settings
@@ -48,7 +47,6 @@ def quantize(
     batch: int | None = None, trust_remote_code: bool = False, max_shard: int = 5 * 10**9,
     meta: Mapping[str, Any] | None = None, deltas: Deltas | None = None, progress: Progress | None = None,
     ranks: Ranks = SINGLE_PROCESS, notes: list[str] | None = None, keep_journal: bool = False,
-    token_weights: TokenWeights | None = None,
 ) -> tuple[Plan, list[ModuleResult]]:  # fmt: skip
     """Quantize the model in `source` into the directory `out`, resuming what it holds.
 
@@ -56,7 +54,7 @@ def quantize(
     GPU computes in it, a CPU in fp32. batch: windows at a time, by default about 2048 tokens on the CPU, 8192 on a GPU.
     deltas: what an adapter added to the weights of `source`, to measure how much of it is retained. notes: gets a line
     for each change of plan, such as smaller batches when memory runs out. keep_journal: leave the file by
-    which a killed run resumes, for a caller that verifies first. token_weights: of `windows`; None: all count alike.
+    which a killed run resumes, for a caller that verifies first.
     `out` must belong to the same source, windows and settings: the caller names it after their digest.
     With several ranks each makes this call (`Ranks.call`). Only the first needs deltas, writes and reports progress.
     """
@@ -81,9 +79,8 @@ def quantize(
         items = walk.embed_all(torch.split(windows[calibration.share], list(calibration.batches)))
         sequential.start_unquantized(walk, [items[i] for i in calibration.unquantized])
         with Quantizer(
-            walk, layout, settings, output, ranks,
-            calibration=calibration, deltas=deltas, notes=notes, warming=warming, token_weights=token_weights,
-        ) as quantizer:  # fmt: skip
+            walk, layout, settings, output, ranks, calibration=calibration, deltas=deltas, notes=notes, warming=warming
+        ) as quantizer:
             _walk(quantizer, items, progress, passes)
         output.close()
     if ranks.first:
