@@ -24,7 +24,7 @@ from heal_lab import DEVICE, peak, phase, reset_peak, save, sync
 
 from requant.data.healing_text import HealingText
 from requant.errors import InputError
-from requant.heal import kl_loss, student, teacher
+from requant.heal import student, teacher
 from requant.heal.block_streams import from_host
 from requant.heal.end_to_end import EndToEndLoss, recompute_in_backward
 from requant.heal.model_size import ModelSize
@@ -34,6 +34,7 @@ from requant.heal.trainer import Trainer
 from requant.modeling import skeleton
 from requant.modeling.blocks import block_linears, block_list
 from requant.numerics.grid import Grid
+from requant.numerics.token_errors import relative_error
 from requant.runtime.pinned_memory import PinnedBuffer
 
 LAYERS = 32
@@ -164,7 +165,7 @@ def one_block(bench: Bench, config: Any, name: str, s: HealSettings, plan: HealP
             from_host(stream, numbers, buffer, DEVICE) if plan.on_host else stream[list(numbers)]
             for stream, buffer in zip(streams, buffers, strict=True)
         ]
-        return kl_loss.relative_error(run(ours, on_device[0]), on_device[1])
+        return relative_error(run(ours, on_device[0]), on_device[1])
 
     def measure(numbers: Any) -> tuple[torch.Tensor, torch.Tensor]:
         found = errors(numbers).double().cpu()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,6 +38,32 @@ def test_what_a_bench_watches_exists(file: str) -> None:
         for part in inner:
             assert hasattr(holder, part), name
             holder = getattr(holder, part)
+
+
+def ours(tree: ast.AST) -> dict[str, Any]:
+    """What a bench imports of our packages: local name -> module, class or function. Raises where there is no such."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("requant", "requant_eval"):
+            for alias in node.names:
+                package = import_module(str(node.module))
+                if not hasattr(package, alias.name):
+                    import_module(f"{node.module}.{alias.name}")
+                found[alias.asname or alias.name] = getattr(package, alias.name)
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(BENCH.glob("*.py")), ids=lambda file: file.stem)
+def test_what_a_bench_uses_of_our_modules_exists(file: Path) -> None:
+    """Benches run seldom and on machines that are lent: a name that moved is found here."""
+    tree = ast.parse(file.read_text())
+    variables = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    imported = {name: holder for name, holder in ours(tree).items() if name not in variables}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            holder = imported.get(node.value.id)
+            if isinstance(holder, ModuleType):
+                assert hasattr(holder, node.attr), f"{file.name}:{node.lineno}: {holder.__name__}.{node.attr}"
 
 
 @pytest.mark.parametrize("shape", ["pico", "pico-moe"])
