@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from requant.errors import InputError
-from requant.runtime.device import PROFILES, compute_dtype, free_bytes, pick_device, profile_of
+from requant.runtime.device import PROFILES, compute_dtype, free_bytes, limit_host_threads, pick_device, profile_of
 
 
 def test_a_device_is_one_profile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +54,20 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="device cuda: torch finds 0 GPUs here"):
         pick_device("cuda")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "now", "threads"),
+    [("cuda", None, 32, [8]), ("cuda", None, 4, []), ("cuda", "16", 16, []), ("cpu", None, 32, [])],
+)
+def test_beside_a_gpu_few_threads_work_on_the_cpu(
+    kind: str, said: str | None, now: int, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    limit_host_threads(torch.device(kind))
+    assert taken == threads

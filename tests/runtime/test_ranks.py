@@ -297,16 +297,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
-@pytest.mark.parametrize(("said", "threads"), [("1", [2]), ("3", []), (None, [])])
+@pytest.mark.parametrize(("said", "cores", "threads"), [("1", 5, [2]), ("1", 64, [8]), ("3", 5, []), (None, 5, [])])
 def test_a_rank_on_a_gpu_uses_its_share_of_the_cores(
-    said: str | None, threads: list[int], monkeypatch: pytest.MonkeyPatch
+    said: str | None, cores: int, threads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only if torchrun set one thread; other numbers were chosen by the user."""
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(launch, "_cores", lambda: 5)
+    monkeypatch.setattr(launch, "_cores", lambda: cores)
     monkeypatch.setattr(launch, "rendezvous", lambda *_, **__: iter(()))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -20,7 +20,7 @@ from requant.run.observer import Outcome, Watcher
 from requant.run.prepared import Prepared
 from requant.run.stage_keys import Keys
 from requant.run.stage_results import Event, PredictionResult, ProbeResult
-from requant.runtime.device import free_bytes, pick_device
+from requant.runtime.device import free_bytes, limit_host_threads, pick_device
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.batches import BatchSize
 
@@ -56,6 +56,7 @@ class RunContext:
         The directory must be open: its cache is created.
         """
         device = pick_device(prepared.recipe.device)
+        limit_host_threads(device)
         keys = Keys.of(prepared, directory, device)
         scores = Scores(
             cache=directory.cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from requant.errors import InputError
 
 USABLE = 0.85  # share of free memory that a plan may fill
+HOST_THREADS = 8  # of torch on the CPU beside a GPU: its work there is small, and more threads wait for each other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,12 @@ def compute_dtype(device: torch.device, serving: torch.dtype) -> torch.dtype:
     fp32 on a CPU, the serving dtype elsewhere.
     """
     return torch.float32 if profile_of(device).computes_fp32 else serving
+
+
+def limit_host_threads(device: torch.device) -> None:
+    """Beside a GPU, let torch use at most HOST_THREADS of the CPU, unless OMP_NUM_THREADS says how many."""
+    if device.type == "cuda" and not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > HOST_THREADS:
+        torch.set_num_threads(HOST_THREADS)
 
 
 def pick_device(asked: str) -> torch.device:

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from requant.errors import InputError, RequantError
 from requant.runtime import signals
+from requant.runtime.device import HOST_THREADS
 from requant.runtime.ranks import LOST, SINGLE_PROCESS, DistributedRanks, Ranks
 from requant_eval.escaping import visible
 from requant_eval.strict_json import parse
@@ -75,7 +76,7 @@ def join_ranks() -> Iterator[DistributedRanks]:
             )
         torch.cuda.set_device(local)
         if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default: too few threads for the work on the CPU
-            torch.set_num_threads(max(1, _cores() // started))
+            torch.set_num_threads(max(1, min(HOST_THREADS, _cores() // started)))
     store, rank, count = next(rendezvous("env://", timeout=WAIT))
     backend, group = "cpu:gloo,cuda:nccl" if gpus else "gloo", PrefixStore("group", store)
     dist.init_process_group(backend, store=group, rank=rank, world_size=count, timeout=WAIT)
