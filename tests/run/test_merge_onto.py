@@ -84,6 +84,7 @@ def test_a_16_bit_base_that_training_quantized_has_both(project: Path, tmp_path:
     assert prepared.merge.plan.base.simulate is not None
     plain = prepare.prepare(e2e.recipe(project, tmp_path, AUTO | {"base": {"model": "./original", "nf4": "none"}}))
     assert plain.merge.other is None
+    assert any("merge.onto: auto has nothing to choose from" in warning for warning in plain.warnings)
 
 
 def test_what_is_wrong_with_the_original_is_told_by_check(project: Path, tmp_path: Path) -> None:

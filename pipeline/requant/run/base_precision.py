@@ -97,8 +97,8 @@ def nf4_settings(nf4: Nf4 | str) -> Nf4Settings | None:
 def hints(recipe: Recipe, trained_on: Sequence[str | None]) -> list[str]:
     """What the recipe leaves unused, and what is odd about `base.nf4: none`.
 
-    Which is `merge.onto: original`, and an adapter whose base was in 4 bits by its name. trained_on: the base that each
-    adapter records.
+    Which is `merge.onto: original` or `auto`, and an adapter whose base was in 4 bits by its name. trained_on: the base
+    that each adapter records.
     """
     found: list[str] = []
     if recipe.base.original and recipe.merge.onto == "dequantized" and "original" not in recipe.evaluate.variants:
@@ -113,6 +113,11 @@ def hints(recipe: Recipe, trained_on: Sequence[str | None]) -> list[str]:
         )
     if recipe.base.nf4 != "none":
         return found
+    if recipe.merge.onto == "auto":
+        found.append(
+            "merge.onto: auto has nothing to choose from: with base.nf4: none there is only the 16-bit base, and the "
+            "adapter is merged onto it: leave merge.onto out"
+        )
     if recipe.merge.onto == "original":
         found.append(
             "merge.onto: original is the same as dequantized here: with base.nf4: none there is only the 16-bit base, "
