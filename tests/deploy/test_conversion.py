@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from requant import deploy
+from requant.checkpoint.artifact import Artifact
 from requant.checkpoint.reader import Checkpoint, read_json
 from requant.deploy import conversion
 from requant.deploy.conversion import convert
@@ -283,6 +284,20 @@ def test_what_cannot_be_said_leaves_nothing(
     with pytest.raises(InputError, match=told):
         convert(gptq, tmp_path / "ct", CT)
     assert [p.name for p in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.parametrize("way", ["it", "below", "linked"])
+def test_nothing_is_written_into_an_artifact_of_a_run(gptq: Path, tmp_path: Path, way: str) -> None:
+    artifact = Artifact(tmp_path / "run", "gptq")
+    part = artifact.begin("key")
+    (part / "deeper").mkdir()
+    artifact.finish("key", {})
+    (tmp_path / "link").symlink_to(artifact.path)
+    out = {"it": artifact.path, "below": artifact.path / "deeper", "linked": tmp_path / "link"}[way] / "ct"
+    for written in (partial(convert, to=CT), export):
+        with pytest.raises(InputError, match=r"ct: lies inside .*run/gptq, an artifact that a run has finished"):
+            written(gptq, out)
+    assert {f.name for f in artifact.path.rglob("*")} == {"deeper", "manifest.json"}
 
 
 def test_wrong_inputs(gptq: Path, source: Path, tmp_path: Path) -> None:

@@ -153,11 +153,18 @@ def put_in_place(made: Path, out: Path) -> None:
 
 
 def require_new(out: Path) -> None:
-    """Raise InputError when `out` exists or cannot be made."""
+    """Raise InputError when `out` exists, cannot be made, or lies inside an artifact of a run, by links too."""
     if os.path.lexists(out):
         raise InputError(f"{out}: exists: nothing is overwritten; choose another --out")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such directory: make it, or choose another --out")
+    folder = out.parent.resolve()
+    for above in (folder, *folder.parents):
+        if read_manifest(above) is not None:
+            raise InputError(
+                f"{out}: lies inside {above}, an artifact that a run has finished: its files stay as its manifest.json "
+                "says; choose an --out beside it"
+            )
 
 
 @contextmanager
