@@ -124,6 +124,7 @@ def test_widths_are_those_of_the_servers(project: Path, tmp_path: Path) -> None:
     ("section", "message"),
     [
         ({"budget": 3.5, "bits": 3}, r"quantize\.budget: chooses the bits of every linear, and quantize\.bits is 3"),
+        ({"budget": 3.5, "bits": 4}, r"quantize\.budget: chooses the bits of every linear, and quantize\.bits is 4"),
         ({"budget": 1.5}, r"quantize\.budget"),
         ({"budget": 9}, r"quantize\.budget"),
         ({"budget": True}, r"quantize\.budget"),
@@ -136,6 +137,31 @@ def test_widths_are_those_of_the_servers(project: Path, tmp_path: Path) -> None:
 def test_keys_that_contradict(project: Path, section: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse(json.dumps(e2e.changed({"quantize": section})), directory=project)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "wanted"),
+    [
+        ({"bits": 4}, ["quantize.budget=3.5"], (4, 3.5)),
+        ({"bits": 8}, ["quantize.budget=3.5"], (4, 3.5)),
+        ({"budget": 3.5}, ["quantize.bits=3"], (3, None)),
+        ({"budget": 3.5}, ["quantize.bits=4"], (4, None)),
+        ({"bits": 8}, ["quantize.budget=null"], (8, None)),
+    ],
+)
+def test_one_given_for_a_run_stands_in_place_of_the_files_other(
+    project: Path, section: dict[str, Any], settings: list[str], wanted: tuple[int, float | None]
+) -> None:
+    text = json.dumps(e2e.changed({"quantize": section}))
+    made = parse(text, directory=project, overrides=settings).quantize
+    assert (made.bits, made.budget) == wanted
+    with pytest.raises(RecipeError, match=r"--set quantize\.budget: chooses the bits"):
+        parse(text, directory=project, overrides=["quantize.budget=3.5", "quantize.bits=4"])
+
+
+def test_bits_beside_a_budget_are_named_with_their_line(project: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:1[^\n]*quantize\.budget: .* quantize\.bits is 4: leave one"):
+        parse(json.dumps(e2e.changed({"quantize": {"bits": 4, "budget": 3.5}})), directory=project)
 
 
 def test_the_dump_of_a_recipe_is_that_recipe(project: Path, tmp_path: Path) -> None:

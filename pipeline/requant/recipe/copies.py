@@ -29,7 +29,7 @@ def dump(recipe: Recipe, directory: str | Path | None = None) -> str:
         directory: the run's, where the text will be saved: local paths are rewritten as seen from there, in the home
             directory with `~`, and `output.dir` is only named (`load` takes the place of the file for it).
     """
-    data = recipe.model_dump(mode="json")
+    data = _data(recipe)
     if directory is None:
         return escaping.yaml(_as_written(data, recipe))
     new = Path(directory).absolute()
@@ -42,10 +42,18 @@ def dump(recipe: Recipe, directory: str | Path | None = None) -> str:
 
 def public(recipe: Recipe) -> str:
     """The recipe as YAML for a report: of absolute paths only the last part."""
-    data = _as_written(recipe.model_dump(mode="json"), recipe)
+    data = _as_written(_data(recipe), recipe)
     data = _with_paths(data, lambda text, known: _name(text))
     data["output"]["dir"] = _name(data["output"]["dir"])
     return escaping.yaml(outgoing.everywhere(data, outgoing.shared))
+
+
+def _data(recipe: Recipe) -> Any:
+    """The recipe as plain data, without the bits that its budget stands in place of."""
+    data = recipe.model_dump(mode="json")
+    if data["quantize"]["budget"] is not None:
+        del data["quantize"]["bits"]
+    return data
 
 
 def _with_paths(value: Any, change: Any) -> Any:

@@ -143,14 +143,6 @@ class Quantize(Section):
         default={}, description="Pattern of full module names (fnmatch) -> what differs there. The last match wins."
     )
 
-    @field_validator("budget")
-    @classmethod
-    def _instead_of_bits(cls, budget: float | None, info: ValidationInfo) -> float | None:
-        bits = info.data.get("bits", 4)
-        if budget is not None and bits != 4:
-            fail(((), f"chooses the bits of every linear, and quantize.bits is {bits}: leave one of the two out"))
-        return budget
-
     @field_validator("signed_scales")
     @classmethod
     def _signed_is_symmetric(cls, signed: bool, info: ValidationInfo) -> bool:
@@ -171,3 +163,10 @@ class Quantize(Section):
         if problems:
             fail(*problems)
         return overrides
+
+    @model_validator(mode="after")
+    def _bits_or_budget(self) -> Self:
+        if self.budget is not None and "bits" in self.model_fields_set:
+            why = f"chooses the bits of every linear, and quantize.bits is {self.bits}: leave one of the two out"
+            fail((("budget",), why))
+        return self

@@ -252,6 +252,7 @@ def parse(text: str, *, source: str = "recipe.yaml", overrides: Overrides = (), 
     else:
         for setting in [overrides] if isinstance(overrides, str) else overrides:
             document.override(setting)
+    document.prefer_override("quantize", "bits", "budget")
     document.interpolate()
     _refuse_newer(document)
     directory = Path(directory).absolute()

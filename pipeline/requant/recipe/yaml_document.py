@@ -86,6 +86,14 @@ class Document:
             return
         self._assign_at(key, plain_data(value), f"overrides: {key}")
 
+    def prefer_override(self, section: str, one: str, other: str) -> None:
+        """Of two keys that exclude each other, drop the file's where an override gives the other a value."""
+        held = self.data.get(section) if isinstance(self.data, dict) else None
+        given = {key for key in (one, other) if self._marks.get((section, key), (0, ""))[0] == _LAST}
+        for key, replaced in ((one, other), (other, one)):
+            if isinstance(held, dict) and given == {key} and held[key] is not None:
+                held.pop(replaced, None)
+
     def _assign_at(self, key: str, value: Any, label: str) -> None:
         """Set `value` at a key path in text; a step that contains a dot is in double quotes."""
         message = self._assign(steps_of(key), value, label)
