@@ -239,7 +239,6 @@ def test_what_would_fail_later_is_refused_before(
         (-1, "-1"),
         ([0, 9], ""),
         ([9], "[9]"),
-        (None, "None"),
         ("", "''"),
     ],
 )
@@ -255,6 +254,85 @@ def test_a_label_that_is_none_of_the_choices_is_told(tmp_path: Path, tokenizer: 
     with pytest.raises(InputError, match=r"1 of 2 documents have a label that is none of their choices") as told:
         loaded(request(file), tokenizer=tokenizer)
     assert f"document 1: {refused} of 2 choices" in str(told.value)
+
+
+NULLS = [
+    ({}, {"q": None}, "doc_to_text: the field q is null"),
+    ({"doc_to_text": "Q: {{q|trim}}?"}, {"q": None}, "doc_to_text: the field q is null"),
+    ({"doc_to_text": "{{q.strip()}}"}, {"q": None}, "doc_to_text: the field q is null"),
+    ({"doc_to_text": "q"}, {"q": None}, "doc_to_text: the field q is null"),
+    ({}, {"label": None}, "doc_to_target: the field label is null"),
+    ({"doc_to_target": "{{label}}"}, {"label": None}, "doc_to_target: the field label is null"),
+    ({}, {"choices": [" is two", None]}, "doc_to_choice: the field choices.1 is null"),
+    ({"doc_to_choice": "choices"}, {"choices": [None, " is six"]}, "doc_to_choice: the field choices.0 is null"),
+    ({"doc_to_text": "{{more.of.it}}"}, {"more": {"of": {"it": None}}}, "doc_to_text: the field more.of.it is null"),
+    (ANSWERED | {"doc_to_target": "{{q}}", "doc_to_text": "x"}, {"q": None}, "doc_to_target: the field q is null"),
+]
+
+
+@local.needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(("changes", "row", "message"), NULLS)
+def test_a_null_is_not_asked_as_the_word_none(
+    tmp_path: Path, tokenizer: Any, changes: dict[str, Any], row: dict[str, Any], message: str
+) -> None:
+    file, whole = written(tmp_path, **changes), ROW | {"more": {"of": {"it": "more"}}}
+    data = tmp_path / "words.jsonl"
+    data.write_text("".join(json.dumps(whole | {"q": f"{n}"} | (row if n == 3 else {})) + "\n" for n in range(6)))
+    with pytest.raises(InputError) as refused:
+        loaded(request(file), tokenizer=tokenizer)
+    assert f"task words: {file}: document 3 of test, {message} and would be written as the word None" in str(
+        refused.value
+    )
+    assert "None" not in str(refused.value).replace("word None", "")
+
+
+@local.needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{q}}{% if hint %} ({{hint}}){% endif %}",
+        "{{q}}{{hint or ''}}",
+        "{{q}}{{hint|default('', true)}}",
+        "{{q}}{% if hint is not none %}{{hint}}{% endif %}",
+        "{{q}}{% if hint != none %}{{hint}}{% endif %}",
+    ],
+)
+def test_a_template_that_leaves_a_null_out_is_asked(tmp_path: Path, tokenizer: Any, text: str) -> None:
+    file = written(tmp_path, doc_to_text=text)
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(ROW | {"hint": hint}) + "\n" for hint in ("", None)))
+    (part,) = loaded(request(file), tokenizer=tokenizer).items[0].parts
+    assert {instance.args[0] for instance in part.instances} == {"one and one"}
+    written(tmp_path, doc_to_text="{{hint|tojson}}")
+    (part,) = loaded(request(file), tokenizer=tokenizer).items[0].parts
+    assert {instance.args[0] for instance in part.instances} == {'""', "null"}
+
+
+BAD, SHOTS = ROW | {"label": 5}, {"fewshot_split": "test"}
+
+
+@local.needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "changes", "shots", "message"),
+    [
+        ([], {}, None, "its data holds no documents (StopIteration"),
+        ([BAD, ROW], {}, None, "cannot ask document 0 of test, doc_to_choice (IndexError: list index out of range)"),
+        ([ROW, ROW, BAD], SHOTS, 1, "cannot ask document 2 of test, doc_to_target (IndexError: list index out of"),
+        ([ROW, ROW, ROW | {"choices": None}], {"doc_to_choice": "choices"}, None, "document 2 of test, doc_to_choice"),
+        ([ROW] * 3, SHOTS, 9, "fewer documents for examples than are asked for (ValueError: Sample larger than"),
+    ],
+)
+def test_an_error_of_the_library_names_the_document_and_what_to_do(
+    tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], changes: dict[str, Any], shots: int | None, message: str
+) -> None:
+    file = written(tmp_path, **changes)
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as refused:
+        loaded(request(file, few_shot=shots), tokenizer=tokenizer)
+    assert f"task words: {file}: " in str(refused.value)
+    assert message in str(refused.value)
 
 
 @local.needs_library

@@ -15,6 +15,7 @@
     task_stage        tasks of lm-evaluation-harness on every variant: run_tasks(scores, sources, ...)
     tasks             the tasks of a run: built, checked against template and window
     task_definitions   tasks found by name or built from a file, in the library
+    task_documents    the document that the library works on, for errors; nulls that it would write
     task_files        task files (YAML) read without running code
     generation_settings   how a task lets a model answer: greedy, with an end
     task_values       metrics of a task, and the value of each document

@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from requant.data.template_losses import TemplateFailure
 from requant.errors import InputError, RequantError, one_line
-from requant.evaluate import task_files
+from requant.evaluate import task_documents, task_files
 from requant_eval.regular_files import read_bytes
 
 INSTALL = "pip install 'lm-eval>=0.4.12,<0.5'"
@@ -84,16 +85,26 @@ def _guarded(request: TaskRequest, *, trust_remote_code: bool) -> Iterator[None]
     before = library.get_metric
     library.get_metric = before if trust_remote_code else own_metric
     try:
-        yield
-    except RequantError:
-        raise
-    except Exception as error:  # of the library, its data sets' library, and the network
-        raise InputError(f"{request.place}: task {request.title}: {why(error)}") from error
+        with telling(request):
+            yield
     finally:
         library.get_metric = before
 
 
-def why(error: Exception) -> str:
+@contextmanager
+def telling(request: TaskRequest) -> Iterator[None]:
+    """What the library raises about a task becomes an InputError that names the document; nulls of a file's too."""
+    with task_documents.watched(refuse_nulls=request.path is not None) as seen:
+        try:
+            yield
+        except (RequantError, TemplateFailure):
+            raise
+        except Exception as error:  # of the library, its data sets' library, and the network
+            file = f"{request.path}: " if request.path else ""
+            raise InputError(f"{request.place}: task {request.title}: {file}{_why(error, seen)}") from error
+
+
+def _why(error: Exception, seen: task_documents.Watched) -> str:
     """What a failure to build a task means, and what to do."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {
@@ -107,7 +118,7 @@ def why(error: Exception) -> str:
             f"its data is not on this machine and cannot be downloaded ({one_line(error)}): run it once where there is "
             "a network, or give a file with local data (docs/tasks.md)"
         )
-    return f"lm-evaluation-harness cannot build it ({one_line(error)}): correct the task"
+    return task_documents.failure(error, seen)
 
 
 def _sandbox_templates() -> None:

@@ -117,18 +117,15 @@ def _build_requests(request: TaskRequest, task: Any, tokenizer: Any) -> None:
     task.set_fewshot_seed(task_values.SEED)
     where = f"{request.place}: task {request.title}"
     try:
-        task.build_all_requests(
-            limit=request.limit,
-            apply_chat_template=request.chat,
-            fewshot_as_multiturn=request.chat,
-            chat_template=partial(_ask, tokenizer) if request.chat else None,
-        )
+        with task_definitions.telling(request):
+            task.build_all_requests(
+                limit=request.limit,
+                apply_chat_template=request.chat,
+                fewshot_as_multiturn=request.chat,
+                chat_template=partial(_ask, tokenizer) if request.chat else None,
+            )
     except TemplateFailure as error:
         raise InputError(f"{where}: the chat template refuses its messages ({error}): set chat: false") from error
-    except InputError:
-        raise
-    except Exception as error:  # of the library, on a document that its template cannot be filled with
-        raise InputError(f"{where}: {task_definitions.why(error)}") from error
     for instance in task.instances:
         if instance.request_type == "generate_until":
             generation_settings.check(instance.args[1], where)
