@@ -252,7 +252,8 @@ def test_the_adapter_can_be_taken_off(tmp_path: Path) -> None:
         parts.run(rows, 2)
     walked: list[int] = []
     parts.walk.load = walked.append  # type: ignore[method-assign,assignment]
-    (theirs,), (ours,) = (adapter_probe.measure(m, {"text": rows}, CPU) for m in (live, parts))
+    text = {"text": [adapter_probe.ProbeRow.whole(ids) for ids in rows]}
+    (theirs,), (ours,) = (adapter_probe.measure(m, text, CPU) for m in (live, parts))
     assert not walked, "all of them have been run"
     assert ours.moved > 1e-3
     for name in ("without", "with_adapter", "moved"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,39 @@ def test_rows_are_spread_cut_and_long_enough() -> None:
     documents = [TokenDocument(tuple(range(n)), (True,) * n, n) for n in [4, *range(100, 400, 10)]]
     rows = adapter_probe.sample_rows(["a", "b"], [documents, documents[:1]])["a"]
     assert len(rows) == adapter_probe.MAX_ROWS
-    assert all(adapter_probe.MIN_LENGTH <= len(r) <= adapter_probe.MAX_LENGTH for r in rows)
-    assert [len(r) for r in rows][:2] == [100, 150]
+    assert all(adapter_probe.MIN_LENGTH <= len(r.ids) <= adapter_probe.MAX_LENGTH for r in rows)
+    assert all(r.counted.all() for r in rows)
+    assert [len(r.ids) for r in rows][:2] == [100, 150]
     assert "b" not in adapter_probe.sample_rows(["a", "b"], [documents, documents[:1]]), "nothing long enough"
+
+
+def test_rows_of_chats_count_their_answers() -> None:
+    """A late answer is in the row too, with BOS before what leads to it; a row cut before its answer counts whole."""
+
+    def document(length: int, first: int) -> TokenDocument:
+        return TokenDocument(tuple(range(1, length + 1)), (False,) * first + (True,) * (length - first), 1)
+
+    early, late = adapter_probe.sample_rows(["a"], [[document(40, 30), document(900, 700)]], bos=0)["a"]
+    assert early.ids.tolist() == list(range(41))
+    assert early.counted.tolist() == [False] * 31 + [True] * 10
+    assert len(late.ids) == adapter_probe.MAX_LENGTH
+    assert late.ids[0] == 0
+    assert late.ids[late.counted][0] == 701
+    assert int(late.counted.sum()) == (adapter_probe.MAX_LENGTH - 1) // 2
+    assert early.cut(20).counted.all()
+
+
+def test_only_tokens_that_count_are_measured(tmp_path: Path) -> None:
+    live = pico.train(pico.model(), tmp_path / "adapter")
+    ids = pico.ids(1, 16)[0]
+    labels = ids.masked_fill(torch.arange(16) < 10, -100)
+    row = adapter_probe.ProbeRow(ids, torch.arange(16) >= 10)
+    (found,) = adapter_probe.measure(live, {"a": [row]}, torch.device("cpu"))
+    assert found.with_adapter == pytest.approx(float(live(input_ids=ids[None], labels=labels[None]).loss), rel=1e-5)
+
+
+def rows_of(rows: Iterable[torch.Tensor]) -> list[adapter_probe.ProbeRow]:
+    return [adapter_probe.ProbeRow.whole(ids) for ids in rows]
 
 
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
@@ -136,7 +166,7 @@ def test_losses_are_those_of_the_model(tmp_path: Path, lora: dict[str, Any]) -> 
     live = pico.train(pico.model(), tmp_path / "adapter", **lora)
     ids = pico.ids(3)
     on, off = (pico.logits(m, ids)[:, :-1].log_softmax(-1) for m in (live, pico.model()))
-    (found,) = adapter_probe.measure(live, {"text": list(ids)}, torch.device("cpu"))
+    (found,) = adapter_probe.measure(live, {"text": rows_of(ids)}, torch.device("cpu"))
     assert found.with_adapter == pytest.approx(float(live(input_ids=ids, labels=ids).loss), rel=1e-5)
     assert found.without == pytest.approx(float(pico.model()(input_ids=ids, labels=ids).loss), rel=1e-5)
     assert found.moved == pytest.approx(float((on.exp() * (on - off)).sum(-1).mean()), rel=1e-3)
@@ -146,7 +176,9 @@ def test_losses_are_those_of_the_model(tmp_path: Path, lora: dict[str, Any]) -> 
 def test_rows_run_together_have_the_losses_of_rows_alone(tmp_path: Path, size: BatchSize) -> None:
     """Padded to the longest of a batch, or with rows of their own length."""
     live = pico.train(pico.model(), tmp_path / "adapter")
-    samples = {"a": [pico.ids(1, n)[0] for n in (16, 9, 16, 12)], "b": [pico.ids(1, 14)[0], pico.ids(1, 10)[0]]}
+    samples = {
+        name: rows_of(pico.ids(1, n)[0] for n in many) for name, many in {"a": (16, 9, 16, 12), "b": (14, 10)}.items()
+    }
     together, alone = (adapter_probe.measure(live, samples, torch.device("cpu"), batch) for batch in (size, 1))
     forwards = counted(live, lambda: adapter_probe.measure(live, samples, torch.device("cpu"), size))
     assert forwards < 2 * 6, "fewer than one by one"
@@ -158,7 +190,7 @@ def test_rows_run_together_have_the_losses_of_rows_alone(tmp_path: Path, size: B
 
 def test_rows_run_apart_where_padding_changes_the_model(tmp_path: Path) -> None:
     live = pico.train(pico.model(), tmp_path / "adapter")
-    rows = [pico.ids(1, n)[0] for n in (16, 9, 9)]
+    rows = rows_of(pico.ids(1, n)[0] for n in (16, 9, 9))
     alone = adapter_probe.measure(live, {"a": rows}, torch.device("cpu"))
     head, forward = live.get_output_embeddings(), type(live.get_output_embeddings()).forward
     head.forward = lambda x: forward(head, x) * (1 + x.shape[1] / 8)  # the length that it is given shows in the logits
@@ -186,7 +218,7 @@ def test_gain_is_movement_on_the_adapters_own_text(tmp_path: Path) -> None:
     for _ in range(47):
         drawn = torch.multinomial(pico.logits(live, ids)[:, -1].softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
-    (found,) = adapter_probe.measure(live, {"text": list(ids)}, torch.device("cpu"))
+    (found,) = adapter_probe.measure(live, {"text": rows_of(ids)}, torch.device("cpu"))
     assert found.efficiency == pytest.approx(1, abs=0.2)
 
 

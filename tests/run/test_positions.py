@@ -55,7 +55,7 @@ def test_a_table_of_positions_is_not_exceeded(
     """It would be an index error of torch, after the merge."""
     out = mine(project, tmp_path / "p", "gpt2", "c_attn")
     fits = prepared(out)
-    assert all(len(row) <= 64 for rows in fits.texts.probes.values() for row in rows)
+    assert all(len(row.ids) <= 64 for rows in fits.texts.probes.values() for row in rows)
     with pytest.raises(InputError, match=named):
         prepared(out, **changes)
 

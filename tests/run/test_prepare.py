@@ -344,3 +344,15 @@ def test_resized_embeddings_go_with_the_adapters_tokenizer(project: Path, tmp_pa
     plan = prepared(mine)
     assert plan.merge.plan.vocab_size == 304
     assert {op.name for op in plan.merge.plan.ops if op.action == "replaced"} == {f"{n}.weight" for n in names}
+
+
+def test_the_adapter_probe_reads_the_answers_of_chats(project: Path) -> None:
+    """Training may have had no loss on questions, on which the adapter then gains nothing."""
+    chats = [{"prompt": f"How many are {n} and {n}? " * 3, "completion": f"They are {2 * n}. " * 3} for n in range(40)]
+    write_rows(project / "chats.jsonl", chats)
+    wanted = recipe(project, Path("runs"), {"calibration.data": {"path": "./chats.jsonl"}, "calibration.samples": 4})
+    prepared = prepare.prepare(wanted)
+    (rows,) = prepared.texts.probes.values()
+    for row in rows:
+        assert "They are" in prepared.texts.decode(row.ids[row.counted].tolist())
+        assert "How many" not in prepared.texts.decode(row.ids[row.counted].tolist())

@@ -32,6 +32,7 @@ __all__ = [
     "adds_bos",
     "read_rows",
     "read_texts",
+    "sample_answers",
     "tokenize",
 ]
 EMPTY = "rows without text or without an answer were left out"
@@ -213,6 +214,23 @@ def tokenize(
     if notes is not None:
         notes += reader.notes(len(rows))
     return documents
+
+
+def sample_answers(source: TextSource, tokenizer: Any, asked: Format = "auto", *, count: int) -> list[TokenDocument]:
+    """Some `count` rows as documents, evenly spread, with the tokens of answers flagged.
+
+    None for plain text, and where rows or chat template do not tell which part is the answer.
+    """
+    rows = read_rows(source)
+    columns = columns_of(source, rows, asked)
+    if columns.kind == "text":
+        return []
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    picked = rows[:: max(1, len(rows) // count)][:count]
+    try:
+        return list(_Reader(source, columns, tokenizer, True, bos).documents(picked))
+    except InputError:
+        return []
 
 
 def _encode(tokenizer: Any, text: str, spans: Spans, bos: int | None) -> tuple[TokenDocument, list[str]]:

@@ -64,30 +64,62 @@ class ProbeFacts(TypedDict):
     moved: float
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeRow:
+    """A row of the probe. ids: int64 [length]. counted: bool [length], the tokens whose loss is measured."""
+
+    ids: Tensor
+    counted: Tensor
+
+    @classmethod
+    def whole(cls, ids: Tensor) -> ProbeRow:
+        """A row all of whose tokens count."""
+        return cls(ids, torch.ones(len(ids), dtype=torch.bool))
+
+    def cut(self, length: int) -> ProbeRow:
+        """Its first tokens; all of them count where none of them did."""
+        ids, counted = self.ids[:length], self.counted[:length]
+        return ProbeRow(ids, counted) if counted[1:].any() else ProbeRow.whole(ids)
+
+
 def sample_rows(
     names: Sequence[str], documents: Sequence[Sequence[TokenDocument]], bos: int | None = None
-) -> dict[str, tuple[Tensor, ...]]:
+) -> dict[str, tuple[ProbeRow, ...]]:
     """A few rows of each calibration source, evenly spread, by name of the source.
 
-    Rows are int64 [at most MAX_LENGTH], none shorter than MIN_LENGTH. bos: the first token of each; None: none is.
+    The flagged tokens of a document count: of a chat its answers, since training may have had no loss on the questions.
+    Rows have at most MAX_LENGTH tokens, so that half of them may be answer, and at least MIN_LENGTH. bos: the first
+    token of each; None: none is.
     """
     sampled = {}
     for name, every in zip(names, documents, strict=True):
-        long = [d for d in every if len(d.ids) >= MIN_LENGTH]
+        long = [d for d in every if len(d.ids) >= MIN_LENGTH and any(d.scored)]
         step = max(1, len(long) // MAX_ROWS)
-        sampled[name] = tuple(torch.tensor(d.marked(bos, None)[:MAX_LENGTH]) for d in long[::step][:MAX_ROWS])
+        sampled[name] = tuple(_row(d, bos) for d in long[::step][:MAX_ROWS])
     return {name: rows for name, rows in sampled.items() if rows}
+
+
+def _row(document: TokenDocument, bos: int | None) -> ProbeRow:
+    """The beginning of a document, or of what leads to its first answer where that begins late."""
+    first, most = document.scored.index(True), MAX_LENGTH - (bos is not None)
+    end = max(most, min(len(document.ids), first + most // 2))
+    begin = max(0, end - most)
+    ids, counted = list(document.ids[begin:end]), list(document.scored[begin:end])
+    if bos is not None:
+        ids, counted = [bos, *ids], [False, *counted]
+    return ProbeRow(torch.tensor(ids), torch.tensor(counted)).cut(MAX_LENGTH)
 
 
 @torch.inference_mode()
 def measure(
-    model: Any, samples: Mapping[str, Sequence[Tensor]], device: torch.device, batch: BatchSize | int = 1
+    model: Any, samples: Mapping[str, Sequence[ProbeRow]], device: torch.device, batch: BatchSize | int = 1
 ) -> list[Probe]:
     """The losses of a PEFT model on each source's rows, with its adapters enabled and disabled.
 
     batch: how much runs at a time, of all sources together, as far as its logits are at most MAX_LOGITS.
     """
-    rows = [row for many in samples.values() for row in many]
+    sampled = [row for many in samples.values() for row in many]
+    rows = [row.ids for row in sampled]
     sums = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
     for numbers in _batches(model, rows, device, BatchSize.of(batch)):
         ids = batches.padded([rows[i] for i in numbers]).to(device)
@@ -95,11 +127,13 @@ def measure(
         with model.disable_adapter():
             off = model(input_ids=ids).logits
         for at, number in enumerate(numbers):
-            sums[number] = _sums(on[at], off[at], ids[at, : len(rows[number])])
+            counted = sampled[number].counted[1:].to(device)
+            sums[number] = _sums(on[at], off[at], ids[at, : len(rows[number])], counted)
     probes, found, begin = [], sums.cpu(), 0
     for source, many in samples.items():
         end = begin + len(many)
-        without, with_adapter, moved = (found[begin:end].sum(0) / sum(len(row) - 1 for row in many)).tolist()
+        tokens = sum(int(row.counted[1:].sum()) for row in many)
+        without, with_adapter, moved = (found[begin:end].sum(0) / tokens).tolist()
         probes.append(Probe(source=source, without=without, with_adapter=with_adapter, moved=moved))
         begin = end
     return probes
@@ -123,13 +157,14 @@ def _batches(model: Any, rows: Sequence[Tensor], device: torch.device, size: Bat
     return list(plan.batches)
 
 
-def _sums(on: Tensor, off: Tensor, ids: Tensor) -> Tensor:
+def _sums(on: Tensor, off: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
     """float64 [3]: the losses of a row without and with the adapter, and KL(with || without), each summed over tokens.
 
-    on, off: logits [at least length, vocab] with the adapter and without. ids: int64 [length].
+    on, off: logits [at least length, vocab] with the adapter and without. ids: int64 [length]. counted: bool
+    [length - 1], of the tokens after the first.
     """
-    log_on, log_off = (logits[: len(ids) - 1].float().log_softmax(dim=-1) for logits in (on, off))
-    losses = [-p.gather(1, ids[1:, None]).double().sum() for p in (log_off, log_on)]
+    log_on, log_off = (logits[: len(ids) - 1][counted].float().log_softmax(dim=-1) for logits in (on, off))
+    losses = [-p.gather(1, ids[1:, None][counted]).double().sum() for p in (log_off, log_on)]
     moved_by = torch.where(log_on.isneginf(), 0.0, log_on.exp() * (log_on - log_off))  # an excluded token adds nothing
     return torch.stack([*losses, moved_by.double().sum()])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from requant.adapters.expert_order import WORDS
 from requant.adapters.stacked_lora import Order
 from requant.evaluate import adapter_probe
-from requant.evaluate.adapter_probe import LOW_EFFICIENCY, Probe
+from requant.evaluate.adapter_probe import LOW_EFFICIENCY, Probe, ProbeRow
 from requant.evaluate.planned_merge import Device
 from requant.evaluate.planned_merge import walk_of as merged_walk
 from requant.evaluate.streamed import StreamedModel, walk_of
@@ -58,6 +58,7 @@ def measure(
     plans: the merge of this adapter alone onto the base of `sources`. samples: name of a text -> rows int64 [length].
     """
     rows = {f"{source} {i}": (row,) for source, many in samples.items() for i, row in enumerate(many)}
+    whole = {name: (ProbeRow.whole(row),) for name, (row,) in rows.items()}
     counts = {name: len(row) - 1 for name, (row,) in rows.items()}
     one = next(iter(plans.values()))
     doing("loss of the base, for the order of the experts")
@@ -66,7 +67,7 @@ def measure(
     for order, plan in plans.items():
         doing(f"loss with the experts in {WORDS[order]}")
         merged = _run(merged_walk(plan, where, trust_remote_code=sources.trust_remote_code), rows, where)
-        probes[order] = {p.source: p for p in adapter_probe.measure(_Both(merged, base), rows, where.device)}
+        probes[order] = {p.source: p for p in adapter_probe.measure(_Both(merged, base), whole, where.device)}
         del merged
         free_memory(where.device)
     return [

@@ -94,7 +94,8 @@ def _measured(prepared: Prepared, adapter: Adapter, directory: RunDirectory, wat
     """The measurement of one adapter alone, on calibration text, or else on the evaluation sets; stored by key."""
     device = pick_device(prepared.recipe.device)
     where = Device(device, evaluation_inputs.dtype(prepared, device), evaluation_inputs.batch(prepared, device))
-    texts = (prepared.texts.probes, _of_sets(prepared))
+    probes = {name: tuple(row.ids for row in rows) for name, rows in prepared.texts.probes.items()}
+    texts = (probes, _of_sets(prepared))
     key = key_of(
         LAYOUT,
         "expert order",

@@ -49,4 +49,4 @@ def fitted(model: Any, texts: Texts, healing: Healing | None, warnings: list[str
         warnings += [f"{key} is {length}: {what}, beyond them it was not trained" for key, length in longer.items()]
     if not table:
         return texts
-    return replace(texts, probes={n: tuple(row[:positions] for row in rows) for n, rows in texts.probes.items()})
+    return replace(texts, probes={n: tuple(row.cut(positions) for row in rows) for n, rows in texts.probes.items()})

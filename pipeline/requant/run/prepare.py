@@ -260,7 +260,7 @@ def _texts(
         calibration=windows,
         calibration_facts=facts,
         sets=tuple(sets),
-        probes=adapter_probe.sample_rows(facts["data"], seen, bos),
+        probes=adapter_probe.sample_rows(facts["data"], recipe_texts.probed(recipe, tokenizer, seen), bos),
         canaries=_canaries(recipe, tokenizer),
         first_documents=of_calibration,
         decode=tokenizer.decode,

@@ -14,6 +14,7 @@ from requant.data.canaries import Canaries
 from requant.data.documents import TokenDocument
 from requant.data.prompts import Prompts
 from requant.deploy import engine_support
+from requant.evaluate.adapter_probe import ProbeRow
 from requant.evaluate.tasks import Tasks
 from requant.merge import adapter_match
 from requant.merge.base_checkpoint import DecodedCheckpoint
@@ -89,14 +90,14 @@ class QuantizeInputs:
 class Texts:
     """Tokenized texts.
 
-    calibration: int64 [samples, length]. probes: calibration source -> a few token rows. first_documents: of each
+    calibration: int64 [samples, length]. probes: calibration source -> a few rows for the adapter probe. first_documents: of each
     calibration source. decode: token ids -> text. prompts: of held-out rows, for answers side by side.
     """
 
     calibration: Tensor
     calibration_facts: CalibrationFacts
     sets: tuple[EvalSet, ...]
-    probes: Mapping[str, tuple[Tensor, ...]]
+    probes: Mapping[str, tuple[ProbeRow, ...]]
     canaries: Canaries | None
     prompts: Prompts | None = None
     first_documents: Mapping[str, Sequence[TokenDocument]]

@@ -24,7 +24,8 @@ KEPT = 0.01  # of the device's free memory, for the probe's model while quantize
 def probe(context: RunContext) -> ProbeResult:
     """Loss of base and adapter on a few rows of each calibration source; stored by key."""
     scores, rows = context.scores, context.prepared.texts.probes
-    digests = {name: [digest(row[None]) for row in source] for name, source in rows.items()}
+    ids = {name: [row.ids for row in source] for name, source in rows.items()}
+    digests = {n: [(digest(r.ids[None]), digest(r.counted[None].long())) for r in source] for n, source in rows.items()}
     reference = scores.keys[REFERENCE]
     key = key_of(LAYOUT, "probe", reference, digests, str(scores.dtype), scores.device.type)
     stored = cast("ProbeResult | None", context.directory.result("probe", key))
@@ -35,7 +36,7 @@ def probe(context: RunContext) -> ProbeResult:
     context.watcher.doing(f"loss with and without the adapter on {sum(map(len, rows.values()))} rows of its own text")
     try:
         model = load_reference(
-            scores, context.variant_sources, rows, batch=context.batch, stream=context.recipe.evaluate.stream
+            scores, context.variant_sources, ids, batch=context.batch, stream=context.recipe.evaluate.stream
         )
         batch = 1 if isinstance(model, StreamedModel) else context.batch  # streamed, it has run its rows already
         with decoded_once(model, scores.device):  # for few rows, with the adapter and without

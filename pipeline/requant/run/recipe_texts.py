@@ -12,11 +12,12 @@ from torch import Tensor
 
 from requant.data import healing_text, overlap, packing
 from requant.data import tokenizer as tokenizer_files
-from requant.data.documents import TextSource, TokenDocument, read_texts, tokenize
+from requant.data.documents import TextSource, TokenDocument, read_texts, sample_answers, tokenize
 from requant.data.duplicates import same_text
 from requant.data.healing_text import HealingText
 from requant.data.tokenizer import adds_bos
 from requant.errors import InputError
+from requant.evaluate import adapter_probe
 from requant.recipe import Recipe
 from requant.recipe.heal_section import Heal
 from requant.recipe.text_sections import Calibration, Data
@@ -96,6 +97,21 @@ def calibration(
         "digest": packing.digest(windows),
     }
     return [documents for _, documents, _ in entries], windows, facts
+
+
+def probed(
+    recipe: Recipe, tokenizer: Any, documents: Sequence[Sequence[TokenDocument]]
+) -> list[Sequence[TokenDocument]]:
+    """Documents of each calibration source for the adapter probe: of chats and completions a few with answers flagged.
+
+    documents: of each source, whole; the source's own where it is plain text, or where its answers cannot be told.
+    """
+    entries = zip(recipe.calibration.entries, documents, strict=True)
+    return [
+        sample_answers(source_of(e.data, recipe.directory), tokenizer, e.format, count=2 * adapter_probe.MAX_ROWS)
+        or own
+        for e, own in entries
+    ]
 
 
 def _mixed(
