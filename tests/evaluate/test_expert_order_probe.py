@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers import pico, tiny
 
 from requant.adapters import peft_directory
 from requant.evaluate import expert_order_probe
+from requant.evaluate.adapter_probe import ProbeRow
 from requant.evaluate.planned_merge import Device
 from requant.evaluate.variants import VariantSources
 from requant.run import prepare
@@ -27,6 +29,10 @@ RANK = 4
 def loss(model: Any, source: str) -> float:
     sums = [float(model(input_ids=row[None], labels=row[None]).loss) * (len(row) - 1) for row in ROWS[source]]
     return sum(sums) / sum(len(row) - 1 for row in ROWS[source])
+
+
+def whole(samples: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, list[ProbeRow]]:
+    return {name: [ProbeRow.whole(ids) for ids in rows] for name, rows in samples.items()}
 
 
 def made(kind: str) -> Any:
@@ -59,7 +65,7 @@ def test_losses(tmp_path: Path, kind: str) -> None:
     sources = VariantSources(
         base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plans["peft"], sixteen_bit=True
     )
-    facts = expert_order_probe.measure(plans, sources, ROWS, CPU)
+    facts = expert_order_probe.measure(plans, sources, whole(ROWS), CPU)
     assert [f["source"] for f in facts] == ["one", "two"]
     for found in facts:
         assert found["rows"] == len(ROWS[found["source"]])
@@ -88,7 +94,7 @@ def test_a_head_that_is_untied_and_a_larger_vocabulary(tmp_path: Path, rows: int
     assert (plans["peft"].untied, plans["peft"].vocab_size) == ((True, None) if rows == 96 else (False, rows))
     sources = VariantSources(base=base, adapter=tmp_path / "adapter", merged=base, gptq=base, plan=plans["peft"])
     samples = {"new": (torch.tensor([5, 7, rows - 1, 9, rows - 2, 11, 3]),)}
-    (found,) = expert_order_probe.measure(plans, sources, samples, CPU)
+    (found,) = expert_order_probe.measure(plans, sources, whole(samples), CPU)
     with torch.no_grad():
         expected = float(live(input_ids=samples["new"][0][None], labels=samples["new"][0][None]).loss)
     assert found["losses"]["peft"] == pytest.approx(expected, rel=1e-5)

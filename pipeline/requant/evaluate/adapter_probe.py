@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from requant.data.documents import TokenDocument
+from requant.data.packing import digest
 from requant_eval.scoring import batches
 from requant_eval.scoring.batches import BatchSize
 
@@ -24,8 +25,8 @@ MAX_ROWS, MAX_LENGTH, MIN_LENGTH = 6, 256, 16
 # Logits of a batch, with the adapter and again without: at most what scoring holds of a chunk. On a CPU a row's.
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 # Gain per nat of KL(adapted || base). The demo's adapter has 0.96 on held-out text of its kind, 0.26 and 0.32 on other
-# text; an adapter on another base of the same shape has 0.24 in the tests. The second fine-tune has 0.96 on answers, and
-# 0.24 on whole chats: it was trained without loss on questions.
+# text; an adapter on another base of the same shape has 0.24 in the tests. The second fine-tune, trained without loss
+# on questions, has 0.96 on answers and 0.24 on whole chats.
 LOW_EFFICIENCY = 0.35
 LEAST_MOVED = 1e-3  # nats a token: below, gain per nat is the ratio of two roundings. The demo's adapter moves 0.2
 
@@ -76,6 +77,16 @@ class ProbeRow:
     def whole(cls, ids: Tensor) -> ProbeRow:
         """A row all of whose tokens count."""
         return cls(ids, torch.ones(len(ids), dtype=torch.bool))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count; the first one cannot, since nothing predicts it."""
+        return int(self.counted[1:].sum())
+
+    @property
+    def digest(self) -> tuple[str, str]:
+        """Digests of ids and of what counts."""
+        return digest(self.ids[None]), digest(self.counted[None].long())
 
     def cut(self, length: int) -> ProbeRow:
         """Its first tokens; all of them count where none of them did."""
@@ -133,7 +144,7 @@ def measure(
     probes, found, begin = [], sums.cpu(), 0
     for source, many in samples.items():
         end = begin + len(many)
-        tokens = sum(int(row.counted[1:].sum()) for row in many)
+        tokens = sum(row.tokens for row in many)
         without, with_adapter, moved = (found[begin:end].sum(0) / tokens).tolist()
         probes.append(Probe(source=source, without=without, with_adapter=with_adapter, moved=moved))
         begin = end

@@ -49,17 +49,16 @@ class OrderFacts(TypedDict):
 def measure(
     plans: Mapping[Order, MergePlan],
     sources: VariantSources,
-    samples: Mapping[str, Sequence[Tensor]],
+    samples: Mapping[str, Sequence[ProbeRow]],
     where: Device,
     doing: Callable[[str], None] = lambda _: None,
 ) -> list[OrderFacts]:
     """The losses of each text without the adapter and with it in both orders.
 
-    plans: the merge of this adapter alone onto the base of `sources`. samples: name of a text -> rows int64 [length].
+    plans: the merge of this adapter alone onto the base of `sources`. samples: name of a text -> its rows.
     """
     rows = {f"{source} {i}": (row,) for source, many in samples.items() for i, row in enumerate(many)}
-    whole = {name: (ProbeRow.whole(row),) for name, (row,) in rows.items()}
-    counts = {name: len(row) - 1 for name, (row,) in rows.items()}
+    counts = {name: row.tokens for name, (row,) in rows.items()}
     one = next(iter(plans.values()))
     doing("loss of the base, for the order of the experts")
     base = _run(walk_of("base", sources, device=where.device, dtype=where.dtype, rows=one.vocab_size), rows, where)
@@ -67,7 +66,7 @@ def measure(
     for order, plan in plans.items():
         doing(f"loss with the experts in {WORDS[order]}")
         merged = _run(merged_walk(plan, where, trust_remote_code=sources.trust_remote_code), rows, where)
-        probes[order] = {p.source: p for p in adapter_probe.measure(_Both(merged, base), whole, where.device)}
+        probes[order] = {p.source: p for p in adapter_probe.measure(_Both(merged, base), rows, where.device)}
         del merged
         free_memory(where.device)
     return [
@@ -122,9 +121,9 @@ def _facts(source: str, probes: Mapping[Order, Sequence[Probe]], counts: Mapping
     }
 
 
-def _run(walk: Walk, rows: Mapping[str, Sequence[Tensor]], where: Device) -> StreamedModel:
+def _run(walk: Walk, rows: Mapping[str, Sequence[ProbeRow]], where: Device) -> StreamedModel:
     model = StreamedModel(walk)
-    model.run([row for many in rows.values() for row in many], where.batch)
+    model.run([row.ids for many in rows.values() for row in many], where.batch)
     return model
 
 

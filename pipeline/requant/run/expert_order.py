@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import torch
-from torch import Tensor
 
 from requant.adapters import expert_order, peft_directory
 from requant.adapters.peft_directory import Adapter
 from requant.adapters.stacked_lora import Order
 from requant.checkpoint.run_directory import RunDirectory, key_of
-from requant.data.packing import digest
 from requant.errors import InputError
 from requant.evaluate import expert_order_probe
-from requant.evaluate.adapter_probe import MAX_LENGTH, MAX_ROWS, MIN_LENGTH
+from requant.evaluate.adapter_probe import MAX_LENGTH, MAX_ROWS, MIN_LENGTH, ProbeRow
 from requant.evaluate.expert_order_probe import OrderFacts
 from requant.evaluate.planned_merge import Device
 from requant.merge.base_weights import Nf4Settings
@@ -94,15 +92,14 @@ def _measured(prepared: Prepared, adapter: Adapter, directory: RunDirectory, wat
     """The measurement of one adapter alone, on calibration text, or else on the evaluation sets; stored by key."""
     device = pick_device(prepared.recipe.device)
     where = Device(device, evaluation_inputs.dtype(prepared, device), evaluation_inputs.batch(prepared, device))
-    probes = {name: tuple(row.ids for row in rows) for name, rows in prepared.texts.probes.items()}
-    texts = (probes, _of_sets(prepared))
+    texts = (prepared.texts.probes, _of_sets(prepared))
     key = key_of(
         LAYOUT,
         "expert order",
         directory.fingerprint(prepared.sources.base),
         repr(prepared.sources.simulate),
         directory.fingerprint(adapter.path),
-        [{name: [digest(row[None]) for row in rows] for name, rows in text.items()} for text in texts],
+        [{name: [row.digest for row in rows] for name, rows in text.items()} for text in texts],
         (str(where.dtype), device.type),
     )
     name = f"expert order of {adapter.name}"
@@ -135,12 +132,15 @@ def _plans(base: Path, path: Path, simulate: Nf4Settings | None, *, trust_remote
     }
 
 
-def _of_sets(prepared: Prepared) -> Mapping[str, tuple[Tensor, ...]]:
+def _of_sets(prepared: Prepared) -> Mapping[str, tuple[ProbeRow, ...]]:
     """A few rows of every evaluation set, for where the calibration text does not tell."""
-    found: dict[str, tuple[Tensor, ...]] = {}
+    found: dict[str, tuple[ProbeRow, ...]] = {}
     for item in prepared.texts.sets:
-        rows = [w.ids[:MAX_LENGTH] for w in item.windows if len(w.ids) >= MIN_LENGTH]
+        rows = [w for w in item.windows if len(w.ids) >= MIN_LENGTH]
         step = max(1, len(rows) // MAX_ROWS)
         if rows:
-            found[f"evaluation set {item.name}"] = tuple(torch.as_tensor(row) for row in rows[::step][:MAX_ROWS])
+            found[f"evaluation set {item.name}"] = tuple(
+                ProbeRow(torch.as_tensor(w.ids), torch.as_tensor(w.scored)).cut(MAX_LENGTH)
+                for w in rows[::step][:MAX_ROWS]
+            )
     return found

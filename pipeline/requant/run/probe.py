@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from requant.checkpoint.run_directory import key_of
-from requant.data.packing import digest
 from requant.errors import StageError
 from requant.evaluate import adapter_probe
 from requant.evaluate.scores import REFERENCE
@@ -25,7 +24,7 @@ def probe(context: RunContext) -> ProbeResult:
     """Loss of base and adapter on a few rows of each calibration source; stored by key."""
     scores, rows = context.scores, context.prepared.texts.probes
     ids = {name: [row.ids for row in source] for name, source in rows.items()}
-    digests = {n: [(digest(r.ids[None]), digest(r.counted[None].long())) for r in source] for n, source in rows.items()}
+    digests = {name: [row.digest for row in source] for name, source in rows.items()}
     reference = scores.keys[REFERENCE]
     key = key_of(LAYOUT, "probe", reference, digests, str(scores.dtype), scores.device.type)
     stored = cast("ProbeResult | None", context.directory.result("probe", key))
