@@ -91,7 +91,8 @@ class Texts:
     """Tokenized texts.
 
     calibration: int64 [samples, length]. probes: calibration source -> a few rows for the adapter probe.
-    first_documents: of each calibration source. decode: token ids -> text. prompts: of held-out rows, for answers side by side.
+    first_documents: of each calibration source. decode: token ids -> text. prompts: of held-out rows, for
+    answers side by side.
     """
 
     calibration: Tensor
