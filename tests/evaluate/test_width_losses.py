@@ -119,8 +119,19 @@ def test_measured_and_learned_windows_are_spread_and_apart() -> None:
     assert width_losses.texts(windows, "cpu", 10**6).learned[:, 0].tolist() == [n * 300 for n in range(40) if n % 10], (
         "all that is not measured"
     )
-    single = width_losses.texts(windows[:1, :20], "cpu", 64)
-    assert single.measured.shape == single.learned.shape == (1, 20)
+    few = width_losses.texts(windows[:4, :20], "cpu", 64)
+    assert (few.measured.shape, few.learned.shape) == ((1, 20), (3, 20))
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 4), ("cuda", 16)])
+def test_most_windows_are_left_to_learn_from(device: str, most: int) -> None:
+    """17 windows on a GPU were 16 to measure on and one to learn from."""
+    windows = torch.arange(100 * 300).reshape(100, 300)
+    for count in range(width_losses.MIN_WINDOWS, 100):
+        text = width_losses.texts(windows[:count], device, 10**6)
+        assert len(text.measured) == min(most, count // 4)
+        assert len(text.learned) == count - len(text.measured) >= 3 * len(text.measured)
+        assert not set(text.measured[:, 0].tolist()) & set(text.learned[:, 0].tolist())
 
 
 def test_gptq_makes_up_for_what_rounding_loses_most_where_inputs_are_alike(project: Path, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_what_a_recipe_says_of_modules_stays(project: Path, tmp_path: Path) -> N
         ({"quantize": {"budget": 3.5, "group_size": 32}, "output.formats": ["gptq"], "deploy": ["vllm"]},
          r"quantize\.budget: 3\.5: .* take linears of 4 and 8 bits: expected a mean from 4 to 8"),
         ({"quantize": {"budget": 3.5, "group_size": 48}}, "group_size"),
+        ({"calibration.samples": 3}, r"calibration\.samples: 3: quantize\.budget measures .*: expected 4 or more"),
     ],
 )  # fmt: skip
 def test_a_budget_that_no_widths_give(project: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

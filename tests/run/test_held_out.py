@@ -8,6 +8,7 @@ import pytest
 from helpers.command_line import Here
 from helpers.e2e import copied, recipe, write_recipe, write_rows
 
+from requant.errors import InputError
 from requant.recipe import load
 from requant.run import prepare
 from requant.run.check.held_out import few_documents
@@ -49,3 +50,15 @@ def test_rows_that_are_cut_off_before_their_answer_are_told(project: Path, tmp_p
         warnings = prepare.prepare(recipe(mine, tmp_path, {"evaluate.sets": [item]})).warnings
         found = [w for w in warnings if "evaluate.sets.0.document_tokens: 4 of 24 documents are cut off before" in w]
         assert len(found) == told
+
+
+def test_prompts_that_fill_what_is_kept_of_a_document_are_told(project: Path, tmp_path: Path) -> None:
+    """The advice was longer texts. An answer beyond the window needs none: it is scored in a window of its own."""
+    mine = copied(project, tmp_path / "p")
+    rows = [{"prompt": f"{i} " * 60, "completion": f" {i} and {i * i}"} for i in range(24)]
+    write_rows(mine / "pairs.jsonl", rows)
+    item = {"name": "pairs", "data": {"path": "./pairs.jsonl"}, "score": "completion", "document_tokens": 16}
+    with pytest.raises(InputError, match=r"evaluate\.sets\.0\.document_tokens: the prompts of set 'pairs' fill its 16"):
+        prepare.prepare(recipe(mine, tmp_path, {"evaluate.sets": [item]}))
+    whole = {"evaluate.sets": [item | {"document_tokens": None}], "evaluate.window": 32}
+    assert prepare.prepare(recipe(mine, tmp_path, whole)).texts.sets[0].n_documents == 24

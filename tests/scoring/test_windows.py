@@ -128,7 +128,8 @@ def test_digest_sees_ids_masks_and_borders_but_not_the_name() -> None:
     [
         ([], {}, "nothing to score"),
         ([doc(5)], {}, "nothing to score"),
-        ([doc(5, 6, scored="..")], {}, "nothing to score"),
+        ([doc(5, 6, scored="..")], {}, "nothing to score .*1 of them hold no token that is to be scored"),
+        ([doc(5)], {}, "give longer texts"),
         ([doc(5, 6), doc(7, 8)], {"protocol": "gptq-2048"}, "one joined text"),
         ([doc(5, 6)], {"protocol": "gptq-2048"}, "nothing to score"),
         ([doc(5, 6)], {"protocol": "wikitext"}, "unknown protocol"),

@@ -107,9 +107,11 @@ def make_set(
     _check(name, documents, window, protocol, tokens)
     taken = _take(documents, window=window, protocol=protocol, bos_id=bos_id, tokens=tokens, tail=tail)
     if not taken.windows:
+        unmarked = sum(d.scored is not None and not any(d.scored) for d in documents)
+        why = f"{unmarked} of them hold no token that is to be scored, such as an answer" if unmarked else ""
         raise EvaluationError(
             f"set '{name}': nothing to score in {len(documents)} documents (protocol {protocol}, window "
-            f"{window}, {taken.dropped} tokens in dropped tails): give longer texts, or check the `score` mask"
+            f"{window}, {taken.dropped} tokens in dropped tails): {why or 'give longer texts'}"
         )
     return EvalSet(
         name=name,

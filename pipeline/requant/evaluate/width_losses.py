@@ -39,6 +39,7 @@ from requant_eval.scoring.kl import kl_divergence
 
 TOKENS = {"cpu": 2**9, "cuda": 2**11}  # that losses are measured on
 LENGTH = 128  # of a window of these, at most
+MIN_WINDOWS = 4  # of calibration text: one is measured on, the others are learned from
 LEARNED = {"cpu": 8, "cuda": 32}  # tokens for each input of the widest linear that GPTQ learns from
 BATCH = {"cpu": 2**11, "cuda": 2**13}  # tokens of a batch of these
 _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
@@ -78,15 +79,15 @@ class Texts:
 def texts(calibration: Tensor, device: str, inputs: int) -> Texts:
     """The calibration windows int64 [n, length] as two texts, for a type of device.
 
-    Measured are evenly spaced windows, cut; learned are others, evenly spaced too, or the same where there are no
-    others. inputs: of the widest linear.
+    Measured are evenly spaced windows, cut, at most one in MIN_WINDOWS, so that most are left to learn from; learned
+    are others, evenly spaced too. inputs: of the widest linear. There are MIN_WINDOWS windows or more.
     """
     length = min(LENGTH, calibration.shape[1])
-    count = min(len(calibration), max(1, TOKENS[device] // length))
+    count = min(len(calibration) // MIN_WINDOWS, max(1, TOKENS[device] // length))
     chosen = torch.arange(count) * len(calibration) // count
     others = torch.ones(len(calibration), dtype=torch.bool)
     others[chosen] = False
-    rest = calibration[others] if others.any() else calibration
+    rest = calibration[others]
     wanted = min(len(rest), -(-LEARNED[device] * inputs // rest.shape[1]))
     return Texts(learned=rest[torch.arange(wanted) * len(rest) // wanted], measured=calibration[chosen, :length])
 

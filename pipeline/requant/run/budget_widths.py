@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import get_args
 
 from requant.errors import InputError
-from requant.evaluate.width_losses import Unit
+from requant.evaluate.width_losses import MIN_WINDOWS, Unit
 from requant.modeling.families import fused_patterns
 from requant.quantize.plan import Plan
 from requant.recipe import Recipe
@@ -24,10 +24,16 @@ def planned(recipe: Recipe, plan: Planned) -> tuple[QuantizeInputs, tuple[int, .
 
     The first is what is known before losses are measured, and takes no less room than the choice will.
     plan: of a recipe without a budget; raises InputError where its formats or servers refuse the width.
-    Raises InputError for a budget that no widths of this recipe give, and for servers that want one width for all.
+    Raises InputError for a budget that no widths of this recipe give, for servers that want one width for all, and for
+    too few calibration windows to measure losses.
     """
     budget = recipe.quantize.budget
     assert budget is not None
+    if recipe.calibration.samples < MIN_WINDOWS:
+        raise InputError(
+            f"{recipe.place('calibration', 'samples')}: {recipe.calibration.samples}: quantize.budget measures losses on "
+            f"some calibration windows of weights that it learns from the others: expected {MIN_WINDOWS} or more"
+        )
     made, refused = dict[int, QuantizeInputs](), list[InputError]()
     for bits in WIDTHS:
         try:

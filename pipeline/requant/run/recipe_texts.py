@@ -204,6 +204,12 @@ def evaluation_set(
         if notes is not None:
             notes += _copies(name, [document.ids for document in documents])
             notes += _without_answer(recipe.place("evaluate", "sets", index, "document_tokens"), documents)
+        if item.document_tokens and documents and not any(map(_holds_answer, documents)):
+            raise InputError(
+                f"{recipe.place('evaluate', 'sets', index, 'document_tokens')}: the prompts of set '{name}' fill its "
+                f"{item.document_tokens} tokens, so that no answer is left to score: raise it, or leave it out: an answer "
+                "beyond evaluate.window is scored all the same"
+            )
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
@@ -227,9 +233,14 @@ def _document(row: TokenDocument, cut: int | None, *, completion: bool) -> Any:
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
 
 
+def _holds_answer(document: Any) -> bool:
+    """Whether a document has a token to score."""
+    return document.scored is None or any(document.scored)
+
+
 def _without_answer(place: str, documents: Sequence[Any]) -> list[str]:
     """A warning about documents that `document_tokens`, at `place`, cuts off before their answers."""
-    lost = sum(document.scored is not None and not any(document.scored) for document in documents)
+    lost = sum(not _holds_answer(document) for document in documents)
     if not lost:
         return []
     return [f"{place}: {lost} of {len(documents)} documents are cut off before their answer and left out: raise it"]
