@@ -31,8 +31,8 @@ def planned(recipe: Recipe, plan: Planned) -> tuple[QuantizeInputs, tuple[int, .
     assert budget is not None
     if recipe.calibration.samples < MIN_WINDOWS:
         raise InputError(
-            f"{recipe.place('calibration', 'samples')}: {recipe.calibration.samples}: quantize.budget measures losses on "
-            f"some calibration windows of weights that it learns from the others: expected {MIN_WINDOWS} or more"
+            f"{recipe.place('calibration', 'samples')}: {recipe.calibration.samples}: quantize.budget measures losses "
+            f"on some calibration windows of weights that it learns from the others: expected {MIN_WINDOWS} or more"
         )
     made, refused = dict[int, QuantizeInputs](), list[InputError]()
     for bits in WIDTHS:

@@ -207,8 +207,8 @@ def evaluation_set(
         if item.document_tokens and documents and not any(map(_holds_answer, documents)):
             raise InputError(
                 f"{recipe.place('evaluate', 'sets', index, 'document_tokens')}: the prompts of set '{name}' fill its "
-                f"{item.document_tokens} tokens, so that no answer is left to score: raise it, or leave it out: an answer "
-                "beyond evaluate.window is scored all the same"
+                f"{item.document_tokens} tokens, so that no answer is left to score: raise it, or leave it out: an "
+                "answer beyond evaluate.window is scored all the same"
             )
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
