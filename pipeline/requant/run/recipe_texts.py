@@ -201,15 +201,9 @@ def evaluation_set(
             rows = read(source, tokenizer, item.format, completions=completion, notes=notes)
         _refuse_identical(name, overlap.shared_documents(calibrated, rows), "documents")
         documents = [_document(row, item.document_tokens, completion=completion) for row in rows]
+        cut = _without_answer(recipe.place("evaluate", "sets", index, "document_tokens"), item, documents)
         if notes is not None:
-            notes += _copies(name, [document.ids for document in documents])
-            notes += _without_answer(recipe.place("evaluate", "sets", index, "document_tokens"), documents)
-        if item.document_tokens and documents and not any(map(_holds_answer, documents)):
-            raise InputError(
-                f"{recipe.place('evaluate', 'sets', index, 'document_tokens')}: the prompts of set '{name}' fill its "
-                f"{item.document_tokens} tokens, so that no answer is left to score: raise it, or leave it out: an "
-                "answer beyond evaluate.window is scored all the same"
-            )
+            notes += [*_copies(name, [document.ids for document in documents]), *cut]
     try:
         made = ev.make_set(name, documents, window=e.window, protocol=e.protocol, bos_id=bos, tokens=item.tokens)
     except EvaluationError as error:
@@ -238,11 +232,19 @@ def _holds_answer(document: Any) -> bool:
     return document.scored is None or any(document.scored)
 
 
-def _without_answer(place: str, documents: Sequence[Any]) -> list[str]:
-    """A warning about documents that `document_tokens`, at `place`, cuts off before their answers."""
+def _without_answer(place: str, item: Any, documents: Sequence[Any]) -> list[str]:
+    """A warning about documents that `document_tokens`, at `place`, cuts off before their answers.
+
+    item: the set of the recipe. Raises InputError where it cuts off every answer.
+    """
     lost = sum(not _holds_answer(document) for document in documents)
-    if not lost:
+    if not lost or not item.document_tokens:
         return []
+    if lost == len(documents):
+        raise InputError(
+            f"{place}: the prompts of set '{item.name}' fill its {item.document_tokens} tokens, so that no answer is "
+            "left to score: raise it, or leave it out: an answer beyond evaluate.window is scored all the same"
+        )
     return [f"{place}: {lost} of {len(documents)} documents are cut off before their answer and left out: raise it"]
 
 
