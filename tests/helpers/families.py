@@ -126,7 +126,11 @@ a file holds as one and transformers' class as several (qkv of the towers of Kim
 in another order or not, is read, merged into and written as the file has it (`tests/merge/test_cut_linears.py`); so are
 convolutions and Linears held in parts (Kimi Linear, Bailing, OLMo hybrid; MiniMax M3), embeddings in tables (Molmo 2,
 Qwen 4's n-grams: `tests/merge/test_embedding_tables.py`), and routers held transposed, with one bias for two of them
-(ERNIE 4.5 VL: `tests/modeling/test_stored_parameters.py`). Other tensors that transformers makes of several while it
+(ERNIE 4.5 VL: `tests/modeling/test_stored_parameters.py`), and gate and up row by row in turns (Inkling's MLPs and
+experts: `tests/merge/test_interleaved_gates.py`; the MLP's one matrix is quantized with its rows as the file has them,
+which vLLM multiplies by so; vLLM reads the experts of a layer as one tensor only, in 16 bit). Of BLT the blocks beside
+the embedding of bytes are quantized, which are the local encoder's; the rest is merged and stays in 16 bit. So do
+Evolla's adapters to proteins, which text never reaches. Other tensors that transformers makes of several while it
 loads are refused.
 
 A mixture whose experts training held in 4 bits under transformers 4 (`base.nf4.transformers: 4`, or a base saved so) is
@@ -164,12 +168,12 @@ REASONS = (
     (r"changes \d+ weights that layers share", "layers that share a block: an adapter gave each a change of its own, which no "
      "file holds: train with these modules left out"),
     (r"called \d+ of its \d+ blocks", "blocks that run several times in a forward"),
-    (r"never called on the calibration text", "parts that only proteins reach: `quantize.overrides` has to leave them in 16 bit"),
+    (r"blocks are reversible", "reversible blocks, which take two streams"),
     (r"moe\.gate_proj\.weight", "gate and up of all experts in two stacks, which transformers joins while it loads"),
-    (r"experts\.w13_weight", "gate and up of experts row by row in turns, which transformers sorts while it loads"),
     (r"pixel_values|flattened_patches|image_encoder_embeddings|Bbox", "wants an image with every text"),
     (r"exactly one of input_ids or inputs_embeds", "an encoder and a decoder"),
-    (r"not tiny|'dropout'|NoneType|validat|layer types producing|must match the size|axial_pos|Input language", "no tiny config"),
+    (r"'dropout'", "codes of sound: the class in the list is of the decoder alone, whose config has no type of its own"),
+    (r"size_per_layer_input must be 0|layer types producing", "drafts for another model, whose keys and values it reads"),
 )  # fmt: skip
 
 

@@ -79,9 +79,10 @@ _COMPASS = {
     "layer_types": ["full_attention", "sliding_attention"], "head_dim": 16, "logit_scale": 0.25,
 }  # fmt: skip
 _INKLING = {
-    "sliding_window_size": 16, "d_rel": 4, "rel_extent": 32, "num_hidden_layers": 2, "swa_num_attention_heads": 4,
+    "sliding_window_size": 16, "d_rel": 8, "rel_extent": 32, "num_hidden_layers": 2, "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
 }  # fmt: skip
+_INKLING2 = _INKLING | {"n_layers_per_attn_res_block": 1, "unpadded_vocab_size": VOCABULARY}
 _DOTS3 = {
     "num_hidden_layers": 2, "layer_types": ["indexed_attention", "sliding_attention"], "head_dim": 48,
     "mlp_layer_types": ["dense", "sparse"], "per_layer_config": {},
@@ -129,7 +130,23 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16},
     "olmo_hybrid": {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
                     "linear_num_value_heads": 4},  # transformers cuts what it saves into equal parts
-    "reformer": {"is_decoder": True},
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 128,
+        "attn_layers": ["local", "local"], "local_attn_chunk_length": 8,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "blt": {
+        "encoder_config.hidden_size_global": WIDTH, "decoder_config.hidden_size_global": WIDTH, "use_cache": False,
+        "encoder_hash_byte_group_vocab": 512, "encoder_hash_byte_group_size": [3, 4],
+    },
+    "florence2": {
+        "vision_config.embed_dim": [16, 16, 32, 32], "vision_config.depths": [1] * 4,
+        "vision_config.num_heads": [2, 2, 4, 4], "vision_config.num_groups": [2, 2, 4, 4],
+    },
+    "janus": {
+        "vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1], "vq_config.num_res_blocks": 1,
+        "vq_config.latent_channels": 32, "vq_config.num_embeddings": 64, "vq_config.image_token_embed_dim": WIDTH,
+    },
     "cosmos3_edge": {"text_config.rope_parameters": _MROPE},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]}},
     "longcat_flash": {"zero_expert_num": 2, "num_attention_heads": 4, "expert_ffn_hidden_size": 64},
@@ -165,8 +182,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "text_config.head_dim": 16,
     },
     "inkling_text": _INKLING,
-    "inkling_mm_model": {f"text_config.{k}": v for k, v in _INKLING.items()},
-    "inkling2_text": _INKLING | {"n_layers_per_attn_res_block": 1, "unpadded_vocab_size": VOCABULARY},
+    "inkling_mm_model": {f"text_config.{k}": v for k, v in _INKLING.items()} | {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+    },
+    "inkling2": {f"text_config.{k}": v for k, v in _INKLING2.items()},
+    "inkling2_text": _INKLING2,
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8, "head_dim": 16},
     "dots3_note_text": _DOTS3,
     "dots3_note": {f"text_config.{k}": v for k, v in _DOTS3.items()} | {"audio_config.adapter_input_size": WIDTH},
@@ -202,7 +222,7 @@ def config(kind: str, **changes: Any) -> Any:
     """The tiny config of a model type."""
     default = transformers.AutoConfig.for_model(kind)
     given = _cut(default.to_dict())
-    for key in ("transformers_version", "architectures", "dtype"):
+    for key in ("transformers_version", "architectures", "dtype", "quantization_config"):
         given.pop(key, None)
     for name, value in (_CHANGES.get(kind, {}) | changes).items():
         *path, leaf = name.split(".")

@@ -48,7 +48,7 @@ def test_what_engines_were_read_to_do() -> None:
     """vLLM 0.32 and SGLang: the names in their models, each once."""
     assert list(families.FUSED) == [
         "qkv_proj", "gate_up_proj", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa", "in_proj_qkvz", "in_proj_ba",
-        "self_attn.qkv_proj", "ple.kv_proj", "linear_attn.in_proj_qkvg", "w13",
+        "self_attn.qkv_proj", "ple.kv_proj", "self_attn.qkvr", "linear_attn.in_proj_qkvg", "w13",
     ], "rules are written in this order"  # fmt: skip
     assert {"FalconLinear"} == families.LINEAR_CLASSES
     assert {

@@ -52,6 +52,7 @@ def assign(
                 expert=part.expert,
                 first=part.first,
                 last=part.last,
+                turns=part.turns,
                 order=order,
             )
             yield part.name, fold

@@ -36,3 +36,15 @@ def add_product(rows: Tensor, left: Tensor, right: Tensor, scaling: float) -> Ex
     """rows + scaling * left @ right."""
     size = rows.abs() + abs(scaling) * left.abs() @ right.abs()
     return Exact(rows + scaling * (left @ right), size * (left.shape[-1] + 4) * EPS)
+
+
+def rows_in_turns(left: Tensor, turns: tuple[int, ...]) -> Tensor:
+    """Rows [n, r] of one parameter, or of gate and up, where a file has them in turns; zeros in those of another.
+
+    turns: as in `stacked_experts.Part`; (): they are in order.
+    """
+    if not turns:
+        return left
+    each = len(left) // len(turns)
+    order = [turns.index(row % 2) * each + row // 2 if row % 2 in turns else len(left) for row in range(2 * each)]
+    return torch.cat((left, left.new_zeros(1, left.shape[1])))[order]

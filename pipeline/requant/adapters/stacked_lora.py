@@ -42,6 +42,7 @@ class StackedLora(Fold):
     unsloth's expert after expert.
     expert: which one; None: all, stacked. transposed: PEFT took the parameter for [experts, in, out].
     first, last: the rows of one expert's matrix, as it is stored, that the tensor contains; last -1: all.
+    turns: see `stacked_experts.Part`; (): the rows are stored in the parameter's order.
     """
 
     a: TensorInfo
@@ -53,6 +54,7 @@ class StackedLora(Fold):
     first: int = 0
     last: int = -1
     order: Order = "peft"
+    turns: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +62,7 @@ class StackedLora(Fold):
         if self.transposed:
             rows, columns = columns, rows
         rows = rows if self.last < 0 else self.last - self.first
+        rows = 2 * rows // len(self.turns) if self.turns else rows
         return (rows, columns) if self.expert is not None else (self.experts, rows, columns)
 
     @property
@@ -71,8 +74,18 @@ class StackedLora(Fold):
         rank = self.a.shape[0] // self.experts
         expert_b, expert_a = b[:, self.columns(expert)], read_rows(self.a, expert * rank, (expert + 1) * rank)
         if not self.transposed:
-            return expert_b, expert_a
-        return (expert_a if self.last < 0 else expert_a[:, self.first : self.last]).T, expert_b.T
+            return self._in_turns(expert_b), expert_a
+        return self._in_turns((expert_a if self.last < 0 else expert_a[:, self.first : self.last]).T), expert_b.T
+
+    def _in_turns(self, left: Tensor) -> Tensor:
+        """Rows of a parameter where the file has them; zeros in those of another."""
+        if not self.turns:
+            return left
+        parts = left.chunk(len(self.turns))
+        stored = left.new_zeros(2 * len(parts[0]), left.shape[1])
+        for place, part in zip(self.turns, parts, strict=True):
+            stored[place::2] = part
+        return stored
 
     def columns(self, expert: int) -> slice:
         """Which columns of lora_B are the expert's."""
@@ -108,7 +121,8 @@ class StackedLora(Fold):
             peft, unsloth = ([r * self.experts + expert for r in range(rank)], [expert * rank + r for r in range(rank)])
             left = b[:, peft if self.order == "peft" else unsloth]
             right = a[[expert * rank + r for r in range(rank)]]
-            pairs.append((right.T, left.T) if self.transposed else (left, right))
+            left, right = (right.T, left.T) if self.transposed else (left, right)
+            pairs.append((fp64.rows_in_turns(left, self.turns), right))
         if self.expert is not None:
             (left, right), chosen = pairs[0], [self.first + i for i in index]
             return fp64.add_product(rows, left[chosen], right, self.scaling)

@@ -128,6 +128,8 @@ VLLM = Registry(
     },
     refuses_experts={
         "GptOssForCausalLM": "it passes over single experts, whose weights would be random",
+        "InklingForCausalLM": "it reads the experts of a layer as one tensor only",
+        "InklingForConditionalGeneration": "it reads the experts of a layer as one tensor only",
     },
     refuses_gptq={
         "LongcatFlashForCausalLM": "it takes the matrix of q_a_proj and kv_a_proj_with_mqa for one in 16 bit",

@@ -10,7 +10,7 @@
     embedding_rows       refuses texts with tokens that the model has no embedding for
     conversions          transformers' renamings and conversions of a checkpoint's tensors
     cut_linears          Linears that a checkpoint holds as one matrix, and the class as several
-    stored_parameters    parameters of routers that a checkpoint holds transposed or several in one
+    stored_parameters    parameters that a file holds transposed, several in one, or gate and up row by row
     joined_parts         convolutions that a checkpoint holds in parts
     config_limits        sizes in config.json that the weights do not explain
     layer_configs        configs of single layers, where those of a model differ

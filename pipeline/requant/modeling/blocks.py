@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -48,6 +49,8 @@ def why_not_text(model: Any) -> str | None:
     causal = any(getattr(m, "is_causal", False) for block in blocks for m in block.modules())
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention") and not causal:
         return "it is an encoder, which reads in both directions (config.json: is_decoder is not true)"
+    if "prev_attn_output" in signature(blocks[0].forward).parameters:
+        return "its blocks are reversible: each takes two streams, and quantizing walks along one"
     if all(waits_for_an_encoder(block) for block in blocks):
         return "every block attends to the output of an encoder, and text alone has none"
     return None

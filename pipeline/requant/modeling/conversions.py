@@ -102,10 +102,11 @@ def renamed(model: nn.Module, name: str) -> str:
     name = rules.current(name)
     for rule in rules.experts:
         name = rule.apply(name)
-    for rule in filter(is_transposed, rules.converters):
-        name, pattern = rule.rename_source_key(name)
-        if pattern is not None:
-            return name
+    for rule in rules.converters:
+        if is_transposed(rule) or is_interleaved(rule) or is_halved(rule):
+            name, pattern = rule.rename_source_key(name)
+            if pattern is not None:
+                return name + cut_linears.JOINED if is_halved(rule) else name
     return cut_linears.renamed(name, cut_linears.rules(rules.converters))
 
 
@@ -113,6 +114,19 @@ def is_transposed(rule: Any) -> bool:
     """Whether a conversion transposes one matrix and does nothing else."""
     operations = [(type(op).__name__, getattr(op, "dim0", None), getattr(op, "dim1", None)) for op in rule.operations]
     return len(rule.source_patterns) == len(rule.target_patterns) == 1 and operations == [("Transpose", 0, 1)]
+
+
+def is_interleaved(rule: Any) -> bool:
+    """Whether a conversion sorts one stack, whose rows are of gate and up in turns, and does nothing else."""
+    return len(rule.source_patterns) == len(rule.target_patterns) == 1 and cut_linears.steps(rule) == [
+        ("Interleave", 1)
+    ]
+
+
+def is_halved(rule: Any) -> bool:
+    """Whether a conversion makes two stacks, parameters of one module, of one whose rows are theirs in turns."""
+    two = len(rule.source_patterns) == 1 and len(rule.target_patterns) == 2 and "." not in "".join(rule.target_patterns)
+    return two and cut_linears.steps(rule) == [("Interleave", 1), ("Chunk", 1)]
 
 
 def converted(model: nn.Module, name: str) -> str | None:

@@ -82,14 +82,20 @@ def rules(conversions: Iterable[Any]) -> list[Any]:
 
 def is_cut(rule: Any) -> bool:
     """Whether a conversion of transformers cuts the rows of one matrix, or reorders them, or both."""
-    operations = [type(op).__name__ for op in rule.operations]
-    cuts = operations[0] in ("Chunk", "Split")
+    operations = steps(rule)
+    operations = operations[operations[0] == ("Interleave", 0) :]
+    cuts = bool(operations) and operations[0][0] in ("Chunk", "Split")
     return (
         len(rule.source_patterns) == 1
         and cuts == (len(rule.target_patterns) > 1)
-        and (not cuts or rule.operations[0].dim == 0)
-        and all(name == "PermuteForRope" for name in operations[cuts:])
+        and (not cuts or operations[0][1] == 0)
+        and all(name == "PermuteForRope" for name, _ in operations[cuts:])
     )
+
+
+def steps(rule: Any) -> list[tuple[str, int | None]]:
+    """(operation, its dimension) of each step of a conversion."""
+    return [(type(op).__name__, getattr(op, "dim", None)) for op in rule.operations]
 
 
 def renamed(name: str, rules: Iterable[Any]) -> str:
@@ -141,12 +147,20 @@ def _join(model: Any, names: list[str], rule: Any) -> None:
     joined = nn.Linear(old[0].in_features, total, bias=old[0].bias is not None, device="meta").requires_grad_(False)
     output = _Output(len(old))
     setattr(*_place(model, names[0] + JOINED), joined)
+    places = _sorted_rows(rule, total)
     for name, part, pattern in zip(names, old, rule.target_patterns, strict=True):
-        order = _order(model, rule, pattern, part.out_features)
-        rows = range(first, first + len(order)) if order == [*range(len(order))] else tuple(first + i for i in order)
+        order = [places[first + i] for i in _order(model, rule, pattern, part.out_features)]
+        whole = range(first, first + len(order))
+        rows = whole if order == [*whole] else tuple(order)
         cut = Cut(joined=names[0] + JOINED, rows=rows, total=total)
         setattr(*_place(model, name), CutLinear(joined, cut, output))
         first += part.out_features
+
+
+def _sorted_rows(rule: Any, total: int) -> list[int]:
+    """The file's rows as a conversion sorts them before it cuts: where gate and up take turns, gate's come first."""
+    sorts = steps(rule)[0][0] == "Interleave"
+    return [*range(0, total, 2), *range(1, total, 2)] if sorts else [*range(total)]
 
 
 def _order(model: Any, rule: Any, pattern: str, rows: int) -> list[int]:

@@ -115,6 +115,16 @@ FAMILIES = (
             "ple.kv_proj": Fused(parts=("ple.key_proj", "ple.value_proj"), pattern="ple.[kv]*_proj"),
         },
     ),
+    Family(  # a projection for relative positions is one matrix with q, k and v; gate and up take turns in one
+        model_types=("inkling_mm_model", "inkling_text"),
+        fused={
+            "self_attn.qkvr": Fused(
+                parts=tuple(f"self_attn.{part}_proj" for part in "qkvr"), pattern="self_attn.[qkvr]_proj"
+            ),
+        },
+        by_inputs=frozenset({"o_proj", "down_proj"}),
+        key_heads=frozenset({"k_proj", "v_proj"}),
+    ),
     Family(
         model_types=("olmo_hybrid",),
         fused={
@@ -218,11 +228,11 @@ FAMILIES = (
 IN_16_BIT = re.compile(
     r"(.*\.)?(in_proj_(a|b|ba)|linear_attn\.a_proj|b_proj|shared_expert_gate|gate\.wg"
     r"|indexer\.(\w+\.)*(wk|weights_proj)|\w*router\w*(\..+)?|altup\..+|vision_moe\..+"
-    r"|\w*hyper_connection\w*\..+)"
+    r"|\w*hyper_connection\w*\..+|adapter\.(query|\w+_(protein|structure|msa)|out_proj|ff\.fc[12]))"
 )
 """Linears that stay in 16 bit: routers, gates of one output a head, what engines build without quantized weights.
 
-And experts of images alone: text, on which a model is calibrated, never reaches them.
+And experts of images and Evolla's adapters to proteins: text, on which a model is calibrated, never reaches them.
 """
 
 NEEDS_BFLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "glm4"})

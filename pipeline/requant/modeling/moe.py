@@ -20,21 +20,30 @@ class StackedLayout:
     """How transformers stacks the weights of a layer's experts: [experts, out, in], or [experts, in, out].
 
     gated: gate and up are one tensor, one after the other or, interleaved, row by row in turns. transposed: [in, out].
+    stored_interleaved: whether they are interleaved in the file.
     """
 
     gated: bool
     interleaved: bool
     transposed: bool
+    stored_interleaved: bool
 
     @classmethod
     def of(cls, fused: Any) -> StackedLayout:
         """The layout of transformers' module of fused experts; of one that does not say, by its shapes."""
+        sorted_by_class = getattr(fused, "_stored_interleaved", None) is not None  # set by `stored_parameters`
         if not hasattr(fused, "is_concatenated"):
             first, last = fused.gate_up_proj.shape[1:], fused.down_proj.shape[1:]
             transposed = (first[1], first[0]) == (2 * last[0], last[1])
-            return cls(gated=True, interleaved=False, transposed=transposed)
+            return cls(gated=True, interleaved=False, transposed=transposed, stored_interleaved=sorted_by_class)
         gated = bool(fused.has_gate)
-        return cls(gated=gated, interleaved=gated and not fused.is_concatenated, transposed=bool(fused.is_transposed))
+        interleaved = gated and not fused.is_concatenated
+        return cls(
+            gated=gated,
+            interleaved=interleaved,
+            transposed=bool(fused.is_transposed),
+            stored_interleaved=interleaved or sorted_by_class,
+        )
 
     @property
     def roles(self) -> Mapping[str, tuple[str, ...]]:
@@ -44,7 +53,7 @@ class StackedLayout:
     def cut(self, entry: Tensor, place: int, count: int) -> Tensor:
         """Matrix [out, in] or bias [out] number `place` of the `count` in one expert's entry of a stacked tensor."""
         rows = entry.T if self.transposed and entry.ndim == 2 else entry
-        return rows[place::count] if self.interleaved else rows.chunk(count)[place]
+        return rows[place::count] if self.stored_interleaved else rows.chunk(count)[place]
 
 
 class Expert(nn.Module):

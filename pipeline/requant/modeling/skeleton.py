@@ -96,10 +96,10 @@ def build(
     def is_single(name: str) -> bool:
         return split or conversions.single(model, name) or any(n in single() for n in spellings(model, name))
 
-    linears.expose(model, is_single)
     every = conversions.of(model).converters
-    joined_parts.expose(model, every)
     stored_parameters.expose(model, every)
+    linears.expose(model, is_single)
+    joined_parts.expose(model, every)
     if cuts := cut_linears.rules(every):
         held = set(stored()) | {f"{name.rpartition('.')[0]}.weight" for name in stored()}  # of quantized ones too
         cut_linears.expose(model, cuts, [conversions.of(model).current(name) for name in sorted(held)])

@@ -16,7 +16,7 @@ from torch import nn
 
 from requant.checkpoint.pieces import Piece, PiecewiseCheckpoint
 from requant.checkpoint.reader import Checkpoint
-from requant.modeling import conversions, moe, skeleton
+from requant.modeling import conversions, moe, skeleton, stored_parameters
 
 
 def stacked(
@@ -31,12 +31,25 @@ def stacked(
         found |= _split(name, experts, names, shapes)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and name in names:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            transposed = bool(getattr(owner, "is_transposed", False))
-            found[name] = StackedParameter(
-                shape=_three(parameter.shape), transposed=transposed, parts=(Part(names[name]),)
-            )
+            found |= _whole(model, name, names[name], _three(parameter.shape))
     return found
+
+
+def _whole(model: nn.Module, name: str, stored: str, shape: tuple[int, int, int]) -> dict[str, StackedParameter]:
+    """The stacked parameters of the class that one stored tensor holds: itself, or two whose rows take turns in it."""
+    module = name.rpartition(".")[0]
+    owner = model.get_submodule(module)
+    transposed, (count, rows, columns) = bool(getattr(owner, "is_transposed", False)), shape
+    if halves := stored_parameters.halves(owner):
+        return {
+            f"{module}.{leaf}": StackedParameter(
+                shape=(count, rows // 2, columns), transposed=transposed, parts=(Part(stored, turns=(place,)),)
+            )
+            for place, leaf in enumerate(halves)
+            if name.startswith(f"{module}.{halves[0]}")
+        } or {name: StackedParameter(shape=shape, transposed=transposed, parts=(Part(stored),))}
+    turns = (0, 1) if stored_parameters.interleaved(owner) == name.rpartition(".")[2] else ()
+    return {name: StackedParameter(shape=shape, transposed=transposed, parts=(Part(stored, turns=turns),))}
 
 
 def _split(
@@ -76,12 +89,16 @@ def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stored tensor of a stacked parameter: rows of one expert, or all (expert None)."""
+    """One stored tensor of a stacked parameter: rows of one expert, or all (expert None).
+
+    turns: where gate and up take turns in the file, whose rows the parameter has, in its order: 0 gate's, 1 up's.
+    """
 
     name: str
     expert: int | None = None
     first: int = 0
     last: int = -1
+    turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +134,7 @@ def _pieces(experts: moe.SplitExperts, tensor: str, parameter: str, place: int, 
     container = tensor.removesuffix(".weight").rpartition(".")[0]
     container += "" if container.rpartition(".")[2] == "experts" else ".experts"
     layout, shape = experts.layout, tuple(experts.get_parameter(f"0.{parameter}").shape)
-    run_of_rows = not (layout.interleaved and count > 1) and not (layout.transposed and len(shape) == 2)
+    run_of_rows = not (layout.stored_interleaved and count > 1) and not (layout.transposed and len(shape) == 2)
     return {
         f"{container}.{index}.{parameter}": Piece(
             stacked=tensor,

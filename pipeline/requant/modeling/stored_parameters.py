@@ -1,4 +1,4 @@
-"""Parameters of routers that a checkpoint holds transposed, or several in one tensor.
+"""Parameters that a file holds transposed, several in one, or gate and up row by row.
 
 The model holds the file's tensor, and the class's modules show what they expect of it. So every parameter is a tensor
 of the file, and is merged into and written as servers read it.
@@ -6,13 +6,14 @@ of the file, and is merged into and written as servers read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from requant.modeling import conversions
+from requant.modeling import conversions, cut_linears
 from requant.modeling.cut_linears import JOINED
 
 
@@ -33,7 +34,13 @@ def expose(model: nn.Module, rules: Iterable[Any]) -> None:
         if conversions.is_transposed(rule):
             for module, leaf in _owners(model, rule.target_patterns[0]):
                 _transpose(model.get_submodule(module), leaf)
-        elif [(type(op).__name__, getattr(op, "dim", None)) for op in rule.operations] == [("Chunk", 0)]:
+        elif conversions.is_interleaved(rule):
+            for module, leaf in _owners(model, rule.target_patterns[0]):
+                _interleave(model.get_submodule(module), leaf)
+        elif conversions.is_halved(rule):
+            for module, _ in _owners(model, rule.target_patterns[0]):
+                _halve(model.get_submodule(module), rule.target_patterns)
+        elif cut_linears.steps(rule) == [("Chunk", 0)]:
             for module, leaf in _owners(model, rule.target_patterns[0]):
                 first = rule.target_patterns[0].rpartition(".")[0]
                 others = [t.rpartition(".")[0] for t in rule.target_patterns]
@@ -45,11 +52,25 @@ def transposed(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if getattr(module, "_stored_transposed", None) == "weight"}
 
 
+def halves(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of the class whose rows the file holds in turns, in one stack; () in none or another module."""
+    return tuple(getattr(module, "_stored_halves", ()))
+
+
+def interleaved(module: nn.Module) -> str | None:
+    """The stacked parameter of a module whose rows of gate and up the file holds in turns."""
+    return getattr(module, "_stored_interleaved", None)
+
+
 def _owners(model: nn.Module, target: str) -> Iterator[tuple[str, str]]:
     """(module, parameter) of every parameter that a conversion makes, Linears' apart."""
     stem, _, leaf = target.rpartition(".")
     for name, module in list(model.named_modules()):
-        if f".{name}".endswith(f".{stem}") and leaf in module._parameters and not isinstance(module, nn.Linear):
+        if (
+            (not stem or f".{name}".endswith(f".{stem}"))
+            and leaf in module._parameters
+            and not isinstance(module, nn.Linear)
+        ):
             yield name, leaf
 
 
@@ -59,6 +80,28 @@ def _transpose(module: Any, leaf: str) -> None:
     module._parameters[leaf] = nn.Parameter(value.T.contiguous(), requires_grad=False)
     module._stored_transposed = leaf
     _show(module, leaf, lambda self: self._parameters[leaf].T)
+
+
+def _interleave(module: Any, leaf: str) -> None:
+    """Hold [experts, rows, columns] as it is in the file; the attribute shows the rows of gate, then those of up."""
+    module._stored_interleaved = leaf
+    _show(module, leaf, lambda self: torch.cat([self._parameters[leaf][:, place::2] for place in (0, 1)], dim=1))
+
+
+def _halve(module: Any, leaves: Sequence[str]) -> None:
+    """Hold one stack for two parameters of a module; the attributes show the rows of each."""
+    whole = torch.cat([module._parameters.pop(leaf) for leaf in leaves], dim=1)
+    held = leaves[0] + JOINED
+    module.register_parameter(held, nn.Parameter(whole, requires_grad=False))
+    module._stored_halves = tuple(leaves)
+    for place, leaf in enumerate(leaves):
+        _show(module, leaf, partial(_every_other_row, leaf=held, place=place))
+
+
+def _every_other_row(module: Any, *, leaf: str, place: int) -> Tensor:
+    """The rows of a stack [experts, rows, columns] that are of one half."""
+    stack: Tensor = module._parameters[leaf]
+    return stack[:, place::2]
 
 
 def _join(model: nn.Module, owners: list[str], leaf: str) -> None:
@@ -75,6 +118,16 @@ def _join(model: nn.Module, owners: list[str], leaf: str) -> None:
 
 
 def _show(module: nn.Module, leaf: str, value: Callable[[Any], Tensor]) -> None:
-    """Let the attribute `leaf` of one module be what `value` makes of it."""
+    """Let the attribute `leaf` of one module be what `value` makes of it.
+
+    Where PEFT has put another tensor in the parameter's place, as it does on stacks of experts, it is that one.
+    """
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {leaf: property(value)})
+
+    def shown(self: Any) -> Tensor:
+        try:
+            return value(self)
+        except KeyError as error:
+            raise AttributeError(leaf) from error  # then torch looks among the buffers
+
+    module.__class__ = type(kind.__name__, (kind,), {leaf: property(shown)})
