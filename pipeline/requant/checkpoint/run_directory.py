@@ -70,7 +70,7 @@ class RunDirectory:
         """Raise InputError when the directory exists and is not ours, or cannot be made or written."""
         place = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
         if not place.is_dir() and not self.path.exists():
-            raise InputError(f"{self.path}: {place} is no directory: choose another output.dir")
+            raise InputError(f"{self.path}: cannot be written: {place} is no directory: choose another output.dir")
         if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
             raise InputError(f"{place}: cannot be written (no permission): choose another output.dir")
         if self.path.exists() and not (self.path / MARKER).exists():
