@@ -1,6 +1,6 @@
 """The least time that each stage of a finished run can take on this machine.
 
-    python bench/limits.py RUN [--out FILE]
+    python bench/limits.py RUN
 
 Operations over the rates of products that are measured here (16-bit, and fp32 as the stage computes), and bytes over the
 measured rates of memory, of copies from the host and of the disk (written and synced). A lower bound: no launches, no
@@ -167,7 +167,7 @@ def limits(run: Path, rates: Rates) -> dict[str, dict[str, float]]:
         seen = healed["settings"]["steps"] * healed["settings"]["batch"] * healed["length"]
         looks = len(healed["sources"][0]["held"]) * healed["held_windows"] * healed["length"]
         product = rates.half if product_dtype(torch.device(facts["hardware"]["device"])) in HALF else rates.full
-        trained = 3 * size.forward(seen) + size.forward(seen)  # student forward, two backward products; teacher
+        trained = 4 * size.forward(seen)  # of the student forward and two products backward; of the teacher forward
         add(
             "heal",
             ("operations, steps", trained, product),
@@ -205,14 +205,9 @@ def scored(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    run = parser.parse_args().run
     rates = measured_rates(pick_device("auto"))
-    result = {"rates": vars(rates), "limits": limits(args.run, rates)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    print(json.dumps({"rates": vars(rates), "limits": limits(run, rates)}))
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ def measured(code: Path, ranks: int, recipe: Path, args: argparse.Namespace, fol
         args.keep.mkdir(parents=True, exist_ok=True)
         shutil.copy(run / "log.txt", args.keep / f"{code.resolve().name}-{ranks}.txt")
     result["numbers"] = numbers(json.loads((run / "report.json").read_text()))
-    limits = [sys.executable, str(ROOT / "bench" / "limits.py"), str(run), "--out", str(folder / "limits.json")]
-    subprocess.run(limits, check=True, stdout=subprocess.DEVNULL, env=environment(ROOT))  # no memory stays taken
-    result |= json.loads((folder / "limits.json").read_text())
+    result |= asked(str(ROOT / "bench" / "limits.py"), str(run))
+    for name, row in result["limits"].items():
+        result["stages"][name]["limit"] = row["seconds"]
     if args.again:
         begun, over, _ = command(code, ["run", str(recipe), *words], folder / "again.txt")
         result["again"] = over - begun
@@ -203,8 +203,6 @@ def show(result: dict[str, Any], beside: dict[str, Any] | None) -> None:
         more += f"  {other['seconds'] / row['seconds']:5.2f} x" if other and row["seconds"] > 0 else ""
         print(f"{name:32} {row['seconds']:8.2f} s{more}")
 
-    for name, row in result["limits"].items():
-        result["stages"][name]["limit"] = row["seconds"]
     for part in ("stages", "evaluate"):
         print(f"-- {part}")
         for name, row in result[part].items():
@@ -280,10 +278,14 @@ def machine() -> dict[str, Any]:
         "import json; from requant.runtime import measurements as m; from requant.runtime.device import pick_device;"
         "d = str(pick_device('auto')); print(json.dumps({'machine': m.hardware(d), 'versions': m.versions()}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", ask], check=True, capture_output=True, text=True, env=environment(ROOT)
-    )
-    return {"platform": platform.machine(), **json.loads(done.stdout.splitlines()[-1])}
+    return {"platform": platform.machine(), **asked("-c", ask)}
+
+
+def asked(*arguments: str) -> Any:
+    """What Python prints last, as JSON, in a process of its own: no memory of the GPU stays taken."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(ROOT))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

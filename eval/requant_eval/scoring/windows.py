@@ -41,6 +41,11 @@ class Document:
     scored: tuple[bool, ...] | None = None
     n_bytes: int = 0
 
+    @property
+    def unscored(self) -> bool:
+        """Whether no token of it is to be scored."""
+        return self.scored is not None and not any(self.scored)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -107,7 +112,7 @@ def make_set(
     _check(name, documents, window, protocol, tokens)
     taken = _take(documents, window=window, protocol=protocol, bos_id=bos_id, tokens=tokens, tail=tail)
     if not taken.windows:
-        unmarked = sum(d.scored is not None and not any(d.scored) for d in documents)
+        unmarked = sum(d.unscored for d in documents)
         why = f"{unmarked} of them hold no token that is to be scored, such as an answer" if unmarked else ""
         raise EvaluationError(
             f"set '{name}': nothing to score in {len(documents)} documents (protocol {protocol}, window "

@@ -9,7 +9,7 @@ from requant.cli import text_view
 from requant.cli.console import ConsoleWatcher
 from requant.cli.foreign_output import quiet
 from requant.cli.wrapping import say
-from requant.runtime.library_imports import importing, load_model_code
+from requant.runtime.library_imports import importing_models
 
 if TYPE_CHECKING:
     from requant.recipe import Recipe
@@ -28,8 +28,7 @@ def check(recipe: Recipe, show_text: int = 0) -> None:
     with ConsoleWatcher() as watcher:
         watcher.stage("check", done=False)
         with quiet():
-            with importing():
-                load_model_code()
+            with importing_models():
                 from requant.run import bit_budget, disk_space, merge_onto, prepare
                 from requant.run.check import delta_prediction, held_out
                 from requant.run.runner import directory_of, runnable_stages

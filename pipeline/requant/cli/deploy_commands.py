@@ -14,7 +14,7 @@ from requant.cli import run_paths
 from requant.cli.outputs import require_output, write_output
 from requant.cli.wrapping import say
 from requant.errors import InputError, RecipeError
-from requant.runtime.library_imports import importing, load_model_code
+from requant.runtime.library_imports import importing_models
 from requant_eval import regular_files
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def _verified(checkpoint: Path, *, device: str, load_in: list[Engine], **options
     with ConsoleWatcher() as watcher:
         watcher.stage("verify", done=False)
         with quiet():
-            with importing():
-                load_model_code()
+            with importing_models():
                 import torch
 
                 from requant import deploy

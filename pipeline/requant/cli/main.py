@@ -31,7 +31,7 @@ from requant.cli.wrapping import say
 from requant.errors import RecipeError, RequantError, bounded
 from requant.outgoing import masked_stream
 from requant.runtime import signals
-from requant.runtime.library_imports import importing, load_model_code
+from requant.runtime.library_imports import importing, importing_models
 
 
 class Commands(TyperGroup):
@@ -297,8 +297,7 @@ def _run(path: Path, overrides: list[str], until: Any, junit: Path | None = None
         with ConsoleWatcher() as watcher:
             watcher.stage("prepare", done=False)
             with quiet(Path(loaded.output.dir) / loaded.name / "log.txt"):
-                with importing():
-                    load_model_code()
+                with importing_models():
                     from requant.run import run as run_recipe
 
                 ranks = launch.current_ranks()

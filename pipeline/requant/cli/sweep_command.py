@@ -17,7 +17,7 @@ from requant.cli.outputs import message
 from requant.cli.wrapping import say
 from requant.errors import RequantError, bounded
 from requant.runtime import signals
-from requant.runtime.library_imports import importing, load_model_code
+from requant.runtime.library_imports import importing_models
 
 if TYPE_CHECKING:
     from requant.run.sweep import Sweep, SweepResult
@@ -46,8 +46,7 @@ def sweep(
         with ConsoleWatcher() as watcher:
             watcher.stage("prepare", done=False)
             with quiet():
-                with importing():
-                    load_model_code()
+                with importing_models():
                     from requant.run.sweep import Sweep
 
                 prepared = Sweep(chosen, watcher, launch.current_ranks())

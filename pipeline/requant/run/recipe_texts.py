@@ -227,17 +227,12 @@ def _document(row: TokenDocument, cut: int | None, *, completion: bool) -> Any:
     return Document(row.ids[:cut], row.scored[:cut] if completion else None, row.n_bytes if cut is None else 0)
 
 
-def _holds_answer(document: Any) -> bool:
-    """Whether a document has a token to score."""
-    return document.scored is None or any(document.scored)
-
-
 def _without_answer(place: str, item: Any, documents: Sequence[Any]) -> list[str]:
     """A warning about documents that `document_tokens`, at `place`, cuts off before their answers.
 
     item: the set of the recipe. Raises InputError where it cuts off every answer.
     """
-    lost = sum(not _holds_answer(document) for document in documents)
+    lost = sum(document.unscored for document in documents)
     if not lost or not item.document_tokens:
         return []
     if lost == len(documents):

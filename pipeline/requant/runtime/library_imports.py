@@ -52,6 +52,14 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def importing_models() -> Iterator[None]:
+    """`importing`, after what all model classes of transformers share."""
+    with importing():
+        load_model_code()
+        yield
+
+
 def load_model_code() -> None:
     """Import what all model classes of transformers share, without `UNUSED`; nothing where that is imported already.
 
