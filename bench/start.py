@@ -1,6 +1,7 @@
 """Bench of the start of `requant run`, and of the CPU seconds of its parts.
 
     python bench/start.py RECIPE [--times 8] [--repeat 5] [--out FILE]
+    python bench/start.py RECIPE --check [--code ../before .] [--set KEY=VALUE ...] [--repeat 3] [--out FILE]
     python bench/start.py RECIPE --parts [--code ../before .] [--set KEY=VALUE ...] [--repeat 3] [--out FILE]
 
 The start is measured with and without stored token documents. --times: the recipe's local texts, this many times over. Each
@@ -8,7 +9,9 @@ measurement is a process of its own: it imports and prepares; cold finds no toke
 that an earlier start kept. Cold and warm alternate. CPU seconds are the process's own, which other load of the machine changes
 less than the clock.
 --parts: CPU seconds of all threads of a whole `requant run`, by what its watcher is told: imports, prepare, each stage; and digests
-of weights and of sections of the report. --code: checkouts, run in turn. "libraries": what importing them alone takes.
+of weights and of sections of the report. "libraries": what importing them alone takes.
+--check: CPU seconds of a whole `requant check`, and what it foresees.
+--code: checkouts, run in turn.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -32,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     "import time, torch, transformers.models.llama.modeling_llama, peft, bitsandbytes; print(time.process_time())"
 )
+CHECK = "from requant.cli.main import main; main()"
 RUN = """
 import atexit, sys, time
 from requant.cli import console
@@ -90,11 +95,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--code", type=Path, nargs="+", default=[ROOT], help="checkouts of requant")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of requant run")
     args = parser.parse_args()
     if args.parts:
         return whole_runs(args)
+    if args.check:
+        return whole_checks(args)
     with tempfile.TemporaryDirectory() as folder:
         settings, size = larger_texts(args.recipe, args.times, Path(folder))
         settings += [f"output.dir={folder}/runs"]
@@ -161,6 +169,41 @@ def whole_runs(args: argparse.Namespace) -> None:
     print(json.dumps({key: report[key] for key in ("libraries", "cpu_seconds_median", "results")}, indent=1))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def whole_checks(args: argparse.Namespace) -> None:
+    """Check the recipe with every checkout in turn; medians of the CPU seconds, and every forecast."""
+    found: dict[str, list[float]] = {code.resolve().name: [] for code in args.code}
+    foreseen: dict[str, list[list[str]]] = {name: [] for name in found}
+    for _ in range(args.repeat):
+        for code in args.code:
+            name, before = code.resolve().name, children_seconds()
+            settings = [f"--set={value}" for value in args.set]
+            done = python(code, CHECK, "check", str(args.recipe), *settings)
+            if done.returncode:
+                raise SystemExit(f"{code}: requant check ended with {done.returncode}: {done.stderr[-2000:]}")
+            found[name].append(round(children_seconds() - before, 1))
+            foreseen[name].append([line for line in done.stdout.splitlines() if line.startswith("takes")])
+            print(name, found[name][-1], flush=True)
+    report = {
+        "recipe": args.recipe.name,
+        "settings": args.set,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"CPU, {os.cpu_count()} cores",
+        "versions": versions(),
+        "cpu_seconds_median": {name: statistics.median(many) for name, many in found.items()},
+        "measured": found,
+        "foreseen": foreseen,
+    }
+    print(json.dumps(report["cpu_seconds_median"]))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def children_seconds() -> float:
+    """CPU seconds of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def results(run: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from helpers.e2e import one_thread, recipe
 from requant.data.prompts import Prompt, Prompts
 from requant.evaluate import stage as evaluate_stage
 from requant.evaluate import trained_base
+from requant.evaluate.memory import VariantSize
 from requant.modeling import fused_ops, skeleton
 from requant.quantize import block_quantizer
 from requant.quantize.calibration_plan import CalibrationPlan
@@ -89,7 +90,21 @@ def test_windows_are_rehearsed_as_many_at_a_time_as_will_run(
         monkeypatch.setattr(forecast, "TRIED", tried)
         of(replace(prepared, texts=replace(prepared.texts, sets=tuple(longer))))
     count = len(forecast._alike(prepared.texts.sets).windows)
-    assert seen == [(n, min(count, 3 * n)) for n in (1, 3, 4)]
+    assert seen == [(n, min(count, forecast.BATCHES * n)) for n in (1, 3, 4)]
+
+
+@pytest.mark.slow
+def test_the_headers_of_a_variant_are_read_once(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    of_variant = forecast.VariantSize.of
+
+    def noted(name: str, sources: Any) -> VariantSize:
+        read.append(name)
+        return of_variant(name, sources)
+
+    monkeypatch.setattr(forecast.VariantSize, "of", noted)
+    of(prepared)
+    assert sorted(read) == ["adapter", "base"]
 
 
 def test_drawn_weights_have_the_models_shapes(prepared: Prepared) -> None:

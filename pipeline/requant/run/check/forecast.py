@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 LIBRARIES = 40 * 2**20  # bytes that PEFT, bitsandbytes and a model's module add to the process on first use
 LONGEST_REHEARSAL = 20.0  # seconds that the products of a rehearsed block may take
-TRIED = 512  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
+TRIED = 256  # tokens of a rehearsed batch on a CPU, where a larger one is no faster
+BATCHES = 2  # that are rehearsed: the first of a set, and what one more takes
 TEXT = 512  # tokens at most, scored in the last check of a written checkpoint
 SAMPLE = TEXT + 8 * 8  # tokens' worth of work there: the text, and a few tokens alone
 
@@ -130,12 +131,13 @@ class _Scoring:
         self.plans = [plan([len(w.ids) for w in s.windows], batch) for s in p.texts.sets]
         self.build = build  # seconds to make a model's structure
         self.size = VariantSize.of_model(rehearsal.model)
+        self.sizes: dict[str, VariantSize] = {}  # of variants that hold weights in 4 bits
         alike = _alike(p.texts.sets)
         length = len(alike.windows[0].ids)
         rows = batch.rows(length)
         self.rows = rows if self.device.type == "cuda" else max(1, min(rows, TRIED // length))
         self.tokens = self.rows * length
-        self.sample = replace(alike, windows=alike.windows[: 3 * self.rows])
+        self.sample = replace(alike, windows=alike.windows[: BATCHES * self.rows])
         self.parts = rehearsal.scoring(self.sample, self.rows, dtype, folder)
         self.token = self.parts.token.seconds
         self.reading, self.decoding = self.on_host = _rates(folder, self.device, dtype)
@@ -250,7 +252,9 @@ class _Scoring:
         """Size of a variant before its files exist."""
         if name not in ("base", "adapter"):
             return self.size
-        return VariantSize.of(name, self.sources)
+        if name not in self.sizes:
+            self.sizes[name] = VariantSize.of(name, self.sources)
+        return self.sizes[name]
 
 
 def _alike(sets: Sequence[EvalSet]) -> EvalSet:
