@@ -152,6 +152,12 @@ def edit_tensors(file: Path, **changes: Any) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def planned(base: Path, weighted: list[tuple[Path, float]], simulate: Nf4Settings | None = None) -> MergePlan:
+    """The plan of a merge. weighted: adapters, each with its weight."""
+    adapters = [peft_directory.load(a, weight=w) for a, w in weighted]
+    return prepare.plan_merge(base, adapters, simulate, trust_remote_code=False)[0]
+
+
 def merged(
     base: Path,
     adapter: Path | list[tuple[Path, float]],
@@ -161,10 +167,7 @@ def merged(
     simulate: Nf4Settings | None = None,
 ) -> tuple[MergePlan, MergeResult, selftest.SelfTest]:
     """Plan, merge and self-test everything, as `requant run` does."""
-    weighted = adapter if isinstance(adapter, list) else [(adapter, 1.0)]
-    plan, _ = prepare.plan_merge(
-        base, [peft_directory.load(a, weight=w) for a, w in weighted], simulate, trust_remote_code=False
-    )
+    plan = planned(base, adapter if isinstance(adapter, list) else [(adapter, 1.0)], simulate)
     out.mkdir(exist_ok=True)
     result = merge.merge(plan, out, dtype=dtype)
     return plan, result, selftest.self_test(plan, out, tensors=1000, rows=4)

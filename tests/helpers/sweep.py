@@ -20,7 +20,6 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from helpers import oracle, pico, tiny
@@ -79,7 +78,7 @@ def sweep(kind: str, folder: Path, **changes: Any) -> Outcome:
     """The outcome of a model type; nothing that a library raises gets out. changes: of its tiny config."""
     outcome, stage = Outcome(kind=kind), "build"
     try:
-        config = AutoConfig.for_model(kind)
+        config = tiny.default_config(kind)
         config.architectures, stage = [tiny.kinds()[kind]], "open"
         model_class(config)
         stage = "build"

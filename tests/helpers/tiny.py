@@ -218,9 +218,22 @@ def kinds() -> dict[str, str]:
     return {k: v if isinstance(v, str) else v[0] for k, v in sorted(found.items())}
 
 
+# What transformers makes no config of a model type without.
+_NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    }
+}
+
+
+def default_config(kind: str) -> Any:
+    """The config of a model type as transformers makes it, with what it does not make one without."""
+    return transformers.AutoConfig.for_model(kind, **_NEEDED.get(kind, {}))
+
+
 def config(kind: str, **changes: Any) -> Any:
     """The tiny config of a model type."""
-    default = transformers.AutoConfig.for_model(kind)
+    default = default_config(kind)
     given = _cut(default.to_dict())
     for key in ("transformers_version", "architectures", "dtype", "quantization_config"):
         given.pop(key, None)

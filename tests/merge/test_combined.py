@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from helpers import oracle, pico
 from helpers.merging import FP32, NAME, Q
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from requant.adapters import peft_directory
 from requant.checkpoint.reader import Checkpoint
 from requant.errors import InputError
 from requant.evaluate import peft_runtime
 from requant.merge.deltas import deltas
+from requant.merge.no_change import refuse_no_change
 from requant.run import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -82,6 +84,45 @@ def test_cancelling_weights_leave_the_base(tmp_path: Path) -> None:
     base, paths = two(tmp_path)
     pico.merged(base, [(paths[0], 1.0), (paths[0], -1.0)], tmp_path / "out")
     assert pico.relative(pico.logits(pico.reload(tmp_path / "out")), pico.logits(pico.model())) < FP32
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.3, -0.1, -0.2), (1e-3, -1e-3)], ids=str)
+def test_deltas_that_cancel_each_other_out_are_refused(tmp_path: Path, weights: tuple[float, ...]) -> None:
+    """Also where the weights' sum is no exact zero in fp64."""
+    base, paths = two(tmp_path)
+    plan = pico.planned(base, [(paths[0], w) for w in weights])
+    assert all(deltas(plan)(op.name) is None for op in plan.ops)
+    with pytest.raises(InputError, match=r"together these adapters change nothing: .* cancel each other out") as caught:
+        refuse_no_change(plan)
+    assert str(paths[0]) in str(caught.value)
+
+
+def test_a_small_difference_is_a_delta(tmp_path: Path) -> None:
+    """A hundred thousandth of the parts is kept, with its own norm."""
+    base, paths = two(tmp_path)
+    plan = pico.planned(base, [(paths[0], 1.0), (paths[0], -1.0 + 1e-5)])
+    refuse_no_change(plan)
+    alone, both = (deltas(p)(NAME) for p in (pico.planned(base, [(paths[0], 1e-5)]), plan))
+    assert alone is not None
+    assert both is not None
+    assert float(both.dense().norm() / alone.dense().norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_only_the_modules_that_cancel_have_no_delta(tmp_path: Path) -> None:
+    """The second adapter has one module of the first, negated."""
+    base, paths = two(tmp_path)
+    twin = tmp_path / "twin"
+    shutil.copytree(paths[0], twin)
+    tensors = load_file(twin / peft_directory.WEIGHTS)
+    changed = {
+        n: -v if "lora_B" in n and Q in n else torch.zeros_like(v) if "lora_B" in n else v for n, v in tensors.items()
+    }
+    save_file(changed, twin / peft_directory.WEIGHTS)
+    plan = pico.planned(base, [(paths[0], 1.0), (twin, 1.0)])
+    refuse_no_change(plan)
+    of = deltas(plan)
+    assert of(NAME) is None
+    assert sum(of(op.name) is not None for op in plan.ops) == len({n.rpartition(".lora_")[0] for n in tensors}) - 1
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,14 @@ def test_a_model_type_without_text_is_refused_by_its_name(kind: str, named: str 
         skeleton.build(config)
 
 
+@pytest.mark.parametrize("kind", ["gemma4_assistant", "gemma4_unified_assistant", "muse_glimmer_assistant"])
+def test_a_draft_model_is_refused_as_that(kind: str) -> None:
+    """Two of them count as causal LMs, whose forward needs the keys and values of the model that they draft for."""
+    config = tiny.default_config(kind)
+    with pytest.raises(InputError, match=f"model_type '{kind}' drafts tokens for another model"):
+        model_class(config)
+
+
 @pytest.mark.parametrize(
     ("kind", "named", "expected"),
     [

@@ -332,6 +332,15 @@ def test_an_untrained_adapter(project: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").glob("*/merged*")), "nothing is decoded, measured or written before"
 
 
+def test_adapters_that_cancel_each_other_out(project: Path, tmp_path: Path) -> None:
+    both = [{"path": str(project / "adapter"), "weight": w} for w in (0.5, -0.5)]
+    error = refusal(project, tmp_path / "runs", {"adapter": None, "adapters": both})
+    assert error.exit_code == 2
+    assert "adapter: together these adapters change nothing" in str(error)
+    assert "correct the weights, or leave adapters out" in str(error)
+    assert not list((tmp_path / "runs").glob("*/merged*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("full_at", [1, 2], ids=["merge", "quantize"])
 def test_a_full_disk(

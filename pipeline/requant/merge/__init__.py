@@ -18,6 +18,7 @@
     adapter_completeness   modules that the settings name and the adapter's file lacks
     config_agreement       whether config.json describes the base's weights
     deltas                 the adapter's delta to one weight
+    no_change              adapters that change nothing: untrained ones, deltas that cancel each other out
 
 May import: errors, numerics, runtime, checkpoint, modeling, adapters. Knows no recipe.
 """

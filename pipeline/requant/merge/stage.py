@@ -23,12 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from requant.adapters.fold import read
 from requant.checkpoint import model_files
 from requant.checkpoint.atomic_write import make_directory
 from requant.checkpoint.device_loader import load_tensor
 from requant.checkpoint.writer import CheckpointWriter
-from requant.errors import InputError, StageError
+from requant.errors import StageError
 from requant.merge import refusals
 from requant.merge.base_weights import CPU, BaseWeight
 from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
@@ -101,19 +100,6 @@ def compute(plan: MergePlan, op: Op, device: torch.device = CPU) -> tuple[Tensor
         for fold in op.bias_folds:
             value = fold.changed_bias(value.cpu())
     return value, True
-
-
-def refuse_untrained(plan: MergePlan) -> None:
-    """Raise InputError where every change of the adapters is exactly zero.
-
-    No weight of the base is read for an adapter with one module whose tensors all hold something.
-    """
-    changed = [op for op in plan.ops if op.folds]
-    folds = [fold for op in changed for fold in op.folds]
-    if any(a.replaced for a in plan.adapters) or any(all(read(t).any() for t in fold.tensors) for fold in folds):
-        return
-    if changed and not any(compute(plan, op)[1] for op in changed):
-        raise InputError(UNTRAINED.format(refusals.paths(plan.adapters)))
 
 
 def _computed(plan: MergePlan, ops: Sequence[Op], device: torch.device) -> Iterator[tuple[Op, Tensor, bool]]:

@@ -6,6 +6,7 @@ config's `architectures` names the one that wrote the file.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
 
     The class that the config names where it generates text, else the first registered for configs of this kind: causal
     LMs come before models that also read images, these before models that also read sound. With remote code the Auto
-    class. Raises InputError where transformers has none.
+    class. Raises InputError where transformers has none, and for a draft model.
     """
     import transformers
 
@@ -31,13 +32,24 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     if not own and not _writes_no_text(named):
         own = classes  # a config of its own for another type's class, as InternLM 3 has for Llama's
     found = next((made for made in classes if made.__name__ in named), None) or next(iter(own), None)
-    if found is None:
+    if found is not None and not _drafts(config, found):
+        return found
+    file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
+    if _drafts(config, found):
         raise InputError(
-            f"{Path(getattr(config, '_name_or_path', None) or '') / 'config.json'}: model_type "
-            f"{config.model_type!r:.80} has no class that generates text in transformers {transformers.__version__}, "
-            "neither from text alone nor from images or sound and text"
+            f"{file}: model_type {config.model_type!r:.80} drafts tokens for another model, whose states it reads, and "
+            "generates no text from text alone: fine-tune and requantize the other model, and serve this one as it is"
         )
-    return found
+    raise InputError(
+        f"{file}: model_type {config.model_type!r:.80} has no class that generates text in transformers "
+        f"{transformers.__version__}, neither from text alone nor from images or sound and text"
+    )
+
+
+def _drafts(config: Any, made: Any) -> bool:
+    """Whether a model drafts tokens from another's keys and values, or is called its assistant by transformers."""
+    reads = made is not None and "shared_kv_states" in inspect.signature(made.forward).parameters
+    return reads or str(config.model_type).endswith("_assistant")
 
 
 def pretrained(config: Any, path: Path | None, *, trust_remote_code: bool = False, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from requant.checkpoint.run_directory import LogFile, RunDirectory
 from requant.deploy.engine_processes import installed
 from requant.deploy.verification import saved_verifications
 from requant.errors import InputError
-from requant.merge.stage import refuse_untrained
+from requant.merge.no_change import refuse_no_change
 from requant.quantize.stage import check_ranks
 from requant.recipe import named_files
 from requant.recipe.fields import absolute
@@ -161,9 +161,9 @@ def runnable_stages(prepared: Prepared, until: Until, ranks: Ranks, *, suggest: 
     """The stages to run, up to and including `until`.
 
     Raises InputError for a stage that this recipe does not have or cannot evaluate, for more ranks than windows, and
-    for an adapter that changes nothing.
+    for adapters that change nothing.
     """
-    refuse_untrained(prepared.merge.plan)
+    refuse_no_change(prepared.merge.plan)
     check_ranks(len(prepared.texts.calibration), pick_device(prepared.recipe.device), ranks)
     stages = stages_of(prepared, suggest=suggest)
     names = [stage.name for stage in stages]

@@ -28,6 +28,7 @@ from requant.errors import InputError
 from requant.merge.deltas import delta_of
 from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
+from requant.numerics.delta_retention import Delta
 from requant.numerics.grid import Grid, find_scales, nearest
 from requant.quantize.plan import Plan
 from requant.run.stage_results import EstimateFacts, PredictionFacts, PredictionResult
@@ -155,19 +156,18 @@ def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[
     last = len(blocks) - 1
     chosen = {blocks[round(i * last / max(1, BLOCKS - 1))] for i in range(BLOCKS)} if blocks else set()
     for module, op in adapted.items():
-        if _block(module, layout.prefix) in chosen:
-            yield _rows(plan, module, op, layout.grids[module], device)
+        if _block(module, layout.prefix) in chosen and (delta := delta_of(plan, op)) is not None:
+            yield _rows(plan, module, op, layout.grids[module], delta, device)
 
 
-def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, device: torch.device) -> Sample:
+def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, delta: Delta, device: torch.device) -> Sample:
     merged = compute(plan, op, device)[0].to(device).float()  # some kinds are folded on the CPU
     if not torch.isfinite(merged).all():
         raise InputError(f"{op.name}: NaN or infinity in the adapter or base weights: train or download them again")
     merged = merged.T if op.conv1d else merged
     count = min(ROWS, merged.shape[0])
     which = torch.arange(count) * merged.shape[0] // count
-    delta = delta_of(plan, op).rows(which).dense().to(device)
-    return Sample(module, merged[which.to(device)].contiguous(), delta, grid)
+    return Sample(module, merged[which.to(device)].contiguous(), delta.rows(which).dense().to(device), grid)
 
 
 def rounded(weight: Tensor, grid: Grid) -> Tensor:
