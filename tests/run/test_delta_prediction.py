@@ -12,6 +12,7 @@ from helpers import pico
 from torch import Tensor
 
 from requant.adapters import peft_directory
+from requant.errors import InputError
 from requant.numerics import nf4
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Settings
@@ -117,6 +118,35 @@ def test_rows_are_spread_over_the_weight(tmp_path: Path, monkeypatch: pytest.Mon
     assert first.merged.shape == (16, 64)
     base = plan.base.read(f"{first.module}.weight")
     assert torch.allclose(first.merged - first.delta, base[::4], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights_of_a_module", "rows"),
+    [(10**6, {64: 48, 128: 48}), (40 * 64, {64: 40, 128: 20}), (64, {64: 16, 128: 16})],
+)
+def test_of_wide_modules_fewer_rows_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_of_a_module: int, rows: dict[int, int]
+) -> None:
+    """As many weights of each at most, but some rows of all."""
+    monkeypatch.setattr(delta_prediction, "ROWS", 48)
+    monkeypatch.setattr(delta_prediction, "FEWEST", 16)
+    monkeypatch.setattr(delta_prediction, "WEIGHTS", weights_of_a_module)
+    plan, layout = planned(tmp_path, target_modules=["q_proj", "down_proj"])
+    assert {s.merged.shape[1]: len(s.merged) for s in delta_prediction.draw(plan, layout)} == rows
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, layout = planned(tmp_path, target_modules=["q_proj"])
+    compute = delta_prediction.compute
+
+    def spoilt(*given: Any) -> tuple[Tensor, bool]:
+        weight, changed = compute(*given)
+        weight[1, 2] = float("nan")
+        return weight, changed
+
+    monkeypatch.setattr(delta_prediction, "compute", spoilt)
+    with pytest.raises(InputError, match=r"q_proj\.weight: NaN or infinity in the adapter or base weights"):
+        list(delta_prediction.draw(plan, layout))
 
 
 def test_an_adapter_of_nothing_that_is_quantized_is_not_judged(tmp_path: Path) -> None:

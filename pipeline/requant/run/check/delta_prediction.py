@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import isfinite
 from typing import cast
 
 import torch
@@ -28,6 +29,7 @@ from requant.errors import InputError
 from requant.merge.deltas import delta_of
 from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
+from requant.merge.stored_dtype import largest_magnitude
 from requant.numerics.delta_retention import Delta
 from requant.numerics.grid import Grid, find_scales, nearest
 from requant.quantize.plan import Plan
@@ -35,7 +37,8 @@ from requant.run.stage_results import EstimateFacts, PredictionFacts, Prediction
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-BLOCKS, ROWS = 3, 192
+BLOCKS, ROWS, FEWEST = 3, 192, 32
+WEIGHTS = ROWS * 1536  # of a module at most, where these are more rows than the fewest
 LIMIT = 0.95  # a grid that keeps less is worth a warning
 GROUPS = (32, 64, 128)
 USUALLY = "GPTQ usually keeps nearly all of it: 97% on the demo, where rounding keeps 24%"
@@ -149,7 +152,7 @@ def stored_prediction(
 
 
 def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[Sample]:
-    """Up to ROWS rows of every adapted module in BLOCKS evenly spaced blocks, on `device`."""
+    """Some rows of every adapted module in BLOCKS evenly spaced blocks, on `device`."""
     touched = {op.name: op for op in plan.ops if op.folds or op.replacement is not None}
     adapted = {m: touched[t] for m, t in layout.weights.items() if t in touched}
     blocks = list(dict.fromkeys(_block(m, layout.prefix) for m in adapted))
@@ -162,10 +165,10 @@ def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[
 
 def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, delta: Delta, device: torch.device) -> Sample:
     merged = compute(plan, op, device)[0].to(device).float()  # some kinds are folded on the CPU
-    if not torch.isfinite(merged).all():
+    if not isfinite(largest_magnitude(merged)):
         raise InputError(f"{op.name}: NaN or infinity in the adapter or base weights: train or download them again")
     merged = merged.T if op.conv1d else merged
-    count = min(ROWS, merged.shape[0])
+    count = min(merged.shape[0], ROWS, max(FEWEST, WEIGHTS // merged.shape[1]))
     which = torch.arange(count) * merged.shape[0] // count
     return Sample(module, merged[which.to(device)].contiguous(), delta.rows(which).dense().to(device), grid)
 
