@@ -317,6 +317,18 @@ def test_the_waterfall_is_a_chain() -> None:
     assert list(rows)[-1] == "rtn", "controls stand last"
 
 
+@pytest.mark.parametrize("nats", [800.0, -800.0])
+def test_a_perplexity_beyond_floats_is_drawn_at_the_edge(nats: float) -> None:
+    """A damaged base can make the end of an interval more than exp can hold."""
+    s = copy.deepcopy(next(s for s in built()["sets"] if s["in_domain"]))
+    step = next(e for e in s["edges"] if (e["from"], e["to"]) == ("base", "adapter"))
+    step["delta"]["high" if nats > 0 else "low"] = nats
+    row = next(row for row in waterfall(s).rows if row.label == "adapter")
+    ends = [x for x in positions(row.drawing, "x1") if not 1 < x < 99]
+    assert ends, "the whisker goes to an edge"
+    assert all(0 <= x <= 100 for x in positions(row.drawing, "x1"))
+
+
 def test_the_gates_limit_is_drawn_on_its_own_set_only() -> None:
     report = built()
     for section, s in (

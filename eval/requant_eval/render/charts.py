@@ -39,6 +39,7 @@ FLIPS: tuple[tuple[Flip, int, str, str], ...] = (
 CONTROLS = ("control", "fork", "road")
 BESIDE = ("rtn", *ROADS)  # variants that no run deploys
 TALL = 120  # pixels of a curve
+FARTHEST = 300.0  # nats per token, either way: what a scale can still show as perplexity
 
 
 class Point(NamedTuple):
@@ -92,11 +93,11 @@ def waterfall(s: EvaluationSet) -> Chart:
         if step["from"] in level:
             into[label], level[label] = (step, delta), level[step["from"]] + delta.value
     level = dict(sorted(level.items(), key=lambda item: item[0] in into and into[item[0]][0]["kind"] in CONTROLS))
-    ends = [math.exp(level[e["from"]] + x) for e, delta in into.values() for x in delta.numbers]
-    scale = Scale.around([*ends, *(math.exp(v) for v in level.values())], log=True)
+    ends = [_perplexity(level[e["from"]] + x) for e, delta in into.values() for x in delta.numbers]
+    scale = Scale.around([*ends, *(_perplexity(v) for v in level.values())], log=True)
     rows = []
     for name, value in level.items():
-        ppl = math.exp(value)
+        ppl = _perplexity(value)
         text = f"perplexity {_ppl(s, name) or format_value(ppl)}"
         if name not in into:
             shape = svg.mark(svg.dot(scale, ppl, "level"), f"{name}: {text}")
@@ -131,13 +132,18 @@ def _served(s: EvaluationSet) -> list[tuple[str, KernelStep, Point]]:
     return [(f"{e['from']} in {e['to']}", e, delta) for e, delta in known]
 
 
+def _perplexity(nats: float) -> float:
+    """exp of a mean loss, for a place on a scale: within what a scale can show."""
+    return math.exp(min(max(nats, -FARTHEST), FARTHEST))
+
+
 def _step(scale: Scale, start: float, delta: Point, *, control: bool) -> Markup:
     """A bar from one ln perplexity to the next, and the interval at its end."""
     class_ = "control" if control else "worse" if delta.value > 0 else "better"
-    drawn = svg.bar(scale, math.exp(start), math.exp(start + delta.value), class_)
+    drawn = svg.bar(scale, _perplexity(start), _perplexity(start + delta.value), class_)
     if delta.interval:
         low, high = delta.interval
-        drawn += svg.whisker(scale, math.exp(start + low), math.exp(start + high))
+        drawn += svg.whisker(scale, _perplexity(start + low), _perplexity(start + high))
     return drawn
 
 
