@@ -20,6 +20,7 @@ from requant.checkpoint.reader import Checkpoint
 from requant.deploy.check_headers import HeaderCheck
 from requant.errors import InputError
 from requant.formats.quantized_format import Finding, Packing, StoredFormat
+from requant.numerics.finite import count_not_finite
 from requant.numerics.solution import checksum
 from requant.quantize.module_results import ModuleRow
 
@@ -194,7 +195,7 @@ def _other_weights(values: Tensor, weight: Tensor, error: float, distance: float
 
 def _unquantized(name: str, tensor: Tensor, source: Checkpoint | None) -> Iterator[Finding]:
     parts = torch.split(tensor.reshape(-1), PART)
-    bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
+    bad = sum(map(count_not_finite, parts))
     if bad:
         yield Finding(name, f"{bad} of {tensor.numel()} values are not finite")
     elif source is not None and name in source and source[name].shape == tuple(tensor.shape):

@@ -18,6 +18,7 @@ from requant.errors import InputError
 from requant.formats.quantized_format import Packing, QuantizedFormat, Reader, StoredFormat
 from requant.modeling import skeleton
 from requant.modeling.token_ends import EndBits, TokenEnds
+from requant.numerics.finite import all_finite
 from requant.numerics.grid import Grid
 from requant.quantize.plan import Layout, Plan, Settings, plan
 
@@ -78,8 +79,7 @@ class ConversionPlan:
         """A tensor of the source that is not quantized; InputError where a value of it is not finite."""
         checkpoint = self.reader.checkpoint
         found = checkpoint.read(name)
-        extremes = torch.aminmax(found) if found.dtype in UNQUANTIZED and found.numel() else ()  # NaN where one is
-        if not all(map(bool, map(torch.isfinite, extremes))):
+        if found.dtype in UNQUANTIZED and not all_finite(found):
             raise InputError(f"{checkpoint.path}: {name} has values that are not finite: write the checkpoint again")
         return found
 

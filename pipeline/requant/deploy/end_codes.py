@@ -7,6 +7,7 @@ from torch import Tensor
 
 from requant.deploy.conversion_plan import ConversionPlan
 from requant.errors import InputError
+from requant.numerics.finite import all_finite
 from requant.numerics.grid import Grid, Scales, round_to_grid, rounded_rows
 
 ROWS = 2**14  # of a matrix that are compared at once
@@ -19,7 +20,7 @@ def rounded_end(planned: ConversionPlan, module: str) -> tuple[Tensor, Tensor, T
     """
     weight = planned.plan.end_weights[module]
     values = planned.reader.checkpoint.read(weight)
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+    if not all_finite(values):
         raise InputError(f"{planned.reader.checkpoint.path}: {weight} has values that are not finite")
     codes, scales = rounded_rows(values, planned.plan.ends[module])
     return codes, scales.scale, scales.zero

@@ -21,6 +21,7 @@ from requant.errors import InputError
 from requant.formats import gguf_blocks
 from requant.formats.quantized_format import Finding
 from requant.modeling.token_ends import EndBits
+from requant.numerics.finite import count_not_finite
 from requant.numerics.grid import Grid
 
 _END_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -134,7 +135,7 @@ def _values(done: Verification, stored: dict[str, Any]) -> None:
             others.add(kind)
             continue
         values = _decoded(tensor, kind)
-        if bad := int((~torch.isfinite(values)).sum()):
+        if bad := count_not_finite(values):
             done.findings.append(Finding(name, f"{bad} of {values.numel()} values are not finite"))
     if others:
         done.skipped.append(f"values of {', '.join(sorted(others))}: kinds of blocks that requant does not write")

@@ -12,6 +12,7 @@ from torch import Tensor
 from requant.checkpoint.reader import Checkpoint
 from requant.modeling import skeleton
 from requant.modeling.block_walk import Walk
+from requant.numerics.finite import all_finite
 
 
 @torch.no_grad()
@@ -37,9 +38,9 @@ def first_overflow(
         walk.release(walk.blocks[index])
         if progress:
             progress(index + 1, len(walk))
-        if not bool(torch.isfinite(item.hidden).all()):
+        if not all_finite(item.hidden):
             return f"{walk.prefix}.{index}"
     walk.fill_rest()
     with walk.instead(lambda *_, **__: item.hidden):
         logits = model(input_ids=windows.to(device), use_cache=False).logits
-    return None if bool(torch.isfinite(logits).all()) else "the output embedding"
+    return None if all_finite(logits) else "the output embedding"

@@ -38,6 +38,7 @@ from requant.heal.settings import HealSettingsFacts
 from requant.heal.teacher import ResidentTeacher, StoredTeacher, Teacher, product_dtype, store_teacher
 from requant.heal.trainer import Trainer
 from requant.modeling import skeleton, stacked_experts
+from requant.numerics.finite import all_finite
 from requant.runtime.device import free_memory
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 from requant_eval.scoring.reference_states import prove
@@ -279,7 +280,7 @@ def write(source: Path, out: Path, values: Mapping[str, Tensor], meta: Mapping[s
     for name, value in values.items():
         info = checkpoint[name]
         stored = _as_stored(name, value.cpu(), info)
-        if tuple(stored.shape) != info.shape or stored.dtype != info.dtype or not bool(torch.isfinite(stored).all()):
+        if tuple(stored.shape) != info.shape or stored.dtype != info.dtype or not all_finite(stored):
             raise StageError(f"{name}: its healed values cannot be stored as {info.dtype} {info.shape}")
         overwrite(out / info.file.name, info.offset, stored)
     for name in ("config.json", "quantize_config.json"):

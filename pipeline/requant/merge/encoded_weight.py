@@ -11,6 +11,7 @@ from torch import Tensor
 
 from requant.checkpoint.reader import Checkpoint, TensorInfo, read_tensor
 from requant.errors import InputError
+from requant.numerics.finite import count_not_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ def read_scales(info: TensorInfo) -> Tensor:
     """
     scales = read_tensor(info)
     values = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
-    if bad := int((~torch.isfinite(values)).sum()):
+    if bad := count_not_finite(values):
         raise InputError(
             f"{info.file}: {info.name}: {bad} of {scales.numel()} scales are NaN or infinity: download the file again"
         )

@@ -35,6 +35,7 @@ from requant.merge.stop_tokens import StopTokens
 from requant.merge.stored_dtype import choose_dtype, largest_magnitude
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
+from requant.numerics.finite import count_not_finite
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ def _round(plan: MergePlan, op: Op, value: Tensor, dtype: torch.dtype, share: Sh
             )
         whose = "adapter or base" if op.folds or op.replacement else "base"
         assert op.source is not None
-        bad, held = int((~torch.isfinite(value)).sum()), op.replacement or plan.base.checkpoint[op.source.name]
+        bad, held = count_not_finite(value), op.replacement or plan.base.checkpoint[op.source.name]
         raise StageError(
             f"{op.name}: NaN or infinity in the {whose} weights: {bad} of {value.numel()} values ({held.file}"
             + (", or the adapter's file)" if op.folds else ")")

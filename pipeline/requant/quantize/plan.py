@@ -24,6 +24,7 @@ from requant.modeling.stacked_experts import stored_pieces
 from requant.modeling.token_ends import other_tables
 from requant.modeling.unplaced import Unplaced, roots
 from requant.numerics.dtypes import SIXTEEN_BIT
+from requant.numerics.finite import all_finite
 from requant.numerics.grid import Grid
 
 UNIT = 32  # no layout packs and no engine multiplies a matrix whose sizes are no multiples of it
@@ -289,6 +290,6 @@ def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     out = tensor.to(dtype)
-    if dtype.is_floating_point and out.numel() and not torch.isfinite(torch.stack(torch.aminmax(out))).all():
+    if not all_finite(out):
         raise StageError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: set quantize.dtype to bfloat16")
     return out

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import isfinite
 from typing import cast
 
 import torch
@@ -29,8 +28,8 @@ from requant.errors import InputError
 from requant.merge.deltas import delta_of
 from requant.merge.plan import MergePlan, Op
 from requant.merge.stage import compute
-from requant.merge.stored_dtype import largest_magnitude
 from requant.numerics.delta_retention import Delta
+from requant.numerics.finite import all_finite
 from requant.numerics.grid import Grid, find_scales, nearest
 from requant.quantize.plan import Plan
 from requant.run.stage_results import EstimateFacts, PredictionFacts, PredictionResult
@@ -165,7 +164,7 @@ def draw(plan: MergePlan, layout: Plan, device: torch.device = CPU) -> Iterator[
 
 def _rows(plan: MergePlan, module: str, op: Op, grid: Grid, delta: Delta, device: torch.device) -> Sample:
     merged = compute(plan, op, device)[0].to(device).float()  # some kinds are folded on the CPU
-    if not isfinite(largest_magnitude(merged)):
+    if not all_finite(merged):
         raise InputError(f"{op.name}: NaN or infinity in the adapter or base weights: train or download them again")
     merged = merged.T if op.conv1d else merged
     count = min(merged.shape[0], ROWS, max(FEWEST, WEIGHTS // merged.shape[1]))
