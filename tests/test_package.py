@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,8 +26,7 @@ def built_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("dist")
     run(["-m", "hatchling", "build", "-t", "sdist", "-d", str(out)], ROOT)
     (sdist,) = out.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(out, filter="data")
+    shutil.unpack_archive(sdist, out)
     run(["-m", "hatchling", "build", "-t", "wheel", "-d", str(out)], out / sdist.name.removesuffix(".tar.gz"))
     (wheel,) = out.glob("*.whl")
     return wheel, sdist

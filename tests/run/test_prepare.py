@@ -179,12 +179,18 @@ def test_a_mix_takes_its_shares(project: Path, tmp_path: Path) -> None:
 
 
 def test_overlap_is_measured_and_warned_of(project: Path, tmp_path: Path) -> None:
+    """Every run of 13 tokens is looked for in the calibration windows, as text."""
     held, seen = texts()["heldout"], texts()["train"]
     write_rows(tmp_path / "leaky.jsonl", [{"text": t} for t in [*held[:18], *seen[:6]]])
     path = str(tmp_path / "leaky.jsonl")
     changes = {"evaluate.sets": [{"name": "leaky", "data": {"path": path}}], "calibration.samples": 130}
     plan = prepared(project, changes)
-    assert 0.15 < plan.texts.calibration_facts["overlap"]["leaky"] < 0.35
+    spelt = [",".join(map(str, row)) + "," for row in plan.texts.calibration.tolist()]
+    windows = [w.ids.tolist() for s in plan.texts.sets for w in s.windows]
+    runs = ["," + "".join(f"{t}," for t in ids[i : i + 13]) for ids in windows for i in range(len(ids) - 12)]
+    found = sum(any(run in "," + row for row in spelt) for run in runs) / len(runs)
+    assert plan.texts.calibration_facts["overlap"]["leaky"] == pytest.approx(found, abs=1e-9)
+    assert 0.05 < found < 0.5, "of the six documents that were seen, what the windows drew"
     assert any(
         "13-token runs of set leaky are in the calibration text: its loss is understated" in w for w in plan.warnings
     )
