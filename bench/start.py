@@ -117,19 +117,14 @@ def main() -> None:
                 print(name, found[name][-1], flush=True)
     assert len(same) == 1, "cold and warm give the same windows"
     medians = {name: {p: statistics.median(one[p] for one in many) for p in PARTS} for name, many in found.items()}
-    report = {
-        "recipe": args.recipe.name,
+    report = surroundings(args) | {
         "text_bytes": size,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU, {os.cpu_count()} cores",
-        "versions": versions(),
         "cpu_seconds_median": medians,
         "prepare_warm_to_cold": round(medians["warm"]["prepare"] / medians["cold"]["prepare"], 2),
         "measured": found,
     }
     print(json.dumps({key: report[key] for key in ("cpu_seconds_median", "prepare_warm_to_cold")}, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    keep(report, args.out)
 
 
 def whole_runs(args: argparse.Namespace) -> None:
@@ -155,20 +150,15 @@ def whole_runs(args: argparse.Namespace) -> None:
     }
     for parts in medians.values():
         parts["whole"] = round(sum(seconds for part, seconds in parts.items() if part != "modules"), 2)
-    report = {
-        "recipe": args.recipe.name,
+    report = surroundings(args) | {
         "settings": args.set,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU, {os.cpu_count()} cores",
-        "versions": versions(),
         "libraries": round(statistics.median(libraries), 2),
         "cpu_seconds_median": medians,
         "measured": found,
         "results": {name: [json.loads(one) for one in sorted(every)] for name, every in made.items()},
     }
     print(json.dumps({key: report[key] for key in ("libraries", "cpu_seconds_median", "results")}, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    keep(report, args.out)
 
 
 def whole_checks(args: argparse.Namespace) -> None:
@@ -185,19 +175,30 @@ def whole_checks(args: argparse.Namespace) -> None:
             found[name].append(round(children_seconds() - before, 1))
             foreseen[name].append([line for line in done.stdout.splitlines() if line.startswith("takes")])
             print(name, found[name][-1], flush=True)
-    report = {
-        "recipe": args.recipe.name,
+    report = surroundings(args) | {
         "settings": args.set,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU, {os.cpu_count()} cores",
-        "versions": versions(),
         "cpu_seconds_median": {name: statistics.median(many) for name, many in found.items()},
         "measured": found,
         "foreseen": foreseen,
     }
     print(json.dumps(report["cpu_seconds_median"]))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    keep(report, args.out)
+
+
+def surroundings(args: argparse.Namespace) -> dict[str, Any]:
+    """What every result says of its run."""
+    return {
+        "recipe": args.recipe.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"CPU, {os.cpu_count()} cores",
+        "versions": versions(),
+    }
+
+
+def keep(report: dict[str, Any], out: Path | None) -> None:
+    """Write a result, where a file was asked for."""
+    if out:
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def children_seconds() -> float:

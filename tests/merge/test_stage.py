@@ -26,7 +26,8 @@ from requant.errors import InputError, StageError
 from requant.merge import stage
 from requant.merge.base_weights import Nf4Settings
 from requant.merge.plan import MergePlan
-from requant.merge.stored_dtype import choose_dtype, largest_magnitude
+from requant.merge.stored_dtype import choose_dtype
+from requant.numerics.finite import largest_magnitude
 from requant.run import prepare
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

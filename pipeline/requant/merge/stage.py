@@ -32,10 +32,10 @@ from requant.merge import refusals
 from requant.merge.base_weights import CPU, BaseWeight
 from requant.merge.plan import Ledger, MergePlan, Op, target_dtype
 from requant.merge.stop_tokens import StopTokens
-from requant.merge.stored_dtype import choose_dtype, largest_magnitude
+from requant.merge.stored_dtype import choose_dtype
 from requant.numerics import matmul_precision
 from requant.numerics.dtypes import DTYPES
-from requant.numerics.finite import count_not_finite
+from requant.numerics.finite import count_not_finite, largest_magnitude
 from requant.runtime.ranks import SINGLE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from requant.checkpoint import model_files
 from requant.checkpoint.reader import Checkpoint, read_tensor
@@ -15,6 +14,7 @@ from requant.errors import InputError
 from requant.merge.plan import MergePlan, Op
 from requant.modeling.families import NEEDS_BFLOAT16
 from requant.numerics.dtypes import DTYPES
+from requant.numerics.finite import largest_magnitude
 
 
 def overflows_in_float16(config: Mapping[str, Any]) -> str | None:
@@ -101,9 +101,3 @@ def bound(plan: MergePlan, op: Op) -> float:
     for fold in op.folds:
         largest = fold.bound(largest)
     return largest
-
-
-def largest_magnitude(tensor: Tensor) -> float:
-    """max |x|, NaN if any is; without a copy of the tensor."""
-    low, high = (float(v) for v in torch.aminmax(tensor))
-    return high if high > -low else -low

@@ -32,18 +32,18 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     if not own and not _writes_no_text(named):
         own = classes  # a config of its own for another type's class, as InternLM 3 has for Llama's
     found = next((made for made in classes if made.__name__ in named), None) or next(iter(own), None)
-    if found is not None and not _drafts(config, found):
-        return found
     file = Path(getattr(config, "_name_or_path", None) or "") / "config.json"
     if _drafts(config, found):
         raise InputError(
             f"{file}: model_type {config.model_type!r:.80} drafts tokens for another model, whose states it reads, and "
             "generates no text from text alone: fine-tune and requantize the other model, and serve this one as it is"
         )
-    raise InputError(
-        f"{file}: model_type {config.model_type!r:.80} has no class that generates text in transformers "
-        f"{transformers.__version__}, neither from text alone nor from images or sound and text"
-    )
+    if found is None:
+        raise InputError(
+            f"{file}: model_type {config.model_type!r:.80} has no class that generates text in transformers "
+            f"{transformers.__version__}, neither from text alone nor from images or sound and text"
+        )
+    return found
 
 
 def _drafts(config: Any, made: Any) -> bool:

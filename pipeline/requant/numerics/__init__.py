@@ -13,7 +13,7 @@
     kl_kernels         a KL divergence of logits and its gradient as a Triton kernel
     blocks             a dimension as slices of one size
     dtypes             dtypes of unquantized weights by name
-    finite             whether all values of a tensor are finite
+    finite             the largest magnitude, and whether all values are finite
     matmul_precision   fp32 products in full precision or TF32, for a block of code
     delta_retention    how much of an adapter's delta is left after rounding
 

@@ -14,6 +14,7 @@ from requant.deploy.gguf_export import FORMAT as GGUF
 from requant.formats import gguf_blocks, gptq
 from requant.formats.quantized_format import weights
 from requant.formats.registry import FORMATS, GPTQ
+from requant.numerics.finite import count_not_finite
 from requant.numerics.grid import Grid, round_to_grid, rounded_rows
 from requant.quantize.plan import Plan
 from requant.run.check.forecast_merge import Disk, Need
@@ -93,7 +94,7 @@ def _to_blocks(kind: str, tensors: dict[str, torch.Tensor], bits: int) -> None:
     """A linear as blocks of GGUF; read back twice, by the conversion and by verification."""
     blocks = gguf_blocks.pack(kind, *gptq.unpack(tensors, bits)[:3])
     (gguf_blocks.unpack(kind, blocks) - weights(*gptq.unpack(tensors, bits))).abs().max()
-    torch.isfinite(gguf_blocks.unpack(kind, blocks)).all()
+    count_not_finite(gguf_blocks.unpack(kind, blocks))
 
 
 def _ends(plan: Plan) -> float:
